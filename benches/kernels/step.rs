@@ -1,0 +1,41 @@
+//! A whole tokenizer step of configs/easy-vqa.toml on random pictures.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use criterion::{Criterion, Throughput};
+use ett::backend::{Cpu, StepState};
+use ett::config::{Config, StageKind};
+use ett::model::Ett;
+use ett::train::{Batch, Hyper, Optimizer, Stage, step};
+
+use crate::common::normal;
+
+pub fn benches(c: &mut Criterion) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/easy-vqa.toml");
+    let cfg = Config::load(&path, &[]).expect("the configuration is whole");
+    let dev = Arc::new(Cpu::new(0).expect("threads"));
+    let mut model = Ett::new(&cfg, dev.clone()).expect("the model fits");
+    let stage = Stage::new(StageKind::Tokenizer, &model).expect("a stage");
+    model.params.train(&stage.trained()).expect("memory");
+    let batch = 16;
+    let prec = model.params.precision();
+    let images = normal(&dev, prec.act, [batch, cfg.data.size, cfg.data.size, 3], 1);
+    let batch_of = Batch { images: vec![images], packed: None };
+    let mut state = StepState::new(&*dev, prec.acc).expect("memory");
+    stage.recipe.weights(&model, &mut state);
+    let h = Hyper { betas: [0.5, 0.9], eps: 1e-8, weight_decay: 0.0, ema_decay: 0.0, clip: 1.0 };
+    let mut main = Optimizer::new(&model.params, &stage.groups, h).expect("groups");
+    let mut disc = Optimizer::new(&model.params, &["discriminator"], h).expect("groups");
+    let mut group = c.benchmark_group("tokenizer_step");
+    group.throughput(Throughput::Elements(batch as u64));
+    group.bench_function(format!("batch {batch}, images"), |b| {
+        b.iter(|| {
+            main.prepare(&mut state, 1e-4);
+            disc.prepare(&mut state, 1e-4);
+            state.send(&*dev).expect("a copy");
+            step(&mut model, &stage.recipe, &batch_of, &state, &main, Some(&disc)).expect("a step")
+        });
+    });
+    group.finish();
+}

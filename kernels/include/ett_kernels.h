@@ -1,0 +1,818 @@
+/* ett_kernels.h: the C interface of the kernels.
+ *
+ * One argument struct and one launcher per kernel, in the order of the table in src/backend/contract.rs,
+ * which a test of the crate compares with this file: names, fields, order and types are the same. The
+ * launchers and ett_last_status are implemented by the CUDA library; ett_status_name and ett_abi_version by
+ * common/status.c.
+ *
+ * A launcher checks its arguments, enqueues its work on the stream and returns a status. It allocates
+ * nothing, waits for nothing and prints nothing, so that it may be captured into a graph. Nothing to do (a
+ * dimension of 0) is ETT_OK. The argument struct is read before the launcher returns and may live on the
+ * caller's stack; the memory behind its views must stay until the work is done. Work on one stream runs in
+ * the order of the calls. Called again with the same input, a kernel gives the same bits.
+ *
+ * Letters: B batch, T tokens of a sequence, N rows of a flat batch, C channels, O output channels, H heads
+ * (or height), W width, D head or code dimension, K codes, M visual tokens, V vocabulary, F MLP width, S
+ * sequences, G groups, P pixels (or patches).
+ *
+ * Comments of the fields: "in" is only read, "out" is overwritten and never read, "add" is read and added
+ * to, or updated in place; "?" marks an argument that may be absent. Then the shape in brackets and the
+ * element type: "act" is the activation type of the run, "acc" its accumulator type, in which all sums are
+ * formed: (act, acc) is (bf16, f32), (f32, f32) or (f64, f64). Truth values are int32_t, 0 or 1.
+ *
+ * Valid C99 and C++17. */
+#ifndef ETT_KERNELS_H
+#define ETT_KERNELS_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Raised by one when a struct or the meaning of a field changes. */
+#define ETT_ABI_VERSION 1
+
+/* The version that the library was built with; compare it with ETT_ABI_VERSION. */
+int32_t ett_abi_version(void);
+
+/* ---- status -------------------------------------------------------------------------------------------- */
+
+/* What a launcher returns. */
+typedef enum ett_status_code {
+    ETT_OK = 0,            /* the work is enqueued */
+    ETT_BAD_ARGUMENT = 1,  /* an argument is outside the contract; nothing was enqueued */
+    ETT_UNSUPPORTED = 2,   /* within the contract, but not implemented here; nothing was enqueued */
+    ETT_CUDA_ERROR = 3     /* the CUDA runtime refused; the code is in ett_status.cuda_error */
+} ett_status_code;
+
+/* The name of a code in lower case with spaces; "unknown status" for any other number. Never null. */
+const char* ett_status_name(int32_t code);
+
+/* Why a launcher did not return ETT_OK. Strings are UTF-8, cut to fit and always terminated; "" if there is
+   nothing to say. They read as one sentence: "<op>: argument `<arg>` is <got>, wanted <want>". */
+typedef struct ett_status {
+    int32_t code;        /* ett_status_code */
+    int32_t cuda_error;  /* cudaError_t; 0 unless code is ETT_CUDA_ERROR */
+    char op[32];         /* the kernel, without the prefix ett_ */
+    char arg[32];        /* the argument, as its field is called */
+    char got[96];        /* what it is */
+    char want[96];       /* what the kernel asks for; the text of the error for ETT_CUDA_ERROR */
+} ett_status;
+
+/* Copies the status of the calling thread's last launch that did not return ETT_OK. A launch that succeeds
+   leaves it as it is; code is ETT_OK if none has failed. */
+void ett_last_status(ett_status* status);
+
+/* ---- views --------------------------------------------------------------------------------------------- */
+
+/* A CUDA stream; the same type as cudaStream_t and CUstream. Null is the default stream. */
+struct CUstream_st;
+typedef struct CUstream_st* ett_stream;
+
+/* Element types. */
+typedef enum ett_dtype {
+    ETT_F64 = 0,
+    ETT_F32 = 1,
+    ETT_BF16 = 2,
+    ETT_I32 = 3
+} ett_dtype;
+
+/* A tensor argument: dims[0..rank] elements, row-major. All dimensions but the last are rows, which begin ld
+   elements apart; the last is contiguous. ld is at least the last dimension wherever there is more than one
+   row: slices of the columns of a wider tensor are legal. A vector is one row. Dimensions from rank on are 1.
+   ptr null: the argument is absent, all else is ignored. */
+typedef struct ett_view {
+    void* ptr;
+    int32_t dtype;    /* ett_dtype */
+    int32_t rank;     /* 0 to 4 */
+    int64_t dims[4];
+    int64_t ld;
+} ett_view;
+
+/* ---- enumerations -------------------------------------------------------------------------------------- */
+
+/* Element-wise functions. */
+typedef enum ett_unary_kind {
+    ETT_UNARY_SILU = 0,       /* x * sigmoid(x) */
+    ETT_UNARY_GELU = 1,       /* x * Phi(x), exact */
+    ETT_UNARY_RELU = 2,       /* max(x, 0); derivative 0 at 0 */
+    ETT_UNARY_LEAKY_RELU = 3  /* x if x > 0, else slope * x */
+} ett_unary_kind;
+
+/* A function with its parameter. */
+typedef struct ett_unary {
+    int32_t kind;  /* ett_unary_kind */
+    double slope;  /* of ETT_UNARY_LEAKY_RELU; ignored by the others */
+} ett_unary;
+
+/* How a code is scored against a token; the larger the better. */
+typedef enum ett_metric {
+    ETT_METRIC_DOT = 0,  /* z . e */
+    ETT_METRIC_L2 = 1    /* -|z - e|^2 */
+} ett_metric;
+
+/* Where values stand in the step state: one vector of ETT_STATE_LEN elements in device memory, of type
+   acc, that holds what changes from step to step, so that a captured graph replays with the values of the
+   new step. Row g of the first ETT_STATE_GROUPS rows belongs to parameter group g. Kernels that need a
+   single value get a view [1] on its place. */
+enum {
+    ETT_STATE_GROUPS = 16,     /* rows */
+    ETT_STATE_STRIDE = 4,      /* elements of a row */
+    ETT_STATE_RATE = 0,        /* in a row: learning rate */
+    ETT_STATE_BIAS1 = 1,       /* in a row: 1 / (1 - beta1^t) */
+    ETT_STATE_BIAS2 = 2,       /* in a row: 1 / (1 - beta2^t) */
+    ETT_STATE_CLIP = 3,        /* in a row: largest gradient norm; 0: no clipping */
+    ETT_STATE_WEIGHT = 64,     /* first of the weights of the losses: the gradient that each loss receives */
+    ETT_STATE_LOSSES = 16,     /* places for such weights */
+    ETT_STATE_INV_TOKENS = 80, /* one over the supervised text tokens of the whole batch */
+    ETT_STATE_INV_CODES = 81,  /* one over the supervised codes of the whole batch */
+    ETT_STATE_LEN = 82
+};
+
+/* ---- products ------------------------------------------------------------------------------------------ */
+
+/* y = op(a) op(b) + bias, where op transposes if asked; op(a) is [N, C], op(b) is [C, O]. A linear layer
+   with weights [O, C] is ta = false, tb = true. */
+typedef struct ett_matmul_args {
+    ett_view a;             // in   [N, C], or [C, N] if ta; act
+    ett_view b;             // in   [C, O], or [O, C] if tb; act
+    int32_t ta;             //      transpose a
+    int32_t tb;             //      transpose b
+    ett_view bias;          // in?  [O]; act
+    ett_view y;             // out  [N, O]; act
+} ett_matmul_args;
+int32_t ett_matmul(const ett_matmul_args* args, ett_stream stream);
+
+/* y += op(a) op(b) in the accumulator type: weight gradients. */
+typedef struct ett_matmul_acc_args {
+    ett_view a;             // in   as in matmul; act
+    ett_view b;             // in   as in matmul; act
+    int32_t ta;             //      transpose a
+    int32_t tb;             //      transpose b
+    ett_view y;             // add  [N, O]; acc
+} ett_matmul_acc_args;
+int32_t ett_matmul_acc(const ett_matmul_acc_args* args, ett_stream stream);
+
+/* y[c] += sum_n x[n, c]: bias gradients. */
+typedef struct ett_col_sum_args {
+    ett_view x;             // in   [N, C]; act
+    ett_view y;             // add  [C]; acc
+} ett_col_sum_args;
+int32_t ett_col_sum(const ett_col_sum_args* args, ett_stream stream);
+
+/* ---- convolution --------------------------------------------------------------------------------------- */
+
+/* Two-dimensional convolution; padding at the bottom and right is whatever the size of y implies.
+   y[b,i,j,o] = bias[o] + sum_{u,v,c} x[b, i*stride + u - pad_top, j*stride + v - pad_left, c] w[o,u,v,c]. */
+typedef struct ett_conv2d_fwd_args {
+    ett_view x;             // in   [B, H, W, C]; act
+    ett_view w;             // in   [O, kh, kw, C]; act
+    ett_view bias;          // in?  [O]; act
+    ett_view y;             // out  [B, H', W', O]; act
+    int64_t stride;         //      step between outputs
+    int64_t pad_top;        //      zero rows above
+    int64_t pad_left;       //      zero columns to the left
+} ett_conv2d_fwd_args;
+int32_t ett_conv2d_fwd(const ett_conv2d_fwd_args* args, ett_stream stream);
+
+/* Gradient of conv2d_fwd for its input. */
+typedef struct ett_conv2d_bwd_data_args {
+    ett_view dy;            // in   [B, H', W', O]; act
+    ett_view w;             // in   [O, kh, kw, C]; act
+    ett_view dx;            // out  [B, H, W, C]; act
+    int64_t stride;         //      as in the forward
+    int64_t pad_top;        //      as in the forward
+    int64_t pad_left;       //      as in the forward
+} ett_conv2d_bwd_data_args;
+int32_t ett_conv2d_bwd_data(const ett_conv2d_bwd_data_args* args, ett_stream stream);
+
+/* Gradient of conv2d_fwd for weights and bias. */
+typedef struct ett_conv2d_bwd_weight_args {
+    ett_view x;             // in   [B, H, W, C]; act
+    ett_view dy;            // in   [B, H', W', O]; act
+    ett_view dw;            // add  [O, kh, kw, C]; acc
+    ett_view db;            // add? [O]; acc
+    int64_t stride;         //      as in the forward
+    int64_t pad_top;        //      as in the forward
+    int64_t pad_left;       //      as in the forward
+} ett_conv2d_bwd_weight_args;
+int32_t ett_conv2d_bwd_weight(const ett_conv2d_bwd_weight_args* args, ett_stream stream);
+
+/* y[b, i, j, c] = x[b, i/2, j/2, c]: nearest up-sampling by two. */
+typedef struct ett_upsample2x_fwd_args {
+    ett_view x;             // in   [B, H, W, C]; act
+    ett_view y;             // out  [B, 2H, 2W, C]; act
+} ett_upsample2x_fwd_args;
+int32_t ett_upsample2x_fwd(const ett_upsample2x_fwd_args* args, ett_stream stream);
+
+/* Gradient of upsample2x_fwd: sums of four. */
+typedef struct ett_upsample2x_bwd_args {
+    ett_view dy;            // in   [B, 2H, 2W, C]; act
+    ett_view dx;            // out  [B, H, W, C]; act
+} ett_upsample2x_bwd_args;
+int32_t ett_upsample2x_bwd(const ett_upsample2x_bwd_args* args, ett_stream stream);
+
+/* 2x2 maximum, stride 2; an odd last row or column is dropped. */
+typedef struct ett_max_pool2x2_fwd_args {
+    ett_view x;             // in   [B, H, W, C]; act
+    ett_view y;             // out  [B, H/2, W/2, C]; act
+} ett_max_pool2x2_fwd_args;
+int32_t ett_max_pool2x2_fwd(const ett_max_pool2x2_fwd_args* args, ett_stream stream);
+
+/* Gradient of max_pool2x2_fwd; ties go to the first element in row order, dropped rows get 0. */
+typedef struct ett_max_pool2x2_bwd_args {
+    ett_view dy;            // in   [B, H/2, W/2, C]; act
+    ett_view x;             // in   [B, H, W, C]; act
+    ett_view dx;            // out  [B, H, W, C]; act
+} ett_max_pool2x2_bwd_args;
+int32_t ett_max_pool2x2_bwd(const ett_max_pool2x2_bwd_args* args, ett_stream stream);
+
+/* ---- norms --------------------------------------------------------------------------------------------- */
+
+/* GroupNorm over G groups of channels, then SiLU if asked: y = f((x - mean) * rstd * w + b) with
+   rstd = 1 / sqrt(var + eps), biased variance, f = SiLU or the identity. */
+typedef struct ett_group_norm_fwd_args {
+    ett_view x;             // in   [B, H, W, C]; act
+    ett_view w;             // in   [C]; act
+    ett_view b;             // in   [C]; act
+    ett_view y;             // out  [B, H, W, C]; act
+    ett_view mean;          // out  [B, G]; acc
+    ett_view rstd;          // out  [B, G]; acc
+    double eps;             //      added to the variance
+    int32_t silu;           //      apply SiLU
+} ett_group_norm_fwd_args;
+int32_t ett_group_norm_fwd(const ett_group_norm_fwd_args* args, ett_stream stream);
+
+/* Gradient of group_norm_fwd; the normalised values are recomputed from x. */
+typedef struct ett_group_norm_bwd_args {
+    ett_view dy;            // in   [B, H, W, C]; act
+    ett_view x;             // in   [B, H, W, C]; act
+    ett_view w;             // in   [C]; act
+    ett_view b;             // in   [C]; act
+    ett_view mean;          // in   [B, G]; acc
+    ett_view rstd;          // in   [B, G]; acc
+    ett_view dx;            // out  [B, H, W, C]; act
+    ett_view dw;            // add? [C]; acc
+    ett_view db;            // add? [C]; acc
+    int32_t silu;           //      SiLU was applied
+} ett_group_norm_bwd_args;
+int32_t ett_group_norm_bwd(const ett_group_norm_bwd_args* args, ett_stream stream);
+
+/* s = x + residual (or x), y = s * rstd * w with rstd = 1 / sqrt(mean(s^2) + eps); s * rstd is rounded to
+   act before it meets w. Statistics are taken of s as rounded to act. */
+typedef struct ett_rms_norm_fwd_args {
+    ett_view x;             // in   [N, C]; act
+    ett_view residual;      // in?  [N, C]; act
+    ett_view w;             // in   [C]; act
+    ett_view sum;           // out? [N, C]; act; the sum, present if residual is
+    ett_view y;             // out  [N, C]; act
+    ett_view rstd;          // out  [N]; acc
+    double eps;             //      added to the mean square
+} ett_rms_norm_fwd_args;
+int32_t ett_rms_norm_fwd(const ett_rms_norm_fwd_args* args, ett_stream stream);
+
+/* Gradient of rms_norm_fwd for s: dx = d(norm)/ds . dy + dsum. It is the gradient of both summands. */
+typedef struct ett_rms_norm_bwd_args {
+    ett_view dy;            // in   [N, C]; act
+    ett_view dsum;          // in?  [N, C]; act; gradient that reached the sum by other ways
+    ett_view x;             // in   [N, C]; act; s of the forward
+    ett_view w;             // in   [C]; act
+    ett_view rstd;          // in   [N]; acc
+    ett_view dx;            // out  [N, C]; act
+    ett_view dw;            // add? [C]; acc
+} ett_rms_norm_bwd_args;
+int32_t ett_rms_norm_bwd(const ett_rms_norm_bwd_args* args, ett_stream stream);
+
+/* LayerNorm over the last dimension: y = (x - mean) * rstd * w + b with rstd = 1 / sqrt(var + eps), biased
+   variance. */
+typedef struct ett_layer_norm_fwd_args {
+    ett_view x;             // in   [N, C]; act
+    ett_view w;             // in   [C]; act
+    ett_view b;             // in   [C]; act
+    ett_view y;             // out  [N, C]; act
+    ett_view mean;          // out  [N]; acc
+    ett_view rstd;          // out  [N]; acc
+    double eps;             //      added to the variance
+} ett_layer_norm_fwd_args;
+int32_t ett_layer_norm_fwd(const ett_layer_norm_fwd_args* args, ett_stream stream);
+
+/* Gradient of layer_norm_fwd. */
+typedef struct ett_layer_norm_bwd_args {
+    ett_view dy;            // in   [N, C]; act
+    ett_view x;             // in   [N, C]; act
+    ett_view w;             // in   [C]; act
+    ett_view mean;          // in   [N]; acc
+    ett_view rstd;          // in   [N]; acc
+    ett_view dx;            // out  [N, C]; act
+    ett_view dw;            // add? [C]; acc
+    ett_view db;            // add? [C]; acc
+} ett_layer_norm_bwd_args;
+int32_t ett_layer_norm_bwd(const ett_layer_norm_bwd_args* args, ett_stream stream);
+
+/* BatchNorm with the statistics of this batch, then LeakyReLU (slope 1: none):
+   y = leaky((x - mean) / sqrt(var + eps) * w + b), biased variance. */
+typedef struct ett_batch_norm_fwd_args {
+    ett_view x;             // in   [N, C], rows are all pixels of the batch; act
+    ett_view w;             // in   [C]; act
+    ett_view b;             // in   [C]; act
+    ett_view y;             // out  [N, C]; act
+    ett_view mean;          // out  [C]; acc
+    ett_view var;           // out  [C]; acc; biased
+    double eps;             //      added to the variance
+    double slope;           //      slope below zero
+} ett_batch_norm_fwd_args;
+int32_t ett_batch_norm_fwd(const ett_batch_norm_fwd_args* args, ett_stream stream);
+
+/* Gradient of batch_norm_fwd, through the statistics too. */
+typedef struct ett_batch_norm_bwd_args {
+    ett_view dy;            // in   [N, C]; act
+    ett_view x;             // in   [N, C]; act
+    ett_view w;             // in   [C]; act
+    ett_view b;             // in   [C]; act
+    ett_view mean;          // in   [C]; acc
+    ett_view var;           // in   [C]; acc; biased
+    ett_view dx;            // out  [N, C]; act
+    ett_view dw;            // add? [C]; acc
+    ett_view db;            // add? [C]; acc
+    double eps;             //      as in the forward
+    double slope;           //      as in the forward
+} ett_batch_norm_bwd_args;
+int32_t ett_batch_norm_bwd(const ett_batch_norm_bwd_args* args, ett_stream stream);
+
+/* running = (1 - momentum) * running + momentum * batch, the variance as the unbiased estimate. */
+typedef struct ett_batch_norm_running_args {
+    ett_view mean;          // in   [C]; acc
+    ett_view var;           // in   [C]; acc; biased
+    ett_view running_mean;  // add  [C]; acc; updated
+    ett_view running_var;   // add  [C]; acc; updated
+    int64_t rows;           //      rows the statistics were taken over
+    double momentum;        //      weight of the new value
+} ett_batch_norm_running_args;
+int32_t ett_batch_norm_running(const ett_batch_norm_running_args* args, ett_stream stream);
+
+/* y = x / max(|x|, eps) row by row. */
+typedef struct ett_l2_norm_fwd_args {
+    ett_view x;             // in   [N, D]; act
+    ett_view y;             // out  [N, D]; act
+    ett_view norm;          // out  [N]; acc; max(|x|, eps)
+    double eps;             //      least norm
+} ett_l2_norm_fwd_args;
+int32_t ett_l2_norm_fwd(const ett_l2_norm_fwd_args* args, ett_stream stream);
+
+/* Gradient of l2_norm_fwd: (dy - y (y . dy)) / norm, or dy / norm where the norm was raised to eps.
+   Exactly one of dx and dx_acc is present. */
+typedef struct ett_l2_norm_bwd_args {
+    ett_view dy;            // in   [N, D]; act or acc
+    ett_view x;             // in   [N, D]; act
+    ett_view norm;          // in   [N]; acc
+    ett_view dx;            // out? [N, D]; act
+    ett_view dx_acc;        // add? [N, D]; acc
+    double eps;             //      as in the forward
+} ett_l2_norm_bwd_args;
+int32_t ett_l2_norm_bwd(const ett_l2_norm_bwd_args* args, ett_stream stream);
+
+/* ---- pointwise ----------------------------------------------------------------------------------------- */
+
+/* y = f(x). */
+typedef struct ett_unary_fwd_args {
+    ett_view x;             // in   any shape; act
+    ett_view y;             // out  same shape; act
+    ett_unary f;            //      the function
+} ett_unary_fwd_args;
+int32_t ett_unary_fwd(const ett_unary_fwd_args* args, ett_stream stream);
+
+/* dx = dy * f'(x). */
+typedef struct ett_unary_bwd_args {
+    ett_view dy;            // in   any shape; act
+    ett_view x;             // in   same shape; act
+    ett_view dx;            // out  same shape; act
+    ett_unary f;            //      the function
+} ett_unary_bwd_args;
+int32_t ett_unary_bwd(const ett_unary_bwd_args* args, ett_stream stream);
+
+/* y = a + b. */
+typedef struct ett_add_args {
+    ett_view a;             // in   any shape; act
+    ett_view b;             // in   same shape; act
+    ett_view y;             // out  same shape; act
+} ett_add_args;
+int32_t ett_add(const ett_add_args* args, ett_stream stream);
+
+/* y += x; the element types may differ. */
+typedef struct ett_accumulate_args {
+    ett_view x;             // in   [N, C], any float type
+    ett_view y;             // add  [N, C], any float type
+} ett_accumulate_args;
+int32_t ett_accumulate(const ett_accumulate_args* args, ett_stream stream);
+
+/* y = x, rounded to the type of y; both may be column slices. */
+typedef struct ett_cast_args {
+    ett_view x;             // in   [N, C], any float type
+    ett_view y;             // out  [N, C], any float type
+} ett_cast_args;
+int32_t ett_cast(const ett_cast_args* args, ett_stream stream);
+
+/* y = value. */
+typedef struct ett_fill_args {
+    ett_view y;             // out  any shape and type
+    double value;           //      the value
+} ett_fill_args;
+int32_t ett_fill(const ett_fill_args* args, ett_stream stream);
+
+/* y = (x - shift) / scale, channel by channel. */
+typedef struct ett_channel_affine_fwd_args {
+    ett_view x;             // in   [N, C]; act
+    ett_view shift;         // in   [C]; act
+    ett_view scale;         // in   [C]; act
+    ett_view y;             // out  [N, C]; act
+} ett_channel_affine_fwd_args;
+int32_t ett_channel_affine_fwd(const ett_channel_affine_fwd_args* args, ett_stream stream);
+
+/* dx = dy / scale. */
+typedef struct ett_channel_affine_bwd_args {
+    ett_view dy;            // in   [N, C]; act
+    ett_view scale;         // in   [C]; act
+    ett_view dx;            // out  [N, C]; act
+} ett_channel_affine_bwd_args;
+int32_t ett_channel_affine_bwd(const ett_channel_affine_bwd_args* args, ett_stream stream);
+
+/* y = silu(gate) * up. */
+typedef struct ett_swiglu_fwd_args {
+    ett_view gate_up;       // in   [N, 2F]: gate, then up; act
+    ett_view y;             // out  [N, F]; act
+} ett_swiglu_fwd_args;
+int32_t ett_swiglu_fwd(const ett_swiglu_fwd_args* args, ett_stream stream);
+
+/* Gradient of swiglu_fwd. */
+typedef struct ett_swiglu_bwd_args {
+    ett_view dy;            // in   [N, F]; act
+    ett_view gate_up;       // in   [N, 2F]; act
+    ett_view dgate_up;      // out  [N, 2F]; act
+} ett_swiglu_bwd_args;
+int32_t ett_swiglu_bwd(const ett_swiglu_bwd_args* args, ett_stream stream);
+
+/* Rotary embedding, half-split: for the first heads heads of D columns, dimensions d and d + D/2 turn by
+   position * theta^(-2d/D); further columns are copied. The gradient is the inverse rotation. */
+typedef struct ett_rope_args {
+    ett_view x;             // in   [N, >= heads*D]; act
+    ett_view position;      // in   [N]; i32
+    ett_view y;             // out  same shape as x; act
+    int64_t heads;          //      heads to rotate
+    int64_t head_dim;       //      head dimension, even
+    double theta;           //      base of the angles; they are formed in float32 (float64 for the oracle)
+    int32_t inverse;        //      turn backwards
+} ett_rope_args;
+int32_t ett_rope(const ett_rope_args* args, ett_stream stream);
+
+/* ---- rows ---------------------------------------------------------------------------------------------- */
+
+/* y[n] = table[idx[n]]; a negative index gives a row of zeros. */
+typedef struct ett_gather_fwd_args {
+    ett_view table;         // in   [R, C]; act
+    ett_view idx;           // in   [N]; i32
+    ett_view y;             // out  [N, C]; act
+} ett_gather_fwd_args;
+int32_t ett_gather_fwd(const ett_gather_fwd_args* args, ett_stream stream);
+
+/* dtable[idx[n]] += dy[n], in the order of n; negative indices are skipped. */
+typedef struct ett_gather_bwd_args {
+    ett_view dy;            // in   [N, C]; act
+    ett_view idx;           // in   [N]; i32
+    ett_view dtable;        // add  [R, C]; acc
+} ett_gather_bwd_args;
+int32_t ett_gather_bwd(const ett_gather_bwd_args* args, ett_stream stream);
+
+/* ---- attention ----------------------------------------------------------------------------------------- */
+
+/* Softmax attention over a flat batch of sequences; query head h reads key/value head h /
+   (heads/kv_heads). Causal masks align the ends: query i of T sees keys up to i + Tk - T. */
+typedef struct ett_attention_fwd_args {
+    ett_view q;             // in   [N, heads*D]; act
+    ett_view k;             // in   [Nk, kv_heads*D]; act
+    ett_view v;             // in   [Nk, kv_heads*D]; act
+    ett_view cu_q;          // in   [S+1] sequence offsets into N; i32. Rows past the last offset are
+                            //      padding: y is 0 there
+    ett_view cu_k;          // in   [S+1] sequence offsets into Nk; i32
+    ett_view y;             // out  [N, heads*D]; act
+    ett_view lse;           // out  [N, heads] log-sum-exp of the scaled scores; acc
+    int64_t heads;          //      query heads
+    int64_t kv_heads;       //      key/value heads; divides heads
+    int64_t head_dim;       //      head dimension
+    int64_t max_q;          //      longest query sequence
+    int64_t max_k;          //      longest key sequence
+    double scale;           //      factor on the scores
+    int32_t causal;         //      mask the future
+} ett_attention_fwd_args;
+int32_t ett_attention_fwd(const ett_attention_fwd_args* args, ett_stream stream);
+
+/* Gradient of attention_fwd; probabilities are recomputed from lse. */
+typedef struct ett_attention_bwd_args {
+    ett_view dy;            // in   [N, heads*D]; act
+    ett_view q;             // in   as in the forward
+    ett_view k;             // in   as in the forward
+    ett_view v;             // in   as in the forward
+    ett_view y;             // in   [N, heads*D], the forward's output; act
+    ett_view lse;           // in   [N, heads]; acc
+    ett_view cu_q;          // in   as in the forward
+    ett_view cu_k;          // in   as in the forward
+    ett_view dq;            // out  shape of q, 0 in padding rows; act
+    ett_view dk;            // out  shape of k, 0 in padding rows; act
+    ett_view dv;            // out  shape of v, 0 in padding rows; act
+    int64_t heads;          //      as in the forward
+    int64_t kv_heads;       //      as in the forward
+    int64_t head_dim;       //      as in the forward
+    int64_t max_q;          //      as in the forward
+    int64_t max_k;          //      as in the forward
+    double scale;           //      as in the forward
+    int32_t causal;         //      as in the forward
+} ett_attention_bwd_args;
+int32_t ett_attention_bwd(const ett_attention_bwd_args* args, ett_stream stream);
+
+/* ---- losses -------------------------------------------------------------------------------------------- */
+
+/* Cross-entropy of a linear layer without its logits: loss = scale * sum_n (lse_n - x_n . w[target_n])
+   over rows with target >= 0. Logits exist a tile at a time. */
+typedef struct ett_linear_xent_fwd_args {
+    ett_view x;             // in   [N, C]; act
+    ett_view w;             // in   [V, C]; act
+    ett_view target;        // in   [N]; i32; -1: not supervised
+    ett_view scale;         // in   [1]: one over the supervised rows of the whole batch; acc
+    ett_view lse;           // out  [N] log-sum-exp, 0 in unsupervised rows; acc
+    ett_view loss;          // out  [1]; acc
+} ett_linear_xent_fwd_args;
+int32_t ett_linear_xent_fwd(const ett_linear_xent_fwd_args* args, ett_stream stream);
+
+/* Gradient of linear_xent_fwd; logits are recomputed tile by tile. */
+typedef struct ett_linear_xent_bwd_args {
+    ett_view x;             // in   [N, C]; act
+    ett_view w;             // in   [V, C]; act
+    ett_view target;        // in   [N]; i32
+    ett_view scale;         // in   [1]; acc
+    ett_view lse;           // in   [N]; acc
+    ett_view g;             // in   [1] gradient of the loss; acc
+    ett_view dx;            // out  [N, C], 0 in unsupervised rows; act
+    ett_view dw;            // add? [V, C]; acc
+} ett_linear_xent_bwd_args;
+int32_t ett_linear_xent_bwd(const ett_linear_xent_bwd_args* args, ett_stream stream);
+
+/* loss += scale * sum |a - b|. */
+typedef struct ett_l1_fwd_args {
+    ett_view a;             // in   any shape; act
+    ett_view b;             // in   same shape; act
+    ett_view loss;          // add  [1]; acc
+    double scale;           //      factor on the sum
+} ett_l1_fwd_args;
+int32_t ett_l1_fwd(const ett_l1_fwd_args* args, ett_stream stream);
+
+/* da = g * scale * sign(a - b), 0 where equal. */
+typedef struct ett_l1_bwd_args {
+    ett_view a;             // in   any shape; act
+    ett_view b;             // in   same shape; act
+    ett_view g;             // in   [1]; acc
+    ett_view da;            // out  same shape; act
+    double scale;           //      as in the forward
+} ett_l1_bwd_args;
+int32_t ett_l1_bwd(const ett_l1_bwd_args* args, ett_stream stream);
+
+/* One layer of LPIPS: loss += scale * sum_p sum_c w[c] (n0 - n1)^2 over pixels p, with n = f / (sqrt(sum_c
+   f^2) + eps). */
+typedef struct ett_lpips_fwd_args {
+    ett_view f0;            // in   [P, C] features of the reference; act
+    ett_view f1;            // in   [P, C] features of the reconstruction; act
+    ett_view w;             // in   [C]; act
+    ett_view loss;          // add  [1]; acc
+    double eps;             //      added to the norm
+    double scale;           //      factor on the sum
+} ett_lpips_fwd_args;
+int32_t ett_lpips_fwd(const ett_lpips_fwd_args* args, ett_stream stream);
+
+/* Gradient of lpips_fwd for f1; 0 where all of a pixel's features are 0. */
+typedef struct ett_lpips_bwd_args {
+    ett_view f0;            // in   [P, C]; act
+    ett_view f1;            // in   [P, C]; act
+    ett_view w;             // in   [C]; act
+    ett_view g;             // in   [1]; acc
+    ett_view df1;           // out  [P, C]; act
+    double eps;             //      as in the forward
+    double scale;           //      as in the forward
+} ett_lpips_bwd_args;
+int32_t ett_lpips_bwd(const ett_lpips_bwd_args* args, ett_stream stream);
+
+/* Generator's adversarial loss: loss += scale * sum_b softplus(-mean_p x[b, p]). */
+typedef struct ett_gan_generator_fwd_args {
+    ett_view x;             // in   [B, P] patch logits of each image; act
+    ett_view loss;          // add  [1]; acc
+    double scale;           //      factor on the sum
+} ett_gan_generator_fwd_args;
+int32_t ett_gan_generator_fwd(const ett_gan_generator_fwd_args* args, ett_stream stream);
+
+/* Gradient of gan_generator_fwd. */
+typedef struct ett_gan_generator_bwd_args {
+    ett_view x;             // in   [B, P]; act
+    ett_view g;             // in   [1]; acc
+    ett_view dx;            // out  [B, P]; act
+    double scale;           //      as in the forward
+} ett_gan_generator_bwd_args;
+int32_t ett_gan_generator_bwd(const ett_gan_generator_bwd_args* args, ett_stream stream);
+
+/* Hinge: loss += scale * sum relu(1 - x) for real logits, relu(1 + x) for fake ones. */
+typedef struct ett_hinge_fwd_args {
+    ett_view x;             // in   any shape; act
+    ett_view loss;          // add  [1]; acc
+    int32_t real;           //      real or fake
+    double scale;           //      factor on the sum
+} ett_hinge_fwd_args;
+int32_t ett_hinge_fwd(const ett_hinge_fwd_args* args, ett_stream stream);
+
+/* Gradient of hinge_fwd; 0 at the kink. */
+typedef struct ett_hinge_bwd_args {
+    ett_view x;             // in   any shape; act
+    ett_view g;             // in   [1]; acc
+    ett_view dx;            // out  same shape; act
+    int32_t real;           //      as in the forward
+    double scale;           //      as in the forward
+} ett_hinge_bwd_args;
+int32_t ett_hinge_bwd(const ett_hinge_bwd_args* args, ett_stream stream);
+
+/* New LeCAM averages: out = decay * ema + (1 - decay) * (mean(real), mean(fake)). */
+typedef struct ett_lecam_update_args {
+    ett_view real;          // in   any shape; act
+    ett_view fake;          // in   any shape; act
+    ett_view ema;           // in   [2] averages of the real and the fake logits; acc
+    ett_view out;           // out  [2]; acc
+    double decay;           //      weight of the old value
+} ett_lecam_update_args;
+int32_t ett_lecam_update(const ett_lecam_update_args* args, ett_stream stream);
+
+/* LeCAM: loss += mean(relu(real - ema[1])^2) + mean(relu(ema[0] - fake)^2). */
+typedef struct ett_lecam_fwd_args {
+    ett_view real;          // in   any shape; act
+    ett_view fake;          // in   any shape; act
+    ett_view ema;           // in   [2] averages that have taken in this batch; acc
+    ett_view loss;          // add  [1]; acc
+} ett_lecam_fwd_args;
+int32_t ett_lecam_fwd(const ett_lecam_fwd_args* args, ett_stream stream);
+
+/* Gradient of lecam_fwd; the averages are constants. */
+typedef struct ett_lecam_bwd_args {
+    ett_view real;          // in   any shape; act
+    ett_view fake;          // in   any shape; act
+    ett_view ema;           // in   [2]; acc
+    ett_view g;             // in   [1]; acc
+    ett_view dreal;         // out  shape of real; act
+    ett_view dfake;         // out  shape of fake; act
+} ett_lecam_bwd_args;
+int32_t ett_lecam_bwd(const ett_lecam_bwd_args* args, ett_stream stream);
+
+/* ---- quantizer (docs/quantizer.md) --------------------------------------------------------------------- */
+
+/* The best code of each token; ties to the smallest index, NaN below all numbers, an all-NaN row gives 0. */
+typedef struct ett_nearest_args {
+    ett_view z;             // in   [M, D]; act
+    ett_view e;             // in   [K, D]; act
+    ett_view idx;           // out  [M]; i32
+    int32_t metric;         //      how codes are scored
+} ett_nearest_args;
+int32_t ett_nearest(const ett_nearest_args* args, ett_stream stream);
+
+/* Row statistics of S = z E^T, in one sweep over the codes. With t the best code and x_j = (S_j - S_t) /
+   temperature: rest_p = sum_{j != t} exp(S_j - S_t), rest_q = sum_{j != t} exp(x_j), xbar = sum_j q_j x_j. */
+typedef struct ett_ibq_rows_args {
+    ett_view z;             // in   [M, D]; act
+    ett_view e;             // in   [K, D]; act
+    ett_view idx;           // out  [M]; i32; as nearest with the dot product
+    ett_view smax;          // out  [M] score of the best code; acc
+    ett_view rest_p;        // out  [M]; acc
+    ett_view rest_q;        // out  [M]; acc
+    ett_view xbar;          // out  [M]; acc
+    ett_view bad;           // add  [1] count of rows without a finite score; acc
+    double temperature;     //      T of the entropies
+} ett_ibq_rows_args;
+int32_t ett_ibq_rows(const ett_ibq_rows_args* args, ett_stream stream);
+
+/* Undivided column sums sum_i q_ij, so that ranks can add theirs. */
+typedef struct ett_ibq_cols_args {
+    ett_view z;             // in   [M, D]; act
+    ett_view e;             // in   [K, D]; act
+    ett_view smax;          // in   [M]; acc
+    ett_view rest_q;        // in   [M]; acc
+    ett_view col;           // out  [K]; acc
+    double temperature;     //      T of the entropies
+} ett_ibq_cols_args;
+int32_t ett_ibq_cols(const ett_ibq_cols_args* args, ett_stream stream);
+
+/* Values: zq = E[idx], quant = (1 + beta_commit + beta_code) * inv_count/D * sum (zq - z)^2, sample =
+   inv_count * sum_i H_i, avg = -sum_j a_j log(a_j + eps) with a = col * inv_count, and c_j = -(log(a_j +
+   eps) + a_j / (a_j + eps)), the derivative of avg. */
+typedef struct ett_ibq_losses_args {
+    ett_view z;             // in   [M, D]; act
+    ett_view e;             // in   [K, D]; act
+    ett_view idx;           // in   [M]; i32
+    ett_view rest_q;        // in   [M]; acc
+    ett_view xbar;          // in   [M]; acc
+    ett_view col;           // in   [K]; acc; summed over ranks
+    ett_view zq;            // out  [M, D]; act
+    ett_view c;             // out  [K]; acc
+    ett_view quant;         // out  [1]; acc
+    ett_view sample;        // out  [1]; acc
+    ett_view avg;           // out  [1]; acc
+    double inv_count;       //      one over the tokens of all ranks
+    double eps;             //      added inside the logarithm
+    double beta_commit;     //      weight of the commitment term
+    double beta_code;       //      weight of the codebook term
+} ett_ibq_losses_args;
+int32_t ett_ibq_losses(const ett_ibq_losses_args* args, ett_stream stream);
+
+/* The whole backward of the IBQ quantizer: soft path, hard scatter, both entropies and the direct terms of
+   the quantization loss, with the best code kept out of every cancelling sum (docs/quantizer.md). */
+typedef struct ett_ibq_bwd_args {
+    ett_view z;             // in   [M, D]; act
+    ett_view e;             // in   [K, D]; act
+    ett_view idx;           // in   [M]; i32
+    ett_view smax;          // in   [M]; acc
+    ett_view rest_p;        // in   [M]; acc
+    ett_view rest_q;        // in   [M]; acc
+    ett_view xbar;          // in   [M]; acc
+    ett_view c;             // in   [K]; acc
+    ett_view g;             // in   [M, D] gradient that reached zq from the decoder and the projector; act
+    ett_view g_quant;       // in   [1] gradient of quant; acc
+    ett_view g_sample;      // in   [1] gradient of sample; acc
+    ett_view g_avg;         // in   [1] gradient of avg; acc
+    ett_view dz;            // out  [M, D]; act
+    ett_view de;            // add? [K, D]; acc
+    double temperature;     //      T of the entropies
+    double inv_count;       //      one over the tokens of all ranks
+    double beta_commit;     //      weight of the commitment term
+    double beta_code;       //      weight of the codebook term
+} ett_ibq_bwd_args;
+int32_t ett_ibq_bwd(const ett_ibq_bwd_args* args, ett_stream stream);
+
+/* The plain VQ baseline: zq = E[idx], quant = (beta_commit + beta_code) * inv_count/D * sum (zq - z)^2. */
+typedef struct ett_vq_losses_args {
+    ett_view z;             // in   [M, D]; act
+    ett_view e;             // in   [K, D]; act
+    ett_view idx;           // in   [M]; i32
+    ett_view zq;            // out  [M, D]; act
+    ett_view quant;         // out  [1]; acc
+    double inv_count;       //      one over the tokens of all ranks
+    double beta_commit;     //      weight of the commitment term
+    double beta_code;       //      weight of the codebook term
+} ett_vq_losses_args;
+int32_t ett_vq_losses(const ett_vq_losses_args* args, ett_stream stream);
+
+/* Gradient of vq_losses: g passes straight to z; commitment to z, codebook term to e. */
+typedef struct ett_vq_bwd_args {
+    ett_view z;             // in   [M, D]; act
+    ett_view e;             // in   [K, D]; act
+    ett_view idx;           // in   [M]; i32
+    ett_view g;             // in   [M, D]; act
+    ett_view g_quant;       // in   [1]; acc
+    ett_view dz;            // out  [M, D]; act
+    ett_view de;            // add? [K, D]; acc
+    double inv_count;       //      one over the tokens of all ranks
+    double beta_commit;     //      weight of the commitment term
+    double beta_code;       //      weight of the codebook term
+} ett_vq_bwd_args;
+int32_t ett_vq_bwd(const ett_vq_bwd_args* args, ett_stream stream);
+
+/* ---- optimizer ----------------------------------------------------------------------------------------- */
+
+/* out[0] += sum x^2, out[1] += the number of non-finite elements (which are left out of the sum). */
+typedef struct ett_sum_squares_args {
+    ett_view x;             // in   [n]; acc
+    ett_view out;           // add  [2]; acc
+} ett_sum_squares_args;
+int32_t ett_sum_squares(const ett_sum_squares_args* args, ett_stream stream);
+
+/* One AdamW step on a flat range, all in the accumulator type. With rate, bias1, bias2 and clip of row group
+   of the step state (bias = 1 / (1 - beta^t)):
+     g = grad * (clip > 0 ? min(1, clip / (sqrt(norm[0]) + 1e-6)) : 1)
+     m = beta1 * m + (1 - beta1) * g,   v = beta2 * v + (1 - beta2) * g^2
+     master = master * (1 - rate * weight_decay) - rate * (m * bias1) / (sqrt(v * bias2) + eps)
+     ema = ema_decay * ema + (1 - ema_decay) * master,   shadow = master rounded
+   If norm[1] > 0, the gradient was not finite and nothing changes. */
+typedef struct ett_adamw_args {
+    ett_view master;        // add  [n]; acc; updated
+    ett_view grad;          // in   [n]; acc
+    ett_view m;             // add  [n] first moment; acc; updated
+    ett_view v;             // add  [n] second moment; acc; updated
+    ett_view ema;           // add? [n]; acc; updated
+    ett_view shadow;        // out? [n]; act
+    ett_view state;         // in   [ETT_STATE_LEN], the step state; acc
+    ett_view norm;          // in   [2], from sum_squares over everything this optimizer trains; acc
+    int64_t group;          //      row of the step state that holds this group's rate, bias corrections and
+                            //      clip
+    double beta1;           //      decay of the first moment
+    double beta2;           //      decay of the second moment
+    double eps;             //      added to the root of the second moment
+    double weight_decay;    //      decoupled weight decay
+    double ema_decay;       //      decay of the average of the weights
+} ett_adamw_args;
+int32_t ett_adamw(const ett_adamw_args* args, ett_stream stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

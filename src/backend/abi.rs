@@ -1,0 +1,235 @@
+//! The C interface of the kernels, `kernels/include/ett_kernels.h`: the part that every build has. The header
+//! mirrors [`super::KERNELS`] and the enumerations beside it; a test here compares them.
+
+use std::ffi::{CStr, c_char};
+
+unsafe extern "C" {
+    fn ett_status_name(code: i32) -> *const c_char;
+    fn ett_abi_version() -> i32;
+}
+
+/// The name of a launcher's status code; "unknown status" for a number that is none.
+pub fn status_name(code: i32) -> &'static str {
+    // The C function returns a string literal for every number.
+    unsafe { CStr::from_ptr(ett_status_name(code)) }.to_str().unwrap_or("unknown status")
+}
+
+/// The version of the interface that the library was built with.
+pub fn version() -> i32 {
+    unsafe { ett_abi_version() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{KERNELS, Metric, Slot, Unary};
+    use super::*;
+    use crate::tensor::DType;
+
+    const HEADER: &str = include_str!("../../kernels/include/ett_kernels.h");
+
+    /// A struct of arguments: its kernel and its fields.
+    #[derive(Debug, PartialEq)]
+    struct Struct {
+        kernel: String,
+        fields: Vec<Field>,
+    }
+
+    /// Name, C type and, for views, the access that its comment states.
+    #[derive(Debug, PartialEq)]
+    struct Field {
+        name: String,
+        ty: String,
+        access: String,
+    }
+
+    /// The argument structs of a header in order, each followed by its launcher; anything else is an error.
+    fn parse(header: &str) -> Result<Vec<Struct>, String> {
+        let mut all: Vec<Struct> = Vec::new();
+        let mut open: Option<Struct> = None;
+        let mut waiting = None;
+        for (n, line) in header.lines().map(str::trim).enumerate() {
+            let bad = |what: &str| Err(format!("line {}: {what}: {line}", n + 1));
+            if let Some(current) = &mut open {
+                if let Some(end) = line.strip_prefix("} ") {
+                    if end != format!("ett_{}_args;", current.kernel) {
+                        return bad("another name than at the start of the struct");
+                    }
+                    waiting = Some(format!(
+                        "int32_t ett_{0}(const ett_{0}_args* args, ett_stream stream);",
+                        current.kernel
+                    ));
+                    all.extend(open.take());
+                } else if !line.starts_with("//") {
+                    let Some((code, comment)) = line.split_once("//") else {
+                        return bad("a field without comment");
+                    };
+                    let Some((ty, name)) = code.trim().trim_end_matches(';').rsplit_once(' ') else {
+                        return bad("not a field");
+                    };
+                    let view = if ty == "ett_view" { comment.split_whitespace().next() } else { None };
+                    let access = view.unwrap_or_default().to_string();
+                    current.fields.push(Field { name: name.into(), ty: ty.into(), access });
+                }
+            } else if let Some(launcher) = waiting.take() {
+                if line != launcher {
+                    return bad(&format!("wanted {launcher}"));
+                }
+            } else if line.starts_with("int32_t ett_") && line.contains("_args*") {
+                return bad("a launcher that does not follow its struct");
+            } else if let Some(kernel) =
+                line.strip_prefix("typedef struct ett_").and_then(|l| l.strip_suffix("_args {"))
+            {
+                open = Some(Struct { kernel: kernel.into(), fields: Vec::new() });
+            }
+        }
+        match open {
+            Some(s) => Err(format!("the struct of {} does not end", s.kernel)),
+            None => Ok(all),
+        }
+    }
+
+    /// A field as the header has to declare it.
+    fn in_c(name: &str, rust: &str) -> Field {
+        let ty: String = rust.chars().filter(|c| !c.is_whitespace()).collect::<String>().replace("<'a>", "");
+        let (inner, optional) = match ty.strip_prefix("Option<").and_then(|t| t.strip_suffix('>')) {
+            Some(inner) => (inner, "?"),
+            None => (&ty[..], ""),
+        };
+        let (ty, access) = match inner {
+            "In" => ("ett_view", "in"),
+            "Out" => ("ett_view", "out"),
+            "Acc" => ("ett_view", "add"),
+            "usize" => ("int64_t", ""),
+            "bool" | "Metric" => ("int32_t", ""),
+            "f64" => ("double", ""),
+            "Unary" => ("ett_unary", ""),
+            other => panic!("{name}: the header has no type for {other}"),
+        };
+        Field { name: name.into(), ty: ty.into(), access: format!("{access}{optional}") }
+    }
+
+    /// Where a header and the table of kernels first differ.
+    fn difference(header: &str) -> Option<String> {
+        let found = match parse(header) {
+            Ok(found) => found,
+            Err(e) => return Some(e),
+        };
+        for (i, (kernel, fields)) in KERNELS.iter().enumerate() {
+            let want = Struct {
+                kernel: kernel.to_string(),
+                fields: fields.iter().map(|(name, ty)| in_c(name, ty)).collect(),
+            };
+            match found.get(i) {
+                Some(s) if *s == want => {}
+                s => return Some(format!("struct {i} is {s:?}, wanted {want:?}")),
+            }
+        }
+        (found.len() > KERNELS.len()).then(|| format!("{} structs, wanted {}", found.len(), KERNELS.len()))
+    }
+
+    /// The number that the header gives a constant.
+    fn constant(name: &str) -> i64 {
+        let number = HEADER.lines().find_map(|l| {
+            let l = l.trim().strip_prefix("#define ").unwrap_or(l.trim());
+            let rest = l.strip_prefix(name)?.strip_prefix([' '])?.trim_start_matches(['=', ' ']);
+            rest.split([',', ' ', '/']).next()?.parse().ok()
+        });
+        number.unwrap_or_else(|| panic!("the header has no {name}"))
+    }
+
+    #[test]
+    fn header_mirrors_the_contract() {
+        assert_eq!(difference(HEADER), None);
+    }
+
+    #[test]
+    fn a_change_of_the_header_is_seen() {
+        let adamw = "    ett_view master;        // add  [n]; acc; updated\n    ett_view grad;          // in   [n]; acc\n";
+        let (first, second) = adamw.split_at(adamw.find("    ett_view grad").expect("second line"));
+        let swapped = format!("{second}{first}");
+        for (what, from, to) in [
+            ("swapped fields", adamw, &swapped[..]),
+            ("a field of another name", "ett_view gate_up; ", "ett_view up_gate; "),
+            ("a field of another type", "    int64_t kv_heads; ", "    int32_t kv_heads; "),
+            ("another access", "ett_view running_mean;  // add ", "ett_view running_mean;  // out "),
+            ("an optional field required", "// in?  [N, C]; act; gradient", "// in   [N, C]; act; gradient"),
+            ("a missing field", "    double theta; ", "    // double theta; "),
+            ("a new field", "    double theta; ", "    double theta2;  // new\n    double theta; "),
+            ("a missing comment", "ett_view gate_up;       //", "ett_view gate_up;    "),
+            ("another struct", "typedef struct ett_rope_args {", "typedef struct ett_rop_args {"),
+            ("another end of a struct", "} ett_rope_args;", "} ett_rop_args;"),
+            ("a missing launcher", "int32_t ett_rope(const ett_rope_args* args, ett_stream stream);\n", ""),
+            (
+                "another launcher",
+                "int32_t ett_rope(const ett_rope_args*",
+                "int32_t ett_rope(const ett_add_args*",
+            ),
+        ] {
+            assert!(HEADER.contains(from), "{what}: the header has no {from:?}");
+            assert!(difference(&HEADER.replacen(from, to, 1)).is_some(), "{what}");
+        }
+        let start = HEADER.find("typedef struct ett_matmul_args").expect("the first struct");
+        let end = HEADER[start..].find("ett_stream stream);\n").expect("its launcher") + start + 20;
+        let (head, matmul, tail) = (&HEADER[..start], &HEADER[start..end], &HEADER[end..]);
+        assert!(difference(&format!("{head}{tail}")).is_some(), "a missing kernel");
+        let extra = matmul.replace("ett_matmul", "ett_matmul2");
+        assert!(difference(&format!("{HEADER}{extra}")).is_some(), "an extra kernel");
+        let next = tail.find("ett_stream stream);\n").expect("the second kernel") + 20;
+        let moved = format!("{head}{}{matmul}{}", &tail[..next], &tail[next..]);
+        assert!(difference(&moved).is_some(), "kernels in another order");
+    }
+
+    #[test]
+    fn constants_mirror_the_enumerations() {
+        for (name, value) in [
+            ("ETT_F64", DType::F64),
+            ("ETT_F32", DType::F32),
+            ("ETT_BF16", DType::Bf16),
+            ("ETT_I32", DType::I32),
+        ] {
+            assert_eq!(constant(name), value as i64, "{name}");
+        }
+        for (name, value) in [("ETT_METRIC_DOT", Metric::Dot), ("ETT_METRIC_L2", Metric::L2)] {
+            assert_eq!(constant(name), value as i64, "{name}");
+        }
+        for f in [Unary::Silu, Unary::Gelu, Unary::Relu, Unary::LeakyRelu(0.2)] {
+            let (name, value) = match f {
+                Unary::Silu => ("ETT_UNARY_SILU", 0),
+                Unary::Gelu => ("ETT_UNARY_GELU", 1),
+                Unary::Relu => ("ETT_UNARY_RELU", 2),
+                Unary::LeakyRelu(_) => ("ETT_UNARY_LEAKY_RELU", 3),
+            };
+            assert_eq!(constant(name), value, "{name}");
+        }
+        let at = |name: &str| constant(&format!("ETT_STATE_{name}")) as usize;
+        assert_eq!(at("GROUPS"), Slot::GROUPS);
+        assert_eq!(at("LOSSES"), Slot::LOSSES);
+        assert_eq!(at("LEN"), Slot::LEN);
+        for g in [0, 1, Slot::GROUPS - 1] {
+            let row = g * at("STRIDE");
+            assert_eq!(row + at("RATE"), Slot::Rate(g).index());
+            assert_eq!(row + at("BIAS1"), Slot::Bias1(g).index());
+            assert_eq!(row + at("BIAS2"), Slot::Bias2(g).index());
+            assert_eq!(row + at("CLIP"), Slot::Clip(g).index());
+        }
+        assert_eq!(at("WEIGHT"), Slot::Weight(0).index());
+        assert_eq!(at("WEIGHT") + 5, Slot::Weight(5).index());
+        assert_eq!(at("INV_TOKENS"), Slot::InvTokens.index());
+        assert_eq!(at("INV_CODES"), Slot::InvCodes.index());
+    }
+
+    #[test]
+    fn status_codes_have_names() {
+        for (name, text) in [
+            ("ETT_OK", "ok"),
+            ("ETT_BAD_ARGUMENT", "bad argument"),
+            ("ETT_UNSUPPORTED", "unsupported"),
+            ("ETT_CUDA_ERROR", "CUDA error"),
+        ] {
+            assert_eq!(status_name(constant(name) as i32), text);
+        }
+        assert_eq!(status_name(-1), "unknown status");
+        assert_eq!(status_name(i32::MAX), "unknown status");
+        assert_eq!(i64::from(version()), constant("ETT_ABI_VERSION"));
+    }
+}

@@ -1,0 +1,1010 @@
+//! The table of kernels: every function a device must compute, with its arguments in the order of the C
+//! header. Letters: B batch, T tokens of a sequence, N rows of a flat batch, C channels, H heads, D head
+//! or code dimension, K codes, M visual tokens, V vocabulary, F MLP width, S sequences, G groups.
+//!
+//! `act` tensors hold the run's activation type, `acc` its accumulator type ([`crate::tensor::Precision`]);
+//! sums are formed in `acc`. Every kernel gives the same bits when called again with the same input.
+
+use super::{Acc, Access, Args, Cost, Device, Field, In, Out, Stream};
+use crate::error::Result;
+
+/// Element-wise functions.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Unary {
+    /// x * sigmoid(x).
+    Silu,
+    /// x * Phi(x), exact.
+    Gelu,
+    /// max(x, 0); derivative 0 at 0.
+    Relu,
+    /// x if x > 0, else slope * x.
+    LeakyRelu(f64),
+}
+impl Field for Unary {}
+
+/// How a code is scored against a token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Metric {
+    /// z . e, larger is better.
+    Dot,
+    /// -|z - e|^2, larger is better.
+    L2,
+}
+impl Field for Metric {}
+
+/// Calls `$cb!` with the table of kernels.
+macro_rules! kernel_table {
+    ($cb:ident) => {
+        $cb! {
+// ---- products ------------------------------------------------------------------------------------------
+/// `y = op(a) op(b) + bias`, where `op` transposes if asked; `op(a)` is `[N, C]`, `op(b)` is `[C, O]`.
+/// A linear layer with weights `[O, C]` is `ta = false, tb = true`.
+products: matmul(Matmul<'a>) flop |s| 2 * s.y.0.dims.numel() * inner(&s.a, s.ta) => {
+    /// `[N, C]`, or `[C, N]` if `ta`; act.
+    a: In<'a>,
+    /// `[C, O]`, or `[O, C]` if `tb`; act.
+    b: In<'a>,
+    /// Transpose `a`.
+    ta: bool,
+    /// Transpose `b`.
+    tb: bool,
+    /// `[O]`; act.
+    bias: Option<In<'a>>,
+    /// `[N, O]`; act.
+    y: Out<'a>,
+}
+/// `y += op(a) op(b)` in the accumulator type: weight gradients.
+products: matmul_acc(MatmulAcc<'a>) flop |s| 2 * s.y.0.dims.numel() * inner(&s.a, s.ta) => {
+    /// As in `matmul`; act.
+    a: In<'a>,
+    /// As in `matmul`; act.
+    b: In<'a>,
+    /// Transpose `a`.
+    ta: bool,
+    /// Transpose `b`.
+    tb: bool,
+    /// `[N, O]`; acc.
+    y: Acc<'a>,
+}
+/// `y[c] += sum_n x[n, c]`: bias gradients.
+products: col_sum(ColSum<'a>) flop |s| s.x.dims.numel() => {
+    /// `[N, C]`; act.
+    x: In<'a>,
+    /// `[C]`; acc.
+    y: Acc<'a>,
+}
+
+// ---- convolution ---------------------------------------------------------------------------------------
+/// Two-dimensional convolution; padding at the bottom and right is whatever the size of `y` implies.
+/// `y[b,i,j,o] = bias[o] + sum_{u,v,c} x[b, i*stride + u - pad_top, j*stride + v - pad_left, c] w[o,u,v,c]`.
+conv: conv2d_fwd(Conv2dFwd<'a>) flop |s| 2 * s.y.0.dims.rows() * s.w.dims.numel() => {
+    /// `[B, H, W, C]`; act.
+    x: In<'a>,
+    /// `[O, kh, kw, C]`; act.
+    w: In<'a>,
+    /// `[O]`; act.
+    bias: Option<In<'a>>,
+    /// `[B, H', W', O]`; act.
+    y: Out<'a>,
+    /// Step between outputs.
+    stride: usize,
+    /// Zero rows above.
+    pad_top: usize,
+    /// Zero columns to the left.
+    pad_left: usize,
+}
+/// Gradient of `conv2d_fwd` for its input.
+conv: conv2d_bwd_data(Conv2dBwdData<'a>) flop |s| 2 * s.dy.dims.rows() * s.w.dims.numel() => {
+    /// `[B, H', W', O]`; act.
+    dy: In<'a>,
+    /// `[O, kh, kw, C]`; act.
+    w: In<'a>,
+    /// `[B, H, W, C]`; act.
+    dx: Out<'a>,
+    /// As in the forward.
+    stride: usize,
+    /// As in the forward.
+    pad_top: usize,
+    /// As in the forward.
+    pad_left: usize,
+}
+/// Gradient of `conv2d_fwd` for weights and bias.
+conv: conv2d_bwd_weight(Conv2dBwdWeight<'a>) flop |s| 2 * s.dy.dims.rows() * s.dw.0.dims.numel() => {
+    /// `[B, H, W, C]`; act.
+    x: In<'a>,
+    /// `[B, H', W', O]`; act.
+    dy: In<'a>,
+    /// `[O, kh, kw, C]`; acc.
+    dw: Acc<'a>,
+    /// `[O]`; acc.
+    db: Option<Acc<'a>>,
+    /// As in the forward.
+    stride: usize,
+    /// As in the forward.
+    pad_top: usize,
+    /// As in the forward.
+    pad_left: usize,
+}
+/// `y[b, i, j, c] = x[b, i/2, j/2, c]`: nearest up-sampling by two.
+resample: upsample2x_fwd(Upsample2xFwd<'a>) flop |s| s.y.0.dims.numel() => {
+    /// `[B, H, W, C]`; act.
+    x: In<'a>,
+    /// `[B, 2H, 2W, C]`; act.
+    y: Out<'a>,
+}
+/// Gradient of `upsample2x_fwd`: sums of four.
+resample: upsample2x_bwd(Upsample2xBwd<'a>) flop |s| s.dy.dims.numel() => {
+    /// `[B, 2H, 2W, C]`; act.
+    dy: In<'a>,
+    /// `[B, H, W, C]`; act.
+    dx: Out<'a>,
+}
+/// 2x2 maximum, stride 2; an odd last row or column is dropped.
+resample: max_pool2x2_fwd(MaxPool2x2Fwd<'a>) flop |s| s.x.dims.numel() => {
+    /// `[B, H, W, C]`; act.
+    x: In<'a>,
+    /// `[B, H/2, W/2, C]`; act.
+    y: Out<'a>,
+}
+/// Gradient of `max_pool2x2_fwd`; ties go to the first element in row order, dropped rows get 0.
+resample: max_pool2x2_bwd(MaxPool2x2Bwd<'a>) flop |s| s.x.dims.numel() => {
+    /// `[B, H/2, W/2, C]`; act.
+    dy: In<'a>,
+    /// `[B, H, W, C]`; act.
+    x: In<'a>,
+    /// `[B, H, W, C]`; act.
+    dx: Out<'a>,
+}
+
+// ---- norms ---------------------------------------------------------------------------------------------
+/// GroupNorm over `G` groups of channels, then SiLU if asked.
+/// `y = act((x - mean) * rstd * w + b)`, `rstd = 1 / sqrt(var + eps)`, biased variance.
+norm: group_norm_fwd(GroupNormFwd<'a>) flop |s| 8 * s.x.dims.numel() => {
+    /// `[B, H, W, C]`; act.
+    x: In<'a>,
+    /// `[C]`; act.
+    w: In<'a>,
+    /// `[C]`; act.
+    b: In<'a>,
+    /// `[B, H, W, C]`; act.
+    y: Out<'a>,
+    /// `[B, G]`; acc.
+    mean: Out<'a>,
+    /// `[B, G]`; acc.
+    rstd: Out<'a>,
+    /// Added to the variance.
+    eps: f64,
+    /// Apply SiLU.
+    silu: bool,
+}
+/// Gradient of `group_norm_fwd`; the normalised values are recomputed from `x`.
+norm: group_norm_bwd(GroupNormBwd<'a>) flop |s| 16 * s.x.dims.numel() => {
+    /// `[B, H, W, C]`; act.
+    dy: In<'a>,
+    /// `[B, H, W, C]`; act.
+    x: In<'a>,
+    /// `[C]`; act.
+    w: In<'a>,
+    /// `[C]`; act.
+    b: In<'a>,
+    /// `[B, G]`; acc.
+    mean: In<'a>,
+    /// `[B, G]`; acc.
+    rstd: In<'a>,
+    /// `[B, H, W, C]`; act.
+    dx: Out<'a>,
+    /// `[C]`; acc.
+    dw: Option<Acc<'a>>,
+    /// `[C]`; acc.
+    db: Option<Acc<'a>>,
+    /// SiLU was applied.
+    silu: bool,
+}
+/// `s = x + residual` (or `x`), `y = s * rstd * w` with `rstd = 1 / sqrt(mean(s^2) + eps)`; `s * rstd` is
+/// rounded to act before it meets `w`. Statistics are taken of `s` as rounded to act.
+norm: rms_norm_fwd(RmsNormFwd<'a>) flop |s| 4 * s.x.dims.numel() => {
+    /// `[N, C]`; act.
+    x: In<'a>,
+    /// `[N, C]`; act.
+    residual: Option<In<'a>>,
+    /// `[C]`; act.
+    w: In<'a>,
+    /// `[N, C]`; act; the sum, present if `residual` is.
+    sum: Option<Out<'a>>,
+    /// `[N, C]`; act.
+    y: Out<'a>,
+    /// `[N]`; acc.
+    rstd: Out<'a>,
+    /// Added to the mean square.
+    eps: f64,
+}
+/// Gradient of `rms_norm_fwd` for `s`: `dx = d(norm)/ds . dy + dsum`. It is the gradient of both summands.
+norm: rms_norm_bwd(RmsNormBwd<'a>) flop |s| 8 * s.x.dims.numel() => {
+    /// `[N, C]`; act.
+    dy: In<'a>,
+    /// `[N, C]`; act; gradient that reached the sum by other ways.
+    dsum: Option<In<'a>>,
+    /// `[N, C]`; act; `s` of the forward.
+    x: In<'a>,
+    /// `[C]`; act.
+    w: In<'a>,
+    /// `[N]`; acc.
+    rstd: In<'a>,
+    /// `[N, C]`; act.
+    dx: Out<'a>,
+    /// `[C]`; acc.
+    dw: Option<Acc<'a>>,
+}
+/// LayerNorm over the last dimension, biased variance.
+norm: layer_norm_fwd(LayerNormFwd<'a>) flop |s| 6 * s.x.dims.numel() => {
+    /// `[N, C]`; act.
+    x: In<'a>,
+    /// `[C]`; act.
+    w: In<'a>,
+    /// `[C]`; act.
+    b: In<'a>,
+    /// `[N, C]`; act.
+    y: Out<'a>,
+    /// `[N]`; acc.
+    mean: Out<'a>,
+    /// `[N]`; acc.
+    rstd: Out<'a>,
+    /// Added to the variance.
+    eps: f64,
+}
+/// Gradient of `layer_norm_fwd`.
+norm: layer_norm_bwd(LayerNormBwd<'a>) flop |s| 10 * s.x.dims.numel() => {
+    /// `[N, C]`; act.
+    dy: In<'a>,
+    /// `[N, C]`; act.
+    x: In<'a>,
+    /// `[C]`; act.
+    w: In<'a>,
+    /// `[N]`; acc.
+    mean: In<'a>,
+    /// `[N]`; acc.
+    rstd: In<'a>,
+    /// `[N, C]`; act.
+    dx: Out<'a>,
+    /// `[C]`; acc.
+    dw: Option<Acc<'a>>,
+    /// `[C]`; acc.
+    db: Option<Acc<'a>>,
+}
+/// BatchNorm with the statistics of this batch, then LeakyReLU (`slope` 1: none).
+norm: batch_norm_fwd(BatchNormFwd<'a>) flop |s| 8 * s.x.dims.numel() => {
+    /// `[N, C]`, rows are all pixels of the batch; act.
+    x: In<'a>,
+    /// `[C]`; act.
+    w: In<'a>,
+    /// `[C]`; act.
+    b: In<'a>,
+    /// `[N, C]`; act.
+    y: Out<'a>,
+    /// `[C]`; acc.
+    mean: Out<'a>,
+    /// `[C]`; acc; biased.
+    var: Out<'a>,
+    /// Added to the variance.
+    eps: f64,
+    /// Slope below zero.
+    slope: f64,
+}
+/// Gradient of `batch_norm_fwd`, through the statistics too.
+norm: batch_norm_bwd(BatchNormBwd<'a>) flop |s| 16 * s.x.dims.numel() => {
+    /// `[N, C]`; act.
+    dy: In<'a>,
+    /// `[N, C]`; act.
+    x: In<'a>,
+    /// `[C]`; act.
+    w: In<'a>,
+    /// `[C]`; act.
+    b: In<'a>,
+    /// `[C]`; acc.
+    mean: In<'a>,
+    /// `[C]`; acc; biased.
+    var: In<'a>,
+    /// `[N, C]`; act.
+    dx: Out<'a>,
+    /// `[C]`; acc.
+    dw: Option<Acc<'a>>,
+    /// `[C]`; acc.
+    db: Option<Acc<'a>>,
+    /// As in the forward.
+    eps: f64,
+    /// As in the forward.
+    slope: f64,
+}
+/// `running = (1 - momentum) * running + momentum * batch`, the variance as the unbiased estimate. A channel
+/// whose batch value is not finite keeps its old one.
+norm: batch_norm_running(BatchNormRunning<'a>) flop |s| 4 * s.mean.dims.numel() => {
+    /// `[C]`; acc.
+    mean: In<'a>,
+    /// `[C]`; acc; biased.
+    var: In<'a>,
+    /// `[C]`; acc; updated.
+    running_mean: Acc<'a>,
+    /// `[C]`; acc; updated.
+    running_var: Acc<'a>,
+    /// Rows the statistics were taken over.
+    rows: usize,
+    /// Weight of the new value.
+    momentum: f64,
+}
+/// `y = x / max(|x|, eps)` row by row.
+norm: l2_norm_fwd(L2NormFwd<'a>) flop |s| 3 * s.x.dims.numel() => {
+    /// `[N, D]`; act.
+    x: In<'a>,
+    /// `[N, D]`; act.
+    y: Out<'a>,
+    /// `[N]`; acc; max(|x|, eps).
+    norm: Out<'a>,
+    /// Least norm.
+    eps: f64,
+}
+/// Gradient of `l2_norm_fwd`: `(dy - y (y . dy)) / norm`, or `dy / norm` where the norm was raised to eps.
+/// Exactly one of `dx` and `dx_acc` is present.
+norm: l2_norm_bwd(L2NormBwd<'a>) flop |s| 5 * s.x.dims.numel() => {
+    /// `[N, D]`; act or acc.
+    dy: In<'a>,
+    /// `[N, D]`; act.
+    x: In<'a>,
+    /// `[N]`; acc.
+    norm: In<'a>,
+    /// `[N, D]`; act.
+    dx: Option<Out<'a>>,
+    /// `[N, D]`; acc.
+    dx_acc: Option<Acc<'a>>,
+    /// As in the forward.
+    eps: f64,
+}
+
+// ---- pointwise -----------------------------------------------------------------------------------------
+/// `y = f(x)`.
+pointwise: unary_fwd(UnaryFwd<'a>) flop |s| 4 * s.x.dims.numel() => {
+    /// Any shape; act.
+    x: In<'a>,
+    /// Same shape; act.
+    y: Out<'a>,
+    /// The function.
+    f: Unary,
+}
+/// `dx = dy * f'(x)`.
+pointwise: unary_bwd(UnaryBwd<'a>) flop |s| 8 * s.x.dims.numel() => {
+    /// Any shape; act.
+    dy: In<'a>,
+    /// Same shape; act.
+    x: In<'a>,
+    /// Same shape; act.
+    dx: Out<'a>,
+    /// The function.
+    f: Unary,
+}
+/// `y = a + b`.
+pointwise: add(Add<'a>) flop |s| s.a.dims.numel() => {
+    /// Any shape; act.
+    a: In<'a>,
+    /// Same shape; act.
+    b: In<'a>,
+    /// Same shape; act.
+    y: Out<'a>,
+}
+/// `y += x`; the element types may differ.
+pointwise: accumulate(Accumulate<'a>) flop |s| s.x.dims.numel() => {
+    /// `[N, C]`, any float type.
+    x: In<'a>,
+    /// `[N, C]`, any float type.
+    y: Acc<'a>,
+}
+/// `y = x`, rounded to the type of `y`; both may be column slices.
+pointwise: cast(Cast<'a>) flop |_s| 0 => {
+    /// `[N, C]`, any float type.
+    x: In<'a>,
+    /// `[N, C]`, any float type.
+    y: Out<'a>,
+}
+/// `y = value`.
+pointwise: fill(Fill<'a>) flop |_s| 0 => {
+    /// Any shape and type.
+    y: Out<'a>,
+    /// The value.
+    value: f64,
+}
+/// `y = (x - shift) / scale`, channel by channel.
+pointwise: channel_affine_fwd(ChannelAffineFwd<'a>) flop |s| 2 * s.x.dims.numel() => {
+    /// `[N, C]`; act.
+    x: In<'a>,
+    /// `[C]`; act.
+    shift: In<'a>,
+    /// `[C]`; act.
+    scale: In<'a>,
+    /// `[N, C]`; act.
+    y: Out<'a>,
+}
+/// `dx = dy / scale`.
+pointwise: channel_affine_bwd(ChannelAffineBwd<'a>) flop |s| s.dy.dims.numel() => {
+    /// `[N, C]`; act.
+    dy: In<'a>,
+    /// `[C]`; act.
+    scale: In<'a>,
+    /// `[N, C]`; act.
+    dx: Out<'a>,
+}
+/// `y = silu(gate) * up`.
+pointwise: swiglu_fwd(SwigluFwd<'a>) flop |s| 5 * s.y.0.dims.numel() => {
+    /// `[N, 2F]`: gate, then up; act.
+    gate_up: In<'a>,
+    /// `[N, F]`; act.
+    y: Out<'a>,
+}
+/// Gradient of `swiglu_fwd`.
+pointwise: swiglu_bwd(SwigluBwd<'a>) flop |s| 10 * s.dy.dims.numel() => {
+    /// `[N, F]`; act.
+    dy: In<'a>,
+    /// `[N, 2F]`; act.
+    gate_up: In<'a>,
+    /// `[N, 2F]`; act.
+    dgate_up: Out<'a>,
+}
+/// Rotary embedding, half-split: for the first `heads` heads of `D` columns, dimensions `d` and `d + D/2`
+/// turn by `position * theta^(-2d/D)`; further columns are copied. The gradient is the inverse rotation.
+pointwise: rope(Rope<'a>) flop |s| 3 * s.x.dims.numel() => {
+    /// `[N, >= heads*D]`; act.
+    x: In<'a>,
+    /// `[N]`; i32.
+    position: In<'a>,
+    /// Same shape as `x`; act.
+    y: Out<'a>,
+    /// Heads to rotate.
+    heads: usize,
+    /// Head dimension, even.
+    head_dim: usize,
+    /// Base of the angles; they are formed in float32 (float64 for the oracle).
+    theta: f64,
+    /// Turn backwards.
+    inverse: bool,
+}
+
+// ---- rows ----------------------------------------------------------------------------------------------
+/// `y[n] = table[idx[n]]`; a negative index gives a row of zeros.
+gather: gather_fwd(GatherFwd<'a>) flop |_s| 0 => {
+    /// `[R, C]`; act.
+    table: In<'a>,
+    /// `[N]`; i32.
+    idx: In<'a>,
+    /// `[N, C]`; act.
+    y: Out<'a>,
+}
+/// `dtable[idx[n]] += dy[n]`, in the order of n; negative indices are skipped.
+gather: gather_bwd(GatherBwd<'a>) flop |s| s.dy.dims.numel() => {
+    /// `[N, C]`; act.
+    dy: In<'a>,
+    /// `[N]`; i32.
+    idx: In<'a>,
+    /// `[R, C]`; acc.
+    dtable: Acc<'a>,
+}
+
+// ---- attention -----------------------------------------------------------------------------------------
+/// Softmax attention over a flat batch of sequences; query head h reads key/value head `h / (heads/kv_heads)`.
+/// Causal masks align the ends: query i of T sees keys up to `i + Tk - T`.
+attention: attention_fwd(AttentionFwd<'a>) flop |s| attention_flop(2, s.max_q, s.max_k, s.cu_q, s.heads, s.head_dim, s.causal) => {
+    /// `[N, heads*D]`; act.
+    q: In<'a>,
+    /// `[Nk, kv_heads*D]`; act.
+    k: In<'a>,
+    /// `[Nk, kv_heads*D]`; act.
+    v: In<'a>,
+    /// `[S+1]` sequence offsets into N; i32. Rows past the last offset are padding: `y` is 0 there.
+    cu_q: In<'a>,
+    /// `[S+1]` sequence offsets into Nk; i32.
+    cu_k: In<'a>,
+    /// `[N, heads*D]`; act.
+    y: Out<'a>,
+    /// `[N, heads]` log-sum-exp of the scaled scores; acc.
+    lse: Out<'a>,
+    /// Query heads.
+    heads: usize,
+    /// Key/value heads; divides `heads`.
+    kv_heads: usize,
+    /// Head dimension.
+    head_dim: usize,
+    /// Longest query sequence.
+    max_q: usize,
+    /// Longest key sequence.
+    max_k: usize,
+    /// Factor on the scores.
+    scale: f64,
+    /// Mask the future.
+    causal: bool,
+}
+/// Gradient of `attention_fwd`; probabilities are recomputed from `lse`.
+attention: attention_bwd(AttentionBwd<'a>) flop |s| attention_flop(5, s.max_q, s.max_k, s.cu_q, s.heads, s.head_dim, s.causal) => {
+    /// `[N, heads*D]`; act.
+    dy: In<'a>,
+    /// As in the forward.
+    q: In<'a>,
+    /// As in the forward.
+    k: In<'a>,
+    /// As in the forward.
+    v: In<'a>,
+    /// `[N, heads*D]`, the forward's output; act.
+    y: In<'a>,
+    /// `[N, heads]`; acc.
+    lse: In<'a>,
+    /// As in the forward.
+    cu_q: In<'a>,
+    /// As in the forward.
+    cu_k: In<'a>,
+    /// Shape of `q`, 0 in padding rows; act.
+    dq: Out<'a>,
+    /// Shape of `k`, 0 in padding rows; act.
+    dk: Out<'a>,
+    /// Shape of `v`, 0 in padding rows; act.
+    dv: Out<'a>,
+    /// As in the forward.
+    heads: usize,
+    /// As in the forward.
+    kv_heads: usize,
+    /// As in the forward.
+    head_dim: usize,
+    /// As in the forward.
+    max_q: usize,
+    /// As in the forward.
+    max_k: usize,
+    /// As in the forward.
+    scale: f64,
+    /// As in the forward.
+    causal: bool,
+}
+
+// ---- losses --------------------------------------------------------------------------------------------
+/// Cross-entropy of a linear layer without its logits: `loss = scale * sum_n (lse_n - x_n . w[target_n])`
+/// over rows with `target >= 0`. Logits exist a tile at a time.
+xent: linear_xent_fwd(LinearXentFwd<'a>) flop |s| 2 * s.x.dims.numel() * s.w.dims.rows() => {
+    /// `[N, C]`; act.
+    x: In<'a>,
+    /// `[V, C]`; act.
+    w: In<'a>,
+    /// `[N]`; i32; -1: not supervised.
+    target: In<'a>,
+    /// `[1]`: one over the supervised rows of the whole batch; acc.
+    scale: In<'a>,
+    /// `[N]` log-sum-exp, 0 in unsupervised rows; acc.
+    lse: Out<'a>,
+    /// `[1]`; acc.
+    loss: Out<'a>,
+}
+/// Gradient of `linear_xent_fwd`; logits are recomputed tile by tile.
+xent: linear_xent_bwd(LinearXentBwd<'a>) flop |s| 6 * s.x.dims.numel() * s.w.dims.rows() => {
+    /// `[N, C]`; act.
+    x: In<'a>,
+    /// `[V, C]`; act.
+    w: In<'a>,
+    /// `[N]`; i32.
+    target: In<'a>,
+    /// `[1]`; acc.
+    scale: In<'a>,
+    /// `[N]`; acc.
+    lse: In<'a>,
+    /// `[1]` gradient of the loss; acc.
+    g: In<'a>,
+    /// `[N, C]`, 0 in unsupervised rows; act.
+    dx: Out<'a>,
+    /// `[V, C]`; acc.
+    dw: Option<Acc<'a>>,
+}
+/// `loss += scale * sum |a - b|`.
+losses: l1_fwd(L1Fwd<'a>) flop |s| 3 * s.a.dims.numel() => {
+    /// Any shape; act.
+    a: In<'a>,
+    /// Same shape; act.
+    b: In<'a>,
+    /// `[1]`; acc.
+    loss: Acc<'a>,
+    /// Factor on the sum.
+    scale: f64,
+}
+/// `da = g * scale * sign(a - b)`, 0 where equal.
+losses: l1_bwd(L1Bwd<'a>) flop |s| 3 * s.a.dims.numel() => {
+    /// Any shape; act.
+    a: In<'a>,
+    /// Same shape; act.
+    b: In<'a>,
+    /// `[1]`; acc.
+    g: In<'a>,
+    /// Same shape; act.
+    da: Out<'a>,
+    /// As in the forward.
+    scale: f64,
+}
+/// One layer of LPIPS: `loss += scale * sum_p sum_c w[c] (n0 - n1)^2` over pixels p, with
+/// `n = f / (sqrt(sum_c f^2) + eps)`.
+losses: lpips_fwd(LpipsFwd<'a>) flop |s| 8 * s.f0.dims.numel() => {
+    /// `[P, C]` features of the reference; act.
+    f0: In<'a>,
+    /// `[P, C]` features of the reconstruction; act.
+    f1: In<'a>,
+    /// `[C]`; act.
+    w: In<'a>,
+    /// `[1]`; acc.
+    loss: Acc<'a>,
+    /// Added to the norm.
+    eps: f64,
+    /// Factor on the sum.
+    scale: f64,
+}
+/// Gradient of `lpips_fwd` for `f1`; 0 where all of a pixel's features are 0.
+losses: lpips_bwd(LpipsBwd<'a>) flop |s| 12 * s.f0.dims.numel() => {
+    /// `[P, C]`; act.
+    f0: In<'a>,
+    /// `[P, C]`; act.
+    f1: In<'a>,
+    /// `[C]`; act.
+    w: In<'a>,
+    /// `[1]`; acc.
+    g: In<'a>,
+    /// `[P, C]`; act.
+    df1: Out<'a>,
+    /// As in the forward.
+    eps: f64,
+    /// As in the forward.
+    scale: f64,
+}
+/// Generator's adversarial loss: `loss += scale * sum_b softplus(-mean_p x[b, p])`.
+losses: gan_generator_fwd(GanGeneratorFwd<'a>) flop |s| s.x.dims.numel() => {
+    /// `[B, P]` patch logits of each image; act.
+    x: In<'a>,
+    /// `[1]`; acc.
+    loss: Acc<'a>,
+    /// Factor on the sum.
+    scale: f64,
+}
+/// Gradient of `gan_generator_fwd`.
+losses: gan_generator_bwd(GanGeneratorBwd<'a>) flop |s| 2 * s.x.dims.numel() => {
+    /// `[B, P]`; act.
+    x: In<'a>,
+    /// `[1]`; acc.
+    g: In<'a>,
+    /// `[B, P]`; act.
+    dx: Out<'a>,
+    /// As in the forward.
+    scale: f64,
+}
+/// Hinge: `loss += scale * sum relu(1 - x)` for real logits, `relu(1 + x)` for fake ones.
+losses: hinge_fwd(HingeFwd<'a>) flop |s| 2 * s.x.dims.numel() => {
+    /// Any shape; act.
+    x: In<'a>,
+    /// `[1]`; acc.
+    loss: Acc<'a>,
+    /// Real or fake.
+    real: bool,
+    /// Factor on the sum.
+    scale: f64,
+}
+/// Gradient of `hinge_fwd`; 0 at the kink.
+losses: hinge_bwd(HingeBwd<'a>) flop |s| 2 * s.x.dims.numel() => {
+    /// Any shape; act.
+    x: In<'a>,
+    /// `[1]`; acc.
+    g: In<'a>,
+    /// Same shape; act.
+    dx: Out<'a>,
+    /// As in the forward.
+    real: bool,
+    /// As in the forward.
+    scale: f64,
+}
+/// New LeCAM averages: `out = decay * ema + (1 - decay) * (mean(real), mean(fake))`. An average whose new value
+/// is not finite keeps its old one.
+losses: lecam_update(LecamUpdate<'a>) flop |s| 2 * s.real.dims.numel() => {
+    /// Any shape; act.
+    real: In<'a>,
+    /// Any shape; act.
+    fake: In<'a>,
+    /// `[2]` averages of the real and the fake logits; acc.
+    ema: In<'a>,
+    /// `[2]`; acc.
+    out: Out<'a>,
+    /// Weight of the old value.
+    decay: f64,
+}
+/// LeCAM: `loss += mean(relu(real - ema[1])^2) + mean(relu(ema[0] - fake)^2)`.
+losses: lecam_fwd(LecamFwd<'a>) flop |s| 6 * s.real.dims.numel() => {
+    /// Any shape; act.
+    real: In<'a>,
+    /// Any shape; act.
+    fake: In<'a>,
+    /// `[2]` averages that have taken in this batch; acc.
+    ema: In<'a>,
+    /// `[1]`; acc.
+    loss: Acc<'a>,
+}
+/// Gradient of `lecam_fwd`; the averages are constants.
+losses: lecam_bwd(LecamBwd<'a>) flop |s| 6 * s.real.dims.numel() => {
+    /// Any shape; act.
+    real: In<'a>,
+    /// Any shape; act.
+    fake: In<'a>,
+    /// `[2]`; acc.
+    ema: In<'a>,
+    /// `[1]`; acc.
+    g: In<'a>,
+    /// Shape of `real`; act.
+    dreal: Out<'a>,
+    /// Shape of `fake`; act.
+    dfake: Out<'a>,
+}
+
+// ---- quantizer (docs/quantizer.md) ---------------------------------------------------------------------
+/// The best code of each token; ties to the smallest index, NaN below all numbers, an all-NaN row gives 0.
+codebook: nearest(Nearest<'a>) flop |s| 2 * s.z.dims.numel() * s.e.dims.rows() => {
+    /// `[M, D]`; act.
+    z: In<'a>,
+    /// `[K, D]`; act.
+    e: In<'a>,
+    /// `[M]`; i32.
+    idx: Out<'a>,
+    /// How codes are scored.
+    metric: Metric,
+}
+/// Row statistics of `S = z E^T`, in one sweep over the codes. With `t` the best code and
+/// `x_j = (S_j - S_t) / temperature`: `rest_p = sum_{j != t} exp(S_j - S_t)`, `rest_q = sum_{j != t} exp(x_j)`,
+/// `xbar = sum_j q_j x_j`.
+codebook: ibq_rows(IbqRows<'a>) flop |s| 2 * s.z.dims.numel() * s.e.dims.rows() => {
+    /// `[M, D]`; act.
+    z: In<'a>,
+    /// `[K, D]`; act.
+    e: In<'a>,
+    /// `[M]`; i32; as `nearest` with the dot product.
+    idx: Out<'a>,
+    /// `[M]` score of the best code; acc.
+    smax: Out<'a>,
+    /// `[M]`; acc.
+    rest_p: Out<'a>,
+    /// `[M]`; acc.
+    rest_q: Out<'a>,
+    /// `[M]`; acc.
+    xbar: Out<'a>,
+    /// `[1]` count of rows without a finite score; acc.
+    bad: Acc<'a>,
+    /// T of the entropies.
+    temperature: f64,
+}
+/// Undivided column sums `sum_i q_ij`, so that ranks can add theirs.
+codebook: ibq_cols(IbqCols<'a>) flop |s| 2 * s.z.dims.numel() * s.e.dims.rows() => {
+    /// `[M, D]`; act.
+    z: In<'a>,
+    /// `[K, D]`; act.
+    e: In<'a>,
+    /// `[M]`; acc.
+    smax: In<'a>,
+    /// `[M]`; acc.
+    rest_q: In<'a>,
+    /// `[K]`; acc.
+    col: Out<'a>,
+    /// T of the entropies.
+    temperature: f64,
+}
+/// Values: `zq = E[idx]`, `quant = (1 + beta_commit + beta_code) * inv_count/D * sum (zq - z)^2`,
+/// `sample = inv_count * sum_i H_i`, `avg = -sum_j a_j log(a_j + eps)` with `a = col * inv_count`, and
+/// `c_j = -(log(a_j + eps) + a_j / (a_j + eps))`, the derivative of `avg`.
+codebook: ibq_losses(IbqLosses<'a>) flop |s| 4 * s.z.dims.numel() + 8 * s.col.dims.numel() => {
+    /// `[M, D]`; act.
+    z: In<'a>,
+    /// `[K, D]`; act.
+    e: In<'a>,
+    /// `[M]`; i32.
+    idx: In<'a>,
+    /// `[M]`; acc.
+    rest_q: In<'a>,
+    /// `[M]`; acc.
+    xbar: In<'a>,
+    /// `[K]`; acc; summed over ranks.
+    col: In<'a>,
+    /// `[M, D]`; act.
+    zq: Out<'a>,
+    /// `[K]`; acc.
+    c: Out<'a>,
+    /// `[1]`; acc.
+    quant: Out<'a>,
+    /// `[1]`; acc.
+    sample: Out<'a>,
+    /// `[1]`; acc.
+    avg: Out<'a>,
+    /// One over the tokens of all ranks.
+    inv_count: f64,
+    /// Added inside the logarithm.
+    eps: f64,
+    /// Weight of the commitment term.
+    beta_commit: f64,
+    /// Weight of the codebook term.
+    beta_code: f64,
+}
+/// The whole backward of the IBQ quantizer: soft path, hard scatter, both entropies and the direct terms of
+/// the quantization loss, with the best code kept out of every cancelling sum (docs/quantizer.md).
+codebook: ibq_bwd(IbqBwd<'a>) flop |s| 16 * s.z.dims.numel() * s.e.dims.rows() => {
+    /// `[M, D]`; act.
+    z: In<'a>,
+    /// `[K, D]`; act.
+    e: In<'a>,
+    /// `[M]`; i32.
+    idx: In<'a>,
+    /// `[M]`; acc.
+    smax: In<'a>,
+    /// `[M]`; acc.
+    rest_p: In<'a>,
+    /// `[M]`; acc.
+    rest_q: In<'a>,
+    /// `[M]`; acc.
+    xbar: In<'a>,
+    /// `[K]`; acc.
+    c: In<'a>,
+    /// `[M, D]` gradient that reached `zq` from the decoder and the projector; act.
+    g: In<'a>,
+    /// `[1]` gradient of `quant`; acc.
+    g_quant: In<'a>,
+    /// `[1]` gradient of `sample`; acc.
+    g_sample: In<'a>,
+    /// `[1]` gradient of `avg`; acc.
+    g_avg: In<'a>,
+    /// `[M, D]`; act.
+    dz: Out<'a>,
+    /// `[K, D]`; acc.
+    de: Option<Acc<'a>>,
+    /// T of the entropies.
+    temperature: f64,
+    /// One over the tokens of all ranks.
+    inv_count: f64,
+    /// Weight of the commitment term.
+    beta_commit: f64,
+    /// Weight of the codebook term.
+    beta_code: f64,
+}
+/// The plain VQ baseline: `zq = E[idx]`, `quant = (beta_commit + beta_code) * inv_count/D * sum (zq - z)^2`.
+codebook: vq_losses(VqLosses<'a>) flop |s| 4 * s.z.dims.numel() => {
+    /// `[M, D]`; act.
+    z: In<'a>,
+    /// `[K, D]`; act.
+    e: In<'a>,
+    /// `[M]`; i32.
+    idx: In<'a>,
+    /// `[M, D]`; act.
+    zq: Out<'a>,
+    /// `[1]`; acc.
+    quant: Out<'a>,
+    /// One over the tokens of all ranks.
+    inv_count: f64,
+    /// Weight of the commitment term.
+    beta_commit: f64,
+    /// Weight of the codebook term.
+    beta_code: f64,
+}
+/// Gradient of `vq_losses`: `g` passes straight to `z`; commitment to `z`, codebook term to `e`.
+codebook: vq_bwd(VqBwd<'a>) flop |s| 6 * s.z.dims.numel() => {
+    /// `[M, D]`; act.
+    z: In<'a>,
+    /// `[K, D]`; act.
+    e: In<'a>,
+    /// `[M]`; i32.
+    idx: In<'a>,
+    /// `[M, D]`; act.
+    g: In<'a>,
+    /// `[1]`; acc.
+    g_quant: In<'a>,
+    /// `[M, D]`; act.
+    dz: Out<'a>,
+    /// `[K, D]`; acc.
+    de: Option<Acc<'a>>,
+    /// One over the tokens of all ranks.
+    inv_count: f64,
+    /// Weight of the commitment term.
+    beta_commit: f64,
+    /// Weight of the codebook term.
+    beta_code: f64,
+}
+
+// ---- optimizer -----------------------------------------------------------------------------------------
+/// `out[0] += sum x^2`, `out[1] +=` the number of non-finite elements (which are left out of the sum).
+optim: sum_squares(SumSquares<'a>) flop |s| 2 * s.x.dims.numel() => {
+    /// `[n]`; acc.
+    x: In<'a>,
+    /// `[2]`; acc.
+    out: Acc<'a>,
+}
+/// One AdamW step on a flat range, all in the accumulator type; see [`super::Slot`] for what it reads from
+/// the step state. The gradient is scaled by `min(1, clip / (sqrt(norm[0]) + 1e-6))` if `clip > 0`. If
+/// `norm[1] > 0` nothing changes. `ema = decay * ema + (1 - decay) * master`, `shadow = master` rounded.
+optim: adamw(Adamw<'a>) flop |s| 12 * s.grad.dims.numel() => {
+    /// `[n]`; acc; updated.
+    master: Acc<'a>,
+    /// `[n]`; acc.
+    grad: In<'a>,
+    /// `[n]` first moment; acc; updated.
+    m: Acc<'a>,
+    /// `[n]` second moment; acc; updated.
+    v: Acc<'a>,
+    /// `[n]`; acc; updated.
+    ema: Option<Acc<'a>>,
+    /// `[n]`; act.
+    shadow: Option<Out<'a>>,
+    /// The step state; acc.
+    state: In<'a>,
+    /// `[2]`, from `sum_squares` over everything this optimizer trains; acc.
+    norm: In<'a>,
+    /// Row of the step state that holds this group's rate, bias corrections and clip.
+    group: usize,
+    /// Decay of the first moment.
+    beta1: f64,
+    /// Decay of the second moment.
+    beta2: f64,
+    /// Added to the root of the second moment.
+    eps: f64,
+    /// Decoupled weight decay.
+    weight_decay: f64,
+    /// Decay of the average of the weights.
+    ema_decay: f64,
+}
+        }
+    };
+}
+pub(crate) use kernel_table;
+
+macro_rules! define_contract {
+    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => {
+        $($(#[$fdoc:meta])* $field:ident: $ty:ty,)*
+    })*) => {
+        $(
+            #[doc = concat!("Arguments of [`Kernels::", stringify!($name), "`].")]
+            #[derive(Clone, Copy)]
+            pub struct $args<$lt> { $($(#[$fdoc])* pub $field: $ty,)* }
+
+            impl $args<'_> {
+                /// Names and types of the fields, in the order of the C header.
+                pub const FIELDS: &'static [(&'static str, &'static str)] =
+                    &[$((stringify!($field), stringify!($ty)),)*];
+            }
+
+            impl Args for $args<'_> {
+                fn kernel(&self) -> &'static str {
+                    stringify!($name)
+                }
+                fn views(&self) -> Vec<(&'static str, Access, In<'_>)> {
+                    let all = [$((stringify!($field), Field::view(&self.$field)),)*];
+                    all.into_iter().filter_map(|(n, v)| v.map(|(a, v)| (n, a, v))).collect()
+                }
+                fn cost(&self) -> Cost {
+                    let $s = self;
+                    let bytes = self.views().iter().map(|(_, a, v)| {
+                        v.bytes() * if *a == Access::Accumulate { 2 } else { 1 }
+                    }).sum();
+                    Cost { flop: ($flop) as u64, bytes }
+                }
+            }
+        )*
+
+        /// Every kernel of the model. A call is ordered after earlier calls on the same stream; it neither
+        /// allocates device memory nor waits.
+        pub trait Kernels: Device {
+            $(
+                $(#[$doc])*
+                fn $name(&self, stream: Stream, args: &$args<'_>) -> Result<()>;
+            )*
+        }
+
+        /// Name and fields of every kernel, for the check against the C header.
+        pub const KERNELS: &[(&str, &[(&str, &str)])] = &[$((stringify!($name), $args::FIELDS),)*];
+    };
+}
+kernel_table!(define_contract);
+
+fn inner(a: &In, transposed: bool) -> usize {
+    if transposed { a.dims.rows() } else { a.dims.cols() }
+}
+
+/// `n` products of T x Tk x D per head, half of them masked if causal. Sequence lengths live on the device,
+/// so the longest stands for all: an upper bound.
+fn attention_flop(n: usize, tq: usize, tk: usize, cu: In, heads: usize, d: usize, causal: bool) -> usize {
+    let seqs = cu.dims.numel().saturating_sub(1);
+    2 * n * seqs * heads * d * tq * tk / if causal { 2 } else { 1 }
+}

@@ -1,0 +1,662 @@
+//! The quantizer: scores `S = z E^T` exist one tile at a time, in every sweep the same tiles formed by the
+//! same product, so that a score has the same bits wherever it is formed. The best code is kept out of every
+//! cancelling sum; docs/quantizer.md derives the formulas.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use num_traits::{Float, One, Zero};
+use rayon::prelude::*;
+
+use super::*;
+
+/// Tokens of a tile.
+const ROWS: usize = 64;
+/// Elements summed side by side.
+const LANES: usize = 16;
+/// Exponents below this give 0 in every type; NaN and -inf are replaced by it.
+const FLOOR: f64 = -1000.0;
+
+/// Codes of a tile: a function of K alone.
+fn tile_cols(k: usize) -> usize {
+    k.div_ceil(8).next_multiple_of(LANES).clamp(64, 1024)
+}
+
+/// Tokens, codes and how they are cut into tiles.
+struct Sweep<'a, E: Elem> {
+    z: Rows<'a, E>,
+    e: Rows<'a, E>,
+    d: usize,
+    cols: usize,
+}
+
+/// Scratch of one thread.
+struct Tile<R> {
+    z: Scratch<R>,
+    e: Scratch<R>,
+    s: Scratch<R>,
+}
+
+impl<'a, E: Elem> Sweep<'a, E> {
+    fn new(op: &'static str, z: &In<'a>, e: &In<'a>) -> Result<Self> {
+        let (z, e) = (rows::<E>(op, "z", z)?, rows::<E>(op, "e", e)?);
+        if z.cols != e.cols {
+            return Err(Error::arg(op, "e", format!("codes of {} dimensions", e.cols), z.cols));
+        }
+        if e.rows == 0 || e.rows > i32::MAX as usize {
+            return Err(Error::arg(op, "e", format!("{} codes", e.rows), "1 to 2^31 - 1"));
+        }
+        Ok(Sweep { z, e, d: z.cols, cols: tile_cols(e.rows) })
+    }
+
+    fn tile(&self, cpu: &Cpu) -> Tile<E::Acc> {
+        Tile {
+            z: cpu.scratch(ROWS * self.d),
+            e: cpu.scratch(self.cols * self.d),
+            s: cpu.scratch(ROWS * self.cols),
+        }
+    }
+
+    fn row_blocks(&self) -> Vec<Range<usize>> {
+        chunks(self.z.rows, ROWS)
+    }
+
+    fn col_tiles(&self) -> Vec<Range<usize>> {
+        chunks(self.e.rows, self.cols)
+    }
+
+    fn load_z(&self, r: &Range<usize>, t: &mut Tile<E::Acc>) {
+        widen(&self.z, r, &mut t.z);
+    }
+
+    fn load_e(&self, c: &Range<usize>, t: &mut Tile<E::Acc>) {
+        widen(&self.e, c, &mut t.e);
+    }
+
+    /// Scores of the loaded rows and codes, `[r, cols]`; columns past the last code are -inf.
+    fn scores(&self, r: &Range<usize>, c: &Range<usize>, t: &mut Tile<E::Acc>) {
+        let z = Mat::new(&t.z, r.len(), self.d, self.d);
+        let e = Mat::new(&t.e, c.len(), self.d, self.d);
+        gemm(z, e.t(), &mut t.s, self.cols, false);
+        if c.len() < self.cols {
+            for row in t.s.chunks_mut(self.cols).take(r.len()) {
+                row[c.len()..].fill(E::Acc::neg_infinity());
+            }
+        }
+    }
+}
+
+/// Copies rows into a dense buffer of the accumulator type.
+fn widen<E: Elem>(x: &Rows<E>, r: &Range<usize>, to: &mut [E::Acc]) {
+    for (i, out) in r.clone().zip(to.chunks_mut(x.cols.max(1))) {
+        for (o, &v) in out.iter_mut().zip(x.row(i)) {
+            *o = v.up();
+        }
+    }
+}
+
+/// `x` if it is above the floor, else the floor: also for NaN.
+#[inline(always)]
+fn above_floor<R: Real>(x: R) -> R {
+    let floor = R::of(FLOOR);
+    if x > floor { x } else { floor }
+}
+
+#[inline(always)]
+fn sum_lanes<R: Real>(lanes: [R; LANES]) -> R {
+    lanes.iter().fold(R::zero(), |a, &b| a + b)
+}
+
+/// First position of the largest number of a row and that number; (0, -inf) if there is none.
+fn best<R: Real>(row: &[R]) -> (usize, R) {
+    let max = pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            let mut lanes = [R::neg_infinity(); LANES];
+            for c in row.chunks_exact(LANES) {
+                for l in 0..LANES {
+                    lanes[l] = if c[l] > lanes[l] { c[l] } else { lanes[l] };
+                }
+            }
+            let mut max = R::neg_infinity();
+            for &v in lanes.iter().chain(row.chunks_exact(LANES).remainder()) {
+                max = if v > max { v } else { max };
+            }
+            max
+        },
+    );
+    (row.iter().position(|&v| v == max).unwrap_or(0), max)
+}
+
+pub(super) fn nearest(cpu: &Cpu, a: &Nearest) -> Result<()> {
+    by_dtype!("nearest", a.z.dtype, E => nearest_of::<E>(cpu, a))
+}
+
+fn nearest_of<E: Elem>(cpu: &Cpu, a: &Nearest) -> Result<()> {
+    let sweep = Sweep::<E>::new("nearest", &a.z, &a.e)?;
+    expect("nearest", "idx", &a.idx.0, sweep.z.rows)?;
+    let idx = flat_mut::<i32>("nearest", "idx", &a.idx.0)?;
+    // -|z - e|^2 / 2 = z . e - |e|^2 / 2 - |z|^2 / 2, and |z| is the same for all codes.
+    let half: Vec<E::Acc> = match a.metric {
+        Metric::Dot => Vec::new(),
+        Metric::L2 => (0..sweep.e.rows)
+            .map(|j| sweep.e.row(j).iter().map(|&v| v.up() * v.up()).sum::<E::Acc>() * E::Acc::of(0.5))
+            .collect(),
+    };
+    idx.par_chunks_mut(ROWS).zip(sweep.row_blocks()).for_each(|(idx, r)| {
+        let mut t = sweep.tile(cpu);
+        sweep.load_z(&r, &mut t);
+        let mut top = [E::Acc::neg_infinity(); ROWS];
+        idx.fill(0);
+        for c in sweep.col_tiles() {
+            sweep.load_e(&c, &mut t);
+            sweep.scores(&r, &c, &mut t);
+            for (i, row) in t.s.chunks_mut(sweep.cols).take(r.len()).enumerate() {
+                for (s, &h) in row.iter_mut().zip(half.get(c.clone()).unwrap_or(&[])) {
+                    *s = *s - h;
+                }
+                let (j, v) = best(row);
+                if v > top[i] {
+                    top[i] = v;
+                    idx[i] = (c.start + j) as i32;
+                }
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Running statistics of one row, the best code so far left out of the sums.
+#[derive(Clone, Copy)]
+struct RowStats<R> {
+    best: usize,
+    max: R,
+    rest_p: R,
+    rest_q: R,
+    /// sum over the rest of e^x x.
+    weighted: R,
+}
+
+impl<R: Real> RowStats<R> {
+    fn new() -> Self {
+        let (max, zero) = (R::neg_infinity(), R::zero());
+        RowStats { best: 0, max, rest_p: zero, rest_q: zero, weighted: zero }
+    }
+
+    /// Takes in one row of scores; overwrites the score of a new best code.
+    fn update(&mut self, row: &mut [R], first: usize, inv_t: R) {
+        let (j, top) = best(row);
+        if top > self.max {
+            if self.max > R::neg_infinity() {
+                // The old best joins the rest, and everything is rescaled to the new maximum.
+                let gap = top - self.max;
+                let (fp, x) = (above_floor(-gap).fast_exp(), above_floor(-gap * inv_t));
+                let fq = x.fast_exp();
+                self.rest_p = (self.rest_p + R::one()) * fp;
+                self.weighted = fq * (self.weighted + x * (self.rest_q + R::one()));
+                self.rest_q = (self.rest_q + R::one()) * fq;
+            }
+            (self.best, self.max) = (first + j, top);
+            row[j] = R::neg_infinity();
+        }
+        let max = self.max;
+        let (p, q, w) = pulp::Arch::new().dispatch(
+            #[inline(always)]
+            || {
+                let (mut p, mut q, mut w) = ([R::zero(); LANES], [R::zero(); LANES], [R::zero(); LANES]);
+                for c in row.chunks_exact(LANES) {
+                    for l in 0..LANES {
+                        let d = above_floor(c[l] - max);
+                        let x = above_floor(d * inv_t);
+                        let e = x.fast_exp();
+                        p[l] += d.fast_exp();
+                        q[l] += e;
+                        w[l] += e * x;
+                    }
+                }
+                (sum_lanes(p), sum_lanes(q), sum_lanes(w))
+            },
+        );
+        self.rest_p += p;
+        self.rest_q += q;
+        self.weighted += w;
+    }
+}
+
+pub(super) fn ibq_rows(cpu: &Cpu, a: &IbqRows) -> Result<()> {
+    by_dtype!("ibq_rows", a.z.dtype, E => ibq_rows_of::<E>(cpu, a))
+}
+
+fn ibq_rows_of<E: Elem>(cpu: &Cpu, a: &IbqRows) -> Result<()> {
+    const OP: &str = "ibq_rows";
+    let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
+    let m = sweep.z.rows;
+    for (name, v) in
+        [("idx", &a.idx), ("smax", &a.smax), ("rest_p", &a.rest_p), ("rest_q", &a.rest_q), ("xbar", &a.xbar)]
+    {
+        expect(OP, name, &v.0, m)?;
+    }
+    let idx = flat_mut::<i32>(OP, "idx", &a.idx.0)?;
+    let smax = flat_mut::<E::Acc>(OP, "smax", &a.smax.0)?;
+    let rest_p = flat_mut::<E::Acc>(OP, "rest_p", &a.rest_p.0)?;
+    let rest_q = flat_mut::<E::Acc>(OP, "rest_q", &a.rest_q.0)?;
+    let xbar = flat_mut::<E::Acc>(OP, "xbar", &a.xbar.0)?;
+    let bad = flat_mut::<E::Acc>(OP, "bad", &a.bad.0)?;
+    let inv_t = E::Acc::of(1.0 / a.temperature);
+    let bad_rows = AtomicUsize::new(0);
+    let out = idx
+        .par_chunks_mut(ROWS)
+        .zip(smax.par_chunks_mut(ROWS))
+        .zip(rest_p.par_chunks_mut(ROWS))
+        .zip(rest_q.par_chunks_mut(ROWS))
+        .zip(xbar.par_chunks_mut(ROWS));
+    out.zip(sweep.row_blocks()).for_each(|(((((idx, smax), rest_p), rest_q), xbar), r)| {
+        let mut t = sweep.tile(cpu);
+        sweep.load_z(&r, &mut t);
+        let mut stats = [RowStats::<E::Acc>::new(); ROWS];
+        for c in sweep.col_tiles() {
+            sweep.load_e(&c, &mut t);
+            sweep.scores(&r, &c, &mut t);
+            for (st, row) in stats.iter_mut().zip(t.s.chunks_mut(sweep.cols)).take(r.len()) {
+                st.update(row, c.start, inv_t);
+            }
+        }
+        for (i, st) in stats.iter().enumerate().take(r.len()) {
+            idx[i] = st.best as i32;
+            smax[i] = st.max;
+            rest_p[i] = st.rest_p;
+            rest_q[i] = st.rest_q;
+            xbar[i] = st.weighted / (E::Acc::one() + st.rest_q);
+            if !st.max.is_finite() {
+                bad_rows.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    });
+    bad[0] += E::Acc::of(bad_rows.into_inner() as f64);
+    Ok(())
+}
+
+pub(super) fn ibq_cols(cpu: &Cpu, a: &IbqCols) -> Result<()> {
+    by_dtype!("ibq_cols", a.z.dtype, E => ibq_cols_of::<E>(cpu, a))
+}
+
+fn ibq_cols_of<E: Elem>(cpu: &Cpu, a: &IbqCols) -> Result<()> {
+    const OP: &str = "ibq_cols";
+    let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
+    expect(OP, "smax", &a.smax, sweep.z.rows)?;
+    expect(OP, "rest_q", &a.rest_q, sweep.z.rows)?;
+    expect(OP, "col", &a.col.0, sweep.e.rows)?;
+    let smax = flat::<E::Acc>(OP, "smax", &a.smax)?;
+    let rest_q = flat::<E::Acc>(OP, "rest_q", &a.rest_q)?;
+    let col = flat_mut::<E::Acc>(OP, "col", &a.col.0)?;
+    let inv_t = E::Acc::of(1.0 / a.temperature);
+    col.par_chunks_mut(sweep.cols).zip(sweep.col_tiles()).for_each(|(col, c)| {
+        let mut t = sweep.tile(cpu);
+        sweep.load_e(&c, &mut t);
+        col.fill(E::Acc::zero());
+        for r in sweep.row_blocks() {
+            sweep.load_z(&r, &mut t);
+            sweep.scores(&r, &c, &mut t);
+            for (i, row) in r.clone().zip(t.s.chunks(sweep.cols)) {
+                let (max, inv) = (smax[i], (E::Acc::one() + rest_q[i]).recip());
+                pulp::Arch::new().dispatch(
+                    #[inline(always)]
+                    || {
+                        for (o, &s) in col.iter_mut().zip(row) {
+                            *o += above_floor(above_floor(s - max) * inv_t).fast_exp() * inv;
+                        }
+                    },
+                );
+            }
+        }
+    });
+    Ok(())
+}
+
+/// The index of each token, checked against the number of codes.
+fn indices<'a>(op: &'static str, v: &In<'a>, m: usize, k: usize) -> Result<&'a [i32]> {
+    expect(op, "idx", v, m)?;
+    let idx = flat::<i32>(op, "idx", v)?;
+    match idx.iter().find(|&&i| i < 0 || i as usize >= k) {
+        Some(i) => Err(Error::arg(op, "idx", format!("{i} in a row"), format!("0 to {}", k - 1))),
+        None => Ok(idx),
+    }
+}
+
+/// Writes `zq = E[idx]` and returns the sum of squared distances.
+fn look_up<E: Elem>(op: &'static str, sweep: &Sweep<E>, idx: &[i32], zq: &Out) -> Result<E::Acc> {
+    let out = rows_mut::<E>(op, "zq", &zq.0)?;
+    if out.rows != idx.len() || out.cols != sweep.d {
+        return Err(Error::arg(op, "zq", zq.0.dims, format!("[{}, {}]", idx.len(), sweep.d)));
+    }
+    Ok(par_sum(idx.len(), ROWS, |r| {
+        let mut sum = E::Acc::zero();
+        for i in r {
+            let code = sweep.e.row(idx[i] as usize);
+            // Each row is written by the one thread that owns its chunk.
+            unsafe { out.row(i) }.copy_from_slice(code);
+            for (&e, &z) in code.iter().zip(sweep.z.row(i)) {
+                let d = e.up() - z.up();
+                sum += d * d;
+            }
+        }
+        sum
+    }))
+}
+
+pub(super) fn ibq_losses(cpu: &Cpu, a: &IbqLosses) -> Result<()> {
+    by_dtype!("ibq_losses", a.z.dtype, E => ibq_losses_of::<E>(cpu, a))
+}
+
+fn ibq_losses_of<E: Elem>(_cpu: &Cpu, a: &IbqLosses) -> Result<()> {
+    const OP: &str = "ibq_losses";
+    let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
+    let (m, k) = (sweep.z.rows, sweep.e.rows);
+    expect(OP, "rest_q", &a.rest_q, m)?;
+    expect(OP, "xbar", &a.xbar, m)?;
+    expect(OP, "col", &a.col, k)?;
+    expect(OP, "c", &a.c.0, k)?;
+    let idx = indices(OP, &a.idx, m, k)?;
+    let rest_q = flat::<E::Acc>(OP, "rest_q", &a.rest_q)?;
+    let xbar = flat::<E::Acc>(OP, "xbar", &a.xbar)?;
+    let col = flat::<E::Acc>(OP, "col", &a.col)?;
+    let c = flat_mut::<E::Acc>(OP, "c", &a.c.0)?;
+    let (inv, eps) = (E::Acc::of(a.inv_count), E::Acc::of(a.eps));
+    let squares = look_up(OP, &sweep, idx, &a.zq)?;
+    let weight = (1.0 + a.beta_commit + a.beta_code) * a.inv_count / sweep.d as f64;
+    flat_mut::<E::Acc>(OP, "quant", &a.quant.0)?[0] = squares * E::Acc::of(weight);
+    let entropies: E::Acc = par_sum(m, 1024, |r| r.map(|i| rest_q[i].ln_1p() - xbar[i]).sum());
+    flat_mut::<E::Acc>(OP, "sample", &a.sample.0)?[0] = entropies * inv;
+    let parts: Vec<E::Acc> = c
+        .par_chunks_mut(4096)
+        .zip(col.par_chunks(4096))
+        .map(|(c, col)| {
+            let mut sum = E::Acc::zero();
+            for (c, &n) in c.iter_mut().zip(col) {
+                let share = n * inv;
+                let log = (share + eps).ln();
+                *c = -(log + share / (share + eps));
+                sum += share * log;
+            }
+            sum
+        })
+        .collect();
+    flat_mut::<E::Acc>(OP, "avg", &a.avg.0)?[0] = -parts.into_iter().fold(E::Acc::zero(), |a, b| a + b);
+    Ok(())
+}
+
+/// What the backward sweeps know of one token. The best code is `t`.
+#[derive(Clone, Copy)]
+struct BwdRow<R> {
+    best: usize,
+    max: R,
+    /// 1 / (1 + rest_p), or 0 where the soft term is defined as 0.
+    inv_p: R,
+    inv_q: R,
+    xbar: R,
+    /// g . E[t].
+    dp_best: R,
+    /// c[t].
+    c_best: R,
+    /// sum_j p_j (dP_j - dP_t).
+    delta: R,
+    /// sum_j q_j (c_j - c_t).
+    r: R,
+}
+
+/// Below this remaining mass the soft term is 0.
+const NO_REST: f64 = 1e-12;
+
+/// Constants of one backward.
+struct BwdScalars<R> {
+    inv_t: R,
+    /// -w_s / (M T).
+    sample: R,
+    /// w_a / (M T).
+    avg: R,
+}
+
+impl<R: Real> BwdRow<R> {
+    /// Overwrites a row of scores with dS; `dp` holds g . E[j].
+    fn d_scores(&self, k: &BwdScalars<R>, s: &mut [R], dp: &[R], c: &[R], first: usize) {
+        pulp::Arch::new().dispatch(
+            #[inline(always)]
+            || {
+                for ((s, &dp), &c) in s.iter_mut().zip(dp).zip(c) {
+                    let d = above_floor(*s - self.max);
+                    let x = above_floor(d * k.inv_t);
+                    let p = d.fast_exp() * self.inv_p;
+                    let q = x.fast_exp() * self.inv_q;
+                    *s = p * ((dp - self.dp_best) - self.delta)
+                        + q * (k.sample * (x - self.xbar) + k.avg * ((c - self.c_best) - self.r));
+                }
+            },
+        );
+        if (first..first + dp.len()).contains(&self.best) {
+            s[self.best - first] =
+                -self.inv_p * self.delta - self.inv_q * (k.sample * self.xbar + k.avg * self.r);
+        }
+    }
+
+    /// Adds a tile's share of delta and r.
+    fn expect(&mut self, k: &BwdScalars<R>, s: &mut [R], dp: &[R], c: &[R], first: usize) {
+        let n = dp.len();
+        if (first..first + n).contains(&self.best) {
+            s[self.best - first] = R::neg_infinity();
+        }
+        let (delta, r) = pulp::Arch::new().dispatch(
+            #[inline(always)]
+            || {
+                let (mut delta, mut r) = ([R::zero(); LANES], [R::zero(); LANES]);
+                let whole = n / LANES * LANES;
+                for j in (0..whole).step_by(LANES) {
+                    for l in 0..LANES {
+                        let d = above_floor(s[j + l] - self.max);
+                        delta[l] += d.fast_exp() * (dp[j + l] - self.dp_best);
+                        r[l] += above_floor(d * k.inv_t).fast_exp() * (c[j + l] - self.c_best);
+                    }
+                }
+                for j in whole..n {
+                    let d = above_floor(s[j] - self.max);
+                    delta[0] += d.fast_exp() * (dp[j] - self.dp_best);
+                    r[0] += above_floor(d * k.inv_t).fast_exp() * (c[j] - self.c_best);
+                }
+                (sum_lanes(delta), sum_lanes(r))
+            },
+        );
+        self.delta += delta * self.inv_p;
+        self.r += r * self.inv_q;
+    }
+}
+
+pub(super) fn ibq_bwd(cpu: &Cpu, a: &IbqBwd) -> Result<()> {
+    by_dtype!("ibq_bwd", a.z.dtype, E => ibq_bwd_of::<E>(cpu, a))
+}
+
+fn ibq_bwd_of<E: Elem>(cpu: &Cpu, a: &IbqBwd) -> Result<()> {
+    const OP: &str = "ibq_bwd";
+    let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
+    let (m, k, d) = (sweep.z.rows, sweep.e.rows, sweep.d);
+    for (name, v, n) in [
+        ("smax", &a.smax, m),
+        ("rest_p", &a.rest_p, m),
+        ("rest_q", &a.rest_q, m),
+        ("xbar", &a.xbar, m),
+        ("c", &a.c, k),
+        ("g", &a.g, m * d),
+        ("dz", &a.dz.0, m * d),
+    ] {
+        expect(OP, name, v, n)?;
+    }
+    let idx = indices(OP, &a.idx, m, k)?;
+    let smax = flat::<E::Acc>(OP, "smax", &a.smax)?;
+    let rest_p = flat::<E::Acc>(OP, "rest_p", &a.rest_p)?;
+    let rest_q = flat::<E::Acc>(OP, "rest_q", &a.rest_q)?;
+    let xbar = flat::<E::Acc>(OP, "xbar", &a.xbar)?;
+    let c = flat::<E::Acc>(OP, "c", &a.c)?;
+    let g = rows::<E>(OP, "g", &a.g)?;
+    let dz = flat_mut::<E>(OP, "dz", &a.dz.0)?;
+    let inv = E::Acc::of(a.inv_count);
+    let inv_t = E::Acc::of(1.0 / a.temperature);
+    let w_quant = scalar::<E::Acc>(OP, "g_quant", &a.g_quant)? * inv / E::Acc::of(d as f64);
+    let consts = BwdScalars {
+        inv_t,
+        sample: -scalar::<E::Acc>(OP, "g_sample", &a.g_sample)? * inv * inv_t,
+        avg: scalar::<E::Acc>(OP, "g_avg", &a.g_avg)? * inv * inv_t,
+    };
+
+    // What zq received in all: g and the first quantization term.
+    let mut full = cpu.scratch::<E::Acc>(m * d);
+    let two = E::Acc::of(2.0);
+    full.par_chunks_mut(d.max(1)).enumerate().with_min_len(ROWS).for_each(|(i, out)| {
+        let (e, z) = (sweep.e.row(idx[i] as usize), sweep.z.row(i));
+        for (j, o) in out.iter_mut().enumerate() {
+            *o = g.row(i)[j].up() + two * w_quant * (e[j].up() - z[j].up());
+        }
+    });
+    let full = &full[..];
+
+    let mut state: Vec<BwdRow<E::Acc>> = (0..m)
+        .map(|i| {
+            let t = idx[i] as usize;
+            let (one, rest) = (E::Acc::one(), rest_p[i]);
+            let soft = rest / (one + rest) >= E::Acc::of(NO_REST);
+            BwdRow {
+                best: t,
+                max: smax[i],
+                inv_p: if soft { (one + rest).recip() } else { E::Acc::zero() },
+                inv_q: (one + rest_q[i]).recip(),
+                xbar: xbar[i],
+                dp_best: full[i * d..][..d].iter().zip(sweep.e.row(t)).map(|(&g, &e)| g * e.up()).sum(),
+                c_best: c[t],
+                delta: E::Acc::zero(),
+                r: E::Acc::zero(),
+            }
+        })
+        .collect();
+
+    let dp_tile = |r: &Range<usize>, n: usize, t: &Tile<E::Acc>, dp: &mut [E::Acc]| {
+        let g = Mat::new(&full[r.start * d..], r.len(), d, d);
+        gemm(g, Mat::new(&t.e, n, d, d).t(), dp, sweep.cols, false);
+    };
+
+    // Sweep 1: delta and r.
+    state.par_chunks_mut(ROWS).zip(sweep.row_blocks()).for_each(|(state, r)| {
+        let (mut t, mut dp) = (sweep.tile(cpu), cpu.scratch(ROWS * sweep.cols));
+        sweep.load_z(&r, &mut t);
+        for cols in sweep.col_tiles() {
+            sweep.load_e(&cols, &mut t);
+            sweep.scores(&r, &cols, &mut t);
+            dp_tile(&r, cols.len(), &t, &mut dp);
+            for (i, st) in state.iter_mut().enumerate() {
+                let at = i * sweep.cols;
+                let s = &mut t.s[at..at + cols.len()];
+                st.expect(&consts, s, &dp[at..at + cols.len()], &c[cols.clone()], cols.start);
+            }
+        }
+    });
+    let state = &state[..];
+
+    let d_scores = |r: &Range<usize>, cols: &Range<usize>, t: &mut Tile<E::Acc>, dp: &mut [E::Acc]| {
+        sweep.scores(r, cols, t);
+        dp_tile(r, cols.len(), t, dp);
+        for (i, st) in state[r.clone()].iter().enumerate() {
+            let at = i * sweep.cols..i * sweep.cols + cols.len();
+            st.d_scores(&consts, &mut t.s[at.clone()], &dp[at], &c[cols.clone()], cols.start);
+        }
+    };
+
+    // Sweep 2: dz = dS E and the direct terms.
+    let direct_z = E::Acc::of(2.0 + 2.0 * a.beta_commit) * w_quant;
+    dz.par_chunks_mut((ROWS * d).max(1)).zip(sweep.row_blocks()).for_each(|(dz, r)| {
+        let (mut t, mut dp) = (sweep.tile(cpu), cpu.scratch(ROWS * sweep.cols));
+        let mut sum = cpu.scratch::<E::Acc>(ROWS * d);
+        sum.fill(E::Acc::zero());
+        sweep.load_z(&r, &mut t);
+        for cols in sweep.col_tiles() {
+            sweep.load_e(&cols, &mut t);
+            d_scores(&r, &cols, &mut t, &mut dp);
+            let ds = Mat::new(&t.s, r.len(), cols.len(), sweep.cols);
+            gemm(ds, Mat::new(&t.e, cols.len(), d, d), &mut sum, d, true);
+        }
+        for i in r.clone() {
+            let (e, z) = (sweep.e.row(idx[i] as usize), sweep.z.row(i));
+            let at = (i - r.start) * d;
+            for j in 0..d {
+                dz[at + j] = E::down(sum[at + j] + direct_z * (z[j].up() - e[j].up()));
+            }
+        }
+    });
+
+    // Sweep 3: dE = dS^T z, the hard scatter of g and the codebook term. A tile's rows of dE have one owner.
+    let Some(de) = &a.de else { return Ok(()) };
+    expect(OP, "de", &de.0, k * d)?;
+    let de = flat_mut::<E::Acc>(OP, "de", &de.0)?;
+    let direct_e = E::Acc::of(2.0 * a.beta_code) * w_quant;
+    de.par_chunks_mut((sweep.cols * d).max(1)).zip(sweep.col_tiles()).for_each(|(de, cols)| {
+        let (mut t, mut dp) = (sweep.tile(cpu), cpu.scratch(ROWS * sweep.cols));
+        sweep.load_e(&cols, &mut t);
+        for r in sweep.row_blocks() {
+            sweep.load_z(&r, &mut t);
+            d_scores(&r, &cols, &mut t, &mut dp);
+            let ds = Mat::new(&t.s, r.len(), cols.len(), sweep.cols);
+            gemm(ds.t(), Mat::new(&t.z, r.len(), d, d), de, d, true);
+        }
+        for i in (0..m).filter(|&i| cols.contains(&(idx[i] as usize))) {
+            let at = (idx[i] as usize - cols.start) * d;
+            let (e, z) = (sweep.e.row(idx[i] as usize), sweep.z.row(i));
+            for j in 0..d {
+                de[at + j] += full[i * d + j] + direct_e * (e[j].up() - z[j].up());
+            }
+        }
+    });
+    Ok(())
+}
+
+pub(super) fn vq_losses(cpu: &Cpu, a: &VqLosses) -> Result<()> {
+    by_dtype!("vq_losses", a.z.dtype, E => vq_losses_of::<E>(cpu, a))
+}
+
+fn vq_losses_of<E: Elem>(_cpu: &Cpu, a: &VqLosses) -> Result<()> {
+    const OP: &str = "vq_losses";
+    let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
+    let idx = indices(OP, &a.idx, sweep.z.rows, sweep.e.rows)?;
+    let squares = look_up(OP, &sweep, idx, &a.zq)?;
+    let weight = (a.beta_commit + a.beta_code) * a.inv_count / sweep.d as f64;
+    flat_mut::<E::Acc>(OP, "quant", &a.quant.0)?[0] = squares * E::Acc::of(weight);
+    Ok(())
+}
+
+pub(super) fn vq_bwd(cpu: &Cpu, a: &VqBwd) -> Result<()> {
+    by_dtype!("vq_bwd", a.z.dtype, E => vq_bwd_of::<E>(cpu, a))
+}
+
+fn vq_bwd_of<E: Elem>(_cpu: &Cpu, a: &VqBwd) -> Result<()> {
+    const OP: &str = "vq_bwd";
+    let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
+    let (m, k, d) = (sweep.z.rows, sweep.e.rows, sweep.d);
+    let idx = indices(OP, &a.idx, m, k)?;
+    expect(OP, "g", &a.g, m * d)?;
+    expect(OP, "dz", &a.dz.0, m * d)?;
+    let g = rows::<E>(OP, "g", &a.g)?;
+    let dz = flat_mut::<E>(OP, "dz", &a.dz.0)?;
+    let w = scalar::<E::Acc>(OP, "g_quant", &a.g_quant)? * E::Acc::of(2.0 * a.inv_count / d.max(1) as f64);
+    let (commit, code) = (w * E::Acc::of(a.beta_commit), w * E::Acc::of(a.beta_code));
+    dz.par_chunks_mut(d.max(1)).enumerate().with_min_len(ROWS).for_each(|(i, dz)| {
+        let (e, z) = (sweep.e.row(idx[i] as usize), sweep.z.row(i));
+        for (j, o) in dz.iter_mut().enumerate() {
+            *o = E::down(g.row(i)[j].up() + commit * (z[j].up() - e[j].up()));
+        }
+    });
+    let Some(de) = &a.de else { return Ok(()) };
+    expect(OP, "de", &de.0, k * d)?;
+    let de = flat_mut::<E::Acc>(OP, "de", &de.0)?;
+    for i in 0..m {
+        let (e, z) = (sweep.e.row(idx[i] as usize), sweep.z.row(i));
+        let row = &mut de[idx[i] as usize * d..][..d];
+        for (j, o) in row.iter_mut().enumerate() {
+            *o += code * (e[j].up() - z[j].up());
+        }
+    }
+    Ok(())
+}

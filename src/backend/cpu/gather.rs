@@ -1,0 +1,124 @@
+//! Rows of tables by index: embeddings and their gradients.
+
+use rayon::prelude::*;
+
+use super::*;
+
+/// Rows that one task copies.
+const ROWS: usize = 64;
+
+pub(super) fn gather_fwd(_cpu: &Cpu, a: &GatherFwd) -> Result<()> {
+    by_dtype!("gather_fwd", a.table.dtype, E => fwd::<E>(a))
+}
+
+pub(super) fn gather_bwd(_cpu: &Cpu, a: &GatherBwd) -> Result<()> {
+    by_dtype!("gather_bwd", a.dy.dtype, E => bwd::<E>(a))
+}
+
+/// The indices, none of them beyond the table's last row.
+fn indices<'a>(op: &'static str, idx: &In<'a>, n: usize, rows: usize) -> Result<&'a [i32]> {
+    expect(op, "idx", idx, n)?;
+    let idx = flat::<i32>(op, "idx", idx)?;
+    match idx.iter().find(|&&i| i >= 0 && i as usize >= rows) {
+        Some(i) => Err(Error::arg(op, "idx", i, format!("less than the {rows} rows of the table"))),
+        None => Ok(idx),
+    }
+}
+
+fn fwd<E: Elem>(a: &GatherFwd) -> Result<()> {
+    let op = "gather_fwd";
+    let table = rows::<E>(op, "table", &a.table)?;
+    let y = rows_mut::<E>(op, "y", &a.y.0)?;
+    expect_rows(op, "y", &a.y.0, a.idx.dims.numel(), table.cols)?;
+    let idx = indices(op, &a.idx, y.rows, table.rows)?;
+    par_for(y.rows, ROWS, |r| {
+        for n in r {
+            // Chunks do not overlap: one thread a row.
+            let y = unsafe { y.row(n) };
+            match usize::try_from(idx[n]) {
+                Ok(i) => y.copy_from_slice(table.row(i)),
+                Err(_) => y.fill(E::zeroed()),
+            }
+        }
+    });
+    Ok(())
+}
+
+fn bwd<E: Elem>(a: &GatherBwd) -> Result<()> {
+    let op = "gather_bwd";
+    let dy = rows::<E>(op, "dy", &a.dy)?;
+    let dtable = rows_mut::<E::Acc>(op, "dtable", &a.dtable.0)?;
+    expect_rows(op, "dtable", &a.dtable.0, dtable.rows, dy.cols)?;
+    let idx = indices(op, &a.idx, dy.rows, dtable.rows)?;
+
+    // The sort is stable: each row of the table meets its n in their order, on one thread.
+    let mut order: Vec<usize> = (0..idx.len()).filter(|&n| idx[n] >= 0).collect();
+    order.sort_by_key(|&n| idx[n]);
+    let runs: Vec<&[usize]> = order.chunk_by(|&m, &n| idx[m] == idx[n]).collect();
+    runs.par_iter().with_min_len(ROWS / 8).for_each(|run| {
+        let out = unsafe { dtable.row(idx[run[0]] as usize) };
+        for &n in *run {
+            for (o, &d) in out.iter_mut().zip(dy.row(n)) {
+                *o += d.up();
+            }
+        }
+    });
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing_b::*;
+    use super::*;
+
+    fn args(n: usize, r: usize, c: usize) -> Vec<Arg> {
+        let idx = (0..n).map(|i| if i % 5 == 3 { -1.0 } else { (i * i % r) as f64 }).collect();
+        vec![
+            act([r, c], normal(1, r * c)),
+            int([n], idx),
+            act([n, c], normal(2, n * c)),
+            acc([r, c], normal(3, r * c)),
+        ]
+    }
+
+    #[test]
+    fn rows_are_copied_and_their_gradients_added() {
+        for (n, r, c) in [(1, 1, 1), (7, 3, 5), (301, 131, 17)] {
+            check(
+                &args(n, r, c),
+                |v| {
+                    let (mut y, mut d) = (vec![0.0; n * c], v[3].clone());
+                    for i in 0..n * c {
+                        if v[1][i / c] >= 0.0 {
+                            let at = v[1][i / c] as usize * c + i % c;
+                            y[i] = v[0][at];
+                            d[at] += v[2][i];
+                        }
+                    }
+                    vec![y, d]
+                },
+                |dev, p, t| {
+                    let y = out(dev, p.act, [n, c]);
+                    dev.gather_fwd(S, &GatherFwd { table: t[0].view(), idx: t[1].view(), y: y.out() })?;
+                    let a = GatherBwd { dy: t[2].view(), idx: t[1].view(), dtable: t[3].acc() };
+                    dev.gather_bwd(S, &a)?;
+                    Ok(vec![y, t[3].clone()])
+                },
+            );
+        }
+    }
+
+    #[test]
+    fn an_index_beyond_the_table_is_an_error() {
+        let dev = Cpu::poisoned(2).unwrap();
+        let t = tensors(&dev, Precision::F32, &[act([3, 2], vec![0.0; 6]), int([2], vec![0.0, 3.0])]);
+        let y = out(&dev, DType::F32, [2, 2]);
+        let e = dev.gather_fwd(S, &GatherFwd { table: t[0].view(), idx: t[1].view(), y: y.out() });
+        assert_eq!(
+            e.unwrap_err().to_string(),
+            "gather_fwd: argument `idx` is 3, wanted less than the 3 rows of the table"
+        );
+        let y = out(&dev, DType::F32, [2, 3]);
+        assert!(dev.gather_fwd(S, &GatherFwd { table: t[0].view(), idx: t[1].view(), y: y.out() }).is_err());
+    }
+}

@@ -1,0 +1,187 @@
+//! Matrix products and sums of columns.
+
+use super::gemm::block_rows;
+use super::*;
+
+pub(super) fn matmul(cpu: &Cpu, s: &Matmul) -> Result<()> {
+    by_dtype!("matmul", s.y.0.dtype, T => matmul_of::<T>(cpu, s))
+}
+
+pub(super) fn matmul_acc(cpu: &Cpu, s: &MatmulAcc) -> Result<()> {
+    by_dtype!("matmul_acc", s.a.dtype, T => matmul_acc_of::<T>(cpu, s))
+}
+
+pub(super) fn col_sum(cpu: &Cpu, s: &ColSum) -> Result<()> {
+    by_dtype!("col_sum", s.x.dtype, T => {
+        let x = rows::<T>("col_sum", "x", &s.x)?;
+        expect("col_sum", "y", &s.y.0, x.cols)?;
+        add_col_sums(cpu, x, flat_mut("col_sum", "y", &s.y.0)?);
+        Ok(())
+    })
+}
+
+/// Adds the sum of every column of `x` to `y`.
+pub(super) fn add_col_sums<T: Elem>(cpu: &Cpu, x: Rows<T>, y: &mut [T::Acc]) {
+    par_reduce_rows(cpu, x.rows, y, |r, y| {
+        simd(
+            #[inline(always)]
+            || {
+                for i in r {
+                    for (y, x) in y.iter_mut().zip(x.row(i)) {
+                        *y += x.up();
+                    }
+                }
+            },
+        );
+    });
+}
+
+/// Checks that `op(a)` is `[N, C]`, `op(b)` `[C, O]` and `y` `[N, O]`.
+fn check_shapes(op: &'static str, a: &In, ta: bool, b: &In, tb: bool, y: &In) -> Result<()> {
+    let shape = |v: &In, t: bool| {
+        let (r, c) = (v.dims.rows(), v.dims.cols());
+        if t { (c, r) } else { (r, c) }
+    };
+    let ((n, c), (inner, o)) = (shape(a, ta), shape(b, tb));
+    if inner != c {
+        return Err(Error::arg(op, "b", b.dims, format!("an inner dimension of {c}")));
+    }
+    expect_rows(op, "y", y, n, o)
+}
+
+fn mat<R: Real>(r: Rows<'_, R>, transposed: bool) -> Mat<'_, R> {
+    let m = Mat::new(r.data(), r.rows, r.cols, r.ld);
+    if transposed { m.t() } else { m }
+}
+
+fn matmul_of<T: Elem>(cpu: &Cpu, s: &Matmul) -> Result<()> {
+    const OP: &str = "matmul";
+    let (a, b) = (rows::<T>(OP, "a", &s.a)?, rows::<T>(OP, "b", &s.b)?);
+    let y = rows_mut::<T>(OP, "y", &s.y.0)?;
+    check_shapes(OP, &s.a, s.ta, &s.b, s.tb, &s.y.0)?;
+    let bias = bias::<T>(OP, s.bias.as_ref(), y.cols)?;
+    let (a, b) = (Wide::new(cpu, a), Wide::new(cpu, b));
+    let (a, b) = (mat(a.rows(), s.ta), mat(b.rows(), s.tb));
+    par_row_blocks(cpu, y, block_rows(y.rows), false, |r, y| {
+        with_acc(cpu, y, |y| {
+            start_from_bias(bias, y);
+            gemm(a.rows(r.start, r.len()), b, y, s.y.0.dims.cols(), bias.is_some());
+        });
+    });
+    Ok(())
+}
+
+/// A bias of `n` elements, if there is one.
+pub(super) fn bias<'a, T: Elem>(op: &'static str, v: Option<&In<'a>>, n: usize) -> Result<Option<&'a [T]>> {
+    let Some(v) = v else { return Ok(None) };
+    expect(op, "bias", v, n)?;
+    flat(op, "bias", v).map(Some)
+}
+
+/// Fills the rows of `y` with the bias, if there is one, for a product to be added to.
+pub(super) fn start_from_bias<T: Elem>(bias: Option<&[T]>, y: &mut [T::Acc]) {
+    let Some(bias) = bias.filter(|b| !b.is_empty()) else { return };
+    y.chunks_mut(bias.len()).for_each(|y| widen(bias, y));
+}
+
+fn matmul_acc_of<T: Elem>(cpu: &Cpu, s: &MatmulAcc) -> Result<()> {
+    const OP: &str = "matmul_acc";
+    let (a, b) = (rows::<T>(OP, "a", &s.a)?, rows::<T>(OP, "b", &s.b)?);
+    let y = rows_mut::<T::Acc>(OP, "y", &s.y.0)?;
+    check_shapes(OP, &s.a, s.ta, &s.b, s.tb, &s.y.0)?;
+    let (a, b) = (Wide::new(cpu, a), Wide::new(cpu, b));
+    let (a, b) = (mat(a.rows(), s.ta), mat(b.rows(), s.tb));
+    par_row_blocks(cpu, y, block_rows(y.rows), true, |r, y| {
+        gemm(a.rows(r.start, r.len()), b, y, s.y.0.dims.cols(), true);
+    });
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::*;
+    use super::*;
+    use crate::tensor::Precision;
+
+    fn transposed(v: &[f64], cols: usize) -> Vec<f64> {
+        (0..v.len()).map(|i| v[i % (v.len() / cols) * cols + i / (v.len() / cols)]).collect()
+    }
+
+    fn naive(a: &[f64], b: &[f64], [n, c, o]: [usize; 3], start: impl Fn(usize) -> f64) -> Vec<f64> {
+        let sum = |i: usize| (0..c).map(|k| a[i / o * c + k] * b[k * o + i % o]).sum::<f64>();
+        (0..n * o).map(|i| start(i) + sum(i)).collect()
+    }
+
+    #[test]
+    fn products_match_loops() {
+        for shape @ [n, c, o] in [[1, 1, 1], [1, 7, 3], [37, 5, 1], [67, 129, 31], [300, 33, 17]] {
+            let (a, b, bias) = (values(n * c, 1), values(c * o, 2), values(o, 3));
+            let before = values(n * o, 4);
+            let want = naive(&a, &b, shape, |i| bias[i % o]);
+            let want_acc = naive(&a, &b, shape, |i| before[i]);
+            for (ta, tb, with_bias) in [(false, true, true), (true, false, true), (true, true, false)] {
+                let want = if with_bias { want.clone() } else { naive(&a, &b, shape, |_| 0.0) };
+                check(&[want.clone(), want_acc.clone(), want], |r| {
+                    let (at, bt) = (transposed(&a, c), transposed(&b, o));
+                    let a = if ta { r.act([c, n], &at) } else { r.act([n, c], &a) };
+                    let b = if tb { r.columns(o, c, &bt) } else { r.columns(c, o, &b) };
+                    let bias = with_bias.then(|| r.act([o], &bias));
+                    let bias = bias.as_ref().map(|b| b.view());
+                    let (y, acc) = (r.out([n, o]), r.acc([n, o], &before));
+                    let cols = r.columns(n, o, &vec![f64::NAN; n * o]);
+                    let (a, b) = (a.view(), b.view());
+                    r.cpu.matmul(S, &Matmul { a, b, ta, tb, bias, y: y.out() }).unwrap();
+                    r.cpu.matmul(S, &Matmul { a, b, ta, tb, bias, y: cols.out() }).unwrap();
+                    r.cpu.matmul_acc(S, &MatmulAcc { a, b, ta, tb, y: acc.acc() }).unwrap();
+                    vec![r.get(&y), r.get(&acc), r.get(&cols)]
+                });
+            }
+        }
+    }
+
+    #[test]
+    fn empty_inner_dimension_leaves_the_bias() {
+        let r = Run::f64();
+        let (a, b, bias, y) = (r.out([40, 0]), r.out([2, 0]), r.act([2], &[1.0, 2.0]), r.out([40, 2]));
+        let (a, b, bias) = (a.view(), b.view(), Some(bias.view()));
+        r.cpu.matmul(S, &Matmul { a, b, ta: false, tb: true, bias, y: y.out() }).unwrap();
+        assert_eq!(r.get(&y), [1.0, 2.0].repeat(40));
+    }
+
+    #[test]
+    fn accumulates_into_column_slices() {
+        let (a, b) = (values(50 * 7, 1), values(7 * 3, 2));
+        let r = Run::f64();
+        let y = r.columns(50, 3, &values(150, 3));
+        let (ta, tb) = (false, false);
+        let (at, bt) = (r.act([50, 7], &a), r.act([7, 3], &b));
+        r.cpu.matmul_acc(S, &MatmulAcc { a: at.view(), b: bt.view(), ta, tb, y: y.acc() }).unwrap();
+        let before = values(150, 3);
+        assert!(distance(&r.get(&y), &naive(&a, &b, [50, 7, 3], |i| before[i])) < 1e-14);
+    }
+
+    #[test]
+    fn column_sums_match_loops() {
+        for (n, c) in [(1, 1), (1, 7), (67, 5), (2500, 33)] {
+            let (x, before) = (values(n * c, 1), values(c, 2));
+            let want = (0..c).map(|j| before[j] + (0..n).map(|i| x[i * c + j]).sum::<f64>()).collect();
+            check(&[want], |r| {
+                let (x, y) = (r.columns(n, c, &x), r.acc([c], &before));
+                r.cpu.col_sum(S, &ColSum { x: x.view(), y: y.acc() }).unwrap();
+                vec![r.get(&y)]
+            });
+        }
+    }
+
+    #[test]
+    fn wrong_shapes_are_named() {
+        let r = Run::new(Precision::F32, 1);
+        let (a, b, y) = (r.out([4, 3]), r.out([5, 2]), r.out([4, 5]));
+        let (ta, tb, bias) = (false, true, None);
+        let e = r.cpu.matmul(S, &Matmul { a: a.view(), b: b.view(), ta, tb, bias, y: y.out() });
+        let want = "matmul: argument `b` is [5, 2], wanted an inner dimension of 3";
+        assert_eq!(e.unwrap_err().to_string(), want);
+        let e = r.cpu.col_sum(S, &ColSum { x: a.view(), y: y.acc() });
+        assert_eq!(e.unwrap_err().to_string(), "col_sum: argument `y` is [4, 5], wanted 3 elements");
+    }
+}

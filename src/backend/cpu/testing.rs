@@ -1,0 +1,131 @@
+//! What the tests of the CPU kernels share: numbers, tensors, runs in every precision, comparisons.
+
+use super::Cpu;
+use crate::backend::{Role, Stream};
+use crate::tensor::{DType, Dims, Precision, Tensor};
+
+pub(super) const S: Stream = Stream::COMPUTE;
+
+/// `n` roughly normal numbers that every float type represents exactly.
+pub(super) fn values(n: usize, seed: u64) -> Vec<f64> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) + 1;
+    let mut uniform = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+    };
+    (0..n).map(|_| half::bf16::from_f64(uniform() + uniform() + uniform()).to_f64()).collect()
+}
+
+/// A device and a precision to run a kernel with.
+pub(super) struct Run {
+    pub(super) cpu: Cpu,
+    pub(super) p: Precision,
+}
+
+impl Run {
+    pub(super) fn new(p: Precision, threads: usize) -> Self {
+        Run { cpu: Cpu::poisoned(threads).unwrap(), p }
+    }
+
+    pub(super) fn f64() -> Self {
+        Self::new(Precision::F64, 2)
+    }
+
+    fn from(&self, dtype: DType, dims: impl Into<Dims>, v: &[f64]) -> Tensor {
+        Tensor::from_f64(&self.cpu, Role::Activation, dtype, v, dims).unwrap()
+    }
+
+    /// Activations.
+    pub(super) fn act(&self, dims: impl Into<Dims>, v: &[f64]) -> Tensor {
+        self.from(self.p.act, dims, v)
+    }
+
+    /// Values in the accumulator type.
+    pub(super) fn acc(&self, dims: impl Into<Dims>, v: &[f64]) -> Tensor {
+        self.from(self.p.acc, dims, v)
+    }
+
+    /// Indices.
+    pub(super) fn idx(&self, v: &[i32]) -> Tensor {
+        Tensor::from_host(&self.cpu, Role::Input, v, [v.len()]).unwrap()
+    }
+
+    /// Poisoned activations.
+    pub(super) fn out(&self, dims: impl Into<Dims>) -> Tensor {
+        Tensor::empty(&self.cpu, Role::Activation, self.p.act, dims).unwrap()
+    }
+
+    /// Poisoned values in the accumulator type.
+    pub(super) fn out_acc(&self, dims: impl Into<Dims>) -> Tensor {
+        Tensor::empty(&self.cpu, Role::Activation, self.p.acc, dims).unwrap()
+    }
+
+    /// Activations `[rows, cols]` as columns of a wider tensor that is NaN elsewhere.
+    pub(super) fn columns(&self, rows: usize, cols: usize, v: &[f64]) -> Tensor {
+        let mut wide = vec![f64::NAN; rows * (cols + 5)];
+        for (w, v) in wide.chunks_mut(cols + 5).zip(v.chunks(cols)) {
+            w[2..2 + cols].copy_from_slice(v);
+        }
+        self.act([rows, cols + 5], &wide).columns(2, cols).unwrap()
+    }
+
+    /// The values on the host.
+    pub(super) fn get(&self, t: &Tensor) -> Vec<f64> {
+        t.to_f64(&self.cpu).unwrap()
+    }
+}
+
+/// |got - want| / |want|; infinite if a value is not finite.
+pub(super) fn distance(got: &[f64], want: &[f64]) -> f64 {
+    assert_eq!(got.len(), want.len(), "lengths differ");
+    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
+    let d = norm(&mut got.iter().zip(want).map(|(a, b)| a - b));
+    if d == 0.0 {
+        return 0.0;
+    }
+    let d = d / norm(&mut want.iter().copied()).max(1e-30);
+    if d.is_finite() { d } else { f64::INFINITY }
+}
+
+/// Runs `f` in every precision, with one thread and with two, and compares its outputs with `want`.
+pub(super) fn check(want: &[Vec<f64>], f: impl Fn(&Run) -> Vec<Vec<f64>>) {
+    for (p, bound) in [(Precision::F64, 1e-12), (Precision::F32, 1e-5), (Precision::BF16, 1e-2)] {
+        let got = f(&Run::new(p, 2));
+        assert_eq!(got.len(), want.len(), "number of outputs");
+        for (i, (got, want)) in got.iter().zip(want).enumerate() {
+            let d = distance(got, want);
+            assert!(d <= bound, "output {i} is off by {d:e} in {}", p.act);
+        }
+        let bits = |v: &[Vec<f64>]| v.concat().iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert!(bits(&got) == bits(&f(&Run::new(p, 1))), "one thread gives other bits in {}", p.act);
+    }
+}
+
+/// Compares gradients with central differences of `forward`, a scalar function of all inputs, at up to a
+/// hundred elements of each.
+pub(super) fn check_gradients(inputs: &[&[f64]], grads: &[&[f64]], forward: impl Fn(&[Vec<f64>]) -> f64) {
+    let mut at: Vec<Vec<f64>> = inputs.iter().map(|v| v.to_vec()).collect();
+    for (k, grad) in grads.iter().enumerate() {
+        let some = (0..grad.len()).step_by(grad.len().div_ceil(100).max(1));
+        let grad: Vec<f64> = some.clone().map(|i| grad[i]).collect();
+        let numeric: Vec<f64> = some
+            .map(|i| {
+                let (x, h) = (at[k][i], 1e-5);
+                at[k][i] = x + h;
+                let above = forward(&at);
+                at[k][i] = x - h;
+                let below = forward(&at);
+                at[k][i] = x;
+                (above - below) / (2.0 * h)
+            })
+            .collect();
+        let d = distance(&grad, &numeric);
+        assert!(d <= 1e-6, "gradient {k} is off by {d:e}");
+    }
+}
+
+/// Sum of products.
+pub(super) fn inner(a: &[f64], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}

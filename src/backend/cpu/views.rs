@@ -1,0 +1,438 @@
+//! From contract views to slices: the only place where CPU kernels follow addresses. Also the fixed chunks
+//! of all parallel loops and the sums over them.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::{Cpu, Elem, Real, Scratch};
+use crate::backend::{In, check_view};
+use crate::error::{Error, Result};
+use crate::tensor::{DType, Element};
+
+/// Runs `$body` with `$t` as the Rust type of a float dtype.
+macro_rules! by_dtype {
+    ($op:expr, $dtype:expr, $t:ident => $body:expr) => {
+        match $dtype {
+            $crate::tensor::DType::F64 => {
+                type $t = f64;
+                $body
+            }
+            $crate::tensor::DType::F32 => {
+                type $t = f32;
+                $body
+            }
+            $crate::tensor::DType::Bf16 => {
+                type $t = half::bf16;
+                $body
+            }
+            $crate::tensor::DType::I32 => Err($crate::error::Error::arg($op, "dtype", "i32", "a float type")),
+        }
+    };
+}
+pub(crate) use by_dtype;
+
+fn check_dtype(op: &'static str, arg: &'static str, v: &In, want: DType) -> Result<()> {
+    if v.dtype != want {
+        return Err(Error::arg(op, arg, v.dtype, want));
+    }
+    Ok(())
+}
+
+fn check_flat(op: &'static str, arg: &'static str, v: &In) -> Result<()> {
+    check_view(op, arg, v)?;
+    if !v.is_contiguous() {
+        return Err(Error::arg(op, arg, format!("strided by {}", v.ld), "contiguous"));
+    }
+    Ok(())
+}
+
+/// A contiguous input.
+pub(crate) fn flat<'a, T: Element>(op: &'static str, arg: &'static str, v: &In<'a>) -> Result<&'a [T]> {
+    check_dtype(op, arg, v, T::DTYPE)?;
+    check_flat(op, arg, v)?;
+    // In bounds and of this type by the checks, aligned because offsets are whole elements, initialised
+    // because the pool hands out initialised memory. Kernels do not overlap inputs with outputs.
+    Ok(unsafe { std::slice::from_raw_parts((v.buf.addr() + v.off) as *const T, v.dims.numel()) })
+}
+
+/// A contiguous output.
+#[allow(clippy::mut_from_ref)]
+pub(crate) fn flat_mut<'a, T: Element>(
+    op: &'static str,
+    arg: &'static str,
+    v: &In<'a>,
+) -> Result<&'a mut [T]> {
+    check_dtype(op, arg, v, T::DTYPE)?;
+    check_flat(op, arg, v)?;
+    // As in `flat`; the contract forbids two views of one call to overlap if one of them is written.
+    Ok(unsafe { std::slice::from_raw_parts_mut((v.buf.addr() + v.off) as *mut T, v.dims.numel()) })
+}
+
+/// The bytes of a contiguous view of any type.
+pub(crate) fn bytes<'a>(op: &'static str, arg: &'static str, v: &In<'a>) -> Result<&'a [u8]> {
+    check_flat(op, arg, v)?;
+    Ok(unsafe { std::slice::from_raw_parts((v.buf.addr() + v.off) as *const u8, v.bytes() as usize) })
+}
+
+/// The bytes of a contiguous view of any type, to write.
+#[allow(clippy::mut_from_ref)]
+pub(crate) fn bytes_mut<'a>(op: &'static str, arg: &'static str, v: &In<'a>) -> Result<&'a mut [u8]> {
+    check_flat(op, arg, v)?;
+    Ok(unsafe { std::slice::from_raw_parts_mut((v.buf.addr() + v.off) as *mut u8, v.bytes() as usize) })
+}
+
+/// A strided input seen as `[rows, cols]`.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a, T> {
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) ld: usize,
+    data: &'a [T],
+}
+
+impl<'a, T> Rows<'a, T> {
+    /// A slice as rows of `cols` elements.
+    pub(crate) fn of(data: &'a [T], cols: usize) -> Self {
+        Rows { rows: data.len().checked_div(cols).unwrap_or(0), cols, ld: cols, data }
+    }
+    /// Row `i`.
+    pub(crate) fn row(&self, i: usize) -> &'a [T] {
+        &self.data[i * self.ld..i * self.ld + self.cols]
+    }
+    /// Everything from the first element to the last, gaps included.
+    pub(crate) fn data(&self) -> &'a [T] {
+        self.data
+    }
+}
+
+/// A strided output seen as `[rows, cols]`. Rows are handed out one by one, possibly on several threads.
+#[derive(Clone, Copy)]
+pub(crate) struct RowsMut<'a, T> {
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) ld: usize,
+    at: *mut T,
+    of: PhantomData<&'a mut [T]>,
+}
+
+unsafe impl<T: Send> Send for RowsMut<'_, T> {}
+unsafe impl<T: Send> Sync for RowsMut<'_, T> {}
+
+impl<'a, T> RowsMut<'a, T> {
+    /// Row `i`.
+    ///
+    /// # Safety
+    /// No two live slices of the same row: each row belongs to one thread of a loop.
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn row(&self, i: usize) -> &'a mut [T] {
+        debug_assert!(i < self.rows);
+        unsafe { std::slice::from_raw_parts_mut(self.at.add(i * self.ld), self.cols) }
+    }
+
+    /// Columns `cols` of row `i`.
+    ///
+    /// # Safety
+    /// No two live slices of the same element: each pair of a row and a range of columns belongs to one
+    /// thread of a loop.
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn part(&self, i: usize, cols: Range<usize>) -> &'a mut [T] {
+        debug_assert!(i < self.rows && cols.end <= self.cols);
+        unsafe { std::slice::from_raw_parts_mut(self.at.add(i * self.ld + cols.start), cols.len()) }
+    }
+
+    /// Rows `r` of an output without gaps.
+    ///
+    /// # Safety
+    /// As for [`RowsMut::row`].
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn block(&self, r: Range<usize>) -> &'a mut [T] {
+        debug_assert!(self.ld == self.cols && r.end <= self.rows);
+        unsafe { std::slice::from_raw_parts_mut(self.at.add(r.start * self.cols), r.len() * self.cols) }
+    }
+}
+
+/// A strided input.
+pub(crate) fn rows<'a, T: Element>(op: &'static str, arg: &'static str, v: &In<'a>) -> Result<Rows<'a, T>> {
+    check_dtype(op, arg, v, T::DTYPE)?;
+    check_view(op, arg, v)?;
+    let (rows, cols) = (v.dims.rows(), v.dims.cols());
+    let ld = if rows <= 1 { cols } else { v.ld as usize };
+    let n = if rows == 0 { 0 } else { (rows - 1) * ld + cols };
+    let data = unsafe { std::slice::from_raw_parts((v.buf.addr() + v.off) as *const T, n) };
+    Ok(Rows { rows, cols, ld, data })
+}
+
+/// A strided output.
+pub(crate) fn rows_mut<'a, T: Element>(
+    op: &'static str,
+    arg: &'static str,
+    v: &In<'a>,
+) -> Result<RowsMut<'a, T>> {
+    check_dtype(op, arg, v, T::DTYPE)?;
+    check_view(op, arg, v)?;
+    let (rows, cols) = (v.dims.rows(), v.dims.cols());
+    let ld = if rows <= 1 { cols } else { v.ld as usize };
+    Ok(RowsMut { rows, cols, ld, at: (v.buf.addr() + v.off) as *mut T, of: PhantomData })
+}
+
+/// A one-element input.
+pub(crate) fn scalar<T: Element>(op: &'static str, arg: &'static str, v: &In) -> Result<T> {
+    expect(op, arg, v, 1)?;
+    Ok(flat::<T>(op, arg, v)?[0])
+}
+
+/// Fails unless the view has `n` elements.
+pub(crate) fn expect(op: &'static str, arg: &'static str, v: &In, n: usize) -> Result<()> {
+    if v.dims.numel() != n {
+        return Err(Error::arg(op, arg, v.dims, format!("{n} elements")));
+    }
+    Ok(())
+}
+
+/// Fails unless the view is `rows` rows of `cols` elements.
+pub(crate) fn expect_rows(
+    op: &'static str,
+    arg: &'static str,
+    v: &In,
+    rows: usize,
+    cols: usize,
+) -> Result<()> {
+    if (v.dims.rows(), v.dims.cols()) != (rows, cols) {
+        return Err(Error::arg(op, arg, v.dims, format!("{rows} rows of {cols}")));
+    }
+    Ok(())
+}
+
+/// Fails unless the view has this shape.
+pub(crate) fn expect_dims(
+    op: &'static str,
+    arg: &'static str,
+    v: &In,
+    want: impl Into<crate::tensor::Dims>,
+) -> Result<()> {
+    let want = want.into();
+    if v.dims != want {
+        return Err(Error::arg(op, arg, v.dims, want));
+    }
+    Ok(())
+}
+
+/// The dimensions `[B, H, W, C]` of an image.
+pub(crate) fn image(op: &'static str, arg: &'static str, v: &In) -> Result<[usize; 4]> {
+    v.dims.as_slice().try_into().map_err(|_| Error::arg(op, arg, v.dims, "four dimensions"))
+}
+
+/// Runs `f` compiled for the vector instructions of this machine. The loops in `f` must be inlined into it;
+/// Rust does not contract multiplications and additions, so the bits are those of the plain code.
+#[inline(always)]
+pub(crate) fn simd<R>(f: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(f)
+}
+
+/// Sum of products, in interleaved sums: a fixed order that vectorises.
+#[inline(always)]
+pub(crate) fn dot<R: Real>(a: &[R], b: &[R]) -> R {
+    const LANES: usize = 32;
+    let (a, b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let mut rest = R::zero();
+    for (a, b) in a.remainder().iter().zip(b.remainder()) {
+        rest += *a * *b;
+    }
+    let mut lanes = [R::zero(); LANES];
+    for (a, b) in a.zip(b) {
+        for i in 0..LANES {
+            lanes[i] += a[i] * b[i];
+        }
+    }
+    rest + tree(lanes)
+}
+
+/// Sum, in the order of [`dot`].
+#[inline(always)]
+pub(crate) fn sum<R: Real>(a: &[R]) -> R {
+    const LANES: usize = 32;
+    let a = a.chunks_exact(LANES);
+    let mut rest = R::zero();
+    for a in a.remainder() {
+        rest += *a;
+    }
+    let mut lanes = [R::zero(); LANES];
+    for a in a {
+        for i in 0..LANES {
+            lanes[i] += a[i];
+        }
+    }
+    rest + tree(lanes)
+}
+
+#[inline(always)]
+fn tree<R: Real>(lanes: [R; 32]) -> R {
+    // Through memory: else the compiler sees the pairs added below and makes vectors of two of the loops above.
+    let mut lanes = std::hint::black_box(lanes);
+    for half in [16, 8, 4, 2, 1] {
+        for i in 0..half {
+            let other = lanes[i + half];
+            lanes[i] += other;
+        }
+    }
+    lanes[0]
+}
+
+/// Elements of one chunk of an element-wise loop.
+pub(crate) const CHUNK: usize = 16 << 10;
+
+/// Rows of one chunk of a row-wise loop.
+pub(crate) fn chunk_rows(cols: usize) -> usize {
+    (CHUNK / cols.max(1)).max(1)
+}
+
+/// True where values are stored in the type their sums are formed in.
+pub(crate) fn is_acc<T: Elem>() -> bool {
+    T::DTYPE == T::Acc::DTYPE
+}
+
+/// Runs `f` on every row, in parallel chunks that do not share rows.
+pub(crate) fn par_rows(rows: usize, cols: usize, f: impl Fn(usize) + Sync) {
+    par_for(rows, chunk_rows(cols), |r| {
+        simd(
+            #[inline(always)]
+            || r.for_each(&f),
+        )
+    });
+}
+
+/// Widens.
+#[inline(always)]
+pub(crate) fn widen<T: Elem>(x: &[T], y: &mut [T::Acc]) {
+    for (y, x) in y.iter_mut().zip(x) {
+        *y = x.up();
+    }
+}
+
+/// Rounds.
+#[inline(always)]
+pub(crate) fn round<T: Elem>(x: &[T::Acc], y: &mut [T]) {
+    for (y, x) in y.iter_mut().zip(x) {
+        *y = T::down(*x);
+    }
+}
+
+/// Lets `f` write `y` in the accumulator type: in place where that is how it is stored, else in scratch that
+/// is then rounded.
+pub(crate) fn with_acc<T: Elem>(cpu: &Cpu, y: &mut [T], f: impl FnOnce(&mut [T::Acc])) {
+    if is_acc::<T>() {
+        return f(bytemuck::cast_slice_mut(y));
+    }
+    let mut s = cpu.scratch(y.len());
+    f(&mut s);
+    simd(
+        #[inline(always)]
+        || round(&s, y),
+    );
+}
+
+/// Runs `f` on fixed blocks of rows of an output, each as a contiguous slice: in place where the output is
+/// contiguous, else in scratch that is copied (which holds the old values if `keep`).
+pub(crate) fn par_row_blocks<T: Element>(
+    cpu: &Cpu,
+    y: RowsMut<T>,
+    block: usize,
+    keep: bool,
+    f: impl Fn(Range<usize>, &mut [T]) + Sync,
+) {
+    par_for(y.rows, block, |r| {
+        if y.ld == y.cols {
+            // Chunks do not share rows.
+            return f(r.clone(), unsafe { y.block(r) });
+        }
+        let mut s = cpu.scratch::<T>(r.len() * y.cols);
+        // As above: this chunk's rows are this thread's.
+        let row = |i: usize| unsafe { y.row(r.start + i) };
+        if keep && y.cols > 0 {
+            s.chunks_mut(y.cols).enumerate().for_each(|(i, s)| s.copy_from_slice(row(i)));
+        }
+        f(r.clone(), &mut s);
+        if y.cols > 0 {
+            s.chunks(y.cols).enumerate().for_each(|(i, s)| row(i).copy_from_slice(s));
+        }
+    });
+}
+
+/// Values in the accumulator type: borrowed where they are stored in it, else a widened copy.
+pub(crate) enum Wide<'a, R: Real> {
+    Borrowed(Rows<'a, R>),
+    Owned(Scratch<R>, usize, usize),
+}
+
+impl<'a, R: Real> Wide<'a, R> {
+    /// Widens a strided input (the copy is contiguous).
+    pub(crate) fn new<E: Elem<Acc = R>>(cpu: &Cpu, x: Rows<'a, E>) -> Self {
+        if is_acc::<E>() {
+            return Wide::Borrowed(Rows {
+                rows: x.rows,
+                cols: x.cols,
+                ld: x.ld,
+                data: bytemuck::cast_slice(x.data),
+            });
+        }
+        let mut s = cpu.scratch::<R>(x.rows * x.cols);
+        if x.cols > 0 {
+            s.par_chunks_mut(x.cols).enumerate().with_min_len(64).for_each(|(i, out)| {
+                for (o, &v) in out.iter_mut().zip(x.row(i)) {
+                    *o = v.up();
+                }
+            });
+        }
+        Wide::Owned(s, x.rows, x.cols)
+    }
+
+    /// As rows.
+    pub(crate) fn rows(&self) -> Rows<'_, R> {
+        match self {
+            Wide::Borrowed(r) => *r,
+            Wide::Owned(s, rows, cols) => Rows { rows: *rows, cols: *cols, ld: *cols, data: s },
+        }
+    }
+}
+
+/// Bounds of the fixed chunks of a loop over `n` items: they depend on `n` and `size` only.
+pub(crate) fn chunks(n: usize, size: usize) -> Vec<Range<usize>> {
+    let size = size.max(1);
+    (0..n.div_ceil(size)).map(|i| i * size..((i + 1) * size).min(n)).collect()
+}
+
+/// Runs `f` on fixed chunks in parallel.
+pub(crate) fn par_for(n: usize, size: usize, f: impl Fn(Range<usize>) + Sync + Send) {
+    chunks(n, size).into_par_iter().for_each(f);
+}
+
+/// Sums `f` over fixed chunks, in their order.
+pub(crate) fn par_sum<R: Real>(n: usize, size: usize, f: impl Fn(Range<usize>) -> R + Sync + Send) -> R {
+    let parts: Vec<R> = chunks(n, size).into_par_iter().map(f).collect();
+    parts.into_iter().fold(R::zero(), |a, b| a + b)
+}
+
+/// Adds to `out` the sum over rows of what `f` adds to its own `[out.len()]` buffer, chunk by chunk: at most
+/// 16 partial sums, added in order.
+pub(crate) fn par_reduce_rows<R: Real>(
+    cpu: &Cpu,
+    rows: usize,
+    out: &mut [R],
+    f: impl Fn(Range<usize>, &mut [R]) + Sync,
+) {
+    let parts = chunks(rows, rows.div_ceil(16).max(64));
+    let n = out.len();
+    let mut partial = cpu.scratch::<R>(parts.len() * n);
+    partial.fill(R::zero());
+    if n == 0 {
+        return;
+    }
+    partial.par_chunks_mut(n).zip(parts.par_iter()).for_each(|(p, r)| f(r.clone(), p));
+    for p in partial.chunks(n) {
+        for (o, &v) in out.iter_mut().zip(p) {
+            *o += v;
+        }
+    }
+}

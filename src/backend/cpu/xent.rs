@@ -1,0 +1,389 @@
+//! Cross-entropy of a linear layer. Logits exist for one tile of rows and vocabulary at a time; rows without
+//! a target take no part.
+
+use std::ops::Range;
+
+use num_traits::{Float, Zero};
+use rayon::prelude::*;
+
+use super::*;
+use crate::tensor::Element;
+
+/// Rows of a tile.
+const ROWS: usize = 256;
+/// Vocabulary of a tile.
+const VOCAB: usize = 2048;
+/// Partial gradients of a block of rows: each takes the tiles of its part of the vocabulary in order.
+const PARTS: usize = 16;
+
+pub(super) fn linear_xent_fwd(cpu: &Cpu, a: &LinearXentFwd) -> Result<()> {
+    by_dtype!("linear_xent_fwd", a.x.dtype, E => fwd::<E>(cpu, a))
+}
+
+pub(super) fn linear_xent_bwd(cpu: &Cpu, a: &LinearXentBwd) -> Result<()> {
+    by_dtype!("linear_xent_bwd", a.x.dtype, E => bwd::<E>(cpu, a))
+}
+
+/// The supervised rows of a call, packed.
+struct Packed<'a, E: Elem> {
+    /// Where they are in the batch.
+    at: Vec<usize>,
+    target: Vec<usize>,
+    /// `[at.len(), C]`.
+    x: Scratch<E::Acc>,
+    w: Rows<'a, E>,
+}
+
+impl<'a, E: Elem> Packed<'a, E> {
+    fn new(cpu: &Cpu, op: &'static str, x: &In, w: &In<'a>, target: &In) -> Result<Self> {
+        let (x, w) = (rows::<E>(op, "x", x)?, rows::<E>(op, "w", w)?);
+        if w.cols != x.cols {
+            return Err(Error::arg(op, "w", format!("{} columns", w.cols), format!("{} columns", x.cols)));
+        }
+        expect(op, "target", target, x.rows)?;
+        let target = flat::<i32>(op, "target", target)?;
+        if let Some(t) = target.iter().find(|&&t| t >= 0 && t as usize >= w.rows) {
+            return Err(Error::arg(op, "target", t, format!("less than the {} rows of w", w.rows)));
+        }
+        let at: Vec<usize> = (0..x.rows).filter(|&n| target[n] >= 0).collect();
+        let mut packed = cpu.scratch::<E::Acc>(at.len() * x.cols);
+        packed.par_chunks_mut(x.cols.max(1)).zip(&at).with_min_len(64).for_each(|(out, &n)| {
+            for (o, &v) in out.iter_mut().zip(x.row(n)) {
+                *o = v.up();
+            }
+        });
+        let target = at.iter().map(|&n| target[n] as usize).collect();
+        Ok(Packed { at, target, x: packed, w })
+    }
+
+    fn cols(&self) -> usize {
+        self.w.cols
+    }
+
+    /// Packed rows `r`.
+    fn rows(&self, r: &Range<usize>) -> Mat<'_, E::Acc> {
+        let c = self.cols();
+        Mat::new(&self.x[r.start * c..r.end * c], r.len(), c, c)
+    }
+
+    /// Rows `v` of the weights, widened into `buf` unless they are stored wide.
+    fn weights<'b>(&'b self, v: &Range<usize>, buf: &'b mut [E::Acc]) -> Mat<'b, E::Acc> {
+        let (c, ld) = (self.cols(), self.w.ld);
+        if E::DTYPE == E::Acc::DTYPE {
+            let end = (v.end - 1) * ld + c;
+            return Mat::new(bytemuck::cast_slice(&self.w.data()[v.start * ld..end]), v.len(), c, ld);
+        }
+        for (i, out) in v.clone().zip(buf.chunks_mut(c.max(1))) {
+            for (o, &w) in out.iter_mut().zip(self.w.row(i)) {
+                *o = w.up();
+            }
+        }
+        Mat::new(buf, v.len(), c, c)
+    }
+
+    /// Scratch for [`Packed::weights`].
+    fn buffer(&self, cpu: &Cpu) -> Scratch<E::Acc> {
+        let widened = E::DTYPE != E::Acc::DTYPE;
+        cpu.scratch(if widened { VOCAB.min(self.w.rows) * self.cols() } else { 0 })
+    }
+
+    /// Scratch for the logits of a tile.
+    fn logits(&self, cpu: &Cpu) -> Scratch<E::Acc> {
+        cpu.scratch(ROWS.min(self.at.len()) * VOCAB.min(self.w.rows))
+    }
+}
+
+/// What one tile says of a row: the largest logit, the sum of exponentials below it, and the logit of the
+/// row's target if it is in the tile, else 0.
+#[derive(Clone, Copy)]
+struct Part<R> {
+    max: R,
+    sum: R,
+    hit: R,
+}
+
+impl<R: Real> Part<R> {
+    fn none() -> Self {
+        Part { max: R::neg_infinity(), sum: R::zero(), hit: R::zero() }
+    }
+
+    fn join(self, o: Self) -> Self {
+        let max = if o.max > self.max { o.max } else { self.max };
+        let scaled = |p: &Self| if p.max == max { p.sum } else { p.sum * (p.max - max).exp() };
+        Part { max, sum: scaled(&self) + scaled(&o), hit: self.hit + o.hit }
+    }
+}
+
+fn fwd<E: Elem>(cpu: &Cpu, a: &LinearXentFwd) -> Result<()> {
+    let op = "linear_xent_fwd";
+    let p = Packed::<E>::new(cpu, op, &a.x, &a.w, &a.target)?;
+    let scale = scalar::<E::Acc>(op, "scale", &a.scale)?;
+    expect(op, "lse", &a.lse.0, a.x.dims.rows())?;
+    expect(op, "loss", &a.loss.0, 1)?;
+    let lse = flat_mut::<E::Acc>(op, "lse", &a.lse.0)?;
+    let loss = flat_mut::<E::Acc>(op, "loss", &a.loss.0)?;
+    lse.fill(E::Acc::zero());
+
+    let blocks = chunks(p.at.len(), ROWS);
+    let tiles = chunks(p.w.rows, VOCAB);
+    let pairs: Vec<_> = tiles.iter().flat_map(|v| blocks.iter().map(move |r| (v, r))).collect();
+    let parts: Vec<Vec<Part<E::Acc>>> = pairs.into_par_iter().map(|(v, r)| tile_fwd(cpu, &p, r, v)).collect();
+
+    let mut losses = Vec::with_capacity(p.at.len());
+    for (n, &at) in p.at.iter().enumerate() {
+        let of_row = (0..tiles.len()).map(|t| parts[t * blocks.len() + n / ROWS][n % ROWS]);
+        let all = of_row.fold(Part::none(), Part::join);
+        lse[at] = all.max + all.sum.ln();
+        losses.push(lse[at] - all.hit);
+    }
+    // Without a supervised row the scale may be anything.
+    loss[0] = if losses.is_empty() { E::Acc::zero() } else { scale * lanes::sum(&losses, |l| l) };
+    Ok(())
+}
+
+fn tile_fwd<E: Elem>(cpu: &Cpu, p: &Packed<E>, r: &Range<usize>, v: &Range<usize>) -> Vec<Part<E::Acc>> {
+    let (mut buf, mut logits) = (p.buffer(cpu), p.logits(cpu));
+    gemm(p.rows(r), p.weights(v, &mut buf).t(), &mut logits, v.len(), false);
+    let mut parts = vec![Part::none(); r.len()];
+    pulp::Arch::new().dispatch(|| {
+        for ((part, l), t) in parts.iter_mut().zip(logits.chunks_mut(v.len())).zip(&p.target[r.clone()]) {
+            part.hit = if v.contains(t) { l[t - v.start] } else { E::Acc::zero() };
+            part.max = lanes::max(l);
+            part.sum = lanes::exp_sum(l, part.max);
+        }
+    });
+    parts
+}
+
+/// Rows `v` of the gradient of the weights, if wanted, and the part they contribute to `dx`.
+struct Share<'a, R> {
+    v: Range<usize>,
+    dw: Option<&'a mut [R]>,
+    dx: &'a mut [R],
+}
+
+fn bwd<E: Elem>(cpu: &Cpu, a: &LinearXentBwd) -> Result<()> {
+    let op = "linear_xent_bwd";
+    let p = Packed::<E>::new(cpu, op, &a.x, &a.w, &a.target)?;
+    let g = scalar::<E::Acc>(op, "scale", &a.scale)? * scalar::<E::Acc>(op, "g", &a.g)?;
+    let (n, c) = (a.x.dims.rows(), p.cols());
+    expect(op, "lse", &a.lse, n)?;
+    let lse = flat::<E::Acc>(op, "lse", &a.lse)?;
+    let lse: Vec<_> = p.at.iter().map(|&n| lse[n]).collect();
+    expect_rows(op, "dx", &a.dx.0, n, c)?;
+    let dx = rows_mut::<E>(op, "dx", &a.dx.0)?;
+    let mut dw = match a.dw {
+        Some(dw) => {
+            expect_rows(op, "dw", &dw.0, p.w.rows, c)?;
+            Some(flat_mut::<E::Acc>(op, "dw", &dw.0)?)
+        }
+        None => None,
+    };
+    par_for(n, ROWS, |r| r.for_each(|n| unsafe { dx.row(n) }.fill(E::zeroed())));
+    if c == 0 {
+        return Ok(());
+    }
+
+    let size = p.w.rows.div_ceil(PARTS).max(ROWS);
+    let shares = chunks(p.w.rows, size);
+    let mut partial = cpu.scratch::<E::Acc>(shares.len() * ROWS.min(p.at.len()) * c);
+    for r in chunks(p.at.len(), ROWS) {
+        let partial = &mut partial[..shares.len() * r.len() * c];
+        let mut dws = dw.as_mut().map(|dw| dw.chunks_mut(size * c));
+        let tasks: Vec<_> = shares
+            .iter()
+            .zip(partial.chunks_mut(r.len() * c))
+            .map(|(v, dx)| Share { v: v.clone(), dw: dws.as_mut().and_then(Iterator::next), dx })
+            .collect();
+        tasks.into_par_iter().for_each(|share| share_bwd(cpu, &p, &r, &lse, g, share));
+        par_for(r.len(), 16, |rows| {
+            for i in rows {
+                // Packed rows are distinct rows of dx: one thread a row.
+                let out = unsafe { dx.row(p.at[r.start + i]) };
+                add_parts(out, partial.chunks(r.len() * c).map(|part| &part[i * c..(i + 1) * c]));
+            }
+        });
+    }
+    Ok(())
+}
+
+/// `out = sum of parts`, rounded once.
+fn add_parts<'a, E: Elem>(out: &mut [E], mut parts: impl Iterator<Item = &'a [E::Acc]>) {
+    let mut sum = parts.next().map_or_else(|| vec![E::Acc::zero(); out.len()], <[_]>::to_vec);
+    for part in parts {
+        for (s, &v) in sum.iter_mut().zip(part) {
+            *s += v;
+        }
+    }
+    for (o, s) in out.iter_mut().zip(sum) {
+        *o = E::down(s);
+    }
+}
+
+/// Gradients of a block of rows from one part of the vocabulary: `dx` overwritten, `dw` added to.
+fn share_bwd<E: Elem>(
+    cpu: &Cpu,
+    p: &Packed<E>,
+    r: &Range<usize>,
+    lse: &[E::Acc],
+    g: E::Acc,
+    mut share: Share<E::Acc>,
+) {
+    let c = p.cols();
+    let (mut buf, mut logits) = (p.buffer(cpu), p.logits(cpu));
+    for (i, tile) in chunks(share.v.len(), VOCAB).into_iter().enumerate() {
+        let v = share.v.start + tile.start..share.v.start + tile.end;
+        let (x, w) = (p.rows(r), p.weights(&v, &mut buf));
+        gemm(x, w.t(), &mut logits, v.len(), false);
+        logit_gradients(&mut logits, &v, &p.target[r.clone()], &lse[r.clone()], g);
+        let d = Mat::new(&logits, r.len(), v.len(), v.len());
+        gemm(d, w, share.dx, c, i > 0);
+        if let Some(dw) = &mut share.dw {
+            gemm(d.t(), x, &mut dw[tile.start * c..tile.end * c], c, true);
+        }
+    }
+}
+
+/// From logits to `g (softmax - onehot)`.
+fn logit_gradients<R: Real>(logits: &mut [R], v: &Range<usize>, target: &[usize], lse: &[R], g: R) {
+    pulp::Arch::new().dispatch(|| {
+        for ((l, t), &lse) in logits.chunks_mut(v.len()).zip(target).zip(lse) {
+            l.iter_mut().for_each(|x| *x = g * (*x - lse).fast_exp());
+            if v.contains(t) {
+                l[t - v.start] = l[t - v.start] - g;
+            }
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing_b::*;
+    use super::*;
+
+    /// N, C, V and how many rows are supervised: one in so many.
+    type Case = (usize, usize, usize, usize);
+    const SMALL: [Case; 3] = [(1, 1, 1, 1), (7, 3, 13, 1), (11, 5, 31, 3)];
+    const LARGE: [Case; 2] = [(2 * ROWS + 3, 7, VOCAB + 5, 2), (37, 3, PARTS * VOCAB + 1234, 5)];
+
+    /// x, w, target, scale, g and the dw that is added to.
+    fn args((n, c, v, every): Case) -> Vec<Arg> {
+        let target = (0..n).map(|i| if i % every == 0 { (i * 7919 % v) as f64 } else { -1.0 }).collect();
+        vec![
+            act([n, c], normal(1, n * c)),
+            act([v, c], normal(2, v * c)),
+            int([n], target),
+            acc([1], vec![0.125]),
+            acc([1], vec![1.5]),
+            acc([v, c], vec![0.0; v * c]),
+        ]
+    }
+
+    /// lse and loss.
+    fn run_fwd(dev: &Cpu, p: Precision, t: &[Tensor]) -> Result<Vec<Tensor>> {
+        let (lse, loss) = (out(dev, p.acc, [t[0].dims().rows()]), out(dev, p.acc, [1]));
+        let a = LinearXentFwd {
+            x: t[0].view(),
+            w: t[1].view(),
+            target: t[2].view(),
+            scale: t[3].view(),
+            lse: lse.out(),
+            loss: loss.out(),
+        };
+        dev.linear_xent_fwd(S, &a)?;
+        Ok(vec![lse, loss])
+    }
+
+    /// dx and dw; dx is written into columns of a wider tensor.
+    fn run_bwd(dev: &Cpu, p: Precision, t: &[Tensor]) -> Result<Vec<Tensor>> {
+        let lse = &run_fwd(dev, p, t)?[0];
+        let (n, c) = (t[0].dims().rows(), t[0].dims().cols());
+        let dx = out(dev, p.act, [n, c + 2]).columns(1, c)?;
+        let a = LinearXentBwd {
+            x: t[0].view(),
+            w: t[1].view(),
+            target: t[2].view(),
+            scale: t[3].view(),
+            lse: lse.view(),
+            g: t[4].view(),
+            dx: dx.out(),
+            dw: Some(t[5].acc()),
+        };
+        dev.linear_xent_bwd(S, &a)?;
+        let alone = out(dev, p.act, [n, c]);
+        dev.linear_xent_bwd(S, &LinearXentBwd { dx: alone.out(), dw: None, ..a })?;
+        assert_eq!(alone.to_f64(dev)?, dx.to_f64(dev)?);
+        Ok(vec![dx, t[5].clone()])
+    }
+
+    fn naive((n, c, v, _): Case, t: &[Vec<f64>]) -> [Vec<f64>; 4] {
+        let (mut lse, mut loss) = (vec![0.0; n], vec![0.0]);
+        let (mut dx, mut dw) = (vec![0.0; n * c], t[5].clone());
+        for i in (0..n).filter(|&i| t[2][i] >= 0.0) {
+            let dot = |j: usize| (0..c).map(|k| t[0][i * c + k] * t[1][j * c + k]).sum::<f64>();
+            let logits: Vec<f64> = (0..v).map(dot).collect();
+            lse[i] = logits.iter().map(|l| l.exp()).sum::<f64>().ln();
+            loss[0] += t[3][0] * (lse[i] - logits[t[2][i] as usize]);
+            for j in 0..v {
+                let hit = if j == t[2][i] as usize { 1.0 } else { 0.0 };
+                let d = t[3][0] * t[4][0] * ((logits[j] - lse[i]).exp() - hit);
+                for k in 0..c {
+                    dx[i * c + k] += d * t[1][j * c + k];
+                    dw[j * c + k] += d * t[0][i * c + k];
+                }
+            }
+        }
+        [lse, loss, dx, dw]
+    }
+
+    #[test]
+    fn forward_and_backward_match_a_naive_loop() {
+        for case in SMALL[1..].iter().chain(&LARGE) {
+            check(&args(*case), |t| naive(*case, t)[..2].to_vec(), run_fwd);
+            check(&args(*case), |t| naive(*case, t)[2..].to_vec(), run_bwd);
+        }
+    }
+
+    #[test]
+    fn backward_matches_finite_differences() {
+        for case in SMALL {
+            let loss =
+                |dev: &Cpu, t: &[Tensor]| Ok(1.5 * run_fwd(dev, Precision::F64, t)?[1].to_f64(dev)?[0]);
+            check_grad(&args(case), &[0, 1], loss, |dev, t| run_bwd(dev, Precision::F64, t));
+        }
+    }
+
+    #[test]
+    fn nothing_supervised_costs_nothing() {
+        let mut args = args(SMALL[1]);
+        args[2].2.fill(-1.0);
+        args[3].2[0] = f64::INFINITY;
+        check(&args, |_| vec![vec![0.0; 7], vec![0.0]], run_fwd);
+        check(&args, |_| vec![vec![0.0; 21], vec![0.0; 39]], run_bwd);
+    }
+
+    #[test]
+    fn large_logits_stay_finite() {
+        let mut args = args(SMALL[2]);
+        args[0].2.iter_mut().for_each(|x| *x *= 1e4);
+        let dev = Cpu::poisoned(2).unwrap();
+        let t = tensors(&dev, Precision::F32, &args);
+        let results =
+            [run_fwd(&dev, Precision::F32, &t).unwrap(), run_bwd(&dev, Precision::F32, &t).unwrap()];
+        for v in read(&dev, &results.concat()) {
+            assert!(v.iter().all(|x| x.is_finite()));
+        }
+    }
+
+    #[test]
+    fn a_target_beyond_the_vocabulary_is_an_error() {
+        let mut args = args(SMALL[1]);
+        args[2].2[3] = 13.0;
+        let dev = Cpu::poisoned(2).unwrap();
+        let e = run_fwd(&dev, Precision::F32, &tensors(&dev, Precision::F32, &args)).unwrap_err();
+        assert_eq!(
+            e.to_string(),
+            "linear_xent_fwd: argument `target` is 13, wanted less than the 13 rows of w"
+        );
+    }
+}

@@ -1,0 +1,316 @@
+//! The contract between the model and a device.
+//!
+//! A *kernel* is a small named function over buffers with a documented formula. [`Kernels`] lists all of
+//! them, [`Device`] what surrounds them: memory, copies, collectives. [`Cpu`] computes them in plain
+//! Rust, [`Plan`] computes nothing and counts. Ops, models and training see `&dyn Kernels` only.
+
+pub mod abi;
+mod contract;
+pub mod cpu;
+mod plan;
+mod state;
+
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::tensor::{DType, Dims};
+pub use contract::*;
+pub use cpu::{Cpu, KernelTime};
+pub use plan::{KernelCount, Plan};
+pub use state::{Slot, StepState};
+
+/// What a buffer is for; memory is reported by role.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Role {
+    /// Master weights and the weights that products read.
+    Weight,
+    /// Parameter gradients.
+    Gradient,
+    /// Optimizer moments.
+    Moment,
+    /// Exponential moving averages of the weights.
+    Ema,
+    /// Values and gradients that live within one step.
+    Activation,
+    /// Scratch of one kernel.
+    Workspace,
+    /// Batches, indices, the step state.
+    Input,
+}
+
+impl Role {
+    /// All roles, in report order.
+    pub const ALL: [Role; 7] = [
+        Role::Weight,
+        Role::Gradient,
+        Role::Moment,
+        Role::Ema,
+        Role::Activation,
+        Role::Workspace,
+        Role::Input,
+    ];
+}
+
+impl std::fmt::Display for Role {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Role::Weight => "weight",
+            Role::Gradient => "gradient",
+            Role::Moment => "moment",
+            Role::Ema => "ema",
+            Role::Activation => "activation",
+            Role::Workspace => "workspace",
+            Role::Input => "input",
+        })
+    }
+}
+
+/// An ordered queue of launches. Devices without queues run everything at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stream(pub u8);
+
+impl Stream {
+    /// Where kernels run.
+    pub const COMPUTE: Stream = Stream(0);
+    /// Where batches are copied.
+    pub const COPY: Stream = Stream(1);
+}
+
+/// Gives memory back when a [`Buffer`] is dropped.
+pub trait Reclaim: Send + Sync {
+    /// Takes back what [`Device::alloc`] gave.
+    fn reclaim(&self, addr: u64, bytes: usize, role: Role);
+}
+
+/// Device memory: an address that only its device may follow.
+pub struct Buffer {
+    addr: u64,
+    bytes: usize,
+    role: Role,
+    owner: Arc<dyn Reclaim>,
+}
+
+impl Buffer {
+    /// For devices: wraps an allocation.
+    pub fn new(addr: u64, bytes: usize, role: Role, owner: Arc<dyn Reclaim>) -> Self {
+        Buffer { addr, bytes, role, owner }
+    }
+
+    /// The device address; 0 on a device without data.
+    pub fn addr(&self) -> u64 {
+        self.addr
+    }
+
+    /// Size in bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        self.owner.reclaim(self.addr, self.bytes, self.role);
+    }
+}
+
+/// A kernel input: `dims` elements of `dtype` at byte `off`, rows `ld` elements apart.
+#[derive(Clone, Copy)]
+pub struct In<'a> {
+    /// The memory.
+    pub buf: &'a Buffer,
+    /// Byte offset of the first element.
+    pub off: u64,
+    /// Element type.
+    pub dtype: DType,
+    /// Shape; all dimensions but the last are rows.
+    pub dims: Dims,
+    /// Elements from one row to the next.
+    pub ld: i64,
+}
+
+/// A kernel output: overwritten, never read.
+#[derive(Clone, Copy)]
+pub struct Out<'a>(pub In<'a>);
+
+/// A kernel output that is added to: parameter gradients, statistics, and what an optimizer updates.
+#[derive(Clone, Copy)]
+pub struct Acc<'a>(pub In<'a>);
+
+impl In<'_> {
+    /// True when rows follow each other without gaps.
+    pub fn is_contiguous(&self) -> bool {
+        self.ld == self.dims.cols() as i64 || self.dims.rows() <= 1
+    }
+
+    /// Bytes of the elements themselves, gaps left out.
+    pub fn bytes(&self) -> u64 {
+        (self.dims.numel() * self.dtype.size()) as u64
+    }
+}
+
+/// How a kernel touches a view.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Read only.
+    Read,
+    /// Overwritten.
+    Write,
+    /// Read and written.
+    Accumulate,
+}
+
+/// A value on its way back to the host.
+pub struct Pending(Box<dyn FnOnce() -> Result<Vec<u8>> + Send>);
+
+impl Pending {
+    /// For devices: wraps the wait.
+    pub fn new(wait: impl FnOnce() -> Result<Vec<u8>> + Send + 'static) -> Self {
+        Pending(Box::new(wait))
+    }
+
+    /// Waits for the device and returns the elements in row order, gaps left out.
+    pub fn wait(self) -> Result<Vec<u8>> {
+        (self.0)()
+    }
+}
+
+/// Sums and gathers over ranks. With one rank each is the identity.
+pub trait Collectives {
+    /// Number of ranks.
+    fn ranks(&self) -> usize {
+        1
+    }
+    /// This rank.
+    fn rank(&self) -> usize {
+        0
+    }
+    /// Sums `x` over all ranks in place.
+    fn all_reduce(&self, _s: Stream, _x: Acc) -> Result<()> {
+        Ok(())
+    }
+    /// Sums over all ranks; every rank keeps its own `1/ranks` slice in `y`.
+    fn reduce_scatter(&self, s: Stream, x: In, y: Out) -> Result<()>;
+    /// Concatenates every rank's `x` in `y`.
+    fn all_gather(&self, s: Stream, x: In, y: Out) -> Result<()>;
+}
+
+/// Memory, copies and ranks of one device.
+pub trait Device: Send + Sync {
+    /// Name for messages.
+    fn name(&self) -> String;
+    /// False on a device that holds no data: initial values need not be drawn for it.
+    fn has_data(&self) -> bool {
+        true
+    }
+    /// New memory, aligned to 256 bytes; contents unspecified. The same sequence of calls in a step gives
+    /// the same addresses.
+    fn alloc(&self, role: Role, bytes: usize) -> Result<Buffer>;
+    /// Copies host bytes into a contiguous view. `src` may be reused when this returns.
+    fn copy_in(&self, s: Stream, src: &[u8], dst: Out) -> Result<()>;
+    /// Starts a copy to the host: the only way back.
+    fn read_later(&self, s: Stream, src: In) -> Result<Pending>;
+    /// The ranks that train together.
+    fn collectives(&self) -> &dyn Collectives;
+    /// Bytes held now and at most so far, by role.
+    fn memory(&self) -> Memory;
+}
+
+/// Bytes by role.
+#[derive(Debug, Clone, Default)]
+pub struct Memory {
+    /// Held now, in the order of [`Role::ALL`].
+    pub live: [u64; 7],
+    /// Of each role, held when the total was largest.
+    pub at_peak: [u64; 7],
+    /// The largest total.
+    pub peak: u64,
+}
+
+impl Memory {
+    /// Total held now.
+    pub fn total(&self) -> u64 {
+        self.live.iter().sum()
+    }
+
+    pub(crate) fn add(&mut self, role: Role, bytes: usize) {
+        self.live[role as usize] += bytes as u64;
+        if self.total() > self.peak {
+            self.peak = self.total();
+            self.at_peak = self.live;
+        }
+    }
+
+    pub(crate) fn sub(&mut self, role: Role, bytes: usize) {
+        self.live[role as usize] -= bytes as u64;
+    }
+}
+
+/// Operations and least bytes of one kernel call.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// Floating-point operations; a multiply-add counts two.
+    pub flop: u64,
+    /// Bytes if every input is read once and every output written once.
+    pub bytes: u64,
+}
+
+/// Arguments of a kernel, as the devices that only look at them see them.
+pub trait Args {
+    /// The kernel's name, equal to the C launcher's without its prefix.
+    fn kernel(&self) -> &'static str;
+    /// Name, access and extent of every tensor argument that is present.
+    fn views(&self) -> Vec<(&'static str, Access, In<'_>)>;
+    /// Operations and least bytes.
+    fn cost(&self) -> Cost;
+}
+
+/// A type that may stand in a kernel's arguments.
+pub(crate) trait Field {
+    fn view(&self) -> Option<(Access, In<'_>)> {
+        None
+    }
+}
+impl Field for In<'_> {
+    fn view(&self) -> Option<(Access, In<'_>)> {
+        Some((Access::Read, *self))
+    }
+}
+impl Field for Out<'_> {
+    fn view(&self) -> Option<(Access, In<'_>)> {
+        Some((Access::Write, self.0))
+    }
+}
+impl Field for Acc<'_> {
+    fn view(&self) -> Option<(Access, In<'_>)> {
+        Some((Access::Accumulate, self.0))
+    }
+}
+impl<T: Field> Field for Option<T> {
+    fn view(&self) -> Option<(Access, In<'_>)> {
+        self.as_ref().and_then(Field::view)
+    }
+}
+impl Field for f64 {}
+impl Field for usize {}
+impl Field for bool {}
+
+/// Checks that a view lies inside its buffer; devices call this before following an address.
+pub(crate) fn check_view(op: &'static str, arg: &'static str, v: &In) -> Result<()> {
+    let (rows, cols) = (v.dims.rows() as u64, v.dims.cols() as u64);
+    if rows == 0 || cols == 0 {
+        return Ok(());
+    }
+    if v.ld < cols as i64 && rows > 1 {
+        return Err(Error::arg(op, arg, format!("row stride {}", v.ld), format!("at least {cols}")));
+    }
+    let end = v.off + ((rows - 1) * v.ld as u64 + cols) * v.dtype.size() as u64;
+    if end > v.buf.bytes as u64 {
+        return Err(Error::arg(
+            op,
+            arg,
+            format!("{} {} ending at byte {end}", v.dims, v.dtype),
+            format!("inside its buffer of {} bytes", v.buf.bytes),
+        ));
+    }
+    Ok(())
+}

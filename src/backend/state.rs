@@ -1,0 +1,93 @@
+//! What changes from step to step, in one small device tensor that kernels read: a captured sequence of
+//! launches then replays with the values of the new step.
+
+use super::{Kernels, Role, Stream};
+use crate::error::Result;
+use crate::tensor::{DType, Tensor};
+
+/// Places in the step state, in elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Slot {
+    /// Learning rate of a parameter group.
+    Rate(usize),
+    /// `1 / (1 - beta1^t)` of a parameter group.
+    Bias1(usize),
+    /// `1 / (1 - beta2^t)` of a parameter group.
+    Bias2(usize),
+    /// Largest gradient norm of a parameter group's optimizer; 0: no clipping.
+    Clip(usize),
+    /// Weight of a loss: the gradient that its scalar receives.
+    Weight(usize),
+    /// One over the supervised text tokens of the whole batch.
+    InvTokens,
+    /// One over the supervised codes of the whole batch.
+    InvCodes,
+}
+
+impl Slot {
+    /// Parameter groups a state has room for.
+    pub const GROUPS: usize = 16;
+    /// Losses a state has room for.
+    pub const LOSSES: usize = 16;
+    /// Elements of a state.
+    pub const LEN: usize = 4 * Self::GROUPS + Self::LOSSES + 2;
+
+    /// Index of this slot.
+    pub fn index(self) -> usize {
+        match self {
+            Slot::Rate(g) => 4 * g,
+            Slot::Bias1(g) => 4 * g + 1,
+            Slot::Bias2(g) => 4 * g + 2,
+            Slot::Clip(g) => 4 * g + 3,
+            Slot::Weight(l) => 4 * Self::GROUPS + l,
+            Slot::InvTokens => 4 * Self::GROUPS + Self::LOSSES,
+            Slot::InvCodes => 4 * Self::GROUPS + Self::LOSSES + 1,
+        }
+    }
+}
+
+/// The host's copy of the step state and the device tensor it is sent to.
+pub struct StepState {
+    host: [f64; Slot::LEN],
+    device: Tensor,
+    dtype: DType,
+}
+
+impl StepState {
+    /// A state of zeros; `dtype` is the accumulator type.
+    pub fn new(dev: &dyn Kernels, dtype: DType) -> Result<Self> {
+        let device = Tensor::zeros(dev, Role::Input, dtype, [Slot::LEN])?;
+        Ok(StepState { host: [0.0; Slot::LEN], device, dtype })
+    }
+
+    /// Sets a slot on the host; [`StepState::send`] makes it visible to kernels.
+    pub fn set(&mut self, slot: Slot, value: f64) {
+        self.host[slot.index()] = value;
+    }
+
+    /// The host's value of a slot.
+    pub fn get(&self, slot: Slot) -> f64 {
+        self.host[slot.index()]
+    }
+
+    /// Copies the whole state to the device.
+    pub fn send(&self, dev: &dyn Kernels) -> Result<()> {
+        match self.dtype {
+            DType::F64 => dev.copy_in(Stream::COMPUTE, bytemuck::cast_slice(&self.host), self.device.out()),
+            _ => {
+                let v = self.host.map(|x| x as f32);
+                dev.copy_in(Stream::COMPUTE, bytemuck::cast_slice(&v), self.device.out())
+            }
+        }
+    }
+
+    /// The whole state on the device, `[Slot::LEN]`.
+    pub fn tensor(&self) -> &Tensor {
+        &self.device
+    }
+
+    /// One slot on the device, `[1]`.
+    pub fn slot(&self, slot: Slot) -> Result<Tensor> {
+        self.device.range(slot.index(), 1)
+    }
+}

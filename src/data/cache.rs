@@ -1,0 +1,336 @@
+//! The pictures of a data set at training size, in memory as far as they fit.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use rayon::prelude::*;
+
+use super::folder::Folder;
+use super::image::{Crop, Image, cut, fit_shorter};
+use super::rng::Philox;
+use crate::error::{Error, Result};
+
+/// How many pictures are decoded before the memory in use is looked at again.
+const CHUNK: usize = 1024;
+const NAMED: usize = 5;
+
+/// How pictures are brought to training size.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoadOptions {
+    /// Side of the square pictures, in pixels.
+    pub size: usize,
+    /// Which square is cut out.
+    pub crop: Crop,
+    /// Mirrors half of the pictures left to right.
+    pub flip: bool,
+    /// Most bytes of pictures kept in memory; the rest is decoded again at each use.
+    pub memory: u64,
+}
+
+impl LoadOptions {
+    /// Central squares of `size`, not mirrored, up to 4 GiB in memory.
+    pub fn new(size: usize) -> Self {
+        LoadOptions { size, crop: Crop::Centre, flip: false, memory: 4 << 30 }
+    }
+}
+
+/// Pictures that could not be used.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Skipped {
+    /// How many.
+    pub count: usize,
+    /// The first five in the order of the data set, each with the reason.
+    pub first: Vec<(PathBuf, String)>,
+}
+
+/// What [`ImageSet::get`] gives.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Drawn {
+    /// Index of the sample in its [`Folder`].
+    pub sample: usize,
+    /// The picture, `size` x `size`.
+    pub image: Image,
+}
+
+/// The pictures of a [`Folder`] at training size, three bytes a pixel.
+///
+/// Pictures that cannot be used are left out. Whether a picture is in memory or decoded at each use
+/// makes no difference to its values.
+#[derive(Debug)]
+pub struct ImageSet {
+    root: PathBuf,
+    options: LoadOptions,
+    entries: Vec<Entry>,
+    total: usize,
+    bytes: u64,
+    bad: Mutex<BTreeMap<usize, (PathBuf, String)>>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    sample: usize,
+    picture: Picture,
+}
+
+#[derive(Debug)]
+enum Picture {
+    Kept(Small),
+    OnDisk(PathBuf),
+}
+
+/// A picture whose shorter side has the training size; cut to the square already if the cut is fixed.
+#[derive(Debug)]
+struct Small {
+    height: u32,
+    width: u32,
+    rgb: Box<[u8]>,
+}
+
+impl ImageSet {
+    /// Decodes the pictures of `folder` on all cores, in their order, until the memory allowed is used
+    /// up; those after that are decoded when they are asked for. Unusable ones are skipped and counted;
+    /// it is an error if they are more than half.
+    pub fn load(folder: &Folder, options: LoadOptions) -> Result<Self> {
+        let total = folder.samples.len();
+        let mut entries = Vec::with_capacity(total);
+        let mut bad = BTreeMap::new();
+        let (mut bytes, mut full) = (0, options.memory == 0);
+        if options.size == 0 {
+            return Err(Error::arg("ImageSet::load", "size", options.size, "at least 1"));
+        }
+        for start in (0..total).step_by(CHUNK) {
+            let chunk = start..(start + CHUNK).min(total);
+            if full {
+                entries.extend(chunk.map(|sample| Entry {
+                    sample,
+                    picture: Picture::OnDisk(folder.samples[sample].image.clone()),
+                }));
+                continue;
+            }
+            let decoded: Vec<Result<Small>> = chunk
+                .clone()
+                .into_par_iter()
+                .map(|i| Small::open(&folder.samples[i].image, options.size, options.crop))
+                .collect();
+            for (sample, small) in chunk.zip(decoded) {
+                let path = &folder.samples[sample].image;
+                match small {
+                    Ok(small) => {
+                        // Once one does not fit, decoding the rest now would be for nothing.
+                        let after = bytes + small.rgb.len() as u64;
+                        full |= after > options.memory;
+                        let picture = if full {
+                            Picture::OnDisk(path.clone())
+                        } else {
+                            bytes = after;
+                            Picture::Kept(small)
+                        };
+                        entries.push(Entry { sample, picture });
+                    }
+                    Err(e) => {
+                        bad.insert(sample, (path.clone(), reason(path, &e)));
+                    }
+                }
+            }
+        }
+        let set =
+            ImageSet { root: folder.root.clone(), options, entries, total, bytes, bad: Mutex::new(bad) };
+        set.check()?;
+        Ok(set)
+    }
+
+    /// The number of pictures.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// True if there are none.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Bytes of pictures in memory.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// How many pictures are decoded at each use.
+    pub fn on_disk(&self) -> usize {
+        self.entries.iter().filter(|e| matches!(e.picture, Picture::OnDisk(_))).count()
+    }
+
+    /// Index in the [`Folder`] of picture `index` of this set.
+    pub fn sample(&self, index: usize) -> Option<usize> {
+        self.entries.get(index).map(|e| e.sample)
+    }
+
+    /// What was skipped so far: at loading, and since then among the pictures decoded at each use.
+    pub fn skipped(&self) -> Skipped {
+        let bad = self.bad.lock().unwrap_or_else(PoisonError::into_inner);
+        Skipped { count: bad.len(), first: bad.values().take(NAMED).cloned().collect() }
+    }
+
+    /// Picture `index` of `0..len()`, cut and mirrored with random numbers from `rng`.
+    ///
+    /// If it has to be decoded now and cannot be, it is counted as skipped and the next one that can be
+    /// used takes its place; [`Drawn::sample`] tells which it was.
+    pub fn get(&self, index: usize, rng: &mut Philox) -> Result<Drawn> {
+        if index >= self.len() {
+            return Err(Error::arg("ImageSet::get", "index", index, format!("below {}", self.len())));
+        }
+        let LoadOptions { size, crop, flip, .. } = self.options;
+        for entry in self.entries[index..].iter().chain(&self.entries[..index]) {
+            let image = match &entry.picture {
+                Picture::Kept(small) => small.image()?,
+                Picture::OnDisk(path) => match Small::open(path, size, crop) {
+                    Ok(small) => small.image()?,
+                    Err(e) => {
+                        self.skip(entry.sample, path, &e)?;
+                        continue;
+                    }
+                },
+            };
+            return Ok(Drawn { sample: entry.sample, image: cut(&image, size, crop, flip, rng) });
+        }
+        self.check()?;
+        Err(Error::data(&self.root, "none of the pictures can be used"))
+    }
+
+    fn skip(&self, sample: usize, path: &Path, e: &Error) -> Result<()> {
+        let why = (path.to_path_buf(), reason(path, e));
+        self.bad.lock().unwrap_or_else(PoisonError::into_inner).insert(sample, why);
+        self.check()
+    }
+
+    fn check(&self) -> Result<()> {
+        let skipped = self.skipped();
+        if 2 * skipped.count <= self.total {
+            return Ok(());
+        }
+        let first: Vec<String> =
+            skipped.first.iter().map(|(path, why)| format!("{}: {why}", path.display())).collect();
+        let what = format!(
+            "{} of {} pictures cannot be used, more than half; replace or remove them, the first are {}",
+            skipped.count,
+            self.total,
+            first.join("; ")
+        );
+        Err(Error::data(&self.root, what))
+    }
+}
+
+/// The error's text without the path, which stands beside it.
+fn reason(path: &Path, e: &Error) -> String {
+    let text = e.to_string();
+    text.strip_prefix(&format!("{}: ", path.display())).unwrap_or(&text).into()
+}
+
+impl Small {
+    fn open(path: &Path, size: usize, crop: Crop) -> Result<Self> {
+        let mut image = Image::open(path)?;
+        if let Some(resized) = fit_shorter(&image, size)? {
+            image = resized;
+        }
+        if crop == Crop::Centre {
+            image = cut(&image, size, crop, false, &mut Philox::new(0, 0));
+        }
+        let rgb = image.to_u8().into_boxed_slice();
+        Ok(Small { height: image.height as u32, width: image.width as u32, rgb })
+    }
+
+    fn image(&self) -> Result<Image> {
+        Image::from_u8(self.height as usize, self.width as usize, &self.rgb)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::image::{fit, save_png};
+    use crate::data::scratch::Scratch;
+
+    /// `n` pictures of different sizes, of which those in `broken` are no pictures.
+    fn folder(dir: &Scratch, n: usize, broken: &[usize]) -> Folder {
+        for i in 0..n {
+            let name = format!("{i:03}.png");
+            if broken.contains(&i) {
+                dir.write(&name, b"broken");
+            } else {
+                let (h, w) = (8 + i % 3, 8 + i % 5);
+                let rgb: Vec<u8> = (0..h * w * 3).map(|k| (k * 31 + i * 7) as u8).collect();
+                save_png(dir.path(&name), &Image::from_u8(h, w, &rgb).unwrap()).unwrap();
+            }
+        }
+        Folder::open(dir.root()).unwrap()
+    }
+
+    fn options(crop: Crop, memory: u64) -> LoadOptions {
+        LoadOptions { crop, flip: crop == Crop::Random, memory, ..LoadOptions::new(8) }
+    }
+
+    #[test]
+    fn memory_and_disk_give_the_same_pictures() {
+        let dir = Scratch::new("cache");
+        let folder = folder(&dir, 12, &[]);
+        for crop in [Crop::Centre, Crop::Random] {
+            let kept = ImageSet::load(&folder, options(crop, u64::MAX)).unwrap();
+            let some = ImageSet::load(&folder, options(crop, 900)).unwrap();
+            let none = ImageSet::load(&folder, options(crop, 0)).unwrap();
+            assert_eq!((kept.on_disk(), none.on_disk(), none.bytes()), (0, 12, 0));
+            assert!((1..12).contains(&some.on_disk()) && some.bytes() <= 900);
+            for i in 0..12 {
+                let draw = |set: &ImageSet| set.get(i, &mut Philox::new(9, i as u64)).unwrap();
+                let drawn = draw(&kept);
+                assert_eq!((drawn.sample, drawn.image.height, drawn.image.width), (i, 8, 8));
+                assert_eq!(drawn, draw(&some));
+                assert_eq!(drawn, draw(&none));
+            }
+        }
+    }
+
+    #[test]
+    fn pictures_are_those_of_fit() {
+        let dir = Scratch::new("cache-fit");
+        let folder = folder(&dir, 6, &[]);
+        let set = ImageSet::load(&folder, options(Crop::Random, u64::MAX)).unwrap();
+        for i in 0..6 {
+            let whole = Image::open(&folder.samples[i].image).unwrap();
+            let want = fit(&whole, 8, Crop::Random, true, &mut Philox::new(2, i as u64)).unwrap();
+            let got = set.get(i, &mut Philox::new(2, i as u64)).unwrap().image;
+            assert_eq!(got.to_u8(), want.to_u8());
+        }
+        assert!(set.get(6, &mut Philox::new(0, 0)).is_err());
+    }
+
+    #[test]
+    fn broken_pictures_are_skipped_counted_and_named() {
+        let dir = Scratch::new("cache-broken");
+        let folder = folder(&dir, 14, &[0, 2, 3, 5, 7, 13]);
+        let kept = ImageSet::load(&folder, options(Crop::Centre, u64::MAX)).unwrap();
+        assert_eq!((kept.len(), kept.skipped().count, kept.skipped().first.len()), (8, 6, 5));
+        let (path, why) = &kept.skipped().first[1];
+        assert_eq!(path, &folder.samples[2].image);
+        assert_eq!(why, "this is not a PNG, JPEG or WebP picture");
+        assert_eq!((0..8).map(|i| kept.sample(i).unwrap()).collect::<Vec<_>>(), [1, 4, 6, 8, 9, 10, 11, 12]);
+
+        let disk = ImageSet::load(&folder, options(Crop::Centre, 0)).unwrap();
+        assert_eq!((disk.len(), disk.skipped().count), (14, 0));
+        let drawn: Vec<usize> =
+            (0..14).map(|i| disk.get(i, &mut Philox::new(0, 0)).unwrap().sample).collect();
+        assert_eq!(drawn, [1, 1, 4, 4, 4, 6, 6, 8, 8, 9, 10, 11, 12, 1]);
+        assert_eq!(disk.skipped(), kept.skipped());
+    }
+
+    #[test]
+    fn more_than_half_broken_is_an_error() {
+        let dir = Scratch::new("cache-half");
+        let folder = folder(&dir, 5, &[0, 1, 4]);
+        let e = ImageSet::load(&folder, options(Crop::Centre, u64::MAX)).unwrap_err().to_string();
+        assert!(e.contains("3 of 5 pictures cannot be used, more than half; replace or remove them"), "{e}");
+        assert!(e.contains("000.png: this is not a PNG"), "{e}");
+        let disk = ImageSet::load(&folder, options(Crop::Centre, 0)).unwrap();
+        assert!(disk.get(0, &mut Philox::new(0, 0)).is_ok());
+        assert!(disk.get(4, &mut Philox::new(0, 0)).unwrap_err().to_string().contains("3 of 5"));
+    }
+}

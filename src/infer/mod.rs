@@ -1,0 +1,186 @@
+//! A trained model in use: reconstructions, captions, answers.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::autograd::{Tape, Var};
+use crate::backend::{Kernels, Role};
+use crate::config::Config;
+use crate::data::{Crop, Image, Philox, Special, TextTokenizer, fit, fit_multiple};
+use crate::error::{Error, Result};
+use crate::model::tokenizer::Grid;
+use crate::model::{Ett, Packed, Part};
+use crate::ops;
+use crate::tensor::Tensor;
+use crate::train::feed::images_to_device;
+use crate::train::{Batch, CONFIG, Template, WEIGHTS, load_weights};
+
+/// Most tokens of a caption or an answer.
+const MAX_TOKENS: usize = 128;
+
+/// A finished run, ready for use.
+pub struct Trained {
+    /// The model.
+    pub model: Ett,
+    template: Template,
+}
+
+impl Trained {
+    /// Loads the model of a run folder.
+    pub fn open(run: &Path, dev: Arc<dyn Kernels>) -> Result<Self> {
+        let weights = run.join(WEIGHTS);
+        if !weights.exists() {
+            let what = format!("holds no {WEIGHTS}; name the folder of a finished run of ett-train");
+            return Err(Error::data(run, what));
+        }
+        let model = Ett::new(&Config::load(&run.join(CONFIG), &[])?, dev)?;
+        load_weights(&model.params, &weights)?;
+        Ok(Trained { model, template: Template::new(TextTokenizer::Bytes) })
+    }
+
+    /// A picture as training saw it: shorter side resized, centre crop.
+    fn square(&self, image: &Image) -> Result<Image> {
+        fit(image, self.model.cfg.data.size, Crop::Centre, false, &mut Philox::new(0, 0))
+    }
+
+    fn say(&self, image: &Image, prompt: &[Part], stop: Special) -> Result<String> {
+        let seen = Seen::new(&self.model, &[self.square(image)?])?;
+        let text = self.template.tokenizer();
+        Ok(text.decode(&seen.complete(prompt, text.special(stop), MAX_TOKENS)?))
+    }
+
+    /// Describes a picture.
+    pub fn caption(&self, image: &Image) -> Result<String> {
+        self.say(image, &self.template.picture(0), Special::EndOfText)
+    }
+
+    /// Answers a question about a picture.
+    pub fn ask(&self, image: &Image, question: &str) -> Result<String> {
+        self.say(image, &self.template.question(Some(0), question)?, Special::ImEnd)
+    }
+
+    /// The picture at the nearest size the tokenizer takes, and its reconstruction; the longer side is at most
+    /// `max_side`.
+    pub fn reconstruct(&self, image: &Image, max_side: usize) -> Result<(Image, Image)> {
+        let fitted = fit_multiple(image, max_side, self.model.cfg.tokenizer.downsampling())?;
+        let (rec, _) = reconstruct(&self.model, std::slice::from_ref(&fitted))?;
+        match rec.into_iter().next() {
+            Some(rec) => Ok((fitted, rec)),
+            None => Err(Error::arg("reconstruct", "image", "empty", "at least one pixel")),
+        }
+    }
+}
+
+/// Pictures as the language model reads them.
+pub struct Seen<'a> {
+    model: &'a Ett,
+    tape: Tape,
+    visual: Var,
+    grids: Vec<Grid>,
+}
+
+impl<'a> Seen<'a> {
+    /// Encodes pictures of one size.
+    pub fn new(model: &'a Ett, images: &[Image]) -> Result<Self> {
+        let tape = Tape::inference(model.params.device().clone(), model.params.precision());
+        let (zq, idx, grids) = encode(model, &tape, images)?;
+        let visual = model.visual_rows(&tape, &zq, &idx)?;
+        Ok(Seen { model, tape, visual, grids })
+    }
+
+    /// The hidden states that predict the supervised tokens of `sequences`, and the batch they belong to.
+    fn selected(&self, sequences: &[Vec<Part>]) -> Result<(Var, Packed)> {
+        let packed = Batch::pack(self.model, sequences, &self.grids, 1)?;
+        let hidden = self.model.hidden(&self.tape, Some(&self.visual), &packed)?;
+        Ok((ops::gather(&self.tape, &hidden, &packed.select)?, packed))
+    }
+
+    /// Nats of all supervised tokens together, and their number.
+    pub fn nats(&self, sequences: &[Vec<Part>]) -> Result<(f64, usize)> {
+        if sequences.is_empty() {
+            return Ok((0.0, 0));
+        }
+        let packed = Batch::pack(self.model, sequences, &self.grids, 1)?;
+        let hidden = self.model.hidden(&self.tape, Some(&self.visual), &packed)?;
+        let one =
+            Tensor::from_f64(self.tape.dev(), Role::Input, self.model.params.precision().acc, &[1.0], [1])?;
+        let (_, loss) = self.model.text_loss(&self.tape, &hidden, &packed, &one)?;
+        Ok((loss.value().to_f64(self.tape.dev())?[0], packed.tokens))
+    }
+
+    /// The most likely token after each supervised position's predecessor, sequence by sequence.
+    fn likeliest(&self, sequences: &[Vec<Part>]) -> Result<(Vec<i32>, Packed)> {
+        let (rows, packed) = self.selected(sequences)?;
+        let logits = self.model.text_logits(&self.tape, &rows)?;
+        let v = logits.dims().cols();
+        let values = logits.value().to_f64(self.tape.dev())?;
+        let best = values
+            .chunks(v)
+            .map(|row| (1..v).fold(0, |best, i| if row[i] > row[best] { i } else { best }) as i32)
+            .collect();
+        Ok((best, packed))
+    }
+
+    /// How many sequences have every supervised token as the most likely one: exactly those that greedy
+    /// decoding would complete as they are.
+    pub fn exact(&self, sequences: &[Vec<Part>]) -> Result<usize> {
+        if sequences.is_empty() {
+            return Ok(0);
+        }
+        let (best, packed) = self.likeliest(sequences)?;
+        let target = packed.target.to_host::<i32>(self.tape.dev())?;
+        let mut hits = best.iter().zip(&target).map(|(a, b)| a == b);
+        let mut right = 0;
+        for s in sequences {
+            let supervised = s.iter().map(|p| match p {
+                Part::Tokens { ids, supervised: true } => ids.len(),
+                _ => 0,
+            });
+            let misses = hits.by_ref().take(supervised.sum()).filter(|hit| !hit).count();
+            right += usize::from(misses == 0);
+        }
+        Ok(right)
+    }
+
+    /// Continues a sequence greedily until `stop` or `max` tokens; the stop token is left out.
+    pub fn complete(&self, prompt: &[Part], stop: i32, max: usize) -> Result<Vec<i32>> {
+        let mut out: Vec<i32> = Vec::new();
+        while out.len() < max {
+            // One more token to predict after the prompt and what was said: its id does not matter.
+            let mut parts = prompt.to_vec();
+            parts.push(Part::context(out.clone()));
+            parts.push(Part::target(vec![0]));
+            let (best, _) = self.likeliest(&[parts])?;
+            match best.first() {
+                Some(&id) if id != stop => out.push(id),
+                _ => break,
+            }
+        }
+        Ok(out)
+    }
+}
+
+fn encode(model: &Ett, t: &Tape, images: &[Image]) -> Result<(Var, Tensor, Vec<Grid>)> {
+    let (x, _) = images_to_device(model, images)?;
+    let (z, grids) = model.tokenizer.encode(t, &model.params, &[t.constant(x)])?;
+    let codes = model.tokenizer.codes(t, &model.params)?;
+    let (zq, idx) = model.look_up(t, &z, &codes)?;
+    Ok((zq, idx, grids))
+}
+
+/// Reconstructions (clamped) and codes of pictures of one size.
+pub fn reconstruct(model: &Ett, images: &[Image]) -> Result<(Vec<Image>, Vec<i32>)> {
+    let dev = model.params.device().clone();
+    let t = Tape::inference(dev.clone(), model.params.precision());
+    let (zq, idx, grids) = encode(model, &t, images)?;
+    let mut out = Vec::new();
+    for (rec, g) in model.tokenizer.decode(&t, &model.params, &zq, &grids)?.iter().zip(&grids) {
+        let s = model.cfg.tokenizer.downsampling();
+        let (height, width) = (g.h * s, g.w * s);
+        for c in rec.value().to_f64(&*dev)?.chunks(height * width * 3) {
+            let pixels = c.iter().map(|&v| v.clamp(-1.0, 1.0) as f32).collect();
+            out.push(Image { height, width, pixels });
+        }
+    }
+    Ok((out, idx.to_host::<i32>(&*dev)?))
+}

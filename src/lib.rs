@@ -1,0 +1,17 @@
+//! ETT, End-to-End Vision Tokenizer Tuning (arXiv 2505.10562): the whole model, its training and its use.
+
+#![warn(missing_docs)]
+
+pub mod autograd;
+pub mod backend;
+pub mod compare;
+pub mod config;
+pub mod data;
+pub mod error;
+pub mod eval;
+pub mod infer;
+pub mod model;
+pub mod nn;
+pub mod ops;
+pub mod tensor;
+pub mod train;

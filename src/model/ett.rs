@@ -1,0 +1,165 @@
+//! The whole model: what ETT (arXiv 2505.10562) trains, in one place.
+
+use std::sync::Arc;
+
+use super::tokenizer::{Discriminator, DiscriminatorState, Lpips, Tokenizer};
+use super::{Llm, Packed, Projector, VisualHead};
+use crate::autograd::{Tape, Var};
+use crate::backend::{Kernels, Metric, Nearest, Role, Stream};
+use crate::config::{Arm, Config, QuantizerKind};
+use crate::error::{Error, Result};
+use crate::nn::{Init, Param, ParamBuilder, Params};
+use crate::ops;
+use crate::tensor::{DType, Tensor};
+
+/// Parameter groups, in order: what a stage trains or freezes as a whole.
+pub const GROUPS: [&str; 8] =
+    ["encoder", "decoder", "discriminator", "lpips", "llm", "projector", "visual_embed", "visual_head"];
+
+/// How visual tokens enter the language model.
+pub enum VisualInput {
+    /// Codebook embeddings through the projector (arms `embed` and `ett`).
+    Projector(Projector),
+    /// An embedding table `[K, C]` for the indices (arm `index`).
+    Table(Param),
+}
+
+/// All modules over one set of parameters.
+pub struct Ett {
+    /// The configuration it was built from.
+    pub cfg: Config,
+    /// All parameters.
+    pub params: Params,
+    /// Encoder, codebook, decoder.
+    pub tokenizer: Tokenizer,
+    /// PatchGAN.
+    pub discriminator: Discriminator,
+    /// What the discriminator carries from step to step.
+    pub discriminator_state: DiscriminatorState,
+    /// Perceptual loss.
+    pub lpips: Lpips,
+    /// Language model.
+    pub llm: Llm,
+    /// Visual tokens' way into it.
+    pub visual_input: VisualInput,
+    /// Head that predicts codes.
+    pub visual_head: Option<VisualHead>,
+}
+
+impl Ett {
+    /// Builds the model with fresh weights; `arm` decides how visual tokens enter the language model.
+    pub fn new(cfg: &Config, dev: Arc<dyn Kernels>) -> Result<Self> {
+        cfg.check()?;
+        let prec = cfg.precision()?;
+        let mut b = ParamBuilder::new();
+        let tokenizer = Tokenizer::new(&mut b, &cfg.tokenizer, &cfg.quantizer);
+        let discriminator = Discriminator::new(&mut b, &cfg.discriminator);
+        let lpips = Lpips::new(&mut b, &cfg.lpips);
+        let llm = Llm::new(&mut b, &cfg.llm);
+        let visual_input = match cfg.train.arm {
+            Arm::Index => {
+                b.group("projector");
+                b.group("visual_embed");
+                let init = Init::Normal(0.0, cfg.llm.init_std);
+                let dims = [cfg.quantizer.codes, cfg.llm.width];
+                VisualInput::Table(b.add("visual_embed.weight", dims, init))
+            }
+            Arm::Embed | Arm::Ett => {
+                let projector = Projector::new(&mut b, cfg);
+                b.group("visual_embed");
+                VisualInput::Projector(projector)
+            }
+        };
+        let visual_head = VisualHead::new(&mut b, cfg);
+        let discriminator_state = discriminator.state(&*dev, prec.acc)?;
+        let params = b.build(dev, prec, cfg.train.seed)?;
+        Ok(Ett {
+            cfg: cfg.clone(),
+            params,
+            tokenizer,
+            discriminator,
+            discriminator_state,
+            lpips,
+            llm,
+            visual_input,
+            visual_head,
+        })
+    }
+
+    /// The group through which visual tokens enter the language model.
+    pub fn input_group(&self) -> &'static str {
+        match self.visual_input {
+            VisualInput::Projector(_) => "projector",
+            VisualInput::Table(_) => "visual_embed",
+        }
+    }
+
+    /// The codes of a frozen tokenizer: `zq` `[M, D]` and `idx` `[M]` of `z` `[M, D]`, no losses.
+    pub fn look_up(&self, t: &Tape, z: &Var, codes: &Var) -> Result<(Var, Tensor)> {
+        let idx = Tensor::empty(t.dev(), Role::Activation, DType::I32, [z.dims()[0]])?;
+        let metric = match self.cfg.quantizer.kind {
+            QuantizerKind::Ibq => Metric::Dot,
+            QuantizerKind::Vq => Metric::L2,
+        };
+        let a = Nearest { z: z.value().view(), e: codes.value().view(), idx: idx.out(), metric };
+        t.dev().nearest(Stream::COMPUTE, &a)?;
+        Ok((ops::gather(t, codes, &idx)?, idx))
+    }
+
+    /// Visual tokens as the language model reads them, `[M, C]`, from `zq` `[M, D]` and `idx` `[M]`.
+    pub fn visual_rows(&self, t: &Tape, zq: &Var, idx: &Tensor) -> Result<Var> {
+        match &self.visual_input {
+            VisualInput::Projector(p) => p.forward(t, &self.params, zq),
+            VisualInput::Table(table) => ops::gather(t, &self.params.var(t, *table)?, idx),
+        }
+    }
+
+    /// Hidden states `[N, C]` of a packed batch over visual rows `[M, C]`.
+    pub fn hidden(&self, t: &Tape, visual: Option<&Var>, b: &Packed) -> Result<Var> {
+        let embed = self.llm.embedding(t, &self.params)?;
+        let mut x = ops::gather(t, &embed, &b.text)?;
+        if let Some(v) = visual {
+            x = ops::add(t, &x, &ops::gather(t, v, &b.visual)?)?;
+        }
+        self.llm.forward(t, &self.params, &x, &b.position, &b.seqs)
+    }
+
+    /// The hidden states that predict supervised tokens, `[n, C]`, and their mean cross-entropy; `inv_tokens`
+    /// is a device scalar, one over the supervised tokens of the whole batch.
+    pub fn text_loss(&self, t: &Tape, hidden: &Var, b: &Packed, inv_tokens: &Tensor) -> Result<(Var, Var)> {
+        let rows = ops::gather(t, hidden, &b.select)?;
+        let embed = self.llm.embedding(t, &self.params)?;
+        let loss = ops::linear_cross_entropy(t, &rows, &embed, &b.target, inv_tokens)?;
+        Ok((rows, loss))
+    }
+
+    /// Mean cross-entropy of the codes that a packed batch predicts; `idx` `[M]` on the host, `inv_codes` a
+    /// device scalar, one over the supervised codes of the whole batch.
+    pub fn code_loss(
+        &self,
+        t: &Tape,
+        hidden: &Var,
+        b: &Packed,
+        idx: &[i32],
+        inv_codes: &Tensor,
+    ) -> Result<Var> {
+        let Some(head) = &self.visual_head else {
+            return Err(Error::config("visual_head.kind", "none", "tied or linear, to predict codes"));
+        };
+        let put = |v: &[i32]| Tensor::from_host(t.dev(), Role::Input, v, [v.len()]);
+        let target: Vec<i32> = b
+            .code_of
+            .iter()
+            .map(|&r| idx.get(r).copied().ok_or_else(|| Error::arg("code_loss", "idx", idx.len(), r + 1)))
+            .collect::<Result<_>>()?;
+        let rows = ops::gather(t, hidden, &put(&b.code_rows)?)?;
+        let codes = self.tokenizer.codes(t, &self.params)?;
+        let (x, w) = head.factors(t, &self.params, &rows, &codes)?;
+        ops::linear_cross_entropy(t, &x, &w, &put(&target)?, inv_codes)
+    }
+
+    /// Logits `[n, V]` of hidden states `[n, C]`, for evaluation.
+    pub fn text_logits(&self, t: &Tape, rows: &Var) -> Result<Var> {
+        ops::linear(t, rows, &self.llm.embedding(t, &self.params)?, None)
+    }
+}

@@ -1,0 +1,450 @@
+//! Parameters in flat groups: one range each for masters, gradients, moments, averages and the copy that
+//! products read. An optimizer, a norm or a reduction is then one call on a range.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::autograd::{Tape, Var};
+use crate::backend::{Cast, Fill, Kernels, Role, Stream};
+use crate::data::Philox;
+use crate::error::{Error, Result};
+use crate::tensor::{Dims, Precision, Tensor};
+
+/// Items start at multiples of this many elements: 256 bytes in the smallest type.
+const ALIGN: usize = 128;
+
+/// A parameter: a place in a [`Params`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Param {
+    group: usize,
+    item: usize,
+}
+
+/// How initial values are drawn.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Init {
+    /// The same value everywhere.
+    Constant(f64),
+    /// Normal with this mean and standard deviation.
+    Normal(f64, f64),
+    /// Uniform in `[-bound, bound]`.
+    Uniform(f64),
+    /// Normal around 0 with this standard deviation, the same for every seed: features that stand in for
+    /// pretrained ones.
+    Fixed(f64),
+    /// These values.
+    Values(&'static [f64]),
+}
+
+impl Init {
+    /// Kaiming-uniform with a = sqrt 5, the framework default of linear and convolution layers: uniform with
+    /// bound `1 / sqrt(fan_in)`, for weights and biases alike.
+    pub fn kaiming(fan_in: usize) -> Self {
+        Init::Uniform(1.0 / (fan_in.max(1) as f64).sqrt())
+    }
+}
+
+/// A name in public weight files and the rows of the item that it stands for.
+#[derive(Debug, Clone)]
+struct Public {
+    name: String,
+    rows: Range<usize>,
+    /// Shape in files. Convolutions live as OHWI and are stored as OIHW.
+    dims: Vec<usize>,
+    oihw: bool,
+}
+
+struct Item {
+    dims: Dims,
+    offset: usize,
+    init: Init,
+    publics: Vec<Public>,
+}
+
+struct Group {
+    name: String,
+    items: Vec<Item>,
+    len: usize,
+}
+
+/// Collects parameters before memory is taken for them.
+#[derive(Default)]
+pub struct ParamBuilder {
+    groups: Vec<Group>,
+}
+
+impl ParamBuilder {
+    /// A builder without groups.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Starts a group; what is added next belongs to it.
+    pub fn group(&mut self, name: &str) {
+        self.groups.push(Group { name: name.into(), items: Vec::new(), len: 0 });
+    }
+
+    /// Adds a parameter under one public name, stored as it is.
+    pub fn add(&mut self, name: &str, dims: impl Into<Dims>, init: Init) -> Param {
+        let dims = dims.into();
+        self.shaped(name, dims, dims.as_slice(), init)
+    }
+
+    /// Adds a parameter whose files give it another shape.
+    pub fn shaped(&mut self, name: &str, dims: impl Into<Dims>, public: &[usize], init: Init) -> Param {
+        let dims = dims.into();
+        let rows = 0..dims.as_slice().first().copied().unwrap_or(1);
+        let publics = vec![Public { name: name.into(), rows, dims: public.to_vec(), oihw: false }];
+        self.push(dims, init, publics)
+    }
+
+    /// Adds a convolution weight `[O, kh, kw, I]`, OIHW in files.
+    pub fn conv(&mut self, name: &str, o: usize, k: usize, i: usize, init: Init) -> Param {
+        let publics = vec![Public { name: name.into(), rows: 0..o, dims: vec![o, i, k, k], oihw: true }];
+        self.push([o, k, k, i].into(), init, publics)
+    }
+
+    /// Adds one item for several public tensors of equal row width, stacked by rows: `parts` are names and
+    /// row counts, `tail` the dimensions after the first in files.
+    pub fn stacked(
+        &mut self,
+        parts: &[(String, usize)],
+        cols: Option<usize>,
+        tail: &[usize],
+        init: Init,
+    ) -> Param {
+        let mut at = 0;
+        let mut publics = Vec::new();
+        for (name, n) in parts {
+            let dims = [&[*n], tail].concat();
+            publics.push(Public { name: name.clone(), rows: at..at + n, dims, oihw: false });
+            at += n;
+        }
+        let dims = match cols {
+            Some(c) => Dims::from([at, c]),
+            None => Dims::from([at]),
+        };
+        self.push(dims, init, publics)
+    }
+
+    fn push(&mut self, dims: Dims, init: Init, publics: Vec<Public>) -> Param {
+        if self.groups.is_empty() {
+            self.group("model");
+        }
+        let group = self.groups.len() - 1;
+        let g = &mut self.groups[group];
+        let offset = g.len;
+        g.len += dims.numel().next_multiple_of(ALIGN);
+        g.items.push(Item { dims, offset, init, publics });
+        Param { group, item: g.items.len() - 1 }
+    }
+
+    /// Takes memory and draws initial values: each from (seed, public name), so that adding a layer changes
+    /// no other layer's start.
+    pub fn build(self, dev: Arc<dyn Kernels>, prec: Precision, seed: u64) -> Result<Params> {
+        let mut groups = Vec::new();
+        for layout in self.groups {
+            let master = Tensor::empty(&*dev, Role::Weight, prec.acc, [layout.len])?;
+            dev.fill(Stream::COMPUTE, &Fill { y: master.out(), value: 0.0 })?;
+            let shadow = match prec.act == prec.acc {
+                true => None,
+                false => Some(Tensor::empty(&*dev, Role::Weight, prec.act, [layout.len])?),
+            };
+            groups.push(Store { layout, master, shadow, train: None, ema: None });
+        }
+        let params = Params { dev, prec, groups };
+        params.draw(seed)?;
+        Ok(params)
+    }
+}
+
+/// Gradient and moments of a group that is being trained.
+pub struct Training {
+    /// Gradients, accumulated; accumulator type.
+    pub grad: Tensor,
+    /// First moment.
+    pub m: Tensor,
+    /// Second moment.
+    pub v: Tensor,
+}
+
+struct Store {
+    layout: Group,
+    master: Tensor,
+    shadow: Option<Tensor>,
+    train: Option<Training>,
+    ema: Option<Tensor>,
+}
+
+/// Which copy of the parameters is meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Copy {
+    /// Master weights.
+    Master,
+    /// Gradients of the groups that are being trained.
+    Gradient,
+    /// Averages of the weights, where they are kept.
+    Ema,
+}
+
+/// One public tensor on the host.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HostTensor {
+    /// Shape in files.
+    pub dims: Vec<usize>,
+    /// Values, row-major.
+    pub values: Vec<f64>,
+}
+
+/// All parameters of a model.
+pub struct Params {
+    dev: Arc<dyn Kernels>,
+    prec: Precision,
+    groups: Vec<Store>,
+}
+
+fn key(name: &str) -> u64 {
+    // FNV-1a: a fixed stream number for each name.
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ b as u64).wrapping_mul(0x0100_0000_01b3))
+}
+
+impl Params {
+    fn draw(&self, seed: u64) -> Result<()> {
+        if self.dev.has_data() {
+            for g in &self.groups {
+                for item in &g.layout.items {
+                    let row = item.dims.numel() / item.dims.as_slice().first().copied().unwrap_or(1).max(1);
+                    for p in &item.publics {
+                        let n = p.rows.len() * row;
+                        let values = match item.init {
+                            Init::Constant(c) => vec![c; n],
+                            Init::Values(v) => v.to_vec(),
+                            Init::Fixed(std) => {
+                                let mut rng = Philox::new(0, key(&p.name));
+                                (0..n).map(|_| std * rng.normal()).collect()
+                            }
+                            Init::Normal(mean, std) => {
+                                let mut rng = Philox::new(seed, key(&p.name));
+                                (0..n).map(|_| mean + std * rng.normal()).collect()
+                            }
+                            Init::Uniform(bound) => {
+                                let mut rng = Philox::new(seed, key(&p.name));
+                                (0..n).map(|_| bound * (2.0 * rng.uniform() - 1.0)).collect()
+                            }
+                        };
+                        let to = g.master.range(item.offset + p.rows.start * row, n)?;
+                        self.write(&to, &values)?;
+                    }
+                }
+            }
+        }
+        self.refresh()
+    }
+
+    fn write(&self, to: &Tensor, values: &[f64]) -> Result<()> {
+        let t = Tensor::from_f64(&*self.dev, Role::Input, to.dtype(), values, to.dims())?;
+        self.dev.cast(Stream::COMPUTE, &Cast { x: t.view(), y: to.out() })
+    }
+
+    /// Rounds the masters into the copies that products read.
+    pub fn refresh(&self) -> Result<()> {
+        for g in &self.groups {
+            if let Some(s) = &g.shadow {
+                self.dev.cast(Stream::COMPUTE, &Cast { x: g.master.view(), y: s.out() })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The device they live on.
+    pub fn device(&self) -> &Arc<dyn Kernels> {
+        &self.dev
+    }
+
+    /// Element types.
+    pub fn precision(&self) -> Precision {
+        self.prec
+    }
+
+    /// Names of the groups, in order.
+    pub fn groups(&self) -> Vec<&str> {
+        self.groups.iter().map(|g| g.layout.name.as_str()).collect()
+    }
+
+    /// Index of a group.
+    pub fn group(&self, name: &str) -> Option<usize> {
+        self.groups.iter().position(|g| g.layout.name == name)
+    }
+
+    /// Parameters in a group, padding left out.
+    pub fn count(&self, group: usize) -> usize {
+        self.groups[group].layout.items.iter().map(|i| i.dims.numel()).sum()
+    }
+
+    /// Takes memory for gradients and moments of these groups, zeroed, and frees those of all others.
+    pub fn train(&mut self, groups: &[&str]) -> Result<()> {
+        for g in &mut self.groups {
+            g.train = None;
+            if groups.contains(&g.layout.name.as_str()) {
+                let n = g.layout.len;
+                let zeros = |role| Tensor::zeros(&*self.dev, role, self.prec.acc, [n]);
+                g.train = Some(Training {
+                    grad: zeros(Role::Gradient)?,
+                    m: zeros(Role::Moment)?,
+                    v: zeros(Role::Moment)?,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts averages of these groups from the live weights; groups that have one already keep it.
+    pub fn average(&mut self, groups: &[&str]) -> Result<()> {
+        for g in &mut self.groups {
+            if groups.contains(&g.layout.name.as_str()) && g.ema.is_none() {
+                let ema = Tensor::empty(&*self.dev, Role::Ema, self.prec.acc, [g.layout.len])?;
+                self.dev.cast(Stream::COMPUTE, &Cast { x: g.master.view(), y: ema.out() })?;
+                g.ema = Some(ema);
+            }
+        }
+        Ok(())
+    }
+
+    /// Drops the averages of these groups.
+    pub fn drop_averages(&mut self, groups: &[&str]) {
+        for g in self.groups.iter_mut().filter(|g| groups.contains(&g.layout.name.as_str())) {
+            g.ema = None;
+        }
+    }
+
+    /// Exchanges weights and averages of every group that has one, for an evaluation; call again to undo.
+    pub fn swap_averages(&mut self) -> Result<()> {
+        for g in &mut self.groups {
+            if let Some(ema) = &mut g.ema {
+                std::mem::swap(&mut g.master, ema);
+            }
+        }
+        self.refresh()
+    }
+
+    /// What an optimizer needs of a group; `None` if it is frozen.
+    pub fn training(&self, group: usize) -> Option<&Training> {
+        self.groups[group].train.as_ref()
+    }
+
+    /// Master range of a group, accumulator type.
+    pub fn master(&self, group: usize) -> &Tensor {
+        &self.groups[group].master
+    }
+
+    /// The copy that products read, if it differs from the masters.
+    pub fn shadow(&self, group: usize) -> Option<&Tensor> {
+        self.groups[group].shadow.as_ref()
+    }
+
+    /// Averages of a group.
+    pub fn ema(&self, group: usize) -> Option<&Tensor> {
+        self.groups[group].ema.as_ref()
+    }
+
+    /// Sets all gradients to zero.
+    pub fn zero_grad(&self) -> Result<()> {
+        for t in self.groups.iter().filter_map(|g| g.train.as_ref()) {
+            self.dev.fill(Stream::COMPUTE, &Fill { y: t.grad.out(), value: 0.0 })?;
+        }
+        Ok(())
+    }
+
+    /// A parameter on a tape, in the type that products read.
+    pub fn var(&self, tape: &Tape, p: Param) -> Result<Var> {
+        let g = &self.groups[p.group];
+        let item = &g.layout.items[p.item];
+        let n = item.dims.numel();
+        let value = g.shadow.as_ref().unwrap_or(&g.master).range(item.offset, n)?.reshape(item.dims)?;
+        let grad = match &g.train {
+            Some(t) => Some(t.grad.range(item.offset, n)?.reshape(item.dims)?),
+            None => None,
+        };
+        Ok(tape.weight(value, grad))
+    }
+
+    /// A parameter on a tape that no gradient reaches.
+    pub fn frozen(&self, tape: &Tape, p: Param) -> Result<Var> {
+        Ok(self.var(tape, p)?.detach())
+    }
+
+    /// Every public name with its group and shape, in order.
+    pub fn names(&self) -> impl Iterator<Item = (&str, &str, &[usize])> {
+        self.groups.iter().flat_map(|g| {
+            g.layout.items.iter().flat_map(move |i| {
+                i.publics.iter().map(move |p| (p.name.as_str(), g.layout.name.as_str(), p.dims.as_slice()))
+            })
+        })
+    }
+
+    fn find(&self, name: &str) -> Option<(&Store, &Item, &Public)> {
+        self.groups.iter().find_map(|g| {
+            g.layout.items.iter().find_map(|i| i.publics.iter().find(|p| p.name == name).map(|p| (g, i, p)))
+        })
+    }
+
+    fn source<'a>(&'a self, g: &'a Store, copy: Copy) -> Option<&'a Tensor> {
+        match copy {
+            Copy::Master => Some(&g.master),
+            Copy::Gradient => g.train.as_ref().map(|t| &t.grad),
+            Copy::Ema => g.ema.as_ref(),
+        }
+    }
+
+    /// A public tensor in the layout of files; `None` for unknown names and copies that do not exist.
+    pub fn read(&self, name: &str, copy: Copy) -> Result<Option<HostTensor>> {
+        let Some((g, item, p)) = self.find(name) else { return Ok(None) };
+        let Some(from) = self.source(g, copy) else { return Ok(None) };
+        let n: usize = p.dims.iter().product();
+        let row = n / p.rows.len().max(1);
+        let values = from.range(item.offset + p.rows.start * row, n)?.to_f64(&*self.dev)?;
+        let values = if p.oihw { permute(&values, &p.dims, true) } else { values };
+        Ok(Some(HostTensor { dims: p.dims.clone(), values }))
+    }
+
+    /// Overwrites a public tensor's master. Call [`Params::refresh`] after the last one.
+    pub fn write_public(&self, name: &str, t: &HostTensor) -> Result<()> {
+        let Some((g, item, p)) = self.find(name) else {
+            return Err(Error::arg("write_public", "name", name, "a parameter of this model"));
+        };
+        if t.dims != p.dims {
+            return Err(Error::arg(
+                "write_public",
+                "t",
+                format!("{name} {:?}", t.dims),
+                format!("{:?}", p.dims),
+            ));
+        }
+        let n = t.values.len();
+        let row = n / p.rows.len().max(1);
+        let to = g.master.range(item.offset + p.rows.start * row, n)?;
+        match p.oihw {
+            true => self.write(&to, &permute(&t.values, &p.dims, false)),
+            false => self.write(&to, &t.values),
+        }
+    }
+}
+
+/// Between OIHW (files) and OHWI (memory); `dims` are OIHW.
+fn permute(v: &[f64], dims: &[usize], to_oihw: bool) -> Vec<f64> {
+    let (o, i, hw) = (dims[0], dims[1], dims[2] * dims[3]);
+    let mut out = vec![0.0; v.len()];
+    for a in 0..o {
+        for b in 0..i {
+            for c in 0..hw {
+                let (oihw, ohwi) = ((a * i + b) * hw + c, (a * hw + c) * i + b);
+                if to_oihw {
+                    out[oihw] = v[ohwi];
+                } else {
+                    out[ohwi] = v[oihw];
+                }
+            }
+        }
+    }
+    out
+}

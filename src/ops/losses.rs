@@ -1,0 +1,148 @@
+//! Losses. Each returns one number in the accumulator type; its weight is the gradient it is seeded with.
+
+use super::{S, expect};
+use crate::autograd::{Tape, Var};
+use crate::backend::{
+    GanGeneratorBwd, GanGeneratorFwd, HingeBwd, HingeFwd, L1Bwd, L1Fwd, LecamBwd, LecamFwd, LinearXentBwd,
+    LinearXentFwd, LpipsBwd, LpipsFwd,
+};
+use crate::error::{Error, Result};
+use crate::tensor::Tensor;
+
+/// Cross-entropy of a linear layer without its logits, summed over rows with `target >= 0` and multiplied by
+/// the device scalar `scale`: `x` `[N, C]`, `w` `[V, C]`, `target` `[N]` i32. Saves `x` and one number a row.
+pub fn linear_cross_entropy(tape: &Tape, x: &Var, w: &Var, target: &Tensor, scale: &Tensor) -> Result<Var> {
+    let n = x.dims().rows();
+    expect("linear_cross_entropy", "w", w, &[w.dims().rows(), x.dims().cols()])?;
+    if target.dims().numel() != n {
+        return Err(Error::arg("linear_cross_entropy", "target", target.dims(), format!("[{n}]")));
+    }
+    let (lse, loss) = (tape.stat([n])?, tape.stat([1])?);
+    let a = LinearXentFwd {
+        x: x.value().view(),
+        w: w.value().view(),
+        target: target.view(),
+        scale: scale.view(),
+        lse: lse.out(),
+        loss: loss.out(),
+    };
+    tape.dev().linear_xent_fwd(S, &a)?;
+    let (xs, ws, target, scale) = (x.clone(), w.clone(), target.clone(), scale.clone());
+    Ok(tape.op1(&[x, w], loss, move |g, out| {
+        let Some(go) = g.take(out)? else { return Ok(()) };
+        let dx = g.act(xs.dims())?;
+        let dw = g.target(&ws)?;
+        let a = LinearXentBwd {
+            x: xs.value().view(),
+            w: ws.value().view(),
+            target: target.view(),
+            scale: scale.view(),
+            lse: lse.view(),
+            g: go.view(),
+            dx: dx.out(),
+            dw: dw.as_ref().map(Tensor::acc),
+        };
+        g.dev().linear_xent_bwd(S, &a)?;
+        g.give(&xs, dx)
+    }))
+}
+
+/// `scale * sum |a - b|`; the gradient goes to `a`. Saves both.
+pub fn l1(tape: &Tape, a: &Var, b: &Var, scale: f64) -> Result<Var> {
+    expect("l1", "b", b, a.dims().as_slice())?;
+    let loss = tape.zero_stat([1])?;
+    tape.dev().l1_fwd(S, &L1Fwd { a: a.value().view(), b: b.value().view(), loss: loss.acc(), scale })?;
+    let (av, bv) = (a.clone(), b.clone());
+    Ok(tape.op1(&[a], loss, move |g, out| {
+        let Some(go) = g.take(out)? else { return Ok(()) };
+        let da = g.act(av.dims())?;
+        let args = L1Bwd { a: av.value().view(), b: bv.value().view(), g: go.view(), da: da.out(), scale };
+        g.dev().l1_bwd(S, &args)?;
+        g.give(&av, da)
+    }))
+}
+
+/// One layer of LPIPS: `scale * sum_p sum_c w[c] (n0 - n1)^2` of unit-normalised features `f0`, `f1`
+/// `[B, H, W, C]`; the gradient goes to `f1`. Saves both.
+pub fn lpips_layer(tape: &Tape, f0: &Var, f1: &Var, w: &Var, eps: f64, scale: f64) -> Result<Var> {
+    expect("lpips_layer", "f1", f1, f0.dims().as_slice())?;
+    expect("lpips_layer", "w", w, &[f0.dims().cols()])?;
+    let loss = tape.zero_stat([1])?;
+    let a = LpipsFwd {
+        f0: f0.value().view(),
+        f1: f1.value().view(),
+        w: w.value().view(),
+        loss: loss.acc(),
+        eps,
+        scale,
+    };
+    tape.dev().lpips_fwd(S, &a)?;
+    let (f0, fs, ws) = (f0.clone(), f1.clone(), w.clone());
+    Ok(tape.op1(&[f1], loss, move |g, out| {
+        let Some(go) = g.take(out)? else { return Ok(()) };
+        let df1 = g.act(fs.dims())?;
+        let a = LpipsBwd {
+            f0: f0.value().view(),
+            f1: fs.value().view(),
+            w: ws.value().view(),
+            g: go.view(),
+            df1: df1.out(),
+            eps,
+            scale,
+        };
+        g.dev().lpips_bwd(S, &a)?;
+        g.give(&fs, df1)
+    }))
+}
+
+/// Non-saturating generator loss of patch logits `x` `[B, P]`: `scale * sum_b softplus(-mean_p x)`. Saves `x`.
+pub fn gan_generator(tape: &Tape, x: &Var, scale: f64) -> Result<Var> {
+    let loss = tape.zero_stat([1])?;
+    tape.dev().gan_generator_fwd(S, &GanGeneratorFwd { x: x.value().view(), loss: loss.acc(), scale })?;
+    let xs = x.clone();
+    Ok(tape.op1(&[x], loss, move |g, out| {
+        let Some(go) = g.take(out)? else { return Ok(()) };
+        let dx = g.act(xs.dims())?;
+        let a = GanGeneratorBwd { x: xs.value().view(), g: go.view(), dx: dx.out(), scale };
+        g.dev().gan_generator_bwd(S, &a)?;
+        g.give(&xs, dx)
+    }))
+}
+
+/// Hinge loss of patch logits of any shape: `scale * sum relu(1 - x)` if `real`, else of `relu(1 + x)`. Saves `x`.
+pub fn hinge(tape: &Tape, x: &Var, real: bool, scale: f64) -> Result<Var> {
+    let loss = tape.zero_stat([1])?;
+    tape.dev().hinge_fwd(S, &HingeFwd { x: x.value().view(), loss: loss.acc(), real, scale })?;
+    let xs = x.clone();
+    Ok(tape.op1(&[x], loss, move |g, out| {
+        let Some(go) = g.take(out)? else { return Ok(()) };
+        let dx = g.act(xs.dims())?;
+        let a = HingeBwd { x: xs.value().view(), g: go.view(), dx: dx.out(), real, scale };
+        g.dev().hinge_bwd(S, &a)?;
+        g.give(&xs, dx)
+    }))
+}
+
+/// LeCAM regulariser of real and fake patch logits against the averages `ema` `[2]`. Saves the logits.
+pub fn lecam(tape: &Tape, real: &Var, fake: &Var, ema: &Tensor) -> Result<Var> {
+    let loss = tape.zero_stat([1])?;
+    let a =
+        LecamFwd { real: real.value().view(), fake: fake.value().view(), ema: ema.view(), loss: loss.acc() };
+    tape.dev().lecam_fwd(S, &a)?;
+    let (rs, fs, ema) = (real.clone(), fake.clone(), ema.clone());
+    Ok(tape.op1(&[real, fake], loss, move |g, out| {
+        let Some(go) = g.take(out)? else { return Ok(()) };
+        let (dreal, dfake) = (g.act(rs.dims())?, g.act(fs.dims())?);
+        let a = LecamBwd {
+            real: rs.value().view(),
+            fake: fs.value().view(),
+            ema: ema.view(),
+            g: go.view(),
+            dreal: dreal.out(),
+            dfake: dfake.out(),
+        };
+        g.dev().lecam_bwd(S, &a)?;
+        g.give(&rs, dreal)?;
+        g.give(&fs, dfake)
+    }))
+}

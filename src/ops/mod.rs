@@ -1,0 +1,41 @@
+//! Differentiable ops: one file per family, each op checks its shapes, runs a kernel, and says what it saves
+//! for the backward.
+
+mod attention;
+mod conv;
+mod gather;
+mod losses;
+mod norm;
+mod pointwise;
+mod products;
+mod quantize;
+
+pub use attention::{Heads, Seqs, attention};
+pub use conv::{Conv, conv2d, max_pool2x2, upsample2x};
+pub use gather::gather;
+pub use losses::{gan_generator, hinge, l1, lecam, linear_cross_entropy, lpips_layer};
+pub use norm::{BatchStats, add_rms_norm, batch_norm, group_norm, l2_norm, layer_norm, rms_norm};
+pub use pointwise::{Rotary, add, channel_affine, concat_rows, reshape, rope, split_rows, swiglu, unary};
+pub use products::linear;
+pub use quantize::{Entropy, IbqOptions, Quantized, RowStatistics, ibq, vq};
+
+use crate::autograd::Var;
+use crate::error::{Error, Result};
+
+const S: crate::backend::Stream = crate::backend::Stream::COMPUTE;
+
+/// Fails unless a value has this shape.
+fn expect(op: &'static str, arg: &'static str, v: &Var, dims: &[usize]) -> Result<()> {
+    if v.dims().as_slice() != dims {
+        return Err(Error::arg(op, arg, v.dims(), format!("{dims:?}")));
+    }
+    Ok(())
+}
+
+/// Fails unless a value has this many dimensions.
+fn expect_rank(op: &'static str, arg: &'static str, v: &Var, rank: usize) -> Result<()> {
+    if v.dims().rank() != rank {
+        return Err(Error::arg(op, arg, v.dims(), format!("{rank} dimensions")));
+    }
+    Ok(())
+}

@@ -1,0 +1,265 @@
+//! Normalisation.
+
+use super::{S, expect, expect_rank};
+use crate::autograd::{Tape, Var};
+use crate::backend::{
+    BatchNormBwd, BatchNormFwd, GroupNormBwd, GroupNormFwd, L2NormBwd, L2NormFwd, LayerNormBwd, LayerNormFwd,
+    RmsNormBwd, RmsNormFwd,
+};
+use crate::error::{Error, Result};
+use crate::tensor::Tensor;
+
+/// GroupNorm, then SiLU if asked: `x` `[B, H, W, C]`, `w`, `b` `[C]`. Saves `x` and statistics `[B, G]`.
+pub fn group_norm(
+    tape: &Tape,
+    x: &Var,
+    w: &Var,
+    b: &Var,
+    groups: usize,
+    eps: f64,
+    silu: bool,
+) -> Result<Var> {
+    expect_rank("group_norm", "x", x, 4)?;
+    let d = x.dims();
+    if groups == 0 || !d[3].is_multiple_of(groups) {
+        return Err(Error::arg("group_norm", "groups", groups, format!("a divisor of {} channels", d[3])));
+    }
+    expect("group_norm", "w", w, &[d[3]])?;
+    expect("group_norm", "b", b, &[d[3]])?;
+    let y = tape.act(d)?;
+    let (mean, rstd) = (tape.stat([d[0], groups])?, tape.stat([d[0], groups])?);
+    let a = GroupNormFwd {
+        x: x.value().view(),
+        w: w.value().view(),
+        b: b.value().view(),
+        y: y.out(),
+        mean: mean.out(),
+        rstd: rstd.out(),
+        eps,
+        silu,
+    };
+    tape.dev().group_norm_fwd(S, &a)?;
+    let (xs, ws, bs) = (x.clone(), w.clone(), b.clone());
+    Ok(tape.op1(&[x, w, b], y, move |g, out| {
+        let Some(dy) = g.take(out)? else { return Ok(()) };
+        let dx = g.act(xs.dims())?;
+        let (dw, db) = (g.target(&ws)?, g.target(&bs)?);
+        let a = GroupNormBwd {
+            dy: dy.view(),
+            x: xs.value().view(),
+            w: ws.value().view(),
+            b: bs.value().view(),
+            mean: mean.view(),
+            rstd: rstd.view(),
+            dx: dx.out(),
+            dw: dw.as_ref().map(Tensor::acc),
+            db: db.as_ref().map(Tensor::acc),
+            silu,
+        };
+        g.dev().group_norm_bwd(S, &a)?;
+        g.give(&xs, dx)
+    }))
+}
+
+/// RMSNorm: `x` `[N, C]`, `w` `[C]`. Saves `x` and one number a row.
+pub fn rms_norm(tape: &Tape, x: &Var, w: &Var, eps: f64) -> Result<Var> {
+    expect_rank("rms_norm", "x", x, 2)?;
+    expect("rms_norm", "w", w, &[x.dims()[1]])?;
+    let (y, rstd) = (tape.act(x.dims())?, tape.stat([x.dims()[0]])?);
+    let a = RmsNormFwd {
+        x: x.value().view(),
+        residual: None,
+        w: w.value().view(),
+        sum: None,
+        y: y.out(),
+        rstd: rstd.out(),
+        eps,
+    };
+    tape.dev().rms_norm_fwd(S, &a)?;
+    let (xs, ws) = (x.clone(), w.clone());
+    Ok(tape.op1(&[x, w], y, move |g, out| {
+        let Some(dy) = g.take(out)? else { return Ok(()) };
+        let dx = g.act(xs.dims())?;
+        let dw = g.target(&ws)?;
+        let a = RmsNormBwd {
+            dy: dy.view(),
+            dsum: None,
+            x: xs.value().view(),
+            w: ws.value().view(),
+            rstd: rstd.view(),
+            dx: dx.out(),
+            dw: dw.as_ref().map(Tensor::acc),
+        };
+        g.dev().rms_norm_bwd(S, &a)?;
+        g.give(&xs, dx)
+    }))
+}
+
+/// The residual stream of a transformer: returns `s = x + residual` and `rms_norm(s)`, both `[N, C]`.
+pub fn add_rms_norm(tape: &Tape, x: &Var, residual: &Var, w: &Var, eps: f64) -> Result<(Var, Var)> {
+    expect_rank("add_rms_norm", "x", x, 2)?;
+    expect("add_rms_norm", "residual", residual, x.dims().as_slice())?;
+    expect("add_rms_norm", "w", w, &[x.dims()[1]])?;
+    let (sum, y, rstd) = (tape.act(x.dims())?, tape.act(x.dims())?, tape.stat([x.dims()[0]])?);
+    let a = RmsNormFwd {
+        x: x.value().view(),
+        residual: Some(residual.value().view()),
+        w: w.value().view(),
+        sum: Some(sum.out()),
+        y: y.out(),
+        rstd: rstd.out(),
+        eps,
+    };
+    tape.dev().rms_norm_fwd(S, &a)?;
+    let (xs, rs, ws) = (x.clone(), residual.clone(), w.clone());
+    let mut out = tape.op(&[x, residual, w], vec![sum, y], move |g, outs| {
+        let dsum = g.take(&outs[0])?;
+        let Some(dy) = g.take(&outs[1])? else {
+            if let Some(d) = dsum {
+                g.give(&xs, d.clone())?;
+                g.give(&rs, d)?;
+            }
+            return Ok(());
+        };
+        let dx = g.act(xs.dims())?;
+        let dw = g.target(&ws)?;
+        let a = RmsNormBwd {
+            dy: dy.view(),
+            dsum: dsum.as_ref().map(Tensor::view),
+            x: outs[0].value().view(),
+            w: ws.value().view(),
+            rstd: rstd.view(),
+            dx: dx.out(),
+            dw: dw.as_ref().map(Tensor::acc),
+        };
+        g.dev().rms_norm_bwd(S, &a)?;
+        g.give(&xs, dx.clone())?;
+        g.give(&rs, dx)
+    });
+    let (y, sum) = (out.pop(), out.pop());
+    match (sum, y) {
+        (Some(sum), Some(y)) => Ok((sum, y)),
+        _ => unreachable!("an op of two outputs has two"),
+    }
+}
+
+/// LayerNorm over the last dimension: `x` `[N, C]`, `w`, `b` `[C]`. Saves `x` and two numbers a row.
+pub fn layer_norm(tape: &Tape, x: &Var, w: &Var, b: &Var, eps: f64) -> Result<Var> {
+    expect_rank("layer_norm", "x", x, 2)?;
+    expect("layer_norm", "w", w, &[x.dims()[1]])?;
+    expect("layer_norm", "b", b, &[x.dims()[1]])?;
+    let n = x.dims()[0];
+    let (y, mean, rstd) = (tape.act(x.dims())?, tape.stat([n])?, tape.stat([n])?);
+    let a = LayerNormFwd {
+        x: x.value().view(),
+        w: w.value().view(),
+        b: b.value().view(),
+        y: y.out(),
+        mean: mean.out(),
+        rstd: rstd.out(),
+        eps,
+    };
+    tape.dev().layer_norm_fwd(S, &a)?;
+    let (xs, ws, bs) = (x.clone(), w.clone(), b.clone());
+    Ok(tape.op1(&[x, w, b], y, move |g, out| {
+        let Some(dy) = g.take(out)? else { return Ok(()) };
+        let dx = g.act(xs.dims())?;
+        let (dw, db) = (g.target(&ws)?, g.target(&bs)?);
+        let a = LayerNormBwd {
+            dy: dy.view(),
+            x: xs.value().view(),
+            w: ws.value().view(),
+            mean: mean.view(),
+            rstd: rstd.view(),
+            dx: dx.out(),
+            dw: dw.as_ref().map(Tensor::acc),
+            db: db.as_ref().map(Tensor::acc),
+        };
+        g.dev().layer_norm_bwd(S, &a)?;
+        g.give(&xs, dx)
+    }))
+}
+
+/// Statistics of one BatchNorm pass, for the running averages.
+#[derive(Clone)]
+pub struct BatchStats {
+    /// `[C]`.
+    pub mean: Tensor,
+    /// `[C]`, biased.
+    pub var: Tensor,
+    /// Pixels they were taken over.
+    pub rows: usize,
+}
+
+/// BatchNorm with this batch's statistics, then LeakyReLU: `x` `[B, H, W, C]`, `w`, `b` `[C]`. Saves `x`.
+pub fn batch_norm(tape: &Tape, x: &Var, w: &Var, b: &Var, eps: f64, slope: f64) -> Result<(Var, BatchStats)> {
+    let (rows, c) = (x.dims().rows(), x.dims().cols());
+    expect("batch_norm", "w", w, &[c])?;
+    expect("batch_norm", "b", b, &[c])?;
+    if rows < 2 {
+        return Err(Error::arg("batch_norm", "x", x.dims(), "at least 2 pixels to take statistics over"));
+    }
+    let (y, mean, var) = (tape.act(x.dims())?, tape.stat([c])?, tape.stat([c])?);
+    let a = BatchNormFwd {
+        x: x.value().view(),
+        w: w.value().view(),
+        b: b.value().view(),
+        y: y.out(),
+        mean: mean.out(),
+        var: var.out(),
+        eps,
+        slope,
+    };
+    tape.dev().batch_norm_fwd(S, &a)?;
+    let (xs, ws, bs) = (x.clone(), w.clone(), b.clone());
+    let stats = BatchStats { mean: mean.clone(), var: var.clone(), rows };
+    let y = tape.op1(&[x, w, b], y, move |g, out| {
+        let Some(dy) = g.take(out)? else { return Ok(()) };
+        let dx = g.act(xs.dims())?;
+        let (dw, db) = (g.target(&ws)?, g.target(&bs)?);
+        let a = BatchNormBwd {
+            dy: dy.view(),
+            x: xs.value().view(),
+            w: ws.value().view(),
+            b: bs.value().view(),
+            mean: mean.view(),
+            var: var.view(),
+            dx: dx.out(),
+            dw: dw.as_ref().map(Tensor::acc),
+            db: db.as_ref().map(Tensor::acc),
+            eps,
+            slope,
+        };
+        g.dev().batch_norm_bwd(S, &a)?;
+        g.give(&xs, dx)
+    });
+    Ok((y, stats))
+}
+
+/// Rows divided by `max(norm, eps)`: `x` `[N, D]`. If `x` is a weight its gradient stays in the accumulator
+/// type. Saves `x` and one number a row.
+pub fn l2_norm(tape: &Tape, x: &Var, eps: f64) -> Result<Var> {
+    expect_rank("l2_norm", "x", x, 2)?;
+    let (y, norm) = (tape.act(x.dims())?, tape.stat([x.dims()[0]])?);
+    tape.dev().l2_norm_fwd(S, &L2NormFwd { x: x.value().view(), y: y.out(), norm: norm.out(), eps })?;
+    let xs = x.clone();
+    let weight = tape.is_weight(x);
+    Ok(tape.op1(&[x], y, move |g, out| {
+        let Some(dy) = g.take_acc(out)? else { return Ok(()) };
+        let acc = if weight { g.target(&xs)? } else { None };
+        let dx = if acc.is_none() { Some(g.act(xs.dims())?) } else { None };
+        let a = L2NormBwd {
+            dy: dy.view(),
+            x: xs.value().view(),
+            norm: norm.view(),
+            dx: dx.as_ref().map(Tensor::out),
+            dx_acc: acc.as_ref().map(Tensor::acc),
+            eps,
+        };
+        g.dev().l2_norm_bwd(S, &a)?;
+        match dx {
+            Some(dx) => g.give(&xs, dx),
+            None => Ok(()),
+        }
+    }))
+}

@@ -1,0 +1,178 @@
+//! Element-wise ops, rotary embedding, and joining or cutting rows.
+
+use super::{S, expect, expect_rank};
+use crate::autograd::{Tape, Var};
+use crate::backend::{
+    Add, Cast, ChannelAffineBwd, ChannelAffineFwd, Fill, Rope, SwigluBwd, SwigluFwd, Unary, UnaryBwd,
+    UnaryFwd,
+};
+use crate::error::{Error, Result};
+use crate::tensor::{Dims, Tensor};
+
+/// `y = f(x)`, any shape. Saves `x`.
+pub fn unary(tape: &Tape, x: &Var, f: Unary) -> Result<Var> {
+    let y = tape.act(x.dims())?;
+    tape.dev().unary_fwd(S, &UnaryFwd { x: x.value().view(), y: y.out(), f })?;
+    let xs = x.clone();
+    Ok(tape.op1(&[x], y, move |g, out| {
+        let Some(dy) = g.take(out)? else { return Ok(()) };
+        let dx = g.act(xs.dims())?;
+        g.dev().unary_bwd(S, &UnaryBwd { dy: dy.view(), x: xs.value().view(), dx: dx.out(), f })?;
+        g.give(&xs, dx)
+    }))
+}
+
+/// `y = a + b`, equal shapes. Saves nothing.
+pub fn add(tape: &Tape, a: &Var, b: &Var) -> Result<Var> {
+    expect("add", "b", b, a.dims().as_slice())?;
+    let y = tape.act(a.dims())?;
+    tape.dev().add(S, &Add { a: a.value().view(), b: b.value().view(), y: y.out() })?;
+    let (av, bv) = (a.clone(), b.clone());
+    Ok(tape.op1(&[a, b], y, move |g, out| {
+        let Some(dy) = g.take(out)? else { return Ok(()) };
+        g.give(&av, dy.clone())?;
+        g.give(&bv, dy)
+    }))
+}
+
+/// `y = (x - shift) / scale` over the last dimension; `shift`, `scale` `[C]` are constants. Saves nothing.
+pub fn channel_affine(tape: &Tape, x: &Var, shift: &Var, scale: &Var) -> Result<Var> {
+    let c = x.dims().cols();
+    expect("channel_affine", "shift", shift, &[c])?;
+    expect("channel_affine", "scale", scale, &[c])?;
+    let y = tape.act(x.dims())?;
+    let a = ChannelAffineFwd {
+        x: x.value().view(),
+        shift: shift.value().view(),
+        scale: scale.value().view(),
+        y: y.out(),
+    };
+    tape.dev().channel_affine_fwd(S, &a)?;
+    let (xs, scale) = (x.clone(), scale.clone());
+    Ok(tape.op1(&[x], y, move |g, out| {
+        let Some(dy) = g.take(out)? else { return Ok(()) };
+        let dx = g.act(xs.dims())?;
+        let a = ChannelAffineBwd { dy: dy.view(), scale: scale.value().view(), dx: dx.out() };
+        g.dev().channel_affine_bwd(S, &a)?;
+        g.give(&xs, dx)
+    }))
+}
+
+/// `y = silu(gate) * up`: `gate_up` `[N, 2F]`, `y` `[N, F]`. Saves `gate_up`.
+pub fn swiglu(tape: &Tape, gate_up: &Var) -> Result<Var> {
+    expect_rank("swiglu", "gate_up", gate_up, 2)?;
+    let (n, f) = (gate_up.dims()[0], gate_up.dims()[1] / 2);
+    let y = tape.act([n, f])?;
+    tape.dev().swiglu_fwd(S, &SwigluFwd { gate_up: gate_up.value().view(), y: y.out() })?;
+    let xs = gate_up.clone();
+    Ok(tape.op1(&[gate_up], y, move |g, out| {
+        let Some(dy) = g.take(out)? else { return Ok(()) };
+        let dx = g.act(xs.dims())?;
+        let a = SwigluBwd { dy: dy.view(), gate_up: xs.value().view(), dgate_up: dx.out() };
+        g.dev().swiglu_bwd(S, &a)?;
+        g.give(&xs, dx)
+    }))
+}
+
+/// Rotary embedding: heads that turn, their dimension, and the base of the angles.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rotary {
+    /// Leading heads of `D` columns that turn; further columns are copied.
+    pub heads: usize,
+    /// D, even.
+    pub head_dim: usize,
+    /// Base.
+    pub theta: f64,
+}
+
+impl Rotary {
+    fn args<'a>(&self, x: &'a Tensor, position: &'a Tensor, y: &'a Tensor, inverse: bool) -> Rope<'a> {
+        let (x, position, y) = (x.view(), position.view(), y.out());
+        let Rotary { heads, head_dim, theta } = *self;
+        Rope { x, position, y, heads, head_dim, theta, inverse }
+    }
+}
+
+/// Turns the leading heads of `x` `[N, >= heads*D]` by `position` `[N]` i32. Saves `position`.
+pub fn rope(tape: &Tape, x: &Var, position: &Tensor, r: Rotary) -> Result<Var> {
+    expect_rank("rope", "x", x, 2)?;
+    let y = tape.act(x.dims())?;
+    tape.dev().rope(S, &r.args(x.value(), position, &y, false))?;
+    let (xs, position) = (x.clone(), position.clone());
+    Ok(tape.op1(&[x], y, move |g, out| {
+        let Some(dy) = g.take(out)? else { return Ok(()) };
+        let dx = g.act(xs.dims())?;
+        g.dev().rope(S, &r.args(&dy, &position, &dx, true))?;
+        g.give(&xs, dx)
+    }))
+}
+
+/// The rows of all `parts` (`[n_i, C]` or more dimensions, equal C) one after another: `[sum n_i, C]`.
+pub fn concat_rows(tape: &Tape, parts: &[&Var]) -> Result<Var> {
+    let Some(first) = parts.first() else {
+        return Err(Error::arg("concat_rows", "parts", "empty", "at least one"));
+    };
+    let c = first.dims().cols();
+    if let Some(p) = parts.iter().find(|p| p.dims().cols() != c) {
+        return Err(Error::arg("concat_rows", "parts", p.dims(), format!("{c} columns")));
+    }
+    let total = parts.iter().map(|p| p.dims().rows()).sum();
+    let y = tape.act([total, c])?;
+    let mut at = 0;
+    for p in parts {
+        let n = p.dims().rows();
+        tape.dev().cast(S, &Cast { x: p.value().reshape([n, c])?.view(), y: y.rows(at, n)?.out() })?;
+        at += n;
+    }
+    let saved: Vec<Var> = parts.iter().map(|&p| p.clone()).collect();
+    Ok(tape.op1(parts, y, move |g, out| {
+        let Some(dy) = g.take(out)? else { return Ok(()) };
+        let mut at = 0;
+        for p in &saved {
+            let n = p.dims().rows();
+            g.give(p, dy.rows(at, n)?.reshape(p.dims())?)?;
+            at += n;
+        }
+        Ok(())
+    }))
+}
+
+/// Cuts `x` `[N, C]` into runs of rows that add up to N. The parts are views.
+pub fn split_rows(tape: &Tape, x: &Var, counts: &[usize]) -> Result<Vec<Var>> {
+    expect_rank("split_rows", "x", x, 2)?;
+    let (n, c) = (x.dims()[0], x.dims()[1]);
+    if counts.iter().sum::<usize>() != n {
+        return Err(Error::arg("split_rows", "counts", format!("{counts:?}"), format!("a sum of {n}")));
+    }
+    let mut at = 0;
+    let mut parts = Vec::new();
+    for &k in counts {
+        parts.push(x.value().rows(at, k)?);
+        at += k;
+    }
+    let xs = x.clone();
+    Ok(tape.op(&[x], parts, move |g, outs| {
+        let dx = g.act([n, c])?;
+        let mut at = 0;
+        for out in outs {
+            let k = out.dims().rows();
+            let to = dx.rows(at, k)?;
+            match g.take(out)? {
+                Some(dy) => g.dev().cast(S, &Cast { x: dy.view(), y: to.out() })?,
+                None => g.dev().fill(S, &Fill { y: to.out(), value: 0.0 })?,
+            }
+            at += k;
+        }
+        g.give(&xs, dx)
+    }))
+}
+
+/// The same values under another shape. Saves nothing and copies nothing.
+pub fn reshape(tape: &Tape, x: &Var, dims: impl Into<Dims>) -> Result<Var> {
+    let y = x.value().reshape(dims)?;
+    let xs = x.clone();
+    Ok(tape.op1(&[x], y, move |g, out| {
+        let Some(dy) = g.take(out)? else { return Ok(()) };
+        g.give(&xs, dy.reshape(xs.dims())?)
+    }))
+}

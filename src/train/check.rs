@@ -1,0 +1,163 @@
+//! `ett-train check`: one semantic-stage step on given weights and a given batch, everything written down.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::weights::{FileType, read_file, set_weights, write_file};
+use super::{Batch, Hyper, Loss, Optimizer, Outcome, Stage, step};
+use crate::autograd::Tape;
+use crate::backend::{Kernels, Role, Slot, StepState};
+use crate::config::{Config, StageKind};
+use crate::error::{Error, Result};
+use crate::model::tokenizer::Grid;
+use crate::model::{Ett, Part};
+use crate::nn::{Copy, HostTensor};
+use crate::tensor::{DType, Tensor};
+
+/// Runs the step and writes `dump`. Layouts and names are in docs/check.md.
+pub fn check(cfg: &Config, dev: Arc<dyn Kernels>, weights: &Path, batch: &Path, dump: &Path) -> Result<()> {
+    let mut model = Ett::new(cfg, dev.clone())?;
+    set_weights(&model.params, weights, &read_file(weights)?, None)?;
+    let stage = Stage::new(StageKind::Semantic, &model)?;
+    model.params.train(&stage.trained())?;
+
+    let (image, text) = read_batch(batch)?;
+    let prec = model.params.precision();
+    let dims: [usize; 4] = [image.dims[0], image.dims[1], image.dims[2], image.dims[3]];
+    let pixels = Tensor::from_f64(&*dev, Role::Input, prec.act, &image.values, dims)?;
+    let s = cfg.tokenizer.downsampling();
+    let (b, l) = (text.dims[0], text.dims[1]);
+    let sequences: Vec<Vec<Part>> = (0..b)
+        .map(|i| {
+            let ids = text.values[i * l..(i + 1) * l].iter().map(|&x| x as i32).collect();
+            vec![Part::Image(i), Part::target(ids)]
+        })
+        .collect();
+    let grids = [Grid { images: dims[0], h: dims[1] / s, w: dims[2] / s }];
+    let packed = Batch::pack(&model, &sequences, &grids, 1)?;
+    let batch = Batch { images: vec![pixels], packed: Some(packed) };
+
+    let mut state = StepState::new(&*dev, prec.acc)?;
+    stage.recipe.weights(&model, &mut state);
+    state.set(Slot::InvTokens, 1.0 / (b * l) as f64);
+    let t = &cfg.train;
+    let hyper = |betas| Hyper { betas, eps: t.adam_eps, weight_decay: 0.0, ema_decay: 0.0, clip: 0.0 };
+    let mut main = Optimizer::new(&model.params, &stage.groups, hyper(t.betas))?;
+    main.prepare(&mut state, t.lr);
+    let disc = match stage.discriminator {
+        true => {
+            let mut d = Optimizer::new(&model.params, &["discriminator"], hyper(t.disc_betas))?;
+            d.prepare(&mut state, t.lr);
+            Some(d)
+        }
+        false => None,
+    };
+    state.send(&*dev)?;
+    // Logits are those of the step's own weights: the head is copied before the update.
+    let head = model.params.read("model.embed_tokens.weight", Copy::Master)?;
+    let out = step(&mut model, &stage.recipe, &batch, &state, &main, disc.as_ref())?;
+
+    let mut entries = losses(&model, &stage, &state, &out)?;
+    entries.extend(activations(&model, &out, head, [b, l], &*dev)?);
+    let trained = stage.trained();
+    let names: Vec<String> = model
+        .params
+        .names()
+        .filter(|(_, group, _)| trained.contains(group))
+        .map(|(name, _, _)| name.to_string())
+        .collect();
+    for (prefix, copy) in [("grad", Copy::Gradient), ("after", Copy::Master)] {
+        for name in &names {
+            if let Some(v) = model.params.read(name, copy)? {
+                entries.push((format!("{prefix}.{name}"), v, FileType::F64));
+            }
+        }
+    }
+    write_file(dump, &entries)
+}
+
+fn read_batch(path: &Path) -> Result<(HostTensor, HostTensor)> {
+    let mut file = read_file(path)?;
+    let mut take = |name: &str, rank: usize, want: &str| {
+        let t = file.remove(name).ok_or_else(|| Error::weights(path, format!("missing `{name}` {want}")))?;
+        match t.dims.len() == rank && !t.values.is_empty() {
+            true => Ok(t),
+            false => Err(Error::weights(path, format!("`{name}` is {:?}, wanted {want}", t.dims))),
+        }
+    };
+    let image = take("input.image", 4, "[B, H, W, 3]")?;
+    let text = take("input.text", 2, "[B, L]")?;
+    if image.dims[0] != text.dims[0] {
+        let what = format!("{} images but {} texts, wanted one text an image", image.dims[0], text.dims[0]);
+        return Err(Error::weights(path, what));
+    }
+    match file.keys().next() {
+        Some(name) => Err(Error::weights(path, format!("unknown `{name}`"))),
+        None => Ok((image, text)),
+    }
+}
+
+type Entry = (String, HostTensor, FileType);
+
+fn number(name: &str, v: f64) -> Entry {
+    (name.into(), HostTensor { dims: vec![1], values: vec![v] }, FileType::F64)
+}
+
+fn losses(model: &Ett, stage: &Stage, state: &StepState, out: &Outcome) -> Result<Vec<Entry>> {
+    let l = &model.cfg.loss;
+    let mut entries = Vec::new();
+    let mut value = std::collections::HashMap::new();
+    for loss in Loss::ALL.into_iter().filter(|&l| l != Loss::Code) {
+        let v = out.value(model, loss)?;
+        value.insert(loss, v);
+        entries.push(number(&format!("loss.{}", loss.name()), v));
+    }
+    let vq = l.rec * value[&Loss::Rec]
+        + l.quant * value[&Loss::Quant]
+        + l.lpips * value[&Loss::Lpips]
+        + l.gan * value[&Loss::Gan]
+        + l.entropy * (value[&Loss::EntSample] - value[&Loss::EntAvg]);
+    let alpha = match stage.recipe.tokenizer {
+        super::TokenizerMode::Trained(alpha) => alpha,
+        _ => 0.0,
+    };
+    let d = state.get(Loss::DHinge.slot()) * value[&Loss::DHinge]
+        + state.get(Loss::DLecam.slot()) * value[&Loss::DLecam];
+    entries.push(number("loss.vq", vq));
+    entries.push(number("loss.total", value[&Loss::Cap] + alpha * vq));
+    entries.push(number("loss.d_loss", d));
+    Ok(entries)
+}
+
+fn activations(
+    model: &Ett,
+    out: &Outcome,
+    head: Option<HostTensor>,
+    [b, l]: [usize; 2],
+    dev: &dyn Kernels,
+) -> Result<Vec<Entry>> {
+    let mut entries = Vec::new();
+    let mut put = |name: &str, t: &Tensor, dims: Option<Vec<usize>>| -> Result<()> {
+        let dims = dims.unwrap_or_else(|| t.dims().as_slice().to_vec());
+        let ty = if t.dtype() == DType::I32 { FileType::I32 } else { FileType::F64 };
+        entries.push((name.into(), HostTensor { dims, values: t.to_f64(dev)? }, ty));
+        Ok(())
+    };
+    for (name, t) in [("act.z", &out.z), ("act.ind", &out.idx), ("act.zq", &out.zq)] {
+        if let Some(t) = t {
+            put(name, t, None)?;
+        }
+    }
+    if let [rec] = &out.rec[..] {
+        put("act.rec", rec, None)?;
+    }
+    if let (Some(rows), Some(head)) = (&out.selected, head) {
+        let prec = model.params.precision();
+        let t = Tape::inference(model.params.device().clone(), prec);
+        let dims = [head.dims[0], head.dims[1]];
+        let head = Tensor::from_f64(dev, Role::Activation, prec.act, &head.values, dims)?;
+        let logits = crate::ops::linear(&t, &t.constant(rows.clone()), &t.constant(head), None)?;
+        put("act.text_logits", logits.value(), Some(vec![b, l, dims[0]]))?;
+    }
+    Ok(entries)
+}

@@ -1,0 +1,187 @@
+//! Training data as batches: pictures and the sequences over them, a function of seed and step alone.
+
+use std::path::Path;
+
+use super::{Batch, Stage, Template, TokenizerMode};
+use crate::backend::Role;
+use crate::config::{DataConfig, StageConfig, StageKind};
+use crate::data::{Folder, Image, ImageSet, LoadOptions, Order, Philox, Purpose};
+use crate::error::{Error, Result};
+use crate::model::tokenizer::Grid;
+use crate::model::{Ett, Part};
+use crate::tensor::Tensor;
+
+/// Rows of a packed batch are rounded up to this, so that memory is reused from step to step.
+const PAD: usize = 64;
+
+/// A folder of pictures with captions and questions, in memory.
+pub struct DataSet {
+    /// The folder.
+    pub folder: Folder,
+    /// Its pictures at training size.
+    pub images: ImageSet,
+}
+
+impl DataSet {
+    /// Opens a folder and decodes its pictures as `[data]` says; held-out ones are cut in the middle.
+    pub fn open(path: &Path, cfg: &DataConfig, held_out: bool) -> Result<Self> {
+        let folder = Folder::open(path)?;
+        let mut options = LoadOptions::new(cfg.size);
+        if !held_out {
+            (options.crop, options.flip) = (cfg.crop, cfg.flip);
+        }
+        let images = ImageSet::load(&folder, options)?;
+        let skipped = images.skipped();
+        if skipped.count > 0 {
+            tracing::warn!("{} pictures of {} are skipped", skipped.count, path.display());
+            for (file, why) in &skipped.first {
+                tracing::warn!("  {}: {why}", file.display());
+            }
+        }
+        Ok(DataSet { folder, images })
+    }
+
+    /// Pictures that a stage can learn from.
+    pub fn usable(&self, kind: StageKind) -> Vec<usize> {
+        let fits = |i: &usize| {
+            let Some(s) = self.images.sample(*i).and_then(|s| self.folder.samples.get(s)) else {
+                return false;
+            };
+            match kind {
+                StageKind::Tokenizer => true,
+                StageKind::Text => s.caption.is_some() || !s.qa.is_empty(),
+                StageKind::Align | StageKind::Semantic => s.caption.is_some(),
+                StageKind::Chat => !s.qa.is_empty(),
+            }
+        };
+        (0..self.images.len()).filter(fits).collect()
+    }
+}
+
+/// Images `[B, H, W, 3]` of one size on the device.
+pub fn images_to_device(model: &Ett, images: &[Image]) -> Result<(Tensor, Grid)> {
+    let Some(first) = images.first() else {
+        return Err(Error::arg("images_to_device", "images", "none", "at least one"));
+    };
+    let (h, w) = (first.height, first.width);
+    if let Some(i) = images.iter().find(|i| (i.height, i.width) != (h, w)) {
+        return Err(Error::arg(
+            "images_to_device",
+            "images",
+            format!("{}x{}", i.height, i.width),
+            format!("{h}x{w} like the first"),
+        ));
+    }
+    let values: Vec<f64> = images.iter().flat_map(|i| i.pixels.iter().map(|&v| v as f64)).collect();
+    let prec = model.params.precision();
+    let t =
+        Tensor::from_f64(&**model.params.device(), Role::Input, prec.act, &values, [images.len(), h, w, 3])?;
+    let s = model.cfg.tokenizer.downsampling();
+    Ok((t, Grid { images: images.len(), h: h / s, w: w / s }))
+}
+
+/// The batches of one stage.
+pub struct Feed<'a> {
+    data: &'a DataSet,
+    template: &'a Template,
+    kind: StageKind,
+    usable: Vec<usize>,
+    order: Order,
+    seed: u64,
+    batch: usize,
+    captions: f64,
+    pictures: bool,
+}
+
+/// One batch and what it shows.
+pub struct Fed {
+    /// On the device.
+    pub batch: Batch,
+    /// The sequences it holds; none in the tokenizer stage.
+    pub sequences: Vec<Vec<Part>>,
+}
+
+impl<'a> Feed<'a> {
+    /// Batches for a stage; `number` is its place in the run.
+    pub fn new(
+        data: &'a DataSet,
+        template: &'a Template,
+        cfg: &StageConfig,
+        stage: &Stage,
+        seed: u64,
+        number: usize,
+    ) -> Result<Self> {
+        let (kind, batch, captions) = (cfg.kind, cfg.batch, cfg.captions);
+        let usable = data.usable(kind);
+        if usable.is_empty() {
+            let what = match kind {
+                StageKind::Tokenizer => "no picture",
+                StageKind::Text => "no picture with a caption or question",
+                StageKind::Align | StageKind::Semantic => "no picture with a caption",
+                StageKind::Chat => "no picture with a question",
+            };
+            let what = format!("has {what}, which stage `{}` learns from", kind.name());
+            return Err(Error::data(&data.folder.root, what));
+        }
+        // Each stage has its own stream of random numbers.
+        let seed = seed.wrapping_add((number as u64 + 1) << 32);
+        let order = Order::new(usable.len(), seed)?;
+        let pictures = stage.recipe.tokenizer != TokenizerMode::Off;
+        Ok(Feed { data, template, kind, usable, order, seed, batch, captions, pictures })
+    }
+
+    /// The sequence that sample `sample` shows as image `image` of its batch.
+    fn sequence(&self, sample: usize, image: usize, rng: &mut Philox) -> Result<Vec<Part>> {
+        let s = &self.data.folder.samples[sample];
+        let qa = |rng: &mut Philox| &s.qa[rng.below(s.qa.len())];
+        match (self.kind, &s.caption) {
+            (StageKind::Align | StageKind::Semantic, Some(c)) => self.template.caption(image, c),
+            (StageKind::Text, Some(c)) if s.qa.is_empty() || rng.below(2) == 0 => {
+                self.template.text_caption(c)
+            }
+            (StageKind::Text, _) => {
+                let (q, a) = qa(rng);
+                self.template.text_chat(q, a)
+            }
+            (StageKind::Chat, Some(c)) if rng.uniform() < self.captions => self.template.caption(image, c),
+            _ => {
+                let (q, a) = qa(rng);
+                self.template.chat(image, q, a)
+            }
+        }
+    }
+
+    /// The batch of step `step`.
+    pub fn batch(&self, model: &Ett, step: usize) -> Result<Fed> {
+        let (mut images, mut sequences) = (Vec::new(), Vec::new());
+        for i in 0..self.batch {
+            let position = (step * self.batch + i) as u64;
+            let index = self.usable[self.order.index(position)];
+            let mut rng = Philox::of(self.seed, Purpose::Augment, position as u32);
+            let sample = match self.pictures {
+                true => {
+                    let drawn = self.data.images.get(index, &mut rng)?;
+                    images.push(drawn.image);
+                    drawn.sample
+                }
+                false => self.data.images.sample(index).unwrap_or(0),
+            };
+            if self.kind != StageKind::Tokenizer {
+                let mut rng = Philox::of(self.seed, Purpose::Text, position as u32);
+                sequences.push(self.sequence(sample, i, &mut rng)?);
+            }
+        }
+        let (tensors, grids) = match self.pictures {
+            true => {
+                let (t, g) = images_to_device(model, &images)?;
+                (vec![t], vec![g])
+            }
+            false => (vec![], vec![]),
+        };
+        let packed = match sequences.is_empty() {
+            true => None,
+            false => Some(Batch::pack(model, &sequences, &grids, PAD)?),
+        };
+        Ok(Fed { batch: Batch { images: tensors, packed }, sequences })
+    }
+}

@@ -1,0 +1,163 @@
+//! The stages: what each trains, what it computes, and what the language model reads in it.
+
+use super::{Recipe, TokenizerMode};
+use crate::config::{Arm, StageKind};
+use crate::data::{Special, TextTokenizer};
+use crate::error::{Error, Result};
+use crate::model::{Ett, Part};
+
+/// A stage of a model: recipe and trained groups.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Stage {
+    /// What it computes.
+    pub recipe: Recipe,
+    /// Groups that the main optimizer trains.
+    pub groups: Vec<&'static str>,
+    /// Whether the discriminator is trained.
+    pub discriminator: bool,
+}
+
+impl Stage {
+    /// The recipe of `kind` under the model's arm and alpha (arXiv 2505.10562, section 3).
+    pub fn new(kind: StageKind, model: &Ett) -> Result<Self> {
+        let (arm, loss) = (model.cfg.train.arm, &model.cfg.loss);
+        let (tokenizer, text) = match (kind, arm) {
+            (StageKind::Tokenizer, _) => (TokenizerMode::Trained(1.0), false),
+            (StageKind::Text, _) => (TokenizerMode::Off, true),
+            (StageKind::Semantic, Arm::Ett) => (TokenizerMode::Trained(loss.alpha), true),
+            (StageKind::Align | StageKind::Semantic | StageKind::Chat, _) => (TokenizerMode::Frozen, true),
+        };
+        let mut groups = match kind {
+            StageKind::Tokenizer => vec![],
+            StageKind::Text => vec!["llm"],
+            StageKind::Align => vec![model.input_group()],
+            StageKind::Semantic | StageKind::Chat => vec!["llm", model.input_group()],
+        };
+        let mut discriminator = false;
+        if let TokenizerMode::Trained(alpha) = tokenizer {
+            groups.push("encoder");
+            if alpha > 0.0 {
+                groups.push("decoder");
+                discriminator = loss.gan > 0.0;
+            }
+        }
+        if groups.is_empty() {
+            return Err(Error::config("stage.kind", kind.name(), "a stage that trains something"));
+        }
+        let recipe = Recipe { tokenizer, text, codes: false };
+        Ok(Stage { recipe, groups, discriminator })
+    }
+
+    /// All trained groups, the discriminator included.
+    pub fn trained(&self) -> Vec<&'static str> {
+        let mut all = self.groups.clone();
+        if self.discriminator {
+            all.push("discriminator");
+        }
+        all
+    }
+}
+
+/// How text and pictures are laid out as sequences; text is ChatML.
+pub struct Template {
+    text: TextTokenizer,
+}
+
+impl Template {
+    /// The layout over a text tokenizer.
+    pub fn new(text: TextTokenizer) -> Self {
+        Template { text }
+    }
+
+    /// The text tokenizer.
+    pub fn tokenizer(&self) -> &TextTokenizer {
+        &self.text
+    }
+
+    fn special(&self, s: Special) -> i32 {
+        self.text.special(s)
+    }
+
+    /// `<|vision_start|>` image `<|vision_end|>`: what precedes a caption.
+    pub fn picture(&self, image: usize) -> Vec<Part> {
+        vec![
+            Part::context(vec![self.special(Special::VisionStart)]),
+            Part::Image(image),
+            Part::context(vec![self.special(Special::VisionEnd)]),
+        ]
+    }
+
+    /// A picture and its caption.
+    pub fn caption(&self, image: usize, caption: &str) -> Result<Vec<Part>> {
+        let mut parts = self.picture(image);
+        parts.push(Part::target(self.text_line(caption)?));
+        Ok(parts)
+    }
+
+    fn text_line(&self, text: &str) -> Result<Vec<i32>> {
+        let mut ids = self.text.encode(text)?;
+        ids.push(self.special(Special::EndOfText));
+        Ok(ids)
+    }
+
+    /// A user's turn with a picture and a question, up to where the answer begins.
+    pub fn question(&self, image: Option<usize>, question: &str) -> Result<Vec<Part>> {
+        let mut open = vec![self.special(Special::ImStart)];
+        open.extend(self.text.encode("user\n")?);
+        let mut parts = vec![Part::context(open)];
+        if let Some(image) = image {
+            parts.extend(self.picture(image));
+        }
+        let mut close = self.text.encode(question)?;
+        close.push(self.special(Special::ImEnd));
+        close.extend(self.text.encode("\n")?);
+        close.push(self.special(Special::ImStart));
+        close.extend(self.text.encode("assistant\n")?);
+        parts.push(Part::context(close));
+        Ok(parts)
+    }
+
+    /// What is learnt of an answer: its text and the end of the turn.
+    pub fn answer(&self, answer: &str) -> Result<Vec<i32>> {
+        let mut ids = self.text.encode(answer)?;
+        ids.push(self.special(Special::ImEnd));
+        Ok(ids)
+    }
+
+    /// A question about a picture and its answer.
+    pub fn chat(&self, image: usize, question: &str, answer: &str) -> Result<Vec<Part>> {
+        let mut parts = self.question(Some(image), question)?;
+        parts.push(Part::target(self.answer(answer)?));
+        Ok(parts)
+    }
+
+    /// A caption without its picture, every token learnt.
+    pub fn text_caption(&self, caption: &str) -> Result<Vec<Part>> {
+        Ok(vec![Part::target(self.text_line(caption)?)])
+    }
+
+    /// A question and its answer without the picture, every token learnt.
+    pub fn text_chat(&self, question: &str, answer: &str) -> Result<Vec<Part>> {
+        let mut ids = Vec::new();
+        for part in self.question(None, question)? {
+            if let Part::Tokens { ids: more, .. } = part {
+                ids.extend(more);
+            }
+        }
+        ids.extend(self.answer(answer)?);
+        Ok(vec![Part::target(ids)])
+    }
+
+    /// A sequence as a person reads it: special tokens by name, pictures as `<image 0>`, supervised text in
+    /// `[[ ]]`.
+    pub fn show(&self, parts: &[Part]) -> String {
+        parts
+            .iter()
+            .map(|p| match p {
+                Part::Tokens { ids, supervised: true } => format!("[[{}]]", self.text.decode_visible(ids)),
+                Part::Tokens { ids, .. } => self.text.decode_visible(ids),
+                Part::Image(i) | Part::Codes(i) => format!("<image {i}>"),
+            })
+            .collect()
+    }
+}

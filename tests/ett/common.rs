@@ -1,0 +1,96 @@
+//! What the tests share.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use ett::backend::{Cpu, Kernels, Role};
+use ett::data::Philox;
+use ett::tensor::{DType, Dims, Tensor};
+
+/// Tests fail with the sentence of whatever went wrong.
+pub type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+/// A CPU whose memory is poisoned.
+pub fn cpu(threads: usize) -> Arc<dyn Kernels> {
+    Arc::new(Cpu::poisoned(threads).expect("threads can be started"))
+}
+
+/// `n` normal numbers, the same every time.
+pub fn normal(seed: u64, n: usize) -> Vec<f64> {
+    let mut rng = Philox::new(seed, 77);
+    (0..n).map(|_| rng.normal()).collect()
+}
+
+/// Normal numbers times `scale`.
+pub fn scaled(seed: u64, n: usize, scale: f64) -> Vec<f64> {
+    normal(seed, n).into_iter().map(|v| scale * v).collect()
+}
+
+/// Distinct numbers in random order, at least `gap` apart and from 0, about `n * gap / 2` at most: for
+/// functions with kinks.
+pub fn spread(seed: u64, n: usize, gap: f64) -> Vec<f64> {
+    let mut v: Vec<f64> = (0..n).map(|i| gap * (i as f64 - n as f64 / 2.0 + 0.37)).collect();
+    Philox::new(seed, 78).shuffle(&mut v);
+    v
+}
+
+/// Indices below `below`.
+pub fn ids(seed: u64, n: usize, below: usize) -> Vec<i32> {
+    let mut rng = Philox::new(seed, 79);
+    (0..n).map(|_| rng.below(below) as i32).collect()
+}
+
+/// Values as a tensor of `dtype`.
+pub fn tensor(dev: &dyn Kernels, dtype: DType, values: &[f64], dims: impl Into<Dims>) -> Tensor {
+    Tensor::from_f64(dev, Role::Input, dtype, values, dims).expect("values fit their shape")
+}
+
+/// Indices as a vector on the device.
+pub fn int(dev: &dyn Kernels, values: &[i32]) -> Tensor {
+    Tensor::from_host(dev, Role::Input, values, [values.len()]).expect("values fit their shape")
+}
+
+/// Values as `dtype` holds them.
+pub fn rounded(dtype: DType, values: &[f64]) -> Vec<f64> {
+    let f: fn(f64) -> f64 = match dtype {
+        DType::F64 => |v| v,
+        DType::F32 => |v| v as f32 as f64,
+        DType::Bf16 => |v| half::bf16::from_f64(v).to_f64(),
+        DType::I32 => |v| v as i32 as f64,
+    };
+    values.iter().map(|&v| f(v)).collect()
+}
+
+/// Euclidean norm.
+pub fn norm(v: &[f64]) -> f64 {
+    v.iter().map(|x| x * x).sum::<f64>().sqrt()
+}
+
+/// The fixtures' folder.
+pub fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
+}
+
+/// A folder that lives as long as this value.
+pub struct Scratch(PathBuf);
+
+impl Scratch {
+    pub fn new() -> Self {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("ett-tests-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let dir = std::env::temp_dir().join(name);
+        std::fs::create_dir_all(&dir).expect("the temporary folder can be written");
+        Scratch(dir)
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}

@@ -1,0 +1,17 @@
+//! The integration tests: one binary for all of them.
+
+mod common;
+mod compare;
+mod contract;
+mod dense;
+mod fixtures;
+mod gradients;
+mod memory;
+mod plan;
+mod quantizer;
+mod run;
+mod training;
+
+/// Counts what the process holds, so that no allocation hides from the memory test.
+#[global_allocator]
+static HEAP: memory::Counting = memory::Counting;

@@ -1,0 +1,133 @@
+//! Nothing of size tokens x codes is stored: measured on the process's heap, in a process of its own.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::Instant;
+
+use ett::autograd::Tape;
+use ett::backend::{Cpu, Device, Role};
+use ett::ops::{self, Entropy, IbqOptions};
+use ett::tensor::{DType, Precision, Tensor};
+
+use crate::common::{Outcome, normal};
+
+/// The system's allocator, counting bytes held and the most held so far.
+pub struct Counting;
+
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+fn grew(bytes: usize) {
+    let live = LIVE.fetch_add(bytes, Relaxed) + bytes;
+    PEAK.fetch_max(live, Relaxed);
+}
+
+// Every call goes to the system's allocator as it came.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        grew(layout.size());
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        grew(layout.size());
+        unsafe { System.alloc_zeroed(layout) }
+    }
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), Relaxed);
+        unsafe { System.dealloc(at, layout) }
+    }
+    unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        // The old block and the new one may both exist for a moment.
+        grew(size);
+        LIVE.fetch_sub(layout.size(), Relaxed);
+        unsafe { System.realloc(at, layout, size) }
+    }
+}
+
+const M: usize = 4096;
+const K: usize = 131_072;
+const D: usize = 32;
+const LIMIT: u64 = 64 << 20;
+/// Set in the process that measures.
+const INSIDE: &str = "ETT_TEST_MEASURE_MEMORY";
+
+#[test]
+fn quantizer_stays_under_64_mib() -> Outcome {
+    if std::env::var_os(INSIDE).is_some() {
+        return measure();
+    }
+    let out = Command::new(std::env::current_exe()?)
+        .args(["memory::quantizer_stays_under_64_mib", "--exact", "--nocapture", "--test-threads=1"])
+        .env(INSIDE, "1")
+        .output()?;
+    let text = String::from_utf8_lossy(&out.stdout);
+    println!("{text}");
+    assert!(out.status.success(), "{text}{}", String::from_utf8_lossy(&out.stderr));
+    assert!(text.contains("1 passed") && text.contains("beyond inputs and gradients"), "{text}");
+    Ok(())
+}
+
+fn measure() -> Outcome {
+    let cpu = std::sync::Arc::new(Cpu::new(0)?);
+    let prec = Precision::F32;
+    let put = |seed: u64, n: usize, scale: f64, dims: [usize; 2]| {
+        let v: Vec<f32> = normal(seed, n).iter().map(|v| (v * scale) as f32).collect();
+        Tensor::from_host(&*cpu, Role::Input, &v, dims)
+    };
+    let scale = (D as f64).powf(-0.25);
+    let z = put(1, M * D, scale, [M, D])?;
+    let e = put(2, K * D, scale, [K, D])?;
+    let g = put(3, M * D, 1.0, [M, D])?;
+    let de = Tensor::zeros(&*cpu, Role::Gradient, DType::F32, [K, D])?;
+    let weights =
+        [0.25, 0.0125, -0.0125].map(|w| Tensor::from_f64(&*cpu, Role::Input, DType::F32, &[w], [1]));
+    let [w_quant, w_sample, w_avg] = weights;
+    let (w_quant, w_sample, w_avg) = (w_quant?, w_sample?, w_avg?);
+
+    let device = cpu.memory();
+    let held = device.total();
+    assert_eq!(device.peak, held, "what is held before is the most so far");
+    let heap = LIVE.load(Relaxed);
+    PEAK.store(heap, Relaxed);
+    let start = Instant::now();
+
+    let t = Tape::new(cpu.clone(), prec);
+    let (z, e) = (t.leaf(z), t.weight(e, Some(de.clone())));
+    let o = IbqOptions {
+        entropy: Entropy { temperature: 0.01, eps: 1e-5 },
+        beta_commit: 1.0,
+        beta_code: 0.25,
+        inv_count: 1.0 / M as f64,
+    };
+    let q = ops::ibq(&t, &z, &e, o)?;
+    let (sample, avg) = (q.sample.as_ref().ok_or("sample")?, q.avg.as_ref().ok_or("avg")?);
+    let forward = start.elapsed().as_secs_f64();
+    let seeds = [(&q.zq, &g), (&q.quant, &w_quant), (sample, &w_sample), (avg, &w_avg)];
+    let mut grads = t.backward(&seeds)?;
+    let dz = grads.take(&z)?.ok_or("a gradient of the tokens")?;
+
+    let seconds = start.elapsed().as_secs_f64();
+    let on_heap = (PEAK.load(Relaxed) - heap) as u64;
+    let on_device = cpu.memory().peak - held;
+    // dz is a gradient, but it was taken in between: it counts here, and there is room for it.
+    println!(
+        "{M} x {K} x {D}: {:.1} MiB on the heap, {:.1} MiB by the device's count, beyond inputs and gradients; \
+         forward {forward:.1} s, backward {:.1} s",
+        on_heap as f64 / (1 << 20) as f64,
+        on_device as f64 / (1 << 20) as f64,
+        seconds - forward
+    );
+    for (what, bytes) in [("heap", on_heap), ("device", on_device)] {
+        assert!(bytes < LIMIT, "{what}: {bytes} bytes beyond inputs and gradients, wanted below {LIMIT}");
+    }
+    // The counting works: what is known to be allocated was seen.
+    assert!(on_device >= (M * D * 4 + 2 * K * 4) as u64 && on_heap >= on_device);
+    assert!(seconds < 60.0, "forward and backward took {seconds:.1} s, wanted below 60");
+    let sound = |t: &Tensor| -> ett::error::Result<bool> {
+        let v = t.to_f64(&*cpu)?;
+        Ok(v.iter().all(|x| x.is_finite()) && v.iter().any(|&x| x != 0.0))
+    };
+    assert!(sound(&dz)? && sound(&de)?, "the gradients are finite and not zero");
+    Ok(())
+}

@@ -1,0 +1,166 @@
+//! A whole run on pictures written here: files, refusals, reproducibility, and the trained model in use.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use ett::backend::Cpu;
+use ett::config::{Arm, Config, StageConfig, StageKind};
+use ett::data::{Image, save_png};
+use ett::infer::Trained;
+use ett::train;
+
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        let dir = std::env::temp_dir().join(format!("ett-run-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&dir);
+        std::fs::create_dir_all(&dir).expect("a folder");
+        Folder(dir)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Eight squares, light or dark, on grey, with captions and questions; one file is broken.
+fn pictures(dir: &Path) {
+    std::fs::create_dir_all(dir).expect("a folder");
+    let mut lines = String::new();
+    for i in 0..8usize {
+        let mut image = Image::filled(40, 48, 0.1 * i as f32 - 0.4);
+        let (word, value) = if i % 2 == 0 { ("light", 0.9) } else { ("dark", -0.9) };
+        for y in 10..20 + i {
+            for x in 12..30 {
+                image.pixels[(y * 48 + x) * 3..][..3].fill(value);
+            }
+        }
+        save_png(dir.join(format!("{i}.png")), &image).expect("a picture");
+        lines += &format!(
+            "{{\"file_name\": \"{i}.png\", \"text\": \"a {word} square\", \"qa\": [[\"light?\", \"{}\"]]}}\n",
+            if i % 2 == 0 { "yes" } else { "no" }
+        );
+    }
+    std::fs::write(dir.join("broken.png"), b"not a picture").expect("a file");
+    lines += "{\"file_name\": \"broken.png\", \"text\": \"nothing\"}\n";
+    std::fs::write(dir.join("metadata.jsonl"), lines).expect("a file");
+}
+
+fn config(data: &Path) -> Config {
+    let mut c = Config::default();
+    (c.tokenizer.ch, c.tokenizer.ch_mult, c.tokenizer.norm_groups) = (8, vec![1, 2], 4);
+    (c.tokenizer.num_res_blocks, c.tokenizer.z_channels) = (1, 8);
+    (c.quantizer.codes, c.quantizer.dim) = (16, 4);
+    c.lpips.widths = [4; 5];
+    c.discriminator.ndf = 4;
+    let l = &mut c.llm;
+    (l.vocab, l.width, l.layers, l.heads, l.kv_heads, l.head_dim, l.mlp) = (264, 16, 1, 2, 1, 8, 24);
+    (c.data.size, c.data.eval_samples) = (32, 8);
+    (c.data.train, c.data.test) = (data.to_path_buf(), Some(data.to_path_buf()));
+    c.train.threads = 1;
+    let kinds =
+        [StageKind::Tokenizer, StageKind::Text, StageKind::Align, StageKind::Semantic, StageKind::Chat];
+    c.stage = kinds
+        .map(|kind| StageConfig {
+            kind,
+            steps: 2,
+            batch: 3,
+            lr: Some(1e-3),
+            disc_lr: None,
+            schedule: ett::config::ScheduleKind::Cosine,
+            ema: kind == StageKind::Semantic,
+            betas: None,
+            captions: 0.5,
+        })
+        .to_vec();
+    c
+}
+
+fn run(c: &Config, out: &Path) -> ett::error::Result<train::Finished> {
+    train::run(c, Arc::new(Cpu::poisoned(c.train.threads)?), out, None, true)
+}
+
+#[test]
+fn a_run_leaves_its_files_and_a_model_that_can_be_used() {
+    let dir = Folder::new("whole");
+    pictures(&dir.0.join("data"));
+    let c = config(&dir.0.join("data"));
+    let out = dir.0.join("out");
+    let done = run(&c, &out).expect("the run ends");
+    let report = done.report.as_ref().expect("a held-out folder was named");
+    assert_eq!((report.pictures, report.captions, report.questions), (8, 8, 8));
+    assert!(report.mse.is_finite() && report.caption_loss.seen > 0.0);
+    assert!(done.table().contains("reconstruction MSE"));
+
+    let metrics = std::fs::read_to_string(out.join("metrics.jsonl")).expect("metrics");
+    let lines: Vec<serde_json::Value> =
+        metrics.lines().map(|l| serde_json::from_str(l).expect("a line is JSON")).collect();
+    assert_eq!(lines.len(), 10);
+    assert_eq!(lines[0]["stage"], "tokenizer");
+    assert!(lines[6]["loss"]["cap"].as_f64().is_some_and(f64::is_finite), "{}", lines[6]);
+
+    // The averages that the semantic stage kept outlast the chat stage, which leaves the tokenizer alone.
+    for file in ["model.safetensors", "ema.safetensors", "config.toml", "eval.json", "reconstructions.png"] {
+        assert!(out.join(file).is_file(), "{file} is missing");
+    }
+
+    let Err(e) = run(&c, &out) else { panic!("a finished run was overwritten") };
+    assert!(e.to_string().contains("holds a finished run"), "{e}");
+
+    let cpu = Arc::new(Cpu::poisoned(1).expect("a thread"));
+    let trained = Trained::open(&out, cpu.clone()).expect("the run loads");
+    let image = Image::open(dir.0.join("data/0.png")).expect("a picture");
+    trained.caption(&image).expect("a caption");
+    trained.ask(&image, "light?").expect("an answer");
+    let (fitted, rec) = trained.reconstruct(&image, 64).expect("a reconstruction");
+    assert_eq!((fitted.height, fitted.width), (40, 48));
+    assert_eq!((rec.height, rec.width), (40, 48));
+    let Err(e) = Trained::open(&dir.0, cpu) else { panic!("an empty folder was loaded") };
+    assert!(e.to_string().contains("model.safetensors"), "{e}");
+}
+
+#[test]
+fn a_run_follows_from_its_seed_and_not_from_its_threads() {
+    let dir = Folder::new("same");
+    pictures(&dir.0.join("data"));
+    let mut c = config(&dir.0.join("data"));
+    let weights = |c: &Config, name: &str| {
+        let out = dir.0.join(name);
+        run(c, &out).expect("the run ends");
+        std::fs::read(out.join("model.safetensors")).expect("weights")
+    };
+    let first = weights(&c, "a");
+    c.train.threads = 2;
+    assert!(first == weights(&c, "b"), "two threads gave other bits than one");
+    c.train.seed += 1;
+    assert!(first != weights(&c, "c"), "the seed changes nothing");
+}
+
+#[test]
+fn stages_without_anything_to_learn_from_are_refused() {
+    let dir = Folder::new("refused");
+    let data = dir.0.join("data");
+    pictures(&data);
+    std::fs::remove_file(data.join("metadata.jsonl")).expect("the file is there");
+    let mut c = config(&data);
+    c.stage.retain(|s| s.kind == StageKind::Semantic);
+    let Err(e) = run(&c, &dir.0.join("a")) else { panic!("pictures without captions were accepted") };
+    assert!(e.to_string().contains("no picture with a caption"), "{e}");
+    c.stage.clear();
+    let Err(e) = run(&c, &dir.0.join("b")) else { panic!("a run without stages was accepted") };
+    assert!(e.to_string().contains("[[stage]]"), "{e}");
+}
+
+#[test]
+fn every_arm_runs_all_stages() {
+    let dir = Folder::new("arms");
+    pictures(&dir.0.join("data"));
+    for (arm, alpha) in [(Arm::Index, 0.25), (Arm::Embed, 0.25), (Arm::Ett, 0.0), (Arm::Ett, 1.0)] {
+        let mut c = config(&dir.0.join("data"));
+        (c.train.arm, c.loss.alpha) = (arm, alpha);
+        run(&c, &dir.0.join(format!("{arm:?}-{alpha}"))).expect("the run ends");
+    }
+}

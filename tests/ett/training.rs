@@ -1,0 +1,583 @@
+//! Stages, steps and optimizers on a small model.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use ett::autograd::{Tape, Var};
+use ett::backend::{Kernels, Role, Slot, StepState};
+use ett::compare::{Bounds, compare};
+use ett::config::{Arm, Config, Scores, StageKind, VisualHeadKind};
+use ett::error::Result;
+use ett::model::tokenizer::Grid;
+use ett::model::{Ett, Part};
+use ett::nn::Copy;
+use ett::tensor::{DType, Tensor};
+use ett::train::{
+    Batch, Hyper, Loss, Optimizer, Outcome as Step, Recipe, Stage, TokenizerMode, load_weights, save_weights,
+    schedule, step,
+};
+
+use crate::common::{Outcome, Scratch, cpu, ids, tensor};
+
+const VOCAB: usize = 40;
+/// Pixels a token.
+const S: usize = 4;
+
+fn small(precision: &str) -> Config {
+    let mut cfg = Config::default();
+    let t = &mut cfg.tokenizer;
+    (t.ch, t.ch_mult, t.num_res_blocks, t.z_channels, t.norm_groups) = (8, vec![1, 1, 2], 1, 8, 2);
+    (cfg.quantizer.codes, cfg.quantizer.dim) = (48, 6);
+    cfg.lpips.widths = [4, 6, 8, 8, 8];
+    cfg.discriminator.ndf = 4;
+    let l = &mut cfg.llm;
+    (l.vocab, l.width, l.layers, l.heads, l.kv_heads, l.head_dim, l.mlp) = (VOCAB, 16, 2, 4, 2, 4, 24);
+    l.init_std = 0.2;
+    cfg.data.size = 32;
+    cfg.train.precision = precision.into();
+    cfg
+}
+
+/// Pictures of waves, `[B, H, W, 3]`.
+fn pixels(seed: u64, [b, h, w]: [usize; 3]) -> Vec<f64> {
+    let mut v = Vec::new();
+    for i in 0..b {
+        let f = 0.15 + 0.1 * ((seed as usize + i) % 5) as f64;
+        for y in 0..h {
+            for x in 0..w {
+                for c in 0..3 {
+                    let (y, x, c) = (y as f64, x as f64, c as f64);
+                    v.push(0.8 * (f * x + 0.31 * y * (1.0 + 0.2 * c) + seed as f64 + i as f64).sin());
+                }
+            }
+        }
+    }
+    v
+}
+
+/// A batch of some sizes: a start token, the picture, a text of its own.
+fn batch(model: &Ett, sizes: &[[usize; 3]], kind: StageKind) -> Result<Batch> {
+    let dev = &**model.params.device();
+    let act = model.params.precision().act;
+    let (mut images, mut grids, mut sequences) = (Vec::new(), Vec::new(), Vec::new());
+    for (n, &[b, h, w]) in sizes.iter().enumerate() {
+        images.push(tensor(dev, act, &pixels(n as u64, [b, h, w]), [b, h, w, 3]));
+        grids.push(Grid { images: b, h: h / S, w: w / S });
+        for _ in 0..b {
+            let i = sequences.len();
+            let text = Part::target(ids(i as u64, 6, VOCAB));
+            sequences.push(match kind {
+                StageKind::Text => vec![Part::context(vec![1]), text],
+                _ => vec![Part::context(vec![1]), Part::Image(i), text],
+            });
+        }
+    }
+    let packed = match kind {
+        StageKind::Tokenizer => None,
+        _ => Some(Batch::pack(model, &sequences, &grids, 8)?),
+    };
+    let images = if kind == StageKind::Text { vec![] } else { images };
+    Ok(Batch { images, packed })
+}
+
+/// A stage under way.
+struct Run {
+    model: Ett,
+    recipe: Recipe,
+    state: StepState,
+    main: Optimizer,
+    disc: Option<Optimizer>,
+    rate: f64,
+}
+
+impl Run {
+    fn new(cfg: &Config, dev: Arc<dyn Kernels>, kind: StageKind, rate: f64) -> Result<Self> {
+        let model = Ett::new(cfg, dev)?;
+        let stage = Stage::new(kind, &model)?;
+        Self::with(model, stage.recipe, &stage.groups, stage.discriminator, rate)
+    }
+
+    fn with(mut model: Ett, recipe: Recipe, groups: &[&str], discriminator: bool, rate: f64) -> Result<Self> {
+        let t = model.cfg.train.clone();
+        let all: Vec<&str> = groups.iter().copied().chain(discriminator.then_some("discriminator")).collect();
+        model.params.train(&all)?;
+        let hyper = |betas| Hyper { betas, eps: 1e-8, weight_decay: 0.0, ema_decay: 0.9, clip: t.clip };
+        let mut state = StepState::new(&**model.params.device(), model.params.precision().acc)?;
+        recipe.weights(&model, &mut state);
+        let main = Optimizer::new(&model.params, groups, hyper(t.betas))?;
+        let disc = match discriminator {
+            true => Some(Optimizer::new(&model.params, &["discriminator"], hyper(t.disc_betas))?),
+            false => None,
+        };
+        Ok(Run { model, recipe, state, main, disc, rate })
+    }
+
+    fn step(&mut self, batch: &Batch) -> Result<Step> {
+        self.main.prepare(&mut self.state, self.rate);
+        if let Some(d) = &mut self.disc {
+            d.prepare(&mut self.state, self.rate);
+        }
+        if let Some(p) = &batch.packed {
+            self.state.set(Slot::InvTokens, 1.0 / p.tokens.max(1) as f64);
+            self.state.set(Slot::InvCodes, 1.0 / p.code_rows.len().max(1) as f64);
+        }
+        self.state.send(&**self.model.params.device())?;
+        step(&mut self.model, &self.recipe, batch, &self.state, &self.main, self.disc.as_ref())
+    }
+
+    fn value(&self, out: &Step, loss: Loss) -> Result<f64> {
+        out.value(&self.model, loss)
+    }
+}
+
+type Bits = BTreeMap<String, Vec<u64>>;
+
+/// The bits of every tensor of a copy of the parameters, and of what the discriminator carries.
+fn bits(model: &Ett, copy: Copy) -> Result<Bits> {
+    let raw = |v: Vec<f64>| v.into_iter().map(f64::to_bits).collect::<Vec<_>>();
+    let mut all = BTreeMap::new();
+    for (name, _, _) in model.params.names() {
+        if let Some(t) = model.params.read(name, copy)? {
+            all.insert(name.to_string(), raw(t.values));
+        }
+    }
+    let dev = &**model.params.device();
+    let s = &model.discriminator_state;
+    for (i, (mean, var)) in s.running.iter().enumerate() {
+        all.insert(format!("discriminator state, mean {i}"), raw(mean.to_f64(dev)?));
+        all.insert(format!("discriminator state, variance {i}"), raw(var.to_f64(dev)?));
+    }
+    all.insert("discriminator state, lecam".into(), raw(s.lecam.to_f64(dev)?));
+    all.insert("discriminator state, batches".into(), vec![s.batches]);
+    Ok(all)
+}
+
+fn group_of(model: &Ett, name: &str) -> String {
+    let mut names = model.params.names();
+    names.find(|(n, _, _)| *n == name).map_or("discriminator", |(_, group, _)| group).to_string()
+}
+
+#[test]
+fn stages_train_their_groups_and_freeze_the_rest() -> Outcome {
+    let tokenizer = ["encoder", "decoder", "discriminator"];
+    let everything = ["encoder", "decoder", "discriminator", "llm", "projector"];
+    let (ett, embed, index) = (Arm::Ett, Arm::Embed, Arm::Index);
+    for (kind, arm, alpha, gan, trained) in [
+        (StageKind::Tokenizer, ett, 0.25, 0.1, &tokenizer[..]),
+        (StageKind::Tokenizer, index, 0.0, 0.1, &tokenizer),
+        (StageKind::Tokenizer, ett, 0.25, 0.0, &["encoder", "decoder"]),
+        (StageKind::Text, ett, 0.25, 0.1, &["llm"]),
+        (StageKind::Align, ett, 0.25, 0.1, &["projector"]),
+        (StageKind::Align, embed, 0.25, 0.1, &["projector"]),
+        (StageKind::Align, index, 0.25, 0.1, &["visual_embed"]),
+        (StageKind::Semantic, ett, 0.25, 0.1, &everything),
+        (StageKind::Semantic, ett, 0.0, 0.1, &["encoder", "llm", "projector"]),
+        (StageKind::Semantic, ett, 0.25, 0.0, &["encoder", "decoder", "llm", "projector"]),
+        (StageKind::Semantic, embed, 0.25, 0.1, &["llm", "projector"]),
+        (StageKind::Semantic, index, 0.25, 0.1, &["llm", "visual_embed"]),
+        (StageKind::Chat, ett, 0.25, 0.1, &["llm", "projector"]),
+        (StageKind::Chat, index, 0.25, 0.1, &["llm", "visual_embed"]),
+    ] {
+        for precision in ["f32", "bf16"] {
+            let mut cfg = small(precision);
+            (cfg.train.arm, cfg.loss.alpha, cfg.loss.gan) = (arm, alpha, gan);
+            let what = format!("{}, {arm:?}, alpha {alpha}, gan {gan}, {precision}", kind.name());
+            let mut run = Run::new(&cfg, cpu(2), kind, 1e-3)?;
+            let batch = batch(&run.model, &[[2, 32, 32]], kind)?;
+            let before = bits(&run.model, Copy::Master)?;
+            for _ in 0..2 {
+                run.step(&batch)?;
+            }
+            let after = bits(&run.model, Copy::Master)?;
+            let mut moved = BTreeSet::new();
+            for (name, old) in &before {
+                let group = group_of(&run.model, name);
+                let changed = after[name] != *old;
+                assert!(!changed || trained.contains(&&*group), "{what}: frozen `{name}` has changed");
+                if changed {
+                    moved.insert(group);
+                } else if trained.contains(&&*group) {
+                    // A bias of keys moves nothing; codes enter nothing but the quantizer.
+                    assert!(name.ends_with(".k.bias"), "{what}: trained `{name}` has not changed");
+                }
+            }
+            assert_eq!(moved, trained.iter().map(|g| g.to_string()).collect(), "{what}");
+        }
+    }
+    Ok(())
+}
+
+/// Three steps' losses and everything they leave.
+fn three_steps(cfg: &Config, threads: usize) -> Result<(Vec<u64>, Bits, Bits)> {
+    let mut run = Run::new(cfg, cpu(threads), StageKind::Semantic, 1e-3)?;
+    run.model.params.average(&["encoder", "decoder", "discriminator"])?;
+    let batch = batch(&run.model, &[[3, 32, 32], [1, 32, 48]], StageKind::Semantic)?;
+    let mut losses = Vec::new();
+    for _ in 0..3 {
+        let out = run.step(&batch)?;
+        for loss in Loss::ALL {
+            losses.push(run.value(&out, loss)?.to_bits());
+        }
+    }
+    Ok((losses, bits(&run.model, Copy::Master)?, bits(&run.model, Copy::Ema)?))
+}
+
+#[test]
+fn one_and_two_threads_give_the_same_bits() -> Outcome {
+    for precision in ["f32", "bf16"] {
+        let mut cfg = small(precision);
+        // Large enough to be cut into several blocks.
+        cfg.quantizer.codes = 1500;
+        let one = three_steps(&cfg, 1)?;
+        for threads in [2, 2, 3] {
+            assert!(three_steps(&cfg, threads)? == one, "{threads} threads in {precision}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn one_batch_can_be_learnt_by_heart() -> Outcome {
+    for (metric, share) in [(Scores::Dot, 0.65), (Scores::L2norm, 0.75)] {
+        let mut cfg = small("f32");
+        cfg.quantizer.metric = metric;
+        let mut run = Run::new(&cfg, cpu(2), StageKind::Semantic, 3e-3)?;
+        let batch = batch(&run.model, &[[2, 32, 32]], StageKind::Semantic)?;
+        let first = run.step(&batch)?;
+        for _ in 0..148 {
+            run.step(&batch)?;
+        }
+        let last = run.step(&batch)?;
+        let pair = |loss| -> Result<(f64, f64)> { Ok((run.value(&first, loss)?, run.value(&last, loss)?)) };
+        let (cap, rec, lpips) = (pair(Loss::Cap)?, pair(Loss::Rec)?, pair(Loss::Lpips)?);
+        println!("{metric:?}: cap {cap:?}, rec {rec:?}, lpips {lpips:?}");
+        assert!(cap.1 < 0.2 * cap.0, "{metric:?}: cap {cap:?}");
+        assert!(rec.1 < share * rec.0, "{metric:?}: rec {rec:?}");
+        assert!(lpips.1 < lpips.0, "{metric:?}: lpips {lpips:?}");
+    }
+    Ok(())
+}
+
+/// The order of tokens: group after group, image by image. (Row by row within an image: the fixture of a
+/// picture that is not square.)
+#[test]
+fn mixed_sizes_are_encoded_and_decoded_as_each_alone() -> Outcome {
+    for metric in [Scores::Dot, Scores::L2norm] {
+        let mut cfg = small("f64");
+        cfg.quantizer.metric = metric;
+        let model = Ett::new(&cfg, cpu(2))?;
+        let dev = model.params.device().clone();
+        let p = &model.params;
+        let sizes = [[2, 32, 32], [1, 16, 24], [3, 4, 8]];
+        let t = Tape::inference(dev.clone(), p.precision());
+        let put = |v: &[f64], dims: [usize; 4]| t.constant(tensor(&*dev, DType::F64, v, dims));
+        let pictures: Vec<Vec<f64>> = sizes.iter().enumerate().map(|(i, &s)| pixels(i as u64, s)).collect();
+        let images: Vec<Var> =
+            pictures.iter().zip(sizes).map(|(v, [b, h, w])| put(v, [b, h, w, 3])).collect();
+        let (z, grids) = model.tokenizer.encode(&t, p, &images)?;
+        assert_eq!(
+            grids.iter().map(|g| [g.images, g.h, g.w]).collect::<Vec<_>>(),
+            [[2, 8, 8], [1, 4, 6], [3, 1, 2]]
+        );
+        let codes = model.tokenizer.codes(&t, p)?;
+        let (zq, _) = model.look_up(&t, &z, &codes)?;
+        let rec = model.tokenizer.decode(&t, p, &zq, &grids)?;
+        let together = z.value().to_f64(&*dev)?;
+        let d = cfg.quantizer.dim;
+        let bounds = Bounds::of(DType::F64).times(100.0);
+        let mut row = 0;
+        for ((picture, [b, h, w]), rec) in pictures.iter().zip(sizes).zip(&rec) {
+            let rec = rec.value().to_f64(&*dev)?;
+            for i in 0..b {
+                let n = h * w * 3;
+                let alone = put(&picture[i * n..(i + 1) * n], [1, h, w, 3]);
+                let (z, grid) = model.tokenizer.encode(&t, p, std::slice::from_ref(&alone))?;
+                let (zq, _) = model.look_up(&t, &z, &codes)?;
+                let tokens = h * w / (S * S);
+                let z = z.value().to_f64(&*dev)?;
+                compare("z", &together[row * d..(row + tokens) * d], &z, d, bounds)?;
+                let decoded = model.tokenizer.decode(&t, p, &zq, &grid)?.remove(0);
+                compare("rec", &rec[i * n..(i + 1) * n], &decoded.value().to_f64(&*dev)?, w * 3, bounds)?;
+                row += tokens;
+            }
+        }
+        assert_eq!(row * d, together.len());
+    }
+    Ok(())
+}
+
+#[test]
+fn a_mixed_batch_is_the_average_of_its_parts() -> Outcome {
+    let cfg = small("f64");
+    let losses = |sizes: &[[usize; 3]]| -> Result<BTreeMap<Loss, f64>> {
+        let mut run = Run::new(&cfg, cpu(2), StageKind::Tokenizer, 1e-3)?;
+        let out = run.step(&batch(&run.model, sizes, StageKind::Tokenizer)?)?;
+        assert_eq!(out.rec.len(), sizes.len());
+        Loss::ALL.into_iter().map(|l| Ok((l, run.value(&out, l)?))).collect()
+    };
+    // `batch` draws the second size's pictures from another seed: alone, they follow a size of their own.
+    let both = losses(&[[2, 32, 32], [1, 32, 48]])?;
+    let (first, second) = (losses(&[[2, 32, 32]])?, second_alone(&cfg)?);
+    let tokens = [128.0, 96.0];
+    let images = [2.0, 1.0];
+    for (loss, weights) in
+        [(Loss::Rec, tokens), (Loss::Quant, tokens), (Loss::EntSample, tokens), (Loss::Lpips, images)]
+    {
+        let want = (weights[0] * first[&loss] + weights[1] * second[&loss]) / (weights[0] + weights[1]);
+        compare(loss.name(), &[both[&loss]], &[want], 1, Bounds::norm(1e-10))?;
+    }
+    // The entropy of the average is at least the average of the entropies.
+    let least = (tokens[0] * first[&Loss::EntAvg] + tokens[1] * second[&Loss::EntAvg]) / 224.0;
+    assert!(both[&Loss::EntAvg] >= least - 1e-3, "{} {least}", both[&Loss::EntAvg]);
+    Ok(())
+}
+
+/// The losses of the 32x48 picture that [`batch`] puts second.
+fn second_alone(cfg: &Config) -> Result<BTreeMap<Loss, f64>> {
+    let mut run = Run::new(cfg, cpu(2), StageKind::Tokenizer, 1e-3)?;
+    let dev = run.model.params.device().clone();
+    let image = tensor(&*dev, DType::F64, &pixels(1, [1, 32, 48]), [1, 32, 48, 3]);
+    let out = run.step(&Batch { images: vec![image], packed: None })?;
+    Loss::ALL.into_iter().map(|l| Ok((l, run.value(&out, l)?))).collect()
+}
+
+#[test]
+fn two_groups_of_one_size_are_one_batch() -> Outcome {
+    // BatchNorm takes its statistics a group; without the discriminator nothing tells the groups apart.
+    let mut cfg = small("f64");
+    cfg.loss.gan = 0.0;
+    let gradients = |split: bool| -> Result<BTreeMap<String, Vec<f64>>> {
+        let mut run = Run::new(&cfg, cpu(2), StageKind::Semantic, 1e-3)?;
+        let mut batch = batch(&run.model, &[[2, 32, 32]], StageKind::Semantic)?;
+        if split {
+            let whole = &batch.images[0];
+            let half = |i: usize| whole.rows(32 * 32 * i, 32 * 32)?.reshape([1, 32, 32, 3]);
+            batch.images = vec![half(0)?, half(1)?];
+        }
+        run.step(&batch)?;
+        let p = &run.model.params;
+        let mut all = BTreeMap::new();
+        for (name, _, _) in p.names() {
+            if let Some(t) = p.read(name, Copy::Gradient)? {
+                all.insert(name.to_string(), t.values);
+            }
+        }
+        Ok(all)
+    };
+    let (one, two) = (gradients(false)?, gradients(true)?);
+    assert!(one.len() > 100);
+    for (name, want) in &one {
+        compare(name, &two[name], want, 1, Bounds::norm(1e-9).least(1e-6))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn averages_follow_the_weights() -> Outcome {
+    let mut run = Run::new(&small("f64"), cpu(2), StageKind::Semantic, 1e-2)?;
+    run.model.params.average(&["encoder", "discriminator"])?;
+    let batch = batch(&run.model, &[[2, 32, 32]], StageKind::Semantic)?;
+    let read = |run: &Run, copy: Copy| -> Result<BTreeMap<String, Vec<f64>>> {
+        let p = &run.model.params;
+        let mut all = BTreeMap::new();
+        for (name, _, _) in p.names() {
+            if let Some(t) = p.read(name, copy)? {
+                all.insert(name.to_string(), t.values);
+            }
+        }
+        Ok(all)
+    };
+    assert!(
+        read(&run, Copy::Ema)?
+            .keys()
+            .all(|n| ["encoder", "discriminator"].contains(&&*group_of(&run.model, n)))
+    );
+    let mut want = read(&run, Copy::Ema)?;
+    let start = read(&run, Copy::Master)?;
+    assert!(want.iter().all(|(n, v)| *v == start[n]), "averages start from the weights");
+    for _ in 0..3 {
+        run.step(&batch)?;
+        let live = read(&run, Copy::Master)?;
+        for (name, v) in &mut want {
+            v.iter_mut().zip(&live[name]).for_each(|(e, w)| *e = 0.9 * *e + 0.1 * w);
+        }
+    }
+    let got = read(&run, Copy::Ema)?;
+    assert_eq!(got.len(), want.len());
+    for (name, want) in &want {
+        compare(name, &got[name], want, 1, Bounds::of(DType::F64).least(1e-6))?;
+        assert!(*want != start[name] || name.ends_with(".k.bias"), "{name} has moved");
+    }
+    // Exchanged for an evaluation and back.
+    let live = bits(&run.model, Copy::Master)?;
+    run.model.params.swap_averages()?;
+    assert!(read(&run, Copy::Master)?.iter().all(|(n, v)| got.get(n).is_none_or(|g| g == v)));
+    run.model.params.swap_averages()?;
+    assert!(bits(&run.model, Copy::Master)? == live);
+    Ok(())
+}
+
+#[test]
+fn a_non_finite_gradient_skips_the_update() -> Outcome {
+    for (precision, kind) in
+        [("f32", StageKind::Semantic), ("bf16", StageKind::Semantic), ("f32", StageKind::Tokenizer)]
+    {
+        let mut run = Run::new(&small(precision), cpu(2), kind, 1e-3)?;
+        run.model.params.average(&["encoder", "decoder"])?;
+        let dev = run.model.params.device().clone();
+        let good = batch(&run.model, &[[2, 32, 32]], kind)?;
+        run.step(&good)?;
+        let everything = |run: &Run| -> Result<Vec<Vec<u64>>> {
+            let p = &run.model.params;
+            let mut all = Vec::new();
+            for g in 0..p.groups().len() {
+                let moments = p.training(g).map(|t| [&t.m, &t.v]).into_iter().flatten();
+                for t in [p.master(g)].into_iter().chain(p.shadow(g)).chain(p.ema(g)).chain(moments) {
+                    all.push(t.to_f64(&*dev)?.into_iter().map(f64::to_bits).collect());
+                }
+            }
+            Ok(all)
+        };
+        let before = everything(&run)?;
+        let mut bad = batch(&run.model, &[[2, 32, 32]], kind)?;
+        let mut values = pixels(0, [2, 32, 32]);
+        values[100] = f64::NAN;
+        bad.images = vec![tensor(&*dev, run.model.params.precision().act, &values, [2, 32, 32, 3])];
+        let out = run.step(&bad)?;
+        let count = run.main.norm().to_f64(&*dev)?[1];
+        assert!(count > 0.0, "non-finite gradients are counted");
+        assert!(run.value(&out, Loss::Rec)?.is_nan(), "and the loss shows them");
+        assert_eq!(
+            out.bad.ok_or("a count of bad tokens")?.to_f64(&*dev)?,
+            [64.0],
+            "one picture's tokens are bad"
+        );
+        assert!(everything(&run)? == before, "{precision}: weights, moments and averages stay as they are");
+        // The next batch trains again.
+        run.step(&good)?;
+        assert_eq!(run.main.norm().to_f64(&*dev)?[1], 0.0);
+        let after = everything(&run)?;
+        assert!(after != before && after.iter().flatten().all(|b| f64::from_bits(*b).is_finite()));
+    }
+    Ok(())
+}
+
+#[test]
+fn visual_heads_learn_codes() -> Outcome {
+    for kind in [VisualHeadKind::Tied, VisualHeadKind::Linear] {
+        let mut cfg = small("f32");
+        cfg.visual_head.kind = kind;
+        let model = Ett::new(&cfg, cpu(2))?;
+        let recipe = Recipe { tokenizer: TokenizerMode::Frozen, text: false, codes: true };
+        let mut run = Run::with(model, recipe, &["llm", "projector", "visual_head"], false, 1e-2)?;
+        let mut batch = batch(&run.model, &[[2, 32, 32]], StageKind::Align)?;
+        // A prompt of its own for each picture; every code is predicted, the first from the prompt.
+        let sequences: Vec<Vec<Part>> =
+            (0..2).map(|i| vec![Part::context(vec![i + 2]), Part::Codes(i as usize)]).collect();
+        let packed = Batch::pack(&run.model, &sequences, &[Grid { images: 2, h: 8, w: 8 }], 8)?;
+        assert_eq!((packed.code_rows.len(), packed.tokens), (128, 0));
+        batch.packed = Some(packed);
+        let before = bits(&run.model, Copy::Master)?;
+        let first = run.step(&batch)?;
+        let first = run.value(&first, Loss::Code)?;
+        for _ in 0..98 {
+            run.step(&batch)?;
+        }
+        let last = run.step(&batch)?;
+        let last = run.value(&last, Loss::Code)?;
+        println!("{kind:?}: {first} to {last}, uniform {}", (48f64).ln());
+        assert!(last < 0.5 * first, "{kind:?}: {first} to {last}");
+        for (name, old) in &before {
+            if name.starts_with("quantize.") || name.starts_with("encoder.") {
+                assert!(bits(&run.model, Copy::Master)?[name] == *old, "{name} is frozen");
+            }
+        }
+    }
+    // Without a head there is nothing to predict them with.
+    let model = Ett::new(&small("f32"), cpu(2))?;
+    let recipe = Recipe { tokenizer: TokenizerMode::Frozen, text: false, codes: true };
+    let mut run = Run::with(model, recipe, &["llm"], false, 1e-2)?;
+    let batch = batch(&run.model, &[[1, 32, 32]], StageKind::Align)?;
+    let e = run.step(&batch).err().ok_or("no head is an error")?.to_string();
+    assert!(e.contains("visual_head.kind") && e.contains("tied or linear"), "{e}");
+    Ok(())
+}
+
+#[test]
+fn steps_after_the_first_hold_no_more_memory() -> Outcome {
+    // One thread: how much scratch two threads hold at once depends on how they meet.
+    let mut run = Run::new(&small("bf16"), cpu(1), StageKind::Semantic, 1e-3)?;
+    let dev = run.model.params.device().clone();
+    let batch = batch(&run.model, &[[2, 32, 32]], StageKind::Semantic)?;
+    drop(run.step(&batch)?);
+    let (live, peak) = (dev.memory().live, dev.memory().peak);
+    for _ in 0..3 {
+        drop(run.step(&batch)?);
+        assert_eq!((dev.memory().live, dev.memory().peak), (live, peak));
+    }
+    assert!(live[Role::Workspace as usize] == 0, "scratch is given back");
+    Ok(())
+}
+
+#[test]
+fn weights_survive_a_file() -> Outcome {
+    let scratch = Scratch::new();
+    let path = scratch.path("weights.safetensors");
+    for (precision, arm) in [("f32", Arm::Ett), ("bf16", Arm::Index), ("f64", Arm::Embed)] {
+        let mut cfg = small(precision);
+        (cfg.train.arm, cfg.projector.norm) = (arm, true);
+        let model = Ett::new(&cfg, cpu(2))?;
+        save_weights(&model.params, &path, Copy::Master)?;
+        cfg.train.seed = 99;
+        let other = Ett::new(&cfg, cpu(2))?;
+        assert!(bits(&other, Copy::Master)? != bits(&model, Copy::Master)?, "another seed is another start");
+        load_weights(&other.params, &path)?;
+        assert!(bits(&other, Copy::Master)? == bits(&model, Copy::Master)?, "{precision}");
+        let dev = other.params.device();
+        for g in 0..other.params.groups().len() {
+            if let Some(s) = other.params.shadow(g) {
+                let want = model.params.shadow(g).ok_or("the same copies")?;
+                assert!(
+                    s.to_f64(&**dev)? == want.to_f64(&**model.params.device())?,
+                    "the rounded copies follow"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn adding_a_part_changes_no_other_start() -> Outcome {
+    // Initial values hang on the seed and the name alone.
+    let start = |change: fn(&mut Config)| -> Result<Bits> {
+        let mut cfg = small("f32");
+        change(&mut cfg);
+        bits(&Ett::new(&cfg, cpu(1))?, Copy::Master)
+    };
+    let plain = start(|_| {})?;
+    let more = start(|c| {
+        c.visual_head.kind = VisualHeadKind::Linear;
+        c.llm.layers = 3;
+        c.train.threads = 2;
+    })?;
+    assert!(plain.iter().all(|(name, v)| more[name] == *v) && more.len() > plain.len());
+    Ok(())
+}
+
+#[test]
+fn steps_say_what_is_missing() -> Outcome {
+    let mut run = Run::new(&small("f32"), cpu(1), StageKind::Semantic, 1e-3)?;
+    let mut b = batch(&run.model, &[[1, 32, 32]], StageKind::Semantic)?;
+    b.packed = None;
+    let e = run.step(&b).err().ok_or("no sequences is an error")?.to_string();
+    assert!(e.contains("batch.packed"), "{e}");
+    // Pictures whose sides the down-sampling does not divide.
+    let dev = run.model.params.device().clone();
+    b = batch(&run.model, &[[1, 32, 32]], StageKind::Semantic)?;
+    b.images = vec![Tensor::zeros(&*dev, Role::Input, DType::F32, [1, 32, 30, 3])?];
+    let e = run.step(&b).err().ok_or("30 pixels are an error")?.to_string();
+    assert!(e.contains("[1, 32, 30, 3]") && e.contains("multiples of 4"), "{e}");
+    assert_eq!(schedule(ett::config::ScheduleKind::Cosine, 1.0, 0.5, 0, 10), 0.2);
+    Ok(())
+}
