@@ -6,6 +6,7 @@ fn main() {
     println!("cargo::rerun-if-changed=kernels/common");
     cc::Build::new()
         .file("kernels/common/status.c")
+        .file("kernels/common/missing.c")
         .include("kernels/include")
         .std("c11")
         .extra_warnings(true)

@@ -2,14 +2,18 @@
  *
  * One argument struct and one launcher per kernel, in the order of the table in src/backend/contract.rs,
  * which a test of the crate compares with this file: names, fields, order and types are the same. The
- * launchers and ett_last_status are implemented by the CUDA library; ett_status_name and ett_abi_version by
- * common/status.c.
+ * launchers are implemented by the CUDA files, all that is not CUDA by common/status.c. Kernels that are not
+ * implemented yet are listed in common/missing.c; they return ETT_UNSUPPORTED.
  *
  * A launcher checks its arguments, enqueues its work on the stream and returns a status. It allocates
  * nothing, waits for nothing and prints nothing, so that it may be captured into a graph. Nothing to do (a
- * dimension of 0) is ETT_OK. The argument struct is read before the launcher returns and may live on the
+ * dimension of 0) is ETT_OK. The argument structs are read before the launcher returns and may live on the
  * caller's stack; the memory behind its views must stay until the work is done. Work on one stream runs in
  * the order of the calls. Called again with the same input, a kernel gives the same bits.
+ *
+ * ett_<kernel>_workspace says how many bytes of scratch memory a call needs beside its arguments: 0 for
+ * none, -1 if the arguments are wrong (the launcher then says what is). It reads shapes and types, not data.
+ * A kernel with several implementations chooses by shape and device; ett_launch.force names another.
  *
  * Letters: B batch, T tokens of a sequence, N rows of a flat batch, C channels, O output channels, H heads
  * (or height), W width, D head or code dimension, K codes, M visual tokens, V vocabulary, F MLP width, S
@@ -31,7 +35,7 @@ extern "C" {
 #endif
 
 /* Raised by one when a struct or the meaning of a field changes. */
-#define ETT_ABI_VERSION 1
+#define ETT_ABI_VERSION 2
 
 /* The version that the library was built with; compare it with ETT_ABI_VERSION. */
 int32_t ett_abi_version(void);
@@ -90,6 +94,38 @@ typedef struct ett_view {
     int64_t ld;
 } ett_view;
 
+/* ---- launches ------------------------------------------------------------------------------------------ */
+
+/* What a kernel found wrong with the data it read, such as an index outside its table: kernels cannot return
+   it, so the first one writes it here and carries on as if the element were absent. */
+typedef enum ett_fault_kind {
+    ETT_FAULT_NONE = 0,
+    ETT_FAULT_INDEX = 1    /* an index, target or offset outside its range */
+} ett_fault_kind;
+
+/* In device memory, 8-byte aligned, zeroed by the caller. */
+typedef struct ett_fault {
+    int32_t kind;          /* ett_fault_kind; the first fault stays */
+    int32_t launch;        /* ett_launch.number of the launch that found it */
+    int64_t where;         /* the element, counted from the start of the argument */
+    int64_t value;         /* what it is */
+    int64_t limit;         /* values from 0 up to this, exclusive, are right */
+} ett_fault;
+
+/* What surrounds a call. */
+typedef struct ett_launch {
+    ett_stream stream;        /* where the work is enqueued; null: the default stream */
+    void* workspace;          /* device memory, 256-byte aligned; contents before and after are of no meaning */
+    int64_t workspace_bytes;  /* at least what ett_<kernel>_workspace says */
+    ett_fault* fault;         /* in device memory; null: faults are not reported */
+    int32_t number;           /* written into a fault */
+    const char* force;        /* the implementation to use, by name; null: the kernel chooses */
+} ett_launch;
+
+/* The implementation that the calling thread's last successful launch chose; "" before the first and for an
+   empty problem. A string literal. */
+const char* ett_last_kernel(void);
+
 /* ---- enumerations -------------------------------------------------------------------------------------- */
 
 /* Element-wise functions. */
@@ -142,7 +178,8 @@ typedef struct ett_matmul_args {
     ett_view bias;          // in?  [O]; act
     ett_view y;             // out  [N, O]; act
 } ett_matmul_args;
-int32_t ett_matmul(const ett_matmul_args* args, ett_stream stream);
+int64_t ett_matmul_workspace(const ett_matmul_args* args);
+int32_t ett_matmul(const ett_matmul_args* args, const ett_launch* launch);
 
 /* y += op(a) op(b) in the accumulator type: weight gradients. */
 typedef struct ett_matmul_acc_args {
@@ -152,14 +189,16 @@ typedef struct ett_matmul_acc_args {
     int32_t tb;             //      transpose b
     ett_view y;             // add  [N, O]; acc
 } ett_matmul_acc_args;
-int32_t ett_matmul_acc(const ett_matmul_acc_args* args, ett_stream stream);
+int64_t ett_matmul_acc_workspace(const ett_matmul_acc_args* args);
+int32_t ett_matmul_acc(const ett_matmul_acc_args* args, const ett_launch* launch);
 
 /* y[c] += sum_n x[n, c]: bias gradients. */
 typedef struct ett_col_sum_args {
     ett_view x;             // in   [N, C]; act
     ett_view y;             // add  [C]; acc
 } ett_col_sum_args;
-int32_t ett_col_sum(const ett_col_sum_args* args, ett_stream stream);
+int64_t ett_col_sum_workspace(const ett_col_sum_args* args);
+int32_t ett_col_sum(const ett_col_sum_args* args, const ett_launch* launch);
 
 /* ---- convolution --------------------------------------------------------------------------------------- */
 
@@ -174,7 +213,8 @@ typedef struct ett_conv2d_fwd_args {
     int64_t pad_top;        //      zero rows above
     int64_t pad_left;       //      zero columns to the left
 } ett_conv2d_fwd_args;
-int32_t ett_conv2d_fwd(const ett_conv2d_fwd_args* args, ett_stream stream);
+int64_t ett_conv2d_fwd_workspace(const ett_conv2d_fwd_args* args);
+int32_t ett_conv2d_fwd(const ett_conv2d_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of conv2d_fwd for its input. */
 typedef struct ett_conv2d_bwd_data_args {
@@ -185,7 +225,8 @@ typedef struct ett_conv2d_bwd_data_args {
     int64_t pad_top;        //      as in the forward
     int64_t pad_left;       //      as in the forward
 } ett_conv2d_bwd_data_args;
-int32_t ett_conv2d_bwd_data(const ett_conv2d_bwd_data_args* args, ett_stream stream);
+int64_t ett_conv2d_bwd_data_workspace(const ett_conv2d_bwd_data_args* args);
+int32_t ett_conv2d_bwd_data(const ett_conv2d_bwd_data_args* args, const ett_launch* launch);
 
 /* Gradient of conv2d_fwd for weights and bias. */
 typedef struct ett_conv2d_bwd_weight_args {
@@ -197,28 +238,32 @@ typedef struct ett_conv2d_bwd_weight_args {
     int64_t pad_top;        //      as in the forward
     int64_t pad_left;       //      as in the forward
 } ett_conv2d_bwd_weight_args;
-int32_t ett_conv2d_bwd_weight(const ett_conv2d_bwd_weight_args* args, ett_stream stream);
+int64_t ett_conv2d_bwd_weight_workspace(const ett_conv2d_bwd_weight_args* args);
+int32_t ett_conv2d_bwd_weight(const ett_conv2d_bwd_weight_args* args, const ett_launch* launch);
 
 /* y[b, i, j, c] = x[b, i/2, j/2, c]: nearest up-sampling by two. */
 typedef struct ett_upsample2x_fwd_args {
     ett_view x;             // in   [B, H, W, C]; act
     ett_view y;             // out  [B, 2H, 2W, C]; act
 } ett_upsample2x_fwd_args;
-int32_t ett_upsample2x_fwd(const ett_upsample2x_fwd_args* args, ett_stream stream);
+int64_t ett_upsample2x_fwd_workspace(const ett_upsample2x_fwd_args* args);
+int32_t ett_upsample2x_fwd(const ett_upsample2x_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of upsample2x_fwd: sums of four. */
 typedef struct ett_upsample2x_bwd_args {
     ett_view dy;            // in   [B, 2H, 2W, C]; act
     ett_view dx;            // out  [B, H, W, C]; act
 } ett_upsample2x_bwd_args;
-int32_t ett_upsample2x_bwd(const ett_upsample2x_bwd_args* args, ett_stream stream);
+int64_t ett_upsample2x_bwd_workspace(const ett_upsample2x_bwd_args* args);
+int32_t ett_upsample2x_bwd(const ett_upsample2x_bwd_args* args, const ett_launch* launch);
 
 /* 2x2 maximum, stride 2; an odd last row or column is dropped. */
 typedef struct ett_max_pool2x2_fwd_args {
     ett_view x;             // in   [B, H, W, C]; act
     ett_view y;             // out  [B, H/2, W/2, C]; act
 } ett_max_pool2x2_fwd_args;
-int32_t ett_max_pool2x2_fwd(const ett_max_pool2x2_fwd_args* args, ett_stream stream);
+int64_t ett_max_pool2x2_fwd_workspace(const ett_max_pool2x2_fwd_args* args);
+int32_t ett_max_pool2x2_fwd(const ett_max_pool2x2_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of max_pool2x2_fwd; ties go to the first element in row order, dropped rows get 0. */
 typedef struct ett_max_pool2x2_bwd_args {
@@ -226,7 +271,8 @@ typedef struct ett_max_pool2x2_bwd_args {
     ett_view x;             // in   [B, H, W, C]; act
     ett_view dx;            // out  [B, H, W, C]; act
 } ett_max_pool2x2_bwd_args;
-int32_t ett_max_pool2x2_bwd(const ett_max_pool2x2_bwd_args* args, ett_stream stream);
+int64_t ett_max_pool2x2_bwd_workspace(const ett_max_pool2x2_bwd_args* args);
+int32_t ett_max_pool2x2_bwd(const ett_max_pool2x2_bwd_args* args, const ett_launch* launch);
 
 /* ---- norms --------------------------------------------------------------------------------------------- */
 
@@ -242,7 +288,8 @@ typedef struct ett_group_norm_fwd_args {
     double eps;             //      added to the variance
     int32_t silu;           //      apply SiLU
 } ett_group_norm_fwd_args;
-int32_t ett_group_norm_fwd(const ett_group_norm_fwd_args* args, ett_stream stream);
+int64_t ett_group_norm_fwd_workspace(const ett_group_norm_fwd_args* args);
+int32_t ett_group_norm_fwd(const ett_group_norm_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of group_norm_fwd; the normalised values are recomputed from x. */
 typedef struct ett_group_norm_bwd_args {
@@ -257,7 +304,8 @@ typedef struct ett_group_norm_bwd_args {
     ett_view db;            // add? [C]; acc
     int32_t silu;           //      SiLU was applied
 } ett_group_norm_bwd_args;
-int32_t ett_group_norm_bwd(const ett_group_norm_bwd_args* args, ett_stream stream);
+int64_t ett_group_norm_bwd_workspace(const ett_group_norm_bwd_args* args);
+int32_t ett_group_norm_bwd(const ett_group_norm_bwd_args* args, const ett_launch* launch);
 
 /* s = x + residual (or x), y = s * rstd * w with rstd = 1 / sqrt(mean(s^2) + eps); s * rstd is rounded to
    act before it meets w. Statistics are taken of s as rounded to act. */
@@ -270,7 +318,8 @@ typedef struct ett_rms_norm_fwd_args {
     ett_view rstd;          // out  [N]; acc
     double eps;             //      added to the mean square
 } ett_rms_norm_fwd_args;
-int32_t ett_rms_norm_fwd(const ett_rms_norm_fwd_args* args, ett_stream stream);
+int64_t ett_rms_norm_fwd_workspace(const ett_rms_norm_fwd_args* args);
+int32_t ett_rms_norm_fwd(const ett_rms_norm_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of rms_norm_fwd for s: dx = d(norm)/ds . dy + dsum. It is the gradient of both summands. */
 typedef struct ett_rms_norm_bwd_args {
@@ -282,7 +331,8 @@ typedef struct ett_rms_norm_bwd_args {
     ett_view dx;            // out  [N, C]; act
     ett_view dw;            // add? [C]; acc
 } ett_rms_norm_bwd_args;
-int32_t ett_rms_norm_bwd(const ett_rms_norm_bwd_args* args, ett_stream stream);
+int64_t ett_rms_norm_bwd_workspace(const ett_rms_norm_bwd_args* args);
+int32_t ett_rms_norm_bwd(const ett_rms_norm_bwd_args* args, const ett_launch* launch);
 
 /* LayerNorm over the last dimension: y = (x - mean) * rstd * w + b with rstd = 1 / sqrt(var + eps), biased
    variance. */
@@ -295,7 +345,8 @@ typedef struct ett_layer_norm_fwd_args {
     ett_view rstd;          // out  [N]; acc
     double eps;             //      added to the variance
 } ett_layer_norm_fwd_args;
-int32_t ett_layer_norm_fwd(const ett_layer_norm_fwd_args* args, ett_stream stream);
+int64_t ett_layer_norm_fwd_workspace(const ett_layer_norm_fwd_args* args);
+int32_t ett_layer_norm_fwd(const ett_layer_norm_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of layer_norm_fwd. */
 typedef struct ett_layer_norm_bwd_args {
@@ -308,7 +359,8 @@ typedef struct ett_layer_norm_bwd_args {
     ett_view dw;            // add? [C]; acc
     ett_view db;            // add? [C]; acc
 } ett_layer_norm_bwd_args;
-int32_t ett_layer_norm_bwd(const ett_layer_norm_bwd_args* args, ett_stream stream);
+int64_t ett_layer_norm_bwd_workspace(const ett_layer_norm_bwd_args* args);
+int32_t ett_layer_norm_bwd(const ett_layer_norm_bwd_args* args, const ett_launch* launch);
 
 /* BatchNorm with the statistics of this batch, then LeakyReLU (slope 1: none):
    y = leaky((x - mean) / sqrt(var + eps) * w + b), biased variance. */
@@ -322,7 +374,8 @@ typedef struct ett_batch_norm_fwd_args {
     double eps;             //      added to the variance
     double slope;           //      slope below zero
 } ett_batch_norm_fwd_args;
-int32_t ett_batch_norm_fwd(const ett_batch_norm_fwd_args* args, ett_stream stream);
+int64_t ett_batch_norm_fwd_workspace(const ett_batch_norm_fwd_args* args);
+int32_t ett_batch_norm_fwd(const ett_batch_norm_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of batch_norm_fwd, through the statistics too. */
 typedef struct ett_batch_norm_bwd_args {
@@ -338,7 +391,8 @@ typedef struct ett_batch_norm_bwd_args {
     double eps;             //      as in the forward
     double slope;           //      as in the forward
 } ett_batch_norm_bwd_args;
-int32_t ett_batch_norm_bwd(const ett_batch_norm_bwd_args* args, ett_stream stream);
+int64_t ett_batch_norm_bwd_workspace(const ett_batch_norm_bwd_args* args);
+int32_t ett_batch_norm_bwd(const ett_batch_norm_bwd_args* args, const ett_launch* launch);
 
 /* running = (1 - momentum) * running + momentum * batch, the variance as the unbiased estimate. */
 typedef struct ett_batch_norm_running_args {
@@ -349,7 +403,8 @@ typedef struct ett_batch_norm_running_args {
     int64_t rows;           //      rows the statistics were taken over
     double momentum;        //      weight of the new value
 } ett_batch_norm_running_args;
-int32_t ett_batch_norm_running(const ett_batch_norm_running_args* args, ett_stream stream);
+int64_t ett_batch_norm_running_workspace(const ett_batch_norm_running_args* args);
+int32_t ett_batch_norm_running(const ett_batch_norm_running_args* args, const ett_launch* launch);
 
 /* y = x / max(|x|, eps) row by row. */
 typedef struct ett_l2_norm_fwd_args {
@@ -358,7 +413,8 @@ typedef struct ett_l2_norm_fwd_args {
     ett_view norm;          // out  [N]; acc; max(|x|, eps)
     double eps;             //      least norm
 } ett_l2_norm_fwd_args;
-int32_t ett_l2_norm_fwd(const ett_l2_norm_fwd_args* args, ett_stream stream);
+int64_t ett_l2_norm_fwd_workspace(const ett_l2_norm_fwd_args* args);
+int32_t ett_l2_norm_fwd(const ett_l2_norm_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of l2_norm_fwd: (dy - y (y . dy)) / norm, or dy / norm where the norm was raised to eps.
    Exactly one of dx and dx_acc is present. */
@@ -370,7 +426,8 @@ typedef struct ett_l2_norm_bwd_args {
     ett_view dx_acc;        // add? [N, D]; acc
     double eps;             //      as in the forward
 } ett_l2_norm_bwd_args;
-int32_t ett_l2_norm_bwd(const ett_l2_norm_bwd_args* args, ett_stream stream);
+int64_t ett_l2_norm_bwd_workspace(const ett_l2_norm_bwd_args* args);
+int32_t ett_l2_norm_bwd(const ett_l2_norm_bwd_args* args, const ett_launch* launch);
 
 /* ---- pointwise ----------------------------------------------------------------------------------------- */
 
@@ -380,7 +437,8 @@ typedef struct ett_unary_fwd_args {
     ett_view y;             // out  same shape; act
     ett_unary f;            //      the function
 } ett_unary_fwd_args;
-int32_t ett_unary_fwd(const ett_unary_fwd_args* args, ett_stream stream);
+int64_t ett_unary_fwd_workspace(const ett_unary_fwd_args* args);
+int32_t ett_unary_fwd(const ett_unary_fwd_args* args, const ett_launch* launch);
 
 /* dx = dy * f'(x). */
 typedef struct ett_unary_bwd_args {
@@ -389,7 +447,8 @@ typedef struct ett_unary_bwd_args {
     ett_view dx;            // out  same shape; act
     ett_unary f;            //      the function
 } ett_unary_bwd_args;
-int32_t ett_unary_bwd(const ett_unary_bwd_args* args, ett_stream stream);
+int64_t ett_unary_bwd_workspace(const ett_unary_bwd_args* args);
+int32_t ett_unary_bwd(const ett_unary_bwd_args* args, const ett_launch* launch);
 
 /* y = a + b. */
 typedef struct ett_add_args {
@@ -397,28 +456,32 @@ typedef struct ett_add_args {
     ett_view b;             // in   same shape; act
     ett_view y;             // out  same shape; act
 } ett_add_args;
-int32_t ett_add(const ett_add_args* args, ett_stream stream);
+int64_t ett_add_workspace(const ett_add_args* args);
+int32_t ett_add(const ett_add_args* args, const ett_launch* launch);
 
 /* y += x; the element types may differ. */
 typedef struct ett_accumulate_args {
     ett_view x;             // in   [N, C], any float type
     ett_view y;             // add  [N, C], any float type
 } ett_accumulate_args;
-int32_t ett_accumulate(const ett_accumulate_args* args, ett_stream stream);
+int64_t ett_accumulate_workspace(const ett_accumulate_args* args);
+int32_t ett_accumulate(const ett_accumulate_args* args, const ett_launch* launch);
 
 /* y = x, rounded to the type of y; both may be column slices. */
 typedef struct ett_cast_args {
     ett_view x;             // in   [N, C], any float type
     ett_view y;             // out  [N, C], any float type
 } ett_cast_args;
-int32_t ett_cast(const ett_cast_args* args, ett_stream stream);
+int64_t ett_cast_workspace(const ett_cast_args* args);
+int32_t ett_cast(const ett_cast_args* args, const ett_launch* launch);
 
 /* y = value. */
 typedef struct ett_fill_args {
     ett_view y;             // out  any shape and type
     double value;           //      the value
 } ett_fill_args;
-int32_t ett_fill(const ett_fill_args* args, ett_stream stream);
+int64_t ett_fill_workspace(const ett_fill_args* args);
+int32_t ett_fill(const ett_fill_args* args, const ett_launch* launch);
 
 /* y = (x - shift) / scale, channel by channel. */
 typedef struct ett_channel_affine_fwd_args {
@@ -427,7 +490,8 @@ typedef struct ett_channel_affine_fwd_args {
     ett_view scale;         // in   [C]; act
     ett_view y;             // out  [N, C]; act
 } ett_channel_affine_fwd_args;
-int32_t ett_channel_affine_fwd(const ett_channel_affine_fwd_args* args, ett_stream stream);
+int64_t ett_channel_affine_fwd_workspace(const ett_channel_affine_fwd_args* args);
+int32_t ett_channel_affine_fwd(const ett_channel_affine_fwd_args* args, const ett_launch* launch);
 
 /* dx = dy / scale. */
 typedef struct ett_channel_affine_bwd_args {
@@ -435,14 +499,16 @@ typedef struct ett_channel_affine_bwd_args {
     ett_view scale;         // in   [C]; act
     ett_view dx;            // out  [N, C]; act
 } ett_channel_affine_bwd_args;
-int32_t ett_channel_affine_bwd(const ett_channel_affine_bwd_args* args, ett_stream stream);
+int64_t ett_channel_affine_bwd_workspace(const ett_channel_affine_bwd_args* args);
+int32_t ett_channel_affine_bwd(const ett_channel_affine_bwd_args* args, const ett_launch* launch);
 
 /* y = silu(gate) * up. */
 typedef struct ett_swiglu_fwd_args {
     ett_view gate_up;       // in   [N, 2F]: gate, then up; act
     ett_view y;             // out  [N, F]; act
 } ett_swiglu_fwd_args;
-int32_t ett_swiglu_fwd(const ett_swiglu_fwd_args* args, ett_stream stream);
+int64_t ett_swiglu_fwd_workspace(const ett_swiglu_fwd_args* args);
+int32_t ett_swiglu_fwd(const ett_swiglu_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of swiglu_fwd. */
 typedef struct ett_swiglu_bwd_args {
@@ -450,7 +516,8 @@ typedef struct ett_swiglu_bwd_args {
     ett_view gate_up;       // in   [N, 2F]; act
     ett_view dgate_up;      // out  [N, 2F]; act
 } ett_swiglu_bwd_args;
-int32_t ett_swiglu_bwd(const ett_swiglu_bwd_args* args, ett_stream stream);
+int64_t ett_swiglu_bwd_workspace(const ett_swiglu_bwd_args* args);
+int32_t ett_swiglu_bwd(const ett_swiglu_bwd_args* args, const ett_launch* launch);
 
 /* Rotary embedding, half-split: for the first heads heads of D columns, dimensions d and d + D/2 turn by
    position * theta^(-2d/D); further columns are copied. The gradient is the inverse rotation. */
@@ -463,7 +530,8 @@ typedef struct ett_rope_args {
     double theta;           //      base of the angles; they are formed in float32 (float64 for the oracle)
     int32_t inverse;        //      turn backwards
 } ett_rope_args;
-int32_t ett_rope(const ett_rope_args* args, ett_stream stream);
+int64_t ett_rope_workspace(const ett_rope_args* args);
+int32_t ett_rope(const ett_rope_args* args, const ett_launch* launch);
 
 /* ---- rows ---------------------------------------------------------------------------------------------- */
 
@@ -473,7 +541,8 @@ typedef struct ett_gather_fwd_args {
     ett_view idx;           // in   [N]; i32
     ett_view y;             // out  [N, C]; act
 } ett_gather_fwd_args;
-int32_t ett_gather_fwd(const ett_gather_fwd_args* args, ett_stream stream);
+int64_t ett_gather_fwd_workspace(const ett_gather_fwd_args* args);
+int32_t ett_gather_fwd(const ett_gather_fwd_args* args, const ett_launch* launch);
 
 /* dtable[idx[n]] += dy[n], in the order of n; negative indices are skipped. */
 typedef struct ett_gather_bwd_args {
@@ -481,7 +550,8 @@ typedef struct ett_gather_bwd_args {
     ett_view idx;           // in   [N]; i32
     ett_view dtable;        // add  [R, C]; acc
 } ett_gather_bwd_args;
-int32_t ett_gather_bwd(const ett_gather_bwd_args* args, ett_stream stream);
+int64_t ett_gather_bwd_workspace(const ett_gather_bwd_args* args);
+int32_t ett_gather_bwd(const ett_gather_bwd_args* args, const ett_launch* launch);
 
 /* ---- attention ----------------------------------------------------------------------------------------- */
 
@@ -504,7 +574,8 @@ typedef struct ett_attention_fwd_args {
     double scale;           //      factor on the scores
     int32_t causal;         //      mask the future
 } ett_attention_fwd_args;
-int32_t ett_attention_fwd(const ett_attention_fwd_args* args, ett_stream stream);
+int64_t ett_attention_fwd_workspace(const ett_attention_fwd_args* args);
+int32_t ett_attention_fwd(const ett_attention_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of attention_fwd; probabilities are recomputed from lse. */
 typedef struct ett_attention_bwd_args {
@@ -527,7 +598,8 @@ typedef struct ett_attention_bwd_args {
     double scale;           //      as in the forward
     int32_t causal;         //      as in the forward
 } ett_attention_bwd_args;
-int32_t ett_attention_bwd(const ett_attention_bwd_args* args, ett_stream stream);
+int64_t ett_attention_bwd_workspace(const ett_attention_bwd_args* args);
+int32_t ett_attention_bwd(const ett_attention_bwd_args* args, const ett_launch* launch);
 
 /* ---- losses -------------------------------------------------------------------------------------------- */
 
@@ -541,7 +613,8 @@ typedef struct ett_linear_xent_fwd_args {
     ett_view lse;           // out  [N] log-sum-exp, 0 in unsupervised rows; acc
     ett_view loss;          // out  [1]; acc
 } ett_linear_xent_fwd_args;
-int32_t ett_linear_xent_fwd(const ett_linear_xent_fwd_args* args, ett_stream stream);
+int64_t ett_linear_xent_fwd_workspace(const ett_linear_xent_fwd_args* args);
+int32_t ett_linear_xent_fwd(const ett_linear_xent_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of linear_xent_fwd; logits are recomputed tile by tile. */
 typedef struct ett_linear_xent_bwd_args {
@@ -554,7 +627,8 @@ typedef struct ett_linear_xent_bwd_args {
     ett_view dx;            // out  [N, C], 0 in unsupervised rows; act
     ett_view dw;            // add? [V, C]; acc
 } ett_linear_xent_bwd_args;
-int32_t ett_linear_xent_bwd(const ett_linear_xent_bwd_args* args, ett_stream stream);
+int64_t ett_linear_xent_bwd_workspace(const ett_linear_xent_bwd_args* args);
+int32_t ett_linear_xent_bwd(const ett_linear_xent_bwd_args* args, const ett_launch* launch);
 
 /* loss += scale * sum |a - b|. */
 typedef struct ett_l1_fwd_args {
@@ -563,7 +637,8 @@ typedef struct ett_l1_fwd_args {
     ett_view loss;          // add  [1]; acc
     double scale;           //      factor on the sum
 } ett_l1_fwd_args;
-int32_t ett_l1_fwd(const ett_l1_fwd_args* args, ett_stream stream);
+int64_t ett_l1_fwd_workspace(const ett_l1_fwd_args* args);
+int32_t ett_l1_fwd(const ett_l1_fwd_args* args, const ett_launch* launch);
 
 /* da = g * scale * sign(a - b), 0 where equal. */
 typedef struct ett_l1_bwd_args {
@@ -573,7 +648,8 @@ typedef struct ett_l1_bwd_args {
     ett_view da;            // out  same shape; act
     double scale;           //      as in the forward
 } ett_l1_bwd_args;
-int32_t ett_l1_bwd(const ett_l1_bwd_args* args, ett_stream stream);
+int64_t ett_l1_bwd_workspace(const ett_l1_bwd_args* args);
+int32_t ett_l1_bwd(const ett_l1_bwd_args* args, const ett_launch* launch);
 
 /* One layer of LPIPS: loss += scale * sum_p sum_c w[c] (n0 - n1)^2 over pixels p, with n = f / (sqrt(sum_c
    f^2) + eps). */
@@ -585,7 +661,8 @@ typedef struct ett_lpips_fwd_args {
     double eps;             //      added to the norm
     double scale;           //      factor on the sum
 } ett_lpips_fwd_args;
-int32_t ett_lpips_fwd(const ett_lpips_fwd_args* args, ett_stream stream);
+int64_t ett_lpips_fwd_workspace(const ett_lpips_fwd_args* args);
+int32_t ett_lpips_fwd(const ett_lpips_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of lpips_fwd for f1; 0 where all of a pixel's features are 0. */
 typedef struct ett_lpips_bwd_args {
@@ -597,7 +674,8 @@ typedef struct ett_lpips_bwd_args {
     double eps;             //      as in the forward
     double scale;           //      as in the forward
 } ett_lpips_bwd_args;
-int32_t ett_lpips_bwd(const ett_lpips_bwd_args* args, ett_stream stream);
+int64_t ett_lpips_bwd_workspace(const ett_lpips_bwd_args* args);
+int32_t ett_lpips_bwd(const ett_lpips_bwd_args* args, const ett_launch* launch);
 
 /* Generator's adversarial loss: loss += scale * sum_b softplus(-mean_p x[b, p]). */
 typedef struct ett_gan_generator_fwd_args {
@@ -605,7 +683,8 @@ typedef struct ett_gan_generator_fwd_args {
     ett_view loss;          // add  [1]; acc
     double scale;           //      factor on the sum
 } ett_gan_generator_fwd_args;
-int32_t ett_gan_generator_fwd(const ett_gan_generator_fwd_args* args, ett_stream stream);
+int64_t ett_gan_generator_fwd_workspace(const ett_gan_generator_fwd_args* args);
+int32_t ett_gan_generator_fwd(const ett_gan_generator_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of gan_generator_fwd. */
 typedef struct ett_gan_generator_bwd_args {
@@ -614,7 +693,8 @@ typedef struct ett_gan_generator_bwd_args {
     ett_view dx;            // out  [B, P]; act
     double scale;           //      as in the forward
 } ett_gan_generator_bwd_args;
-int32_t ett_gan_generator_bwd(const ett_gan_generator_bwd_args* args, ett_stream stream);
+int64_t ett_gan_generator_bwd_workspace(const ett_gan_generator_bwd_args* args);
+int32_t ett_gan_generator_bwd(const ett_gan_generator_bwd_args* args, const ett_launch* launch);
 
 /* Hinge: loss += scale * sum relu(1 - x) for real logits, relu(1 + x) for fake ones. */
 typedef struct ett_hinge_fwd_args {
@@ -623,7 +703,8 @@ typedef struct ett_hinge_fwd_args {
     int32_t real;           //      real or fake
     double scale;           //      factor on the sum
 } ett_hinge_fwd_args;
-int32_t ett_hinge_fwd(const ett_hinge_fwd_args* args, ett_stream stream);
+int64_t ett_hinge_fwd_workspace(const ett_hinge_fwd_args* args);
+int32_t ett_hinge_fwd(const ett_hinge_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of hinge_fwd; 0 at the kink. */
 typedef struct ett_hinge_bwd_args {
@@ -633,7 +714,8 @@ typedef struct ett_hinge_bwd_args {
     int32_t real;           //      as in the forward
     double scale;           //      as in the forward
 } ett_hinge_bwd_args;
-int32_t ett_hinge_bwd(const ett_hinge_bwd_args* args, ett_stream stream);
+int64_t ett_hinge_bwd_workspace(const ett_hinge_bwd_args* args);
+int32_t ett_hinge_bwd(const ett_hinge_bwd_args* args, const ett_launch* launch);
 
 /* New LeCAM averages: out = decay * ema + (1 - decay) * (mean(real), mean(fake)). */
 typedef struct ett_lecam_update_args {
@@ -643,7 +725,8 @@ typedef struct ett_lecam_update_args {
     ett_view out;           // out  [2]; acc
     double decay;           //      weight of the old value
 } ett_lecam_update_args;
-int32_t ett_lecam_update(const ett_lecam_update_args* args, ett_stream stream);
+int64_t ett_lecam_update_workspace(const ett_lecam_update_args* args);
+int32_t ett_lecam_update(const ett_lecam_update_args* args, const ett_launch* launch);
 
 /* LeCAM: loss += mean(relu(real - ema[1])^2) + mean(relu(ema[0] - fake)^2). */
 typedef struct ett_lecam_fwd_args {
@@ -652,7 +735,8 @@ typedef struct ett_lecam_fwd_args {
     ett_view ema;           // in   [2] averages that have taken in this batch; acc
     ett_view loss;          // add  [1]; acc
 } ett_lecam_fwd_args;
-int32_t ett_lecam_fwd(const ett_lecam_fwd_args* args, ett_stream stream);
+int64_t ett_lecam_fwd_workspace(const ett_lecam_fwd_args* args);
+int32_t ett_lecam_fwd(const ett_lecam_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of lecam_fwd; the averages are constants. */
 typedef struct ett_lecam_bwd_args {
@@ -663,7 +747,8 @@ typedef struct ett_lecam_bwd_args {
     ett_view dreal;         // out  shape of real; act
     ett_view dfake;         // out  shape of fake; act
 } ett_lecam_bwd_args;
-int32_t ett_lecam_bwd(const ett_lecam_bwd_args* args, ett_stream stream);
+int64_t ett_lecam_bwd_workspace(const ett_lecam_bwd_args* args);
+int32_t ett_lecam_bwd(const ett_lecam_bwd_args* args, const ett_launch* launch);
 
 /* ---- quantizer (docs/quantizer.md) --------------------------------------------------------------------- */
 
@@ -674,7 +759,8 @@ typedef struct ett_nearest_args {
     ett_view idx;           // out  [M]; i32
     int32_t metric;         //      how codes are scored
 } ett_nearest_args;
-int32_t ett_nearest(const ett_nearest_args* args, ett_stream stream);
+int64_t ett_nearest_workspace(const ett_nearest_args* args);
+int32_t ett_nearest(const ett_nearest_args* args, const ett_launch* launch);
 
 /* Row statistics of S = z E^T, in one sweep over the codes. With t the best code and x_j = (S_j - S_t) /
    temperature: rest_p = sum_{j != t} exp(S_j - S_t), rest_q = sum_{j != t} exp(x_j), xbar = sum_j q_j x_j. */
@@ -689,7 +775,8 @@ typedef struct ett_ibq_rows_args {
     ett_view bad;           // add  [1] count of rows without a finite score; acc
     double temperature;     //      T of the entropies
 } ett_ibq_rows_args;
-int32_t ett_ibq_rows(const ett_ibq_rows_args* args, ett_stream stream);
+int64_t ett_ibq_rows_workspace(const ett_ibq_rows_args* args);
+int32_t ett_ibq_rows(const ett_ibq_rows_args* args, const ett_launch* launch);
 
 /* Undivided column sums sum_i q_ij, so that ranks can add theirs. */
 typedef struct ett_ibq_cols_args {
@@ -700,7 +787,8 @@ typedef struct ett_ibq_cols_args {
     ett_view col;           // out  [K]; acc
     double temperature;     //      T of the entropies
 } ett_ibq_cols_args;
-int32_t ett_ibq_cols(const ett_ibq_cols_args* args, ett_stream stream);
+int64_t ett_ibq_cols_workspace(const ett_ibq_cols_args* args);
+int32_t ett_ibq_cols(const ett_ibq_cols_args* args, const ett_launch* launch);
 
 /* Values: zq = E[idx], quant = (1 + beta_commit + beta_code) * inv_count/D * sum (zq - z)^2, sample =
    inv_count * sum_i H_i, avg = -sum_j a_j log(a_j + eps) with a = col * inv_count, and c_j = -(log(a_j +
@@ -722,7 +810,8 @@ typedef struct ett_ibq_losses_args {
     double beta_commit;     //      weight of the commitment term
     double beta_code;       //      weight of the codebook term
 } ett_ibq_losses_args;
-int32_t ett_ibq_losses(const ett_ibq_losses_args* args, ett_stream stream);
+int64_t ett_ibq_losses_workspace(const ett_ibq_losses_args* args);
+int32_t ett_ibq_losses(const ett_ibq_losses_args* args, const ett_launch* launch);
 
 /* The whole backward of the IBQ quantizer: soft path, hard scatter, both entropies and the direct terms of
    the quantization loss, with the best code kept out of every cancelling sum (docs/quantizer.md). */
@@ -746,7 +835,8 @@ typedef struct ett_ibq_bwd_args {
     double beta_commit;     //      weight of the commitment term
     double beta_code;       //      weight of the codebook term
 } ett_ibq_bwd_args;
-int32_t ett_ibq_bwd(const ett_ibq_bwd_args* args, ett_stream stream);
+int64_t ett_ibq_bwd_workspace(const ett_ibq_bwd_args* args);
+int32_t ett_ibq_bwd(const ett_ibq_bwd_args* args, const ett_launch* launch);
 
 /* The plain VQ baseline: zq = E[idx], quant = (beta_commit + beta_code) * inv_count/D * sum (zq - z)^2. */
 typedef struct ett_vq_losses_args {
@@ -759,7 +849,8 @@ typedef struct ett_vq_losses_args {
     double beta_commit;     //      weight of the commitment term
     double beta_code;       //      weight of the codebook term
 } ett_vq_losses_args;
-int32_t ett_vq_losses(const ett_vq_losses_args* args, ett_stream stream);
+int64_t ett_vq_losses_workspace(const ett_vq_losses_args* args);
+int32_t ett_vq_losses(const ett_vq_losses_args* args, const ett_launch* launch);
 
 /* Gradient of vq_losses: g passes straight to z; commitment to z, codebook term to e. */
 typedef struct ett_vq_bwd_args {
@@ -774,7 +865,8 @@ typedef struct ett_vq_bwd_args {
     double beta_commit;     //      weight of the commitment term
     double beta_code;       //      weight of the codebook term
 } ett_vq_bwd_args;
-int32_t ett_vq_bwd(const ett_vq_bwd_args* args, ett_stream stream);
+int64_t ett_vq_bwd_workspace(const ett_vq_bwd_args* args);
+int32_t ett_vq_bwd(const ett_vq_bwd_args* args, const ett_launch* launch);
 
 /* ---- optimizer ----------------------------------------------------------------------------------------- */
 
@@ -783,7 +875,8 @@ typedef struct ett_sum_squares_args {
     ett_view x;             // in   [n]; acc
     ett_view out;           // add  [2]; acc
 } ett_sum_squares_args;
-int32_t ett_sum_squares(const ett_sum_squares_args* args, ett_stream stream);
+int64_t ett_sum_squares_workspace(const ett_sum_squares_args* args);
+int32_t ett_sum_squares(const ett_sum_squares_args* args, const ett_launch* launch);
 
 /* One AdamW step on a flat range, all in the accumulator type. With rate, bias1, bias2 and clip of row group
    of the step state (bias = 1 / (1 - beta^t)):
@@ -809,7 +902,8 @@ typedef struct ett_adamw_args {
     double weight_decay;    //      decoupled weight decay
     double ema_decay;       //      decay of the average of the weights
 } ett_adamw_args;
-int32_t ett_adamw(const ett_adamw_args* args, ett_stream stream);
+int64_t ett_adamw_workspace(const ett_adamw_args* args);
+int32_t ett_adamw(const ett_adamw_args* args, const ett_launch* launch);
 
 #ifdef __cplusplus
 }

@@ -46,7 +46,7 @@ mod tests {
     fn parse(header: &str) -> Result<Vec<Struct>, String> {
         let mut all: Vec<Struct> = Vec::new();
         let mut open: Option<Struct> = None;
-        let mut waiting = None;
+        let mut waiting: Vec<String> = Vec::new();
         for (n, line) in header.lines().map(str::trim).enumerate() {
             let bad = |what: &str| Err(format!("line {}: {what}: {line}", n + 1));
             if let Some(current) = &mut open {
@@ -54,10 +54,11 @@ mod tests {
                     if end != format!("ett_{}_args;", current.kernel) {
                         return bad("another name than at the start of the struct");
                     }
-                    waiting = Some(format!(
-                        "int32_t ett_{0}(const ett_{0}_args* args, ett_stream stream);",
-                        current.kernel
-                    ));
+                    let k = &current.kernel;
+                    waiting = vec![
+                        format!("int32_t ett_{k}(const ett_{k}_args* args, const ett_launch* launch);"),
+                        format!("int64_t ett_{k}_workspace(const ett_{k}_args* args);"),
+                    ];
                     all.extend(open.take());
                 } else if !line.starts_with("//") {
                     let Some((code, comment)) = line.split_once("//") else {
@@ -70,11 +71,11 @@ mod tests {
                     let access = view.unwrap_or_default().to_string();
                     current.fields.push(Field { name: name.into(), ty: ty.into(), access });
                 }
-            } else if let Some(launcher) = waiting.take() {
+            } else if let Some(launcher) = waiting.pop() {
                 if line != launcher {
                     return bad(&format!("wanted {launcher}"));
                 }
-            } else if line.starts_with("int32_t ett_") && line.contains("_args*") {
+            } else if line.starts_with("int") && line.contains("_args*") {
                 return bad("a launcher that does not follow its struct");
             } else if let Some(kernel) =
                 line.strip_prefix("typedef struct ett_").and_then(|l| l.strip_suffix("_args {"))
@@ -158,7 +159,8 @@ mod tests {
             ("a missing comment", "ett_view gate_up;       //", "ett_view gate_up;    "),
             ("another struct", "typedef struct ett_rope_args {", "typedef struct ett_rop_args {"),
             ("another end of a struct", "} ett_rope_args;", "} ett_rop_args;"),
-            ("a missing launcher", "int32_t ett_rope(const ett_rope_args* args, ett_stream stream);\n", ""),
+            ("a missing launcher", "int32_t ett_rope(const ett_rope_args* args, const ett_launch* launch);\n", ""),
+            ("a missing query", "int64_t ett_rope_workspace(const ett_rope_args* args);\n", ""),
             (
                 "another launcher",
                 "int32_t ett_rope(const ett_rope_args*",
@@ -169,12 +171,12 @@ mod tests {
             assert!(difference(&HEADER.replacen(from, to, 1)).is_some(), "{what}");
         }
         let start = HEADER.find("typedef struct ett_matmul_args").expect("the first struct");
-        let end = HEADER[start..].find("ett_stream stream);\n").expect("its launcher") + start + 20;
+        let end = HEADER[start..].find("ett_launch* launch);\n").expect("its launcher") + start + 21;
         let (head, matmul, tail) = (&HEADER[..start], &HEADER[start..end], &HEADER[end..]);
         assert!(difference(&format!("{head}{tail}")).is_some(), "a missing kernel");
         let extra = matmul.replace("ett_matmul", "ett_matmul2");
         assert!(difference(&format!("{HEADER}{extra}")).is_some(), "an extra kernel");
-        let next = tail.find("ett_stream stream);\n").expect("the second kernel") + 20;
+        let next = tail.find("ett_launch* launch);\n").expect("the second kernel") + 21;
         let moved = format!("{head}{}{matmul}{}", &tail[..next], &tail[next..]);
         assert!(difference(&moved).is_some(), "kernels in another order");
     }

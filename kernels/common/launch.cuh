@@ -1,0 +1,284 @@
+// launch.cuh: what every launcher does on the host: look at its arguments, choose, launch, return a status.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <algorithm>
+
+#include "status.h"
+#include "types.cuh"
+
+namespace ett {
+
+inline int64_t rows(const ett_view& v) {
+    int64_t n = 1;
+    for (int i = 0; i + 1 < v.rank; ++i) n *= v.dims[i];
+    return n;
+}
+inline int64_t cols(const ett_view& v) { return v.rank == 0 ? 1 : v.dims[v.rank - 1]; }
+inline int64_t numel(const ett_view& v) { return rows(v) * cols(v); }
+inline bool present(const ett_view& v) { return v.ptr != nullptr; }
+// Elements from one row to the next; a view of one row has no stride of its own.
+inline int64_t stride(const ett_view& v) { return rows(v) > 1 ? v.ld : cols(v); }
+// True if rows follow each other without gaps, so that the view is one vector.
+inline bool contiguous(const ett_view& v) { return stride(v) == cols(v); }
+template <class T> T* data(const ett_view& v) { return static_cast<T*>(v.ptr); }
+
+inline int64_t dtype_size(int32_t dtype) { return dtype == ETT_F64 ? 8 : dtype == ETT_BF16 ? 2 : 4; }
+inline const char* dtype_name(int32_t dtype) {
+    switch (dtype) {
+    case ETT_F64: return "f64";
+    case ETT_F32: return "f32";
+    case ETT_BF16: return "bf16";
+    case ETT_I32: return "i32";
+    default: return "of an unknown type";
+    }
+}
+inline bool is_float(int32_t dtype) { return dtype == ETT_F32 || dtype == ETT_BF16; }
+
+// True if all rows start on multiples of `bytes` and are made of whole pieces of that size: the condition for
+// vector loads. Absent views do not hinder.
+inline bool wide(const ett_view& v, int64_t bytes = 16) {
+    const int64_t size = dtype_size(v.dtype);
+    return !present(v) || (reinterpret_cast<uintptr_t>(v.ptr) % bytes == 0 && stride(v) * size % bytes == 0 && cols(v) * size % bytes == 0);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Looks at the arguments of a call; the first thing found wrong stays. Use: checks, then `if (!check.ok()) return
+// check.status();`.
+class Check {
+  public:
+    Check(const char* op, const void* args, const ett_launch* launch) : op_(op) {
+        if (!args) fail(ETT_BAD_ARGUMENT, "args", "null", "the address of an argument struct");
+        if (!launch) fail(ETT_BAD_ARGUMENT, "launch", "null", "the address of an ett_launch");
+    }
+    // For ett_<kernel>_workspace, which has no launch.
+    Check(const char* op, const void* args) : op_(op), silent_(true) {
+        if (!args) fail(ETT_BAD_ARGUMENT, "args", "null", "the address of an argument struct");
+    }
+
+    bool ok() const { return status_ == ETT_OK; }
+    int32_t status() const { return status_; }
+
+    void fail(int32_t code, const char* arg, const char* got, const char* want) {
+        if (!ok()) return;
+        status_ = code;
+        if (!silent_) ett_fail(code, 0, op_, arg, got, want);
+    }
+
+    // A present view of a sound shape, aligned to its elements. All other checks of a view do this first.
+    bool view(const char* arg, const ett_view& v) {
+        if (!ok()) return false;
+        char got[96];
+        if (!v.ptr) return wrong(arg, "null", "the address of a tensor");
+        if (v.rank < 0 || v.rank > 4) {
+            snprintf(got, sizeof got, "of rank %d", v.rank);
+            return wrong(arg, got, "of rank 0 to 4");
+        }
+        if (v.dtype < ETT_F64 || v.dtype > ETT_I32) {
+            snprintf(got, sizeof got, "of element type %d", v.dtype);
+            return wrong(arg, got, "one of ett_dtype");
+        }
+        for (int i = 0; i < v.rank; ++i)
+            if (v.dims[i] < 0) return wrong(arg, shape(v).text, "no negative dimension");
+        if (rows(v) > 1 && v.ld < cols(v)) {
+            snprintf(got, sizeof got, "a view with row stride %lld", (long long)v.ld);
+            char want[96];
+            snprintf(want, sizeof want, "a stride of at least %lld", (long long)cols(v));
+            return wrong(arg, got, want);
+        }
+        const int64_t size = dtype_size(v.dtype);
+        if (reinterpret_cast<uintptr_t>(v.ptr) % size != 0) {
+            snprintf(got, sizeof got, "at an address that is not a multiple of %lld", (long long)size);
+            return wrong(arg, got, "aligned to its elements");
+        }
+        return true;
+    }
+
+    // A view of element type `dtype`.
+    bool type(const char* arg, const ett_view& v, int32_t dtype) {
+        if (!view(arg, v)) return false;
+        return v.dtype == dtype || wrong(arg, dtype_name(v.dtype), dtype_name(dtype));
+    }
+
+    // f32 or bf16: what these kernels compute with (f64 is the CPU's).
+    bool act(const char* arg, const ett_view& v) {
+        if (!view(arg, v)) return false;
+        if (v.dtype == ETT_F64) {
+            fail(ETT_UNSUPPORTED, arg, "f64", "f32 or bf16");
+            return false;
+        }
+        return is_float(v.dtype) || wrong(arg, dtype_name(v.dtype), "f32 or bf16");
+    }
+
+    // A view of `dtype` with `rows` rows of `cols`; the shapes may differ otherwise.
+    bool matrix(const char* arg, const ett_view& v, int32_t dtype, int64_t n, int64_t c) {
+        if (!type(arg, v, dtype)) return false;
+        if (rows(v) == n && cols(v) == c) return true;
+        char want[96];
+        snprintf(want, sizeof want, "%lld rows of %lld", (long long)n, (long long)c);
+        return wrong(arg, shape(v).text, want);
+    }
+
+    // A contiguous view of `dtype` with n elements in any shape.
+    bool vector(const char* arg, const ett_view& v, int32_t dtype, int64_t n) {
+        if (!type(arg, v, dtype)) return false;
+        char want[96];
+        if (numel(v) != n) {
+            snprintf(want, sizeof want, "%lld elements", (long long)n);
+            return wrong(arg, shape(v).text, want);
+        }
+        if (!contiguous(v)) {
+            snprintf(want, sizeof want, "%lld elements without gaps", (long long)n);
+            char got[96];
+            snprintf(got, sizeof got, "rows of %lld that begin %lld apart", (long long)cols(v), (long long)v.ld);
+            return wrong(arg, got, want);
+        }
+        return true;
+    }
+
+    // A plain condition on an argument.
+    bool require(bool right, const char* arg, const char* got, const char* want) { return ok() && (right || wrong(arg, got, want)); }
+
+    // A number within [least, most].
+    bool range(const char* arg, int64_t v, int64_t least, int64_t most) {
+        if (!ok() || (v >= least && v <= most)) return ok();
+        char got[96], want[96];
+        snprintf(got, sizeof got, "%lld", (long long)v);
+        snprintf(want, sizeof want, "from %lld to %lld", (long long)least, (long long)most);
+        return wrong(arg, got, want);
+    }
+
+    // Rows on multiples of `bytes`.
+    bool aligned(const char* arg, const ett_view& v, int64_t bytes) {
+        if (!ok() || wide(v, bytes)) return ok();
+        char want[96];
+        snprintf(want, sizeof want, "rows that begin on multiples of %lld bytes and have whole pieces of that size", (long long)bytes);
+        return wrong(arg, "misaligned", want);
+    }
+
+    // The launch's workspace holds `bytes`.
+    bool workspace(const ett_launch* l, int64_t bytes) {
+        if (!ok() || bytes == 0) return ok();
+        char got[96], want[96];
+        snprintf(want, sizeof want, "%lld bytes on a multiple of 256", (long long)bytes);
+        if (!l->workspace) return wrong("launch.workspace", "null", want);
+        if (l->workspace_bytes >= bytes && reinterpret_cast<uintptr_t>(l->workspace) % 256 == 0) return true;
+        snprintf(got, sizeof got, "%lld bytes at an address that is %lld past such a multiple", (long long)l->workspace_bytes,
+                 (long long)(reinterpret_cast<uintptr_t>(l->workspace) % 256));
+        return wrong("launch.workspace", got, want);
+    }
+
+    // The implementation that `l` forces, or `chosen`; `names` are those that can do this call, null last.
+    const char* choose(const ett_launch* l, const char* chosen, const char* const* names) {
+        if (!ok() || !l->force || !*l->force) return chosen;
+        char all[96] = "";
+        for (const char* const* n = names; *n; ++n) {
+            if (strcmp(*n, l->force) == 0) return *n;
+            const size_t at = strlen(all);
+            snprintf(all + at, sizeof all - at, "%s%s", at ? ", " : "", *n);
+        }
+        fail(ETT_UNSUPPORTED, "launch.force", l->force, all);
+        return chosen;
+    }
+
+  private:
+    struct Text {
+        char text[96];
+    };
+    static Text shape(const ett_view& v) {
+        Text t;
+        int at = snprintf(t.text, sizeof t.text, "[");
+        for (int i = 0; i < v.rank && at < 80; ++i) at += snprintf(t.text + at, sizeof t.text - at, "%s%lld", i ? ", " : "", (long long)v.dims[i]);
+        snprintf(t.text + at, sizeof t.text - at, "]");
+        return t;
+    }
+    bool wrong(const char* arg, const char* got, const char* want) {
+        fail(ETT_BAD_ARGUMENT, arg, got, want);
+        return false;
+    }
+
+    const char* op_;
+    int32_t status_ = ETT_OK;
+    bool silent_ = false;
+};
+
+// Enqueues `kernel`; ETT_OK or the noted error. Shared memory beyond 48 KB is asked for here.
+template <class... P, class... A>
+int32_t launch(const char* op, void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, const ett_launch* l, const A&... args) {
+#ifdef ETT_SHIM
+    shim::launch(op, grid, block, smem, [&] { kernel(P(args)...); });
+    (void)l;
+    return ETT_OK;
+#else
+    cudaError_t e = cudaSuccess;
+    if (smem > 48 * 1024)
+        e = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(smem));
+    if (e == cudaSuccess) {
+        cudaLaunchConfig_t config = {};
+        config.gridDim = grid;
+        config.blockDim = block;
+        config.dynamicSmemBytes = smem;
+        config.stream = reinterpret_cast<cudaStream_t>(l->stream);
+        e = cudaLaunchKernelEx(&config, kernel, P(args)...);
+    }
+    if (e == cudaSuccess) return ETT_OK;
+    (void)cudaGetLastError();  // the error is reported here, not by the next call
+    return ett_fail(ETT_CUDA_ERROR, int32_t(e), op, "launch", cudaGetErrorName(e), cudaGetErrorString(e));
+#endif
+}
+
+// Sets `bytes` bytes to zero on the launch's stream.
+inline int32_t zero(const char* op, void* p, size_t bytes, const ett_launch* l) {
+    const cudaError_t e = cudaMemsetAsync(p, 0, bytes, reinterpret_cast<cudaStream_t>(l->stream));
+    if (e == cudaSuccess) return ETT_OK;
+    (void)cudaGetLastError();
+    return ett_fail(ETT_CUDA_ERROR, int32_t(e), op, "launch", cudaGetErrorName(e), cudaGetErrorString(e));
+}
+
+// Multiprocessors of the current device.
+inline int multiprocessors() {
+    int device = 0, n = 1;
+    if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+        (void)cudaGetLastError();
+        return 1;
+    }
+    return n;
+}
+
+// Calls f with a value of the C++ type of an activation: float or bf16.
+template <class F> auto with_act(int32_t dtype, F f) { return dtype == ETT_BF16 ? f(bf16{}) : f(float{}); }
+
+// The fault slot of a launch as a kernel argument.
+struct Fault {
+    ett_fault* slot;
+    int32_t launch;
+};
+inline Fault fault_of(const ett_launch* l) { return Fault{l->fault, l->number}; }
+
+// Reports an index outside [0, limit); the first report stays.
+__device__ __forceinline__ void report_index(const Fault& f, int64_t where, int64_t value, int64_t limit) {
+    if (f.slot && atomicCAS(&f.slot->kind, int(ETT_FAULT_NONE), int(ETT_FAULT_INDEX)) == int(ETT_FAULT_NONE)) {
+        f.slot->launch = f.launch;
+        f.slot->where = where;
+        f.slot->value = value;
+        f.slot->limit = limit;
+    }
+}
+
+}  // namespace ett
+
+// Dynamic shared memory of the block, 128-byte aligned: `ETT_DYNAMIC_SMEM(smem);` then `smem` is unsigned char*.
+#ifdef ETT_SHIM
+#define ETT_DYNAMIC_SMEM(name) unsigned char* const name = shim::dynamic_smem()
+#else
+#define ETT_DYNAMIC_SMEM(name) extern __shared__ __align__(128) unsigned char name[]
+#endif
+
+// ett_<op>_workspace of a kernel that needs none.
+#define ETT_NO_WORKSPACE(op) \
+    extern "C" int64_t ett_##op##_workspace(const ett_##op##_args* args) { return args ? 0 : -1; }
