@@ -168,7 +168,7 @@ pub(super) fn fault(f: &ffi::ett_fault) -> Option<Error> {
         "attention_fwd" | "attention_bwd" => "cu_q",
         _ => "index",
     };
-    let got = format!("{} at element {}", f.value, f.r#where);
+    let got = format!("{} at element {}", f.value, f.where_);
     Some(Error::arg(kernel, arg, got, format!("below {}", f.limit)))
 }
 
@@ -204,7 +204,7 @@ mod tests {
 
     #[test]
     fn faults_are_sentences() {
-        let f = ffi::ett_fault { kind: 1, launch: number("gather_fwd"), r#where: 5, value: 70000, limit: 48 };
+        let f = ffi::ett_fault { kind: 1, launch: number("gather_fwd"), where_: 5, value: 70000, limit: 48 };
         let e = fault(&f).expect("a fault").to_string();
         assert_eq!(e, "gather_fwd: argument `idx` is 70000 at element 5, wanted below 48");
         assert!(fault(&ffi::ett_fault { kind: 0, ..f }).is_none());
