@@ -339,6 +339,28 @@ impl Field for f64 {}
 impl Field for usize {}
 impl Field for bool {}
 
+/// Opens a device by name: `cpu`, with `threads` threads (0: one per core), `cuda` or `cuda:N`.
+pub fn open(name: &str, threads: usize) -> Result<Arc<dyn Kernels>> {
+    let bad = || Error::config("device", name, "cpu, cuda or cuda:N");
+    match name.split_once(':').unwrap_or((name, "0")) {
+        ("cpu", _) if name == "cpu" => Ok(Arc::new(Cpu::new(threads)?)),
+        ("cuda", ordinal) => open_cuda(ordinal.parse().map_err(|_| bad())?),
+        _ => Err(bad()),
+    }
+}
+
+#[cfg(ett_cuda)]
+fn open_cuda(ordinal: usize) -> Result<Arc<dyn Kernels>> {
+    Ok(Arc::new(Cuda::new(ordinal)?))
+}
+
+#[cfg(not(ett_cuda))]
+fn open_cuda(_ordinal: usize) -> Result<Arc<dyn Kernels>> {
+    let what = "this program was built without its CUDA kernels, because no nvcc was found: run tools/setup-cuda and \
+                build again, or run on the CPU";
+    Err(Error::device("cuda", what))
+}
+
 /// Checks that a view lies inside its buffer; devices call this before following an address.
 pub(crate) fn check_view(op: &'static str, arg: &'static str, v: &In) -> Result<()> {
     let (rows, cols) = (v.dims.rows() as u64, v.dims.cols() as u64);

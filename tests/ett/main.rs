@@ -5,11 +5,13 @@ mod compare;
 mod contract;
 mod dense;
 mod fixtures;
+mod gpu;
 mod gradients;
 mod memory;
 mod plan;
 mod quantizer;
 mod run;
+mod slice;
 mod training;
 
 /// Counts what the process holds, so that no allocation hides from the memory test.

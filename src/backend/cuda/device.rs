@@ -19,8 +19,29 @@ const CUDA: i32 = 13000;
 /// The oldest compute capability that the kernels were compiled for.
 const OLDEST: (i32, i32) = (8, 0);
 
-/// A GPU. Environment variables, read when it is opened: `ETT_SYNC=1` waits after every launch, so that an error
-/// names its kernel; `ETT_FORCE=op=kernel,...` forces implementations.
+/// How a GPU is used.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Wait after every launch, so that an error names its kernel.
+    pub sync: bool,
+    /// Fill every allocation with NaN (-1 for indices), for tests.
+    pub poison: bool,
+    /// Implementations to use instead of the ones that kernels choose: `op=kernel,op=kernel`.
+    pub force: String,
+}
+
+impl Options {
+    /// From `ETT_SYNC` (1: on) and `ETT_FORCE`.
+    pub fn from_env() -> Self {
+        Options {
+            sync: std::env::var("ETT_SYNC").is_ok_and(|v| v != "0"),
+            poison: false,
+            force: std::env::var("ETT_FORCE").unwrap_or_default(),
+        }
+    }
+}
+
+/// A GPU.
 pub struct Cuda {
     gpu: Arc<Gpu>,
     /// Where memory comes from: the device's arena, or that of the recording under way.
@@ -37,14 +58,9 @@ pub struct Cuda {
 }
 
 impl Cuda {
-    /// Opens GPU `ordinal`.
+    /// Opens GPU `ordinal` with [`Options::from_env`].
     pub fn new(ordinal: usize) -> Result<Self> {
-        Self::build(ordinal, false)
-    }
-
-    /// Like [`Cuda::new`], but every allocation is filled with NaN (-1 for indices), for tests.
-    pub fn poisoned(ordinal: usize) -> Result<Self> {
-        Self::build(ordinal, true)
+        Self::with(ordinal, &Options::from_env())
     }
 
     /// GPUs that the driver shows; an error says why there is none.
@@ -71,7 +87,8 @@ impl Cuda {
         Ok(n.max(0) as usize)
     }
 
-    fn build(ordinal: usize, poison: bool) -> Result<Self> {
+    /// Opens GPU `ordinal`.
+    pub fn with(ordinal: usize, options: &Options) -> Result<Self> {
         let n = Self::count()?;
         let name = format!("cuda:{ordinal}");
         if ordinal >= n {
@@ -111,9 +128,9 @@ impl Cuda {
             products,
             products_workspace,
             fault,
-            sync: std::env::var("ETT_SYNC").is_ok_and(|v| v != "0"),
-            poison,
-            forced: call::forced(&std::env::var("ETT_FORCE").unwrap_or_default())?,
+            sync: options.sync,
+            poison: options.poison,
+            forced: call::forced(&options.force)?,
             seen: Mutex::default(),
             gpu,
         })

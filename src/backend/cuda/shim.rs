@@ -44,8 +44,8 @@ impl Reclaim for Heap {
 }
 
 impl Shim {
-    /// Loads the library at `path`.
-    pub fn open(path: &Path) -> Result<Self> {
+    /// Loads the library at `path`; `force` names implementations as `op=kernel,op=kernel`.
+    pub fn open(path: &Path, force: &str) -> Result<Self> {
         // The library's initialisers do nothing but set up sanitizers.
         let library = unsafe { libloading::Library::new(path) }.map_err(|e| {
             let what = format!("cannot be loaded ({e}); build it with tools/shim-test");
@@ -54,7 +54,7 @@ impl Shim {
         let heap = Arc::new(Heap::default());
         let fault = Self::take(&heap, Role::Input, size_of::<ffi::ett_fault>())?;
         unsafe { std::ptr::write_bytes(fault.addr() as *mut u8, 0, fault.bytes()) };
-        let forced = call::forced(&std::env::var("ETT_FORCE").unwrap_or_default())?;
+        let forced = call::forced(force)?;
         Ok(Shim { library, heap, fault, forced })
     }
 
