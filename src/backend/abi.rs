@@ -159,7 +159,11 @@ mod tests {
             ("a missing comment", "ett_view gate_up;       //", "ett_view gate_up;    "),
             ("another struct", "typedef struct ett_rope_args {", "typedef struct ett_rop_args {"),
             ("another end of a struct", "} ett_rope_args;", "} ett_rop_args;"),
-            ("a missing launcher", "int32_t ett_rope(const ett_rope_args* args, const ett_launch* launch);\n", ""),
+            (
+                "a missing launcher",
+                "int32_t ett_rope(const ett_rope_args* args, const ett_launch* launch);\n",
+                "",
+            ),
             ("a missing query", "int64_t ett_rope_workspace(const ett_rope_args* args);\n", ""),
             (
                 "another launcher",
