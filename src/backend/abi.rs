@@ -198,12 +198,13 @@ mod tests {
         for (name, value) in [("ETT_METRIC_DOT", Metric::Dot), ("ETT_METRIC_L2", Metric::L2)] {
             assert_eq!(constant(name), value as i64, "{name}");
         }
-        for f in [Unary::Silu, Unary::Gelu, Unary::Relu, Unary::LeakyRelu(0.2)] {
+        for f in [Unary::Silu, Unary::Gelu, Unary::Relu, Unary::LeakyRelu(0.2), Unary::GeluTanh] {
             let (name, value) = match f {
                 Unary::Silu => ("ETT_UNARY_SILU", 0),
                 Unary::Gelu => ("ETT_UNARY_GELU", 1),
                 Unary::Relu => ("ETT_UNARY_RELU", 2),
                 Unary::LeakyRelu(_) => ("ETT_UNARY_LEAKY_RELU", 3),
+                Unary::GeluTanh => ("ETT_UNARY_GELU_TANH", 4),
             };
             assert_eq!(constant(name), value, "{name}");
         }

@@ -91,6 +91,7 @@ impl ToC for Unary {
             Unary::Gelu => ffi::ett_unary { kind: 1, slope: 0.0 },
             Unary::Relu => ffi::ett_unary { kind: 2, slope: 0.0 },
             Unary::LeakyRelu(slope) => ffi::ett_unary { kind: 3, slope },
+            Unary::GeluTanh => ffi::ett_unary { kind: 4, slope: 0.0 },
         }
     }
 }
