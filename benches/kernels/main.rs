@@ -8,6 +8,7 @@ mod conv;
 mod losses;
 mod norm;
 mod optim;
+#[cfg(ett_cuda)]
 mod peers;
 mod products;
 mod step;

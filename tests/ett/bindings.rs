@@ -1,5 +1,5 @@
-//! The Rust side of the C interface: `src/backend/cuda/ffi.rs`, made by bindgen and checked in, so that a build needs no
-//! libclang.
+//! The Rust side of the C interface, `src/backend/cuda/ffi.rs`, and the C compiler. That the file is what bindgen makes of
+//! the header is a test of tools/bindings.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -17,61 +17,6 @@ fn root() -> &'static Path {
 
 fn checked_in() -> String {
     fs::read_to_string(root().join(BINDINGS)).expect("the bindings are checked in")
-}
-
-/// The bindings that belong to the header as it is. All settings of bindgen are here.
-fn generate() -> String {
-    bindgen::builder()
-        .header(root().join(HEADER).display().to_string())
-        .raw_line("// From kernels/include/ett_kernels.h. To make it again: see tests/ett/bindings.rs.")
-        .raw_line("#![allow(dead_code, missing_docs, non_camel_case_types)]")
-        // One type of streams with cudarc, so that its streams are passed without a cast.
-        .raw_line("pub use cudarc::driver::sys::CUstream_st;")
-        .blocklist_type("CUstream_st")
-        .allowlist_item("ett_.*|ETT_.*")
-        .prepend_enum_name(false)
-        .default_macro_constant_type(bindgen::MacroTypeVariation::Signed)
-        .merge_extern_blocks(true)
-        .derive_copy(true)
-        .derive_debug(true)
-        .derive_default(true)
-        .generate_comments(false)
-        // Sizes and offsets as constant assertions, which a test reads.
-        .layout_tests(true)
-        .rust_target(bindgen::RustTarget::stable(90, 0).expect("a version bindgen knows"))
-        .rust_edition(bindgen::RustEdition::Edition2024)
-        .rustfmt_configuration_file(Some(root().join("rustfmt.toml")))
-        .generate()
-        .expect("the header is valid C")
-        .to_string()
-}
-
-/// `ETT_BLESS=1 cargo test --release --test ett -- --ignored bindings` writes them again.
-#[test]
-#[ignore = "needs libclang"]
-fn bindings_are_those_of_the_header() {
-    if env::var_os("LIBCLANG_PATH").is_none() {
-        let fetched = root().join(".cuda/clang/native");
-        let remedy =
-            "there is no libclang: set LIBCLANG_PATH to its folder, or let tools/setup-cuda fetch it";
-        assert!(fetched.join("libclang.so").exists(), "{remedy}");
-        // Nothing else in this program is at home in C and reads the environment meanwhile.
-        unsafe { env::set_var("LIBCLANG_PATH", fetched) };
-    }
-    let made = generate();
-    if env::var_os("ETT_BLESS").is_some_and(|v| v == "1") {
-        fs::write(root().join(BINDINGS), &made).expect("the bindings can be written");
-    }
-    let old = checked_in();
-    let differs = made.lines().zip(old.lines()).position(|(a, b)| a != b);
-    let line = differs.unwrap_or(made.lines().count().min(old.lines().count()));
-    assert!(
-        made == old,
-        "{BINDINGS} is not what {HEADER} asks for, from line {} on: {:?}, wanted {:?}; ETT_BLESS=1 writes it",
-        line + 1,
-        old.lines().nth(line).unwrap_or_default(),
-        made.lines().nth(line).unwrap_or_default(),
-    );
 }
 
 /// What the bindings say about a C expression: every size, alignment, offset and constant. That the Rust structs are
