@@ -76,21 +76,21 @@ __device__ __forceinline__ void load_tile(unsigned char* smem, const Matrix<T>& 
 }
 
 // Fragments of mma_bf16_16816 out of a tile with PIECES pieces to a row. TRANS: the tile is [depth][rows of the
-// product] (or columns), else [rows][depth]. `r`, `k`: first row (or column) and depth, multiples of 16.
+// product] (or columns), else [rows][depth]. First row `r`, column `c` and depth `k`: multiples of 16, so that ^ adds.
 template <bool TRANS, int PIECES> __device__ __forceinline__ void load_a(uint32_t (&a)[4], smem_addr tile, int r, int k) {
     const int lane = int(threadIdx.x) % 32;
     if constexpr (TRANS)
-        ldmatrix_x4_trans(a, tile + swizzled<PIECES>(k + lane % 8 + lane / 16 * 8, r / 8 + lane / 8 % 2));
+        ldmatrix_x4_trans(a, tile + swizzled<PIECES>(k + lane % 8 + lane / 16 * 8, r / 8 ^ lane / 8 % 2));
     else
-        ldmatrix_x4(a, tile + swizzled<PIECES>(r + lane % 16, k / 8 + lane / 16));
+        ldmatrix_x4(a, tile + swizzled<PIECES>(r + lane % 16, k / 8 ^ lane / 16));
 }
 // Two fragments of 8 columns each: b[0], b[1] and b[2], b[3].
 template <bool TRANS, int PIECES> __device__ __forceinline__ void load_b(uint32_t (&b)[4], smem_addr tile, int c, int k) {
     const int lane = int(threadIdx.x) % 32;
     if constexpr (TRANS)
-        ldmatrix_x4_trans(b, tile + swizzled<PIECES>(k + lane % 16, c / 8 + lane / 16));
+        ldmatrix_x4_trans(b, tile + swizzled<PIECES>(k + lane % 16, c / 8 ^ lane / 16));
     else
-        ldmatrix_x4(b, tile + swizzled<PIECES>(c + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
+        ldmatrix_x4(b, tile + swizzled<PIECES>(c + lane % 8 + lane / 16 * 8, k / 8 ^ lane / 8 % 2));
 }
 
 // A block's tile of ROWS x COLS, cut among the warps into WARP_ROWS x WARP_COLS, DEPTH of the inner dimension in
