@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "ptx.cuh"
 
 namespace ett {
@@ -63,14 +65,33 @@ template <class T, int N> __device__ __forceinline__ Vec<T, N> pack(const float 
     return v;
 }
 
-// Loads N elements as floats.
-template <int N, class T> __device__ __forceinline__ void load(float (&out)[N], const T* p) {
-    unpack(out, *reinterpret_cast<const Vec<T, N>*>(p));
+// Loads N elements as one access. Through CUDA's own vectors, which the compiler does not take apart.
+template <int N, class T> __device__ __forceinline__ Vec<T, N> load_vec(const T* p) {
+    using Word = std::conditional_t<sizeof(T) * N == 16, uint4, std::conditional_t<sizeof(T) * N == 8, uint2, Vec<T, N>>>;
+    const Word w = *reinterpret_cast<const Word*>(p);
+    Vec<T, N> v;
+    memcpy(&v, &w, sizeof v);
+    return v;
 }
 
-// Rounds and stores N elements.
+// Stores N elements to global memory as one access.
+template <int N, class T> __device__ __forceinline__ void store_vec(T* p, const Vec<T, N>& v) {
+    if constexpr (sizeof v >= 8) {
+        uint32_t words[sizeof v / 4];
+        memcpy(words, &v, sizeof v);
+        store_global_bytes(p, words);
+    } else {
+        *reinterpret_cast<Vec<T, N>*>(p) = v;
+    }
+}
+
+// Loads N elements as floats.
+template <int N, class T> __device__ __forceinline__ void load(float (&out)[N], const T* p) { unpack(out, load_vec<N>(p)); }
+
+// Rounds and stores N elements; `store_global` to global memory only, as one access in any case.
 template <int N, class T> __device__ __forceinline__ void store(T* p, const float (&in)[N]) {
     *reinterpret_cast<Vec<T, N>*>(p) = pack<T>(in);
 }
+template <int N, class T> __device__ __forceinline__ void store_global(T* p, const float (&in)[N]) { store_vec(p, pack<T>(in)); }
 
 }  // namespace ett

@@ -55,11 +55,11 @@ __global__ void __launch_bounds__(kWalkThreads) walk_kernel(const __grid_constan
 
 // N elements as they are in memory.
 template <int N, class T> __device__ __forceinline__ Vec<std::remove_const_t<T>, N> piece(const Matrix<T>& m, Place p) {
-    return *reinterpret_cast<const Vec<std::remove_const_t<T>, N>*>(m.row(p.row) + p.at);
+    return load_vec<N>(static_cast<const std::remove_const_t<T>*>(m.row(p.row) + p.at));
 }
 // Rounds and stores N elements.
 template <int N, class T> __device__ __forceinline__ void put(const Matrix<T>& m, Place p, const float (&v)[N]) {
-    store(m.row(p.row) + p.at, v);
+    store_global(m.row(p.row) + p.at, v);
 }
 
 // What is walked over.

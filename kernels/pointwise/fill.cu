@@ -24,7 +24,7 @@ template <class T, class V, int N> struct FillOp {
             else
                 v.v[i] = from_float<T>(value);
         }
-        *reinterpret_cast<Vec<T, N>*>(y.row(p.row) + p.at) = v;
+        store_vec(y.row(p.row) + p.at, v);
     }
 };
 

@@ -82,11 +82,11 @@ template <class T, int N> __global__ void __launch_bounds__(kThreads) rope_kerne
                 v[j] = v[j] * c[j] + u[j] * s[j];
                 u[j] = turned;
             }
-            store(y + at, u);
-            store(y + at + a.half, v);
+            store_global(y + at, u);
+            store_global(y + at + a.half, v);
         }
         for (int64_t at = int64_t(a.heads) * 2 * a.half + lane * N; at < a.cols; at += kWarp * N)
-            *reinterpret_cast<Vec<T, N>*>(y + at) = *reinterpret_cast<const Vec<T, N>*>(x + at);
+            store_vec(y + at, load_vec<N>(x + at));
         __syncwarp();  // the angles are no longer read
     }
 }
