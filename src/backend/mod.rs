@@ -260,7 +260,8 @@ impl Memory {
 
     /// What is held now, the largest roles first, for messages.
     pub(crate) fn largest(&self) -> String {
-        let mut held: Vec<(u64, Role)> = self.live.iter().copied().zip(Role::ALL).filter(|(b, _)| *b > 0).collect();
+        let mut held: Vec<(u64, Role)> =
+            self.live.iter().copied().zip(Role::ALL).filter(|(b, _)| *b > 0).collect();
         held.sort_by_key(|(b, _)| std::cmp::Reverse(*b));
         let text: Vec<String> = held.iter().take(3).map(|(b, r)| format!("{r} {}", size(*b))).collect();
         if text.is_empty() { "nothing is held".into() } else { format!("held: {}", text.join(", ")) }

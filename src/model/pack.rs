@@ -157,7 +157,9 @@ impl Packed {
     /// Overwrites this batch where it lies, for a recorded step that reads it: what the step was recorded for has
     /// to fit, so row counts, the number of sequences and the number of codes stay, and no sequence is longer.
     pub fn refill(&mut self, dev: &dyn Kernels, b: &Rows) -> Result<()> {
-        let shape = |n: usize, m: usize, s: usize, c: usize| format!("{n} rows, {m} targets, {s} sequences, {c} codes");
+        let shape = |n: usize, m: usize, s: usize, c: usize| {
+            format!("{n} rows, {m} targets, {s} sequences, {c} codes")
+        };
         let got = shape(b.text.len(), b.target.len(), b.lengths.len(), b.code_rows.len());
         let s = self.seqs.cu.dims().numel() - 1;
         let want = shape(self.text.dims().numel(), self.target.dims().numel(), s, self.code_rows.len());

@@ -1,5 +1,7 @@
 //! The integration tests: one binary for all of them.
 
+mod bindings;
+mod build;
 mod common;
 mod compare;
 mod contract;

@@ -9,7 +9,8 @@ use ett::error::Result;
 use ett::model::{Ett, Packed, Part, Rows};
 use ett::nn::Copy;
 use ett::train::{
-    Batch, Hyper, Loss, Optimizer, Outcome as Step, Recipe, Stage, load_training, save_training, schedule, step,
+    Batch, Hyper, Loss, Optimizer, Outcome as Step, Recipe, Stage, load_training, save_training, schedule,
+    step,
 };
 
 use crate::common::{Outcome, Scratch, cpu, gpu, ids, shim};
@@ -132,18 +133,34 @@ fn bits(v: &[f64]) -> Vec<u64> {
 }
 
 /// The losses of a device follow the CPU's: `bound` is relative.
-fn follows_the_cpu(dev: Arc<dyn Kernels>, precision: &str, sizes: Sizes, steps: usize, bound: f64) -> Outcome {
+fn follows_the_cpu(
+    dev: Arc<dyn Kernels>,
+    precision: &str,
+    sizes: Sizes,
+    steps: usize,
+    bound: f64,
+) -> Outcome {
     let got = Trainer::new(dev, precision, sizes)?.steps(0, steps)?;
     let want = Trainer::new(cpu(0), precision, sizes)?.steps(0, steps)?;
     let worst = got.iter().zip(&want).map(|(g, w)| (g - w).abs() / w).fold(0.0, f64::max);
-    println!("{precision}, width {}: {:.6} to {:.6}, worst {worst:.2e}", sizes.width, want[0], want[steps - 1]);
+    println!(
+        "{precision}, width {}: {:.6} to {:.6}, worst {worst:.2e}",
+        sizes.width,
+        want[0],
+        want[steps - 1]
+    );
     assert!(worst <= bound, "{precision}: losses {got:?}, the CPU's {want:?}, {worst:.2e} apart");
     assert!(steps < STEPS || want[steps - 1] < 0.8 * want[0], "the model learns: {want:?}");
     Ok(())
 }
 
 /// Saving, and going on from the file in a new model, changes no bit.
-fn resumes_bitwise(dev: &dyn Fn() -> Arc<dyn Kernels>, precision: &str, sizes: Sizes, steps: usize) -> Outcome {
+fn resumes_bitwise(
+    dev: &dyn Fn() -> Arc<dyn Kernels>,
+    precision: &str,
+    sizes: Sizes,
+    steps: usize,
+) -> Outcome {
     let mut whole = Trainer::new(dev(), precision, sizes)?;
     let want = whole.steps(0, steps)?;
     let mut first = Trainer::new(dev(), precision, sizes)?;
@@ -176,12 +193,16 @@ fn a_file_of_other_training_is_refused() -> Outcome {
     save_training(&t.model, &[&t.main], &path)?;
     let mut other = Trainer::new(cpu(1), "f32", Sizes { width: 32, ..TINY })?;
     let before = other.everything()?;
-    let e = load_training(&mut other.model, &mut [&mut other.main], &path).expect_err("another width").to_string();
+    let e = load_training(&mut other.model, &mut [&mut other.main], &path)
+        .expect_err("another width")
+        .to_string();
     assert!(e.contains("moment1.model.norm.weight") || e.contains("wanted [40, 32]"), "{e}");
     assert!(bits(&other.everything()?) == bits(&before), "nothing is changed");
     let mut other = Trainer::new(cpu(1), "f32", TINY)?;
     other.model.params.train(&[])?;
-    let e = load_training(&mut other.model, &mut [&mut other.main], &path).expect_err("nothing trained").to_string();
+    let e = load_training(&mut other.model, &mut [&mut other.main], &path)
+        .expect_err("nothing trained")
+        .to_string();
     assert!(e.contains("unknown `moment1."), "{e}");
     Ok(())
 }
@@ -226,7 +247,8 @@ fn gpu_recorded_steps_are_bitwise_launched_ones() -> Outcome {
             outcome = Some(t.launch()?);
             Ok(())
         })?;
-        let (recording, outcome) = (recording.ok_or("a GPU records")?, outcome.ok_or("the step was recorded")?);
+        let (recording, outcome) =
+            (recording.ok_or("a GPU records")?, outcome.ok_or("the step was recorded")?);
         let mut got = Vec::new();
         for s in 0..STEPS {
             t.prepare(s)?;

@@ -127,9 +127,10 @@ impl Arena {
     }
 
     fn out_of_memory(&self, role: Role, bytes: usize) -> Error {
-        let free = self.gpu.context.mem_get_info().map_or("nobody knows what is free".into(), |(free, total)| {
-            format!("{} of {} are free", size(free as u64), size(total as u64))
-        });
+        let free =
+            self.gpu.context.mem_get_info().map_or("nobody knows what is free".into(), |(free, total)| {
+                format!("{} of {} are free", size(free as u64), size(total as u64))
+            });
         Error::OutOfMemory {
             device: self.gpu.name.clone(),
             role: role.to_string(),

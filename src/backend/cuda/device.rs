@@ -72,14 +72,19 @@ impl Cuda {
         }
         let explain = |e: cudarc::driver::DriverError| {
             let text = e.error_string().ok().and_then(|s| s.to_str().ok()).unwrap_or("unknown error");
-            Error::device("cuda", format!("the driver does not start ({text}): see nvidia-smi, or run on the CPU"))
+            Error::device(
+                "cuda",
+                format!("the driver does not start ({text}): see nvidia-smi, or run on the CPU"),
+            )
         };
         let mut version = 0;
         unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(explain)?;
         if version < CUDA {
             let text = |v: i32| format!("{}.{}", v / 1000, v % 1000 / 10);
             let (has, wants) = (text(version), text(CUDA));
-            let what = format!("the driver knows CUDA {has}, the kernels were built with {wants}: update the driver");
+            let what = format!(
+                "the driver knows CUDA {has}, the kernels were built with {wants}: update the driver"
+            );
             return Err(Error::device("cuda", what));
         }
         result::init().map_err(explain)?;
@@ -116,8 +121,10 @@ impl Cuda {
             Ok(Buffer::new(arena.take(role, bytes)?, bytes, role, arena.clone()))
         };
         let fault = take(Role::Input, size_of::<ffi::ett_fault>())?;
-        unsafe { result::memset_d8_async(fault.addr(), 0, fault.bytes(), gpu.compute.cu_stream()) }.map_err(fail)?;
-        let products = Products::new().map_err(|e| Error::device(&name, format!("cuBLASLt does not start: {e}")))?;
+        unsafe { result::memset_d8_async(fault.addr(), 0, fault.bytes(), gpu.compute.cu_stream()) }
+            .map_err(fail)?;
+        let products =
+            Products::new().map_err(|e| Error::device(&name, format!("cuBLASLt does not start: {e}")))?;
         if products.is_none() {
             tracing::warn!("cuBLASLt was not found: products run on the portable kernel, which is slower");
         }
@@ -141,9 +148,32 @@ impl Cuda {
         self.gpu.context.name().map_err(|e| self.gpu.error("asking for the name", e))
     }
 
-    /// The stream that kernels run on, for timing with events.
-    pub fn compute_stream(&self) -> &Arc<CudaStream> {
-        &self.gpu.compute
+    /// The device's own time for what `work` enqueues on the compute stream.
+    pub fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<std::time::Duration> {
+        let fail = |e| self.gpu.error("timing with events", e);
+        let timed = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+        self.synchronize()?;
+        let start = self.gpu.compute.record_event(timed).map_err(fail)?;
+        work()?;
+        let end = self.gpu.compute.record_event(timed).map_err(fail)?;
+        let ms = start.elapsed_ms(&end).map_err(fail)?;
+        Ok(std::time::Duration::from_secs_f64(f64::from(ms) * 1e-3))
+    }
+
+    /// Copies bytes from one contiguous view to another of the same size by the driver's own copy: the measure of
+    /// memory speed.
+    pub fn copy(&self, x: In, y: Out) -> Result<()> {
+        check_view("copy", "x", &x)?;
+        check_view("copy", "y", &y.0)?;
+        if x.bytes() != y.0.bytes() || !x.is_contiguous() || !y.0.is_contiguous() {
+            return Err(Error::arg("copy", "y", y.0.dims, format!("{} contiguous bytes", x.bytes())));
+        }
+        let (from, to) = (x.buf.addr() + x.off, y.0.buf.addr() + y.0.off);
+        let bound = self.gpu.context.bind_to_thread();
+        let copied = bound.and_then(|()| unsafe {
+            result::memcpy_dtod_async(to, from, x.bytes() as usize, self.gpu.compute.cu_stream())
+        });
+        copied.map_err(|e| self.gpu.error("copy", e))
     }
 
     fn stream(&self, s: Stream) -> &CudaStream {
@@ -206,11 +236,15 @@ impl Cuda {
         if tracing::enabled!(tracing::Level::DEBUG)
             && self.seen.lock().unwrap_or_else(PoisonError::into_inner).insert((name, kernel))
         {
-            let views: Vec<String> = a.views().iter().map(|(n, _, v)| format!("{n} {} {}", v.dims, v.dtype)).collect();
+            let views: Vec<String> =
+                a.views().iter().map(|(n, _, v)| format!("{n} {} {}", v.dims, v.dtype)).collect();
             tracing::debug!(op = name, kernel, "first launch: {}", views.join(", "));
         }
         if self.sync && !self.recording() {
-            self.gpu.compute.synchronize().map_err(|e| self.gpu.error(&format!("{name} ({kernel}) failed"), e))?;
+            self.gpu
+                .compute
+                .synchronize()
+                .map_err(|e| self.gpu.error(&format!("{name} ({kernel}) failed"), e))?;
         }
         Ok(())
     }
@@ -237,7 +271,8 @@ impl Cuda {
             }
             _ => return Ok(false),
         };
-        let done = done.map_err(|e| Error::device(&self.gpu.name, format!("{name} failed in cuBLASLt: {e}")))?;
+        let done =
+            done.map_err(|e| Error::device(&self.gpu.name, format!("{name} failed in cuBLASLt: {e}")))?;
         match (done, forced) {
             (false, Some(_)) => Err(Error::Unsupported {
                 op: name,
@@ -248,10 +283,15 @@ impl Cuda {
         }
     }
 
-    fn record_into(&self, arena: Arc<Arena>, work: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn Recording>> {
+    fn record_into(
+        &self,
+        arena: Arc<Arena>,
+        work: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Box<dyn Recording>> {
         let fail = |what: &'static str| move |e| self.gpu.error(what, e);
         record::begin(&self.gpu).map_err(fail("starting a recording"))?;
-        let before = std::mem::replace(&mut *self.arena.lock().unwrap_or_else(PoisonError::into_inner), arena.clone());
+        let before =
+            std::mem::replace(&mut *self.arena.lock().unwrap_or_else(PoisonError::into_inner), arena.clone());
         let worked = work();
         *self.arena.lock().unwrap_or_else(PoisonError::into_inner) = before;
         let graph = record::end(&self.gpu, arena).map_err(fail("ending a recording"));
@@ -293,10 +333,20 @@ impl Device for Cuda {
     fn copy_in(&self, s: Stream, src: &[u8], dst: Out) -> Result<()> {
         check_view("copy_in", "dst", &dst.0)?;
         if dst.0.bytes() != src.len() as u64 || !dst.0.is_contiguous() {
-            return Err(Error::arg("copy_in", "src", src.len(), format!("{} contiguous bytes", dst.0.bytes())));
+            return Err(Error::arg(
+                "copy_in",
+                "src",
+                src.len(),
+                format!("{} contiguous bytes", dst.0.bytes()),
+            ));
         }
         if self.recording() {
-            return Err(Error::arg("copy_in", "src", "a copy from the host within a recording", "none there"));
+            return Err(Error::arg(
+                "copy_in",
+                "src",
+                "a copy from the host within a recording",
+                "none there",
+            ));
         }
         self.gpu.context.bind_to_thread().map_err(|e| self.gpu.error("copy_in", e))?;
         let to = dst.0.buf.addr() + dst.0.off;
@@ -306,7 +356,12 @@ impl Device for Cuda {
     fn read_later(&self, s: Stream, src: In) -> Result<Pending> {
         check_view("read_later", "src", &src)?;
         if self.recording() {
-            return Err(Error::arg("read_later", "src", "a copy to the host within a recording", "none there"));
+            return Err(Error::arg(
+                "read_later",
+                "src",
+                "a copy to the host within a recording",
+                "none there",
+            ));
         }
         self.gpu.context.bind_to_thread().map_err(|e| self.gpu.error("read_later", e))?;
         let pending = self.pinned.read_later(self.stream(s), src, self.fault.addr());

@@ -150,7 +150,11 @@ impl Products {
         // Views lie inside their buffers; the descriptors are alive as long as the plan.
         unsafe {
             if let Some(bias) = bias {
-                set(plan.desc, sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias.ptr)?;
+                set(
+                    plan.desc,
+                    sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER,
+                    &bias.ptr,
+                )?;
             }
             lt::matmul(
                 self.handle,
@@ -196,7 +200,11 @@ impl Products {
             set(desc, Desc::CUBLASLT_MATMUL_DESC_TRANSA, &op(s.ta))?;
             set(desc, Desc::CUBLASLT_MATMUL_DESC_TRANSB, &op(s.tb))?;
             if s.bias {
-                set(desc, Desc::CUBLASLT_MATMUL_DESC_EPILOGUE, &sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS)?;
+                set(
+                    desc,
+                    Desc::CUBLASLT_MATMUL_DESC_EPILOGUE,
+                    &sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS,
+                )?;
             }
             prefer(pref, Pref::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE)?;
             prefer(pref, Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &s.alignment[0])?;
