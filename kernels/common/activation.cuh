@@ -38,6 +38,24 @@ template <class T> __device__ __forceinline__ float gelu_slope(float x) {
     return normal(x) + x * 0.39894228f * exponential<T>(-0.5f * x * x);
 }
 
+// The tanh form of GELU, as x * sigmoid(2u): sigmoid(2u), and the derivative of 2u.
+template <class T> __device__ __forceinline__ void tanh_gate(float x, float& gate, float& slope) {
+    constexpr float a = 1.59576912f, b = 0.044715f;  // a = 2 sqrt(2 / pi)
+    const float square = x * x;
+    gate = sigmoid<T>(a * x * (1.f + b * square));
+    slope = a * (1.f + 3.f * b * square);
+}
+template <class T> __device__ __forceinline__ float gelu_tanh(float x) {
+    float gate, slope;
+    tanh_gate<T>(x, gate, slope);
+    return x * gate;
+}
+template <class T> __device__ __forceinline__ float gelu_tanh_slope(float x) {
+    float gate, slope;
+    tanh_gate<T>(x, gate, slope);
+    return gate + x * slope * gate * (1.f - gate);
+}
+
 // max(x, 0); NaN stays NaN.
 __device__ __forceinline__ float relu(float x) { return x <= 0.f ? 0.f : x; }
 __device__ __forceinline__ float leaky_relu(float x, float slope) { return x > 0.f ? x : slope * x; }

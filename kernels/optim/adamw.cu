@@ -21,7 +21,7 @@ namespace ett {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocks = 32;  // for a multiprocessor: several times what is resident
+constexpr int kBlocks = 12;  // for a multiprocessor: twice what is resident, so that fast ones may take more
 constexpr int kPiece = 4;    // elements of a thread at a time
 
 template <class T> struct Adamw {
@@ -66,7 +66,6 @@ template <int N, class T> __device__ __forceinline__ void update(const Adamw<T>&
 }
 
 template <class T, int N> __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__ Adamw<T> a) {
-    // All that the step needs is under way before any of it is looked at.
     const float norm = a.norm[0], bad = a.norm[1], limit = a.state[ETT_STATE_CLIP], rate = a.state[ETT_STATE_RATE];
     const float bias1 = a.state[ETT_STATE_BIAS1], bias2 = a.state[ETT_STATE_BIAS2];
     const float clip = fminf(limit / (sqrtf(norm) + 1e-6f), 1.f);

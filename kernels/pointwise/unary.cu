@@ -1,4 +1,4 @@
-// unary.cu: y = f(x) and dx = dy * f'(x), with f SiLU, exact GELU, ReLU or LeakyReLU.
+// unary.cu: y = f(x) and dx = dy * f'(x), with f SiLU, GELU (exact or in its tanh form), ReLU or LeakyReLU.
 //
 // x, dy  N,C  act  rows of any stride   in
 // y, dx  N,C  act  rows of any stride   out; may be an input itself
@@ -30,6 +30,7 @@ template <class T, int N> struct UnaryFwd {
         switch (kind) {
         case ETT_UNARY_SILU: each(v, [](float x) { return silu<T>(x); }); break;
         case ETT_UNARY_GELU: each(v, [](float x) { return gelu<T>(x); }); break;
+        case ETT_UNARY_GELU_TANH: each(v, [](float x) { return gelu_tanh<T>(x); }); break;
         case ETT_UNARY_RELU: each(v, [](float x) { return relu(x); }); break;
         default: each(v, [s = slope](float x) { return leaky_relu(x, s); });
         }
@@ -54,6 +55,7 @@ template <class T, int N> struct UnaryBwd {
         switch (kind) {
         case ETT_UNARY_SILU: each(v, [](float x) { return silu_slope<T>(x); }); break;
         case ETT_UNARY_GELU: each(v, [](float x) { return gelu_slope<T>(x); }); break;
+        case ETT_UNARY_GELU_TANH: each(v, [](float x) { return gelu_tanh_slope<T>(x); }); break;
         default: each(v, [s = slope](float x) { return leaky_relu_slope(x, s); });
         }
 #pragma unroll
@@ -63,7 +65,7 @@ template <class T, int N> struct UnaryBwd {
 };
 
 bool check_function(Check& check, const ett_unary& f) {
-    return check.range("f", f.kind, ETT_UNARY_SILU, ETT_UNARY_LEAKY_RELU);
+    return check.range("f", f.kind, ETT_UNARY_SILU, ETT_UNARY_GELU_TANH);
 }
 // The slope as kernels take it: 0 for all but LeakyReLU.
 float slope(const ett_unary& f) { return f.kind == ETT_UNARY_LEAKY_RELU ? float(f.slope) : 0.f; }
