@@ -9,7 +9,7 @@ use cudarc::driver::{CudaContext, CudaStream, result, sys};
 use super::arena::{Arena, Gpu, keep_pool};
 use super::call::{self, ToC};
 use super::copies::Pinned;
-use super::products::{Products, WORKSPACE};
+use super::products::{Product, Products, WORKSPACE};
 use super::{ffi, record};
 use crate::backend::*;
 use crate::error::{Error, Result};
@@ -257,20 +257,30 @@ impl Cuda {
         if forced.is_some_and(|k| k != b"cublaslt") {
             return Ok(false);
         }
+        fn there(v: &ffi::ett_view) -> Option<&ffi::ett_view> {
+            (!v.ptr.is_null()).then_some(v)
+        }
         let stream = self.gpu.compute.cu_stream().cast();
         let scratch = self.products_workspace.addr();
-        let done = match name {
+        let product = match name {
             "matmul" => {
                 let a = unsafe { &*args.cast::<ffi::ett_matmul_args>() };
-                let bias = (!a.bias.ptr.is_null()).then_some(&a.bias);
-                products.run(&a.a, &a.b, a.ta != 0, a.tb != 0, bias, &a.y, false, scratch, stream)
+                let (ta, tb, bias) = (a.ta != 0, a.tb != 0, there(&a.bias));
+                Product { a: &a.a, b: &a.b, ta, tb, bias, y: &a.y, pre: None, add: false }
             }
             "matmul_acc" => {
                 let a = unsafe { &*args.cast::<ffi::ett_matmul_acc_args>() };
-                products.run(&a.a, &a.b, a.ta != 0, a.tb != 0, None, &a.y, true, scratch, stream)
+                let (ta, tb) = (a.ta != 0, a.tb != 0);
+                Product { a: &a.a, b: &a.b, ta, tb, bias: None, y: &a.y, pre: None, add: true }
+            }
+            "linear_gelu" => {
+                let a = unsafe { &*args.cast::<ffi::ett_linear_gelu_args>() };
+                let (bias, pre) = (there(&a.bias), there(&a.pre));
+                Product { a: &a.x, b: &a.w, ta: false, tb: true, bias, y: &a.y, pre, add: false }
             }
             _ => return Ok(false),
         };
+        let done = products.run(&product, scratch, stream);
         let done =
             done.map_err(|e| Error::device(&self.gpu.name, format!("{name} failed in cuBLASLt: {e}")))?;
         match (done, forced) {
