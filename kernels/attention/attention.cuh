@@ -10,7 +10,9 @@
 namespace ett {
 namespace attention {
 
-inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+// e^x. Callers subtract the maximum or the log-sum-exp first: scores may be so large that their product with log2 e has
+// no digits left behind the point.
+__device__ __forceinline__ float exp_approx(float x) { return exp2_approx(x * 1.4426950408889634f); }
 
 // ---- sequences of a flat batch ---------------------------------------------------------------------------
 
@@ -302,7 +304,7 @@ inline constexpr int64_t kMaxHeadDim = 512;
 
 // The arguments that forward and backward share.
 template <class A> bool check_shapes(Check& check, const A& a) {
-    if (!check.ok() || !check.act("q", a.q) || !check.view("k", a.k) || !check.range("heads", a.heads, 0, 65535) ||
+    if (!check.act("q", a.q) || !check.view("k", a.k) || !check.range("heads", a.heads, 0, 65535) ||
         !check.range("kv_heads", a.kv_heads, 1, 65535))
         return false;
     char got[96], want[96];

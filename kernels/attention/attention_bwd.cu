@@ -36,10 +36,10 @@ template <class T> struct Backward {
     T* dq;
     T* dk;
     T* dv;
-    float* lse2;   // heads,N  lse * log2 e  (workspace)
-    float* delta;  // heads,N                (workspace)
+    float* lse;    // heads,N  in the workspace
+    float* delta;  // heads,N  in the workspace
     int64_t lddy, ldq, ldk, ldv, lddq, lddk, lddv;
-    float scale, scale_log2;
+    float scale;
     int tiles;     // of own rows in the longest sequence
     bool vectors;  // four elements at a time
 };
@@ -48,7 +48,7 @@ template <class T> struct Backward {
 
 constexpr int kRowThreads = 256, kRowWarps = kRowThreads / kWarp;
 
-// Writes lse2 and delta, a warp a row and head; clears the padding.
+// Writes lse and delta by heads, a warp a row and head; clears the padding.
 template <class T>
 __global__ void __launch_bounds__(kRowThreads)
 rows_kernel(const __grid_constant__ Backward<T> a, const T* y, int64_t ldy, const float* lse, int64_t ldlse, bool vectors) {
@@ -67,7 +67,7 @@ rows_kernel(const __grid_constant__ Backward<T> a, const T* y, int64_t ldy, cons
         sum = warp_sum(sum);
         if (lane == 0) {
             a.delta[head * a.b.n_q + row] = sum;
-            a.lse2[head * a.b.n_q + row] = lse[row * ldlse + head] * kLog2e;
+            a.lse[head * a.b.n_q + row] = lse[row * ldlse + head];
         }
     }
     const int kv_cols = a.b.kv_heads * d;
@@ -111,13 +111,13 @@ template <int DT> __global__ void __launch_bounds__(kMmaThreads, 3) mma_dq_kerne
     cp_async_commit();
 
     int seen[2];
-    float lse2[2], delta[2], scale[2] = {a.scale, a.scale};
+    float lse[2], delta[2], scale[2] = {a.scale, a.scale};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int i = warp * 16 + lane / 4 + 8 * r;
         const int64_t at = head * a.b.n_q + start + i;
         seen[r] = i < queries ? seq.seen(first + i) : 0;
-        lse2[r] = i < queries ? a.lse2[at] : 0.f;
+        lse[r] = i < queries ? a.lse[at] : 0.f;
         delta[r] = i < queries ? a.delta[at] : 0.f;
     }
     float dq[DT / 8][4] = {};
@@ -135,7 +135,7 @@ template <int DT> __global__ void __launch_bounds__(kMmaThreads, 3) mma_dq_kerne
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int at = key + j * 8 + 2 * (lane % 4) + e % 2;
-                const float p = exp2_approx(s[j][e] * a.scale_log2 - lse2[e / 2]);
+                const float p = exp_approx(fmaf(s[j][e], a.scale, -lse[e / 2]));
                 s[j][e] = at < seen[e / 2] ? p * (dp[j][e] - delta[e / 2]) : 0.f;
             }
         add_rows<kOther / 8, DT>(dq, s, tile_k);
@@ -156,7 +156,7 @@ template <int DT> __global__ void __launch_bounds__(kMmaThreads, 2) mma_dkv_kern
     bf16* const smem_k = reinterpret_cast<bf16*>(smem);
     bf16* const smem_v = smem_k + kMmaRows * kTileStride<DT>;
     bf16* const smem_q = smem_v + kMmaRows * kTileStride<DT>;                    // queries, dy; queries, dy
-    float* const smem_rows = reinterpret_cast<float*>(smem_q + 4 * kTile);      // lse2, delta; lse2, delta
+    float* const smem_rows = reinterpret_cast<float*>(smem_q + 4 * kTile);      // lse, delta; lse, delta
     const int keys = min(kMmaRows, seq.k.count - first);
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const int64_t start = seq.k.start + first;
@@ -173,7 +173,7 @@ template <int DT> __global__ void __launch_bounds__(kMmaThreads, 2) mma_dkv_kern
         if (threadIdx.x < kOther) {
             // Rows that are not there get probability 0.
             const int i = threadIdx.x;
-            smem_rows[2 * stage * kOther + i] = i < rows ? a.lse2[head * a.b.n_q + from + i] : INFINITY;
+            smem_rows[2 * stage * kOther + i] = i < rows ? a.lse[head * a.b.n_q + from + i] : INFINITY;
             smem_rows[(2 * stage + 1) * kOther + i] = i < rows ? a.delta[head * a.b.n_q + from + i] : 0.f;
         }
     };
@@ -201,7 +201,7 @@ template <int DT> __global__ void __launch_bounds__(kMmaThreads, 2) mma_dkv_kern
         for (int j = 0; j < kOther / 8; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const float of = exp2_approx(p[j][e] * a.scale_log2 - row[j * 8 + e % 2]);
+                const float of = exp_approx(fmaf(p[j][e], a.scale, -row[j * 8 + e % 2]));
                 p[j][e] = query + j * 8 + e % 2 >= from[e / 2] ? of : 0.f;
             }
         add_rows<kOther / 8, DT>(dv, p, tile_dy);
@@ -234,9 +234,9 @@ template <class T> struct Plain {
     Side<T> own, other;
     T* out[2];
     int64_t ldout[2];
-    const float* lse2;
+    const float* lse;
     const float* delta;
-    float scale, scale_log2;
+    float scale;
     int tiles;     // of own rows in the longest sequence
     bool of_q;     // the own side are the queries
     bool vectors;  // four elements at a time
@@ -251,8 +251,8 @@ template <class T, int DT, int I> __global__ void __launch_bounds__(kPlainThread
     const Span own = a.of_q ? seq.q : seq.k, other = a.of_q ? seq.k : seq.q;
     if (first >= own.count) return;
 
-    float* const smem_lse2 = reinterpret_cast<float*>(smem);  // of the tile's queries
-    float* const smem_delta = smem_lse2 + kPlainCols;
+    float* const smem_lse = reinterpret_cast<float*>(smem);  // of the tile's queries
+    float* const smem_delta = smem_lse + kPlainCols;
     float* const weights = smem_delta + kPlainCols;
     float* const slices = weights + I * 16 * kWeightStride;
     const int count = min(I * 16, own.count - first);
@@ -272,7 +272,7 @@ template <class T, int DT, int I> __global__ void __launch_bounds__(kPlainThread
                 // Queries that are not there have probability 0. The barriers of plain_dot make this visible.
                 const int query = query_0 + threadIdx.x;
                 const int64_t row = int64_t(head) * a.b.n_q + seq.q.start + query;
-                smem_lse2[threadIdx.x] = query < seq.q.count ? a.lse2[row] : INFINITY;
+                smem_lse[threadIdx.x] = query < seq.q.count ? a.lse[row] : INFINITY;
                 smem_delta[threadIdx.x] = query < seq.q.count ? a.delta[row] : 0.f;
             }
             float s[I][4];
@@ -282,7 +282,7 @@ template <class T, int DT, int I> __global__ void __launch_bounds__(kPlainThread
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     const int query = a.of_q ? y + 16 * i : x + 16 * j, key = a.of_q ? x + 16 * j : y + 16 * i;
-                    const float p = exp2_approx(s[i][j] * a.scale_log2 - smem_lse2[query]);
+                    const float p = exp_approx(fmaf(s[i][j], a.scale, -smem_lse[query]));
                     plain_weight(weights, i, j) = key_0 + key < seq.seen(query_0 + query) ? p : 0.f;
                 }
             if (!of_g) {
@@ -310,7 +310,7 @@ bool check_args(Check& check, const ett_attention_bwd_args& a) {
            check.matrix("dv", a.dv, a.q.dtype, rows(a.k), cols(a.k));
 }
 
-// lse2 and delta.
+// lse and delta, each.
 int64_t row_bytes(const ett_attention_bwd_args& a) { return round_up(numel(a.lse) * int64_t(sizeof(float)), 256); }
 
 // "mma" for heads of whole 16-byte pieces that are a multiple of 16 wide, up to 128; else "simple".
@@ -342,7 +342,6 @@ template <class T> Backward<T> arguments(const ett_attention_bwd_args& a, const 
                        stride(a.dk),
                        stride(a.dv),
                        float(a.scale),
-                       float(a.scale) * kLog2e,
                        0,
                        head_wide(a.dy, d, piece) && head_wide(a.q, d, piece) && head_wide(a.k, d, piece) && head_wide(a.v, d, piece)};
 }
@@ -367,7 +366,7 @@ int32_t enqueue(const ett_launch* l, K* kernel, F f, bool queries, int rows_of_t
 template <class T> Plain<T> plain_arguments(const Backward<T>& f, bool queries) {
     const Side<T> of_q{f.q, f.dy, f.ldq, f.lddy}, of_k{f.k, f.v, f.ldk, f.ldv};
     return Plain<T>{f.b,     queries ? of_q : of_k,      queries ? of_k : of_q,          {queries ? f.dq : f.dk, f.dv},
-                    {queries ? f.lddq : f.lddk, f.lddv}, f.lse2, f.delta, f.scale, f.scale_log2, 0, queries, f.vectors};
+                    {queries ? f.lddq : f.lddk, f.lddv}, f.lse, f.delta, f.scale, 0, queries, f.vectors};
 }
 
 }  // namespace
@@ -388,7 +387,7 @@ extern "C" int32_t ett_attention_bwd(const ett_attention_bwd_args* a, const ett_
     if (!check.ok() || !check_args(check, *a)) return check.status();
     if (numel(a->q) == 0 && numel(a->k) == 0) return ett_done("");
     const char* const chosen = choose_attention_bwd(*a);
-    const char* names[] = {chosen, "simple", nullptr};
+    const char* names[] = {"simple", strcmp(chosen, "mma") == 0 ? "mma" : nullptr, nullptr};
     const char* kernel = check.choose(l, chosen, names);
     const int64_t longest = std::max(tiles_of(a->max_q, rows(a->q), 32), tiles_of(a->max_k, rows(a->k), 32));
     check.workspace(l, 2 * row_bytes(*a));

@@ -35,7 +35,7 @@ template <class T> struct Forward {
     T* y;
     float* lse;
     int64_t ldq, ldk, ldv, ldy, ldlse;
-    float scale_log2;
+    float scale;
     int tiles;      // of queries, in the longest sequence
     bool vectors;   // four elements at a time
 };
@@ -60,7 +60,7 @@ template <class T> __device__ __forceinline__ bool clear_padding(const Forward<T
     return true;
 }
 
-// The running maximum (of scores times log2 e) and sum of one row.
+// The running maximum and sum of one row.
 struct Running {
     float max = -INFINITY, sum = 0.f;
 
@@ -69,7 +69,7 @@ struct Running {
     __device__ __forceinline__ float raise(float to, float& factor) {
         to = fmaxf(max, to);
         const float shift = to == -INFINITY ? 0.f : to;
-        factor = exp2_approx(max - shift);
+        factor = exp_approx(max - shift);
         max = to;
         return shift;
     }
@@ -77,7 +77,7 @@ struct Running {
     // -infinity (or NaN) has NaN.
     __device__ __forceinline__ float finish(int seen) {
         if (seen > 0 && max == -INFINITY) sum = NAN;
-        const float lse = seen == 0 ? 0.f : max * kLn2 + logf(sum);
+        const float lse = seen == 0 ? 0.f : max + logf(sum);
         sum = sum == 0.f ? 0.f : 1.f / sum;
         return lse;
     }
@@ -119,18 +119,16 @@ template <int DT> __global__ void __launch_bounds__(kMmaThreads, 3) mma_kernel(c
 
         float s[kKeys / 8][4];
         dot_rows<kKeys / 8, DT>(s, warp_q, smem_k);
-        const bool whole = key + kKeys <= min(seen[0], seen[1]);
+        const bool whole = key + kKeys <= seq.seen(first + warp * 16);  // the warp's first query sees the fewest keys
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
+            auto masked = [&](int j, int e) { return !whole && key + j * 8 + 2 * (lane % 4) + e % 2 >= seen[r]; };
             float most = -INFINITY;
 #pragma unroll
             for (int j = 0; j < kKeys / 8; ++j)
 #pragma unroll
-                for (int e = 2 * r; e < 2 * r + 2; ++e) {
-                    s[j][e] *= a.scale_log2;
-                    if (!whole && key + j * 8 + 2 * (lane % 4) + e % 2 >= seen[r]) s[j][e] = -INFINITY;
-                    most = fmaxf(most, s[j][e]);
-                }
+                for (int e = 2 * r; e < 2 * r + 2; ++e)
+                    if (!masked(j, e)) most = fmaxf(most, s[j][e] * a.scale);
             most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
             most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
             float factor;
@@ -140,7 +138,7 @@ template <int DT> __global__ void __launch_bounds__(kMmaThreads, 3) mma_kernel(c
             for (int j = 0; j < kKeys / 8; ++j)
 #pragma unroll
                 for (int e = 2 * r; e < 2 * r + 2; ++e) {
-                    s[j][e] = exp2_approx(s[j][e] - shift);
+                    s[j][e] = masked(j, e) ? 0.f : exp_approx(fmaf(s[j][e], a.scale, -shift));
                     row[r].sum += s[j][e];
                 }
 #pragma unroll
@@ -197,17 +195,15 @@ template <class T, int DT, int I> __global__ void __launch_bounds__(kPlainThread
             const int seen = seq.seen(first + y + 16 * i);
             float most = -INFINITY, sum = 0.f, factor;
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                s[i][j] = key + x + 16 * j < seen ? s[i][j] * a.scale_log2 : -INFINITY;
-                most = fmaxf(most, s[i][j]);
-            }
+            for (int j = 0; j < 4; ++j)
+                if (key + x + 16 * j < seen) most = fmaxf(most, s[i][j] * a.scale);
             // 16 lanes share a row.
 #pragma unroll
             for (int by = 8; by > 0; by /= 2) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, by));
             const float shift = row[i].raise(most, factor);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const float p = exp2_approx(s[i][j] - shift);
+                const float p = key + x + 16 * j < seen ? exp_approx(fmaf(s[i][j], a.scale, -shift)) : 0.f;
                 plain_weight(weights, i, j) = p;
                 sum += p;
             }
@@ -245,7 +241,7 @@ int32_t enqueue(const ett_attention_fwd_args& a, const ett_launch* l, const char
     if (blocks > INT32_MAX) return ett_fail(ETT_UNSUPPORTED, 0, "attention_fwd", "cu_q", "too long for its max_q", "fewer than 2^31 tiles");
     const bool vectors = head_wide(a.q, b.d, 4 * sizeof(T)) && head_wide(a.k, b.d, 4 * sizeof(T)) && head_wide(a.v, b.d, 4 * sizeof(T));
     const Forward<T> f{b,           data<const T>(a.q), data<const T>(a.k), data<const T>(a.v), data<T>(a.y),  data<float>(a.lse),
-                       stride(a.q), stride(a.k),        stride(a.v),        stride(a.y),        stride(a.lse), float(a.scale) * kLog2e,
+                       stride(a.q), stride(a.k),        stride(a.v),        stride(a.y),        stride(a.lse), float(a.scale),
                        int(tiles),  vectors};
     const int32_t status = launch("attention_fwd", kernel, dim3(unsigned(blocks), unsigned(b.heads)), dim3(unsigned(threads)), smem, l, f);
     return status == ETT_OK ? ett_done(name) : status;
@@ -261,10 +257,10 @@ extern "C" int32_t ett_attention_fwd(const ett_attention_fwd_args* a, const ett_
     using namespace ett;
     using namespace ett::attention;
     Check check("attention_fwd", a, l);
-    if (!check_shapes(check, *a)) return check.status();
+    if (!check.ok() || !check_shapes(check, *a)) return check.status();
     if (numel(a->q) == 0) return ett_done("");
     const char* const chosen = choose_attention_fwd(*a);
-    const char* names[] = {chosen, "simple", nullptr};
+    const char* names[] = {"simple", strcmp(chosen, "mma") == 0 ? "mma" : nullptr, nullptr};
     const char* kernel = check.choose(l, chosen, names);
     if (!check.ok()) return check.status();
     if (strcmp(kernel, "mma") == 0)
