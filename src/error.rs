@@ -33,16 +33,29 @@ pub enum Error {
         device: String,
     },
     /// An allocation failed.
-    #[error("out of memory on {device}: {asked} bytes were asked for as {role}, {live} bytes are held")]
+    #[error(
+        "out of memory on {device}: {asked} were asked for as {role}, {free}; {held}; \
+         use a smaller batch, or see `--plan` for what a step needs"
+    )]
     OutOfMemory {
         /// The device that was asked.
         device: String,
         /// Role of the buffer.
         role: String,
-        /// Bytes asked for.
-        asked: u64,
-        /// Bytes held at that moment.
-        live: u64,
+        /// Bytes asked for, with their unit.
+        asked: String,
+        /// What there was.
+        free: String,
+        /// The largest roles at that moment.
+        held: String,
+    },
+    /// A device cannot be used, or failed.
+    #[error("{device}: {what}")]
+    Device {
+        /// The device.
+        device: String,
+        /// What is wrong and what would help.
+        what: String,
     },
     /// A configuration value is impossible.
     #[error("configuration: `{key}` is {got}, wanted {want}")]
@@ -87,6 +100,11 @@ impl Error {
     /// An [`Error::Argument`] from anything printable.
     pub fn arg(op: &'static str, arg: &'static str, got: impl ToString, want: impl ToString) -> Self {
         Error::Argument { op, arg, got: got.to_string(), want: want.to_string() }
+    }
+
+    /// An [`Error::Device`] from anything printable.
+    pub fn device(device: impl ToString, what: impl ToString) -> Self {
+        Error::Device { device: device.to_string(), what: what.to_string() }
     }
 
     /// An [`Error::Config`] from anything printable.

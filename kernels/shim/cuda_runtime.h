@@ -155,14 +155,15 @@ template <class T> void __stcg(T* p, T v) { *p = v; }
 
 typedef struct CUstream_st* cudaStream_t;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorInvalidValue"; }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* d) { *d = 0; return cudaSuccess; }
-// A small chip of the Ampere generation: loops over a persistent grid go round more than once.
+// A small chip of the Ampere generation: loops over a persistent grid go round more than once. Its blocks may have
+// as much shared memory as the launch allows, so that all portable kernels run.
 inline cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr a, int) {
-    *v = a == cudaDevAttrMultiProcessorCount ? 3 : 8;
+    *v = a == cudaDevAttrMultiProcessorCount ? 3 : a == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 227 * 1024 : 8;
     return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* p, int v, size_t n, cudaStream_t) { memset(p, v, n); return cudaSuccess; }

@@ -7,6 +7,7 @@
 pub mod abi;
 mod contract;
 pub mod cpu;
+pub mod cuda;
 mod plan;
 mod state;
 
@@ -16,6 +17,8 @@ use crate::error::{Error, Result};
 use crate::tensor::{DType, Dims};
 pub use contract::*;
 pub use cpu::{Cpu, KernelTime};
+#[cfg(ett_cuda)]
+pub use cuda::Cuda;
 pub use plan::{KernelCount, Plan};
 pub use state::{Slot, StepState};
 
@@ -209,10 +212,33 @@ pub trait Device: Send + Sync {
     fn copy_in(&self, s: Stream, src: &[u8], dst: Out) -> Result<()>;
     /// Starts a copy to the host: the only way back.
     fn read_later(&self, s: Stream, src: In) -> Result<Pending>;
+    /// Makes what is enqueued on `after` from now on wait for everything enqueued on `before` so far. Devices
+    /// without queues have nothing to order.
+    fn order(&self, _before: Stream, _after: Stream) -> Result<()> {
+        Ok(())
+    }
+    /// Waits until everything enqueued so far is done.
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+    /// Runs `work` once and keeps the launches it enqueues on the compute stream, without executing them, to be
+    /// replayed at the cost of one launch. Values change between replays only through memory that is written
+    /// outside: the step state, the batch. Copies to and from the host cannot be recorded. Memory that `work`
+    /// takes belongs to the recording, so that replays write nothing else; tensors that it reads and did not make
+    /// have to outlive the recording. `None` on a device that cannot record: it did not call `work`.
+    fn record(&self, _work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Box<dyn Recording>>> {
+        Ok(None)
+    }
     /// The ranks that train together.
     fn collectives(&self) -> &dyn Collectives;
     /// Bytes held now and at most so far, by role.
     fn memory(&self) -> Memory;
+}
+
+/// Launches kept by [`Device::record`].
+pub trait Recording {
+    /// Enqueues them all on the compute stream.
+    fn replay(&self) -> Result<()>;
 }
 
 /// Bytes by role.
@@ -232,6 +258,15 @@ impl Memory {
         self.live.iter().sum()
     }
 
+    /// What is held now, the largest roles first, for messages.
+    pub(crate) fn largest(&self) -> String {
+        let mut held: Vec<(u64, Role)> =
+            self.live.iter().copied().zip(Role::ALL).filter(|(b, _)| *b > 0).collect();
+        held.sort_by_key(|(b, _)| std::cmp::Reverse(*b));
+        let text: Vec<String> = held.iter().take(3).map(|(b, r)| format!("{r} {}", size(*b))).collect();
+        if text.is_empty() { "nothing is held".into() } else { format!("held: {}", text.join(", ")) }
+    }
+
     pub(crate) fn add(&mut self, role: Role, bytes: usize) {
         self.live[role as usize] += bytes as u64;
         if self.total() > self.peak {
@@ -243,6 +278,17 @@ impl Memory {
     pub(crate) fn sub(&mut self, role: Role, bytes: usize) {
         self.live[role as usize] -= bytes as u64;
     }
+}
+
+/// Bytes for people.
+pub(crate) fn size(bytes: u64) -> String {
+    let (b, unit) = match bytes {
+        0..1024 => return format!("{bytes} bytes"),
+        1024..1048576 => (1024.0, "KiB"),
+        1048576..1073741824 => (1048576.0, "MiB"),
+        _ => (1073741824.0, "GiB"),
+    };
+    format!("{:.1} {unit}", bytes as f64 / b)
 }
 
 /// Operations and least bytes of one kernel call.
@@ -293,6 +339,28 @@ impl<T: Field> Field for Option<T> {
 impl Field for f64 {}
 impl Field for usize {}
 impl Field for bool {}
+
+/// Opens a device by name: `cpu`, with `threads` threads (0: one per core), `cuda` or `cuda:N`.
+pub fn open(name: &str, threads: usize) -> Result<Arc<dyn Kernels>> {
+    let bad = || Error::config("device", name, "cpu, cuda or cuda:N");
+    match name.split_once(':').unwrap_or((name, "0")) {
+        ("cpu", _) if name == "cpu" => Ok(Arc::new(Cpu::new(threads)?)),
+        ("cuda", ordinal) => open_cuda(ordinal.parse().map_err(|_| bad())?),
+        _ => Err(bad()),
+    }
+}
+
+#[cfg(ett_cuda)]
+fn open_cuda(ordinal: usize) -> Result<Arc<dyn Kernels>> {
+    Ok(Arc::new(Cuda::new(ordinal)?))
+}
+
+#[cfg(not(ett_cuda))]
+fn open_cuda(_ordinal: usize) -> Result<Arc<dyn Kernels>> {
+    let what = "this program was built without its CUDA kernels, because no nvcc was found: run tools/setup-cuda and \
+                build again, or run on the CPU";
+    Err(Error::device("cuda", what))
+}
 
 /// Checks that a view lies inside its buffer; devices call this before following an address.
 pub(crate) fn check_view(op: &'static str, arg: &'static str, v: &In) -> Result<()> {

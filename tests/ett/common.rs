@@ -16,6 +16,26 @@ pub fn cpu(threads: usize) -> Arc<dyn Kernels> {
     Arc::new(Cpu::poisoned(threads).expect("threads can be started"))
 }
 
+/// The first GPU, its memory poisoned; no GPU is a failure.
+#[cfg(ett_cuda)]
+pub fn gpu() -> Arc<dyn Kernels> {
+    use ett::backend::cuda::{Cuda, Options};
+    Arc::new(Cuda::with(0, &Options { poison: true, ..Options::from_env() }).expect("a GPU"))
+}
+
+/// Built without CUDA: asked for a GPU, tests fail.
+#[cfg(not(ett_cuda))]
+pub fn gpu() -> Arc<dyn Kernels> {
+    ett::backend::open("cuda", 0).expect("a GPU")
+}
+
+/// The kernels compiled for the CPU; `tools/shim-test` builds them and says where they are.
+pub fn shim() -> Arc<dyn Kernels> {
+    let path = std::env::var("ETT_SHIM").expect("ETT_SHIM names libett_shim.so: use tools/shim-test");
+    let force = std::env::var("ETT_FORCE").unwrap_or_default();
+    Arc::new(ett::backend::cuda::Shim::open(Path::new(&path), &force).expect("the shim can be loaded"))
+}
+
 /// `n` normal numbers, the same every time.
 pub fn normal(seed: u64, n: usize) -> Vec<f64> {
     let mut rng = Philox::new(seed, 77);

@@ -138,8 +138,9 @@ impl Device for Cpu {
         let addr = self.pool.take(role, bytes).ok_or_else(|| Error::OutOfMemory {
             device: "cpu".into(),
             role: role.to_string(),
-            asked: bytes as u64,
-            live: self.pool.memory().total(),
+            asked: super::size(bytes as u64),
+            free: "the system gave none".into(),
+            held: self.pool.memory().largest(),
         })?;
         Ok(Buffer::new(addr, bytes, role, self.pool.clone()))
     }

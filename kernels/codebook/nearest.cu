@@ -1,0 +1,426 @@
+#include "gemm.cuh"
+#include "reduce.cuh"
+
+namespace ett {
+namespace {
+
+using gemm::Matrix;
+
+constexpr int kThreads = 256;  // of the small kernels
+
+// Where a block leaves the best codes of its rows: in idx if it has seen all codes, else in `v` and `k`.
+struct Result {
+    int32_t* idx;
+    float* v;
+    int32_t* k;
+};
+
+// The best code so far of each of a thread's rows, among the columns that the thread has seen.
+template <class Tile> struct Best {
+    float v[Tile::kAccRows];
+    int32_t k[Tile::kAccRows];
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < Tile::kAccRows; ++i) {
+            v[i] = -INFINITY;
+            k[i] = 0;
+        }
+    }
+
+    // Takes in the scores of codes [code0, code0 + kCols). `half`: |e|^2 / 2, null for the dot product.
+    template <bool L2> __device__ __forceinline__ void take(gemm::Acc<Tile>& acc, int32_t code0, int64_t codes, const float* half) {
+        const int32_t mine = code0 + Tile::col(0);
+        if constexpr (L2) {
+#pragma unroll
+            for (int j = 0; j < Tile::kAccCols; j += 2) {
+                float h[2];
+                load<2>(h, half + (mine + j * 4));
+#pragma unroll
+                for (int i = 0; i < Tile::kAccRows; ++i) {
+                    acc.at(i, j) -= h[0];
+                    acc.at(i, j + 1) -= h[1];
+                }
+            }
+        }
+        if (codes - code0 < Tile::kCols) {
+#pragma unroll
+            for (int j = 0; j < Tile::kAccCols; ++j)
+                if (mine + (Tile::col(j) - Tile::col(0)) >= codes) {
+#pragma unroll
+                    for (int i = 0; i < Tile::kAccRows; ++i) acc.at(i, j) = -INFINITY;
+                }
+        }
+#pragma unroll
+        for (int i = 0; i < Tile::kAccRows; ++i) {
+            float top[Tile::kAccCols];
+#pragma unroll
+            for (int j = 0; j < Tile::kAccCols; ++j) top[j] = acc.at(i, j);
+#pragma unroll
+            for (int n = 1; n < Tile::kAccCols; n *= 2)
+#pragma unroll
+                for (int j = 0; j < Tile::kAccCols; j += 2 * n) top[j] = fmaxf(top[j], top[j + n]);
+            if (top[0] > v[i]) {
+                v[i] = top[0];
+                int at = 0;
+#pragma unroll
+                for (int j = Tile::kAccCols - 1; j > 0; --j) at = acc.at(i, j) == top[0] ? j / 2 * 8 + j % 2 : at;
+                k[i] = mine + (acc.at(i, 0) == top[0] ? 0 : at);
+            }
+        }
+    }
+
+    // The best of the block's columns.  `smem`: kRows * kCols / kWarpCols * 8 bytes.
+    __device__ __forceinline__ void finish(const Result& out, int64_t row0, int64_t rows, int64_t part, unsigned char* smem) {
+        constexpr int kParts = Tile::kCols / Tile::kWarpCols;
+        float* smem_v = reinterpret_cast<float*>(smem);
+        int32_t* smem_k = reinterpret_cast<int32_t*>(smem_v + kParts * Tile::kRows);
+        const int at = Tile::warp_col() / Tile::kWarpCols * Tile::kRows;
+        __syncthreads();  // the tiles in this memory have been read
+#pragma unroll
+        for (int i = 0; i < Tile::kAccRows; ++i) {
+#pragma unroll
+            for (int d = 1; d <= 2; d *= 2) merge(v[i], k[i], __shfl_xor_sync(kAllLanes, v[i], d), __shfl_xor_sync(kAllLanes, k[i], d));
+            if (Tile::lane() % 4 == 0) {
+                smem_v[at + Tile::row(i)] = v[i];
+                smem_k[at + Tile::row(i)] = k[i];
+            }
+        }
+        __syncthreads();  // the warps' results are visible
+        for (int r = int(threadIdx.x); r < Tile::kRows; r += Tile::kThreads) {
+            float bv = smem_v[r];
+            int32_t bk = smem_k[r];
+#pragma unroll
+            for (int p = 1; p < kParts; ++p) merge(bv, bk, smem_v[p * Tile::kRows + r], smem_k[p * Tile::kRows + r]);
+            const int64_t row = row0 + r;
+            if (row >= rows) continue;
+            if (out.idx) {
+                out.idx[row] = bk;
+            } else {
+                out.v[part * rows + row] = bv;
+                out.k[part * rows + row] = bk;
+            }
+        }
+    }
+
+    static __device__ __forceinline__ void merge(float& v, int32_t& k, float v2, int32_t k2) {
+        if (v2 > v || (v2 == v && k2 < k)) {
+            v = v2;
+            k = k2;
+        }
+    }
+};
+
+// Codes of part `part` of `parts`: whole tiles.
+struct Range {
+    int32_t first, end;  // tiles
+};
+__device__ __forceinline__ Range range_of(int64_t tiles, int part, int parts) {
+    return {int32_t(tiles * part / parts), int32_t(tiles * (part + 1) / parts)};
+}
+
+template <class Tile, bool L2>
+__global__ void __launch_bounds__(Tile::kThreads, 2)
+simple_kernel(const Matrix<typename Tile::Type> z, const Matrix<typename Tile::Type> e, const float* half, const Result out, int row_tiles, int parts) {
+    ETT_DYNAMIC_SMEM(smem);
+    const int part = int(blockIdx.x) / row_tiles;
+    const int64_t row0 = int64_t(int(blockIdx.x) - part * row_tiles) * Tile::kRows;
+    const Range range = range_of((e.rows + Tile::kCols - 1) / Tile::kCols, part, parts);
+    Best<Tile> best;
+    best.clear();
+#pragma unroll 1
+    for (int32_t t = range.first; t < range.end; ++t) {
+        gemm::Acc<Tile> acc;
+        acc.clear();
+        gemm::tile_product(acc, z, e, row0, int64_t(t) * Tile::kCols, smem);
+        best.template take<L2>(acc, t * Tile::kCols, e.rows, half);
+    }
+    best.finish(out, row0, z.rows, part, smem);
+}
+
+template <int ROWS, int CODES, int STAGES, int LAG, int BLOCKS> struct Sweep {
+    static constexpr int kDepth = 64;
+    using Tile = gemm::Tile<bf16, ROWS, CODES, kDepth, 64, 64, 2, false, true>;
+    static constexpr int kStages = STAGES, kLag = LAG, kBlocks = BLOCKS, kThreads = Tile::kThreads;
+    static constexpr int kAhead = STAGES - 1 - LAG;  // stages that are under way while one is read
+    static constexpr int64_t smem(int64_t d) { return (d + kDepth - 1) / kDepth * Tile::kBytesA + STAGES * Tile::kBytesB; }
+    static_assert(kAhead >= 1, "copies run ahead of their use");
+};
+
+template <class S, bool L2>
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks)
+sweep_kernel(const Matrix<bf16> z, const Matrix<bf16> e, const float* half, const Result out, int row_tiles, int parts) {
+    using Tile = typename S::Tile;
+    constexpr int kPieces = S::kDepth / 8, kRowsAtOnce = S::kThreads / kPieces;
+    ETT_DYNAMIC_SMEM(smem);
+    const int part = int(blockIdx.x) / row_tiles;
+    const int64_t row0 = int64_t(int(blockIdx.x) - part * row_tiles) * Tile::kRows;
+    const Range range = range_of((e.rows + Tile::kCols - 1) / Tile::kCols, part, parts);
+    const int steps = int((z.cols + S::kDepth - 1) / S::kDepth), total = (range.end - range.first) * steps;
+    unsigned char* const stages = smem + steps * Tile::kBytesA;
+
+    // Copies of codes: every thread has its place in the tile, and walks through the codes stage by stage.
+    const int my_row = int(threadIdx.x) / kPieces, my_col = int(threadIdx.x) % kPieces * 8;
+    const int my_offset = gemm::swizzled<kPieces>(my_row, my_col / 8);
+    const bf16* from = e.p + (int64_t(range.first) * Tile::kCols + my_row) * e.ld + my_col;
+    int64_t code = int64_t(range.first) * Tile::kCols + my_row;
+    int fill_step = 0, fill_slot = 0, filled = 0;
+    auto fill = [&] {
+        if (filled < total) {
+            const smem_addr to = smem_address(stages + fill_slot * Tile::kBytesB + my_offset);
+            const bool in_row = fill_step * S::kDepth + my_col < int(e.cols);
+#pragma unroll
+            for (int i = 0; i < Tile::kCols / kRowsAtOnce; ++i) {
+                const bool valid = in_row && code + i * kRowsAtOnce < e.rows;
+                cp_async16(to + i * kRowsAtOnce * kPieces * 16, valid ? from + i * kRowsAtOnce * e.ld : e.p, valid);
+            }
+            ++filled;
+            fill_slot = fill_slot + 1 == S::kStages ? 0 : fill_slot + 1;
+            from += S::kDepth;
+            if (++fill_step == steps) {
+                fill_step = 0;
+                from += Tile::kCols * e.ld - steps * S::kDepth;
+                code += Tile::kCols;
+            }
+        }
+        cp_async_commit();
+    };
+
+#pragma unroll 1
+    for (int s = 0; s < steps; ++s)
+        gemm::load_tile<Tile::kRows, S::kDepth, S::kThreads>(smem + s * Tile::kBytesA, z, row0, s * S::kDepth);
+#pragma unroll 1
+    for (int s = 0; s < S::kAhead; ++s) fill();
+
+    gemm::Acc<Tile> acc;
+    acc.clear();
+    Best<Tile> best;
+    best.clear();
+    uint32_t fa[2][Tile::kWarpRows / 16][4], fb[2][Tile::kWarpCols / 16][4];
+    int step = 0, slot = 0;
+    int32_t code0 = range.first * Tile::kCols;
+    auto fetch = [&](int s, int sl, int k) {
+        const smem_addr a = smem_address(smem + s * Tile::kBytesA), b = smem_address(stages + sl * Tile::kBytesB);
+#pragma unroll
+        for (int m = 0; m < Tile::kWarpRows / 16; ++m) gemm::load_a<false, kPieces>(fa[k % 2][m], a, Tile::warp_row() + m * 16, k * 16);
+#pragma unroll
+        for (int n = 0; n < Tile::kWarpCols / 16; ++n) gemm::load_b<false, kPieces>(fb[k % 2][n], b, Tile::warp_col() + n * 16, k * 16);
+    };
+    auto multiply = [&](int k) {
+#pragma unroll
+        for (int n = 0; n < Tile::kWarpCols / 8; ++n)
+#pragma unroll
+            for (int m = 0; m < Tile::kWarpRows / 16; ++m)
+                mma_bf16_16816(acc.c[m][n], fa[k % 2][m], fb[k % 2][n / 2][n % 2 * 2], fb[k % 2][n / 2][n % 2 * 2 + 1]);
+    };
+
+    const int lag = S::kLag == 0 || Tile::warp_row() < Tile::kRows / 2 ? 0 : min(S::kLag, steps / 2);
+    cp_async_wait<S::kAhead - 1>();
+    __syncthreads();  // the tokens and the first stage are visible
+    fill();
+    if (lag == 0) fetch(0, 0, 0);
+#pragma unroll 1
+    for (int i = 0; i < total + S::kLag; ++i) {
+        const bool active = S::kLag == 0 || (i >= lag && i < total + lag);
+        if (active) {
+#pragma unroll
+            for (int k = 0; k < 3; ++k) {
+                fetch(step, slot, k + 1);
+                multiply(k);
+            }
+        }
+        cp_async_wait<S::kAhead - 1>();
+        __syncthreads();  // the next stage is visible; nobody reads the oldest any more
+        fill();
+        const bool last = step + 1 == steps;
+        const int next_step = last ? 0 : step + 1, next_slot = slot + 1 == S::kStages ? 0 : slot + 1;
+        if (S::kLag == 0 ? i + 1 < total : i + 1 >= lag && i + 1 < total + lag) {
+            if (S::kLag == 0 || active) fetch(next_step, next_slot, 0);
+            else fetch(0, 0, 0);
+        }
+        if (active) {
+            multiply(3);
+            if (last) {
+                best.template take<L2>(acc, code0, e.rows, half);
+                acc.clear();
+                code0 += Tile::kCols;
+            }
+            step = next_step;
+            slot = next_slot;
+        }
+    }
+    best.finish(out, row0, z.rows, part, smem);
+}
+
+// half[k] = |e[k]|^2 / 2; a warp for a code.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+half_norm_kernel(const Matrix<T> e, float* half, int64_t padded) {
+    const int lane = int(threadIdx.x) % kWarp;
+    for (int64_t k = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / kWarp; k < padded; k += int64_t(gridDim.x) * kThreads / kWarp) {
+        float sum = 0.f;
+        if (k < e.rows)
+            for (int64_t d = lane; d < e.cols; d += kWarp) {
+                const float v = to_float(e.p[k * e.ld + d]);
+                sum = fmaf(v, v, sum);
+            }
+        sum = warp_sum(sum);
+        if (lane == 0) half[k] = 0.5f * sum;
+    }
+}
+
+// idx of all rows from the results of the parts; the first part wins a tie, its codes are the smallest.
+__global__ void __launch_bounds__(kThreads) combine_kernel(const Result from, int32_t* idx, int64_t rows, int parts) {
+    const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    if (row >= rows) return;
+    float best = -INFINITY;
+    int32_t at = 0;
+    for (int p = 0; p < parts; ++p) {
+        const float v = from.v[p * rows + row];
+        if (v > best) {
+            best = v;
+            at = from.k[p * rows + row];
+        }
+    }
+    idx[row] = at;
+}
+
+// An implementation as the host sees it.
+struct Kernel {
+    const char* name;
+    int64_t rows, codes;  // of a block's tile
+    int64_t blocks;       // on a multiprocessor
+    int64_t smem;
+};
+
+// In how many parts to cut the codes: as many as bring the last block to its end soonest. A block costs about
+// two tiles more than its tiles.
+int64_t choose_nearest_parts(const Kernel& kernel, int64_t m, int64_t k, int multiprocessors) {
+    const int64_t row_tiles = ceil_div(m, kernel.rows), tiles = ceil_div(k, kernel.codes), slots = kernel.blocks * multiprocessors;
+    int64_t parts = 1, least = INT64_MAX;
+    for (int64_t p = 1; p <= std::min(tiles, slots); ++p) {
+        const int64_t cost = ceil_div(row_tiles * p, slots) * (ceil_div(tiles, p) + 2);
+        if (cost < least) least = cost, parts = p;
+    }
+    return parts;
+}
+
+// Largest shared memory of a block.
+int64_t most_smem() {
+    int device = 0, n = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&n, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
+        (void)cudaGetLastError();
+        return 0;
+    }
+    return n;
+}
+
+using SimpleBf16 = gemm::Tile<bf16, 128, 128, 32, 64, 64, 4, false, true>;
+using SimpleF32 = gemm::Tile<float, 128, 64, 16, 64, 32, 3, false, true>;
+using Wide = Sweep<256, 128, 6, 2, 1>;
+using Narrow = Sweep<128, 128, 3, 0, 2>;
+
+// The implementations that can do a call, the best one first; `names` as Check::choose takes them.
+struct Choice {
+    Kernel kernels[3];
+    const char* names[4] = {};
+};
+Choice choose_nearest_config(const ett_nearest_args& a, int64_t smem) {
+    Choice c = {};
+    int n = 0;
+    const int64_t d = cols(a.z);
+    auto offer = [&](const Kernel& k) { c.kernels[n] = k, c.names[n++] = k.name; };
+    if (a.z.dtype == ETT_BF16) {
+        if (wide(a.z) && wide(a.e) && d > 0) {
+            const Kernel w = {"wide", Wide::Tile::kRows, Wide::Tile::kCols, Wide::kBlocks, Wide::smem(d)};
+            const Kernel m = {"narrow", Narrow::Tile::kRows, Narrow::Tile::kCols, Narrow::kBlocks, Narrow::smem(d)};
+            if (w.smem <= smem && rows(a.z) > m.rows) offer(w);
+            if (m.smem <= smem) offer(m);
+            if (w.smem <= smem && rows(a.z) <= m.rows) offer(w);
+        }
+        offer({"simple", SimpleBf16::kRows, SimpleBf16::kCols, 2, SimpleBf16::kSmem});
+    } else {
+        offer({"simple", SimpleF32::kRows, SimpleF32::kCols, 2, SimpleF32::kSmem});
+    }
+    return c;
+}
+
+// Workspace: half[codes, padded to whole tiles] for L2, then v[parts, M] and k[parts, M] if there are several parts.
+struct Layout {
+    int64_t half, v, k, bytes;
+};
+Layout layout_of(const ett_nearest_args& a, const Kernel& kernel, int64_t parts) {
+    Layout at = {};
+    const int64_t partial = parts > 1 ? round_up(parts * rows(a.z) * 4, 256) : 0;
+    at.v = a.metric == ETT_METRIC_L2 ? round_up(round_up(rows(a.e), kernel.codes) * 4, 256) : 0;
+    at.k = at.v + partial;
+    at.bytes = at.k + partial;
+    return at;
+}
+
+bool sound(Check& check, const ett_nearest_args* a) {
+    return check.ok() && check.act("z", a->z) && check.type("e", a->e, a->z.dtype) && check.range("e", rows(a->e), 1, INT32_MAX) &&
+           check.matrix("e", a->e, a->z.dtype, rows(a->e), cols(a->z)) && check.vector("idx", a->idx, ETT_I32, rows(a->z)) &&
+           check.range("metric", a->metric, ETT_METRIC_DOT, ETT_METRIC_L2);
+}
+
+}  // namespace
+}  // namespace ett
+
+extern "C" int64_t ett_nearest_workspace(const ett_nearest_args* a) {
+    using namespace ett;
+    Check check("nearest", a);
+    if (!sound(check, a)) return -1;
+    const Choice c = choose_nearest_config(*a, most_smem());
+    int64_t most = 0;
+    for (int i = 0; c.names[i]; ++i)
+        most = std::max(most, layout_of(*a, c.kernels[i], choose_nearest_parts(c.kernels[i], rows(a->z), rows(a->e), multiprocessors())).bytes);
+    return most;
+}
+
+extern "C" int32_t ett_nearest(const ett_nearest_args* a, const ett_launch* l) {
+    using namespace ett;
+    Check check("nearest", a, l);
+    if (!sound(check, a)) return check.status();
+    const int64_t m = rows(a->z), k = rows(a->e);
+    if (m == 0) return ett_done("");
+    const Choice c = choose_nearest_config(*a, most_smem());
+    const char* name = check.choose(l, c.names[0], c.names);
+    if (!check.ok()) return check.status();
+    const Kernel* kernel = c.kernels;
+    while (strcmp(kernel->name, name) != 0) ++kernel;
+    const int64_t parts = choose_nearest_parts(*kernel, m, k, multiprocessors()), row_tiles = ceil_div(m, kernel->rows);
+    const Layout at = layout_of(*a, *kernel, parts);
+    if (!check.workspace(l, at.bytes)) return check.status();
+    unsigned char* const work = static_cast<unsigned char*>(l->workspace);
+    const bool l2 = a->metric == ETT_METRIC_L2;
+    float* const half = reinterpret_cast<float*>(work + at.half);
+    const Result partial = {nullptr, reinterpret_cast<float*>(work + at.v), reinterpret_cast<int32_t*>(work + at.k)};
+    const Result result = parts > 1 ? partial : Result{data<int32_t>(a->idx), nullptr, nullptr};
+
+    int32_t status = ETT_OK;
+    if (l2) {
+        const int64_t padded = round_up(k, kernel->codes);
+        const dim3 grid(unsigned(std::min<int64_t>(ceil_div(padded, kThreads / kWarp), int64_t(multiprocessors()) * 16)));
+        status = with_act(a->z.dtype, [&](auto t) {
+            return launch("nearest", half_norm_kernel<decltype(t)>, grid, dim3(kThreads), 0, l, gemm::matrix<decltype(t)>(a->e), half, padded);
+        });
+    }
+    auto go = [&](auto* dot, auto* distance, int threads, auto t) {
+        return launch("nearest", l2 ? distance : dot, dim3(unsigned(row_tiles * parts)), dim3(unsigned(threads)), size_t(kernel->smem), l,
+                      gemm::matrix<decltype(t)>(a->z), gemm::matrix<decltype(t)>(a->e), half, result, int(row_tiles), int(parts));
+    };
+    if (status != ETT_OK) return status;
+    if (strcmp(name, "wide") == 0)
+        status = go(sweep_kernel<Wide, false>, sweep_kernel<Wide, true>, Wide::kThreads, bf16{});
+    else if (strcmp(name, "narrow") == 0)
+        status = go(sweep_kernel<Narrow, false>, sweep_kernel<Narrow, true>, Narrow::kThreads, bf16{});
+    else if (a->z.dtype == ETT_BF16)
+        status = go(simple_kernel<SimpleBf16, false>, simple_kernel<SimpleBf16, true>, SimpleBf16::kThreads, bf16{});
+    else
+        status = go(simple_kernel<SimpleF32, false>, simple_kernel<SimpleF32, true>, SimpleF32::kThreads, float{});
+    if (status == ETT_OK && parts > 1)
+        status = launch("nearest", combine_kernel, dim3(unsigned(ceil_div(m, kThreads))), dim3(kThreads), 0, l, partial,
+                        data<int32_t>(a->idx), m, int(parts));
+    return status == ETT_OK ? ett_done(name) : status;
+}

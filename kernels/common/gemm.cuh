@@ -1,0 +1,240 @@
+// gemm.cuh: one output tile of a matrix product, accumulated in registers, for all kernels that contain one.
+//
+// A kernel names a Tile, which fixes type, sizes and transposes, and calls tile_product: every thread of the
+// block then holds its part of  op(a)[row0.., :] op(b)[:, col0..]  in an Acc, and does with it what it likes.
+//
+//     using Tile = gemm::Tile<bf16, 128, 128, 32, 64, 64, 3, false, true>;   // y = x w^T
+//     template <class Tile> __global__ void __launch_bounds__(Tile::kThreads)
+//     product(gemm::Matrix<typename Tile::Type> a, gemm::Matrix<typename Tile::Type> b, ...) {
+//         ETT_DYNAMIC_SMEM(smem);                                            // Tile::kSmem bytes
+//         gemm::Acc<Tile> acc;
+//         acc.clear();
+//         gemm::tile_product(acc, a, b, row0, col0, smem);
+//         for i < Tile::kAccRows, j < Tile::kAccCols (both unrolled):
+//             acc.at(i, j) belongs to row0 + Tile::row(i), col0 + Tile::col(j)
+//     }
+//     launch(op, product<Tile>, grid, dim3(Tile::kThreads), Tile::kSmem, l, gemm::matrix<bf16>(view_a), ...);
+//
+// Who holds what, the same for both types, with lane = threadIdx.x % 32:
+//     row(i): i rises by 8 rows; lanes 4g .. 4g+3 of a warp hold the same rows (a sum or maximum over the columns
+//             of the warp's tile is one over j and then over __shfl_xor of 1 and 2).
+//     col(j): columns j and j + 1 (j even) are neighbours, the first of them even: they may be stored as a pair.
+//     The warp's tile begins at (warp_row(), warp_col()) of the block's; warps with the same warp_row() hold the
+//     other columns of the same rows. Elements outside the product hold no meaningful value.
+//
+// bf16: mma.sync m16n8k16, the products are exact and summed in f32. f32: fused multiply-adds; no TF32.
+// Sums run over the inner dimension in ascending order (pieces of 16 for bf16, inside which the tensor core's
+// order holds), so that a value does not depend on which tile of the same type it is in.
+// Operands: row-major, any stride, any size; those that allow it (wide) are copied by 16-byte cp.async, the others
+// element by element. The pipeline is STAGES deep; rows of shared memory are swizzled in pieces of 16 bytes.
+#pragma once
+
+#include "launch.cuh"
+
+namespace ett {
+namespace gemm {
+
+// A matrix as it lies in memory, before op. `vectors`: rows begin on and consist of whole pieces of 16 bytes.
+template <class T> struct Matrix {
+    const T* p;
+    int64_t rows, cols, ld;
+    bool vectors;
+};
+
+template <class T> Matrix<T> matrix(const ett_view& v) { return {data<const T>(v), rows(v), cols(v), stride(v), wide(v)}; }
+
+// Byte offset of 16-byte piece `piece` of row `row` in a tile of shared memory with PIECES to a row. Eight rows
+// at the same piece, and whole rows, fall on all banks evenly.
+template <int PIECES> __device__ __forceinline__ int swizzled(int row, int piece) {
+    static_assert(PIECES == 4 || PIECES % 8 == 0, "rows of 64 bytes or of whole lines of 128 bytes");
+    constexpr int kRows = PIECES == 4 ? 2 : 1;  // in a line
+    return (row * PIECES + (piece ^ (row / kRows & (PIECES == 4 ? 3 : 7)))) * 16;
+}
+
+// Starts the copy of rows [row0, row0 + ROWS) and columns [col0, col0 + COLS) of `m` into the tile at `smem`, zero
+// outside the matrix. Visible to the block after cp_async_commit, cp_async_wait and a barrier.
+template <int ROWS, int COLS, int THREADS, class T>
+__device__ __forceinline__ void load_tile(unsigned char* smem, const Matrix<T>& m, int64_t row0, int64_t col0) {
+    constexpr int kPieces = COLS / kWide<T>;
+    static_assert(ROWS * kPieces % THREADS == 0, "every thread copies equally much");
+    const smem_addr to = smem_address(smem);
+#pragma unroll
+    for (int i = 0; i < ROWS * kPieces / THREADS; ++i) {
+        const int at = i * THREADS + int(threadIdx.x), r = at / kPieces, piece = at % kPieces;
+        const int64_t row = row0 + r, col = col0 + piece * kWide<T>;
+        const T* from = m.p + row * m.ld + col;
+        if (m.vectors) {
+            const bool valid = row < m.rows && col < m.cols;
+            cp_async16(to + swizzled<kPieces>(r, piece), valid ? from : m.p, valid);
+        } else {
+            Vec<T, kWide<T>> v;
+#pragma unroll
+            for (int e = 0; e < kWide<T>; ++e) v.v[e] = row < m.rows && col + e < m.cols ? from[e] : T{};
+            *reinterpret_cast<Vec<T, kWide<T>>*>(smem + swizzled<kPieces>(r, piece)) = v;
+        }
+    }
+}
+
+// Fragments of mma_bf16_16816 out of a tile with PIECES pieces to a row. TRANS: the tile is [depth][rows of the
+// product] (or columns), else [rows][depth]. First row `r`, column `c` and depth `k`: multiples of 16, so that ^ adds.
+template <bool TRANS, int PIECES> __device__ __forceinline__ void load_a(uint32_t (&a)[4], smem_addr tile, int r, int k) {
+    const int lane = int(threadIdx.x) % 32;
+    if constexpr (TRANS)
+        ldmatrix_x4_trans(a, tile + swizzled<PIECES>(k + lane % 8 + lane / 16 * 8, r / 8 ^ lane / 8 % 2));
+    else
+        ldmatrix_x4(a, tile + swizzled<PIECES>(r + lane % 16, k / 8 ^ lane / 16));
+}
+// Two fragments of 8 columns each: b[0], b[1] and b[2], b[3].
+template <bool TRANS, int PIECES> __device__ __forceinline__ void load_b(uint32_t (&b)[4], smem_addr tile, int c, int k) {
+    const int lane = int(threadIdx.x) % 32;
+    if constexpr (TRANS)
+        ldmatrix_x4_trans(b, tile + swizzled<PIECES>(k + lane % 16, c / 8 ^ lane / 16));
+    else
+        ldmatrix_x4(b, tile + swizzled<PIECES>(c + lane % 8 + lane / 16 * 8, k / 8 ^ lane / 8 % 2));
+}
+
+// A block's tile of ROWS x COLS, cut among the warps into WARP_ROWS x WARP_COLS, DEPTH of the inner dimension in
+// each of STAGES stages. TA, TB: a is stored [depth, rows], b is stored [columns, depth].
+template <class T, int ROWS, int COLS, int DEPTH, int WARP_ROWS, int WARP_COLS, int STAGES, bool TA, bool TB> struct Tile {
+    using Type = T;
+    static constexpr bool kTa = TA, kTb = TB;
+    static constexpr int kRows = ROWS, kCols = COLS, kDepth = DEPTH, kWarpRows = WARP_ROWS, kWarpCols = WARP_COLS, kStages = STAGES;
+    static constexpr int kThreads = ROWS / WARP_ROWS * (COLS / WARP_COLS) * 32;
+    static constexpr int kAccRows = WARP_ROWS / 8, kAccCols = WARP_COLS / 4;
+    // Shape of the tiles as stored.
+    static constexpr int kRowsA = TA ? DEPTH : ROWS, kColsA = TA ? ROWS : DEPTH;
+    static constexpr int kRowsB = TB ? COLS : DEPTH, kColsB = TB ? DEPTH : COLS;
+    static constexpr int kBytesA = ROWS * DEPTH * int(sizeof(T)), kBytesB = COLS * DEPTH * int(sizeof(T));
+    static constexpr int kSmem = STAGES * (kBytesA + kBytesB);
+
+    static_assert(ROWS % WARP_ROWS == 0 && COLS % WARP_COLS == 0, "the warps' tiles fill the block's");
+    static_assert(WARP_ROWS % 16 == 0 && WARP_COLS % 16 == 0 && DEPTH % 16 == 0, "fragments are 16 wide");
+    static_assert(STAGES >= 2, "one stage is filled while another is read");
+    static_assert(kSmem <= 163 * 1024, "shared memory of an sm_80 multiprocessor");
+
+    static __device__ __forceinline__ int lane() { return int(threadIdx.x) % 32; }
+    static __device__ __forceinline__ int warp_row() { return int(threadIdx.x) / 32 / (COLS / WARP_COLS) * WARP_ROWS; }
+    static __device__ __forceinline__ int warp_col() { return int(threadIdx.x) / 32 % (COLS / WARP_COLS) * WARP_COLS; }
+    static __device__ __forceinline__ int row(int i) { return warp_row() + i * 8 + lane() / 4; }
+    static __device__ __forceinline__ int col(int j) { return warp_col() + j / 2 * 8 + lane() % 4 * 2 + j % 2; }
+};
+
+// A thread's part of a tile.
+template <class Tile> struct Acc {
+    float c[Tile::kAccRows / 2][Tile::kAccCols / 2][4];  // as mma_bf16_16816 has them
+
+    __device__ __forceinline__ float& at(int i, int j) { return c[i / 2][j / 2][i % 2 * 2 + j % 2]; }
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < Tile::kAccRows; ++i)
+#pragma unroll
+            for (int j = 0; j < Tile::kAccCols; ++j) at(i, j) = 0.f;
+    }
+};
+
+// acc += a b of one stage, by tensor cores.
+template <class Tile> __device__ __forceinline__ void stage_product(Acc<Tile>& acc, const bf16* a, const bf16* b) {
+    constexpr int kPiecesA = Tile::kColsA / 8, kPiecesB = Tile::kColsB / 8;
+    const smem_addr tile_a = smem_address(a), tile_b = smem_address(b);
+    const int row = Tile::warp_row(), col = Tile::warp_col();
+#pragma unroll
+    for (int k = 0; k < Tile::kDepth; k += 16) {
+        uint32_t fa[Tile::kWarpRows / 16][4], fb[Tile::kWarpCols / 16][4];
+#pragma unroll
+        for (int m = 0; m < Tile::kWarpRows / 16; ++m) load_a<Tile::kTa, kPiecesA>(fa[m], tile_a, row + m * 16, k);
+#pragma unroll
+        for (int n = 0; n < Tile::kWarpCols / 16; ++n) load_b<!Tile::kTb, kPiecesB>(fb[n], tile_b, col + n * 16, k);
+#pragma unroll
+        for (int m = 0; m < Tile::kWarpRows / 16; ++m)
+#pragma unroll
+            for (int n = 0; n < Tile::kWarpCols / 8; ++n)
+                mma_bf16_16816(acc.c[m][n], fa[m], fb[n / 2][n % 2 * 2], fb[n / 2][n % 2 * 2 + 1]);
+    }
+}
+
+// N neighbouring elements of a tile of floats with PIECES pieces to a row; N and `at` divide 4.
+template <int N, int PIECES> __device__ __forceinline__ void load_floats(float (&out)[N], const float* tile, int row, int at) {
+    load<N>(out, reinterpret_cast<const float*>(reinterpret_cast<const unsigned char*>(tile) + swizzled<PIECES>(row, at / 4)) + at % 4);
+}
+
+// The same for floats, by fused multiply-adds: four steps of depth at a time.
+template <class Tile> __device__ __forceinline__ void stage_product(Acc<Tile>& acc, const float* a, const float* b) {
+    constexpr int kPiecesA = Tile::kColsA / 4, kPiecesB = Tile::kColsB / 4;
+#pragma unroll 1
+    for (int k = 0; k < Tile::kDepth; k += 4) {
+        float fa[Tile::kAccRows][4];
+#pragma unroll
+        for (int i = 0; i < Tile::kAccRows; ++i) {
+            if constexpr (Tile::kTa) {
+#pragma unroll
+                for (int s = 0; s < 4; ++s) {
+                    float one[1];
+                    load_floats<1, kPiecesA>(one, a, k + s, Tile::row(i));
+                    fa[i][s] = one[0];
+                }
+            } else {
+                load_floats<4, kPiecesA>(fa[i], a, Tile::row(i), k);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < Tile::kAccCols; j += 2) {
+            float fb[2][4];
+            if constexpr (Tile::kTb) {
+                load_floats<4, kPiecesB>(fb[0], b, Tile::col(j), k);
+                load_floats<4, kPiecesB>(fb[1], b, Tile::col(j + 1), k);
+            } else {
+#pragma unroll
+                for (int s = 0; s < 4; ++s) {
+                    float two[2];
+                    load_floats<2, kPiecesB>(two, b, k + s, Tile::col(j));
+                    fb[0][s] = two[0];
+                    fb[1][s] = two[1];
+                }
+            }
+#pragma unroll
+            for (int s = 0; s < 4; ++s)
+#pragma unroll
+                for (int i = 0; i < Tile::kAccRows; ++i) {
+                    acc.at(i, j) = fmaf(fa[i][s], fb[0][s], acc.at(i, j));
+                    acc.at(i, j + 1) = fmaf(fa[i][s], fb[1][s], acc.at(i, j + 1));
+                }
+        }
+    }
+}
+
+// acc += op(a)[row0 .. row0 + kRows, :] op(b)[:, col0 .. col0 + kCols]; what lies outside a matrix counts as 0.
+// The whole block calls it, with the same arguments. `smem`: Tile::kSmem bytes on a multiple of 128, free again
+// after the next barrier that follows the call.
+template <class Tile>
+__device__ __forceinline__ void tile_product(Acc<Tile>& acc, const Matrix<typename Tile::Type>& a, const Matrix<typename Tile::Type>& b,
+                                             int64_t row0, int64_t col0, unsigned char* smem) {
+    using T = typename Tile::Type;
+    const int64_t depth = Tile::kTa ? a.rows : a.cols;
+    const int64_t steps = (depth + Tile::kDepth - 1) / Tile::kDepth;
+    auto stage_a = [&](int s) { return smem + s * (Tile::kBytesA + Tile::kBytesB); };
+    auto stage_b = [&](int s) { return stage_a(s) + Tile::kBytesA; };
+    auto fill = [&](int64_t step, int s) {
+        if (step < steps) {
+            const int64_t k = step * Tile::kDepth;
+            load_tile<Tile::kRowsA, Tile::kColsA, Tile::kThreads>(stage_a(s), a, Tile::kTa ? k : row0, Tile::kTa ? row0 : k);
+            load_tile<Tile::kRowsB, Tile::kColsB, Tile::kThreads>(stage_b(s), b, Tile::kTb ? col0 : k, Tile::kTb ? k : col0);
+        }
+        cp_async_commit();  // an empty group past the end keeps the count of groups right
+    };
+    __syncthreads();  // whatever the block read from this memory before, it is done with it
+#pragma unroll 1
+    for (int s = 0; s < Tile::kStages - 1; ++s) fill(s, s);
+    int here = 0, next = Tile::kStages - 1;
+#pragma unroll 1
+    for (int64_t step = 0; step < steps; ++step) {
+        cp_async_wait<Tile::kStages - 2>();
+        __syncthreads();  // everybody's part of this stage has arrived; everybody is done with the one filled next
+        fill(step + Tile::kStages - 1, next);
+        stage_product(acc, reinterpret_cast<const T*>(stage_a(here)), reinterpret_cast<const T*>(stage_b(here)));
+        here = here + 1 == Tile::kStages ? 0 : here + 1;
+        next = next + 1 == Tile::kStages ? 0 : next + 1;
+    }
+}
+
+}  // namespace gemm
+}  // namespace ett

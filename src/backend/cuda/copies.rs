@@ -1,0 +1,171 @@
+//! Copies between host and device through pinned memory: the caller's bytes are free at once, and reading back does
+//! not wait until somebody asks for the value.
+
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::{CudaEvent, DriverError, result, sys};
+
+use super::arena::Gpu;
+use super::{call, ffi};
+use crate::backend::{In, Pending};
+use crate::error::Result;
+
+/// Larger copies are cut into pieces of this size.
+const PIECE: usize = 32 << 20;
+/// Pinned memory that is kept; beyond it a copy waits for an earlier one.
+const KEPT: usize = 256 << 20;
+
+/// Pinned blocks, handed out again once their copy is done.
+pub(super) struct Pinned {
+    gpu: Arc<Gpu>,
+    blocks: Mutex<Vec<Block>>,
+}
+
+struct Block {
+    at: *mut u8,
+    bytes: usize,
+    done: CudaEvent,
+}
+
+// The pointer is to host memory that belongs to whoever holds the block.
+unsafe impl Send for Block {}
+
+impl Pinned {
+    pub(super) fn new(gpu: Arc<Gpu>) -> Self {
+        Pinned { gpu, blocks: Mutex::default() }
+    }
+
+    /// A block of at least `bytes` that no copy uses.
+    fn take(&self, bytes: usize) -> std::result::Result<Block, DriverError> {
+        let size = bytes.max(4096).next_power_of_two();
+        {
+            let mut all = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(i) = all.iter().position(|b| b.bytes == size && b.done.is_complete()) {
+                return Ok(all.swap_remove(i));
+            }
+            let held: usize = all.iter().map(|b| b.bytes).sum();
+            if held + size > KEPT
+                && let Some(i) = all.iter().position(|b| b.bytes == size)
+            {
+                let block = all.swap_remove(i);
+                block.done.synchronize()?;
+                return Ok(block);
+            }
+        }
+        self.gpu.context.bind_to_thread()?;
+        let at = unsafe { result::malloc_host(size, 0)? };
+        Ok(Block { at: at.cast(), bytes: size, done: self.gpu.context.new_event(None)? })
+    }
+
+    fn give(&self, block: Block) {
+        self.blocks.lock().unwrap_or_else(PoisonError::into_inner).push(block);
+    }
+
+    /// Enqueues a copy of `src` to `dst` on `stream`.
+    pub(super) fn copy_in(
+        &self,
+        stream: &cudarc::driver::CudaStream,
+        src: &[u8],
+        dst: u64,
+    ) -> std::result::Result<(), DriverError> {
+        for (i, piece) in src.chunks(PIECE).enumerate() {
+            let block = self.take(piece.len())?;
+            // The block is at least as long as the piece, and nobody else holds it.
+            unsafe {
+                std::ptr::copy_nonoverlapping(piece.as_ptr(), block.at, piece.len());
+                let from = std::slice::from_raw_parts(block.at, piece.len());
+                result::memcpy_htod_async(dst + (i * PIECE) as u64, from, stream.cu_stream())?;
+            }
+            block.done.record(stream)?;
+            self.give(block);
+        }
+        Ok(())
+    }
+
+    /// Enqueues a copy of `src` to the host on `stream`, and of the fault slot after it.
+    pub(super) fn read_later(
+        self: &Arc<Self>,
+        stream: &cudarc::driver::CudaStream,
+        src: In,
+        fault: u64,
+    ) -> std::result::Result<Pending, DriverError> {
+        let (rows, width) = (src.dims.rows(), src.dims.cols() * src.dtype.size());
+        let bytes = rows * width;
+        let slot = bytes.next_multiple_of(8);
+        let block = self.take(slot + size_of::<ffi::ett_fault>())?;
+        let from = src.buf.addr() + src.off;
+        // The block holds both copies; the views were checked by the caller.
+        unsafe {
+            let to = |at: usize, n: usize| std::slice::from_raw_parts_mut(block.at.add(at), n);
+            if bytes > 0 && src.is_contiguous() {
+                result::memcpy_dtoh_async(to(0, bytes), from, stream.cu_stream())?;
+            } else if bytes > 0 {
+                let mut copy: sys::CUDA_MEMCPY2D = std::mem::zeroed();
+                copy.srcMemoryType = sys::CUmemorytype::CU_MEMORYTYPE_DEVICE;
+                copy.srcDevice = from;
+                copy.srcPitch = src.ld as usize * src.dtype.size();
+                copy.dstMemoryType = sys::CUmemorytype::CU_MEMORYTYPE_HOST;
+                copy.dstHost = block.at.cast::<c_void>();
+                copy.dstPitch = width;
+                (copy.WidthInBytes, copy.Height) = (width, rows);
+                sys::cuMemcpy2DAsync_v2(&copy, stream.cu_stream()).result()?;
+            }
+            let n = size_of::<ffi::ett_fault>();
+            result::memcpy_dtoh_async(to(slot, n), fault, stream.cu_stream())?;
+        }
+        block.done.record(stream)?;
+        let held = Held { block: Some(block), home: self.clone() };
+        let gpu = self.gpu.clone();
+        Ok(Pending::new(move || held.wait(&gpu, bytes, slot, fault)))
+    }
+}
+
+/// A block whose copy is on its way.
+struct Held {
+    block: Option<Block>,
+    home: Arc<Pinned>,
+}
+
+impl Held {
+    fn wait(self, gpu: &Gpu, bytes: usize, slot: usize, fault: u64) -> Result<Vec<u8>> {
+        let Some(block) = &self.block else { return Ok(Vec::new()) };
+        block.done.synchronize().map_err(|e| gpu.error("waiting for a value", e))?;
+        // Both copies are done.
+        let (v, found) = unsafe {
+            let v = std::slice::from_raw_parts(block.at, bytes).to_vec();
+            (v, std::ptr::read(block.at.add(slot).cast::<ffi::ett_fault>()))
+        };
+        match call::fault(&found) {
+            None => Ok(v),
+            Some(error) => {
+                // Told once: the slot takes the next fault.
+                let n = size_of::<ffi::ett_fault>();
+                let clear = unsafe { result::memset_d8_async(fault, 0, n, gpu.compute.cu_stream()) };
+                clear.map_err(|e| gpu.error("clearing a fault", e))?;
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Some(block) = self.block.take() {
+            self.home.give(block);
+        }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if self.gpu.context.bind_to_thread().is_err() {
+            return;
+        }
+        for block in self.blocks.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            // A device that fails here has failed elsewhere, where it is reported.
+            let _ = block.done.synchronize();
+            let _ = unsafe { result::free_host(block.at.cast()) };
+        }
+    }
+}

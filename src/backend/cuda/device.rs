@@ -1,0 +1,418 @@
+//! A GPU as a device.
+
+use std::collections::HashSet;
+use std::ffi::{CString, c_void};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::{CudaContext, CudaStream, result, sys};
+
+use super::arena::{Arena, Gpu, keep_pool};
+use super::call::{self, ToC};
+use super::copies::Pinned;
+use super::products::{Product, Products, WORKSPACE};
+use super::{ffi, record};
+use crate::backend::*;
+use crate::error::{Error, Result};
+
+/// The CUDA release that the kernels were compiled with, as the driver counts: 1000 * major + 10 * minor.
+const CUDA: i32 = 13000;
+/// The oldest compute capability that the kernels were compiled for.
+const OLDEST: (i32, i32) = (8, 0);
+
+/// How a GPU is used.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Wait after every launch, so that an error names its kernel.
+    pub sync: bool,
+    /// Fill every allocation with NaN (-1 for indices), for tests.
+    pub poison: bool,
+    /// Implementations to use instead of the ones that kernels choose: `op=kernel,op=kernel`.
+    pub force: String,
+}
+
+impl Options {
+    /// From `ETT_SYNC` (1: on) and `ETT_FORCE`.
+    pub fn from_env() -> Self {
+        Options {
+            sync: std::env::var("ETT_SYNC").is_ok_and(|v| v != "0"),
+            poison: false,
+            force: std::env::var("ETT_FORCE").unwrap_or_default(),
+        }
+    }
+}
+
+/// A GPU.
+pub struct Cuda {
+    gpu: Arc<Gpu>,
+    /// Where memory comes from: the device's arena, or that of the recording under way.
+    arena: Mutex<Arc<Arena>>,
+    pinned: Arc<Pinned>,
+    products: Option<Products>,
+    products_workspace: Buffer,
+    fault: Buffer,
+    sync: bool,
+    poison: bool,
+    forced: Vec<(&'static str, CString)>,
+    /// Kernels that were logged already.
+    seen: Mutex<HashSet<(&'static str, &'static str)>>,
+}
+
+impl Cuda {
+    /// Opens GPU `ordinal` with [`Options::from_env`].
+    pub fn new(ordinal: usize) -> Result<Self> {
+        Self::with(ordinal, &Options::from_env())
+    }
+
+    /// GPUs that the driver shows; an error says why there is none.
+    pub fn count() -> Result<usize> {
+        // Asked first: the driver's functions panic if the library is missing.
+        if !unsafe { sys::is_culib_present() } {
+            let what = "libcuda.so.1 was not found: install the NVIDIA driver, or run on the CPU";
+            return Err(Error::device("cuda", what));
+        }
+        let explain = |e: cudarc::driver::DriverError| {
+            let text = e.error_string().ok().and_then(|s| s.to_str().ok()).unwrap_or("unknown error");
+            Error::device(
+                "cuda",
+                format!("the driver does not start ({text}): see nvidia-smi, or run on the CPU"),
+            )
+        };
+        let mut version = 0;
+        unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(explain)?;
+        if version < CUDA {
+            let text = |v: i32| format!("{}.{}", v / 1000, v % 1000 / 10);
+            let (has, wants) = (text(version), text(CUDA));
+            let what = format!(
+                "the driver knows CUDA {has}, the kernels were built with {wants}: update the driver"
+            );
+            return Err(Error::device("cuda", what));
+        }
+        result::init().map_err(explain)?;
+        let n = CudaContext::device_count().map_err(explain)?;
+        Ok(n.max(0) as usize)
+    }
+
+    /// Opens GPU `ordinal`.
+    pub fn with(ordinal: usize, options: &Options) -> Result<Self> {
+        let n = Self::count()?;
+        let name = format!("cuda:{ordinal}");
+        if ordinal >= n {
+            let what = format!("there is no such GPU, the driver shows {n}: name another, or run on the CPU");
+            return Err(Error::device(name, what));
+        }
+        let fail = |e: cudarc::driver::DriverError| {
+            let text = e.error_string().ok().and_then(|s| s.to_str().ok()).unwrap_or("unknown error");
+            Error::device(&name, format!("cannot be opened: {text}"))
+        };
+        let context = CudaContext::new(ordinal).map_err(fail)?;
+        // Before the first allocation: the tracking of events breaks recordings.
+        unsafe { context.disable_event_tracking() };
+        let capability = context.compute_capability().map_err(fail)?;
+        if capability < OLDEST {
+            let model = context.name().map_err(fail)?;
+            let ((a, b), (c, d)) = (capability, OLDEST);
+            let what = format!("{model} has compute capability {a}.{b}, the kernels need {c}.{d} or newer");
+            return Err(Error::device(name, what));
+        }
+        keep_pool(&context).map_err(fail)?;
+        let gpu = Arc::new(Gpu::new(name.clone(), context).map_err(fail)?);
+        let arena = Arc::new(Arena::new(gpu.clone(), false));
+        let take = |role, bytes: usize| -> Result<Buffer> {
+            Ok(Buffer::new(arena.take(role, bytes)?, bytes, role, arena.clone()))
+        };
+        let fault = take(Role::Input, size_of::<ffi::ett_fault>())?;
+        unsafe { result::memset_d8_async(fault.addr(), 0, fault.bytes(), gpu.compute.cu_stream()) }
+            .map_err(fail)?;
+        let products =
+            Products::new().map_err(|e| Error::device(&name, format!("cuBLASLt does not start: {e}")))?;
+        if products.is_none() {
+            tracing::warn!("cuBLASLt was not found: products run on the portable kernel, which is slower");
+        }
+        let products_workspace = take(Role::Workspace, if products.is_some() { WORKSPACE } else { 0 })?;
+        Ok(Cuda {
+            pinned: Arc::new(Pinned::new(gpu.clone())),
+            arena: Mutex::new(arena),
+            products,
+            products_workspace,
+            fault,
+            sync: options.sync,
+            poison: options.poison,
+            forced: call::forced(&options.force)?,
+            seen: Mutex::default(),
+            gpu,
+        })
+    }
+
+    /// The GPU's model, such as "NVIDIA H200".
+    pub fn model(&self) -> Result<String> {
+        self.gpu.context.name().map_err(|e| self.gpu.error("asking for the name", e))
+    }
+
+    /// The device's own time for what `work` enqueues on the compute stream.
+    pub fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<std::time::Duration> {
+        let fail = |e| self.gpu.error("timing with events", e);
+        let timed = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+        self.synchronize()?;
+        let start = self.gpu.compute.record_event(timed).map_err(fail)?;
+        work()?;
+        let end = self.gpu.compute.record_event(timed).map_err(fail)?;
+        let ms = start.elapsed_ms(&end).map_err(fail)?;
+        Ok(std::time::Duration::from_secs_f64(f64::from(ms) * 1e-3))
+    }
+
+    /// Copies bytes from one contiguous view to another of the same size by the driver's own copy: the measure of
+    /// memory speed.
+    pub fn copy(&self, x: In, y: Out) -> Result<()> {
+        check_view("copy", "x", &x)?;
+        check_view("copy", "y", &y.0)?;
+        if x.bytes() != y.0.bytes() || !x.is_contiguous() || !y.0.is_contiguous() {
+            return Err(Error::arg("copy", "y", y.0.dims, format!("{} contiguous bytes", x.bytes())));
+        }
+        let (from, to) = (x.buf.addr() + x.off, y.0.buf.addr() + y.0.off);
+        let bound = self.gpu.context.bind_to_thread();
+        let copied = bound.and_then(|()| unsafe {
+            result::memcpy_dtod_async(to, from, x.bytes() as usize, self.gpu.compute.cu_stream())
+        });
+        copied.map_err(|e| self.gpu.error("copy", e))
+    }
+
+    fn stream(&self, s: Stream) -> &CudaStream {
+        if s == Stream::COPY { &self.gpu.copy } else { &self.gpu.compute }
+    }
+
+    fn recording(&self) -> bool {
+        let state = unsafe { result::stream::is_capturing(self.gpu.compute.cu_stream()) };
+        !matches!(state, Ok(sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE))
+    }
+
+    /// The implementation that is forced for `op`.
+    fn force(&self, op: &str) -> Option<&CString> {
+        self.forced.iter().find(|(name, _)| *name == op).map(|(_, kernel)| kernel)
+    }
+
+    fn launch<A: Args + ToC>(
+        &self,
+        s: Stream,
+        a: &A,
+        query: unsafe extern "C" fn(*const A::C) -> i64,
+        run: unsafe extern "C" fn(*const A::C, *const ffi::ett_launch) -> i32,
+    ) -> Result<()> {
+        let name = a.kernel();
+        if s != Stream::COMPUTE {
+            return Err(Error::arg(name, "stream", s.0, "the compute stream: the other one copies"));
+        }
+        for (arg, _, v) in a.views() {
+            check_view(name, arg, &v)?;
+        }
+        self.gpu.context.bind_to_thread().map_err(|e| self.gpu.error(name, e))?;
+        let c = a.to_c();
+        // The struct is what the query and the launcher take; both only read it.
+        let bytes = unsafe { query(&c) };
+        let kernel = match self.library_product(name, std::ptr::from_ref(&c).cast())? {
+            true => "cublaslt",
+            false => {
+                let workspace = match usize::try_from(bytes) {
+                    Ok(bytes) if bytes > 0 => Some(self.alloc(Role::Workspace, bytes)?),
+                    _ => None,
+                };
+                let launch = ffi::ett_launch {
+                    stream: self.gpu.compute.cu_stream(),
+                    workspace: workspace.as_ref().map_or(std::ptr::null_mut(), |w| w.addr() as *mut c_void),
+                    workspace_bytes: bytes.max(0),
+                    fault: self.fault.addr() as *mut ffi::ett_fault,
+                    number: call::number(name),
+                    force: self.force(name).map_or(std::ptr::null(), |k| k.as_ptr()),
+                };
+                let code = unsafe { run(&c, &launch) };
+                if code != 0 {
+                    let mut last = unsafe { std::mem::zeroed::<ffi::ett_status>() };
+                    unsafe { ffi::ett_last_status(&mut last) };
+                    call::check(name, &self.gpu.name, code, &last)?;
+                }
+                // The workspace goes back here: whoever gets it next runs after this kernel, on the same stream.
+                call::kernel_name(unsafe { ffi::ett_last_kernel() })
+            }
+        };
+        if tracing::enabled!(tracing::Level::DEBUG)
+            && self.seen.lock().unwrap_or_else(PoisonError::into_inner).insert((name, kernel))
+        {
+            let views: Vec<String> =
+                a.views().iter().map(|(n, _, v)| format!("{n} {} {}", v.dims, v.dtype)).collect();
+            tracing::debug!(op = name, kernel, "first launch: {}", views.join(", "));
+        }
+        if self.sync && !self.recording() {
+            self.gpu
+                .compute
+                .synchronize()
+                .map_err(|e| self.gpu.error(&format!("{name} ({kernel}) failed"), e))?;
+        }
+        Ok(())
+    }
+
+    /// Runs a product on cuBLASLt; false if this kernel is none, if another implementation is forced, or if the
+    /// library has none for it. `args` is the C struct of kernel `name`.
+    fn library_product(&self, name: &'static str, args: *const c_void) -> Result<bool> {
+        let Some(products) = &self.products else { return Ok(false) };
+        let forced = self.force(name).map(|k| k.as_bytes());
+        if forced.is_some_and(|k| k != b"cublaslt") {
+            return Ok(false);
+        }
+        fn there(v: &ffi::ett_view) -> Option<&ffi::ett_view> {
+            (!v.ptr.is_null()).then_some(v)
+        }
+        let stream = self.gpu.compute.cu_stream().cast();
+        let scratch = self.products_workspace.addr();
+        let product = match name {
+            "matmul" => {
+                let a = unsafe { &*args.cast::<ffi::ett_matmul_args>() };
+                let (ta, tb, bias) = (a.ta != 0, a.tb != 0, there(&a.bias));
+                Product { a: &a.a, b: &a.b, ta, tb, bias, y: &a.y, pre: None, add: false }
+            }
+            "matmul_acc" => {
+                let a = unsafe { &*args.cast::<ffi::ett_matmul_acc_args>() };
+                let (ta, tb) = (a.ta != 0, a.tb != 0);
+                Product { a: &a.a, b: &a.b, ta, tb, bias: None, y: &a.y, pre: None, add: true }
+            }
+            "linear_gelu" => {
+                let a = unsafe { &*args.cast::<ffi::ett_linear_gelu_args>() };
+                let (bias, pre) = (there(&a.bias), there(&a.pre));
+                Product { a: &a.x, b: &a.w, ta: false, tb: true, bias, y: &a.y, pre, add: false }
+            }
+            _ => return Ok(false),
+        };
+        let done = products.run(&product, scratch, stream);
+        let done =
+            done.map_err(|e| Error::device(&self.gpu.name, format!("{name} failed in cuBLASLt: {e}")))?;
+        match (done, forced) {
+            (false, Some(_)) => Err(Error::Unsupported {
+                op: name,
+                what: "this shape on cuBLASLt, which ETT_FORCE names,".into(),
+                device: self.gpu.name.clone(),
+            }),
+            _ => Ok(done),
+        }
+    }
+
+    fn record_into(
+        &self,
+        arena: Arc<Arena>,
+        work: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Box<dyn Recording>> {
+        let fail = |what: &'static str| move |e| self.gpu.error(what, e);
+        record::begin(&self.gpu).map_err(fail("starting a recording"))?;
+        let before =
+            std::mem::replace(&mut *self.arena.lock().unwrap_or_else(PoisonError::into_inner), arena.clone());
+        let worked = work();
+        *self.arena.lock().unwrap_or_else(PoisonError::into_inner) = before;
+        let graph = record::end(&self.gpu, arena).map_err(fail("ending a recording"));
+        worked?;
+        Ok(Box::new(graph?))
+    }
+}
+
+/// One GPU is one rank.
+impl Collectives for Cuda {
+    fn reduce_scatter(&self, s: Stream, x: In, y: Out) -> Result<()> {
+        self.all_gather(s, x, y)
+    }
+    fn all_gather(&self, s: Stream, x: In, y: Out) -> Result<()> {
+        self.cast(s, &Cast { x, y })
+    }
+}
+
+impl Device for Cuda {
+    fn name(&self) -> String {
+        match self.model() {
+            Ok(model) => format!("{} ({model})", self.gpu.name),
+            Err(_) => self.gpu.name.clone(),
+        }
+    }
+
+    fn alloc(&self, role: Role, bytes: usize) -> Result<Buffer> {
+        let arena = self.arena.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let buffer = Buffer::new(arena.take(role, bytes)?, bytes, role, arena);
+        if self.poison && bytes > 0 {
+            self.gpu.context.bind_to_thread().map_err(|e| self.gpu.error("alloc", e))?;
+            let filled =
+                unsafe { result::memset_d8_async(buffer.addr(), 0xff, bytes, self.gpu.compute.cu_stream()) };
+            filled.map_err(|e| self.gpu.error("filling new memory", e))?;
+        }
+        Ok(buffer)
+    }
+
+    fn copy_in(&self, s: Stream, src: &[u8], dst: Out) -> Result<()> {
+        check_view("copy_in", "dst", &dst.0)?;
+        if dst.0.bytes() != src.len() as u64 || !dst.0.is_contiguous() {
+            return Err(Error::arg(
+                "copy_in",
+                "src",
+                src.len(),
+                format!("{} contiguous bytes", dst.0.bytes()),
+            ));
+        }
+        if self.recording() {
+            return Err(Error::arg(
+                "copy_in",
+                "src",
+                "a copy from the host within a recording",
+                "none there",
+            ));
+        }
+        self.gpu.context.bind_to_thread().map_err(|e| self.gpu.error("copy_in", e))?;
+        let to = dst.0.buf.addr() + dst.0.off;
+        self.pinned.copy_in(self.stream(s), src, to).map_err(|e| self.gpu.error("copying to the device", e))
+    }
+
+    fn read_later(&self, s: Stream, src: In) -> Result<Pending> {
+        check_view("read_later", "src", &src)?;
+        if self.recording() {
+            return Err(Error::arg(
+                "read_later",
+                "src",
+                "a copy to the host within a recording",
+                "none there",
+            ));
+        }
+        self.gpu.context.bind_to_thread().map_err(|e| self.gpu.error("read_later", e))?;
+        let pending = self.pinned.read_later(self.stream(s), src, self.fault.addr());
+        pending.map_err(|e| self.gpu.error("copying from the device", e))
+    }
+
+    fn order(&self, before: Stream, after: Stream) -> Result<()> {
+        let done = self.stream(before).record_event(None).and_then(|e| self.stream(after).wait(&e));
+        done.map_err(|e| self.gpu.error("ordering two streams", e))
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        let done = self.gpu.copy.synchronize().and_then(|()| self.gpu.compute.synchronize());
+        done.map_err(|e| self.gpu.error("waiting for the device", e))
+    }
+
+    fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Box<dyn Recording>>> {
+        if self.recording() {
+            return Err(Error::arg("record", "work", "a recording within a recording", "one at a time"));
+        }
+        self.record_into(Arc::new(Arena::new(self.gpu.clone(), true)), work).map(Some)
+    }
+
+    fn collectives(&self) -> &dyn Collectives {
+        self
+    }
+
+    fn memory(&self) -> Memory {
+        self.gpu.memory.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+macro_rules! impl_cuda {
+    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => {
+        $($(#[$fdoc:meta])* $field:ident: $ty:ty,)*
+    })*) => { pastey::paste! {
+        impl Kernels for Cuda {
+            $(fn $name(&self, s: Stream, a: &$args<'_>) -> Result<()> {
+                self.launch(s, a, ffi::[<ett_ $name _workspace>], ffi::[<ett_ $name>])
+            })*
+        }
+    } };
+}
+contract::kernel_table!(impl_cuda);

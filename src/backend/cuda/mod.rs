@@ -1,0 +1,26 @@
+//! CUDA: the contract through the C interface of `kernels/`.
+//!
+//! [`Cuda`] runs the launchers on a GPU; it exists in builds that found nvcc (`cfg(ett_cuda)`). [`Shim`] runs the
+//! same sources, compiled for the host, on the CPU: for tests on machines without a GPU. Both turn the contract's
+//! arguments into the C structs of [`ffi`], which bindgen makes from the header.
+
+mod call;
+#[allow(missing_docs, non_camel_case_types, non_snake_case, non_upper_case_globals, clippy::all)]
+#[rustfmt::skip]
+pub mod ffi;
+mod shim;
+
+#[cfg(ett_cuda)]
+mod arena;
+#[cfg(ett_cuda)]
+mod copies;
+#[cfg(ett_cuda)]
+mod device;
+#[cfg(ett_cuda)]
+mod products;
+#[cfg(ett_cuda)]
+mod record;
+
+#[cfg(ett_cuda)]
+pub use device::{Cuda, Options};
+pub use shim::Shim;

@@ -1,0 +1,285 @@
+//! Plain matrix products through cuBLASLt. The algorithm of a shape is what the library's heuristic answers first,
+//! asked once: never a matter of timing, so that runs repeat.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Mutex, PoisonError};
+
+use cudarc::cublaslt::result::{self as lt, CublasError};
+use cudarc::cublaslt::sys;
+use cudarc::cublaslt::sys::cublasLtMatmulDescAttributes_t as Desc;
+
+use super::ffi;
+use crate::tensor::DType;
+
+/// Scratch memory that algorithms may use: what the library's authors advise for Hopper.
+pub(super) const WORKSPACE: usize = 32 << 20;
+/// Operands whose address and rows are aligned to this may use every algorithm; the heuristic is told less.
+const ALIGNMENT: u32 = 16;
+
+/// Everything that the choice of an algorithm depends on, seen column-major: `d[m, n] = op(a)[m, k] op(b)[k, n]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Shape {
+    m: u64,
+    n: u64,
+    k: u64,
+    ta: bool,
+    tb: bool,
+    act: i32,
+    out: i32,
+    bias: bool,
+    end: End,
+    ld: [i64; 4],
+    alignment: [u32; 4],
+}
+
+/// What becomes of the sums.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum End {
+    Store,
+    Add,
+    Gelu,
+}
+
+/// Arguments of `y = op(a) op(b) + bias` and its relatives.
+pub(super) struct Product<'a> {
+    pub(super) a: &'a ffi::ett_view,
+    pub(super) b: &'a ffi::ett_view,
+    pub(super) ta: bool,
+    pub(super) tb: bool,
+    /// May be absent.
+    pub(super) bias: Option<&'a ffi::ett_view>,
+    pub(super) y: &'a ffi::ett_view,
+    /// The sums, if `y` is their GELU.
+    pub(super) pre: Option<&'a ffi::ett_view>,
+    /// `y +=`, in f32.
+    pub(super) add: bool,
+}
+
+/// A shape's descriptors and algorithm.
+struct Plan {
+    desc: sys::cublasLtMatmulDesc_t,
+    a: sys::cublasLtMatrixLayout_t,
+    b: sys::cublasLtMatrixLayout_t,
+    d: sys::cublasLtMatrixLayout_t,
+    algo: sys::cublasLtMatmulAlgo_t,
+}
+
+/// A cuBLASLt handle and the plans made so far.
+pub(super) struct Products {
+    handle: sys::cublasLtHandle_t,
+    /// `None`: the library has no algorithm for this shape.
+    plans: Mutex<HashMap<Shape, Option<Plan>>>,
+}
+
+// The handle may be used from any thread; plans are used under the lock.
+unsafe impl Send for Products {}
+unsafe impl Sync for Products {}
+
+fn rows(v: &ffi::ett_view) -> i64 {
+    v.dims[..v.rank.max(1) as usize - 1].iter().product()
+}
+
+fn cols(v: &ffi::ett_view) -> i64 {
+    if v.rank == 0 { 1 } else { v.dims[v.rank as usize - 1] }
+}
+
+fn stride(v: &ffi::ett_view) -> i64 {
+    if rows(v) > 1 { v.ld } else { cols(v) }
+}
+
+impl Product<'_> {
+    /// True for arguments within the contract, in types and with alignments that the library gets here.
+    fn fits(&self) -> bool {
+        let (f32, bf16) = (DType::F32 as i32, DType::Bf16 as i32);
+        let (a, b, y) = (self.a, self.b, self.y);
+        let (n, ka) = if self.ta { (cols(a), rows(a)) } else { (rows(a), cols(a)) };
+        let (kb, o) = if self.tb { (cols(b), rows(b)) } else { (rows(b), cols(b)) };
+        (a.dtype == f32 || a.dtype == bf16)
+            && b.dtype == a.dtype
+            && y.dtype == if self.add { f32 } else { a.dtype }
+            && (ka, n, o) == (kb, rows(y), cols(y))
+            && self.bias.is_none_or(|v| v.dtype == a.dtype && rows(v) * cols(v) == o && stride(v) == cols(v))
+            // The library wants whole 16-byte pieces where it keeps the sums.
+            && self.pre.is_none_or(|v| {
+                v.dtype == a.dtype && (rows(v), cols(v)) == (n, o) && alignment(v) == ALIGNMENT && stride(v) % 8 == 0
+            })
+    }
+}
+
+/// The largest power of two, at most [`ALIGNMENT`], that divides address and row stride.
+fn alignment(v: &ffi::ett_view) -> u32 {
+    let size = if v.dtype == DType::Bf16 as i32 { 2 } else { 4 };
+    let together = v.ptr as u64 | (stride(v) * size) as u64;
+    1 << together.trailing_zeros().min(ALIGNMENT.trailing_zeros())
+}
+
+fn data_type(dtype: i32) -> sys::cudaDataType {
+    match dtype == DType::Bf16 as i32 {
+        true => sys::cudaDataType_t::CUDA_R_16BF,
+        false => sys::cudaDataType_t::CUDA_R_32F,
+    }
+}
+
+impl Products {
+    /// Opens the library; `None` if it is not installed.
+    pub(super) fn new() -> std::result::Result<Option<Self>, CublasError> {
+        if !unsafe { sys::is_culib_present() } {
+            return Ok(None);
+        }
+        Ok(Some(Products { handle: lt::create_handle()?, plans: Mutex::default() }))
+    }
+
+    /// Enqueues a product. `false`: nothing was done; the arguments are wrong or empty, which the launcher answers, or
+    /// the library cannot do this shape.
+    pub(super) fn run(
+        &self,
+        p: &Product,
+        workspace: u64,
+        stream: *mut c_void,
+    ) -> std::result::Result<bool, CublasError> {
+        let absent = ffi::ett_view::default();
+        let pre = p.pre.unwrap_or(&absent);
+        // Row-major y = a b is column-major y' = b' a', so the operands change places.
+        let shape = Shape {
+            m: cols(p.y) as u64,
+            n: rows(p.y) as u64,
+            k: if p.ta { rows(p.a) } else { cols(p.a) } as u64,
+            ta: p.tb,
+            tb: p.ta,
+            act: p.a.dtype,
+            out: p.y.dtype,
+            bias: p.bias.is_some(),
+            end: match (p.add, p.pre) {
+                (true, _) => End::Add,
+                (_, Some(_)) => End::Gelu,
+                _ => End::Store,
+            },
+            ld: [p.b, p.a, p.y, pre].map(stride),
+            alignment: [p.b, p.a, p.y, pre].map(alignment),
+        };
+        if shape.m == 0 || shape.n == 0 || shape.k == 0 || !p.fits() {
+            return Ok(false);
+        }
+        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        let plan = match plans.entry(shape) {
+            std::collections::hash_map::Entry::Occupied(e) => e.into_mut(),
+            std::collections::hash_map::Entry::Vacant(e) => e.insert(self.plan(&shape)?),
+        };
+        let Some(plan) = plan else { return Ok(false) };
+        let (one, beta) = (1f32, if p.add { 1f32 } else { 0f32 });
+        let at = |x: &f32| std::ptr::from_ref(x).cast::<c_void>();
+        // Views lie inside their buffers; the descriptors are alive as long as the plan.
+        unsafe {
+            if let Some(bias) = p.bias {
+                set(plan.desc, Desc::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias.ptr)?;
+            }
+            if p.pre.is_some() {
+                set(plan.desc, Desc::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &pre.ptr)?;
+            }
+            lt::matmul(
+                self.handle,
+                plan.desc,
+                at(&one),
+                at(&beta),
+                p.b.ptr,
+                plan.a,
+                p.a.ptr,
+                plan.b,
+                p.y.ptr,
+                plan.d,
+                p.y.ptr,
+                plan.d,
+                &plan.algo,
+                workspace as *mut c_void,
+                WORKSPACE,
+                stream.cast(),
+            )?;
+        }
+        Ok(true)
+    }
+
+    fn plan(&self, s: &Shape) -> std::result::Result<Option<Plan>, CublasError> {
+        use sys::cublasLtMatmulPreferenceAttributes_t as Pref;
+        // Plain single precision where operands are f32: never TF32.
+        let desc = lt::create_matmul_desc(
+            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            sys::cudaDataType_t::CUDA_R_32F,
+        )?;
+        // cublasOperation_t: 0 is as it stands, 1 transposed.
+        let op = |t: bool| t as i32;
+        let layout = |ty: i32, rows: u64, cols: u64, ld: i64, t: bool| {
+            let (rows, cols) = if t { (cols, rows) } else { (rows, cols) };
+            lt::create_matrix_layout(data_type(ty), rows, cols, ld.max(rows as i64))
+        };
+        let a = layout(s.act, s.m, s.k, s.ld[0], s.ta)?;
+        let b = layout(s.act, s.k, s.n, s.ld[1], s.tb)?;
+        let d = layout(s.out, s.m, s.n, s.ld[2], false)?;
+        let pref = lt::create_matmul_pref()?;
+        let found = unsafe {
+            set(desc, Desc::CUBLASLT_MATMUL_DESC_TRANSA, &op(s.ta))?;
+            set(desc, Desc::CUBLASLT_MATMUL_DESC_TRANSB, &op(s.tb))?;
+            if s.bias {
+                set(
+                    desc,
+                    Desc::CUBLASLT_MATMUL_DESC_EPILOGUE,
+                    &sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS,
+                )?;
+            }
+            prefer(pref, Pref::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE)?;
+            prefer(pref, Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &s.alignment[0])?;
+            prefer(pref, Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &s.alignment[1])?;
+            prefer(pref, Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &s.alignment[2])?;
+            prefer(pref, Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &s.alignment[2])?;
+            let found = lt::get_matmul_algo_heuristic(self.handle, desc, a, b, d, d, pref);
+            lt::destroy_matmul_pref(pref)?;
+            found
+        };
+        match found {
+            Ok(h) => Ok(Some(Plan { desc, a, b, d, algo: h.algo })),
+            Err(CublasError(
+                sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED
+                | sys::cublasStatus_t::CUBLAS_STATUS_INVALID_VALUE,
+            )) => {
+                unsafe { destroy(desc, [a, b, d]) };
+                Ok(None)
+            }
+            Err(e) => Err(e),
+        }
+    }
+}
+
+unsafe fn set<T>(
+    desc: sys::cublasLtMatmulDesc_t,
+    what: sys::cublasLtMatmulDescAttributes_t,
+    value: &T,
+) -> std::result::Result<(), CublasError> {
+    unsafe { lt::set_matmul_desc_attribute(desc, what, std::ptr::from_ref(value).cast(), size_of::<T>()) }
+}
+
+unsafe fn prefer<T>(
+    pref: sys::cublasLtMatmulPreference_t,
+    what: sys::cublasLtMatmulPreferenceAttributes_t,
+    value: &T,
+) -> std::result::Result<(), CublasError> {
+    unsafe { lt::set_matmul_pref_attribute(pref, what, std::ptr::from_ref(value).cast(), size_of::<T>()) }
+}
+
+unsafe fn destroy(desc: sys::cublasLtMatmulDesc_t, layouts: [sys::cublasLtMatrixLayout_t; 3]) {
+    // Destroying a descriptor that exists does not fail.
+    unsafe {
+        let _ = lt::destroy_matmul_desc(desc);
+        for l in layouts {
+            let _ = lt::destroy_matrix_layout(l);
+        }
+    }
+}
+
+impl Drop for Products {
+    fn drop(&mut self) {
+        for plan in self.plans.get_mut().unwrap_or_else(PoisonError::into_inner).values().flatten() {
+            unsafe { destroy(plan.desc, [plan.a, plan.b, plan.d]) };
+        }
+        let _ = unsafe { lt::destroy_handle(self.handle) };
+    }
+}

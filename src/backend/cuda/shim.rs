@@ -1,0 +1,204 @@
+//! The C interface on the CPU: the library that `make -C kernels shim` builds from the CUDA sources.
+
+use std::alloc::Layout;
+use std::ffi::{c_char, c_void};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::call::{self, ToC};
+use super::ffi;
+use crate::backend::*;
+use crate::error::{Error, Result};
+
+type Query = unsafe extern "C" fn(*const c_void) -> i64;
+type Launcher = unsafe extern "C" fn(*const c_void, *const ffi::ett_launch) -> i32;
+
+/// The CUDA kernels compiled for the host: slow, for tests. Every buffer is a heap block of exactly its size and
+/// starts as NaN (-1 for indices), so that an address sanitizer and a look at the output find what a kernel did
+/// wrong.
+pub struct Shim {
+    library: libloading::Library,
+    heap: Arc<Heap>,
+    fault: Buffer,
+    forced: Vec<(&'static str, std::ffi::CString)>,
+}
+
+#[derive(Default)]
+struct Heap {
+    memory: Mutex<Memory>,
+}
+
+/// The alignment that the contract promises.
+fn layout(bytes: usize) -> Option<Layout> {
+    Layout::from_size_align(bytes.max(1), 256).ok()
+}
+
+impl Reclaim for Heap {
+    fn reclaim(&self, addr: u64, bytes: usize, role: Role) {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner).sub(role, bytes);
+        if let Some(layout) = layout(bytes) {
+            // The block came from `alloc` with this layout.
+            unsafe { std::alloc::dealloc(addr as *mut u8, layout) };
+        }
+    }
+}
+
+impl Shim {
+    /// Loads the library at `path`; `force` names implementations as `op=kernel,op=kernel`.
+    pub fn open(path: &Path, force: &str) -> Result<Self> {
+        // The library's initialisers do nothing but set up sanitizers.
+        let library = unsafe { libloading::Library::new(path) }.map_err(|e| {
+            let what = format!("cannot be loaded ({e}); build it with tools/shim-test");
+            Error::device(path.display(), what)
+        })?;
+        let heap = Arc::new(Heap::default());
+        let fault = Self::take(&heap, Role::Input, size_of::<ffi::ett_fault>())?;
+        unsafe { std::ptr::write_bytes(fault.addr() as *mut u8, 0, fault.bytes()) };
+        let forced = call::forced(force)?;
+        Ok(Shim { library, heap, fault, forced })
+    }
+
+    fn take(heap: &Arc<Heap>, role: Role, bytes: usize) -> Result<Buffer> {
+        // Null if there is no memory.
+        let at = layout(bytes).map_or(std::ptr::null_mut(), |l| unsafe { std::alloc::alloc(l) });
+        let mut memory = heap.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        if at.is_null() {
+            return Err(Error::OutOfMemory {
+                device: "shim".into(),
+                role: role.to_string(),
+                asked: size(bytes as u64),
+                free: "the system gave none".into(),
+                held: memory.largest(),
+            });
+        }
+        // Freshly allocated, `bytes` long.
+        unsafe { std::ptr::write_bytes(at, 0xff, bytes) };
+        memory.add(role, bytes);
+        Ok(Buffer::new(at as u64, bytes, role, heap.clone()))
+    }
+
+    /// The function `ett_<name>`.
+    fn symbol<F: Copy>(&self, name: &str) -> Result<F> {
+        let symbol = format!("ett_{name}");
+        // `F` is the type that the header gives this function.
+        let f = unsafe { self.library.get::<F>(symbol.as_bytes()) };
+        f.map(|f| *f).map_err(|e| {
+            Error::device("shim", format!("the library has no `{symbol}` ({e}): build it again"))
+        })
+    }
+
+    fn launch<A: Args + ToC>(&self, a: &A) -> Result<()> {
+        let name = a.kernel();
+        for (arg, _, v) in a.views() {
+            check_view(name, arg, &v)?;
+        }
+        let c = a.to_c();
+        let c = std::ptr::from_ref(&c).cast::<c_void>();
+        let query: Query = self.symbol(&format!("{name}_workspace"))?;
+        // The struct is the one that this kernel's functions take.
+        let bytes = unsafe { query(c) };
+        let workspace = match usize::try_from(bytes) {
+            Ok(bytes) if bytes > 0 => Some(Self::take(&self.heap, Role::Workspace, bytes)?),
+            _ => None,
+        };
+        let launch = ffi::ett_launch {
+            stream: std::ptr::null_mut(),
+            workspace: workspace.as_ref().map_or(std::ptr::null_mut(), |w| w.addr() as *mut c_void),
+            workspace_bytes: bytes.max(0),
+            fault: self.fault.addr() as *mut ffi::ett_fault,
+            number: call::number(name),
+            force: self
+                .forced
+                .iter()
+                .find(|(op, _)| *op == name)
+                .map_or(std::ptr::null(), |(_, k)| k.as_ptr()),
+        };
+        let run: Launcher = self.symbol(name)?;
+        let code = unsafe { run(c, &launch) };
+        let mut last = unsafe { std::mem::zeroed::<ffi::ett_status>() };
+        let status: unsafe extern "C" fn(*mut ffi::ett_status) = self.symbol("last_status")?;
+        unsafe { status(&mut last) };
+        call::check(name, "shim", code, &last)?;
+        // Launches are done when they return, so a fault can be told at once.
+        let slot = self.fault.addr() as *mut ffi::ett_fault;
+        let found = unsafe { std::mem::replace(&mut *slot, std::mem::zeroed()) };
+        call::fault(&found).map_or(Ok(()), Err)
+    }
+
+    /// The implementation that this thread's last launch chose.
+    pub fn last_kernel(&self) -> Result<&'static str> {
+        let f: unsafe extern "C" fn() -> *const c_char = self.symbol("last_kernel")?;
+        Ok(call::kernel_name(unsafe { f() }))
+    }
+}
+
+struct OneRank;
+
+impl Collectives for OneRank {
+    fn reduce_scatter(&self, _s: Stream, _x: In, _y: Out) -> Result<()> {
+        Err(Error::Unsupported { op: "reduce_scatter", what: "a collective".into(), device: "shim".into() })
+    }
+    fn all_gather(&self, _s: Stream, _x: In, _y: Out) -> Result<()> {
+        Err(Error::Unsupported { op: "all_gather", what: "a collective".into(), device: "shim".into() })
+    }
+}
+
+impl Device for Shim {
+    fn name(&self) -> String {
+        "shim".into()
+    }
+
+    fn alloc(&self, role: Role, bytes: usize) -> Result<Buffer> {
+        Self::take(&self.heap, role, bytes)
+    }
+
+    fn copy_in(&self, _s: Stream, src: &[u8], dst: Out) -> Result<()> {
+        check_view("copy_in", "dst", &dst.0)?;
+        if dst.0.bytes() != src.len() as u64 || !dst.0.is_contiguous() {
+            return Err(Error::arg(
+                "copy_in",
+                "src",
+                src.len(),
+                format!("{} contiguous bytes", dst.0.bytes()),
+            ));
+        }
+        // In bounds by check_view.
+        unsafe {
+            std::ptr::copy_nonoverlapping(src.as_ptr(), (dst.0.buf.addr() + dst.0.off) as *mut u8, src.len())
+        };
+        Ok(())
+    }
+
+    fn read_later(&self, _s: Stream, src: In) -> Result<Pending> {
+        check_view("read_later", "src", &src)?;
+        let (rows, width) = (src.dims.rows(), src.dims.cols() * src.dtype.size());
+        let mut v = Vec::with_capacity(rows * width);
+        for r in 0..rows {
+            let at = src.buf.addr() + src.off + r as u64 * src.ld as u64 * src.dtype.size() as u64;
+            // In bounds by check_view; blocks are initialised when they are taken.
+            v.extend_from_slice(unsafe { std::slice::from_raw_parts(at as *const u8, width) });
+        }
+        Ok(Pending::new(move || Ok(v)))
+    }
+
+    fn collectives(&self) -> &dyn Collectives {
+        &OneRank
+    }
+
+    fn memory(&self) -> Memory {
+        self.heap.memory.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+macro_rules! impl_shim {
+    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => {
+        $($(#[$fdoc:meta])* $field:ident: $ty:ty,)*
+    })*) => {
+        impl Kernels for Shim {
+            $(fn $name(&self, _s: Stream, a: &$args<'_>) -> Result<()> {
+                self.launch(a)
+            })*
+        }
+    };
+}
+contract::kernel_table!(impl_shim);
