@@ -2,6 +2,7 @@
 
 mod common;
 mod compare;
+mod conformance;
 mod contract;
 mod dense;
 mod fixtures;
