@@ -10,10 +10,6 @@
 namespace ett {
 namespace attention {
 
-// e^x. Callers subtract the maximum or the log-sum-exp first: scores may be so large that their product with log2 e has
-// no digits left behind the point.
-__device__ __forceinline__ float exp_approx(float x) { return exp2_approx(x * 1.4426950408889634f); }
-
 // ---- sequences of a flat batch ---------------------------------------------------------------------------
 
 struct Batch {

@@ -21,6 +21,7 @@
 // work: 10 * heads * D * (pairs that are seen) FLOP, of which 14 (mma) or 16 (simple) are done;
 //       (4*N*heads + 4*Nk*kv_heads) * D * size bytes.
 // papers: FlashAttention-2 (2307.08691).
+#include "activation.cuh"
 #include "attention.cuh"
 
 namespace ett {
@@ -135,7 +136,7 @@ template <int DT> __global__ void __launch_bounds__(kMmaThreads, 3) mma_dq_kerne
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int at = key + j * 8 + 2 * (lane % 4) + e % 2;
-                const float p = exp_approx(fmaf(s[j][e], a.scale, -lse[e / 2]));
+                const float p = exponential<bf16>(fmaf(s[j][e], a.scale, -lse[e / 2]));
                 s[j][e] = at < seen[e / 2] ? p * (dp[j][e] - delta[e / 2]) : 0.f;
             }
         add_rows<kOther / 8, DT>(dq, s, tile_k);
@@ -201,7 +202,7 @@ template <int DT> __global__ void __launch_bounds__(kMmaThreads, 2) mma_dkv_kern
         for (int j = 0; j < kOther / 8; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const float of = exp_approx(fmaf(p[j][e], a.scale, -row[j * 8 + e % 2]));
+                const float of = exponential<bf16>(fmaf(p[j][e], a.scale, -row[j * 8 + e % 2]));
                 p[j][e] = query + j * 8 + e % 2 >= from[e / 2] ? of : 0.f;
             }
         add_rows<kOther / 8, DT>(dv, p, tile_dy);
@@ -282,7 +283,7 @@ template <class T, int DT, int I> __global__ void __launch_bounds__(kPlainThread
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     const int query = a.of_q ? y + 16 * i : x + 16 * j, key = a.of_q ? x + 16 * j : y + 16 * i;
-                    const float p = exp_approx(fmaf(s[i][j], a.scale, -smem_lse[query]));
+                    const float p = exponential<T>(fmaf(s[i][j], a.scale, -smem_lse[query]));
                     plain_weight(weights, i, j) = key_0 + key < seq.seen(query_0 + query) ? p : 0.f;
                 }
             if (!of_g) {

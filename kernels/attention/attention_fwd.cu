@@ -16,6 +16,7 @@
 // limits: 1 <= D <= 512, heads < 65536.
 // work: 4 * heads * D * (pairs that are seen) FLOP; (2*N*heads + 2*Nk*kv_heads) * D * size bytes.
 // papers: FlashAttention (2205.14135), FlashAttention-2 (2307.08691), grouped queries (2305.13245).
+#include "activation.cuh"
 #include "attention.cuh"
 
 namespace ett {
@@ -61,7 +62,7 @@ template <class T> __device__ __forceinline__ bool clear_padding(const Forward<T
 }
 
 // The running maximum and sum of one row.
-struct Running {
+template <class T> struct Running {
     float max = -INFINITY, sum = 0.f;
 
     // Takes in the maximum of new scores; returns what they are to be lowered by, and the factor on what was summed up.
@@ -69,7 +70,7 @@ struct Running {
     __device__ __forceinline__ float raise(float to, float& factor) {
         to = fmaxf(max, to);
         const float shift = to == -INFINITY ? 0.f : to;
-        factor = exp_approx(max - shift);
+        factor = exponential<T>(max - shift);
         max = to;
         return shift;
     }
@@ -106,7 +107,7 @@ template <int DT> __global__ void __launch_bounds__(kMmaThreads, 3) mma_kernel(c
     if (keys > 0) load_tile<kKeys, DT>(smem_k, k, a.ldk, seq.k.count, d);
     cp_async_commit();
 
-    Running row[2];
+    Running<bf16> row[2];
     int seen[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) seen[r] = seq.seen(first + warp * 16 + lane / 4 + 8 * r);
@@ -138,7 +139,7 @@ template <int DT> __global__ void __launch_bounds__(kMmaThreads, 3) mma_kernel(c
             for (int j = 0; j < kKeys / 8; ++j)
 #pragma unroll
                 for (int e = 2 * r; e < 2 * r + 2; ++e) {
-                    s[j][e] = masked(j, e) ? 0.f : exp_approx(fmaf(s[j][e], a.scale, -shift));
+                    s[j][e] = masked(j, e) ? 0.f : exponential<bf16>(fmaf(s[j][e], a.scale, -shift));
                     row[r].sum += s[j][e];
                 }
 #pragma unroll
@@ -183,7 +184,7 @@ template <class T, int DT, int I> __global__ void __launch_bounds__(kPlainThread
     const int queries = min(I * 16, seq.q.count - first), keys = seq.seen(first + queries - 1);
     const Rows<T> q{a.q + (seq.q.start + first) * a.ldq + int64_t(head) * d, a.ldq, queries};
     const int64_t kv_col = int64_t(head / a.b.group) * d;
-    Running row[I];
+    Running<T> row[I];
     float out[I][DT / 64][4] = {};
     for (int key = 0; key < keys; key += kPlainCols) {
         const Rows<T> k{a.k + (seq.k.start + key) * a.ldk + kv_col, a.ldk, seq.k.count - key};
@@ -203,7 +204,7 @@ template <class T, int DT, int I> __global__ void __launch_bounds__(kPlainThread
             const float shift = row[i].raise(most, factor);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const float p = key + x + 16 * j < seen ? exp_approx(fmaf(s[i][j], a.scale, -shift)) : 0.f;
+                const float p = key + x + 16 * j < seen ? exponential<T>(fmaf(s[i][j], a.scale, -shift)) : 0.f;
                 plain_weight(weights, i, j) = p;
                 sum += p;
             }
