@@ -373,7 +373,12 @@ pub(crate) fn check_view(op: &'static str, arg: &'static str, v: &In) -> Result<
     }
     let size = v.dtype.size() as u64;
     if !v.off.is_multiple_of(size) {
-        return Err(Error::arg(op, arg, format!("at byte {}", v.off), format!("at a multiple of {size} bytes")));
+        return Err(Error::arg(
+            op,
+            arg,
+            format!("at byte {}", v.off),
+            format!("at a multiple of {size} bytes"),
+        ));
     }
     let end = v.off + ((rows - 1) * v.ld as u64 + cols) * size;
     if end > v.buf.bytes as u64 {

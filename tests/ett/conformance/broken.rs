@@ -200,7 +200,7 @@ macro_rules! delegate {
     };
 }
 delegate! {
-    matmul Matmul, matmul_acc MatmulAcc, col_sum ColSum,
+    matmul Matmul, linear_gelu LinearGelu, matmul_acc MatmulAcc, col_sum ColSum,
     conv2d_fwd Conv2dFwd, conv2d_bwd_data Conv2dBwdData, conv2d_bwd_weight Conv2dBwdWeight,
     upsample2x_fwd Upsample2xFwd, upsample2x_bwd Upsample2xBwd,
     max_pool2x2_fwd MaxPool2x2Fwd, max_pool2x2_bwd MaxPool2x2Bwd,

@@ -13,6 +13,7 @@ mod attention;
 mod broken;
 mod case;
 mod codebook;
+mod devices;
 mod norms;
 mod optim;
 mod place;
@@ -74,6 +75,7 @@ impl Kernel {
 /// The kernels that are covered.
 pub const TABLE: &[Kernel] = &[
     kernel("matmul", products::matmul, products::matmul_sample),
+    kernel("linear_gelu", products::linear_gelu, products::linear_gelu_sample),
     kernel("matmul_acc", products::matmul_acc, products::matmul_acc_sample),
     kernel("col_sum", products::col_sum, products::col_sum_sample).free(&["x rows", "x type"]),
     kernel("rms_norm_fwd", norms::rms_fwd, norms::rms_fwd_sample),

@@ -46,7 +46,7 @@ fn rows() -> impl Iterator<Item = (Size, [usize; 2])> {
 
 // ---- functions -----------------------------------------------------------------------------------------
 
-const FUNCTIONS: [Unary; 4] = [Unary::Silu, Unary::Gelu, Unary::Relu, Unary::LeakyRelu(0.2)];
+const FUNCTIONS: [Unary; 5] = [Unary::Silu, Unary::Gelu, Unary::GeluTanh, Unary::Relu, Unary::LeakyRelu(0.2)];
 
 /// Values with some zeros among them, where functions have their kinks.
 fn with_zeros(d: &Draw, n: usize) -> Vec<f64> {
@@ -98,7 +98,7 @@ fn unary(case: fn(Dims, Unary) -> Case) -> Vec<Case> {
 /// NaN stays NaN, and the rectifiers keep infinities: what diverges in training has to be seen.
 fn special(f: Unary) -> Case {
     let values: &[f64] = match f {
-        Unary::Silu | Unary::Gelu => &[f64::NAN, 1.0, -1.0],
+        Unary::Silu | Unary::Gelu | Unary::GeluTanh => &[f64::NAN, 1.0, -1.0],
         _ => &[f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 1.0, -1.0, 0.0, -0.0],
     };
     let dims: Dims = [values.len()].into();

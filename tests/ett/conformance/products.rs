@@ -1,6 +1,6 @@
 //! Products and sums of columns.
 
-use ett::backend::{ColSum, Matmul, MatmulAcc, Stream};
+use ett::backend::{ColSum, LinearGelu, Matmul, MatmulAcc, Stream};
 use ett::tensor::DType;
 
 use super::Size;
@@ -98,6 +98,39 @@ pub fn matmul() -> Vec<Case> {
 
 pub fn matmul_sample() -> Case {
     matmul_case([3, 4, 5], [false, true, true])
+}
+
+fn linear_gelu_case([n, c, o]: Shape, bias: bool) -> Case {
+    let with = if bias { " with bias" } else { "" };
+    Case::new(
+        text([n, c, o], false, true) + with,
+        move |d| {
+            let size = sum_of(d, c);
+            let mut args = vec![act("x", [n, c], d.normal(n * c)), act("w", [o, c], d.normal(o * c))];
+            if bias {
+                args.push(act("bias", [o], d.normal(o)));
+            }
+            args.push(out("pre", Type::Act, [n, o], near().size(size)));
+            args.push(out("y", Type::Act, [n, o], near().size(size)));
+            args
+        },
+        move |dev, v| {
+            let (x, w, bias) = (v.input("x"), v.input("w"), v.input_if("bias"));
+            dev.linear_gelu(S, &LinearGelu { x, w, bias, pre: v.out("pre"), y: v.out("y") })
+        },
+    )
+}
+
+pub fn linear_gelu() -> Vec<Case> {
+    let first = [true, false].map(|bias| linear_gelu_case([16, 32, 24], bias).from(Size::Sanitizer));
+    let small = SMALL.into_iter().enumerate().map(|(i, shape)| linear_gelu_case(shape, i % 2 == 0));
+    let large = [[1024, 256, 1536], [257, 1536, 1536], [131, 67, 1031]];
+    let large = large.map(|shape| linear_gelu_case(shape, true).from(Size::Full).runs(LIGHT));
+    first.into_iter().chain(small).chain(large).collect()
+}
+
+pub fn linear_gelu_sample() -> Case {
+    linear_gelu_case([3, 4, 5], true)
 }
 
 fn matmul_acc_case([n, c, o]: Shape, [ta, tb, _]: [bool; 3]) -> Case {
