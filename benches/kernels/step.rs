@@ -16,7 +16,9 @@ pub fn benches(b: &mut Bench) {
     if b.gpu {
         return;
     }
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/easy-vqa.toml");
+    // In the package, or where a bundle for a GPU machine was unpacked.
+    let package = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or(env!("CARGO_MANIFEST_DIR").into());
+    let path = Path::new(&package).join("configs/easy-vqa.toml");
     let cfg = Config::load(&path, &[]).expect("the configuration is whole");
     let dev = Arc::new(Cpu::new(0).expect("threads"));
     let mut model = Ett::new(&cfg, dev.clone()).expect("the model fits");

@@ -97,9 +97,10 @@ pub fn norm(v: &[f64]) -> f64 {
     v.iter().map(|x| x * x).sum::<f64>().sqrt()
 }
 
-/// The fixtures' folder.
+/// The fixtures' folder, in the package or where a bundle for a GPU machine was unpacked.
 pub fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
+    let package = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or(env!("CARGO_MANIFEST_DIR").into());
+    Path::new(&package).join("tests/fixtures")
 }
 
 /// A folder that lives as long as this value.
