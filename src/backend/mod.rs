@@ -371,7 +371,16 @@ pub(crate) fn check_view(op: &'static str, arg: &'static str, v: &In) -> Result<
     if v.ld < cols as i64 && rows > 1 {
         return Err(Error::arg(op, arg, format!("row stride {}", v.ld), format!("at least {cols}")));
     }
-    let end = v.off + ((rows - 1) * v.ld as u64 + cols) * v.dtype.size() as u64;
+    let size = v.dtype.size() as u64;
+    if !v.off.is_multiple_of(size) {
+        return Err(Error::arg(
+            op,
+            arg,
+            format!("at byte {}", v.off),
+            format!("at a multiple of {size} bytes"),
+        ));
+    }
+    let end = v.off + ((rows - 1) * v.ld as u64 + cols) * size;
     if end > v.buf.bytes as u64 {
         return Err(Error::arg(
             op,

@@ -17,23 +17,33 @@ pub fn cpu(threads: usize) -> Arc<dyn Kernels> {
 }
 
 /// The first GPU, its memory poisoned; no GPU is a failure.
-#[cfg(ett_cuda)]
 pub fn gpu() -> Arc<dyn Kernels> {
+    gpu_forcing(&std::env::var("ETT_FORCE").unwrap_or_default())
+}
+
+/// The same with other implementations, `op=kernel,op=kernel`.
+#[cfg(ett_cuda)]
+pub fn gpu_forcing(force: &str) -> Arc<dyn Kernels> {
     use ett::backend::cuda::{Cuda, Options};
-    Arc::new(Cuda::with(0, &Options { poison: true, ..Options::from_env() }).expect("a GPU"))
+    let options = Options { poison: true, force: force.into(), ..Options::from_env() };
+    Arc::new(Cuda::with(0, &options).expect("a GPU"))
 }
 
 /// Built without CUDA: asked for a GPU, tests fail.
 #[cfg(not(ett_cuda))]
-pub fn gpu() -> Arc<dyn Kernels> {
+pub fn gpu_forcing(_force: &str) -> Arc<dyn Kernels> {
     ett::backend::open("cuda", 0).expect("a GPU")
 }
 
 /// The kernels compiled for the CPU; `tools/shim-test` builds them and says where they are.
 pub fn shim() -> Arc<dyn Kernels> {
+    shim_forcing(&std::env::var("ETT_FORCE").unwrap_or_default())
+}
+
+/// The same with other implementations, `op=kernel,op=kernel`.
+pub fn shim_forcing(force: &str) -> Arc<dyn Kernels> {
     let path = std::env::var("ETT_SHIM").expect("ETT_SHIM names libett_shim.so: use tools/shim-test");
-    let force = std::env::var("ETT_FORCE").unwrap_or_default();
-    Arc::new(ett::backend::cuda::Shim::open(Path::new(&path), &force).expect("the shim can be loaded"))
+    Arc::new(ett::backend::cuda::Shim::open(Path::new(&path), force).expect("the shim can be loaded"))
 }
 
 /// `n` normal numbers, the same every time.

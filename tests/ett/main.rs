@@ -4,6 +4,7 @@ mod bindings;
 mod build;
 mod common;
 mod compare;
+mod conformance;
 mod contract;
 mod dense;
 mod fixtures;
