@@ -16,7 +16,7 @@ inline constexpr int kTeamThreads = 512;  // of a team at most
 inline constexpr int kTeamWarps = kTeamThreads / kWarp;
 inline constexpr int kWarpTeams = 4;      // teams of a block if they are warps
 
-// How rows are dealt to threads; all 0 if they are too wide.
+// How rows are dealt to threads; all 0 if they are too wide, or less than a piece.
 struct RowsConfig {
     int vecs;     // pieces of a thread
     int threads;  // of a team
@@ -27,7 +27,7 @@ struct RowsConfig {
 // but at most one in eight should be idle.
 inline RowsConfig choose_rows_config(int64_t pieces, int most = kAhead) {
     RowsConfig best{};
-    for (int vecs = most; vecs > 0; vecs /= 2) {
+    for (int vecs = most; vecs > 0 && pieces > 0; vecs /= 2) {
         const int64_t threads = round_up(ceil_div(pieces, vecs), kWarp), held = int64_t(best.threads) * best.vecs;
         if (threads > kTeamThreads || (held > 0 && (pieces * 8 >= held * 7 || threads * vecs >= held))) continue;
         best = {vecs, int(threads), threads == kWarp ? kWarpTeams : 1};

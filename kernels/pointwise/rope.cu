@@ -46,7 +46,7 @@ __device__ __forceinline__ void sine_cosine(float angle, float& sine, float& cos
 
 template <class T, int N> __global__ void __launch_bounds__(kThreads) rope_kernel(const __grid_constant__ Rope<T> a) {
     __shared__ float smem_frequency[kHalf];
-    __shared__ __align__(16) float smem_cos[kRows][kHalf], smem_sin[kRows][kHalf];
+    alignas(16) __shared__ float smem_cos[kRows][kHalf], smem_sin[kRows][kHalf];
 #pragma unroll 1
     for (int k = int(threadIdx.x); k < a.half; k += kThreads) smem_frequency[k] = a.frequency[k];
     __syncthreads();  // the frequencies are visible

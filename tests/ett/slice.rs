@@ -23,18 +23,35 @@ struct Sizes {
     heads: [usize; 2],
     head_dim: usize,
     mlp: usize,
+    /// Peak learning rate.
+    rate: f64,
     /// Lengths of the sequences of a batch.
     lengths: &'static [usize],
 }
 
 /// For the shim, where a launch takes milliseconds.
-const TINY: Sizes = Sizes { vocab: 40, width: 16, heads: [2, 1], head_dim: 8, mlp: 24, lengths: &[5, 9, 1] };
+const TINY: Sizes =
+    Sizes { vocab: 40, width: 16, heads: [2, 1], head_dim: 8, mlp: 24, rate: 3e-3, lengths: &[5, 9, 1] };
 /// The usual case.
-const SMALL: Sizes =
-    Sizes { vocab: 264, width: 64, heads: [4, 2], head_dim: 16, mlp: 96, lengths: &[17, 33, 8, 64, 2] };
+const SMALL: Sizes = Sizes {
+    vocab: 264,
+    width: 64,
+    heads: [4, 2],
+    head_dim: 16,
+    mlp: 96,
+    rate: 3e-3,
+    lengths: &[17, 33, 8, 64, 2],
+};
 /// As wide as tiles of the kernels, heads as in Qwen2.5.
-const WIDE: Sizes =
-    Sizes { vocab: 1031, width: 512, heads: [4, 2], head_dim: 128, mlp: 704, lengths: &[130, 257, 64, 31] };
+const WIDE: Sizes = Sizes {
+    vocab: 1031,
+    width: 512,
+    heads: [4, 2],
+    head_dim: 128,
+    mlp: 704,
+    rate: 5e-4,
+    lengths: &[130, 257, 64, 31],
+};
 
 const STEPS: usize = 20;
 
@@ -75,7 +92,7 @@ impl Trainer {
         let l = &mut cfg.llm;
         (l.vocab, l.width, l.layers, l.mlp) = (sizes.vocab, sizes.width, 2, sizes.mlp);
         ([l.heads, l.kv_heads], l.head_dim) = (sizes.heads, sizes.head_dim);
-        l.init_std = 0.1;
+        l.init_std = 0.05;
         cfg.train.precision = precision.into();
         let mut model = Ett::new(&cfg, dev.clone())?;
         let stage = Stage::new(StageKind::Text, &model)?;
@@ -93,7 +110,7 @@ impl Trainer {
     /// What changes with the step: rate, counts, words.
     fn prepare(&mut self, at: usize) -> Result<()> {
         let dev = self.model.params.device().clone();
-        self.main.prepare(&mut self.state, schedule(ScheduleKind::Cosine, 3e-3, 0.2, at, STEPS));
+        self.main.prepare(&mut self.state, schedule(ScheduleKind::Cosine, self.sizes.rate, 0.2, at, STEPS));
         let rows = rows(&self.sizes, at)?;
         if let Some(packed) = &mut self.batch.packed {
             packed.refill(&*dev, &rows)?;
@@ -132,7 +149,8 @@ fn bits(v: &[f64]) -> Vec<u64> {
     v.iter().map(|x| x.to_bits()).collect()
 }
 
-/// The losses of a device follow the CPU's: `bound` is relative.
+/// The losses of a device follow the CPU's within `bound`, relative; or they are as close to those in f64 as the CPU's
+/// in the same precision are: training makes small differences large, on the CPU too.
 fn follows_the_cpu(
     dev: Arc<dyn Kernels>,
     precision: &str,
@@ -141,15 +159,23 @@ fn follows_the_cpu(
     bound: f64,
 ) -> Outcome {
     let got = Trainer::new(dev, precision, sizes)?.steps(0, steps)?;
-    let want = Trainer::new(cpu(0), precision, sizes)?.steps(0, steps)?;
-    let worst = got.iter().zip(&want).map(|(g, w)| (g - w).abs() / w).fold(0.0, f64::max);
+    let cpu_losses = |precision: &str| Trainer::new(cpu(0), precision, sizes)?.steps(0, steps);
+    let (want, exact) = (cpu_losses(precision)?, cpu_losses("f64")?);
+    let worst = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - b).abs() / b).fold(0.0, f64::max);
+    let (apart, own, theirs) = (worst(&got, &want), worst(&got, &exact), worst(&want, &exact));
     println!(
-        "{precision}, width {}: {:.6} to {:.6}, worst {worst:.2e}",
+        "{precision}, width {}: {:.6} to {:.6}; {apart:.1e} from the CPU, {own:.1e} from f64, the CPU {theirs:.1e}",
         sizes.width,
         want[0],
         want[steps - 1]
     );
-    assert!(worst <= bound, "{precision}: losses {got:?}, the CPU's {want:?}, {worst:.2e} apart");
+    // Before differences grow.
+    let first = worst(&got[..steps.min(3)], &want[..steps.min(3)]);
+    assert!(first <= bound, "{precision}: first losses {got:?}, the CPU's {want:?}, {first:.2e} apart");
+    assert!(
+        apart <= bound || own <= 2.0 * theirs,
+        "{precision}: losses {got:?}, the CPU's {want:?}, in f64 {exact:?}: {apart:.2e} apart"
+    );
     assert!(steps < STEPS || want[steps - 1] < 0.8 * want[0], "the model learns: {want:?}");
     Ok(())
 }

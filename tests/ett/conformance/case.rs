@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use rayon::prelude::*;
+
 use ett::backend::{Acc, Buffer, In, Kernels, Out};
 use ett::compare::Bounds;
 use ett::data::Philox;
@@ -327,13 +329,13 @@ impl<'a> Draw<'a> {
     pub fn unit(&self, n: usize) -> Vec<f64> {
         let mut v = vec![0f32; n];
         self.rng().fill_normal(&mut v);
-        v.into_iter().map(f64::from).collect()
+        v.into_par_iter().map(f64::from).collect()
     }
 
     /// Normal numbers times `scale`.
     pub fn times(&self, scale: f64, n: usize) -> Vec<f64> {
         let mut v = self.unit(n);
-        v.iter_mut().for_each(|v| *v *= scale);
+        v.par_iter_mut().for_each(|v| *v *= scale);
         v
     }
 
@@ -414,7 +416,7 @@ pub fn round(args: &mut [Arg], p: Precision) {
             let dtype = a.ty.of(p);
             assert_eq!(v.len(), a.dims.numel(), "`{}` has as many values as its shape", a.name);
             if dtype != DType::F64 {
-                v.iter_mut().for_each(|v| *v = nearest(dtype, *v));
+                v.par_iter_mut().for_each(|v| *v = nearest(dtype, *v));
             }
         }
     }

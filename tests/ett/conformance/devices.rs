@@ -7,6 +7,7 @@ use ett::tensor::Precision;
 
 use super::{Size, UNCOVERED, reject, run};
 use crate::common::{gpu, gpu_forcing, shim, shim_forcing};
+use crate::contract::refusals;
 
 const BOTH: [Precision; 2] = [Precision::F32, Precision::BF16];
 
@@ -41,6 +42,12 @@ fn forced(with: fn(&str) -> Arc<dyn Kernels>, prec: Precision, size: Size) {
     }
 }
 
+/// The numbers and the data that the contract forbids.
+fn refuses(dev: Arc<dyn Kernels>) {
+    let missing = refusals(dev);
+    assert!(missing.iter().all(|name| UNCOVERED.contains(name)), "the device lacks {missing:?}");
+}
+
 #[test]
 #[ignore = "needs the shim"]
 fn shim_f32() {
@@ -67,6 +74,7 @@ fn shim_refuses_wrong_arguments() {
     for prec in BOTH {
         reject::run(&*shim(), prec, None).expect(UNCOVERED);
     }
+    refuses(shim());
 }
 
 #[test]
@@ -95,6 +103,7 @@ fn gpu_refuses_wrong_arguments() {
     for prec in BOTH {
         reject::run(&*gpu(), prec, None).expect(UNCOVERED);
     }
+    refuses(gpu());
 }
 
 /// One smallest case of every instantiation, for compute-sanitizer.

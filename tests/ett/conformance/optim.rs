@@ -8,7 +8,7 @@ use super::case::{Arg, Case, Draw, Judge, Seen, Type, acc, add, near, out};
 const S: Stream = Stream::COMPUTE;
 
 const SMALL: [usize; 9] = [1, 2, 31, 257, 1000, 4096, 16_385, 40_003, 0];
-const LARGE: [usize; 2] = [1_000_003, 8 << 20];
+const LARGE: [usize; 2] = [1_000_003, 3 << 20];
 
 fn sizes() -> impl Iterator<Item = (Size, usize)> {
     let first = [(Size::Sanitizer, 300)].into_iter();

@@ -1,5 +1,7 @@
 //! Arguments in device memory: inside larger buffers with guard bands, poisoned, and looked at afterwards.
 
+use rayon::prelude::*;
+
 use ett::backend::{Access, Buffer, In, Kernels, Out, Role, Stream};
 use ett::error;
 use ett::tensor::{DType, Precision};
@@ -97,7 +99,7 @@ impl Placed {
 
     /// The values of the argument in what was read.
     pub fn values(&self, memory: &[u8]) -> Vec<f64> {
-        (0..self.rows).flat_map(|r| decode(self.dtype, &memory[self.row(r)])).collect()
+        (0..self.rows).into_par_iter().flat_map_iter(|r| decode(self.dtype, &memory[self.row(r)])).collect()
     }
 
     /// Fails if anything changed outside of an output's rows, or if an output was not written.
@@ -120,9 +122,10 @@ impl Placed {
         if self.access == Access::Write {
             let size = self.dtype.size();
             let left = |row: &[u8]| row.chunks(size).filter(|e| e.iter().all(|&b| b == POISON)).count();
-            let unwritten: usize = (0..self.rows).map(|r| left(&memory[self.row(r)])).sum();
-            if let Some(r) = (0..self.rows).find(|&r| left(&memory[self.row(r)]) > 0) {
-                let here = left(&memory[self.row(r)]);
+            let unwritten: usize = (0..self.rows).into_par_iter().map(|r| left(&memory[self.row(r)])).sum();
+            let unwritten_row =
+                || (0..self.rows).map(|r| (r, left(&memory[self.row(r)]))).find(|(_, n)| *n > 0);
+            if let Some((r, here)) = unwritten_row().filter(|_| unwritten > 0) {
                 return Err(format!(
                     "{unwritten} of {} values of `{name}` were not written, {here} of {} in row {r}, the first such",
                     self.dims.numel(),
@@ -187,8 +190,8 @@ fn first_difference(a: &[u8], b: &[u8]) -> Option<usize> {
 }
 
 fn encode(dtype: DType, v: &[f64]) -> Vec<u8> {
-    fn of<T: bytemuck::NoUninit>(v: &[f64], f: impl Fn(f64) -> T) -> Vec<u8> {
-        let v: Vec<T> = v.iter().map(|&v| f(v)).collect();
+    fn of<T: bytemuck::NoUninit + Send>(v: &[f64], f: impl Fn(f64) -> T + Sync) -> Vec<u8> {
+        let v: Vec<T> = v.par_iter().map(|&v| f(v)).collect();
         bytemuck::cast_slice(&v).to_vec()
     }
     match dtype {

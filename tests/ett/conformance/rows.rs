@@ -179,9 +179,11 @@ fn gather_fwd_case(shape: Shape) -> Case {
 
 /// Rows are copied: the scale of their values is of no matter.
 const COPIED: Runs = &[EVERY[0]];
+const COPIED_LARGE: Runs = &[(1.0, &[Layout::Dense, Layout::Odd])];
 
 pub fn gather_fwd() -> Vec<Case> {
-    shapes().map(|(size, shape)| gather_fwd_case(shape).from(size).runs(COPIED)).collect()
+    let runs = |size| if size == Size::Full { COPIED_LARGE } else { COPIED };
+    shapes().map(|(size, shape)| gather_fwd_case(shape).from(size).runs(runs(size))).collect()
 }
 
 /// The sample's indices stay below the smallest table that is tried.

@@ -87,7 +87,8 @@ impl Problem {
             act("x", [n, c], d.times(self.spread(d), n * c)),
             act("w", [v, c], d.times((c as f64).powf(-0.5), v * c)),
             int("target", target),
-            acc("scale", [1], vec![1.0 / count.max(1) as f64]),
+            // Infinite without a target: it must not matter.
+            acc("scale", [1], vec![1.0 / count as f64]),
         ]
     }
 
@@ -123,9 +124,9 @@ impl Problem {
             move |d| {
                 let mut args = self.inputs(d);
                 let lse = self.lse(d, &args);
-                let count = args[3].values().expect("the scale")[0].recip();
-                // Gradients of logits, times scale: those of a single row.
-                let g = 1.5 * count;
+                let targets = args[2].values().expect("the targets").iter();
+                // Times the scale, 1.5 for every row.
+                let g = 1.5 * targets.filter(|&&t| t >= 0.0).count().max(1) as f64;
                 // Gradients of logits may be rounded to act, for tensor cores.
                 let near = self.near(d).roundings(1.5).coarse();
                 args.extend([
