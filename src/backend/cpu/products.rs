@@ -81,6 +81,7 @@ pub(super) fn linear_gelu(cpu: &Cpu, s: &LinearGelu) -> Result<()> {
         expect_rows(OP, "y", &s.y.0, x.rows, w.rows)?;
         expect_rows(OP, "pre", &s.pre.0, x.rows, w.rows)?;
         rows_mut::<T>(OP, "y", &s.y.0)?;
+        rows_mut::<T>(OP, "pre", &s.pre.0)?;
         bias::<T>(OP, s.bias.as_ref(), w.rows)?;
         matmul_of::<T>(cpu, &Matmul { a: s.x, b: s.w, ta: false, tb: true, bias: s.bias, y: s.pre })?;
         super::pointwise::unary_fwd(cpu, &UnaryFwd { x: s.pre.0, y: s.y, f: Unary::GeluTanh })

@@ -143,13 +143,12 @@ pub struct Near {
     conditioning: f64,
     size: f64,
     coarse: bool,
-    naive: bool,
     specials: bool,
 }
 
 /// The comparator's bounds as they are.
 pub fn near() -> Near {
-    Near { roundings: 1.0, conditioning: 0.0, size: 0.0, coarse: false, naive: true, specials: false }
+    Near { roundings: 1.0, conditioning: 0.0, size: 0.0, coarse: false, specials: false }
 }
 
 impl Near {
@@ -168,10 +167,6 @@ impl Near {
     /// The bounds of the activation type also where the output is wider: it follows a rounding to act.
     pub fn coarse(self) -> Self {
         Near { coarse: true, ..self }
-    }
-    /// Not compared with the naive computation.
-    pub fn alone(self) -> Self {
-        Near { naive: false, ..self }
     }
     /// NaN and infinities may be wanted, and have to be where they are wanted.
     pub fn specials(self) -> Self {
@@ -198,7 +193,7 @@ impl Near {
     /// is most of the error. In f32 the naive order of a sum, which is the CPU's, may by luck be the best one.
     pub fn naive(&self, dtype: DType, want: &[f64]) -> bool {
         let (n, square) = (want.len() as f64, want.iter().map(|v| v * v).sum::<f64>());
-        self.naive && dtype == DType::Bf16 && want.len() >= 64 && square > 0.25 * self.size * self.size * n
+        dtype == DType::Bf16 && want.len() >= 64 && square > 0.25 * self.size * self.size * n
     }
 }
 
