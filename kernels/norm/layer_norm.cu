@@ -128,11 +128,12 @@ __global__ void __launch_bounds__(kTeamThreads, kBackwardThreads / kTeamThreads)
             load(w, a.w + rows.column(v));
 #pragma unroll
             for (int j = 0; j < N; ++j) {
-                const float xhat = (f[j] - mean) * rstd;
+                // d is rounded, never part of a fused multiply-add: d - mean(d) then vanishes where it should.
+                const float xhat = (f[j] - mean) * rstd, d = __fmul_rn(g[j], w[j]);
                 dw[v][j] += g[j] * xhat;
                 db[v][j] += g[j];
-                sums[0] += g[j] * w[j];
-                sums[1] += g[j] * w[j] * xhat;
+                sums[0] += d;
+                sums[1] += d * xhat;
             }
         }
         rows.refill();
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(kTeamThreads, kBackwardThreads / kTeamThreads)
             unpack(f, x[v]);
             load(w, a.w + rows.column(v));
 #pragma unroll
-            for (int j = 0; j < N; ++j) f[j] = rstd * (g[j] * w[j] - of_d - (f[j] - mean) * rstd * along);
+            for (int j = 0; j < N; ++j) f[j] = rstd * (__fmul_rn(g[j], w[j]) - of_d - (f[j] - mean) * rstd * along);
             store_global(a.dx.row(rows.row()) + rows.column(v), f);
         }
     }
@@ -192,7 +193,7 @@ template <class T> __global__ void __launch_bounds__(256) backward_plain_kernel(
         const float mean = a.mean[row], rstd = a.rstd[row];
         float sums[2] = {0.f, 0.f};  // of d and of d * xhat
         for (int64_t c = threadIdx.x; c < a.c; c += blockDim.x) {
-            const float g = to_float(dy[c]), d = g * to_float(a.w[c]), xhat = (to_float(x[c]) - mean) * rstd;
+            const float g = to_float(dy[c]), d = __fmul_rn(g, to_float(a.w[c])), xhat = (to_float(x[c]) - mean) * rstd;
             sums[0] += d;
             sums[1] += d * xhat;
             if (dw) {
@@ -203,7 +204,7 @@ template <class T> __global__ void __launch_bounds__(256) backward_plain_kernel(
         team_sum(sums, smem_sums[turn]);
         const float of_d = sums[0] / float(a.c), along = sums[1] / float(a.c);
         for (int64_t c = threadIdx.x; c < a.c; c += blockDim.x) {
-            const float d = to_float(dy[c]) * to_float(a.w[c]), xhat = (to_float(x[c]) - mean) * rstd;
+            const float d = __fmul_rn(to_float(dy[c]), to_float(a.w[c])), xhat = (to_float(x[c]) - mean) * rstd;
             a.dx.row(row)[c] = from_float<T>(rstd * (d - of_d - xhat * along));
         }
     }

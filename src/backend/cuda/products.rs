@@ -99,7 +99,9 @@ impl Product<'_> {
             && b.dtype == a.dtype
             && y.dtype == if self.add { f32 } else { a.dtype }
             && (ka, n, o) == (kb, rows(y), cols(y))
-            && self.bias.is_none_or(|v| v.dtype == a.dtype && rows(v) * cols(v) == o && stride(v) == cols(v))
+            && self.bias.is_none_or(|v| {
+                v.dtype == a.dtype && rows(v) * cols(v) == o && stride(v) == cols(v) && v.ptr as u64 % 16 == 0
+            })
             // The library wants whole 16-byte pieces where it keeps the sums.
             && self.pre.is_none_or(|v| {
                 v.dtype == a.dtype && (rows(v), cols(v)) == (n, o) && alignment(v) == ALIGNMENT && stride(v) % 8 == 0
@@ -164,7 +166,7 @@ impl Products {
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         let plan = match plans.entry(shape) {
             std::collections::hash_map::Entry::Occupied(e) => e.into_mut(),
-            std::collections::hash_map::Entry::Vacant(e) => e.insert(self.plan(&shape)?),
+            std::collections::hash_map::Entry::Vacant(e) => e.insert(self.plan(&shape, p)?),
         };
         let Some(plan) = plan else { return Ok(false) };
         let (one, beta) = (1f32, if p.add { 1f32 } else { 0f32 });
@@ -177,7 +179,7 @@ impl Products {
             if p.pre.is_some() {
                 set(plan.desc, Desc::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &pre.ptr)?;
             }
-            lt::matmul(
+            let done = lt::matmul(
                 self.handle,
                 plan.desc,
                 at(&one),
@@ -194,12 +196,16 @@ impl Products {
                 workspace as *mut c_void,
                 WORKSPACE,
                 stream.cast(),
-            )?;
+            );
+            match done {
+                // What the heuristic does not look at, such as the alignment of a bias.
+                Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)) => Ok(false),
+                done => done.map(|()| true),
+            }
         }
-        Ok(true)
     }
 
-    fn plan(&self, s: &Shape) -> std::result::Result<Option<Plan>, CublasError> {
+    fn plan(&self, s: &Shape, p: &Product) -> std::result::Result<Option<Plan>, CublasError> {
         use sys::cublasLtMatmulPreferenceAttributes_t as Pref;
         // Plain single precision where operands are f32: never TF32.
         let desc = lt::create_matmul_desc(
@@ -219,12 +225,20 @@ impl Products {
         let found = unsafe {
             set(desc, Desc::CUBLASLT_MATMUL_DESC_TRANSA, &op(s.ta))?;
             set(desc, Desc::CUBLASLT_MATMUL_DESC_TRANSB, &op(s.tb))?;
-            if s.bias {
-                set(
-                    desc,
-                    Desc::CUBLASLT_MATMUL_DESC_EPILOGUE,
-                    &sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS,
-                )?;
+            let epilogue = match (s.end, s.bias) {
+                (End::Gelu, false) => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_GELU_AUX,
+                (End::Gelu, true) => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+                (_, false) => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_DEFAULT,
+                (_, true) => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS,
+            };
+            set(desc, Desc::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
+            // The heuristic may look at these; every call sets them anew.
+            if let Some(bias) = p.bias {
+                set(desc, Desc::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias.ptr)?;
+            }
+            if let Some(pre) = p.pre {
+                set(desc, Desc::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &s.ld[3])?;
+                set(desc, Desc::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &pre.ptr)?;
             }
             prefer(pref, Pref::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE)?;
             prefer(pref, Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &s.alignment[0])?;
