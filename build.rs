@@ -1,15 +1,92 @@
-//! Compiles the C side of the kernel library.
+//! Compiles the kernels: the C files always, the CUDA files where there is a CUDA compiler.
+//!
+//! | variable | meaning |
+//! | --- | --- |
+//! | `ETT_CUDA` | `require`: no CUDA compiler is an error; `off`: none is looked for |
+//! | `NVCC`, `CUDA_HOME` | the compiler, or where CUDA lives |
+//! | `ETT_CUDA_ARCHS` | compute capabilities to compile for, by default `80 90a`; PTX of 80 is always there |
+//!
+//! With CUDA, the cfg `ett_cuda` is set, and a program links everything it needs but the driver, which it looks for
+//! when it runs.
+
+#[path = "build/cuda.rs"]
+mod cuda;
+
+use std::path::{Path, PathBuf};
+use std::{env, fs, process};
+
+/// A problem in one sentence, on a line of its own after what a compiler said.
+type Result<T> = std::result::Result<T, String>;
 
 fn main() {
-    println!("cargo::rerun-if-changed=build.rs");
-    println!("cargo::rerun-if-changed=kernels/include");
-    println!("cargo::rerun-if-changed=kernels/common");
-    cc::Build::new()
-        .file("kernels/common/status.c")
-        .file("kernels/common/missing.c")
-        .include("kernels/include")
-        .std("c11")
-        .extra_warnings(true)
-        .warnings_into_errors(true)
-        .compile("ett_kernels");
+    if let Err(error) = build() {
+        let (said, sentence) = error.rsplit_once('\n').unwrap_or(("", &error));
+        eprintln!("{said}");
+        println!("cargo::error={sentence}");
+        process::exit(1);
+    }
+}
+
+fn build() -> Result<()> {
+    println!("cargo::rustc-check-cfg=cfg(ett_cuda)");
+    for path in ["build.rs", "build"] {
+        println!("cargo::rerun-if-changed={path}");
+    }
+    let kernels = Path::new(&env::var("CARGO_MANIFEST_DIR").map_err(|e| e.to_string())?).join("kernels");
+    let folders = folders(&kernels)?;
+
+    let mut cc = cc::Build::new();
+    cc.files(files(&kernels.join("common"), "c")?);
+    cc.include(kernels.join("include")).include(kernels.join("common"));
+    cc.std("c11").extra_warnings(true).warnings_into_errors(true);
+
+    let toolkit = cuda::Toolkit::find()?;
+    if let Some(toolkit) = &toolkit {
+        let mut sources = Vec::new();
+        for folder in &folders {
+            sources.extend(files(folder, "cu")?);
+        }
+        cc.objects(cuda::compile(toolkit, &kernels, &sources)?);
+    }
+    cc.try_compile("ett_kernels").map_err(|e| format!("{e}\nthe C files of the kernels do not compile"))?;
+
+    // After the archive that needs them.
+    if let Some(toolkit) = &toolkit {
+        println!("cargo::rustc-cfg=ett_cuda");
+        println!("cargo::rustc-link-search=native={}", toolkit.lib.display());
+        println!("cargo::rustc-link-lib=static=cudart_static");
+        for lib in ["stdc++", "dl", "rt", "pthread"] {
+            println!("cargo::rustc-link-lib=dylib={lib}");
+        }
+    }
+    Ok(())
+}
+
+/// The folders of `kernels`, all watched but those that are not part of the library: `build` belongs to the Makefile,
+/// `shim` to the tests. A new folder is noticed with the change of the header or of `common` that comes with it.
+fn folders(kernels: &Path) -> Result<Vec<PathBuf>> {
+    println!("cargo::rerun-if-changed=kernels/Makefile");
+    let mut all = entries(kernels)?;
+    all.retain(|p| p.is_dir() && !p.ends_with("build") && !p.ends_with("shim"));
+    for folder in &all {
+        println!("cargo::rerun-if-changed={}", folder.display());
+    }
+    Ok(all)
+}
+
+fn files(folder: &Path, extension: &str) -> Result<Vec<PathBuf>> {
+    let mut all = entries(folder)?;
+    all.retain(|p| p.extension().is_some_and(|e| e == extension));
+    Ok(all)
+}
+
+/// What a folder holds, in order of name.
+fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+    let unreadable = |e| format!("{} cannot be read: {e}", folder.display());
+    let mut all = Vec::new();
+    for entry in fs::read_dir(folder).map_err(unreadable)? {
+        all.push(entry.map_err(unreadable)?.path());
+    }
+    all.sort();
+    Ok(all)
 }

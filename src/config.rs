@@ -247,11 +247,23 @@ pub struct ProjectorConfig {
     pub norm: bool,
     /// Added to its variance.
     pub norm_eps: f64,
+    /// Which form of GELU stands between the layers.
+    pub gelu: Gelu,
+}
+
+/// Forms of GELU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Gelu {
+    /// x times the normal distribution function.
+    Exact,
+    /// The tanh form, which the product's own kernel can end with.
+    Tanh,
 }
 
 impl Default for ProjectorConfig {
     fn default() -> Self {
-        ProjectorConfig { norm: false, norm_eps: 1e-5 }
+        ProjectorConfig { norm: false, norm_eps: 1e-5, gelu: Gelu::Exact }
     }
 }
 

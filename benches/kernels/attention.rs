@@ -1,60 +1,78 @@
-use criterion::Criterion;
-use ett::backend::{AttentionBwd, AttentionFwd, Cpu, Kernels, Stream};
+use ett::backend::{AttentionBwd, AttentionFwd, Kernels, Stream};
 use ett::ops::Seqs;
 use ett::tensor::DType;
 
-use crate::common::{kernel, normal, out};
+use crate::common::{Bench, acc, call, normal, out};
 
-pub fn benches(c: &mut Criterion) {
-    let dev = Cpu::new(0).expect("threads");
-    let dtype = DType::F32;
-    let (b, t, heads, kv_heads, head_dim) = (4, 256, 4, 2, 64);
-    let n = b * t;
-    let seqs = Seqs::new(&dev, &vec![t; b]).expect("memory for a bench");
+pub fn benches(b: &mut Bench) {
+    let (heads, kv_heads, head_dim) = if b.gpu { (12, 2, 128) } else { (4, 2, 64) };
+    let shapes: &[[usize; 2]] = if b.gpu { &[[8, 1152], [4, 4096]] } else { &[[4, 256]] };
+    let dtype = if b.gpu { DType::Bf16 } else { DType::F32 };
     let (wq, wk) = (heads * head_dim, kv_heads * head_dim);
-    let (q, k, v) =
-        (normal(&dev, dtype, [n, wq], 1), normal(&dev, dtype, [n, wk], 2), normal(&dev, dtype, [n, wk], 3));
-    let dy = normal(&dev, dtype, [n, wq], 4);
-    let (y, lse) = (out(&dev, dtype, [n, wq]), out(&dev, dtype, [n, heads]));
-    let (dq, dk, dv) = (out(&dev, dtype, [n, wq]), out(&dev, dtype, [n, wk]), out(&dev, dtype, [n, wk]));
-    let name = format!("B {b} T {t} heads {heads}/{kv_heads} of {head_dim}, causal, {dtype}");
-    let (cu, max, scale) = (seqs.cu.view(), seqs.max, 1.0 / (head_dim as f64).sqrt());
-    let args = AttentionFwd {
-        q: q.view(),
-        k: k.view(),
-        v: v.view(),
-        cu_q: cu,
-        cu_k: cu,
-        y: y.out(),
-        lse: lse.out(),
-        heads,
-        kv_heads,
-        head_dim,
-        max_q: max,
-        max_k: max,
-        scale,
-        causal: true,
-    };
-    kernel(c, &name, &args, || dev.attention_fwd(Stream::COMPUTE, &args));
-    let args = AttentionBwd {
-        dy: dy.view(),
-        q: q.view(),
-        k: k.view(),
-        v: v.view(),
-        y: y.view(),
-        lse: lse.view(),
-        cu_q: cu,
-        cu_k: cu,
-        dq: dq.out(),
-        dk: dk.out(),
-        dv: dv.out(),
-        heads,
-        kv_heads,
-        head_dim,
-        max_q: max,
-        max_k: max,
-        scale,
-        causal: true,
-    };
-    kernel(c, &name, &args, || dev.attention_bwd(Stream::COMPUTE, &args));
+    let scale = 1.0 / (head_dim as f64).sqrt();
+    for &[batch, t] in shapes {
+        let n = batch * t;
+        let shape = format!("B {batch} T {t} heads {heads}/{kv_heads} of {head_dim}, causal");
+        b.kernel("attention_fwd", &shape, dtype, &|dev, seed| {
+            let seqs = Seqs::new(dev, &vec![t; batch])?;
+            let (q, k) = (normal(dev, dtype, [n, wq], seed)?, normal(dev, dtype, [n, wk], seed + 100)?);
+            let v = normal(dev, dtype, [n, wk], seed + 200)?;
+            let (y, lse) = (out(dev, dtype, [n, wq])?, out(dev, acc(dtype), [n, heads])?);
+            let run = move |dev: &dyn Kernels| {
+                let a = AttentionFwd {
+                    q: q.view(),
+                    k: k.view(),
+                    v: v.view(),
+                    cu_q: seqs.cu.view(),
+                    cu_k: seqs.cu.view(),
+                    y: y.out(),
+                    lse: lse.out(),
+                    heads,
+                    kv_heads,
+                    head_dim,
+                    max_q: t,
+                    max_k: t,
+                    scale,
+                    causal: true,
+                };
+                call(&a, |a| dev.attention_fwd(Stream::COMPUTE, a))
+            };
+            Ok((Box::new(run), None))
+        });
+        b.kernel("attention_bwd", &shape, dtype, &|dev, seed| {
+            let seqs = Seqs::new(dev, &vec![t; batch])?;
+            let (q, k) = (normal(dev, dtype, [n, wq], seed)?, normal(dev, dtype, [n, wk], seed + 100)?);
+            let (v, dy) =
+                (normal(dev, dtype, [n, wk], seed + 200)?, normal(dev, dtype, [n, wq], seed + 300)?);
+            // Of a size that a forward's output and log-sum-exp have: probabilities stay within [0, 1] or so.
+            let (y, lse) = (normal(dev, dtype, [n, wq], seed + 400)?, out(dev, acc(dtype), [n, heads])?);
+            dev.fill(Stream::COMPUTE, &ett::backend::Fill { y: lse.out(), value: 8.0 })?;
+            let (dq, dk, dv) =
+                (out(dev, dtype, [n, wq])?, out(dev, dtype, [n, wk])?, out(dev, dtype, [n, wk])?);
+            let run = move |dev: &dyn Kernels| {
+                let a = AttentionBwd {
+                    dy: dy.view(),
+                    q: q.view(),
+                    k: k.view(),
+                    v: v.view(),
+                    y: y.view(),
+                    lse: lse.view(),
+                    cu_q: seqs.cu.view(),
+                    cu_k: seqs.cu.view(),
+                    dq: dq.out(),
+                    dk: dk.out(),
+                    dv: dv.out(),
+                    heads,
+                    kv_heads,
+                    head_dim,
+                    max_q: t,
+                    max_k: t,
+                    scale,
+                    causal: true,
+                };
+                call(&a, |a| dev.attention_bwd(Stream::COMPUTE, a))
+            };
+            Ok((Box::new(run), None))
+        });
+    }
 }

@@ -1,5 +1,5 @@
-//! Benches of the kernels. There is no GPU code yet, so they time the CPU device, at small shapes; throughput is
-//! in operations of the minimum work. One module a family, as in `src/ops`.
+//! Benches of the kernels: on the first GPU at real sizes, by the device's clock; without one on the CPU, at small
+//! shapes. `ETT_RECORD=folder cargo bench` also writes the results there. One module a family, as in `src/ops`.
 
 mod attention;
 mod codebook;
@@ -8,26 +8,32 @@ mod conv;
 mod losses;
 mod norm;
 mod optim;
+#[cfg(ett_cuda)]
+mod peers;
 mod products;
 mod step;
 
 use std::time::Duration;
 
+use common::Bench;
 use criterion::Criterion;
 
 fn main() {
-    let mut c = Criterion::default()
+    let criterion = Criterion::default()
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_secs(1))
         .sample_size(10)
+        .without_plots()
         .configure_from_args();
-    products::benches(&mut c);
-    conv::benches(&mut c);
-    norm::benches(&mut c);
-    attention::benches(&mut c);
-    codebook::benches(&mut c);
-    losses::benches(&mut c);
-    optim::benches(&mut c);
-    step::benches(&mut c);
-    c.final_summary();
+    let mut b = Bench::new(criterion).expect("a device");
+    b.ceilings().expect("the device copies and multiplies");
+    products::benches(&mut b);
+    conv::benches(&mut b);
+    norm::benches(&mut b);
+    attention::benches(&mut b);
+    codebook::benches(&mut b);
+    losses::benches(&mut b);
+    optim::benches(&mut b);
+    step::benches(&mut b);
+    b.finish().expect("the folder that ETT_RECORD names can be written");
 }

@@ -1,35 +1,56 @@
-use criterion::Criterion;
-use ett::backend::{Adamw, Cpu, Kernels, Slot, StepState, Stream};
+use ett::backend::{Adamw, Kernels, Slot, StepState, Stream, SumSquares};
 use ett::tensor::DType;
 
-use crate::common::{kernel, normal, out};
+use crate::common::{Bench, call, normal, out};
 
-pub fn benches(c: &mut Criterion) {
-    let dev = Cpu::new(0).expect("threads");
+const S: Stream = Stream::COMPUTE;
+
+pub fn benches(b: &mut Bench) {
+    // All of Qwen2.5-1.5B.
+    let n = if b.gpu { 1_544_000_000 } else { 1 << 22 };
     let dtype = DType::F32;
-    let n = 1 << 22;
-    let (master, grad) = (normal(&dev, dtype, [n], 1), normal(&dev, dtype, [n], 2));
-    let (m, v, norm) = (out(&dev, dtype, [n]), out(&dev, dtype, [n]), out(&dev, dtype, [2]));
-    let mut state = StepState::new(&dev, dtype).expect("memory for a bench");
-    for (slot, value) in [(Slot::Rate(0), 1e-4), (Slot::Bias1(0), 10.0), (Slot::Bias2(0), 20.0)] {
-        state.set(slot, value);
+    b.kernel("sum_squares", &n.to_string(), dtype, &|dev, seed| {
+        let (x, sums) = (normal(dev, dtype, [n], seed)?, out(dev, dtype, [2])?);
+        let run = move |dev: &dyn Kernels| {
+            let a = SumSquares { x: x.view(), out: sums.acc() };
+            call(&a, |a| dev.sum_squares(S, a))
+        };
+        Ok((Box::new(run), None))
+    });
+    for shadow in [false, true] {
+        let shape = format!("{n}{}", if shadow { " + bf16 copy" } else { "" });
+        b.kernel("adamw", &shape, dtype, &|dev, seed| {
+            let (master, grad) = (normal(dev, dtype, [n], seed)?, normal(dev, dtype, [n], seed + 100)?);
+            // Second moments are positive; fill is as good as random, nothing branches on them.
+            let (m, v) = (normal(dev, dtype, [n], seed + 200)?, out(dev, dtype, [n])?);
+            dev.fill(S, &ett::backend::Fill { y: v.out(), value: 0.7 })?;
+            let copy = if shadow { Some(out(dev, DType::Bf16, [n])?) } else { None };
+            let norm = out(dev, dtype, [2])?;
+            let mut state = StepState::new(dev, dtype)?;
+            for (slot, value) in [(Slot::Rate(0), 1e-4), (Slot::Bias1(0), 10.0), (Slot::Bias2(0), 20.0)] {
+                state.set(slot, value);
+            }
+            state.send(dev)?;
+            let run = move |dev: &dyn Kernels| {
+                let a = Adamw {
+                    master: master.acc(),
+                    grad: grad.view(),
+                    m: m.acc(),
+                    v: v.acc(),
+                    ema: None,
+                    shadow: copy.as_ref().map(|t| t.out()),
+                    state: state.tensor().view(),
+                    norm: norm.view(),
+                    group: 0,
+                    beta1: 0.9,
+                    beta2: 0.95,
+                    eps: 1e-8,
+                    weight_decay: 0.0,
+                    ema_decay: 0.0,
+                };
+                call(&a, |a| dev.adamw(S, a))
+            };
+            Ok((Box::new(run), None))
+        });
     }
-    state.send(&dev).expect("a copy");
-    let args = Adamw {
-        master: master.acc(),
-        grad: grad.view(),
-        m: m.acc(),
-        v: v.acc(),
-        ema: None,
-        shadow: None,
-        state: state.tensor().view(),
-        norm: norm.view(),
-        group: 0,
-        beta1: 0.9,
-        beta2: 0.95,
-        eps: 1e-8,
-        weight_decay: 0.0,
-        ema_decay: 0.0,
-    };
-    kernel(c, &format!("{n} {dtype}"), &args, || dev.adamw(Stream::COMPUTE, &args));
 }

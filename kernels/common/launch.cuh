@@ -207,7 +207,8 @@ class Check {
     bool silent_ = false;
 };
 
-// Enqueues `kernel`; ETT_OK or the noted error. Shared memory beyond 48 KB is asked for here.
+// Enqueues `kernel`; ETT_OK or the noted error. A kernel gets 48 KB of shared memory, static and dynamic together, unless
+// it asks for more: here, since the static part (of at most 16 KB) is not known.
 template <class... P, class... A>
 int32_t launch(const char* op, void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, const ett_launch* l, const A&... args) {
 #ifdef ETT_SHIM
@@ -216,7 +217,7 @@ int32_t launch(const char* op, void (*kernel)(P...), dim3 grid, dim3 block, size
     return ETT_OK;
 #else
     cudaError_t e = cudaSuccess;
-    if (smem > 48 * 1024)
+    if (smem > 32 * 1024)
         e = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(smem));
     if (e == cudaSuccess) {
         cudaLaunchConfig_t config = {};

@@ -55,6 +55,23 @@ __device__ __forceinline__ float exp2_approx(float x) {
 #endif
 }
 
+// Stores 16 or 8 bytes to global memory, aligned to their number, as one access (the compiler splits some that it
+// moves).
+__device__ __forceinline__ void store_global_bytes(void* p, const uint32_t (&v)[4]) {
+#ifdef ETT_SHIM
+    memcpy(p, v, sizeof v);
+#else
+    asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+#endif
+}
+__device__ __forceinline__ void store_global_bytes(void* p, const uint32_t (&v)[2]) {
+#ifdef ETT_SHIM
+    memcpy(p, v, sizeof v);
+#else
+    asm volatile("st.global.v2.b32 [%0], {%1,%2};" ::"l"(p), "r"(v[0]), "r"(v[1]) : "memory");
+#endif
+}
+
 // The address of shared memory as the 32-bit number that ldmatrix and cp.async take.
 #ifdef ETT_SHIM
 using smem_addr = char*;

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "ptx.cuh"
 
 namespace ett {
@@ -32,34 +34,64 @@ template <class T, int N> struct alignas(sizeof(T) * N) Vec {
 // Elements of T in a 16-byte access.
 template <class T> inline constexpr int kWide = 16 / int(sizeof(T));
 
-// Loads N elements as floats.
-template <int N, class T> __device__ __forceinline__ void load(float (&out)[N], const T* p) {
-    const Vec<T, N> v = *reinterpret_cast<const Vec<T, N>*>(p);
+// The elements of a piece as floats. bf16 goes by twos, in 32-bit registers, here and in `pack`.
+template <int N, class T> __device__ __forceinline__ void unpack(float (&out)[N], const Vec<T, N>& v) {
+    if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+        uint32_t two[N / 2];
+        memcpy(two, &v, sizeof v);
 #pragma unroll
-    for (int i = 0; i < N; ++i) out[i] = to_float(v.v[i]);
-}
-
-// Rounds and stores N elements.
-template <int N> __device__ __forceinline__ void store(float* p, const float (&in)[N]) {
-    Vec<float, N> v;
-#pragma unroll
-    for (int i = 0; i < N; ++i) v.v[i] = in[i];
-    *reinterpret_cast<Vec<float, N>*>(p) = v;
-}
-template <int N> __device__ __forceinline__ void store(bf16* p, const float (&in)[N]) {
-    Vec<bf16, N> v;
-    if constexpr (N % 2 == 0) {
-#pragma unroll
-        for (int i = 0; i < N; i += 2) {
-            const uint32_t two = pack_bf16x2(in[i], in[i + 1]);
-            v.v[i].bits = uint16_t(two & 0xffffu);
-            v.v[i + 1].bits = uint16_t(two >> 16);
+        for (int i = 0; i < N / 2; ++i) {
+            out[2 * i] = bits_to_float(two[i] << 16);
+            out[2 * i + 1] = bits_to_float(two[i] & 0xffff0000u);
         }
     } else {
 #pragma unroll
-        for (int i = 0; i < N; ++i) v.v[i] = from_float<bf16>(in[i]);
+        for (int i = 0; i < N; ++i) out[i] = to_float(v.v[i]);
     }
-    *reinterpret_cast<Vec<bf16, N>*>(p) = v;
 }
+
+// N floats rounded to T.
+template <class T, int N> __device__ __forceinline__ Vec<T, N> pack(const float (&in)[N]) {
+    Vec<T, N> v;
+    if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+        uint32_t two[N / 2];
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) two[i] = pack_bf16x2(in[2 * i], in[2 * i + 1]);
+        memcpy(&v, two, sizeof v);
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i) v.v[i] = from_float<T>(in[i]);
+    }
+    return v;
+}
+
+// Loads N elements as one access. Through CUDA's own vectors, which the compiler does not take apart.
+template <int N, class T> __device__ __forceinline__ Vec<T, N> load_vec(const T* p) {
+    using Word = std::conditional_t<sizeof(T) * N == 16, uint4, std::conditional_t<sizeof(T) * N == 8, uint2, Vec<T, N>>>;
+    const Word w = *reinterpret_cast<const Word*>(p);
+    Vec<T, N> v;
+    memcpy(&v, &w, sizeof v);
+    return v;
+}
+
+// Stores N elements to global memory as one access.
+template <int N, class T> __device__ __forceinline__ void store_vec(T* p, const Vec<T, N>& v) {
+    if constexpr (sizeof v >= 8) {
+        uint32_t words[sizeof v / 4];
+        memcpy(words, &v, sizeof v);
+        store_global_bytes(p, words);
+    } else {
+        *reinterpret_cast<Vec<T, N>*>(p) = v;
+    }
+}
+
+// Loads N elements as floats.
+template <int N, class T> __device__ __forceinline__ void load(float (&out)[N], const T* p) { unpack(out, load_vec<N>(p)); }
+
+// Rounds and stores N elements; `store_global` to global memory only, as one access in any case.
+template <int N, class T> __device__ __forceinline__ void store(T* p, const float (&in)[N]) {
+    *reinterpret_cast<Vec<T, N>*>(p) = pack<T>(in);
+}
+template <int N, class T> __device__ __forceinline__ void store_global(T* p, const float (&in)[N]) { store_vec(p, pack<T>(in)); }
 
 }  // namespace ett

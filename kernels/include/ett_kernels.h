@@ -133,7 +133,8 @@ typedef enum ett_unary_kind {
     ETT_UNARY_SILU = 0,       /* x * sigmoid(x) */
     ETT_UNARY_GELU = 1,       /* x * Phi(x), exact */
     ETT_UNARY_RELU = 2,       /* max(x, 0); derivative 0 at 0 */
-    ETT_UNARY_LEAKY_RELU = 3  /* x if x > 0, else slope * x */
+    ETT_UNARY_LEAKY_RELU = 3, /* x if x > 0, else slope * x */
+    ETT_UNARY_GELU_TANH = 4   /* x * sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3) */
 } ett_unary_kind;
 
 /* A function with its parameter. */
@@ -180,6 +181,18 @@ typedef struct ett_matmul_args {
 } ett_matmul_args;
 int64_t ett_matmul_workspace(const ett_matmul_args* args);
 int32_t ett_matmul(const ett_matmul_args* args, const ett_launch* launch);
+
+/* A linear layer and the tanh form of GELU in one: pre = x w^T + bias, y = gelu(pre). The function meets the
+   sum before or after it is rounded to act. */
+typedef struct ett_linear_gelu_args {
+    ett_view x;             // in   [N, C]; act
+    ett_view w;             // in   [O, C]; act
+    ett_view bias;          // in?  [O]; act
+    ett_view pre;           // out  [N, O]; act
+    ett_view y;             // out  [N, O]; act
+} ett_linear_gelu_args;
+int64_t ett_linear_gelu_workspace(const ett_linear_gelu_args* args);
+int32_t ett_linear_gelu(const ett_linear_gelu_args* args, const ett_launch* launch);
 
 /* y += op(a) op(b) in the accumulator type: weight gradients. */
 typedef struct ett_matmul_acc_args {

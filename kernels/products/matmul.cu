@@ -1,14 +1,17 @@
-// matmul.cu: y = op(a) op(b) + bias, and y += op(a) op(b); op transposes if asked.
+// matmul.cu: y = op(a) op(b) + bias, and y += op(a) op(b); op transposes if asked. linear_gelu: pre = x w^T + bias and
+// y = gelu(pre) in the tanh form (arXiv 1606.08415); x is a, w is b transposed.
 //
 // a     N,C or C,N if ta  act  rows of any stride   in
 // b     C,O or O,C if tb  act  rows of any stride   in
-// bias  O                 act  contiguous           in, may be absent; matmul only
+// bias  O                 act  contiguous           in, may be absent; not in matmul_acc
+// pre   N,O               act  rows of any stride   out; linear_gelu only
 // y     N,O               act  rows of any stride   out;  matmul_acc: f32, added to
 //
 // numerics: products summed in f32 in ascending order of C (f32: fused multiply-adds, no TF32), then the bias or the
-// old y is added and the result rounded once. Bitwise repeatable.   limits: none beyond memory.
-// work: 2*N*C*O FLOP; (N*C + C*O + N*O)*size bytes. Operands whose rows do not consist of whole pieces of 16 bytes are
+// old y is added and the result rounded once; gelu is that of the sum before rounding. Bitwise repeatable.
+// limits: none beyond memory.   work: 2*N*C*O FLOP; (N*C + C*O + N*O)*size bytes (linear_gelu: N*O*size more). Operands whose rows do not consist of whole pieces of 16 bytes are
 // copied element by element, which is several times slower.
+#include "activation.cuh"
 #include "gemm.cuh"
 
 namespace ett {
@@ -32,11 +35,29 @@ template <bool TA, bool TB> struct Tiles<float, TA, TB> {
 // Tiles side by side in a column of this many rows run together, so that they find each other's operands in the L2.
 constexpr int64_t kGroup = 8;
 
-// Exactly one of y (overwritten) and y_acc (added to) is not null. `pairs`: two neighbours of y are one access.
+// Where the sums go.
+template <class T> struct Output {
+    T* y;          // overwritten, or
+    float* y_acc;  // added to: one of the two is not null
+    T* pre;        // if not null, the sums go here and their GELU to y
+    int64_t ld, ld_pre;
+    bool pairs;    // two neighbours are one access
+};
+
+// Stores the first, or both, of two neighbours.
+template <class T> __device__ __forceinline__ void write_two(T* p, const float (&v)[2], bool pairs, bool one, bool two) {
+    if (pairs && two) {
+        store<2>(p, v);
+    } else {
+        if (one) p[0] = from_float<T>(v[0]);
+        if (two) p[1] = from_float<T>(v[1]);
+    }
+}
+
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 256 / Tile::kThreads)
 matmul_kernel(const Matrix<typename Tile::Type> a, const Matrix<typename Tile::Type> b, const typename Tile::Type* bias,
-              typename Tile::Type* y, float* y_acc, int64_t rows, int64_t cols, int64_t ldy, bool pairs) {
+              const __grid_constant__ Output<typename Tile::Type> out, int64_t rows, int64_t cols) {
     using T = typename Tile::Type;
     ETT_DYNAMIC_SMEM(smem);
     const int64_t tile_rows = (rows + Tile::kRows - 1) / Tile::kRows, tile_cols = (cols + Tile::kCols - 1) / Tile::kCols;
@@ -57,24 +78,26 @@ matmul_kernel(const Matrix<typename Tile::Type> a, const Matrix<typename Tile::T
         for (int i = 0; i < Tile::kAccRows; ++i) {
             const int64_t row = row0 + Tile::row(i);
             if (row >= rows) continue;
-            const int64_t at = row * ldy + col;
-            const float v[2] = {acc.at(i, j) + bias0, acc.at(i, j + 1) + bias1};
-            if (y_acc) {
-                if (pairs && two) {
+            const int64_t at = row * out.ld + col;
+            float v[2] = {acc.at(i, j) + bias0, acc.at(i, j + 1) + bias1};
+            if (out.y_acc) {
+                if (out.pairs && two) {
                     float old[2];
-                    load<2>(old, y_acc + at);
+                    load<2>(old, out.y_acc + at);
                     const float sum[2] = {old[0] + v[0], old[1] + v[1]};
-                    store<2>(y_acc + at, sum);
+                    store<2>(out.y_acc + at, sum);
                 } else {
-                    if (one) y_acc[at] += v[0];
-                    if (two) y_acc[at + 1] += v[1];
+                    if (one) out.y_acc[at] += v[0];
+                    if (two) out.y_acc[at + 1] += v[1];
                 }
-            } else if (pairs && two) {
-                store<2>(y + at, v);
-            } else {
-                if (one) y[at] = from_float<T>(v[0]);
-                if (two) y[at + 1] = from_float<T>(v[1]);
+                continue;
             }
+            if (out.pre) {
+                write_two(out.pre + row * out.ld_pre + col, v, out.pairs, one, two);
+                v[0] = gelu_tanh<T>(v[0]);
+                v[1] = gelu_tanh<T>(v[1]);
+            }
+            write_two(out.y + at, v, out.pairs, one, two);
         }
     }
 }
@@ -86,7 +109,7 @@ const char* choose_matmul_config(int64_t rows, int64_t cols, int32_t dtype, int 
 }
 
 struct Product {
-    const ett_view *a, *b, *bias, *y;
+    const ett_view *a, *b, *bias, *y, *pre;  // bias and pre: null if absent
     bool ta, tb;
     bool add;  // to y, which is f32
 };
@@ -99,16 +122,18 @@ int32_t run(const char* op, Check& check, const Product& p, const ett_launch* l)
     const char* kernel = check.choose(l, vectors ? choose_matmul_config(n, o, p.a->dtype, multiprocessors()) : "small", names);
     if (!check.ok()) return check.status();
     const bool large = strcmp(kernel, "large") == 0;
-    const bool pairs = wide(*p.y, 2 * dtype_size(p.y->dtype));
+    const int64_t pair = 2 * dtype_size(p.y->dtype);
+    const bool pairs = wide(*p.y, pair) && (!p.pre || wide(*p.pre, pair));
     return with_act(p.a->dtype, [&](auto t) {
         using T = decltype(t);
+        const Output<T> out{p.add ? nullptr : data<T>(*p.y), p.add ? data<float>(*p.y) : nullptr, p.pre ? data<T>(*p.pre) : nullptr,
+                            stride(*p.y), p.pre ? stride(*p.pre) : 0, pairs};
         auto go = [&](auto tile) {
             using Tile = decltype(tile);
             const dim3 grid(unsigned(ceil_div(n, Tile::kRows) * ceil_div(o, Tile::kCols)));
             const int32_t status =
                 launch(op, matmul_kernel<Tile>, grid, dim3(Tile::kThreads), Tile::kSmem, l, gemm::matrix<T>(*p.a), gemm::matrix<T>(*p.b),
-                       p.bias ? data<const T>(*p.bias) : nullptr, p.add ? nullptr : data<T>(*p.y), p.add ? data<float>(*p.y) : nullptr, n, o,
-                       stride(*p.y), pairs);
+                       p.bias ? data<const T>(*p.bias) : nullptr, out, n, o);
             return status == ETT_OK ? ett_done(kernel) : status;
         };
         auto sized = [&](auto tiles) {
@@ -140,6 +165,7 @@ template <class Args> bool sound(Check& check, const Args* s, int32_t out) {
 }  // namespace ett
 
 ETT_NO_WORKSPACE(matmul)
+ETT_NO_WORKSPACE(linear_gelu)
 ETT_NO_WORKSPACE(matmul_acc)
 
 extern "C" int32_t ett_matmul(const ett_matmul_args* a, const ett_launch* l) {
@@ -148,12 +174,25 @@ extern "C" int32_t ett_matmul(const ett_matmul_args* a, const ett_launch* l) {
     if (!sound(check, a, -1)) return check.status();
     const bool bias = present(a->bias);
     if (bias && !check.vector("bias", a->bias, a->a.dtype, cols(a->y))) return check.status();
-    return run("matmul", check, {&a->a, &a->b, bias ? &a->bias : nullptr, &a->y, a->ta != 0, a->tb != 0, false}, l);
+    return run("matmul", check, {&a->a, &a->b, bias ? &a->bias : nullptr, &a->y, nullptr, a->ta != 0, a->tb != 0, false}, l);
 }
 
 extern "C" int32_t ett_matmul_acc(const ett_matmul_acc_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("matmul_acc", a, l);
     if (!sound(check, a, ETT_F32)) return check.status();
-    return run("matmul_acc", check, {&a->a, &a->b, nullptr, &a->y, a->ta != 0, a->tb != 0, true}, l);
+    return run("matmul_acc", check, {&a->a, &a->b, nullptr, &a->y, nullptr, a->ta != 0, a->tb != 0, true}, l);
+}
+
+extern "C" int32_t ett_linear_gelu(const ett_linear_gelu_args* a, const ett_launch* l) {
+    using namespace ett;
+    Check check("linear_gelu", a, l);
+    if (!check.ok() || !check.act("x", a->x) || !check.type("w", a->w, a->x.dtype)) return check.status();
+    const int64_t n = rows(a->x), o = rows(a->w);
+    const bool bias = present(a->bias);
+    if (!check.matrix("w", a->w, a->x.dtype, o, cols(a->x)) || (bias && !check.vector("bias", a->bias, a->x.dtype, o)) ||
+        !check.matrix("pre", a->pre, a->x.dtype, n, o) || !check.matrix("y", a->y, a->x.dtype, n, o) ||
+        !check.range("y", ceil_div(n, 64) * ceil_div(o, 64), 0, INT32_MAX))
+        return check.status();
+    return run("linear_gelu", check, {&a->x, &a->w, bias ? &a->bias : nullptr, &a->y, &a->pre, false, true, false}, l);
 }

@@ -159,7 +159,11 @@ mod tests {
             ("a missing comment", "ett_view gate_up;       //", "ett_view gate_up;    "),
             ("another struct", "typedef struct ett_rope_args {", "typedef struct ett_rop_args {"),
             ("another end of a struct", "} ett_rope_args;", "} ett_rop_args;"),
-            ("a missing launcher", "int32_t ett_rope(const ett_rope_args* args, const ett_launch* launch);\n", ""),
+            (
+                "a missing launcher",
+                "int32_t ett_rope(const ett_rope_args* args, const ett_launch* launch);\n",
+                "",
+            ),
             ("a missing query", "int64_t ett_rope_workspace(const ett_rope_args* args);\n", ""),
             (
                 "another launcher",
@@ -194,12 +198,13 @@ mod tests {
         for (name, value) in [("ETT_METRIC_DOT", Metric::Dot), ("ETT_METRIC_L2", Metric::L2)] {
             assert_eq!(constant(name), value as i64, "{name}");
         }
-        for f in [Unary::Silu, Unary::Gelu, Unary::Relu, Unary::LeakyRelu(0.2)] {
+        for f in [Unary::Silu, Unary::Gelu, Unary::Relu, Unary::LeakyRelu(0.2), Unary::GeluTanh] {
             let (name, value) = match f {
                 Unary::Silu => ("ETT_UNARY_SILU", 0),
                 Unary::Gelu => ("ETT_UNARY_GELU", 1),
                 Unary::Relu => ("ETT_UNARY_RELU", 2),
                 Unary::LeakyRelu(_) => ("ETT_UNARY_LEAKY_RELU", 3),
+                Unary::GeluTanh => ("ETT_UNARY_GELU_TANH", 4),
             };
             assert_eq!(constant(name), value, "{name}");
         }

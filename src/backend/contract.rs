@@ -15,6 +15,8 @@ pub enum Unary {
     Silu,
     /// x * Phi(x), exact.
     Gelu,
+    /// The tanh form of GELU: `x * sigmoid(2u)` with `u = sqrt(2 / pi) (x + 0.044715 x^3)` (arXiv 1606.08415).
+    GeluTanh,
     /// max(x, 0); derivative 0 at 0.
     Relu,
     /// x if x > 0, else slope * x.
@@ -50,6 +52,20 @@ products: matmul(Matmul<'a>) flop |s| 2 * s.y.0.dims.numel() * inner(&s.a, s.ta)
     tb: bool,
     /// `[O]`; act.
     bias: Option<In<'a>>,
+    /// `[N, O]`; act.
+    y: Out<'a>,
+}
+/// A linear layer and the tanh form of GELU in one: `pre = x w^T + bias`, `y = gelu(pre)`. The function meets the
+/// sum before or after it is rounded to act.
+products: linear_gelu(LinearGelu<'a>) flop |s| 2 * s.x.dims.numel() * s.w.dims.rows() => {
+    /// `[N, C]`; act.
+    x: In<'a>,
+    /// `[O, C]`; act.
+    w: In<'a>,
+    /// `[O]`; act.
+    bias: Option<In<'a>>,
+    /// `[N, O]`; act.
+    pre: Out<'a>,
     /// `[N, O]`; act.
     y: Out<'a>,
 }

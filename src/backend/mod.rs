@@ -260,7 +260,8 @@ impl Memory {
 
     /// What is held now, the largest roles first, for messages.
     pub(crate) fn largest(&self) -> String {
-        let mut held: Vec<(u64, Role)> = self.live.iter().copied().zip(Role::ALL).filter(|(b, _)| *b > 0).collect();
+        let mut held: Vec<(u64, Role)> =
+            self.live.iter().copied().zip(Role::ALL).filter(|(b, _)| *b > 0).collect();
         held.sort_by_key(|(b, _)| std::cmp::Reverse(*b));
         let text: Vec<String> = held.iter().take(3).map(|(b, r)| format!("{r} {}", size(*b))).collect();
         if text.is_empty() { "nothing is held".into() } else { format!("held: {}", text.join(", ")) }
@@ -339,6 +340,28 @@ impl Field for f64 {}
 impl Field for usize {}
 impl Field for bool {}
 
+/// Opens a device by name: `cpu`, with `threads` threads (0: one per core), `cuda` or `cuda:N`.
+pub fn open(name: &str, threads: usize) -> Result<Arc<dyn Kernels>> {
+    let bad = || Error::config("device", name, "cpu, cuda or cuda:N");
+    match name.split_once(':').unwrap_or((name, "0")) {
+        ("cpu", _) if name == "cpu" => Ok(Arc::new(Cpu::new(threads)?)),
+        ("cuda", ordinal) => open_cuda(ordinal.parse().map_err(|_| bad())?),
+        _ => Err(bad()),
+    }
+}
+
+#[cfg(ett_cuda)]
+fn open_cuda(ordinal: usize) -> Result<Arc<dyn Kernels>> {
+    Ok(Arc::new(Cuda::new(ordinal)?))
+}
+
+#[cfg(not(ett_cuda))]
+fn open_cuda(_ordinal: usize) -> Result<Arc<dyn Kernels>> {
+    let what = "this program was built without its CUDA kernels, because no nvcc was found: run tools/setup-cuda and \
+                build again, or run on the CPU";
+    Err(Error::device("cuda", what))
+}
+
 /// Checks that a view lies inside its buffer; devices call this before following an address.
 pub(crate) fn check_view(op: &'static str, arg: &'static str, v: &In) -> Result<()> {
     let (rows, cols) = (v.dims.rows() as u64, v.dims.cols() as u64);
@@ -348,7 +371,16 @@ pub(crate) fn check_view(op: &'static str, arg: &'static str, v: &In) -> Result<
     if v.ld < cols as i64 && rows > 1 {
         return Err(Error::arg(op, arg, format!("row stride {}", v.ld), format!("at least {cols}")));
     }
-    let end = v.off + ((rows - 1) * v.ld as u64 + cols) * v.dtype.size() as u64;
+    let size = v.dtype.size() as u64;
+    if !v.off.is_multiple_of(size) {
+        return Err(Error::arg(
+            op,
+            arg,
+            format!("at byte {}", v.off),
+            format!("at a multiple of {size} bytes"),
+        ));
+    }
+    let end = v.off + ((rows - 1) * v.ld as u64 + cols) * size;
     if end > v.buf.bytes as u64 {
         return Err(Error::arg(
             op,

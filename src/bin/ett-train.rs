@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
-use ett::backend::Cpu;
+use ett::backend::{self, Cpu};
 use ett::config::Config;
 use ett::error::{Error, Result};
 use ett::train;
@@ -37,6 +37,9 @@ enum Command {
         /// Print sizes, memory by role and operations of one step of each stage, and train nothing.
         #[arg(long)]
         plan: bool,
+        /// cpu, cuda or cuda:N.
+        #[arg(long, default_value = "cpu")]
+        device: String,
         /// No progress bars.
         #[arg(long)]
         quiet: bool,
@@ -61,6 +64,9 @@ enum Command {
         /// f64, f32 or bf16.
         #[arg(long, default_value = "f64")]
         dtype: String,
+        /// cpu, cuda or cuda:N.
+        #[arg(long, default_value = "cpu")]
+        device: String,
     },
 }
 
@@ -89,25 +95,30 @@ fn run(command: Command) -> Result<()> {
             print!("{}", train::plan(&Config::load(&config, &set)?)?);
             Ok(())
         }
-        Command::Run { config, out, init, set, quiet, profile, .. } => {
+        Command::Run { config, out, init, set, quiet, profile, device, .. } => {
             let cfg = Config::load(&config, &set)?;
             let name = config
                 .file_stem()
                 .ok_or_else(|| Error::data(&config, "has no file name to call the run by; give --out"))?;
             let out = out.unwrap_or_else(|| PathBuf::from("runs").join(name));
-            let dev = Cpu::new(cfg.train.threads)?;
-            let dev = Arc::new(if profile { dev.profiled() } else { dev });
-            let done = train::run(&cfg, dev.clone(), &out, init.as_deref(), quiet)?;
-            if profile {
+            let done = if profile {
+                if device != "cpu" {
+                    return Err(Error::config("--profile", device, "the device cpu; use nsys on a GPU"));
+                }
+                let dev = Arc::new(Cpu::new(cfg.train.threads)?.profiled());
+                let done = train::run(&cfg, dev.clone(), &out, init.as_deref(), quiet)?;
                 print!("{}", train::profile_table(&dev));
-            }
+                done
+            } else {
+                train::run(&cfg, backend::open(&device, cfg.train.threads)?, &out, init.as_deref(), quiet)?
+            };
             print!("{}", done.table());
             println!("written to {}", out.display());
             Ok(())
         }
-        Command::Check { config, weights, batch, dump, dtype } => {
+        Command::Check { config, weights, batch, dump, dtype, device } => {
             let cfg = Config::load(&config, &[format!("train.precision={dtype:?}")])?;
-            let dev = Arc::new(Cpu::new(cfg.train.threads)?);
+            let dev = backend::open(&device, cfg.train.threads)?;
             train::check(&cfg, dev, &weights, &batch, &dump)
         }
     }

@@ -2,10 +2,9 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
-use ett::backend::Cpu;
+use ett::backend;
 use ett::data::{Image, grid, save_png};
 use ett::error::Result;
 use ett::infer::Trained;
@@ -26,11 +25,14 @@ struct Model {
     /// CPU threads; 0: one per core.
     #[arg(long, default_value_t = 0)]
     threads: usize,
+    /// cpu, cuda or cuda:N.
+    #[arg(long, default_value = "cpu")]
+    device: String,
 }
 
 impl Model {
     fn open(&self) -> Result<Trained> {
-        Trained::open(&self.run, Arc::new(Cpu::new(self.threads)?))
+        Trained::open(&self.run, backend::open(&self.device, self.threads)?)
     }
 }
 

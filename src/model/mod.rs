@@ -8,5 +8,5 @@ pub mod tokenizer;
 
 pub use ett::{Ett, GROUPS, VisualInput};
 pub use llm::Llm;
-pub use pack::{Packed, Part};
+pub use pack::{Packed, Part, Rows};
 pub use projector::{Projector, VisualHead};

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::backend::{Kernels, Role};
+use crate::backend::{Kernels, Role, Stream};
 use crate::error::{Error, Result};
 use crate::ops::Seqs;
 use crate::tensor::Tensor;
@@ -35,6 +35,73 @@ impl Part {
     }
 }
 
+/// A flat batch of N rows, on the host.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Rows {
+    text: Vec<i32>,
+    visual: Vec<i32>,
+    position: Vec<i32>,
+    lengths: Vec<usize>,
+    select: Vec<i32>,
+    target: Vec<i32>,
+    code_rows: Vec<i32>,
+    code_of: Vec<usize>,
+    tokens: usize,
+    rows: usize,
+}
+
+impl Rows {
+    /// Lays out `sequences`; image `i` occupies the visual rows `images[i]`. Row counts are rounded up to a
+    /// multiple of `pad`, so that few distinct shapes occur.
+    pub fn new(sequences: &[Vec<Part>], images: &[Range<usize>], pad: usize) -> Result<Self> {
+        let mut b = Rows::default();
+        for parts in sequences {
+            let start = b.text.len();
+            for part in parts {
+                match part {
+                    Part::Tokens { ids, supervised } => {
+                        for &id in ids {
+                            if *supervised && b.text.len() > start {
+                                b.select.push(b.text.len() as i32 - 1);
+                                b.target.push(id);
+                            }
+                            b.text.push(id);
+                            b.visual.push(-1);
+                        }
+                    }
+                    Part::Image(i) | Part::Codes(i) => {
+                        let rows = images.get(*i).ok_or_else(|| {
+                            Error::arg("pack", "image", i, format!("below {}", images.len()))
+                        })?;
+                        for row in rows.clone() {
+                            if matches!(part, Part::Codes(_)) && b.text.len() > start {
+                                b.code_rows.push(b.text.len() as i32 - 1);
+                                b.code_of.push(row);
+                            }
+                            b.text.push(-1);
+                            b.visual.push(row as i32);
+                        }
+                    }
+                }
+            }
+            b.position.extend(0..(b.text.len() - start) as i32);
+            b.lengths.push(b.text.len() - start);
+        }
+        (b.rows, b.tokens) = (b.text.len(), b.target.len());
+        if b.rows == 0 {
+            return Err(Error::arg("pack", "sequences", "empty", "at least one token"));
+        }
+        let n = b.rows.next_multiple_of(pad.max(1));
+        b.text.resize(n, -1);
+        b.visual.resize(n, -1);
+        b.position.resize(n, 0);
+        let m = b.tokens.next_multiple_of(pad.max(1));
+        b.select.resize(m, -1);
+        b.target.resize(m, -1);
+        Ok(b)
+    }
+}
+
 /// A flat batch of N rows, on the device.
 pub struct Packed {
     /// `[N]` i32 vocabulary id of each row; -1: none.
@@ -60,74 +127,55 @@ pub struct Packed {
 }
 
 impl Packed {
-    /// Packs `sequences`; image `i` occupies the visual rows `images[i]`. Row counts are rounded up to a
-    /// multiple of `pad`, so that few distinct shapes occur.
+    /// [`Rows::new`], sent to the device.
     pub fn new(
         dev: &dyn Kernels,
         sequences: &[Vec<Part>],
         images: &[Range<usize>],
         pad: usize,
     ) -> Result<Self> {
-        let (mut text, mut visual, mut position) = (Vec::new(), Vec::new(), Vec::new());
-        let (mut select, mut target) = (Vec::new(), Vec::new());
-        let (mut code_rows, mut code_of) = (Vec::new(), Vec::new());
-        let mut lengths = Vec::new();
-        for parts in sequences {
-            let start = text.len();
-            for part in parts {
-                match part {
-                    Part::Tokens { ids, supervised } => {
-                        for &id in ids {
-                            if *supervised && text.len() > start {
-                                select.push(text.len() as i32 - 1);
-                                target.push(id);
-                            }
-                            text.push(id);
-                            visual.push(-1);
-                        }
-                    }
-                    Part::Image(i) | Part::Codes(i) => {
-                        let rows = images.get(*i).ok_or_else(|| {
-                            Error::arg("pack", "image", i, format!("below {}", images.len()))
-                        })?;
-                        for row in rows.clone() {
-                            if matches!(part, Part::Codes(_)) && text.len() > start {
-                                code_rows.push(text.len() as i32 - 1);
-                                code_of.push(row);
-                            }
-                            text.push(-1);
-                            visual.push(row as i32);
-                        }
-                    }
-                }
-            }
-            position.extend((0..(text.len() - start) as i32).collect::<Vec<_>>());
-            lengths.push(text.len() - start);
-        }
-        let (rows, tokens) = (text.len(), target.len());
-        if rows == 0 {
-            return Err(Error::arg("pack", "sequences", "empty", "at least one token"));
-        }
-        let n = rows.next_multiple_of(pad.max(1));
-        text.resize(n, -1);
-        visual.resize(n, -1);
-        position.resize(n, 0);
-        let m = tokens.next_multiple_of(pad.max(1));
-        select.resize(m, -1);
-        target.resize(m, -1);
+        Self::upload(dev, &Rows::new(sequences, images, pad)?)
+    }
+
+    /// A batch on the device.
+    pub fn upload(dev: &dyn Kernels, b: &Rows) -> Result<Self> {
         let put = |v: &[i32]| Tensor::from_host(dev, Role::Input, v, [v.len()]);
         Ok(Packed {
-            text: put(&text)?,
-            visual: put(&visual)?,
-            position: put(&position)?,
-            seqs: Seqs::new(dev, &lengths)?,
-            select: put(&select)?,
-            target: put(&target)?,
-            tokens,
-            code_rows,
-            code_of,
-            rows,
+            text: put(&b.text)?,
+            visual: put(&b.visual)?,
+            position: put(&b.position)?,
+            seqs: Seqs::new(dev, &b.lengths)?,
+            select: put(&b.select)?,
+            target: put(&b.target)?,
+            tokens: b.tokens,
+            code_rows: b.code_rows.clone(),
+            code_of: b.code_of.clone(),
+            rows: b.rows,
         })
+    }
+
+    /// Overwrites this batch where it lies, for a recorded step that reads it: what the step was recorded for has
+    /// to fit, so row counts, the number of sequences and the number of codes stay, and no sequence is longer.
+    pub fn refill(&mut self, dev: &dyn Kernels, b: &Rows) -> Result<()> {
+        let shape = |n: usize, m: usize, s: usize, c: usize| {
+            format!("{n} rows, {m} targets, {s} sequences, {c} codes")
+        };
+        let got = shape(b.text.len(), b.target.len(), b.lengths.len(), b.code_rows.len());
+        let s = self.seqs.cu.dims().numel() - 1;
+        let want = shape(self.text.dims().numel(), self.target.dims().numel(), s, self.code_rows.len());
+        if got != want {
+            return Err(Error::arg("refill", "rows", got, want));
+        }
+        let put = |v: &[i32], t: &Tensor| dev.copy_in(Stream::COMPUTE, bytemuck::cast_slice(v), t.out());
+        self.seqs.refill(dev, &b.lengths)?;
+        put(&b.text, &self.text)?;
+        put(&b.visual, &self.visual)?;
+        put(&b.position, &self.position)?;
+        put(&b.select, &self.select)?;
+        put(&b.target, &self.target)?;
+        (self.tokens, self.rows) = (b.tokens, b.rows);
+        (self.code_rows, self.code_of) = (b.code_rows.clone(), b.code_of.clone());
+        Ok(())
     }
 }
 
@@ -153,8 +201,29 @@ mod tests {
         assert_eq!(p.select.to_host::<i32>(&dev)?, [3, 4, 6, -1, -1, -1, -1, -1]);
         assert_eq!(p.target.to_host::<i32>(&dev)?, [3, 4, 6, -1, -1, -1, -1, -1]);
         assert_eq!((p.tokens, p.rows), (3, 11));
-        assert_eq!((p.code_rows, p.code_of), (vec![8, 9], vec![0, 1]));
+        assert_eq!((&p.code_rows[..], &p.code_of[..]), (&[8, 9][..], &[0, 1][..]));
         assert!(Packed::new(&dev, &[vec![Part::Image(2)]], &[0..2, 2..5], 1).is_err());
+        // Refilled, it is the batch that a new one would be, at the same addresses.
+        let (mut p, at) = (p, Packed::new(&dev, &seqs, &[0..2, 2..5], 8)?.text.dims());
+        let other = [
+            vec![Part::context(vec![1]), Part::Image(0), Part::target(vec![3])],
+            vec![Part::target(vec![5, 6, 2])],
+            vec![Part::context(vec![8]), Part::Codes(0)],
+        ];
+        let rows = Rows::new(&other, &[0..2, 2..5], 8)?;
+        let address = p.text.view().buf.addr();
+        p.refill(&dev, &rows)?;
+        let fresh = Packed::upload(&dev, &rows)?;
+        assert_eq!((p.text.view().buf.addr(), p.text.dims()), (address, at));
+        for (a, b) in [(&p.text, &fresh.text), (&p.target, &fresh.target), (&p.seqs.cu, &fresh.seqs.cu)] {
+            assert_eq!(a.to_host::<i32>(&dev)?, b.to_host::<i32>(&dev)?);
+        }
+        assert_eq!((p.tokens, p.rows), (fresh.tokens, fresh.rows));
+        let longer = [other.concat(), vec![Part::target(vec![1])], vec![Part::Codes(0)]];
+        let e = p.refill(&dev, &Rows::new(&longer, &[0..2, 2..5], 8)?).expect_err("one sequence is longer");
+        assert!(e.to_string().contains("lengths"), "{e}");
+        let fewer = Rows::new(&other[..2], &[0..2, 2..5], 8)?;
+        assert!(p.refill(&dev, &fewer).is_err(), "two sequences are not three");
         Ok(())
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::autograd::{Tape, Var};
 use crate::backend::Unary;
-use crate::config::{Config, VisualHeadKind};
+use crate::config::{Config, Gelu, VisualHeadKind};
 use crate::error::Result;
 use crate::nn::{Init, LayerNorm, Linear, ParamBuilder, Params};
 use crate::ops;
@@ -12,6 +12,7 @@ pub struct Projector {
     norm: Option<LayerNorm>,
     fc1: Linear,
     fc2: Linear,
+    gelu: Gelu,
 }
 
 impl Projector {
@@ -26,6 +27,7 @@ impl Projector {
             norm: cfg.projector.norm.then(|| LayerNorm::new(b, "projector.norm", d, cfg.projector.norm_eps)),
             fc1: linear(b, "projector.fc1", d, c),
             fc2: linear(b, "projector.fc2", c, c),
+            gelu: cfg.projector.gelu,
         }
     }
 
@@ -35,7 +37,10 @@ impl Projector {
             Some(n) => n.forward(t, p, zq)?,
             None => zq.clone(),
         };
-        let h = ops::unary(t, &self.fc1.forward(t, p, &x)?, Unary::Gelu)?;
+        let h = match self.gelu {
+            Gelu::Exact => ops::unary(t, &self.fc1.forward(t, p, &x)?, Unary::Gelu)?,
+            Gelu::Tanh => self.fc1.forward_gelu(t, p, &x)?,
+        };
         self.fc2.forward(t, p, &h)
     }
 }

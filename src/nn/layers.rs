@@ -43,6 +43,13 @@ impl Linear {
         let b = self.b.map(|b| p.var(tape, b)).transpose()?;
         ops::linear(tape, x, &w, b.as_ref())
     }
+
+    /// [`Linear::forward`] and the tanh form of GELU.
+    pub fn forward_gelu(&self, tape: &Tape, p: &Params, x: &Var) -> Result<Var> {
+        let w = p.var(tape, self.w)?;
+        let b = self.b.map(|b| p.var(tape, b)).transpose()?;
+        ops::linear_gelu(tape, x, &w, b.as_ref())
+    }
 }
 
 /// Two-dimensional convolution with bias.

@@ -185,6 +185,10 @@ pub enum Copy {
     Gradient,
     /// Averages of the weights, where they are kept.
     Ema,
+    /// First moments of the groups that are being trained.
+    Moment1,
+    /// Second moments of the groups that are being trained.
+    Moment2,
 }
 
 /// One public tensor on the host.
@@ -393,6 +397,8 @@ impl Params {
             Copy::Master => Some(&g.master),
             Copy::Gradient => g.train.as_ref().map(|t| &t.grad),
             Copy::Ema => g.ema.as_ref(),
+            Copy::Moment1 => g.train.as_ref().map(|t| &t.m),
+            Copy::Moment2 => g.train.as_ref().map(|t| &t.v),
         }
     }
 
@@ -407,10 +413,13 @@ impl Params {
         Ok(Some(HostTensor { dims: p.dims.clone(), values }))
     }
 
-    /// Overwrites a public tensor's master. Call [`Params::refresh`] after the last one.
-    pub fn write_public(&self, name: &str, t: &HostTensor) -> Result<()> {
+    /// Overwrites one copy of a public tensor. Call [`Params::refresh`] after the last master.
+    pub fn write_public(&self, name: &str, copy: Copy, t: &HostTensor) -> Result<()> {
         let Some((g, item, p)) = self.find(name) else {
             return Err(Error::arg("write_public", "name", name, "a parameter of this model"));
+        };
+        let Some(to) = self.source(g, copy) else {
+            return Err(Error::arg("write_public", "copy", format!("{copy:?}"), "one that the group has"));
         };
         if t.dims != p.dims {
             return Err(Error::arg(
@@ -422,7 +431,7 @@ impl Params {
         }
         let n = t.values.len();
         let row = n / p.rows.len().max(1);
-        let to = g.master.range(item.offset + p.rows.start * row, n)?;
+        let to = to.range(item.offset + p.rows.start * row, n)?;
         match p.oihw {
             true => self.write(&to, &permute(&t.values, &p.dims, false)),
             false => self.write(&to, &t.values),

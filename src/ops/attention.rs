@@ -2,7 +2,7 @@
 
 use super::{S, expect_rank};
 use crate::autograd::{Tape, Var};
-use crate::backend::{AttentionBwd, AttentionFwd, Kernels, Role};
+use crate::backend::{AttentionBwd, AttentionFwd, Kernels, Role, Stream};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
@@ -17,18 +17,33 @@ pub struct Seqs {
     pub total: usize,
 }
 
+fn offsets(lengths: &[usize]) -> Result<Vec<i32>> {
+    let mut cu = vec![0i32];
+    let mut total = 0;
+    for &n in lengths {
+        total += n;
+        cu.push(i32::try_from(total).map_err(|_| Error::arg("Seqs", "lengths", total, "below 2^31"))?);
+    }
+    Ok(cu)
+}
+
 impl Seqs {
     /// Sequences of these lengths, one after another.
     pub fn new(dev: &dyn Kernels, lengths: &[usize]) -> Result<Self> {
-        let mut cu = vec![0i32];
-        let mut total = 0;
-        for &n in lengths {
-            total += n;
-            cu.push(i32::try_from(total).map_err(|_| Error::arg("Seqs", "lengths", total, "below 2^31"))?);
-        }
         let max = lengths.iter().copied().max().unwrap_or(0);
-        let cu = Tensor::from_host(dev, Role::Input, &cu, [lengths.len() + 1])?;
-        Ok(Seqs { cu, max, total })
+        let cu = Tensor::from_host(dev, Role::Input, &offsets(lengths)?, [lengths.len() + 1])?;
+        Ok(Seqs { cu, max, total: lengths.iter().sum() })
+    }
+
+    /// Other sequences at the same place: as many, none longer than the longest was.
+    pub fn refill(&mut self, dev: &dyn Kernels, lengths: &[usize]) -> Result<()> {
+        let (n, max) = (self.cu.dims().numel() - 1, lengths.iter().copied().max().unwrap_or(0));
+        if lengths.len() != n || max > self.max {
+            let got = format!("{} sequences of at most {max}", lengths.len());
+            return Err(Error::arg("Seqs", "lengths", got, format!("{n} of at most {}", self.max)));
+        }
+        self.total = lengths.iter().sum();
+        dev.copy_in(Stream::COMPUTE, bytemuck::cast_slice(&offsets(lengths)?), self.cu.out())
     }
 }
 

@@ -16,7 +16,7 @@ pub use gather::gather;
 pub use losses::{gan_generator, hinge, l1, lecam, linear_cross_entropy, lpips_layer};
 pub use norm::{BatchStats, add_rms_norm, batch_norm, group_norm, l2_norm, layer_norm, rms_norm};
 pub use pointwise::{Rotary, add, channel_affine, concat_rows, reshape, rope, split_rows, swiglu, unary};
-pub use products::linear;
+pub use products::{linear, linear_gelu};
 pub use quantize::{Entropy, IbqOptions, Quantized, RowStatistics, ibq, vq};
 
 use crate::autograd::Var;

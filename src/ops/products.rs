@@ -1,10 +1,10 @@
 //! Linear layers.
 
 use super::{S, expect};
-use crate::autograd::{Tape, Var};
-use crate::backend::{ColSum, Matmul, MatmulAcc};
+use crate::autograd::{Grads, Tape, Var};
+use crate::backend::{ColSum, LinearGelu, Matmul, MatmulAcc, Unary, UnaryBwd};
 use crate::error::Result;
-use crate::tensor::Dims;
+use crate::tensor::Tensor;
 
 /// `y = x w^T + b`: `x` `[.., C]` seen as rows, `w` `[O, C]`, `b` `[O]`; `y` `[N, O]`. Saves `x`.
 pub fn linear(tape: &Tape, x: &Var, w: &Var, b: Option<&Var>) -> Result<Var> {
@@ -27,25 +27,58 @@ pub fn linear(tape: &Tape, x: &Var, w: &Var, b: Option<&Var>) -> Result<Var> {
     )?;
     let (xs, ws, bs) = (x.clone(), w.clone(), b.cloned());
     let inputs: Vec<&Var> = [Some(x), Some(w), b].into_iter().flatten().collect();
+    Ok(tape.op1(&inputs, y, move |g, out| match g.take(out)? {
+        Some(dy) => linear_backward(g, &dy, &xs, &ws, bs.as_ref()),
+        None => Ok(()),
+    }))
+}
+
+/// `y = gelu(x w^T + b)` in the tanh form of GELU, shapes as in [`linear`]: one kernel where the device has it. Saves
+/// `x` and the sum.
+pub fn linear_gelu(tape: &Tape, x: &Var, w: &Var, b: Option<&Var>) -> Result<Var> {
+    let (n, c, o) = (x.dims().rows(), x.dims().cols(), w.dims().rows());
+    expect("linear_gelu", "w", w, &[o, c])?;
+    if let Some(b) = b {
+        expect("linear_gelu", "b", b, &[o])?;
+    }
+    let (pre, y) = (tape.act([n, o])?, tape.act([n, o])?);
+    tape.dev().linear_gelu(
+        S,
+        &LinearGelu {
+            x: x.value().view(),
+            w: w.value().view(),
+            bias: b.map(|b| b.value().view()),
+            pre: pre.out(),
+            y: y.out(),
+        },
+    )?;
+    let (xs, ws, bs) = (x.clone(), w.clone(), b.cloned());
+    let inputs: Vec<&Var> = [Some(x), Some(w), b].into_iter().flatten().collect();
     Ok(tape.op1(&inputs, y, move |g, out| {
         let Some(dy) = g.take(out)? else { return Ok(()) };
-        if let Some(dw) = g.target(&ws)? {
-            let a = MatmulAcc { a: dy.view(), b: xs.value().view(), ta: true, tb: false, y: dw.acc() };
-            g.dev().matmul_acc(S, &a)?;
-        }
-        if let Some(b) = &bs
-            && let Some(db) = g.target(b)?
-        {
-            g.dev().col_sum(S, &ColSum { x: dy.view(), y: db.acc() })?;
-        }
-        if xs.needs_grad() {
-            let dx = g.act([n, c])?;
-            let a =
-                Matmul { a: dy.view(), b: ws.value().view(), ta: false, tb: false, bias: None, y: dx.out() };
-            g.dev().matmul(S, &a)?;
-            let dims: Dims = xs.dims();
-            g.give(&xs, dx.reshape(dims)?)?;
-        }
-        Ok(())
+        let dpre = g.act([n, o])?;
+        let f = Unary::GeluTanh;
+        g.dev().unary_bwd(S, &UnaryBwd { dy: dy.view(), x: pre.view(), dx: dpre.out(), f })?;
+        linear_backward(g, &dpre, &xs, &ws, bs.as_ref())
     }))
+}
+
+/// Gradients of `x w^T + b` for all that want one, from the gradient `dy` `[N, O]` of the sum.
+fn linear_backward(g: &mut Grads, dy: &Tensor, x: &Var, w: &Var, b: Option<&Var>) -> Result<()> {
+    if let Some(dw) = g.target(w)? {
+        let a = MatmulAcc { a: dy.view(), b: x.value().view(), ta: true, tb: false, y: dw.acc() };
+        g.dev().matmul_acc(S, &a)?;
+    }
+    if let Some(b) = b
+        && let Some(db) = g.target(b)?
+    {
+        g.dev().col_sum(S, &ColSum { x: dy.view(), y: db.acc() })?;
+    }
+    if x.needs_grad() {
+        let dx = g.act([x.dims().rows(), x.dims().cols()])?;
+        let a = Matmul { a: dy.view(), b: w.value().view(), ta: false, tb: false, bias: None, y: dx.out() };
+        g.dev().matmul(S, &a)?;
+        g.give(x, dx.reshape(x.dims())?)?;
+    }
+    Ok(())
 }

@@ -42,6 +42,16 @@ impl Optimizer {
         Ok(Optimizer { groups, hyper, steps: 0, norm })
     }
 
+    /// Steps made so far.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// Goes on as after `steps` steps.
+    pub fn resume(&mut self, steps: u64) {
+        self.steps = steps;
+    }
+
     /// Writes what the next step needs into the step state: rate, bias corrections, clip.
     pub fn prepare(&mut self, state: &mut StepState, rate: f64) {
         self.steps += 1;

@@ -113,7 +113,7 @@ pub fn set_weights(
         return Err(Error::weights(path, format!("does not fit the model: {}", problems.join("; "))));
     }
     for name in &known {
-        params.write_public(name, &tensors[name])?;
+        params.write_public(name, Copy::Master, &tensors[name])?;
     }
     params.refresh()
 }

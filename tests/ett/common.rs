@@ -16,6 +16,36 @@ pub fn cpu(threads: usize) -> Arc<dyn Kernels> {
     Arc::new(Cpu::poisoned(threads).expect("threads can be started"))
 }
 
+/// The first GPU, its memory poisoned; no GPU is a failure.
+pub fn gpu() -> Arc<dyn Kernels> {
+    gpu_forcing(&std::env::var("ETT_FORCE").unwrap_or_default())
+}
+
+/// The same with other implementations, `op=kernel,op=kernel`.
+#[cfg(ett_cuda)]
+pub fn gpu_forcing(force: &str) -> Arc<dyn Kernels> {
+    use ett::backend::cuda::{Cuda, Options};
+    let options = Options { poison: true, force: force.into(), ..Options::from_env() };
+    Arc::new(Cuda::with(0, &options).expect("a GPU"))
+}
+
+/// Built without CUDA: asked for a GPU, tests fail.
+#[cfg(not(ett_cuda))]
+pub fn gpu_forcing(_force: &str) -> Arc<dyn Kernels> {
+    ett::backend::open("cuda", 0).expect("a GPU")
+}
+
+/// The kernels compiled for the CPU; `tools/shim-test` builds them and says where they are.
+pub fn shim() -> Arc<dyn Kernels> {
+    shim_forcing(&std::env::var("ETT_FORCE").unwrap_or_default())
+}
+
+/// The same with other implementations, `op=kernel,op=kernel`.
+pub fn shim_forcing(force: &str) -> Arc<dyn Kernels> {
+    let path = std::env::var("ETT_SHIM").expect("ETT_SHIM names libett_shim.so: use tools/shim-test");
+    Arc::new(ett::backend::cuda::Shim::open(Path::new(&path), force).expect("the shim can be loaded"))
+}
+
 /// `n` normal numbers, the same every time.
 pub fn normal(seed: u64, n: usize) -> Vec<f64> {
     let mut rng = Philox::new(seed, 77);
@@ -67,9 +97,10 @@ pub fn norm(v: &[f64]) -> f64 {
     v.iter().map(|x| x * x).sum::<f64>().sqrt()
 }
 
-/// The fixtures' folder.
+/// The fixtures' folder, in the package or where a bundle for a GPU machine was unpacked.
 pub fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
+    let package = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or(env!("CARGO_MANIFEST_DIR").into());
+    Path::new(&package).join("tests/fixtures")
 }
 
 /// A folder that lives as long as this value.

@@ -148,6 +148,7 @@ fn linear() -> Outcome {
         let c = x.cols();
         let inputs = [random(1, x), random(2, [o, c]), random(3, [o])];
         check1("linear", &inputs, |t, v| ops::linear(t, &v[0], &v[1], Some(&v[2])))?;
+        check1("linear_gelu", &inputs, |t, v| ops::linear_gelu(t, &v[0], &v[1], Some(&v[2])))?;
         check1("linear without bias", &inputs[..2], |t, v| ops::linear(t, &v[0], &v[1], None))?;
     }
     Ok(())
@@ -272,6 +273,7 @@ fn unary() -> Outcome {
     for (name, f, n) in [
         ("silu", Unary::Silu, 120),
         ("gelu", Unary::Gelu, 120),
+        ("gelu, tanh form", Unary::GeluTanh, 120),
         ("relu", Unary::Relu, 120),
         ("leaky relu", Unary::LeakyRelu(0.2), 120),
         ("gelu, many", Unary::Gelu, 1000),

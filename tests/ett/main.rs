@@ -1,15 +1,20 @@
 //! The integration tests: one binary for all of them.
 
+mod bindings;
+mod build;
 mod common;
 mod compare;
+mod conformance;
 mod contract;
 mod dense;
 mod fixtures;
+mod gpu;
 mod gradients;
 mod memory;
 mod plan;
 mod quantizer;
 mod run;
+mod slice;
 mod training;
 
 /// Counts what the process holds, so that no allocation hides from the memory test.

@@ -159,6 +159,20 @@ pub(super) fn silu_slope<R: Real>(x: R) -> R {
     s * (R::one() + x * (R::one() - s))
 }
 
+/// `sigmoid(2u)` of the tanh form of GELU, and the derivative of `2u`.
+#[inline(always)]
+fn tanh_gate<R: Real>(x: R) -> (R, R) {
+    let (a, b) = (R::of(2.0 * (2.0 / std::f64::consts::PI).sqrt()), R::of(0.044715));
+    let square = x * x;
+    (sigmoid(a * x * (R::one() + b * square)), a * (R::one() + R::of(3.0) * b * square))
+}
+
+/// The tanh form of GELU.
+#[inline(always)]
+pub(super) fn gelu_tanh<R: Real>(x: R) -> R {
+    x * tanh_gate(x).0
+}
+
 /// The normal distribution function.
 #[inline(always)]
 fn normal<R: Real>(x: R) -> R {
@@ -192,6 +206,7 @@ fn unary_fwd_of<T: Elem>(s: &UnaryFwd) -> Result<()> {
             #[inline(always)]
             |x| x * normal(x),
         ),
+        Unary::GeluTanh => unary_map::<T>(s, gelu_tanh),
         // Not `leaky(x, 0)`, which would give -inf * 0.
         Unary::Relu => unary_map::<T>(
             s,
@@ -226,6 +241,14 @@ fn unary_bwd_of<T: Elem>(s: &UnaryBwd) -> Result<()> {
             s,
             #[inline(always)]
             |x| normal(x) + x * density(x),
+        ),
+        Unary::GeluTanh => unary_map2::<T>(
+            s,
+            #[inline(always)]
+            |x| {
+                let (gate, slope) = tanh_gate(x);
+                gate + x * slope * gate * (T::Acc::one() - gate)
+            },
         ),
         Unary::Relu => unary_map2::<T>(
             s,
@@ -392,12 +415,17 @@ mod tests {
     use crate::backend::Role;
     use crate::tensor::{Precision, Tensor};
 
-    const FUNCTIONS: [Unary; 4] = [Unary::Silu, Unary::Gelu, Unary::Relu, Unary::LeakyRelu(0.2)];
+    const FUNCTIONS: [Unary; 5] =
+        [Unary::Silu, Unary::Gelu, Unary::GeluTanh, Unary::Relu, Unary::LeakyRelu(0.2)];
 
     fn naive(f: Unary, x: f64) -> f64 {
         match f {
             Unary::Silu => x / (1.0 + (-x).exp()),
             Unary::Gelu => x * 0.5 * (1.0 + Real::erf(x / 2f64.sqrt())),
+            Unary::GeluTanh => {
+                let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+                0.5 * x * (1.0 + u.tanh())
+            }
             Unary::Relu => x.max(0.0),
             Unary::LeakyRelu(slope) => x.max(0.0) + slope * x.min(0.0),
         }

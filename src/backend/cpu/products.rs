@@ -71,6 +71,22 @@ fn matmul_of<T: Elem>(cpu: &Cpu, s: &Matmul) -> Result<()> {
     Ok(())
 }
 
+pub(super) fn linear_gelu(cpu: &Cpu, s: &LinearGelu) -> Result<()> {
+    by_dtype!("linear_gelu", s.y.0.dtype, T => {
+        const OP: &str = "linear_gelu";
+        let (x, w) = (rows::<T>(OP, "x", &s.x)?, rows::<T>(OP, "w", &s.w)?);
+        if x.cols != w.cols {
+            return Err(Error::arg(OP, "w", s.w.dims, format!("rows of {}", x.cols)));
+        }
+        expect_rows(OP, "y", &s.y.0, x.rows, w.rows)?;
+        expect_rows(OP, "pre", &s.pre.0, x.rows, w.rows)?;
+        rows_mut::<T>(OP, "y", &s.y.0)?;
+        bias::<T>(OP, s.bias.as_ref(), w.rows)?;
+        matmul_of::<T>(cpu, &Matmul { a: s.x, b: s.w, ta: false, tb: true, bias: s.bias, y: s.pre })?;
+        super::pointwise::unary_fwd(cpu, &UnaryFwd { x: s.pre.0, y: s.y, f: Unary::GeluTanh })
+    })
+}
+
 /// A bias of `n` elements, if there is one.
 pub(super) fn bias<'a, T: Elem>(op: &'static str, v: Option<&In<'a>>, n: usize) -> Result<Option<&'a [T]>> {
     let Some(v) = v else { return Ok(None) };
@@ -137,6 +153,22 @@ mod tests {
                 });
             }
         }
+    }
+
+    #[test]
+    fn linear_gelu_is_a_product_and_a_function() {
+        let [n, c, o] = [37, 13, 21];
+        let (x, w, bias) = (values(n * c, 1), values(o * c, 2), values(o, 3));
+        let pre = naive(&x, &transposed(&w, c), [n, c, o], |i| bias[i % o]);
+        let u = |x: f64| (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+        let y = pre.iter().map(|&x| 0.5 * x * (1.0 + u(x).tanh())).collect();
+        check(&[pre, y], |r| {
+            let (x, w, bias) = (r.columns(n, c, &x), r.act([o, c], &w), r.act([o], &bias));
+            let (pre, y) = (r.out([n, o]), r.out([n, o]));
+            let (x, w, bias) = (x.view(), w.view(), Some(bias.view()));
+            r.cpu.linear_gelu(S, &LinearGelu { x, w, bias, pre: pre.out(), y: y.out() }).unwrap();
+            vec![r.get(&pre), r.get(&y)]
+        });
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Device memory: blocks are taken from the driver's pool once and handed out again and again, so that a step that
 //! allocates as the one before gets the same addresses and costs no call to the driver.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys};
@@ -40,12 +40,10 @@ impl Gpu {
     }
 }
 
-/// A free block.
-struct Block {
-    addr: u64,
-    /// The compute stream's work at the time it was given back: a copy on the other stream has to wait for that.
-    after: Option<CudaEvent>,
-}
+/// Free blocks of one size by address. Each has the compute stream's work at the time it was given back, if it is one
+/// that the copy stream may write: such a copy has to wait for that. The lowest address goes first, so that the same
+/// calls on the same set of free blocks give the same addresses, in whatever order the blocks came back.
+type Free = BTreeMap<u64, Option<CudaEvent>>;
 
 /// Free blocks of one owner: the device itself, or a recording.
 pub(super) struct Arena {
@@ -58,7 +56,7 @@ pub(super) struct Arena {
 #[derive(Default)]
 struct Blocks {
     /// By size, batches apart: they are the only blocks that the copy stream writes.
-    free: HashMap<(usize, bool), Vec<Block>>,
+    free: HashMap<(usize, bool), Free>,
 }
 
 /// Sizes are rounded up by at most an eighth, so that few distinct ones occur.
@@ -79,13 +77,14 @@ impl Arena {
     /// The address of a block of at least `bytes`.
     pub(super) fn take(&self, role: Role, bytes: usize) -> Result<u64> {
         let bytes_held = class(bytes);
-        let found = self.blocks().free.get_mut(&(bytes_held, role == Role::Input)).and_then(Vec::pop);
+        let found =
+            self.blocks().free.get_mut(&(bytes_held, role == Role::Input)).and_then(BTreeMap::pop_first);
         let addr = match found {
-            Some(block) => {
-                if let Some(event) = &block.after {
+            Some((addr, after)) => {
+                if let Some(event) = &after {
                     self.gpu.copy.wait(event).map_err(|e| self.gpu.error("ordering a copy", e))?;
                 }
-                block.addr
+                addr
             }
             None => match self.ask(bytes_held) {
                 Ok(addr) => addr,
@@ -113,23 +112,24 @@ impl Arena {
 
     /// Gives all free blocks back to the driver.
     fn give_back(&self) {
-        let free: Vec<Block> = self.blocks().free.drain().flat_map(|(_, blocks)| blocks).collect();
+        let free: Free = self.blocks().free.drain().flat_map(|(_, blocks)| blocks).collect();
         if free.is_empty() || self.gpu.context.bind_to_thread().is_err() {
             return;
         }
         // Work that was enqueued before a block was given back may still use it. A device that fails here has
         // failed elsewhere, where it is reported.
         let _ = self.gpu.context.synchronize();
-        for block in free {
-            let _ = unsafe { result::free_async(block.addr, self.gpu.taking.cu_stream()) };
+        for addr in free.into_keys() {
+            let _ = unsafe { result::free_async(addr, self.gpu.taking.cu_stream()) };
         }
         let _ = self.gpu.taking.synchronize();
     }
 
     fn out_of_memory(&self, role: Role, bytes: usize) -> Error {
-        let free = self.gpu.context.mem_get_info().map_or("nobody knows what is free".into(), |(free, total)| {
-            format!("{} of {} are free", size(free as u64), size(total as u64))
-        });
+        let free =
+            self.gpu.context.mem_get_info().map_or("nobody knows what is free".into(), |(free, total)| {
+                format!("{} of {} are free", size(free as u64), size(total as u64))
+            });
         Error::OutOfMemory {
             device: self.gpu.name.clone(),
             role: role.to_string(),
@@ -148,7 +148,7 @@ impl Reclaim for Arena {
             true => self.gpu.compute.record_event(None).ok(),
             false => None,
         };
-        self.blocks().free.entry((class(bytes), input)).or_default().push(Block { addr, after });
+        self.blocks().free.entry((class(bytes), input)).or_default().insert(addr, after);
     }
 }
 

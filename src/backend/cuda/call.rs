@@ -50,9 +50,7 @@ impl<T: ToC<C = ffi::ett_view>> ToC for Option<T> {
     fn to_c(&self) -> ffi::ett_view {
         match self {
             Some(v) => v.to_c(),
-            None => {
-                ffi::ett_view { ptr: std::ptr::null_mut(), dtype: 0, rank: 0, dims: [1; 4], ld: 0 }
-            }
+            None => ffi::ett_view { ptr: std::ptr::null_mut(), dtype: 0, rank: 0, dims: [1; 4], ld: 0 },
         }
     }
 }
@@ -93,6 +91,7 @@ impl ToC for Unary {
             Unary::Gelu => ffi::ett_unary { kind: 1, slope: 0.0 },
             Unary::Relu => ffi::ett_unary { kind: 2, slope: 0.0 },
             Unary::LeakyRelu(slope) => ffi::ett_unary { kind: 3, slope },
+            Unary::GeluTanh => ffi::ett_unary { kind: 4, slope: 0.0 },
         }
     }
 }
@@ -161,7 +160,8 @@ pub(super) fn fault(f: &ffi::ett_fault) -> Option<Error> {
     if f.kind == 0 {
         return None;
     }
-    let kernel = usize::try_from(f.launch).ok().and_then(|i| KERNELS.get(i)).map_or("kernel", |(name, _)| *name);
+    let kernel =
+        usize::try_from(f.launch).ok().and_then(|i| KERNELS.get(i)).map_or("kernel", |(name, _)| *name);
     let arg = match kernel {
         "gather_fwd" | "gather_bwd" => "idx",
         "linear_xent_fwd" | "linear_xent_bwd" => "target",

@@ -101,14 +101,24 @@ impl Pinned {
             if bytes > 0 && src.is_contiguous() {
                 result::memcpy_dtoh_async(to(0, bytes), from, stream.cu_stream())?;
             } else if bytes > 0 {
-                let mut copy: sys::CUDA_MEMCPY2D = std::mem::zeroed();
-                copy.srcMemoryType = sys::CUmemorytype::CU_MEMORYTYPE_DEVICE;
-                copy.srcDevice = from;
-                copy.srcPitch = src.ld as usize * src.dtype.size();
-                copy.dstMemoryType = sys::CUmemorytype::CU_MEMORYTYPE_HOST;
-                copy.dstHost = block.at.cast::<c_void>();
-                copy.dstPitch = width;
-                (copy.WidthInBytes, copy.Height) = (width, rows);
+                let copy = sys::CUDA_MEMCPY2D {
+                    srcXInBytes: 0,
+                    srcY: 0,
+                    srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+                    srcHost: std::ptr::null(),
+                    srcDevice: from,
+                    srcArray: std::ptr::null_mut(),
+                    srcPitch: src.ld as usize * src.dtype.size(),
+                    dstXInBytes: 0,
+                    dstY: 0,
+                    dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
+                    dstHost: block.at.cast::<c_void>(),
+                    dstDevice: 0,
+                    dstArray: std::ptr::null_mut(),
+                    dstPitch: width,
+                    WidthInBytes: width,
+                    Height: rows,
+                };
                 sys::cuMemcpy2DAsync_v2(&copy, stream.cu_stream()).result()?;
             }
             let n = size_of::<ffi::ett_fault>();

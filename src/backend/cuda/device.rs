@@ -9,7 +9,7 @@ use cudarc::driver::{CudaContext, CudaStream, result, sys};
 use super::arena::{Arena, Gpu, keep_pool};
 use super::call::{self, ToC};
 use super::copies::Pinned;
-use super::products::{Products, WORKSPACE};
+use super::products::{Product, Products, WORKSPACE};
 use super::{ffi, record};
 use crate::backend::*;
 use crate::error::{Error, Result};
@@ -19,8 +19,29 @@ const CUDA: i32 = 13000;
 /// The oldest compute capability that the kernels were compiled for.
 const OLDEST: (i32, i32) = (8, 0);
 
-/// A GPU. Environment variables, read when it is opened: `ETT_SYNC=1` waits after every launch, so that an error
-/// names its kernel; `ETT_FORCE=op=kernel,...` forces implementations.
+/// How a GPU is used.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Wait after every launch, so that an error names its kernel.
+    pub sync: bool,
+    /// Fill every allocation with NaN (-1 for indices), for tests.
+    pub poison: bool,
+    /// Implementations to use instead of the ones that kernels choose: `op=kernel,op=kernel`.
+    pub force: String,
+}
+
+impl Options {
+    /// From `ETT_SYNC` (1: on) and `ETT_FORCE`.
+    pub fn from_env() -> Self {
+        Options {
+            sync: std::env::var("ETT_SYNC").is_ok_and(|v| v != "0"),
+            poison: false,
+            force: std::env::var("ETT_FORCE").unwrap_or_default(),
+        }
+    }
+}
+
+/// A GPU.
 pub struct Cuda {
     gpu: Arc<Gpu>,
     /// Where memory comes from: the device's arena, or that of the recording under way.
@@ -37,14 +58,9 @@ pub struct Cuda {
 }
 
 impl Cuda {
-    /// Opens GPU `ordinal`.
+    /// Opens GPU `ordinal` with [`Options::from_env`].
     pub fn new(ordinal: usize) -> Result<Self> {
-        Self::build(ordinal, false)
-    }
-
-    /// Like [`Cuda::new`], but every allocation is filled with NaN (-1 for indices), for tests.
-    pub fn poisoned(ordinal: usize) -> Result<Self> {
-        Self::build(ordinal, true)
+        Self::with(ordinal, &Options::from_env())
     }
 
     /// GPUs that the driver shows; an error says why there is none.
@@ -56,14 +72,19 @@ impl Cuda {
         }
         let explain = |e: cudarc::driver::DriverError| {
             let text = e.error_string().ok().and_then(|s| s.to_str().ok()).unwrap_or("unknown error");
-            Error::device("cuda", format!("the driver does not start ({text}): see nvidia-smi, or run on the CPU"))
+            Error::device(
+                "cuda",
+                format!("the driver does not start ({text}): see nvidia-smi, or run on the CPU"),
+            )
         };
         let mut version = 0;
         unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(explain)?;
         if version < CUDA {
             let text = |v: i32| format!("{}.{}", v / 1000, v % 1000 / 10);
             let (has, wants) = (text(version), text(CUDA));
-            let what = format!("the driver knows CUDA {has}, the kernels were built with {wants}: update the driver");
+            let what = format!(
+                "the driver knows CUDA {has}, the kernels were built with {wants}: update the driver"
+            );
             return Err(Error::device("cuda", what));
         }
         result::init().map_err(explain)?;
@@ -71,7 +92,8 @@ impl Cuda {
         Ok(n.max(0) as usize)
     }
 
-    fn build(ordinal: usize, poison: bool) -> Result<Self> {
+    /// Opens GPU `ordinal`.
+    pub fn with(ordinal: usize, options: &Options) -> Result<Self> {
         let n = Self::count()?;
         let name = format!("cuda:{ordinal}");
         if ordinal >= n {
@@ -99,8 +121,10 @@ impl Cuda {
             Ok(Buffer::new(arena.take(role, bytes)?, bytes, role, arena.clone()))
         };
         let fault = take(Role::Input, size_of::<ffi::ett_fault>())?;
-        unsafe { result::memset_d8_async(fault.addr(), 0, fault.bytes(), gpu.compute.cu_stream()) }.map_err(fail)?;
-        let products = Products::new().map_err(|e| Error::device(&name, format!("cuBLASLt does not start: {e}")))?;
+        unsafe { result::memset_d8_async(fault.addr(), 0, fault.bytes(), gpu.compute.cu_stream()) }
+            .map_err(fail)?;
+        let products =
+            Products::new().map_err(|e| Error::device(&name, format!("cuBLASLt does not start: {e}")))?;
         if products.is_none() {
             tracing::warn!("cuBLASLt was not found: products run on the portable kernel, which is slower");
         }
@@ -111,9 +135,9 @@ impl Cuda {
             products,
             products_workspace,
             fault,
-            sync: std::env::var("ETT_SYNC").is_ok_and(|v| v != "0"),
-            poison,
-            forced: call::forced(&std::env::var("ETT_FORCE").unwrap_or_default())?,
+            sync: options.sync,
+            poison: options.poison,
+            forced: call::forced(&options.force)?,
             seen: Mutex::default(),
             gpu,
         })
@@ -124,9 +148,32 @@ impl Cuda {
         self.gpu.context.name().map_err(|e| self.gpu.error("asking for the name", e))
     }
 
-    /// The stream that kernels run on, for timing with events.
-    pub fn compute_stream(&self) -> &Arc<CudaStream> {
-        &self.gpu.compute
+    /// The device's own time for what `work` enqueues on the compute stream.
+    pub fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<std::time::Duration> {
+        let fail = |e| self.gpu.error("timing with events", e);
+        let timed = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+        self.synchronize()?;
+        let start = self.gpu.compute.record_event(timed).map_err(fail)?;
+        work()?;
+        let end = self.gpu.compute.record_event(timed).map_err(fail)?;
+        let ms = start.elapsed_ms(&end).map_err(fail)?;
+        Ok(std::time::Duration::from_secs_f64(f64::from(ms) * 1e-3))
+    }
+
+    /// Copies bytes from one contiguous view to another of the same size by the driver's own copy: the measure of
+    /// memory speed.
+    pub fn copy(&self, x: In, y: Out) -> Result<()> {
+        check_view("copy", "x", &x)?;
+        check_view("copy", "y", &y.0)?;
+        if x.bytes() != y.0.bytes() || !x.is_contiguous() || !y.0.is_contiguous() {
+            return Err(Error::arg("copy", "y", y.0.dims, format!("{} contiguous bytes", x.bytes())));
+        }
+        let (from, to) = (x.buf.addr() + x.off, y.0.buf.addr() + y.0.off);
+        let bound = self.gpu.context.bind_to_thread();
+        let copied = bound.and_then(|()| unsafe {
+            result::memcpy_dtod_async(to, from, x.bytes() as usize, self.gpu.compute.cu_stream())
+        });
+        copied.map_err(|e| self.gpu.error("copy", e))
     }
 
     fn stream(&self, s: Stream) -> &CudaStream {
@@ -189,11 +236,15 @@ impl Cuda {
         if tracing::enabled!(tracing::Level::DEBUG)
             && self.seen.lock().unwrap_or_else(PoisonError::into_inner).insert((name, kernel))
         {
-            let views: Vec<String> = a.views().iter().map(|(n, _, v)| format!("{n} {} {}", v.dims, v.dtype)).collect();
+            let views: Vec<String> =
+                a.views().iter().map(|(n, _, v)| format!("{n} {} {}", v.dims, v.dtype)).collect();
             tracing::debug!(op = name, kernel, "first launch: {}", views.join(", "));
         }
         if self.sync && !self.recording() {
-            self.gpu.compute.synchronize().map_err(|e| self.gpu.error(&format!("{name} ({kernel}) failed"), e))?;
+            self.gpu
+                .compute
+                .synchronize()
+                .map_err(|e| self.gpu.error(&format!("{name} ({kernel}) failed"), e))?;
         }
         Ok(())
     }
@@ -206,21 +257,32 @@ impl Cuda {
         if forced.is_some_and(|k| k != b"cublaslt") {
             return Ok(false);
         }
+        fn there(v: &ffi::ett_view) -> Option<&ffi::ett_view> {
+            (!v.ptr.is_null()).then_some(v)
+        }
         let stream = self.gpu.compute.cu_stream().cast();
         let scratch = self.products_workspace.addr();
-        let done = match name {
+        let product = match name {
             "matmul" => {
                 let a = unsafe { &*args.cast::<ffi::ett_matmul_args>() };
-                let bias = (!a.bias.ptr.is_null()).then_some(&a.bias);
-                products.run(&a.a, &a.b, a.ta != 0, a.tb != 0, bias, &a.y, false, scratch, stream)
+                let (ta, tb, bias) = (a.ta != 0, a.tb != 0, there(&a.bias));
+                Product { a: &a.a, b: &a.b, ta, tb, bias, y: &a.y, pre: None, add: false }
             }
             "matmul_acc" => {
                 let a = unsafe { &*args.cast::<ffi::ett_matmul_acc_args>() };
-                products.run(&a.a, &a.b, a.ta != 0, a.tb != 0, None, &a.y, true, scratch, stream)
+                let (ta, tb) = (a.ta != 0, a.tb != 0);
+                Product { a: &a.a, b: &a.b, ta, tb, bias: None, y: &a.y, pre: None, add: true }
+            }
+            "linear_gelu" => {
+                let a = unsafe { &*args.cast::<ffi::ett_linear_gelu_args>() };
+                let (bias, pre) = (there(&a.bias), there(&a.pre));
+                Product { a: &a.x, b: &a.w, ta: false, tb: true, bias, y: &a.y, pre, add: false }
             }
             _ => return Ok(false),
         };
-        let done = done.map_err(|e| Error::device(&self.gpu.name, format!("{name} failed in cuBLASLt: {e}")))?;
+        let done = products.run(&product, scratch, stream);
+        let done =
+            done.map_err(|e| Error::device(&self.gpu.name, format!("{name} failed in cuBLASLt: {e}")))?;
         match (done, forced) {
             (false, Some(_)) => Err(Error::Unsupported {
                 op: name,
@@ -231,10 +293,15 @@ impl Cuda {
         }
     }
 
-    fn record_into(&self, arena: Arc<Arena>, work: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn Recording>> {
+    fn record_into(
+        &self,
+        arena: Arc<Arena>,
+        work: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Box<dyn Recording>> {
         let fail = |what: &'static str| move |e| self.gpu.error(what, e);
         record::begin(&self.gpu).map_err(fail("starting a recording"))?;
-        let before = std::mem::replace(&mut *self.arena.lock().unwrap_or_else(PoisonError::into_inner), arena.clone());
+        let before =
+            std::mem::replace(&mut *self.arena.lock().unwrap_or_else(PoisonError::into_inner), arena.clone());
         let worked = work();
         *self.arena.lock().unwrap_or_else(PoisonError::into_inner) = before;
         let graph = record::end(&self.gpu, arena).map_err(fail("ending a recording"));
@@ -276,10 +343,20 @@ impl Device for Cuda {
     fn copy_in(&self, s: Stream, src: &[u8], dst: Out) -> Result<()> {
         check_view("copy_in", "dst", &dst.0)?;
         if dst.0.bytes() != src.len() as u64 || !dst.0.is_contiguous() {
-            return Err(Error::arg("copy_in", "src", src.len(), format!("{} contiguous bytes", dst.0.bytes())));
+            return Err(Error::arg(
+                "copy_in",
+                "src",
+                src.len(),
+                format!("{} contiguous bytes", dst.0.bytes()),
+            ));
         }
         if self.recording() {
-            return Err(Error::arg("copy_in", "src", "a copy from the host within a recording", "none there"));
+            return Err(Error::arg(
+                "copy_in",
+                "src",
+                "a copy from the host within a recording",
+                "none there",
+            ));
         }
         self.gpu.context.bind_to_thread().map_err(|e| self.gpu.error("copy_in", e))?;
         let to = dst.0.buf.addr() + dst.0.off;
@@ -289,7 +366,12 @@ impl Device for Cuda {
     fn read_later(&self, s: Stream, src: In) -> Result<Pending> {
         check_view("read_later", "src", &src)?;
         if self.recording() {
-            return Err(Error::arg("read_later", "src", "a copy to the host within a recording", "none there"));
+            return Err(Error::arg(
+                "read_later",
+                "src",
+                "a copy to the host within a recording",
+                "none there",
+            ));
         }
         self.gpu.context.bind_to_thread().map_err(|e| self.gpu.error("read_later", e))?;
         let pending = self.pinned.read_later(self.stream(s), src, self.fault.addr());

@@ -22,5 +22,5 @@ mod products;
 mod record;
 
 #[cfg(ett_cuda)]
-pub use device::Cuda;
+pub use device::{Cuda, Options};
 pub use shim::Shim;

@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use cudarc::cublaslt::result::{self as lt, CublasError};
 use cudarc::cublaslt::sys;
+use cudarc::cublaslt::sys::cublasLtMatmulDescAttributes_t as Desc;
 
 use super::ffi;
 use crate::tensor::DType;
@@ -27,9 +28,32 @@ struct Shape {
     act: i32,
     out: i32,
     bias: bool,
-    accumulate: bool,
-    ld: [i64; 3],
-    alignment: [u32; 3],
+    end: End,
+    ld: [i64; 4],
+    alignment: [u32; 4],
+}
+
+/// What becomes of the sums.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum End {
+    Store,
+    Add,
+    Gelu,
+}
+
+/// Arguments of `y = op(a) op(b) + bias` and its relatives.
+pub(super) struct Product<'a> {
+    pub(super) a: &'a ffi::ett_view,
+    pub(super) b: &'a ffi::ett_view,
+    pub(super) ta: bool,
+    pub(super) tb: bool,
+    /// May be absent.
+    pub(super) bias: Option<&'a ffi::ett_view>,
+    pub(super) y: &'a ffi::ett_view,
+    /// The sums, if `y` is their GELU.
+    pub(super) pre: Option<&'a ffi::ett_view>,
+    /// `y +=`, in f32.
+    pub(super) add: bool,
 }
 
 /// A shape's descriptors and algorithm.
@@ -64,24 +88,25 @@ fn stride(v: &ffi::ett_view) -> i64 {
     if rows(v) > 1 { v.ld } else { cols(v) }
 }
 
-/// True for arguments within the contract, in the types that the library gets here.
-fn fits(
-    a: &ffi::ett_view,
-    b: &ffi::ett_view,
-    ta: bool,
-    tb: bool,
-    bias: Option<&ffi::ett_view>,
-    y: &ffi::ett_view,
-    accumulate: bool,
-) -> bool {
-    let (f32, bf16) = (DType::F32 as i32, DType::Bf16 as i32);
-    let (n, ka) = if ta { (cols(a), rows(a)) } else { (rows(a), cols(a)) };
-    let (kb, o) = if tb { (cols(b), rows(b)) } else { (rows(b), cols(b)) };
-    (a.dtype == f32 || a.dtype == bf16)
-        && b.dtype == a.dtype
-        && y.dtype == if accumulate { f32 } else { a.dtype }
-        && (ka, n, o) == (kb, rows(y), cols(y))
-        && bias.is_none_or(|v| v.dtype == a.dtype && rows(v) * cols(v) == o && stride(v) == cols(v))
+impl Product<'_> {
+    /// True for arguments within the contract, in types and with alignments that the library gets here.
+    fn fits(&self) -> bool {
+        let (f32, bf16) = (DType::F32 as i32, DType::Bf16 as i32);
+        let (a, b, y) = (self.a, self.b, self.y);
+        let (n, ka) = if self.ta { (cols(a), rows(a)) } else { (rows(a), cols(a)) };
+        let (kb, o) = if self.tb { (cols(b), rows(b)) } else { (rows(b), cols(b)) };
+        (a.dtype == f32 || a.dtype == bf16)
+            && b.dtype == a.dtype
+            && y.dtype == if self.add { f32 } else { a.dtype }
+            && (ka, n, o) == (kb, rows(y), cols(y))
+            && self.bias.is_none_or(|v| {
+                v.dtype == a.dtype && rows(v) * cols(v) == o && stride(v) == cols(v) && v.ptr as u64 % 16 == 0
+            })
+            // The library wants whole 16-byte pieces where it keeps the sums.
+            && self.pre.is_none_or(|v| {
+                v.dtype == a.dtype && (rows(v), cols(v)) == (n, o) && alignment(v) == ALIGNMENT && stride(v) % 8 == 0
+            })
+    }
 }
 
 /// The largest power of two, at most [`ALIGNMENT`], that divides address and row stride.
@@ -107,75 +132,80 @@ impl Products {
         Ok(Some(Products { handle: lt::create_handle()?, plans: Mutex::default() }))
     }
 
-    /// Enqueues `y = op(a) op(b) + bias`, or `y += op(a) op(b)`. `false`: nothing
-    /// was done; the arguments are wrong or empty, which the launcher answers, or the library cannot do this shape.
-    #[allow(clippy::too_many_arguments)]
+    /// Enqueues a product. `false`: nothing was done; the arguments are wrong or empty, which the launcher answers, or
+    /// the library cannot do this shape.
     pub(super) fn run(
         &self,
-        a: &ffi::ett_view,
-        b: &ffi::ett_view,
-        ta: bool,
-        tb: bool,
-        bias: Option<&ffi::ett_view>,
-        y: &ffi::ett_view,
-        accumulate: bool,
+        p: &Product,
         workspace: u64,
         stream: *mut c_void,
     ) -> std::result::Result<bool, CublasError> {
+        let absent = ffi::ett_view::default();
+        let pre = p.pre.unwrap_or(&absent);
         // Row-major y = a b is column-major y' = b' a', so the operands change places.
         let shape = Shape {
-            m: cols(y) as u64,
-            n: rows(y) as u64,
-            k: if ta { rows(a) } else { cols(a) } as u64,
-            ta: tb,
-            tb: ta,
-            act: a.dtype,
-            out: y.dtype,
-            bias: bias.is_some(),
-            accumulate,
-            ld: [stride(b), stride(a), stride(y)],
-            alignment: [alignment(b), alignment(a), alignment(y)],
+            m: cols(p.y) as u64,
+            n: rows(p.y) as u64,
+            k: if p.ta { rows(p.a) } else { cols(p.a) } as u64,
+            ta: p.tb,
+            tb: p.ta,
+            act: p.a.dtype,
+            out: p.y.dtype,
+            bias: p.bias.is_some(),
+            end: match (p.add, p.pre) {
+                (true, _) => End::Add,
+                (_, Some(_)) => End::Gelu,
+                _ => End::Store,
+            },
+            ld: [p.b, p.a, p.y, pre].map(stride),
+            alignment: [p.b, p.a, p.y, pre].map(alignment),
         };
-        if shape.m == 0 || shape.n == 0 || shape.k == 0 || !fits(a, b, ta, tb, bias, y, accumulate) {
+        if shape.m == 0 || shape.n == 0 || shape.k == 0 || !p.fits() {
             return Ok(false);
         }
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         let plan = match plans.entry(shape) {
             std::collections::hash_map::Entry::Occupied(e) => e.into_mut(),
-            std::collections::hash_map::Entry::Vacant(e) => e.insert(self.plan(&shape)?),
+            std::collections::hash_map::Entry::Vacant(e) => e.insert(self.plan(&shape, p)?),
         };
         let Some(plan) = plan else { return Ok(false) };
-        let (one, beta) = (1f32, if accumulate { 1f32 } else { 0f32 });
+        let (one, beta) = (1f32, if p.add { 1f32 } else { 0f32 });
         let at = |x: &f32| std::ptr::from_ref(x).cast::<c_void>();
         // Views lie inside their buffers; the descriptors are alive as long as the plan.
         unsafe {
-            if let Some(bias) = bias {
-                set(plan.desc, sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias.ptr)?;
+            if let Some(bias) = p.bias {
+                set(plan.desc, Desc::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias.ptr)?;
             }
-            lt::matmul(
+            if p.pre.is_some() {
+                set(plan.desc, Desc::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &pre.ptr)?;
+            }
+            let done = lt::matmul(
                 self.handle,
                 plan.desc,
                 at(&one),
                 at(&beta),
-                b.ptr,
+                p.b.ptr,
                 plan.a,
-                a.ptr,
+                p.a.ptr,
                 plan.b,
-                y.ptr,
+                p.y.ptr,
                 plan.d,
-                y.ptr,
+                p.y.ptr,
                 plan.d,
                 &plan.algo,
                 workspace as *mut c_void,
                 WORKSPACE,
                 stream.cast(),
-            )?;
+            );
+            match done {
+                // What the heuristic does not look at, such as the alignment of a bias.
+                Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)) => Ok(false),
+                done => done.map(|()| true),
+            }
         }
-        Ok(true)
     }
 
-    fn plan(&self, s: &Shape) -> std::result::Result<Option<Plan>, CublasError> {
-        use sys::cublasLtMatmulDescAttributes_t as Desc;
+    fn plan(&self, s: &Shape, p: &Product) -> std::result::Result<Option<Plan>, CublasError> {
         use sys::cublasLtMatmulPreferenceAttributes_t as Pref;
         // Plain single precision where operands are f32: never TF32.
         let desc = lt::create_matmul_desc(
@@ -195,8 +225,20 @@ impl Products {
         let found = unsafe {
             set(desc, Desc::CUBLASLT_MATMUL_DESC_TRANSA, &op(s.ta))?;
             set(desc, Desc::CUBLASLT_MATMUL_DESC_TRANSB, &op(s.tb))?;
-            if s.bias {
-                set(desc, Desc::CUBLASLT_MATMUL_DESC_EPILOGUE, &sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS)?;
+            let epilogue = match (s.end, s.bias) {
+                (End::Gelu, false) => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_GELU_AUX,
+                (End::Gelu, true) => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+                (_, false) => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_DEFAULT,
+                (_, true) => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS,
+            };
+            set(desc, Desc::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
+            // The heuristic may look at these; every call sets them anew.
+            if let Some(bias) = p.bias {
+                set(desc, Desc::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias.ptr)?;
+            }
+            if let Some(pre) = p.pre {
+                set(desc, Desc::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &s.ld[3])?;
+                set(desc, Desc::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &pre.ptr)?;
             }
             prefer(pref, Pref::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE)?;
             prefer(pref, Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &s.alignment[0])?;

@@ -42,7 +42,8 @@ impl Recording for Graph {
     fn replay(&self) -> Result<()> {
         let gpu = &self.gpu;
         let bound = gpu.context.bind_to_thread();
-        let done = bound.and_then(|()| unsafe { result::graph::launch(self.executable, gpu.compute.cu_stream()) });
+        let done =
+            bound.and_then(|()| unsafe { result::graph::launch(self.executable, gpu.compute.cu_stream()) });
         done.map_err(|e| gpu.error("replaying a recorded step", e))
     }
 }

@@ -44,8 +44,8 @@ impl Reclaim for Heap {
 }
 
 impl Shim {
-    /// Loads the library at `path`.
-    pub fn open(path: &Path) -> Result<Self> {
+    /// Loads the library at `path`; `force` names implementations as `op=kernel,op=kernel`.
+    pub fn open(path: &Path, force: &str) -> Result<Self> {
         // The library's initialisers do nothing but set up sanitizers.
         let library = unsafe { libloading::Library::new(path) }.map_err(|e| {
             let what = format!("cannot be loaded ({e}); build it with tools/shim-test");
@@ -54,7 +54,7 @@ impl Shim {
         let heap = Arc::new(Heap::default());
         let fault = Self::take(&heap, Role::Input, size_of::<ffi::ett_fault>())?;
         unsafe { std::ptr::write_bytes(fault.addr() as *mut u8, 0, fault.bytes()) };
-        let forced = call::forced(&std::env::var("ETT_FORCE").unwrap_or_default())?;
+        let forced = call::forced(force)?;
         Ok(Shim { library, heap, fault, forced })
     }
 
@@ -82,7 +82,9 @@ impl Shim {
         let symbol = format!("ett_{name}");
         // `F` is the type that the header gives this function.
         let f = unsafe { self.library.get::<F>(symbol.as_bytes()) };
-        f.map(|f| *f).map_err(|e| Error::device("shim", format!("the library has no `{symbol}` ({e}): build it again")))
+        f.map(|f| *f).map_err(|e| {
+            Error::device("shim", format!("the library has no `{symbol}` ({e}): build it again"))
+        })
     }
 
     fn launch<A: Args + ToC>(&self, a: &A) -> Result<()> {
@@ -105,7 +107,11 @@ impl Shim {
             workspace_bytes: bytes.max(0),
             fault: self.fault.addr() as *mut ffi::ett_fault,
             number: call::number(name),
-            force: self.forced.iter().find(|(op, _)| *op == name).map_or(std::ptr::null(), |(_, k)| k.as_ptr()),
+            force: self
+                .forced
+                .iter()
+                .find(|(op, _)| *op == name)
+                .map_or(std::ptr::null(), |(_, k)| k.as_ptr()),
         };
         let run: Launcher = self.symbol(name)?;
         let code = unsafe { run(c, &launch) };
@@ -149,10 +155,17 @@ impl Device for Shim {
     fn copy_in(&self, _s: Stream, src: &[u8], dst: Out) -> Result<()> {
         check_view("copy_in", "dst", &dst.0)?;
         if dst.0.bytes() != src.len() as u64 || !dst.0.is_contiguous() {
-            return Err(Error::arg("copy_in", "src", src.len(), format!("{} contiguous bytes", dst.0.bytes())));
+            return Err(Error::arg(
+                "copy_in",
+                "src",
+                src.len(),
+                format!("{} contiguous bytes", dst.0.bytes()),
+            ));
         }
         // In bounds by check_view.
-        unsafe { std::ptr::copy_nonoverlapping(src.as_ptr(), (dst.0.buf.addr() + dst.0.off) as *mut u8, src.len()) };
+        unsafe {
+            std::ptr::copy_nonoverlapping(src.as_ptr(), (dst.0.buf.addr() + dst.0.off) as *mut u8, src.len())
+        };
         Ok(())
     }
 

@@ -1,0 +1,272 @@
+//! Compiles CUDA files, one object each, as many at once as cargo may run. Objects are kept under a hash of all that
+//! decides what is in them, since times of files mean nothing in a fresh checkout.
+
+use std::collections::BTreeSet;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, SystemTime};
+use std::{env, fs, thread};
+
+use super::Result;
+
+/// An object that no build used for so long is deleted.
+const KEEP: Duration = Duration::from_secs(14 * 24 * 3600);
+
+/// A CUDA compiler and what belongs to it.
+pub struct Toolkit {
+    nvcc: PathBuf,
+    /// What nvcc and its host compiler say about themselves.
+    version: String,
+    /// Where libcudart_static.a is.
+    pub lib: PathBuf,
+}
+
+impl Toolkit {
+    /// The toolkit that the environment asks for, or the first one found; `None` where CUDA is off or there is none.
+    pub fn find() -> Result<Option<Toolkit>> {
+        let required = match variable("ETT_CUDA").as_deref() {
+            None => false,
+            Some("require") => true,
+            Some("off") => return Ok(None),
+            Some(other) => return Err(format!("ETT_CUDA is `{other}`, wanted `require`, `off` or nothing")),
+        };
+        if let Some(nvcc) = locate()? {
+            return Toolkit::at(nvcc).map(Some);
+        }
+        let none = "there is no CUDA compiler in NVCC, CUDA_HOME, .cuda, PATH, /usr/local/cuda or /opt/cuda";
+        if required {
+            return Err(format!("{none}, and ETT_CUDA=require wants one: tools/setup-cuda fetches it"));
+        }
+        println!(
+            "cargo::warning={none}: built for the CPU only (tools/setup-cuda fetches one, ETT_CUDA=off is silent)"
+        );
+        Ok(None)
+    }
+
+    fn at(nvcc: PathBuf) -> Result<Toolkit> {
+        println!("cargo::rerun-if-changed={}", nvcc.display());
+        let host = variable("NVCC_CCBIN").unwrap_or_else(|| "g++".into());
+        let version =
+            said(Command::new(&nvcc).arg("--version"))? + &said(Command::new(host).arg("--version"))?;
+        // The folder above bin: as it is called, and as it is where links are followed.
+        let real = fs::canonicalize(&nvcc).unwrap_or_else(|_| nvcc.clone());
+        let homes = [&nvcc, &real].map(|p| p.parent().and_then(Path::parent).map(Path::to_path_buf));
+        for home in homes.into_iter().flatten() {
+            for lib in ["lib64", "lib", "targets/x86_64-linux/lib", "lib/x86_64-linux-gnu"] {
+                if home.join(lib).join("libcudart_static.a").exists() {
+                    return Ok(Toolkit { nvcc, version, lib: home.join(lib) });
+                }
+            }
+        }
+        Err(format!("{} has no libcudart_static.a beside it: its CUDA is not complete", nvcc.display()))
+    }
+}
+
+/// The value of a variable; cargo comes back here when it changes. Empty is not set.
+fn variable(name: &str) -> Option<String> {
+    println!("cargo::rerun-if-env-changed={name}");
+    env::var(name).ok().filter(|v| !v.is_empty())
+}
+
+fn locate() -> Result<Option<PathBuf>> {
+    let named = variable("NVCC").map(PathBuf::from);
+    let mut folders: Vec<PathBuf> =
+        variable("CUDA_HOME").map(|home| Path::new(&home).join("bin")).into_iter().collect();
+    // Build scripts run in the folder of the package.
+    folders.extend(env::current_dir().map(|root| root.join(".cuda/nvidia/cu13/bin")));
+    let path: Vec<PathBuf> = env::split_paths(&env::var_os("PATH").unwrap_or_default()).collect();
+    if let Some(nvcc) = named {
+        // A name without a folder is looked for as a shell does.
+        let mut places = if nvcc.components().count() > 1 { vec![PathBuf::new()] } else { path };
+        places.retain(|p| p.join(&nvcc).is_file());
+        let first = places.first().map(|p| Some(p.join(&nvcc)));
+        return first.ok_or_else(|| format!("NVCC is `{}`, which is no file", nvcc.display()));
+    }
+    folders.extend(path);
+    folders.extend(["/usr/local/cuda/bin", "/opt/cuda/bin"].map(PathBuf::from));
+    Ok(folders.into_iter().map(|f| f.join("nvcc")).find(|nvcc| nvcc.is_file()))
+}
+
+/// The output of a command that must succeed.
+fn said(command: &mut Command) -> Result<String> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let out = command.output().map_err(|e| format!("`{name}` cannot be run: {e}"))?;
+    let text = String::from_utf8_lossy(&out.stdout) + String::from_utf8_lossy(&out.stderr);
+    if out.status.success() { Ok(text.into()) } else { Err(format!("{text}\n`{name}` failed")) }
+}
+
+/// Compiles `sources`, paths within `kernels`; the objects in the same order. Whatever compilers warn about and kernels
+/// that spill or need a stack are errors.
+pub fn compile(toolkit: &Toolkit, kernels: &Path, sources: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    let mut flags = makefile_flags(kernels)?;
+    let archs = variable("ETT_CUDA_ARCHS").unwrap_or_else(|| "80 90a".into());
+    flags.extend(archs.split_whitespace().map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")));
+    flags.push("-gencode=arch=compute_80,code=compute_80".into());
+    flags.extend(["-Xptxas".into(), "-v".into()]);
+    let mut common = DefaultHasher::new();
+    (&flags, &toolkit.version, variable("NVCC_PREPEND_FLAGS"), variable("NVCC_APPEND_FLAGS"))
+        .hash(&mut common);
+
+    // One for all profiles: OUT_DIR is <target>/<profile>/build/<package>/out.
+    let out = PathBuf::from(env::var("OUT_DIR").map_err(|e| e.to_string())?);
+    let cache = out.ancestors().nth(4).unwrap_or(&out).join("ett-kernels-cache");
+    fs::create_dir_all(&cache).map_err(|e| format!("{} cannot be made: {e}", cache.display()))?;
+
+    let mut objects = Vec::new();
+    let mut missing = Vec::new();
+    for source in sources {
+        let mut hash = common.clone();
+        let read =
+            |p: &Path| fs::read_to_string(p).map_err(|e| format!("{} cannot be read: {e}", p.display()));
+        for file in with_headers(source, &[&kernels.join("include"), &kernels.join("common")]) {
+            (file.strip_prefix(kernels).unwrap_or(&file), read(&file)?).hash(&mut hash);
+        }
+        let name = source.strip_prefix(kernels).unwrap_or(source).with_extension("");
+        let name = name.display().to_string().replace('/', "-");
+        let object = cache.join(format!("{name}-{:016x}.o", hash.finish()));
+        if object.exists() {
+            // Used today.
+            let file = fs::File::options().append(true).open(&object);
+            let _ = file.and_then(|f| f.set_modified(SystemTime::now()));
+        } else {
+            missing.push((source.as_path(), object.clone()));
+        }
+        objects.push(object);
+    }
+
+    // The longest first, so that the last one to start is a short one.
+    missing.sort_by_key(|(source, _)| std::cmp::Reverse(fs::metadata(source).map_or(0, |m| m.len())));
+    let cores = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1).max(1);
+    let workers = cores.min(missing.len());
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut errors = String::new();
+        while let Some((source, object)) = missing.get(next.fetch_add(1, Ordering::Relaxed)) {
+            // Cores that have no file of their own compile for the other architectures.
+            if let Err(e) = compile_one(toolkit, &flags, cores / workers, kernels, source, object) {
+                errors += &e;
+            }
+        }
+        errors
+    };
+    let errors: String = thread::scope(|s| {
+        let threads: Vec<_> = (0..workers).map(|_| s.spawn(work)).collect();
+        threads
+            .into_iter()
+            .map(|t| t.join().unwrap_or_else(|_| "a compiler thread panicked\n".into()))
+            .collect()
+    });
+    if !errors.is_empty() {
+        return Err(format!(
+            "{errors}\nCUDA files do not compile cleanly: what the compiler said is under stderr"
+        ));
+    }
+    write_list(&cache, kernels, sources, &objects)?;
+    forget(&cache);
+    Ok(objects)
+}
+
+/// The flags of the Makefile, which are the only ones, but for the architectures. nvcc runs in the Makefile's folder.
+fn makefile_flags(kernels: &Path) -> Result<Vec<String>> {
+    let makefile =
+        fs::read_to_string(kernels.join("Makefile")).map_err(|e| format!("kernels/Makefile: {e}"))?;
+    let line = makefile.lines().find_map(|l| l.strip_prefix("NVCC_FLAGS := "));
+    let flags =
+        line.and_then(|l| l.strip_suffix(" $(GENCODE)")).filter(|f| !f.contains(['$', '\\', '"', '\'']));
+    let wanted = "kernels/Makefile: wanted a line `NVCC_FLAGS := <plain words> $(GENCODE)`";
+    Ok(flags.ok_or(wanted)?.split_whitespace().map(String::from).collect())
+}
+
+/// A file and all it includes from `folders` and from beside the including file, directly or not. What is found
+/// nowhere belongs to CUDA or the system.
+pub fn with_headers(source: &Path, folders: &[&Path]) -> BTreeSet<PathBuf> {
+    let mut all = BTreeSet::new();
+    let mut open = vec![source.to_path_buf()];
+    while let Some(file) = open.pop() {
+        let text = fs::read_to_string(&file).unwrap_or_default();
+        for line in text.lines() {
+            let Some(directive) = line.trim_start().strip_prefix('#') else { continue };
+            let Some(name) = directive.trim_start().strip_prefix("include") else { continue };
+            let name = name.trim_start().trim_start_matches(['"', '<']);
+            let name = name.split(['"', '>']).next().unwrap_or_default();
+            let beside = file.parent().into_iter();
+            open.extend(beside.chain(folders.iter().copied()).map(|f| f.join(name)).find(|p| p.is_file()));
+        }
+        all.insert(file);
+        open.retain(|f| !all.contains(f));
+    }
+    all
+}
+
+fn compile_one(
+    toolkit: &Toolkit,
+    flags: &[String],
+    threads: usize,
+    kernels: &Path,
+    source: &Path,
+    object: &Path,
+) -> Result<()> {
+    let within = source.strip_prefix(kernels).unwrap_or(source).display();
+    let unfinished = object.with_extension(format!("{}.o", std::process::id()));
+    let mut nvcc = Command::new(&toolkit.nvcc);
+    nvcc.current_dir(kernels).args(flags).arg(format!("--threads={threads}"));
+    nvcc.arg("-c").arg(within.to_string()).arg("-o").arg(&unfinished);
+    let result = said(&mut nvcc).and_then(|log| {
+        let complaints = complaints(&log);
+        if !complaints.is_empty() {
+            return Err(complaints);
+        }
+        let done =
+            fs::write(object.with_extension("log"), &log).and_then(|()| fs::rename(&unfinished, object));
+        done.map_err(|e| format!("{}: {e}", object.display()))
+    });
+    if result.is_err() {
+        let _ = fs::remove_file(&unfinished);
+    }
+    result.map_err(|e| format!("kernels/{within}:\n{}\n", e.trim_end()))
+}
+
+/// What is wrong with an object that nvcc made, from what it said with `-Xptxas -v`: warnings of all its parts, advice
+/// on performance (C75xx), kernels that spill or need a stack. Empty if nothing is.
+pub fn complaints(log: &str) -> String {
+    let mut wrong = Vec::new();
+    let mut function = "";
+    for line in log.lines().filter(|l| !l.trim().is_empty()) {
+        let info = line.starts_with("ptxas info");
+        if let Some((_, name)) = line.split_once("Compiling entry function ") {
+            function = name; // and for which architecture
+        } else if line.contains(" bytes stack frame, ") {
+            if line.trim() != "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" {
+                wrong.extend([function, line]);
+            }
+        } else if !info || line.contains("(C75") {
+            wrong.push(line);
+        }
+    }
+    wrong.join("\n")
+}
+
+/// Says which objects the last build took, for tools/kernel-code.
+fn write_list(cache: &Path, kernels: &Path, sources: &[PathBuf], objects: &[PathBuf]) -> Result<()> {
+    let mut list = format!("{}\n", kernels.display());
+    for (source, object) in sources.iter().zip(objects) {
+        let object = object.file_name().unwrap_or_default().to_string_lossy();
+        list += &format!("{}\t{object}\n", source.strip_prefix(kernels).unwrap_or(source).display());
+    }
+    let file = cache.join("last-build.tsv");
+    fs::write(&file, list).map_err(|e| format!("{} cannot be written: {e}", file.display()))
+}
+
+/// Deletes objects that were not used for long, with their logs.
+fn forget(cache: &Path) {
+    for entry in fs::read_dir(cache).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let age = entry.metadata().and_then(|m| m.modified()).ok().and_then(|t| t.elapsed().ok());
+        if path.extension().is_some_and(|e| e == "o") && age.is_some_and(|a| a > KEEP) {
+            let _ = fs::remove_file(path.with_extension("log"));
+            let _ = fs::remove_file(&path);
+        }
+    }
+}

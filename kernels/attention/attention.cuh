@@ -1,0 +1,337 @@
+// attention.cuh: what the two directions of attention share: sequences of a flat batch, tiles for the tensor cores
+// (bf16, "mma") and tiles for plain multiply-adds (any type and head dimension, "simple").
+#pragma once
+
+#include <type_traits>
+
+#include "launch.cuh"
+#include "reduce.cuh"
+
+namespace ett {
+namespace attention {
+
+// ---- sequences of a flat batch ---------------------------------------------------------------------------
+
+struct Batch {
+    const int32_t* cu_q;
+    const int32_t* cu_k;
+    int64_t n_q, n_k, max_q, max_k;
+    int32_t seqs, heads, kv_heads, group, d, causal;  // group: query heads of one key/value head
+    Fault fault;
+};
+
+// Rows of a sequence.
+struct Span {
+    int start, count;
+};
+
+// Rows of sequence `s`; none, and a fault, if its end is not within [start, min(n, start + longest)] or the first offset
+// is not 0. A start outside the batch is the fault of the sequence before.
+__device__ __forceinline__ Span span(const int32_t* cu, int s, int64_t n, int64_t longest, const Fault& fault, bool report) {
+    const int64_t start = cu[s], end = cu[s + 1];
+    const bool first = s > 0 || start == 0, begins = start >= 0 && start <= n, ends = end >= start && end <= n && end - start <= longest;
+    if (first && begins && ends) return Span{int(start), int(end - start)};
+    if (report && !first) report_index(fault, 0, start, 1);
+    if (report && first && begins) report_index(fault, s + 1, end, min(n, start + longest) + 1);
+    return Span{0, 0};
+}
+
+// A sequence: its query and key rows, and the keys that a query sees.
+struct Seq {
+    Span q, k;
+    bool causal;
+
+    __device__ Seq(const Batch& b, int s, bool report)
+        : q(span(b.cu_q, s, b.n_q, b.max_q, b.fault, report)), k(span(b.cu_k, s, b.n_k, b.max_k, b.fault, report)), causal(b.causal) {}
+
+    // Query i sees keys [0, seen(i)).
+    __device__ __forceinline__ int seen(int i) const { return causal ? min(k.count, max(0, i + 1 + k.count - q.count)) : k.count; }
+    // The first query that sees key j; it may be past the last one.
+    __device__ __forceinline__ int first_query(int j) const { return causal ? max(0, j + q.count - k.count) : 0; }
+};
+
+// Where the padding begins.
+__device__ __forceinline__ int64_t padding(const int32_t* cu, int seqs, int64_t n) { return min(n, max(int64_t(0), int64_t(cu[seqs]))); }
+
+// Zeroes rows [from, n) of `cols` columns; this block is number `part` of `parts`.
+template <class T> __device__ __forceinline__ void clear_rows(T* p, int64_t ld, int cols, int64_t from, int64_t n, int part, int parts) {
+    const int64_t total = (n - from) * cols;
+    for (int64_t i = int64_t(part) * blockDim.x + threadIdx.x; i < total; i += int64_t(parts) * blockDim.x) {
+        const int64_t row = i / cols;
+        p[(from + row) * ld + (i - row * cols)] = T{};
+    }
+}
+
+// ---- tiles for the tensor cores --------------------------------------------------------------------------
+// A tile of bf16 in shared memory has rows of DT elements, the head dimension rounded up with zeros, and 16 bytes
+// between them, so that the 8 rows that ldmatrix reads at once lie in different banks. A block has 4 warps; warp w
+// owns rows 16 w to 16 w + 15 of the block's 64.
+
+inline constexpr int kMmaThreads = 128, kMmaRows = 64;
+
+template <int DT> inline constexpr int kTileStride = DT + 8;
+template <int DT> constexpr int tile_bytes(int rows) { return rows * kTileStride<DT> * 2; }
+
+// Starts the copy of ROWS rows of which the first `rows` exist, the others are 0.
+template <int ROWS, int DT> __device__ __forceinline__ void load_tile(bf16* smem, const bf16* src, int64_t ld, int rows, int d) {
+    constexpr int kPieces = DT / 8, kStep = kMmaThreads / kPieces;
+    static_assert(ROWS % kStep == 0, "every thread copies the same number of pieces");
+    const int c = threadIdx.x % kPieces * 8;
+    int r = threadIdx.x / kPieces;
+    const bf16* from = src + r * ld + c;
+    smem_addr to = smem_address(smem + r * kTileStride<DT> + c);
+#pragma unroll
+    for (int n = 0; n < ROWS / kStep; ++n) {
+        cp_async16(to, from, r < rows && c < d);
+        r += kStep;
+        from += kStep * ld;
+        to += kStep * kTileStride<DT> * 2;
+    }
+}
+
+// acc = a b^T for the warp's 16 rows at `a` and the NT * 8 rows at `b`: element e of acc[j] is in row lane / 4 + 8 * (e / 2),
+// column 8 * j + 2 * (lane % 4) + e % 2.
+template <int NT, int DT> __device__ __forceinline__ void dot_rows(float (&acc)[NT][4], const bf16* a, const bf16* b) {
+    const int lane = threadIdx.x % kWarp;
+    const bf16* from_a = a + lane % 16 * kTileStride<DT> + lane / 16 * 8;
+    const bf16* from_b = b + (lane / 16 * 8 + lane % 8) * kTileStride<DT> + lane / 8 % 2 * 8;
+#pragma unroll
+    for (int j = 0; j < NT; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) acc[j][e] = 0.f;
+#pragma unroll
+    for (int k = 0; k < DT; k += 16) {
+        uint32_t fa[4];
+        ldmatrix_x4(fa, smem_address(from_a + k));
+#pragma unroll
+        for (int j = 0; j < NT; j += 2) {
+            uint32_t fb[4];
+            ldmatrix_x4(fb, smem_address(from_b + j * 8 * kTileStride<DT> + k));
+            mma_bf16_16816(acc[j], fa, fb[0], fb[1]);
+            mma_bf16_16816(acc[j + 1], fa, fb[2], fb[3]);
+        }
+    }
+}
+
+// out += w x for the warp's 16 rows of weights (laid out as dot_rows leaves them, here rounded to bf16) and the NT * 8
+// rows at `x`.
+template <int NT, int DT> __device__ __forceinline__ void add_rows(float (&out)[DT / 8][4], const float (&w)[NT][4], const bf16* x) {
+    const int lane = threadIdx.x % kWarp;
+    const bf16* from_x = x + lane % 16 * kTileStride<DT> + lane / 16 * 8;
+#pragma unroll
+    for (int j = 0; j < NT; j += 2) {
+        const uint32_t fw[4] = {pack_bf16x2(w[j][0], w[j][1]), pack_bf16x2(w[j][2], w[j][3]), pack_bf16x2(w[j + 1][0], w[j + 1][1]),
+                                pack_bf16x2(w[j + 1][2], w[j + 1][3])};
+#pragma unroll
+        for (int c = 0; c < DT / 8; c += 2) {
+            uint32_t fx[4];
+            ldmatrix_x4_trans(fx, smem_address(from_x + j * 8 * kTileStride<DT> + c * 8));
+            mma_bf16_16816(out[c], fw, fx[0], fx[1]);
+            mma_bf16_16816(out[c + 1], fw, fx[2], fx[3]);
+        }
+    }
+}
+
+// Stores the warp's rows times `factor` (of rows lane / 4 and lane / 4 + 8); the first `rows` of them exist.
+template <int DT>
+__device__ __forceinline__ void store_rows(bf16* dst, int64_t ld, int rows, int d, const float (&out)[DT / 8][4], const float (&factor)[2]) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int row = lane / 4 + 8 * r;
+        if (row >= rows) continue;
+        bf16* to = dst + row * ld + 2 * (lane % 4);
+#pragma unroll
+        for (int c = 0; c < DT / 8; ++c)
+            if (c * 8 < d) {
+                const float two[2] = {out[c][2 * r] * factor[r], out[c][2 * r + 1] * factor[r]};
+                store<2>(to + c * 8, two);
+            }
+    }
+}
+
+// The smallest tile width for head dimension d.
+template <class F> int32_t with_mma_width(int d, F f) {
+    if (d <= 32) return f(std::integral_constant<int, 32>{});
+    if (d <= 64) return f(std::integral_constant<int, 64>{});
+    return f(std::integral_constant<int, 128>{});
+}
+
+// ---- tiles for plain multiply-adds -----------------------------------------------------------------------
+// A block of 16 x 16 threads makes tiles of I * 16 own rows and 64 other rows: thread (y, x) owns rows y + 16 i of
+// scores and results, columns x + 16 j of scores, and columns 4 * (x + 16 c) + {0..3} of results. Shared memory holds
+// the weights and, one after the other, slices of what is multiplied, widened to float.
+
+inline constexpr int kPlainThreads = 256, kPlainCols = 64;
+inline constexpr int kSliceCols = 32;  // head dimensions of a slice for dot products
+inline constexpr int kSliceRows = 16;  // rows of a slice for weighted sums
+inline constexpr int kSliceStride = kSliceCols + 4, kWeightStride = kPlainCols + 4;  // rows 16 bytes apart in the banks
+
+// Floats of shared memory: weights, then slices.
+template <int I, int DT> constexpr int plain_floats() {
+    const int dot = (I * 16 + kPlainCols) * kSliceStride, sum = kSliceRows * DT;
+    return I * 16 * kWeightStride + (dot > sum ? dot : sum);
+}
+
+// Some rows of one head: `count` exist, those after them are 0.
+template <class T> struct Rows {
+    const T* p;
+    int64_t ld;
+    int count;
+};
+
+// Four elements at p; the first `valid` exist, the others are 0. `vectors` says that four can be loaded at once.
+template <class T> __device__ __forceinline__ void fetch4(float (&v)[4], const T* p, int valid, bool vectors) {
+    if (valid >= 4 && vectors) {
+        load<4>(v, p);
+    } else {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) v[e] = e < valid ? to_float(p[e]) : 0.f;
+    }
+}
+
+// Fills ROWS rows of COLS columns from (row, col) of x on.
+template <int ROWS, int COLS, class T>
+__device__ __forceinline__ void fill_slice(float* smem, int stride, const Rows<T>& x, int row, int col, int d, bool vectors) {
+    constexpr int kStep = kPlainThreads / (COLS / 4);
+    static_assert(ROWS % kStep == 0, "every thread fetches the same number of pieces");
+    const int c = threadIdx.x % (COLS / 4) * 4, first = threadIdx.x / (COLS / 4);
+    const T* from = x.p + (row + first) * x.ld + col + c;
+#pragma unroll 1
+    for (int r = first; r < ROWS; r += kStep) {
+        float v[4];
+        fetch4(v, from, row + r < x.count ? d - col - c : 0, vectors);
+        store<4>(smem + r * stride + c, v);
+        from += kStep * x.ld;
+    }
+}
+
+// acc = a b^T. All threads have passed a barrier since `slices` was last read, and do so after this call.
+template <int I, class T>
+__device__ __forceinline__ void plain_dot(float (&acc)[I][4], const Rows<T>& a, const Rows<T>& b, int d, float* slices, bool vectors) {
+    const int x = threadIdx.x % 16, y = threadIdx.x / 16;
+    float* slice_b = slices + I * 16 * kSliceStride;
+#pragma unroll
+    for (int i = 0; i < I; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) acc[i][j] = 0.f;
+#pragma unroll 1
+    for (int c = 0; c < d; c += kSliceCols) {
+        fill_slice<I * 16, kSliceCols>(slices, kSliceStride, a, 0, c, d, vectors);
+        fill_slice<kPlainCols, kSliceCols>(slice_b, kSliceStride, b, 0, c, d, vectors);
+        __syncthreads();  // the slices are written
+#pragma unroll 1
+        for (int k = 0; k < kSliceCols; k += 4) {
+            float va[I][4], vb[4];
+#pragma unroll
+            for (int i = 0; i < I; ++i) load<4>(va[i], slices + (y + 16 * i) * kSliceStride + k);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                load<4>(vb, slice_b + (x + 16 * j) * kSliceStride + k);
+#pragma unroll
+                for (int i = 0; i < I; ++i)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) acc[i][j] += va[i][e] * vb[e];
+            }
+        }
+        __syncthreads();  // the slices are read, the next ones may be written
+    }
+}
+
+// The thread's weight of own row y + 16 i and other row x + 16 j in shared memory.
+__device__ __forceinline__ float& plain_weight(float* smem, int i, int j) {
+    return smem[(threadIdx.x / 16 + 16 * i) * kWeightStride + threadIdx.x % 16 + 16 * j];
+}
+
+// out += weights rows, with weights that the threads have written since the last barrier. All have passed a barrier since
+// the slices behind the weights were last read, and do so after this call.
+template <int I, int DT, class T>
+__device__ __forceinline__ void plain_sum(float (&out)[I][DT / 64][4], const Rows<T>& rows, int d, float* smem, bool vectors) {
+    const int x = threadIdx.x % 16, y = threadIdx.x / 16;
+    float* slice = smem + I * 16 * kWeightStride;
+    constexpr int kDepth = DT > 256 ? 1 : 4;  // rows at a time; more results leave fewer registers
+    const int count = min(rows.count, kPlainCols);
+#pragma unroll 1
+    for (int r = 0; r < count; r += kSliceRows) {
+        fill_slice<kSliceRows, DT>(slice, DT, rows, r, 0, d, vectors);
+        __syncthreads();  // the slice and, the first time, the weights are written
+#pragma unroll 1
+        for (int k = 0; k < kSliceRows; k += kDepth) {
+            float w[I][kDepth];
+#pragma unroll
+            for (int i = 0; i < I; ++i) load<kDepth>(w[i], smem + (y + 16 * i) * kWeightStride + r + k);
+#pragma unroll
+            for (int e = 0; e < kDepth; ++e)
+#pragma unroll
+                for (int c = 0; c < DT / 64; ++c) {
+                    float v[4];
+                    load<4>(v, slice + (k + e) * DT + 4 * (x + 16 * c));
+#pragma unroll
+                    for (int i = 0; i < I; ++i)
+#pragma unroll
+                        for (int f = 0; f < 4; ++f) out[i][c][f] += w[i][e] * v[f];
+                }
+        }
+        __syncthreads();  // the slice is read, the next one may be written
+    }
+}
+
+// Stores a thread's row times `factor`.
+template <int DT, class T> __device__ __forceinline__ void plain_store(T* row, int d, const float (&out)[DT / 64][4], float factor) {
+    const int x = threadIdx.x % 16;
+#pragma unroll
+    for (int c = 0; c < DT / 64; ++c)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+            if (4 * (x + 16 * c) + e < d) row[4 * (x + 16 * c) + e] = from_float<T>(out[c][e] * factor);
+}
+
+// The smallest tile for head dimension d: its width and I. Results take I * DT / 16 registers.
+template <class F> int32_t with_plain_tile(int d, F f) {
+    if (d <= 64) return f(std::integral_constant<int, 64>{}, std::integral_constant<int, 4>{});
+    if (d <= 128) return f(std::integral_constant<int, 128>{}, std::integral_constant<int, 4>{});
+    if (d <= 256) return f(std::integral_constant<int, 256>{}, std::integral_constant<int, 2>{});
+    return f(std::integral_constant<int, 512>{}, std::integral_constant<int, 2>{});
+}
+
+// ---- arguments -------------------------------------------------------------------------------------------
+
+inline constexpr int64_t kMaxHeadDim = 512;
+
+// The arguments that forward and backward share.
+template <class A> bool check_shapes(Check& check, const A& a) {
+    if (!check.act("q", a.q) || !check.view("k", a.k) || !check.range("heads", a.heads, 0, 65535) ||
+        !check.range("kv_heads", a.kv_heads, 1, 65535))
+        return false;
+    char got[96], want[96];
+    snprintf(got, sizeof got, "%lld", (long long)a.kv_heads);
+    snprintf(want, sizeof want, "a divisor of %lld heads", (long long)a.heads);
+    if (!check.require(a.heads % a.kv_heads == 0, "kv_heads", got, want) || !check.range("head_dim", a.head_dim, 1, INT32_MAX)) return false;
+    if (a.head_dim > kMaxHeadDim) {
+        snprintf(got, sizeof got, "%lld", (long long)a.head_dim);
+        check.fail(ETT_UNSUPPORTED, "head_dim", got, "at most 512");
+    }
+    const int64_t n = rows(a.q), nk = rows(a.k), q_cols = a.heads * a.head_dim, k_cols = a.kv_heads * a.head_dim;
+    if (!check.matrix("q", a.q, a.q.dtype, n, q_cols) || !check.matrix("k", a.k, a.q.dtype, nk, k_cols) ||
+        !check.matrix("v", a.v, a.q.dtype, nk, k_cols) || !check.matrix("y", a.y, a.q.dtype, n, q_cols) ||
+        !check.matrix("lse", a.lse, ETT_F32, n, a.heads) || !check.type("cu_q", a.cu_q, ETT_I32))
+        return false;
+    const int64_t offsets = numel(a.cu_q);
+    return check.require(offsets >= 1, "cu_q", "empty", "at least one offset") && check.vector("cu_q", a.cu_q, ETT_I32, offsets) &&
+           check.vector("cu_k", a.cu_k, ETT_I32, offsets) && check.range("max_q", a.max_q, 0, INT32_MAX) &&
+           check.range("max_k", a.max_k, 0, INT32_MAX);
+}
+
+template <class A> Batch batch_of(const A& a, const ett_launch* l) {
+    return Batch{data<const int32_t>(a.cu_q), data<const int32_t>(a.cu_k), rows(a.q), rows(a.k), a.max_q, a.max_k, int32_t(numel(a.cu_q) - 1),
+                 int32_t(a.heads), int32_t(a.kv_heads), int32_t(a.heads / a.kv_heads), int32_t(a.head_dim), a.causal != 0, fault_of(l)};
+}
+
+// Tiles of `size` rows in the longest sequence; one at least, which looks at the offsets.
+inline int64_t tiles_of(int64_t max, int64_t n, int64_t size) { return std::max<int64_t>(1, ceil_div(std::min(max, n), size)); }
+
+// True if the rows of a head in `v` consist of whole pieces of `bytes`.
+inline bool head_wide(const ett_view& v, int64_t head_dim, int64_t bytes) { return wide(v, bytes) && head_dim * dtype_size(v.dtype) % bytes == 0; }
+
+}  // namespace attention
+}  // namespace ett

@@ -1,0 +1,104 @@
+// walk.cuh: element-wise kernels. The grid walks over a matrix in pieces of N elements of a row; what happens to a
+// piece is an operation `Op`, an aggregate with
+//   using In;                              what it reads of a piece, in registers
+//   In load(Place) const;                  only loads
+//   void finish(Place, const In&) const;   computes and stores
+// A thread loads two pieces before it finishes the first, so that more loads are in flight.
+#pragma once
+
+#include <initializer_list>
+#include <type_traits>
+
+#include "matrix.cuh"
+
+namespace ett {
+
+inline constexpr int kWalkThreads = 256;
+inline constexpr int kWalkTogether = 2;
+// Blocks for a multiprocessor: several times what is resident, so that it does not matter how many are.
+inline constexpr int kWalkBlocks = 32;
+
+// A row and the column where a piece begins.
+struct Place {
+    int64_t row, at;
+};
+
+// The pieces of a matrix, and how far the whole grid moves at once: rows and pieces, so that no thread divides more
+// than once.
+struct Walk {
+    int64_t rows, pieces, step_rows, step_pieces;
+};
+
+template <int N, class Op>
+__global__ void __launch_bounds__(kWalkThreads) walk_kernel(const __grid_constant__ Op op, const __grid_constant__ Walk w) {
+    const int64_t first = int64_t(blockIdx.x) * kWalkThreads + threadIdx.x;
+    int64_t row = first / w.pieces, piece = first - row * w.pieces;
+    while (row < w.rows) {
+        Place place[kWalkTogether];
+        typename Op::In in[kWalkTogether];
+#pragma unroll
+        for (int i = 0; i < kWalkTogether; ++i) {
+            place[i] = {row, piece * N};
+            if (row < w.rows) in[i] = op.load(place[i]);
+            row += w.step_rows;
+            piece += w.step_pieces;
+            if (piece >= w.pieces) {
+                piece -= w.pieces;
+                row += 1;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kWalkTogether; ++i)
+            if (place[i].row < w.rows) op.finish(place[i], in[i]);
+    }
+}
+
+// N elements as they are in memory.
+template <int N, class T> __device__ __forceinline__ Vec<std::remove_const_t<T>, N> piece(const Matrix<T>& m, Place p) {
+    return load_vec<N>(static_cast<const std::remove_const_t<T>*>(m.row(p.row) + p.at));
+}
+// Rounds and stores N elements.
+template <int N, class T> __device__ __forceinline__ void put(const Matrix<T>& m, Place p, const float (&v)[N]) {
+    store_global(m.row(p.row) + p.at, v);
+}
+
+// What is walked over.
+struct Extent {
+    int64_t rows, cols;
+};
+using Views = std::initializer_list<const ett_view*>;
+
+// The extent of views of one shape: a single row if none has gaps.
+inline Extent extent(Views views) {
+    const ett_view& first = **views.begin();
+    const bool flat = std::all_of(views.begin(), views.end(), [](const ett_view* v) { return contiguous(*v); });
+    return flat ? Extent{1, numel(first)} : Extent{rows(first), cols(first)};
+}
+
+// True if pieces of n elements cover the rows, aligned to their size in every view.
+inline bool covers(const Extent& e, int n, Views views) {
+    return e.cols % n == 0 && std::all_of(views.begin(), views.end(), [&](const ett_view* v) {
+               return reinterpret_cast<uintptr_t>(v->ptr) % (n * dtype_size(v->dtype)) == 0 && (e.rows == 1 || v->ld % n == 0);
+           });
+}
+
+template <int N, class Op> int32_t launch_walk(const char* op, const ett_launch* l, const char* kernel, const Extent& e, const Op& what) {
+    const int64_t pieces = e.cols / N, most = int64_t(multiprocessors()) * kWalkBlocks;
+    const int64_t blocks = std::min(ceil_div(e.rows * pieces, kWalkThreads * kWalkTogether), most), step = blocks * kWalkThreads;
+    const Walk w{e.rows, pieces, step / pieces, step % pieces};
+    const int32_t status = launch(op, walk_kernel<N, Op>, dim3(unsigned(blocks)), dim3(kWalkThreads), 0, l, what, w);
+    return status == ETT_OK ? ett_done(kernel) : status;
+}
+
+// Walks over an extent that is not empty: "wide" in pieces of N elements if they cover the views, else "plain", one
+// by one. `make(n)` gives the operation for pieces of n, a std::integral_constant.
+template <int N, class Make>
+int32_t walk(Check& check, const char* op, const ett_launch* l, const Extent& e, Views views, Make make) {
+    const char* names[] = {covers(e, N, views) ? "wide" : "plain", "plain", nullptr};
+    const char* kernel = check.choose(l, names[0], names);
+    if (!check.ok()) return check.status();
+    if (strcmp(kernel, "wide") == 0) return launch_walk<N>(op, l, kernel, e, make(std::integral_constant<int, N>{}));
+    return launch_walk<1>(op, l, kernel, e, make(std::integral_constant<int, 1>{}));
+}
+
+}  // namespace ett

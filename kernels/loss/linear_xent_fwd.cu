@@ -1,0 +1,214 @@
+// linear_xent_fwd.cu: cross-entropy of a linear layer, whose logits exist one tile at a time, in registers.
+//
+//   lse_n = log sum_v exp(x_n . w_v),   loss = scale * sum_n (lse_n - x_n . w[target_n]),   over n with target_n >= 0
+//
+// x       N,C  act  rows of any stride   in
+// w       V,C  act  rows of any stride   in
+// target  N    i32  contiguous           in    negative: not supervised
+// scale   1    f32                       in
+// lse     N    f32  contiguous           out   0 in unsupervised rows
+// loss    1    f32                       out   0 if no row is supervised
+//
+// Steps: the supervised rows are found and packed; blocks sweep parts of the vocabulary and keep, for each row, the
+// running maximum and sum of exponentials; the parts are joined; the losses are summed.
+// numerics: products, exponentials and sums in f32; bitwise repeatable, on any device. A target beyond V is a fault and
+// counts as -1.
+// workspace: x once more, and at most 2 KB a row.
+// work: 2*n*C*V FLOP for n supervised rows; (n*C + V*C) * size bytes.
+// papers: Cut Your Losses (2411.09009).
+#include "linear_xent.cuh"
+
+namespace ett {
+namespace xent {
+namespace {
+
+// At most this many parts of the vocabulary: enough to share among the multiprocessors if a few tiles of rows are all.
+constexpr int64_t kMostParts = 128;
+
+// Maximum and sum of exponentials below it of some logits. Without any, or with none above -infinity: (-infinity, 0).
+struct Part {
+    float max, sum;
+};
+
+template <class T> __device__ __forceinline__ float below(float x, float max) { return max == -INFINITY ? 0.f : exponential<T>(x - max); }
+
+template <class T> __device__ __forceinline__ Part join(const Part& a, const Part& b) {
+    const float max = fmaxf(a.max, b.max);
+    // A NaN among the logits is in the sum, not in the maximum.
+    return Part{max, a.sum * (a.max == max ? 1.f : below<T>(a.max, max)) + b.sum * (b.max == max ? 1.f : below<T>(b.max, max))};
+}
+
+template <class T> struct Forward {
+    gemm::Matrix<T> x, w;
+    Rows rows;
+    float2* parts;      // rows, parts * warps side by side
+    float* hit;         // rows: the logit of the target
+    int64_t part_cols;  // logits of a part: whole tiles
+    int64_t part_count;
+};
+
+template <class Tile> constexpr int parts_bytes() { return Tile::kSmem + Tile::kThreads * Tile::kAccRows * int(sizeof(Part)); }
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 2) parts_kernel(const __grid_constant__ Forward<typename Tile::Type> a) {
+    using T = typename Tile::Type;
+    constexpr int kSide = Tile::kCols / Tile::kWarpCols;
+    ETT_DYNAMIC_SMEM(smem);
+    const int count = *a.rows.count, row_tiles = (count + Tile::kRows - 1) / Tile::kRows;
+    gemm::Matrix<T> x = a.x;
+    x.rows = count;
+    // Blocks at work at the same time take the same part of w.
+    for (int64_t item = blockIdx.x; item < row_tiles * a.part_count; item += gridDim.x) {
+        const int64_t part = item / row_tiles, begin = part * a.part_cols, end = min(a.w.rows, begin + a.part_cols);
+        const int row0 = int(item - part * row_tiles) * Tile::kRows;
+        // What this thread has seen of its rows, each thread for itself. In registers they would be 16 too many.
+        Part* const smem_of = reinterpret_cast<Part*>(smem + Tile::kSmem) + threadIdx.x;
+#pragma unroll
+        for (int i = 0; i < Tile::kAccRows; ++i) smem_of[i * Tile::kThreads] = Part{-INFINITY, 0.f};
+#pragma unroll 1
+        for (int64_t col0 = begin; col0 < end; col0 += Tile::kCols) {
+            gemm::Acc<Tile> acc;
+            acc.clear();
+            gemm::tile_product(acc, x, a.w, row0, col0, smem);
+            const int cols = int(min(int64_t(Tile::kCols), end - col0));
+#pragma unroll
+            for (int i = 0; i < Tile::kAccRows; ++i) {
+                const int row = row0 + Tile::row(i), target = row < count ? a.rows.target[row] - int(col0) : -1;
+                if (target >= 0 && target < cols) {
+#pragma unroll
+                    for (int j = 0; j < Tile::kAccCols; ++j)
+                        if (Tile::col(j) == target) a.hit[row] = acc.at(i, j);
+                }
+                const Part old = smem_of[i * Tile::kThreads];
+                float most = old.max;
+#pragma unroll
+                for (int j = 0; j < Tile::kAccCols; ++j)
+                    if (Tile::col(j) < cols) most = fmaxf(most, acc.at(i, j));
+                const float shift = most == -INFINITY ? 0.f : most;
+                float sum = old.sum * exponential<T>(old.max - shift);
+#pragma unroll
+                for (int j = 0; j < Tile::kAccCols; ++j) sum += Tile::col(j) < cols ? exponential<T>(acc.at(i, j) - shift) : 0.f;
+                smem_of[i * Tile::kThreads] = Part{most, sum};
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < Tile::kAccRows; ++i) {
+            Part of = smem_of[i * Tile::kThreads];
+            // Four lanes share a row of the warp's tile.
+#pragma unroll
+            for (int by = 1; by <= 2; by *= 2)
+                of = join<T>(of, Part{__shfl_xor_sync(kAllLanes, of.max, by), __shfl_xor_sync(kAllLanes, of.sum, by)});
+            const int64_t row = row0 + Tile::row(i);
+            if (row < count && Tile::lane() % 4 == 0)
+                a.parts[(row * a.part_count + part) * kSide + Tile::warp_col() / Tile::kWarpCols] = make_float2(of.max, of.sum);
+        }
+    }
+}
+
+constexpr int kJoinThreads = 256;
+
+// lse and loss of each supervised row, a warp a row.
+template <class T>
+__global__ void __launch_bounds__(kJoinThreads)
+join_kernel(const Rows rows, const float2* parts, int64_t width, const float* hit, float* lse, float* losses) {
+    const int lane = int(threadIdx.x) % kWarp, count = *rows.count;
+    for (int64_t row = int64_t(blockIdx.x) * (kJoinThreads / kWarp) + threadIdx.x / kWarp; row < count;
+         row += int64_t(gridDim.x) * (kJoinThreads / kWarp)) {
+        Part all{-INFINITY, 0.f};
+        for (int64_t i = lane; i < width; i += kWarp) {
+            const float2 part = parts[row * width + i];
+            all = join<T>(all, Part{part.x, part.y});
+        }
+#pragma unroll
+        for (int by = kWarp / 2; by > 0; by /= 2)
+            all = join<T>(all, Part{__shfl_xor_sync(kAllLanes, all.max, by), __shfl_xor_sync(kAllLanes, all.sum, by)});
+        if (lane == 0) {
+            // Without a logit above -infinity the probabilities are 0 / 0.
+            const float value = all.max == -INFINITY ? NAN : all.max + logf(all.sum);
+            lse[rows.at[row]] = value;
+            losses[row] = value - hit[row];
+        }
+    }
+}
+
+// loss = scale * sum of the losses, by one block. Without a row the scale may be anything.
+__global__ void __launch_bounds__(kJoinThreads) sum_kernel(const Rows rows, const float* losses, const float* scale, float* loss) {
+    __shared__ float smem[kJoinThreads / kWarp];
+    const int count = *rows.count;
+    float sum[1] = {};
+    for (int i = int(threadIdx.x); i < count; i += kJoinThreads) sum[0] += losses[i];
+    block_sum<1, kJoinThreads>(sum, smem);
+    if (threadIdx.x == 0) *loss = count > 0 ? *scale * sum[0] : 0.f;
+}
+
+// Logits of a part of the vocabulary: as few whole tiles as make at most kMostParts parts.
+int64_t choose_linear_xent_part(int64_t v, int64_t tile) { return std::max<int64_t>(1, ceil_div(ceil_div(v, tile), kMostParts)) * tile; }
+
+// What the workspace holds.
+template <class T> struct Space {
+    using Tile = Logits<T>;
+    Pieces pieces;
+    Packed<T> packed;
+    int64_t part_cols, part_count, width;  // width: parts of a row
+    float2* parts;
+    float* hit;
+    float* losses;
+
+    Space(const ett_linear_xent_fwd_args& a, void* start)
+        : pieces(start),
+          packed(pieces, rows(a.x), cols(a.x)),
+          part_cols(choose_linear_xent_part(rows(a.w), Tile::kCols)),
+          part_count(ceil_div(rows(a.w), part_cols)),
+          width(part_count * (Tile::kCols / Tile::kWarpCols)),
+          parts(pieces.take<float2>(packed.n * width)),
+          hit(pieces.take<float>(packed.n)),
+          losses(pieces.take<float>(packed.n)) {}
+};
+
+constexpr char kOp[] = "linear_xent_fwd";
+
+template <class T> int32_t run(const ett_linear_xent_fwd_args& a, const ett_launch* l, const char* name) {
+    using Tile = Logits<T>;
+    const Space<T> s(a, l->workspace);
+    int32_t status = pack(kOp, a, s.packed, nullptr, data<float>(a.lse), l);
+    if (status != ETT_OK) return status;
+    const int64_t items = ceil_div(s.packed.n, Tile::kRows) * s.part_count;
+    if (items > 0) {
+        const Forward<T> f{s.packed.matrix(), gemm::matrix<T>(a.w), s.packed.rows, s.parts, s.hit, s.part_cols, s.part_count};
+        status = launch(kOp, parts_kernel<Tile>, blocks_for(items, 2), dim3(Tile::kThreads), parts_bytes<Tile>(), l, f);
+        if (status != ETT_OK) return status;
+        status = launch(kOp, join_kernel<T>, blocks_for(ceil_div(s.packed.n, kJoinThreads / kWarp), 8), dim3(kJoinThreads), 0, l, s.packed.rows,
+                        s.parts, s.width, s.hit, data<float>(a.lse), s.losses);
+        if (status != ETT_OK) return status;
+    }
+    status = launch(kOp, sum_kernel, dim3(1), dim3(kJoinThreads), 0, l, s.packed.rows, s.losses, data<const float>(a.scale), data<float>(a.loss));
+    return status == ETT_OK ? ett_done(name) : status;
+}
+
+bool check_args(Check& check, const ett_linear_xent_fwd_args& a) { return check_shapes(check, a) && check.vector("loss", a.loss, ETT_F32, 1); }
+
+int64_t workspace_bytes(const ett_linear_xent_fwd_args& a) {
+    return with_act(a.x.dtype, [&](auto t) { return Space<decltype(t)>(a, nullptr).pieces.bytes(); });
+}
+
+}  // namespace
+}  // namespace xent
+}  // namespace ett
+
+extern "C" int64_t ett_linear_xent_fwd_workspace(const ett_linear_xent_fwd_args* a) {
+    using namespace ett;
+    using namespace ett::xent;
+    Check check(kOp, a);
+    return check.ok() && check_args(check, *a) ? workspace_bytes(*a) : -1;
+}
+
+extern "C" int32_t ett_linear_xent_fwd(const ett_linear_xent_fwd_args* a, const ett_launch* l) {
+    using namespace ett;
+    using namespace ett::xent;
+    Check check(kOp, a, l);
+    if (!check.ok() || !check_args(check, *a) || !check.workspace(l, workspace_bytes(*a))) return check.status();
+    const char* names[] = {"sweep", nullptr};
+    const char* kernel = check.choose(l, names[0], names);
+    if (!check.ok()) return check.status();
+    return with_act(a->x.dtype, [&](auto t) { return run<decltype(t)>(*a, l, kernel); });
+}

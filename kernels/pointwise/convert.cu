@@ -1,0 +1,89 @@
+// convert.cu: kernels between element types: cast, y = x rounded to the type of y; accumulate, y += x.
+//
+// x      N,C  f32 or bf16  rows of any stride   in
+// y      N,C  f32 or bf16  rows of any stride   out (cast), added to (accumulate)
+//
+// numerics: sums in float32, one rounding; bitwise repeatable.
+// work: N*C FLOP (accumulate); each element of x is read once, of y written once and, by accumulate, read once.
+#include "walk.cuh"
+
+namespace ett {
+namespace {
+
+template <class X, class Y, int N> struct AccumulateOp {
+    Matrix<const X> x;
+    Matrix<Y> y;
+
+    struct In {
+        Vec<X, N> x;
+        Vec<Y, N> y;
+    };
+    __device__ In load(Place p) const { return {piece<N>(x, p), piece<N>(y, p)}; }
+    __device__ void finish(Place p, const In& in) const {
+        float u[N], v[N];
+        unpack(u, in.x);
+        unpack(v, in.y);
+#pragma unroll
+        for (int i = 0; i < N; ++i) v[i] += u[i];
+        put(y, p, v);
+    }
+};
+
+template <class X, class Y, int N> struct CastOp {
+    Matrix<const X> x;
+    Matrix<Y> y;
+
+    using In = Vec<X, N>;
+    __device__ In load(Place p) const { return piece<N>(x, p); }
+    __device__ void finish(Place p, const In& in) const {
+        float v[N];
+        unpack(v, in);
+        put(y, p, v);
+    }
+};
+
+// Elements of pieces that hold at most 16 bytes of either type.
+template <class X, class Y> inline constexpr int kBoth = kWide<X> < kWide<Y> ? kWide<X> : kWide<Y>;
+
+// Calls f with a value of either type.
+template <class F> int32_t with_types(const ett_view& x, const ett_view& y, F f) {
+    return with_act(x.dtype, [&](auto u) { return with_act(y.dtype, [&](auto v) { return f(u, v); }); });
+}
+
+}  // namespace
+}  // namespace ett
+
+ETT_NO_WORKSPACE(accumulate)
+ETT_NO_WORKSPACE(cast)
+
+extern "C" int32_t ett_accumulate(const ett_accumulate_args* a, const ett_launch* l) {
+    using namespace ett;
+    Check check("accumulate", a, l);
+    if (!check.ok() || !check.act("x", a->x) || !check.act("y", a->y) ||
+        !check.matrix("y", a->y, a->y.dtype, rows(a->x), cols(a->x)))
+        return check.status();
+    if (numel(a->y) == 0) return ett_done("");
+    const Views views{&a->x, &a->y};
+    return with_types(a->x, a->y, [&](auto u, auto v) {
+        using X = decltype(u);
+        using Y = decltype(v);
+        return walk<kBoth<X, Y>>(check, "accumulate", l, extent(views), views,
+                                 [&](auto n) { return AccumulateOp<X, Y, n>{matrix<const X>(a->x), matrix<Y>(a->y)}; });
+    });
+}
+
+extern "C" int32_t ett_cast(const ett_cast_args* a, const ett_launch* l) {
+    using namespace ett;
+    Check check("cast", a, l);
+    if (!check.ok() || !check.act("x", a->x) || !check.act("y", a->y) ||
+        !check.matrix("y", a->y, a->y.dtype, rows(a->x), cols(a->x)))
+        return check.status();
+    if (numel(a->y) == 0) return ett_done("");
+    const Views views{&a->x, &a->y};
+    return with_types(a->x, a->y, [&](auto u, auto v) {
+        using X = decltype(u);
+        using Y = decltype(v);
+        return walk<kBoth<X, Y>>(check, "cast", l, extent(views), views,
+                                 [&](auto n) { return CastOp<X, Y, n>{matrix<const X>(a->x), matrix<Y>(a->y)}; });
+    });
+}

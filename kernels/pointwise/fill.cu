@@ -1,0 +1,58 @@
+// fill.cu: y = value.
+//
+// y      N,C  any type  rows of any stride   out
+//
+// numerics: the value is rounded once (to bf16 through float32; to i32 towards zero).   work: N*C*size bytes.
+#include "walk.cuh"
+
+namespace ett {
+namespace {
+
+// V is T, or float where T is bf16.
+template <class T, class V, int N> struct FillOp {
+    Matrix<T> y;
+    V value;
+
+    struct In {};
+    __device__ In load(Place) const { return {}; }
+    __device__ void finish(Place p, const In&) const {
+        Vec<T, N> v;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            if constexpr (std::is_same_v<T, V>)
+                v.v[i] = value;
+            else
+                v.v[i] = from_float<T>(value);
+        }
+        store_vec(y.row(p.row) + p.at, v);
+    }
+};
+
+// As Rust converts: towards zero, saturating, 0 for NaN.
+int32_t to_int(double v) {
+    if (v != v) return 0;
+    return v >= 2147483647. ? INT32_MAX : v <= -2147483648. ? INT32_MIN : int32_t(v);
+}
+
+template <class T, class V> int32_t fill(Check& check, const ett_fill_args* a, const ett_launch* l, V value) {
+    const Views views{&a->y};
+    return walk<kWide<T>>(check, "fill", l, extent(views), views, [&](auto n) { return FillOp<T, V, n>{matrix<T>(a->y), value}; });
+}
+
+}  // namespace
+}  // namespace ett
+
+ETT_NO_WORKSPACE(fill)
+
+extern "C" int32_t ett_fill(const ett_fill_args* a, const ett_launch* l) {
+    using namespace ett;
+    Check check("fill", a, l);
+    if (!check.ok() || !check.view("y", a->y)) return check.status();
+    if (numel(a->y) == 0) return ett_done("");
+    switch (a->y.dtype) {
+    case ETT_F64: return fill<double>(check, a, l, a->value);
+    case ETT_F32: return fill<float>(check, a, l, float(a->value));
+    case ETT_BF16: return fill<bf16>(check, a, l, float(a->value));
+    default: return fill<int32_t>(check, a, l, to_int(a->value));
+    }
+}

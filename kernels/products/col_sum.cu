@@ -1,0 +1,125 @@
+// col_sum.cu: y[c] += sum_n x[n, c].
+//
+// x   N,C  act  rows of any stride   in
+// y   C    f32  contiguous           added to
+//
+// numerics: sums in f32. A block adds up a part of the rows, each of its warps every eighth of them in ascending order,
+// then the warps' sums in order; the parts' sums are added in order, and then to y. The parts depend on the shape and
+// the number of multiprocessors only: bitwise repeatable.
+// work: N*C additions; N*C*size + 8*C bytes.   floor: the bytes.   limits: none beyond memory.
+#include "launch.cuh"
+#include "reduce.cuh"
+
+namespace ett {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+// Rows in flight per thread: 16 bytes of each, by 2048 threads of a multiprocessor, are more than memory's latency needs.
+constexpr int kAtOnce = 4;
+// A part has at least so many rows, a few for each thread.
+constexpr int64_t kLeastRows = kWarps * kAtOnce * 2;
+
+// Every thread adds up V neighbouring columns of the rows [part * rows_per_part, ..); a block 32 * V columns. Writes
+// partial[part, c], or adds to y if partial is null.
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads)
+col_sum_kernel(const T* x, int64_t n, int64_t c, int64_t ld, int64_t col_blocks, int64_t rows_per_part, float* partial, float* y) {
+    __shared__ float smem_sum[kWarps][kWarp * V];
+    const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+    const int64_t part = blockIdx.x / col_blocks, col0 = (blockIdx.x - part * col_blocks) * (kWarp * V);
+    const int64_t end = min(n, (part + 1) * rows_per_part), col = col0 + lane * V;
+    float sum[V] = {};
+    if (col < c) {
+        const T* p = x + col;
+        int64_t row = part * rows_per_part + warp;
+        for (; row + (kAtOnce - 1) * kWarps < end; row += kAtOnce * kWarps) {
+            float v[kAtOnce][V];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) load<V>(v[i], p + (row + i * kWarps) * ld);
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+                for (int j = 0; j < V; ++j) sum[j] += v[i][j];
+        }
+        for (; row < end; row += kWarps) {
+            float v[V];
+            load<V>(v, p + row * ld);
+#pragma unroll
+            for (int j = 0; j < V; ++j) sum[j] += v[j];
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < V; ++j) smem_sum[warp][j * kWarp + lane] = sum[j];
+    __syncthreads();  // the warps' sums are visible
+    for (int i = int(threadIdx.x); i < kWarp * V; i += kThreads) {
+        const int64_t at = col0 + i % kWarp * V + i / kWarp;
+        if (at >= c) continue;
+        float s = 0.f;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) s += smem_sum[w][i];
+        if (partial)
+            partial[part * c + at] = s;
+        else
+            y[at] += s;
+    }
+}
+
+// y[c] += sum over the parts.
+__global__ void __launch_bounds__(kThreads) col_sum_parts_kernel(const float* partial, int64_t parts, int64_t c, float* y) {
+    const int64_t col = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    if (col >= c) return;
+    float s = 0.f;
+#pragma unroll 4
+    for (int64_t p = 0; p < parts; ++p) s += partial[p * c + col];
+    y[col] += s;
+}
+
+// In how many parts to cut N rows, so that the parts and the blocks of `width` columns give every multiprocessor its
+// eight blocks twice.
+int64_t choose_col_sum_parts(int64_t n, int64_t c, int64_t width, int multiprocessors) {
+    const int64_t wanted = ceil_div(int64_t(multiprocessors) * 16, ceil_div(c, width));
+    return std::max<int64_t>(1, std::min(wanted, n / kLeastRows));
+}
+
+int64_t width_of(const ett_view& x, bool vectors) { return kWarp * (vectors ? 16 / dtype_size(x.dtype) : 1); }
+
+bool sound(Check& check, const ett_col_sum_args* a) { return check.ok() && check.act("x", a->x) && check.vector("y", a->y, ETT_F32, cols(a->x)); }
+
+int64_t bytes_of(const ett_view& x, bool vectors) {
+    const int64_t parts = choose_col_sum_parts(rows(x), cols(x), width_of(x, vectors), multiprocessors());
+    return parts > 1 ? parts * cols(x) * 4 : 0;
+}
+
+}  // namespace
+}  // namespace ett
+
+extern "C" int64_t ett_col_sum_workspace(const ett_col_sum_args* a) {
+    using namespace ett;
+    Check check("col_sum", a);
+    if (!sound(check, a)) return -1;
+    return numel(a->x) == 0 ? 0 : std::max(bytes_of(a->x, true), bytes_of(a->x, false));
+}
+
+extern "C" int32_t ett_col_sum(const ett_col_sum_args* a, const ett_launch* l) {
+    using namespace ett;
+    Check check("col_sum", a, l);
+    if (!sound(check, a)) return check.status();
+    if (numel(a->x) == 0) return ett_done("");
+    const char* names[] = {wide(a->x) ? "wide" : "plain", "plain", nullptr};
+    const char* kernel = check.choose(l, names[0], names);
+    const bool vectors = strcmp(kernel, "wide") == 0;
+    const int64_t n = rows(a->x), c = cols(a->x), width = width_of(a->x, vectors);
+    if (!check.workspace(l, bytes_of(a->x, vectors))) return check.status();
+    const int64_t parts = choose_col_sum_parts(n, c, width, multiprocessors()), blocks = ceil_div(c, width);
+    float* const partial = parts > 1 ? static_cast<float*>(l->workspace) : nullptr;
+    return with_act(a->x.dtype, [&](auto t) {
+        using T = decltype(t);
+        auto* const k = vectors ? col_sum_kernel<T, kWide<T>> : col_sum_kernel<T, 1>;
+        int32_t status = launch("col_sum", k, dim3(unsigned(blocks * parts)), dim3(kThreads), 0, l, data<const T>(a->x), n, c, stride(a->x),
+                                blocks, ceil_div(n, parts), partial, data<float>(a->y));
+        if (status == ETT_OK && parts > 1)
+            status = launch("col_sum", col_sum_parts_kernel, dim3(unsigned(ceil_div(c, kThreads))), dim3(kThreads), 0, l, partial, parts, c,
+                            data<float>(a->y));
+        return status == ETT_OK ? ett_done(kernel) : status;
+    });
+}

@@ -1,0 +1,237 @@
+//! Attention over flat batches.
+
+use ett::backend::{AttentionBwd, AttentionFwd, Kernels, Stream};
+use ett::error::Result;
+
+use super::Size;
+use super::case::{Arg, Case, Draw, Near, Type, Views, acc, act, int, near, out};
+
+const S: Stream = Stream::COMPUTE;
+
+/// The shape of a call.
+#[derive(Clone, Copy)]
+struct Batch {
+    /// Query and key rows of each sequence.
+    seqs: &'static [(usize, usize)],
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    causal: bool,
+    /// Rows that belong to no sequence, of queries and of keys.
+    padding: (usize, usize),
+    /// Factor on the queries, to make the softmax peaked.
+    boost: f64,
+}
+
+const BATCH: Batch =
+    Batch { seqs: &[(5, 5)], heads: 2, kv_heads: 1, head_dim: 64, causal: true, padding: (0, 0), boost: 1.0 };
+
+impl Batch {
+    fn n(&self) -> usize {
+        self.seqs.iter().map(|s| s.0).sum::<usize>() + self.padding.0
+    }
+    fn nk(&self) -> usize {
+        self.seqs.iter().map(|s| s.1).sum::<usize>() + self.padding.1
+    }
+    fn longest(&self) -> (usize, usize) {
+        let longest = |f: fn(&(usize, usize)) -> usize| self.seqs.iter().map(f).max().unwrap_or(0);
+        (longest(|s| s.0), longest(|s| s.1))
+    }
+    fn offsets(&self, of: fn(&(usize, usize)) -> usize) -> Vec<i32> {
+        let ends = self.seqs.iter().scan(0, |at, s| {
+            *at += of(s) as i32;
+            Some(*at)
+        });
+        std::iter::once(0).chain(ends).collect()
+    }
+    fn width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+    fn kv_width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+    fn scale(&self) -> f64 {
+        (self.head_dim as f64).powf(-0.5)
+    }
+
+    fn text(&self) -> String {
+        let Batch { seqs, heads, kv_heads, head_dim, causal, padding, .. } = self;
+        let causal = if *causal { ", causal" } else { "" };
+        let padding = if *padding == (0, 0) { String::new() } else { format!(", padding {padding:?}") };
+        format!("T, Tk {seqs:?}, heads {heads}/{kv_heads} of {head_dim}{causal}{padding}")
+    }
+
+    /// Standard deviation of the scores.
+    fn spread(&self, d: &Draw) -> f64 {
+        self.boost * d.scale * d.scale
+    }
+
+    /// An error of a score, some roundings of its size, is a relative error of its probability.
+    fn near(&self, d: &Draw) -> Near {
+        near().conditioning(1.0 + 4.0 * self.spread(d))
+    }
+
+    fn inputs(&self, d: &Draw) -> Vec<Arg> {
+        let (n, nk) = (self.n(), self.nk());
+        vec![
+            act("q", [n, self.width()], d.times(d.scale * self.boost, n * self.width())),
+            act("k", [nk, self.kv_width()], d.normal(nk * self.kv_width())),
+            act("v", [nk, self.kv_width()], d.normal(nk * self.kv_width())),
+            int("cu_q", self.offsets(|s| s.0)),
+            int("cu_k", self.offsets(|s| s.1)),
+        ]
+    }
+
+    fn results(&self, d: &Draw) -> [Arg; 2] {
+        let n = self.n();
+        let near = self.near(d);
+        [
+            // Probabilities may be rounded to act, for tensor cores, and so is the result.
+            out("y", Type::Act, [n, self.width()], near.roundings(1.5)),
+            out("lse", Type::Acc, [n, self.heads], near.size(self.spread(d).max(1.0))),
+        ]
+    }
+
+    fn forward(&self, dev: &dyn Kernels, v: &Views) -> Result<()> {
+        let a = AttentionFwd {
+            q: v.input("q"),
+            k: v.input("k"),
+            v: v.input("v"),
+            cu_q: v.input("cu_q"),
+            cu_k: v.input("cu_k"),
+            y: v.out("y"),
+            lse: v.out("lse"),
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            max_q: self.longest().0,
+            max_k: self.longest().1,
+            scale: self.scale(),
+            causal: self.causal,
+        };
+        dev.attention_fwd(S, &a)
+    }
+
+    fn backward(&self, dev: &dyn Kernels, v: &Views) -> Result<()> {
+        let a = AttentionBwd {
+            dy: v.input("dy"),
+            q: v.input("q"),
+            k: v.input("k"),
+            v: v.input("v"),
+            y: v.input("y"),
+            lse: v.input("lse"),
+            cu_q: v.input("cu_q"),
+            cu_k: v.input("cu_k"),
+            dq: v.out("dq"),
+            dk: v.out("dk"),
+            dv: v.out("dv"),
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            max_q: self.longest().0,
+            max_k: self.longest().1,
+            scale: self.scale(),
+            causal: self.causal,
+        };
+        dev.attention_bwd(S, &a)
+    }
+
+    fn fwd(self) -> Case {
+        let args = move |d: &Draw| {
+            let mut args = self.inputs(d);
+            args.extend(self.results(d));
+            args
+        };
+        Case::new(self.text(), args, move |dev, v| self.forward(dev, v))
+    }
+
+    fn bwd(self) -> Case {
+        let args = move |d: &Draw| {
+            let (n, nk, width, kv_width) = (self.n(), self.nk(), self.width(), self.kv_width());
+            let mut args = self.inputs(d);
+            // What the forward saved.
+            let mut call = args.clone();
+            call.extend(self.results(d));
+            let mut saved = d.forward(call, move |dev, v| self.forward(dev, v));
+            let mut take = |name| saved.remove(name).expect("a result of the forward");
+            // Probabilities and the gradients of scores may be rounded to act, and so is the result.
+            let near = self.near(d).roundings(2.0);
+            // A score's gradient, p (dp - delta), is nothing where one key takes all.
+            let score = d.scale * d.scale / (self.longest().1.max(1) as f64).sqrt();
+            args.extend([
+                act("dy", [n, width], d.normal(n * width)),
+                act("y", [n, width], take("y")),
+                acc("lse", [n, self.heads], take("lse")),
+                out("dq", Type::Act, [n, width], near.size(score * d.scale)),
+                out("dk", Type::Act, [nk, kv_width], near.size(score * d.scale * self.boost)),
+                out("dv", Type::Act, [nk, kv_width], near),
+            ]);
+            args
+        };
+        Case::new(self.text(), args, move |dev, v| self.backward(dev, v))
+    }
+}
+
+fn cases(of: fn(Batch) -> Case) -> Vec<Case> {
+    const MIXED: &[(usize, usize)] = &[(7, 7), (0, 0), (5, 11), (1, 13)];
+    const SHORT: &[(usize, usize)] = &[(7, 3), (0, 2), (2, 0), (4, 4)];
+    let first = [(64, true), (64, false), (128, true)].map(|(head_dim, causal)| Batch {
+        head_dim,
+        causal,
+        seqs: &[(17, 17), (3, 5)],
+        ..BATCH
+    });
+    let small = [
+        Batch { seqs: &[(1, 1)], ..BATCH },
+        Batch { seqs: MIXED, padding: (2, 3), ..BATCH },
+        // More queries than keys: the first see nothing.
+        Batch { seqs: SHORT, padding: (1, 0), ..BATCH },
+        Batch { seqs: SHORT, causal: false, padding: (0, 2), ..BATCH },
+        Batch { seqs: &[(31, 31), (33, 33)], heads: 3, kv_heads: 3, head_dim: 32, ..BATCH },
+        Batch { seqs: &[(63, 65)], ..BATCH },
+        Batch { seqs: &[(65, 63)], heads: 1, causal: false, ..BATCH },
+        Batch { seqs: &[(64, 128), (1, 129)], heads: 6, kv_heads: 2, ..BATCH },
+        Batch { seqs: &[(129, 129)], heads: 1, ..BATCH },
+        Batch { seqs: &[(3, 257), (2, 1)], head_dim: 128, ..BATCH },
+        Batch { seqs: &[(16, 16), (1, 40)], heads: 12, kv_heads: 2, head_dim: 128, ..BATCH },
+        Batch { seqs: &[(9, 21)], head_dim: 16, ..BATCH },
+        Batch { seqs: &[(0, 0), (0, 4)], padding: (3, 0), ..BATCH },
+        Batch { seqs: &[], padding: (2, 2), ..BATCH },
+        Batch { seqs: &[], ..BATCH },
+    ];
+    let large = [
+        Batch { seqs: &[(513, 513), (1, 1), (0, 0), (255, 255), (300, 300)], padding: (11, 11), ..QWEN },
+        Batch { seqs: &[(1031, 1031)], ..QWEN },
+        Batch { seqs: &[(1, 1537), (1, 64), (1, 1000), (3, 700)], ..QWEN },
+        Batch { seqs: &[(257, 257), (257, 257)], heads: 16, kv_heads: 16, causal: false, ..BATCH },
+    ];
+    // Scores up to 80 and beyond.
+    let peaked = Batch { seqs: &[(33, 65)], boost: 20.0, ..BATCH };
+    let peaked = [peaked, Batch { causal: false, head_dim: 128, ..peaked }];
+    let first = first.map(|b| of(b).from(Size::Sanitizer)).into_iter();
+    let small = small.map(of).into_iter().chain(peaked.map(|b| of(b).named("peaked")));
+    first.chain(small).chain(large.map(|b| of(b).from(Size::Full))).collect()
+}
+
+/// The language model's heads.
+const QWEN: Batch = Batch { heads: 12, kv_heads: 2, head_dim: 128, ..BATCH };
+
+pub fn fwd() -> Vec<Case> {
+    cases(Batch::fwd)
+}
+
+pub fn bwd() -> Vec<Case> {
+    cases(Batch::bwd)
+}
+
+/// N 10, Nk 11, 6 heads and 2 for keys, of 64, three sequences.
+const SAMPLE: Batch =
+    Batch { seqs: &[(2, 3), (3, 3), (4, 4)], heads: 6, kv_heads: 2, padding: (1, 1), ..BATCH };
+
+pub fn fwd_sample() -> Case {
+    SAMPLE.fwd()
+}
+
+pub fn bwd_sample() -> Case {
+    SAMPLE.bwd()
+}

@@ -1,0 +1,117 @@
+//! The devices that are tried: the shim, at small shapes, and a GPU, at the model's.
+
+use std::sync::Arc;
+
+use ett::backend::Kernels;
+use ett::tensor::Precision;
+
+use super::{Size, UNCOVERED, reject, run};
+use crate::common::{gpu, gpu_forcing, shim, shim_forcing};
+use crate::contract::refusals;
+
+const BOTH: [Precision; 2] = [Precision::F32, Precision::BF16];
+
+/// What the CUDA kernels refuse: head dimensions above 512, codes whose dimension is no multiple of 8 up to 512.
+const LIMITS: [&str; 3] = ["attention_fwd: head_dim", "attention_bwd: head_dim", "nearest: `z`"];
+
+/// Every implementation that a kernel does not choose by itself everywhere, and calls that it cannot do.
+const FORCED: [(&str, &str); 17] = [
+    ("matmul", "large"),
+    ("matmul", "small"),
+    ("matmul_acc", "large"),
+    ("matmul_acc", "small"),
+    ("linear_gelu", "large"),
+    ("linear_gelu", "small"),
+    ("nearest", "simple"),
+    ("attention_fwd", "simple"),
+    ("attention_bwd", "simple"),
+    ("rms_norm_fwd", "plain"),
+    ("rms_norm_bwd", "plain"),
+    ("layer_norm_fwd", "plain"),
+    ("layer_norm_bwd", "plain"),
+    ("l2_norm_fwd", "plain"),
+    ("l2_norm_bwd", "plain"),
+    ("adamw", "plain"),
+    ("sum_squares", "plain"),
+];
+
+fn forced(with: fn(&str) -> Arc<dyn Kernels>, prec: Precision, size: Size) {
+    for (op, kernel) in FORCED {
+        let dev = with(&format!("{op}={kernel}"));
+        run(&*dev, prec, size, Some(&[op])).expect(&LIMITS);
+    }
+}
+
+/// The numbers and the data that the contract forbids.
+fn refuses(dev: Arc<dyn Kernels>) {
+    let missing = refusals(dev);
+    assert!(missing.iter().all(|name| UNCOVERED.contains(name)), "the device lacks {missing:?}");
+}
+
+#[test]
+#[ignore = "needs the shim"]
+fn shim_f32() {
+    run(&*shim(), Precision::F32, Size::Tiny, None).expect(&LIMITS);
+}
+
+#[test]
+#[ignore = "needs the shim"]
+fn shim_bf16() {
+    run(&*shim(), Precision::BF16, Size::Tiny, None).expect(&LIMITS);
+}
+
+#[test]
+#[ignore = "needs the shim"]
+fn shim_forced() {
+    for prec in BOTH {
+        forced(shim_forcing, prec, Size::Sanitizer);
+    }
+}
+
+#[test]
+#[ignore = "needs the shim"]
+fn shim_refuses_wrong_arguments() {
+    for prec in BOTH {
+        reject::run(&*shim(), prec, None).expect(UNCOVERED);
+    }
+    refuses(shim());
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn gpu_f32() {
+    run(&*gpu(), Precision::F32, Size::Full, None).expect(&LIMITS);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn gpu_bf16() {
+    run(&*gpu(), Precision::BF16, Size::Full, None).expect(&LIMITS);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn gpu_forced() {
+    for prec in BOTH {
+        forced(gpu_forcing, prec, Size::Tiny);
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn gpu_refuses_wrong_arguments() {
+    for prec in BOTH {
+        reject::run(&*gpu(), prec, None).expect(UNCOVERED);
+    }
+    refuses(gpu());
+}
+
+/// One smallest case of every instantiation, for compute-sanitizer.
+#[test]
+#[ignore = "needs a GPU"]
+fn gpu_sanitizer() {
+    for prec in BOTH {
+        run(&*gpu(), prec, Size::Sanitizer, None).expect(&LIMITS);
+        forced(gpu_forcing, prec, Size::Sanitizer);
+    }
+}

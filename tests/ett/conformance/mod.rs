@@ -1,0 +1,501 @@
+//! Conformance: every kernel of a device against the CPU in f64, on the same rounded inputs.
+//!
+//! A call is judged by the project's comparator; its outputs lie in larger buffers with guard bands, some in
+//! columns of wider tensors, some off their natural alignment, and start poisoned, or from random values if they are
+//! added to. Everything outside of them has to stay as it was, everything inside has to be written, and the call
+//! repeated has to give the same bits.
+//!
+//! To add a device: a `#[test]` that calls [`run`] with it and [`Report::expect`] with the kernels that it may
+//! lack, and one that calls [`reject::run`]. To add a kernel: a row in [`TABLE`] and its cases in the module of
+//! its kind.
+
+mod attention;
+mod broken;
+mod case;
+mod codebook;
+mod devices;
+mod norms;
+mod optim;
+mod place;
+mod pointwise;
+mod products;
+pub mod reject;
+mod rows;
+mod xent;
+
+use std::cell::OnceCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
+
+use ett::backend::{Access, Cpu, KERNELS, Kernels};
+use ett::compare::{compare, no_worse_than};
+use ett::error::Error;
+use ett::tensor::Precision;
+
+use case::{Arg, Case, Draw, Judge, Layout, ONCE, SANITIZER, Seen, nearest, round};
+use place::{Placed, compute, views};
+
+/// How much is tried; each size contains the ones before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Size {
+    /// One smallest case of each kind, for tools that slow everything down.
+    Sanitizer,
+    /// Small shapes around the edges of tiles, three times each.
+    Tiny,
+    /// The model's sizes, twenty times each.
+    Full,
+}
+
+/// A row of the table.
+pub struct Kernel {
+    pub name: &'static str,
+    /// All cases of all sizes.
+    pub cases: fn() -> Vec<Case>,
+    /// A small call with another number for each letter of the shapes, which [`reject`] spoils.
+    pub sample: fn() -> Case,
+    /// What [`reject`] may change in the sample without making it wrong: "x rows", "x cols" or "x type".
+    pub free: &'static [&'static str],
+    /// Arguments that a device may refuse unless their rows begin on multiples of 16 bytes.
+    pub aligned: &'static [&'static str],
+}
+
+const fn kernel(name: &'static str, cases: fn() -> Vec<Case>, sample: fn() -> Case) -> Kernel {
+    Kernel { name, cases, sample, free: &[], aligned: &[] }
+}
+
+impl Kernel {
+    const fn free(self, free: &'static [&'static str]) -> Self {
+        Kernel { free, ..self }
+    }
+    const fn aligned(self, aligned: &'static [&'static str]) -> Self {
+        Kernel { aligned, ..self }
+    }
+}
+
+/// The kernels that are covered.
+pub const TABLE: &[Kernel] = &[
+    kernel("matmul", products::matmul, products::matmul_sample),
+    kernel("linear_gelu", products::linear_gelu, products::linear_gelu_sample),
+    kernel("matmul_acc", products::matmul_acc, products::matmul_acc_sample),
+    kernel("col_sum", products::col_sum, products::col_sum_sample).free(&["x rows", "x type"]),
+    kernel("rms_norm_fwd", norms::rms_fwd, norms::rms_fwd_sample),
+    kernel("rms_norm_bwd", norms::rms_bwd, norms::rms_bwd_sample),
+    kernel("layer_norm_fwd", norms::layer_fwd, norms::layer_fwd_sample),
+    kernel("layer_norm_bwd", norms::layer_bwd, norms::layer_bwd_sample),
+    kernel("l2_norm_fwd", norms::l2_fwd, norms::l2_fwd_sample),
+    kernel("l2_norm_bwd", norms::l2_bwd, norms::l2_bwd_sample).free(&["dy type"]),
+    kernel("unary_fwd", pointwise::unary_fwd, pointwise::unary_fwd_sample),
+    kernel("unary_bwd", pointwise::unary_bwd, pointwise::unary_bwd_sample),
+    kernel("add", pointwise::add, pointwise::add_sample),
+    kernel("accumulate", pointwise::accumulate, pointwise::accumulate_sample).free(&["x type", "y type"]),
+    kernel("cast", pointwise::cast, pointwise::cast_sample).free(&["x type", "y type"]),
+    kernel("fill", pointwise::fill, pointwise::fill_sample).free(&["y type", "y rows", "y cols"]),
+    kernel("channel_affine_fwd", pointwise::affine_fwd, pointwise::affine_fwd_sample),
+    kernel("channel_affine_bwd", pointwise::affine_bwd, pointwise::affine_bwd_sample),
+    kernel("swiglu_fwd", pointwise::swiglu_fwd, pointwise::swiglu_fwd_sample),
+    kernel("swiglu_bwd", pointwise::swiglu_bwd, pointwise::swiglu_bwd_sample),
+    kernel("rope", rows::rope, rows::rope_sample),
+    kernel("gather_fwd", rows::gather_fwd, rows::gather_fwd_sample).free(&["table rows"]),
+    kernel("gather_bwd", rows::gather_bwd, rows::gather_bwd_sample).free(&["dtable rows", "dy type"]),
+    kernel("attention_fwd", attention::fwd, attention::fwd_sample),
+    kernel("attention_bwd", attention::bwd, attention::bwd_sample),
+    kernel("linear_xent_fwd", xent::fwd, xent::fwd_sample).free(&["w rows"]),
+    kernel("linear_xent_bwd", xent::bwd, xent::bwd_sample),
+    kernel("nearest", codebook::nearest, codebook::nearest_sample).free(&["e rows"]).aligned(&["z", "e"]),
+    kernel("sum_squares", optim::sum_squares, optim::sum_squares_sample).free(&["x cols"]),
+    kernel("adamw", optim::adamw, optim::adamw_sample).free(&["shadow type"]),
+];
+
+/// What a run found.
+pub struct Report {
+    device: String,
+    /// Calls that were judged, without repetitions.
+    pub calls: usize,
+    /// A sentence for each.
+    pub failures: Vec<String>,
+    /// What the device said it does not support, by kernel.
+    unsupported: BTreeMap<&'static str, Vec<String>>,
+    /// Kernels that it called.
+    called: BTreeSet<&'static str>,
+    /// Seconds of the device, repetitions and copies included, and of the oracle.
+    times: BTreeMap<&'static str, [f64; 2]>,
+}
+
+impl Report {
+    fn new(dev: &dyn Kernels) -> Self {
+        Report {
+            device: dev.name(),
+            calls: 0,
+            failures: Vec::new(),
+            unsupported: BTreeMap::new(),
+            called: BTreeSet::new(),
+            times: BTreeMap::new(),
+        }
+    }
+
+    /// Kernels that the device does not have at all.
+    pub fn missing(&self) -> Vec<&'static str> {
+        self.unsupported.keys().copied().filter(|name| !self.called.contains(name)).collect()
+    }
+
+    /// The failures, some of each kernel, and what is unsupported but not listed: `kernel`, if the device may lack all of it, or
+    /// `kernel: words`, if it may lack cases whose refusal says these words.
+    pub fn complaints(&self, unsupported: &[&str]) -> Vec<String> {
+        let mut all = Vec::new();
+        for kernel in TABLE {
+            let of_kernel = |f: &&String| f.split_once(' ').is_some_and(|(name, _)| name == kernel.name);
+            let failures: Vec<&String> = self.failures.iter().filter(of_kernel).collect();
+            all.extend(failures.iter().take(TOLD).map(|f| f.to_string()));
+            if failures.len() > TOLD {
+                all.push(format!("{}: and {} more like these", kernel.name, failures.len() - TOLD));
+            }
+        }
+        for (name, refusals) in &self.unsupported {
+            let listed = |refusal: &str| {
+                unsupported.iter().any(|u| match u.split_once(": ") {
+                    Some((kernel, words)) => kernel == *name && refusal.contains(words),
+                    None => u == name,
+                })
+            };
+            let missing: Vec<&String> = refusals.iter().filter(|r| !listed(r)).collect();
+            if let Some(first) = missing.first() {
+                let n = missing.len();
+                all.push(format!("{n} calls are not supported, which was not to be expected: {first}"));
+            }
+        }
+        if self.calls == 0 {
+            all.push("nothing was called".into());
+        }
+        all
+    }
+
+    /// Panics if there is anything to complain of; `unsupported` as in [`Report::complaints`].
+    pub fn expect(&self, unsupported: &[&str]) {
+        println!("{self}");
+        let all = self.complaints(unsupported);
+        assert!(all.is_empty(), "{}: {} failures\n{}", self.device, self.failures.len(), all.join("\n"));
+    }
+
+    /// Notes what a device refused; true if it is a lack of support.
+    fn unsupported(&mut self, kernel: &'static str, e: &Error) -> bool {
+        let is = matches!(e, Error::Unsupported { .. });
+        if is {
+            self.unsupported.entry(kernel).or_default().push(e.to_string());
+        }
+        is
+    }
+
+    fn supported(&mut self, kernel: &'static str) {
+        self.calls += 1;
+        self.called.insert(kernel);
+    }
+}
+
+impl std::fmt::Display for Report {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let sum = |i: usize| self.times.values().fold(0.0, |sum, t| sum + t[i]);
+        write!(
+            f,
+            "{}: {} calls, {} failures, {:.1} s, and {:.1} s of the oracle; missing: {:?}",
+            self.device,
+            self.calls,
+            self.failures.len(),
+            sum(0),
+            sum(1),
+            self.missing()
+        )?;
+        for (name, [own, oracle]) in &self.times {
+            write!(f, "\n{name:>20} {own:7.2} s, oracle {oracle:7.2} s")?;
+        }
+        Ok(())
+    }
+}
+
+/// Failures of one kernel that are told; the others mostly say the same.
+const TOLD: usize = 8;
+
+/// Tries the kernels of the table, or those named in `only`, on `dev` in one precision.
+pub fn run(dev: &dyn Kernels, prec: Precision, size: Size, only: Option<&[&str]>) -> Report {
+    let oracle = Cpu::new(0).expect("threads can be started");
+    let mut report = Report::new(dev);
+    for kernel in TABLE.iter().filter(|k| only.is_none_or(|names| names.contains(&k.name))) {
+        for case in (kernel.cases)().iter().filter(|c| c.size <= size) {
+            let runs = if size == Size::Sanitizer && case.runs != ONCE { SANITIZER } else { case.runs };
+            for &(scale, layouts) in runs {
+                Trial { dev, oracle: &oracle, prec, size, kernel, case, scale }.run(layouts, &mut report);
+            }
+        }
+    }
+    report
+}
+
+/// A case with one scale of inputs.
+struct Trial<'a> {
+    dev: &'a dyn Kernels,
+    oracle: &'a dyn Kernels,
+    prec: Precision,
+    size: Size,
+    kernel: &'a Kernel,
+    case: &'a Case,
+    scale: f64,
+}
+
+/// What is right.
+struct Answer {
+    want: Vec<Vec<f64>>,
+    /// The same in the precision of the run, if anything is compared with it.
+    naive: Option<Vec<Vec<f64>>>,
+}
+
+impl Trial<'_> {
+    fn run(&self, layouts: &[Layout], report: &mut Report) {
+        let name = self.kernel.name;
+        let start = Instant::now();
+        let text = format!("{name} {}", self.case.what);
+        let draw = Draw::new(self.oracle, self.prec, self.scale, &text);
+        let mut args = (self.case.args)(&draw);
+        round(&mut args, self.prec);
+        let answer = OnceCell::new();
+        let mut oracle_seconds = start.elapsed().as_secs_f64();
+        for &layout in layouts {
+            let what =
+                format!("{name} in {}: {}, scale {}, {layout}", self.prec.act, self.case.what, self.scale);
+            let start = Instant::now();
+            let found = self.call(&args, layout);
+            let called = start.elapsed().as_secs_f64();
+            match found {
+                Ok(None) => report.supported(name),
+                Ok(Some(got)) => {
+                    report.supported(name);
+                    let answer = answer.get_or_init(|| {
+                        let start = Instant::now();
+                        let answer = self.answer(&args);
+                        oracle_seconds += start.elapsed().as_secs_f64();
+                        answer
+                    });
+                    match answer {
+                        Ok(answer) => {
+                            report.failures.extend(self.judge(&what, &args, answer, &got));
+                        }
+                        Err(e) => report.failures.push(format!("{what}: the oracle refused it: {e}")),
+                    }
+                }
+                Err(Trouble::Refused(e)) if report.unsupported(name, &e) => {}
+                Err(Trouble::Refused(e)) => report.failures.push(format!("{what}: it was refused: {e}")),
+                Err(Trouble::Wrong(e)) => {
+                    report.supported(name);
+                    report.failures.push(format!("{what}: {e}"));
+                }
+            }
+            report.times.entry(name).or_default()[0] += called;
+        }
+        report.times.entry(name).or_default()[1] += oracle_seconds;
+    }
+
+    /// Calls the kernel again and again; the outputs if there is nothing to be said against them but their values,
+    /// nothing if the device refuses this alignment and may.
+    fn call(&self, args: &[Arg], layout: Layout) -> Result<Option<Vec<Vec<f64>>>, Trouble> {
+        let dev = self.dev;
+        let placed: Vec<Placed> =
+            args.iter().map(|a| Placed::new(dev, self.prec, a, layout)).collect::<Result<_, _>>()?;
+        let misaligned = |arg: &str| {
+            self.kernel.aligned.contains(&arg) && placed.iter().any(|p| p.name == arg && !p.is_wide())
+        };
+        match (self.case.call)(dev, &views(&placed)) {
+            Err(Error::Argument { arg, .. }) if misaligned(arg) => return Ok(None),
+            other => other?,
+        }
+        let outputs = || placed.iter().filter(|p| p.access != Access::Read);
+        let first: Vec<Vec<u8>> = outputs().map(|p| p.read(dev)).collect::<Result<_, _>>()?;
+        for p in placed.iter().filter(|p| p.access == Access::Read) {
+            p.check(&p.read(dev)?)?;
+        }
+        for (p, memory) in outputs().zip(&first) {
+            p.check(memory)?;
+        }
+        for call in 2..=self.repetitions(first.iter().map(Vec::len).sum()) {
+            outputs().try_for_each(|p| p.restore(dev))?;
+            (self.case.call)(dev, &views(&placed))?;
+            for (p, first) in outputs().zip(&first) {
+                p.same(call, &p.read(dev)?, first)?;
+            }
+        }
+        Ok(Some(outputs().zip(&first).map(|(p, memory)| p.values(memory)).collect()))
+    }
+
+    /// Calls of one layout; fewer where the copies of the outputs would take longer than the calls.
+    fn repetitions(&self, bytes: usize) -> usize {
+        match self.size {
+            Size::Sanitizer => 1,
+            Size::Tiny => 3,
+            Size::Full if bytes > 64 << 20 => 3,
+            Size::Full if bytes > 4 << 20 => 6,
+            Size::Full => 20,
+        }
+    }
+
+    fn answer(&self, args: &[Arg]) -> Result<Answer, Error> {
+        let want = compute(self.oracle, Precision::F64, args, &self.case.call)?;
+        let outputs = args.iter().filter(|a| a.is_output());
+        let compared = outputs.zip(&want).any(|(a, want)| match &a.judge {
+            Judge::Near(near) => near.naive(a.ty.of(self.prec), want),
+            _ => false,
+        });
+        let naive = compared.then(|| compute(self.oracle, self.prec, args, &self.case.call)).transpose()?;
+        Ok(Answer { want, naive })
+    }
+
+    /// What is wrong with the values of the outputs.
+    fn judge(&self, what: &str, args: &[Arg], answer: &Answer, got: &[Vec<f64>]) -> Vec<String> {
+        let outputs = args.iter().filter(|a| a.is_output()).enumerate();
+        let judged = outputs.map(|(i, a)| {
+            let naive = answer.naive.as_ref().map(|naive| &naive[i][..]);
+            self.judge_one(&format!("{what}, `{}`", a.name), args, a, &got[i], &answer.want[i], naive)
+        });
+        judged.filter_map(Result::err).collect()
+    }
+
+    fn judge_one(
+        &self,
+        what: &str,
+        args: &[Arg],
+        a: &Arg,
+        got: &[f64],
+        want: &[f64],
+        naive: Option<&[f64]>,
+    ) -> Result<(), String> {
+        let (dtype, cols) = (a.ty.of(self.prec), a.dims.cols());
+        if want.is_empty() {
+            return Ok(());
+        }
+        match &a.judge {
+            Judge::By(judge) => judge(&Seen { what, got, want, args, oracle: self.oracle }),
+            Judge::Exact => {
+                let want: Vec<f64> = want.iter().map(|&v| nearest(dtype, v)).collect();
+                same_bits(what, got, &want, cols)
+            }
+            Judge::Near(near) => {
+                let bounds = near.bounds(dtype, self.prec, want.len());
+                if near.allows_specials() {
+                    let (got, want) = without_specials(what, got, want, cols)?;
+                    return compare(what, &got, &want, cols, bounds).map(|_| ());
+                }
+                compare(what, got, want, cols, bounds)?;
+                match naive.filter(|_| near.naive(dtype, want)) {
+                    Some(naive) => no_worse_than(what, got, naive, want, cols, dtype).map(|_| ()),
+                    None => Ok(()),
+                }
+            }
+        }
+    }
+}
+
+/// Fails unless all values are the same, NaN included.
+fn same_bits(what: &str, got: &[f64], want: &[f64], cols: usize) -> Result<(), String> {
+    let same = |(a, b): (&f64, &f64)| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
+    match got.iter().zip(want).position(|pair| !same(pair)) {
+        None => Ok(()),
+        Some(i) => {
+            let (r, c) = (i / cols, i % cols);
+            Err(format!("{what}: row {r}, column {c} is {:e}, wanted exactly {:e}", got[i], want[i]))
+        }
+    }
+}
+
+/// Both with 0 for NaN and infinities, which have to be at the same places.
+fn without_specials(
+    what: &str,
+    got: &[f64],
+    want: &[f64],
+    cols: usize,
+) -> Result<(Vec<f64>, Vec<f64>), String> {
+    let special = |v: f64| if v.is_finite() { 0.0 } else { v };
+    let all = |v: &[f64]| -> Vec<f64> { v.iter().map(|&v| special(v)).collect() };
+    same_bits(what, &all(got), &all(want), cols)?;
+    let none = |v: &[f64]| -> Vec<f64> { v.iter().map(|&v| if v.is_finite() { v } else { 0.0 }).collect() };
+    Ok((none(got), none(want)))
+}
+
+/// Why a call did not give outputs.
+enum Trouble {
+    /// The device returned an error.
+    Refused(Error),
+    /// Something is wrong with the memory it left.
+    Wrong(String),
+}
+
+impl From<Error> for Trouble {
+    fn from(e: Error) -> Self {
+        Trouble::Refused(e)
+    }
+}
+
+impl From<String> for Trouble {
+    fn from(e: String) -> Self {
+        Trouble::Wrong(e)
+    }
+}
+
+fn cpu(prec: Precision) {
+    let dev = Cpu::poisoned(0).expect("threads can be started");
+    run(&dev, prec, Size::Tiny, None).expect(&[]);
+}
+
+#[test]
+fn cpu_f32() {
+    cpu(Precision::F32);
+}
+
+#[test]
+fn cpu_bf16() {
+    cpu(Precision::BF16);
+}
+
+/// Kernels that no case covers yet.
+const UNCOVERED: &[&str] = &[
+    "conv2d_fwd",
+    "conv2d_bwd_data",
+    "conv2d_bwd_weight",
+    "upsample2x_fwd",
+    "upsample2x_bwd",
+    "max_pool2x2_fwd",
+    "max_pool2x2_bwd",
+    "group_norm_fwd",
+    "group_norm_bwd",
+    "batch_norm_fwd",
+    "batch_norm_bwd",
+    "batch_norm_running",
+    "l1_fwd",
+    "l1_bwd",
+    "lpips_fwd",
+    "lpips_bwd",
+    "gan_generator_fwd",
+    "gan_generator_bwd",
+    "hinge_fwd",
+    "hinge_bwd",
+    "lecam_update",
+    "lecam_fwd",
+    "lecam_bwd",
+    "ibq_rows",
+    "ibq_cols",
+    "ibq_losses",
+    "ibq_bwd",
+    "vq_losses",
+    "vq_bwd",
+];
+
+#[test]
+fn every_kernel_is_covered_or_known_not_to_be() {
+    for (name, _) in KERNELS {
+        let times = TABLE.iter().filter(|k| k.name == *name).count()
+            + UNCOVERED.iter().filter(|n| *n == name).count();
+        assert_eq!(times, 1, "{name} is in {times} of the two lists");
+    }
+    assert_eq!(TABLE.len() + UNCOVERED.len(), KERNELS.len(), "a name that is no kernel");
+    for k in TABLE {
+        let sizes: Vec<Size> = (k.cases)().iter().map(|c| c.size).collect();
+        for size in [Size::Sanitizer, Size::Tiny, Size::Full] {
+            assert!(sizes.contains(&size), "{} has no case for {size:?}", k.name);
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! Gradient norms and AdamW.
+
+use ett::backend::{Adamw, Slot, Stream, SumSquares};
+
+use super::Size;
+use super::case::{Arg, Case, Draw, Judge, Seen, Type, acc, add, near, out};
+
+const S: Stream = Stream::COMPUTE;
+
+const SMALL: [usize; 9] = [1, 2, 31, 257, 1000, 4096, 16_385, 40_003, 0];
+const LARGE: [usize; 2] = [1_000_003, 3 << 20];
+
+fn sizes() -> impl Iterator<Item = (Size, usize)> {
+    let first = [(Size::Sanitizer, 300)].into_iter();
+    first.chain(SMALL.map(|n| (Size::Tiny, n))).chain(LARGE.map(|n| (Size::Full, n)))
+}
+
+// ---- gradient norms ------------------------------------------------------------------------------------
+
+/// The sum within rounding of a long sum of positive numbers; the count exactly.
+fn sum_and_count(seen: &Seen) -> Result<(), String> {
+    const ROUNDING: f64 = 1e-5;
+    let (got, want) = (seen.got, seen.want);
+    if (got[0] - want[0]).abs() > ROUNDING * want[0] || got[0].is_nan() {
+        return Err(format!("{}: the sum is {:e}, wanted {:e}", seen.what, got[0], want[0]));
+    }
+    if got[1] != want[1] {
+        return Err(format!("{}: {} values are not finite, wanted {}", seen.what, got[1], want[1]));
+    }
+    Ok(())
+}
+
+fn sum_squares_case(n: usize, bad: bool) -> Case {
+    Case::new(
+        format!("[{n}]{}", if bad { ", some not finite" } else { "" }),
+        move |d| {
+            let mut x = d.normal(n);
+            if bad {
+                let bad = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
+                x.iter_mut().step_by(11).zip(bad.into_iter().cycle()).for_each(|(x, b)| *x = b);
+            }
+            let start = d.scale * d.scale * n.max(1) as f64;
+            vec![acc("x", [n], x), add("out", Type::Acc, [2], vec![start, 3.0], Judge::By(sum_and_count))]
+        },
+        |dev, v| dev.sum_squares(S, &SumSquares { x: v.input("x"), out: v.acc("out") }),
+    )
+}
+
+pub fn sum_squares() -> Vec<Case> {
+    sizes().flat_map(|(size, n)| [false, true].map(|bad| sum_squares_case(n, bad).from(size))).collect()
+}
+
+pub fn sum_squares_sample() -> Case {
+    sum_squares_case(5, false)
+}
+
+// ---- AdamW ---------------------------------------------------------------------------------------------
+
+#[derive(Clone, Copy)]
+struct Step {
+    n: usize,
+    group: usize,
+    /// Largest norm, in norms of the gradient; 0: none.
+    clip: f64,
+    ema: bool,
+    shadow: bool,
+    /// Values of the gradient that were not finite.
+    bad: f64,
+}
+
+impl Step {
+    fn text(&self) -> String {
+        let Step { n, group, clip, ema, shadow, bad } = self;
+        let with = |name: &'static str, present: &bool| if *present { name } else { "" };
+        let bad = if *bad > 0.0 { format!(", {bad} not finite") } else { String::new() };
+        format!("[{n}], group {group}, clip {clip}{}{}{bad}", with(", ema", ema), with(", shadow", shadow))
+    }
+
+    fn args(&self, d: &Draw) -> Vec<Arg> {
+        let (n, scale) = (self.n, d.scale);
+        let grad = d.normal(n);
+        let norm = crate::common::norm(&grad);
+        // Nothing but what the group may read.
+        let mut state = vec![f64::NAN; Slot::LEN];
+        for (slot, value) in [
+            (Slot::Rate(self.group), 0.01 * scale),
+            (Slot::Bias1(self.group), 1.0 / (1.0 - 0.9f64.powi(3))),
+            (Slot::Bias2(self.group), 1.0 / (1.0 - 0.95f64.powi(3))),
+            (Slot::Clip(self.group), self.clip * norm),
+        ] {
+            state[slot.index()] = value;
+        }
+        // A step on a gradient that is not finite changes nothing, not even the last bit.
+        let judge = || if self.bad > 0.0 { Judge::Exact } else { near().size(0.1 * scale).into() };
+        let squares = |d: &Draw| d.times(scale, n).into_iter().map(|v| v * v).collect::<Vec<_>>();
+        let moment = |judge: Judge| match judge {
+            Judge::Near(_) => near().size(0.1 * scale * scale).into(),
+            other => other,
+        };
+        let mut args = vec![
+            add("master", Type::Acc, [n], d.normal(n), judge()),
+            acc("grad", [n], grad),
+            add("m", Type::Acc, [n], d.normal(n), judge()),
+            add("v", Type::Acc, [n], squares(d), moment(judge())),
+            acc("state", [Slot::LEN], state),
+            acc("norm", [2], vec![norm * norm, self.bad]),
+        ];
+        if self.ema {
+            args.push(add("ema", Type::Acc, [n], d.normal(n), judge()));
+        }
+        if self.shadow {
+            args.push(match self.bad > 0.0 {
+                true => add("shadow", Type::Act, [n], d.normal(n), Judge::Exact),
+                false => out("shadow", Type::Act, [n], judge()),
+            });
+        }
+        args
+    }
+
+    fn case(self) -> Case {
+        Case::new(
+            self.text(),
+            move |d| self.args(d),
+            move |dev, v| {
+                let a = Adamw {
+                    master: v.acc("master"),
+                    grad: v.input("grad"),
+                    m: v.acc("m"),
+                    v: v.acc("v"),
+                    ema: v.acc_if("ema"),
+                    shadow: v.out_if("shadow"),
+                    state: v.input("state"),
+                    norm: v.input("norm"),
+                    group: self.group,
+                    beta1: 0.9,
+                    beta2: 0.95,
+                    eps: 1e-8,
+                    weight_decay: 0.1,
+                    ema_decay: 0.99,
+                };
+                dev.adamw(S, &a)
+            },
+        )
+    }
+}
+
+const STEP: Step = Step { n: 300, group: 2, clip: 0.0, ema: true, shadow: true, bad: 0.0 };
+
+pub fn adamw() -> Vec<Case> {
+    let all = sizes().enumerate().map(|(i, (size, n))| {
+        let step = Step { n, group: [0, 15, 3][i % 3], clip: [0.0, 0.5, 2.0][i % 3], ..STEP };
+        Step { ema: i % 4 != 1, shadow: i % 4 != 3, ..step }.case().from(size)
+    });
+    let clipped = [Step { clip: 0.1, ..STEP }, Step { clip: 10.0, ema: false, ..STEP }].map(Step::case);
+    let bad = Step { bad: 2.0, clip: 0.5, ..STEP };
+    let bad = [bad, Step { ema: false, shadow: false, bad: 1.0, clip: 0.0, ..bad }];
+    all.chain(clipped).chain(bad.map(|s| s.case().named("nothing changes"))).collect()
+}
+
+pub fn adamw_sample() -> Case {
+    Step { n: 5, clip: 0.5, ..STEP }.case()
+}

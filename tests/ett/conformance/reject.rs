@@ -1,0 +1,183 @@
+//! What kernels say of arguments that the contract forbids: every argument of a small call that is right is spoiled
+//! in every way, and each time the device has to name it and to touch nothing.
+
+use std::sync::Arc;
+
+use ett::backend::{Buffer, Cpu, In, KERNELS, Kernels, Reclaim, Role};
+use ett::error::{Error, Result};
+use ett::tensor::{DType, Dims, Precision};
+
+use super::case::{Arg, Draw, Layout, Type, Views, round};
+use super::place::{Placed, views};
+use super::{Kernel, Report, TABLE};
+
+/// Memory that is nowhere.
+struct Nowhere;
+
+impl Reclaim for Nowhere {
+    fn reclaim(&self, _addr: u64, _bytes: usize, _role: Role) {}
+}
+
+/// What is done to an argument.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Damage {
+    Null,
+    /// It begins where its buffer ends.
+    Outside,
+    /// It begins inside an element.
+    Misaligned,
+    /// Rows overlap.
+    Overlapping,
+    Type(DType),
+    /// One row, or one column, less.
+    Rows,
+    Cols,
+}
+
+impl Damage {
+    fn text(self) -> String {
+        match self {
+            Damage::Null => "without memory".into(),
+            Damage::Outside => "outside of its buffer".into(),
+            Damage::Misaligned => "inside an element".into(),
+            Damage::Overlapping => "with overlapping rows".into(),
+            Damage::Type(t) => format!("as {t}"),
+            Damage::Rows => "with a row less".into(),
+            Damage::Cols => "with a column less".into(),
+        }
+    }
+
+    /// What can be done to an argument, and is wrong for this kernel.
+    fn all(kernel: &Kernel, arg: &Arg, p: Precision) -> Vec<Damage> {
+        let free = |what: &str| kernel.free.contains(&&*format!("{} {what}", arg.name));
+        let mut all = vec![Damage::Null, Damage::Outside, Damage::Misaligned];
+        let dtype = arg.ty.of(p);
+        let types = match dtype {
+            DType::I32 => vec![DType::F32],
+            DType::F32 => vec![DType::I32, DType::Bf16],
+            _ => vec![DType::I32, DType::F32],
+        };
+        // Where any float will do, an index will not; where the type is free altogether, only `fill` does.
+        let float = |t: &DType| *t != DType::I32 || kernel.name == "fill";
+        all.extend(types.into_iter().filter(|t| !(free("type") && float(t))).map(Damage::Type));
+        if arg.dims.rank() > 1 {
+            all.push(Damage::Overlapping);
+            all.extend((!free("rows")).then_some(Damage::Rows));
+        }
+        all.extend((!free("cols")).then_some(Damage::Cols));
+        all
+    }
+
+    fn apply<'a>(self, v: In<'a>, nowhere: &'a Buffer) -> In<'a> {
+        let mut v = v;
+        let (rows, cols) = (v.dims.rows(), v.dims.cols());
+        match self {
+            Damage::Null => (v.buf, v.off) = (nowhere, 0),
+            Damage::Outside => v.off = v.buf.bytes() as u64,
+            Damage::Misaligned => v.off += 1,
+            Damage::Overlapping => v.ld = cols as i64 - 1,
+            Damage::Type(t) => v.dtype = t,
+            Damage::Rows => v.dims = [rows - 1, cols].into(),
+            Damage::Cols if v.dims.rank() == 1 => v.dims = [cols - 1].into(),
+            Damage::Cols => v.dims = [rows, cols - 1].into(),
+        }
+        v
+    }
+
+    /// Whether `blamed` may be named for this damage of `arg`: of two arguments that do not fit each other either is
+    /// right.
+    fn explains(self, kernel: &str, args: &[Arg], arg: &Arg, blamed: &str) -> bool {
+        let Some(other) = args.iter().find(|a| a.name == blamed) else {
+            // Not a tensor: a count that the shapes do not fit, or the type as such.
+            return match self {
+                Damage::Rows | Damage::Cols => is_number(kernel, blamed),
+                Damage::Type(_) => blamed == "dtype",
+                _ => false,
+            };
+        };
+        let shared = |dims: Dims| dims.as_slice().iter().any(|n| arg.dims.as_slice().contains(n));
+        blamed == arg.name
+            || match self {
+                Damage::Rows | Damage::Cols => shared(other.dims) || other.ty == Type::Is(DType::I32),
+                Damage::Type(_) => other.ty == arg.ty || matches!(arg.ty, Type::Acc) && other.ty == Type::Act,
+                _ => false,
+            }
+    }
+}
+
+/// True if a kernel's argument of this name is no tensor.
+fn is_number(kernel: &str, name: &str) -> bool {
+    let fields = KERNELS.iter().find(|(k, _)| *k == kernel).map_or(&[][..], |(_, fields)| fields);
+    fields.iter().any(|(n, ty)| *n == name && !["In", "Out", "Acc"].iter().any(|t| ty.contains(t)))
+}
+
+/// Spoils the arguments of every kernel of the table, or of those in `only`.
+pub fn run(dev: &dyn Kernels, prec: Precision, only: Option<&[&str]>) -> Report {
+    let mut report = Report::new(dev);
+    for kernel in TABLE.iter().filter(|k| only.is_none_or(|names| names.contains(&k.name))) {
+        if let Err(e) = spoil(dev, prec, kernel, &mut report) {
+            let what = format!("{} in {}", kernel.name, prec.act);
+            if !report.unsupported(kernel.name, &e) {
+                report.failures.push(format!("{what}: the call that is right was refused: {e}"));
+            }
+        }
+    }
+    report
+}
+
+fn spoil(dev: &dyn Kernels, prec: Precision, kernel: &Kernel, report: &mut Report) -> Result<()> {
+    let case = (kernel.sample)();
+    let oracle = Cpu::new(1)?;
+    let mut args = (case.args)(&Draw::new(&oracle, prec, 1.0, kernel.name));
+    round(&mut args, prec);
+    let placed: Vec<Placed> =
+        args.iter().map(|a| Placed::new(dev, prec, a, Layout::Dense)).collect::<Result<_>>()?;
+    (case.call)(dev, &views(&placed))?;
+    let restore = || placed.iter().try_for_each(|p| p.restore(dev));
+    restore()?;
+    let nowhere = Buffer::new(0, 0, Role::Input, Arc::new(Nowhere));
+    for (i, arg) in args.iter().enumerate() {
+        for damage in Damage::all(kernel, arg, prec) {
+            let mut all = views(&placed).all;
+            all[i].1 = damage.apply(all[i].1, &nowhere);
+            let what = format!("{} in {}: `{}` {}", kernel.name, prec.act, arg.name, damage.text());
+            report.supported(kernel.name);
+            match (case.call)(dev, &Views { all }) {
+                Ok(()) => {
+                    report.failures.push(format!("{what} was accepted"));
+                    restore()?;
+                }
+                Err(Error::Argument { op, arg: blamed, .. })
+                    if op == kernel.name && damage.explains(kernel.name, &args, arg, blamed) => {}
+                Err(e) => report.failures.push(format!("{what}: the error names something else: {e}")),
+            }
+        }
+    }
+    for p in &placed {
+        if let Err(e) = p.untouched(&p.read(dev)?) {
+            report.failures.push(format!("{} in {}: refused, but {e}", kernel.name, prec.act));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn cpu() {
+    let dev = Cpu::poisoned(1).expect("a thread can be started");
+    for prec in [Precision::F32, Precision::BF16] {
+        run(&dev, prec, None).expect(&[]);
+    }
+}
+
+#[test]
+fn samples_have_another_number_for_each_letter() {
+    let oracle = Cpu::new(1).expect("a thread can be started");
+    for kernel in TABLE {
+        let args = ((kernel.sample)().args)(&Draw::new(&oracle, Precision::F32, 1.0, kernel.name));
+        for a in &args {
+            let mut dims = a.dims.as_slice().to_vec();
+            dims.dedup();
+            assert_eq!(dims.len(), a.dims.rank(), "{}: `{}` is {}", kernel.name, a.name, a.dims);
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! What a GPU does as a device: memory, copies, order, errors. Kernels are in `conformance`.
+
+use ett::backend::{Add, Fill, GatherFwd, Kernels, Role, Stream};
+use ett::error::{Error, Result};
+use ett::tensor::{DType, Tensor};
+
+use crate::common::{Outcome, gpu, int, normal, tensor};
+
+const S: Stream = Stream::COMPUTE;
+
+fn add(dev: &dyn Kernels, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let y = Tensor::empty(dev, Role::Activation, a.dtype(), a.dims())?;
+    dev.add(S, &Add { a: a.view(), b: b.view(), y: y.out() })?;
+    Ok(y)
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn memory_comes_back_at_the_same_addresses() -> Outcome {
+    let dev = gpu();
+    let work = || -> Result<Vec<u64>> {
+        let a = Tensor::zeros(&*dev, Role::Activation, DType::F32, [1000])?;
+        let b = Tensor::zeros(&*dev, Role::Activation, DType::F32, [70_000])?;
+        let c = add(&*dev, &a, &a)?;
+        drop(a);
+        let d = Tensor::zeros(&*dev, Role::Activation, DType::F32, [900])?;
+        Ok([b, c, d].iter().map(|t| t.view().buf.addr()).collect())
+    };
+    let before = dev.memory();
+    let first = work()?;
+    assert_eq!(dev.memory().live, before.live, "what was dropped is not counted");
+    for _ in 0..3 {
+        assert_eq!(work()?, first);
+    }
+    assert!(first.iter().all(|a| a % 256 == 0), "{first:?}");
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn too_much_memory_is_a_sentence() -> Outcome {
+    let dev = gpu();
+    let held = Tensor::zeros(&*dev, Role::Moment, DType::F32, [3 << 20])?;
+    let e = dev.alloc(Role::Activation, 1 << 50).err().ok_or("a pebibyte")?;
+    assert!(matches!(e, Error::OutOfMemory { .. }), "{e}");
+    let text = e.to_string();
+    println!("{text}");
+    for part in ["1048576.0 GiB were asked for as activation", "are free", "moment 12.0 MiB", "--plan"] {
+        assert!(text.contains(part), "{text}");
+    }
+    // The device goes on.
+    assert_eq!(held.range(0, 4)?.to_f64(&*dev)?, [0.0; 4]);
+    Ok(())
+}
+
+/// Values survive the trip whatever their size and stride, and a value may be asked for long after it was overwritten.
+#[test]
+#[ignore = "needs a GPU"]
+fn copies_and_pending_reads() -> Outcome {
+    let dev = gpu();
+    for n in [1, 7, 4096, 3_000_001, 20_000_003] {
+        let v = normal(n as u64, n.min(1000)).into_iter().cycle().take(n).collect::<Vec<_>>();
+        let v: Vec<f32> = v.into_iter().map(|x| x as f32).collect();
+        let t = Tensor::from_host(&*dev, Role::Input, &v, [n])?;
+        assert!(t.to_host::<f32>(&*dev)? == v, "{n} values");
+    }
+    let m = tensor(&*dev, DType::Bf16, &(0..60).map(f64::from).collect::<Vec<_>>(), [6, 10]);
+    let slice = m.columns(3, 4)?;
+    let want: Vec<f64> = (0..6).flat_map(|r| (3..7).map(move |c| f64::from(10 * r + c))).collect();
+    assert_eq!(slice.to_f64(&*dev)?, want);
+    let x = tensor(&*dev, DType::F32, &[1.0; 8], [8]);
+    let pending = dev.read_later(S, x.view())?;
+    dev.fill(S, &Fill { y: x.out(), value: 2.0 })?;
+    let later = dev.read_later(S, x.view())?;
+    drop(dev.read_later(S, x.view())?);
+    assert_eq!(bytemuck::pod_collect_to_vec::<u8, f32>(&pending.wait()?), [1.0; 8]);
+    assert_eq!(bytemuck::pod_collect_to_vec::<u8, f32>(&later.wait()?), [2.0; 8]);
+    Ok(())
+}
+
+/// Batches copied on the other stream, used after an order, their memory reused at once.
+#[test]
+#[ignore = "needs a GPU"]
+fn copies_on_the_other_stream_are_ordered() -> Outcome {
+    let dev = gpu();
+    let n = 4 << 20;
+    let mut sums = Vec::new();
+    for i in 0..20 {
+        let batch = Tensor::empty(&*dev, Role::Input, DType::F32, [n])?;
+        let v = vec![i as f32; n];
+        dev.copy_in(Stream::COPY, bytemuck::cast_slice(&v), batch.out())?;
+        dev.order(Stream::COPY, Stream::COMPUTE)?;
+        let mut y = add(&*dev, &batch, &batch)?;
+        for _ in 0..4 {
+            y = add(&*dev, &y, &batch)?;
+        }
+        sums.push(y);
+    }
+    for (i, y) in sums.iter().enumerate() {
+        let v = y.to_host::<f32>(&*dev)?;
+        assert!(v.iter().all(|&x| x == 6.0 * i as f32), "batch {i}");
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn wrong_indices_are_reported_once() -> Outcome {
+    let dev = gpu();
+    let table = tensor(&*dev, DType::F32, &normal(1, 40), [10, 4]);
+    let y = Tensor::empty(&*dev, Role::Activation, DType::F32, [3, 4])?;
+    let idx = int(&*dev, &[2, 10, -1]);
+    dev.gather_fwd(S, &GatherFwd { table: table.view(), idx: idx.view(), y: y.out() })?;
+    let e = y.to_f64(&*dev).expect_err("row 10 of 10").to_string();
+    assert_eq!(e, "gather_fwd: argument `idx` is 10 at element 1, wanted below 10");
+    let v = y.to_f64(&*dev)?;
+    assert_eq!(&v[4..], [0.0; 8], "wrong and negative indices give zeros");
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn recordings_refuse_what_they_cannot_hold() -> Outcome {
+    let dev = gpu();
+    let x = tensor(&*dev, DType::F32, &[1.0; 64], [64]);
+    let mut y = None;
+    let recording = dev
+        .record(&mut || {
+            let once = add(&*dev, &x, &x)?;
+            y = Some(add(&*dev, &once, &x)?);
+            for e in [
+                dev.copy_in(S, &[0; 256], x.out()).err(),
+                dev.read_later(S, x.view()).err(),
+                dev.record(&mut || Ok(())).err(),
+            ] {
+                let e = e.map(|e| e.to_string()).unwrap_or_default();
+                assert!(e.contains("recording"), "{e}");
+            }
+            Ok(())
+        })?
+        .ok_or("a GPU records")?;
+    let y = y.ok_or("the work ran once")?;
+    for value in [3.0, 5.0] {
+        dev.fill(S, &Fill { y: x.out(), value })?;
+        // Memory taken meanwhile is not what the recording writes.
+        let other = Tensor::zeros(&*dev, Role::Activation, DType::F32, [64])?;
+        recording.replay()?;
+        assert_eq!(y.to_f64(&*dev)?, [3.0 * value; 64]);
+        assert_eq!(other.to_f64(&*dev)?, [0.0; 64]);
+    }
+    // An error within leaves the device usable.
+    let wrong = tensor(&*dev, DType::F32, &[1.0; 63], [63]);
+    assert!(dev.record(&mut || add(&*dev, &x, &wrong).map(|_| ())).is_err());
+    assert_eq!(add(&*dev, &x, &x)?.to_f64(&*dev)?, [10.0; 64]);
+    Ok(())
+}
+
+#[cfg(ett_cuda)]
+#[test]
+#[ignore = "needs a GPU"]
+fn forced_kernels_are_used_or_refused() -> Outcome {
+    use ett::backend::cuda::{Cuda, Options};
+    let with = |force: &str| Cuda::with(0, &Options { force: force.into(), ..Options::default() });
+    let dev = with("add=plain")?;
+    let x = tensor(&dev, DType::F32, &[1.0; 64], [64]);
+    assert_eq!(add(&dev, &x, &x)?.to_f64(&dev)?, [2.0; 64]);
+    let dev = with("add=fast")?;
+    let x = tensor(&dev, DType::F32, &[1.0; 64], [64]);
+    let e = add(&dev, &x, &x).expect_err("no such kernel").to_string();
+    assert!(e.contains("`fast`") && e.contains("ETT_FORCE") && e.contains("plain"), "{e}");
+    assert!(with("nothing=plain").is_err());
+    let e = Cuda::new(99).err().ok_or("no 100 GPUs")?.to_string();
+    assert!(e.starts_with("cuda:99: there is no such GPU"), "{e}");
+    Ok(())
+}
