@@ -15,7 +15,8 @@ struct Result {
     int32_t* k;
 };
 
-// The best code so far of each of a thread's rows, among the columns that the thread has seen.
+// The best code so far of each of a thread's rows, among the columns that its warp has seen: the same in the four
+// lanes that share the rows.
 template <class Tile> struct Best {
     float v[Tile::kAccRows];
     int32_t k[Tile::kAccRows];
@@ -29,7 +30,7 @@ template <class Tile> struct Best {
     }
 
     // Takes in the scores of codes [code0, code0 + kCols). `half`: |e|^2 / 2, null for the dot product.
-    template <bool L2> __device__ __forceinline__ void take(gemm::Acc<Tile>& acc, int32_t code0, int64_t codes, const float* half) {
+    template <bool L2, int TAKE = 0> __device__ __forceinline__ void take(gemm::Acc<Tile>& acc, int32_t code0, int64_t codes, const float* half) {
         const int32_t mine = code0 + Tile::col(0);
         if constexpr (L2) {
 #pragma unroll
@@ -43,30 +44,52 @@ template <class Tile> struct Best {
                 }
             }
         }
-        if (codes - code0 < Tile::kCols) {
-#pragma unroll
-            for (int j = 0; j < Tile::kAccCols; ++j)
-                if (mine + (Tile::col(j) - Tile::col(0)) >= codes) {
-#pragma unroll
-                    for (int i = 0; i < Tile::kAccRows; ++i) acc.at(i, j) = -INFINITY;
-                }
-        }
+        // Most tiles bring nothing better to any row of the warp, so first only the maxima.
+        float top[Tile::kAccRows];
+        bool better = false;
 #pragma unroll
         for (int i = 0; i < Tile::kAccRows; ++i) {
-            float top[Tile::kAccCols];
+            if constexpr (TAKE & 2) {
+                int x[Tile::kAccCols];
 #pragma unroll
-            for (int j = 0; j < Tile::kAccCols; ++j) top[j] = acc.at(i, j);
+                for (int j = 0; j < Tile::kAccCols; ++j) x[j] = int(float_to_bits(acc.at(i, j)));
+                int m = __vimax3_s32(x[0], x[1], int(float_to_bits(v[i])));
 #pragma unroll
-            for (int n = 1; n < Tile::kAccCols; n *= 2)
+                for (int j = 2; j < Tile::kAccCols; j += 2) m = __vimax3_s32(m, x[j], x[j + 1]);
+                better |= m > int(float_to_bits(v[i])) || int(float_to_bits(v[i])) < 0;
+                top[i] = m > int(float_to_bits(v[i])) || int(float_to_bits(v[i])) < 0 ? INFINITY : -INFINITY;
+            } else {
+                float x[Tile::kAccCols];
 #pragma unroll
-                for (int j = 0; j < Tile::kAccCols; j += 2 * n) top[j] = fmaxf(top[j], top[j + n]);
-            if (top[0] > v[i]) {
-                v[i] = top[0];
-                int at = 0;
+                for (int j = 0; j < Tile::kAccCols; ++j) x[j] = acc.at(i, j);
 #pragma unroll
-                for (int j = Tile::kAccCols - 1; j > 0; --j) at = acc.at(i, j) == top[0] ? j / 2 * 8 + j % 2 : at;
-                k[i] = mine + (acc.at(i, 0) == top[0] ? 0 : at);
+                for (int n = 1; n < Tile::kAccCols; n *= 2)
+#pragma unroll
+                    for (int j = 0; j < Tile::kAccCols; j += 2 * n) x[j] = fmaxf(x[j], x[j + n]);
+                top[i] = x[0];
+                better |= top[i] > v[i];
             }
+        }
+        if (!__any_sync(kAllLanes, better)) return;
+        const bool tail = codes - code0 < Tile::kCols;
+#pragma unroll
+        for (int i = 0; i < Tile::kAccRows; ++i) {
+            if (!__any_sync(kAllLanes, top[i] > v[i])) continue;
+            if (tail) {
+#pragma unroll
+                for (int j = 0; j < Tile::kAccCols; ++j)
+                    if (mine + (j / 2 * 8 + j % 2) >= codes) acc.at(i, j) = -INFINITY;
+            }
+            int at = -1;
+#pragma unroll
+            for (int j = 0; j < Tile::kAccCols; ++j) {
+                const bool more = acc.at(i, j) > v[i];
+                v[i] = more ? acc.at(i, j) : v[i];
+                at = more ? j / 2 * 8 + j % 2 : at;
+            }
+            k[i] = at < 0 ? k[i] : mine + at;
+#pragma unroll
+            for (int d = 1; d <= 2; d *= 2) merge(v[i], k[i], __shfl_xor_sync(kAllLanes, v[i], d), __shfl_xor_sync(kAllLanes, k[i], d));
         }
     }
 
@@ -79,8 +102,6 @@ template <class Tile> struct Best {
         __syncthreads();  // the tiles in this memory have been read
 #pragma unroll
         for (int i = 0; i < Tile::kAccRows; ++i) {
-#pragma unroll
-            for (int d = 1; d <= 2; d *= 2) merge(v[i], k[i], __shfl_xor_sync(kAllLanes, v[i], d), __shfl_xor_sync(kAllLanes, k[i], d));
             if (Tile::lane() % 4 == 0) {
                 smem_v[at + Tile::row(i)] = v[i];
                 smem_k[at + Tile::row(i)] = k[i];
@@ -138,117 +159,113 @@ simple_kernel(const Matrix<typename Tile::Type> z, const Matrix<typename Tile::T
     best.finish(out, row0, z.rows, part, smem);
 }
 
-template <int ROWS, int CODES, int STAGES, int LAG, int BLOCKS> struct Sweep {
-    static constexpr int kDepth = 64;
-    using Tile = gemm::Tile<bf16, ROWS, CODES, kDepth, 64, 64, 2, false, true>;
-    static constexpr int kStages = STAGES, kLag = LAG, kBlocks = BLOCKS, kThreads = Tile::kThreads;
-    static constexpr int kAhead = STAGES - 1 - LAG;  // stages that are under way while one is read
-    static constexpr int64_t smem(int64_t d) { return (d + kDepth - 1) / kDepth * Tile::kBytesA + STAGES * Tile::kBytesB; }
-    static_assert(kAhead >= 1, "copies run ahead of their use");
+template <int ROWS, int CODES, int DEPTH, int STAGES, int STEPS, int BLOCKS, int TAKE = 0> struct Sweep {
+    using Tile = gemm::Tile<bf16, ROWS, CODES, DEPTH, 64, 64, 2, false, true>;
+    static constexpr int kDepth = DEPTH, kStages = STAGES, kSteps = STEPS, kBlocks = BLOCKS, kThreads = Tile::kThreads, kTake = TAKE;
+    static constexpr int64_t smem(int64_t d) { return steps(d) * Tile::kBytesA + STAGES * Tile::kBytesB; }
+    static constexpr int64_t steps(int64_t d) { return (d + kDepth - 1) / kDepth; }
 };
 
 template <class S, bool L2>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 sweep_kernel(const Matrix<bf16> z, const Matrix<bf16> e, const float* half, const Result out, int row_tiles, int parts) {
     using Tile = typename S::Tile;
-    constexpr int kPieces = S::kDepth / 8, kRowsAtOnce = S::kThreads / kPieces;
+    constexpr int kPieces = S::kDepth / 8, kRowsAtOnce = S::kThreads / kPieces, kK = S::kDepth / 16;
+    static_assert(kRowsAtOnce % 8 == 0, "all copies of a thread have the same place in the swizzle");
     ETT_DYNAMIC_SMEM(smem);
     const int part = int(blockIdx.x) / row_tiles;
     const int64_t row0 = int64_t(int(blockIdx.x) - part * row_tiles) * Tile::kRows;
     const Range range = range_of((e.rows + Tile::kCols - 1) / Tile::kCols, part, parts);
-    const int steps = int((z.cols + S::kDepth - 1) / S::kDepth), total = (range.end - range.first) * steps;
+    const int steps = S::kSteps > 0 ? S::kSteps : int((z.cols + S::kDepth - 1) / S::kDepth);
     unsigned char* const stages = smem + steps * Tile::kBytesA;
 
-    // Copies of codes: every thread has its place in the tile, and walks through the codes stage by stage.
+    // Copies of codes run ahead: every thread has its place in the tile, and walks through the codes stage by stage.
     const int my_row = int(threadIdx.x) / kPieces, my_col = int(threadIdx.x) % kPieces * 8;
-    const int my_offset = gemm::swizzled<kPieces>(my_row, my_col / 8);
+    const smem_addr my_place = smem_address(stages + gemm::swizzled<kPieces>(my_row, my_col / 8));
     const bf16* from = e.p + (int64_t(range.first) * Tile::kCols + my_row) * e.ld + my_col;
-    int64_t code = int64_t(range.first) * Tile::kCols + my_row;
-    int fill_step = 0, fill_slot = 0, filled = 0;
+    const int64_t row_step = kRowsAtOnce * e.ld, tile_step = Tile::kCols * e.ld - (steps - 1) * S::kDepth;
+    int64_t left = e.rows - int64_t(range.first) * Tile::kCols - my_row;
+    int fill_step = 0, fill_slot = 0;
     auto fill = [&] {
-        if (filled < total) {
-            const smem_addr to = smem_address(stages + fill_slot * Tile::kBytesB + my_offset);
-            const bool in_row = fill_step * S::kDepth + my_col < int(e.cols);
+        const smem_addr to = my_place + fill_slot * Tile::kBytesB;
+        const int rest = fill_step * S::kDepth + my_col < int(e.cols) ? int(min(left, int64_t(Tile::kCols))) : 0;
+        const bf16* p = from;
 #pragma unroll
-            for (int i = 0; i < Tile::kCols / kRowsAtOnce; ++i) {
-                const bool valid = in_row && code + i * kRowsAtOnce < e.rows;
-                cp_async16(to + i * kRowsAtOnce * kPieces * 16, valid ? from + i * kRowsAtOnce * e.ld : e.p, valid);
-            }
-            ++filled;
-            fill_slot = fill_slot + 1 == S::kStages ? 0 : fill_slot + 1;
-            from += S::kDepth;
-            if (++fill_step == steps) {
-                fill_step = 0;
-                from += Tile::kCols * e.ld - steps * S::kDepth;
-                code += Tile::kCols;
-            }
+        for (int i = 0; i < Tile::kCols / kRowsAtOnce; ++i) {
+            cp_async16(to + i * (kRowsAtOnce * kPieces * 16), p, i * kRowsAtOnce < rest);
+            p += row_step;
         }
         cp_async_commit();
+        fill_slot = fill_slot + 1 == S::kStages ? 0 : fill_slot + 1;
+        const bool last = fill_step + 1 == steps;
+        fill_step = last ? 0 : fill_step + 1;
+        from += last ? tile_step : int64_t(S::kDepth);
+        left -= last ? Tile::kCols : 0;
     };
 
+    gemm::TileCopy<bf16, Tile::kRows, S::kDepth, S::kThreads, true> tokens(z, row0, 0);
 #pragma unroll 1
-    for (int s = 0; s < steps; ++s)
-        gemm::load_tile<Tile::kRows, S::kDepth, S::kThreads>(smem + s * Tile::kBytesA, z, row0, s * S::kDepth);
+    for (int s = 0; s < steps; ++s, tokens.advance_cols(S::kDepth)) tokens.start(smem + s * Tile::kBytesA);
 #pragma unroll 1
-    for (int s = 0; s < S::kAhead; ++s) fill();
+    for (int s = 0; s < S::kStages; ++s) fill();
 
     gemm::Acc<Tile> acc;
-    acc.clear();
     Best<Tile> best;
     best.clear();
     uint32_t fa[2][Tile::kWarpRows / 16][4], fb[2][Tile::kWarpCols / 16][4];
-    int step = 0, slot = 0;
-    int32_t code0 = range.first * Tile::kCols;
-    auto fetch = [&](int s, int sl, int k) {
-        const smem_addr a = smem_address(smem + s * Tile::kBytesA), b = smem_address(stages + sl * Tile::kBytesB);
+    int slot = 0;
+    auto fetch = [&](int s, int k) {
+        const smem_addr a = smem_address(smem + s * Tile::kBytesA), b = smem_address(stages + slot * Tile::kBytesB);
 #pragma unroll
         for (int m = 0; m < Tile::kWarpRows / 16; ++m) gemm::load_a<false, kPieces>(fa[k % 2][m], a, Tile::warp_row() + m * 16, k * 16);
 #pragma unroll
         for (int n = 0; n < Tile::kWarpCols / 16; ++n) gemm::load_b<false, kPieces>(fb[k % 2][n], b, Tile::warp_col() + n * 16, k * 16);
     };
-    auto multiply = [&](int k) {
+    auto stage = [&](int s, bool last) {
 #pragma unroll
-        for (int n = 0; n < Tile::kWarpCols / 8; ++n)
+        for (int k = 0; k < kK; ++k) {
+            if (k + 1 < kK) {
+                fetch(s, k + 1);
+            } else {
+                slot = slot + 1 == S::kStages ? 0 : slot + 1;
+                cp_async_wait<S::kStages - 2>();
+                __syncthreads();  // the next stage is visible; nobody reads this one any more
+                fill();
+                fetch(last ? 0 : s + 1, 0);
+            }
+            if (S::kTake & 4) {
 #pragma unroll
             for (int m = 0; m < Tile::kWarpRows / 16; ++m)
-                mma_bf16_16816(acc.c[m][n], fa[k % 2][m], fb[k % 2][n / 2][n % 2 * 2], fb[k % 2][n / 2][n % 2 * 2 + 1]);
+#pragma unroll
+            for (int n = 0; n < Tile::kWarpCols / 8; ++n)
+                    mma_bf16_16816(acc.c[m][n], fa[k % 2][m], fb[k % 2][n / 2][n % 2 * 2], fb[k % 2][n / 2][n % 2 * 2 + 1]);
+            } else {
+#pragma unroll
+            for (int n = 0; n < Tile::kWarpCols / 8; ++n)
+#pragma unroll
+                for (int m = 0; m < Tile::kWarpRows / 16; ++m)
+                    mma_bf16_16816(acc.c[m][n], fa[k % 2][m], fb[k % 2][n / 2][n % 2 * 2], fb[k % 2][n / 2][n % 2 * 2 + 1]);
+            }
+        }
     };
 
-    const int lag = S::kLag == 0 || Tile::warp_row() < Tile::kRows / 2 ? 0 : min(S::kLag, steps / 2);
-    cp_async_wait<S::kAhead - 1>();
+    cp_async_wait<S::kStages - 1>();
     __syncthreads();  // the tokens and the first stage are visible
-    fill();
-    if (lag == 0) fetch(0, 0, 0);
+    fetch(0, 0);
 #pragma unroll 1
-    for (int i = 0; i < total + S::kLag; ++i) {
-        const bool active = S::kLag == 0 || (i >= lag && i < total + lag);
-        if (active) {
+    for (int32_t t = range.first; t < range.end; ++t) {
+        acc.clear();
+        if constexpr (S::kSteps > 0) {
 #pragma unroll
-            for (int k = 0; k < 3; ++k) {
-                fetch(step, slot, k + 1);
-                multiply(k);
-            }
+            for (int s = 0; s < S::kSteps; ++s) stage(s, s + 1 == S::kSteps);
+        } else {
+#pragma unroll 1
+            for (int s = 0; s < steps; ++s) stage(s, s + 1 == steps);
         }
-        cp_async_wait<S::kAhead - 1>();
-        __syncthreads();  // the next stage is visible; nobody reads the oldest any more
-        fill();
-        const bool last = step + 1 == steps;
-        const int next_step = last ? 0 : step + 1, next_slot = slot + 1 == S::kStages ? 0 : slot + 1;
-        if (S::kLag == 0 ? i + 1 < total : i + 1 >= lag && i + 1 < total + lag) {
-            if (S::kLag == 0 || active) fetch(next_step, next_slot, 0);
-            else fetch(0, 0, 0);
-        }
-        if (active) {
-            multiply(3);
-            if (last) {
-                best.template take<L2>(acc, code0, e.rows, half);
-                acc.clear();
-                code0 += Tile::kCols;
-            }
-            step = next_step;
-            slot = next_slot;
-        }
+        if (!(S::kTake & 1) || t + 1 == range.end)
+        best.template take<L2, S::kTake>(acc, t * Tile::kCols, e.rows, half);
     }
+    cp_async_wait<0>();
     best.finish(out, row0, z.rows, part, smem);
 }
 
@@ -317,8 +334,8 @@ int64_t most_smem() {
 
 using SimpleBf16 = gemm::Tile<bf16, 128, 128, 32, 64, 64, 4, false, true>;
 using SimpleF32 = gemm::Tile<float, 128, 64, 16, 64, 32, 3, false, true>;
-using Wide = Sweep<256, 128, 6, 2, 1>;
-using Narrow = Sweep<128, 128, 3, 0, 2>;
+using Wide = Sweep<256, 128, 128, 3, 2, 1>;
+using Narrow = Sweep<128, 128, 64, 3, 0, 2>;
 
 // The implementations that can do a call, the best one first; `names` as Check::choose takes them.
 struct Choice {
@@ -334,9 +351,10 @@ Choice choose_nearest_config(const ett_nearest_args& a, int64_t smem) {
         if (wide(a.z) && wide(a.e) && d > 0) {
             const Kernel w = {"wide", Wide::Tile::kRows, Wide::Tile::kCols, Wide::kBlocks, Wide::smem(d)};
             const Kernel m = {"narrow", Narrow::Tile::kRows, Narrow::Tile::kCols, Narrow::kBlocks, Narrow::smem(d)};
-            if (w.smem <= smem && rows(a.z) > m.rows) offer(w);
+            const bool wide_fits = w.smem <= smem && Wide::steps(d) == Wide::kSteps;
+            if (wide_fits && rows(a.z) > m.rows) offer(w);
             if (m.smem <= smem) offer(m);
-            if (w.smem <= smem && rows(a.z) <= m.rows) offer(w);
+            if (wide_fits && rows(a.z) <= m.rows) offer(w);
         }
         offer({"simple", SimpleBf16::kRows, SimpleBf16::kCols, 2, SimpleBf16::kSmem});
     } else {

@@ -51,29 +51,53 @@ template <int PIECES> __device__ __forceinline__ int swizzled(int row, int piece
     return (row * PIECES + (piece ^ (row / kRows & (PIECES == 4 ? 3 : 7)))) * 16;
 }
 
-// Starts the copy of rows [row0, row0 + ROWS) and columns [col0, col0 + COLS) of `m` into the tile at `smem`, zero
-// outside the matrix. Visible to the block after cp_async_commit, cp_async_wait and a barrier.
-template <int ROWS, int COLS, int THREADS, class T>
-__device__ __forceinline__ void load_tile(unsigned char* smem, const Matrix<T>& m, int64_t row0, int64_t col0) {
-    constexpr int kPieces = COLS / kWide<T>;
-    static_assert(ROWS * kPieces % THREADS == 0, "every thread copies equally much");
-    const smem_addr to = smem_address(smem);
+// Copies of tiles of ROWS x COLS elements out of a matrix, one after the other, by a block of THREADS threads: every
+// thread has a column of pieces in the tile. VECTORS: the matrix is known to have them.
+template <class T, int ROWS, int COLS, int THREADS, bool VECTORS> class TileCopy {
+  public:
+    // The tile that begins at (row, col).
+    __device__ __forceinline__ TileCopy(const Matrix<T>& m, int64_t row, int64_t col)
+        : p_(m.p + (row + my_row()) * m.ld + (col + my_piece() * kWide<T>)), ld_(m.ld), rows_(m.rows - row - my_row()),
+          cols_(m.cols - col - my_piece() * kWide<T>), vectors_(m.vectors) {}
+
+    // Starts the copy into `smem`, zero outside the matrix. Visible to the block after cp_async_commit, cp_async_wait
+    // and a barrier.
+    __device__ __forceinline__ void start(unsigned char* smem) const {
+        const T* from = p_;
+        if (VECTORS || vectors_) {
+            const smem_addr to = smem_address(smem);
+            const int rest = cols_ > 0 ? int(min(rows_, int64_t(ROWS))) : 0;
 #pragma unroll
-    for (int i = 0; i < ROWS * kPieces / THREADS; ++i) {
-        const int at = i * THREADS + int(threadIdx.x), r = at / kPieces, piece = at % kPieces;
-        const int64_t row = row0 + r, col = col0 + piece * kWide<T>;
-        const T* from = m.p + row * m.ld + col;
-        if (m.vectors) {
-            const bool valid = row < m.rows && col < m.cols;
-            cp_async16(to + swizzled<kPieces>(r, piece), valid ? from : m.p, valid);
+            for (int r = 0; r < ROWS; r += kAtOnce) {
+                cp_async16(to + swizzled<kPieces>(my_row() + r, my_piece()), from, r < rest);
+                from += kAtOnce * ld_;
+            }
         } else {
-            Vec<T, kWide<T>> v;
+#pragma unroll 1
+            for (int r = 0; r < ROWS; r += kAtOnce) {
+                Vec<T, kWide<T>> v;
 #pragma unroll
-            for (int e = 0; e < kWide<T>; ++e) v.v[e] = row < m.rows && col + e < m.cols ? from[e] : T{};
-            *reinterpret_cast<Vec<T, kWide<T>>*>(smem + swizzled<kPieces>(r, piece)) = v;
+                for (int e = 0; e < kWide<T>; ++e) v.v[e] = r < rows_ && e < cols_ ? from[e] : T{};
+                *reinterpret_cast<Vec<T, kWide<T>>*>(smem + swizzled<kPieces>(my_row() + r, my_piece())) = v;
+                from += kAtOnce * ld_;
+            }
         }
     }
-}
+
+    // On to the tile that begins so many rows or columns further.
+    __device__ __forceinline__ void advance_rows(int n) { p_ += n * ld_, rows_ -= n; }
+    __device__ __forceinline__ void advance_cols(int n) { p_ += n, cols_ -= n; }
+
+  private:
+    static constexpr int kPieces = COLS / kWide<T>, kAtOnce = THREADS / kPieces;
+    static_assert(THREADS % kPieces == 0 && ROWS % kAtOnce == 0, "every thread copies equally much");
+    static __device__ __forceinline__ int my_row() { return int(threadIdx.x) / kPieces; }
+    static __device__ __forceinline__ int my_piece() { return int(threadIdx.x) % kPieces; }
+
+    const T* p_;  // of this thread's first piece
+    int64_t ld_, rows_, cols_;  // of the matrix from there on
+    bool vectors_;
+};
 
 // Fragments of mma_bf16_16816 out of a tile with PIECES pieces to a row. TRANS: the tile is [depth][rows of the
 // product] (or columns), else [rows][depth]. First row `r`, column `c` and depth `k`: multiples of 16, so that ^ adds.
@@ -94,10 +118,12 @@ template <bool TRANS, int PIECES> __device__ __forceinline__ void load_b(uint32_
 }
 
 // A block's tile of ROWS x COLS, cut among the warps into WARP_ROWS x WARP_COLS, DEPTH of the inner dimension in
-// each of STAGES stages. TA, TB: a is stored [depth, rows], b is stored [columns, depth].
-template <class T, int ROWS, int COLS, int DEPTH, int WARP_ROWS, int WARP_COLS, int STAGES, bool TA, bool TB> struct Tile {
+// each of STAGES stages. TA, TB: a is stored [depth, rows], b is stored [columns, depth]. VECTORS: for operands that
+// both have them only; a little faster than finding out.
+template <class T, int ROWS, int COLS, int DEPTH, int WARP_ROWS, int WARP_COLS, int STAGES, bool TA, bool TB, bool VECTORS = false>
+struct Tile {
     using Type = T;
-    static constexpr bool kTa = TA, kTb = TB;
+    static constexpr bool kTa = TA, kTb = TB, kVectors = VECTORS;
     static constexpr int kRows = ROWS, kCols = COLS, kDepth = DEPTH, kWarpRows = WARP_ROWS, kWarpCols = WARP_COLS, kStages = STAGES;
     static constexpr int kThreads = ROWS / WARP_ROWS * (COLS / WARP_COLS) * 32;
     static constexpr int kAccRows = WARP_ROWS / 8, kAccCols = WARP_COLS / 4;
@@ -109,8 +135,8 @@ template <class T, int ROWS, int COLS, int DEPTH, int WARP_ROWS, int WARP_COLS, 
 
     static_assert(ROWS % WARP_ROWS == 0 && COLS % WARP_COLS == 0, "the warps' tiles fill the block's");
     static_assert(WARP_ROWS % 16 == 0 && WARP_COLS % 16 == 0 && DEPTH % 16 == 0, "fragments are 16 wide");
+    static_assert(sizeof(T) == 4 || DEPTH % 32 == 0, "fragments of a stage take turns between two sets");
     static_assert(STAGES >= 2, "one stage is filled while another is read");
-    static_assert(kSmem <= 163 * 1024, "shared memory of an sm_80 multiprocessor");
 
     static __device__ __forceinline__ int lane() { return int(threadIdx.x) % 32; }
     static __device__ __forceinline__ int warp_row() { return int(threadIdx.x) / 32 / (COLS / WARP_COLS) * WARP_ROWS; }
@@ -132,24 +158,25 @@ template <class Tile> struct Acc {
     }
 };
 
-// acc += a b of one stage, by tensor cores.
-template <class Tile> __device__ __forceinline__ void stage_product(Acc<Tile>& acc, const bf16* a, const bf16* b) {
-    constexpr int kPiecesA = Tile::kColsA / 8, kPiecesB = Tile::kColsB / 8;
-    const smem_addr tile_a = smem_address(a), tile_b = smem_address(b);
-    const int row = Tile::warp_row(), col = Tile::warp_col();
+// What a warp holds of one step of 16 in depth.
+template <class Tile> struct Fragments {
+    uint32_t a[Tile::kWarpRows / 16][4], b[Tile::kWarpCols / 16][4];
+
+    // Of the stage at `tile_a`, `tile_b`.
+    __device__ __forceinline__ void load(smem_addr tile_a, smem_addr tile_b, int k) {
 #pragma unroll
-    for (int k = 0; k < Tile::kDepth; k += 16) {
-        uint32_t fa[Tile::kWarpRows / 16][4], fb[Tile::kWarpCols / 16][4];
+        for (int m = 0; m < Tile::kWarpRows / 16; ++m) load_a<Tile::kTa, Tile::kColsA / 8>(a[m], tile_a, Tile::warp_row() + m * 16, k);
 #pragma unroll
-        for (int m = 0; m < Tile::kWarpRows / 16; ++m) load_a<Tile::kTa, kPiecesA>(fa[m], tile_a, row + m * 16, k);
-#pragma unroll
-        for (int n = 0; n < Tile::kWarpCols / 16; ++n) load_b<!Tile::kTb, kPiecesB>(fb[n], tile_b, col + n * 16, k);
-#pragma unroll
-        for (int m = 0; m < Tile::kWarpRows / 16; ++m)
-#pragma unroll
-            for (int n = 0; n < Tile::kWarpCols / 8; ++n)
-                mma_bf16_16816(acc.c[m][n], fa[m], fb[n / 2][n % 2 * 2], fb[n / 2][n % 2 * 2 + 1]);
+        for (int n = 0; n < Tile::kWarpCols / 16; ++n) load_b<!Tile::kTb, Tile::kColsB / 8>(b[n], tile_b, Tile::warp_col() + n * 16, k);
     }
+};
+
+// acc += a b of one step, by tensor cores.
+template <class Tile> __device__ __forceinline__ void multiply(Acc<Tile>& acc, const Fragments<Tile>& f) {
+#pragma unroll
+    for (int n = 0; n < Tile::kWarpCols / 8; ++n)
+#pragma unroll
+        for (int m = 0; m < Tile::kWarpRows / 16; ++m) mma_bf16_16816(acc.c[m][n], f.a[m], f.b[n / 2][n % 2 * 2], f.b[n / 2][n % 2 * 2 + 1]);
 }
 
 // N neighbouring elements of a tile of floats with PIECES pieces to a row; N and `at` divide 4.
@@ -157,8 +184,8 @@ template <int N, int PIECES> __device__ __forceinline__ void load_floats(float (
     load<N>(out, reinterpret_cast<const float*>(reinterpret_cast<const unsigned char*>(tile) + swizzled<PIECES>(row, at / 4)) + at % 4);
 }
 
-// The same for floats, by fused multiply-adds: four steps of depth at a time.
-template <class Tile> __device__ __forceinline__ void stage_product(Acc<Tile>& acc, const float* a, const float* b) {
+// acc += a b of one stage of floats, by fused multiply-adds: four steps of depth at a time.
+template <class Tile> __device__ __forceinline__ void multiply(Acc<Tile>& acc, const float* a, const float* b) {
     constexpr int kPiecesA = Tile::kColsA / 4, kPiecesB = Tile::kColsB / 4;
 #pragma unroll 1
     for (int k = 0; k < Tile::kDepth; k += 4) {
@@ -209,31 +236,66 @@ template <class Tile>
 __device__ __forceinline__ void tile_product(Acc<Tile>& acc, const Matrix<typename Tile::Type>& a, const Matrix<typename Tile::Type>& b,
                                              int64_t row0, int64_t col0, unsigned char* smem) {
     using T = typename Tile::Type;
+    static_assert(Tile::kSmem <= 163 * 1024, "shared memory of an sm_80 multiprocessor");
+    constexpr int kStage = Tile::kBytesA + Tile::kBytesB;
     const int64_t depth = Tile::kTa ? a.rows : a.cols;
-    const int64_t steps = (depth + Tile::kDepth - 1) / Tile::kDepth;
-    auto stage_a = [&](int s) { return smem + s * (Tile::kBytesA + Tile::kBytesB); };
-    auto stage_b = [&](int s) { return stage_a(s) + Tile::kBytesA; };
-    auto fill = [&](int64_t step, int s) {
-        if (step < steps) {
-            const int64_t k = step * Tile::kDepth;
-            load_tile<Tile::kRowsA, Tile::kColsA, Tile::kThreads>(stage_a(s), a, Tile::kTa ? k : row0, Tile::kTa ? row0 : k);
-            load_tile<Tile::kRowsB, Tile::kColsB, Tile::kThreads>(stage_b(s), b, Tile::kTb ? col0 : k, Tile::kTb ? k : col0);
-        }
-        cp_async_commit();  // an empty group past the end keeps the count of groups right
+    TileCopy<T, Tile::kRowsA, Tile::kColsA, Tile::kThreads, Tile::kVectors> copy_a(a, Tile::kTa ? 0 : row0, Tile::kTa ? row0 : 0);
+    TileCopy<T, Tile::kRowsB, Tile::kColsB, Tile::kThreads, Tile::kVectors> copy_b(b, Tile::kTb ? col0 : 0, Tile::kTb ? 0 : col0);
+    // Past the end of the depth this fills with zeros, which nobody uses.
+    auto fill = [&](int slot) {
+        copy_a.start(smem + slot * kStage);
+        copy_b.start(smem + slot * kStage + Tile::kBytesA);
+        cp_async_commit();
+        Tile::kTa ? copy_a.advance_rows(Tile::kDepth) : copy_a.advance_cols(Tile::kDepth);
+        Tile::kTb ? copy_b.advance_cols(Tile::kDepth) : copy_b.advance_rows(Tile::kDepth);
     };
     __syncthreads();  // whatever the block read from this memory before, it is done with it
 #pragma unroll 1
-    for (int s = 0; s < Tile::kStages - 1; ++s) fill(s, s);
-    int here = 0, next = Tile::kStages - 1;
+    for (int s = 0; s < Tile::kStages - 1; ++s) fill(s);
+    int here = 0, before = Tile::kStages - 1;
+    if constexpr (sizeof(T) == 2) {
+        // Fragments are loaded a step before their use, across the border of two stages too.
+        constexpr int kSteps = Tile::kDepth / 16;
+        Fragments<Tile> f[2];
+        auto load = [&](int step) {
+            const smem_addr stage = smem_address(smem + here * kStage);
+            f[step % 2].load(stage, stage + Tile::kBytesA, step * 16);
+        };
+        fill(before);
+        before = 0;
+        cp_async_wait<Tile::kStages - 1>();
+        __syncthreads();  // the first stage has arrived
+        load(0);
 #pragma unroll 1
-    for (int64_t step = 0; step < steps; ++step) {
-        cp_async_wait<Tile::kStages - 2>();
-        __syncthreads();  // everybody's part of this stage has arrived; everybody is done with the one filled next
-        fill(step + Tile::kStages - 1, next);
-        stage_product(acc, reinterpret_cast<const T*>(stage_a(here)), reinterpret_cast<const T*>(stage_b(here)));
-        here = here + 1 == Tile::kStages ? 0 : here + 1;
-        next = next + 1 == Tile::kStages ? 0 : next + 1;
+        for (int64_t k = 0; k < depth; k += Tile::kDepth) {
+#pragma unroll
+            for (int step = 0; step < kSteps; ++step) {
+                if (step + 1 < kSteps) {
+                    load(step + 1);
+                } else {
+                    here = here + 1 == Tile::kStages ? 0 : here + 1;
+                    cp_async_wait<Tile::kStages - 2>();
+                    __syncthreads();  // the next stage has arrived; everybody has loaded the last fragments of this one
+                    fill(before);
+                    before = here;
+                    load(0);
+                }
+                multiply(acc, f[step % 2]);
+            }
+        }
+    } else {
+#pragma unroll 1
+        for (int64_t k = 0; k < depth; k += Tile::kDepth) {
+            cp_async_wait<Tile::kStages - 2>();
+            __syncthreads();  // everybody's part of this stage has arrived; everybody is done with the one before
+            fill(before);
+            const T* const stage = reinterpret_cast<const T*>(smem + here * kStage);
+            multiply(acc, stage, stage + Tile::kBytesA / int(sizeof(T)));
+            before = here;
+            here = here + 1 == Tile::kStages ? 0 : here + 1;
+        }
     }
+    cp_async_wait<0>();  // of the zeros
 }
 
 }  // namespace gemm

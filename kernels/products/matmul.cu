@@ -24,11 +24,11 @@ using gemm::Matrix;
 // the other computes. Small: more blocks, for products that would leave multiprocessors without one.
 template <class T, bool TA, bool TB> struct Tiles;
 template <bool TA, bool TB> struct Tiles<bf16, TA, TB> {
-    using Large = gemm::Tile<bf16, 128, 128, 32, 64, 64, 4, TA, TB>;
+    using Large = gemm::Tile<bf16, 128, 128, 32, 64, 64, 4, TA, TB, true>;
     using Small = gemm::Tile<bf16, 64, 64, 32, 32, 32, 4, TA, TB>;
 };
 template <bool TA, bool TB> struct Tiles<float, TA, TB> {
-    using Large = gemm::Tile<float, 128, 64, 16, 64, 32, 3, TA, TB>;
+    using Large = gemm::Tile<float, 128, 64, 16, 64, 32, 3, TA, TB, true>;
     using Small = gemm::Tile<float, 64, 64, 16, 32, 32, 3, TA, TB>;
 };
 
@@ -55,7 +55,7 @@ template <class T> __device__ __forceinline__ void write_two(T* p, const float (
 }
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 2)
+__global__ void __launch_bounds__(Tile::kThreads, 256 / Tile::kThreads)
 matmul_kernel(const Matrix<typename Tile::Type> a, const Matrix<typename Tile::Type> b, const typename Tile::Type* bias,
               const __grid_constant__ Output<typename Tile::Type> out, int64_t rows, int64_t cols) {
     using T = typename Tile::Type;
@@ -117,8 +117,9 @@ struct Product {
 int32_t run(const char* op, Check& check, const Product& p, const ett_launch* l) {
     const int64_t n = rows(*p.y), o = cols(*p.y);
     if (numel(*p.y) == 0) return ett_done("");
-    const char* names[] = {"large", "small", nullptr};
-    const char* kernel = check.choose(l, choose_matmul_config(n, o, p.a->dtype, multiprocessors()), names);
+    const bool vectors = wide(*p.a) && wide(*p.b);
+    const char* names[] = {"small", vectors ? "large" : nullptr, nullptr};
+    const char* kernel = check.choose(l, vectors ? choose_matmul_config(n, o, p.a->dtype, multiprocessors()) : "small", names);
     if (!check.ok()) return check.status();
     const bool large = strcmp(kernel, "large") == 0;
     const int64_t pair = 2 * dtype_size(p.y->dtype);
