@@ -51,13 +51,13 @@ fn refuses(dev: Arc<dyn Kernels>) {
 #[test]
 #[ignore = "needs the shim"]
 fn shim_f32() {
-    run(&*shim(), Precision::F32, Size::Tiny, None).expect(&LIMITS);
+    run(&*shim(), Precision::F32, Size::Shim, None).expect(&LIMITS);
 }
 
 #[test]
 #[ignore = "needs the shim"]
 fn shim_bf16() {
-    run(&*shim(), Precision::BF16, Size::Tiny, None).expect(&LIMITS);
+    run(&*shim(), Precision::BF16, Size::Shim, None).expect(&LIMITS);
 }
 
 #[test]

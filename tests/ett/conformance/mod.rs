@@ -40,6 +40,8 @@ use place::{Placed, compute, views};
 pub enum Size {
     /// One smallest case of each kind, for tools that slow everything down.
     Sanitizer,
+    /// The small ones among the small shapes, once each, for a device that takes milliseconds for a launch.
+    Shim,
     /// Small shapes around the edges of tiles, three times each.
     Tiny,
     /// The model's sizes, twenty times each.
@@ -211,6 +213,9 @@ impl std::fmt::Display for Report {
     }
 }
 
+/// Elements of all arguments of a case that the shim takes.
+const SHIM: usize = 3000;
+
 /// Failures of one kernel that are told; the others mostly say the same.
 const TOLD: usize = 8;
 
@@ -219,8 +224,9 @@ pub fn run(dev: &dyn Kernels, prec: Precision, size: Size, only: Option<&[&str]>
     let oracle = Cpu::new(0).expect("threads can be started");
     let mut report = Report::new(dev);
     for kernel in TABLE.iter().filter(|k| only.is_none_or(|names| names.contains(&k.name))) {
-        for case in (kernel.cases)().iter().filter(|c| c.size <= size) {
-            let runs = if size == Size::Sanitizer && case.runs != ONCE { SANITIZER } else { case.runs };
+        let most = if size == Size::Shim { Size::Tiny } else { size };
+        for case in (kernel.cases)().iter().filter(|c| c.size <= most) {
+            let runs = if size <= Size::Shim && case.runs != ONCE { SANITIZER } else { case.runs };
             for &(scale, layouts) in runs {
                 Trial { dev, oracle: &oracle, prec, size, kernel, case, scale }.run(layouts, &mut report);
             }
@@ -255,6 +261,10 @@ impl Trial<'_> {
         let draw = Draw::new(self.oracle, self.prec, self.scale, &text);
         let mut args = (self.case.args)(&draw);
         round(&mut args, self.prec);
+        let elements: usize = args.iter().map(|a| a.dims.numel()).sum();
+        if self.size == Size::Shim && self.case.size > Size::Sanitizer && elements > SHIM {
+            return;
+        }
         let answer = OnceCell::new();
         let mut oracle_seconds = start.elapsed().as_secs_f64();
         for &layout in layouts {
@@ -326,7 +336,7 @@ impl Trial<'_> {
     /// Calls of one layout; fewer where the copies of the outputs would take longer than the calls.
     fn repetitions(&self, bytes: usize) -> usize {
         match self.size {
-            Size::Sanitizer => 1,
+            Size::Sanitizer | Size::Shim => 1,
             Size::Tiny => 3,
             Size::Full if bytes > 64 << 20 => 3,
             Size::Full if bytes > 4 << 20 => 6,
