@@ -68,7 +68,7 @@ impl Batch {
 
     /// An error of a score, some roundings of its size, is a relative error of its probability.
     fn near(&self, d: &Draw) -> Near {
-        near().conditioning(1.0 + 4.0 * self.spread(d))
+        near().conditioning(1.0 + 6.0 * self.spread(d))
     }
 
     fn inputs(&self, d: &Draw) -> Vec<Arg> {
