@@ -176,7 +176,7 @@ mod tests {
     fn sizes_are_rounded_up_by_an_eighth_at_most() {
         for bytes in [0, 1, 255, 256, 257, 4096, 5000, 100_000, 1 << 20, (1 << 20) + 1, 3_000_000_000] {
             let c = class(bytes);
-            assert!(c >= bytes.max(1) && c % 256 == 0, "{bytes}: {c}");
+            assert!(c >= bytes.max(1) && c.is_multiple_of(256), "{bytes}: {c}");
             assert!(c <= bytes + (bytes / 8).max(256), "{bytes}: {c}");
         }
     }

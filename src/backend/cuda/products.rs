@@ -100,7 +100,7 @@ impl Product<'_> {
             && y.dtype == if self.add { f32 } else { a.dtype }
             && (ka, n, o) == (kb, rows(y), cols(y))
             && self.bias.is_none_or(|v| {
-                v.dtype == a.dtype && rows(v) * cols(v) == o && stride(v) == cols(v) && v.ptr as u64 % 16 == 0
+                v.dtype == a.dtype && rows(v) * cols(v) == o && stride(v) == cols(v) && (v.ptr as u64).is_multiple_of(16)
             })
             // The library wants whole 16-byte pieces where it keeps the sums.
             && self.pre.is_none_or(|v| {

@@ -121,7 +121,7 @@ impl Shim {
         call::check(name, "shim", code, &last)?;
         // Launches are done when they return, so a fault can be told at once.
         let slot = self.fault.addr() as *mut ffi::ett_fault;
-        let found = unsafe { std::mem::replace(&mut *slot, std::mem::zeroed()) };
+        let found = std::mem::take(unsafe { &mut *slot });
         call::fault(&found).map_or(Ok(()), Err)
     }
 
