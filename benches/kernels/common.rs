@@ -23,6 +23,9 @@ pub type Call = Box<dyn Fn(&dyn Kernels) -> Result<Cost>>;
 /// Compares what the call left with a reference.
 pub type Check = Box<dyn Fn(&dyn Kernels) -> std::result::Result<(), String>>;
 
+/// Makes a set of tensors from a seed, and what looks at it.
+pub type Make<'a> = &'a dyn Fn(&dyn Kernels, u64) -> Result<(Call, Option<Check>)>;
+
 /// The rates that nothing exceeds, measured in the same run.
 #[derive(Default, Clone, Copy)]
 struct Ceilings {
@@ -142,13 +145,7 @@ impl Bench {
 
     /// Benches one kernel call. `make` makes a set of tensors from a seed; `check` looks at what the first set's call
     /// left, before anything is timed.
-    pub fn kernel(
-        &mut self,
-        op: &'static str,
-        shape: &str,
-        dtype: DType,
-        make: &dyn Fn(&dyn Kernels, u64) -> Result<(Call, Option<Check>)>,
-    ) {
+    pub fn kernel(&mut self, op: &'static str, shape: &str, dtype: DType, make: Make) {
         let name = format!("{op}/{shape} {dtype}");
         if let Err(e) = self.try_kernel(op, shape, dtype, make) {
             match e {
@@ -158,13 +155,7 @@ impl Bench {
         }
     }
 
-    fn try_kernel(
-        &mut self,
-        op: &'static str,
-        shape: &str,
-        dtype: DType,
-        make: &dyn Fn(&dyn Kernels, u64) -> Result<(Call, Option<Check>)>,
-    ) -> Result<()> {
+    fn try_kernel(&mut self, op: &'static str, shape: &str, dtype: DType, make: Make) -> Result<()> {
         let dev = self.dev.clone();
         let (first, check) = make(&*dev, 1)?;
         let cost = first(&*dev)?;
