@@ -219,7 +219,7 @@ mod tests {
             assert_eq!(a.to_host::<i32>(&dev)?, b.to_host::<i32>(&dev)?);
         }
         assert_eq!((p.tokens, p.rows), (fresh.tokens, fresh.rows));
-        let longer = [other.concat(), vec![Part::target(vec![1])], vec![Part::Codes(0)]];
+        let longer = [other.concat(), vec![Part::target(vec![1])], vec![Part::Image(0)]];
         let e = p.refill(&dev, &Rows::new(&longer, &[0..2, 2..5], 8)?).expect_err("one sequence is longer");
         assert!(e.to_string().contains("lengths"), "{e}");
         let fewer = Rows::new(&other[..2], &[0..2, 2..5], 8)?;
