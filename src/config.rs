@@ -1,6 +1,7 @@
 //! The configuration of a model and its training: one TOML file. Every key has the paper's value as its
 //! default; unknown keys are errors.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -353,12 +354,25 @@ pub struct TrainConfig {
     pub warmup: f64,
     /// Decay of the averages of the tokenizer's weights.
     pub ema_decay: f64,
+    /// Probability that a gen stage leaves a prompt out, for classifier-free guidance.
+    pub prompt_dropout: f64,
     /// Seed of everything.
     pub seed: u64,
     /// `f64`, `f32` or `bf16`.
     pub precision: String,
     /// CPU threads; 0: one per core.
     pub threads: usize,
+    /// Keep only the inputs of each block for the backward and compute the rest again: less memory, the same
+    /// bits.
+    pub recompute: bool,
+    /// Steps between checkpoints; 0: only at the end of each stage.
+    pub save_every: usize,
+    /// Checkpoints that are kept.
+    pub keep: usize,
+    /// Steps between evaluations on held-out pictures during a stage; 0: none.
+    pub eval_every: usize,
+    /// Tokens over which the use of the codebook is counted.
+    pub usage_window: usize,
 }
 
 impl Default for TrainConfig {
@@ -373,9 +387,15 @@ impl Default for TrainConfig {
             clip: 1.0,
             warmup: 0.03,
             ema_decay: 0.999,
+            prompt_dropout: 0.1,
             seed: 1,
             precision: "f32".into(),
             threads: 0,
+            recompute: false,
+            save_every: 500,
+            keep: 3,
+            eval_every: 0,
+            usage_window: 65536,
         }
     }
 }
@@ -428,6 +448,8 @@ pub enum StageKind {
     Semantic,
     /// Projector and language model on answers; frozen tokenizer.
     Chat,
+    /// Projector, language model and visual head on the codes of pictures; frozen tokenizer.
+    Gen,
 }
 
 impl StageKind {
@@ -439,6 +461,7 @@ impl StageKind {
             StageKind::Align => "align",
             StageKind::Semantic => "semantic",
             StageKind::Chat => "chat",
+            StageKind::Gen => "gen",
         }
     }
 }
@@ -465,38 +488,85 @@ pub struct StageConfig {
     pub batch: usize,
     /// Peak learning rate; `train.lr` if left out.
     pub lr: Option<f64>,
-    /// Peak learning rate of the discriminator; the stage's if left out.
-    pub disc_lr: Option<f64>,
+    /// Adam's decays; `train.betas` if left out, for the discriminator `train.disc_betas`.
+    pub betas: Option<[f64; 2]>,
+    /// Parameter groups with a rate or decays of their own: `groups.projector.lr = 1e-3`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub groups: BTreeMap<String, GroupConfig>,
     /// `cosine` or `constant`.
     #[serde(default = "cosine")]
     pub schedule: ScheduleKind,
     /// Keep averages of the tokenizer's weights.
     #[serde(default)]
     pub ema: bool,
-    /// Adam's decays; `train.betas` if left out.
-    pub betas: Option<[f64; 2]>,
+    /// Parts that a batch is split into, one after another, to save memory; divides `batch`. Batch statistics
+    /// (BatchNorm, LeCAM, the average entropy of the codes) are those of a part.
+    #[serde(default = "one")]
+    pub accumulate: usize,
     /// Share of captions among the samples of a chat stage, so that describing is not forgotten.
     #[serde(default)]
     pub captions: f64,
+}
+
+/// `[stage.groups.NAME]`: a parameter group of a stage that differs from the others.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GroupConfig {
+    /// Peak learning rate; the stage's if left out.
+    pub lr: Option<f64>,
+    /// Adam's decays; the stage's if left out.
+    pub betas: Option<[f64; 2]>,
+}
+
+impl StageConfig {
+    /// A stage with the defaults of all optional keys.
+    pub fn new(kind: StageKind, steps: usize, batch: usize) -> Self {
+        StageConfig {
+            kind,
+            steps,
+            batch,
+            lr: None,
+            betas: None,
+            groups: BTreeMap::new(),
+            schedule: cosine(),
+            ema: false,
+            accumulate: one(),
+            captions: 0.0,
+        }
+    }
 }
 
 fn cosine() -> ScheduleKind {
     ScheduleKind::Cosine
 }
 
+fn one() -> usize {
+    1
+}
+
 impl Config {
+    /// The demo: small sizes, built-in pictures, every stage.
+    pub fn demo() -> Result<Self> {
+        let path = Path::new("configs/demo.toml");
+        Self::parse(path, include_str!("../configs/demo.toml"), &[])
+    }
+
     /// Reads and checks a file; `overrides` are `key=value` with dotted keys, values in TOML.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+        Self::parse(path, &text, overrides)
+    }
+
+    fn parse(path: &Path, text: &str, overrides: &[String]) -> Result<Self> {
         let bad = |e: toml::de::Error| {
             Error::data(path, format!("not a configuration: {}", e.to_string().trim_end()))
         };
-        let mut table: toml::Table = toml::from_str(&text).map_err(bad)?;
+        let mut table: toml::Table = toml::from_str(text).map_err(bad)?;
         for o in overrides {
             set(&mut table, o)?;
         }
         let config: Config = match overrides.is_empty() {
-            true => toml::from_str(&text).map_err(bad)?,
+            true => toml::from_str(text).map_err(bad)?,
             false => table.try_into().map_err(bad)?,
         };
         config.check()?;
@@ -540,6 +610,8 @@ impl Config {
             ("llm.head_dim", self.llm.head_dim),
             ("llm.mlp", self.llm.mlp),
             ("data.size", self.data.size),
+            ("train.keep", self.train.keep),
+            ("train.usage_window", self.train.usage_window),
         ] {
             positive(key, v)?;
         }
@@ -607,16 +679,36 @@ impl Config {
             let want = format!("a multiple of {}, the tokenizer's down-sampling", t.downsampling());
             return Err(Error::config("data.size", self.data.size, want));
         }
+        if !(0.0..=1.0).contains(&self.train.prompt_dropout) {
+            let got = self.train.prompt_dropout;
+            return Err(Error::config("train.prompt_dropout", got, "a share from 0 to 1"));
+        }
         for (i, s) in self.stage.iter().enumerate() {
-            positive(&format!("stage[{i}].batch"), s.batch)?;
-            at_least_0(&format!("stage[{i}].lr"), s.lr.unwrap_or(0.0))?;
-            at_least_0(&format!("stage[{i}].disc_lr"), s.disc_lr.unwrap_or(0.0))?;
-            if !(0.0..=1.0).contains(&s.captions) {
-                return Err(Error::config(format!("stage[{i}].captions"), s.captions, "a share from 0 to 1"));
+            let key = |name: &str| format!("stage.{i}.{name}");
+            positive(&key("batch"), s.batch)?;
+            positive(&key("accumulate"), s.accumulate)?;
+            if !s.batch.is_multiple_of(s.accumulate) {
+                let want = format!("a divisor of the batch of {}", s.batch);
+                return Err(Error::config(key("accumulate"), s.accumulate, want));
             }
-            if s.betas.is_some_and(|b| b.iter().any(|b| !(0.0..1.0).contains(b))) {
-                let got = format!("{:?}", s.betas.unwrap_or_default());
-                return Err(Error::config(format!("stage[{i}].betas"), got, "numbers from 0 to below 1"));
+            if !(0.0..=1.0).contains(&s.captions) {
+                return Err(Error::config(key("captions"), s.captions, "a share from 0 to 1"));
+            }
+            if s.kind == StageKind::Gen && self.visual_head.kind == VisualHeadKind::None {
+                return Err(Error::config(
+                    "visual_head.kind",
+                    "none",
+                    "tied or linear, for a stage of the kind gen",
+                ));
+            }
+            let whole = GroupConfig { lr: s.lr, betas: s.betas };
+            let named = s.groups.iter().map(|(name, g)| (format!("groups.{name}."), g));
+            for (prefix, g) in [(String::new(), &whole)].into_iter().chain(named) {
+                at_least_0(&key(&format!("{prefix}lr")), g.lr.unwrap_or(0.0))?;
+                if let Some(b) = g.betas.filter(|b| b.iter().any(|b| !(0.0..1.0).contains(b))) {
+                    let key = key(&format!("{prefix}betas"));
+                    return Err(Error::config(key, format!("{b:?}"), "numbers from 0 to below 1"));
+                }
             }
         }
         self.precision()?;

@@ -50,6 +50,8 @@ struct Inner {
     nodes: Vec<Node>,
     next: usize,
     targets: HashMap<usize, Tensor>,
+    /// A weight that is being trained was used, recorded or not.
+    trains: bool,
 }
 
 /// The ops of one forward pass, in order.
@@ -57,13 +59,19 @@ pub struct Tape {
     dev: Arc<dyn Kernels>,
     prec: Precision,
     recording: bool,
+    recomputing: bool,
     inner: RefCell<Inner>,
 }
 
 impl Tape {
     /// An empty tape.
     pub fn new(dev: Arc<dyn Kernels>, prec: Precision) -> Self {
-        Tape { dev, prec, recording: true, inner: RefCell::default() }
+        Tape { dev, prec, recording: true, recomputing: false, inner: RefCell::default() }
+    }
+
+    /// If `yes`, the tape keeps only the inputs of each [`Tape::block`] for the backward.
+    pub fn recomputing(self, yes: bool) -> Self {
+        Tape { recomputing: yes, ..self }
     }
 
     /// A tape that saves nothing: for evaluation.
@@ -120,6 +128,7 @@ impl Tape {
     /// A weight: its gradient is added to `grad` (accumulator type, same element count), if there is one.
     pub fn weight(&self, value: Tensor, grad: Option<Tensor>) -> Var {
         let v = self.var(value, grad.is_some());
+        self.inner.borrow_mut().trains |= grad.is_some();
         if let (true, Some(grad)) = (v.grad, grad) {
             self.inner.borrow_mut().targets.insert(v.id, grad);
         }
@@ -139,7 +148,16 @@ impl Tape {
         outputs: Vec<Tensor>,
         backward: impl FnOnce(&mut Grads, &[Var]) -> Result<()> + 'static,
     ) -> Vec<Var> {
-        let grad = self.recording && inputs.iter().any(|v| v.grad);
+        self.node(inputs.iter().any(|v| v.grad), outputs, backward)
+    }
+
+    fn node(
+        &self,
+        grad: bool,
+        outputs: Vec<Tensor>,
+        backward: impl FnOnce(&mut Grads, &[Var]) -> Result<()> + 'static,
+    ) -> Vec<Var> {
+        let grad = self.recording && grad;
         let outputs: Vec<Var> = outputs.into_iter().map(|t| self.var(t, grad)).collect();
         if grad {
             let node = Node { outputs: outputs.clone(), backward: Box::new(backward) };
@@ -157,6 +175,41 @@ impl Tape {
     ) -> Var {
         let out = self.op(inputs, vec![output], move |g, outs| backward(g, &outs[0]));
         out.into_iter().next().unwrap_or_else(|| unreachable!("an op of one output has one"))
+    }
+
+    /// A part of a model, `f` of `inputs`. On a tape that recomputes, nothing inside is kept: the backward runs `f`
+    /// again, which gives the same bits since a forward is pure. Without that it is `f` itself.
+    pub fn block(
+        &self,
+        inputs: &[&Var],
+        f: impl Fn(&Tape, &[Var]) -> Result<Vec<Var>> + 'static,
+    ) -> Result<Vec<Var>> {
+        let inputs: Vec<Var> = inputs.iter().map(|&v| v.clone()).collect();
+        if !self.recording || !self.recomputing {
+            return f(self, &inputs);
+        }
+        let inner = Tape::inference(self.device(), self.prec);
+        let outputs = f(&inner, &inputs.iter().map(Var::detach).collect::<Vec<_>>())?;
+        let grad = inputs.iter().any(|v| v.grad) || inner.inner.borrow().trains;
+        let outputs = outputs.into_iter().map(|v| v.value).collect();
+        let (dev, prec) = (self.device(), self.prec);
+        Ok(self.node(grad, outputs, move |g, outs| {
+            let t = Tape::new(dev, prec);
+            let again: Vec<Var> = inputs.iter().map(|v| t.var(v.value.clone(), v.grad)).collect();
+            let results = f(&t, &again)?;
+            let mut seeds = Vec::new();
+            for (out, result) in outs.iter().zip(&results) {
+                seeds.extend(g.take(out)?.map(|d| (result, d)));
+            }
+            let seeds: Vec<(&Var, &Tensor)> = seeds.iter().map(|(v, d)| (*v, d)).collect();
+            let mut inner = t.backward(&seeds)?;
+            for (v, a) in inputs.iter().zip(&again) {
+                if let Some(d) = inner.take(a)? {
+                    g.give(v, d)?;
+                }
+            }
+            Ok(())
+        }))
     }
 
     /// Runs the tape backwards from `seeds` (a value and the gradient it receives). Each node's saved values

@@ -205,6 +205,14 @@ pub trait Device: Send + Sync {
     fn has_data(&self) -> bool {
         true
     }
+    /// Kernels that it does not have yet.
+    fn missing(&self) -> Vec<&'static str> {
+        Vec::new()
+    }
+    /// Bytes that could be taken now, if the device knows.
+    fn available(&self) -> Option<u64> {
+        None
+    }
     /// New memory, aligned to 256 bytes; contents unspecified. The same sequence of calls in a step gives
     /// the same addresses.
     fn alloc(&self, role: Role, bytes: usize) -> Result<Buffer>;

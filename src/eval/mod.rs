@@ -1,49 +1,86 @@
-//! Held-out results: reconstruction, captions and answers, each against what the same weights say when shown
-//! another picture.
+//! Held-out results: reconstruction, captions, answers and drawn codes, each against what the same weights give when
+//! they are shown another picture or prompt.
 
-use std::collections::HashMap;
-use std::path::Path;
+mod ssim;
+
+use std::collections::{BTreeMap, HashMap};
 
 use serde::Serialize;
 
-use crate::data::{Drawn, Image, Philox, grid, save_png};
+use crate::autograd::Tape;
+use crate::config::StageKind;
+use crate::data::{Drawn, Image, Philox};
 use crate::error::{Error, Result};
 use crate::infer::{Seen, reconstruct};
-use crate::model::Ett;
-use crate::train::Template;
-use crate::train::feed::DataSet;
+use crate::model::{Ett, Part};
+use crate::train::feed::{DataSet, images_to_device};
+use crate::train::{Template, code_usage};
+pub use ssim::ssim;
 
 /// Samples of one forward.
 const BATCH: usize = 64;
-/// Pictures drawn beside their reconstructions.
-const SHOWN: usize = 16;
 /// Questions asked about one picture.
-const QUESTIONS: usize = 4;
+const QUESTIONS: usize = 8;
+/// Question types that are reported, and how often one has to be asked.
+const TYPES: usize = 12;
+const TYPE_ASKED: usize = 8;
+/// Pictures that an evaluation during training looks at.
+const DURING: usize = 64;
 
-/// A number with the model's own picture and with another test picture.
+/// A number with the model's own picture (or prompt) and with that of another sample.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct Pair {
-    /// Shown the picture the text belongs to.
+    /// Shown what belongs to it.
     pub seen: f64,
     /// Shown another.
     pub other: f64,
 }
 
+/// Answers to one question, asked about many pictures.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct QuestionType {
+    /// The question.
+    pub question: String,
+    /// How often it was asked.
+    pub asked: usize,
+    /// Share answered exactly.
+    pub accuracy: Pair,
+    /// Share of the most frequent right answer.
+    pub most_frequent: f64,
+}
+
+/// Nats a code of drawn pictures, teacher-forced.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Codes {
+    /// With the picture's own prompt and with another's.
+    pub loss: Pair,
+    /// Entropy of the held-out codes themselves: the least that knowing only how often each occurs can give.
+    pub unigram: f64,
+}
+
 /// Results on held-out samples, with the settings they were taken under.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
+    /// Where the pictures come from.
+    pub data: String,
     /// Pictures looked at.
     pub pictures: usize,
     /// Side of the pictures.
     pub size: usize,
-    /// How they were brought to it.
+    /// How they were brought to it, and what was done with reconstructions.
     pub resize: &'static str,
     /// Mean squared error of reconstructions, clamped, pixels in [-1, 1].
     pub mse: f64,
-    /// The same of the mean training picture.
+    /// The same of the mean of these pictures.
     pub mse_mean_image: f64,
     /// Peak signal-to-noise ratio in dB, the mean over pictures.
     pub psnr: f64,
+    /// Structural similarity, the mean over pictures.
+    pub ssim: f64,
+    /// Perceptual distance, the mean over pictures.
+    pub perceptual: f64,
+    /// What it was measured with.
+    pub perceptual_by: String,
     /// Distinct codes used.
     pub codes_used: usize,
     /// Exponential of the entropy of the codes.
@@ -60,114 +97,234 @@ pub struct Report {
     pub accuracy_yes_no: Pair,
     /// Of all others.
     pub accuracy_open: Pair,
+    /// The questions asked most often.
+    pub types: Vec<QuestionType>,
+    /// Of a model that draws.
+    pub codes: Option<Codes>,
 }
 
-/// Evaluates on the first `data.eval_samples` pictures of `test`; draws originals above reconstructions to
-/// `picture`.
-pub fn evaluate(
-    model: &Ett,
-    train: &DataSet,
-    test: &DataSet,
-    template: &Template,
-    picture: &Path,
-) -> Result<Report> {
-    let n = test.images.len().min(model.cfg.data.eval_samples);
+impl Report {
+    /// Names and values for a table.
+    pub fn rows(&self) -> Vec<(String, String)> {
+        let mut rows = Vec::new();
+        let mut row = |name: &str, value: String| rows.push((name.to_string(), value));
+        let pair = |p: &Pair, other: &str| format!("{:.4}   {other}: {:.4}", p.seen, p.other);
+        row("held-out pictures", self.pictures.to_string());
+        row("reconstruction MSE (share of the mean image's)", {
+            format!("{:.5} ({:.3})", self.mse, self.mse / self.mse_mean_image)
+        });
+        row("PSNR, SSIM", format!("{:.2} dB, {:.4}", self.psnr, self.ssim));
+        row(&self.perceptual_by, format!("{:.4}", self.perceptual));
+        row("codes used (perplexity)", format!("{} ({:.1})", self.codes_used, self.code_perplexity));
+        if self.captions > 0 {
+            row("caption loss, nats a token", pair(&self.caption_loss, "another picture"));
+        }
+        if self.questions > 0 {
+            row("answers exactly right", pair(&self.accuracy, "another picture"));
+            row("  yes or no", pair(&self.accuracy_yes_no, "another picture"));
+            row("  all others", pair(&self.accuracy_open, "another picture"));
+        }
+        for t in &self.types {
+            let most = format!("{}   most frequent: {:.4}", pair(&t.accuracy, "another picture"), t.most_frequent);
+            row(&format!("  \"{}\"", t.question), most);
+        }
+        if let Some(c) = &self.codes {
+            let value = format!("{}   unigram: {:.4}", pair(&c.loss, "another prompt"), c.unigram);
+            row("code loss, nats a code", value);
+        }
+        rows
+    }
+}
+
+/// The first `n` held-out pictures, or all.
+pub fn held_out(test: &DataSet, n: usize) -> Result<Vec<Drawn>> {
+    let n = test.images.len().min(n);
     if n < 2 {
-        return Err(Error::data(&test.folder.root, "has fewer than two pictures to evaluate on"));
+        return Err(Error::data(&test.root, "has fewer than two pictures to evaluate on"));
     }
     let mut rng = Philox::new(0, 0);
-    let drawn = (0..n).map(|i| test.images.get(i, &mut rng)).collect::<Result<Vec<_>>>()?;
-    let pixels = Reconstructed::new(model, &drawn, &mean_image(train)?, picture)?;
-    let seen = Language::new(model, test, template, &drawn, 0)?;
-    let other = Language::new(model, test, template, &drawn, n / 2)?;
+    (0..n).map(|i| test.images.get(i, &mut rng)).collect()
+}
+
+/// Evaluates on held-out pictures, see [`held_out`].
+pub fn evaluate(model: &Ett, test: &DataSet, template: &Template, drawn: &[Drawn]) -> Result<Report> {
+    let pixels = Pixels::new(model, drawn)?;
+    let seen = Language::new(model, test, template, drawn, 0)?;
+    let other = Language::new(model, test, template, drawn, drawn.len() / 2)?;
     let pair = |f: &dyn Fn(&Language) -> f64| Pair { seen: f(&seen), other: f(&other) };
+    let score = |f: fn(&Asked) -> bool| pair(&|l| share(l.asked.iter().filter(|a| f(a))));
     Ok(Report {
-        pictures: n,
+        data: test.root.display().to_string(),
+        pictures: drawn.len(),
         size: model.cfg.data.size,
-        resize: "shorter side by antialiased bicubic, centre crop",
+        resize: "shorter side by antialiased bicubic, centre crop; reconstructions clamped to [-1, 1]",
         mse: pixels.mse,
-        mse_mean_image: pixels.mse_mean_image,
+        mse_mean_image: mean_image_error(drawn),
         psnr: pixels.psnr,
+        ssim: pixels.ssim,
+        perceptual: pixels.perceptual,
+        perceptual_by: match &model.cfg.lpips.weights {
+            Some(path) => format!("LPIPS ({})", path.display()),
+            None => "distance of random VGG16 features".into(),
+        },
         codes_used: pixels.codes_used,
         code_perplexity: pixels.perplexity,
         captions: seen.captions,
         caption_loss: pair(&|l| l.nats / l.tokens.max(1) as f64),
-        questions: seen.yes_no.asked + seen.open.asked,
-        accuracy: pair(&|l| {
-            Score { asked: l.yes_no.asked + l.open.asked, right: l.yes_no.right + l.open.right }.share()
-        }),
-        accuracy_yes_no: pair(&|l| l.yes_no.share()),
-        accuracy_open: pair(&|l| l.open.share()),
+        questions: seen.asked.len(),
+        accuracy: score(|_| true),
+        accuracy_yes_no: score(Asked::yes_no),
+        accuracy_open: score(|a| !a.yes_no()),
+        types: question_types(&seen.asked, &other.asked),
+        codes: match model.visual_head {
+            Some(_) => codes(model, test, template, drawn, &pixels.counts)?,
+            None => None,
+        },
     })
 }
 
-/// Mean picture of a data set, centre crops.
-fn mean_image(data: &DataSet) -> Result<Vec<f64>> {
-    let mut rng = Philox::new(0, 0);
-    let mut sum: Vec<f64> = Vec::new();
-    for i in 0..data.images.len() {
-        let image = data.images.get(i, &mut rng)?.image;
-        sum.resize(image.pixels.len(), 0.0);
-        sum.iter_mut().zip(&image.pixels).for_each(|(s, &v)| *s += v as f64);
+/// A short evaluation during a stage, of what the stage trains.
+pub fn during(
+    model: &Ett,
+    test: &DataSet,
+    template: &Template,
+    kind: StageKind,
+) -> Result<BTreeMap<&'static str, f64>> {
+    let drawn = held_out(test, DURING)?;
+    let mut all = BTreeMap::new();
+    if matches!(kind, StageKind::Tokenizer | StageKind::Semantic) {
+        let p = Pixels::new(model, &drawn)?;
+        all.extend([("mse", p.mse), ("psnr", p.psnr), ("ssim", p.ssim)]);
     }
-    sum.iter_mut().for_each(|s| *s /= data.images.len() as f64);
-    Ok(sum)
+    match kind {
+        StageKind::Tokenizer => {}
+        StageKind::Gen => {
+            let (nats, n) = code_nats(model, test, template, &drawn, 0)?;
+            all.insert("code", nats / n.max(1) as f64);
+        }
+        StageKind::Text => {
+            let mut said = Vec::new();
+            for d in &drawn {
+                said.extend(test.samples[d.sample].caption.iter().map(|c| template.text_caption(c)));
+            }
+            let (nats, n) = Seen::nothing(model).nats(&said.into_iter().collect::<Result<Vec<_>>>()?)?;
+            all.insert("cap", nats / n.max(1) as f64);
+        }
+        StageKind::Align | StageKind::Semantic | StageKind::Chat => {
+            let l = Language::new(model, test, template, &drawn, 0)?;
+            all.insert("cap", l.nats / l.tokens.max(1) as f64);
+            if kind == StageKind::Chat {
+                all.insert("answers", share(l.asked.iter()));
+            }
+        }
+    }
+    Ok(all)
 }
 
-struct Reconstructed {
+/// Mean squared error of the mean of these pictures.
+fn mean_image_error(drawn: &[Drawn]) -> f64 {
+    let n = drawn.len() as f64;
+    let mut mean = vec![0.0; drawn.first().map_or(0, |d| d.image.pixels.len())];
+    for d in drawn {
+        mean.iter_mut().zip(&d.image.pixels).for_each(|(m, &v)| *m += v as f64 / n);
+    }
+    drawn.iter().map(|d| squared_error(&d.image, mean.iter().copied()) / n).sum()
+}
+
+/// How well pictures survive the tokenizer.
+struct Pixels {
     mse: f64,
-    mse_mean_image: f64,
     psnr: f64,
+    ssim: f64,
+    perceptual: f64,
+    counts: HashMap<i32, usize>,
     codes_used: usize,
     perplexity: f64,
 }
 
-impl Reconstructed {
-    fn new(model: &Ett, drawn: &[Drawn], mean: &[f64], picture: &Path) -> Result<Self> {
+impl Pixels {
+    fn new(model: &Ett, drawn: &[Drawn]) -> Result<Self> {
         let n = drawn.len() as f64;
-        let (mut mse, mut mse_mean_image, mut psnr) = (0.0, 0.0, 0.0);
+        let (mut mse, mut psnr, mut similar, mut perceptual) = (0.0, 0.0, 0.0, 0.0);
         let mut counts = HashMap::<i32, usize>::new();
-        let mut shown: Vec<(Image, Image)> = Vec::new();
         for chunk in drawn.chunks(BATCH) {
             let images: Vec<Image> = chunk.iter().map(|d| d.image.clone()).collect();
             let (rec, idx) = reconstruct(model, &images)?;
-            for (a, b) in images.into_iter().zip(rec) {
-                let error = squared_error(&a, b.pixels.iter().map(|&v| v as f64));
+            perceptual += distance(model, &images, &rec)? / n;
+            for (a, b) in images.iter().zip(&rec) {
+                let error = squared_error(a, b.pixels.iter().map(|&v| v as f64));
                 mse += error / n;
-                mse_mean_image += squared_error(&a, mean.iter().copied()) / n;
                 psnr += 10.0 * (4.0 / error.max(1e-12)).log10() / n;
-                if shown.len() < SHOWN {
-                    shown.push((a, b));
-                }
+                similar += ssim(a, b)? / n;
             }
             idx.iter().for_each(|&i| *counts.entry(i).or_default() += 1);
         }
-        let rows: Vec<Vec<&Image>> = shown
-            .chunks(8)
-            .flat_map(|c| [c.iter().map(|p| &p.0).collect(), c.iter().map(|p| &p.1).collect()])
-            .collect();
-        save_png(picture, &grid(&rows, 2)?)?;
-        let total = counts.values().sum::<usize>().max(1) as f64;
-        let entropy: f64 = counts.values().map(|&c| c as f64 / total).map(|p| -p * p.ln()).sum();
-        let (codes_used, perplexity) = (counts.len(), entropy.exp());
-        Ok(Reconstructed { mse, mse_mean_image, psnr, codes_used, perplexity })
+        let (codes_used, perplexity) = code_usage(counts.values().copied());
+        Ok(Pixels { mse, psnr, ssim: similar, perceptual, counts, codes_used, perplexity })
     }
+}
+
+/// Sum over pictures of the model's perceptual distance.
+fn distance(model: &Ett, a: &[Image], b: &[Image]) -> Result<f64> {
+    let t = Tape::inference(model.params.device().clone(), model.params.precision());
+    let (x, y) = (images_to_device(model, a)?.0, images_to_device(model, b)?.0);
+    let terms = model.lpips.distance(&t, &model.params, &t.constant(x), &t.constant(y), 1.0)?;
+    let mut sum = 0.0;
+    for v in terms {
+        sum += v.value().to_f64(t.dev())?[0];
+    }
+    Ok(sum)
 }
 
 fn squared_error(a: &Image, b: impl Iterator<Item = f64>) -> f64 {
     a.pixels.iter().zip(b).map(|(&x, y)| (x as f64 - y).powi(2)).sum::<f64>() / a.pixels.len() as f64
 }
 
-#[derive(Default)]
-struct Score {
-    asked: usize,
-    right: usize,
+/// A question, its answer, and whether the model gave it.
+struct Asked {
+    question: String,
+    answer: String,
+    right: bool,
 }
 
-impl Score {
-    fn share(&self) -> f64 {
-        self.right as f64 / self.asked.max(1) as f64
+impl Asked {
+    fn yes_no(&self) -> bool {
+        self.answer == "yes" || self.answer == "no"
     }
+}
+
+fn share<'a>(asked: impl Iterator<Item = &'a Asked>) -> f64 {
+    let (mut n, mut right) = (0usize, 0usize);
+    for a in asked {
+        (n, right) = (n + 1, right + usize::from(a.right));
+    }
+    right as f64 / n.max(1) as f64
+}
+
+/// Both lists hold the same questions in the same order.
+fn question_types(seen: &[Asked], other: &[Asked]) -> Vec<QuestionType> {
+    let mut by_text = BTreeMap::<&str, Vec<usize>>::new();
+    for (i, a) in seen.iter().enumerate().filter(|(_, a)| !a.yes_no()) {
+        by_text.entry(&a.question).or_default().push(i);
+    }
+    let mut all: Vec<(&str, Vec<usize>)> =
+        by_text.into_iter().filter(|(_, places)| places.len() >= TYPE_ASKED).collect();
+    all.sort_by_key(|(_, places)| std::cmp::Reverse(places.len()));
+    all.truncate(TYPES);
+    all.into_iter()
+        .map(|(question, places)| {
+            let mut answers = HashMap::<&str, usize>::new();
+            places.iter().for_each(|&i| *answers.entry(&seen[i].answer).or_default() += 1);
+            let most = answers.values().copied().max().unwrap_or(0);
+            let of = |list: &[Asked]| share(places.iter().filter_map(|&i| list.get(i)));
+            QuestionType {
+                question: question.into(),
+                asked: places.len(),
+                accuracy: Pair { seen: of(seen), other: of(other) },
+                most_frequent: most as f64 / places.len() as f64,
+            }
+        })
+        .collect()
 }
 
 /// Captions and answers of samples, each beside the picture `shift` samples on.
@@ -176,8 +333,7 @@ struct Language {
     captions: usize,
     tokens: usize,
     nats: f64,
-    yes_no: Score,
-    open: Score,
+    asked: Vec<Asked>,
 }
 
 impl Language {
@@ -188,25 +344,64 @@ impl Language {
             let here = start..(start + BATCH).min(n);
             let images: Vec<Image> = here.clone().map(|i| drawn[(i + shift) % n].image.clone()).collect();
             let seen = Seen::new(model, &images)?;
-            let (mut said, mut yes_no, mut open) = (Vec::new(), Vec::new(), Vec::new());
+            let (mut said, mut chats, mut asked) = (Vec::new(), Vec::new(), Vec::new());
             for (k, i) in here.enumerate() {
-                let s = &test.folder.samples[drawn[i].sample];
+                let s = &test.samples[drawn[i].sample];
                 if let Some(c) = &s.caption {
                     said.push(template.caption(k, c)?);
                 }
                 for (q, a) in s.qa.iter().take(QUESTIONS) {
-                    let list = if a == "yes" || a == "no" { &mut yes_no } else { &mut open };
-                    list.push(template.chat(k, q, a)?);
+                    chats.push(template.chat(k, q, a)?);
+                    asked.push(Asked { question: q.clone(), answer: a.clone(), right: false });
                 }
             }
             let (nats, tokens) = seen.nats(&said)?;
             (all.nats, all.tokens, all.captions) =
                 (all.nats + nats, all.tokens + tokens, all.captions + said.len());
-            for (score, list) in [(&mut all.yes_no, yes_no), (&mut all.open, open)] {
-                score.asked += list.len();
-                score.right += seen.exact(&list)?;
+            for (asked, right) in asked.iter_mut().zip(seen.exact(&chats)?) {
+                asked.right = right;
             }
+            all.asked.extend(asked);
         }
         Ok(all)
     }
+}
+
+fn codes(
+    model: &Ett,
+    test: &DataSet,
+    template: &Template,
+    drawn: &[Drawn],
+    counts: &HashMap<i32, usize>,
+) -> Result<Option<Codes>> {
+    let loss = |shift| -> Result<(f64, usize)> { code_nats(model, test, template, drawn, shift) };
+    let ((seen, n), (other, _)) = (loss(0)?, loss(drawn.len() / 2)?);
+    let (_, perplexity) = code_usage(counts.values().copied());
+    let per = |nats: f64| nats / n.max(1) as f64;
+    Ok((n > 0).then(|| Codes { loss: Pair { seen: per(seen), other: per(other) }, unigram: perplexity.ln() }))
+}
+
+/// Nats of the codes of pictures, each after the prompt of the sample `shift` samples on, and their number.
+fn code_nats(
+    model: &Ett,
+    test: &DataSet,
+    template: &Template,
+    drawn: &[Drawn],
+    shift: usize,
+) -> Result<(f64, usize)> {
+    let n = drawn.len();
+    let (mut nats, mut count) = (0.0, 0);
+    for start in (0..n).step_by(BATCH) {
+        let here = start..(start + BATCH).min(n);
+        let images: Vec<Image> = here.clone().map(|i| drawn[i].image.clone()).collect();
+        let mut sequences: Vec<Vec<Part>> = Vec::new();
+        for (k, i) in here.enumerate() {
+            if let Some(p) = test.samples[drawn[(i + shift) % n].sample].drawing_prompt() {
+                sequences.push(template.drawn(k, Some(p))?);
+            }
+        }
+        let (more, codes) = Seen::new(model, &images)?.code_nats(&sequences)?;
+        (nats, count) = (nats + more, count + codes);
+    }
+    Ok((nats, count))
 }

@@ -7,6 +7,7 @@ use crate::nn::{Init, Linear, Param, ParamBuilder, Params, RmsNorm};
 use crate::ops::{self, Heads, Rotary, Seqs};
 use crate::tensor::Tensor;
 
+#[derive(Clone)]
 struct Block {
     input_norm: RmsNorm,
     qkv: Linear,
@@ -73,13 +74,18 @@ impl Llm {
         let Some(first) = self.blocks.first() else { return self.norm.forward(t, p, &h) };
         let mut y = first.input_norm.forward(t, p, &h)?;
         for (i, block) in self.blocks.iter().enumerate() {
-            let qkv = ops::rope(t, &block.qkv.forward(t, p, &y)?, position, rotary)?;
-            let a = block.out.forward(t, p, &ops::attention(t, &qkv, seqs, heads)?)?;
-            (h, y) = block.post_norm.add_forward(t, p, &a, &h)?;
-            let m = ops::swiglu(t, &block.gate_up.forward(t, p, &y)?)?;
-            let m = block.down.forward(t, p, &m)?;
-            let next = self.blocks.get(i + 1).map_or(&self.norm, |b| &b.input_norm);
-            (h, y) = next.add_forward(t, p, &m, &h)?;
+            let next = self.blocks.get(i + 1).map_or(self.norm, |b| b.input_norm);
+            let (block, p, position, seqs) = (block.clone(), p.clone(), position.clone(), seqs.clone());
+            let outs = t.block(&[&h, &y], move |t, hy| {
+                let qkv = ops::rope(t, &block.qkv.forward(t, &p, &hy[1])?, &position, rotary)?;
+                let a = block.out.forward(t, &p, &ops::attention(t, &qkv, &seqs, heads)?)?;
+                let (h, y) = block.post_norm.add_forward(t, &p, &a, &hy[0])?;
+                let m = ops::swiglu(t, &block.gate_up.forward(t, &p, &y)?)?;
+                let m = block.down.forward(t, &p, &m)?;
+                let (h, y) = next.add_forward(t, &p, &m, &h)?;
+                Ok(vec![h, y])
+            })?;
+            [h, y] = outs.try_into().unwrap_or_else(|_| unreachable!("a block gives a sum and its norm"));
         }
         Ok(y)
     }

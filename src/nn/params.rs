@@ -150,7 +150,7 @@ impl ParamBuilder {
                 true => None,
                 false => Some(Tensor::empty(&*dev, Role::Weight, prec.act, [layout.len])?),
             };
-            groups.push(Store { layout, master, shadow, train: None, ema: None });
+            groups.push(Store { layout: Arc::new(layout), master, shadow, train: None, ema: None });
         }
         let params = Params { dev, prec, groups };
         params.draw(seed)?;
@@ -159,6 +159,7 @@ impl ParamBuilder {
 }
 
 /// Gradient and moments of a group that is being trained.
+#[derive(Clone)]
 pub struct Training {
     /// Gradients, accumulated; accumulator type.
     pub grad: Tensor,
@@ -168,8 +169,9 @@ pub struct Training {
     pub v: Tensor,
 }
 
+#[derive(Clone)]
 struct Store {
-    layout: Group,
+    layout: Arc<Group>,
     master: Tensor,
     shadow: Option<Tensor>,
     train: Option<Training>,
@@ -200,7 +202,8 @@ pub struct HostTensor {
     pub values: Vec<f64>,
 }
 
-/// All parameters of a model.
+/// All parameters of a model. A clone shares their memory.
+#[derive(Clone)]
 pub struct Params {
     dev: Arc<dyn Kernels>,
     prec: Precision,

@@ -38,7 +38,7 @@ pub fn check(cfg: &Config, dev: Arc<dyn Kernels>, weights: &Path, batch: &Path, 
     let batch = Batch { images: vec![pixels], packed: Some(packed) };
 
     let mut state = StepState::new(&*dev, prec.acc)?;
-    stage.recipe.weights(&model, &mut state);
+    stage.recipe.weights(&model, &mut state, 1);
     state.set(Slot::InvTokens, 1.0 / (b * l) as f64);
     let t = &cfg.train;
     let hyper = |betas| Hyper { betas, eps: t.adam_eps, weight_decay: 0.0, ema_decay: 0.0, clip: 0.0 };
@@ -55,7 +55,7 @@ pub fn check(cfg: &Config, dev: Arc<dyn Kernels>, weights: &Path, batch: &Path, 
     state.send(&*dev)?;
     // Logits are those of the step's own weights: the head is copied before the update.
     let head = model.params.read("model.embed_tokens.weight", Copy::Master)?;
-    let out = step(&mut model, &stage.recipe, &batch, &state, &main, disc.as_ref())?;
+    let out = step(&mut model, &stage.recipe, &[batch], &state, &main, disc.as_ref())?;
 
     let mut entries = losses(&model, &stage, &state, &out)?;
     entries.extend(activations(&model, &out, head, [b, l], &*dev)?);
@@ -143,7 +143,9 @@ fn activations(
         entries.push((name.into(), HostTensor { dims, values: t.to_f64(dev)? }, ty));
         Ok(())
     };
-    for (name, t) in [("act.z", &out.z), ("act.ind", &out.idx), ("act.zq", &out.zq)] {
+    for (name, t) in
+        [("act.z", out.z.as_ref()), ("act.ind", out.idx.first()), ("act.zq", out.zq.as_ref())]
+    {
         if let Some(t) = t {
             put(name, t, None)?;
         }

@@ -1,10 +1,11 @@
 //! Training data as batches: pictures and the sequences over them, a function of seed and step alone.
 
+use std::ops::Range;
 use std::path::Path;
 
 use super::{Batch, Stage, Template, TokenizerMode};
 use crate::backend::Role;
-use crate::config::{DataConfig, StageConfig, StageKind};
+use crate::config::{DataConfig, StageConfig, StageKind, TrainConfig};
 use crate::data::{Folder, Image, ImageSet, LoadOptions, Order, Philox, Purpose};
 use crate::error::{Error, Result};
 use crate::model::tokenizer::Grid;
@@ -50,7 +51,7 @@ impl DataSet {
             match kind {
                 StageKind::Tokenizer => true,
                 StageKind::Text => s.caption.is_some() || !s.qa.is_empty(),
-                StageKind::Align | StageKind::Semantic => s.caption.is_some(),
+                StageKind::Align | StageKind::Semantic | StageKind::Gen => s.caption.is_some(),
                 StageKind::Chat => !s.qa.is_empty(),
             }
         };
@@ -84,58 +85,68 @@ pub fn images_to_device(model: &Ett, images: &[Image]) -> Result<(Tensor, Grid)>
 pub struct Feed<'a> {
     data: &'a DataSet,
     template: &'a Template,
-    kind: StageKind,
+    stage: &'a StageConfig,
     usable: Vec<usize>,
     order: Order,
     seed: u64,
-    batch: usize,
-    captions: f64,
     pictures: bool,
+    prompt_dropout: f64,
 }
 
 /// One batch and what it shows.
 pub struct Fed {
-    /// On the device.
-    pub batch: Batch,
+    /// Its parts, on the device.
+    pub parts: Vec<Batch>,
     /// The sequences it holds; none in the tokenizer stage.
     pub sequences: Vec<Vec<Part>>,
+    /// Supervised text tokens.
+    pub tokens: usize,
+    /// Supervised codes.
+    pub codes: usize,
+    /// Rows that the language model reads.
+    pub rows: usize,
 }
 
 impl<'a> Feed<'a> {
-    /// Batches for a stage; `number` is its place in the run.
+    /// Batches for a stage of the configuration; `number` is its place in the run.
     pub fn new(
         data: &'a DataSet,
         template: &'a Template,
-        cfg: &StageConfig,
+        cfg: &'a StageConfig,
         stage: &Stage,
-        seed: u64,
+        train: &TrainConfig,
         number: usize,
     ) -> Result<Self> {
-        let (kind, batch, captions) = (cfg.kind, cfg.batch, cfg.captions);
-        let usable = data.usable(kind);
+        let usable = data.usable(cfg.kind);
         if usable.is_empty() {
-            let what = match kind {
+            let what = match cfg.kind {
                 StageKind::Tokenizer => "no picture",
                 StageKind::Text => "no picture with a caption or question",
                 StageKind::Align | StageKind::Semantic => "no picture with a caption",
                 StageKind::Chat => "no picture with a question",
+                StageKind::Gen => "no picture with a prompt or caption",
             };
-            let what = format!("has {what}, which stage `{}` learns from", kind.name());
+            let what = format!("has {what}, which stage `{}` learns from", cfg.kind.name());
             return Err(Error::data(&data.folder.root, what));
         }
         // Each stage has its own stream of random numbers.
-        let seed = seed.wrapping_add((number as u64 + 1) << 32);
+        let seed = train.seed.wrapping_add((number as u64 + 1) << 32);
         let order = Order::new(usable.len(), seed)?;
         let pictures = stage.recipe.tokenizer != TokenizerMode::Off;
-        Ok(Feed { data, template, kind, usable, order, seed, batch, captions, pictures })
+        let prompt_dropout = train.prompt_dropout;
+        Ok(Feed { data, template, stage: cfg, usable, order, seed, pictures, prompt_dropout })
     }
 
-    /// The sequence that sample `sample` shows as image `image` of its batch.
+    /// The sequence that sample `sample` shows as image `image` of its part.
     fn sequence(&self, sample: usize, image: usize, rng: &mut Philox) -> Result<Vec<Part>> {
         let s = &self.data.folder.samples[sample];
         let qa = |rng: &mut Philox| &s.qa[rng.below(s.qa.len())];
-        match (self.kind, &s.caption) {
+        match (self.stage.kind, &s.caption) {
             (StageKind::Align | StageKind::Semantic, Some(c)) => self.template.caption(image, c),
+            (StageKind::Gen, prompt) => {
+                let kept = prompt.as_deref().filter(|_| rng.uniform() >= self.prompt_dropout);
+                self.template.drawn(image, kept)
+            }
             (StageKind::Text, Some(c)) if s.qa.is_empty() || rng.below(2) == 0 => {
                 self.template.text_caption(c)
             }
@@ -143,7 +154,9 @@ impl<'a> Feed<'a> {
                 let (q, a) = qa(rng);
                 self.template.text_chat(q, a)
             }
-            (StageKind::Chat, Some(c)) if rng.uniform() < self.captions => self.template.caption(image, c),
+            (StageKind::Chat, Some(c)) if rng.uniform() < self.stage.captions => {
+                self.template.caption(image, c)
+            }
             _ => {
                 let (q, a) = qa(rng);
                 self.template.chat(image, q, a)
@@ -153,10 +166,27 @@ impl<'a> Feed<'a> {
 
     /// The batch of step `step`.
     pub fn batch(&self, model: &Ett, step: usize) -> Result<Fed> {
+        let mut fed = Fed { parts: Vec::new(), sequences: Vec::new(), tokens: 0, codes: 0, rows: 0 };
+        let size = self.stage.batch / self.stage.accumulate;
+        for part in 0..self.stage.accumulate {
+            let first = step * self.stage.batch + part * size;
+            let (batch, sequences) = self.part(model, first..first + size)?;
+            if let Some(p) = &batch.packed {
+                fed.tokens += p.tokens;
+                fed.codes += p.code_rows.len();
+                fed.rows += p.rows;
+            }
+            fed.sequences.extend(sequences);
+            fed.parts.push(batch);
+        }
+        Ok(fed)
+    }
+
+    /// The samples at these positions of the stage.
+    fn part(&self, model: &Ett, positions: Range<usize>) -> Result<(Batch, Vec<Vec<Part>>)> {
         let (mut images, mut sequences) = (Vec::new(), Vec::new());
-        for i in 0..self.batch {
-            let position = (step * self.batch + i) as u64;
-            let index = self.usable[self.order.index(position)];
+        for (i, position) in positions.enumerate() {
+            let index = self.usable[self.order.index(position as u64)];
             let mut rng = Philox::of(self.seed, Purpose::Augment, position as u32);
             let sample = match self.pictures {
                 true => {
@@ -166,12 +196,12 @@ impl<'a> Feed<'a> {
                 }
                 false => self.data.images.sample(index).unwrap_or(0),
             };
-            if self.kind != StageKind::Tokenizer {
+            if self.stage.kind != StageKind::Tokenizer {
                 let mut rng = Philox::of(self.seed, Purpose::Text, position as u32);
                 sequences.push(self.sequence(sample, i, &mut rng)?);
             }
         }
-        let (tensors, grids) = match self.pictures {
+        let (images, grids) = match self.pictures {
             true => {
                 let (t, g) = images_to_device(model, &images)?;
                 (vec![t], vec![g])
@@ -182,6 +212,6 @@ impl<'a> Feed<'a> {
             true => None,
             false => Some(Batch::pack(model, &sequences, &grids, PAD)?),
         };
-        Ok(Fed { batch: Batch { images: tensors, packed }, sequences })
+        Ok((Batch { images, packed }, sequences))
     }
 }

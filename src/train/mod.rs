@@ -1,20 +1,30 @@
 //! Training: one step, its optimizers, the stages of a run, and what is written down about them.
 
 mod check;
-mod checkpoint;
+pub mod checkpoint;
+mod closing;
+mod dump;
 pub mod feed;
+pub mod files;
+pub mod interrupt;
+mod metrics;
 mod optim;
 mod plan;
+pub mod plots;
 mod run;
+mod sharpness;
 mod stages;
 mod step;
 pub mod weights;
 
 pub use check::check;
-pub use checkpoint::{load_training, save_training};
+pub use closing::evaluate;
+pub(crate) use metrics::code_usage;
 pub use optim::{Hyper, Optimizer, schedule};
-pub use plan::{StagePlan, plan, plan_stage};
-pub use run::{CONFIG, EMA, Finished, WEIGHTS, profile_table, run};
-pub use stages::{Stage, Template};
+pub use plan::{StagePlan, choose_device, largest_batch, parse_memory, plan, plan_stage};
+pub use run::{
+    CONFIG, EMA, Finished, METRICS, RunOptions, WEIGHTS, profile_table, resume, run, run_config, written,
+};
+pub use stages::{Stage, Template, averaged};
 pub use step::{Batch, Loss, Outcome, Recipe, TokenizerMode, step};
 pub use weights::{load_weights, save_weights};

@@ -1,15 +1,19 @@
 //! `--plan`: one step of each stage on the device that only counts.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::sync::Arc;
 
-use super::{Batch, Hyper, Optimizer, Stage, TokenizerMode, step};
-use crate::backend::{Device, Memory, Plan, Role, StepState};
+use super::{Batch, Hyper, Optimizer, Stage, TokenizerMode, averaged, step};
+use crate::backend::{self, Device, Kernels, Memory, Plan, Role, StepState};
 use crate::config::{Config, StageConfig, StageKind};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Part};
 use crate::tensor::Tensor;
+
+/// Where the search for the largest batch ends.
+const MAX_BATCH: usize = 65536;
 
 /// What one step of a stage takes.
 #[derive(Debug, Clone)]
@@ -24,6 +28,8 @@ pub struct StagePlan {
     pub flop: u64,
     /// Kernel launches of one step.
     pub launches: u64,
+    /// Names of the kernels launched.
+    pub kernels: Vec<&'static str>,
     /// Bytes by role.
     pub memory: Memory,
     /// The largest single buffer of each role.
@@ -31,34 +37,19 @@ pub struct StagePlan {
 }
 
 /// Plans a stage: builds the model on [`Plan`] and runs one step of it.
-pub fn plan_stage(cfg: &Config, kind: StageKind, batch: usize) -> Result<StagePlan> {
+pub fn plan_stage(cfg: &Config, stage_cfg: &StageConfig) -> Result<StagePlan> {
+    let (kind, batch) = (stage_cfg.kind, stage_cfg.batch);
     let dev = Arc::new(Plan::new());
     let mut model = Ett::new(cfg, dev.clone())?;
     let stage = Stage::new(kind, &model)?;
-    model.params.train(&stage.trained())?;
-    let size = cfg.data.size;
-    let (images, grids) = match stage.recipe.tokenizer {
-        TokenizerMode::Off => (vec![], vec![]),
-        _ => {
-            let prec = model.params.precision();
-            let s = size / cfg.tokenizer.downsampling();
-            let images = Tensor::empty(&*dev, Role::Input, prec.act, [batch, size, size, 3])?;
-            (vec![images], vec![Grid { images: batch, h: s, w: s }])
-        }
-    };
-    let packed = match stage.recipe.text {
-        true => {
-            let text = Part::target(vec![0; cfg.data.text_tokens]);
-            let sequences: Vec<Vec<Part>> = (0..batch)
-                .map(|i| match grids.is_empty() {
-                    true => vec![text.clone()],
-                    false => vec![Part::Image(i), text.clone()],
-                })
-                .collect();
-            Some(Batch::pack(&model, &sequences, &grids, 1)?)
-        }
-        false => None,
-    };
+    let trained = stage.trained();
+    model.params.train(&trained)?;
+    if stage_cfg.ema {
+        model.params.average(&averaged(&trained))?;
+    }
+    let parts: Vec<Batch> = (0..stage_cfg.accumulate)
+        .map(|_| part(cfg, &model, &stage, batch / stage_cfg.accumulate))
+        .collect::<Result<_>>()?;
     let state = StepState::new(&*dev, model.params.precision().acc)?;
     let h = Hyper { betas: cfg.train.betas, eps: 1e-8, weight_decay: 0.0, ema_decay: 0.0, clip: 1.0 };
     let main = Optimizer::new(&model.params, &stage.groups, h)?;
@@ -67,8 +58,7 @@ pub fn plan_stage(cfg: &Config, kind: StageKind, batch: usize) -> Result<StagePl
         false => None,
     };
     dev.reset_kernels();
-    step(&mut model, &stage.recipe, &Batch { images, packed }, &state, &main, disc.as_ref())?;
-    let trained = stage.trained();
+    step(&mut model, &stage.recipe, &parts, &state, &main, disc.as_ref())?;
     let parameters = model
         .params
         .groups()
@@ -77,42 +67,146 @@ pub fn plan_stage(cfg: &Config, kind: StageKind, batch: usize) -> Result<StagePl
         .map(|(g, name)| (name.to_string(), model.params.count(g), trained.contains(name)))
         .filter(|(_, n, _)| *n > 0)
         .collect();
-    let launches = dev.kernels().values().map(|k| k.calls).sum();
+    let kernels = dev.kernels();
     Ok(StagePlan {
         kind,
         batch,
         parameters,
         flop: dev.flop(),
-        launches,
+        launches: kernels.values().map(|k| k.calls).sum(),
+        kernels: kernels.into_keys().collect(),
         memory: dev.memory(),
         largest: dev.largest(),
     })
+}
+
+/// A part of a batch as a stage reads it: `n` pictures of the configured size, with texts of the configured length.
+fn part(cfg: &Config, model: &Ett, stage: &Stage, n: usize) -> Result<Batch> {
+    let dev = &**model.params.device();
+    let size = cfg.data.size;
+    let (images, grids) = match stage.recipe.tokenizer {
+        TokenizerMode::Off => (vec![], vec![]),
+        _ => {
+            let prec = model.params.precision();
+            let s = size / cfg.tokenizer.downsampling();
+            let images = Tensor::empty(dev, Role::Input, prec.act, [n, size, size, 3])?;
+            (vec![images], vec![Grid { images: n, h: s, w: s }])
+        }
+    };
+    let sequence = |i: usize| {
+        let ids = vec![0; cfg.data.text_tokens];
+        match (stage.recipe.codes, grids.is_empty()) {
+            (true, _) => vec![Part::context(ids), Part::Codes(i)],
+            (_, true) => vec![Part::target(ids)],
+            (_, false) => vec![Part::Image(i), Part::target(ids)],
+        }
+    };
+    let packed = match stage.recipe.text || stage.recipe.codes {
+        true => {
+            let sequences: Vec<Vec<Part>> = (0..n).map(sequence).collect();
+            Some(Batch::pack(model, &sequences, &grids, 1)?)
+        }
+        false => None,
+    };
+    Ok(Batch { images, packed })
+}
+
+/// The largest batch of a stage, made in one part, whose step takes at most `bytes`; 0 if none does.
+pub fn largest_batch(cfg: &Config, stage: &StageConfig, bytes: u64) -> Result<usize> {
+    let peak = |batch: usize| -> Result<u64> {
+        Ok(plan_stage(cfg, &StageConfig { batch, accumulate: 1, ..stage.clone() })?.memory.peak)
+    };
+    if peak(1)? > bytes {
+        return Ok(0);
+    }
+    // Memory grows with the batch: the first size that does not fit, then by halves.
+    let (mut fits, mut not) = (1, 2);
+    while peak(not)? <= bytes {
+        (fits, not) = (not, 2 * not);
+        if not > MAX_BATCH {
+            return Ok(fits);
+        }
+    }
+    while not - fits > 1 {
+        let middle = fits + (not - fits) / 2;
+        match peak(middle)? <= bytes {
+            true => fits = middle,
+            false => not = middle,
+        }
+    }
+    Ok(fits)
+}
+
+/// Bytes of `80GiB`, `24 GB`, `512MiB` or a plain number.
+pub fn parse_memory(text: &str) -> Result<u64> {
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let unit = match text[digits.len()..].trim() {
+        "" | "B" => Some(1.0),
+        "MiB" => Some(f64::from(1 << 20)),
+        "GiB" => Some(f64::from(1 << 30)),
+        "MB" => Some(1e6),
+        "GB" => Some(1e9),
+        _ => None,
+    };
+    match (digits.parse::<f64>(), unit) {
+        (Ok(n), Some(unit)) if n.is_finite() && n >= 0.0 => Ok((n * unit) as u64),
+        _ => Err(Error::config("--memory", text, "a size such as 80GiB, 512MiB or 24GB")),
+    }
+}
+
+/// The first device of `cuda` and `cpu` that can run every stage of a configuration, with what was looked at.
+pub fn choose_device(cfg: &Config) -> Result<Arc<dyn Kernels>> {
+    let gpu = match backend::open("cuda", 0) {
+        Ok(gpu) => gpu,
+        Err(e) => {
+            tracing::info!("on the CPU ({e})");
+            return backend::open("cpu", cfg.train.threads);
+        }
+    };
+    let mut missing = BTreeSet::new();
+    for s in &cfg.stage {
+        let needed = plan_stage(cfg, &StageConfig { batch: 1, accumulate: 1, ..s.clone() })?.kernels;
+        missing.extend(needed.into_iter().filter(|k| gpu.missing().contains(k)));
+    }
+    if missing.is_empty() {
+        tracing::info!("on {}", gpu.name());
+        return Ok(gpu);
+    }
+    let names: Vec<&str> = missing.into_iter().collect();
+    tracing::info!(
+        "on the CPU: {} does not have {} of the kernels that this run needs yet ({})",
+        gpu.name(),
+        names.len(),
+        names.join(", ")
+    );
+    backend::open("cpu", cfg.train.threads)
 }
 
 fn gib(bytes: u64) -> f64 {
     bytes as f64 / (1u64 << 30) as f64
 }
 
-/// The plan of every stage of a configuration (of the semantic stage if it names none), as text.
-pub fn plan(cfg: &Config) -> Result<String> {
-    let semantic = StageConfig {
-        kind: StageKind::Semantic,
-        steps: 1,
-        batch: 1,
-        lr: None,
-        disc_lr: None,
-        schedule: crate::config::ScheduleKind::Cosine,
-        ema: false,
-        betas: None,
-        captions: 0.0,
-    };
+/// The plan of every stage of a configuration (of the semantic stage if it names none), as text; with `memory` in
+/// bytes also the largest batch that fits.
+pub fn plan(cfg: &Config, memory: Option<u64>) -> Result<String> {
+    let semantic = StageConfig::new(StageKind::Semantic, 1, 1);
     let stages = if cfg.stage.is_empty() { std::slice::from_ref(&semantic) } else { &cfg.stage[..] };
     let mut out = String::new();
     for s in stages {
-        let p = plan_stage(cfg, s.kind, s.batch)?;
+        let p = plan_stage(cfg, s)?;
         // Writing to a String cannot fail.
-        let _ =
-            writeln!(out, "stage {}: batch {}, {} precision", p.kind.name(), p.batch, cfg.train.precision);
+        let parts = match s.accumulate {
+            1 => String::new(),
+            n => format!(" in {n} parts"),
+        };
+        let recompute = if cfg.train.recompute { ", blocks recomputed" } else { "" };
+        let _ = writeln!(
+            out,
+            "stage {}: batch {}{parts}, {} precision{recompute}",
+            p.kind.name(),
+            p.batch,
+            cfg.train.precision
+        );
         for (name, n, trained) in &p.parameters {
             let _ =
                 writeln!(out, "  {name:<14} {n:>14} parameters{}", if *trained { ", trained" } else { "" });
@@ -128,6 +222,13 @@ pub fn plan(cfg: &Config) -> Result<String> {
             p.launches,
             p.flop as f64 / 1e12 / p.batch as f64
         );
+        if let Some(bytes) = memory {
+            let _ = match largest_batch(cfg, s, bytes)? {
+                0 => writeln!(out, "  {:.1} GiB do not hold a batch of 1", gib(bytes)),
+                MAX_BATCH.. => writeln!(out, "  {:.1} GiB hold any batch up to {MAX_BATCH}", gib(bytes)),
+                n => writeln!(out, "  {:.1} GiB hold a batch of up to {n} in one part", gib(bytes)),
+            };
+        }
     }
     Ok(out)
 }

@@ -1,21 +1,23 @@
-//! A whole run: the stages of a configuration one after another, with metrics, a checkpoint and a closing
-//! evaluation.
+//! A whole run: the stages of a configuration one after another, with metrics, checkpoints and a closing evaluation.
 
-use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::Serialize;
 
-use super::feed::{DataSet, Feed};
+use super::checkpoint::{self, Checkpoints, Progress};
+use super::dump::dump;
+use super::feed::{DataSet, Fed, Feed};
+use super::metrics::{Line, Metrics, Smooth, Usage};
+use super::sharpness::Sharpness;
 use super::weights::{read_file, set_weights};
-use super::{Hyper, Loss, Optimizer, Outcome, Stage, Template, save_weights, schedule, step};
+use super::{
+    Hyper, Optimizer, Outcome, Stage, Template, TokenizerMode, averaged, closing, files, interrupt, save_weights,
+    schedule, step,
+};
 use crate::backend::{Cpu, Kernels, Slot, StepState};
-use crate::config::{Config, StageConfig};
+use crate::config::{Config, GroupConfig, QuantizerKind, StageConfig};
 use crate::data::TextTokenizer;
 use crate::error::{Error, Result};
 use crate::eval::{self, Report};
@@ -28,70 +30,118 @@ pub const WEIGHTS: &str = "model.safetensors";
 pub const EMA: &str = "ema.safetensors";
 /// The configuration of a run.
 pub const CONFIG: &str = "config.toml";
-/// Updates in a row that may be skipped for a non-finite gradient.
+/// What each step wrote down.
+pub const METRICS: &str = "metrics.jsonl";
+/// Updates in a row that may be skipped because something was not finite.
 const MAX_SKIPPED: usize = 20;
 
-/// One line of `metrics.jsonl`.
-#[derive(Serialize)]
-struct Line<'a> {
-    stage: &'a str,
-    step: usize,
-    rate: f64,
-    loss: BTreeMap<&'static str, f64>,
-    grad_norm: f64,
-    skipped: usize,
-    codes_used: usize,
-    images_per_s: f64,
-    tokens_per_s: f64,
+/// What a run is told beside its configuration.
+#[derive(Debug, Clone, Copy)]
+pub struct RunOptions<'a> {
+    /// The run folder.
+    pub out: &'a Path,
+    /// Weights to start from (safetensors, public names).
+    pub init: Option<&'a Path>,
+    /// No progress bars.
+    pub quiet: bool,
 }
 
 /// What a run leaves behind, for callers.
 pub struct Finished {
     /// The trained model.
     pub model: Ett,
-    /// Held-out results; `None` without `data.test`.
+    /// Held-out results; `None` without held-out data.
     pub report: Option<Report>,
     /// Seconds a stage, by name.
     pub seconds: Vec<(String, f64)>,
+    /// The checkpoint that an interrupted run goes on from.
+    pub interrupted: Option<PathBuf>,
 }
 
 impl Finished {
     /// The closing table.
     pub fn table(&self) -> String {
         let mut out = String::new();
-        let mut row = |name: &str, value: String| out.push_str(&format!("  {name:<44} {value}\n"));
+        let mut row = |name: &str, value: String| out.push_str(&format!("  {name:<46} {value}\n"));
         for (stage, s) in &self.seconds {
             row(&format!("stage {stage}"), format!("{s:.0} s"));
         }
-        if let Some(r) = &self.report {
-            row("held-out pictures", r.pictures.to_string());
-            row("reconstruction MSE (share of the mean image's)", {
-                format!("{:.5} ({:.3})", r.mse, r.mse / r.mse_mean_image)
-            });
-            row("PSNR", format!("{:.2} dB", r.psnr));
-            row("codes used (perplexity)", format!("{} ({:.1})", r.codes_used, r.code_perplexity));
-            let pair = |p: &eval::Pair| format!("{:.4}   another picture: {:.4}", p.seen, p.other);
-            row("caption loss, nats a token", pair(&r.caption_loss));
-            row("answers exactly right", pair(&r.accuracy));
-            row("  yes or no", pair(&r.accuracy_yes_no));
-            row("  all others", pair(&r.accuracy_open));
+        for (name, value) in self.report.iter().flat_map(Report::rows) {
+            row(&name, value);
         }
         out
     }
 }
 
-fn prepare(out: &Path) -> Result<()> {
+/// Runs all stages of `cfg` into a new folder.
+pub fn run(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions) -> Result<Finished> {
+    if cfg.stage.is_empty() {
+        return Err(Error::config("stage", "none", "at least one [[stage]]"));
+    }
+    refuse_used(o.out)?;
+    let session = Session::new(cfg, dev, o.out, o.quiet)?;
+    if let Some(path) = o.init {
+        super::load_weights(&session.model.params, path)?;
+    }
+    std::fs::create_dir_all(o.out).map_err(Error::io(o.out))?;
+    let text = toml::to_string(cfg).map_err(|e| Error::config("configuration", e, "values TOML can hold"))?;
+    files::replace(&o.out.join(CONFIG), text.as_bytes())?;
+    session.go(None)
+}
+
+/// Goes on with an interrupted run from its last checkpoint, to the bits that it would have had.
+pub fn resume(out: &Path, dev: Arc<dyn Kernels>, quiet: bool) -> Result<Finished> {
+    if out.join(WEIGHTS).exists() {
+        return Err(Error::data(out, "holds a finished run, which has nothing left to do"));
+    }
+    let Some(from) = Checkpoints::latest(out)? else {
+        let what = "holds no checkpoint to go on from; start with `ett-train run --config FILE`";
+        return Err(Error::data(out, what));
+    };
+    Session::new(&run_config(out)?, dev, out, quiet)?.go(Some(&from))
+}
+
+/// The configuration of a run folder.
+pub fn run_config(out: &Path) -> Result<Config> {
+    let path = out.join(CONFIG);
+    if !path.exists() {
+        let what = format!("holds no {CONFIG}; name the folder of a run of ett-train");
+        return Err(Error::data(out, what));
+    }
+    Config::load(&path, &[])
+}
+
+/// The files for people in the folder of a finished run, with what they are.
+pub fn written(out: &Path) -> Vec<(&'static str, &'static str)> {
+    [
+        ("losses.png", "curves of every loss"),
+        ("reconstructions.png", "held-out pictures above their reconstructions"),
+        ("held-out.md", "captions and answers beside the truth"),
+        ("drawings.png", "pictures drawn for held-out prompts"),
+        ("eval.json", "the held-out results above, with their settings"),
+        (METRICS, "one line a step"),
+        (WEIGHTS, "the weights; `ett --run` uses this folder"),
+    ]
+    .into_iter()
+    .filter(|(file, _)| out.join(file).exists())
+    .collect()
+}
+
+/// Fails if `out` holds a run already, and says what can be done.
+fn refuse_used(out: &Path) -> Result<()> {
     if out.join(WEIGHTS).exists() {
         let what = "holds a finished run already; name another folder with --out, or remove it";
         return Err(Error::data(out, what));
     }
-    std::fs::create_dir_all(out).map_err(Error::io(out))
-}
-
-fn hyper(cfg: &Config, stage: &StageConfig, betas: [f64; 2]) -> Hyper {
-    let t = &cfg.train;
-    let ema_decay = if stage.ema { t.ema_decay } else { 0.0 };
-    Hyper { betas, eps: t.adam_eps, weight_decay: t.weight_decay, ema_decay, clip: t.clip }
+    if out.join(CONFIG).exists() || out.join(METRICS).exists() {
+        let what = format!(
+            "holds a run that has not ended; go on with `ett-train resume {}`, name another folder with --out, or \
+             remove it",
+            out.display()
+        );
+        return Err(Error::data(out, what));
+    }
+    Ok(())
 }
 
 /// Loads LPIPS weights named by the configuration, or says that its features are random.
@@ -116,217 +166,302 @@ fn load_lpips(model: &Ett) -> Result<()> {
     }
 }
 
-/// Runs all stages of `cfg` into the folder `out`. `init` is a weights file to start from.
-pub fn run(
-    cfg: &Config,
-    dev: Arc<dyn Kernels>,
-    out: &Path,
-    init: Option<&Path>,
+/// A run under way.
+struct Session {
+    cfg: Config,
+    model: Ett,
+    data: DataSet,
+    test: Option<DataSet>,
+    template: Template,
+    out: PathBuf,
     quiet: bool,
-) -> Result<Finished> {
-    if cfg.stage.is_empty() {
-        return Err(Error::config("stage", "none", "at least one [[stage]]"));
-    }
-    let template = Template::new(TextTokenizer::Bytes);
-    if cfg.llm.vocab < template.tokenizer().vocabulary() {
-        let want = format!("at least {}, the text tokenizer's", template.tokenizer().vocabulary());
-        return Err(Error::config("llm.vocab", cfg.llm.vocab, want));
-    }
-    prepare(out)?;
-    let text = toml::to_string(cfg).map_err(|e| Error::config("configuration", e, "values TOML can hold"))?;
-    let config_path = out.join(CONFIG);
-    std::fs::write(&config_path, text).map_err(Error::io(&config_path))?;
-
-    let data = DataSet::open(&cfg.data.train, &cfg.data, false)?;
-    let mut model = Ett::new(cfg, dev.clone())?;
-    load_lpips(&model)?;
-    if let Some(path) = init {
-        super::load_weights(&model.params, path)?;
-    }
-    let metrics_path = out.join("metrics.jsonl");
-    let file = File::create(&metrics_path).map_err(Error::io(&metrics_path))?;
-    let mut metrics = (metrics_path, BufWriter::new(file));
-    let mut seconds = Vec::new();
-    for (number, stage) in cfg.stage.iter().enumerate() {
-        let start = Instant::now();
-        run_stage(&mut model, &data, &template, stage, number, &mut metrics, quiet)?;
-        seconds.push((stage.kind.name().to_string(), start.elapsed().as_secs_f64()));
-    }
-    model.params.train(&[])?;
-    save_weights(&model.params, &out.join(WEIGHTS), Copy::Master)?;
-    if model.params.groups().iter().enumerate().any(|(g, _)| model.params.ema(g).is_some()) {
-        save_weights(&model.params, &out.join(EMA), Copy::Ema)?;
-    }
-    let report = match &cfg.data.test {
-        Some(test) => {
-            let test = DataSet::open(test, &cfg.data, true)?;
-            let report = eval::evaluate(&model, &data, &test, &template, &out.join("reconstructions.png"))?;
-            let path = out.join("eval.json");
-            let json = serde_json::to_string_pretty(&report)
-                .map_err(|e| Error::data(&path, format!("cannot be written ({e})")))?;
-            std::fs::write(&path, json).map_err(Error::io(&path))?;
-            Some(report)
-        }
-        None => None,
-    };
-    Ok(Finished { model, report, seconds })
+    progress: Progress,
 }
 
-fn bar(stage: &StageConfig, quiet: bool) -> ProgressBar {
+impl Session {
+    fn new(cfg: &Config, dev: Arc<dyn Kernels>, out: &Path, quiet: bool) -> Result<Self> {
+        let template = Template::new(TextTokenizer::Bytes);
+        if cfg.llm.vocab < template.tokenizer().vocabulary() {
+            let want = format!("at least {}, the text tokenizer's", template.tokenizer().vocabulary());
+            return Err(Error::config("llm.vocab", cfg.llm.vocab, want));
+        }
+        let data = DataSet::open(&cfg.data.train, &cfg.data, false)?;
+        let test = match &cfg.data.test {
+            Some(test) => Some(DataSet::open(test, &cfg.data, true)?),
+            None => None,
+        };
+        let model = Ett::new(cfg, dev)?;
+        load_lpips(&model)?;
+        Ok(Session {
+            cfg: cfg.clone(),
+            model,
+            data,
+            test,
+            template,
+            out: out.into(),
+            quiet,
+            progress: Progress::default(),
+        })
+    }
+
+    fn go(mut self, from: Option<&Path>) -> Result<Finished> {
+        let mut from = from;
+        if let Some(folder) = from {
+            self.progress = checkpoint::progress(folder)?;
+            tracing::info!(
+                "going on from {}: stage {}, {} steps done",
+                folder.display(),
+                self.progress.stage_name,
+                self.progress.step
+            );
+        }
+        let mut metrics = Metrics::open(&self.out.join(METRICS), self.progress.metrics_bytes)?;
+        let stages = self.cfg.stage.clone();
+        for (number, cfg) in stages.iter().enumerate().skip(self.progress.stage) {
+            if let Some(at) = self.stage(cfg, number, from.take(), &mut metrics)? {
+                let seconds = self.progress.seconds.clone();
+                return Ok(Finished { model: self.model, report: None, seconds, interrupted: Some(at) });
+            }
+        }
+        self.model.params.train(&[])?;
+        let report = match &self.test {
+            Some(test) => Some(closing::evaluate(&self.model, test, &self.template, &self.out)?),
+            None => None,
+        };
+        closing::plot(&self.out.join(METRICS), &self.out);
+        let params = &self.model.params;
+        if (0..params.groups().len()).any(|g| params.ema(g).is_some()) {
+            save_weights(params, &self.out.join(EMA), Copy::Ema)?;
+        }
+        // Last, since it marks the run as finished.
+        save_weights(params, &self.out.join(WEIGHTS), Copy::Master)?;
+        let seconds = self.progress.seconds;
+        Ok(Finished { model: self.model, report, seconds, interrupted: None })
+    }
+
+    /// Runs a stage, or what is left of it after the checkpoint `from`. Returns the checkpoint that was saved if the
+    /// run is to stop.
+    fn stage(
+        &mut self,
+        cfg: &StageConfig,
+        number: usize,
+        from: Option<&Path>,
+        metrics: &mut Metrics,
+    ) -> Result<Option<PathBuf>> {
+        let Session { cfg: all, model, data, test, template, out, quiet, progress } = self;
+        let checkpoints = Checkpoints::new(out, all.train.keep);
+        let stage = Stage::new(cfg.kind, model)?;
+        let trained = stage.trained();
+        model.params.train(&trained)?;
+        if from.is_none() {
+            // Averages outlast stages that leave their group alone, and start anew where it is trained again.
+            model.params.drop_averages(&trained);
+            if cfg.ema {
+                model.params.average(&averaged(&trained))?;
+            }
+        }
+        let feed = Feed::new(data, template, cfg, &stage, &all.train, number)?;
+        let mut update = Update::new(model, cfg, &stage)?;
+        match from {
+            Some(folder) => checkpoint::load(folder, model, &mut update.optimizers())?,
+            None => (progress.stage, progress.step) = (number, 0),
+        }
+        progress.stage_name = cfg.kind.name().into();
+        let mut usage = Usage::new(all.quantizer.codes, all.train.usage_window, &progress.window);
+        let bar = bar(cfg, progress.step, *quiet);
+        let mut smooth = Smooth::default();
+        let (mut started, mut saved) = (Instant::now(), from.map(Path::to_path_buf));
+        let mut last = String::new();
+        while progress.step < cfg.steps {
+            let s = progress.step;
+            let clock = Instant::now();
+            let fed = feed.batch(model, s)?;
+            if let (0, Some(first)) = (s, fed.sequences.first()) {
+                let shown = template.show(first);
+                bar.suspend(|| tracing::info!("first sample of stage {}: {shown}", cfg.kind.name()));
+            }
+            let rate = update.prepare(model, cfg, &stage, &fed, s)?;
+            let outcome = step(
+                model,
+                &stage.recipe,
+                &fed.parts,
+                &update.state,
+                &update.main,
+                update.disc.as_ref(),
+            )?;
+            let (norm, bad) = update.finish(model)?;
+            let mut line = Line { stage: cfg.kind.name(), number, step: s, rate, ..Line::default() };
+            line.measure(model, &outcome)?;
+            line.grad_norm = norm;
+            match bad {
+                false => progress.in_a_row = 0,
+                true => {
+                    (progress.skipped, progress.in_a_row) = (progress.skipped + 1, progress.in_a_row + 1);
+                    let what = format!("step {s} of stage {}", cfg.kind.name());
+                    let dev = &**model.params.device();
+                    if let Some(path) = dump(out, cfg.kind.name(), s, &fed.parts, dev)? {
+                        bar.suspend(|| {
+                            tracing::warn!(
+                                "{what}: something is not finite, the update is skipped; its inputs are in {}",
+                                path.display()
+                            );
+                        });
+                    }
+                    if progress.in_a_row > MAX_SKIPPED {
+                        return Err(Error::Training(format!(
+                            "{} updates in a row had losses or gradients that are not finite, the last at {what}; lower \
+                             the learning rate or look at the data",
+                            progress.in_a_row
+                        )));
+                    }
+                }
+            }
+            line.skipped = progress.skipped;
+            for idx in &outcome.idx {
+                usage.add(&idx.to_host(&**model.params.device())?);
+            }
+            (line.codes_used, line.code_perplexity) = usage.measure();
+            if s == 0 {
+                line.quantizer = sharpness(model, &stage, &outcome)?;
+                if let Some(what) = line.quantizer.and_then(|q| q.warning()) {
+                    bar.suspend(|| tracing::warn!("{what}"));
+                }
+            }
+            let took = clock.elapsed().as_secs_f64().max(1e-9);
+            line.images_per_s = cfg.batch as f64 / took;
+            line.tokens_per_s = fed.rows as f64 / took;
+            drop((fed, outcome));
+            let done = s + 1;
+            let every = all.train.eval_every;
+            if let Some(test) = test.as_ref().filter(|_| every > 0 && (done % every == 0 || done == cfg.steps)) {
+                line.eval = Some(eval::during(model, test, template, cfg.kind)?);
+            }
+            metrics.write(&line)?;
+            last = smooth.message(&line);
+            bar.set_message(last.clone());
+            bar.inc(1);
+            (progress.step, progress.total) = (done, progress.total + 1);
+            let stop = interrupt::requested();
+            let every = all.train.save_every;
+            if stop || done == cfg.steps || (every > 0 && done % every == 0) {
+                progress.metrics_bytes = metrics.flush()?;
+                progress.window = usage.window();
+                progress.spend(cfg.kind.name(), number, started.elapsed().as_secs_f64());
+                started = Instant::now();
+                saved = Some(checkpoints.save(model, &update.optimizers(), progress)?);
+            }
+            if stop {
+                bar.abandon();
+                return Ok(saved);
+            }
+        }
+        bar.finish();
+        let seconds = progress.seconds.last().map_or(0.0, |s| s.1);
+        tracing::info!("stage {}: {} steps in {seconds:.0} s, {last}", cfg.kind.name(), cfg.steps);
+        Ok(None)
+    }
+}
+
+/// The optimizers of a stage, and the step state that they share.
+struct Update {
+    state: StepState,
+    main: Optimizer,
+    disc: Option<Optimizer>,
+    peak: f64,
+    disc_peak: f64,
+}
+
+impl Update {
+    fn new(model: &Ett, cfg: &StageConfig, stage: &Stage) -> Result<Self> {
+        let t = &model.cfg.train;
+        let ema_decay = if cfg.ema { t.ema_decay } else { 0.0 };
+        let hyper = |betas| Hyper { betas, eps: t.adam_eps, weight_decay: t.weight_decay, ema_decay, clip: t.clip };
+        let mut state = StepState::new(&**model.params.device(), model.params.precision().acc)?;
+        stage.recipe.weights(model, &mut state, cfg.accumulate);
+        let (peak, betas) = (cfg.lr.unwrap_or(t.lr), cfg.betas.unwrap_or(t.betas));
+        let mut main = Optimizer::new(&model.params, &stage.groups, hyper(betas))?;
+        let own = cfg.groups.get("discriminator").cloned().unwrap_or_default();
+        for (name, g) in cfg.groups.iter().filter(|(name, _)| *name != "discriminator") {
+            let GroupConfig { lr, betas: own } = *g;
+            let scale = lr.map_or(1.0, |lr| if peak > 0.0 { lr / peak } else { 0.0 });
+            main.set_group(&model.params, name, scale, own.unwrap_or(betas)).map_err(|_| {
+                let key = format!("stage.groups.{name}");
+                let want = format!("a group that this stage trains: {}", stage.trained().join(", "));
+                Error::config(key, "not trained", want)
+            })?;
+        }
+        let disc = match stage.discriminator {
+            true => {
+                let hyper = hyper(own.betas.unwrap_or(t.disc_betas));
+                Some(Optimizer::new(&model.params, &["discriminator"], hyper)?)
+            }
+            false => None,
+        };
+        Ok(Update { state, main, disc, peak, disc_peak: own.lr.unwrap_or(peak) })
+    }
+
+    /// The optimizers, for checkpoints.
+    fn optimizers(&mut self) -> Vec<&mut Optimizer> {
+        [Some(&mut self.main), self.disc.as_mut()].into_iter().flatten().collect()
+    }
+
+    /// Sends what step `s` needs to the device; the learning rate.
+    fn prepare(&mut self, model: &Ett, cfg: &StageConfig, stage: &Stage, fed: &Fed, s: usize) -> Result<f64> {
+        let what = |of: &str| {
+            Error::Training(format!(
+                "step {s} of stage {} has no supervised {of}; look at the captions and questions",
+                cfg.kind.name()
+            ))
+        };
+        if stage.recipe.text && fed.tokens == 0 {
+            return Err(what("token"));
+        }
+        if stage.recipe.codes && fed.codes == 0 {
+            return Err(what("code"));
+        }
+        self.state.set(Slot::InvTokens, 1.0 / fed.tokens.max(1) as f64);
+        self.state.set(Slot::InvCodes, 1.0 / fed.codes.max(1) as f64);
+        let rate = |peak| schedule(cfg.schedule, peak, model.cfg.train.warmup, s, cfg.steps);
+        self.main.prepare(&mut self.state, rate(self.peak));
+        if let Some(d) = &mut self.disc {
+            d.prepare(&mut self.state, rate(self.disc_peak));
+        }
+        self.state.send(&**model.params.device())?;
+        Ok(rate(self.peak))
+    }
+
+    /// Waits for the step; its gradient norm, and whether an update was skipped.
+    fn finish(&mut self, model: &Ett) -> Result<(f64, bool)> {
+        let dev = &**model.params.device();
+        let (mut norms, mut bad) = (Vec::new(), false);
+        for o in self.optimizers() {
+            let norm = o.norm().to_f64(dev)?;
+            norms.push(norm[0].sqrt());
+            if norm[1] > 0.0 {
+                bad = true;
+                o.skip();
+            }
+        }
+        Ok((norms[0], bad))
+    }
+}
+
+fn bar(stage: &StageConfig, done: usize, quiet: bool) -> ProgressBar {
     if quiet {
         return ProgressBar::hidden();
     }
     let style =
         ProgressStyle::with_template("{prefix:>9} {bar:32} {pos:>5}/{len} {elapsed} (left {eta}) {msg}");
-    let bar = ProgressBar::new(stage.steps as u64).with_prefix(stage.kind.name());
+    let bar = ProgressBar::new(stage.steps as u64).with_prefix(stage.kind.name()).with_position(done as u64);
     bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
-fn run_stage(
-    model: &mut Ett,
-    data: &DataSet,
-    template: &Template,
-    cfg: &StageConfig,
-    number: usize,
-    metrics: &mut (PathBuf, BufWriter<File>),
-    quiet: bool,
-) -> Result<()> {
-    let all = model.cfg.clone();
-    let dev = model.params.device().clone();
-    let stage = Stage::new(cfg.kind, model)?;
-    model.params.train(&stage.trained())?;
-    // Averages outlast stages that leave their group alone, and start anew where it is trained again.
-    model.params.drop_averages(&stage.trained());
-    if cfg.ema {
-        let tokenizer: Vec<&str> = stage
-            .trained()
-            .into_iter()
-            .filter(|g| ["encoder", "decoder", "discriminator"].contains(g))
-            .collect();
-        model.params.average(&tokenizer)?;
-    }
-    let feed = Feed::new(data, template, cfg, &stage, all.train.seed, number)?;
-    let mut state = StepState::new(&*dev, model.params.precision().acc)?;
-    stage.recipe.weights(model, &mut state);
-    let betas = cfg.betas.unwrap_or(all.train.betas);
-    let mut main = Optimizer::new(&model.params, &stage.groups, hyper(&all, cfg, betas))?;
-    let mut disc = match stage.discriminator {
-        true => {
-            Some(Optimizer::new(&model.params, &["discriminator"], hyper(&all, cfg, all.train.disc_betas))?)
-        }
-        false => None,
-    };
-    let peak = cfg.lr.unwrap_or(all.train.lr);
-    let disc_peak = cfg.disc_lr.unwrap_or(peak);
-    let bar = bar(cfg, quiet);
-    let (mut skipped, mut in_a_row) = (0, 0);
-    let mut smooth = Smooth::default();
-    for s in 0..cfg.steps {
-        let start = Instant::now();
-        let fed = feed.batch(model, s)?;
-        if s == 0
-            && let Some(first) = fed.sequences.first()
-        {
-            tracing::info!("first sample of stage {}: {}", cfg.kind.name(), template.show(first));
-        }
-        let tokens = fed.batch.packed.as_ref().map_or(0, |p| p.tokens);
-        if stage.recipe.text && tokens == 0 {
-            return Err(Error::Training(format!(
-                "step {s} of stage {} has no supervised token; look at the captions and questions",
-                cfg.kind.name()
-            )));
-        }
-        state.set(Slot::InvTokens, 1.0 / tokens.max(1) as f64);
-        let warm = all.train.warmup;
-        let rate = schedule(cfg.schedule, peak, warm, s, cfg.steps);
-        main.prepare(&mut state, rate);
-        if let Some(d) = &mut disc {
-            d.prepare(&mut state, schedule(cfg.schedule, disc_peak, warm, s, cfg.steps));
-        }
-        state.send(&*dev)?;
-        let outcome = step(model, &stage.recipe, &fed.batch, &state, &main, disc.as_ref())?;
-        let norm = main.norm().to_f64(&*dev)?;
-        let disc_bad = match &disc {
-            Some(d) => d.norm().to_f64(&*dev)?[1],
-            None => 0.0,
-        };
-        if norm[1] > 0.0 || disc_bad > 0.0 {
-            (skipped, in_a_row) = (skipped + 1, in_a_row + 1);
-            if in_a_row > MAX_SKIPPED {
-                return Err(Error::Training(format!(
-                    "{in_a_row} updates in a row had non-finite gradients, the last at step {s} of stage {}; \
-                     lower the learning rate or look at the data",
-                    cfg.kind.name()
-                )));
-            }
-        } else {
-            in_a_row = 0;
-        }
-        let took = start.elapsed().as_secs_f64().max(1e-9);
-        let line = Line {
-            stage: cfg.kind.name(),
-            step: s,
-            rate,
-            loss: values(model, &outcome)?,
-            grad_norm: norm[0].sqrt(),
-            skipped,
-            codes_used: codes_used(&outcome, &*dev)?,
-            images_per_s: cfg.batch as f64 / took,
-            tokens_per_s: fed.batch.packed.as_ref().map_or(0, |p| p.rows) as f64 / took,
-        };
-        write_line(metrics, &line)?;
-        bar.set_message(smooth.message(&line));
-        bar.inc(1);
-    }
-    bar.finish();
-    metrics.1.flush().map_err(Error::io(&metrics.0))
-}
-
-fn write_line(metrics: &mut (PathBuf, BufWriter<File>), line: &Line) -> Result<()> {
-    let json = serde_json::to_string(line)
-        .map_err(|e| Error::data(&metrics.0, format!("a line cannot be written ({e})")))?;
-    writeln!(metrics.1, "{json}").map_err(Error::io(&metrics.0))
-}
-
-fn values(model: &Ett, out: &Outcome) -> Result<BTreeMap<&'static str, f64>> {
-    let mut all = BTreeMap::new();
-    for loss in Loss::ALL {
-        if out.terms.iter().any(|(l, _)| *l == loss) {
-            all.insert(loss.name(), out.value(model, loss)?);
-        }
-    }
-    Ok(all)
-}
-
-/// Distinct codes in a batch.
-fn codes_used(out: &Outcome, dev: &dyn Kernels) -> Result<usize> {
-    let Some(idx) = &out.idx else { return Ok(0) };
-    let mut idx = idx.to_host::<i32>(dev)?;
-    idx.sort_unstable();
-    idx.dedup();
-    Ok(idx.len())
-}
-
-/// Averages of the losses for the progress bar.
-#[derive(Default)]
-struct Smooth {
-    loss: BTreeMap<&'static str, f64>,
-    rate: f64,
-}
-
-impl Smooth {
-    fn message(&mut self, line: &Line) -> String {
-        for (&name, &v) in &line.loss {
-            let old = self.loss.entry(name).or_insert(v);
-            *old += 0.05 * (v - *old);
-        }
-        let speed = &mut self.rate;
-        *speed += if *speed == 0.0 { line.images_per_s } else { 0.05 * (line.images_per_s - *speed) };
-        let shown: Vec<String> = ["cap", "rec", "quant", "lpips", "gan"]
-            .iter()
-            .filter_map(|n| self.loss.get(n).map(|v| format!("{n} {v:.3}")))
-            .collect();
-        format!("{} {:.0}/s", shown.join(" "), self.rate)
+/// In the first step of a stage that trains an IBQ tokenizer.
+fn sharpness(model: &Ett, stage: &Stage, out: &Outcome) -> Result<Option<Sharpness>> {
+    let ibq = model.cfg.quantizer.kind == QuantizerKind::Ibq;
+    match (stage.recipe.tokenizer, &out.z) {
+        (TokenizerMode::Trained(_), Some(z)) if ibq => Ok(Some(Sharpness::measure(model, z)?)),
+        _ => Ok(None),
     }
 }
 

@@ -26,12 +26,15 @@ impl Stage {
             (StageKind::Text, _) => (TokenizerMode::Off, true),
             (StageKind::Semantic, Arm::Ett) => (TokenizerMode::Trained(loss.alpha), true),
             (StageKind::Align | StageKind::Semantic | StageKind::Chat, _) => (TokenizerMode::Frozen, true),
+            (StageKind::Gen, _) => (TokenizerMode::Frozen, false),
         };
+        let codes = kind == StageKind::Gen;
         let mut groups = match kind {
             StageKind::Tokenizer => vec![],
             StageKind::Text => vec!["llm"],
             StageKind::Align => vec![model.input_group()],
             StageKind::Semantic | StageKind::Chat => vec!["llm", model.input_group()],
+            StageKind::Gen => vec!["llm", model.input_group(), "visual_head"],
         };
         let mut discriminator = false;
         if let TokenizerMode::Trained(alpha) = tokenizer {
@@ -44,7 +47,7 @@ impl Stage {
         if groups.is_empty() {
             return Err(Error::config("stage.kind", kind.name(), "a stage that trains something"));
         }
-        let recipe = Recipe { tokenizer, text, codes: false };
+        let recipe = Recipe { tokenizer, text, codes };
         Ok(Stage { recipe, groups, discriminator })
     }
 
@@ -56,6 +59,11 @@ impl Stage {
         }
         all
     }
+}
+
+/// Of the groups that a stage trains, those whose weights are averaged if it keeps averages.
+pub fn averaged<'a>(trained: &[&'a str]) -> Vec<&'a str> {
+    trained.iter().copied().filter(|g| ["encoder", "decoder", "discriminator"].contains(g)).collect()
 }
 
 /// How text and pictures are laid out as sequences; text is ChatML.
@@ -72,6 +80,16 @@ impl Template {
     /// The text tokenizer.
     pub fn tokenizer(&self) -> &TextTokenizer {
         &self.text
+    }
+
+    /// The token that ends a caption.
+    pub fn end_of_text(&self) -> i32 {
+        self.special(Special::EndOfText)
+    }
+
+    /// The token that ends an answer.
+    pub fn end_of_turn(&self) -> i32 {
+        self.special(Special::ImEnd)
     }
 
     fn special(&self, s: Special) -> i32 {
@@ -131,6 +149,20 @@ impl Template {
         Ok(parts)
     }
 
+    /// What precedes a picture that is to be drawn, up to its first code; without a prompt, the start of any picture.
+    pub fn drawing(&self, prompt: Option<&str>) -> Result<Vec<Part>> {
+        let mut ids = self.text.encode(prompt.unwrap_or_default())?;
+        ids.push(self.special(Special::VisionStart));
+        Ok(vec![Part::context(ids)])
+    }
+
+    /// A prompt and its picture, every code learnt.
+    pub fn drawn(&self, image: usize, prompt: Option<&str>) -> Result<Vec<Part>> {
+        let mut parts = self.drawing(prompt)?;
+        parts.push(Part::Codes(image));
+        Ok(parts)
+    }
+
     /// A caption without its picture, every token learnt.
     pub fn text_caption(&self, caption: &str) -> Result<Vec<Part>> {
         Ok(vec![Part::target(self.text_line(caption)?)])
@@ -156,7 +188,8 @@ impl Template {
             .map(|p| match p {
                 Part::Tokens { ids, supervised: true } => format!("[[{}]]", self.text.decode_visible(ids)),
                 Part::Tokens { ids, .. } => self.text.decode_visible(ids),
-                Part::Image(i) | Part::Codes(i) => format!("<image {i}>"),
+                Part::Image(i) => format!("<image {i}>"),
+                Part::Codes(i) => format!("[[<image {i}>]]"),
             })
             .collect()
     }

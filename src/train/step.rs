@@ -8,7 +8,7 @@ use crate::backend::{Slot, StepState};
 use crate::error::{Error, Result};
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Packed, Part};
-use crate::ops::{self, BatchStats, RowStatistics};
+use crate::ops::{self, BatchStats};
 use crate::tensor::Tensor;
 
 /// The losses, in the order of their weights in the step state.
@@ -71,6 +71,16 @@ impl Loss {
     pub fn slot(self) -> Slot {
         Slot::Weight(self as usize)
     }
+
+    /// True if it is a mean over the supervised tokens or codes of the whole batch; the others are means over the
+    /// pictures of one of its parts.
+    fn over_the_batch(self) -> bool {
+        matches!(self, Loss::Cap | Loss::Code)
+    }
+
+    fn is_discriminators(self) -> bool {
+        matches!(self, Loss::DHinge | Loss::DLecam)
+    }
 }
 
 /// What a stage does with the tokenizer.
@@ -96,8 +106,8 @@ pub struct Recipe {
 }
 
 impl Recipe {
-    /// Sets the weights of all losses in the step state.
-    pub fn weights(&self, model: &Ett, state: &mut StepState) {
+    /// Sets the weights of all losses in the step state, for batches of `parts` equal parts.
+    pub fn weights(&self, model: &Ett, state: &mut StepState, parts: usize) {
         let l = &model.cfg.loss;
         let alpha = match self.tokenizer {
             TokenizerMode::Trained(alpha) => alpha,
@@ -115,7 +125,8 @@ impl Recipe {
             (Loss::DLecam, l.lecam),
             (Loss::Code, if self.codes { 1.0 } else { 0.0 }),
         ] {
-            state.set(loss.slot(), w);
+            let share = if loss.over_the_batch() { 1.0 } else { 1.0 / parts as f64 };
+            state.set(loss.slot(), share * w);
         }
     }
 
@@ -125,7 +136,7 @@ impl Recipe {
     }
 }
 
-/// One batch on the device.
+/// A batch on the device, or one of the equal parts of one.
 pub struct Batch {
     /// Images `[B, H, W, 3]` in [-1, 1], one tensor a size.
     pub images: Vec<Tensor>,
@@ -147,23 +158,23 @@ impl Batch {
     }
 }
 
-/// What a step leaves behind.
+/// What a step leaves behind; activations are those of the batch's last part.
 #[derive(Default)]
 pub struct Outcome {
     /// Terms of each loss; a loss is the sum of its terms.
     pub terms: Vec<(Loss, Tensor)>,
+    /// Parts of the batch.
+    pub parts: usize,
     /// Quantizer input `[M, D]`.
     pub z: Option<Tensor>,
-    /// Codes `[M]` i32.
-    pub idx: Option<Tensor>,
+    /// Codes `[M]` i32 of each part.
+    pub idx: Vec<Tensor>,
     /// Quantizer output `[M, D]`.
     pub zq: Option<Tensor>,
     /// Reconstructions, one tensor a size.
     pub rec: Vec<Tensor>,
     /// Hidden states that predict supervised tokens, `[n, C]`.
     pub selected: Option<Tensor>,
-    /// Row statistics of the quantizer.
-    pub rows: Option<RowStatistics>,
     /// Tokens without a finite score, `[1]`.
     pub bad: Option<Tensor>,
 }
@@ -175,23 +186,70 @@ impl Outcome {
         for (_, t) in self.terms.iter().filter(|(l, _)| *l == loss) {
             sum += t.to_f64(&**model.params.device())?[0];
         }
-        Ok(sum)
+        Ok(if loss.over_the_batch() { sum } else { sum / self.parts.max(1) as f64 })
+    }
+
+    fn losses(&self, of: impl Fn(Loss) -> bool) -> impl Iterator<Item = &Tensor> {
+        self.terms.iter().filter(move |(l, _)| of(*l)).map(|(_, t)| t)
     }
 }
 
-/// Runs one step. `main` trains the recipe's groups, `disc` the discriminator; gradients start from zero. The
-/// step state must have been sent.
+/// Runs one step over the parts of a batch, one after another. `main` trains the recipe's groups, `disc` the
+/// discriminator; gradients start from zero. The step state must have been sent, with weights for as many parts.
 pub fn step(
     model: &mut Ett,
     recipe: &Recipe,
-    batch: &Batch,
+    parts: &[Batch],
     state: &StepState,
     main: &Optimizer,
     disc: Option<&Optimizer>,
 ) -> Result<Outcome> {
     model.params.zero_grad()?;
-    let t = Tape::new(model.params.device().clone(), model.params.precision());
-    let mut out = Outcome::default();
+    let mut out = Outcome { parts: parts.len(), ..Outcome::default() };
+    let disc = disc.filter(|_| recipe.reconstructs());
+    // The generator is judged by the discriminator that has seen the whole batch: with several parts it gets
+    // reconstructions of its own, made without a backward.
+    let first = match disc {
+        Some(disc) if parts.len() > 1 => {
+            for part in parts {
+                let rec = reconstruct(model, part)?;
+                discriminator_part(model, &part.images, &rec, state, &mut out)?;
+            }
+            update_discriminator(model, state, disc, &out)?;
+            None
+        }
+        first => first,
+    };
+    for part in parts {
+        generator_part(model, recipe, part, state, disc.is_some(), first, &mut out)?;
+    }
+    main.apply(&model.params, state, out.losses(|l| !l.is_discriminators()))?;
+    Ok(out)
+}
+
+/// Reconstructions of the pictures of a part, as training makes them.
+fn reconstruct(model: &Ett, part: &Batch) -> Result<Vec<Tensor>> {
+    let t = Tape::inference(model.params.device().clone(), model.params.precision());
+    let images: Vec<Var> = part.images.iter().map(|x| t.constant(x.clone())).collect();
+    let (z, grids) = model.tokenizer.encode(&t, &model.params, &images)?;
+    let (zq, _) = model.look_up(&t, &z, &model.tokenizer.codes(&t, &model.params)?)?;
+    let rec = model.tokenizer.decode(&t, &model.params, &zq, &grids)?;
+    Ok(rec.iter().map(|r| r.value().clone()).collect())
+}
+
+/// Forward and backward of a part. `judged`: the adversarial loss is formed; `first` is the discriminator's optimizer
+/// if it has to be stepped before that.
+fn generator_part(
+    model: &mut Ett,
+    recipe: &Recipe,
+    batch: &Batch,
+    state: &StepState,
+    judged: bool,
+    first: Option<&Optimizer>,
+    out: &mut Outcome,
+) -> Result<()> {
+    let t = Tape::new(model.params.device().clone(), model.params.precision())
+        .recomputing(model.cfg.train.recompute);
     let mut losses: Vec<(Loss, Var)> = Vec::new();
     let images: Vec<Var> = batch.images.iter().map(|x| t.constant(x.clone())).collect();
     let mut visual = None;
@@ -207,18 +265,23 @@ pub fn step(
                     losses.extend(q.sample.map(|v| (Loss::EntSample, v)));
                     losses.extend(q.avg.map(|v| (Loss::EntAvg, v)));
                 }
-                (out.rows, out.bad) = (q.rows, q.bad);
+                out.bad = q.bad;
                 (q.zq, q.idx)
             }
             _ => model.look_up(&t, &z, &codes)?,
         };
         if recipe.reconstructs() {
             let rec = model.tokenizer.decode(&t, &model.params, &zq, &grids)?;
-            reconstruction_losses(model, &t, &images, &rec, state, disc, &mut losses, &mut out)?;
             out.rec = rec.iter().map(|r| r.value().clone()).collect();
+            if let Some(disc) = first {
+                let rec = out.rec.clone();
+                discriminator_part(model, &batch.images, &rec, state, out)?;
+                update_discriminator(model, state, disc, out)?;
+            }
+            reconstruction_losses(model, &t, &images, &rec, judged, &mut losses)?;
         }
         out.zq = Some(zq.value().clone());
-        out.idx = Some(idx.clone());
+        out.idx.push(idx.clone());
         visual = Some((zq, idx));
     }
     if recipe.text || recipe.codes {
@@ -244,46 +307,37 @@ pub fn step(
             losses.push((Loss::Code, loss));
         }
     }
-    backward(t, &losses, state)?;
-    main.apply(&model.params, state)?;
-    out.terms.extend(losses.into_iter().map(|(l, v)| (l, v.value().clone())));
-    Ok(out)
+    backward(t, losses, state, out)
 }
 
 /// Seeds every loss with its weight from the step state and runs the tape backwards.
-fn backward(t: Tape, losses: &[(Loss, Var)], state: &StepState) -> Result<()> {
+fn backward(t: Tape, losses: Vec<(Loss, Var)>, state: &StepState, out: &mut Outcome) -> Result<()> {
     let weights: Vec<Tensor> = losses.iter().map(|(l, _)| state.slot(l.slot())).collect::<Result<_>>()?;
     let seeds: Vec<(&Var, &Tensor)> = losses.iter().map(|(_, v)| v).zip(&weights).collect();
     t.backward(&seeds)?;
+    out.terms.extend(losses.into_iter().map(|(l, v)| (l, v.value().clone())));
     Ok(())
 }
 
-/// Steps the discriminator on real images and detached reconstructions, then adds the generator's losses: mean
-/// absolute error, perceptual distance, and the judgement of the discriminator just stepped.
-#[allow(clippy::too_many_arguments)]
+/// Mean absolute error, perceptual distance, and the judgement of the discriminator.
 fn reconstruction_losses(
     model: &mut Ett,
     t: &Tape,
     images: &[Var],
     rec: &[Var],
-    state: &StepState,
-    disc: Option<&Optimizer>,
+    judged: bool,
     losses: &mut Vec<(Loss, Var)>,
-    out: &mut Outcome,
 ) -> Result<()> {
     let elements: usize = images.iter().map(|x| x.dims().numel()).sum();
     let count: usize = images.iter().map(|x| x.dims()[0]).sum();
     let mut passes: Vec<Vec<BatchStats>> = Vec::new();
-    if let Some(disc) = disc {
-        discriminator_step(model, images, rec, state, disc, &mut passes, out)?;
-    }
     for (x, r) in images.iter().zip(rec) {
         losses.push((Loss::Rec, ops::l1(t, r, x, 1.0 / elements as f64)?));
         if model.cfg.loss.lpips > 0.0 {
             let terms = model.lpips.distance(t, &model.params, x, r, 1.0 / count as f64)?;
             losses.extend(terms.into_iter().map(|v| (Loss::Lpips, v)));
         }
-        if disc.is_some() {
+        if judged {
             let (logits, stats) = model.discriminator.forward(t, &model.params, r, true)?;
             let d = logits.dims();
             let logits = ops::reshape(t, &logits, [d[0], d[1] * d[2]])?;
@@ -295,21 +349,21 @@ fn reconstruction_losses(
     model.discriminator.commit(&*dev, &mut model.discriminator_state, &passes)
 }
 
-fn discriminator_step(
+/// The discriminator's losses on real images and reconstructions, and their gradients.
+fn discriminator_part(
     model: &mut Ett,
-    images: &[Var],
-    rec: &[Var],
+    images: &[Tensor],
+    rec: &[Tensor],
     state: &StepState,
-    disc: &Optimizer,
-    passes: &mut Vec<Vec<BatchStats>>,
     out: &mut Outcome,
 ) -> Result<()> {
     let dev = model.params.device().clone();
     let t = Tape::new(dev.clone(), model.params.precision());
-    let mut judge = |xs: &[Var]| -> Result<Var> {
+    let mut passes: Vec<Vec<BatchStats>> = Vec::new();
+    let mut judge = |xs: &[Tensor]| -> Result<Var> {
         let mut logits = Vec::new();
         for x in xs {
-            let x = t.constant(x.value().clone());
+            let x = t.constant(x.clone());
             let (l, stats) = model.discriminator.forward(&t, &model.params, &x, false)?;
             passes.push(stats);
             logits.push(ops::reshape(&t, &l, [l.dims().numel(), 1])?);
@@ -322,14 +376,16 @@ fn discriminator_step(
     let (real, fake) = (judge(images)?, judge(rec)?);
     let half = 0.5 / real.dims().numel() as f64;
     let averages = model.discriminator.lecam_after(&t, &model.discriminator_state, &real, &fake)?;
-    let losses = [
+    let losses = vec![
         (Loss::DHinge, ops::hinge(&t, &real, true, half)?),
         (Loss::DHinge, ops::hinge(&t, &fake, false, half)?),
         (Loss::DLecam, ops::lecam(&t, &real, &fake, &averages)?),
     ];
-    backward(t, &losses, state)?;
-    disc.apply(&model.params, state)?;
-    model.discriminator.commit_lecam(&*dev, &model.discriminator_state, &averages)?;
-    out.terms.extend(losses.into_iter().map(|(l, v)| (l, v.value().clone())));
-    Ok(())
+    backward(t, losses, state, out)?;
+    model.discriminator.commit(&*dev, &mut model.discriminator_state, &passes)?;
+    model.discriminator.commit_lecam(&*dev, &model.discriminator_state, &averages)
+}
+
+fn update_discriminator(model: &Ett, state: &StepState, disc: &Optimizer, out: &Outcome) -> Result<()> {
+    disc.apply(&model.params, state, out.losses(Loss::is_discriminators))
 }

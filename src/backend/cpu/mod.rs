@@ -170,6 +170,12 @@ impl Device for Cpu {
         &OneRank
     }
 
+    fn available(&self) -> Option<u64> {
+        let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+        let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
+    }
+
     fn memory(&self) -> Memory {
         self.pool.memory()
     }

@@ -399,6 +399,14 @@ impl Device for Cuda {
         self
     }
 
+    fn missing(&self) -> Vec<&'static str> {
+        super::missing()
+    }
+
+    fn available(&self) -> Option<u64> {
+        self.gpu.context.mem_get_info().ok().map(|(free, _)| free as u64)
+    }
+
     fn memory(&self) -> Memory {
         self.gpu.memory.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }

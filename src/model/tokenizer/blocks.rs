@@ -6,7 +6,12 @@ use crate::error::Result;
 use crate::nn::{Conv2d, GroupNorm, Init, Linear, ParamBuilder, Params};
 use crate::ops::{self, Conv, Heads, Seqs};
 
+fn one(outs: Vec<Var>) -> Result<Var> {
+    Ok(outs.into_iter().next().unwrap_or_else(|| unreachable!("a block of one output has one")))
+}
+
 /// GroupNorm, SiLU, conv3x3, twice, plus the input (through a 1x1 convolution where the width changes).
+#[derive(Clone)]
 pub(super) struct ResBlock {
     norm1: GroupNorm,
     conv1: Conv2d,
@@ -29,6 +34,11 @@ impl ResBlock {
     }
 
     pub(super) fn forward(&self, t: &Tape, p: &Params, x: &Var) -> Result<Var> {
+        let (block, p) = (self.clone(), p.clone());
+        one(t.block(&[x], move |t, x| Ok(vec![block.run(t, &p, &x[0])?]))?)
+    }
+
+    fn run(&self, t: &Tape, p: &Params, x: &Var) -> Result<Var> {
         let h = self.norm1.forward(t, p, x, true)?;
         let h = self.conv1.forward(t, p, &h)?;
         let h = self.norm2.forward(t, p, &h, true)?;
@@ -41,6 +51,7 @@ impl ResBlock {
 }
 
 /// One head of full attention over the positions of each image, plus the input.
+#[derive(Clone)]
 pub(super) struct AttnBlock {
     norm: GroupNorm,
     qkv: Linear,
@@ -61,6 +72,11 @@ impl AttnBlock {
     }
 
     pub(super) fn forward(&self, t: &Tape, p: &Params, x: &Var) -> Result<Var> {
+        let (block, p) = (self.clone(), p.clone());
+        one(t.block(&[x], move |t, x| Ok(vec![block.run(t, &p, &x[0])?]))?)
+    }
+
+    fn run(&self, t: &Tape, p: &Params, x: &Var) -> Result<Var> {
         let d = x.dims();
         let h = self.norm.forward(t, p, x, false)?;
         let qkv = self.qkv.forward(t, p, &h)?;

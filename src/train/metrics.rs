@@ -1,0 +1,171 @@
+//! What a run writes down: one line of `metrics.jsonl` a step, and what the progress bar shows.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fs::{File, OpenOptions};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use super::{Loss, Outcome};
+use crate::backend::Device;
+use crate::error::{Error, Result};
+use crate::model::Ett;
+
+/// One line of `metrics.jsonl`.
+#[derive(Default, Serialize)]
+pub(super) struct Line {
+    pub stage: &'static str,
+    /// Place of the stage in the run.
+    pub number: usize,
+    /// Step in the stage, from 0.
+    pub step: usize,
+    pub rate: f64,
+    pub loss: BTreeMap<&'static str, f64>,
+    pub grad_norm: f64,
+    /// Updates skipped so far.
+    pub skipped: usize,
+    /// Distinct codes among the last `train.usage_window` tokens, and the exponential of their entropy.
+    pub codes_used: usize,
+    pub code_perplexity: f64,
+    pub images_per_s: f64,
+    pub tokens_per_s: f64,
+    /// Device memory held at most so far, in MiB.
+    pub memory_mib: f64,
+    /// Held-out results, in the steps that have them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval: Option<BTreeMap<&'static str, f64>>,
+    /// How sharply the quantizer chooses, in the first step of a stage that trains it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quantizer: Option<super::sharpness::Sharpness>,
+}
+
+impl Line {
+    /// The losses of a step, and what memory it has taken.
+    pub fn measure(&mut self, model: &Ett, out: &Outcome) -> Result<()> {
+        for loss in Loss::ALL {
+            if out.terms.iter().any(|(l, _)| *l == loss) {
+                self.loss.insert(loss.name(), out.value(model, loss)?);
+            }
+        }
+        self.memory_mib = model.params.device().memory().peak as f64 / f64::from(1 << 20);
+        Ok(())
+    }
+}
+
+/// The metrics file.
+pub(super) struct Metrics {
+    path: PathBuf,
+    file: BufWriter<File>,
+    bytes: u64,
+}
+
+impl Metrics {
+    /// Goes on after the first `bytes` bytes of the file; what follows them is dropped.
+    pub fn open(path: &Path, bytes: u64) -> Result<Self> {
+        let file = OpenOptions::new().create(true).append(true).open(path).map_err(Error::io(path))?;
+        file.set_len(bytes).map_err(Error::io(path))?;
+        Ok(Metrics { path: path.into(), file: BufWriter::new(file), bytes })
+    }
+
+    pub fn write(&mut self, line: &Line) -> Result<()> {
+        let json = serde_json::to_string(line)
+            .map_err(|e| Error::data(&self.path, format!("a line cannot be written ({e})")))?;
+        writeln!(self.file, "{json}").map_err(Error::io(&self.path))?;
+        self.bytes += json.len() as u64 + 1;
+        Ok(())
+    }
+
+    /// Makes all lines so far readable; their bytes.
+    pub fn flush(&mut self) -> Result<u64> {
+        self.file.flush().map_err(Error::io(&self.path))?;
+        Ok(self.bytes)
+    }
+}
+
+/// How the codebook is used by the last tokens.
+pub(super) struct Usage {
+    window: VecDeque<i32>,
+    counts: Vec<u32>,
+    most: usize,
+}
+
+impl Usage {
+    /// Over the last `most` tokens of `codes` codes, going on from `window`.
+    pub fn new(codes: usize, most: usize, window: &[i32]) -> Self {
+        let mut usage = Usage { window: VecDeque::new(), counts: vec![0; codes], most };
+        usage.add(window);
+        usage
+    }
+
+    /// Takes in more tokens.
+    pub fn add(&mut self, idx: &[i32]) {
+        for &i in idx {
+            let Some(count) = usize::try_from(i).ok().and_then(|i| self.counts.get_mut(i)) else { continue };
+            *count += 1;
+            self.window.push_back(i);
+            if self.window.len() > self.most
+                && let Some(old) = self.window.pop_front()
+            {
+                self.counts[old as usize] -= 1;
+            }
+        }
+    }
+
+    /// Distinct codes, and the exponential of their entropy.
+    pub fn measure(&self) -> (usize, f64) {
+        code_usage(self.counts.iter().map(|&c| c as usize))
+    }
+
+    /// The tokens.
+    pub fn window(&self) -> Vec<i32> {
+        self.window.iter().copied().collect()
+    }
+}
+
+/// From how often each code occurs: distinct codes, and the exponential of their entropy.
+pub(crate) fn code_usage(counts: impl Iterator<Item = usize> + Clone) -> (usize, f64) {
+    let used = counts.filter(|&c| c > 0);
+    let total = used.clone().sum::<usize>().max(1) as f64;
+    let entropy: f64 = used.clone().map(|c| c as f64 / total).map(|p| -p * p.ln()).sum();
+    (used.count(), entropy.exp())
+}
+
+/// Averages of the losses for the progress bar.
+#[derive(Default)]
+pub(super) struct Smooth {
+    loss: BTreeMap<&'static str, f64>,
+    rate: f64,
+}
+
+impl Smooth {
+    pub fn message(&mut self, line: &Line) -> String {
+        for (&name, &v) in line.loss.iter().filter(|(_, v)| v.is_finite()) {
+            let old = self.loss.entry(name).or_insert(v);
+            *old += 0.05 * (v - *old);
+        }
+        let speed = &mut self.rate;
+        *speed += if *speed == 0.0 { line.images_per_s } else { 0.05 * (line.images_per_s - *speed) };
+        let shown: Vec<String> = ["cap", "code", "rec", "quant", "lpips", "gan"]
+            .iter()
+            .filter_map(|n| self.loss.get(n).map(|v| format!("{n} {v:.3}")))
+            .collect();
+        format!("{} {:.0}/s", shown.join(" "), self.rate)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn usage_forgets_what_left_the_window() {
+        let mut u = Usage::new(8, 4, &[7]);
+        u.add(&[0, 0, 1]);
+        assert_eq!(u.measure().0, 3);
+        u.add(&[1, -1, 9]);
+        assert_eq!((u.window(), u.measure().0), (vec![0, 0, 1, 1], 2));
+        assert!((u.measure().1 - 2.0).abs() < 1e-12);
+        assert_eq!(Usage::new(8, 4, &[]).measure(), (0, 1.0));
+    }
+}
