@@ -1,8 +1,10 @@
 //! Training: one step, its optimizers, the stages of a run, and what is written down about them.
 
 mod check;
-mod checkpoint;
+pub mod checkpoint;
 pub mod feed;
+pub mod files;
+pub mod interrupt;
 mod optim;
 mod plan;
 mod run;
@@ -11,7 +13,7 @@ mod step;
 pub mod weights;
 
 pub use check::check;
-pub use checkpoint::{load_training, save_training};
+pub use checkpoint::{Checkpoints, Progress};
 pub use optim::{Hyper, Optimizer, schedule};
 pub use plan::{StagePlan, plan, plan_stage};
 pub use run::{CONFIG, EMA, Finished, WEIGHTS, profile_table, run};
