@@ -405,6 +405,11 @@ impl Params {
         }
     }
 
+    /// True if a group has this copy.
+    pub fn has(&self, group: &str, copy: Copy) -> bool {
+        self.groups.iter().any(|g| g.layout.name == group && self.source(g, copy).is_some())
+    }
+
     /// A public tensor in the layout of files; `None` for unknown names and copies that do not exist.
     pub fn read(&self, name: &str, copy: Copy) -> Result<Option<HostTensor>> {
         let Some((g, item, p)) = self.find(name) else { return Ok(None) };

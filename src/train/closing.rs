@@ -32,7 +32,7 @@ pub fn evaluate(model: &Ett, test: &DataSet, template: &Template, out: &Path) ->
     let path = out.join("eval.json");
     let json = serde_json::to_string_pretty(&report)
         .map_err(|e| Error::data(&path, format!("cannot be written ({e})")))?;
-    files::replace_with(&path, json.as_bytes())?;
+    files::replace(&path, |f| f.put(json.as_bytes()))?;
     reconstructions(model, &drawn, &out.join("reconstructions.png"))?;
     if report.captions + report.questions > 0 {
         held_out(model, test, template, &drawn, &out.join("held-out.md"))?;
@@ -92,7 +92,7 @@ fn held_out(model: &Ett, test: &DataSet, template: &Template, drawn: &[Drawn], p
         // Writing to a String cannot fail.
         let _ = writeln!(md, "| {} | {} | {} | {} |", k + 1, cell(asked), cell(&said), cell(truth));
     }
-    files::replace_with(path, md.as_bytes())?;
+    files::replace(path, |f| f.put(md.as_bytes()))?;
     Ok(())
 }
 

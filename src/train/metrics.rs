@@ -1,9 +1,6 @@
 //! What a run writes down: one line of `metrics.jsonl` a step, and what the progress bar shows.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::fs::{File, OpenOptions};
-use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
@@ -41,6 +38,11 @@ pub(super) struct Line {
 }
 
 impl Line {
+    /// As a line of the file, without its end.
+    pub fn json(&self) -> Result<String> {
+        serde_json::to_string(self).map_err(|e| Error::data("metrics", format!("a line cannot be written ({e})")))
+    }
+
     /// The losses of a step, and what memory it has taken.
     pub fn measure(&mut self, model: &Ett, out: &Outcome) -> Result<()> {
         for loss in Loss::ALL {
@@ -50,36 +52,6 @@ impl Line {
         }
         self.memory_mib = model.params.device().memory().peak as f64 / f64::from(1 << 20);
         Ok(())
-    }
-}
-
-/// The metrics file.
-pub(super) struct Metrics {
-    path: PathBuf,
-    file: BufWriter<File>,
-    bytes: u64,
-}
-
-impl Metrics {
-    /// Goes on after the first `bytes` bytes of the file; what follows them is dropped.
-    pub fn open(path: &Path, bytes: u64) -> Result<Self> {
-        let file = OpenOptions::new().create(true).append(true).open(path).map_err(Error::io(path))?;
-        file.set_len(bytes).map_err(Error::io(path))?;
-        Ok(Metrics { path: path.into(), file: BufWriter::new(file), bytes })
-    }
-
-    pub fn write(&mut self, line: &Line) -> Result<()> {
-        let json = serde_json::to_string(line)
-            .map_err(|e| Error::data(&self.path, format!("a line cannot be written ({e})")))?;
-        writeln!(self.file, "{json}").map_err(Error::io(&self.path))?;
-        self.bytes += json.len() as u64 + 1;
-        Ok(())
-    }
-
-    /// Makes all lines so far readable; their bytes.
-    pub fn flush(&mut self) -> Result<u64> {
-        self.file.flush().map_err(Error::io(&self.path))?;
-        Ok(self.bytes)
     }
 }
 

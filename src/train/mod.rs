@@ -18,6 +18,7 @@ mod step;
 pub mod weights;
 
 pub use check::check;
+pub use checkpoint::{Checkpoints, Progress};
 pub use closing::evaluate;
 pub(crate) use metrics::code_usage;
 pub use optim::{Hyper, Optimizer, schedule};

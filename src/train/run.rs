@@ -9,7 +9,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::checkpoint::{self, Checkpoints, Progress};
 use super::dump::dump;
 use super::feed::{DataSet, Fed, Feed};
-use super::metrics::{Line, Metrics, Smooth, Usage};
+use super::files::Lines;
+use super::metrics::{Line, Smooth, Usage};
 use super::sharpness::Sharpness;
 use super::weights::{read_file, set_weights};
 use super::{
@@ -84,8 +85,8 @@ pub fn run(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions) -> Result<Finish
         super::load_weights(&session.model.params, path)?;
     }
     std::fs::create_dir_all(o.out).map_err(Error::io(o.out))?;
-    let text = toml::to_string(cfg).map_err(|e| Error::config("configuration", e, "values TOML can hold"))?;
-    files::replace(&o.out.join(CONFIG), text.as_bytes())?;
+    let text = checkpoint::config_text(cfg)?;
+    files::replace(&o.out.join(CONFIG), |f| f.put(text.as_bytes()))?;
     session.go(None)
 }
 
@@ -215,7 +216,7 @@ impl Session {
                 self.progress.step
             );
         }
-        let mut metrics = Metrics::open(&self.out.join(METRICS), self.progress.metrics_bytes)?;
+        let mut metrics = Lines::resume(&self.out.join(METRICS), self.progress.metrics)?;
         let stages = self.cfg.stage.clone();
         for (number, cfg) in stages.iter().enumerate().skip(self.progress.stage) {
             if let Some(at) = self.stage(cfg, number, from.take(), &mut metrics)? {
@@ -246,7 +247,7 @@ impl Session {
         cfg: &StageConfig,
         number: usize,
         from: Option<&Path>,
-        metrics: &mut Metrics,
+        metrics: &mut Lines,
     ) -> Result<Option<PathBuf>> {
         let Session { cfg: all, model, data, test, template, out, quiet, progress } = self;
         let checkpoints = Checkpoints::new(out, all.train.keep);
@@ -264,9 +265,11 @@ impl Session {
         let mut update = Update::new(model, cfg, &stage)?;
         match from {
             Some(folder) => checkpoint::load(folder, model, &mut update.optimizers())?,
-            None => (progress.stage, progress.step) = (number, 0),
+            None => {
+                (progress.stage, progress.step, progress.stage_name) = (number, 0, cfg.kind.name().into());
+                progress.seconds.push((cfg.kind.name().into(), 0.0));
+            }
         }
-        progress.stage_name = cfg.kind.name().into();
         let mut usage = Usage::new(all.quantizer.codes, all.train.usage_window, &progress.window);
         let bar = bar(cfg, progress.step, *quiet);
         let mut smooth = Smooth::default();
@@ -336,7 +339,7 @@ impl Session {
             if let Some(test) = test.as_ref().filter(|_| every > 0 && (done % every == 0 || done == cfg.steps)) {
                 line.eval = Some(eval::during(model, test, template, cfg.kind)?);
             }
-            metrics.write(&line)?;
+            metrics.push(&line.json()?)?;
             last = smooth.message(&line);
             bar.set_message(last.clone());
             bar.inc(1);
@@ -344,11 +347,13 @@ impl Session {
             let stop = interrupt::requested();
             let every = all.train.save_every;
             if stop || done == cfg.steps || (every > 0 && done % every == 0) {
-                progress.metrics_bytes = metrics.flush()?;
+                progress.metrics = metrics.sync().map_err(|e| checkpoints.explain(e))?;
                 progress.window = usage.window();
-                progress.spend(cfg.kind.name(), number, started.elapsed().as_secs_f64());
+                if let Some((_, seconds)) = progress.seconds.last_mut() {
+                    *seconds += started.elapsed().as_secs_f64();
+                }
                 started = Instant::now();
-                saved = Some(checkpoints.save(model, &update.optimizers(), progress)?);
+                saved = Some(checkpoints.save(model, &update.saved(), progress)?);
             }
             if stop {
                 bar.abandon();
@@ -400,7 +405,12 @@ impl Update {
         Ok(Update { state, main, disc, peak, disc_peak: own.lr.unwrap_or(peak) })
     }
 
-    /// The optimizers, for checkpoints.
+    /// The optimizers, in the order of checkpoints.
+    fn saved(&self) -> Vec<&Optimizer> {
+        [Some(&self.main), self.disc.as_ref()].into_iter().flatten().collect()
+    }
+
+    /// The same.
     fn optimizers(&mut self) -> Vec<&mut Optimizer> {
         [Some(&mut self.main), self.disc.as_mut()].into_iter().flatten().collect()
     }

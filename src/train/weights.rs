@@ -1,39 +1,93 @@
 //! Weights in and out: safetensors under the public names.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
 
-use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
 
+use super::files::{FileWriter, replace};
 use crate::error::{Error, Result};
 use crate::nn::{Copy, HostTensor, Params};
+use crate::tensor::{DType, Precision};
+
+/// A safetensors file whose tensors are read one at a time.
+pub struct TensorFile {
+    path: PathBuf,
+    file: File,
+    /// Where the tensors' bytes begin.
+    start: u64,
+    header: Metadata,
+}
+
+impl TensorFile {
+    /// Opens a file and reads what it says about its tensors.
+    pub fn open(path: &Path) -> Result<Self> {
+        let broken =
+            |why: &dyn std::fmt::Display| Error::weights(path, format!("not a whole safetensors file ({why})"));
+        let mut file = File::open(path).map_err(Error::io(path))?;
+        let bytes = file.metadata().map_err(Error::io(path))?.len();
+        let mut length = [0; 8];
+        file.read_exact(&mut length).map_err(|e| broken(&e))?;
+        let length = u64::from_le_bytes(length);
+        let start = length.checked_add(8).filter(|&s| s <= bytes);
+        let start = start.ok_or_else(|| broken(&format!("{bytes} bytes are too few for its header")))?;
+        let mut header = vec![0; length as usize];
+        file.read_exact(&mut header).map_err(|e| broken(&e))?;
+        let header: Metadata = serde_json::from_slice(&header).map_err(|e| broken(&e))?;
+        let want = start + header.data_len() as u64;
+        if want != bytes {
+            return Err(broken(&format!("it has {bytes} bytes, wanted {want}")));
+        }
+        Ok(TensorFile { path: path.into(), file, start, header })
+    }
+
+    /// Names with type and shape.
+    pub fn tensors(&self) -> BTreeMap<String, (Dtype, Vec<usize>)> {
+        let all = self.header.tensors().into_iter();
+        all.map(|(name, info)| (name, (info.dtype, info.shape.clone()))).collect()
+    }
+
+    /// A tensor, widened to f64.
+    pub fn read(&self, name: &str) -> Result<HostTensor> {
+        let info = self.header.info(name);
+        let info = info.ok_or_else(|| Error::weights(&self.path, format!("missing `{name}`")))?;
+        let (from, to) = info.data_offsets;
+        let mut bytes = vec![0; to - from];
+        let mut file = &self.file;
+        file.seek(SeekFrom::Start(self.start + from as u64))
+            .and_then(|_| file.read_exact(&mut bytes))
+            .map_err(Error::io(&self.path))?;
+        let values = widen(info.dtype, &bytes).ok_or_else(|| {
+            let what = format!("`{name}` has type {:?}, wanted a float or integer", info.dtype);
+            Error::weights(&self.path, what)
+        })?;
+        Ok(HostTensor { dims: info.shape.clone(), values })
+    }
+}
 
 /// Reads every tensor of a safetensors file, widened to f64.
 pub fn read_file(path: &Path) -> Result<BTreeMap<String, HostTensor>> {
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    let file = SafeTensors::deserialize(&bytes)
-        .map_err(|e| Error::weights(path, format!("not a whole safetensors file ({e})")))?;
-    file.iter().map(|(name, view)| Ok((name.to_string(), widen(path, name, &view)?))).collect()
+    let file = TensorFile::open(path)?;
+    file.tensors().into_keys().map(|name| Ok((name.clone(), file.read(&name)?))).collect()
 }
 
-fn widen(path: &Path, name: &str, view: &TensorView) -> Result<HostTensor> {
-    let b = view.data();
-    let values = match view.dtype() {
-        Dtype::F64 => bytemuck::pod_collect_to_vec(b),
-        Dtype::F32 => bytemuck::pod_collect_to_vec::<u8, f32>(b).into_iter().map(f64::from).collect(),
-        Dtype::BF16 => bytemuck::pod_collect_to_vec::<u8, half::bf16>(b).into_iter().map(f64::from).collect(),
-        Dtype::F16 => bytemuck::pod_collect_to_vec::<u8, half::f16>(b).into_iter().map(f64::from).collect(),
-        Dtype::I32 => bytemuck::pod_collect_to_vec::<u8, i32>(b).into_iter().map(f64::from).collect(),
-        Dtype::I64 => bytemuck::pod_collect_to_vec::<u8, i64>(b).into_iter().map(|x| x as f64).collect(),
-        other => {
-            return Err(Error::weights(
-                path,
-                format!("`{name}` has type {other:?}, wanted a float or integer"),
-            ));
-        }
-    };
-    Ok(HostTensor { dims: view.shape().to_vec(), values })
+/// Bytes of a file as f64; `None` for types that are neither floats nor integers here.
+fn widen(dtype: Dtype, b: &[u8]) -> Option<Vec<f64>> {
+    fn all<T: bytemuck::AnyBitPattern + bytemuck::NoUninit>(b: &[u8], f: fn(T) -> f64) -> Option<Vec<f64>> {
+        Some(b.chunks_exact(size_of::<T>()).map(|c| f(bytemuck::pod_read_unaligned(c))).collect())
+    }
+    match dtype {
+        Dtype::F64 => all::<f64>(b, |x| x),
+        Dtype::F32 => all::<f32>(b, f64::from),
+        Dtype::BF16 => all::<half::bf16>(b, f64::from),
+        Dtype::F16 => all::<half::f16>(b, f64::from),
+        Dtype::I32 => all::<i32>(b, f64::from),
+        Dtype::I64 => all::<i64>(b, |x| x as f64),
+        _ => None,
+    }
 }
 
 /// Element type of a written tensor.
@@ -45,39 +99,115 @@ pub enum FileType {
     F32,
     /// 4-byte integers.
     I32,
+    /// 8-byte integers.
+    I64,
 }
 
-/// Writes tensors to a safetensors file: to a temporary name first, then renamed, so that a file of this name
-/// is always whole.
+impl FileType {
+    /// What parameters, moments and statistics of a run are written as, without loss.
+    pub fn of(prec: Precision) -> Self {
+        match prec.acc {
+            DType::F64 => FileType::F64,
+            _ => FileType::F32,
+        }
+    }
+
+    /// Its name in the format.
+    pub fn dtype(self) -> Dtype {
+        match self {
+            FileType::F64 => Dtype::F64,
+            FileType::F32 => Dtype::F32,
+            FileType::I32 => Dtype::I32,
+            FileType::I64 => Dtype::I64,
+        }
+    }
+
+    fn put(self, file: &mut FileWriter, values: &[f64]) -> Result<()> {
+        fn cast<T: bytemuck::NoUninit>(values: &[f64], f: fn(f64) -> T) -> Vec<T> {
+            values.iter().map(|&x| f(x)).collect()
+        }
+        match self {
+            FileType::F64 => file.put(bytemuck::cast_slice(values)),
+            FileType::F32 => file.put(bytemuck::cast_slice(&cast(values, |x| x as f32))),
+            FileType::I32 => file.put(bytemuck::cast_slice(&cast(values, |x| x as i32))),
+            FileType::I64 => file.put(bytemuck::cast_slice(&cast(values, |x| x as i64))),
+        }
+    }
+}
+
+/// A tensor on its way into a file. Its values are asked for when their turn comes, so that a file larger than the
+/// host's memory can be written.
+pub struct Entry<'a> {
+    /// Public name.
+    pub name: String,
+    /// Shape in files.
+    pub dims: Vec<usize>,
+    /// Element type.
+    pub ty: FileType,
+    /// Gives the values, row-major.
+    pub values: Box<dyn Fn() -> Result<Vec<f64>> + 'a>,
+}
+
+/// Writes tensors in the safetensors format.
+pub fn write_tensors(file: &mut FileWriter, mut entries: Vec<Entry>) -> Result<()> {
+    let unwritable = |e: &dyn std::fmt::Display| Error::data(file.path(), format!("cannot be written ({e})"));
+    // The format's own order: wide types first, for alignment.
+    entries.sort_by(|a, b| b.ty.dtype().cmp(&a.ty.dtype()).then_with(|| a.name.cmp(&b.name)));
+    let mut at = 0;
+    let infos = entries.iter().map(|e| {
+        let from = at;
+        at += e.dims.iter().product::<usize>() * e.ty.dtype().bitsize() / 8;
+        (e.name.clone(), TensorInfo { dtype: e.ty.dtype(), shape: e.dims.clone(), data_offsets: (from, at) })
+    });
+    let header = Metadata::new(None, infos.collect()).map_err(|e| unwritable(&e))?;
+    let mut header = serde_json::to_vec(&header).map_err(|e| unwritable(&e))?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    file.put(&(header.len() as u64).to_le_bytes())?;
+    file.put(&header)?;
+    for e in entries {
+        let (values, want) = ((e.values)()?, e.dims.iter().product::<usize>());
+        if values.len() != want {
+            let what = format!("`{}` has {} values, wanted {want} for {:?}", e.name, values.len(), e.dims);
+            return Err(Error::weights(file.path(), what));
+        }
+        e.ty.put(file, &values)?;
+    }
+    Ok(())
+}
+
+/// Writes tensors to a safetensors file, see [`replace`].
 pub fn write_file(path: &Path, tensors: &[(String, HostTensor, FileType)]) -> Result<()> {
-    let data: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = tensors
-        .iter()
-        .map(|(name, t, ty)| {
-            let (dtype, bytes) = match ty {
-                FileType::F64 => (Dtype::F64, bytemuck::cast_slice(&t.values).to_vec()),
-                FileType::F32 => {
-                    (Dtype::F32, t.values.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect())
-                }
-                FileType::I32 => {
-                    (Dtype::I32, t.values.iter().flat_map(|&x| (x as i32).to_le_bytes()).collect())
-                }
-            };
-            (name.clone(), dtype, t.dims.clone(), bytes)
-        })
-        .collect();
-    let views = data
-        .iter()
-        .map(|(name, dtype, dims, bytes)| {
-            let view = TensorView::new(*dtype, dims.clone(), bytes)
-                .map_err(|e| Error::weights(path, format!("`{name}` cannot be written ({e})")))?;
-            Ok((name.clone(), view))
-        })
-        .collect::<Result<Vec<_>>>()?;
-    let bytes = safetensors::serialize(views, None)
-        .map_err(|e| Error::weights(path, format!("cannot be written ({e})")))?;
-    let part = path.with_extension("part");
-    std::fs::write(&part, bytes).map_err(Error::io(&part))?;
-    std::fs::rename(&part, path).map_err(Error::io(path))
+    let entries = tensors.iter().map(|(name, t, ty)| Entry {
+        name: name.clone(),
+        dims: t.dims.clone(),
+        ty: *ty,
+        values: Box::new(|| Ok(t.values.clone())),
+    });
+    replace(path, |file| write_tensors(file, entries.collect()))?;
+    Ok(())
+}
+
+/// A copy of all parameters that have one, under their public names with a prefix.
+pub fn entries<'a>(params: &'a Params, copy: Copy, prefix: &str) -> Vec<Entry<'a>> {
+    let ty = FileType::of(params.precision());
+    let kept = params.names().filter(|(_, group, _)| params.has(group, copy));
+    let entry = |(name, _, dims): (&'a str, _, &[usize])| Entry {
+        name: format!("{prefix}{name}"),
+        dims: dims.to_vec(),
+        ty,
+        values: Box::new(move || Ok(params.read(name, copy)?.map_or(vec![], |t| t.values))),
+    };
+    kept.map(entry).collect()
+}
+
+/// What is wrong with a file, at most 20 items of it, as one sentence.
+pub(super) fn misfit(what: &str, mut problems: Vec<String>) -> String {
+    let more = problems.len().saturating_sub(20);
+    problems.truncate(20);
+    if more > 0 {
+        problems.push(format!("and {more} more"));
+    }
+    format!("does not fit {what}: {}", problems.join("; "))
 }
 
 /// Overwrites the parameters named in `wanted` (all if `None`) from `tensors`. Missing, extra and misshapen
@@ -105,12 +235,7 @@ pub fn set_weights(
     }
     problems.extend(tensors.keys().filter(|n| !known.contains(*n)).map(|n| format!("unknown `{n}`")));
     if !problems.is_empty() {
-        let more = problems.len().saturating_sub(20);
-        problems.truncate(20);
-        if more > 0 {
-            problems.push(format!("and {more} more"));
-        }
-        return Err(Error::weights(path, format!("does not fit the model: {}", problems.join("; "))));
+        return Err(Error::weights(path, misfit("the model", problems)));
     }
     for name in &known {
         params.write_public(name, Copy::Master, &tensors[name])?;
@@ -125,15 +250,6 @@ pub fn load_weights(params: &Params, path: &Path) -> Result<()> {
 
 /// Saves all parameters under their public names, in f32 (f64 in an f64 run).
 pub fn save_weights(params: &Params, path: &Path, copy: Copy) -> Result<()> {
-    let ty = match params.precision().acc {
-        crate::tensor::DType::F64 => FileType::F64,
-        _ => FileType::F32,
-    };
-    let mut out = Vec::new();
-    for (name, _, _) in params.names() {
-        if let Some(t) = params.read(name, copy)? {
-            out.push((name.to_string(), t, ty));
-        }
-    }
-    write_file(path, &out)
+    replace(path, |file| write_tensors(file, entries(params, copy, "")))?;
+    Ok(())
 }

@@ -1,0 +1,181 @@
+//! Files of a run that are whole or not there: written beside their place, synced to the disk, then renamed.
+
+use std::fs::File;
+use std::io::{BufReader, BufWriter, ErrorKind, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+
+/// Size and checksum of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Written {
+    /// Bytes.
+    pub bytes: u64,
+    /// CRC-32 of them.
+    pub crc32: u32,
+}
+
+/// A new file that counts and sums what is put into it.
+pub struct FileWriter {
+    path: PathBuf,
+    file: BufWriter<File>,
+    bytes: u64,
+    sum: crc32fast::Hasher,
+}
+
+impl FileWriter {
+    /// Creates or empties the file.
+    pub fn create(path: &Path) -> Result<Self> {
+        let file = BufWriter::with_capacity(1 << 20, File::create(path).map_err(Error::io(path))?);
+        Ok(FileWriter { path: path.into(), file, bytes: 0, sum: crc32fast::Hasher::new() })
+    }
+
+    /// The file's name.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Appends bytes.
+    pub fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file.write_all(bytes).map_err(Error::io(&self.path))?;
+        self.bytes += bytes.len() as u64;
+        self.sum.update(bytes);
+        Ok(())
+    }
+
+    /// Waits until all of it is on the disk.
+    pub fn finish(mut self) -> Result<Written> {
+        self.file.flush().and_then(|()| self.file.get_ref().sync_all()).map_err(Error::io(&self.path))?;
+        Ok(Written { bytes: self.bytes, crc32: self.sum.finalize() })
+    }
+}
+
+/// Writes a file and waits until it is on the disk. A file of this name is half written meanwhile; see [`replace`].
+pub fn write_synced(path: &Path, bytes: &[u8]) -> Result<Written> {
+    let mut file = FileWriter::create(path)?;
+    file.put(bytes)?;
+    file.finish()
+}
+
+/// Waits until the names in a folder are on the disk.
+pub fn sync_dir(path: &Path) -> Result<()> {
+    // Elsewhere folders cannot be opened, and renaming is as safe as it gets.
+    if !cfg!(unix) {
+        return Ok(());
+    }
+    match File::open(path).and_then(|f| f.sync_all()) {
+        // File systems without names of their own, such as some network shares, refuse.
+        Err(e) if matches!(e.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported) => Ok(()),
+        done => done.map_err(Error::io(path)),
+    }
+}
+
+/// Puts a file in the place of another, or none: at every moment the name stands for the whole old or the whole new
+/// one. What was begun is removed on an error.
+pub fn replace(path: &Path, fill: impl FnOnce(&mut FileWriter) -> Result<()>) -> Result<Written> {
+    let Some(name) = path.file_name() else {
+        return Err(Error::data(path, "is no file name; name a file to write"));
+    };
+    let part = path.with_file_name(format!(".{}.part", name.to_string_lossy()));
+    let write = || {
+        let mut file = FileWriter::create(&part)?;
+        fill(&mut file)?;
+        let written = file.finish()?;
+        std::fs::rename(&part, path).map_err(Error::io(path))?;
+        Ok(written)
+    };
+    let written = write().inspect_err(|_| {
+        let _ = std::fs::remove_file(&part);
+    })?;
+    sync_dir(parent(path))?;
+    Ok(written)
+}
+
+/// The folder that a file lies in.
+pub fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(p) if p != Path::new("") => p,
+        _ => Path::new("."),
+    }
+}
+
+/// Size and checksum of a file as it is on the disk.
+pub fn checksum(path: &Path) -> Result<Written> {
+    let mut file = File::open(path).map_err(Error::io(path))?;
+    let (mut bytes, mut sum, mut buffer) = (0, crc32fast::Hasher::new(), vec![0; 1 << 20]);
+    loop {
+        match file.read(&mut buffer) {
+            Ok(0) => return Ok(Written { bytes, crc32: sum.finalize() }),
+            Ok(n) => {
+                bytes += n as u64;
+                sum.update(&buffer[..n]);
+            }
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) => return Err(Error::io(path)(e)),
+        }
+    }
+}
+
+/// True if a write failed because the disk, a quota or the limit of a file's size is used up.
+pub fn is_full(e: &Error) -> bool {
+    use ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    matches!(e, Error::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded | FileTooLarge))
+}
+
+/// A file of lines that grows, such as `metrics.jsonl`.
+pub struct Lines {
+    path: PathBuf,
+    file: BufWriter<File>,
+    bytes: u64,
+}
+
+impl Lines {
+    /// An empty file.
+    pub fn create(path: &Path) -> Result<Self> {
+        let file = File::create(path).map_err(Error::io(path))?;
+        Ok(Lines { path: path.into(), file: BufWriter::new(file), bytes: 0 })
+    }
+
+    /// Goes on after the first `bytes` bytes, what [`Lines::sync`] gave; lines after them are cut off. If the file is
+    /// shorter, or gone, its whole lines are kept and a warning says so.
+    pub fn resume(path: &Path, bytes: u64) -> Result<Self> {
+        let io = |e| Error::io(path)(e);
+        let mut file = File::options();
+        let mut file =
+            file.read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
+        let len = file.metadata().map_err(io)?.len();
+        let mut keep = bytes;
+        if len < bytes {
+            tracing::warn!("{}: holds {len} bytes, the checkpoint's run had written {bytes}", path.display());
+            keep = whole_lines(&file).map_err(io)?;
+        }
+        file.set_len(keep).map_err(io)?;
+        file.seek(SeekFrom::Start(keep)).map_err(io)?;
+        Ok(Lines { path: path.into(), file: BufWriter::new(file), bytes: keep })
+    }
+
+    /// Appends a line, given without its end.
+    pub fn push(&mut self, line: &str) -> Result<()> {
+        writeln!(self.file, "{line}").map_err(Error::io(&self.path))?;
+        self.bytes += line.len() as u64 + 1;
+        Ok(())
+    }
+
+    /// Waits until all lines are on the disk, and gives their length in bytes.
+    pub fn sync(&mut self) -> Result<u64> {
+        self.file.flush().and_then(|()| self.file.get_ref().sync_all()).map_err(Error::io(&self.path))?;
+        Ok(self.bytes)
+    }
+}
+
+/// Bytes up to the end of the last line.
+fn whole_lines(file: &File) -> std::io::Result<u64> {
+    let (mut at, mut end) = (0, 0);
+    for byte in BufReader::new(file).bytes() {
+        at += 1;
+        if byte? == b'\n' {
+            end = at;
+        }
+    }
+    Ok(end)
+}
