@@ -27,9 +27,9 @@ pub fn benches(b: &mut Bench) {
     let batch = 16;
     let prec = model.params.precision();
     let images = normal(&*dev, prec.act, [batch, cfg.data.size, cfg.data.size, 3], 1).expect("memory");
-    let batch_of = Batch { images: vec![images], packed: None };
+    let parts = [Batch { images: vec![images], packed: None }];
     let mut state = StepState::new(&*dev, prec.acc).expect("memory");
-    stage.recipe.weights(&model, &mut state);
+    stage.recipe.weights(&model, &mut state, 1);
     let h = Hyper { betas: [0.5, 0.9], eps: 1e-8, weight_decay: 0.0, ema_decay: 0.0, clip: 1.0 };
     let mut main = Optimizer::new(&model.params, &stage.groups, h).expect("groups");
     let mut disc = Optimizer::new(&model.params, &["discriminator"], h).expect("groups");
@@ -40,7 +40,7 @@ pub fn benches(b: &mut Bench) {
             main.prepare(&mut state, 1e-4);
             disc.prepare(&mut state, 1e-4);
             state.send(&*dev).expect("a copy");
-            step(&mut model, &stage.recipe, &batch_of, &state, &main, Some(&disc)).expect("a step")
+            step(&mut model, &stage.recipe, &parts, &state, &main, Some(&disc)).expect("a step")
         });
     });
     group.finish();

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use ett::backend::{Device, Plan, Role};
-use ett::config::{Config, StageKind};
+use ett::config::{Config, StageConfig, StageKind};
 use ett::model::Ett;
-use ett::train::{StagePlan, plan, plan_stage};
+use ett::train::{StagePlan, largest_batch, parse_memory, plan, plan_stage};
 
 use crate::common::Outcome;
 
@@ -60,7 +60,7 @@ fn bytes(p: &StagePlan, role: Role) -> u64 {
 #[test]
 fn a_semantic_step_costs_what_the_paper_sizes_imply() -> Outcome {
     let cfg = paper();
-    let p = plan_stage(&cfg, StageKind::Semantic, 1)?;
+    let p = plan_stage(&cfg, &StageConfig::new(StageKind::Semantic, 1, 1))?;
     // 18.4 TFLOP an image is the products of a step, forward and backward. What differs here: norms and
     // point-wise kernels are counted too, and recomputed probabilities and logits (attention, quantizer, head).
     let tflop = p.flop as f64 / 1e12;
@@ -87,7 +87,7 @@ fn a_semantic_step_costs_what_the_paper_sizes_imply() -> Outcome {
     assert!(largest(Role::Workspace) < supervised && largest(Role::Input) < supervised);
 
     // The same with four images: activations grow with the batch, all else stays.
-    let four = plan_stage(&cfg, StageKind::Semantic, 4)?;
+    let four = plan_stage(&cfg, &StageConfig::new(StageKind::Semantic, 1, 4))?;
     assert_eq!(four.largest[Role::Activation as usize], 4 * picture);
     for role in [Role::Weight, Role::Gradient, Role::Moment] {
         assert_eq!(bytes(&four, role), bytes(&p, role), "{role}");
@@ -110,7 +110,7 @@ fn logits_exist_at_no_batch_size() -> Outcome {
     (cfg.quantizer.codes, cfg.llm.vocab) = (1 << 20, 1 << 20);
     (cfg.llm.layers, cfg.llm.width, cfg.llm.heads, cfg.llm.kv_heads, cfg.llm.mlp) = (2, 256, 2, 2, 512);
     for kind in [StageKind::Semantic, StageKind::Tokenizer, StageKind::Align, StageKind::Chat] {
-        let p = plan_stage(&cfg, kind, 8)?;
+        let p = plan_stage(&cfg, &StageConfig::new(kind, 1, 8))?;
         let largest = p.largest[Role::Activation as usize].max(p.largest[Role::Workspace as usize]);
         let codes = 8 * 64 * (1 << 20) * 2;
         assert!(largest < codes / 16, "{}: {largest} bytes in one buffer", kind.name());
@@ -121,14 +121,14 @@ fn logits_exist_at_no_batch_size() -> Outcome {
 #[test]
 fn every_stage_can_be_planned() -> Outcome {
     let cfg = paper();
-    let flop = |kind| -> ett::error::Result<f64> { Ok(plan_stage(&cfg, kind, 1)?.flop as f64 / 1e12) };
+    let flop = |kind| -> ett::error::Result<f64> { Ok(plan_stage(&cfg, &StageConfig::new(kind, 1, 1))?.flop as f64 / 1e12) };
     let semantic = flop(StageKind::Semantic)?;
     let (tokenizer, text) = (flop(StageKind::Tokenizer)?, flop(StageKind::Text)?);
     let (align, chat) = (flop(StageKind::Align)?, flop(StageKind::Chat)?);
     assert!(text < align && align < chat && chat < semantic && tokenizer < semantic);
     // Tokenizer plus language model is the semantic stage, but for the text without its picture.
     assert!(semantic < tokenizer + chat, "{semantic} {tokenizer} {chat}");
-    let text = plan(&cfg)?;
+    let text = plan(&cfg, None)?;
     for word in [
         "stage semantic: batch 1, bf16",
         "TFLOP",
@@ -137,6 +137,51 @@ fn every_stage_can_be_planned() -> Outcome {
         "1543714304 parameters, trained",
     ] {
         assert!(text.contains(word), "{word} is missing from\n{text}");
+    }
+    Ok(())
+}
+
+#[test]
+fn recomputation_saves_memory_and_costs_a_forward() -> Outcome {
+    let mut cfg = paper();
+    let stage = StageConfig::new(StageKind::Semantic, 1, 4);
+    let kept = plan_stage(&cfg, &stage)?;
+    cfg.train.recompute = true;
+    let again = plan_stage(&cfg, &stage)?;
+    let (a, b) = (bytes(&kept, Role::Activation), bytes(&again, Role::Activation));
+    assert!(2 * b < a, "{b} bytes of activations with recomputation, {a} without");
+    assert!(again.flop > kept.flop && again.flop < 3 * kept.flop / 2, "{} {}", again.flop, kept.flop);
+    Ok(())
+}
+
+#[test]
+fn parts_save_memory_too() -> Outcome {
+    let cfg = paper();
+    let whole = plan_stage(&cfg, &StageConfig::new(StageKind::Semantic, 1, 4))?;
+    let parts = StageConfig { accumulate: 4, ..StageConfig::new(StageKind::Semantic, 1, 4) };
+    let parts = plan_stage(&cfg, &parts)?;
+    assert!(2 * bytes(&parts, Role::Activation) < bytes(&whole, Role::Activation));
+    Ok(())
+}
+
+#[test]
+fn the_largest_batch_is_the_last_that_fits() -> Outcome {
+    let cfg = paper();
+    let stage = StageConfig::new(StageKind::Semantic, 1, 1);
+    let memory = parse_memory("80GiB")?;
+    let n = largest_batch(&cfg, &stage, memory)?;
+    let peak = |batch| -> ett::error::Result<u64> {
+        Ok(plan_stage(&cfg, &StageConfig { batch, ..stage.clone() })?.memory.peak)
+    };
+    assert!(n > 1 && peak(n)? <= memory && peak(n + 1)? > memory, "{n}");
+    assert_eq!(largest_batch(&cfg, &stage, 1 << 30)?, 0);
+    let text = plan(&Config { stage: vec![stage], ..cfg }, Some(memory))?;
+    assert!(text.contains(&format!("80.0 GiB hold a batch of up to {n} in one part")), "{text}");
+    for (text, bytes) in [("512MiB", 512 << 20), ("24 GB", 24_000_000_000), ("17", 17), ("1.5GiB", 3 << 29)] {
+        assert_eq!(parse_memory(text)?, bytes);
+    }
+    for wrong in ["", "GiB", "-3GiB", "8 apples", "nanGiB"] {
+        assert!(parse_memory(wrong).is_err_and(|e| e.to_string().contains("80GiB")), "{wrong}");
     }
     Ok(())
 }

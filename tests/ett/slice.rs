@@ -98,7 +98,7 @@ impl Trainer {
         let stage = Stage::new(StageKind::Text, &model)?;
         model.params.train(&stage.trained())?;
         let mut state = StepState::new(&*dev, model.params.precision().acc)?;
-        stage.recipe.weights(&model, &mut state);
+        stage.recipe.weights(&model, &mut state, 1);
         let hyper =
             Hyper { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.01, ema_decay: 0.9, clip: cfg.train.clip };
         model.params.average(&["llm"])?;
@@ -120,7 +120,8 @@ impl Trainer {
     }
 
     fn launch(&mut self) -> Result<Step> {
-        step(&mut self.model, &self.recipe, &self.batch, &self.state, &self.main, None)
+        let parts = std::slice::from_ref(&self.batch);
+        step(&mut self.model, &self.recipe, parts, &self.state, &self.main, None)
     }
 
     /// Losses of the steps `from..to`, launched one by one.

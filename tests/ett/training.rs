@@ -102,8 +102,7 @@ impl Run {
         let all: Vec<&str> = groups.iter().copied().chain(discriminator.then_some("discriminator")).collect();
         model.params.train(&all)?;
         let hyper = |betas| Hyper { betas, eps: 1e-8, weight_decay: 0.0, ema_decay: 0.9, clip: t.clip };
-        let mut state = StepState::new(&**model.params.device(), model.params.precision().acc)?;
-        recipe.weights(&model, &mut state);
+        let state = StepState::new(&**model.params.device(), model.params.precision().acc)?;
         let main = Optimizer::new(&model.params, groups, hyper(t.betas))?;
         let disc = match discriminator {
             true => Some(Optimizer::new(&model.params, &["discriminator"], hyper(t.disc_betas))?),
@@ -113,16 +112,22 @@ impl Run {
     }
 
     fn step(&mut self, batch: &Batch) -> Result<Step> {
+        self.step_in_parts(std::slice::from_ref(batch))
+    }
+
+    fn step_in_parts(&mut self, parts: &[Batch]) -> Result<Step> {
+        self.recipe.weights(&self.model, &mut self.state, parts.len());
         self.main.prepare(&mut self.state, self.rate);
         if let Some(d) = &mut self.disc {
             d.prepare(&mut self.state, self.rate);
         }
-        if let Some(p) = &batch.packed {
-            self.state.set(Slot::InvTokens, 1.0 / p.tokens.max(1) as f64);
-            self.state.set(Slot::InvCodes, 1.0 / p.code_rows.len().max(1) as f64);
-        }
+        let packed = || parts.iter().filter_map(|b| b.packed.as_ref());
+        let (tokens, codes) =
+            (packed().map(|p| p.tokens).sum::<usize>(), packed().map(|p| p.code_rows.len()).sum::<usize>());
+        self.state.set(Slot::InvTokens, 1.0 / tokens.max(1) as f64);
+        self.state.set(Slot::InvCodes, 1.0 / codes.max(1) as f64);
         self.state.send(&**self.model.params.device())?;
-        step(&mut self.model, &self.recipe, batch, &self.state, &self.main, self.disc.as_ref())
+        step(&mut self.model, &self.recipe, parts, &self.state, &self.main, self.disc.as_ref())
     }
 
     fn value(&self, out: &Step, loss: Loss) -> Result<f64> {
@@ -579,5 +584,135 @@ fn steps_say_what_is_missing() -> Outcome {
     let e = run.step(&b).err().ok_or("30 pixels are an error")?.to_string();
     assert!(e.contains("[1, 32, 30, 3]") && e.contains("multiples of 4"), "{e}");
     assert_eq!(schedule(ett::config::ScheduleKind::Cosine, 1.0, 0.5, 0, 10), 0.2);
+    Ok(())
+}
+
+/// Gradients of a step over these parts, in order of names, and its losses.
+fn gradients_of(cfg: &Config, kind: StageKind, parts: usize, copies: bool) -> Result<(Vec<f64>, Vec<f64>)> {
+    let mut run = Run::new(cfg, cpu(2), kind, 1e-3)?;
+    let dev = run.model.params.device().clone();
+    let values = pixels(3, [4, 32, 32]);
+    // Copies of one part, or the quarters of a batch.
+    let n = if copies { 4 } else { 4 / parts };
+    let batches: Vec<Batch> = (0..parts)
+        .map(|p| {
+            let first = if copies { 0 } else { p * n };
+            let own = &values[first * 32 * 32 * 3..][..n * 32 * 32 * 3];
+            let sequences: Vec<Vec<Part>> = (0..n)
+                .map(|i| {
+                    // Texts of different lengths: the mean is over tokens, not over parts.
+                    let text = ids((first + i) as u64, 4 + first + i, VOCAB);
+                    vec![Part::context(vec![1]), Part::Image(i), Part::target(text)]
+                })
+                .collect();
+            let packed = match kind {
+                StageKind::Tokenizer => None,
+                _ => Some(Batch::pack(&run.model, &sequences, &[Grid { images: n, h: 8, w: 8 }], 8)?),
+            };
+            Ok(Batch { images: vec![tensor(&*dev, DType::F64, own, [n, 32, 32, 3])], packed })
+        })
+        .collect::<Result<_>>()?;
+    let out = run.step_in_parts(&batches)?;
+    let mut all = Vec::new();
+    for (name, _, _) in run.model.params.names() {
+        all.extend(run.model.params.read(name, Copy::Gradient)?.into_iter().flat_map(|t| t.values));
+    }
+    let losses = Loss::ALL.into_iter().map(|l| run.value(&out, l)).collect::<Result<_>>()?;
+    Ok((all, losses))
+}
+
+#[test]
+fn a_batch_in_parts_is_the_batch() -> Outcome {
+    // Without what is taken over a part: BatchNorm and the average entropy.
+    let mut cfg = small("f64");
+    (cfg.loss.gan, cfg.loss.entropy) = (0.0, 0.0);
+    let (whole, losses) = gradients_of(&cfg, StageKind::Semantic, 1, false)?;
+    assert!(losses[Loss::Cap as usize] > 0.0 && losses[Loss::Rec as usize] > 0.0);
+    for parts in [2, 4] {
+        let (got, values) = gradients_of(&cfg, StageKind::Semantic, parts, false)?;
+        compare("gradients", &got, &whole, whole.len(), Bounds::norm(1e-10))?;
+        for (l, (a, b)) in Loss::ALL.iter().zip(values.iter().zip(&losses)) {
+            let mean_of_entropies = matches!(l, Loss::EntAvg);
+            assert!(mean_of_entropies || (a - b).abs() <= 1e-10 * b.abs().max(1.0), "{l:?}: {a} {b}");
+        }
+    }
+    // With everything, equal parts: their statistics are those of each.
+    let mut cfg = small("f64");
+    cfg.loss.lecam = 0.0;
+    for kind in [StageKind::Tokenizer, StageKind::Semantic] {
+        let (one, losses) = gradients_of(&cfg, kind, 1, true)?;
+        let (two, values) = gradients_of(&cfg, kind, 2, true)?;
+        compare("gradients", &two, &one, one.len(), Bounds::norm(1e-9))?;
+        for (l, (a, b)) in Loss::ALL.iter().zip(values.iter().zip(&losses)) {
+            let is_lecam = matches!(l, Loss::DLecam);
+            assert!(is_lecam || (a - b).abs() <= 1e-9 * b.abs().max(1.0), "{kind:?} {l:?}: {a} {b}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn recomputed_blocks_give_the_same_bits() -> Outcome {
+    for (precision, kind) in [("f32", StageKind::Semantic), ("bf16", StageKind::Semantic), ("f32", StageKind::Text)]
+    {
+        let train = |recompute: bool| -> Result<(Bits, u64)> {
+            let mut cfg = small(precision);
+            cfg.train.recompute = recompute;
+            let mut run = Run::new(&cfg, cpu(2), kind, 1e-3)?;
+            let data = batch(&run.model, &[[2, 32, 32]], kind)?;
+            run.step(&data)?;
+            run.step(&data)?;
+            Ok((bits(&run.model, Copy::Master)?, run.model.params.device().memory().peak))
+        };
+        let ((kept, memory), (again, less)) = (train(false)?, train(true)?);
+        assert!(kept == again, "{precision} {kind:?}: other bits");
+        assert!(less < memory, "{precision} {kind:?}: {less} bytes with recomputation, {memory} without");
+    }
+    Ok(())
+}
+
+#[test]
+fn groups_have_rates_and_decays_of_their_own() -> Outcome {
+    let train = |scale: f64, betas: [f64; 2]| -> Result<BTreeMap<String, Bits>> {
+        let mut run = Run::new(&small("f32"), cpu(2), StageKind::Semantic, 1e-3)?;
+        run.main.set_group(&run.model.params, "projector", scale, betas)?;
+        let data = batch(&run.model, &[[2, 32, 32]], StageKind::Semantic)?;
+        run.step(&data)?;
+        run.step(&data)?;
+        let mut groups = BTreeMap::<String, Bits>::new();
+        for (name, b) in bits(&run.model, Copy::Master)? {
+            let group = if name.starts_with("discriminator state") { "state".into() } else { group_of(&run.model, &name) };
+            groups.entry(group).or_default().insert(name, b);
+        }
+        Ok(groups)
+    };
+    let usual = [0.9, 0.95];
+    let (same, fixed, other) = (train(1.0, usual)?, train(0.0, usual)?, train(1.0, [0.0, 0.5])?);
+    let fresh = Run::new(&small("f32"), cpu(2), StageKind::Semantic, 1e-3)?;
+    for (name, b) in &fixed["projector"] {
+        assert!(bits(&fresh.model, Copy::Master)?[name] == *b, "{name} moves at rate 0");
+    }
+    assert!(same["projector"] != fixed["projector"] && same["projector"] != other["projector"]);
+    // A first step does not depend on what other groups do; the second sees a projector that has moved.
+    assert!(same["llm"] != fixed["llm"]);
+    let mut run = Run::new(&small("f32"), cpu(1), StageKind::Align, 1e-3)?;
+    let e = run.main.set_group(&run.model.params, "llm", 1.0, usual).expect_err("llm is frozen").to_string();
+    assert!(e.contains("llm"), "{e}");
+    Ok(())
+}
+
+#[test]
+fn a_non_finite_loss_skips_the_update() -> Outcome {
+    let mut run = Run::new(&small("f32"), cpu(1), StageKind::Semantic, 1e-3)?;
+    let data = batch(&run.model, &[[2, 32, 32]], StageKind::Semantic)?;
+    run.step(&data)?;
+    let dev = run.model.params.device().clone();
+    let before = bits(&run.model, Copy::Master)?;
+    for (value, count) in [(f64::NAN, 1.0), (f64::INFINITY, 1.0), (1.0, 0.0)] {
+        let losses = [tensor(&*dev, DType::F32, &[2.0], [1]), tensor(&*dev, DType::F32, &[value], [1])];
+        run.main.apply(&run.model.params, &run.state, losses.iter())?;
+        assert_eq!(run.main.norm().to_f64(&*dev)?[1], count, "{value}");
+        assert_eq!(bits(&run.model, Copy::Master)? == before, count > 0.0, "{value}");
+    }
     Ok(())
 }
