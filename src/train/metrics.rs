@@ -5,7 +5,6 @@ use std::collections::{BTreeMap, VecDeque};
 use serde::Serialize;
 
 use super::{Loss, Outcome};
-use crate::backend::Device;
 use crate::error::{Error, Result};
 use crate::model::Ett;
 

@@ -173,3 +173,43 @@ fn forced_kernels_are_used_or_refused() -> Outcome {
     assert!(e.starts_with("cuda:99: there is no such GPU"), "{e}");
     Ok(())
 }
+
+/// Memory that is none, for a kernel that has to fail.
+#[cfg(ett_cuda)]
+struct Nowhere;
+#[cfg(ett_cuda)]
+impl ett::backend::Reclaim for Nowhere {
+    fn reclaim(&self, _addr: u64, _bytes: usize, _role: Role) {}
+}
+
+/// With `ETT_SYNC=1` an error of the GPU names the kernel that made it. The test fails a GPU for good, so that it does
+/// so in a process of its own.
+#[cfg(ett_cuda)]
+#[test]
+#[ignore = "needs a GPU"]
+fn sync_blames_the_kernel() -> Outcome {
+    use ett::backend::cuda::{Cuda, Options};
+    use ett::backend::{Buffer, In};
+    const CHILD: &str = "ETT_TEST_SYNC_CHILD";
+    if std::env::var_os(CHILD).is_none() {
+        let out = std::process::Command::new(std::env::current_exe()?)
+            .args(["--ignored", "--exact", "--nocapture", "gpu::sync_blames_the_kernel"])
+            .envs([(CHILD, "1"), ("ETT_SYNC", "1")])
+            .output()?;
+        let said = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
+        assert!(out.status.success() && said.contains("blamed: "), "{said}");
+        return Ok(());
+    }
+    let dev = Cuda::with(0, &Options::from_env())?;
+    let x = tensor(&dev, DType::F32, &[1.0; 64], [64]);
+    // An address far from everything.
+    let wild = Buffer::new(1 << 45, 256, Role::Activation, std::sync::Arc::new(Nowhere));
+    let a = In { buf: &wild, off: 0, dtype: DType::F32, dims: [64].into(), ld: 64 };
+    add(&dev, &x, &x)?;
+    let y = Tensor::empty(&dev, Role::Activation, DType::F32, [64])?;
+    let e = dev.add(S, &Add { a, b: x.view(), y: y.out() }).expect_err("no memory is there").to_string();
+    assert!(e.contains("add (") && e.contains("failed"), "{e}");
+    println!("blamed: {e}");
+    // What is left of the GPU cannot be given back in order.
+    std::process::exit(0)
+}
