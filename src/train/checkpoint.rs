@@ -25,7 +25,7 @@ pub const CHECKPOINTS: &str = "checkpoints";
 const LATEST: &str = "latest";
 /// Moments, the discriminator's statistics and the window of codes.
 const TRAINING: &str = "training.safetensors";
-const STATE: &str = "state.json";
+pub(super) const STATE: &str = "state.json";
 /// Version of the layout described here.
 const FORMAT: u32 = 1;
 /// The recent codes among the tensors.
