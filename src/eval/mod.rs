@@ -73,7 +73,7 @@ pub fn evaluate(
 ) -> Result<Report> {
     let n = test.images.len().min(model.cfg.data.eval_samples);
     if n < 2 {
-        return Err(Error::data(&test.folder.root, "has fewer than two pictures to evaluate on"));
+        return Err(Error::data(&test.root, "has fewer than two pictures to evaluate on"));
     }
     let mut rng = Philox::new(0, 0);
     let drawn = (0..n).map(|i| test.images.get(i, &mut rng)).collect::<Result<Vec<_>>>()?;
@@ -190,7 +190,7 @@ impl Language {
             let seen = Seen::new(model, &images)?;
             let (mut said, mut yes_no, mut open) = (Vec::new(), Vec::new(), Vec::new());
             for (k, i) in here.enumerate() {
-                let s = &test.folder.samples[drawn[i].sample];
+                let s = &test.samples[drawn[i].sample];
                 if let Some(c) = &s.caption {
                     said.push(template.caption(k, c)?);
                 }

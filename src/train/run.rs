@@ -137,7 +137,7 @@ pub fn run(
     let config_path = out.join(CONFIG);
     std::fs::write(&config_path, text).map_err(Error::io(&config_path))?;
 
-    let data = DataSet::open(&cfg.data.train, &cfg.data, false)?;
+    let data = DataSet::train(&cfg.data)?;
     let mut model = Ett::new(cfg, dev.clone())?;
     load_lpips(&model)?;
     if let Some(path) = init {
@@ -157,9 +157,8 @@ pub fn run(
     if model.params.groups().iter().enumerate().any(|(g, _)| model.params.ema(g).is_some()) {
         save_weights(&model.params, &out.join(EMA), Copy::Ema)?;
     }
-    let report = match &cfg.data.test {
+    let report = match DataSet::test(&cfg.data)? {
         Some(test) => {
-            let test = DataSet::open(test, &cfg.data, true)?;
             let report = eval::evaluate(&model, &data, &test, &template, &out.join("reconstructions.png"))?;
             let path = out.join("eval.json");
             let json = serde_json::to_string_pretty(&report)
