@@ -400,19 +400,48 @@ impl Default for TrainConfig {
     }
 }
 
+/// Where pictures come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Source {
+    /// The folders `data.train` and `data.test`.
+    Folder,
+    /// Built in: coloured shapes, drawn by the program; `data.size` is 16 or more.
+    Scenes,
+    /// Built in: short words, some beside a shape; `data.size` is 48 or more.
+    Words,
+}
+
+impl Source {
+    /// Lower-case name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Source::Folder => "folder",
+            Source::Scenes => "scenes",
+            Source::Words => "words",
+        }
+    }
+}
+
 /// `[data]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataConfig {
+    /// `folder`, `scenes` or `words`.
+    pub source: Source,
     /// Folder to train on.
     pub train: PathBuf,
     /// Folder of held-out pictures.
     pub test: Option<PathBuf>,
+    /// Built-in pictures to train on.
+    pub train_samples: usize,
+    /// Built-in pictures held out; 0: none.
+    pub test_samples: usize,
     /// Pixels a side: the shorter side is resized to it (antialiased bicubic), then cropped.
     pub size: usize,
     /// `centre` or `random`.
     pub crop: Crop,
-    /// Mirror half of the pictures.
+    /// Mirror half of the pictures; not those built in, which say where things are.
     pub flip: bool,
     /// Text tokens a sample that `--plan` assumes.
     pub text_tokens: usize,
@@ -423,14 +452,43 @@ pub struct DataConfig {
 impl Default for DataConfig {
     fn default() -> Self {
         DataConfig {
+            source: Source::Folder,
             train: PathBuf::new(),
             test: None,
+            train_samples: 4096,
+            test_samples: 512,
             size: 512,
             crop: Crop::Centre,
             flip: false,
             text_tokens: 128,
             eval_samples: 512,
         }
+    }
+}
+
+impl DataConfig {
+    /// Fails on values that do not go with the source; [`Config::check`] looks at the rest.
+    fn check(&self) -> Result<()> {
+        let smallest = match self.source {
+            Source::Folder => return Ok(()),
+            Source::Scenes => 16,
+            Source::Words => 48,
+        };
+        let source = self.source.name();
+        if self.size < smallest {
+            let want = format!("{smallest} or more with data.source = {source:?}");
+            return Err(Error::config("data.size", self.size, want));
+        }
+        if self.train_samples == 0 || self.train_samples.max(self.test_samples) > u32::MAX as usize {
+            let got = format!("{} and {}", self.train_samples, self.test_samples);
+            let want = "numbers below 2^32, the first of them 1 or more";
+            return Err(Error::config("data.train_samples and test_samples", got, want));
+        }
+        if self.flip {
+            let want = format!("false with data.source = {source:?}, whose captions say where things are");
+            return Err(Error::config("data.flip", self.flip, want));
+        }
+        Ok(())
     }
 }
 
@@ -683,6 +741,7 @@ impl Config {
             let got = self.train.prompt_dropout;
             return Err(Error::config("train.prompt_dropout", got, "a share from 0 to 1"));
         }
+        self.data.check()?;
         for (i, s) in self.stage.iter().enumerate() {
             let key = |name: &str| format!("stage.{i}.{name}");
             positive(&key("batch"), s.batch)?;
@@ -772,6 +831,23 @@ mod tests {
         assert!(e.contains("llm.kv_heads") && e.contains('3') && e.contains("divisor of 4"), "{e}");
         let e = load("[train]\nprecision = \"f16\"\n", &[]).expect_err("unknown type").to_string();
         assert!(e.contains("f16") && e.contains("bf16"), "{e}");
+    }
+
+    #[test]
+    fn built_in_data_has_its_limits() {
+        let text = "[data]\nsource = \"words\"\nsize = 64\n";
+        let c = load(text, &[]).expect("valid");
+        assert_eq!((c.data.source, c.data.train_samples, c.data.test_samples), (Source::Words, 4096, 512));
+        for (o, want) in [
+            ("data.size=32", "`data.size` is 32, wanted 48 or more"),
+            ("data.train_samples=0", "`data.train_samples and test_samples` is 0 and 512"),
+            ("data.flip=true", "`data.flip` is true, wanted false"),
+            ("data.source=letters", "letters"),
+        ] {
+            let e = load(text, &[o]).expect_err(o).to_string();
+            assert!(e.contains(want), "{e}");
+        }
+        load(text, &["data.size=32", "data.source=scenes"]).expect("scenes are smaller");
     }
 
     #[test]

@@ -6,7 +6,8 @@ use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 
-use super::folder::Folder;
+use super::draw::Drawing;
+use super::folder::Sample;
 use super::image::{Crop, Image, cut, fit_shorter};
 use super::rng::Philox;
 use crate::error::{Error, Result};
@@ -47,13 +48,13 @@ pub struct Skipped {
 /// What [`ImageSet::get`] gives.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Drawn {
-    /// Index of the sample in its [`Folder`].
+    /// Index of the sample in its data set.
     pub sample: usize,
     /// The picture, `size` x `size`.
     pub image: Image,
 }
 
-/// The pictures of a [`Folder`] at training size, three bytes a pixel.
+/// The pictures of a data set at training size, three bytes a pixel.
 ///
 /// Pictures that cannot be used are left out. Whether a picture is in memory or decoded at each use
 /// makes no difference to its values.
@@ -88,11 +89,11 @@ struct Small {
 }
 
 impl ImageSet {
-    /// Decodes the pictures of `folder` on all cores, in their order, until the memory allowed is used
+    /// Decodes the pictures of `samples` on all cores, in their order, until the memory allowed is used
     /// up; those after that are decoded when they are asked for. Unusable ones are skipped and counted;
-    /// it is an error if they are more than half.
-    pub fn load(folder: &Folder, options: LoadOptions) -> Result<Self> {
-        let total = folder.samples.len();
+    /// it is an error, about `root`, if they are more than half.
+    pub fn load(root: &Path, samples: &[Sample], options: LoadOptions) -> Result<Self> {
+        let total = samples.len();
         let mut entries = Vec::with_capacity(total);
         let mut bad = BTreeMap::new();
         let (mut bytes, mut full) = (0, options.memory == 0);
@@ -102,30 +103,30 @@ impl ImageSet {
         for start in (0..total).step_by(CHUNK) {
             let chunk = start..(start + CHUNK).min(total);
             if full {
-                entries.extend(chunk.map(|sample| Entry {
-                    sample,
-                    picture: Picture::OnDisk(folder.samples[sample].image.clone()),
-                }));
+                entries.extend(
+                    chunk.map(|sample| Entry {
+                        sample,
+                        picture: Picture::OnDisk(samples[sample].image.clone()),
+                    }),
+                );
                 continue;
             }
             let decoded: Vec<Result<Small>> = chunk
                 .clone()
                 .into_par_iter()
-                .map(|i| Small::open(&folder.samples[i].image, options.size, options.crop))
+                .map(|i| Small::open(&samples[i].image, options.size, options.crop))
                 .collect();
             for (sample, small) in chunk.zip(decoded) {
-                let path = &folder.samples[sample].image;
+                let path = &samples[sample].image;
                 match small {
                     Ok(small) => {
                         // Once one does not fit, decoding the rest now would be for nothing.
-                        let after = bytes + small.rgb.len() as u64;
-                        full |= after > options.memory;
-                        let picture = if full {
-                            Picture::OnDisk(path.clone())
-                        } else {
-                            bytes = after;
-                            Picture::Kept(small)
+                        full |= bytes + small.rgb.len() as u64 > options.memory;
+                        let picture = match full {
+                            true => Picture::OnDisk(path.clone()),
+                            false => Picture::Kept(small),
                         };
+                        bytes += picture.bytes();
                         entries.push(Entry { sample, picture });
                     }
                     Err(e) => {
@@ -134,10 +135,32 @@ impl ImageSet {
                 }
             }
         }
-        let set =
-            ImageSet { root: folder.root.clone(), options, entries, total, bytes, bad: Mutex::new(bad) };
+        let root = root.to_path_buf();
+        let set = ImageSet { root, options, entries, total, bytes, bad: Mutex::new(bad) };
         set.check()?;
         Ok(set)
+    }
+
+    /// Draws pictures `0..n` on all cores and keeps them all in memory; with them come their samples. `name` stands
+    /// for them in messages, where that of a folder would.
+    pub fn draw(
+        name: &Path,
+        n: usize,
+        options: LoadOptions,
+        draw: impl Fn(usize) -> Drawing + Sync,
+    ) -> Result<(Vec<Sample>, Self)> {
+        let drawn: Vec<(Sample, Entry)> = (0..n)
+            .into_par_iter()
+            .map(|i| {
+                let Drawing { image, sample } = draw(i);
+                let small = Small::new(image, options.size, options.crop)?;
+                Ok((sample, Entry { sample: i, picture: Picture::Kept(small) }))
+            })
+            .collect::<Result<_>>()?;
+        let (samples, entries): (Vec<_>, Vec<Entry>) = drawn.into_iter().unzip();
+        let bytes = entries.iter().map(|e| e.picture.bytes()).sum();
+        let root = name.to_path_buf();
+        Ok((samples, ImageSet { root, options, entries, total: n, bytes, bad: Mutex::default() }))
     }
 
     /// The number of pictures.
@@ -160,7 +183,7 @@ impl ImageSet {
         self.entries.iter().filter(|e| matches!(e.picture, Picture::OnDisk(_))).count()
     }
 
-    /// Index in the [`Folder`] of picture `index` of this set.
+    /// Index in the data set of picture `index` of this set.
     pub fn sample(&self, index: usize) -> Option<usize> {
         self.entries.get(index).map(|e| e.sample)
     }
@@ -226,9 +249,22 @@ fn reason(path: &Path, e: &Error) -> String {
     text.strip_prefix(&format!("{}: ", path.display())).unwrap_or(&text).into()
 }
 
+impl Picture {
+    /// Bytes in memory.
+    fn bytes(&self) -> u64 {
+        match self {
+            Picture::Kept(small) => small.rgb.len() as u64,
+            Picture::OnDisk(_) => 0,
+        }
+    }
+}
+
 impl Small {
     fn open(path: &Path, size: usize, crop: Crop) -> Result<Self> {
-        let mut image = Image::open(path)?;
+        Self::new(Image::open(path)?, size, crop)
+    }
+
+    fn new(mut image: Image, size: usize, crop: Crop) -> Result<Self> {
         if let Some(resized) = fit_shorter(&image, size)? {
             image = resized;
         }
@@ -247,6 +283,7 @@ impl Small {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::folder::Folder;
     use crate::data::image::{fit, save_png};
     use crate::data::scratch::Scratch;
 
@@ -265,6 +302,10 @@ mod tests {
         Folder::open(dir.root()).unwrap()
     }
 
+    fn load(folder: &Folder, options: LoadOptions) -> Result<ImageSet> {
+        ImageSet::load(&folder.root, &folder.samples, options)
+    }
+
     fn options(crop: Crop, memory: u64) -> LoadOptions {
         LoadOptions { crop, flip: crop == Crop::Random, memory, ..LoadOptions::new(8) }
     }
@@ -274,9 +315,9 @@ mod tests {
         let dir = Scratch::new("cache");
         let folder = folder(&dir, 12, &[]);
         for crop in [Crop::Centre, Crop::Random] {
-            let kept = ImageSet::load(&folder, options(crop, u64::MAX)).unwrap();
-            let some = ImageSet::load(&folder, options(crop, 900)).unwrap();
-            let none = ImageSet::load(&folder, options(crop, 0)).unwrap();
+            let kept = load(&folder, options(crop, u64::MAX)).unwrap();
+            let some = load(&folder, options(crop, 900)).unwrap();
+            let none = load(&folder, options(crop, 0)).unwrap();
             assert_eq!((kept.on_disk(), none.on_disk(), none.bytes()), (0, 12, 0));
             assert!((1..12).contains(&some.on_disk()) && some.bytes() <= 900);
             for i in 0..12 {
@@ -293,7 +334,7 @@ mod tests {
     fn pictures_are_those_of_fit() {
         let dir = Scratch::new("cache-fit");
         let folder = folder(&dir, 6, &[]);
-        let set = ImageSet::load(&folder, options(Crop::Random, u64::MAX)).unwrap();
+        let set = load(&folder, options(Crop::Random, u64::MAX)).unwrap();
         for i in 0..6 {
             let whole = Image::open(&folder.samples[i].image).unwrap();
             let want = fit(&whole, 8, Crop::Random, true, &mut Philox::new(2, i as u64)).unwrap();
@@ -304,17 +345,32 @@ mod tests {
     }
 
     #[test]
+    fn drawn_pictures_are_kept_with_their_samples() {
+        let scenes = crate::data::Scenes::new(24, 1).unwrap();
+        let draw = |i| scenes.get(crate::data::Split::Test, i);
+        let (samples, set) = ImageSet::draw(Path::new("scenes"), 5, LoadOptions::new(24), draw).unwrap();
+        assert_eq!((samples.len(), set.len(), set.bytes(), set.on_disk()), (5, 5, 5 * 24 * 24 * 3, 0));
+        for (i, sample) in samples.iter().enumerate() {
+            let drawn = set.get(i, &mut Philox::new(0, 0)).unwrap();
+            assert_eq!((drawn.sample, drawn.image.to_u8()), (i, draw(i).image.to_u8()));
+            assert_eq!(sample, &draw(i).sample);
+        }
+        let none = ImageSet::draw(Path::new("scenes"), 5, LoadOptions::new(0), draw);
+        assert!(none.unwrap_err().to_string().contains("`size` is 0"));
+    }
+
+    #[test]
     fn broken_pictures_are_skipped_counted_and_named() {
         let dir = Scratch::new("cache-broken");
         let folder = folder(&dir, 14, &[0, 2, 3, 5, 7, 13]);
-        let kept = ImageSet::load(&folder, options(Crop::Centre, u64::MAX)).unwrap();
+        let kept = load(&folder, options(Crop::Centre, u64::MAX)).unwrap();
         assert_eq!((kept.len(), kept.skipped().count, kept.skipped().first.len()), (8, 6, 5));
         let (path, why) = &kept.skipped().first[1];
         assert_eq!(path, &folder.samples[2].image);
         assert_eq!(why, "this is not a PNG, JPEG or WebP picture");
         assert_eq!((0..8).map(|i| kept.sample(i).unwrap()).collect::<Vec<_>>(), [1, 4, 6, 8, 9, 10, 11, 12]);
 
-        let disk = ImageSet::load(&folder, options(Crop::Centre, 0)).unwrap();
+        let disk = load(&folder, options(Crop::Centre, 0)).unwrap();
         assert_eq!((disk.len(), disk.skipped().count), (14, 0));
         let drawn: Vec<usize> =
             (0..14).map(|i| disk.get(i, &mut Philox::new(0, 0)).unwrap().sample).collect();
@@ -326,10 +382,10 @@ mod tests {
     fn more_than_half_broken_is_an_error() {
         let dir = Scratch::new("cache-half");
         let folder = folder(&dir, 5, &[0, 1, 4]);
-        let e = ImageSet::load(&folder, options(Crop::Centre, u64::MAX)).unwrap_err().to_string();
+        let e = load(&folder, options(Crop::Centre, u64::MAX)).unwrap_err().to_string();
         assert!(e.contains("3 of 5 pictures cannot be used, more than half; replace or remove them"), "{e}");
         assert!(e.contains("000.png: this is not a PNG"), "{e}");
-        let disk = ImageSet::load(&folder, options(Crop::Centre, 0)).unwrap();
+        let disk = load(&folder, options(Crop::Centre, 0)).unwrap();
         assert!(disk.get(0, &mut Philox::new(0, 0)).is_ok());
         assert!(disk.get(4, &mut Philox::new(0, 0)).unwrap_err().to_string().contains("3 of 5"));
     }

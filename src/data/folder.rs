@@ -15,12 +15,21 @@ const MAX_DEPTH: usize = 32;
 /// One picture and what is said about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sample {
-    /// The picture's file.
+    /// The picture's file, or the name of a built-in picture.
     pub image: PathBuf,
     /// Its caption.
     pub caption: Option<String>,
+    /// What to draw, where that is not said as the caption says it.
+    pub prompt: Option<String>,
     /// Questions about it, each with its answer.
     pub qa: Vec<(String, String)>,
+}
+
+impl Sample {
+    /// What a model is told to draw: the prompt, or else the caption.
+    pub fn drawing_prompt(&self) -> Option<&str> {
+        self.prompt.as_deref().or(self.caption.as_deref())
+    }
 }
 
 /// A data set in a folder, after the imagefolder convention of Hugging Face.
@@ -28,10 +37,10 @@ pub struct Sample {
 /// A folder with a `metadata.jsonl` holds the samples that its lines name, in the order of the lines:
 ///
 /// ```json
-/// {"file_name": "images/0.png", "text": "a blue circle", "qa": [["what color is it?", "blue"]]}
+/// {"file_name": "images/0.png", "text": "a blue circle", "prompt": "draw a blue circle", "qa": [["what color is it?", "blue"]]}
 /// ```
 ///
-/// `text` and `qa` may be absent, `file_name` is relative to the metadata's folder and stays inside it,
+/// `text`, `prompt` and `qa` may be absent, `file_name` is relative to the metadata's folder and stays inside it,
 /// other keys are ignored. A folder without one holds every PNG, JPEG and WebP file in it, sorted by
 /// name; a `.txt` file of the same stem is the picture's caption. Folders inside are read likewise, by
 /// their own metadata if they have one; names that begin with a dot are passed over.
@@ -47,6 +56,7 @@ pub struct Folder {
 struct Line {
     file_name: String,
     text: Option<String>,
+    prompt: Option<String>,
     qa: Option<Vec<(String, String)>>,
 }
 
@@ -98,7 +108,7 @@ fn read_folder(folder: &Path, depth: usize, samples: &mut Vec<Sample>) -> Result
             read_folder(&path, depth + 1, samples)?;
         } else if is_picture(&path) && path.is_file() {
             let caption = read_caption(&path.with_extension("txt"))?;
-            samples.push(Sample { image: path, caption, qa: Vec::new() });
+            samples.push(Sample { image: path, caption, prompt: None, qa: Vec::new() });
         }
     }
     Ok(())
@@ -135,8 +145,8 @@ fn read_metadata(folder: &Path, path: &Path, samples: &mut Vec<Sample>) -> Resul
             let reason = e.to_string();
             let reason = reason.split(" at line ").next().unwrap_or_default();
             wrong(format!(
-                "{reason} (column {}); wanted {{\"file_name\": \"...\", \"text\": \"...\", \"qa\": [[\"question\", \
-                 \"answer\"]]}} with text and qa optional",
+                "{reason} (column {}); wanted {{\"file_name\": \"...\", \"text\": \"...\", \"prompt\": \"...\", \
+                 \"qa\": [[\"question\", \"answer\"]]}} with all but file_name optional",
                 e.column()
             ))
         })?;
@@ -153,7 +163,12 @@ fn read_metadata(folder: &Path, path: &Path, samples: &mut Vec<Sample>) -> Resul
             let got = &line.file_name;
             return Err(wrong(format!("there is no file {got:?} in this folder; add it or remove the line")));
         }
-        samples.push(Sample { image, caption: said(line.text), qa: line.qa.unwrap_or_default() });
+        samples.push(Sample {
+            image,
+            caption: said(line.text),
+            prompt: said(line.prompt),
+            qa: line.qa.unwrap_or_default(),
+        });
     }
     Ok(())
 }
@@ -179,7 +194,7 @@ mod tests {
                 "{\"file_name\": \"images/b.png\", \"text\": \" a béé \", \"qa\": [[\"q?\", \"a\"], [\"r?\", \"b\"]]}\r\n",
                 "\n",
                 "{\"file_name\": \"./images/a.png\", \"other\": 3, \"text\": null}\n",
-                "{\"file_name\": \"c.png\", \"qa\": [[\"q?\", \"yes\"]]}"
+                "{\"file_name\": \"c.png\", \"prompt\": \"draw c\", \"text\": \"c\", \"qa\": [[\"q?\", \"yes\"]]}"
             )
             .as_bytes(),
         );
@@ -191,6 +206,8 @@ mod tests {
         assert_eq!(first.qa, [("q?".into(), "a".into()), ("r?".into(), "b".into())]);
         assert_eq!((&folder.samples[1].caption, folder.samples[1].qa.len()), (&None, 0));
         assert_eq!(folder.samples[2].qa, [("q?".into(), "yes".into())]);
+        let prompts: Vec<Option<&str>> = folder.samples.iter().map(Sample::drawing_prompt).collect();
+        assert_eq!(prompts, [Some("a béé"), None, Some("draw c")]);
     }
 
     #[test]

@@ -1,19 +1,26 @@
-//! The host side of training data: pictures, captions and questions from folders, text tokenization,
-//! counter-based random numbers and the order in which samples are visited. Nothing here touches a device.
+//! The host side of training data: pictures, captions and questions from folders or drawn by the program, text
+//! tokenization, counter-based random numbers and the order in which samples are visited. Nothing here touches a
+//! device.
 
 mod cache;
+mod draw;
 mod folder;
 mod image;
 mod plan;
 mod rng;
+mod scenes;
 mod text;
+mod words;
 
 pub use cache::{Drawn, ImageSet, LoadOptions, Skipped};
+pub use draw::{Drawing, Split};
 pub use folder::{Folder, Sample};
 pub use image::{Crop, Image, fit, fit_multiple, grid, save_png};
 pub use plan::Order;
 pub use rng::{Philox, Purpose};
+pub use scenes::Scenes;
 pub use text::{Special, TextTokenizer};
+pub use words::Words;
 
 /// A folder of its own for each test.
 #[cfg(test)]

@@ -19,6 +19,12 @@ pub enum Purpose {
     Text = 4,
     /// Sampling from a model.
     Sample = 5,
+    /// Built-in pictures to train on.
+    TrainPicture = 6,
+    /// Built-in pictures that are held out.
+    TestPicture = 7,
+    /// Which built-in pictures are held out.
+    Split = 8,
 }
 
 /// A stream of random numbers, Philox4x32-10. The 128-bit counter is (index, stream), low words first,

@@ -1,12 +1,14 @@
 //! Training data as batches: pictures and the sequences over them, a function of seed and step alone.
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::{Batch, Stage, Template, TokenizerMode};
 use crate::backend::Role;
-use crate::config::{DataConfig, StageConfig, StageKind, TrainConfig};
-use crate::data::{Folder, Image, ImageSet, LoadOptions, Order, Philox, Purpose};
+use crate::config::{DataConfig, Source, StageConfig, StageKind, TrainConfig};
+use crate::data::{
+    Drawing, Folder, Image, ImageSet, LoadOptions, Order, Philox, Purpose, Sample, Scenes, Split, Words,
+};
 use crate::error::{Error, Result};
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Part};
@@ -15,23 +17,58 @@ use crate::tensor::Tensor;
 /// Rows of a packed batch are rounded up to this, so that memory is reused from step to step.
 const PAD: usize = 64;
 
-/// A folder of pictures with captions and questions, in memory.
+/// Seed of the built-in pictures: they are the same whatever a run's seed.
+const DRAWN: u64 = 1;
+
+/// Pictures with captions and questions, from a folder or built in.
 pub struct DataSet {
-    /// The folder.
-    pub folder: Folder,
-    /// Its pictures at training size.
+    /// The folder, or the name of the built-in data.
+    pub root: PathBuf,
+    /// What is said about the pictures.
+    pub samples: Vec<Sample>,
+    /// The pictures at training size.
     pub images: ImageSet,
 }
 
 impl DataSet {
-    /// Opens a folder and decodes its pictures as `[data]` says; held-out ones are cut in the middle.
-    pub fn open(path: &Path, cfg: &DataConfig, held_out: bool) -> Result<Self> {
-        let folder = Folder::open(path)?;
-        let mut options = LoadOptions::new(cfg.size);
-        if !held_out {
-            (options.crop, options.flip) = (cfg.crop, cfg.flip);
+    /// The pictures to train on.
+    pub fn train(cfg: &DataConfig) -> Result<Self> {
+        let options = LoadOptions { crop: cfg.crop, flip: cfg.flip, ..LoadOptions::new(cfg.size) };
+        Self::part(cfg, Split::Train, options)?.ok_or_else(|| {
+            Error::config("data.train", "empty", "a folder, or data.source = \"scenes\" or \"words\"")
+        })
+    }
+
+    /// The held-out pictures, cut in the middle; `None` if the configuration names none.
+    pub fn test(cfg: &DataConfig) -> Result<Option<Self>> {
+        Self::part(cfg, Split::Test, LoadOptions::new(cfg.size))
+    }
+
+    fn part(cfg: &DataConfig, split: Split, options: LoadOptions) -> Result<Option<Self>> {
+        let (folder, n) = match split {
+            Split::Train => (Some(&cfg.train), cfg.train_samples),
+            Split::Test => (cfg.test.as_ref(), cfg.test_samples),
+        };
+        match cfg.source {
+            Source::Folder => {
+                let folder = folder.filter(|f| !f.as_os_str().is_empty());
+                folder.map(|f| Self::open(f, options)).transpose()
+            }
+            _ if n == 0 => Ok(None),
+            Source::Scenes => {
+                let scenes = Scenes::new(cfg.size, DRAWN)?;
+                Self::draw(cfg.source, n, options, |i| scenes.get(split, i)).map(Some)
+            }
+            Source::Words => {
+                let words = Words::new(cfg.size, DRAWN)?;
+                Self::draw(cfg.source, n, options, |i| words.get(split, i)).map(Some)
+            }
         }
-        let images = ImageSet::load(&folder, options)?;
+    }
+
+    fn open(path: &Path, options: LoadOptions) -> Result<Self> {
+        let Folder { root, samples } = Folder::open(path)?;
+        let images = ImageSet::load(&root, &samples, options)?;
         let skipped = images.skipped();
         if skipped.count > 0 {
             tracing::warn!("{} pictures of {} are skipped", skipped.count, path.display());
@@ -39,13 +76,24 @@ impl DataSet {
                 tracing::warn!("  {}: {why}", file.display());
             }
         }
-        Ok(DataSet { folder, images })
+        Ok(DataSet { root, samples, images })
+    }
+
+    fn draw(
+        source: Source,
+        n: usize,
+        options: LoadOptions,
+        draw: impl Fn(usize) -> Drawing + Sync,
+    ) -> Result<Self> {
+        let root = PathBuf::from(source.name());
+        let (samples, images) = ImageSet::draw(&root, n, options, draw)?;
+        Ok(DataSet { root, samples, images })
     }
 
     /// Pictures that a stage can learn from.
     pub fn usable(&self, kind: StageKind) -> Vec<usize> {
         let fits = |i: &usize| {
-            let Some(s) = self.images.sample(*i).and_then(|s| self.folder.samples.get(s)) else {
+            let Some(s) = self.images.sample(*i).and_then(|s| self.samples.get(s)) else {
                 return false;
             };
             match kind {
@@ -127,7 +175,7 @@ impl<'a> Feed<'a> {
                 StageKind::Gen => "no picture with a prompt or caption",
             };
             let what = format!("has {what}, which stage `{}` learns from", cfg.kind.name());
-            return Err(Error::data(&data.folder.root, what));
+            return Err(Error::data(&data.root, what));
         }
         // Each stage has its own stream of random numbers.
         let seed = train.seed.wrapping_add((number as u64 + 1) << 32);
@@ -139,12 +187,12 @@ impl<'a> Feed<'a> {
 
     /// The sequence that sample `sample` shows as image `image` of its part.
     fn sequence(&self, sample: usize, image: usize, rng: &mut Philox) -> Result<Vec<Part>> {
-        let s = &self.data.folder.samples[sample];
+        let s = &self.data.samples[sample];
         let qa = |rng: &mut Philox| &s.qa[rng.below(s.qa.len())];
         match (self.stage.kind, &s.caption) {
             (StageKind::Align | StageKind::Semantic, Some(c)) => self.template.caption(image, c),
-            (StageKind::Gen, prompt) => {
-                let kept = prompt.as_deref().filter(|_| rng.uniform() >= self.prompt_dropout);
+            (StageKind::Gen, _) => {
+                let kept = s.drawing_prompt().filter(|_| rng.uniform() >= self.prompt_dropout);
                 self.template.drawn(image, kept)
             }
             (StageKind::Text, Some(c)) if s.qa.is_empty() || rng.below(2) == 0 => {

@@ -186,11 +186,7 @@ impl Session {
             let want = format!("at least {}, the text tokenizer's", template.tokenizer().vocabulary());
             return Err(Error::config("llm.vocab", cfg.llm.vocab, want));
         }
-        let data = DataSet::open(&cfg.data.train, &cfg.data, false)?;
-        let test = match &cfg.data.test {
-            Some(test) => Some(DataSet::open(test, &cfg.data, true)?),
-            None => None,
-        };
+        let (data, test) = (DataSet::train(&cfg.data)?, DataSet::test(&cfg.data)?);
         let model = Ett::new(cfg, dev)?;
         load_lpips(&model)?;
         Ok(Session {
