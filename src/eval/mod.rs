@@ -207,7 +207,7 @@ pub fn during(
             for d in &drawn {
                 said.extend(test.samples[d.sample].caption.iter().map(|c| template.text_caption(c)));
             }
-            let (nats, n) = Seen::nothing(model).nats(&said.into_iter().collect::<Result<Vec<_>>>()?)?;
+            let (nats, n) = Seen::nothing(model)?.nats(&said.into_iter().collect::<Result<Vec<_>>>()?)?;
             all.insert("cap", nats / n.max(1) as f64);
         }
         StageKind::Align | StageKind::Semantic | StageKind::Chat => {

@@ -76,6 +76,7 @@ pub struct Seen<'a> {
     model: &'a Ett,
     tape: Tape,
     visual: Var,
+    idx: Tensor,
     grids: Vec<Grid>,
 }
 
@@ -85,7 +86,16 @@ impl<'a> Seen<'a> {
         let tape = Tape::inference(model.params.device().clone(), model.params.precision());
         let (zq, idx, grids) = encode(model, &tape, images)?;
         let visual = model.visual_rows(&tape, &zq, &idx)?;
-        Ok(Seen { model, tape, visual, grids })
+        Ok(Seen { model, tape, visual, idx, grids })
+    }
+
+    /// No pictures: for text alone.
+    pub fn nothing(model: &'a Ett) -> Result<Self> {
+        let tape = Tape::inference(model.params.device().clone(), model.params.precision());
+        let dims = [0, model.cfg.llm.width];
+        let empty = tape.constant(tape.act(dims)?);
+        let idx = Tensor::from_host::<i32>(tape.dev(), Role::Input, &[], [0])?;
+        Ok(Seen { model, tape, visual: empty, idx, grids: vec![] })
     }
 
     /// The hidden states that predict the supervised tokens of `sequences`, and the batch they belong to.
@@ -108,6 +118,20 @@ impl<'a> Seen<'a> {
         Ok((loss.value().to_f64(self.tape.dev())?[0], packed.tokens))
     }
 
+    /// Nats of all codes that `sequences` predict together, and their number.
+    pub fn code_nats(&self, sequences: &[Vec<Part>]) -> Result<(f64, usize)> {
+        if sequences.is_empty() {
+            return Ok((0.0, 0));
+        }
+        let packed = Batch::pack(self.model, sequences, &self.grids, 1)?;
+        let hidden = self.model.hidden(&self.tape, Some(&self.visual), &packed)?;
+        let acc = self.model.params.precision().acc;
+        let one = Tensor::from_f64(self.tape.dev(), Role::Input, acc, &[1.0], [1])?;
+        let idx = self.idx.to_host::<i32>(self.tape.dev())?;
+        let loss = self.model.code_loss(&self.tape, &hidden, &packed, &idx, &one)?;
+        Ok((loss.value().to_f64(self.tape.dev())?[0], packed.code_rows.len()))
+    }
+
     /// The most likely token after each supervised position's predecessor, sequence by sequence.
     fn likeliest(&self, sequences: &[Vec<Part>]) -> Result<(Vec<i32>, Packed)> {
         let (rows, packed) = self.selected(sequences)?;
@@ -121,25 +145,23 @@ impl<'a> Seen<'a> {
         Ok((best, packed))
     }
 
-    /// How many sequences have every supervised token as the most likely one: exactly those that greedy
-    /// decoding would complete as they are.
-    pub fn exact(&self, sequences: &[Vec<Part>]) -> Result<usize> {
+    /// For each sequence, whether every supervised token is the most likely one: exactly those that greedy decoding
+    /// would complete as they are.
+    pub fn exact(&self, sequences: &[Vec<Part>]) -> Result<Vec<bool>> {
         if sequences.is_empty() {
-            return Ok(0);
+            return Ok(vec![]);
         }
         let (best, packed) = self.likeliest(sequences)?;
         let target = packed.target.to_host::<i32>(self.tape.dev())?;
         let mut hits = best.iter().zip(&target).map(|(a, b)| a == b);
-        let mut right = 0;
-        for s in sequences {
+        let right = |s: &Vec<Part>| {
             let supervised = s.iter().map(|p| match p {
                 Part::Tokens { ids, supervised: true } => ids.len(),
                 _ => 0,
             });
-            let misses = hits.by_ref().take(supervised.sum()).filter(|hit| !hit).count();
-            right += usize::from(misses == 0);
-        }
-        Ok(right)
+            hits.by_ref().take(supervised.sum()).filter(|hit| !hit).count() == 0
+        };
+        Ok(sequences.iter().map(right).collect())
     }
 
     /// Continues a sequence greedily until `stop` or `max` tokens; the stop token is left out.
