@@ -109,7 +109,10 @@ impl Checkpoints {
             Ok(Some(last)) => format!("the last checkpoint, {}, is whole", last.display()),
             _ => "the run has no checkpoint yet".into(),
         };
-        Error::data(path, format!("the disk is full ({source}); {last}; free some space, then resume the run"))
+        Error::data(
+            path,
+            format!("the disk is full ({source}); {last}; free some space, then resume the run"),
+        )
     }
 
     fn write(&self, model: &Ett, optimizers: &[&Optimizer], progress: &Progress) -> Result<PathBuf> {
@@ -204,7 +207,8 @@ fn phase(name: &str, what: &str) {
 
 /// The step in a checkpoint's name.
 fn step_of(name: &str) -> Option<usize> {
-    let digits = name.strip_prefix("step-").filter(|d| d.len() >= 8 && d.bytes().all(|b| b.is_ascii_digit()))?;
+    let digits =
+        name.strip_prefix("step-").filter(|d| d.len() >= 8 && d.bytes().all(|b| b.is_ascii_digit()))?;
     digits.parse().ok()
 }
 
@@ -352,8 +356,10 @@ impl<'a> Carried<'a> {
 fn read_state(folder: &Path) -> Result<State> {
     let path = folder.join(STATE);
     let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-    let parts = text.strip_prefix(SUM[0]).and_then(|t| t.strip_suffix("}\n")).and_then(|t| t.split_once(SUM[1]));
-    let Some((_, state)) = parts.filter(|(sum, s)| *sum == format!("{:08x}", crc32fast::hash(s.as_bytes()))) else {
+    let parts =
+        text.strip_prefix(SUM[0]).and_then(|t| t.strip_suffix("}\n")).and_then(|t| t.split_once(SUM[1]));
+    let Some((_, state)) = parts.filter(|(sum, s)| *sum == format!("{:08x}", crc32fast::hash(s.as_bytes())))
+    else {
         return Err(Error::data(&path, format!("is damaged: its checksum does not fit; {}", remedy(folder))));
     };
     #[derive(Deserialize)]

@@ -141,8 +141,7 @@ impl Lines {
     pub fn resume(path: &Path, bytes: u64) -> Result<Self> {
         let io = |e| Error::io(path)(e);
         let mut file = File::options();
-        let mut file =
-            file.read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
+        let mut file = file.read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
         let len = file.metadata().map_err(io)?.len();
         let mut keep = bytes;
         if len < bytes {
