@@ -182,6 +182,31 @@ fn checkpoints_of_other_training_are_refused() -> Outcome {
 }
 
 #[test]
+fn changed_configurations_are_named() -> Outcome {
+    let scratch = Scratch::new();
+    let run = Run::new(&small("f32"), cpu(1), StageKind::Text, 1e-3)?;
+    let folder = save(&run, &Checkpoints::new(&scratch.path("run"), 1), 1)?;
+    let mut cfg = small("f32");
+    checkpoint::check_config(&folder, &cfg)?;
+    (cfg.train.threads, cfg.data.eval_samples) = (7, 3);
+    checkpoint::check_config(&folder, &cfg)?;
+    cfg.train.lr = 0.5;
+    cfg.tokenizer.ch_mult.push(2);
+    cfg.lpips.weights = Some("vgg".into());
+    let e = refused(checkpoint::check_config(&folder, &cfg));
+    for what in [
+        "`train.lr` was",
+        "now 0.5",
+        "`tokenizer.ch_mult` was [1, 1, 2], now [1, 1, 2, 2]",
+        "left out, now \"vgg\"",
+    ] {
+        assert!(e.contains(what), "{e}");
+    }
+    assert!(!e.contains("threads"), "{e}");
+    Ok(())
+}
+
+#[test]
 fn damage_is_named_and_nothing_loaded() -> Outcome {
     let scratch = Scratch::new();
     let run = run_of(&small("f32"), 1)?;
@@ -392,7 +417,7 @@ fn a_full_file_system_spoils_nothing() -> Outcome {
 fn metrics_are_cut_back_to_the_checkpoint() -> Outcome {
     let scratch = Scratch::new();
     let path = scratch.path("metrics.jsonl");
-    let mut lines = Lines::create(&path)?;
+    let mut lines = Lines::resume(&path, 0)?;
     lines.push("one")?;
     let kept = lines.sync()?;
     lines.push("of a killed run")?;
