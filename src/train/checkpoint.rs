@@ -4,6 +4,7 @@
 //! `RUN/checkpoints/latest` name it: a run that is killed at any moment goes on from the last one named there.
 //! `state.json` is written last and lists the other files with their sizes and checksums.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -109,7 +110,10 @@ impl Checkpoints {
             Ok(Some(last)) => format!("the last checkpoint, {}, is whole", last.display()),
             _ => "the run has no checkpoint yet".into(),
         };
-        Error::data(path, format!("the disk is full ({source}); {last}; free some space, then resume the run"))
+        Error::data(
+            path,
+            format!("the disk is full ({source}); {last}; free some space, then resume the run"),
+        )
     }
 
     fn write(&self, model: &Ett, optimizers: &[&Optimizer], progress: &Progress) -> Result<PathBuf> {
@@ -204,7 +208,8 @@ fn phase(name: &str, what: &str) {
 
 /// The step in a checkpoint's name.
 fn step_of(name: &str) -> Option<usize> {
-    let digits = name.strip_prefix("step-").filter(|d| d.len() >= 8 && d.bytes().all(|b| b.is_ascii_digit()))?;
+    let digits =
+        name.strip_prefix("step-").filter(|d| d.len() >= 8 && d.bytes().all(|b| b.is_ascii_digit()))?;
     digits.parse().ok()
 }
 
@@ -352,8 +357,10 @@ impl<'a> Carried<'a> {
 fn read_state(folder: &Path) -> Result<State> {
     let path = folder.join(STATE);
     let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-    let parts = text.strip_prefix(SUM[0]).and_then(|t| t.strip_suffix("}\n")).and_then(|t| t.split_once(SUM[1]));
-    let Some((_, state)) = parts.filter(|(sum, s)| *sum == format!("{:08x}", crc32fast::hash(s.as_bytes()))) else {
+    let parts =
+        text.strip_prefix(SUM[0]).and_then(|t| t.strip_suffix("}\n")).and_then(|t| t.split_once(SUM[1]));
+    let Some((_, state)) = parts.filter(|(sum, s)| *sum == format!("{:08x}", crc32fast::hash(s.as_bytes())))
+    else {
         return Err(Error::data(&path, format!("is damaged: its checksum does not fit; {}", remedy(folder))));
     };
     #[derive(Deserialize)]
@@ -393,6 +400,57 @@ pub fn progress(folder: &Path) -> Result<Progress> {
     let window = TensorFile::open(&folder.join(TRAINING))?.read(WINDOW)?;
     progress.window = window.values.into_iter().map(|c| c as i32).collect();
     Ok(progress)
+}
+
+/// Configuration keys that may change when a run is resumed, since no weight follows from them.
+const FREE: [&str; 7] = [
+    "train.threads",
+    "train.recompute",
+    "train.save_every",
+    "train.keep",
+    "train.eval_every",
+    "data.test",
+    "data.eval_samples",
+];
+
+/// Fails if a run would go on with another configuration than its checkpoint was made with, and names the keys.
+/// Threads, saving and the closing evaluation may change.
+pub fn check_config(folder: &Path, cfg: &Config) -> Result<()> {
+    let then = Config::load(&folder.join(CONFIG), &[])?;
+    let table = |cfg: &Config| -> Result<BTreeMap<String, String>> {
+        let mut keys = BTreeMap::new();
+        let text = config_text(cfg)?;
+        let parsed = toml::from_str(&text).map_err(|e| Error::config("configuration", e, "valid TOML"))?;
+        flatten("", &toml::Value::Table(parsed), &mut keys);
+        Ok(keys)
+    };
+    let (then, now) = (table(&then)?, table(cfg)?);
+    let keys: BTreeSet<&String> = then.keys().chain(now.keys()).collect();
+    let show = |v: Option<&String>| v.cloned().unwrap_or("left out".into());
+    let changed: Vec<String> = keys
+        .into_iter()
+        .filter(|k| then.get(*k) != now.get(*k) && !FREE.contains(&k.as_str()))
+        .map(|k| format!("`{k}` was {}, now {}", show(then.get(k)), show(now.get(k))))
+        .collect();
+    if changed.is_empty() {
+        return Ok(());
+    }
+    let what = format!("{}; change it back, or start a new run", misfit("the configuration", changed));
+    Err(Error::data(folder, what))
+}
+
+/// Dotted keys and their values as text.
+fn flatten(key: &str, value: &toml::Value, keys: &mut BTreeMap<String, String>) {
+    let dotted = |k: &str| if key.is_empty() { k.to_string() } else { format!("{key}.{k}") };
+    match value {
+        toml::Value::Table(t) => t.iter().for_each(|(k, v)| flatten(&dotted(k), v, keys)),
+        toml::Value::Array(a) if a.iter().any(toml::Value::is_table) => {
+            a.iter().enumerate().for_each(|(i, v)| flatten(&dotted(&i.to_string()), v, keys));
+        }
+        v => {
+            keys.insert(key.to_string(), v.to_string());
+        }
+    }
 }
 
 /// Where a tensor of a checkpoint goes.

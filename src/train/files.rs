@@ -130,19 +130,12 @@ pub struct Lines {
 }
 
 impl Lines {
-    /// An empty file.
-    pub fn create(path: &Path) -> Result<Self> {
-        let file = File::create(path).map_err(Error::io(path))?;
-        Ok(Lines { path: path.into(), file: BufWriter::new(file), bytes: 0 })
-    }
-
-    /// Goes on after the first `bytes` bytes, what [`Lines::sync`] gave; lines after them are cut off. If the file is
-    /// shorter, or gone, its whole lines are kept and a warning says so.
+    /// Goes on after the first `bytes` bytes, what [`Lines::sync`] gave, 0 for a new file; lines after them are cut
+    /// off. If the file is shorter, or gone, its whole lines are kept and a warning says so.
     pub fn resume(path: &Path, bytes: u64) -> Result<Self> {
         let io = |e| Error::io(path)(e);
         let mut file = File::options();
-        let mut file =
-            file.read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
+        let mut file = file.read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
         let len = file.metadata().map_err(io)?.len();
         let mut keep = bytes;
         if len < bytes {

@@ -25,8 +25,9 @@ pub struct TensorFile {
 impl TensorFile {
     /// Opens a file and reads what it says about its tensors.
     pub fn open(path: &Path) -> Result<Self> {
-        let broken =
-            |why: &dyn std::fmt::Display| Error::weights(path, format!("not a whole safetensors file ({why})"));
+        let broken = |why: &dyn std::fmt::Display| {
+            Error::weights(path, format!("not a whole safetensors file ({why})"))
+        };
         let mut file = File::open(path).map_err(Error::io(path))?;
         let bytes = file.metadata().map_err(Error::io(path))?.len();
         let mut length = [0; 8];

@@ -2,6 +2,7 @@
 
 mod bindings;
 mod build;
+mod checkpoint;
 mod common;
 mod compare;
 mod conformance;

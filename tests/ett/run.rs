@@ -27,7 +27,7 @@ impl Drop for Folder {
 }
 
 /// Eight squares, light or dark, on grey, with captions and questions; one file is broken.
-fn pictures(dir: &Path) {
+pub fn pictures(dir: &Path) {
     std::fs::create_dir_all(dir).expect("a folder");
     let mut lines = String::new();
     for i in 0..8usize {

@@ -9,8 +9,8 @@ use ett::error::Result;
 use ett::model::{Ett, Packed, Part, Rows};
 use ett::nn::Copy;
 use ett::train::{
-    Batch, Hyper, Loss, Optimizer, Outcome as Step, Recipe, Stage, load_training, save_training, schedule,
-    step,
+    Batch, Checkpoints, Hyper, Loss, Optimizer, Outcome as Step, Progress, Recipe, Stage, checkpoint,
+    schedule, step,
 };
 
 use crate::common::{Outcome, Scratch, cpu, gpu, ids, shim};
@@ -181,7 +181,7 @@ fn follows_the_cpu(
     Ok(())
 }
 
-/// Saving, and going on from the file in a new model, changes no bit.
+/// Saving, and going on from the checkpoint in a new model, changes no bit.
 fn resumes_bitwise(
     dev: &dyn Fn() -> Arc<dyn Kernels>,
     precision: &str,
@@ -193,11 +193,11 @@ fn resumes_bitwise(
     let mut first = Trainer::new(dev(), precision, sizes)?;
     let mut got = first.steps(0, steps / 2)?;
     let scratch = Scratch::new();
-    let path = scratch.path("training.safetensors");
-    save_training(&first.model, &[&first.main], &path)?;
+    let checkpoints = Checkpoints::new(&scratch.path("run"), 1);
+    let folder = checkpoints.save(&first.model, &[&first.main], &Progress::default())?;
     drop(first);
     let mut second = Trainer::new(dev(), precision, sizes)?;
-    load_training(&mut second.model, &mut [&mut second.main], &path)?;
+    checkpoint::load(&folder, &mut second.model, &mut [&mut second.main])?;
     got.extend(second.steps(steps / 2, steps)?);
     assert_eq!(bits(&got), bits(&want), "{precision}: losses {got:?}, never stopped {want:?}");
     assert!(bits(&second.everything()?) == bits(&whole.everything()?), "{precision}: weights and moments");
@@ -209,28 +209,6 @@ fn cpu_resumes_bitwise() -> Outcome {
     for precision in ["f32", "bf16"] {
         resumes_bitwise(&|| cpu(2), precision, SMALL, STEPS)?;
     }
-    Ok(())
-}
-
-#[test]
-fn a_file_of_other_training_is_refused() -> Outcome {
-    let scratch = Scratch::new();
-    let path = scratch.path("training.safetensors");
-    let t = Trainer::new(cpu(1), "f32", TINY)?;
-    save_training(&t.model, &[&t.main], &path)?;
-    let mut other = Trainer::new(cpu(1), "f32", Sizes { width: 32, ..TINY })?;
-    let before = other.everything()?;
-    let e = load_training(&mut other.model, &mut [&mut other.main], &path)
-        .expect_err("another width")
-        .to_string();
-    assert!(e.contains("moment1.model.norm.weight") || e.contains("wanted [40, 32]"), "{e}");
-    assert!(bits(&other.everything()?) == bits(&before), "nothing is changed");
-    let mut other = Trainer::new(cpu(1), "f32", TINY)?;
-    other.model.params.train(&[])?;
-    let e = load_training(&mut other.model, &mut [&mut other.main], &path)
-        .expect_err("nothing trained")
-        .to_string();
-    assert!(e.contains("unknown `moment1."), "{e}");
     Ok(())
 }
 

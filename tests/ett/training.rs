@@ -23,7 +23,8 @@ const VOCAB: usize = 40;
 /// Pixels a token.
 const S: usize = 4;
 
-fn small(precision: &str) -> Config {
+/// A model of all parts.
+pub fn small(precision: &str) -> Config {
     let mut cfg = Config::default();
     let t = &mut cfg.tokenizer;
     (t.ch, t.ch_mult, t.num_res_blocks, t.z_channels, t.norm_groups) = (8, vec![1, 1, 2], 1, 8, 2);
@@ -56,7 +57,7 @@ fn pixels(seed: u64, [b, h, w]: [usize; 3]) -> Vec<f64> {
 }
 
 /// A batch of some sizes: a start token, the picture, a text of its own.
-fn batch(model: &Ett, sizes: &[[usize; 3]], kind: StageKind) -> Result<Batch> {
+pub fn batch(model: &Ett, sizes: &[[usize; 3]], kind: StageKind) -> Result<Batch> {
     let dev = &**model.params.device();
     let act = model.params.precision().act;
     let (mut images, mut grids, mut sequences) = (Vec::new(), Vec::new(), Vec::new());
@@ -81,17 +82,17 @@ fn batch(model: &Ett, sizes: &[[usize; 3]], kind: StageKind) -> Result<Batch> {
 }
 
 /// A stage under way.
-struct Run {
-    model: Ett,
+pub struct Run {
+    pub model: Ett,
     recipe: Recipe,
     state: StepState,
-    main: Optimizer,
-    disc: Option<Optimizer>,
+    pub main: Optimizer,
+    pub disc: Option<Optimizer>,
     rate: f64,
 }
 
 impl Run {
-    fn new(cfg: &Config, dev: Arc<dyn Kernels>, kind: StageKind, rate: f64) -> Result<Self> {
+    pub fn new(cfg: &Config, dev: Arc<dyn Kernels>, kind: StageKind, rate: f64) -> Result<Self> {
         let model = Ett::new(cfg, dev)?;
         let stage = Stage::new(kind, &model)?;
         Self::with(model, stage.recipe, &stage.groups, stage.discriminator, rate)
@@ -111,7 +112,7 @@ impl Run {
         Ok(Run { model, recipe, state, main, disc, rate })
     }
 
-    fn step(&mut self, batch: &Batch) -> Result<Step> {
+    pub fn step(&mut self, batch: &Batch) -> Result<Step> {
         self.step_in_parts(std::slice::from_ref(batch))
     }
 
@@ -135,10 +136,10 @@ impl Run {
     }
 }
 
-type Bits = BTreeMap<String, Vec<u64>>;
+pub type Bits = BTreeMap<String, Vec<u64>>;
 
 /// The bits of every tensor of a copy of the parameters, and of what the discriminator carries.
-fn bits(model: &Ett, copy: Copy) -> Result<Bits> {
+pub fn bits(model: &Ett, copy: Copy) -> Result<Bits> {
     let raw = |v: Vec<f64>| v.into_iter().map(f64::to_bits).collect::<Vec<_>>();
     let mut all = BTreeMap::new();
     for (name, _, _) in model.params.names() {
