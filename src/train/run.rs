@@ -99,7 +99,9 @@ pub fn resume(out: &Path, dev: Arc<dyn Kernels>, quiet: bool) -> Result<Finished
         let what = "holds no checkpoint to go on from; start with `ett-train run --config FILE`";
         return Err(Error::data(out, what));
     };
-    Session::new(&run_config(out)?, dev, out, quiet)?.go(Some(&from))
+    let cfg = run_config(out)?;
+    checkpoint::check_config(&from, &cfg)?;
+    Session::new(&cfg, dev, out, quiet)?.go(Some(&from))
 }
 
 /// The configuration of a run folder.

@@ -60,7 +60,7 @@ fn config(data: &Path) -> Config {
     (l.vocab, l.width, l.layers, l.heads, l.kv_heads, l.head_dim, l.mlp) = (264, 16, 1, 2, 1, 8, 24);
     (c.data.size, c.data.eval_samples) = (32, 8);
     (c.data.train, c.data.test) = (data.to_path_buf(), Some(data.to_path_buf()));
-    c.train.threads = 1;
+    (c.train.threads, c.train.eval_every) = (1, 2);
     c.visual_head.kind = VisualHeadKind::Tied;
     let kinds = [
         StageKind::Tokenizer,
@@ -75,6 +75,7 @@ fn config(data: &Path) -> Config {
             lr: Some(1e-3),
             ema: kind == StageKind::Semantic,
             captions: 0.5,
+            accumulate: if kind == StageKind::Semantic { 3 } else { 1 },
             ..StageConfig::new(kind, 2, 3)
         })
         .to_vec();
@@ -103,7 +104,29 @@ fn a_run_leaves_its_files_and_a_model_that_can_be_used() {
         metrics.lines().map(|l| serde_json::from_str(l).expect("a line is JSON")).collect();
     assert_eq!(lines.len(), 12);
     assert_eq!(lines[0]["stage"], "tokenizer");
-    assert!(lines[6]["loss"]["cap"].as_f64().is_some_and(f64::is_finite), "{}", lines[6]);
+    let number = |step: usize, keys: [&str; 2]| lines[step][keys[0]][keys[1]].as_f64();
+    for (step, keys) in [
+        (6, ["loss", "cap"]),
+        (10, ["loss", "code"]),
+        (0, ["quantizer", "softmax_entropy"]),
+        (0, ["quantizer", "logit_spread"]),
+        (1, ["eval", "mse"]),
+        (3, ["eval", "cap"]),
+        (7, ["eval", "cap"]),
+        (9, ["eval", "answers"]),
+        (11, ["eval", "code"]),
+    ] {
+        assert!(number(step, keys).is_some_and(f64::is_finite), "{keys:?} in {}", lines[step]);
+    }
+    for (key, least) in [("codes_used", 1.0), ("code_perplexity", 1.0), ("memory_mib", 0.1), ("images_per_s", 0.1)] {
+        assert!(lines[11][key].as_f64().is_some_and(|v| v >= least), "{key} in {}", lines[11]);
+    }
+    assert!(lines[1]["quantizer"].is_null() && lines[0]["eval"].is_null(), "{}", lines[1]);
+    assert!(report.ssim <= 1.0 && report.perceptual > 0.0 && report.perceptual_by.contains("random VGG16"));
+    let codes = report.codes.ok_or("the model draws").expect("codes");
+    assert!(codes.loss.seen > 0.0 && codes.unigram >= 0.0);
+    let light = &report.types;
+    assert!(light.is_empty(), "yes and no are not types: {light:?}");
 
     // The averages that the semantic stage kept outlast the chat stage, which leaves the tokenizer alone.
     for (file, _) in train::written(&out).into_iter().chain([("ema.safetensors", ""), ("config.toml", "")]) {
