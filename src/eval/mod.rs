@@ -1,6 +1,8 @@
 //! Held-out results: reconstruction, captions and answers, each against what the same weights say when shown
 //! another picture.
 
+mod ssim;
+
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -12,6 +14,8 @@ use crate::infer::{Seen, reconstruct};
 use crate::model::Ett;
 use crate::train::Template;
 use crate::train::feed::DataSet;
+
+pub use ssim::ssim;
 
 /// Samples of one forward.
 const BATCH: usize = 64;

@@ -127,7 +127,7 @@ pub fn run(
     if cfg.stage.is_empty() {
         return Err(Error::config("stage", "none", "at least one [[stage]]"));
     }
-    let template = Template::new(TextTokenizer::Bytes);
+    let template = Template::new(TextTokenizer::open(cfg.data.tokenizer.as_deref())?);
     if cfg.llm.vocab < template.tokenizer().vocabulary() {
         let want = format!("at least {}, the text tokenizer's", template.tokenizer().vocabulary());
         return Err(Error::config("llm.vocab", cfg.llm.vocab, want));
