@@ -443,6 +443,8 @@ pub struct DataConfig {
     pub crop: Crop,
     /// Mirror half of the pictures; not those built in, which say where things are.
     pub flip: bool,
+    /// A `tokenizer.json` of Hugging Face with the special tokens of Qwen2.5; without one every byte is a token.
+    pub tokenizer: Option<PathBuf>,
     /// Text tokens a sample that `--plan` assumes.
     pub text_tokens: usize,
     /// Held-out samples that the closing evaluation looks at.
@@ -460,6 +462,7 @@ impl Default for DataConfig {
             size: 512,
             crop: Crop::Centre,
             flip: false,
+            tokenizer: None,
             text_tokens: 128,
             eval_samples: 512,
         }

@@ -33,9 +33,11 @@ impl Trained {
             let what = format!("holds no {WEIGHTS}; name the folder of a finished run of ett-train");
             return Err(Error::data(run, what));
         }
-        let model = Ett::new(&Config::load(&run.join(CONFIG), &[])?, dev)?;
+        let cfg = Config::load(&run.join(CONFIG), &[])?;
+        let template = Template::new(TextTokenizer::open(cfg.data.tokenizer.as_deref())?);
+        let model = Ett::new(&cfg, dev)?;
         load_weights(&model.params, &weights)?;
-        Ok(Trained { model, template: Template::new(TextTokenizer::Bytes) })
+        Ok(Trained { model, template })
     }
 
     /// A picture as training saw it: shorter side resized, centre crop.

@@ -183,7 +183,7 @@ struct Session {
 
 impl Session {
     fn new(cfg: &Config, dev: Arc<dyn Kernels>, out: &Path, quiet: bool) -> Result<Self> {
-        let template = Template::new(TextTokenizer::Bytes);
+        let template = Template::new(TextTokenizer::open(cfg.data.tokenizer.as_deref())?);
         if cfg.llm.vocab < template.tokenizer().vocabulary() {
             let want = format!("at least {}, the text tokenizer's", template.tokenizer().vocabulary());
             return Err(Error::config("llm.vocab", cfg.llm.vocab, want));
