@@ -25,6 +25,7 @@ pub fn benches(b: &mut Bench) {
                     v: v.view(),
                     cu_q: seqs.cu.view(),
                     cu_k: seqs.cu.view(),
+                    len_k: None,
                     y: y.out(),
                     lse: lse.out(),
                     heads,

@@ -36,13 +36,27 @@ __device__ __forceinline__ Span span(const int32_t* cu, int s, int64_t n, int64_
     return Span{0, 0};
 }
 
+// Rows of slot `s` of a cache, `len[s]` from `start[s]` on; none, and a fault, if they are not all within the n rows, or
+// more than `longest`.
+__device__ __forceinline__ Span slot(const int32_t* starts, const int32_t* len, int s, int64_t n, int64_t longest, const Fault& fault, bool report) {
+    const int64_t start = starts[s], count = len[s];
+    const bool begins = start >= 0 && start <= n;
+    if (begins && count >= 0 && count <= min(longest, n - start)) return Span{int(start), int(count)};
+    if (report && !begins) report_index(fault, s, start, n + 1);
+    if (report && begins) report_index(fault, s, count, min(longest, n - start) + 1);
+    return Span{0, 0};
+}
+
 // A sequence: its query and key rows, and the keys that a query sees.
 struct Seq {
     Span q, k;
     bool causal;
 
-    __device__ Seq(const Batch& b, int s, bool report)
-        : q(span(b.cu_q, s, b.n_q, b.max_q, b.fault, report)), k(span(b.cu_k, s, b.n_k, b.max_k, b.fault, report)), causal(b.causal) {}
+    // `len_k` may be null.
+    __device__ Seq(const Batch& b, int s, bool report, const int32_t* len_k = nullptr)
+        : q(span(b.cu_q, s, b.n_q, b.max_q, b.fault, report)),
+          k(len_k ? slot(b.cu_k, len_k, s, b.n_k, b.max_k, b.fault, report) : span(b.cu_k, s, b.n_k, b.max_k, b.fault, report)),
+          causal(b.causal) {}
 
     // Query i sees keys [0, seen(i)).
     __device__ __forceinline__ int seen(int i) const { return causal ? min(k.count, max(0, i + 1 + k.count - q.count)) : k.count; }

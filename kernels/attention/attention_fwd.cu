@@ -6,11 +6,12 @@
 // q          N,heads*D      act  rows of any stride   in
 // k, v       Nk,kv_heads*D  act  rows of any stride   in
 // cu_q, cu_k S+1            i32  contiguous           in    sequence s has rows [cu[s], cu[s+1])
+// len_k      S              i32  contiguous           in?   if present, its keys are rows [cu_k[s], cu_k[s] + len_k[s])
 // y          N,heads*D      act  rows of any stride   out   0 in padding rows (from cu_q[S] on) and where nothing is seen
 // lse        N,heads        f32  rows of any stride   out   0 in the same rows
 //
-// A sequence whose offsets are wrong is a fault and counts as empty: its keys are not seen, its rows of y and lse are
-// not written.
+// A sequence whose offsets are wrong is a fault and counts as empty: its keys are not seen, and if it is its queries'
+// offsets that are wrong, its rows of y and lse are not written.
 // numerics: scores, softmax and sums in f32; "mma" rounds exp(score - running maximum) to bf16 before it multiplies v,
 // "simple" does not; one rounding of y. Bitwise repeatable.
 // limits: 1 <= D <= 512, heads < 65536.
@@ -30,6 +31,7 @@ constexpr int kClearBlocks = 8;  // a head, for the padding
 
 template <class T> struct Forward {
     Batch b;
+    const int32_t* len_k;  // null: keys without gaps
     const T* q;
     const T* k;
     const T* v;
@@ -91,7 +93,7 @@ template <int DT> __global__ void __launch_bounds__(kMmaThreads, 3) mma_kernel(c
     if (clear_padding(a)) return;
     const Job job = job_of(a);
     const int head = blockIdx.y, first = job.tile * kMmaRows, d = a.b.d;
-    const Seq seq(a.b, job.seq, job.tile == 0 && head == 0 && threadIdx.x == 0);
+    const Seq seq(a.b, job.seq, job.tile == 0 && head == 0 && threadIdx.x == 0, a.len_k);
     if (first >= seq.q.count) return;
 
     bf16* const smem_q = reinterpret_cast<bf16*>(smem);
@@ -176,7 +178,7 @@ template <class T, int DT, int I> __global__ void __launch_bounds__(kPlainThread
     if (clear_padding(a)) return;
     const Job job = job_of(a);
     const int head = blockIdx.y, first = job.tile * I * 16, d = a.b.d, x = threadIdx.x % 16, y = threadIdx.x / 16;
-    const Seq seq(a.b, job.seq, job.tile == 0 && head == 0 && threadIdx.x == 0);
+    const Seq seq(a.b, job.seq, job.tile == 0 && head == 0 && threadIdx.x == 0, a.len_k);
     if (first >= seq.q.count) return;
 
     float* const weights = reinterpret_cast<float*>(smem);
@@ -241,9 +243,8 @@ int32_t enqueue(const ett_attention_fwd_args& a, const ett_launch* l, const char
     const int64_t tiles = tiles_of(a.max_q, b.n_q, rows_of_tile), blocks = tiles * b.seqs + kClearBlocks;
     if (blocks > INT32_MAX) return ett_fail(ETT_UNSUPPORTED, 0, "attention_fwd", "cu_q", "too long for its max_q", "fewer than 2^31 tiles");
     const bool vectors = head_wide(a.q, b.d, 4 * sizeof(T)) && head_wide(a.k, b.d, 4 * sizeof(T)) && head_wide(a.v, b.d, 4 * sizeof(T));
-    const Forward<T> f{b,           data<const T>(a.q), data<const T>(a.k), data<const T>(a.v), data<T>(a.y),  data<float>(a.lse),
-                       stride(a.q), stride(a.k),        stride(a.v),        stride(a.y),        stride(a.lse), float(a.scale),
-                       int(tiles),  vectors};
+    const Forward<T> f{b,           data<const int32_t>(a.len_k), data<const T>(a.q), data<const T>(a.k), data<const T>(a.v), data<T>(a.y),
+                       data<float>(a.lse), stride(a.q), stride(a.k), stride(a.v), stride(a.y), stride(a.lse), float(a.scale), int(tiles), vectors};
     const int32_t status = launch("attention_fwd", kernel, dim3(unsigned(blocks), unsigned(b.heads)), dim3(unsigned(threads)), smem, l, f);
     return status == ETT_OK ? ett_done(name) : status;
 }
@@ -259,6 +260,7 @@ extern "C" int32_t ett_attention_fwd(const ett_attention_fwd_args* a, const ett_
     using namespace ett::attention;
     Check check("attention_fwd", a, l);
     if (!check.ok() || !check_shapes(check, *a)) return check.status();
+    if (present(a->len_k) && !check.vector("len_k", a->len_k, ETT_I32, numel(a->cu_q) - 1)) return check.status();
     if (numel(a->q) == 0) return ett_done("");
     const char* const chosen = choose_attention_fwd(*a);
     const char* names[] = {"simple", strcmp(chosen, "mma") == 0 ? "mma" : nullptr, nullptr};

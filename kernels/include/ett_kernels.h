@@ -35,7 +35,7 @@ extern "C" {
 #endif
 
 /* Raised by one when a struct or the meaning of a field changes. */
-#define ETT_ABI_VERSION 2
+#define ETT_ABI_VERSION 3
 
 /* The version that the library was built with; compare it with ETT_ABI_VERSION. */
 int32_t ett_abi_version(void);
@@ -569,7 +569,8 @@ int32_t ett_gather_bwd(const ett_gather_bwd_args* args, const ett_launch* launch
 /* ---- attention ----------------------------------------------------------------------------------------- */
 
 /* Softmax attention over a flat batch of sequences; query head h reads key/value head h /
-   (heads/kv_heads). Causal masks align the ends: query i of T sees keys up to i + Tk - T. */
+   (heads/kv_heads). Causal masks align the ends: query i of T sees keys up to i + Tk - T. No row of k and
+   v but those of the sequences is looked at. */
 typedef struct ett_attention_fwd_args {
     ett_view q;             // in   [N, heads*D]; act
     ett_view k;             // in   [Nk, kv_heads*D]; act
@@ -577,6 +578,9 @@ typedef struct ett_attention_fwd_args {
     ett_view cu_q;          // in   [S+1] sequence offsets into N; i32. Rows past the last offset are
                             //      padding: y is 0 there
     ett_view cu_k;          // in   [S+1] sequence offsets into Nk; i32
+    ett_view len_k;         // in?  [S] keys of each sequence, which then has rows [cu_k[s], cu_k[s] +
+                            //      len_k[s]) of k and v: a cache with room behind what is there; the last
+                            //      offset means nothing. i32
     ett_view y;             // out  [N, heads*D]; act
     ett_view lse;           // out  [N, heads] log-sum-exp of the scaled scores; acc
     int64_t heads;          //      query heads

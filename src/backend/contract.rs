@@ -503,7 +503,8 @@ gather: gather_bwd(GatherBwd<'a>) flop |s| s.dy.dims.numel() => {
 
 // ---- attention -----------------------------------------------------------------------------------------
 /// Softmax attention over a flat batch of sequences; query head h reads key/value head `h / (heads/kv_heads)`.
-/// Causal masks align the ends: query i of T sees keys up to `i + Tk - T`.
+/// Causal masks align the ends: query i of T sees keys up to `i + Tk - T`. No row of `k` and `v` but those of the
+/// sequences is looked at.
 attention: attention_fwd(AttentionFwd<'a>) flop |s| attention_flop(2, s.max_q, s.max_k, s.cu_q, s.heads, s.head_dim, s.causal) => {
     /// `[N, heads*D]`; act.
     q: In<'a>,
@@ -515,6 +516,9 @@ attention: attention_fwd(AttentionFwd<'a>) flop |s| attention_flop(2, s.max_q, s
     cu_q: In<'a>,
     /// `[S+1]` sequence offsets into Nk; i32.
     cu_k: In<'a>,
+    /// `[S]` keys of each sequence, which then has rows `[cu_k[s], cu_k[s] + len_k[s])` of `k` and `v`: a cache with
+    /// room behind what is there; the last offset means nothing. i32.
+    len_k: Option<In<'a>>,
     /// `[N, heads*D]`; act.
     y: Out<'a>,
     /// `[N, heads]` log-sum-exp of the scaled scores; acc.

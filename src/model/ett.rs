@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::tokenizer::{Discriminator, DiscriminatorState, Lpips, Tokenizer};
-use super::{Llm, Packed, Projector, VisualHead};
+use super::{Keys, Llm, Packed, Projector, VisualHead};
 use crate::autograd::{Tape, Var};
 use crate::backend::{Kernels, Metric, Nearest, Role, Stream};
 use crate::config::{Arm, Config, QuantizerKind};
@@ -114,14 +114,24 @@ impl Ett {
         }
     }
 
+    /// What the language model reads of text, `[N, C]`, from `ids` `[N]` i32; zeros where an id is negative.
+    pub fn text_rows(&self, t: &Tape, ids: &Tensor) -> Result<Var> {
+        ops::gather(t, &self.llm.embedding(t, &self.params)?, ids)
+    }
+
+    /// What the language model reads of a packed batch over visual rows `[M, C]`: `[N, C]`.
+    pub fn input_rows(&self, t: &Tape, visual: Option<&Var>, b: &Packed) -> Result<Var> {
+        let x = self.text_rows(t, &b.text)?;
+        match visual {
+            Some(v) => ops::add(t, &x, &ops::gather(t, v, &b.visual)?),
+            None => Ok(x),
+        }
+    }
+
     /// Hidden states `[N, C]` of a packed batch over visual rows `[M, C]`.
     pub fn hidden(&self, t: &Tape, visual: Option<&Var>, b: &Packed) -> Result<Var> {
-        let embed = self.llm.embedding(t, &self.params)?;
-        let mut x = ops::gather(t, &embed, &b.text)?;
-        if let Some(v) = visual {
-            x = ops::add(t, &x, &ops::gather(t, v, &b.visual)?)?;
-        }
-        self.llm.forward(t, &self.params, &x, &b.position, &b.seqs)
+        let x = self.input_rows(t, visual, b)?;
+        self.llm.forward(t, &self.params, &x, &b.position, Keys::Batch(&b.seqs))
     }
 
     /// The hidden states that predict supervised tokens, `[n, C]`, and their mean cross-entropy; `inv_tokens`
@@ -143,9 +153,6 @@ impl Ett {
         idx: &[i32],
         inv_codes: &Tensor,
     ) -> Result<Var> {
-        let Some(head) = &self.visual_head else {
-            return Err(Error::config("visual_head.kind", "none", "tied or linear, to predict codes"));
-        };
         let put = |v: &[i32]| Tensor::from_host(t.dev(), Role::Input, v, [v.len()]);
         let target: Vec<i32> = b
             .code_of
@@ -154,8 +161,19 @@ impl Ett {
             .collect::<Result<_>>()?;
         let rows = ops::gather(t, hidden, &put(&b.code_rows)?)?;
         let codes = self.tokenizer.codes(t, &self.params)?;
-        let (x, w) = head.factors(t, &self.params, &rows, &codes)?;
+        let (x, w) = self.head()?.factors(t, &self.params, &rows, &codes)?;
         ops::linear_cross_entropy(t, &x, &w, &put(&target)?, inv_codes)
+    }
+
+    fn head(&self) -> Result<&VisualHead> {
+        let none = || Error::config("visual_head.kind", "none", "tied or linear, to predict codes");
+        self.visual_head.as_ref().ok_or_else(none)
+    }
+
+    /// Logits `[n, K]` of the code that follows hidden states `[n, C]`; `codes` `[K, D]` as tokens meet them.
+    pub fn code_logits(&self, t: &Tape, rows: &Var, codes: &Var) -> Result<Var> {
+        let (x, w) = self.head()?.factors(t, &self.params, rows, codes)?;
+        ops::linear(t, &x, &w, None)
     }
 
     /// Logits `[n, V]` of hidden states `[n, C]`, for evaluation.

@@ -1,10 +1,11 @@
 //! A Qwen2-style decoder on flat packed batches (arXiv 2412.15115).
 
 use crate::autograd::{Tape, Var};
+use crate::backend::{Cast, Kernels, Stream};
 use crate::config::LlmConfig;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::nn::{Init, Linear, Param, ParamBuilder, Params, RmsNorm};
-use crate::ops::{self, Heads, Rotary, Seqs};
+use crate::ops::{self, Heads, Rotary, Seqs, Slots};
 use crate::tensor::Tensor;
 
 #[derive(Clone)]
@@ -15,6 +16,127 @@ struct Block {
     post_norm: RmsNorm,
     gate_up: Linear,
     down: Linear,
+}
+
+impl Block {
+    /// The sum so far and its norm, `[N, C]` both, through the block; `next` is the norm after it.
+    #[allow(clippy::too_many_arguments)]
+    fn run(
+        &self,
+        t: &Tape,
+        p: &Params,
+        [h, y]: [&Var; 2],
+        next: RmsNorm,
+        position: &Tensor,
+        rotary: Rotary,
+        attend: impl Fn(&Var) -> Result<Var>,
+    ) -> Result<Vec<Var>> {
+        let qkv = ops::rope(t, &self.qkv.forward(t, p, y)?, position, rotary)?;
+        let a = self.out.forward(t, p, &attend(&qkv)?)?;
+        let (h, y) = self.post_norm.add_forward(t, p, &a, h)?;
+        let m = ops::swiglu(t, &self.gate_up.forward(t, p, &y)?)?;
+        let m = self.down.forward(t, p, &m)?;
+        let (h, y) = next.add_forward(t, p, &m, &h)?;
+        Ok(vec![h, y])
+    }
+}
+
+/// Where attention finds keys and values.
+#[derive(Clone, Copy)]
+pub enum Keys<'a> {
+    /// In the batch: sequences as a whole.
+    Batch(&'a Seqs),
+    /// The same, and they are kept as the prompts of a cache.
+    Kept(&'a Seqs, &'a Cache),
+    /// In a cache, where those of the batch, one row a sequence, are put first.
+    Cached(&'a Cache),
+}
+
+impl Keys<'_> {
+    /// Attention of layer `layer`, of `qkv` `[N, (query + 2 kv) D]`.
+    fn attention(self, t: &Tape, layer: usize, qkv: &Var, h: Heads) -> Result<Var> {
+        match self {
+            Keys::Batch(seqs) => ops::attention(t, qkv, seqs, h),
+            Keys::Kept(seqs, cache) => {
+                cache.keep_prompts(t.dev(), layer, qkv.value(), h)?;
+                ops::attention(t, qkv, seqs, h)
+            }
+            Keys::Cached(cache) => {
+                cache.keep_column(t.dev(), layer, qkv.value(), h)?;
+                let rows =
+                    cache.layers[layer].reshape([cache.lengths.len() * cache.slots.max, cache.width])?;
+                ops::cached_attention(t, qkv, &rows, &cache.queries, &cache.slots, h)
+            }
+        }
+    }
+}
+
+/// Keys and values of all positions of S sequences so far. Each has a slot of as many columns as it may get positions;
+/// prompts end at the same column of all slots, so that what a step adds is one column.
+pub struct Cache {
+    /// `[S, columns * 2 kv D]` a layer: key and value of a position side by side.
+    layers: Vec<Tensor>,
+    /// Key and value of a position, 2 kv D.
+    width: usize,
+    /// Positions of each sequence.
+    lengths: Vec<usize>,
+    /// Columns in use.
+    columns: usize,
+    /// One query a sequence.
+    queries: Seqs,
+    slots: Slots,
+}
+
+impl Cache {
+    fn new(t: &Tape, cfg: &LlmConfig, prompts: Vec<usize>, more: usize) -> Result<Self> {
+        if prompts.is_empty() || prompts.contains(&0) {
+            let got = format!("sequences of {prompts:?} tokens");
+            return Err(Error::arg("prefill", "prompts", got, "at least one token in each"));
+        }
+        let (s, width) = (prompts.len(), 2 * cfg.kv_heads * cfg.head_dim);
+        let columns = prompts.iter().copied().max().unwrap_or(0);
+        let offsets: Vec<usize> = prompts.iter().map(|n| columns - n).collect();
+        let slots = Slots::new(t.dev(), &offsets, columns + more)?;
+        let layers = (0..cfg.layers).map(|_| t.act([s, slots.max * width])).collect::<Result<_>>()?;
+        let queries = Seqs::new(t.dev(), &vec![1; s])?;
+        Ok(Cache { layers, width, lengths: prompts, columns, queries, slots })
+    }
+
+    /// S.
+    pub fn sequences(&self) -> usize {
+        self.lengths.len()
+    }
+
+    /// Makes room for one more position of every sequence.
+    fn advance(&mut self, dev: &dyn Kernels) -> Result<()> {
+        if self.columns == self.slots.max {
+            let got = format!("full, with {} columns", self.columns);
+            return Err(Error::arg("decode", "cache", got, "one made for more positions"));
+        }
+        self.columns += 1;
+        self.lengths.iter_mut().for_each(|n| *n += 1);
+        self.slots.set(dev, &self.lengths)
+    }
+
+    /// Copies the keys and values of whole sequences.
+    fn keep_prompts(&self, dev: &dyn Kernels, layer: usize, qkv: &Tensor, h: Heads) -> Result<()> {
+        let kv = qkv.columns(h.query * h.dim, self.width)?;
+        let mut at = 0;
+        for (s, &n) in self.lengths.iter().enumerate() {
+            let slot = self.layers[layer].rows(s, 1)?.reshape([self.slots.max, self.width])?;
+            let (x, y) = (kv.rows(at, n)?, slot.rows(self.columns - n, n)?);
+            dev.cast(Stream::COMPUTE, &Cast { x: x.view(), y: y.out() })?;
+            at += n;
+        }
+        Ok(())
+    }
+
+    /// Copies the keys and values of one position of every sequence.
+    fn keep_column(&self, dev: &dyn Kernels, layer: usize, qkv: &Tensor, h: Heads) -> Result<()> {
+        let x = qkv.columns(h.query * h.dim, self.width)?;
+        let y = self.layers[layer].columns((self.columns - 1) * self.width, self.width)?;
+        dev.cast(Stream::COMPUTE, &Cast { x: x.view(), y: y.out() })
+    }
 }
 
 /// Embedding, blocks, final norm; the head is the embedding again.
@@ -59,7 +181,7 @@ impl Llm {
     }
 
     /// `x` `[N, C]` through all blocks and the final norm: `[N, C]`. `position` `[N]` i32.
-    pub fn forward(&self, t: &Tape, p: &Params, x: &Var, position: &Tensor, seqs: &Seqs) -> Result<Var> {
+    pub fn forward(&self, t: &Tape, p: &Params, x: &Var, position: &Tensor, keys: Keys) -> Result<Var> {
         let cfg = &self.cfg;
         let rotary =
             Rotary { heads: cfg.heads + cfg.kv_heads, head_dim: cfg.head_dim, theta: cfg.rope_theta };
@@ -75,18 +197,49 @@ impl Llm {
         let mut y = first.input_norm.forward(t, p, &h)?;
         for (i, block) in self.blocks.iter().enumerate() {
             let next = self.blocks.get(i + 1).map_or(self.norm, |b| b.input_norm);
-            let (block, p, position, seqs) = (block.clone(), p.clone(), position.clone(), seqs.clone());
-            let outs = t.block(&[&h, &y], move |t, hy| {
-                let qkv = ops::rope(t, &block.qkv.forward(t, &p, &hy[1])?, &position, rotary)?;
-                let a = block.out.forward(t, &p, &ops::attention(t, &qkv, &seqs, heads)?)?;
-                let (h, y) = block.post_norm.add_forward(t, &p, &a, &hy[0])?;
-                let m = ops::swiglu(t, &block.gate_up.forward(t, &p, &y)?)?;
-                let m = block.down.forward(t, &p, &m)?;
-                let (h, y) = next.add_forward(t, &p, &m, &h)?;
-                Ok(vec![h, y])
-            })?;
+            let outs = match keys {
+                Keys::Batch(seqs) => {
+                    let (block, p) = (block.clone(), p.clone());
+                    let (position, seqs) = (position.clone(), seqs.clone());
+                    t.block(&[&h, &y], move |t, hy| {
+                        let attend = |qkv: &Var| Keys::Batch(&seqs).attention(t, i, qkv, heads);
+                        block.run(t, &p, [&hy[0], &hy[1]], next, &position, rotary, attend)
+                    })?
+                }
+                // A cache is for inference, which computes nothing again.
+                keys => {
+                    let attend = |qkv: &Var| keys.attention(t, i, qkv, heads);
+                    block.run(t, p, [&h, &y], next, position, rotary, attend)?
+                }
+            };
             [h, y] = outs.try_into().unwrap_or_else(|_| unreachable!("a block gives a sum and its norm"));
         }
         Ok(y)
+    }
+
+    /// [`Llm::forward`] of whole prompts on an inference tape, and the cache from which [`Llm::decode`] goes on for up
+    /// to `more` positions. Waits for the device.
+    pub fn prefill(
+        &self,
+        t: &Tape,
+        p: &Params,
+        x: &Var,
+        position: &Tensor,
+        seqs: &Seqs,
+        more: usize,
+    ) -> Result<(Var, Cache)> {
+        let cu = seqs.cu.to_host::<i32>(t.dev())?;
+        let prompts = cu.windows(2).map(|w| (w[1] - w[0]) as usize).collect();
+        let cache = Cache::new(t, &self.cfg, prompts, more)?;
+        Ok((self.forward(t, p, x, position, Keys::Kept(seqs, &cache))?, cache))
+    }
+
+    /// One more position of every sequence of a cache: `x` `[S, C]` to `[S, C]`.
+    pub fn decode(&self, t: &Tape, p: &Params, x: &Var, cache: &mut Cache) -> Result<Var> {
+        if x.dims().rows() != cache.sequences() {
+            return Err(Error::arg("decode", "x", x.dims(), format!("{} rows", cache.sequences())));
+        }
+        cache.advance(t.dev())?;
+        self.forward(t, p, x, &cache.slots.position, Keys::Cached(cache))
     }
 }

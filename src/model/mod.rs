@@ -7,6 +7,6 @@ mod projector;
 pub mod tokenizer;
 
 pub use ett::{Ett, GROUPS, VisualInput};
-pub use llm::Llm;
+pub use llm::{Cache, Keys, Llm};
 pub use pack::{Packed, Part, Rows};
 pub use projector::{Projector, VisualHead};

@@ -4,7 +4,7 @@ use super::{S, expect_rank};
 use crate::autograd::{Tape, Var};
 use crate::backend::{AttentionBwd, AttentionFwd, Kernels, Role, Stream};
 use crate::error::{Error, Result};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// Where the sequences of a flat batch begin and end.
 #[derive(Clone, Debug)]
@@ -17,12 +17,17 @@ pub struct Seqs {
     pub total: usize,
 }
 
+/// A row number as kernels read it.
+fn row(n: usize) -> Result<i32> {
+    i32::try_from(n).map_err(|_| Error::arg("Seqs", "lengths", n, "fewer than 2^31 rows"))
+}
+
 fn offsets(lengths: &[usize]) -> Result<Vec<i32>> {
     let mut cu = vec![0i32];
     let mut total = 0;
     for &n in lengths {
         total += n;
-        cu.push(i32::try_from(total).map_err(|_| Error::arg("Seqs", "lengths", total, "below 2^31"))?);
+        cu.push(row(total)?);
     }
     Ok(cu)
 }
@@ -83,6 +88,7 @@ pub fn attention(tape: &Tape, qkv: &Var, seqs: &Seqs, h: Heads) -> Result<Var> {
         v: v.view(),
         cu_q: seqs.cu.view(),
         cu_k: seqs.cu.view(),
+        len_k: None,
         y: y.out(),
         lse: lse.out(),
         heads: h.query,
@@ -123,4 +129,74 @@ pub fn attention(tape: &Tape, qkv: &Var, seqs: &Seqs, h: Heads) -> Result<Var> {
         g.dev().attention_bwd(S, &a)?;
         g.give(&xs, dx)
     }))
+}
+
+/// Where the keys of sequences lie in a cache.
+#[derive(Clone, Debug)]
+pub struct Slots {
+    /// `[S+1]` i32 rows where they begin; the last means nothing.
+    pub start: Tensor,
+    /// `[S]` i32 keys of each.
+    pub len: Tensor,
+    /// Most keys of a sequence, now or later.
+    pub max: usize,
+    /// `[S]` i32 positions of the last keys, which is one less than `len`.
+    pub position: Tensor,
+    /// Both of them, one after the other.
+    both: Tensor,
+}
+
+impl Slots {
+    /// Slots of `max` rows one after another; the keys of sequence s begin `offsets[s]` rows into its slot.
+    pub fn new(dev: &dyn Kernels, offsets: &[usize], max: usize) -> Result<Self> {
+        let n = offsets.len();
+        let ends = offsets.iter().chain([&0]).enumerate().map(|(s, at)| row(s * max + at));
+        let start = Tensor::from_host(dev, Role::Input, &ends.collect::<Result<Vec<_>>>()?, [n + 1])?;
+        let both = Tensor::zeros(dev, Role::Input, DType::I32, [2 * n])?;
+        Ok(Slots { start, len: both.range(0, n)?, max, position: both.range(n, n)?, both })
+    }
+
+    /// Writes how many keys there are, in one copy.
+    pub fn set(&self, dev: &dyn Kernels, lengths: &[usize]) -> Result<()> {
+        let len = lengths.iter().map(|&n| row(n)).collect::<Result<Vec<_>>>()?;
+        let both: Vec<i32> = len.iter().copied().chain(len.iter().map(|n| n - 1)).collect();
+        dev.copy_in(Stream::COMPUTE, bytemuck::cast_slice(&both), self.both.out())
+    }
+}
+
+/// Attention to keys and values in a cache, `[rows, 2 kv D]`, side by side; of `qkv` `[N, (query + 2 kv) D]` only the
+/// queries are read. Returns `[N, query * D]`. For inference tapes: it has no backward.
+pub fn cached_attention(
+    tape: &Tape,
+    qkv: &Var,
+    cache: &Tensor,
+    seqs: &Seqs,
+    slots: &Slots,
+    h: Heads,
+) -> Result<Var> {
+    if qkv.needs_grad() {
+        return Err(Error::arg("cached_attention", "qkv", "a value with a gradient", "an inference tape's"));
+    }
+    let (n, wq, wk) = (qkv.dims().rows(), h.query * h.dim, h.kv * h.dim);
+    let (q, k, v) = (qkv.value().columns(0, wq)?, cache.columns(0, wk)?, cache.columns(wk, wk)?);
+    let (y, lse) = (tape.act([n, wq])?, tape.stat([n, h.query])?);
+    let a = AttentionFwd {
+        q: q.view(),
+        k: k.view(),
+        v: v.view(),
+        cu_q: seqs.cu.view(),
+        cu_k: slots.start.view(),
+        len_k: Some(slots.len.view()),
+        y: y.out(),
+        lse: lse.out(),
+        heads: h.query,
+        kv_heads: h.kv,
+        head_dim: h.dim,
+        max_q: seqs.max,
+        max_k: slots.max,
+        scale: h.scale,
+        causal: h.causal,
+    };
+    tape.dev().attention_fwd(S, &a)?;
+    Ok(tape.constant(y))
 }

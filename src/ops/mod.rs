@@ -10,7 +10,7 @@ mod pointwise;
 mod products;
 mod quantize;
 
-pub use attention::{Heads, Seqs, attention};
+pub use attention::{Heads, Seqs, Slots, attention, cached_attention};
 pub use conv::{Conv, conv2d, max_pool2x2, upsample2x};
 pub use gather::gather;
 pub use losses::{gan_generator, hinge, l1, lecam, linear_cross_entropy, lpips_layer};

@@ -242,16 +242,21 @@ fn over_rows(m: &Subject) {
     m.refuses_data(xent(&[0, 1, 2, 5], [5, 3]), "linear_xent_fwd", &["target"]);
     m.refuses(xent(&[0, 1, 2], [5, 3]), "linear_xent_fwd", &["target"]);
     m.refuses(xent(&[0, 1, 2, 3], [5, 4]), "linear_xent_fwd", &["w"]);
-    let attention = |heads: usize, kv_heads: usize, cu: &[i32], q: usize| {
+    let cached = |heads: usize, kv_heads: usize, cu: &[i32], len: Option<&[i32]>, q: usize| {
         let (q, k) = (m.f32([4, q]), m.f32([4, 2 * kv_heads]));
         let (y, lse, cu) = (m.f32(q.dims()), m.f32([4, heads]), int(&**dev, cu));
-        let (q, k, cu) = (q.view(), k.view(), cu.view());
+        let len = len.map(|len| int(&**dev, len));
+        // Queries of sequences without gaps, one each, if the keys are slots of a cache.
+        let one: Vec<i32> = (0..cu.dims().numel() as i32).collect();
+        let one = int(&**dev, &one);
+        let (q, k, cu, cu_q) = (q.view(), k.view(), cu.view(), one.view());
         let a = AttentionFwd {
             q,
             k,
             v: k,
-            cu_q: cu,
+            cu_q: if len.is_some() { cu_q } else { cu },
             cu_k: cu,
+            len_k: len.as_ref().map(Tensor::view),
             y: y.out(),
             lse: lse.out(),
             heads,
@@ -264,11 +269,28 @@ fn over_rows(m: &Subject) {
         };
         dev.attention_fwd(S, &a)
     };
+    let attention = |heads, kv_heads, cu: &[i32], q| cached(heads, kv_heads, cu, None, q);
     m.accepts(attention(2, 1, &[0, 1, 4], 4));
     m.refuses(attention(3, 2, &[0, 1, 4], 6), "attention_fwd", &["kv_heads", "heads"]);
     m.refuses_data(attention(2, 1, &[0, 1, 5], 4), "attention_fwd", &["cu_q", "cu_k"]);
     m.refuses_data(attention(2, 1, &[0, 3, 1], 4), "attention_fwd", &["cu_q", "cu_k"]);
     m.refuses(attention(2, 1, &[0, 1, 4], 6), "attention_fwd", &["q"]);
+    // Slots may lie anywhere, and the last offset means nothing.
+    m.accepts(cached(2, 1, &[3, 0, -1], Some(&[1, 2]), 4));
+    m.accepts(cached(2, 1, &[4, 0, 9], Some(&[0, 4]), 4));
+    m.refuses(cached(2, 1, &[3, 0, -1], Some(&[1]), 4), "attention_fwd", &["len_k"]);
+    m.refuses(cached(2, 1, &[3, 0, -1], Some(&[1, 2, 0]), 4), "attention_fwd", &["len_k"]);
+    // Devices may call everything that says where sequences lie by the name of one of them.
+    let places = ["cu_q", "cu_k", "len_k"];
+    for (starts, len) in [
+        ([3, 0, 0], [2, 1]),
+        ([0, 0, 0], [5, 1]),
+        ([0, 1, 0], [1, -1]),
+        ([5, 0, 0], [0, 1]),
+        ([-1, 0, 0], [1, 1]),
+    ] {
+        m.refuses_data(cached(2, 1, &starts, Some(&len), 4), "attention_fwd", &places);
+    }
     let (z, e, one) = (m.f32([2, 3]), m.f32([5, 4]), m.f32([2]));
     let idx = int(&**dev, &[0, 0]);
     let a = IbqRows {

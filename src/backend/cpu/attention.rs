@@ -43,7 +43,10 @@ impl Shape {
         expect_rows(op, "y", &a.y.0, n, q_cols)?;
         expect_rows(op, "lse", &a.lse.0, n, a.heads)?;
         let q = sequences(op, "cu_q", &a.cu_q, n, a.max_q)?;
-        let k = sequences(op, "cu_k", &a.cu_k, nk, a.max_k)?;
+        let k = match &a.len_k {
+            Some(len) => slots(op, &a.cu_k, len, nk, a.max_k)?,
+            None => sequences(op, "cu_k", &a.cu_k, nk, a.max_k)?,
+        };
         if q.len() != k.len() {
             return Err(Error::arg(op, "cu_k", a.cu_k.dims, a.cu_q.dims));
         }
@@ -159,6 +162,27 @@ fn sequences(
         seqs.push(start..end);
     }
     Ok(seqs)
+}
+
+/// The rows of each slot of a cache: `len[s]` from `cu[s]` on; the last offset means nothing.
+fn slots(op: &'static str, cu: &In, len: &In, n: usize, max: usize) -> Result<Vec<Range<usize>>> {
+    let (starts, counts) = (flat::<i32>(op, "cu_k", cu)?, flat::<i32>(op, "len_k", len)?);
+    if counts.len() + 1 != starts.len() {
+        return Err(Error::arg(op, "len_k", len.dims, format!("one less than the {} offsets", starts.len())));
+    }
+    let slot = |(&start, &count): (&i32, &i32)| {
+        let Some(room) = usize::try_from(start).ok().and_then(|s| n.checked_sub(s)) else {
+            return Err(Error::arg(op, "cu_k", start, format!("a row from 0 to {n}")));
+        };
+        let start = n - room;
+        match usize::try_from(count) {
+            Ok(count) if count <= room.min(max) => Ok(start..start + count),
+            _ => {
+                Err(Error::arg(op, "len_k", count, format!("from 0 to {} after row {start}", room.min(max))))
+            }
+        }
+    };
+    starts.iter().zip(counts).map(slot).collect()
 }
 
 /// Zeroes the rows that belong to no sequence.
@@ -312,6 +336,7 @@ fn forward_of<'a>(a: &AttentionBwd<'a>) -> AttentionFwd<'a> {
         v: a.v,
         cu_q: a.cu_q,
         cu_k: a.cu_k,
+        len_k: None,
         y: Out(a.y),
         lse: Out(a.lse),
         heads: a.heads,
@@ -468,6 +493,7 @@ mod tests {
                 v: v.view(),
                 cu_q: t[2].view(),
                 cu_k: t[3].view(),
+                len_k: None,
                 y: y.out(),
                 lse: lse.out(),
                 heads,
@@ -563,6 +589,43 @@ mod tests {
             };
             check_grad(&case.args(), &[0, 1], loss, |dev, t| case.bwd(dev, Precision::F64, t));
         }
+    }
+
+    #[test]
+    fn slots_of_a_cache_give_the_bits_of_keys_without_gaps() {
+        // Keys of 3, 1 and 2 rows at 4, 9 and 1 of 11.
+        let case = Case(&[(1, 3), (1, 1), (2, 2)], 2, 1, 4, true, 0);
+        let (args, p, dev) = (case.args(), Precision::F32, Cpu::poisoned(2).unwrap());
+        let packed = case.fwd(&dev, p, &tensors(&dev, p, &args)).unwrap();
+        let mut cache = vec![f64::NAN; 11 * 8];
+        for (from, to) in [(0, 4), (1, 5), (2, 6), (3, 9), (4, 1), (5, 2)] {
+            cache[to * 8..][..8].copy_from_slice(&args[1].2[from * 8..][..8]);
+        }
+        let [kv, starts, len] =
+            [act([11, 8], cache), int([4], vec![4.0, 9.0, 1.0, -7.0]), int([3], vec![3.0, 1.0, 2.0])]
+                .map(|a| tensors(&dev, p, &[a]).remove(0));
+        let q = tensors(&dev, p, &args);
+        let (y, lse) = (out(&dev, p.act, [4, 8]), out(&dev, p.acc, [4, 2]));
+        let (k, v) = (kv.columns(0, 4).unwrap(), kv.columns(4, 4).unwrap());
+        let a = AttentionFwd {
+            q: q[0].view(),
+            k: k.view(),
+            v: v.view(),
+            cu_q: q[2].view(),
+            cu_k: starts.view(),
+            len_k: Some(len.view()),
+            y: y.out(),
+            lse: lse.out(),
+            heads: 2,
+            kv_heads: 1,
+            head_dim: 4,
+            max_q: 2,
+            max_k: 3,
+            scale: case.scale(),
+            causal: true,
+        };
+        dev.attention_fwd(S, &a).unwrap();
+        assert_eq!(read(&dev, &[y, lse]), read(&dev, &packed));
     }
 
     #[test]

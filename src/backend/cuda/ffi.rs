@@ -4,7 +4,7 @@
 #![allow(dead_code, missing_docs, non_camel_case_types)]
 pub use cudarc::driver::sys::CUstream_st;
 
-pub const ETT_ABI_VERSION: i32 = 2;
+pub const ETT_ABI_VERSION: i32 = 3;
 pub const ETT_OK: ett_status_code = 0;
 pub const ETT_BAD_ARGUMENT: ett_status_code = 1;
 pub const ETT_UNSUPPORTED: ett_status_code = 2;
@@ -1260,6 +1260,7 @@ pub struct ett_attention_fwd_args {
     pub v: ett_view,
     pub cu_q: ett_view,
     pub cu_k: ett_view,
+    pub len_k: ett_view,
     pub y: ett_view,
     pub lse: ett_view,
     pub heads: i64,
@@ -1272,7 +1273,7 @@ pub struct ett_attention_fwd_args {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_attention_fwd_args"][::std::mem::size_of::<ett_attention_fwd_args>() - 448usize];
+    ["Size of ett_attention_fwd_args"][::std::mem::size_of::<ett_attention_fwd_args>() - 504usize];
     ["Alignment of ett_attention_fwd_args"][::std::mem::align_of::<ett_attention_fwd_args>() - 8usize];
     ["Offset of field: ett_attention_fwd_args::q"]
         [::std::mem::offset_of!(ett_attention_fwd_args, q) - 0usize];
@@ -1284,24 +1285,26 @@ const _: () = {
         [::std::mem::offset_of!(ett_attention_fwd_args, cu_q) - 168usize];
     ["Offset of field: ett_attention_fwd_args::cu_k"]
         [::std::mem::offset_of!(ett_attention_fwd_args, cu_k) - 224usize];
+    ["Offset of field: ett_attention_fwd_args::len_k"]
+        [::std::mem::offset_of!(ett_attention_fwd_args, len_k) - 280usize];
     ["Offset of field: ett_attention_fwd_args::y"]
-        [::std::mem::offset_of!(ett_attention_fwd_args, y) - 280usize];
+        [::std::mem::offset_of!(ett_attention_fwd_args, y) - 336usize];
     ["Offset of field: ett_attention_fwd_args::lse"]
-        [::std::mem::offset_of!(ett_attention_fwd_args, lse) - 336usize];
+        [::std::mem::offset_of!(ett_attention_fwd_args, lse) - 392usize];
     ["Offset of field: ett_attention_fwd_args::heads"]
-        [::std::mem::offset_of!(ett_attention_fwd_args, heads) - 392usize];
+        [::std::mem::offset_of!(ett_attention_fwd_args, heads) - 448usize];
     ["Offset of field: ett_attention_fwd_args::kv_heads"]
-        [::std::mem::offset_of!(ett_attention_fwd_args, kv_heads) - 400usize];
+        [::std::mem::offset_of!(ett_attention_fwd_args, kv_heads) - 456usize];
     ["Offset of field: ett_attention_fwd_args::head_dim"]
-        [::std::mem::offset_of!(ett_attention_fwd_args, head_dim) - 408usize];
+        [::std::mem::offset_of!(ett_attention_fwd_args, head_dim) - 464usize];
     ["Offset of field: ett_attention_fwd_args::max_q"]
-        [::std::mem::offset_of!(ett_attention_fwd_args, max_q) - 416usize];
+        [::std::mem::offset_of!(ett_attention_fwd_args, max_q) - 472usize];
     ["Offset of field: ett_attention_fwd_args::max_k"]
-        [::std::mem::offset_of!(ett_attention_fwd_args, max_k) - 424usize];
+        [::std::mem::offset_of!(ett_attention_fwd_args, max_k) - 480usize];
     ["Offset of field: ett_attention_fwd_args::scale"]
-        [::std::mem::offset_of!(ett_attention_fwd_args, scale) - 432usize];
+        [::std::mem::offset_of!(ett_attention_fwd_args, scale) - 488usize];
     ["Offset of field: ett_attention_fwd_args::causal"]
-        [::std::mem::offset_of!(ett_attention_fwd_args, causal) - 440usize];
+        [::std::mem::offset_of!(ett_attention_fwd_args, causal) - 496usize];
 };
 impl Default for ett_attention_fwd_args {
     fn default() -> Self {

@@ -21,17 +21,39 @@ struct Batch {
     padding: (usize, usize),
     /// Factor on the queries, to make the softmax peaked.
     boost: f64,
+    /// Keys lie in slots of a cache that are this much longer than the longest sequence.
+    room: Option<usize>,
 }
 
-const BATCH: Batch =
-    Batch { seqs: &[(5, 5)], heads: 2, kv_heads: 1, head_dim: 64, causal: true, padding: (0, 0), boost: 1.0 };
+const BATCH: Batch = Batch {
+    seqs: &[(5, 5)],
+    heads: 2,
+    kv_heads: 1,
+    head_dim: 64,
+    causal: true,
+    padding: (0, 0),
+    boost: 1.0,
+    room: None,
+};
 
 impl Batch {
     fn n(&self) -> usize {
         self.seqs.iter().map(|s| s.0).sum::<usize>() + self.padding.0
     }
     fn nk(&self) -> usize {
-        self.seqs.iter().map(|s| s.1).sum::<usize>() + self.padding.1
+        let rows = match self.room {
+            Some(room) => self.seqs.len() * (self.longest().1 + room),
+            None => self.seqs.iter().map(|s| s.1).sum(),
+        };
+        rows + self.padding.1
+    }
+    /// Where each sequence's keys begin in the cache: slots from the last to the first, keys anywhere in them.
+    fn starts(&self, room: usize) -> Vec<usize> {
+        let slot = self.longest().1 + room;
+        let place = |(s, seq): (usize, &(usize, usize))| {
+            (self.seqs.len() - 1 - s) * slot + (5 * s + 3) % (slot - seq.1 + 1)
+        };
+        self.seqs.iter().enumerate().map(place).collect()
     }
     fn longest(&self) -> (usize, usize) {
         let longest = |f: fn(&(usize, usize)) -> usize| self.seqs.iter().map(f).max().unwrap_or(0);
@@ -55,10 +77,11 @@ impl Batch {
     }
 
     fn text(&self) -> String {
-        let Batch { seqs, heads, kv_heads, head_dim, causal, padding, .. } = self;
+        let Batch { seqs, heads, kv_heads, head_dim, causal, padding, room, .. } = self;
         let causal = if *causal { ", causal" } else { "" };
         let padding = if *padding == (0, 0) { String::new() } else { format!(", padding {padding:?}") };
-        format!("T, Tk {seqs:?}, heads {heads}/{kv_heads} of {head_dim}{causal}{padding}")
+        let room = room.map_or(String::new(), |room| format!(", slots with room for {room}"));
+        format!("T, Tk {seqs:?}, heads {heads}/{kv_heads} of {head_dim}{causal}{padding}{room}")
     }
 
     /// Standard deviation of the scores.
@@ -73,13 +96,37 @@ impl Batch {
 
     fn inputs(&self, d: &Draw) -> Vec<Arg> {
         let (n, nk) = (self.n(), self.nk());
-        vec![
+        let mut args = vec![
             act("q", [n, self.width()], d.times(d.scale * self.boost, n * self.width())),
-            act("k", [nk, self.kv_width()], d.normal(nk * self.kv_width())),
-            act("v", [nk, self.kv_width()], d.normal(nk * self.kv_width())),
+            act("k", [nk, self.kv_width()], self.keys(d.normal(nk * self.kv_width()))),
+            act("v", [nk, self.kv_width()], self.keys(d.normal(nk * self.kv_width()))),
             int("cu_q", self.offsets(|s| s.0)),
-            int("cu_k", self.offsets(|s| s.1)),
-        ]
+        ];
+        match self.room {
+            None => args.push(int("cu_k", self.offsets(|s| s.1))),
+            Some(room) => {
+                // The last offset means nothing.
+                let starts = self.starts(room).into_iter().map(|s| s as i32).chain([-1]);
+                args.push(int("cu_k", starts.collect()));
+                args.push(int("len_k", self.seqs.iter().map(|s| s.1 as i32).collect()));
+            }
+        }
+        args
+    }
+
+    /// Keys or values, NaN in rows of a cache that belong to no sequence.
+    fn keys(&self, mut values: Vec<f64>) -> Vec<f64> {
+        let Some(room) = self.room else { return values };
+        let mut used = vec![false; self.nk()];
+        for (start, s) in self.starts(room).into_iter().zip(self.seqs) {
+            used[start..start + s.1].fill(true);
+        }
+        for (row, used) in values.chunks_mut(self.kv_width()).zip(used) {
+            if !used {
+                row.fill(f64::NAN);
+            }
+        }
+        values
     }
 
     fn results(&self, d: &Draw) -> [Arg; 2] {
@@ -99,6 +146,7 @@ impl Batch {
             v: v.input("v"),
             cu_q: v.input("cu_q"),
             cu_k: v.input("cu_k"),
+            len_k: v.input_if("len_k"),
             y: v.out("y"),
             lse: v.out("lse"),
             heads: self.heads,
@@ -216,8 +264,28 @@ fn cases(of: fn(Batch) -> Case) -> Vec<Case> {
 /// The language model's heads.
 const QWEN: Batch = Batch { heads: 12, kv_heads: 2, head_dim: 128, ..BATCH };
 
+/// Keys in slots of a cache, among rows that are NaN: prompts, and one query a sequence.
+fn cached() -> Vec<Case> {
+    const EDGES: &[(usize, usize)] = &[(1, 1), (1, 63), (1, 64), (1, 65), (1, 0)];
+    let first = Batch { seqs: &[(1, 7), (1, 3)], room: Some(2), ..BATCH };
+    let small = [
+        Batch { seqs: EDGES, room: Some(3), ..BATCH },
+        Batch { seqs: EDGES, room: Some(0), heads: 6, kv_heads: 2, head_dim: 128, causal: false, ..BATCH },
+        Batch { seqs: &[(0, 2), (3, 3), (2, 5), (4, 1), (1, 129)], room: Some(70), padding: (2, 5), ..BATCH },
+        Batch { seqs: &[(65, 65), (63, 127)], room: Some(1), head_dim: 32, ..BATCH },
+        Batch { seqs: &[(1, 20), (1, 9)], room: Some(4), head_dim: 9, ..BATCH },
+        Batch { seqs: &[(0, 0), (1, 0)], room: Some(1), ..BATCH },
+        Batch { seqs: &[], room: Some(1), padding: (2, 3), ..BATCH },
+    ];
+    let large = Batch { seqs: &[(1, 1025), (1, 1), (1, 64), (1, 700), (1, 1536)], room: Some(512), ..QWEN };
+    let (first, large) = (first.fwd().from(Size::Sanitizer), large.fwd().from(Size::Full));
+    [first, large].into_iter().chain(small.map(Batch::fwd)).collect()
+}
+
 pub fn fwd() -> Vec<Case> {
-    cases(Batch::fwd)
+    let mut all = cases(Batch::fwd);
+    all.extend(cached());
+    all
 }
 
 pub fn bwd() -> Vec<Case> {
@@ -229,7 +297,7 @@ const SAMPLE: Batch =
     Batch { seqs: &[(2, 3), (3, 3), (4, 4)], heads: 6, kv_heads: 2, padding: (1, 1), ..BATCH };
 
 pub fn fwd_sample() -> Case {
-    SAMPLE.fwd()
+    Batch { room: Some(1), ..SAMPLE }.fwd()
 }
 
 pub fn bwd_sample() -> Case {
