@@ -564,9 +564,12 @@ pub struct StageConfig {
     /// (BatchNorm, LeCAM, the average entropy of the codes) are those of a part.
     #[serde(default = "one")]
     pub accumulate: usize,
-    /// Share of captions among the samples of a chat stage, so that describing is not forgotten.
+    /// Share of captions among the samples of a chat or gen stage, so that describing is not forgotten.
     #[serde(default)]
     pub captions: f64,
+    /// Share of questions among the samples of a gen stage, so that answering is not forgotten.
+    #[serde(default)]
+    pub answers: f64,
 }
 
 /// `[stage.groups.NAME]`: a parameter group of a stage that differs from the others.
@@ -593,6 +596,7 @@ impl StageConfig {
             ema: false,
             accumulate: one(),
             captions: 0.0,
+            answers: 0.0,
         }
     }
 }
@@ -753,8 +757,14 @@ impl Config {
                 let want = format!("a divisor of the batch of {}", s.batch);
                 return Err(Error::config(key("accumulate"), s.accumulate, want));
             }
-            if !(0.0..=1.0).contains(&s.captions) {
-                return Err(Error::config(key("captions"), s.captions, "a share from 0 to 1"));
+            for (name, share) in [("captions", s.captions), ("answers", s.answers)] {
+                if !(0.0..=1.0).contains(&share) {
+                    return Err(Error::config(key(name), share, "a share from 0 to 1"));
+                }
+            }
+            if s.kind == StageKind::Gen && s.captions + s.answers >= 1.0 {
+                let got = s.captions + s.answers;
+                return Err(Error::config(key("captions and answers"), got, "together less than 1"));
             }
             if s.kind == StageKind::Gen && self.visual_head.kind == VisualHeadKind::None {
                 return Err(Error::config(

@@ -189,12 +189,9 @@ impl<'a> Feed<'a> {
     fn sequence(&self, sample: usize, image: usize, rng: &mut Philox) -> Result<Vec<Part>> {
         let s = &self.data.samples[sample];
         let qa = |rng: &mut Philox| &s.qa[rng.below(s.qa.len())];
-        match (self.stage.kind, &s.caption) {
+        let StageConfig { kind, captions, answers, .. } = *self.stage;
+        match (kind, &s.caption) {
             (StageKind::Align | StageKind::Semantic, Some(c)) => self.template.caption(image, c),
-            (StageKind::Gen, _) => {
-                let kept = s.drawing_prompt().filter(|_| rng.uniform() >= self.prompt_dropout);
-                self.template.drawn(image, kept)
-            }
             (StageKind::Text, Some(c)) if s.qa.is_empty() || rng.below(2) == 0 => {
                 self.template.text_caption(c)
             }
@@ -202,9 +199,18 @@ impl<'a> Feed<'a> {
                 let (q, a) = qa(rng);
                 self.template.text_chat(q, a)
             }
-            (StageKind::Chat, Some(c)) if rng.uniform() < self.stage.captions => {
-                self.template.caption(image, c)
-            }
+            (StageKind::Gen, caption) => match (rng.uniform(), caption) {
+                (u, Some(c)) if u < captions => self.template.caption(image, c),
+                (u, _) if u < captions + answers && !s.qa.is_empty() => {
+                    let (q, a) = qa(rng);
+                    self.template.chat(image, q, a)
+                }
+                _ => {
+                    let kept = s.drawing_prompt().filter(|_| rng.uniform() >= self.prompt_dropout);
+                    self.template.drawn(image, kept)
+                }
+            },
+            (StageKind::Chat, Some(c)) if rng.uniform() < captions => self.template.caption(image, c),
             _ => {
                 let (q, a) = qa(rng);
                 self.template.chat(image, q, a)

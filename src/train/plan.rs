@@ -41,7 +41,7 @@ pub fn plan_stage(cfg: &Config, stage_cfg: &StageConfig) -> Result<StagePlan> {
     let (kind, batch) = (stage_cfg.kind, stage_cfg.batch);
     let dev = Arc::new(Plan::new());
     let mut model = Ett::new(cfg, dev.clone())?;
-    let stage = Stage::new(kind, &model)?;
+    let stage = Stage::of(stage_cfg, &model)?;
     let trained = stage.trained();
     model.params.train(&trained)?;
     if stage_cfg.ema {

@@ -249,7 +249,7 @@ impl Session {
     ) -> Result<Option<PathBuf>> {
         let Session { cfg: all, model, data, test, template, out, quiet, progress } = self;
         let checkpoints = Checkpoints::new(out, all.train.keep);
-        let stage = Stage::new(cfg.kind, model)?;
+        let stage = Stage::of(cfg, model)?;
         let trained = stage.trained();
         model.params.train(&trained)?;
         if from.is_none() {
@@ -421,11 +421,8 @@ impl Update {
                 cfg.kind.name()
             ))
         };
-        if stage.recipe.text && fed.tokens == 0 {
-            return Err(what("token"));
-        }
-        if stage.recipe.codes && fed.codes == 0 {
-            return Err(what("code"));
+        if (stage.recipe.text || stage.recipe.codes) && fed.tokens + fed.codes == 0 {
+            return Err(what(if stage.recipe.codes { "code" } else { "token" }));
         }
         self.state.set(Slot::InvTokens, 1.0 / fed.tokens.max(1) as f64);
         self.state.set(Slot::InvCodes, 1.0 / fed.codes.max(1) as f64);

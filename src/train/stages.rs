@@ -1,7 +1,7 @@
 //! The stages: what each trains, what it computes, and what the language model reads in it.
 
 use super::{Recipe, TokenizerMode};
-use crate::config::{Arm, StageKind};
+use crate::config::{Arm, StageConfig, StageKind};
 use crate::data::{Special, TextTokenizer};
 use crate::error::{Error, Result};
 use crate::model::{Ett, Part};
@@ -18,6 +18,13 @@ pub struct Stage {
 }
 
 impl Stage {
+    /// The recipe of a stage as it is configured: one that draws may describe and answer too.
+    pub fn of(cfg: &StageConfig, model: &Ett) -> Result<Self> {
+        let mut stage = Self::new(cfg.kind, model)?;
+        stage.recipe.text |= cfg.kind == StageKind::Gen && cfg.captions + cfg.answers > 0.0;
+        Ok(stage)
+    }
+
     /// The recipe of `kind` under the model's arm and alpha (arXiv 2505.10562, section 3).
     pub fn new(kind: StageKind, model: &Ett) -> Result<Self> {
         let (arm, loss) = (model.cfg.train.arm, &model.cfg.loss);

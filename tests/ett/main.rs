@@ -5,6 +5,7 @@ mod build;
 mod checkpoint;
 mod common;
 mod compare;
+mod configs;
 mod conformance;
 mod contract;
 mod dense;
