@@ -204,15 +204,17 @@ impl<'a> Feed<'a> {
         let (mut images, mut sequences) = (Vec::new(), Vec::new());
         for i in 0..self.batch {
             let position = (step * self.batch + i) as u64;
-            let index = self.usable[self.order.index(position)];
+            let place = self.order.index(position);
             let mut rng = Philox::of(self.seed, Purpose::Augment, position as u32);
             let sample = match self.pictures {
                 true => {
-                    let drawn = self.data.images.get(index, &mut rng)?;
+                    // A picture that is gone is replaced by another that the stage can learn from.
+                    let (before, from) = self.usable.split_at(place);
+                    let drawn = self.data.images.first(from.iter().chain(before).copied(), &mut rng)?;
                     images.push(drawn.image);
                     drawn.sample
                 }
-                false => self.data.images.sample(index).unwrap_or(0),
+                false => self.data.images.sample(self.usable[place]).unwrap_or(0),
             };
             if self.kind != StageKind::Tokenizer {
                 let mut rng = Philox::of(self.seed, Purpose::Text, position as u32);

@@ -5,6 +5,7 @@ mod checkpoint;
 pub mod feed;
 mod optim;
 mod plan;
+pub mod plots;
 mod run;
 mod stages;
 mod step;
