@@ -199,11 +199,18 @@ impl ImageSet {
     /// If it has to be decoded now and cannot be, it is counted as skipped and the next one that can be
     /// used takes its place; [`Drawn::sample`] tells which it was.
     pub fn get(&self, index: usize, rng: &mut Philox) -> Result<Drawn> {
-        if index >= self.len() {
-            return Err(Error::arg("ImageSet::get", "index", index, format!("below {}", self.len())));
-        }
+        let others = (index.saturating_add(1)..self.len()).chain(0..index.min(self.len()));
+        self.first(std::iter::once(index).chain(others), rng)
+    }
+
+    /// As [`ImageSet::get`] the first picture of `indices` that can be used.
+    pub fn first(&self, indices: impl IntoIterator<Item = usize>, rng: &mut Philox) -> Result<Drawn> {
         let LoadOptions { size, crop, flip, .. } = self.options;
-        for entry in self.entries[index..].iter().chain(&self.entries[..index]) {
+        for index in indices {
+            let Some(entry) = self.entries.get(index) else {
+                let want = format!("below {}", self.len());
+                return Err(Error::arg("ImageSet::first", "index", index, want));
+            };
             let image = match &entry.picture {
                 Picture::Kept(small) => small.image()?,
                 Picture::OnDisk(path) => match Small::open(path, size, crop) {
@@ -216,8 +223,8 @@ impl ImageSet {
             };
             return Ok(Drawn { sample: entry.sample, image: cut(&image, size, crop, flip, rng) });
         }
-        self.check()?;
-        Err(Error::data(&self.root, "none of the pictures can be used"))
+        let what = "none of the pictures asked for can be used; put them back or correct the folder";
+        Err(Error::data(&self.root, what))
     }
 
     fn skip(&self, sample: usize, path: &Path, e: &Error) -> Result<()> {

@@ -98,7 +98,7 @@ impl Image {
         Ok(Image { height, width, pixels: rgb.iter().map(|&b| unit(f32::from(b))).collect() })
     }
 
-    fn check(&self, op: &'static str) -> Result<()> {
+    pub(crate) fn check(&self, op: &'static str) -> Result<()> {
         if self.pixels.is_empty() || self.pixels.len() != self.height * self.width * 3 {
             let got = format!("{}x{} with {} values", self.height, self.width, self.pixels.len());
             return Err(Error::arg(op, "image", got, "height x width x 3 values, at least one pixel"));

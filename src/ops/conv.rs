@@ -26,7 +26,8 @@ impl Conv {
     }
 
     fn output(&self, size: usize, kernel: usize) -> Option<usize> {
-        Some((size + self.before + self.after).checked_sub(kernel)? / self.stride + 1)
+        let padded = size.checked_add(self.before)?.checked_add(self.after)?;
+        Some(padded.checked_sub(kernel)? / self.stride + 1)
     }
 }
 
@@ -37,6 +38,9 @@ pub fn conv2d(tape: &Tape, x: &Var, w: &Var, b: Option<&Var>, conv: Conv) -> Res
     let (xd, wd) = (x.dims(), w.dims());
     if wd[3] != xd[3] {
         return Err(Error::arg("conv2d", "x", format!("{} channels", xd[3]), wd[3]));
+    }
+    if conv.stride == 0 {
+        return Err(Error::arg("conv2d", "stride", conv.stride, "1 or more"));
     }
     let (Some(h), Some(wide)) = (conv.output(xd[1], wd[1]), conv.output(xd[2], wd[2])) else {
         let want = format!("at least the kernel, {}x{}, less its padding", wd[1], wd[2]);

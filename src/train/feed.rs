@@ -240,15 +240,17 @@ impl<'a> Feed<'a> {
     fn part(&self, model: &Ett, positions: Range<usize>) -> Result<(Batch, Vec<Vec<Part>>)> {
         let (mut images, mut sequences) = (Vec::new(), Vec::new());
         for (i, position) in positions.enumerate() {
-            let index = self.usable[self.order.index(position as u64)];
+            let place = self.order.index(position as u64);
             let mut rng = Philox::of(self.seed, Purpose::Augment, position as u32);
             let sample = match self.pictures {
                 true => {
-                    let drawn = self.data.images.get(index, &mut rng)?;
+                    // A picture that is gone is replaced by another that the stage can learn from.
+                    let (before, from) = self.usable.split_at(place);
+                    let drawn = self.data.images.first(from.iter().chain(before).copied(), &mut rng)?;
                     images.push(drawn.image);
                     drawn.sample
                 }
-                false => self.data.images.sample(index).unwrap_or(0),
+                false => self.data.images.sample(self.usable[place]).unwrap_or(0),
             };
             if self.stage.kind != StageKind::Tokenizer {
                 let mut rng = Philox::of(self.seed, Purpose::Text, position as u32);

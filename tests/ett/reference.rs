@@ -1,0 +1,226 @@
+//! The page of all configuration keys, `docs/configuration.md`, is what the source says.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::Path;
+use std::{env, fs};
+
+use ett::config::{Config, StageConfig};
+
+use crate::common::Outcome;
+
+const PAGE: &str = "docs/configuration.md";
+/// Where the types of configuration values are.
+const SOURCES: [&str; 2] = ["src/config.rs", "src/data/image.rs"];
+const AGAIN: &str = "ETT_WRITE_REFERENCE=1 cargo test --release --test ett reference";
+
+/// A field of a struct or a variant of an enum.
+#[derive(Debug, Default, PartialEq)]
+struct Item {
+    name: String,
+    /// Nothing for a variant.
+    ty: String,
+    doc: String,
+    attributes: String,
+}
+
+/// The public structs and enums of a source file by name, with their items; structs are formatted by rustfmt.
+fn types(source: &str) -> BTreeMap<String, Vec<Item>> {
+    let mut all = BTreeMap::new();
+    let mut inside: Option<(String, Vec<Item>)> = None;
+    let (mut doc, mut attributes, mut above) = (Vec::new(), String::new(), String::new());
+    for line in source.lines() {
+        let text = line.trim();
+        let opens =
+            ["pub struct ", "pub enum "].iter().find_map(|k| line.strip_prefix(k)?.strip_suffix(" {"));
+        if let Some(line) = text.strip_prefix("///") {
+            doc.push(line.trim());
+            continue;
+        } else if text.starts_with("#[") {
+            attributes += text;
+            continue;
+        } else if let Some(name) = opens {
+            inside = Some((name.into(), Vec::new()));
+            above = attributes.clone();
+        } else if line == "}" {
+            all.extend(inside.take());
+        } else if let (Some((_, items)), Some(item)) = (&mut inside, text.strip_suffix(',')) {
+            let (name, ty) = match item.strip_prefix("pub ").and_then(|f| f.split_once(": ")) {
+                Some((name, ty)) => (name.to_string(), ty.to_string()),
+                None => (renamed(item, &above), String::new()),
+            };
+            items.push(Item { name, ty, doc: doc.join(" "), attributes: attributes.clone() });
+        }
+        doc.clear();
+        attributes.clear();
+    }
+    all
+}
+
+/// A variant's name in files, by the `rename_all` of its enum.
+fn renamed(variant: &str, attributes: &str) -> String {
+    let separator = if attributes.contains("snake_case") {
+        "_"
+    } else if attributes.contains("kebab-case") {
+        "-"
+    } else if attributes.contains("lowercase") {
+        ""
+    } else {
+        return variant.into();
+    };
+    let words = variant.split_inclusive(|_| true).fold(String::new(), |mut out, c| {
+        if c.chars().all(char::is_uppercase) && !out.is_empty() {
+            out += separator;
+        }
+        out + &c.to_lowercase()
+    });
+    words
+}
+
+/// A stage's defaults: what is there when only what has to be is given, with the keys that have to be.
+fn stage_defaults(all: &BTreeMap<String, Vec<Item>>) -> Result<toml::Table, Box<dyn std::error::Error>> {
+    let mut given = toml::Table::new();
+    for item in &all["StageConfig"] {
+        if item.attributes.contains("default") || item.ty.starts_with("Option<") {
+            continue;
+        }
+        let value = match item.ty.as_str() {
+            "usize" | "u64" => toml::Value::Integer(1),
+            "f64" => toml::Value::Float(1.0),
+            "bool" => toml::Value::Boolean(false),
+            "String" => toml::Value::String(String::new()),
+            ty => {
+                let first = all
+                    .get(ty)
+                    .and_then(|v| v.first())
+                    .ok_or_else(|| format!("no value of {ty} is known"))?;
+                toml::Value::String(first.name.clone())
+            }
+        };
+        given.insert(item.name.clone(), value);
+    }
+    let stage: StageConfig = given.clone().try_into()?;
+    let mut defaults = toml::Table::try_from(&stage)?;
+    defaults.retain(|key, _| !given.contains_key(key));
+    Ok(defaults)
+}
+
+fn cell(text: &str) -> String {
+    text.replace('|', "\\|")
+}
+
+fn page(all: &BTreeMap<String, Vec<Item>>) -> Result<String, Box<dyn std::error::Error>> {
+    let defaults: toml::Table = toml::from_str(&toml::to_string(&Config::default())?)?;
+    let stage = stage_defaults(all)?;
+    let mut out = format!(
+        "# Configuration\n\n\
+         A run is one TOML file. Keys that it leaves out have the defaults below, unknown keys are errors, and\n\
+         `--set section.key=value` overrides single ones (`--set stage.0.steps=10` in a list).\n\n\
+         This page is made from the comments in `src/config.rs`:\n\n```\n{AGAIN}\n```\n"
+    );
+    for section in &all["Config"] {
+        let (name, list) = (&section.name, section.ty.strip_prefix("Vec<").and_then(|t| t.strip_suffix('>')));
+        let values = match list {
+            Some(_) => &stage,
+            None => defaults
+                .get(name)
+                .and_then(|v| v.as_table())
+                .ok_or_else(|| format!("[{name}] has no defaults"))?,
+        };
+        let title = if list.is_some() { format!("[[{name}]]") } else { format!("[{name}]") };
+        let items = all
+            .get(list.unwrap_or(&section.ty))
+            .ok_or_else(|| format!("no struct {} is known", section.ty))?;
+        documented(name, section)?;
+        write!(
+            out,
+            "\n## `{title}`\n\n{}\n\n| key | default | meaning |\n| --- | --- | --- |\n",
+            section.doc
+        )?;
+        for item in items {
+            documented(&format!("{name}.{}", item.name), item)?;
+            let optional = item.ty.strip_prefix("Option<").and_then(|t| t.strip_suffix('>'));
+            let default = match (values.get(&item.name), optional, list) {
+                (Some(value), ..) => format!("`{value}`"),
+                (None, Some(_), _) => "none".into(),
+                (None, None, Some(_)) => "required".into(),
+                (None, None, None) => return Err(format!("{name}.{} has no default", item.name).into()),
+            };
+            let mut meaning = cell(&item.doc);
+            for value in all.get(optional.unwrap_or(&item.ty)).into_iter().flatten() {
+                documented(&format!("{name}.{} = {}", item.name, value.name), value)?;
+                write!(meaning, "<br>`{}`: {}", value.name, cell(&value.doc))?;
+            }
+            writeln!(out, "| `{}` | {} | {meaning} |", item.name, cell(&default))?;
+        }
+        if let Some(unknown) = values.keys().find(|k| items.iter().all(|i| i.name != **k)) {
+            return Err(format!("{name}.{unknown} is written to files, but not found in the source").into());
+        }
+    }
+    Ok(out)
+}
+
+fn documented(key: &str, item: &Item) -> Result<(), String> {
+    match item.doc.is_empty() {
+        true => Err(format!("{key} has no comment in the source; say there what it means")),
+        false => Ok(()),
+    }
+}
+
+fn sources() -> BTreeMap<String, Vec<Item>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |path: &str| fs::read_to_string(root.join(path)).expect("the source is there");
+    SOURCES.iter().flat_map(|path| types(&read(path))).collect()
+}
+
+#[test]
+fn the_page_of_all_keys_is_up_to_date() -> Outcome {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(PAGE);
+    let want = page(&sources())?;
+    if env::var_os("ETT_WRITE_REFERENCE").is_some() {
+        fs::write(&path, &want)?;
+    }
+    let got = fs::read_to_string(&path).unwrap_or_default();
+    let line = |text: &str| text.lines().zip(want.lines()).take_while(|(a, b)| a == b).count() + 1;
+    assert!(
+        got == want,
+        "{PAGE} is not what src/config.rs says, from line {} on; run\n  {AGAIN}",
+        line(&got)
+    );
+    Ok(())
+}
+
+#[test]
+fn keys_and_values_without_a_comment_are_found() -> Outcome {
+    for (key, says) in [("lr", "has no comment"), ("kind", "has no comment")] {
+        let mut all = sources();
+        let item = all.values_mut().flatten().find(|i| i.name == key).ok_or("the key is there")?;
+        item.doc.clear();
+        let e = page(&all).expect_err("a missing comment").to_string();
+        assert!(e.contains(&format!(".{key} ")) && e.contains(says), "{e}");
+    }
+    let mut all = sources();
+    all.get_mut("Source").ok_or("an enum")?[1].doc.clear();
+    let e = page(&all).expect_err("a missing comment").to_string();
+    assert!(e.contains("data.source = scenes has no comment"), "{e}");
+    let mut all = sources();
+    all.get_mut("DataConfig").ok_or("a struct")?.retain(|i| i.name != "flip");
+    assert!(page(&all).expect_err("a missing key").to_string().contains("data.flip is written"));
+    Ok(())
+}
+
+#[test]
+fn sources_are_read_as_they_are_formatted() {
+    let source = "/// Not this.\npub fn f() {\n}\n\n#[serde(rename_all = \"snake_case\")]\npub enum TwoWords {\n    /// One,\n    /// two.\n    \
+                  BothOfThem,\n    Bare,\n}\npub struct S {\n    /// A | b.\n    #[serde(default)]\n    pub a: [f64; 2],\n}\n";
+    let all = types(source);
+    let item = |name: &str, ty: &str, doc: &str, attributes: &str| Item {
+        name: name.into(),
+        ty: ty.into(),
+        doc: doc.into(),
+        attributes: attributes.into(),
+    };
+    assert_eq!(all["TwoWords"], [item("both_of_them", "", "One, two.", ""), item("bare", "", "", "")]);
+    assert_eq!(all["S"], [item("a", "[f64; 2]", "A | b.", "#[serde(default)]")]);
+    assert_eq!(cell("A | b."), "A \\| b.");
+}

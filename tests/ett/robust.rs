@@ -1,0 +1,265 @@
+//! Files that are broken, missing or in the way: errors that name them, never a panic, and nothing half done.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use ett::backend::Plan;
+use ett::config::{Config, Source, StageConfig, StageKind};
+use ett::data::{Folder, Image, ImageSet, LoadOptions, Philox, Scenes, Split, TextTokenizer, save_png};
+use ett::error::Result;
+use ett::eval;
+use ett::model::Ett;
+use ett::nn::Copy;
+use ett::train::feed::{DataSet, Feed};
+use ett::train::{self, Stage, Template, load_weights, plots, save_weights};
+
+use crate::common::{Outcome, Scratch, cpu};
+
+/// The smallest model that has every part.
+fn config() -> Config {
+    let mut c = Config::default();
+    (c.tokenizer.ch, c.tokenizer.ch_mult, c.tokenizer.norm_groups) = (8, vec![1, 2], 4);
+    (c.tokenizer.num_res_blocks, c.tokenizer.z_channels) = (1, 8);
+    (c.quantizer.codes, c.quantizer.dim) = (16, 4);
+    c.lpips.widths = [4; 5];
+    c.discriminator.ndf = 4;
+    let l = &mut c.llm;
+    (l.vocab, l.width, l.layers, l.heads, l.kv_heads, l.head_dim, l.mlp) = (264, 16, 1, 2, 1, 8, 24);
+    (c.data.source, c.data.size, c.data.train_samples, c.data.test_samples) = (Source::Scenes, 32, 8, 4);
+    c.train.threads = 1;
+    c
+}
+
+fn stage(kind: StageKind) -> StageConfig {
+    let text = format!("kind = {:?}\nsteps = 1\nbatch = 4\n", kind.name());
+    toml::from_str(&text).expect("a stage")
+}
+
+/// What an error says; it has to name `path` first.
+fn said<T>(result: Result<T>, path: &Path) -> String {
+    let Err(e) = result else { panic!("{} was accepted", path.display()) };
+    let e = e.to_string();
+    assert!(e.starts_with(&format!("{}: ", path.display())), "{e}");
+    e
+}
+
+#[test]
+fn broken_weights_are_named_and_change_nothing() -> Outcome {
+    let dir = Scratch::new();
+    let path = dir.path("model.safetensors");
+    let model = Ett::new(&config(), cpu(1))?;
+    let all = || -> Result<Vec<_>> {
+        model.params.names().map(|(name, ..)| model.params.read(name, Copy::Master)).collect()
+    };
+    save_weights(&model.params, &path, Copy::Master)?;
+    let (before, bytes) = (all()?, fs::read(&path)?);
+    let header = 8 + u64::from_le_bytes(bytes[..8].try_into()?) as usize;
+    let refuse = |bytes: &[u8], what: &str| -> Outcome {
+        fs::write(&path, bytes)?;
+        let e = said(load_weights(&model.params, &path), &path);
+        assert!(e.contains("not a whole safetensors file") || e.contains("does not fit"), "{what}: {e}");
+        assert!(all()? == before, "{what}: weights were changed");
+        Ok(())
+    };
+    for length in [0, 1, 7, 8, 9, header / 2, header, header + 1, bytes.len() / 2, bytes.len() - 1] {
+        refuse(&bytes[..length], &format!("cut to {length} bytes"))?;
+    }
+    refuse(&[&bytes[..], b"more"].concat(), "lengthened")?;
+    // A flipped bit of the values is another value: the file has no checksum. One of the header is found.
+    let mut rng = Philox::new(1, 0);
+    for _ in 0..300 {
+        let (at, bit) = (rng.below(header), rng.below(8));
+        let mut flipped = bytes.clone();
+        flipped[at] ^= 1 << bit;
+        refuse(&flipped, &format!("bit {bit} of byte {at} flipped"))?;
+    }
+    for header in [
+        r#"{"x":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,16]}}"#,
+        r#"{"x":{"dtype":"F32","shape":[2],"data_offsets":[16,8]}}"#,
+        r#"{"x":{"dtype":"F32","shape":[1],"data_offsets":[18446744073709551612,18446744073709551616]}}"#,
+        r#"{"x":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}"#,
+        "[[[[",
+    ] {
+        let file = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[0; 16]].concat();
+        refuse(&file, header)?;
+    }
+    fs::write(&path, &bytes)?;
+    load_weights(&model.params, &path)?;
+    assert!(all()? == before);
+    fs::remove_file(&path)?;
+    said(load_weights(&model.params, &path), &path);
+    Ok(())
+}
+
+#[test]
+fn wrong_configurations_are_named_with_line_and_key() -> Outcome {
+    let dir = Scratch::new();
+    let path = dir.path("config.toml");
+    for (text, line, key) in [
+        ("[train]\nlr = \n", "line 2", "lr"),
+        ("[train]\n\nlr = \"fast\"\n", "line 3", "lr"),
+        ("[train]\nseed = -1\n", "line 2", "seed"),
+        ("[llm]\nwidth = 1e3\n", "line 2", "width"),
+        ("[quantizer]\nkind = \"fsq\"\n", "line 2", "kind"),
+        ("[data]\nsource = \"web\"\n", "line 2", "source"),
+        ("[loss\n", "line 1", "[loss"),
+        ("[loss]\nalpha = 1\nalpha = 2\n", "line 3", "alpha"),
+        ("[[stage]]\nkind = \"text\"\n", "line 1", "steps"),
+        ("train = 3\n", "line 1", "train"),
+    ] {
+        fs::write(&path, text)?;
+        let e = said(Config::load(&path, &[]), &path);
+        assert!(e.contains(line) && e.contains(key), "{text:?} gave {e:?}");
+    }
+    fs::write(&path, "[train]\nlr = \"fast\"\n")?;
+    let e = said(Config::load(&path, &["train.seed=3".into()]), &path);
+    assert!(e.contains("train.lr"), "{e}");
+    fs::write(&path, b"[train]\nprecision = \"\xff\"\n")?;
+    said(Config::load(&path, &[]), &path);
+    said(Config::load(&dir.path("absent.toml"), &[]), &dir.path("absent.toml"));
+    Ok(())
+}
+
+#[test]
+fn wrong_metadata_is_named_with_its_line() -> Outcome {
+    let dir = Scratch::new();
+    save_png(dir.path("a.png"), &Image::filled(8, 8, 0.0))?;
+    let good = "{\"file_name\": \"a.png\"}\n";
+    let deep = format!("{{\"file_name\": \"a.png\", \"other\": {}", "[".repeat(100_000));
+    for line in [
+        "{\"file_name\": \"a.p",
+        "{\"file_name\": 3}",
+        "null",
+        "\0\0",
+        "{\"file_name\": \"a\\u0000.png\"}",
+        &deep,
+    ] {
+        let path = dir.path("metadata.jsonl");
+        fs::write(&path, format!("{good}\n{good}{line}"))?;
+        let e = said(Folder::open(dir.path("")), &path);
+        assert!(e.contains("line 4: "), "{e}");
+    }
+    Ok(())
+}
+
+/// Ten pictures of scenes with captions, of which every second has no question.
+fn pictures(dir: &Scratch) -> Outcome {
+    let scenes = Scenes::new(32, 1)?;
+    let mut lines = String::new();
+    for i in 0..10 {
+        let drawing = scenes.get(Split::Train, i);
+        save_png(dir.path(&format!("{i}.png")), &drawing.image)?;
+        let mut line = serde_json::json!({"file_name": format!("{i}.png"), "text": drawing.sample.caption});
+        if i % 2 == 0 {
+            line["qa"] = serde_json::json!(drawing.sample.qa);
+        }
+        lines += &format!("{line}\n");
+    }
+    Ok(fs::write(dir.path("metadata.jsonl"), lines)?)
+}
+
+#[test]
+fn pictures_that_are_none_are_skipped_counted_and_named() -> Outcome {
+    let dir = Scratch::new();
+    pictures(&dir)?;
+    let png = fs::read(dir.path("0.png"))?;
+    fs::write(dir.path("1.png"), [])?;
+    fs::write(dir.path("3.png"), &png[..png.len() / 2])?;
+    fs::write(dir.path("4.png"), &png[..20])?;
+    // The frame header of a JPEG holds height and width, without a checksum.
+    let path = dir.path("6.png");
+    image::RgbImage::new(16, 16).save_with_format(&path, image::ImageFormat::Jpeg)?;
+    let mut jpeg = fs::read(&path)?;
+    let frame = jpeg.windows(2).position(|w| w == [0xff, 0xc0]).ok_or("a frame header")?;
+    jpeg[frame + 5..frame + 9].fill(0xff);
+    fs::write(&path, jpeg)?;
+
+    let mut c = config();
+    (c.data.source, c.data.train) = (Source::Folder, dir.path(""));
+    let data = DataSet::train(&c.data)?;
+    let skipped = data.images.skipped();
+    assert_eq!((data.samples.len(), data.images.len(), skipped.count), (10, 6, 4));
+    let names: Vec<&Path> = skipped.first.iter().map(|(path, _)| path.as_path()).collect();
+    assert_eq!(names, ["1.png", "3.png", "4.png", "6.png"].map(|n| dir.path(n)));
+    assert!(skipped.first[3].1.contains("too large"), "{:?}", skipped.first[3]);
+    assert!(skipped.first.iter().all(|(_, why)| !why.is_empty()));
+    for name in ["2.png", "5.png"] {
+        fs::write(dir.path(name), "no picture")?;
+    }
+    let Err(e) = DataSet::train(&c.data) else { panic!("a folder of broken pictures was accepted") };
+    assert!(
+        e.to_string().contains("6 of 10 pictures cannot be used, more than half; replace or remove"),
+        "{e}"
+    );
+    Ok(())
+}
+
+#[test]
+fn pictures_that_vanish_in_training_are_replaced_by_others_of_their_kind() -> Outcome {
+    let dir = Scratch::new();
+    pictures(&dir)?;
+    let Folder { root, samples } = Folder::open(dir.path(""))?;
+    let options = LoadOptions { memory: 0, ..LoadOptions::new(32) };
+    let images = ImageSet::load(&root, &samples, options)?;
+    let data = DataSet { root, samples, images };
+    let model = Ett::new(&config(), Arc::new(Plan::new()))?;
+    let template = Template::new(TextTokenizer::Bytes);
+    let chat = Stage::new(StageKind::Chat, &model)?;
+    let feed = Feed::new(&data, &template, &stage(StageKind::Chat), &chat, 1, 0)?;
+
+    // Each of these is followed by one without a question, which has no place in this stage.
+    for name in ["0.png", "4.png"] {
+        fs::remove_file(dir.path(name))?;
+    }
+    for step in 0..5 {
+        let fed = feed.batch(&model, step)?;
+        assert_eq!(fed.sequences.len(), 4);
+    }
+    assert_eq!(data.images.skipped().count, 2);
+    // Then all of them, with their folder.
+    fs::remove_dir_all(dir.path(""))?;
+    let Err(e) = (0..10).try_for_each(|step| feed.batch(&model, step).map(drop)) else {
+        panic!("a folder that is gone was trained on")
+    };
+    let e = e.to_string();
+    assert!(e.contains("none of the pictures asked for") || e.contains("more than half"), "{e}");
+    let mut c = config();
+    (c.data.source, c.data.train) = (Source::Folder, dir.path("gone"));
+    let Err(e) = DataSet::train(&c.data) else { panic!("a folder that is gone was opened") };
+    assert!(e.to_string().contains("gone: there is no such folder; fetch the data set first"), "{e}");
+    c.data.train = Default::default();
+    let Err(e) = DataSet::train(&c.data) else { panic!("no folder was opened") };
+    assert!(e.to_string().contains("`data.train` is empty, wanted a folder, or data.source"), "{e}");
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_written_is_named() -> Outcome {
+    let dir = Scratch::new();
+    let file = dir.path("file");
+    fs::write(&file, "in the way")?;
+    let mut c = config();
+    c.stage = vec![stage(StageKind::Align)];
+    let model = Ett::new(&c, cpu(1))?;
+    let metrics = dir.path("metrics.jsonl");
+    fs::write(&metrics, "{\"stage\": \"text\", \"step\": 0, \"loss\": {\"cap\": 1.0}}\n")?;
+    let picture = Image::filled(4, 4, 0.0);
+    for below in [file.clone(), Path::new("/dev/null").to_path_buf()] {
+        let named = |result: Result<()>, what: &str| {
+            let Err(e) = result else { panic!("{what} was written below {}", below.display()) };
+            assert!(e.to_string().contains(&*below.to_string_lossy()), "{what}: {e}");
+        };
+        named(train::run(&c, cpu(1), &below.join("run"), None, true).map(drop), "a run");
+        named(save_weights(&model.params, &below.join("model.safetensors"), Copy::Master), "weights");
+        named(save_png(below.join("a.png"), &picture), "a picture");
+        named(plots::loss_curves(&metrics, &below.join("a.png")), "curves");
+        named(plots::labelled_grid(&[vec![(picture.clone(), "a".into())]], &below.join("a.png")), "a grid");
+        let (train, test) = (DataSet::train(&c.data)?, DataSet::test(&c.data)?.ok_or("built-in data")?);
+        let template = Template::new(TextTokenizer::Bytes);
+        let to = below.join("reconstructions.png");
+        named(eval::evaluate(&model, &train, &test, &template, &to).map(drop), "an evaluation");
+    }
+    assert_eq!(fs::read(&file)?, b"in the way");
+    Ok(())
+}
