@@ -142,10 +142,10 @@ impl Colour {
     }
 }
 
-/// A grey that is far from every colour: dark, or light.
+/// A grey, darker or lighter: in between, so that colours stand out by their hue and not by their brightness alone.
 pub(super) fn background(rng: &mut Philox, dark: bool) -> Rgb {
-    let grey = if dark { 0.1 } else { 0.9 } + around(rng, 0.05);
-    [grey; 3].map(|c| c + around(rng, 0.015))
+    let grey = if dark { 0.4 } else { 0.6 } + around(rng, 0.03);
+    [grey; 3].map(|c| c + around(rng, 0.01))
 }
 
 /// Uniform within `range` of 0.
