@@ -81,7 +81,7 @@ fn held_out(model: &Ett, test: &DataSet, template: &Template, drawn: &[Drawn], p
     let mut rows: Vec<(usize, &str, &str, String)> = Vec::new();
     for (list, stop) in [(captions, template.end_of_text()), (answers, template.end_of_turn())] {
         let prompts: Vec<Vec<Part>> = list.iter().map(|l| l.3.clone()).collect();
-        let said = seen.complete(&prompts, stop, MAX_TOKENS)?;
+        let said = seen.complete_all(&prompts, stop, MAX_TOKENS)?;
         rows.extend(list.iter().zip(said).map(|(l, ids)| (l.0, l.1, l.2, text.decode(&ids))));
     }
     // Captions before answers, picture by picture.
@@ -101,9 +101,11 @@ fn drawings(model: &Ett, test: &DataSet, template: &Template, drawn: &[Drawn], p
     let prompts: Vec<&str> =
         drawn.iter().filter_map(|d| test.samples[d.sample].drawing_prompt()).take(DRAWN).collect();
     let tokens = model.cfg.data.size / model.cfg.tokenizer.downsampling();
-    let start: Vec<Vec<Part>> = prompts.iter().map(|p| template.drawing(Some(p))).collect::<Result<_>>()?;
+    let texts: Vec<Vec<Part>> =
+        prompts.iter().map(|p| Ok(vec![Part::context(template.drawing(p)?)])).collect::<Result<_>>()?;
     let sampling = Sampling { seed: model.cfg.train.seed, ..Sampling::default() };
-    let pictures = draw(model, &start, &template.drawing(None)?, (tokens, tokens), &sampling, &mut |_, _| ())?;
+    let grid = (tokens, tokens);
+    let pictures = draw(model, &texts, template.begin_picture(), grid, &sampling, &mut |_, _| ())?;
     let labelled: Vec<(Image, String)> =
         pictures.into_iter().zip(prompts.iter().map(|p| p.to_string())).collect();
     let rows: Vec<Vec<(Image, String)>> = labelled.chunks(ROW / 2).map(<[_]>::to_vec).collect();

@@ -156,18 +156,21 @@ impl Template {
         Ok(parts)
     }
 
-    /// What precedes a picture that is to be drawn, up to its first code; without a prompt, the start of any picture.
-    pub fn drawing(&self, prompt: Option<&str>) -> Result<Vec<Part>> {
-        let mut ids = self.text.encode(prompt.unwrap_or_default())?;
-        ids.push(self.special(Special::VisionStart));
-        Ok(vec![Part::context(ids)])
+    /// What precedes `<|vision_start|>` where a picture is to be drawn: the text of the prompt.
+    pub fn drawing(&self, prompt: &str) -> Result<Vec<i32>> {
+        self.text.encode(prompt)
     }
 
-    /// A prompt and its picture, every code learnt.
+    /// The token that begins a picture.
+    pub fn begin_picture(&self) -> i32 {
+        self.special(Special::VisionStart)
+    }
+
+    /// A prompt and its picture, every code learnt; without a prompt, any picture.
     pub fn drawn(&self, image: usize, prompt: Option<&str>) -> Result<Vec<Part>> {
-        let mut parts = self.drawing(prompt)?;
-        parts.push(Part::Codes(image));
-        Ok(parts)
+        let mut ids = self.drawing(prompt.unwrap_or_default())?;
+        ids.push(self.begin_picture());
+        Ok(vec![Part::context(ids), Part::Codes(image)])
     }
 
     /// A caption without its picture, every token learnt.
