@@ -6,10 +6,11 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use ett::backend;
 use ett::data::{Image, grid, save_png};
-use ett::error::Result;
-use ett::infer::Trained;
+use ett::error::{Error, Result};
+use ett::infer::{Sampling, Trained};
+use indicatif::ProgressBar;
 
-/// Use a model trained by ett-train: reconstruct, describe and question pictures.
+/// Use a model trained by ett-train: reconstruct, describe, question and draw pictures.
 #[derive(Parser)]
 #[command(version)]
 struct Cli {
@@ -69,6 +70,38 @@ enum Command {
         /// The question.
         question: String,
     },
+    /// Draw pictures; write them as a sheet with a row a prompt.
+    Generate {
+        #[command(flatten)]
+        model: Model,
+        /// What to draw.
+        #[arg(required_unless_present = "file")]
+        prompts: Vec<String>,
+        /// File with more prompts, one a line.
+        #[arg(long = "prompts", value_name = "FILE")]
+        file: Option<PathBuf>,
+        /// The PNG to write.
+        #[arg(long, default_value = "generated.png")]
+        out: PathBuf,
+        /// Pictures a prompt.
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+        count: u16,
+        /// Divides the logits: below 1 the likely becomes likelier, 0 always takes the best code.
+        #[arg(long, default_value_t = Sampling::default().temperature)]
+        temperature: f64,
+        /// Choose among this many of the best codes; 0: all.
+        #[arg(long, default_value_t = Sampling::default().top_k)]
+        top_k: usize,
+        /// Choose among the best codes that together have this probability.
+        #[arg(long, default_value_t = Sampling::default().top_p)]
+        top_p: f64,
+        /// How much the prompt counts: 1 as in training, more overstates it.
+        #[arg(long, default_value_t = Sampling::default().guidance)]
+        guidance: f64,
+        /// Seed of the draws.
+        #[arg(long, default_value_t = Sampling::default().seed)]
+        seed: u64,
+    },
 }
 
 fn main() -> ExitCode {
@@ -101,6 +134,38 @@ fn run(command: Command) -> Result<()> {
         }
         Command::Ask { model, image, question } => {
             println!("{}", model.open()?.ask(&Image::open(&image)?, &question)?);
+        }
+        Command::Generate {
+            model,
+            mut prompts,
+            file,
+            out,
+            count,
+            temperature,
+            top_k,
+            top_p,
+            guidance,
+            seed,
+        } => {
+            if let Some(path) = file {
+                let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+                prompts.extend(text.lines().filter(|l| !l.trim().is_empty()).map(String::from));
+                if prompts.is_empty() {
+                    return Err(Error::data(&path, "holds no prompt; write one a line"));
+                }
+            }
+            let count = usize::from(count);
+            let each: Vec<String> = prompts.iter().flat_map(|p| vec![p.clone(); count]).collect();
+            let sampling = Sampling { temperature, top_k, top_p, seed, guidance };
+            let bar = ProgressBar::new(0);
+            let images = model.open()?.draw(&each, &sampling, &mut |done, all| {
+                bar.set_length(all as u64);
+                bar.set_position(done as u64);
+            })?;
+            bar.finish_and_clear();
+            let rows: Vec<Vec<&Image>> = images.chunks(count).map(|row| row.iter().collect()).collect();
+            save_png(&out, &grid(&rows, 2)?)?;
+            println!("{} pictures: {}", images.len(), out.display());
         }
     }
     Ok(())

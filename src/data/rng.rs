@@ -44,6 +44,11 @@ impl Philox {
         Self::new(seed, (purpose as u64) << 32 | u64::from(number))
     }
 
+    /// The same stream from its block `index` on.
+    pub fn from_block(self, index: u64) -> Self {
+        Philox { next: index, used: 4, spare: None, ..self }
+    }
+
     /// Block `index` of a stream: its words `4 * index` to `4 * index + 3`, without any state.
     pub fn at(seed: u64, stream: u64, index: u64) -> [u32; 4] {
         philox4x32(
@@ -185,6 +190,7 @@ mod tests {
         let words: Vec<u32> = (0..12).map(|_| rng.u32()).collect();
         let blocks: Vec<u32> = (0..3).flat_map(|i| Philox::at(7, 9, i)).collect();
         assert_eq!(words, blocks);
+        assert_eq!(rng.from_block(1).u32(), words[4]);
         assert_eq!(Philox::new(7, 9).u64(), u64::from(words[0]) | u64::from(words[1]) << 32);
         assert_ne!(Philox::of(7, Purpose::Init, 0).u64(), Philox::of(7, Purpose::Order, 0).u64());
         assert_ne!(Philox::of(7, Purpose::Init, 0).u64(), Philox::of(7, Purpose::Init, 1).u64());

@@ -1,4 +1,8 @@
-//! A trained model in use: reconstructions, captions, answers.
+//! A trained model in use: reconstructions, captions, answers, drawings.
+
+mod continued;
+mod draw;
+mod sample;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,6 +18,9 @@ use crate::ops;
 use crate::tensor::Tensor;
 use crate::train::feed::images_to_device;
 use crate::train::{Batch, CONFIG, Template, WEIGHTS, load_weights};
+pub use continued::Continued;
+pub use draw::{decode_codes, draw, draw_codes};
+pub use sample::Sampling;
 
 /// Most tokens of a caption or an answer.
 const MAX_TOKENS: usize = 128;
@@ -46,7 +53,8 @@ impl Trained {
     fn say(&self, image: &Image, prompt: &[Part], stop: Special) -> Result<String> {
         let seen = Seen::new(&self.model, &[self.square(image)?])?;
         let text = self.template.tokenizer();
-        Ok(text.decode(&seen.complete(prompt, text.special(stop), MAX_TOKENS)?))
+        let said = seen.complete_all(&[prompt.to_vec()], text.special(stop), MAX_TOKENS)?;
+        Ok(text.decode(&said.concat()))
     }
 
     /// Describes a picture.
@@ -57,6 +65,20 @@ impl Trained {
     /// Answers a question about a picture.
     pub fn ask(&self, image: &Image, question: &str) -> Result<String> {
         self.say(image, &self.template.question(Some(0), question)?, Special::ImEnd)
+    }
+
+    /// Draws a picture of the size of training for each prompt; see [`draw`].
+    pub fn draw(
+        &self,
+        prompts: &[String],
+        s: &Sampling,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Vec<Image>> {
+        let text = |p: &String| Ok(vec![Part::context(self.template.drawing(p)?)]);
+        let prompts = prompts.iter().map(text).collect::<Result<Vec<_>>>()?;
+        let start = self.template.tokenizer().special(Special::VisionStart);
+        let side = self.model.cfg.data.size / self.model.cfg.tokenizer.downsampling();
+        draw(&self.model, &prompts, start, (side, side), s, progress)
     }
 
     /// The picture at the nearest size the tokenizer takes, and its reconstruction; the longer side is at most
@@ -114,11 +136,7 @@ impl<'a> Seen<'a> {
         let logits = self.model.text_logits(&self.tape, &rows)?;
         let v = logits.dims().cols();
         let values = logits.value().to_f64(self.tape.dev())?;
-        let best = values
-            .chunks(v)
-            .map(|row| (1..v).fold(0, |best, i| if row[i] > row[best] { i } else { best }) as i32)
-            .collect();
-        Ok((best, packed))
+        Ok((values.chunks(v).map(|row| sample::argmax(row) as i32).collect(), packed))
     }
 
     /// How many sequences have every supervised token as the most likely one: exactly those that greedy
@@ -142,21 +160,31 @@ impl<'a> Seen<'a> {
         Ok(right)
     }
 
-    /// Continues a sequence greedily until `stop` or `max` tokens; the stop token is left out.
-    pub fn complete(&self, prompt: &[Part], stop: i32, max: usize) -> Result<Vec<i32>> {
-        let mut out: Vec<i32> = Vec::new();
-        while out.len() < max {
-            // One more token to predict after the prompt and what was said: its id does not matter.
-            let mut parts = prompt.to_vec();
-            parts.push(Part::context(out.clone()));
-            parts.push(Part::target(vec![0]));
-            let (best, _) = self.likeliest(&[parts])?;
-            match best.first() {
-                Some(&id) if id != stop => out.push(id),
-                _ => break,
-            }
+    /// Continues sequences greedily, each until `stop` or `max` tokens; the stop token is left out.
+    pub fn complete_all(&self, prompts: &[Vec<Part>], stop: i32, max: usize) -> Result<Vec<Vec<i32>>> {
+        let mut said = vec![Vec::new(); prompts.len()];
+        if prompts.is_empty() || max == 0 {
+            return Ok(said);
         }
-        Ok(out)
+        let (t, visual) = (&self.tape, Some((&self.visual, &self.grids[..])));
+        let mut sequences = Continued::new(self.model, t, prompts, visual, max - 1)?;
+        let mut open = vec![true; prompts.len()];
+        for i in 0..max {
+            let logits = self.model.text_logits(t, sequences.hidden())?.value().to_f64(t.dev())?;
+            let rows = logits.chunks(self.model.cfg.llm.vocab);
+            let next =
+                rows.map(|row| Ok(Sampling::GREEDY.draw(row, 0, 0)? as i32)).collect::<Result<Vec<_>>>()?;
+            for ((said, open), &id) in said.iter_mut().zip(&mut open).zip(&next) {
+                *open &= id != stop;
+                said.extend(open.then_some(id));
+            }
+            if i + 1 == max || !open.contains(&true) {
+                break;
+            }
+            // What is ended goes on unheard.
+            sequences.tokens(&next)?;
+        }
+        Ok(said)
     }
 }
 
@@ -173,14 +201,19 @@ pub fn reconstruct(model: &Ett, images: &[Image]) -> Result<(Vec<Image>, Vec<i32
     let dev = model.params.device().clone();
     let t = Tape::inference(dev.clone(), model.params.precision());
     let (zq, idx, grids) = encode(model, &t, images)?;
+    Ok((pictures(model, &t, &zq, &grids)?, idx.to_host::<i32>(&*dev)?))
+}
+
+/// The pictures (clamped) that `zq` `[M, D]` decode to.
+fn pictures(model: &Ett, t: &Tape, zq: &Var, grids: &[Grid]) -> Result<Vec<Image>> {
     let mut out = Vec::new();
-    for (rec, g) in model.tokenizer.decode(&t, &model.params, &zq, &grids)?.iter().zip(&grids) {
+    for (rec, g) in model.tokenizer.decode(t, &model.params, zq, grids)?.iter().zip(grids) {
         let s = model.cfg.tokenizer.downsampling();
         let (height, width) = (g.h * s, g.w * s);
-        for c in rec.value().to_f64(&*dev)?.chunks(height * width * 3) {
+        for c in rec.value().to_f64(t.dev())?.chunks(height * width * 3) {
             let pixels = c.iter().map(|&v| v.clamp(-1.0, 1.0) as f32).collect();
             out.push(Image { height, width, pixels });
         }
     }
-    Ok((out, idx.to_host::<i32>(&*dev)?))
+    Ok(out)
 }

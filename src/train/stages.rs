@@ -131,6 +131,11 @@ impl Template {
         Ok(parts)
     }
 
+    /// What precedes `<|vision_start|>` where a picture is to be drawn: the text of the prompt.
+    pub fn drawing(&self, prompt: &str) -> Result<Vec<i32>> {
+        self.text.encode(prompt)
+    }
+
     /// A caption without its picture, every token learnt.
     pub fn text_caption(&self, caption: &str) -> Result<Vec<Part>> {
         Ok(vec![Part::target(self.text_line(caption)?)])

@@ -8,6 +8,7 @@ mod conformance;
 mod contract;
 mod dense;
 mod fixtures;
+mod generate;
 mod gpu;
 mod gradients;
 mod memory;
