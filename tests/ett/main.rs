@@ -11,6 +11,7 @@ mod dense;
 mod fixtures;
 mod gpu;
 mod gradients;
+mod kill;
 mod memory;
 mod plan;
 mod quantizer;
