@@ -13,6 +13,7 @@ mod fixtures;
 mod generate;
 mod gpu;
 mod gradients;
+mod kill;
 mod memory;
 mod plan;
 mod properties;

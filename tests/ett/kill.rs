@@ -1,0 +1,380 @@
+//! Runs of the real program that are killed, interrupted and resumed: every one ends in the bits of a run that never
+//! stopped.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use ett::data::Philox;
+use ett::train::Checkpoints;
+
+use crate::common::{Outcome, Scratch};
+use crate::run::pictures;
+
+/// Kills of the long test. Each phase of saving has one; the others come at any time.
+const KILLS: usize = 20;
+/// Set it to what a failed test printed to repeat its kills.
+const SEED: &str = "ETT_KILL_SEED";
+/// Milliseconds at each phase of saving while a program waits to be killed there.
+const PAUSE: u64 = 60;
+/// Longer than any run here.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Three stages with all that a checkpoint holds: a discriminator, averages that are kept and averages that outlast.
+const CONFIG: &str = r#"
+[tokenizer]
+ch = 8
+ch_mult = [1, 2]
+num_res_blocks = 1
+z_channels = 8
+norm_groups = 4
+[quantizer]
+codes = 16
+dim = 4
+[lpips]
+widths = [4, 4, 4, 4, 4]
+[discriminator]
+ndf = 4
+[llm]
+vocab = 264
+width = 16
+layers = 1
+heads = 2
+kv_heads = 1
+head_dim = 8
+mlp = 24
+[train]
+lr = 1e-3
+threads = 1
+save_every = 2
+keep = 2
+[data]
+train = "DATA"
+size = 32
+[[stage]]
+kind = "tokenizer"
+steps = 5
+batch = 2
+ema = true
+[[stage]]
+kind = "semantic"
+steps = 5
+batch = 2
+ema = true
+[[stage]]
+kind = "text"
+steps = 4
+batch = 2
+"#;
+
+/// What a run leaves behind that another has to equal.
+#[derive(PartialEq)]
+struct Result {
+    weights: Vec<u8>,
+    averages: Vec<u8>,
+    lines: Vec<serde_json::Value>,
+}
+
+/// A configuration and where its runs go.
+struct Place {
+    scratch: Scratch,
+}
+
+impl Place {
+    fn new() -> std::io::Result<Self> {
+        let scratch = Scratch::new();
+        let data = scratch.path("data");
+        pictures(&data);
+        std::fs::write(scratch.path("config.toml"), CONFIG.replace("DATA", &data.display().to_string()))?;
+        Ok(Place { scratch })
+    }
+
+    fn out(&self) -> PathBuf {
+        self.scratch.path("out")
+    }
+
+    /// Resumes the run, or starts it if it has no checkpoint yet.
+    fn start(&self, pause: u64) -> std::result::Result<Running, Box<dyn std::error::Error>> {
+        let out = self.out();
+        if Checkpoints::latest(&out)?.is_some() {
+            return Ok(Running::new(&["resume".as_ref(), out.as_ref()], pause)?);
+        }
+        if out.exists() {
+            std::fs::remove_dir_all(&out)?;
+        }
+        let config = self.scratch.path("config.toml");
+        let args = ["run".as_ref(), "--config".as_ref(), config.as_ref(), "--out".as_ref(), out.as_ref()];
+        Ok(Running::new(&args, pause)?)
+    }
+
+    /// Takes the run to its end.
+    fn finish(&self) -> std::result::Result<Result, Box<dyn std::error::Error>> {
+        let mut running = self.start(0)?;
+        let status = running.wait();
+        assert!(status.success(), "{status}: {}", running.said());
+        self.result()
+    }
+
+    fn result(&self) -> std::result::Result<Result, Box<dyn std::error::Error>> {
+        let out = self.out();
+        let mut lines = Vec::new();
+        for line in std::fs::read_to_string(out.join("metrics.jsonl"))?.lines() {
+            let mut line: serde_json::Value = serde_json::from_str(line)?;
+            let fields = line.as_object_mut().ok_or("a line is an object")?;
+            // What depends on the machine and the process.
+            fields.retain(|key, _| !["images_per_s", "tokens_per_s", "memory_mib"].contains(&key.as_str()));
+            lines.push(line);
+        }
+        Ok(Result {
+            weights: std::fs::read(out.join("model.safetensors"))?,
+            averages: std::fs::read(out.join("ema.safetensors"))?,
+            lines,
+        })
+    }
+}
+
+fn assert_same(got: &Result, want: &Result, what: &str) {
+    for (i, (got, want)) in got.lines.iter().zip(&want.lines).enumerate() {
+        assert_eq!(got, want, "{what}: line {i} of the metrics");
+    }
+    assert_eq!(got.lines.len(), want.lines.len(), "{what}: lines of the metrics");
+    assert!(got.weights == want.weights, "{what}: other weights");
+    assert!(got.averages == want.averages, "{what}: other averages");
+}
+
+/// The program at work. It is killed with this value.
+struct Running {
+    child: Child,
+    lines: Receiver<String>,
+    seen: Vec<String>,
+}
+
+impl Running {
+    fn new(args: &[&std::ffi::OsStr], pause: u64) -> std::io::Result<Self> {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_ett-train"))
+            .args(args)
+            .args(["--device", "cpu", "--quiet"])
+            .env("ETT_LOG", "warn,ett::checkpoint=debug")
+            .env("ETT_SAVE_PAUSE", pause.to_string())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let (send, lines) = channel();
+        if let Some(err) = child.stderr.take() {
+            std::thread::spawn(move || {
+                for line in BufReader::new(err).lines().map_while(std::io::Result::ok) {
+                    let _ = send.send(line);
+                }
+            });
+        }
+        Ok(Running { child, lines, seen: vec![] })
+    }
+
+    /// Waits for the `nth` line with `what` in it; false if the program ends before.
+    fn saw(&mut self, what: &str, nth: usize) -> bool {
+        let mut left = nth;
+        while left > 0 {
+            let Ok(line) = self.lines.recv_timeout(LIMIT) else { return false };
+            left -= usize::from(line.contains(what));
+            self.seen.push(line);
+        }
+        true
+    }
+
+    fn said(&mut self) -> String {
+        while let Ok(line) = self.lines.recv_timeout(LIMIT) {
+            self.seen.push(line);
+        }
+        self.seen.join("\n")
+    }
+
+    fn wait(&mut self) -> ExitStatus {
+        let start = Instant::now();
+        loop {
+            match self.child.try_wait().expect("a child can be waited for") {
+                Some(status) => return status,
+                None if start.elapsed() > LIMIT => panic!("the program does not end: {:?}", self.seen),
+                None => std::thread::sleep(Duration::from_millis(2)),
+            }
+        }
+    }
+
+    /// SIGKILL; true if the program had not ended by itself.
+    fn kill(&mut self) -> bool {
+        let _ = self.child.kill();
+        self.wait().code().is_none()
+    }
+
+    #[cfg(unix)]
+    fn signal(&self, signal: libc::c_int) {
+        // SAFETY: sends a signal to a child that has not been waited for.
+        unsafe { libc::kill(self.child.id() as libc::pid_t, signal) };
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What follows the checkpoint's name in a line of the log.
+fn phase(line: &str) -> Option<String> {
+    let (_, rest) = line.split_once("step-")?;
+    rest.split_once(": ").map(|(_, phase)| phase.to_string())
+}
+
+fn seed() -> std::result::Result<u64, Box<dyn std::error::Error>> {
+    Ok(match std::env::var(SEED) {
+        Ok(seed) => seed.parse()?,
+        Err(_) => SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos() as u64 >> 10,
+    })
+}
+
+#[test]
+fn killed_runs_end_in_the_same_bits() -> Outcome {
+    let seed = seed()?;
+    println!("{SEED}={seed}");
+    let mut rng = Philox::new(seed, 0);
+    let place = Place::new()?;
+    let start = Instant::now();
+    let mut whole = place.start(0)?;
+    let status = whole.wait();
+    let time = start.elapsed();
+    let said = whole.said();
+    assert!(status.success(), "{said}");
+    let want = place.result()?;
+    assert_eq!(want.lines.len(), 14);
+    std::fs::remove_dir_all(place.out())?;
+
+    // The phases of one save, in order; then kills at each of them and at any time.
+    let first = said.lines().filter(|l| l.contains("step-00000002:"));
+    let phases: Vec<String> = first.filter_map(phase).collect();
+    assert!(phases.len() >= 8, "{said}");
+    assert!(["renamed", "its place synced", "latest replaced"].iter().all(|p| phases.iter().any(|q| q == p)));
+    let mut kills: Vec<Option<&str>> = phases.iter().map(|p| Some(p.as_str())).collect();
+    kills.resize(KILLS.max(kills.len()), None);
+    rng.shuffle(&mut kills);
+    let mut log = Vec::new();
+    for kill in kills {
+        match kill {
+            Some(phase) => {
+                let mut nth = 1 + rng.below(2);
+                loop {
+                    let mut running = place.start(PAUSE)?;
+                    if !running.saw(&format!(": {phase}"), nth) {
+                        // The run has ended before; the next one is a new one and saves often enough.
+                        assert!(running.wait().success(), "{}", running.said());
+                        assert_same(&place.result()?, &want, &format!("{SEED}={seed} {log:?}"));
+                        std::fs::remove_dir_all(place.out())?;
+                        nth = 1;
+                        continue;
+                    }
+                    let killed = running.kill();
+                    let said = running.said();
+                    let last = said.lines().filter_map(self::phase).next_back();
+                    log.push(format!("{phase} {nth}"));
+                    assert!(killed && last.as_deref() == Some(phase), "not killed there: {log:?} {said}");
+                    break;
+                }
+            }
+            None => {
+                let mut running = place.start(0)?;
+                let after = time.mul_f64(rng.uniform());
+                std::thread::sleep(after);
+                log.push(format!("{after:?}"));
+                if !running.kill() {
+                    assert!(running.wait().success(), "{log:?} {}", running.said());
+                    assert_same(&place.result()?, &want, &format!("{SEED}={seed} {log:?}"));
+                    std::fs::remove_dir_all(place.out())?;
+                }
+            }
+        }
+        // Sometimes to the end, otherwise the next kill hits the resumed run.
+        if rng.below(3) == 0 {
+            log.push("to the end".into());
+            assert_same(&place.finish()?, &want, &format!("{SEED}={seed} {log:?}"));
+            std::fs::remove_dir_all(place.out())?;
+        }
+    }
+    assert_same(&place.finish()?, &want, &format!("{SEED}={seed} {log:?}"));
+    println!("{log:?}");
+    Ok(())
+}
+
+#[cfg(unix)]
+#[test]
+fn interrupted_runs_save_and_go_on() -> Outcome {
+    let place = Place::new()?;
+    let want = place.finish()?;
+    for (signal, at) in [(libc::SIGTERM, "begun"), (libc::SIGINT, "renamed"), (libc::SIGHUP, "synced")] {
+        std::fs::remove_dir_all(place.out())?;
+        let mut running = place.start(PAUSE / 4)?;
+        assert!(running.saw(&format!("step-00000002: {at}"), 1));
+        running.signal(signal);
+        let start = Instant::now();
+        let status = running.wait();
+        let said = running.said();
+        assert!(status.code() == Some(0) && start.elapsed() < Duration::from_secs(5), "{status}: {said}");
+        // Stopped after the step under way, between two of the usual saves.
+        let saved = Checkpoints::latest(&place.out())?.ok_or("a checkpoint")?;
+        assert!(saved.ends_with("step-00000003"), "{said}");
+        assert!(!place.out().join("model.safetensors").exists(), "the run has not ended");
+        assert_same(&place.finish()?, &want, at);
+    }
+    // Twice: at once, and what was saved before is there.
+    std::fs::remove_dir_all(place.out())?;
+    let mut running = place.start(PAUSE)?;
+    assert!(running.saw("step-00000004: begun", 1));
+    running.signal(libc::SIGINT);
+    assert!(running.saw("interrupted", 1));
+    running.signal(libc::SIGINT);
+    assert_eq!(running.wait().code(), Some(130));
+    assert!(Checkpoints::latest(&place.out())?.ok_or("a checkpoint")?.ends_with("step-00000002"));
+    assert_same(&place.finish()?, &want, "interrupted twice");
+    Ok(())
+}
+
+/// What the program says of a run that it does not resume.
+fn refused(out: &Path) -> std::io::Result<String> {
+    let mut running = Running::new(&["resume".as_ref(), out.as_ref()], 0)?;
+    let status = running.wait();
+    let said = running.said();
+    assert_eq!(status.code(), Some(1), "{said}");
+    assert!(said.lines().any(|l| l.starts_with("error: ")), "{said}");
+    Ok(said)
+}
+
+#[test]
+fn what_cannot_be_resumed_is_said() -> Outcome {
+    let place = Place::new()?;
+    let out = place.out();
+    assert!(refused(&out)?.contains("config.toml"), "a folder that is not there");
+    std::fs::create_dir(&out)?;
+    std::fs::copy(place.scratch.path("config.toml"), out.join("config.toml"))?;
+    assert!(refused(&out)?.contains("no checkpoint"));
+    std::fs::remove_dir_all(&out)?;
+    let mut running = place.start(PAUSE)?;
+    assert!(running.saw("step-00000004: latest replaced", 1) && running.kill());
+
+    let config = std::fs::read_to_string(out.join("config.toml"))?;
+    for (key, from, to) in
+        [("llm.width", "width = 16", "width = 32"), ("train.lr", "lr = 0.001", "lr = 0.002")]
+    {
+        assert!(config.contains(from), "{config}");
+        std::fs::write(out.join("config.toml"), config.replacen(from, to, 1))?;
+        let said = refused(&out)?;
+        assert!(said.contains(&format!("`{key}` was")), "{said}");
+    }
+    // What changes no bit may change.
+    std::fs::write(out.join("config.toml"), config.replacen("threads = 1", "threads = 2", 1))?;
+    let done = place.finish()?;
+    assert!(refused(&out)?.contains("finished run"));
+    std::fs::remove_dir_all(&out)?;
+    assert_same(&done, &place.finish()?, "two threads after some steps with one");
+    Ok(())
+}
