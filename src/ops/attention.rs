@@ -76,6 +76,13 @@ pub fn attention(tape: &Tape, qkv: &Var, seqs: &Seqs, h: Heads) -> Result<Var> {
     if qkv.dims()[1] != wq + 2 * wk {
         return Err(Error::arg("attention", "qkv", qkv.dims(), format!("{} columns", wq + 2 * wk)));
     }
+    if h.kv == 0 || !h.query.is_multiple_of(h.kv) {
+        return Err(Error::arg("attention", "kv", h.kv, format!("a divisor of {} query heads", h.query)));
+    }
+    if n < seqs.total {
+        let want = format!("the {} rows of the sequences", seqs.total);
+        return Err(Error::arg("attention", "qkv", format!("{n} rows"), want));
+    }
     let y = tape.act([n, wq])?;
     let lse = tape.stat([n, h.query])?;
     let parts = move |t: &Tensor| -> Result<[Tensor; 3]> {

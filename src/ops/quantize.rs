@@ -65,6 +65,9 @@ fn check(op: &'static str, z: &Var, e: &Var) -> Result<(usize, usize, usize)> {
     if z.dims()[1] != e.dims()[1] {
         return Err(Error::arg(op, "e", e.dims(), format!("codes of {} dimensions", z.dims()[1])));
     }
+    if e.dims()[0] == 0 {
+        return Err(Error::arg(op, "e", e.dims(), "at least one code"));
+    }
     Ok((z.dims()[0], e.dims()[0], z.dims()[1]))
 }
 

@@ -131,7 +131,6 @@ fn convolutions() {
     cases(160, shapes, |(x, w, b, stride, before, after)| {
         let conv = Conv { stride, before, after };
         let side = |i: usize| (x[i] + before + after).checked_sub(w[i]).map(|n| n / stride + 1);
-        // The padding is no wider than the kernel, or an output would see zeros alone.
         let fits = x.len() == 4
             && w.len() == 4
             && w[3] == x[3]
@@ -211,7 +210,6 @@ fn attention_over_any_sequences() {
             });
     cases(128, shapes, |(lengths, qkv, h)| {
         let total: usize = lengths.iter().sum();
-        // Heads of odd dimensions are nobody's: devices may refuse them.
         let fits = qkv.len() == 2
             && qkv[0] >= total
             && qkv[1] == (h.query + 2 * h.kv) * h.dim
@@ -324,21 +322,16 @@ fn quantizers() {
     let shapes = (0..9usize, 0..9usize, 0..5usize)
         .prop_flat_map(|(m, k, d)| (mostly(vec![m, d]), mostly(vec![k, d]), any::<bool>()));
     cases(96, shapes, |(z, e, ibq)| {
-        let fits = z.len() == 2 && e.len() == 2 && z[1] == e[1];
+        let fits = z.len() == 2 && e.len() == 2 && z[1] == e[1] && e[0] > 0;
         let options = IbqOptions {
             entropy: Entropy { temperature: 0.1, eps: 1e-5 },
             beta_commit: 1.0,
             beta_code: 0.25,
             inv_count: 1.0 / z.first().copied().unwrap_or(1).max(1) as f64,
         };
-        // Without codes there is nothing to choose from.
-        let none = fits && e[0] == 0;
         let want = fits.then(|| {
             let mut all = vec![z.clone(), vec![1]];
             all.extend(if ibq { vec![vec![1], vec![1]] } else { vec![] });
-            if none {
-                all.push(vec![0]);
-            }
             all
         });
         holds(want, |t| {
