@@ -5,14 +5,18 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use ett::backend;
-use ett::data::{Image, grid, save_png};
+use ett::data::{Image, grid, pictures, save_png};
 use ett::error::{Error, Result};
+use ett::eval::{psnr, ssim};
 use ett::infer::{Sampling, Trained};
 use indicatif::ProgressBar;
 
-/// Use a model trained by ett-train: reconstruct, describe, question and draw pictures.
+/// Use a model trained by ett-train: reconstruct, describe, question, draw and evaluate.
 #[derive(Parser)]
-#[command(version)]
+#[command(
+    version,
+    after_help = "Exit status: 0 done; 1 failed, with the reason on standard error; 2 wrong command line."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -20,9 +24,12 @@ struct Cli {
 
 #[derive(Args)]
 struct Model {
-    /// Folder of a finished run.
+    /// Folder of a run, or one of its checkpoints.
     #[arg(long)]
     run: PathBuf,
+    /// Use the averages of the tokenizer's weights (of runs that kept them).
+    #[arg(long)]
+    ema: bool,
     /// CPU threads; 0: one per core.
     #[arg(long, default_value_t = 0)]
     threads: usize,
@@ -33,7 +40,7 @@ struct Model {
 
 impl Model {
     fn open(&self) -> Result<Trained> {
-        Trained::open(&self.run, backend::open(&self.device, self.threads)?)
+        Trained::open(&self.run, backend::open(&self.device, self.threads)?, self.ema)
     }
 }
 
@@ -43,12 +50,15 @@ enum Command {
     Reconstruct {
         #[command(flatten)]
         model: Model,
-        /// PNG, JPEG or WebP files.
+        /// PNG, JPEG or WebP files, or folders of them.
         #[arg(required = true)]
         images: Vec<PathBuf>,
         /// The PNG to write: one row a picture, original left, reconstruction right.
         #[arg(long, default_value = "reconstruction.png")]
         out: PathBuf,
+        /// A folder for the reconstructions alone, one PNG each.
+        #[arg(long, value_name = "FOLDER")]
+        each: Option<PathBuf>,
         /// Longest side in pixels; larger pictures are made smaller.
         #[arg(long, default_value_t = 512)]
         max_side: usize,
@@ -57,7 +67,7 @@ enum Command {
     Caption {
         #[command(flatten)]
         model: Model,
-        /// PNG, JPEG or WebP files.
+        /// PNG, JPEG or WebP files, or folders of them.
         #[arg(required = true)]
         images: Vec<PathBuf>,
     },
@@ -102,7 +112,32 @@ enum Command {
         #[arg(long, default_value_t = Sampling::default().seed)]
         seed: u64,
     },
+    /// Evaluate on held-out pictures: PSNR, SSIM, LPIPS or what stands in for it, codebook use, captions, answers, codes.
+    Eval {
+        #[command(flatten)]
+        model: Model,
+        /// A folder of pictures; default: the run's own held-out ones.
+        #[arg(long)]
+        data: Option<PathBuf>,
+        /// How many pictures; default: the run's data.eval_samples.
+        #[arg(long)]
+        samples: Option<usize>,
+        /// Folder for eval.json and pictures; default: eval in the run folder.
+        #[arg(long)]
+        out: Option<PathBuf>,
+    },
+    /// Say what a run folder, a checkpoint or a safetensors file holds.
+    Inspect {
+        /// Folder or file.
+        path: PathBuf,
+        /// List every tensor.
+        #[arg(long)]
+        tensors: bool,
+    },
 }
+
+/// Pictures of a sheet.
+const SHOWN: usize = 64;
 
 fn main() -> ExitCode {
     match run(Cli::parse().command) {
@@ -116,19 +151,44 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<()> {
     match command {
-        Command::Reconstruct { model, images, out, max_side } => {
+        Command::Reconstruct { model, images, out, each, max_side } => {
             let model = model.open()?;
-            let pairs = images
-                .iter()
-                .map(|path| model.reconstruct(&Image::open(path)?, max_side))
-                .collect::<Result<Vec<_>>>()?;
-            let rows: Vec<Vec<&Image>> = pairs.iter().map(|(a, b)| vec![a, b]).collect();
+            let mut pairs = Vec::new();
+            for (i, path) in pictures(&images)?.iter().enumerate() {
+                let (original, rec) = model.reconstruct(&Image::open(path)?, max_side)?;
+                println!(
+                    "{}: PSNR {:.2} dB, SSIM {:.4}",
+                    path.display(),
+                    psnr(&original, &rec),
+                    ssim(&original, &rec)?
+                );
+                if let Some(folder) = &each {
+                    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+                    let name = path.file_stem().unwrap_or_default().to_string_lossy();
+                    save_png(folder.join(format!("{i:05}-{name}.png")), &rec)?;
+                }
+                pairs.push((original, rec));
+            }
+            let rows: Vec<Vec<&Image>> = pairs.iter().take(SHOWN).map(|(a, b)| vec![a, b]).collect();
             save_png(&out, &grid(&rows, 2)?)?;
-            println!("{} pictures beside their reconstructions: {}", pairs.len(), out.display());
+            println!(
+                "{} of {} pictures beside their reconstructions: {}",
+                rows.len(),
+                pairs.len(),
+                out.display()
+            );
         }
+        Command::Eval { model, data, samples, out } => {
+            let out = out.unwrap_or_else(|| model.run.join("eval"));
+            for (name, value) in model.open()?.evaluate(data.as_deref(), samples, &out)?.rows() {
+                println!("  {name:<46} {value}");
+            }
+            println!("written to {}", out.display());
+        }
+        Command::Inspect { path, tensors } => print!("{}", ett::train::inspect(&path, tensors)?),
         Command::Caption { model, images } => {
             let model = model.open()?;
-            for path in images {
+            for path in pictures(&images)? {
                 println!("{}: {}", path.display(), model.caption(&Image::open(&path)?)?);
             }
         }

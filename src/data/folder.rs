@@ -86,6 +86,18 @@ impl Folder {
     }
 }
 
+/// The pictures that `paths` name: files as they are, folders as [`Folder::open`] lists them.
+pub fn pictures(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    let mut all = Vec::new();
+    for path in paths {
+        match path.is_dir() {
+            true => all.extend(Folder::open(path)?.samples.into_iter().map(|s| s.image)),
+            false => all.push(path.clone()),
+        }
+    }
+    Ok(all)
+}
+
 fn read_folder(folder: &Path, depth: usize, samples: &mut Vec<Sample>) -> Result<()> {
     if depth > MAX_DEPTH {
         let what = format!("folders are nested more than {MAX_DEPTH} deep; is this a loop of links?");

@@ -14,7 +14,7 @@ mod words;
 
 pub use cache::{Drawn, ImageSet, LoadOptions, Skipped};
 pub use draw::{Drawing, Split};
-pub use folder::{Folder, Sample};
+pub use folder::{Folder, Sample, pictures};
 pub use image::{Crop, Image, fit, fit_multiple, grid, save_png};
 pub use plan::Order;
 pub use rng::{Philox, Purpose};

@@ -125,7 +125,8 @@ impl Report {
             row("  all others", pair(&self.accuracy_open, "another picture"));
         }
         for t in &self.types {
-            let most = format!("{}   most frequent: {:.4}", pair(&t.accuracy, "another picture"), t.most_frequent);
+            let most =
+                format!("{}   most frequent: {:.4}", pair(&t.accuracy, "another picture"), t.most_frequent);
             row(&format!("  \"{}\"", t.question), most);
         }
         if let Some(c) = &self.codes {
@@ -245,7 +246,7 @@ struct Pixels {
 impl Pixels {
     fn new(model: &Ett, drawn: &[Drawn]) -> Result<Self> {
         let n = drawn.len() as f64;
-        let (mut mse, mut psnr, mut similar, mut perceptual) = (0.0, 0.0, 0.0, 0.0);
+        let (mut mse, mut ratio, mut similar, mut perceptual) = (0.0, 0.0, 0.0, 0.0);
         let mut counts = HashMap::<i32, usize>::new();
         for chunk in drawn.chunks(BATCH) {
             let images: Vec<Image> = chunk.iter().map(|d| d.image.clone()).collect();
@@ -254,13 +255,13 @@ impl Pixels {
             for (a, b) in images.iter().zip(&rec) {
                 let error = squared_error(a, b.pixels.iter().map(|&v| v as f64));
                 mse += error / n;
-                psnr += 10.0 * (4.0 / error.max(1e-12)).log10() / n;
+                ratio += decibels(error) / n;
                 similar += ssim(a, b)? / n;
             }
             idx.iter().for_each(|&i| *counts.entry(i).or_default() += 1);
         }
         let (codes_used, perplexity) = code_usage(counts.values().copied());
-        Ok(Pixels { mse, psnr, ssim: similar, perceptual, counts, codes_used, perplexity })
+        Ok(Pixels { mse, psnr: ratio, ssim: similar, perceptual, counts, codes_used, perplexity })
     }
 }
 
@@ -274,6 +275,16 @@ fn distance(model: &Ett, a: &[Image], b: &[Image]) -> Result<f64> {
         sum += v.value().to_f64(t.dev())?[0];
     }
     Ok(sum)
+}
+
+/// Peak signal-to-noise ratio in dB of a mean squared error, for values in [-1, 1].
+fn decibels(error: f64) -> f64 {
+    10.0 * (4.0 / error.max(1e-12)).log10()
+}
+
+/// Peak signal-to-noise ratio of two pictures of one size, in dB.
+pub fn psnr(a: &Image, b: &Image) -> f64 {
+    decibels(squared_error(a, b.pixels.iter().map(|&v| v as f64)))
 }
 
 fn squared_error(a: &Image, b: impl Iterator<Item = f64>) -> f64 {

@@ -9,15 +9,17 @@ use std::sync::Arc;
 
 use crate::autograd::{Tape, Var};
 use crate::backend::{Kernels, Role};
-use crate::config::Config;
+use crate::config::Source;
 use crate::data::{Crop, Image, Philox, Special, TextTokenizer, fit, fit_multiple};
 use crate::error::{Error, Result};
+use crate::eval::Report;
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Packed, Part};
 use crate::ops;
 use crate::tensor::Tensor;
-use crate::train::feed::images_to_device;
-use crate::train::{Batch, CONFIG, Template, WEIGHTS, load_weights};
+use crate::train::feed::{DataSet, images_to_device};
+use crate::train::weights::{read_file, set_weights};
+use crate::train::{Batch, Checkpoints, EMA, Template, WEIGHTS, evaluate, load_weights, run_config};
 pub use continued::Continued;
 pub use draw::{decode_codes, draw, draw_codes};
 pub use sample::Sampling;
@@ -33,18 +35,51 @@ pub struct Trained {
 }
 
 impl Trained {
-    /// Loads the model of a run folder.
-    pub fn open(run: &Path, dev: Arc<dyn Kernels>) -> Result<Self> {
-        let weights = run.join(WEIGHTS);
-        if !weights.exists() {
-            let what = format!("holds no {WEIGHTS}; name the folder of a finished run of ett-train");
-            return Err(Error::data(run, what));
-        }
-        let cfg = Config::load(&run.join(CONFIG), &[])?;
+    /// Loads the model of a run folder or a checkpoint; of a run that has not ended, its last checkpoint. With `ema`,
+    /// averages of weights take the place of weights where the run kept them.
+    pub fn open(run: &Path, dev: Arc<dyn Kernels>, ema: bool) -> Result<Self> {
+        let folder = match run.join(WEIGHTS).exists() {
+            true => run.to_path_buf(),
+            false => Checkpoints::latest(run)?.ok_or_else(|| {
+                let what = format!(
+                    "holds neither {WEIGHTS} nor a checkpoint; name the folder of a run of ett-train"
+                );
+                Error::data(run, what)
+            })?,
+        };
+        let cfg = run_config(&folder)?;
         let template = Template::new(TextTokenizer::open(cfg.data.tokenizer.as_deref())?);
         let model = Ett::new(&cfg, dev)?;
-        load_weights(&model.params, &weights)?;
+        load_weights(&model.params, &folder.join(WEIGHTS))?;
+        if ema {
+            let path = folder.join(EMA);
+            if !path.exists() {
+                let what = format!("holds no {EMA}; leave --ema out, or train with `ema = true` in a stage");
+                return Err(Error::data(folder, what));
+            }
+            let averages = read_file(&path)?;
+            set_weights(&model.params, &path, &averages, Some(&|name| averages.contains_key(name)))?;
+        }
         Ok(Trained { model, template })
+    }
+
+    /// Evaluates on the first `samples` pictures of `data`, a folder, or of the run's own held-out ones, and writes
+    /// results and pictures into `out`; see [`crate::train::evaluate`].
+    pub fn evaluate(&mut self, data: Option<&Path>, samples: Option<usize>, out: &Path) -> Result<Report> {
+        let cfg = &mut self.model.cfg.data;
+        if let Some(folder) = data {
+            (cfg.source, cfg.test) = (Source::Folder, Some(folder.into()));
+        }
+        cfg.eval_samples = samples.unwrap_or(cfg.eval_samples);
+        let test = DataSet::test(cfg)?.ok_or_else(|| {
+            Error::config(
+                "data.test",
+                "empty",
+                "held-out pictures in the run's configuration, or --data FOLDER",
+            )
+        })?;
+        std::fs::create_dir_all(out).map_err(Error::io(out))?;
+        evaluate(&self.model, &test, &self.template, out)
     }
 
     /// A picture as training saw it: shorter side resized, centre crop.

@@ -143,9 +143,7 @@ fn activations(
         entries.push((name.into(), HostTensor { dims, values: t.to_f64(dev)? }, ty));
         Ok(())
     };
-    for (name, t) in
-        [("act.z", out.z.as_ref()), ("act.ind", out.idx.first()), ("act.zq", out.zq.as_ref())]
-    {
+    for (name, t) in [("act.z", out.z.as_ref()), ("act.ind", out.idx.first()), ("act.zq", out.zq.as_ref())] {
         if let Some(t) = t {
             put(name, t, None)?;
         }

@@ -87,7 +87,8 @@ fn held_out(model: &Ett, test: &DataSet, template: &Template, drawn: &[Drawn], p
     // Captions before answers, picture by picture.
     rows.sort_by_key(|r| r.0);
     let cell = |s: &str| s.replace('|', "\\|").replace('\n', " ");
-    let mut md = String::from("| held-out picture | | the model says | the truth |\n| --- | --- | --- | --- |\n");
+    let mut md =
+        String::from("| held-out picture | | the model says | the truth |\n| --- | --- | --- | --- |\n");
     for (k, asked, truth, said) in rows {
         // Writing to a String cannot fail.
         let _ = writeln!(md, "| {} | {} | {} | {} |", k + 1, cell(asked), cell(&said), cell(truth));

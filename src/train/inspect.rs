@@ -51,7 +51,10 @@ pub fn inspect(path: &Path, all: bool) -> Result<String> {
         }
     }
     match out.is_empty() {
-        true => Err(Error::data(path, format!("holds neither {CONFIG} nor {WEIGHTS}; name a run or a checkpoint"))),
+        true => Err(Error::data(
+            path,
+            format!("holds neither {CONFIG} nor {WEIGHTS}; name a run or a checkpoint"),
+        )),
         false => Ok(out),
     }
 }
@@ -87,12 +90,7 @@ fn file(path: &Path, all: bool) -> Result<String> {
     let bytes = std::fs::metadata(path).map_err(Error::io(path))?.len();
     let count = |dims: &[usize]| dims.iter().product::<usize>();
     let total: usize = tensors.values().map(|(_, dims)| count(dims)).sum();
-    let mut out = format!(
-        "{}: {} tensors, {total} values, {}\n",
-        path.display(),
-        tensors.len(),
-        size(bytes)
-    );
+    let mut out = format!("{}: {} tensors, {total} values, {}\n", path.display(), tensors.len(), size(bytes));
     if all {
         for (name, (dtype, dims)) in &tensors {
             let _ = writeln!(out, "  {name:<64} {dtype:?} {dims:?}");

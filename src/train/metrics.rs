@@ -39,7 +39,8 @@ pub(super) struct Line {
 impl Line {
     /// As a line of the file, without its end.
     pub fn json(&self) -> Result<String> {
-        serde_json::to_string(self).map_err(|e| Error::data("metrics", format!("a line cannot be written ({e})")))
+        serde_json::to_string(self)
+            .map_err(|e| Error::data("metrics", format!("a line cannot be written ({e})")))
     }
 
     /// The losses of a step, and what memory it has taken.

@@ -14,8 +14,8 @@ use super::metrics::{Line, Smooth, Usage};
 use super::sharpness::Sharpness;
 use super::weights::{read_file, set_weights};
 use super::{
-    Hyper, Optimizer, Outcome, Stage, Template, TokenizerMode, averaged, closing, files, interrupt, save_weights,
-    schedule, step,
+    Hyper, Optimizer, Outcome, Stage, Template, TokenizerMode, averaged, closing, files, interrupt,
+    save_weights, schedule, step,
 };
 use crate::backend::{Cpu, Kernels, Slot, StepState};
 use crate::config::{Config, GroupConfig, QuantizerKind, StageConfig};
@@ -282,14 +282,8 @@ impl Session {
                 bar.suspend(|| tracing::info!("first sample of stage {}: {shown}", cfg.kind.name()));
             }
             let rate = update.prepare(model, cfg, &stage, &fed, s)?;
-            let outcome = step(
-                model,
-                &stage.recipe,
-                &fed.parts,
-                &update.state,
-                &update.main,
-                update.disc.as_ref(),
-            )?;
+            let outcome =
+                step(model, &stage.recipe, &fed.parts, &update.state, &update.main, update.disc.as_ref())?;
             let (norm, bad) = update.finish(model)?;
             let mut line = Line { stage: cfg.kind.name(), number, step: s, rate, ..Line::default() };
             line.measure(model, &outcome)?;
@@ -334,7 +328,9 @@ impl Session {
             drop((fed, outcome));
             let done = s + 1;
             let every = all.train.eval_every;
-            if let Some(test) = test.as_ref().filter(|_| every > 0 && (done % every == 0 || done == cfg.steps)) {
+            if let Some(test) =
+                test.as_ref().filter(|_| every > 0 && (done % every == 0 || done == cfg.steps))
+            {
                 line.eval = Some(eval::during(model, test, template, cfg.kind)?);
             }
             metrics.push(&line.json()?)?;
@@ -378,7 +374,8 @@ impl Update {
     fn new(model: &Ett, cfg: &StageConfig, stage: &Stage) -> Result<Self> {
         let t = &model.cfg.train;
         let ema_decay = if cfg.ema { t.ema_decay } else { 0.0 };
-        let hyper = |betas| Hyper { betas, eps: t.adam_eps, weight_decay: t.weight_decay, ema_decay, clip: t.clip };
+        let hyper =
+            |betas| Hyper { betas, eps: t.adam_eps, weight_decay: t.weight_decay, ema_decay, clip: t.clip };
         let mut state = StepState::new(&**model.params.device(), model.params.precision().acc)?;
         stage.recipe.weights(model, &mut state, cfg.accumulate);
         let (peak, betas) = (cfg.lr.unwrap_or(t.lr), cfg.betas.unwrap_or(t.betas));

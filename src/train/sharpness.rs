@@ -55,12 +55,7 @@ impl Sharpness {
             })
             .collect();
         let mean = |i: usize| rows.iter().map(|r| r[i]).sum::<f64>() / rows.len().max(1) as f64;
-        Sharpness {
-            logit_spread: mean(0),
-            softmax_entropy: mean(1),
-            top: mean(2),
-            uniform_entropy: k.ln(),
-        }
+        Sharpness { logit_spread: mean(0), softmax_entropy: mean(1), top: mean(2), uniform_entropy: k.ln() }
     }
 
     /// What is wrong with it and what would help, if something is.

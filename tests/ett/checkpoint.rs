@@ -125,7 +125,7 @@ fn names_are_public_and_the_folder_is_a_model() -> Outcome {
         assert!(training.read(&name("running_var"))?.values.iter().all(|&v| v > 0.0 && v != 1.0));
     }
     assert_eq!(training.read("loss.lecam_ema")?.dims, [2]);
-    let trained = Trained::open(&folder, cpu(1))?;
+    let trained = Trained::open(&folder, cpu(1), false)?;
     assert!(
         bits(&trained.model, Copy::Master)?["model.norm.weight"]
             == bits(&run.model, Copy::Master)?["model.norm.weight"]

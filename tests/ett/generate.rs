@@ -377,7 +377,7 @@ fn a_finished_run_draws_from_the_command_line() -> Outcome {
     // The same as the library draws.
     let lines: Vec<String> = ["red", "a dark square", "a light one"].map(String::from).to_vec();
     let twice: Vec<String> = lines.iter().flat_map(|l| [l.clone(), l.clone()]).collect();
-    let open = Trained::open(&dir.path(""), cpu(1))?;
+    let open = Trained::open(&dir.path(""), cpu(1), false)?;
     let drawn = open.draw(&twice, &Sampling::default(), &mut silent)?;
     let rows: Vec<Vec<&Image>> = drawn.chunks(2).map(|row| row.iter().collect()).collect();
     assert!(ett::data::grid(&rows, 2)?.to_u8() == image.to_u8());

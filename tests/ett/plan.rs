@@ -121,7 +121,9 @@ fn logits_exist_at_no_batch_size() -> Outcome {
 #[test]
 fn every_stage_can_be_planned() -> Outcome {
     let cfg = paper();
-    let flop = |kind| -> ett::error::Result<f64> { Ok(plan_stage(&cfg, &StageConfig::new(kind, 1, 1))?.flop as f64 / 1e12) };
+    let flop = |kind| -> ett::error::Result<f64> {
+        Ok(plan_stage(&cfg, &StageConfig::new(kind, 1, 1))?.flop as f64 / 1e12)
+    };
     let semantic = flop(StageKind::Semantic)?;
     let (tokenizer, text) = (flop(StageKind::Tokenizer)?, flop(StageKind::Text)?);
     let (align, chat) = (flop(StageKind::Align)?, flop(StageKind::Chat)?);

@@ -7,6 +7,7 @@ use ett::backend::Cpu;
 use ett::config::{Arm, Config, StageConfig, StageKind, VisualHeadKind};
 use ett::data::{Image, save_png};
 use ett::infer::Trained;
+use ett::nn::Copy;
 use ett::train::{self, RunOptions};
 
 struct Folder(PathBuf);
@@ -118,7 +119,9 @@ fn a_run_leaves_its_files_and_a_model_that_can_be_used() {
     ] {
         assert!(number(step, keys).is_some_and(f64::is_finite), "{keys:?} in {}", lines[step]);
     }
-    for (key, least) in [("codes_used", 1.0), ("code_perplexity", 1.0), ("memory_mib", 0.1), ("images_per_s", 0.1)] {
+    for (key, least) in
+        [("codes_used", 1.0), ("code_perplexity", 1.0), ("memory_mib", 0.1), ("images_per_s", 0.1)]
+    {
         assert!(lines[11][key].as_f64().is_some_and(|v| v >= least), "{key} in {}", lines[11]);
     }
     assert!(lines[1]["quantizer"].is_null() && lines[0]["eval"].is_null(), "{}", lines[1]);
@@ -137,14 +140,47 @@ fn a_run_leaves_its_files_and_a_model_that_can_be_used() {
     assert!(e.to_string().contains("holds a finished run"), "{e}");
 
     let cpu = Arc::new(Cpu::poisoned(1).expect("a thread"));
-    let trained = Trained::open(&out, cpu.clone()).expect("the run loads");
+    // Averages in the place of weights; a checkpoint as a run; folders as pictures.
+    let averaged = Trained::open(&out, cpu.clone(), true).expect("the run kept averages");
+    let plain = Trained::open(&out, cpu.clone(), false).expect("the run loads");
+    let weight = |t: &Trained, name: &str| {
+        t.model.params.read(name, Copy::Master).expect("readable").expect("a weight").values
+    };
+    for (name, differs) in [("encoder.conv_in.weight", true), ("model.norm.weight", false)] {
+        assert_eq!(weight(&averaged, name) != weight(&plain, name), differs, "{name}");
+    }
+    let last = train::Checkpoints::latest(&out).expect("readable").expect("a checkpoint");
+    let mut trained = Trained::open(&last, cpu.clone(), false).expect("a checkpoint can be used");
+    let again = trained.evaluate(Some(&dir.0.join("data")), Some(4), &dir.0.join("again")).expect("results");
+    assert_eq!((again.pictures, again.data), (4, dir.0.join("data").display().to_string()));
+    assert!(dir.0.join("again/eval.json").is_file() && dir.0.join("again/drawings.png").is_file());
+    let text = train::inspect(&out, false).expect("a run folder");
+    for part in [
+        "arm Ett, f32 precision",
+        "finished; last checkpoint",
+        "stage 5 (gen)",
+        "encoder ",
+        "ema.safetensors",
+    ] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+    let text = train::inspect(&last, false).expect("a checkpoint");
+    assert!(text.contains("checkpoint after 12 steps: stage 5 (gen), 2 steps done in it"), "{text}");
+    let text = train::inspect(&out.join("model.safetensors"), true).expect("a weights file");
+    assert!(text.contains("encoder.conv_in.weight") && text.contains("F32 [8, 3, 3, 3]"), "{text}");
+    assert!(train::inspect(&dir.0.join("nothing"), false).is_err());
+    assert!(
+        train::inspect(&dir.0.join("data"), false)
+            .is_err_and(|e| e.to_string().contains("model.safetensors"))
+    );
+    let trained = plain;
     let image = Image::open(dir.0.join("data/0.png")).expect("a picture");
     trained.caption(&image).expect("a caption");
     trained.ask(&image, "light?").expect("an answer");
     let (fitted, rec) = trained.reconstruct(&image, 64).expect("a reconstruction");
     assert_eq!((fitted.height, fitted.width), (40, 48));
     assert_eq!((rec.height, rec.width), (40, 48));
-    let Err(e) = Trained::open(&dir.0, cpu) else { panic!("an empty folder was loaded") };
+    let Err(e) = Trained::open(&dir.0, cpu, false) else { panic!("an empty folder was loaded") };
     assert!(e.to_string().contains("model.safetensors"), "{e}");
 }
 

@@ -654,7 +654,8 @@ fn a_batch_in_parts_is_the_batch() -> Outcome {
 
 #[test]
 fn recomputed_blocks_give_the_same_bits() -> Outcome {
-    for (precision, kind) in [("f32", StageKind::Semantic), ("bf16", StageKind::Semantic), ("f32", StageKind::Text)]
+    for (precision, kind) in
+        [("f32", StageKind::Semantic), ("bf16", StageKind::Semantic), ("f32", StageKind::Text)]
     {
         let train = |recompute: bool| -> Result<(Bits, u64)> {
             let mut cfg = small(precision);
@@ -682,7 +683,11 @@ fn groups_have_rates_and_decays_of_their_own() -> Outcome {
         run.step(&data)?;
         let mut groups = BTreeMap::<String, Bits>::new();
         for (name, b) in bits(&run.model, Copy::Master)? {
-            let group = if name.starts_with("discriminator state") { "state".into() } else { group_of(&run.model, &name) };
+            let group = if name.starts_with("discriminator state") {
+                "state".into()
+            } else {
+                group_of(&run.model, &name)
+            };
             groups.entry(group).or_default().insert(name, b);
         }
         Ok(groups)
