@@ -2,6 +2,7 @@
 
 mod bindings;
 mod build;
+mod builtin;
 mod common;
 mod compare;
 mod conformance;
