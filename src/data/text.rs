@@ -305,7 +305,12 @@ mod tests {
             let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
             let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(64) };
             let text = prop_oneof![any::<String>(), "[<|>a-z_ ]{0,40}", "(<\\|im_(start|end)\\|>| red){0,5}"];
-            TestRunner::new_with_rng(config, rng).run(&text, |text| Ok(check(&text))).unwrap();
+            TestRunner::new_with_rng(config, rng)
+                .run(&text, |text| {
+                    check(&text);
+                    Ok(())
+                })
+                .unwrap();
         }
     }
 

@@ -99,7 +99,7 @@ mod tests {
     /// The definition, window by window and pixel by pixel, with variances about the window's mean.
     fn naive(a: &Image, b: &Image) -> f64 {
         let side = a.height.min(a.width).min(11);
-        let n = if side % 2 == 0 { side - 1 } else { side };
+        let n = side - (side + 1) % 2;
         let weight = |dy: usize, dx: usize| {
             let d = |i: usize| (i as f64 - (n / 2) as f64).powi(2);
             (-(d(dy) + d(dx)) / 4.5).exp()

@@ -3,6 +3,7 @@
 mod bindings;
 mod build;
 mod checkpoint;
+mod builtin;
 mod common;
 mod compare;
 mod configs;

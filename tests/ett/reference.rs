@@ -68,13 +68,14 @@ fn renamed(variant: &str, attributes: &str) -> String {
     } else {
         return variant.into();
     };
-    let words = variant.split_inclusive(|_| true).fold(String::new(), |mut out, c| {
-        if c.chars().all(char::is_uppercase) && !out.is_empty() {
+    let mut out = String::new();
+    for c in variant.chars() {
+        if c.is_uppercase() && !out.is_empty() {
             out += separator;
         }
-        out + &c.to_lowercase()
-    });
-    words
+        out.extend(c.to_lowercase());
+    }
+    out
 }
 
 /// A stage's defaults: what is there when only what has to be is given, with the keys that have to be.
@@ -132,32 +133,48 @@ fn page(all: &BTreeMap<String, Vec<Item>>) -> Result<String, Box<dyn std::error:
             .get(list.unwrap_or(&section.ty))
             .ok_or_else(|| format!("no struct {} is known", section.ty))?;
         documented(name, section)?;
-        write!(
-            out,
-            "\n## `{title}`\n\n{}\n\n| key | default | meaning |\n| --- | --- | --- |\n",
-            section.doc
-        )?;
-        for item in items {
-            documented(&format!("{name}.{}", item.name), item)?;
-            let optional = item.ty.strip_prefix("Option<").and_then(|t| t.strip_suffix('>'));
-            let default = match (values.get(&item.name), optional, list) {
-                (Some(value), ..) => format!("`{value}`"),
-                (None, Some(_), _) => "none".into(),
-                (None, None, Some(_)) => "required".into(),
-                (None, None, None) => return Err(format!("{name}.{} has no default", item.name).into()),
-            };
-            let mut meaning = cell(&item.doc);
-            for value in all.get(optional.unwrap_or(&item.ty)).into_iter().flatten() {
-                documented(&format!("{name}.{} = {}", item.name, value.name), value)?;
-                write!(meaning, "<br>`{}`: {}", value.name, cell(&value.doc))?;
-            }
-            writeln!(out, "| `{}` | {} | {meaning} |", item.name, cell(&default))?;
-        }
-        if let Some(unknown) = values.keys().find(|k| items.iter().all(|i| i.name != **k)) {
-            return Err(format!("{name}.{unknown} is written to files, but not found in the source").into());
-        }
+        write!(out, "\n## `{title}`\n\n{}\n\n", section.doc)?;
+        table(&mut out, all, name, items, values)?;
     }
     Ok(out)
+}
+
+/// The table of a section, and those of the sections inside whose names are free.
+fn table(
+    out: &mut String,
+    all: &BTreeMap<String, Vec<Item>>,
+    section: &str,
+    items: &[Item],
+    defaults: &toml::Table,
+) -> Outcome {
+    out.push_str("| key | default | meaning |\n| --- | --- | --- |\n");
+    let inside = |ty: &str, of: &str| ty.strip_prefix(of).and_then(|t| t.strip_suffix('>')).map(String::from);
+    for item in items {
+        let key = format!("{section}.{}", item.name);
+        documented(&key, item)?;
+        let optional = inside(&item.ty, "Option<");
+        let default = match defaults.get(&item.name) {
+            Some(value) => format!("`{value}`"),
+            None if optional.is_some() || item.attributes.contains("default") => "none".into(),
+            None => "required".into(),
+        };
+        let mut meaning = cell(&item.doc);
+        for value in all.get(optional.as_ref().unwrap_or(&item.ty)).into_iter().flatten() {
+            documented(&format!("{key} = {}", value.name), value)?;
+            write!(meaning, "<br>`{}`: {}", value.name, cell(&value.doc))?;
+        }
+        writeln!(out, "| `{}` | {} | {meaning} |", item.name, cell(&default))?;
+    }
+    if let Some(unknown) = defaults.keys().find(|k| items.iter().all(|i| i.name != **k)) {
+        return Err(format!("{section}.{unknown} is written to files, but not found in the source").into());
+    }
+    for item in items {
+        if let Some(named) = inside(&item.ty, "BTreeMap<String, ").and_then(|ty| all.get(&ty)) {
+            write!(out, "\n### `[{section}.{}.NAME]`\n\n{}\n\n", item.name, item.doc)?;
+            table(out, all, &format!("{section}.{}.NAME", item.name), named, &toml::Table::new())?;
+        }
+    }
+    Ok(())
 }
 
 fn documented(key: &str, item: &Item) -> Result<(), String> {
@@ -206,6 +223,21 @@ fn keys_and_values_without_a_comment_are_found() -> Outcome {
     let mut all = sources();
     all.get_mut("DataConfig").ok_or("a struct")?.retain(|i| i.name != "flip");
     assert!(page(&all).expect_err("a missing key").to_string().contains("data.flip is written"));
+    Ok(())
+}
+
+#[test]
+fn sections_of_free_names_have_tables_of_their_own() -> Outcome {
+    let source = "pub struct One {\n    /// Rate.\n    pub lr: Option<f64>,\n}\npub struct All {\n    /// Rates.\n    \
+                  #[serde(default)]\n    pub groups: BTreeMap<String, One>,\n    /// Steps.\n    pub steps: usize,\n}\n";
+    let (all, mut out) = (types(source), String::new());
+    table(&mut out, &all, "stage", &all["All"], &toml::Table::new())?;
+    let head = "| key | default | meaning |\n| --- | --- | --- |\n";
+    let want = format!(
+        "{head}| `groups` | none | Rates. |\n| `steps` | required | Steps. |\n\n\
+         ### `[stage.groups.NAME]`\n\nRates.\n\n{head}| `lr` | none | Rate. |\n"
+    );
+    assert_eq!(out, want);
     Ok(())
 }
 
