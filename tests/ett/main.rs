@@ -2,8 +2,8 @@
 
 mod bindings;
 mod build;
-mod checkpoint;
 mod builtin;
+mod checkpoint;
 mod common;
 mod compare;
 mod configs;

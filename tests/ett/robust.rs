@@ -206,7 +206,8 @@ fn pictures_that_vanish_in_training_are_replaced_by_others_of_their_kind() -> Ou
     let model = Ett::new(&config(), Arc::new(Plan::new()))?;
     let template = Template::new(TextTokenizer::Bytes);
     let chat = Stage::new(StageKind::Chat, &model)?;
-    let feed = Feed::new(&data, &template, &stage(StageKind::Chat), &chat, 1, 0)?;
+    let cfg = stage(StageKind::Chat);
+    let feed = Feed::new(&data, &template, &cfg, &chat, &model.cfg.train, 0)?;
 
     // Each of these is followed by one without a question, which has no place in this stage.
     for name in ["0.png", "4.png"] {
