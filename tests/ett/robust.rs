@@ -8,11 +8,10 @@ use ett::backend::Plan;
 use ett::config::{Config, Source, StageConfig, StageKind};
 use ett::data::{Folder, Image, ImageSet, LoadOptions, Philox, Scenes, Split, TextTokenizer, save_png};
 use ett::error::Result;
-use ett::eval;
 use ett::model::Ett;
 use ett::nn::Copy;
 use ett::train::feed::{DataSet, Feed};
-use ett::train::{self, Stage, Template, load_weights, plots, save_weights};
+use ett::train::{self, RunOptions, Stage, Template, load_weights, plots, save_weights};
 
 use crate::common::{Outcome, Scratch, cpu};
 
@@ -251,15 +250,16 @@ fn what_cannot_be_written_is_named() -> Outcome {
             let Err(e) = result else { panic!("{what} was written below {}", below.display()) };
             assert!(e.to_string().contains(&*below.to_string_lossy()), "{what}: {e}");
         };
-        named(train::run(&c, cpu(1), &below.join("run"), None, true).map(drop), "a run");
+        let out = below.join("run");
+        let o = RunOptions { out: &out, init: None, quiet: true };
+        named(train::run(&c, cpu(1), &o).map(drop), "a run");
         named(save_weights(&model.params, &below.join("model.safetensors"), Copy::Master), "weights");
         named(save_png(below.join("a.png"), &picture), "a picture");
         named(plots::loss_curves(&metrics, &below.join("a.png")), "curves");
         named(plots::labelled_grid(&[vec![(picture.clone(), "a".into())]], &below.join("a.png")), "a grid");
-        let (train, test) = (DataSet::train(&c.data)?, DataSet::test(&c.data)?.ok_or("built-in data")?);
+        let test = DataSet::test(&c.data)?.ok_or("built-in data")?;
         let template = Template::new(TextTokenizer::Bytes);
-        let to = below.join("reconstructions.png");
-        named(eval::evaluate(&model, &train, &test, &template, &to).map(drop), "an evaluation");
+        named(train::evaluate(&model, &test, &template, &below).map(drop), "an evaluation");
     }
     assert_eq!(fs::read(&file)?, b"in the way");
     Ok(())
