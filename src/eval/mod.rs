@@ -195,7 +195,7 @@ pub fn during(
     let mut all = BTreeMap::new();
     if matches!(kind, StageKind::Tokenizer | StageKind::Semantic) {
         let p = Pixels::new(model, &drawn)?;
-        all.extend([("mse", p.mse), ("psnr", p.psnr), ("ssim", p.ssim)]);
+        all.extend([("mse", p.mse), ("ssim", p.ssim)]);
     }
     match kind {
         StageKind::Tokenizer => {}

@@ -26,7 +26,7 @@ const GAP: usize = 14;
 /// Size of captions and the distance of their lines.
 const TEXT: u32 = 14;
 const LINE: usize = 18;
-const COLOURS: [RGBColor; 10] = [
+const COLOURS: [RGBColor; 14] = [
     RGBColor(31, 119, 180),
     RGBColor(214, 39, 40),
     RGBColor(44, 160, 44),
@@ -37,6 +37,10 @@ const COLOURS: [RGBColor; 10] = [
     RGBColor(227, 119, 194),
     RGBColor(127, 127, 127),
     RGBColor(172, 173, 34),
+    RGBColor(20, 60, 110),
+    RGBColor(120, 20, 30),
+    RGBColor(20, 90, 40),
+    RGBColor(90, 50, 120),
 ];
 
 type Area<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
