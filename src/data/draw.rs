@@ -142,10 +142,16 @@ impl Colour {
     }
 }
 
-/// A grey, darker or lighter: in between, so that colours stand out by their hue and not by their brightness alone.
+/// A grey that is far from every colour: dark, or light.
 pub(super) fn background(rng: &mut Philox, dark: bool) -> Rgb {
-    let grey = if dark { 0.4 } else { 0.6 } + around(rng, 0.03);
-    [grey; 3].map(|c| c + around(rng, 0.01))
+    let grey = if dark { 0.1 } else { 0.9 } + around(rng, 0.05);
+    [grey; 3].map(|c| c + around(rng, 0.015))
+}
+
+/// A grey of middle brightness, from which colours differ by their hue: on black, say, all of them are first of all
+/// brighter, and a tokenizer is long content with that.
+pub(super) fn middle_grey(rng: &mut Philox) -> Rgb {
+    [0.5 + around(rng, 0.03); 3]
 }
 
 /// Uniform within `range` of 0.

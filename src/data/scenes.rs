@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::draw::{Canvas, Colour, Drawing, Shape, Split, around, background, pick, yes_or_no};
+use super::draw::{Canvas, Colour, Drawing, Shape, Split, around, middle_grey, pick, yes_or_no};
 use super::folder::Sample;
 use super::rng::Philox;
 use crate::error::{Error, Result};
@@ -32,7 +32,7 @@ impl Size {
     /// As a share of the side: three large shapes in a row just fit.
     fn radius(self) -> f64 {
         match self {
-            Size::Small => 0.085,
+            Size::Small => 0.095,
             Size::Large => 0.145,
         }
     }
@@ -168,7 +168,7 @@ impl Combination {
 }
 
 /// Pictures of one to three equal shapes: circles, squares, triangles or crosses in six colours, two sizes and
-/// five places, on a dark or light grey.
+/// five places, on grey.
 ///
 /// Of the 720 combinations about one in six is held out, by a fixed hash: it occurs in test pictures only, though
 /// each of its values occurs in training. Place, shade and background vary a little from picture to picture.
@@ -210,8 +210,7 @@ impl Scenes {
             Split::Test => &self.test,
         };
         let combination = pick(&mut rng, combinations);
-        let dark = rng.below(2) == 0;
-        let mut canvas = Canvas::new(self.size, background(&mut rng, dark));
+        let mut canvas = Canvas::new(self.size, middle_grey(&mut rng));
         let colour = combination.colour.shade(&mut rng);
         let (middles, radius) = combination.layout(&mut rng);
         let side = self.size as f64;
