@@ -148,11 +148,9 @@ pub(super) fn background(rng: &mut Philox, dark: bool) -> Rgb {
     [grey; 3].map(|c| c + around(rng, 0.015))
 }
 
-/// A grey of about middle brightness, from which colours differ by their hue: on black, say, all of them are first of
-/// all brighter, and a tokenizer is long content with that.
-pub(super) fn middle_grey(rng: &mut Philox) -> Rgb {
-    [0.5 + around(rng, 0.1); 3]
-}
+/// Middle grey, from which colours differ by their hue: on black, say, all of them are first of all brighter, and a
+/// tokenizer is long content with that. It is the same everywhere, so that no codes are spent on shades of nothing.
+pub(super) const MIDDLE_GREY: Rgb = [0.5; 3];
 
 /// Uniform within `range` of 0.
 pub(super) fn around(rng: &mut Philox, range: f64) -> f64 {

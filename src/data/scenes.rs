@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::draw::{Canvas, Colour, Drawing, Shape, Split, around, middle_grey, pick, yes_or_no};
+use super::draw::{Canvas, Colour, Drawing, MIDDLE_GREY, Shape, Split, around, pick, yes_or_no};
 use super::folder::Sample;
 use super::rng::Philox;
 use crate::error::{Error, Result};
@@ -171,7 +171,7 @@ impl Combination {
 /// five places, on grey.
 ///
 /// Of the 720 combinations about one in six is held out, by a fixed hash: it occurs in test pictures only, though
-/// each of its values occurs in training. Place, shade and background vary a little from picture to picture.
+/// each of its values occurs in training. Place and shade vary a little from picture to picture.
 #[derive(Debug, Clone)]
 pub struct Scenes {
     size: usize,
@@ -210,7 +210,7 @@ impl Scenes {
             Split::Test => &self.test,
         };
         let combination = pick(&mut rng, combinations);
-        let mut canvas = Canvas::new(self.size, middle_grey(&mut rng));
+        let mut canvas = Canvas::new(self.size, MIDDLE_GREY);
         let colour = combination.colour.shade(&mut rng);
         let (middles, radius) = combination.layout(&mut rng);
         let side = self.size as f64;
