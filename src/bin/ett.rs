@@ -223,8 +223,12 @@ fn run(command: Command) -> Result<()> {
                 bar.set_position(done as u64);
             })?;
             bar.finish_and_clear();
-            let rows: Vec<Vec<&Image>> = images.chunks(count).map(|row| row.iter().collect()).collect();
-            save_png(&out, &grid(&rows, 2)?)?;
+            // A single picture is written as it is, ready to be described.
+            let sheet = match &images[..] {
+                [one] => one.clone(),
+                all => grid(&all.chunks(count).map(|row| row.iter().collect()).collect::<Vec<_>>(), 2)?,
+            };
+            save_png(&out, &sheet)?;
             println!("{} pictures: {}", images.len(), out.display());
         }
     }

@@ -7,6 +7,7 @@ use ett::backend::Cpu;
 use ett::config::{Arm, Config, StageConfig, StageKind, VisualHeadKind};
 use ett::data::{Image, save_png};
 use ett::infer::Trained;
+use ett::model::Ett;
 use ett::nn::Copy;
 use ett::train::{self, RunOptions};
 
@@ -225,4 +226,39 @@ fn every_arm_runs_all_stages() {
         (c.train.arm, c.loss.alpha) = (arm, alpha);
         run(&c, &dir.0.join(format!("{arm:?}-{alpha}"))).expect("the run ends");
     }
+}
+
+#[test]
+fn numbers_that_are_not_finite_are_skipped_dumped_once_and_then_stop_the_run() {
+    let dir = Folder::new("nonfinite");
+    pictures(&dir.0.join("data"));
+    let mut c = config(&dir.0.join("data"));
+    c.stage = vec![StageConfig::new(StageKind::Align, 30, 3)];
+    let model = Ett::new(&c, Arc::new(Cpu::poisoned(1).expect("a thread"))).expect("a model");
+    let mut norm = model.params.read("model.norm.weight", Copy::Master).expect("readable").expect("a weight");
+    norm.values[0] = f64::NAN;
+    model.params.write_public("model.norm.weight", Copy::Master, &norm).expect("a weight");
+    let (init, out) = (dir.0.join("nan.safetensors"), dir.0.join("out"));
+    train::save_weights(&model.params, &init, Copy::Master).expect("weights");
+    let o = RunOptions { out: &out, init: Some(&init), quiet: true };
+    let Err(e) = train::run(&c, Arc::new(Cpu::poisoned(1).expect("a thread")), &o) else {
+        panic!("a model of NaN was trained")
+    };
+    assert!(e.to_string().contains("21 updates in a row had losses or gradients that are not finite"), "{e}");
+    let metrics = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap_or_default();
+    assert!(metrics.lines().count() <= 21, "{metrics}");
+    let files: Vec<String> = std::fs::read_dir(&out)
+        .expect("the run's folder")
+        .flatten()
+        .map(|e| e.file_name().to_string_lossy().into_owned())
+        .filter(|n| n.starts_with("nonfinite-"))
+        .collect();
+    assert_eq!(files, ["nonfinite-align-0.safetensors"]);
+    let inputs = train::weights::read_file(&out.join(&files[0])).expect("the inputs of step 0");
+    assert_eq!(inputs["part.0.image.0"].dims, [3, 32, 32, 3]);
+    assert!(
+        inputs.contains_key("part.0.text") && inputs.contains_key("part.0.target"),
+        "{:?}",
+        inputs.keys()
+    );
 }
