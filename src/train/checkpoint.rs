@@ -10,12 +10,12 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::files::{self, FileWriter, Written, replace, sync_dir, write_synced};
 use super::weights::{Entry, FileType, TensorFile, entries, misfit, write_tensors};
 use super::{CONFIG, EMA, Optimizer, WEIGHTS};
 use crate::backend::{Cast, Role, Stream};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::files::{self, FileWriter, Written, replace, sync_dir, write_synced};
 use crate::model::Ett;
 use crate::nn::Copy;
 use crate::tensor::Tensor;

@@ -5,10 +5,11 @@ use std::fmt::Write;
 use std::path::Path;
 
 use super::feed::DataSet;
-use super::{Template, files, plots};
+use super::{Template, plots};
 use crate::data::{Drawn, Image, grid, save_png};
 use crate::error::{Error, Result};
 use crate::eval::{self, Report};
+use crate::files;
 use crate::infer::{Sampling, Seen, draw, reconstruct};
 use crate::model::{Ett, Part};
 

@@ -9,19 +9,19 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::checkpoint::{self, Checkpoints, Progress};
 use super::dump::dump;
 use super::feed::{DataSet, Fed, Feed};
-use super::files::Lines;
 use super::metrics::{Line, Smooth, Usage};
 use super::sharpness::Sharpness;
 use super::weights::{read_file, set_weights};
 use super::{
-    Hyper, Optimizer, Outcome, Stage, Template, TokenizerMode, averaged, closing, files, interrupt,
-    save_weights, schedule, step,
+    Hyper, Optimizer, Outcome, Stage, Template, TokenizerMode, averaged, closing, interrupt, save_weights,
+    schedule, step,
 };
 use crate::backend::{Cpu, Kernels, Slot, StepState};
 use crate::config::{Config, GroupConfig, QuantizerKind, StageConfig};
 use crate::data::TextTokenizer;
 use crate::error::{Error, Result};
 use crate::eval::{self, Report};
+use crate::files::{self, Lines};
 use crate::model::Ett;
 use crate::nn::Copy;
 

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
-use super::files::{FileWriter, replace};
 use crate::error::{Error, Result};
+use crate::files::{FileWriter, replace};
 use crate::nn::{Copy, HostTensor, Params};
 use crate::tensor::{DType, Precision};
 

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use ett::config::{Config, StageKind};
 use ett::error::Result;
+use ett::files::{Lines, replace, write_synced};
 use ett::infer::Trained;
 use ett::nn::Copy;
-use ett::train::files::{Lines, replace, write_synced};
 use ett::train::{Checkpoints, Optimizer, Progress, checkpoint, interrupt};
 
 use crate::common::{Outcome, Scratch, cpu};
@@ -356,9 +356,7 @@ fn fill_the_disk(at: &Path) -> Outcome {
     // Other files of a run.
     let big = at.join("big");
     write_synced(&big, b"old")?;
-    assert!(ett::train::files::is_full(
-        &replace(&big, |file| file.put(&vec![0; 16 << 20])).expect_err("full")
-    ));
+    assert!(ett::files::is_full(&replace(&big, |file| file.put(&vec![0; 16 << 20])).expect_err("full")));
     assert_eq!((std::fs::read(&big)?, at.join(".big.part").exists()), (b"old".to_vec(), false));
     Ok(())
 }
