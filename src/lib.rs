@@ -15,4 +15,5 @@ pub mod model;
 pub mod nn;
 pub mod ops;
 pub mod tensor;
+pub mod terminal;
 pub mod train;
