@@ -1,5 +1,5 @@
 //! The configuration of a model and its training: one TOML file. Every key has the paper's value as its
-//! default; unknown keys are errors.
+//! default; unknown keys are errors. Relative paths in it are relative to the file's folder.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::Crop;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::tensor::Precision;
 
 /// A whole configuration file.
@@ -163,7 +164,7 @@ pub struct LpipsConfig {
     /// Channels of the five blocks; VGG16's unless the features are random.
     pub widths: [usize; 5],
     /// Safetensors file with `net.slice*` and `lin*` tensors; without one the features are random, from a
-    /// fixed seed.
+    /// fixed seed. A run reads it once: afterwards they are among its own weights.
     pub weights: Option<PathBuf>,
     /// Added to the norm of the features.
     pub eps: f64,
@@ -443,7 +444,8 @@ pub struct DataConfig {
     pub crop: Crop,
     /// Mirror half of the pictures; not those built in, which say where things are.
     pub flip: bool,
-    /// A `tokenizer.json` of Hugging Face with the special tokens of Qwen2.5; without one every byte is a token.
+    /// A `tokenizer.json` of Hugging Face with the special tokens of Qwen2.5; without one every byte is a token. A run
+    /// keeps a copy.
     pub tokenizer: Option<PathBuf>,
     /// Text tokens a sample that `--plan` assumes.
     pub text_tokens: usize,
@@ -470,6 +472,14 @@ impl Default for DataConfig {
 }
 
 impl DataConfig {
+    /// Whether there are held-out pictures.
+    pub fn has_test(&self) -> bool {
+        match self.source {
+            Source::Folder => self.test.as_ref().is_some_and(|t| !t.as_os_str().is_empty()),
+            Source::Scenes | Source::Words => self.test_samples > 0,
+        }
+    }
+
     /// Fails on values that do not go with the source, named after their section; [`Config::check`] looks at the rest.
     fn check(&self, section: &str) -> Result<()> {
         let smallest = match self.source {
@@ -694,10 +704,24 @@ impl Config {
         Self::parse(path, include_str!("../configs/demo.toml"), &[])
     }
 
-    /// Reads and checks a file; `overrides` are `key=value` with dotted keys, values in TOML.
+    /// Reads and checks a file; `overrides` are `key=value` with dotted keys, values in TOML. Relative paths become
+    /// absolute: those in the file are relative to its folder, those in `overrides` to the working directory.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-        Self::parse(path, &text, overrides)
+        let mut config = Self::parse(path, &text, overrides)?;
+        config.resolve(files::parent(path))?;
+        Ok(config)
+    }
+
+    /// Makes relative paths absolute: they are relative to the folder `base`.
+    pub fn resolve(&mut self, base: &Path) -> Result<()> {
+        let data = &mut self.data;
+        let mut paths = vec![&mut data.train];
+        paths.extend([&mut data.test, &mut data.tokenizer, &mut self.lpips.weights].into_iter().flatten());
+        for path in paths.into_iter().filter(|p| !p.as_os_str().is_empty()) {
+            *path = absolute(base, path)?;
+        }
+        Ok(())
     }
 
     fn parse(path: &Path, text: &str, overrides: &[String]) -> Result<Self> {
@@ -710,7 +734,7 @@ impl Config {
         }
         let config: Config = match overrides.is_empty() {
             true => toml::from_str(text).map_err(bad)?,
-            false => table.try_into().map_err(bad)?,
+            false => table.try_into().map_err(|e| blame(text, overrides).unwrap_or_else(|| bad(e)))?,
         };
         config.check()?;
         Ok(config)
@@ -890,14 +914,50 @@ impl Config {
     }
 }
 
-/// Sets a dotted key from `key=value`; list items by number, `stage.0.steps=10`.
+/// Keys of paths.
+const PATHS: [&str; 4] = ["data.train", "data.test", "data.tokenizer", "lpips.weights"];
+
+/// A path that is relative to the folder `base`, from the root.
+fn absolute(base: &Path, path: &Path) -> Result<PathBuf> {
+    std::path::absolute(base.join(path)).map_err(Error::io(path))
+}
+
+/// The error of the override that makes a file wrong which is right without it.
+fn blame(text: &str, overrides: &[String]) -> Option<Error> {
+    let mut table: toml::Table = toml::from_str(text).ok()?;
+    let wrong = |table: &toml::Table| table.clone().try_into::<Config>().err();
+    if wrong(&table).is_some() {
+        return None;
+    }
+    let (assignment, e) = overrides.iter().find_map(|o| match set(&mut table, o) {
+        Ok(()) => Some((o, wrong(&table)?)),
+        Err(_) => None,
+    })?;
+    let (key, value) = assignment.split_once('=')?;
+    let mut want = format!("a key and a value that go together ({})", e.message());
+    // A text was wanted, but the value reads as something else.
+    if e.message().starts_with("invalid type") && e.message().contains("string") {
+        want += &format!("; a text that looks like something else is put in quotes: '{key}=\"{value}\"'");
+    }
+    Some(Error::config("--set", assignment, want))
+}
+
+/// Sets a dotted key from `key=value`; list items by number, `stage.0.steps=10`. Paths become absolute.
 fn set(table: &mut toml::Table, assignment: &str) -> Result<()> {
     let want = "key=value with a dotted key, as in train.seed=2";
     let (key, value) = assignment.split_once('=').ok_or_else(|| Error::config("--set", assignment, want))?;
     let parsed = toml::from_str::<toml::Table>(&format!("v = {value}"))
         .or_else(|_| toml::from_str(&format!("v = {}", toml::Value::String(value.into()))))
         .map_err(|_| Error::config("--set", assignment, want))?;
-    let Some(value) = parsed.get("v").cloned() else { return Err(Error::config("--set", assignment, want)) };
+    let Some(mut value) = parsed.get("v").cloned() else {
+        return Err(Error::config("--set", assignment, want));
+    };
+    if let toml::Value::String(path) = &mut value
+        && PATHS.iter().any(|p| key.trim().ends_with(p))
+        && !path.is_empty()
+    {
+        *path = absolute(Path::new(""), Path::new(path))?.to_string_lossy().into_owned();
+    }
     let parts: Vec<&str> = key.trim().split('.').collect();
     let (last, path) = parts.split_last().ok_or_else(|| Error::config("--set", assignment, want))?;
     let mut at = table;

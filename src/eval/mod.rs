@@ -16,7 +16,7 @@ use crate::infer::{Seen, reconstruct};
 use crate::model::{Ett, Part};
 use crate::tensor::Tensor;
 use crate::train::feed::{DataSet, images_to_device};
-use crate::train::{Template, code_usage};
+use crate::train::{Template, code_usage, interrupt};
 pub use ssim::ssim;
 
 /// Samples of one forward.
@@ -139,12 +139,26 @@ impl Report {
     }
 }
 
+/// Fails if `n` of these pictures cannot be evaluated on: each is compared with another one.
+pub fn check(test: &DataSet, n: usize) -> Result<()> {
+    if n < 2 {
+        let want = "2 or more, since pictures are compared with one another, or no held-out pictures";
+        return Err(Error::config("data.eval_samples", n, want));
+    }
+    match test.images.len() {
+        n @ 0..2 => {
+            let what =
+                format!("has {n} pictures to evaluate on, wanted at least 2; add some, or evaluate on none");
+            Err(Error::data(&test.root, what))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// The first `n` held-out pictures, or all.
 pub fn held_out(test: &DataSet, n: usize) -> Result<Vec<Drawn>> {
+    check(test, n)?;
     let n = test.images.len().min(n);
-    if n < 2 {
-        return Err(Error::data(&test.root, "has fewer than two pictures to evaluate on"));
-    }
     let mut rng = Philox::new(0, 0);
     (0..n).map(|i| test.images.get(i, &mut rng)).collect()
 }
@@ -152,8 +166,11 @@ pub fn held_out(test: &DataSet, n: usize) -> Result<Vec<Drawn>> {
 /// Evaluates on held-out pictures, see [`held_out`].
 pub fn evaluate(model: &Ett, test: &DataSet, template: &Template, drawn: &[Drawn]) -> Result<Report> {
     let pixels = Pixels::new(model, drawn)?;
+    interrupt::check()?;
     let seen = Language::new(model, test, template, drawn, 0)?;
+    interrupt::check()?;
     let other = Language::new(model, test, template, drawn, drawn.len() / 2)?;
+    interrupt::check()?;
     let pair = |f: &dyn Fn(&Language) -> f64| Pair { seen: f(&seen), other: f(&other) };
     let score = |f: fn(&Asked) -> bool| pair(&|l| share(l.asked.iter().filter(|a| f(a))));
     Ok(Report {
@@ -224,6 +241,11 @@ pub fn during(
     Ok(all)
 }
 
+/// Fails between two batches if the run is to stop. An evaluation during training is a single batch, and ends.
+fn go_on(done: usize) -> Result<()> {
+    if done > 0 { interrupt::check() } else { Ok(()) }
+}
+
 /// Mean squared error of the mean of these pictures.
 fn mean_image_error(drawn: &[Drawn]) -> f64 {
     let n = drawn.len() as f64;
@@ -250,7 +272,8 @@ impl Pixels {
         let n = drawn.len() as f64;
         let (mut mse, mut ratio, mut similar, mut perceptual) = (0.0, 0.0, 0.0, 0.0);
         let mut counts = HashMap::<i32, usize>::new();
-        for chunk in drawn.chunks(BATCH) {
+        for (i, chunk) in drawn.chunks(BATCH).enumerate() {
+            go_on(i)?;
             let images: Vec<Image> = chunk.iter().map(|d| d.image.clone()).collect();
             let (rec, idx) = reconstruct(model, &images)?;
             perceptual += distance(model, &images, &rec)? / n;
@@ -355,6 +378,7 @@ impl Language {
         let n = drawn.len();
         let mut all = Language::default();
         for start in (0..n).step_by(BATCH) {
+            go_on(start)?;
             let here = start..(start + BATCH).min(n);
             let images: Vec<Image> = here.clone().map(|i| drawn[(i + shift) % n].image.clone()).collect();
             let seen = Seen::new(model, &images)?;
@@ -406,6 +430,7 @@ fn code_nats(
     let n = drawn.len();
     let (mut nats, mut count) = (0.0, 0);
     for start in (0..n).step_by(BATCH) {
+        go_on(start)?;
         let here = start..(start + BATCH).min(n);
         let images: Vec<Image> = here.clone().map(|i| drawn[i].image.clone()).collect();
         let mut sequences: Vec<Vec<Part>> = Vec::new();

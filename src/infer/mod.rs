@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::autograd::{Tape, Var};
 use crate::backend::{Kernels, Role};
 use crate::config::Source;
-use crate::data::{Crop, Image, Philox, Special, TextTokenizer, fit, fit_multiple};
+use crate::data::{Crop, Image, Philox, Special, fit, fit_multiple};
 use crate::error::{Error, Result};
 use crate::eval::Report;
 use crate::model::tokenizer::Grid;
@@ -18,8 +18,11 @@ use crate::model::{Ett, Packed, Part};
 use crate::ops;
 use crate::tensor::Tensor;
 use crate::train::feed::{DataSet, images_to_device};
-use crate::train::weights::{read_file, set_weights};
-use crate::train::{Batch, Checkpoints, EMA, Template, WEIGHTS, evaluate, load_weights, run_config};
+use crate::train::weights::{TensorFile, read_file, set_weights};
+use crate::train::{
+    Batch, Checkpoints, EMA, History, Skill, Template, WEIGHTS, evaluate, interrupt, load_weights,
+    run_config, text,
+};
 pub use continued::Continued;
 pub use draw::{decode_codes, draw, draw_codes};
 pub use sample::Sampling;
@@ -32,6 +35,7 @@ pub struct Trained {
     /// The model.
     pub model: Ett,
     template: Template,
+    history: Option<History>,
 }
 
 impl Trained {
@@ -48,9 +52,14 @@ impl Trained {
             })?,
         };
         let cfg = run_config(&folder)?;
-        let template = Template::new(TextTokenizer::open(cfg.data.tokenizer.as_deref())?);
+        let (template, text) = text(&cfg)?;
+        let weights = folder.join(WEIGHTS);
+        let history = History::of(&TensorFile::open(&weights)?);
+        if let Some(history) = &history {
+            history.check_text(&text, &cfg, &folder)?;
+        }
         let model = Ett::new(&cfg, dev)?;
-        load_weights(&model.params, &folder.join(WEIGHTS))?;
+        load_weights(&model.params, &weights)?;
         if ema {
             let path = folder.join(EMA);
             if !path.exists() {
@@ -60,7 +69,13 @@ impl Trained {
             let averages = read_file(&path)?;
             set_weights(&model.params, &path, &averages, Some(&|name| averages.contains_key(name)))?;
         }
-        Ok(Trained { model, template })
+        Ok(Trained { model, template, history })
+    }
+
+    /// What to say if the model is asked for what no stage has taught it; `None` if one has, or if the weights do not
+    /// say.
+    pub fn lacks(&self, skill: Skill) -> Option<String> {
+        self.history.as_ref()?.lacks(skill)
     }
 
     /// Evaluates on the first `samples` pictures of `data`, a folder, or of the run's own held-out ones, and writes
@@ -121,7 +136,12 @@ impl Trained {
     /// The picture at the nearest size the tokenizer takes, and its reconstruction; the longer side is at most
     /// `max_side`.
     pub fn reconstruct(&self, image: &Image, max_side: usize) -> Result<(Image, Image)> {
-        let fitted = fit_multiple(image, max_side, self.model.cfg.tokenizer.downsampling())?;
+        let least = self.model.cfg.tokenizer.downsampling();
+        if max_side < least {
+            let want = format!("at least {least}, the pixels of one token");
+            return Err(Error::arg("reconstruct", "max_side", max_side, want));
+        }
+        let fitted = fit_multiple(image, max_side, least)?;
         let (rec, _) = reconstruct(&self.model, std::slice::from_ref(&fitted))?;
         match rec.into_iter().next() {
             Some(rec) => Ok((fitted, rec)),
@@ -229,6 +249,7 @@ impl<'a> Seen<'a> {
         let mut sequences = Continued::new(self.model, t, prompts, visual, max - 1)?;
         let mut open = vec![true; prompts.len()];
         for i in 0..max {
+            interrupt::check()?;
             let logits = self.model.text_logits(t, sequences.hidden())?.value().to_f64(t.dev())?;
             let rows = logits.chunks(self.model.cfg.llm.vocab);
             let next =

@@ -17,6 +17,7 @@ mod gradients;
 mod kill;
 mod memory;
 mod plan;
+mod process;
 mod properties;
 mod quantizer;
 mod ranks;

@@ -114,6 +114,22 @@ fn wrong_configurations_are_named_with_line_and_key() -> Outcome {
     fs::write(&path, "[train]\nlr = \"fast\"\n")?;
     let e = said(Config::load(&path, &["train.seed=3".into()]), &path);
     assert!(e.contains("train.lr"), "{e}");
+    // What the file is not to blame for.
+    fs::write(&path, "[train]\nlr = 1.0\n")?;
+    for (set, quoted) in [
+        ("data.train=2024", "is put in quotes: 'data.train=\"2024\"'"),
+        ("train.precision=32", "is put in quotes: 'train.precision=\"32\"'"),
+        ("llm.width=wide", "invalid type: string \"wide\""),
+        ("train.sed=3", "unknown field `sed`"),
+    ] {
+        let Err(e) = Config::load(&path, &["train.seed=3".into(), set.into()]) else { panic!("{set}") };
+        let e = e.to_string();
+        assert!(
+            e.starts_with(&format!("configuration: `--set` is {set}, wanted")) && e.contains(quoted),
+            "{e}"
+        );
+        assert!(e.contains("quotes") == quoted.contains("quotes"), "{e}");
+    }
     fs::write(&path, b"[train]\nprecision = \"\xff\"\n")?;
     said(Config::load(&path, &[]), &path);
     said(Config::load(&dir.path("absent.toml"), &[]), &dir.path("absent.toml"));
