@@ -32,7 +32,7 @@ impl Counter {
 }
 
 impl Reclaim for Counter {
-    fn reclaim(&self, _addr: u64, bytes: usize, role: Role) {
+    unsafe fn reclaim(&self, _addr: u64, bytes: usize, role: Role) {
         self.lock().memory.sub(role, bytes);
     }
 }
@@ -114,7 +114,8 @@ impl Device for Plan {
         s.next += bytes.next_multiple_of(256) as u64;
         let addr = s.next;
         drop(s);
-        Ok(Buffer::new(addr, bytes, role, self.state.clone()))
+        // SAFETY: a device without data.
+        Ok(unsafe { Buffer::new(addr, bytes, role, self.state.clone()) })
     }
 
     fn copy_in(&self, _s: Stream, src: &[u8], dst: Out) -> Result<()> {
