@@ -108,6 +108,16 @@ impl Device for Plan {
 
     fn alloc(&self, role: Role, bytes: usize) -> Result<Buffer> {
         let mut s = self.state.lock();
+        let all = s.memory.total().checked_add(bytes as u64);
+        if all.is_none_or(|all| all > i64::MAX as u64) {
+            return Err(Error::OutOfMemory {
+                device: self.name(),
+                role: role.to_string(),
+                asked: size(bytes as u64),
+                free: "no device has that much".into(),
+                held: s.memory.largest(),
+            });
+        }
         s.memory.add(role, bytes);
         let largest = &mut s.largest[role as usize];
         *largest = (*largest).max(bytes as u64);
