@@ -292,7 +292,7 @@ pub trait Device: Send + Sync {
     }
     /// Runs `work` once and keeps the launches it enqueues on the compute stream, without executing them, to be
     /// replayed at the cost of one launch. Values change between replays only through memory that is written
-    /// outside: the step state, the batch. Copies to and from the host cannot be recorded. Memory that `work`
+    /// outside: the step state, the batch. Copies to and from the host, orders and waits cannot be recorded. Memory that `work`
     /// takes belongs to the recording, so that replays write nothing else; tensors that it reads and did not make
     /// have to outlive the recording. `None` on a device that cannot record: it did not call `work`.
     fn record(&self, _work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Box<dyn Recording>>> {
