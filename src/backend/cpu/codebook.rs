@@ -375,7 +375,7 @@ fn look_up<E: Elem>(op: &'static str, sweep: &Sweep<E>, idx: &[i32], zq: &Out) -
         let mut sum = E::Acc::zero();
         for i in r {
             let code = sweep.e.row(idx[i] as usize);
-            // Each row is written by the one thread that owns its chunk.
+            // SAFETY: each row is written by the one thread that owns its chunk.
             unsafe { out.row(i) }.copy_from_slice(code);
             for (&e, &z) in code.iter().zip(sweep.z.row(i)) {
                 let d = e.up() - z.up();

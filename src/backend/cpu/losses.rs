@@ -183,8 +183,11 @@ fn lpips_grad<E: Elem>(op: &'static str, a: &LpipsBwd) -> Result<()> {
     let g = scalar::<E::Acc>(op, "g", &a.g)? * scale;
     par_for(df1.rows, pixels(df1.cols), |r| {
         let mut t = vec![E::Acc::zero(); f.w.len()];
-        // Chunks do not overlap: one thread a row.
-        r.for_each(|p| f.gradient(p, g, unsafe { df1.row(p) }, &mut t));
+        for p in r {
+            // SAFETY: chunks do not overlap: one thread a row.
+            let df1 = unsafe { df1.row(p) };
+            f.gradient(p, g, df1, &mut t);
+        }
     });
     Ok(())
 }
@@ -219,7 +222,7 @@ fn generator_grad<E: Elem>(op: &'static str, a: &GanGeneratorBwd) -> Result<()> 
     let g = scalar::<E::Acc>(op, "g", &a.g)? * scale;
     par_for(dx.rows, 1, |r| {
         for b in r {
-            // Chunks do not overlap: one thread a row.
+            // SAFETY: chunks do not overlap: one thread a row.
             unsafe { dx.row(b) }.fill(E::down(-g * sigmoid(means[b])));
         }
     });

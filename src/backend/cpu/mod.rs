@@ -26,7 +26,7 @@ mod xent;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::*;
@@ -36,10 +36,13 @@ pub(crate) use gemm::{FEW, Mat, gemm};
 pub(crate) use pool::{Pool, Scratch};
 pub(crate) use views::*;
 
-/// The CPU as a device.
+/// The CPU as a device. It runs one call at a time; a call from another thread waits for its turn.
 pub struct Cpu {
     threads: rayon::ThreadPool,
     pool: Arc<Pool>,
+    /// Held while memory that is handed out is read or written: kernels take `&self`, and tensors share buffers, so that
+    /// two threads could write one at the same time.
+    turn: Mutex<()>,
     profile: Option<Mutex<BTreeMap<&'static str, KernelTime>>>,
 }
 
@@ -66,12 +69,19 @@ impl Cpu {
         Self::build(threads, true)
     }
 
+    /// Threads that a device can have at most.
+    pub const MAX_THREADS: usize = 1024;
+
     fn build(threads: usize, poison: bool) -> Result<Self> {
+        if threads > Self::MAX_THREADS {
+            let want = format!("0 (one per core) to {}", Self::MAX_THREADS);
+            return Err(Error::arg("Cpu::new", "threads", threads, want));
+        }
         let threads = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .build()
             .map_err(|e| Error::arg("Cpu::new", "threads", e, "a number of threads the system can start"))?;
-        Ok(Cpu { threads, pool: Arc::new(Pool::new(poison)), profile: None })
+        Ok(Cpu { threads, pool: Arc::new(Pool::new(poison)), turn: Mutex::default(), profile: None })
     }
 
     /// Times every kernel from now on. Products are timed for the whole process: profile one device at a time.
@@ -94,10 +104,35 @@ impl Cpu {
         }
     }
 
-    fn launch(&self, name: &'static str, kernel: impl FnOnce() -> Result<()> + Send) -> Result<()> {
-        let Some(profile) = &self.profile else { return self.threads.install(kernel) };
+    /// Waits for the calls of other threads.
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        // A kernel that panicked left values behind, if not the right ones.
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs a kernel on the device's threads.
+    fn install(&self, kernel: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+        let _turn = self.turn();
+        match rayon::current_thread_index() {
+            None => self.threads.install(kernel),
+            // A thread of another pool, waiting in `install`, would take up other work of its pool: if that calls a
+            // kernel too, it waits for its own turn to end.
+            Some(_) => std::thread::scope(|s| match s.spawn(|| self.threads.install(kernel)).join() {
+                Ok(result) => result,
+                Err(panic) => std::panic::resume_unwind(panic),
+            }),
+        }
+    }
+
+    fn launch(&self, a: &dyn Args, kernel: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+        let name = a.kernel();
+        // Before any size is formed from them.
+        for (arg, _, v) in a.views() {
+            check_view(name, arg, &v)?;
+        }
+        let Some(profile) = &self.profile else { return self.install(kernel) };
         let (start, before) = (Instant::now(), gemm::NANOS.load(Ordering::Relaxed));
-        let result = self.threads.install(kernel);
+        let result = self.install(kernel);
         let mut all = profile.lock().unwrap_or_else(PoisonError::into_inner);
         let k = all.entry(name).or_default();
         k.calls += 1;
@@ -112,9 +147,8 @@ impl Cpu {
     }
 }
 
-struct OneRank;
-
-impl Collectives for OneRank {
+/// One CPU is one rank.
+impl Collectives for Cpu {
     fn ranks(&self) -> usize {
         1
     }
@@ -128,6 +162,7 @@ impl Collectives for OneRank {
         self.all_gather(s, x, y)
     }
     fn all_gather(&self, _s: Stream, x: In, y: Out) -> Result<()> {
+        let _turn = self.turn();
         let from = bytes("all_gather", "x", &x)?;
         let to = bytes_mut("all_gather", "y", &y.0)?;
         if from.len() != to.len() {
@@ -151,10 +186,12 @@ impl Device for Cpu {
             free: "the system gave none".into(),
             held: self.pool.memory().largest(),
         })?;
-        Ok(Buffer::new(addr, bytes, role, self.pool.clone()))
+        // SAFETY: the pool gave this block, and takes it back when the buffer is dropped.
+        Ok(unsafe { Buffer::new(addr, bytes, role, self.pool.clone()) })
     }
 
     fn copy_in(&self, _s: Stream, src: &[u8], dst: Out) -> Result<()> {
+        let _turn = self.turn();
         let to = bytes_mut("copy_in", "dst", &dst.0)?;
         if to.len() != src.len() {
             return Err(Error::arg("copy_in", "src", src.len(), format!("{} bytes", to.len())));
@@ -164,19 +201,13 @@ impl Device for Cpu {
     }
 
     fn read_later(&self, _s: Stream, src: In) -> Result<Pending> {
-        check_view("read_later", "src", &src)?;
-        let (rows, width) = (src.dims.rows(), src.dims.cols() * src.dtype.size());
-        let mut v = Vec::with_capacity(rows * width);
-        for r in 0..rows {
-            let at = src.buf.addr() + src.off + r as u64 * src.ld as u64 * src.dtype.size() as u64;
-            // In bounds by check_view; memory is initialised from the moment the pool hands it out.
-            v.extend_from_slice(unsafe { std::slice::from_raw_parts(at as *const u8, width) });
-        }
+        let _turn = self.turn();
+        let v = packed("read_later", "src", &src)?;
         Ok(Pending::new(move || Ok(v)))
     }
 
     fn collectives(&self) -> &dyn Collectives {
-        &OneRank
+        self
     }
 
     fn available(&self) -> Option<u64> {
@@ -196,7 +227,7 @@ macro_rules! impl_cpu {
     })*) => {
         impl Kernels for Cpu {
             $(fn $name(&self, _s: Stream, a: &$args<'_>) -> Result<()> {
-                self.launch(stringify!($name), || $module::$name(self, a))
+                self.launch(a, || $module::$name(self, a))
             })*
         }
     };

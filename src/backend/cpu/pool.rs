@@ -51,6 +51,7 @@ impl Pool {
                 s.free_bytes -= layout.size();
                 addr
             }
+            // SAFETY: the size is not zero.
             None => unsafe { alloc_zeroed(layout) as u64 },
         };
         if addr == 0 {
@@ -60,6 +61,7 @@ impl Pool {
         drop(s);
         if self.poison {
             // All bits set is NaN in every float type and -1 in i32.
+            // SAFETY: the block has this size, and nobody else has it.
             unsafe { std::ptr::write_bytes(addr as *mut u8, 0xFF, layout.size()) };
         }
         Some(addr)
@@ -69,14 +71,14 @@ impl Pool {
 fn release(free: &mut HashMap<usize, Vec<u64>>) {
     for (size, list) in free.drain() {
         for addr in list {
-            // Every address in a free list came from alloc_zeroed with this very layout.
+            // SAFETY: every address in a free list came from alloc_zeroed with this very layout.
             unsafe { dealloc(addr as *mut u8, Layout::from_size_align_unchecked(size, 256)) };
         }
     }
 }
 
 impl Reclaim for Pool {
-    fn reclaim(&self, addr: u64, bytes: usize, role: Role) {
+    unsafe fn reclaim(&self, addr: u64, bytes: usize, role: Role) {
         let Some(layout) = layout(bytes) else { return };
         let mut s = self.lock();
         s.memory.sub(role, bytes);
@@ -115,20 +117,22 @@ impl<T: Element> Scratch<T> {
 
 impl<T> Drop for Scratch<T> {
     fn drop(&mut self) {
-        self.pool.reclaim(self.addr, self.n * std::mem::size_of::<T>(), Role::Workspace);
+        // SAFETY: `new` took it from this pool with the same size and role.
+        unsafe { self.pool.reclaim(self.addr, self.n * std::mem::size_of::<T>(), Role::Workspace) };
     }
 }
 
 impl<T: Element> Deref for Scratch<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
-        // Initialised (zeroed when fresh), aligned to 256, exclusively owned.
+        // SAFETY: `n` elements initialised (zeroed when fresh), aligned to 256, exclusively owned.
         unsafe { std::slice::from_raw_parts(self.addr as *const T, self.n) }
     }
 }
 
 impl<T: Element> DerefMut for Scratch<T> {
     fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as in `deref`.
         unsafe { std::slice::from_raw_parts_mut(self.addr as *mut T, self.n) }
     }
 }
