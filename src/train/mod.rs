@@ -28,6 +28,7 @@ pub use plan::{StagePlan, choose_device, largest_batch, parse_memory, plan, plan
 pub use run::{
     CONFIG, EMA, Finished, METRICS, RunOptions, WEIGHTS, profile_table, resume, run, run_config, written,
 };
+use stages::start_averages;
 pub use stages::{Stage, Template, averaged};
 pub use step::{Batch, Loss, Outcome, Recipe, TokenizerMode, step};
 pub use weights::{load_weights, save_weights};

@@ -14,8 +14,8 @@ use super::metrics::{Line, Smooth, Usage};
 use super::sharpness::Sharpness;
 use super::weights::{read_file, set_weights};
 use super::{
-    Hyper, Optimizer, Outcome, Stage, Template, TokenizerMode, averaged, closing, files, interrupt,
-    save_weights, schedule, step,
+    Hyper, Optimizer, Outcome, Stage, Template, TokenizerMode, closing, files, interrupt, save_weights,
+    schedule, start_averages, step,
 };
 use crate::backend::{Cpu, Kernels, Slot, StepState};
 use crate::config::{Config, GroupConfig, QuantizerKind, StageConfig};
@@ -253,11 +253,7 @@ impl Session {
         let trained = stage.trained();
         model.params.train(&trained)?;
         if from.is_none() {
-            // Averages outlast stages that leave their group alone, and start anew where it is trained again.
-            model.params.drop_averages(&trained);
-            if cfg.ema {
-                model.params.average(&averaged(&trained))?;
-            }
+            start_averages(model, &trained, cfg.ema)?;
         }
         let feed = Feed::new(data, template, cfg, &stage, &all.train, number)?;
         let mut update = Update::new(model, cfg, &stage)?;
