@@ -1102,6 +1102,41 @@ mod tests {
     }
 
     #[test]
+    fn a_constant_rate_does_not_rise_unless_it_is_asked_to() {
+        let stage = |more: &str| {
+            let text = format!("[[stage]]\nkind = \"tokenizer\"\nsteps = 9\nbatch = 1\n{more}");
+            let c = load(&text, &[]).expect("valid");
+            c.stage[0].warmup(&c.train)
+        };
+        assert_eq!(stage(""), 0.03);
+        assert_eq!(stage("schedule = \"constant\""), 0.0);
+        assert_eq!(stage("schedule = \"constant\"\nwarmup = 0.1"), 0.1);
+    }
+
+    #[test]
+    fn a_stage_has_numbers_of_its_own_and_each_has_its_range() {
+        let text = "[[stage]]\nkind = \"semantic\"\nsteps = 9\nbatch = 1\n";
+        for (key, bad) in [
+            ("warmup", "1.0"),
+            ("clip", "-1.0"),
+            ("weight_decay", "nan"),
+            ("adam_eps", "0.0"),
+            ("groups.llm.clip", "inf"),
+            ("groups.llm.weight_decay", "-0.1"),
+            ("groups.llm.adam_eps", "-1e-8"),
+            ("data.size", "0"),
+            ("data.text_tokens", "0"),
+        ] {
+            let e = load(text, &[&format!("stage.0.{key}={bad}")]).expect_err(key).to_string();
+            assert!(e.contains(&format!("stage.0.{key}")), "{e}");
+        }
+        let c = load(text, &["stage.0.data.size=256", "stage.0.data.train='elsewhere'"]).expect("valid");
+        let data = c.data_of(&c.stage[0]);
+        assert_eq!((data.size, c.data.size), (256, 512));
+        assert!(data.train.is_absolute() && data.train.ends_with("elsewhere"));
+    }
+
+    #[test]
     fn built_in_data_has_its_limits() {
         let text = "[data]\nsource = \"words\"\nsize = 64\n";
         let c = load(text, &[]).expect("valid");

@@ -14,11 +14,11 @@ use super::metrics::{Line, Smooth, Usage};
 use super::sharpness::Sharpness;
 use super::weights::{read_file, set_weights};
 use super::{
-    Counts, History, Hyper, Optimizer, Outcome, Own, Stage, Template, TokenizerMode, closing, interrupt,
-    save_weights, save_weights_of, schedule, start_averages, step, text,
+    Counts, Fingerprint, History, Hyper, Optimizer, Outcome, Own, Stage, Template, TokenizerMode, closing,
+    interrupt, save_weights, save_weights_of, schedule, start_averages, step, text,
 };
 use crate::backend::{Cpu, Kernels, StepState};
-use crate::config::{Config, QuantizerKind, StageConfig};
+use crate::config::{Config, DataConfig, QuantizerKind, StageConfig};
 use crate::error::{Error, Result};
 use crate::eval::{self, Report};
 use crate::files::{self, Lines};
@@ -256,12 +256,58 @@ fn load_lpips(model: &Ett) -> Result<()> {
     }
 }
 
+/// The data sets of a run: stages that read the same share them.
+struct Sets {
+    /// What is read, to train on (unless only the closing evaluation looks at it) and held out.
+    all: Vec<(DataConfig, Option<DataSet>, Option<DataSet>)>,
+}
+
+impl Sets {
+    /// Everything that the stages read, and what the closing evaluation looks at.
+    fn open(cfg: &Config) -> Result<Self> {
+        let mut sets = Sets { all: Vec::new() };
+        let stages = cfg.stage.iter().map(|s| (cfg.data_of(s), true));
+        for (data, trains) in stages.chain([(cfg.data.clone(), false)]) {
+            if sets.find(&data).is_some() {
+                continue;
+            }
+            let train = if trains { Some(DataSet::train(&data)?) } else { None };
+            let test = DataSet::test(&data)?;
+            if let Some(test) = &test {
+                eval::check(test, data.eval_samples)?;
+            }
+            sets.all.push((data, train, test));
+        }
+        Ok(sets)
+    }
+
+    fn find(&self, data: &DataConfig) -> Option<&(DataConfig, Option<DataSet>, Option<DataSet>)> {
+        self.all.iter().find(|(have, ..)| have == data)
+    }
+
+    /// What to train on.
+    fn train(&self, data: &DataConfig) -> Result<&DataSet> {
+        self.find(data)
+            .and_then(|(_, train, _)| train.as_ref())
+            .ok_or_else(|| Error::config("data.train", "another", "the data of a stage of this run"))
+    }
+
+    /// What is held out.
+    fn test(&self, data: &DataConfig) -> Option<&DataSet> {
+        self.find(data).and_then(|(.., test)| test.as_ref())
+    }
+
+    /// Of everything that is trained on.
+    fn fingerprints(&self) -> Vec<Fingerprint> {
+        self.all.iter().filter_map(|(_, train, _)| train.as_ref()).map(DataSet::fingerprint).collect()
+    }
+}
+
 /// A run under way.
 struct Session {
     cfg: Config,
     model: Ett,
-    data: DataSet,
-    test: Option<DataSet>,
+    sets: Sets,
     template: Template,
     out: PathBuf,
     quiet: bool,
@@ -275,18 +321,15 @@ impl Session {
             Some(path) => Some(std::fs::read(path).map_err(Error::io(path))?.into()),
             None => None,
         };
-        let (data, test) = (DataSet::train(&cfg.data)?, DataSet::test(&cfg.data)?);
-        if let Some(test) = &test {
-            eval::check(test, cfg.data.eval_samples)?;
-        }
+        let sets = Sets::open(cfg)?;
         let model = Ett::new(cfg, dev)?;
         let progress = Progress {
-            data: vec![data.fingerprint()],
+            data: sets.fingerprints(),
             history: History::new(text),
             tokenizer,
             ..Progress::default()
         };
-        Ok(Session { cfg: cfg.clone(), model, data, test, template, out: out.into(), quiet, progress })
+        Ok(Session { cfg: cfg.clone(), model, sets, template, out: out.into(), quiet, progress })
     }
 
     fn go(mut self, from: Option<&Path>) -> Result<Finished> {
@@ -320,10 +363,10 @@ impl Session {
         save_weights_of(params, &self.out.join(WEIGHTS), Copy::Master, history).map_err(explain)?;
         interrupt::enter(interrupt::Phase::Closing);
         closing::plot(&self.out.join(METRICS), &self.out);
-        let evaluated = self.test.as_ref().map(|test| {
+        let evaluated = self.sets.test(&self.cfg.data).map(|test| {
             interrupt::check()?;
             tracing::info!("evaluating on held-out pictures of {}", test.root.display());
-            closing::evaluate(&self.model, test, &self.template, &self.out)
+            closing::evaluate(&mut self.model, test, &self.template, &self.out)
         });
         let (report, ending) = match evaluated.transpose() {
             Ok(report) => (report, Ending::Whole),
@@ -345,7 +388,9 @@ impl Session {
         from: Option<&Path>,
         metrics: &mut Lines,
     ) -> Result<Option<PathBuf>> {
-        let Session { cfg: all, model, data, test, template, out, quiet, progress } = self;
+        let Session { cfg: all, model, sets, template, out, quiet, progress } = self;
+        let data = all.data_of(cfg);
+        let (data, test) = (sets.train(&data)?, sets.test(&data));
         let checkpoints = Checkpoints::new(out, all.train.keep);
         let stage = Stage::of(cfg, model)?;
         let trained = stage.trained();
@@ -424,9 +469,7 @@ impl Session {
             drop((fed, outcome));
             let done = s + 1;
             let every = all.train.eval_every;
-            if let Some(test) =
-                test.as_ref().filter(|_| every > 0 && (done % every == 0 || done == cfg.steps))
-            {
+            if let Some(test) = test.filter(|_| every > 0 && (done % every == 0 || done == cfg.steps)) {
                 match eval::during(model, test, template, cfg.kind) {
                     Ok(values) => line.eval = Some(values),
                     Err(e) => bar.suspend(|| tracing::warn!("step {s} is not evaluated: {e}")),
