@@ -4,7 +4,7 @@ mod continued;
 mod draw;
 mod sample;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::autograd::{Tape, Var};
@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::eval::Report;
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Packed, Part};
+use crate::nn::Copy;
 use crate::ops;
 use crate::tensor::Tensor;
 use crate::train::feed::{DataSet, images_to_device};
@@ -36,6 +37,8 @@ pub struct Trained {
     pub model: Ett,
     template: Template,
     history: Option<History>,
+    /// Averages of weights that the run kept and that are not in use.
+    averages: Option<PathBuf>,
 }
 
 impl Trained {
@@ -60,16 +63,33 @@ impl Trained {
         }
         let model = Ett::new(&cfg, dev)?;
         load_weights(&model.params, &weights)?;
+        let averages = folder.join(EMA);
+        let averages = averages.exists().then_some(averages);
         if ema {
-            let path = folder.join(EMA);
-            if !path.exists() {
+            let Some(path) = &averages else {
                 let what = format!("holds no {EMA}; leave --ema out, or train with `ema = true` in a stage");
                 return Err(Error::data(folder, what));
-            }
-            let averages = read_file(&path)?;
-            set_weights(&model.params, &path, &averages, Some(&|name| averages.contains_key(name)))?;
+            };
+            let averages = read_file(path)?;
+            set_weights(&model.params, path, &averages, Some(&|name| averages.contains_key(name)))?;
         }
-        Ok(Trained { model, template, history })
+        let averages = averages.filter(|_| !ema);
+        Ok(Trained { model, template, history, averages })
+    }
+
+    /// Brings the run's averages beside the weights, for an evaluation as training makes it.
+    fn keep_averages(&mut self) -> Result<()> {
+        let Some(path) = self.averages.take() else { return Ok(()) };
+        let averages = read_file(&path)?;
+        let params = &mut self.model.params;
+        let groups: Vec<String> = params
+            .groups()
+            .into_iter()
+            .filter(|g| params.names().any(|(name, of, _)| of == *g && averages.contains_key(name)))
+            .map(String::from)
+            .collect();
+        params.average(&groups.iter().map(String::as_str).collect::<Vec<_>>())?;
+        averages.iter().try_for_each(|(name, t)| params.write_public(name, Copy::Ema, t))
     }
 
     /// What to say if the model is asked for what no stage has taught it; `None` if one has, or if the weights do not
@@ -93,8 +113,9 @@ impl Trained {
                 "held-out pictures in the run's configuration, or --data FOLDER",
             )
         })?;
+        self.keep_averages()?;
         std::fs::create_dir_all(out).map_err(Error::io(out))?;
-        evaluate(&self.model, &test, &self.template, out)
+        evaluate(&mut self.model, &test, &self.template, out)
     }
 
     /// A picture as training saw it: shorter side resized, centre crop.
@@ -272,7 +293,16 @@ fn encode(model: &Ett, t: &Tape, images: &[Image]) -> Result<(Var, Tensor, Vec<G
     let (x, _) = images_to_device(model, images)?;
     let (z, grids) = model.tokenizer.encode(t, &model.params, &[t.constant(x)])?;
     let codes = model.tokenizer.codes(t, &model.params)?;
-    let (zq, idx) = model.look_up(t, &z, &codes)?;
+    let (zq, idx, bad) = model.look_up(t, &z, &codes)?;
+    let bad = bad.to_f64(t.dev())?[0];
+    if bad > 0.0 {
+        return Err(Error::arg(
+            "encode",
+            "images",
+            format!("encoded into {bad} tokens without a finite score of any code"),
+            "weights of the encoder and the codebook that are finite numbers",
+        ));
+    }
     Ok((zq, idx, grids))
 }
 

@@ -452,6 +452,12 @@ const FREE: [&str; 8] = [
     "data.eval_samples",
 ];
 
+/// A stage's own data may lie elsewhere, too.
+fn is_free(key: &str) -> bool {
+    let of_a_stage = key.strip_prefix("stage.").and_then(|k| k.split_once('.')).map(|(_, k)| k);
+    FREE.contains(&key) || of_a_stage.is_some_and(|k| ["data.train", "data.test"].contains(&k))
+}
+
 /// Fails if a run would go on with another configuration than its checkpoint was made with, and names the keys.
 /// Threads, saving, the closing evaluation and the place of the data may change.
 pub fn check_config(folder: &Path, cfg: &Config) -> Result<()> {
@@ -468,7 +474,7 @@ pub fn check_config(folder: &Path, cfg: &Config) -> Result<()> {
     let show = |v: Option<&String>| v.cloned().unwrap_or("left out".into());
     let changed: Vec<String> = keys
         .into_iter()
-        .filter(|k| then.get(*k) != now.get(*k) && !FREE.contains(&k.as_str()))
+        .filter(|k| then.get(*k) != now.get(*k) && !is_free(k))
         .map(|k| format!("`{k}` was {}, now {}", show(then.get(k)), show(now.get(k))))
         .collect();
     if changed.is_empty() {

@@ -67,8 +67,9 @@ pub fn check() -> Result<()> {
 #[cfg(unix)]
 fn ignored() -> Vec<libc::c_int> {
     let is_ignored = |&signal: &libc::c_int| {
-        // SAFETY: an action of zeros is valid, and with a null pointer sigaction only writes the current one into it.
+        // SAFETY: an action of zeros is valid; with a null pointer sigaction only writes the current one into it.
         let mut now: libc::sigaction = unsafe { std::mem::zeroed() };
+        // SAFETY: as above.
         let asked = unsafe { libc::sigaction(signal, std::ptr::null(), &mut now) };
         asked == 0 && now.sa_sigaction == libc::SIG_IGN
     };

@@ -28,12 +28,13 @@ pub(crate) use history::text;
 pub use history::{History, Skill};
 pub use inspect::inspect;
 pub(crate) use metrics::code_usage;
-pub use optim::{Hyper, Optimizer, schedule};
+pub use optim::{Hyper, Optimizer, Own, schedule};
 pub use plan::{StagePlan, choose_device, largest_batch, parse_memory, plan, plan_stage};
 pub use run::{
     CONFIG, EMA, Ending, Finished, METRICS, RunOptions, TOKENIZER, WEIGHTS, profile_table, resume, run,
     run_config, written,
 };
+use stages::start_averages;
 pub use stages::{Stage, Template, averaged};
-pub use step::{Batch, Loss, Outcome, Recipe, TokenizerMode, step};
+pub use step::{Batch, Counts, Loss, Outcome, Recipe, TokenizerMode, step};
 pub use weights::{load_weights, save_weights, save_weights_of};

@@ -14,11 +14,11 @@ use super::metrics::{Line, Smooth, Usage};
 use super::sharpness::Sharpness;
 use super::weights::{read_file, set_weights};
 use super::{
-    History, Hyper, Optimizer, Outcome, Stage, Template, TokenizerMode, averaged, closing, interrupt,
-    save_weights, save_weights_of, schedule, step, text,
+    Counts, Fingerprint, History, Hyper, Optimizer, Outcome, Own, Stage, Template, TokenizerMode, closing,
+    interrupt, save_weights, save_weights_of, schedule, start_averages, step, text,
 };
-use crate::backend::{Cpu, Kernels, Slot, StepState};
-use crate::config::{Config, GroupConfig, QuantizerKind, StageConfig};
+use crate::backend::{Cpu, Kernels, StepState};
+use crate::config::{Config, DataConfig, QuantizerKind, StageConfig};
 use crate::error::{Error, Result};
 use crate::eval::{self, Report};
 use crate::files::{self, Lines};
@@ -256,12 +256,58 @@ fn load_lpips(model: &Ett) -> Result<()> {
     }
 }
 
+/// The data sets of a run: stages that read the same share them.
+struct Sets {
+    /// What is read, to train on (unless only the closing evaluation looks at it) and held out.
+    all: Vec<(DataConfig, Option<DataSet>, Option<DataSet>)>,
+}
+
+impl Sets {
+    /// Everything that the stages read, and what the closing evaluation looks at.
+    fn open(cfg: &Config) -> Result<Self> {
+        let mut sets = Sets { all: Vec::new() };
+        let stages = cfg.stage.iter().map(|s| (cfg.data_of(s), true));
+        for (data, trains) in stages.chain([(cfg.data.clone(), false)]) {
+            if sets.find(&data).is_some() {
+                continue;
+            }
+            let train = if trains { Some(DataSet::train(&data)?) } else { None };
+            let test = DataSet::test(&data)?;
+            if let Some(test) = &test {
+                eval::check(test, data.eval_samples)?;
+            }
+            sets.all.push((data, train, test));
+        }
+        Ok(sets)
+    }
+
+    fn find(&self, data: &DataConfig) -> Option<&(DataConfig, Option<DataSet>, Option<DataSet>)> {
+        self.all.iter().find(|(have, ..)| have == data)
+    }
+
+    /// What to train on.
+    fn train(&self, data: &DataConfig) -> Result<&DataSet> {
+        self.find(data)
+            .and_then(|(_, train, _)| train.as_ref())
+            .ok_or_else(|| Error::config("data.train", "another", "the data of a stage of this run"))
+    }
+
+    /// What is held out.
+    fn test(&self, data: &DataConfig) -> Option<&DataSet> {
+        self.find(data).and_then(|(.., test)| test.as_ref())
+    }
+
+    /// Of everything that is trained on.
+    fn fingerprints(&self) -> Vec<Fingerprint> {
+        self.all.iter().filter_map(|(_, train, _)| train.as_ref()).map(DataSet::fingerprint).collect()
+    }
+}
+
 /// A run under way.
 struct Session {
     cfg: Config,
     model: Ett,
-    data: DataSet,
-    test: Option<DataSet>,
+    sets: Sets,
     template: Template,
     out: PathBuf,
     quiet: bool,
@@ -275,18 +321,15 @@ impl Session {
             Some(path) => Some(std::fs::read(path).map_err(Error::io(path))?.into()),
             None => None,
         };
-        let (data, test) = (DataSet::train(&cfg.data)?, DataSet::test(&cfg.data)?);
-        if let Some(test) = &test {
-            eval::check(test, cfg.data.eval_samples)?;
-        }
+        let sets = Sets::open(cfg)?;
         let model = Ett::new(cfg, dev)?;
         let progress = Progress {
-            data: vec![data.fingerprint()],
+            data: sets.fingerprints(),
             history: History::new(text),
             tokenizer,
             ..Progress::default()
         };
-        Ok(Session { cfg: cfg.clone(), model, data, test, template, out: out.into(), quiet, progress })
+        Ok(Session { cfg: cfg.clone(), model, sets, template, out: out.into(), quiet, progress })
     }
 
     fn go(mut self, from: Option<&Path>) -> Result<Finished> {
@@ -320,10 +363,10 @@ impl Session {
         save_weights_of(params, &self.out.join(WEIGHTS), Copy::Master, history).map_err(explain)?;
         interrupt::enter(interrupt::Phase::Closing);
         closing::plot(&self.out.join(METRICS), &self.out);
-        let evaluated = self.test.as_ref().map(|test| {
+        let evaluated = self.sets.test(&self.cfg.data).map(|test| {
             interrupt::check()?;
             tracing::info!("evaluating on held-out pictures of {}", test.root.display());
-            closing::evaluate(&self.model, test, &self.template, &self.out)
+            closing::evaluate(&mut self.model, test, &self.template, &self.out)
         });
         let (report, ending) = match evaluated.transpose() {
             Ok(report) => (report, Ending::Whole),
@@ -345,17 +388,15 @@ impl Session {
         from: Option<&Path>,
         metrics: &mut Lines,
     ) -> Result<Option<PathBuf>> {
-        let Session { cfg: all, model, data, test, template, out, quiet, progress } = self;
+        let Session { cfg: all, model, sets, template, out, quiet, progress } = self;
+        let data = all.data_of(cfg);
+        let (data, test) = (sets.train(&data)?, sets.test(&data));
         let checkpoints = Checkpoints::new(out, all.train.keep);
         let stage = Stage::of(cfg, model)?;
         let trained = stage.trained();
         model.params.train(&trained)?;
         if from.is_none() {
-            // Averages outlast stages that leave their group alone, and start anew where it is trained again.
-            model.params.drop_averages(&trained);
-            if cfg.ema {
-                model.params.average(&averaged(&trained))?;
-            }
+            start_averages(model, &trained, cfg.ema)?;
         }
         let feed = Feed::new(data, template, cfg, &stage, &all.train, number)?;
         let mut update = Update::new(model, cfg, &stage)?;
@@ -384,7 +425,7 @@ impl Session {
             let rate = update.prepare(model, cfg, &stage, &fed, s)?;
             let outcome =
                 step(model, &stage.recipe, &fed.parts, &update.state, &update.main, update.disc.as_ref())?;
-            let (norm, bad) = update.finish(model)?;
+            let (norm, bad) = update.finish(model, &outcome)?;
             let mut line = Line { stage: cfg.kind.name(), number, step: s, rate, ..Line::default() };
             line.measure(model, &outcome)?;
             line.grad_norm = norm;
@@ -428,9 +469,7 @@ impl Session {
             drop((fed, outcome));
             let done = s + 1;
             let every = all.train.eval_every;
-            if let Some(test) =
-                test.as_ref().filter(|_| every > 0 && (done % every == 0 || done == cfg.steps))
-            {
+            if let Some(test) = test.filter(|_| every > 0 && (done % every == 0 || done == cfg.steps)) {
                 match eval::during(model, test, template, cfg.kind) {
                     Ok(values) => line.eval = Some(values),
                     Err(e) => bar.suspend(|| tracing::warn!("step {s} is not evaluated: {e}")),
@@ -477,17 +516,23 @@ impl Update {
     fn new(model: &Ett, cfg: &StageConfig, stage: &Stage) -> Result<Self> {
         let t = &model.cfg.train;
         let ema_decay = if cfg.ema { t.ema_decay } else { 0.0 };
-        let hyper =
-            |betas| Hyper { betas, eps: t.adam_eps, weight_decay: t.weight_decay, ema_decay, clip: t.clip };
+        let (eps, clip) = (cfg.adam_eps.unwrap_or(t.adam_eps), cfg.clip.unwrap_or(t.clip));
+        let weight_decay = cfg.weight_decay.unwrap_or(t.weight_decay);
         let mut state = StepState::new(&**model.params.device(), model.params.precision().acc)?;
         stage.recipe.weights(model, &mut state, cfg.accumulate);
         let (peak, betas) = (cfg.lr.unwrap_or(t.lr), cfg.betas.unwrap_or(t.betas));
-        let mut main = Optimizer::new(&model.params, &stage.groups, hyper(betas))?;
-        let own = cfg.groups.get("discriminator").cloned().unwrap_or_default();
+        let hyper = Hyper { betas, eps, weight_decay, ema_decay, clip };
+        let mut main = Optimizer::new(&model.params, &stage.groups, hyper)?;
+        let of = cfg.groups.get("discriminator").cloned().unwrap_or_default();
         for (name, g) in cfg.groups.iter().filter(|(name, _)| *name != "discriminator") {
-            let GroupConfig { lr, betas: own } = *g;
-            let scale = lr.map_or(1.0, |lr| if peak > 0.0 { lr / peak } else { 0.0 });
-            main.set_group(&model.params, name, scale, own.unwrap_or(betas)).map_err(|_| {
+            let own = Own {
+                scale: g.lr.map_or(1.0, |lr| if peak > 0.0 { lr / peak } else { 0.0 }),
+                betas: g.betas.unwrap_or(betas),
+                eps: g.adam_eps.unwrap_or(eps),
+                weight_decay: g.weight_decay.unwrap_or(weight_decay),
+                clip: g.clip,
+            };
+            main.set_group(&model.params, name, own).map_err(|_| {
                 let key = format!("stage.groups.{name}");
                 let want = format!("a group that this stage trains: {}", stage.trained().join(", "));
                 Error::config(key, "not trained", want)
@@ -495,12 +540,18 @@ impl Update {
         }
         let disc = match stage.discriminator {
             true => {
-                let hyper = hyper(own.betas.unwrap_or(t.disc_betas));
+                let hyper = Hyper {
+                    betas: of.betas.unwrap_or(t.disc_betas),
+                    eps: of.adam_eps.unwrap_or(eps),
+                    weight_decay: of.weight_decay.unwrap_or(weight_decay),
+                    ema_decay,
+                    clip: of.clip.unwrap_or(clip),
+                };
                 Some(Optimizer::new(&model.params, &["discriminator"], hyper)?)
             }
             false => None,
         };
-        Ok(Update { state, main, disc, peak, disc_peak: own.lr.unwrap_or(peak) })
+        Ok(Update { state, main, disc, peak, disc_peak: of.lr.unwrap_or(peak) })
     }
 
     /// The optimizers, in the order of checkpoints.
@@ -524,9 +575,9 @@ impl Update {
         if (stage.recipe.text || stage.recipe.codes) && fed.tokens + fed.codes == 0 {
             return Err(what(if stage.recipe.codes { "code" } else { "token" }));
         }
-        self.state.set(Slot::InvTokens, 1.0 / fed.tokens.max(1) as f64);
-        self.state.set(Slot::InvCodes, 1.0 / fed.codes.max(1) as f64);
-        let rate = |peak| schedule(cfg.schedule, peak, model.cfg.train.warmup, s, cfg.steps);
+        Counts::new(model, &fed.parts, fed.tokens, fed.codes).set(&mut self.state);
+        let warmup = cfg.warmup(&model.cfg.train);
+        let rate = |peak| schedule(cfg.schedule, peak, warmup, s, cfg.steps);
         self.main.prepare(&mut self.state, rate(self.peak));
         if let Some(d) = &mut self.disc {
             d.prepare(&mut self.state, rate(self.disc_peak));
@@ -535,19 +586,15 @@ impl Update {
         Ok(rate(self.peak))
     }
 
-    /// Waits for the step; its gradient norm, and whether an update was skipped.
-    fn finish(&mut self, model: &Ett) -> Result<(f64, bool)> {
-        let dev = &**model.params.device();
-        let (mut norms, mut bad) = (Vec::new(), false);
-        for o in self.optimizers() {
-            let norm = o.norm().to_f64(dev)?;
-            norms.push(norm[0].sqrt());
-            if norm[1] > 0.0 {
-                bad = true;
-                o.skip();
-            }
+    /// Waits for the step; its gradient norm, and whether it was skipped.
+    fn finish(&mut self, model: &mut Ett, out: &Outcome) -> Result<(f64, bool)> {
+        let norms = self.main.norm().to_f64(&**model.params.device())?;
+        let bad = norms[1] > 0.0;
+        if bad {
+            self.optimizers().into_iter().for_each(Optimizer::skip);
+            model.discriminator_state.batches = out.batches_before;
         }
-        Ok((norms[0], bad))
+        Ok((norms.chunks(2).map(|n| n[0]).sum::<f64>().sqrt(), bad))
     }
 }
 

@@ -20,6 +20,7 @@ mod plan;
 mod process;
 mod properties;
 mod quantizer;
+mod ranks;
 mod reference;
 mod robust;
 mod run;
