@@ -127,8 +127,6 @@ fn begin(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions) -> Result<Session>
             return Err(Error::data(path, what));
         }
         files::replace(&path, |f| f.put(bytes))?;
-        session.cfg.data.tokenizer = Some(path.clone());
-        session.model.cfg.data.tokenizer = Some(path);
     }
     let text = checkpoint::config_text(&session.cfg)?;
     files::replace(&o.out.join(CONFIG), |f| f.put(text.as_bytes()))?;
