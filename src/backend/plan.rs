@@ -81,7 +81,7 @@ impl Counter {
 }
 
 impl Reclaim for Counter {
-    fn reclaim(&self, _addr: u64, bytes: usize, role: Role) {
+    unsafe fn reclaim(&self, _addr: u64, bytes: usize, role: Role) {
         self.lock().memory.sub(role, bytes);
     }
 }
@@ -161,6 +161,15 @@ impl Default for Plan {
 }
 
 impl Collectives for Plan {
+    fn ranks(&self) -> usize {
+        1
+    }
+    fn rank(&self) -> usize {
+        0
+    }
+    fn all_reduce(&self, _s: Stream, x: Acc) -> Result<()> {
+        check_view("all_reduce", "x", &x.0)
+    }
     fn reduce_scatter(&self, _s: Stream, _x: In, _y: Out) -> Result<()> {
         Ok(())
     }
@@ -180,13 +189,24 @@ impl Device for Plan {
 
     fn alloc(&self, role: Role, bytes: usize) -> Result<Buffer> {
         let mut s = self.state.lock();
+        let all = s.memory.total().checked_add(bytes as u64);
+        if all.is_none_or(|all| all > i64::MAX as u64) {
+            return Err(Error::OutOfMemory {
+                device: self.name(),
+                role: role.to_string(),
+                asked: size(bytes as u64),
+                free: "no device has that much".into(),
+                held: s.memory.largest(),
+            });
+        }
         s.memory.add(role, bytes);
         let largest = &mut s.largest[role as usize];
         *largest = (*largest).max(bytes as u64);
         let addr = s.next;
         s.next += bytes.next_multiple_of(256) as u64;
         drop(s);
-        Ok(Buffer::new(addr, bytes, role, self.state.clone()))
+        // SAFETY: a device without data.
+        Ok(unsafe { Buffer::new(addr, bytes, role, self.state.clone()) })
     }
 
     fn copy_in(&self, _s: Stream, src: &[u8], dst: Out) -> Result<()> {

@@ -59,15 +59,15 @@ fn wrong_values_name_key_value_and_what_is_allowed() {
     let stage = |rest: &str| format!("[[stage]]\nkind = \"chat\"\nsteps = 1\nbatch = 6\n{rest}\n");
     for (text, parts) in [
         (stage("accumulate = 4"), ["stage.0.accumulate", "4", "divisor of the batch of 6"]),
-        (stage("accumulate = 0"), ["stage.0.accumulate", "0", "1 or more"]),
+        (stage("accumulate = 0"), ["stage.0.accumulate", "0", "1 to "]),
         (stage("captions = 1.5"), ["stage.0.captions", "1.5", "0 to 1"]),
-        (stage("groups = { llm = { lr = -1.0 } }"), ["stage.0.groups.llm.lr", "-1", "0 or more"]),
+        (stage("groups = { llm = { lr = -1.0 } }"), ["stage.0.groups.llm.lr", "-1", "from 0 to"]),
         (stage("groups = { llm = { betas = [0.9, 1.0] } }"), ["stage.0.groups.llm.betas", "1.0", "below 1"]),
         (stage("kind2 = 1"), ["kind2", "unknown field", "accumulate"]),
         (stage("").replace("chat", "gen"), ["visual_head.kind", "none", "tied or linear"]),
         (stage("").replace("chat", "walk"), ["walk", "unknown variant", "tokenizer"]),
         ("[train]\nprompt_dropout = 2.0\n".into(), ["train.prompt_dropout", "2", "0 to 1"]),
-        ("[train]\nkeep = 0\n".into(), ["train.keep", "0", "1 or more"]),
+        ("[train]\nkeep = 0\n".into(), ["train.keep", "0", "1 to "]),
         ("[train]\nkept = 3\n".into(), ["kept", "unknown field", "save_every"]),
         ("[train\n".into(), ["c.toml", "line 1", "TOML"]),
     ] {

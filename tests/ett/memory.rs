@@ -23,24 +23,28 @@ fn grew(bytes: usize) {
     PEAK.fetch_max(live, Relaxed);
 }
 
-// Every call goes to the system's allocator as it came.
+// SAFETY: every call goes to the system's allocator as it came.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         grew(layout.size());
+        // SAFETY: the caller's word is passed on.
         unsafe { System.alloc(layout) }
     }
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         grew(layout.size());
+        // SAFETY: the caller's word is passed on.
         unsafe { System.alloc_zeroed(layout) }
     }
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
         LIVE.fetch_sub(layout.size(), Relaxed);
+        // SAFETY: the caller's word is passed on.
         unsafe { System.dealloc(at, layout) }
     }
     unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         // The old block and the new one may both exist for a moment.
         grew(size);
         LIVE.fetch_sub(layout.size(), Relaxed);
+        // SAFETY: the caller's word is passed on.
         unsafe { System.realloc(at, layout, size) }
     }
 }
@@ -84,6 +88,7 @@ fn measure() -> Outcome {
         [0.25, 0.0125, -0.0125].map(|w| Tensor::from_f64(&*cpu, Role::Input, DType::F32, &[w], [1]));
     let [w_quant, w_sample, w_avg] = weights;
     let (w_quant, w_sample, w_avg) = (w_quant?, w_sample?, w_avg?);
+    let inv_count = Tensor::from_f64(&*cpu, Role::Input, DType::F32, &[1.0 / M as f64], [1])?;
 
     let device = cpu.memory();
     let held = device.total();
@@ -95,12 +100,11 @@ fn measure() -> Outcome {
     let t = Tape::new(cpu.clone(), prec);
     let (z, e) = (t.leaf(z), t.weight(e, Some(de.clone())));
     let o = IbqOptions {
-        entropy: Entropy { temperature: 0.01, eps: 1e-5 },
+        entropy: Some(Entropy { temperature: 0.01, eps: 1e-5 }),
         beta_commit: 1.0,
         beta_code: 0.25,
-        inv_count: 1.0 / M as f64,
     };
-    let q = ops::ibq(&t, &z, &e, o)?;
+    let q = ops::ibq(&t, &z, &e, &inv_count, o)?;
     let (sample, avg) = (q.sample.as_ref().ok_or("sample")?, q.avg.as_ref().ok_or("avg")?);
     let forward = start.elapsed().as_secs_f64();
     let seeds = [(&q.zq, &g), (&q.quant, &w_quant), (sample, &w_sample), (avg, &w_avg)];

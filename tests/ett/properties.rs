@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use ett::autograd::{Tape, Var};
 use ett::backend::{Kernels, Plan, Unary};
-use ett::config::Config;
+use ett::config::{Config, GroupConfig, StageConfig, StageKind, VisualHeadKind};
 use ett::error::Result;
 use ett::ops::{self, Conv, Entropy, Heads, IbqOptions, Rotary, Seqs};
 use ett::tensor::{DType, Precision};
+use ett::train::plan_stage;
 use proptest::prelude::*;
 use proptest::test_runner::{Config as Cases, RngAlgorithm, TestRng, TestRunner};
 
@@ -323,11 +324,11 @@ fn quantizers() {
         .prop_flat_map(|(m, k, d)| (mostly(vec![m, d]), mostly(vec![k, d]), any::<bool>()));
     cases(96, shapes, |(z, e, ibq)| {
         let fits = z.len() == 2 && e.len() == 2 && z[1] == e[1] && e[0] > 0;
+        let m = z.first().copied().unwrap_or(1);
         let options = IbqOptions {
-            entropy: Entropy { temperature: 0.1, eps: 1e-5 },
+            entropy: Some(Entropy { temperature: 0.1, eps: 1e-5 }),
             beta_commit: 1.0,
             beta_code: 0.25,
-            inv_count: 1.0 / z.first().copied().unwrap_or(1).max(1) as f64,
         };
         let want = fits.then(|| {
             let mut all = vec![z.clone(), vec![1]];
@@ -335,10 +336,11 @@ fn quantizers() {
             all
         });
         holds(want, |t| {
+            let inv_count = tensor(t.tape.dev(), DType::F32, &[1.0 / m.max(1) as f64], [1]);
             let (z, e) = (t.leaf(&z), t.leaf(&e));
             let q = match ibq {
-                true => ops::ibq(&t.tape, &z, &e, options)?,
-                false => ops::vq(&t.tape, &z, &e, options)?,
+                true => ops::ibq(&t.tape, &z, &e, &inv_count, options)?,
+                false => ops::vq(&t.tape, &z, &e, &inv_count, options)?,
             };
             let outputs = [Some(q.zq), Some(q.quant), q.sample, q.avg].into_iter().flatten().collect();
             Ok((vec![z, e], outputs))
@@ -378,6 +380,168 @@ fn any_override_is_taken_or_refused_in_words() -> Outcome {
         std::fs::write(&path, &text).map_err(|e| TestCaseError::fail(e.to_string()))?;
         if let Err(e) = Config::load(&path, &[]) {
             prop_assert!(e.to_string().contains("config.toml: not a configuration"), "{text:?}: {e}");
+        }
+        Ok(())
+    });
+    Ok(())
+}
+
+/// The smallest model that has every part, with every key that may be left out.
+fn every_key() -> Config {
+    let mut c = Config::default();
+    (c.tokenizer.ch, c.tokenizer.ch_mult, c.tokenizer.norm_groups) = (8, vec![1, 2], 4);
+    (c.tokenizer.num_res_blocks, c.tokenizer.z_channels) = (1, 8);
+    (c.quantizer.codes, c.quantizer.dim) = (16, 4);
+    c.lpips.widths = [4; 5];
+    c.discriminator.ndf = 4;
+    let l = &mut c.llm;
+    (l.vocab, l.width, l.layers, l.heads, l.kv_heads, l.head_dim, l.mlp) = (264, 16, 1, 2, 1, 8, 24);
+    (c.data.size, c.data.text_tokens) = (32, 8);
+    c.visual_head.kind = VisualHeadKind::Tied;
+    let own = GroupConfig { lr: Some(1e-3), betas: Some([0.5, 0.9]) };
+    let groups = [("llm".to_string(), own)].into();
+    let with = |kind| StageConfig {
+        lr: Some(1e-3),
+        betas: Some([0.9, 0.95]),
+        ema: true,
+        ..StageConfig::new(kind, 2, 4)
+    };
+    c.stage = vec![StageConfig { groups, ..with(StageKind::Semantic) }, with(StageKind::Gen)];
+    c
+}
+
+/// Every place of a value in a configuration as JSON, where absent values are null; parts of lists one by one.
+fn leaves(v: &serde_json::Value, at: Vec<String>, all: &mut Vec<Vec<String>>) {
+    let below = |k: String| [at.clone(), vec![k]].concat();
+    match v {
+        serde_json::Value::Object(o) => o.iter().for_each(|(k, v)| leaves(v, below(k.clone()), all)),
+        serde_json::Value::Array(a) => {
+            a.iter().enumerate().for_each(|(i, v)| leaves(v, below(i.to_string()), all));
+            all.push(at);
+        }
+        _ => all.push(at),
+    }
+}
+
+/// The place itself; what is absent on the way is made.
+fn place<'a>(v: &'a mut toml::Value, at: &[String]) -> &'a mut toml::Value {
+    let Some((first, rest)) = at.split_first() else { return v };
+    let next = match v {
+        toml::Value::Array(a) => &mut a[first.parse::<usize>().expect("a number")],
+        toml::Value::Table(t) => t.entry(first.clone()).or_insert(toml::Value::Boolean(false)),
+        v => return v,
+    };
+    place(next, rest)
+}
+
+/// What nobody means to write.
+fn extreme() -> impl Strategy<Value = toml::Value> {
+    use toml::Value::*;
+    let whole = [
+        0,
+        1,
+        2,
+        3,
+        7,
+        1 << 13,
+        1 << 16,
+        1 << 20,
+        i64::from(i32::MAX),
+        1 << 32,
+        1 << 60,
+        i64::MAX,
+        -1,
+        i64::MIN,
+    ];
+    let real = [
+        0.0,
+        -0.0,
+        0.5,
+        1.0,
+        -1.0,
+        1e-320,
+        1e-20,
+        1e9,
+        1e300,
+        f64::MAX,
+        f64::INFINITY,
+        -f64::INFINITY,
+        f64::NAN,
+    ];
+    prop_oneof![
+        4 => prop::sample::select(whole.to_vec()).prop_map(Integer),
+        4 => prop::sample::select(real.to_vec()).prop_map(Float),
+        1 => prop::sample::select(vec![
+            Boolean(true), String("x".into()), String("gen".into()), Array(vec![]), Array(vec![Integer(1); 9]),
+            Array(vec![Float(f64::NAN); 2]), Table(toml::Table::new()),
+        ]),
+    ]
+}
+
+/// Loads `every_key` with some values replaced. An error is one line that names one of the keys.
+fn replaced(
+    path: &std::path::Path,
+    changes: &[(&Vec<String>, toml::Value)],
+) -> std::result::Result<Option<Config>, TestCaseError> {
+    let mut table = toml::Value::try_from(every_key()).expect("a table");
+    for (at, value) in changes {
+        *place(&mut table, at) = value.clone();
+    }
+    std::fs::write(path, toml::to_string(&table).expect("TOML"))
+        .map_err(|e| TestCaseError::fail(e.to_string()))?;
+    let e = match Config::load(path, &[]) {
+        Ok(c) => return Ok(Some(c)),
+        Err(e) => e.to_string(),
+    };
+    let key = |at: &&Vec<String>| {
+        at.iter().rev().find(|k| k.parse::<usize>().is_err()).is_some_and(|k| e.contains(k))
+    };
+    prop_assert!(!e.contains('\n') && changes.iter().any(|(at, _)| key(&at)), "{changes:?}: {e}");
+    Ok(None)
+}
+
+/// Every key of the configuration, those to come too, with values that nobody means: a configuration, which can be
+/// planned, or a sentence that names the key.
+#[test]
+fn any_value_of_any_key_is_taken_or_refused_by_name() -> Outcome {
+    let dir = Scratch::new();
+    let path = dir.path("config.toml");
+    let mut keys = Vec::new();
+    leaves(&serde_json::to_value(every_key())?, vec![], &mut keys);
+    assert!(keys.len() > 90 && keys.contains(&vec!["lpips".into(), "weights".into()]), "{keys:?}");
+
+    let values = serde_json::to_value(every_key())?;
+    for key in &keys {
+        let now = key.iter().fold(&values, |v, k| k.parse::<usize>().map_or(&v[k.as_str()], |i| &v[i]));
+        let mut wrong = match now {
+            v if v.is_u64() => vec![toml::Value::Integer(-1), toml::Value::Float(0.5)],
+            v if v.is_f64() => [f64::NAN, f64::INFINITY, -1.0, f64::MAX].map(toml::Value::Float).to_vec(),
+            _ => vec![],
+        };
+        // The seed of a run is any number.
+        if now.is_u64() && key[1] != "seed" {
+            wrong.push(toml::Value::Integer(i64::MAX));
+        }
+        for value in wrong {
+            let what = format!("{key:?} = {value}");
+            let taken = replaced(&path, &[(key, value)]).map_err(|e| format!("{what}: {e}"))?;
+            assert!(taken.is_none(), "{what} was accepted");
+        }
+    }
+
+    let change = || (prop::sample::select(keys.clone()), extreme());
+    cases(1500, prop::collection::vec(change(), 1..4), |changes| {
+        // Parts of a list first: the list itself may become another.
+        let mut changes: Vec<_> = changes.iter().map(|(at, v)| (at, v.clone())).collect();
+        changes.sort_by_key(|(at, _)| std::cmp::Reverse(at.len()));
+        let Some(c) = replaced(&path, &changes)? else { return Ok(()) };
+        let tokens = c.data.text_tokens + (c.data.size / c.tokenizer.downsampling()).pow(2);
+        let blocks = c.llm.layers + c.tokenizer.num_res_blocks;
+        for s in c.stage.iter().filter(|s| blocks <= 16 && tokens * s.batch <= 1 << 14) {
+            if let Err(e) = plan_stage(&c, s) {
+                let e = e.to_string();
+                prop_assert!(!e.contains('\n') && e.contains("wanted"), "{changes:?}: no plan: {e}");
+            }
         }
         Ok(())
     });

@@ -237,6 +237,7 @@ fn slots(op: &'static str, cu: &In, len: &In, n: usize, max: usize) -> Result<Ve
 /// Zeroes the rows that belong to no sequence.
 fn clear_padding<T: Elem>(y: &RowsMut<T>, from: usize) {
     for i in from..y.rows {
+        // SAFETY: one thread, and each row is done with before the next.
         unsafe { y.row(i) }.fill(T::zeroed());
     }
 }
@@ -278,7 +279,7 @@ fn fwd<E: Elem>(ws: &Workspace, a: &AttentionFwd) -> Result<()> {
             let stats = softmax(p, &block, scale);
             gemm(Mat::new(p, n, keys, keys), v, o, d, false);
             for (i, (max, sum)) in stats.into_iter().enumerate() {
-                // One task writes these columns of this row.
+                // SAFETY: one task writes these columns of this row: sequences and blocks share no rows, heads no columns.
                 let (y, lse) =
                     unsafe { (y.part(block.q + i, shape.head(h)), lse.part(block.q + i, h..h + 1)) };
                 store(y, &o[i * d..(i + 1) * d], sum);
@@ -366,7 +367,8 @@ fn bwd<E: Elem>(ws: &Workspace, a: &AttentionBwd) -> Result<()> {
             for block in shape.blocks(s) {
                 block_bwd(&saved, &y, &shape, &block, h, &mut work);
                 for i in 0..block.rows() {
-                    // One task writes these columns of this row, here and below.
+                    // SAFETY: one task writes these columns of this row: sequences and blocks share no rows, heads no
+                    // columns.
                     let dq = unsafe { dq.part(block.q + i, shape.head(h)) };
                     round(dq, &work.dq[i * d..(i + 1) * d]);
                 }
@@ -374,6 +376,7 @@ fn bwd<E: Elem>(ws: &Workspace, a: &AttentionBwd) -> Result<()> {
         }
         for (i, key) in keys.enumerate() {
             let cols = shape.head(kv_head);
+            // SAFETY: likewise for the keys of a sequence and the columns of a key/value head.
             let (dk, dv) = unsafe { (dk.part(key, cols.clone()), dv.part(key, cols)) };
             round(dk, &work.dk[i * d..(i + 1) * d]);
             round(dv, &work.dv[i * d..(i + 1) * d]);

@@ -309,8 +309,9 @@ fn bwd_data<T: Elem>(ws: &Workspace, s: &Conv2dBwdData) -> Result<()> {
                 for (i, p) in r.enumerate() {
                     let [b, y, x] = of.position(p);
                     let pixel = (b * height + py + y * s.stride) * width + px + x * s.stride;
-                    // Every pixel belongs to one position of one phase.
-                    round(&out[i * c..(i + 1) * c], unsafe { dx.row(pixel) });
+                    // SAFETY: every pixel belongs to one position of one phase, which is one task's.
+                    let dx = unsafe { dx.row(pixel) };
+                    round(&out[i * c..(i + 1) * c], dx);
                 }
             });
         }

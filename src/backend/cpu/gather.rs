@@ -36,7 +36,7 @@ fn fwd<E: Elem>(a: &GatherFwd) -> Result<()> {
     let idx = indices(op, &a.idx, y.rows, table.rows)?;
     par_for(y.rows, ROWS, |r| {
         for n in r {
-            // Chunks do not overlap: one thread a row.
+            // SAFETY: chunks do not overlap: one thread a row.
             let y = unsafe { y.row(n) };
             match usize::try_from(idx[n]) {
                 Ok(i) => y.copy_from_slice(table.row(i)),
@@ -59,6 +59,7 @@ fn bwd<E: Elem>(a: &GatherBwd) -> Result<()> {
     order.sort_by_key(|&n| idx[n]);
     let runs: Vec<&[usize]> = order.chunk_by(|&m, &n| idx[m] == idx[n]).collect();
     runs.par_iter().with_min_len(ROWS / 8).for_each(|run| {
+        // SAFETY: `indices` checked them, and each row of the table has one run.
         let out = unsafe { dtable.row(idx[run[0]] as usize) };
         for &n in *run {
             for (o, &d) in out.iter_mut().zip(dy.row(n)) {

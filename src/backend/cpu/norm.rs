@@ -599,7 +599,7 @@ fn batch_running<R: Real>(s: &BatchNormRunning) -> Result<()> {
 /// One value for each of `n` rows, to be written by the row's thread.
 fn per_row<'a, R: Real>(op: &'static str, arg: &'static str, v: &In<'a>, n: usize) -> Result<RowsMut<'a, R>> {
     vector_mut::<R>(op, arg, v, n)?;
-    rows_mut(op, arg, &In { dims: [n, 1].into(), ld: 1, ..*v })
+    rows_mut(op, arg, &v.reshape(op, arg, [n, 1])?)
 }
 
 /// Runs `f` on every row, with `cols` elements of scratch for each chunk of rows.
@@ -656,11 +656,15 @@ fn rms_fwd<T: Elem>(ws: &Workspace, s: &RmsNormFwd) -> Result<()> {
         x.cols,
         #[inline(always)]
         |i, buf: &mut [T::Acc]| {
-            // Chunks do not share rows, here and below.
+            // SAFETY: chunks do not share rows.
             let (y, out) = unsafe { (y.row(i), &mut out.row(i)[0]) };
             match residual {
                 None => widen(x.row(i), buf),
-                Some((residual, sum)) => add_rounded(x.row(i), residual.row(i), unsafe { sum.row(i) }, buf),
+                Some((residual, sum)) => {
+                    // SAFETY: as above.
+                    let sum = unsafe { sum.row(i) };
+                    add_rounded(x.row(i), residual.row(i), sum, buf);
+                }
             }
             *out = rstd(dot(buf, buf) / n, s.eps);
             for ((y, x), w) in y.iter_mut().zip(&*buf).zip(w) {
@@ -693,6 +697,7 @@ fn layer_fwd<T: Elem>(ws: &Workspace, s: &LayerNormFwd) -> Result<()> {
         x.cols,
         #[inline(always)]
         |i, buf: &mut [T::Acc]| {
+            // SAFETY: chunks do not share rows.
             let (y, mean, scale) = unsafe { (y.row(i), &mut means.row(i)[0], &mut rstds.row(i)[0]) };
             widen(x.row(i), buf);
             *mean = sum(buf) / n;
@@ -771,6 +776,7 @@ impl<T: Elem> RowsBackward<'_, T> {
         let of_d = if self.mean.is_some() { sum(d) / n } else { T::Acc::zero() };
         let (of_dx, rstd) = (dot(d, xhat) / n, self.rstd[i]);
         let value = |d: T::Acc, xhat: T::Acc| rstd * (d - of_d - xhat * of_dx);
+        // SAFETY: chunks do not share rows, and this one's thread is the caller.
         let dx = unsafe { self.dx.row(i) }.iter_mut().zip(d.iter().zip(xhat));
         match self.dsum {
             None => dx.for_each(|(dx, (d, xhat))| *dx = T::down(value(*d, *xhat))),
@@ -842,6 +848,7 @@ fn l2_fwd<T: Elem>(ws: &Workspace, s: &L2NormFwd) -> Result<()> {
         x.cols,
         #[inline(always)]
         |i, buf: &mut [T::Acc]| {
+            // SAFETY: chunks do not share rows.
             let (y, norm) = unsafe { (y.row(i), &mut norms.row(i)[0]) };
             widen(x.row(i), buf);
             *norm = dot(buf, buf).sqrt().max(T::Acc::of(s.eps));
@@ -863,7 +870,11 @@ fn l2_bwd<T: Elem, D: Elem<Acc = T::Acc>>(ws: &Workspace, s: &L2NormBwd) -> Resu
                 ws,
                 (x, dy, norm, s.eps),
                 #[inline(always)]
-                |i, v| round(v, unsafe { dx.row(i) }),
+                |i, v| {
+                    // SAFETY: chunks do not share rows.
+                    let dx = unsafe { dx.row(i) };
+                    round(v, dx);
+                },
             )
         }
         (None, Some(dx)) => {
@@ -873,7 +884,11 @@ fn l2_bwd<T: Elem, D: Elem<Acc = T::Acc>>(ws: &Workspace, s: &L2NormBwd) -> Resu
                 ws,
                 (x, dy, norm, s.eps),
                 #[inline(always)]
-                |i, v| add_to(unsafe { dx.row(i) }, v),
+                |i, v| {
+                    // SAFETY: chunks do not share rows.
+                    let dx = unsafe { dx.row(i) };
+                    add_to(dx, v);
+                },
             )
         }
         (Some(_), _) => Err(Error::arg(OP, "dx_acc", "present", "absent as `dx` is present")),

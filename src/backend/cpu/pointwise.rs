@@ -101,8 +101,13 @@ fn map<X: Elem, Y: Elem>(
         x.par_chunks(CHUNK).zip(y.par_chunks_mut(CHUNK)).for_each(|(x, y)| each(x, y));
     } else {
         let (x, y) = (rows::<X>(op, "x", x)?, rows_mut::<Y>(op, arg, y)?);
-        // Chunks do not share rows, here and below.
-        par_for(y.rows, chunk_rows(y.cols), |r| r.for_each(|i| each(x.row(i), unsafe { y.row(i) })));
+        par_for(y.rows, chunk_rows(y.cols), |r| {
+            for i in r {
+                // SAFETY: chunks do not share rows.
+                let y = unsafe { y.row(i) };
+                each(x.row(i), y);
+            }
+        });
     }
     Ok(())
 }
@@ -132,7 +137,11 @@ fn map2<T: Elem>(
         let (a, b) = (rows::<T>(op, arg_a, a)?, rows::<T>(op, arg_b, b)?);
         let y = rows_mut::<T>(op, arg_y, y)?;
         par_for(y.rows, chunk_rows(y.cols), |r| {
-            r.for_each(|i| each(a.row(i), b.row(i), unsafe { y.row(i) }))
+            for i in r {
+                // SAFETY: chunks do not share rows.
+                let y = unsafe { y.row(i) };
+                each(a.row(i), b.row(i), y);
+            }
         });
     }
     Ok(())
@@ -148,7 +157,12 @@ fn fill_with<T: Element>(y: &In, value: T) -> Result<()> {
         flat_mut::<T>("fill", "y", y)?.par_chunks_mut(CHUNK).for_each(|y| y.fill(value));
     } else {
         let y = rows_mut::<T>("fill", "y", y)?;
-        par_for(y.rows, chunk_rows(y.cols), |r| r.for_each(|i| unsafe { y.row(i) }.fill(value)));
+        par_for(y.rows, chunk_rows(y.cols), |r| {
+            for i in r {
+                // SAFETY: chunks do not share rows.
+                unsafe { y.row(i) }.fill(value);
+            }
+        });
     }
     Ok(())
 }
@@ -307,6 +321,7 @@ fn affine_fwd<T: Elem>(s: &ChannelAffineFwd) -> Result<()> {
         x.cols,
         #[inline(always)]
         |i| {
+            // SAFETY: chunks do not share rows.
             let y = unsafe { y.row(i) };
             for (((y, x), shift), scale) in y.iter_mut().zip(x.row(i)).zip(shift).zip(scale) {
                 *y = T::down((x.up() - shift.up()) / scale.up());
@@ -327,6 +342,7 @@ fn affine_bwd<T: Elem>(s: &ChannelAffineBwd) -> Result<()> {
         dy.cols,
         #[inline(always)]
         |i| {
+            // SAFETY: chunks do not share rows.
             let dx = unsafe { dx.row(i) };
             for ((dx, dy), scale) in dx.iter_mut().zip(dy.row(i)).zip(scale) {
                 *dx = T::down(dy.up() / scale.up());
@@ -346,7 +362,9 @@ fn swiglu_fwd_of<T: Elem>(s: &SwigluFwd) -> Result<()> {
         #[inline(always)]
         |i| {
             let (gate, up) = x.row(i).split_at(y.cols);
-            for ((y, gate), up) in unsafe { y.row(i) }.iter_mut().zip(gate).zip(up) {
+            // SAFETY: chunks do not share rows.
+            let y = unsafe { y.row(i) };
+            for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
                 *y = T::down(silu(gate.up()) * up.up());
             }
         },
@@ -366,6 +384,7 @@ fn swiglu_bwd_of<T: Elem>(s: &SwigluBwd) -> Result<()> {
         #[inline(always)]
         |i| {
             let (gate, up) = x.row(i).split_at(dy.cols);
+            // SAFETY: chunks do not share rows.
             let (dgate, dup) = unsafe { dx.row(i) }.split_at_mut(dy.cols);
             for ((((dgate, dup), gate), up), dy) in dgate.iter_mut().zip(dup).zip(gate).zip(up).zip(dy.row(i))
             {
@@ -402,6 +421,7 @@ fn rope_of<T: Elem>(s: &Rope) -> Result<()> {
                 let (sin, cos) = (position * *f).sin_cos();
                 *turn = (cos, if s.inverse { -sin } else { sin });
             }
+            // SAFETY: chunks do not share rows.
             let (x, y) = (x.row(i), unsafe { y.row(i) });
             for (x, y) in x[..turned].chunks_exact(d).zip(y[..turned].chunks_exact_mut(d)) {
                 rotate(x, y, &turn);

@@ -72,6 +72,7 @@ impl Pool {
                 s.free_bytes -= layout.size();
                 addr
             }
+            // SAFETY: the size is not zero.
             None => unsafe { alloc_zeroed(layout) as u64 },
         };
         if addr == 0 {
@@ -81,6 +82,7 @@ impl Pool {
         drop(s);
         if self.poison {
             // All bits set is NaN in every float type and -1 in i32.
+            // SAFETY: the block has this size, and nobody else has it.
             unsafe { std::ptr::write_bytes(addr as *mut u8, 0xFF, layout.size()) };
         }
         Some(addr)
@@ -149,14 +151,14 @@ impl Drop for Reserved {
 fn release(free: &mut HashMap<usize, Vec<u64>>) {
     for (size, list) in free.drain() {
         for addr in list {
-            // Every address in a free list came from alloc_zeroed with this very layout.
+            // SAFETY: every address in a free list came from alloc_zeroed with this very layout.
             unsafe { dealloc(addr as *mut u8, Layout::from_size_align_unchecked(size, 256)) };
         }
     }
 }
 
 impl Reclaim for Pool {
-    fn reclaim(&self, addr: u64, bytes: usize, role: Role) {
+    unsafe fn reclaim(&self, addr: u64, bytes: usize, role: Role) {
         let Some(layout) = layout(bytes) else { return };
         let mut s = self.lock();
         s.memory.sub(role, bytes);

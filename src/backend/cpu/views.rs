@@ -3,6 +3,7 @@
 
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::ptr::NonNull;
 
 use rayon::prelude::*;
 
@@ -53,9 +54,8 @@ fn check_flat(op: &'static str, arg: &'static str, v: &In) -> Result<()> {
 pub(crate) fn flat<'a, T: Element>(op: &'static str, arg: &'static str, v: &In<'a>) -> Result<&'a [T]> {
     check_dtype(op, arg, v, T::DTYPE)?;
     check_flat(op, arg, v)?;
-    // In bounds and of this type by the checks, aligned because offsets are whole elements, initialised
-    // because the pool hands out initialised memory. Kernels do not overlap inputs with outputs.
-    Ok(unsafe { std::slice::from_raw_parts((v.buf.addr() + v.off) as *const T, v.dims.numel()) })
+    // SAFETY: the checks above; the type is the view's.
+    Ok(unsafe { slice(v, v.dims.numel()) })
 }
 
 /// A contiguous output.
@@ -67,21 +67,66 @@ pub(crate) fn flat_mut<'a, T: Element>(
 ) -> Result<&'a mut [T]> {
     check_dtype(op, arg, v, T::DTYPE)?;
     check_flat(op, arg, v)?;
-    // As in `flat`; the contract forbids two views of one call to overlap if one of them is written.
-    Ok(unsafe { std::slice::from_raw_parts_mut((v.buf.addr() + v.off) as *mut T, v.dims.numel()) })
+    // SAFETY: as in `flat`.
+    Ok(unsafe { slice_mut(v, v.dims.numel()) })
 }
 
 /// The bytes of a contiguous view of any type.
 pub(crate) fn bytes<'a>(op: &'static str, arg: &'static str, v: &In<'a>) -> Result<&'a [u8]> {
     check_flat(op, arg, v)?;
-    Ok(unsafe { std::slice::from_raw_parts((v.buf.addr() + v.off) as *const u8, v.bytes() as usize) })
+    // SAFETY: the check above; any memory is bytes.
+    Ok(unsafe { slice(v, v.bytes() as usize) })
 }
 
 /// The bytes of a contiguous view of any type, to write.
 #[allow(clippy::mut_from_ref)]
 pub(crate) fn bytes_mut<'a>(op: &'static str, arg: &'static str, v: &In<'a>) -> Result<&'a mut [u8]> {
     check_flat(op, arg, v)?;
-    Ok(unsafe { std::slice::from_raw_parts_mut((v.buf.addr() + v.off) as *mut u8, v.bytes() as usize) })
+    // SAFETY: as in `bytes`; any bytes are a value of every element type.
+    Ok(unsafe { slice_mut(v, v.bytes() as usize) })
+}
+
+/// A copy of the bytes of a view of any type, row after row.
+pub(crate) fn packed(op: &'static str, arg: &'static str, v: &In) -> Result<Vec<u8>> {
+    fn all<T: Element>(op: &'static str, arg: &'static str, v: &In) -> Result<Vec<u8>> {
+        let x = rows::<T>(op, arg, v)?;
+        let mut bytes = Vec::with_capacity(v.bytes() as usize);
+        (0..x.rows).for_each(|r| bytes.extend_from_slice(bytemuck::cast_slice(x.row(r))));
+        Ok(bytes)
+    }
+    match v.dtype {
+        DType::F64 => all::<f64>(op, arg, v),
+        DType::F32 => all::<f32>(op, arg, v),
+        DType::Bf16 => all::<half::bf16>(op, arg, v),
+        DType::I32 => all::<i32>(op, arg, v),
+    }
+}
+
+/// The `n` elements from the start of a view.
+///
+/// # Safety
+/// They lie inside the view's buffer and begin at a multiple of their size.
+unsafe fn slice<'a, T: bytemuck::Pod>(v: &In<'a>, n: usize) -> &'a [T] {
+    if n == 0 {
+        return &[];
+    }
+    // SAFETY: inside the buffer by the caller's word, aligned with it; a buffer holds values from the start, and stays
+    // for 'a. The device runs one call at a time (`Cpu::turn`), so that nothing outside of it writes them now, and the
+    // contract forbids that two views of one call overlap if one of them is written.
+    unsafe { std::slice::from_raw_parts(v.addr() as *const T, n) }
+}
+
+/// The same to write.
+///
+/// # Safety
+/// As for [`slice`].
+#[allow(clippy::mut_from_ref)]
+unsafe fn slice_mut<'a, T: bytemuck::Pod>(v: &In<'a>, n: usize) -> &'a mut [T] {
+    if n == 0 {
+        return &mut [];
+    }
+    // SAFETY: as in `slice`; the contract also forbids that two outputs of one call overlap.
+    unsafe { std::slice::from_raw_parts_mut(v.addr() as *mut T, n) }
 }
 
 /// A strided input seen as `[rows, cols]`.
@@ -125,38 +170,44 @@ pub(crate) struct RowsMut<'a, T> {
     of: PhantomData<&'a mut [T]>,
 }
 
+// SAFETY: it stands for a `&mut [T]`, whose parts may be used on any thread if T may.
 unsafe impl<T: Send> Send for RowsMut<'_, T> {}
+// SAFETY: shared, it hands out parts by unsafe functions alone, whose callers promise that no two threads have the same.
 unsafe impl<T: Send> Sync for RowsMut<'_, T> {}
 
 impl<'a, T> RowsMut<'a, T> {
     /// Row `i`.
     ///
     /// # Safety
-    /// No two live slices of the same row: each row belongs to one thread of a loop.
+    /// `i < rows`, and no two live slices of the same row: each row belongs to one thread of a loop.
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn row(&self, i: usize) -> &'a mut [T] {
         debug_assert!(i < self.rows);
+        // SAFETY: `rows_mut` checked that all rows lie inside the buffer, and aligned; alone by the caller's word, and as
+        // in `slice_mut` towards what is outside of the call.
         unsafe { std::slice::from_raw_parts_mut(self.at.add(i * self.ld), self.cols) }
     }
 
     /// Columns `cols` of row `i`.
     ///
     /// # Safety
-    /// No two live slices of the same element: each pair of a row and a range of columns belongs to one
-    /// thread of a loop.
+    /// `i < rows`, `cols` within the columns, and no two live slices of the same element: each pair of a row and a
+    /// range of columns belongs to one thread of a loop.
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn part(&self, i: usize, cols: Range<usize>) -> &'a mut [T] {
         debug_assert!(i < self.rows && cols.end <= self.cols);
+        // SAFETY: as in `row`.
         unsafe { std::slice::from_raw_parts_mut(self.at.add(i * self.ld + cols.start), cols.len()) }
     }
 
     /// Rows `r` of an output without gaps.
     ///
     /// # Safety
-    /// As for [`RowsMut::row`].
+    /// The output has no gaps; else as for [`RowsMut::row`].
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn block(&self, r: Range<usize>) -> &'a mut [T] {
         debug_assert!(self.ld == self.cols && r.end <= self.rows);
+        // SAFETY: as in `row`.
         unsafe { std::slice::from_raw_parts_mut(self.at.add(r.start * self.cols), r.len() * self.cols) }
     }
 }
@@ -166,9 +217,10 @@ pub(crate) fn rows<'a, T: Element>(op: &'static str, arg: &'static str, v: &In<'
     check_dtype(op, arg, v, T::DTYPE)?;
     check_view(op, arg, v)?;
     let (rows, cols) = (v.dims.rows(), v.dims.cols());
-    let ld = if rows <= 1 { cols } else { v.ld as usize };
+    let ld = stride(v);
     let n = if rows == 0 { 0 } else { (rows - 1) * ld + cols };
-    let data = unsafe { std::slice::from_raw_parts((v.buf.addr() + v.off) as *const T, n) };
+    // SAFETY: the checks above, which take in the last element that the stride reaches.
+    let data = unsafe { slice(v, n) };
     Ok(Rows { rows, cols, ld, data })
 }
 
@@ -181,8 +233,13 @@ pub(crate) fn rows_mut<'a, T: Element>(
     check_dtype(op, arg, v, T::DTYPE)?;
     check_view(op, arg, v)?;
     let (rows, cols) = (v.dims.rows(), v.dims.cols());
-    let ld = if rows <= 1 { cols } else { v.ld as usize };
-    Ok(RowsMut { rows, cols, ld, at: (v.buf.addr() + v.off) as *mut T, of: PhantomData })
+    let at = if rows * cols == 0 { NonNull::dangling().as_ptr() } else { v.addr() as *mut T };
+    Ok(RowsMut { rows, cols, ld: stride(v), at, of: PhantomData })
+}
+
+/// Elements from one row to the next, where that means something.
+fn stride(v: &In) -> usize {
+    if v.dims.rows() <= 1 || v.dims.cols() == 0 { v.dims.cols() } else { v.ld as usize }
 }
 
 /// A one-element input.
@@ -375,7 +432,7 @@ pub(crate) fn par_row_blocks<T: Element>(
         let mut local = scratch.take();
         let [s] = local.parts();
         let s = &mut s[..r.len() * y.cols];
-        // As above: this chunk's rows are this thread's.
+        // SAFETY: this chunk's rows are this thread's; each slice is done with before the next is made.
         let row = |i: usize| unsafe { y.row(r.start + i) };
         if keep && y.cols > 0 {
             s.chunks_mut(y.cols).enumerate().for_each(|(i, s)| s.copy_from_slice(row(i)));

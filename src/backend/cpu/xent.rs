@@ -257,7 +257,12 @@ fn bwd<E: Elem>(ws: &Workspace, a: &LinearXentBwd) -> Result<()> {
         }
         None => None,
     };
-    par_for(n, ROWS, |r| r.for_each(|n| unsafe { dx.row(n) }.fill(E::zeroed())));
+    par_for(n, ROWS, |r| {
+        for n in r {
+            // SAFETY: chunks do not share rows.
+            unsafe { dx.row(n) }.fill(E::zeroed());
+        }
+    });
     if c == 0 {
         return Ok(());
     }
@@ -278,7 +283,7 @@ fn bwd<E: Elem>(ws: &Workspace, a: &LinearXentBwd) -> Result<()> {
         tasks.into_par_iter().for_each(|share| share_bwd(&scratch, &p, &r, &lse, g, share));
         par_for(r.len(), 16, |rows| {
             for i in rows {
-                // Packed rows are distinct rows of dx: one thread a row.
+                // SAFETY: packed rows are distinct rows of dx: one thread a row.
                 let out = unsafe { dx.row(p.at[r.start + i]) };
                 add_parts(out, partial.chunks(r.len() * c).map(|part| &part[i * c..(i + 1) * c]));
             }

@@ -5,7 +5,7 @@
 //! arguments into the C structs of [`ffi`], which bindgen makes from the header.
 
 mod call;
-#[allow(missing_docs, non_camel_case_types, non_snake_case, non_upper_case_globals, clippy::all)]
+#[allow(missing_docs, non_camel_case_types, non_snake_case, non_upper_case_globals, clippy::all, clippy::undocumented_unsafe_blocks)]
 #[rustfmt::skip]
 pub mod ffi;
 mod shim;

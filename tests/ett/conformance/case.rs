@@ -425,7 +425,8 @@ pub struct Views<'a> {
 impl<'a> Views<'a> {
     /// A view of a whole buffer: `off` elements in, rows `ld` elements apart.
     pub fn view(buf: &'a Buffer, dtype: DType, dims: Dims, off: usize, ld: usize) -> In<'a> {
-        In { buf, off: (off * dtype.size()) as u64, dtype, dims, ld: ld as i64 }
+        let v = In::new(buf, (off * dtype.size()) as u64, dtype, dims, ld as i64);
+        v.unwrap_or_else(|e| panic!("a driver that places arguments outside of their buffers: {e}"))
     }
 
     /// An input that may be absent.
