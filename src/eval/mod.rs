@@ -151,8 +151,9 @@ pub fn check(test: &DataSet, n: usize) -> Result<()> {
     }
     match test.images.len() {
         n @ 0..2 => {
-            let what =
-                format!("has {n} pictures to evaluate on, wanted at least 2; add some, or evaluate on none");
+            let what = format!(
+                "holds {n} of the 2 pictures that an evaluation needs at least; add some, or name no held-out pictures"
+            );
             Err(Error::data(&test.root, what))
         }
         _ => Ok(()),

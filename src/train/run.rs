@@ -167,7 +167,7 @@ fn run_of(folder: &Path) -> Option<PathBuf> {
 
 /// What is left to do for a run whose weights are trained.
 fn evaluate(out: &Path, cfg: &Config, dev: Arc<dyn Kernels>) -> Result<Finished> {
-    if !cfg.data.has_test() || out.join(closing::REPORT).exists() {
+    if !cfg.data.has_test() || out.join(closing::REPORT).is_file() {
         return Err(Error::data(out, "holds a finished run, which has nothing left to do"));
     }
     tracing::info!("{}: all stages are trained, only the evaluation is left", out.display());

@@ -445,10 +445,13 @@ fn what_evaluation_needs_is_asked_for_before_training() -> Outcome {
     let test = |folder: &Path| format!("data.test={}", folder.display());
     let (one, all) = (test(&one), test(&place.path("data")));
     for (set, what) in [
-        (vec!["--set", &one], "one: has 1 pictures to evaluate on, wanted at least 2"),
+        (vec!["--set", &one], "one: holds 1 of the 2 pictures that an evaluation needs"),
         (vec!["--set", &all, "--set", "data.eval_samples=1"], "`data.eval_samples` is 1, wanted 2 or more"),
         (vec!["--set", &all, "--set", "data.eval_samples=0"], "`data.eval_samples` is 0, wanted 2 or more"),
-        (vec!["--set", "data.source=scenes", "--set", "data.test_samples=1"], "scenes: has 1 pictures"),
+        (
+            vec!["--set", "data.source=scenes", "--set", "data.test_samples=1"],
+            "scenes: holds 1 of the 2 pictures",
+        ),
     ] {
         let said = refused(&mut place.run("out", &set))?;
         assert!(said.contains(what), "{said}");
