@@ -4,8 +4,11 @@
 use std::sync::Arc;
 
 use ett::autograd::{Tape, Var};
-use ett::backend::{Kernels, Plan, Unary};
-use ett::config::{Config, GroupConfig, StageConfig, StageKind, VisualHeadKind};
+use ett::backend::{Kernels, Plan, Target, Unary};
+use ett::config::{
+    Config, DataConfig, GroupConfig, Source, StageConfig, StageData, StageKind, VisualHeadKind,
+};
+use ett::data::Crop;
 use ett::error::Result;
 use ett::ops::{self, Conv, Entropy, Heads, IbqOptions, Rotary, Seqs};
 use ett::tensor::{DType, Precision};
@@ -398,12 +401,34 @@ fn every_key() -> Config {
     (l.vocab, l.width, l.layers, l.heads, l.kv_heads, l.head_dim, l.mlp) = (264, 16, 1, 2, 1, 8, 24);
     (c.data.size, c.data.text_tokens) = (32, 8);
     c.visual_head.kind = VisualHeadKind::Tied;
-    let own = GroupConfig { lr: Some(1e-3), betas: Some([0.5, 0.9]) };
+    let own = GroupConfig {
+        lr: Some(1e-3),
+        betas: Some([0.5, 0.9]),
+        clip: Some(0.5),
+        weight_decay: Some(0.1),
+        adam_eps: Some(1e-8),
+    };
+    let data = StageData {
+        source: Some(Source::Scenes),
+        train: Some("train".into()),
+        test: Some("test".into()),
+        train_samples: Some(9),
+        test_samples: Some(3),
+        size: Some(16),
+        crop: Some(Crop::Random),
+        flip: Some(false),
+        text_tokens: Some(7),
+    };
     let groups = [("llm".to_string(), own)].into();
     let with = |kind| StageConfig {
         lr: Some(1e-3),
         betas: Some([0.9, 0.95]),
         ema: true,
+        warmup: Some(0.1),
+        clip: Some(1.0),
+        weight_decay: Some(0.0),
+        adam_eps: Some(1e-8),
+        data: data.clone(),
         ..StageConfig::new(kind, 2, 4)
     };
     c.stage = vec![StageConfig { groups, ..with(StageKind::Semantic) }, with(StageKind::Gen)];
@@ -535,10 +560,11 @@ fn any_value_of_any_key_is_taken_or_refused_by_name() -> Outcome {
         let mut changes: Vec<_> = changes.iter().map(|(at, v)| (at, v.clone())).collect();
         changes.sort_by_key(|(at, _)| std::cmp::Reverse(at.len()));
         let Some(c) = replaced(&path, &changes)? else { return Ok(()) };
-        let tokens = c.data.text_tokens + (c.data.size / c.tokenizer.downsampling()).pow(2);
+        let tokens = |data: DataConfig| data.text_tokens + (data.size / c.tokenizer.downsampling()).pow(2);
         let blocks = c.llm.layers + c.tokenizer.num_res_blocks;
-        for s in c.stage.iter().filter(|s| blocks <= 16 && tokens * s.batch <= 1 << 14) {
-            if let Err(e) = plan_stage(&c, s) {
+        let small = |s: &&StageConfig| blocks <= 16 && tokens(c.data_of(s)) * s.batch <= 1 << 14;
+        for s in c.stage.iter().filter(small) {
+            if let Err(e) = plan_stage(&c, s, Target::Cpu { threads: 2 }) {
                 let e = e.to_string();
                 prop_assert!(!e.contains('\n') && e.contains("wanted"), "{changes:?}: no plan: {e}");
             }

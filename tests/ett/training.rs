@@ -532,7 +532,9 @@ fn the_entropies_are_left_out_where_nothing_asks_for_them() -> Outcome {
     let mut cfg = small("f64");
     (cfg.loss.alpha, cfg.loss.entropy) = (0.0, 0.05);
     let plan = |cfg: &Config, kind| -> Result<Vec<&'static str>> {
-        Ok(ett::train::plan_stage(cfg, &ett::config::StageConfig::new(kind, 1, 2))?.kernels)
+        let stage = ett::config::StageConfig::new(kind, 1, 2);
+        let plan = ett::train::plan_stage(cfg, &stage, ett::backend::Target::Cpu { threads: 1 })?;
+        Ok(plan.kernels.into_keys().collect())
     };
     assert!(!plan(&cfg, StageKind::Semantic)?.contains(&"ibq_cols"));
     assert!(plan(&cfg, StageKind::Tokenizer)?.contains(&"ibq_cols"));

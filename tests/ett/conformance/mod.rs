@@ -21,6 +21,7 @@ mod pointwise;
 mod products;
 pub mod reject;
 mod rows;
+mod workspace;
 mod xent;
 
 use std::cell::OnceCell;
