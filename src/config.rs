@@ -1029,7 +1029,8 @@ fn blame(text: &str, overrides: &[String]) -> Option<Error> {
     let (key, value) = assignment.split_once('=')?;
     let mut want = format!("a key and a value that go together ({})", e.message());
     // A text was wanted, but the value reads as something else.
-    if e.message().starts_with("invalid type") && e.message().contains("string") {
+    let wanted = e.message().strip_prefix("invalid type").and_then(|m| m.split_once("expected"));
+    if wanted.is_some_and(|(_, wanted)| wanted.contains("string")) {
         want += &format!("; a text that looks like something else is put in quotes: '{key}=\"{value}\"'");
     }
     Some(Error::config("--set", assignment, want))

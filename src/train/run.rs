@@ -433,11 +433,14 @@ impl Session {
                     (progress.skipped, progress.in_a_row) = (progress.skipped + 1, progress.in_a_row + 1);
                     let what = format!("step {s} of stage {}", cfg.kind.name());
                     let dev = &**model.params.device();
-                    if let Some(path) = dump(out, cfg.kind.name(), s, &fed.parts, dev)? {
+                    let inputs = match dump(out, cfg.kind.name(), s, &fed.parts, dev) {
+                        Ok(path) => path.map(|p| format!("its inputs are in {}", p.display())),
+                        Err(e) => Some(format!("its inputs cannot be written: {e}")),
+                    };
+                    if let Some(inputs) = inputs {
                         bar.suspend(|| {
                             tracing::warn!(
-                                "{what}: something is not finite, the update is skipped; its inputs are in {}",
-                                path.display()
+                                "{what}: something is not finite, the update is skipped; {inputs}"
                             );
                         });
                     }

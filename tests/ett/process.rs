@@ -449,7 +449,7 @@ fn what_evaluation_needs_is_asked_for_before_training() -> Outcome {
         (vec!["--set", &all, "--set", "data.eval_samples=1"], "`data.eval_samples` is 1, wanted 2 or more"),
         (vec!["--set", &all, "--set", "data.eval_samples=0"], "`data.eval_samples` is 0, wanted 2 or more"),
         (
-            vec!["--set", "data.source=scenes", "--set", "data.test_samples=1"],
+            vec!["--set", "data.source=scenes", "--set=data.train_samples=4", "--set=data.test_samples=1"],
             "scenes: holds 1 of the 2 pictures",
         ),
     ] {
@@ -564,6 +564,8 @@ fn what_no_stage_has_taught_is_said() -> Outcome {
     warns("second", "caption", "")?;
     warns("second", "generate", "")?;
     warns("second", "ask", "to answer questions")?;
+    let said = done(Command::new(USE).arg("inspect").arg(place.path("second")))?.0;
+    assert!(said.contains("trained to reconstruct pictures, describe pictures, draw\n"), "{said}");
     done(&mut place.run("third", &[]))?;
     warns("third", "reconstruct", "to reconstruct pictures")?;
     Ok(())
