@@ -366,6 +366,10 @@ fn nan_ranks_below_all_numbers() -> Outcome {
             let idx = nearest(&*dev, prec.act, &p.z, &p.e, d, metric);
             assert_eq!((idx[0], idx[65]), (0, 0), "{metric:?}");
         }
+        // A token whose best score is infinite has no finite one.
+        let mut p = good.clone();
+        p.z[3 * d] = f64::INFINITY;
+        assert_eq!(kernels(&dev, prec, &p)?.bad, 1.0);
         // A code with a NaN is never chosen, wherever it stands.
         let mut p = good.clone();
         let dead = [0, 3, 64, 199];
