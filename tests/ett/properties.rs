@@ -27,13 +27,13 @@ fn seen(which: usize) {
     SEEN.set(seen);
 }
 
-/// [`cases`] of calls that [`holds`] judges: a good part of them has to fit and run, on both devices, and some must not.
+/// [`cases`] of calls that [`holds`] judges: a good part of them has to fit and run, and some must not.
 fn calls<S: Strategy>(count: u32, of: S, check: impl Fn(S::Value) -> Checked) {
     SEEN.set([0; 2]);
     cases(count, of, check);
     let [ran, refused] = SEEN.get();
     assert!(
-        ran >= count && refused >= count / 8,
+        ran >= count / 3 && refused >= count / 8,
         "of {count} cases {ran} calls ran and {refused} were refused"
     );
 }
