@@ -136,10 +136,7 @@ fn begin(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions) -> Result<Session>
 /// Goes on with an interrupted run from its last checkpoint, to the bits that it would have had; of a run whose weights
 /// are trained but not evaluated, the evaluation. No other process can use the folder meanwhile.
 pub fn resume(out: &Path, dev: Arc<dyn Kernels>, quiet: bool) -> Result<Finished> {
-    if let Some(run) = run_of(out) {
-        let what = format!("is part of a run; go on with `ett-train resume {}`", run.display());
-        return Err(Error::data(out, what));
-    }
+    refuse_part(out)?;
     let cfg = run_config(out)?;
     let _lock = Lock::take(out)?;
     if out.join(WEIGHTS).exists() {
@@ -153,6 +150,17 @@ pub fn resume(out: &Path, dev: Arc<dyn Kernels>, quiet: bool) -> Result<Finished
     };
     checkpoint::check_config(&from, &cfg)?;
     Session::new(&cfg, dev, out, quiet)?.go(Some(&from))
+}
+
+/// Fails if a folder is not a run's but a checkpoint's, or that of all of them.
+fn refuse_part(folder: &Path) -> Result<()> {
+    match run_of(folder) {
+        None => Ok(()),
+        Some(run) => {
+            let what = format!("is part of a run; go on with `ett-train resume {}`", run.display());
+            Err(Error::data(folder, what))
+        }
+    }
 }
 
 /// The run that a checkpoint, or the folder of all of them, belongs to.
@@ -188,6 +196,7 @@ fn evaluate(out: &Path, cfg: &Config, dev: Arc<dyn Kernels>) -> Result<Finished>
 pub fn run_config(out: &Path) -> Result<Config> {
     let path = out.join(CONFIG);
     if !path.exists() {
+        refuse_part(out)?;
         let what = format!("holds no {CONFIG}; name the folder of a run of ett-train");
         return Err(Error::data(out, what));
     }
