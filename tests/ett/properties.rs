@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use ett::autograd::{Tape, Var};
-use ett::backend::{Kernels, Plan, Unary};
+use ett::backend::{Kernels, Plan, Target, Unary};
 use ett::config::{Config, GroupConfig, StageConfig, StageKind, VisualHeadKind};
 use ett::error::Result;
 use ett::ops::{self, Conv, Entropy, Heads, IbqOptions, Rotary, Seqs};
@@ -398,7 +398,7 @@ fn every_key() -> Config {
     (l.vocab, l.width, l.layers, l.heads, l.kv_heads, l.head_dim, l.mlp) = (264, 16, 1, 2, 1, 8, 24);
     (c.data.size, c.data.text_tokens) = (32, 8);
     c.visual_head.kind = VisualHeadKind::Tied;
-    let own = GroupConfig { lr: Some(1e-3), betas: Some([0.5, 0.9]) };
+    let own = GroupConfig { lr: Some(1e-3), betas: Some([0.5, 0.9]), ..GroupConfig::default() };
     let groups = [("llm".to_string(), own)].into();
     let with = |kind| StageConfig {
         lr: Some(1e-3),
@@ -538,7 +538,7 @@ fn any_value_of_any_key_is_taken_or_refused_by_name() -> Outcome {
         let tokens = c.data.text_tokens + (c.data.size / c.tokenizer.downsampling()).pow(2);
         let blocks = c.llm.layers + c.tokenizer.num_res_blocks;
         for s in c.stage.iter().filter(|s| blocks <= 16 && tokens * s.batch <= 1 << 14) {
-            if let Err(e) = plan_stage(&c, s) {
+            if let Err(e) = plan_stage(&c, s, Target::Cpu { threads: 2 }) {
                 let e = e.to_string();
                 prop_assert!(!e.contains('\n') && e.contains("wanted"), "{changes:?}: no plan: {e}");
             }

@@ -298,7 +298,7 @@ fn what_cannot_be_written_is_named() -> Outcome {
     fs::write(&file, "in the way")?;
     let mut c = config();
     c.stage = vec![stage(StageKind::Align)];
-    let model = Ett::new(&c, cpu(1))?;
+    let mut model = Ett::new(&c, cpu(1))?;
     let metrics = dir.path("metrics.jsonl");
     fs::write(&metrics, "{\"stage\": \"text\", \"step\": 0, \"loss\": {\"cap\": 1.0}}\n")?;
     let picture = Image::filled(4, 4, 0.0);
@@ -316,7 +316,7 @@ fn what_cannot_be_written_is_named() -> Outcome {
         named(plots::labelled_grid(&[vec![(picture.clone(), "a".into())]], &below.join("a.png")), "a grid");
         let test = DataSet::test(&c.data)?.ok_or("built-in data")?;
         let template = Template::new(TextTokenizer::Bytes);
-        named(train::evaluate(&model, &test, &template, &below).map(drop), "an evaluation");
+        named(train::evaluate(&mut model, &test, &template, &below).map(drop), "an evaluation");
     }
     assert_eq!(fs::read(&file)?, b"in the way");
     Ok(())

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ett::autograd::{Tape, Var};
-use ett::backend::{Kernels, Role, StepState};
+use ett::backend::{Kernels, Role, StepState, Target};
 use ett::compare::{Bounds, compare};
 use ett::config::{Arm, Config, Scores, StageKind, VisualHeadKind};
 use ett::error::Result;
@@ -532,7 +532,14 @@ fn the_entropies_are_left_out_where_nothing_asks_for_them() -> Outcome {
     let mut cfg = small("f64");
     (cfg.loss.alpha, cfg.loss.entropy) = (0.0, 0.05);
     let plan = |cfg: &Config, kind| -> Result<Vec<&'static str>> {
-        Ok(ett::train::plan_stage(cfg, &ett::config::StageConfig::new(kind, 1, 2))?.kernels)
+        Ok(ett::train::plan_stage(
+            cfg,
+            &ett::config::StageConfig::new(kind, 1, 2),
+            Target::Cpu { threads: 1 },
+        )?
+        .kernels
+        .into_keys()
+        .collect())
     };
     assert!(!plan(&cfg, StageKind::Semantic)?.contains(&"ibq_cols"));
     assert!(plan(&cfg, StageKind::Tokenizer)?.contains(&"ibq_cols"));
