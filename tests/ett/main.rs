@@ -1,5 +1,6 @@
 //! The integration tests: one binary for all of them.
 
+mod bf16;
 mod bindings;
 mod build;
 mod builtin;

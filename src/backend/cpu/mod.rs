@@ -142,7 +142,8 @@ impl Cpu {
         let bytes = a.workspace(threads);
         let (start, before) = (Instant::now(), gemm::NANOS.load(Ordering::Relaxed));
         let result = self.install(|| {
-            let memory = self.pool.reserve(bytes).ok_or_else(|| self.out_of_memory(Role::Workspace, bytes))?;
+            let memory =
+                self.pool.reserve(bytes).ok_or_else(|| self.out_of_memory(Role::Workspace, bytes))?;
             let ws = Workspace::new(memory, threads, self.pool.is_poisoned());
             kernel(&ws)?;
             ws.check(name)

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use ett::backend::{Cpu, Device, Kernels, Plan, Target};
+use ett::backend::{Access, Cpu, Device, Kernels, Plan, Target};
 use ett::error::{Error, Result};
 use ett::tensor::Precision;
 
@@ -53,7 +53,6 @@ fn queries_of_the_cpu_are_what_its_kernels_take() -> Result<()> {
                     if bytes > 0 {
                         with.insert(kernel.name);
                     }
-                    // Whose tensors have made-up addresses: whoever followed one would die.
                     let plan = Plan::of(Target::Cpu { threads });
                     (case.call)(&plan, &views(&place(&plan, prec, &args, layout)?))?;
                     let planned: Vec<u64> = plan.kernels().values().map(|k| k.workspace).collect();
@@ -80,5 +79,24 @@ fn queries_of_the_cpu_are_what_its_kernels_take() -> Result<()> {
         "rms_norm_fwd",
     ];
     assert_eq!(with.into_iter().collect::<Vec<_>>(), want);
+    Ok(())
+}
+
+/// Inputs only: what a plan is shown holds no data.
+#[test]
+fn a_plan_follows_no_address() -> Result<()> {
+    let oracle = Cpu::new(0)?;
+    for kernel in TABLE {
+        let case = (kernel.sample)();
+        let mut args = (case.args)(&Draw::new(&oracle, Precision::F32, 1.0, &case.what));
+        round(&mut args, Precision::F32);
+        let plan = Plan::new();
+        let placed = place(&plan, Precision::F32, &args, Layout::Dense)?;
+        // The first addresses of a process are never mapped: whoever follows one dies.
+        for p in placed.iter().filter(|p| p.access == Access::Read) {
+            assert!((1..1 << 40).contains(&p.view().addr()), "`{}`", p.name);
+        }
+        (case.call)(&plan, &views(&placed))?;
+    }
     Ok(())
 }
