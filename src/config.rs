@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::data::Crop;
+use crate::data::{Crop, read_text};
 use crate::error::{Error, Result};
 use crate::tensor::Precision;
 
@@ -447,7 +447,13 @@ pub struct DataConfig {
     pub tokenizer: Option<PathBuf>,
     /// Text tokens a sample that `--plan` assumes.
     pub text_tokens: usize,
-    /// Held-out samples that the closing evaluation looks at.
+    /// Most tokens of a caption, a prompt, a question or an answer. Longer ones are cut, and counted when a stage
+    /// begins.
+    pub max_text_tokens: usize,
+    /// Most MiB of pictures that are kept in memory, at the size of training and a byte a colour; the others are
+    /// decoded again at each use.
+    pub cache_mib: usize,
+    /// Held-out samples that are evaluated, the first ones that can be used.
     pub eval_samples: usize,
 }
 
@@ -464,6 +470,8 @@ impl Default for DataConfig {
             flip: false,
             tokenizer: None,
             text_tokens: 128,
+            max_text_tokens: 1024,
+            cache_mib: 4096,
             eval_samples: 512,
         }
     }
@@ -618,8 +626,7 @@ impl Config {
 
     /// Reads and checks a file; `overrides` are `key=value` with dotted keys, values in TOML.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-        Self::parse(path, &text, overrides)
+        Self::parse(path, &read_text(path)?, overrides)
     }
 
     fn parse(path: &Path, text: &str, overrides: &[String]) -> Result<Self> {
@@ -675,6 +682,7 @@ impl Config {
             ("llm.head_dim", self.llm.head_dim),
             ("llm.mlp", self.llm.mlp),
             ("data.size", self.data.size),
+            ("data.max_text_tokens", self.data.max_text_tokens),
             ("train.keep", self.train.keep),
             ("train.usage_window", self.train.usage_window),
         ] {

@@ -1,21 +1,22 @@
 //! Uses a trained model: parses the command line and calls the library.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use ett::backend;
-use ett::data::{Image, grid, pictures, save_png};
+use ett::data::{Image, Skipped, grid, pictures, read_text, save_png, trimmed};
 use ett::error::{Error, Result};
 use ett::eval::{psnr, ssim};
 use ett::infer::{Sampling, Trained};
-use indicatif::ProgressBar;
+use indicatif::{ProgressBar, ProgressStyle};
 
 /// Use a model trained by ett-train: reconstruct, describe, question, draw and evaluate.
 #[derive(Parser)]
 #[command(
     version,
-    after_help = "Exit status: 0 done; 1 failed, with the reason on standard error; 2 wrong command line."
+    after_help = "Exit status: 0 done; 1 failed, with the reason on standard error, of several pictures after all others \
+                  were done; 2 wrong command line."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -153,30 +154,35 @@ fn run(command: Command) -> Result<()> {
     match command {
         Command::Reconstruct { model, images, out, each, max_side } => {
             let model = model.open()?;
+            // Only what is shown is kept.
             let mut pairs = Vec::new();
-            for (i, path) in pictures(&images)?.iter().enumerate() {
-                let (original, rec) = model.reconstruct(&Image::open(path)?, max_side)?;
+            let done = one_by_one(
+                &images,
+                |image| model.reconstruct(image, max_side),
+                |i, path, (original, rec)| {
+                    if let Some(folder) = &each {
+                        std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+                        let name = path.file_stem().unwrap_or_default().to_string_lossy();
+                        save_png(folder.join(format!("{i:05}-{name}.png")), &rec)?;
+                    }
+                    let (psnr, ssim) = (psnr(&original, &rec), ssim(&original, &rec)?);
+                    if pairs.len() < SHOWN {
+                        pairs.push((original, rec));
+                    }
+                    Ok(format!("PSNR {psnr:.2} dB, SSIM {ssim:.4}"))
+                },
+            )?;
+            let rows: Vec<Vec<&Image>> = pairs.iter().map(|(a, b)| vec![a, b]).collect();
+            if !rows.is_empty() {
+                save_png(&out, &grid(&rows, 2)?)?;
                 println!(
-                    "{}: PSNR {:.2} dB, SSIM {:.4}",
-                    path.display(),
-                    psnr(&original, &rec),
-                    ssim(&original, &rec)?
+                    "{} of {} pictures beside their reconstructions: {}",
+                    rows.len(),
+                    done.pictures,
+                    out.display()
                 );
-                if let Some(folder) = &each {
-                    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
-                    let name = path.file_stem().unwrap_or_default().to_string_lossy();
-                    save_png(folder.join(format!("{i:05}-{name}.png")), &rec)?;
-                }
-                pairs.push((original, rec));
             }
-            let rows: Vec<Vec<&Image>> = pairs.iter().take(SHOWN).map(|(a, b)| vec![a, b]).collect();
-            save_png(&out, &grid(&rows, 2)?)?;
-            println!(
-                "{} of {} pictures beside their reconstructions: {}",
-                rows.len(),
-                pairs.len(),
-                out.display()
-            );
+            done.complain(&images)?;
         }
         Command::Eval { model, data, samples, out } => {
             let out = out.unwrap_or_else(|| model.run.join("eval"));
@@ -188,9 +194,8 @@ fn run(command: Command) -> Result<()> {
         Command::Inspect { path, tensors } => print!("{}", ett::train::inspect(&path, tensors)?),
         Command::Caption { model, images } => {
             let model = model.open()?;
-            for path in pictures(&images)? {
-                println!("{}: {}", path.display(), model.caption(&Image::open(&path)?)?);
-            }
+            let done = one_by_one(&images, |image| model.caption(image), |_, _, caption| Ok(caption))?;
+            done.complain(&images)?;
         }
         Command::Ask { model, image, question } => {
             println!("{}", model.open()?.ask(&Image::open(&image)?, &question)?);
@@ -208,8 +213,8 @@ fn run(command: Command) -> Result<()> {
             seed,
         } => {
             if let Some(path) = file {
-                let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-                prompts.extend(text.lines().filter(|l| !l.trim().is_empty()).map(String::from));
+                let text = read_text(&path)?;
+                prompts.extend(text.lines().filter(|l| !trimmed(l).is_empty()).map(String::from));
                 if prompts.is_empty() {
                     return Err(Error::data(&path, "holds no prompt; write one a line"));
                 }
@@ -233,4 +238,54 @@ fn run(command: Command) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What became of the pictures of a command line.
+struct Done {
+    pictures: usize,
+    skipped: Skipped,
+}
+
+impl Done {
+    /// Fails if some could not be used.
+    fn complain(self, given: &[PathBuf]) -> Result<()> {
+        match (self.skipped.count, given.first()) {
+            (0, _) | (_, None) => Ok(()),
+            (n, Some(first)) => {
+                let what =
+                    format!("{n} of {} pictures cannot be used: {}", self.pictures, self.skipped.names());
+                Err(Error::data(first, what))
+            }
+        }
+    }
+}
+
+/// Decodes the pictures of files and folders one after another, shows each to the model and prints what `put` says of
+/// the outcome. Pictures that cannot be used are left out.
+fn one_by_one<T>(
+    given: &[PathBuf],
+    model: impl Fn(&Image) -> Result<T>,
+    mut put: impl FnMut(usize, &Path, T) -> Result<String>,
+) -> Result<Done> {
+    let paths = pictures(given)?;
+    let mut done = Done { pictures: paths.len(), skipped: Skipped::default() };
+    let style = ProgressStyle::with_template("{bar:32} {pos:>5}/{len} {elapsed} (left {eta})");
+    let bar = ProgressBar::new(paths.len() as u64)
+        .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    for (i, path) in paths.iter().enumerate() {
+        match Image::open(path).and_then(|image| model(&image)) {
+            Ok(outcome) => {
+                let line = put(i, path, outcome)?;
+                bar.suspend(|| println!("{}: {line}", path.display()));
+            }
+            // Of the picture, not of the model.
+            Err(e @ (Error::Data { .. } | Error::Io { .. } | Error::Argument { arg: "image", .. })) => {
+                done.skipped.add(path, e.reason(path));
+            }
+            Err(e) => return Err(e),
+        }
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(done)
 }

@@ -403,13 +403,14 @@ pub fn progress(folder: &Path) -> Result<Progress> {
 }
 
 /// Configuration keys that may change when a run is resumed, since no weight follows from them.
-const FREE: [&str; 7] = [
+const FREE: [&str; 8] = [
     "train.threads",
     "train.recompute",
     "train.save_every",
     "train.keep",
     "train.eval_every",
     "data.test",
+    "data.cache_mib",
     "data.eval_samples",
 ];
 
@@ -552,7 +553,9 @@ pub fn load(folder: &Path, model: &mut Ett, optimizers: &mut [&mut Optimizer]) -
     for (file, wanted) in plan {
         for w in wanted {
             match w.target {
-                Target::Param(name, copy) => model.params.write_public(&name, copy, &file.read(&w.name)?)?,
+                Target::Param(name, copy) => {
+                    model.params.write_public(&name, copy, &file.read_finite(&w.name)?)?;
+                }
                 Target::Carried(to) => {
                     let values = file.read(&w.name)?.values;
                     let dev = &**model.params.device();

@@ -183,7 +183,8 @@ struct Session {
 
 impl Session {
     fn new(cfg: &Config, dev: Arc<dyn Kernels>, out: &Path, quiet: bool) -> Result<Self> {
-        let template = Template::new(TextTokenizer::open(cfg.data.tokenizer.as_deref())?);
+        let text = TextTokenizer::open(cfg.data.tokenizer.as_deref())?;
+        let template = Template::new(text, cfg.data.max_text_tokens);
         if cfg.llm.vocab < template.tokenizer().vocabulary() {
             let want = format!("at least {}, the text tokenizer's", template.tokenizer().vocabulary());
             return Err(Error::config("llm.vocab", cfg.llm.vocab, want));
