@@ -5,10 +5,13 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use ett::backend;
-use ett::data::{Image, Skipped, grid, pictures, read_text, save_png, trimmed};
+use ett::data::{Format, Image, Skipped, grid, pictures, read_text, save, trimmed};
 use ett::error::{Error, Result};
 use ett::eval::{psnr, ssim};
+use ett::files;
 use ett::infer::{Sampling, Trained};
+use ett::terminal::{self, Output, one_line, paragraphs};
+use ett::train::Skill;
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// Use a model trained by ett-train: reconstruct, describe, question, draw and evaluate.
@@ -32,7 +35,7 @@ struct Model {
     #[arg(long)]
     ema: bool,
     /// CPU threads; 0: one per core.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     threads: usize,
     /// cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
@@ -40,8 +43,13 @@ struct Model {
 }
 
 impl Model {
-    fn open(&self) -> Result<Trained> {
-        Trained::open(&self.run, backend::open(&self.device, self.threads)?, self.ema)
+    /// The model, with a warning if no stage has taught it what it is asked for.
+    fn open(&self, skill: Option<Skill>) -> Result<Trained> {
+        let model = Trained::open(&self.run, backend::open(&self.device, self.threads)?, self.ema)?;
+        if let Some(what) = skill.and_then(|skill| model.lacks(skill)) {
+            tracing::warn!("{what}");
+        }
+        Ok(model)
     }
 }
 
@@ -54,14 +62,14 @@ enum Command {
         /// PNG, JPEG or WebP files, or folders of them.
         #[arg(required = true)]
         images: Vec<PathBuf>,
-        /// The PNG to write: one row a picture, original left, reconstruction right.
+        /// The picture to write (.png, .jpg or .webp): one row a picture, original left, reconstruction right.
         #[arg(long, default_value = "reconstruction.png")]
         out: PathBuf,
         /// A folder for the reconstructions alone, one PNG each.
         #[arg(long, value_name = "FOLDER")]
         each: Option<PathBuf>,
         /// Longest side in pixels; larger pictures are made smaller.
-        #[arg(long, default_value_t = 512)]
+        #[arg(long, default_value_t = 512, allow_negative_numbers = true)]
         max_side: usize,
     },
     /// Describe pictures, one line each.
@@ -91,26 +99,26 @@ enum Command {
         /// File with more prompts, one a line.
         #[arg(long = "prompts", value_name = "FILE")]
         file: Option<PathBuf>,
-        /// The PNG to write.
+        /// The picture to write (.png, .jpg or .webp).
         #[arg(long, default_value = "generated.png")]
         out: PathBuf,
         /// Pictures a prompt.
-        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..), allow_negative_numbers = true)]
         count: u16,
         /// Divides the logits: below 1 the likely becomes likelier, 0 always takes the best code.
-        #[arg(long, default_value_t = Sampling::default().temperature)]
+        #[arg(long, default_value_t = Sampling::default().temperature, allow_negative_numbers = true)]
         temperature: f64,
         /// Choose among this many of the best codes; 0: all.
-        #[arg(long, default_value_t = Sampling::default().top_k)]
+        #[arg(long, default_value_t = Sampling::default().top_k, allow_negative_numbers = true)]
         top_k: usize,
         /// Choose among the best codes that together have this probability.
-        #[arg(long, default_value_t = Sampling::default().top_p)]
+        #[arg(long, default_value_t = Sampling::default().top_p, allow_negative_numbers = true)]
         top_p: f64,
         /// How much the prompt counts: 1 as in training, more overstates it.
-        #[arg(long, default_value_t = Sampling::default().guidance)]
+        #[arg(long, default_value_t = Sampling::default().guidance, allow_negative_numbers = true)]
         guidance: f64,
         /// Seed of the draws.
-        #[arg(long, default_value_t = Sampling::default().seed)]
+        #[arg(long, default_value_t = Sampling::default().seed, allow_negative_numbers = true)]
         seed: u64,
     },
     /// Evaluate on held-out pictures: PSNR, SSIM, LPIPS or what stands in for it, codebook use, captions, answers, codes.
@@ -121,7 +129,7 @@ enum Command {
         #[arg(long)]
         data: Option<PathBuf>,
         /// How many pictures; default: the run's data.eval_samples.
-        #[arg(long)]
+        #[arg(long, allow_negative_numbers = true)]
         samples: Option<usize>,
         /// Folder for eval.json and pictures; default: eval in the run folder.
         #[arg(long)]
@@ -141,19 +149,32 @@ enum Command {
 const SHOWN: usize = 64;
 
 fn main() -> ExitCode {
-    match run(Cli::parse().command) {
+    let cli = Cli::parse();
+    terminal::log("warn");
+    match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("error: {e}");
+            terminal::complain(&e);
             ExitCode::FAILURE
         }
     }
 }
 
+/// Fails if a picture could not be written there, before there is any work in it.
+fn writable(out: &Path) -> Result<()> {
+    Format::of(out)?;
+    files::probe(out)
+}
+
 fn run(command: Command) -> Result<()> {
+    let mut say = Output::default();
     match command {
         Command::Reconstruct { model, images, out, each, max_side } => {
-            let model = model.open()?;
+            writable(&out)?;
+            if let Some(folder) = &each {
+                std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+            }
+            let model = model.open(Some(Skill::Reconstruct))?;
             // Only what is shown is kept.
             let mut pairs = Vec::new();
             let done = one_by_one(
@@ -161,44 +182,51 @@ fn run(command: Command) -> Result<()> {
                 |image| model.reconstruct(image, max_side),
                 |i, path, (original, rec)| {
                     if let Some(folder) = &each {
-                        std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
                         let name = path.file_stem().unwrap_or_default().to_string_lossy();
-                        save_png(folder.join(format!("{i:05}-{name}.png")), &rec)?;
+                        save(folder.join(format!("{i:05}-{name}.png")), &rec)?;
                     }
                     let (psnr, ssim) = (psnr(&original, &rec), ssim(&original, &rec)?);
                     if pairs.len() < SHOWN {
                         pairs.push((original, rec));
                     }
-                    Ok(format!("PSNR {psnr:.2} dB, SSIM {ssim:.4}"))
+                    // The pictures are written, whoever reads of them.
+                    say.line(format!("{}: PSNR {psnr:.2} dB, SSIM {ssim:.4}", path.display()));
+                    Ok(true)
                 },
             )?;
             let rows: Vec<Vec<&Image>> = pairs.iter().map(|(a, b)| vec![a, b]).collect();
             if !rows.is_empty() {
-                save_png(&out, &grid(&rows, 2)?)?;
-                println!(
+                save(&out, &grid(&rows, 2)?)?;
+                say.line(format!(
                     "{} of {} pictures beside their reconstructions: {}",
                     rows.len(),
                     done.pictures,
                     out.display()
-                );
+                ));
             }
             done.complain(&images)?;
         }
         Command::Eval { model, data, samples, out } => {
             let out = out.unwrap_or_else(|| model.run.join("eval"));
-            for (name, value) in model.open()?.evaluate(data.as_deref(), samples, &out)?.rows() {
-                println!("  {name:<46} {value}");
+            for (name, value) in model.open(None)?.evaluate(data.as_deref(), samples, &out)?.rows() {
+                say.line(format!("  {name:<46} {value}"));
             }
-            println!("written to {}", out.display());
+            say.line(format!("written to {}", out.display()));
         }
-        Command::Inspect { path, tensors } => print!("{}", ett::train::inspect(&path, tensors)?),
+        Command::Inspect { path, tensors } => {
+            say.put(&ett::train::inspect(&path, tensors)?);
+        }
         Command::Caption { model, images } => {
-            let model = model.open()?;
-            let done = one_by_one(&images, |image| model.caption(image), |_, _, caption| Ok(caption))?;
+            let model = model.open(Some(Skill::Caption))?;
+            let done = one_by_one(
+                &images,
+                |image| model.caption(image),
+                |_, path, caption| Ok(say.line(format!("{}: {}", path.display(), one_line(&caption)))),
+            )?;
             done.complain(&images)?;
         }
         Command::Ask { model, image, question } => {
-            println!("{}", model.open()?.ask(&Image::open(&image)?, &question)?);
+            say.line(paragraphs(&model.open(Some(Skill::Answer))?.ask(&Image::open(&image)?, &question)?));
         }
         Command::Generate {
             model,
@@ -212,6 +240,9 @@ fn run(command: Command) -> Result<()> {
             guidance,
             seed,
         } => {
+            writable(&out)?;
+            let sampling = Sampling { temperature, top_k, top_p, seed, guidance };
+            sampling.check()?;
             if let Some(path) = file {
                 let text = read_text(&path)?;
                 prompts.extend(text.lines().filter(|l| !trimmed(l).is_empty()).map(String::from));
@@ -221,9 +252,8 @@ fn run(command: Command) -> Result<()> {
             }
             let count = usize::from(count);
             let each: Vec<String> = prompts.iter().flat_map(|p| vec![p.clone(); count]).collect();
-            let sampling = Sampling { temperature, top_k, top_p, seed, guidance };
             let bar = ProgressBar::new(0);
-            let images = model.open()?.draw(&each, &sampling, &mut |done, all| {
+            let images = model.open(Some(Skill::Draw))?.draw(&each, &sampling, &mut |done, all| {
                 bar.set_length(all as u64);
                 bar.set_position(done as u64);
             })?;
@@ -233,11 +263,11 @@ fn run(command: Command) -> Result<()> {
                 [one] => one.clone(),
                 all => grid(&all.chunks(count).map(|row| row.iter().collect()).collect::<Vec<_>>(), 2)?,
             };
-            save_png(&out, &sheet)?;
-            println!("{} pictures: {}", images.len(), out.display());
+            save(&out, &sheet)?;
+            say.line(format!("{} pictures: {}", images.len(), out.display()));
         }
     }
-    Ok(())
+    say.finish()
 }
 
 /// What became of the pictures of a command line.
@@ -260,12 +290,12 @@ impl Done {
     }
 }
 
-/// Decodes the pictures of files and folders one after another, shows each to the model and prints what `put` says of
-/// the outcome. Pictures that cannot be used are left out.
+/// Decodes the pictures of files and folders one after another, shows each to the model and gives the outcome to `put`,
+/// which says whether to go on. Pictures that cannot be used are left out.
 fn one_by_one<T>(
     given: &[PathBuf],
     model: impl Fn(&Image) -> Result<T>,
-    mut put: impl FnMut(usize, &Path, T) -> Result<String>,
+    mut put: impl FnMut(usize, &Path, T) -> Result<bool>,
 ) -> Result<Done> {
     let paths = pictures(given)?;
     let mut done = Done { pictures: paths.len(), skipped: Skipped::default() };
@@ -275,8 +305,9 @@ fn one_by_one<T>(
     for (i, path) in paths.iter().enumerate() {
         match Image::open(path).and_then(|image| model(&image)) {
             Ok(outcome) => {
-                let line = put(i, path, outcome)?;
-                bar.suspend(|| println!("{}: {line}", path.display()));
+                if !bar.suspend(|| put(i, path, outcome))? {
+                    break;
+                }
             }
             // Of the picture, not of the model.
             Err(e @ (Error::Data { .. } | Error::Io { .. } | Error::Argument { arg: "image", .. })) => {

@@ -8,13 +8,15 @@ use std::collections::{BTreeMap, HashMap};
 use serde::Serialize;
 
 use crate::autograd::Tape;
+use crate::backend::Role;
 use crate::config::StageKind;
 use crate::data::{Drawn, Image, Philox, Skipped};
 use crate::error::{Error, Result};
 use crate::infer::{Seen, reconstruct};
 use crate::model::{Ett, Part};
+use crate::tensor::Tensor;
 use crate::train::feed::{DataSet, images_to_device};
-use crate::train::{Template, code_usage};
+use crate::train::{Template, code_usage, interrupt};
 pub use ssim::ssim;
 
 /// Samples of one forward.
@@ -71,6 +73,9 @@ pub struct Report {
     pub size: usize,
     /// How they were brought to it, and what was done with reconstructions.
     pub resize: &'static str,
+    /// What made the reconstructions and their codes: the weights, or their averages where a run keeps them, as IBQ's
+    /// recipe has it. All else is said by the weights that were trained together.
+    pub reconstructed_by: &'static str,
     /// Mean squared error of reconstructions, clamped, pixels in [-1, 1].
     pub mse: f64,
     /// The same of the mean of these pictures.
@@ -123,6 +128,7 @@ impl Report {
                 n => format!("{} ({n} skipped: {})", self.pictures, self.skipped.names()),
             },
         );
+        row("reconstructions by", self.reconstructed_by.into());
         match self.mse_mean_image > 0.0 {
             true => row("reconstruction MSE (share of the mean image's)", {
                 format!("{:.5} ({:.3})", self.mse, self.mse / self.mse_mean_image)
@@ -156,8 +162,26 @@ impl Report {
     }
 }
 
+/// Fails if `n` of these pictures cannot be evaluated on: each is compared with another one.
+pub fn check(test: &DataSet, n: usize) -> Result<()> {
+    if n < 2 {
+        let want = "2 or more, since pictures are compared with one another, or no held-out pictures";
+        return Err(Error::config("data.eval_samples", n, want));
+    }
+    match test.images.len() {
+        n @ 0..2 => {
+            let what = format!(
+                "holds {n} of the 2 pictures that an evaluation needs at least; add some, or name no held-out pictures"
+            );
+            Err(Error::data(&test.root, what))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// The first `n` held-out pictures that can be used, or all.
 pub fn held_out(test: &DataSet, n: usize) -> Result<Vec<Drawn>> {
+    check(test, n)?;
     let drawn = test.images.take(n, &mut Philox::new(0, 0))?;
     match drawn.len() {
         0 | 1 => Err(Error::data(&test.root, "has fewer than two pictures to evaluate on")),
@@ -166,10 +190,15 @@ pub fn held_out(test: &DataSet, n: usize) -> Result<Vec<Drawn>> {
 }
 
 /// Evaluates on held-out pictures, see [`held_out`].
-pub fn evaluate(model: &Ett, test: &DataSet, template: &Template, drawn: &[Drawn]) -> Result<Report> {
-    let pixels = Pixels::new(model, drawn)?;
+pub fn evaluate(model: &mut Ett, test: &DataSet, template: &Template, drawn: &[Drawn]) -> Result<Report> {
+    let reconstructed_by = if has_averages(model) { "averages of the weights" } else { "the weights" };
+    let pixels = with_averages(model, |model| Pixels::new(model, drawn))?;
+    let model = &*model;
+    interrupt::check()?;
     let seen = Language::new(model, test, template, drawn, 0)?;
+    interrupt::check()?;
     let other = Language::new(model, test, template, drawn, drawn.len() / 2)?;
+    interrupt::check()?;
     let pair = |f: &dyn Fn(&Language) -> Option<f64>| Some(Pair { seen: f(&seen)?, other: f(&other)? });
     let score = |f: fn(&Asked) -> bool| pair(&|l| share(l.asked.iter().filter(|a| f(a))));
     Ok(Report {
@@ -177,6 +206,7 @@ pub fn evaluate(model: &Ett, test: &DataSet, template: &Template, drawn: &[Drawn
         pictures: drawn.len(),
         skipped: test.images.skipped(),
         size: model.cfg.data.size,
+        reconstructed_by,
         resize: "shorter side by antialiased bicubic, centre crop; reconstructions clamped to [-1, 1]",
         mse: pixels.mse,
         mse_mean_image: mean_image_error(drawn),
@@ -203,9 +233,25 @@ pub fn evaluate(model: &Ett, test: &DataSet, template: &Template, drawn: &[Drawn
     })
 }
 
+fn has_averages(model: &Ett) -> bool {
+    (0..model.params.groups().len()).any(|g| model.params.ema(g).is_some())
+}
+
+/// Calls `f` with the averages of weights in the place of the weights, where they are kept. The weights are back
+/// afterwards, bit for bit.
+pub fn with_averages<T>(model: &mut Ett, f: impl FnOnce(&Ett) -> Result<T>) -> Result<T> {
+    if !has_averages(model) {
+        return f(model);
+    }
+    model.params.swap_averages()?;
+    let result = f(model);
+    model.params.swap_averages()?;
+    result
+}
+
 /// A short evaluation during a stage, of what the stage trains.
 pub fn during(
-    model: &Ett,
+    model: &mut Ett,
     test: &DataSet,
     template: &Template,
     kind: StageKind,
@@ -213,7 +259,7 @@ pub fn during(
     let drawn = held_out(test, DURING)?;
     let mut all = BTreeMap::new();
     if matches!(kind, StageKind::Tokenizer | StageKind::Semantic) {
-        let p = Pixels::new(model, &drawn)?;
+        let p = with_averages(model, |model| Pixels::new(model, &drawn))?;
         all.extend([("mse", p.mse), ("ssim", p.ssim)]);
     }
     let mut add = |name, value: Option<f64>| all.extend(value.map(|v| (name, v)));
@@ -241,6 +287,11 @@ pub fn during(
 /// Of a sum and the number of its terms, if there are any.
 fn mean((sum, n): (f64, usize)) -> Option<f64> {
     (n > 0).then(|| sum / n as f64)
+}
+
+/// Fails between two batches if the run is to stop. An evaluation during training is a single batch, and ends.
+fn go_on(done: usize) -> Result<()> {
+    if done > 0 { interrupt::check() } else { Ok(()) }
 }
 
 /// Mean squared error of the mean of these pictures.
@@ -271,7 +322,8 @@ impl Pixels {
         let n = drawn.len() as f64;
         let (mut mse, mut ratio, mut similar, mut perceptual) = (0.0, 0.0, 0.0, 0.0);
         let mut counts = HashMap::<i32, usize>::new();
-        for chunk in drawn.chunks(BATCH) {
+        for (i, chunk) in drawn.chunks(BATCH).enumerate() {
+            go_on(i)?;
             let images: Vec<Image> = chunk.iter().map(|d| d.image.clone()).collect();
             let (rec, idx) = reconstruct(model, &images)?;
             perceptual += distance(model, &images, &rec)? / n;
@@ -292,7 +344,8 @@ impl Pixels {
 fn distance(model: &Ett, a: &[Image], b: &[Image]) -> Result<f64> {
     let t = Tape::inference(model.params.device().clone(), model.params.precision());
     let (x, y) = (images_to_device(model, a)?.0, images_to_device(model, b)?.0);
-    let terms = model.lpips.distance(&t, &model.params, &t.constant(x), &t.constant(y), 1.0)?;
+    let one = Tensor::from_f64(t.dev(), Role::Input, model.params.precision().acc, &[1.0], [1])?;
+    let terms = model.lpips.distance(&t, &model.params, &t.constant(x), &t.constant(y), &one)?;
     let mut sum = 0.0;
     for v in terms {
         sum += v.value().to_f64(t.dev())?[0];
@@ -381,6 +434,7 @@ impl Language {
         let n = drawn.len();
         let mut all = Language::default();
         for start in (0..n).step_by(BATCH) {
+            go_on(start)?;
             let here = start..(start + BATCH).min(n);
             let images: Vec<Image> = here.clone().map(|i| drawn[(i + shift) % n].image.clone()).collect();
             let seen = Seen::new(model, &images)?;
@@ -432,6 +486,7 @@ fn code_nats(
     let n = drawn.len();
     let (mut nats, mut count) = (0.0, 0);
     for start in (0..n).step_by(BATCH) {
+        go_on(start)?;
         let here = start..(start + BATCH).min(n);
         let images: Vec<Image> = here.clone().map(|i| drawn[i].image.clone()).collect();
         let mut sequences: Vec<Vec<Part>> = Vec::new();

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Part};
 use crate::ops;
+use crate::train::interrupt;
 
 /// Pictures drawn side by side, which bounds the cache.
 const BATCH: usize = 16;
@@ -60,6 +61,7 @@ pub fn draw_codes(
         let mut sequences = Continued::new(model, &t, &sequences, None, n - 1)?;
         let mut drawn = vec![Vec::new(); batch.len()];
         for i in 0..n {
+            interrupt::check()?;
             let logits = model.code_logits(&t, sequences.hidden(), &codes)?.value().to_f64(t.dev())?;
             let rows: Vec<&[f64]> = logits.chunks(model.cfg.quantizer.codes).collect();
             let choose = |b: usize| {

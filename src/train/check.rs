@@ -4,11 +4,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::weights::{FileType, read_file, set_weights, write_file};
-use super::{Batch, Hyper, Loss, Optimizer, Outcome, Stage, step};
+use super::{Batch, Counts, Hyper, Loss, Optimizer, Outcome, Stage, step};
 use crate::autograd::Tape;
-use crate::backend::{Kernels, Role, Slot, StepState};
+use crate::backend::{Kernels, Role, StepState};
 use crate::config::{Config, StageKind};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Part};
 use crate::nn::{Copy, HostTensor};
@@ -16,6 +17,7 @@ use crate::tensor::{DType, Tensor};
 
 /// Runs the step and writes `dump`. Layouts and names are in docs/check.md.
 pub fn check(cfg: &Config, dev: Arc<dyn Kernels>, weights: &Path, batch: &Path, dump: &Path) -> Result<()> {
+    files::probe(dump)?;
     let mut model = Ett::new(cfg, dev.clone())?;
     set_weights(&model.params, weights, &read_file(weights)?, None)?;
     let stage = Stage::new(StageKind::Semantic, &model)?;
@@ -39,7 +41,8 @@ pub fn check(cfg: &Config, dev: Arc<dyn Kernels>, weights: &Path, batch: &Path, 
 
     let mut state = StepState::new(&*dev, prec.acc)?;
     stage.recipe.weights(&model, &mut state, 1);
-    state.set(Slot::InvTokens, 1.0 / (b * l) as f64);
+    let parts = [batch];
+    Counts::new(&model, &parts, b * l, 0).set(&mut state);
     let t = &cfg.train;
     let hyper = |betas| Hyper { betas, eps: t.adam_eps, weight_decay: 0.0, ema_decay: 0.0, clip: 0.0 };
     let mut main = Optimizer::new(&model.params, &stage.groups, hyper(t.betas))?;
@@ -55,7 +58,7 @@ pub fn check(cfg: &Config, dev: Arc<dyn Kernels>, weights: &Path, batch: &Path, 
     state.send(&*dev)?;
     // Logits are those of the step's own weights: the head is copied before the update.
     let head = model.params.read("model.embed_tokens.weight", Copy::Master)?;
-    let out = step(&mut model, &stage.recipe, &[batch], &state, &main, disc.as_ref())?;
+    let out = step(&mut model, &stage.recipe, &parts, &state, &main, disc.as_ref())?;
 
     let mut entries = losses(&model, &stage, &state, &out)?;
     entries.extend(activations(&model, &out, head, [b, l], &*dev)?);

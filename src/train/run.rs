@@ -9,19 +9,20 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::checkpoint::{self, Checkpoints, Progress};
 use super::dump::dump;
 use super::feed::{DataSet, Fed, Feed};
-use super::files::Lines;
+use super::lock::Lock;
 use super::metrics::{Line, Smooth, Usage};
 use super::sharpness::Sharpness;
 use super::weights::{read_file, set_weights};
 use super::{
-    Hyper, Optimizer, Outcome, Stage, Template, TokenizerMode, averaged, closing, files, interrupt,
-    save_weights, schedule, step,
+    Counts, Fingerprint, History, Hyper, Optimizer, Outcome, Own, Stage, Template, TokenizerMode, closing,
+    interrupt, save_weights, save_weights_of, schedule, start_averages, step, text,
 };
-use crate::backend::{Cpu, Kernels, Slot, StepState};
-use crate::config::{Config, GroupConfig, QuantizerKind, StageConfig};
-use crate::data::TextTokenizer;
+use crate::backend::{Cpu, Kernels, StepState};
+use crate::config::{Config, DataConfig, QuantizerKind, StageConfig};
 use crate::error::{Error, Result};
 use crate::eval::{self, Report};
+use crate::files::{self, Lines};
+use crate::infer::Trained;
 use crate::model::Ett;
 use crate::nn::Copy;
 
@@ -31,6 +32,8 @@ pub const WEIGHTS: &str = "model.safetensors";
 pub const EMA: &str = "ema.safetensors";
 /// The configuration of a run.
 pub const CONFIG: &str = "config.toml";
+/// The run's own copy of its text tokenizer, unless that is bytes.
+pub const TOKENIZER: &str = "tokenizer.json";
 /// What each step wrote down.
 pub const METRICS: &str = "metrics.jsonl";
 /// Updates in a row that may be skipped because something was not finite.
@@ -51,12 +54,26 @@ pub struct RunOptions<'a> {
 pub struct Finished {
     /// The trained model.
     pub model: Ett,
-    /// Held-out results; `None` without held-out data.
+    /// Held-out results; `None` without held-out data, or if they could not be had.
     pub report: Option<Report>,
     /// Seconds a stage, by name.
     pub seconds: Vec<(String, f64)>,
-    /// The checkpoint that an interrupted run goes on from.
-    pub interrupted: Option<PathBuf>,
+    /// How far it came.
+    pub ending: Ending,
+}
+
+/// How far a run came.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ending {
+    /// To its end.
+    Whole,
+    /// It was interrupted in training, and goes on from this checkpoint.
+    Saved(PathBuf),
+    /// Its weights are trained and saved, but not evaluated: it was interrupted there, or a warning has said why.
+    Unevaluated {
+        /// By a signal.
+        interrupted: bool,
+    },
 }
 
 impl Finished {
@@ -74,34 +91,99 @@ impl Finished {
     }
 }
 
-/// Runs all stages of `cfg` into a new folder.
+/// Runs all stages of `cfg` into a new folder; no other process can use it meanwhile. Relative paths in `cfg` are
+/// relative to the working directory.
 pub fn run(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions) -> Result<Finished> {
     if cfg.stage.is_empty() {
         return Err(Error::config("stage", "none", "at least one [[stage]]"));
     }
-    refuse_used(o.out)?;
-    let session = Session::new(cfg, dev, o.out, o.quiet)?;
-    if let Some(path) = o.init {
-        super::load_weights(&session.model.params, path)?;
+    // Before looking what the folder holds: another run may begin there at this moment.
+    let lock = Lock::take(o.out)?;
+    match begin(cfg, dev, o) {
+        Ok(session) => session.go(None),
+        Err(e) => {
+            lock.abandon();
+            Err(e)
+        }
     }
-    std::fs::create_dir_all(o.out).map_err(Error::io(o.out))?;
-    let text = checkpoint::config_text(cfg)?;
-    files::replace(&o.out.join(CONFIG), |f| f.put(text.as_bytes()))?;
-    session.go(None)
 }
 
-/// Goes on with an interrupted run from its last checkpoint, to the bits that it would have had.
-pub fn resume(out: &Path, dev: Arc<dyn Kernels>, quiet: bool) -> Result<Finished> {
-    if out.join(WEIGHTS).exists() {
-        return Err(Error::data(out, "holds a finished run, which has nothing left to do"));
+/// All that comes before the first step. The configuration is written last: with it a run has begun.
+fn begin(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions) -> Result<Session> {
+    refuse_used(o.out)?;
+    let mut cfg = cfg.clone();
+    cfg.resolve(Path::new(""))?;
+    let mut session = Session::new(&cfg, dev, o.out, o.quiet)?;
+    load_lpips(&session.model)?;
+    if let Some(path) = o.init {
+        super::load_weights(&session.model.params, path)?;
+        session.progress.history.start_from(path)?;
     }
+    if let Some(bytes) = &session.progress.tokenizer {
+        let path = o.out.join(TOKENIZER);
+        if std::fs::read(&path).is_ok_and(|there| there != **bytes) {
+            let what = "is another text tokenizer than the run's own, which is kept there; name another folder \
+                        with --out, or remove the file";
+            return Err(Error::data(path, what));
+        }
+        files::replace(&path, |f| f.put(bytes))?;
+        session.cfg.data.tokenizer = Some(path.clone());
+        session.model.cfg.data.tokenizer = Some(path);
+    }
+    let text = checkpoint::config_text(&session.cfg)?;
+    files::replace(&o.out.join(CONFIG), |f| f.put(text.as_bytes()))?;
+    Ok(session)
+}
+
+/// Goes on with an interrupted run from its last checkpoint, to the bits that it would have had; of a run whose weights
+/// are trained but not evaluated, the evaluation. No other process can use the folder meanwhile.
+pub fn resume(out: &Path, dev: Arc<dyn Kernels>, quiet: bool) -> Result<Finished> {
+    if let Some(run) = run_of(out) {
+        let what = format!("is part of a run; go on with `ett-train resume {}`", run.display());
+        return Err(Error::data(out, what));
+    }
+    let cfg = run_config(out)?;
+    let _lock = Lock::take(out)?;
+    if out.join(WEIGHTS).exists() {
+        return evaluate(out, &cfg, dev);
+    }
+    Checkpoints::recover(out)?;
     let Some(from) = Checkpoints::latest(out)? else {
-        let what = "holds no checkpoint to go on from; start with `ett-train run --config FILE`";
+        let what = "holds no checkpoint: the run ended before its first; remove the folder and start anew with \
+                    `ett-train run`";
         return Err(Error::data(out, what));
     };
-    let cfg = run_config(out)?;
     checkpoint::check_config(&from, &cfg)?;
     Session::new(&cfg, dev, out, quiet)?.go(Some(&from))
+}
+
+/// The run that a checkpoint, or the folder of all of them, belongs to.
+fn run_of(folder: &Path) -> Option<PathBuf> {
+    let whole = std::fs::canonicalize(folder).ok()?;
+    let all = if folder.join(checkpoint::STATE).exists() { whole.parent()? } else { &whole };
+    let run = all.parent().filter(|run| run.join(CONFIG).exists())?;
+    all.ends_with(checkpoint::CHECKPOINTS).then(|| run.to_path_buf())
+}
+
+/// What is left to do for a run whose weights are trained.
+fn evaluate(out: &Path, cfg: &Config, dev: Arc<dyn Kernels>) -> Result<Finished> {
+    if !cfg.data.has_test() || out.join(closing::REPORT).is_file() {
+        return Err(Error::data(out, "holds a finished run, which has nothing left to do"));
+    }
+    tracing::info!("{}: all stages are trained, only the evaluation is left", out.display());
+    let mut trained = Trained::open(out, dev, false)?;
+    let seconds = match Checkpoints::latest(out)? {
+        Some(last) => checkpoint::progress(&last)?.seconds,
+        None => vec![],
+    };
+    interrupt::enter(interrupt::Phase::Closing);
+    closing::plot(&out.join(METRICS), out);
+    let (report, ending) = match trained.evaluate(None, None, out) {
+        Ok(report) => (Some(report), Ending::Whole),
+        Err(Error::Interrupted) => (None, Ending::Unevaluated { interrupted: true }),
+        Err(e) => return Err(e),
+    };
+    Ok(Finished { model: trained.model, report, seconds, ending })
 }
 
 /// The configuration of a run folder.
@@ -136,12 +218,17 @@ fn refuse_used(out: &Path) -> Result<()> {
         let what = "holds a finished run already; name another folder with --out, or remove it";
         return Err(Error::data(out, what));
     }
-    if out.join(CONFIG).exists() || out.join(METRICS).exists() {
+    if Checkpoints::latest(out)?.is_some() {
         let what = format!(
             "holds a run that has not ended; go on with `ett-train resume {}`, name another folder with --out, or \
              remove it",
             out.display()
         );
+        return Err(Error::data(out, what));
+    }
+    if out.join(CONFIG).exists() || out.join(METRICS).exists() {
+        let what = "holds a run that ended before its first checkpoint; remove the folder, or name another one \
+                    with --out";
         return Err(Error::data(out, what));
     }
     Ok(())
@@ -169,12 +256,58 @@ fn load_lpips(model: &Ett) -> Result<()> {
     }
 }
 
+/// The data sets of a run: stages that read the same share them.
+struct Sets {
+    /// What is read, to train on (unless only the closing evaluation looks at it) and held out.
+    all: Vec<(DataConfig, Option<DataSet>, Option<DataSet>)>,
+}
+
+impl Sets {
+    /// Everything that the stages read, and what the closing evaluation looks at.
+    fn open(cfg: &Config) -> Result<Self> {
+        let mut sets = Sets { all: Vec::new() };
+        let stages = cfg.stage.iter().map(|s| (cfg.data_of(s), true));
+        for (data, trains) in stages.chain([(cfg.data.clone(), false)]) {
+            if sets.find(&data).is_some() {
+                continue;
+            }
+            let train = if trains { Some(DataSet::train(&data)?) } else { None };
+            let test = DataSet::test(&data)?;
+            if let Some(test) = &test {
+                eval::check(test, data.eval_samples)?;
+            }
+            sets.all.push((data, train, test));
+        }
+        Ok(sets)
+    }
+
+    fn find(&self, data: &DataConfig) -> Option<&(DataConfig, Option<DataSet>, Option<DataSet>)> {
+        self.all.iter().find(|(have, ..)| have == data)
+    }
+
+    /// What to train on.
+    fn train(&self, data: &DataConfig) -> Result<&DataSet> {
+        self.find(data)
+            .and_then(|(_, train, _)| train.as_ref())
+            .ok_or_else(|| Error::config("data.train", "another", "the data of a stage of this run"))
+    }
+
+    /// What is held out.
+    fn test(&self, data: &DataConfig) -> Option<&DataSet> {
+        self.find(data).and_then(|(.., test)| test.as_ref())
+    }
+
+    /// Of everything that is trained on.
+    fn fingerprints(&self) -> Vec<Fingerprint> {
+        self.all.iter().filter_map(|(_, train, _)| train.as_ref()).map(DataSet::fingerprint).collect()
+    }
+}
+
 /// A run under way.
 struct Session {
     cfg: Config,
     model: Ett,
-    data: DataSet,
-    test: Option<DataSet>,
+    sets: Sets,
     template: Template,
     out: PathBuf,
     quiet: bool,
@@ -183,31 +316,28 @@ struct Session {
 
 impl Session {
     fn new(cfg: &Config, dev: Arc<dyn Kernels>, out: &Path, quiet: bool) -> Result<Self> {
-        let text = TextTokenizer::open(cfg.data.tokenizer.as_deref())?;
-        let template = Template::new(text, cfg.data.max_text_tokens);
-        if cfg.llm.vocab < template.tokenizer().vocabulary() {
-            let want = format!("at least {}, the text tokenizer's", template.tokenizer().vocabulary());
-            return Err(Error::config("llm.vocab", cfg.llm.vocab, want));
-        }
-        let (data, test) = (DataSet::train(&cfg.data)?, DataSet::test(&cfg.data)?);
+        let (template, text) = text(cfg)?;
+        let tokenizer = match &cfg.data.tokenizer {
+            Some(path) => Some(std::fs::read(path).map_err(Error::io(path))?.into()),
+            None => None,
+        };
+        let sets = Sets::open(cfg)?;
         let model = Ett::new(cfg, dev)?;
-        load_lpips(&model)?;
-        Ok(Session {
-            cfg: cfg.clone(),
-            model,
-            data,
-            test,
-            template,
-            out: out.into(),
-            quiet,
-            progress: Progress::default(),
-        })
+        let progress = Progress {
+            data: sets.fingerprints(),
+            history: History::new(text),
+            tokenizer,
+            ..Progress::default()
+        };
+        Ok(Session { cfg: cfg.clone(), model, sets, template, out: out.into(), quiet, progress })
     }
 
     fn go(mut self, from: Option<&Path>) -> Result<Finished> {
         let mut from = from;
         if let Some(folder) = from {
-            self.progress = checkpoint::progress(folder)?;
+            let now = std::mem::replace(&mut self.progress, checkpoint::progress(folder)?);
+            checkpoint::check_data(folder, &self.progress.data, &now.data)?;
+            self.progress.history.check_text(&now.history.text, &self.cfg, folder)?;
             tracing::info!(
                 "going on from {}: stage {}, {} steps done",
                 folder.display(),
@@ -219,24 +349,34 @@ impl Session {
         let stages = self.cfg.stage.clone();
         for (number, cfg) in stages.iter().enumerate().skip(self.progress.stage) {
             if let Some(at) = self.stage(cfg, number, from.take(), &mut metrics)? {
-                let seconds = self.progress.seconds.clone();
-                return Ok(Finished { model: self.model, report: None, seconds, interrupted: Some(at) });
+                let seconds = self.progress.seconds;
+                return Ok(Finished { model: self.model, report: None, seconds, ending: Ending::Saved(at) });
             }
         }
         self.model.params.train(&[])?;
-        let report = match &self.test {
-            Some(test) => Some(closing::evaluate(&self.model, test, &self.template, &self.out)?),
-            None => None,
-        };
-        closing::plot(&self.out.join(METRICS), &self.out);
-        let params = &self.model.params;
+        let (params, history) = (&self.model.params, &self.progress.history);
+        let explain = |e| Checkpoints::new(&self.out, 1).explain(e);
         if (0..params.groups().len()).any(|g| params.ema(g).is_some()) {
-            save_weights(params, &self.out.join(EMA), Copy::Ema)?;
+            save_weights(params, &self.out.join(EMA), Copy::Ema).map_err(explain)?;
         }
-        // Last, since it marks the run as finished.
-        save_weights(params, &self.out.join(WEIGHTS), Copy::Master)?;
-        let seconds = self.progress.seconds;
-        Ok(Finished { model: self.model, report, seconds, interrupted: None })
+        // Last, since it marks the run as trained; whatever happens from here on loses nothing.
+        save_weights_of(params, &self.out.join(WEIGHTS), Copy::Master, history).map_err(explain)?;
+        interrupt::enter(interrupt::Phase::Closing);
+        closing::plot(&self.out.join(METRICS), &self.out);
+        let evaluated = self.sets.test(&self.cfg.data).map(|test| {
+            interrupt::check()?;
+            tracing::info!("evaluating on held-out pictures of {}", test.root.display());
+            closing::evaluate(&mut self.model, test, &self.template, &self.out)
+        });
+        let (report, ending) = match evaluated.transpose() {
+            Ok(report) => (report, Ending::Whole),
+            Err(Error::Interrupted) => (None, Ending::Unevaluated { interrupted: true }),
+            Err(e) => {
+                tracing::warn!("the weights are saved, but the evaluation failed: {e}");
+                (None, Ending::Unevaluated { interrupted: false })
+            }
+        };
+        Ok(Finished { model: self.model, report, seconds: self.progress.seconds, ending })
     }
 
     /// Runs a stage, or what is left of it after the checkpoint `from`. Returns the checkpoint that was saved if the
@@ -248,17 +388,15 @@ impl Session {
         from: Option<&Path>,
         metrics: &mut Lines,
     ) -> Result<Option<PathBuf>> {
-        let Session { cfg: all, model, data, test, template, out, quiet, progress } = self;
+        let Session { cfg: all, model, sets, template, out, quiet, progress } = self;
+        let data = all.data_of(cfg);
+        let (data, test) = (sets.train(&data)?, sets.test(&data));
         let checkpoints = Checkpoints::new(out, all.train.keep);
         let stage = Stage::of(cfg, model)?;
         let trained = stage.trained();
         model.params.train(&trained)?;
         if from.is_none() {
-            // Averages outlast stages that leave their group alone, and start anew where it is trained again.
-            model.params.drop_averages(&trained);
-            if cfg.ema {
-                model.params.average(&averaged(&trained))?;
-            }
+            start_averages(model, &trained, cfg.ema)?;
         }
         let feed = Feed::new(data, template, cfg, &stage, &all.train, number)?;
         let mut update = Update::new(model, cfg, &stage)?;
@@ -269,11 +407,13 @@ impl Session {
                 progress.seconds.push((cfg.kind.name().into(), 0.0));
             }
         }
+        progress.history.learn(all, cfg);
         let mut usage = Usage::new(all.quantizer.codes, all.train.usage_window, &progress.window);
         let bar = bar(cfg, progress.step, *quiet);
         let mut smooth = Smooth::default();
         let (mut started, mut saved) = (Instant::now(), from.map(Path::to_path_buf));
         let mut last = String::new();
+        interrupt::enter(interrupt::Phase::Training);
         while progress.step < cfg.steps {
             let s = progress.step;
             let clock = Instant::now();
@@ -285,7 +425,7 @@ impl Session {
             let rate = update.prepare(model, cfg, &stage, &fed, s)?;
             let outcome =
                 step(model, &stage.recipe, &fed.parts, &update.state, &update.main, update.disc.as_ref())?;
-            let (norm, bad) = update.finish(model)?;
+            let (norm, bad) = update.finish(model, &outcome)?;
             let mut line = Line { stage: cfg.kind.name(), number, step: s, rate, ..Line::default() };
             line.measure(model, &outcome)?;
             line.grad_norm = norm;
@@ -329,12 +469,13 @@ impl Session {
             drop((fed, outcome));
             let done = s + 1;
             let every = all.train.eval_every;
-            if let Some(test) =
-                test.as_ref().filter(|_| every > 0 && (done % every == 0 || done == cfg.steps))
-            {
-                line.eval = Some(eval::during(model, test, template, cfg.kind)?);
+            if let Some(test) = test.filter(|_| every > 0 && (done % every == 0 || done == cfg.steps)) {
+                match eval::during(model, test, template, cfg.kind) {
+                    Ok(values) => line.eval = Some(values),
+                    Err(e) => bar.suspend(|| tracing::warn!("step {s} is not evaluated: {e}")),
+                }
             }
-            metrics.push(&line.json()?)?;
+            metrics.push(&line.json()?).map_err(|e| checkpoints.explain(e))?;
             last = smooth.message(&line);
             bar.set_message(last.clone());
             bar.inc(1);
@@ -375,17 +516,23 @@ impl Update {
     fn new(model: &Ett, cfg: &StageConfig, stage: &Stage) -> Result<Self> {
         let t = &model.cfg.train;
         let ema_decay = if cfg.ema { t.ema_decay } else { 0.0 };
-        let hyper =
-            |betas| Hyper { betas, eps: t.adam_eps, weight_decay: t.weight_decay, ema_decay, clip: t.clip };
+        let (eps, clip) = (cfg.adam_eps.unwrap_or(t.adam_eps), cfg.clip.unwrap_or(t.clip));
+        let weight_decay = cfg.weight_decay.unwrap_or(t.weight_decay);
         let mut state = StepState::new(&**model.params.device(), model.params.precision().acc)?;
         stage.recipe.weights(model, &mut state, cfg.accumulate);
         let (peak, betas) = (cfg.lr.unwrap_or(t.lr), cfg.betas.unwrap_or(t.betas));
-        let mut main = Optimizer::new(&model.params, &stage.groups, hyper(betas))?;
-        let own = cfg.groups.get("discriminator").cloned().unwrap_or_default();
+        let hyper = Hyper { betas, eps, weight_decay, ema_decay, clip };
+        let mut main = Optimizer::new(&model.params, &stage.groups, hyper)?;
+        let of = cfg.groups.get("discriminator").cloned().unwrap_or_default();
         for (name, g) in cfg.groups.iter().filter(|(name, _)| *name != "discriminator") {
-            let GroupConfig { lr, betas: own } = *g;
-            let scale = lr.map_or(1.0, |lr| if peak > 0.0 { lr / peak } else { 0.0 });
-            main.set_group(&model.params, name, scale, own.unwrap_or(betas)).map_err(|_| {
+            let own = Own {
+                scale: g.lr.map_or(1.0, |lr| if peak > 0.0 { lr / peak } else { 0.0 }),
+                betas: g.betas.unwrap_or(betas),
+                eps: g.adam_eps.unwrap_or(eps),
+                weight_decay: g.weight_decay.unwrap_or(weight_decay),
+                clip: g.clip,
+            };
+            main.set_group(&model.params, name, own).map_err(|_| {
                 let key = format!("stage.groups.{name}");
                 let want = format!("a group that this stage trains: {}", stage.trained().join(", "));
                 Error::config(key, "not trained", want)
@@ -393,12 +540,18 @@ impl Update {
         }
         let disc = match stage.discriminator {
             true => {
-                let hyper = hyper(own.betas.unwrap_or(t.disc_betas));
+                let hyper = Hyper {
+                    betas: of.betas.unwrap_or(t.disc_betas),
+                    eps: of.adam_eps.unwrap_or(eps),
+                    weight_decay: of.weight_decay.unwrap_or(weight_decay),
+                    ema_decay,
+                    clip: of.clip.unwrap_or(clip),
+                };
                 Some(Optimizer::new(&model.params, &["discriminator"], hyper)?)
             }
             false => None,
         };
-        Ok(Update { state, main, disc, peak, disc_peak: own.lr.unwrap_or(peak) })
+        Ok(Update { state, main, disc, peak, disc_peak: of.lr.unwrap_or(peak) })
     }
 
     /// The optimizers, in the order of checkpoints.
@@ -422,9 +575,9 @@ impl Update {
         if (stage.recipe.text || stage.recipe.codes) && fed.tokens + fed.codes == 0 {
             return Err(what(if stage.recipe.codes { "code" } else { "token" }));
         }
-        self.state.set(Slot::InvTokens, 1.0 / fed.tokens.max(1) as f64);
-        self.state.set(Slot::InvCodes, 1.0 / fed.codes.max(1) as f64);
-        let rate = |peak| schedule(cfg.schedule, peak, model.cfg.train.warmup, s, cfg.steps);
+        Counts::new(model, &fed.parts, fed.tokens, fed.codes).set(&mut self.state);
+        let warmup = cfg.warmup(&model.cfg.train);
+        let rate = |peak| schedule(cfg.schedule, peak, warmup, s, cfg.steps);
         self.main.prepare(&mut self.state, rate(self.peak));
         if let Some(d) = &mut self.disc {
             d.prepare(&mut self.state, rate(self.disc_peak));
@@ -433,19 +586,15 @@ impl Update {
         Ok(rate(self.peak))
     }
 
-    /// Waits for the step; its gradient norm, and whether an update was skipped.
-    fn finish(&mut self, model: &Ett) -> Result<(f64, bool)> {
-        let dev = &**model.params.device();
-        let (mut norms, mut bad) = (Vec::new(), false);
-        for o in self.optimizers() {
-            let norm = o.norm().to_f64(dev)?;
-            norms.push(norm[0].sqrt());
-            if norm[1] > 0.0 {
-                bad = true;
-                o.skip();
-            }
+    /// Waits for the step; its gradient norm, and whether it was skipped.
+    fn finish(&mut self, model: &mut Ett, out: &Outcome) -> Result<(f64, bool)> {
+        let norms = self.main.norm().to_f64(&**model.params.device())?;
+        let bad = norms[1] > 0.0;
+        if bad {
+            self.optimizers().into_iter().for_each(Optimizer::skip);
+            model.discriminator_state.batches = out.batches_before;
         }
-        Ok((norms[0], bad))
+        Ok((norms.chunks(2).map(|n| n[0]).sum::<f64>().sqrt(), bad))
     }
 }
 

@@ -195,20 +195,20 @@ fn long_texts_are_cut_and_counted() -> Outcome {
 fn what_was_not_measured_is_left_out() -> Outcome {
     let dir = Scratch::new();
     let c = config(&dir);
-    let model = Ett::new(&c, cpu(1))?;
+    let mut model = Ett::new(&c, cpu(1))?;
     let template = Template::new(TextTokenizer::Bytes, 100);
-    let evaluate = |lines: &[serde_json::Value]| -> Result<_, Box<dyn std::error::Error>> {
+    let mut evaluate = |lines: &[serde_json::Value]| -> Result<_, Box<dyn std::error::Error>> {
         folder(&dir, lines)?;
         let test = DataSet::test(&c.data)?.ok_or("a test folder")?;
         let out = dir.path("out");
         fs::create_dir_all(&out)?;
-        let table = train::evaluate(&model, &test, &template, &out)?.rows();
+        let table = train::evaluate(&mut model, &test, &template, &out)?.rows();
         let json: serde_json::Value = serde_json::from_slice(&fs::read(out.join("eval.json"))?)?;
         let keys: Vec<&str> = ["caption_loss", "accuracy", "accuracy_yes_no", "accuracy_open", "codes"]
             .into_iter()
             .filter(|key| json.get(key).is_some())
             .collect();
-        let during = |kind| eval::during(&model, &test, &template, kind);
+        let during = |kind| eval::during(&mut model, &test, &template, kind);
         let during = [StageKind::Text, StageKind::Chat, StageKind::Gen].map(during);
         let during = during.into_iter().collect::<Result<Vec<_>, _>>()?;
         let during = during.into_iter().flat_map(|m| m.into_keys().collect::<Vec<_>>()).collect::<Vec<_>>();
@@ -241,7 +241,7 @@ fn what_was_not_measured_is_left_out() -> Outcome {
         fs::copy(dir.path("data/00.png"), dir.path(&format!("data/0{i}.png")))?;
     }
     let test = DataSet::test(&c.data)?.ok_or("a test folder")?;
-    let table = train::evaluate(&model, &test, &template, &dir.path("out"))?.rows();
+    let table = train::evaluate(&mut model, &test, &template, &dir.path("out"))?.rows();
     assert!(table.iter().any(|(name, _)| name == "reconstruction MSE"), "{table:?}");
     assert!(table.iter().all(|(_, value)| !value.contains("inf") && !value.contains("NaN")), "{table:?}");
     Ok(())
@@ -255,7 +255,7 @@ fn evaluations_look_at_the_first_usable_pictures_and_say_what_they_left_out() ->
     broken(&dir, &[0, 2, 5, 6, 7, 8, 9, 10, 11])?;
     let mut c = config(&dir);
     c.data.eval_samples = 3;
-    let model = Ett::new(&c, cpu(1))?;
+    let mut model = Ett::new(&c, cpu(1))?;
     let template = Template::new(TextTokenizer::Bytes, 100);
     for cache_mib in [1, 0] {
         c.data.cache_mib = cache_mib;
@@ -263,7 +263,7 @@ fn evaluations_look_at_the_first_usable_pictures_and_say_what_they_left_out() ->
         let drawn = eval::held_out(&test, 3)?;
         assert_eq!(drawn.iter().map(|d| d.sample).collect::<Vec<_>>(), [1, 3, 4], "{cache_mib} MiB");
         if cache_mib > 0 {
-            let report = eval::evaluate(&model, &test, &template, &drawn)?;
+            let report = eval::evaluate(&mut model, &test, &template, &drawn)?;
             assert_eq!((report.pictures, report.skipped.count), (3, 2));
             let (_, value) = &report.rows()[0];
             assert!(

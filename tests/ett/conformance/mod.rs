@@ -21,6 +21,7 @@ mod pointwise;
 mod products;
 pub mod reject;
 mod rows;
+mod workspace;
 mod xent;
 
 use std::cell::OnceCell;
@@ -32,7 +33,7 @@ use ett::compare::{compare, no_worse_than};
 use ett::error::Error;
 use ett::tensor::Precision;
 
-use case::{Arg, Case, Draw, Judge, Layout, ONCE, SANITIZER, Seen, nearest, round};
+use case::{Arg, Case, Draw, Judge, Layout, ONCE, SANITIZER, Seen, round};
 use place::{Placed, compute, views};
 
 /// How much is tried; each size contains the ones before it.
@@ -106,6 +107,7 @@ pub const TABLE: &[Kernel] = &[
     kernel("nearest", codebook::nearest, codebook::nearest_sample).free(&["e rows"]).aligned(&["z", "e"]),
     kernel("sum_squares", optim::sum_squares, optim::sum_squares_sample).free(&["x cols"]),
     kernel("adamw", optim::adamw, optim::adamw_sample).free(&["shadow type"]),
+    kernel("restore", optim::restore, optim::restore_sample),
 ];
 
 /// What a run found.
@@ -119,6 +121,8 @@ pub struct Report {
     unsupported: BTreeMap<&'static str, Vec<String>>,
     /// Kernels that it called.
     called: BTreeSet<&'static str>,
+    /// Kernels that the run was about.
+    asked: Vec<&'static str>,
     /// Seconds of the device, repetitions and copies included, and of the oracle.
     times: BTreeMap<&'static str, [f64; 2]>,
 }
@@ -131,6 +135,7 @@ impl Report {
             failures: Vec::new(),
             unsupported: BTreeMap::new(),
             called: BTreeSet::new(),
+            asked: Vec::new(),
             times: BTreeMap::new(),
         }
     }
@@ -165,6 +170,8 @@ impl Report {
                 all.push(format!("{n} calls are not supported, which was not to be expected: {first}"));
             }
         }
+        let never = |name: &&str| !self.called.contains(name) && !self.unsupported.contains_key(name);
+        all.extend(self.asked.iter().filter(|n| never(n)).map(|name| format!("{name} was never called")));
         if self.calls == 0 {
             all.push("nothing was called".into());
         }
@@ -224,6 +231,7 @@ pub fn run(dev: &dyn Kernels, prec: Precision, size: Size, only: Option<&[&str]>
     let oracle = Cpu::new(0).expect("threads can be started");
     let mut report = Report::new(dev);
     for kernel in TABLE.iter().filter(|k| only.is_none_or(|names| names.contains(&k.name))) {
+        report.asked.push(kernel.name);
         let most = if size == Size::Shim { Size::Tiny } else { size };
         for case in (kernel.cases)().iter().filter(|c| c.size <= most) {
             let runs = if size <= Size::Shim && case.runs != ONCE { SANITIZER } else { case.runs };
@@ -381,7 +389,7 @@ impl Trial<'_> {
         match &a.judge {
             Judge::By(judge) => judge(&Seen { what, got, want, args, oracle: self.oracle }),
             Judge::Exact => {
-                let want: Vec<f64> = want.iter().map(|&v| nearest(dtype, v)).collect();
+                let want: Vec<f64> = want.iter().map(|&v| dtype.rounded(v)).collect();
                 same_bits(what, got, &want, cols)
             }
             Judge::Near(near) => {
