@@ -129,7 +129,11 @@ impl ImageSet {
         }
         let (mut total, mut told) = (0, Instant::now());
         while total < samples.len() && entries.len() < options.most {
-            let chunk = total..samples.len().min(total + CHUNK.min(options.most - entries.len()));
+            // What is on disk costs nothing, and nobody knows yet how much of it can be used.
+            let chunk = match full {
+                true => total..samples.len(),
+                false => total..samples.len().min(total + CHUNK.min(options.most - entries.len())),
+            };
             total = chunk.end;
             if full {
                 entries.extend(

@@ -211,7 +211,7 @@ fn stages_without_anything_to_learn_from_are_refused() {
     let mut c = config(&data);
     c.stage.retain(|s| s.kind == StageKind::Semantic);
     let Err(e) = run(&c, &dir.0.join("a")) else { panic!("pictures without captions were accepted") };
-    assert!(e.to_string().contains("no picture with a caption"), "{e}");
+    assert!(e.to_string().contains("none of its 8 pictures has a caption"), "{e}");
     c.stage.clear();
     let Err(e) = run(&c, &dir.0.join("b")) else { panic!("a run without stages was accepted") };
     assert!(e.to_string().contains("[[stage]]"), "{e}");
