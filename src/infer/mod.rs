@@ -174,10 +174,6 @@ impl Trained {
     /// `max_side`.
     pub fn reconstruct(&self, image: &Image, max_side: usize) -> Result<(Image, Image)> {
         let least = self.model.cfg.tokenizer.downsampling();
-        if max_side < least {
-            let want = format!("at least {least}, the pixels of one token");
-            return Err(Error::arg("reconstruct", "max_side", max_side, want));
-        }
         let fitted = fit_multiple(image, max_side, least)?;
         let (rec, _) = reconstruct(&self.model, std::slice::from_ref(&fitted))?;
         match rec.into_iter().next() {

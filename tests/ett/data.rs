@@ -272,7 +272,7 @@ fn evaluations_look_at_the_first_usable_pictures_and_say_what_they_left_out() ->
             );
         }
     }
-    c.data.eval_samples = 12;
+    (c.data.eval_samples, c.data.cache_mib) = (12, 1);
     let e = DataSet::test(&c.data).err().ok_or("most pictures are broken")?.to_string();
     assert!(e.contains("9 of 12 pictures cannot be used") && e.ends_with("and 4 more"), "{e}");
     Ok(())

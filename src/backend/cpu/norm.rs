@@ -1139,7 +1139,16 @@ mod tests {
                 let [y, sum, _] = rms_forward(&r, shape, at);
                 inner(&r.get(&y), &v[3]) + inner(&r.get(&sum), &v[4])
             });
-            check(&grads, backward);
+            check(&grads[..1], |r| backward(r)[..1].to_vec());
+            // What the weights multiply is rounded to act first.
+            for p in [Precision::F64, Precision::F32, Precision::BF16] {
+                let mut dw = vec![0.0; c];
+                for (i, (dy, x)) in v[3].iter().zip(&sum).enumerate() {
+                    dw[i % c] += dy * p.act.rounded(x * rstd[i / c]);
+                }
+                let r = Run::new(p, 1);
+                compare_all(&r, &backward(&r)[1..], &[dw]);
+            }
         }
     }
 
