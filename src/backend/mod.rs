@@ -346,6 +346,7 @@ impl<T: Field> Field for Option<T> {
 }
 impl Field for f64 {}
 impl Field for usize {}
+impl Field for u64 {}
 impl Field for bool {}
 
 /// Opens a device by name: `cpu`, with `threads` threads (0: one per core), `cuda` or `cuda:N`.
