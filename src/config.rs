@@ -308,7 +308,7 @@ pub struct LossConfig {
     pub lpips: f64,
     /// Adversarial loss; 0 turns the discriminator off.
     pub gan: f64,
-    /// Sample entropy less average entropy.
+    /// Sample entropy less average entropy; 0 turns both off.
     pub entropy: f64,
     /// LeCAM, beside the hinge loss.
     pub lecam: f64,
@@ -470,8 +470,8 @@ impl Default for DataConfig {
 }
 
 impl DataConfig {
-    /// Fails on values that do not go with the source; [`Config::check`] looks at the rest.
-    fn check(&self) -> Result<()> {
+    /// Fails on values that do not go with the source, named after their section; [`Config::check`] looks at the rest.
+    fn check(&self, section: &str) -> Result<()> {
         let smallest = match self.source {
             Source::Folder => return Ok(()),
             Source::Scenes => 16,
@@ -480,16 +480,16 @@ impl DataConfig {
         let source = self.source.name();
         if self.size < smallest {
             let want = format!("{smallest} or more with data.source = {source:?}");
-            return Err(Error::config("data.size", self.size, want));
+            return Err(Error::config(format!("{section}.size"), self.size, want));
         }
         if self.train_samples == 0 || self.train_samples.max(self.test_samples) > u32::MAX as usize {
             let got = format!("{} and {}", self.train_samples, self.test_samples);
             let want = "numbers below 2^32, the first of them 1 or more";
-            return Err(Error::config("data.train_samples and test_samples", got, want));
+            return Err(Error::config(format!("{section}.train_samples and test_samples"), got, want));
         }
         if self.flip {
             let want = format!("false with data.source = {source:?}, whose captions say where things are");
-            return Err(Error::config("data.flip", self.flip, want));
+            return Err(Error::config(format!("{section}.flip"), self.flip, want));
         }
         Ok(())
     }
@@ -557,7 +557,15 @@ pub struct StageConfig {
     /// `cosine` or `constant`.
     #[serde(default = "cosine")]
     pub schedule: ScheduleKind,
-    /// Keep averages of the tokenizer's weights.
+    /// Share of the steps in which the rate rises; if left out `train.warmup`, or 0 where the schedule is `constant`.
+    pub warmup: Option<f64>,
+    /// Largest gradient norm, 0: no clipping; `train.clip` if left out.
+    pub clip: Option<f64>,
+    /// Decoupled weight decay; `train.weight_decay` if left out.
+    pub weight_decay: Option<f64>,
+    /// Added to the root of Adam's second moment; `train.adam_eps` if left out.
+    pub adam_eps: Option<f64>,
+    /// Keep averages of the tokenizer's weights; reconstructions are then evaluated with them.
     #[serde(default)]
     pub ema: bool,
     /// Parts that a batch is split into, one after another, to save memory; divides `batch`. Batch statistics
@@ -570,6 +578,9 @@ pub struct StageConfig {
     /// Share of questions among the samples of a gen stage, so that answering is not forgotten.
     #[serde(default)]
     pub answers: f64,
+    /// Keys of `[data]` that differ in this stage: `data = { size = 256, train = "other" }`.
+    #[serde(default, skip_serializing_if = "StageData::is_empty")]
+    pub data: StageData,
 }
 
 /// `[stage.groups.NAME]`: a parameter group of a stage that differs from the others.
@@ -580,6 +591,60 @@ pub struct GroupConfig {
     pub lr: Option<f64>,
     /// Adam's decays; the stage's if left out.
     pub betas: Option<[f64; 2]>,
+    /// Largest norm of this group's own gradient, 0: no clipping; if left out the group is clipped with the others, by
+    /// the norm over all of them.
+    pub clip: Option<f64>,
+    /// Decoupled weight decay; the stage's if left out.
+    pub weight_decay: Option<f64>,
+    /// Added to the root of Adam's second moment; the stage's if left out.
+    pub adam_eps: Option<f64>,
+}
+
+/// `[stage.data]`: what a stage's pictures have of their own; what is left out is as in `[data]`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StageData {
+    /// As `data.source`.
+    pub source: Option<Source>,
+    /// As `data.train`.
+    pub train: Option<PathBuf>,
+    /// As `data.test`.
+    pub test: Option<PathBuf>,
+    /// As `data.train_samples`.
+    pub train_samples: Option<usize>,
+    /// As `data.test_samples`.
+    pub test_samples: Option<usize>,
+    /// As `data.size`.
+    pub size: Option<usize>,
+    /// As `data.crop`.
+    pub crop: Option<Crop>,
+    /// As `data.flip`.
+    pub flip: Option<bool>,
+    /// As `data.text_tokens`.
+    pub text_tokens: Option<usize>,
+}
+
+impl StageData {
+    fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// `all` with what differs here.
+    fn over(&self, all: &DataConfig) -> DataConfig {
+        DataConfig {
+            source: self.source.unwrap_or(all.source),
+            train: self.train.clone().unwrap_or_else(|| all.train.clone()),
+            test: self.test.clone().or_else(|| all.test.clone()),
+            train_samples: self.train_samples.unwrap_or(all.train_samples),
+            test_samples: self.test_samples.unwrap_or(all.test_samples),
+            size: self.size.unwrap_or(all.size),
+            crop: self.crop.unwrap_or(all.crop),
+            flip: self.flip.unwrap_or(all.flip),
+            text_tokens: self.text_tokens.unwrap_or(all.text_tokens),
+            tokenizer: all.tokenizer.clone(),
+            eval_samples: all.eval_samples,
+        }
+    }
 }
 
 impl StageConfig {
@@ -593,11 +658,24 @@ impl StageConfig {
             betas: None,
             groups: BTreeMap::new(),
             schedule: cosine(),
+            warmup: None,
+            clip: None,
+            weight_decay: None,
+            adam_eps: None,
             ema: false,
             accumulate: one(),
             captions: 0.0,
             answers: 0.0,
+            data: StageData::default(),
         }
+    }
+
+    /// Share of the steps in which the rate rises.
+    pub fn warmup(&self, train: &TrainConfig) -> f64 {
+        self.warmup.unwrap_or(match self.schedule {
+            ScheduleKind::Cosine => train.warmup,
+            ScheduleKind::Constant => 0.0,
+        })
     }
 }
 
@@ -636,6 +714,11 @@ impl Config {
         };
         config.check()?;
         Ok(config)
+    }
+
+    /// What a stage reads: `[data]` with what the stage has of its own.
+    pub fn data_of(&self, stage: &StageConfig) -> DataConfig {
+        stage.data.over(&self.data)
     }
 
     /// The element types of the run.
@@ -740,15 +823,19 @@ impl Config {
                 return Err(Error::config(key, format!("{v:?}"), "numbers from 0 to below 1"));
             }
         }
-        if !self.data.size.is_multiple_of(t.downsampling()) {
-            let want = format!("a multiple of {}, the tokenizer's down-sampling", t.downsampling());
-            return Err(Error::config("data.size", self.data.size, want));
-        }
+        let sized = |key: &str, size: usize| match size.is_multiple_of(t.downsampling()) && size > 0 {
+            true => Ok(()),
+            false => {
+                let want = format!("a multiple of {}, the tokenizer's down-sampling", t.downsampling());
+                Err(Error::config(key, size, want))
+            }
+        };
+        sized("data.size", self.data.size)?;
         if !(0.0..=1.0).contains(&self.train.prompt_dropout) {
             let got = self.train.prompt_dropout;
             return Err(Error::config("train.prompt_dropout", got, "a share from 0 to 1"));
         }
-        self.data.check()?;
+        self.data.check("data")?;
         for (i, s) in self.stage.iter().enumerate() {
             let key = |name: &str| format!("stage.{i}.{name}");
             positive(&key("batch"), s.batch)?;
@@ -773,10 +860,25 @@ impl Config {
                     "tied or linear, for a stage of the kind gen",
                 ));
             }
-            let whole = GroupConfig { lr: s.lr, betas: s.betas };
+            let data = self.data_of(s);
+            sized(&key("data.size"), data.size)?;
+            data.check(&key("data"))?;
+            if let Some(share) = s.warmup.filter(|share| !(0.0..1.0).contains(share)) {
+                return Err(Error::config(key("warmup"), share, "a share from 0 to below 1"));
+            }
+            let whole = GroupConfig {
+                lr: s.lr,
+                betas: s.betas,
+                clip: s.clip,
+                weight_decay: s.weight_decay,
+                adam_eps: s.adam_eps,
+            };
             let named = s.groups.iter().map(|(name, g)| (format!("groups.{name}."), g));
             for (prefix, g) in [(String::new(), &whole)].into_iter().chain(named) {
-                at_least_0(&key(&format!("{prefix}lr")), g.lr.unwrap_or(0.0))?;
+                for (name, v) in [("lr", g.lr), ("clip", g.clip), ("weight_decay", g.weight_decay)] {
+                    at_least_0(&key(&format!("{prefix}{name}")), v.unwrap_or(0.0))?;
+                }
+                above_0(&key(&format!("{prefix}adam_eps")), g.adam_eps.unwrap_or(1.0))?;
                 if let Some(b) = g.betas.filter(|b| b.iter().any(|b| !(0.0..1.0).contains(b))) {
                     let key = key(&format!("{prefix}betas"));
                     return Err(Error::config(key, format!("{b:?}"), "numbers from 0 to below 1"));

@@ -286,7 +286,8 @@ half_norm_kernel(const Matrix<T> e, float* half, int64_t padded) {
     }
 }
 
-// idx of all rows from the results of the parts; the first part wins a tie, its codes are the smallest.
+// idx of all rows from the results of the parts; the first part wins a tie, its codes are the smallest. The best score
+// stays in the place of the first part.
 __global__ void __launch_bounds__(kThreads) combine_kernel(const Result from, int32_t* idx, int64_t rows, int parts) {
     const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (row >= rows) return;
@@ -300,6 +301,16 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const Result from, in
         }
     }
     idx[row] = at;
+    from.v[row] = best;
+}
+
+// bad[0] += rows whose best score is not finite; one block, so that the sum has one order.
+__global__ void __launch_bounds__(kThreads) count_bad_kernel(const float* best, int64_t rows, float* bad) {
+    __shared__ float smem[kThreads / kWarp];
+    float count[1] = {0.f};
+    for (int64_t row = threadIdx.x; row < rows; row += kThreads) count[0] += fabsf(best[row]) <= 3.402823466e38f ? 0.f : 1.f;
+    block_sum<1, kThreads>(count, smem);
+    if (threadIdx.x == 0) bad[0] += count[0];
 }
 
 // An implementation as the host sees it.
@@ -363,13 +374,14 @@ Choice choose_nearest_config(const ett_nearest_args& a, int64_t smem) {
     return c;
 }
 
-// Workspace: half[codes, padded to whole tiles] for L2, then v[parts, M] and k[parts, M] if there are several parts.
+// Workspace: half[codes, padded to whole tiles] for L2, then v[parts, M] and k[parts, M] if there are several parts or
+// the best scores are looked at.
 struct Layout {
     int64_t half, v, k, bytes;
 };
 Layout layout_of(const ett_nearest_args& a, const Kernel& kernel, int64_t parts) {
     Layout at = {};
-    const int64_t partial = parts > 1 ? round_up(parts * rows(a.z) * 4, 256) : 0;
+    const int64_t partial = parts > 1 || present(a.bad) ? round_up(parts * rows(a.z) * 4, 256) : 0;
     at.v = a.metric == ETT_METRIC_L2 ? round_up(round_up(rows(a.e), kernel.codes) * 4, 256) : 0;
     at.k = at.v + partial;
     at.bytes = at.k + partial;
@@ -379,7 +391,7 @@ Layout layout_of(const ett_nearest_args& a, const Kernel& kernel, int64_t parts)
 bool sound(Check& check, const ett_nearest_args* a) {
     return check.ok() && check.act("z", a->z) && check.type("e", a->e, a->z.dtype) && check.range("e", rows(a->e), 1, INT32_MAX) &&
            check.matrix("e", a->e, a->z.dtype, rows(a->e), cols(a->z)) && check.vector("idx", a->idx, ETT_I32, rows(a->z)) &&
-           check.range("metric", a->metric, ETT_METRIC_DOT, ETT_METRIC_L2);
+           (!present(a->bad) || check.vector("bad", a->bad, ETT_F32, 1)) && check.range("metric", a->metric, ETT_METRIC_DOT, ETT_METRIC_L2);
 }
 
 }  // namespace
@@ -414,7 +426,8 @@ extern "C" int32_t ett_nearest(const ett_nearest_args* a, const ett_launch* l) {
     const bool l2 = a->metric == ETT_METRIC_L2;
     float* const half = reinterpret_cast<float*>(work + at.half);
     const Result partial = {nullptr, reinterpret_cast<float*>(work + at.v), reinterpret_cast<int32_t*>(work + at.k)};
-    const Result result = parts > 1 ? partial : Result{data<int32_t>(a->idx), nullptr, nullptr};
+    const bool combined = parts > 1 || present(a->bad);
+    const Result result = combined ? partial : Result{data<int32_t>(a->idx), nullptr, nullptr};
 
     int32_t status = ETT_OK;
     if (l2) {
@@ -437,8 +450,10 @@ extern "C" int32_t ett_nearest(const ett_nearest_args* a, const ett_launch* l) {
         status = go(simple_kernel<SimpleBf16, false>, simple_kernel<SimpleBf16, true>, SimpleBf16::kThreads, bf16{});
     else
         status = go(simple_kernel<SimpleF32, false>, simple_kernel<SimpleF32, true>, SimpleF32::kThreads, float{});
-    if (status == ETT_OK && parts > 1)
+    if (status == ETT_OK && combined)
         status = launch("nearest", combine_kernel, dim3(unsigned(ceil_div(m, kThreads))), dim3(kThreads), 0, l, partial,
                         data<int32_t>(a->idx), m, int(parts));
+    if (status == ETT_OK && present(a->bad))
+        status = launch("nearest", count_bad_kernel, dim3(1), dim3(kThreads), 0, l, partial.v, m, data<float>(a->bad));
     return status == ETT_OK ? ett_done(name) : status;
 }

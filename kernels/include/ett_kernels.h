@@ -35,7 +35,7 @@ extern "C" {
 #endif
 
 /* Raised by one when a struct or the meaning of a field changes. */
-#define ETT_ABI_VERSION 3
+#define ETT_ABI_VERSION 4
 
 /* The version that the library was built with; compare it with ETT_ABI_VERSION. */
 int32_t ett_abi_version(void);
@@ -164,7 +164,11 @@ enum {
     ETT_STATE_LOSSES = 16,     /* places for such weights */
     ETT_STATE_INV_TOKENS = 80, /* one over the supervised text tokens of the whole batch */
     ETT_STATE_INV_CODES = 81,  /* one over the supervised codes of the whole batch */
-    ETT_STATE_LEN = 82
+    ETT_STATE_INV_PICTURES = 82, /* one over the pictures of the whole batch */
+    ETT_STATE_INV_ELEMENTS = 83, /* one over the elements (pixels times channels) of these pictures */
+    ETT_STATE_INV_PATCHES = 84, /* one over the patch logits that the discriminator gives of them */
+    ETT_STATE_INV_VISUAL = 85, /* one over the visual tokens of one part of the batch, over all ranks */
+    ETT_STATE_LEN = 86
 };
 
 /* ---- products ------------------------------------------------------------------------------------------ */
@@ -709,8 +713,8 @@ int32_t ett_xent_bwd(const ett_xent_bwd_args* args, const ett_launch* launch);
 typedef struct ett_l1_fwd_args {
     ett_view a;             // in   any shape; act
     ett_view b;             // in   same shape; act
+    ett_view scale;         // in   [1] factor on the sum, such as one over the elements of the whole batch; acc
     ett_view loss;          // add  [1]; acc
-    double scale;           //      factor on the sum
 } ett_l1_fwd_args;
 int64_t ett_l1_fwd_workspace(const ett_l1_fwd_args* args);
 int32_t ett_l1_fwd(const ett_l1_fwd_args* args, const ett_launch* launch);
@@ -719,22 +723,23 @@ int32_t ett_l1_fwd(const ett_l1_fwd_args* args, const ett_launch* launch);
 typedef struct ett_l1_bwd_args {
     ett_view a;             // in   any shape; act
     ett_view b;             // in   same shape; act
+    ett_view scale;         // in   [1]; acc; as in the forward
     ett_view g;             // in   [1]; acc
     ett_view da;            // out  same shape; act
-    double scale;           //      as in the forward
 } ett_l1_bwd_args;
 int64_t ett_l1_bwd_workspace(const ett_l1_bwd_args* args);
 int32_t ett_l1_bwd(const ett_l1_bwd_args* args, const ett_launch* launch);
 
-/* One layer of LPIPS: loss += scale * sum_p sum_c w[c] (n0 - n1)^2 over pixels p, with n = f / (sqrt(sum_c
-   f^2) + eps). */
+/* One layer of LPIPS: loss += factor * scale * sum_p sum_c w[c] (n0 - n1)^2 over pixels p, with n = f /
+   (sqrt(sum_c f^2) + eps). */
 typedef struct ett_lpips_fwd_args {
     ett_view f0;            // in   [P, C] features of the reference; act
     ett_view f1;            // in   [P, C] features of the reconstruction; act
     ett_view w;             // in   [C]; act
+    ett_view scale;         // in   [1] factor on the sum, such as one over the pictures of the whole batch; acc
     ett_view loss;          // add  [1]; acc
     double eps;             //      added to the norm
-    double scale;           //      factor on the sum
+    double factor;          //      constant factor on the sum, such as one over the pixels of a picture
 } ett_lpips_fwd_args;
 int64_t ett_lpips_fwd_workspace(const ett_lpips_fwd_args* args);
 int32_t ett_lpips_fwd(const ett_lpips_fwd_args* args, const ett_launch* launch);
@@ -744,10 +749,11 @@ typedef struct ett_lpips_bwd_args {
     ett_view f0;            // in   [P, C]; act
     ett_view f1;            // in   [P, C]; act
     ett_view w;             // in   [C]; act
+    ett_view scale;         // in   [1]; acc; as in the forward
     ett_view g;             // in   [1]; acc
     ett_view df1;           // out  [P, C]; act
     double eps;             //      as in the forward
-    double scale;           //      as in the forward
+    double factor;          //      as in the forward
 } ett_lpips_bwd_args;
 int64_t ett_lpips_bwd_workspace(const ett_lpips_bwd_args* args);
 int32_t ett_lpips_bwd(const ett_lpips_bwd_args* args, const ett_launch* launch);
@@ -755,8 +761,8 @@ int32_t ett_lpips_bwd(const ett_lpips_bwd_args* args, const ett_launch* launch);
 /* Generator's adversarial loss: loss += scale * sum_b softplus(-mean_p x[b, p]). */
 typedef struct ett_gan_generator_fwd_args {
     ett_view x;             // in   [B, P] patch logits of each image; act
+    ett_view scale;         // in   [1] factor on the sum, such as one over the pictures of the whole batch; acc
     ett_view loss;          // add  [1]; acc
-    double scale;           //      factor on the sum
 } ett_gan_generator_fwd_args;
 int64_t ett_gan_generator_fwd_workspace(const ett_gan_generator_fwd_args* args);
 int32_t ett_gan_generator_fwd(const ett_gan_generator_fwd_args* args, const ett_launch* launch);
@@ -764,19 +770,20 @@ int32_t ett_gan_generator_fwd(const ett_gan_generator_fwd_args* args, const ett_
 /* Gradient of gan_generator_fwd. */
 typedef struct ett_gan_generator_bwd_args {
     ett_view x;             // in   [B, P]; act
+    ett_view scale;         // in   [1]; acc; as in the forward
     ett_view g;             // in   [1]; acc
     ett_view dx;            // out  [B, P]; act
-    double scale;           //      as in the forward
 } ett_gan_generator_bwd_args;
 int64_t ett_gan_generator_bwd_workspace(const ett_gan_generator_bwd_args* args);
 int32_t ett_gan_generator_bwd(const ett_gan_generator_bwd_args* args, const ett_launch* launch);
 
-/* Hinge: loss += scale * sum relu(1 - x) for real logits, relu(1 + x) for fake ones. */
+/* Hinge: loss += factor * scale * sum relu(1 - x) for real logits, relu(1 + x) for fake ones. */
 typedef struct ett_hinge_fwd_args {
     ett_view x;             // in   any shape; act
+    ett_view scale;         // in   [1] factor on the sum, such as one over the patch logits of the whole batch; acc
     ett_view loss;          // add  [1]; acc
     int32_t real;           //      real or fake
-    double scale;           //      factor on the sum
+    double factor;          //      constant factor on the sum
 } ett_hinge_fwd_args;
 int64_t ett_hinge_fwd_workspace(const ett_hinge_fwd_args* args);
 int32_t ett_hinge_fwd(const ett_hinge_fwd_args* args, const ett_launch* launch);
@@ -784,10 +791,11 @@ int32_t ett_hinge_fwd(const ett_hinge_fwd_args* args, const ett_launch* launch);
 /* Gradient of hinge_fwd; 0 at the kink. */
 typedef struct ett_hinge_bwd_args {
     ett_view x;             // in   any shape; act
+    ett_view scale;         // in   [1]; acc; as in the forward
     ett_view g;             // in   [1]; acc
     ett_view dx;            // out  same shape; act
     int32_t real;           //      as in the forward
-    double scale;           //      as in the forward
+    double factor;          //      as in the forward
 } ett_hinge_bwd_args;
 int64_t ett_hinge_bwd_workspace(const ett_hinge_bwd_args* args);
 int32_t ett_hinge_bwd(const ett_hinge_bwd_args* args, const ett_launch* launch);
@@ -803,11 +811,12 @@ typedef struct ett_lecam_update_args {
 int64_t ett_lecam_update_workspace(const ett_lecam_update_args* args);
 int32_t ett_lecam_update(const ett_lecam_update_args* args, const ett_launch* launch);
 
-/* LeCAM: loss += mean(relu(real - ema[1])^2) + mean(relu(ema[0] - fake)^2). */
+/* LeCAM: loss += scale * (sum relu(real - ema[1])^2 + sum relu(ema[0] - fake)^2). */
 typedef struct ett_lecam_fwd_args {
     ett_view real;          // in   any shape; act
     ett_view fake;          // in   any shape; act
     ett_view ema;           // in   [2] averages that have taken in this batch; acc
+    ett_view scale;         // in   [1] factor on the sums: one over the patch logits of the whole batch; acc
     ett_view loss;          // add  [1]; acc
 } ett_lecam_fwd_args;
 int64_t ett_lecam_fwd_workspace(const ett_lecam_fwd_args* args);
@@ -818,6 +827,7 @@ typedef struct ett_lecam_bwd_args {
     ett_view real;          // in   any shape; act
     ett_view fake;          // in   any shape; act
     ett_view ema;           // in   [2]; acc
+    ett_view scale;         // in   [1]; acc; as in the forward
     ett_view g;             // in   [1]; acc
     ett_view dreal;         // out  shape of real; act
     ett_view dfake;         // out  shape of fake; act
@@ -853,21 +863,23 @@ typedef struct ett_nearest_args {
     ett_view z;             // in   [M, D]; act
     ett_view e;             // in   [K, D]; act
     ett_view idx;           // out  [M]; i32
+    ett_view bad;           // add? [1] count of rows without a finite score; acc
     int32_t metric;         //      how codes are scored
 } ett_nearest_args;
 int64_t ett_nearest_workspace(const ett_nearest_args* args);
 int32_t ett_nearest(const ett_nearest_args* args, const ett_launch* launch);
 
 /* Row statistics of S = z E^T, in one sweep over the codes. With t the best code and x_j = (S_j - S_t) /
-   temperature: rest_p = sum_{j != t} exp(S_j - S_t), rest_q = sum_{j != t} exp(x_j), xbar = sum_j q_j x_j. */
+   temperature: rest_p = sum_{j != t} exp(S_j - S_t), rest_q = sum_{j != t} exp(x_j), xbar = sum_j q_j x_j.
+   Without entropies rest_q and xbar are absent, and temperature is not looked at. */
 typedef struct ett_ibq_rows_args {
     ett_view z;             // in   [M, D]; act
     ett_view e;             // in   [K, D]; act
     ett_view idx;           // out  [M]; i32; as nearest with the dot product
     ett_view smax;          // out  [M] score of the best code; acc
     ett_view rest_p;        // out  [M]; acc
-    ett_view rest_q;        // out  [M]; acc
-    ett_view xbar;          // out  [M]; acc
+    ett_view rest_q;        // out? [M]; acc
+    ett_view xbar;          // out? [M]; acc; present if rest_q is
     ett_view bad;           // add  [1] count of rows without a finite score; acc
     double temperature;     //      T of the entropies
 } ett_ibq_rows_args;
@@ -887,21 +899,22 @@ int64_t ett_ibq_cols_workspace(const ett_ibq_cols_args* args);
 int32_t ett_ibq_cols(const ett_ibq_cols_args* args, const ett_launch* launch);
 
 /* Values: zq = E[idx], quant = (1 + beta_commit + beta_code) * inv_count/D * sum (zq - z)^2, sample =
-   inv_count * sum_i H_i, avg = -sum_j a_j log(a_j + eps) with a = col * inv_count, and c_j = -(log(a_j +
-   eps) + a_j / (a_j + eps)), the derivative of avg. */
+   inv_count * sum_i H_i, avg = -sum_j a_j log(a_j + eps) with a = col * inv_count, and c_j = -(log(a_j + eps)
+   + a_j / (a_j + eps)), the derivative of avg. Without entropies all of rest_q, xbar, col, c, sample and avg
+   are absent. */
 typedef struct ett_ibq_losses_args {
     ett_view z;             // in   [M, D]; act
     ett_view e;             // in   [K, D]; act
     ett_view idx;           // in   [M]; i32
-    ett_view rest_q;        // in   [M]; acc
-    ett_view xbar;          // in   [M]; acc
-    ett_view col;           // in   [K]; acc; summed over ranks
+    ett_view rest_q;        // in?  [M]; acc
+    ett_view xbar;          // in?  [M]; acc
+    ett_view col;           // in?  [K]; acc; summed over ranks
+    ett_view inv_count;     // in   [1] one over the tokens of all ranks; acc
     ett_view zq;            // out  [M, D]; act
-    ett_view c;             // out  [K]; acc
+    ett_view c;             // out? [K]; acc
     ett_view quant;         // out  [1]; acc
-    ett_view sample;        // out  [1]; acc
-    ett_view avg;           // out  [1]; acc
-    double inv_count;       //      one over the tokens of all ranks
+    ett_view sample;        // out? [1]; acc
+    ett_view avg;           // out? [1]; acc
     double eps;             //      added inside the logarithm
     double beta_commit;     //      weight of the commitment term
     double beta_code;       //      weight of the codebook term
@@ -910,24 +923,25 @@ int64_t ett_ibq_losses_workspace(const ett_ibq_losses_args* args);
 int32_t ett_ibq_losses(const ett_ibq_losses_args* args, const ett_launch* launch);
 
 /* The whole backward of the IBQ quantizer: soft path, hard scatter, both entropies and the direct terms of
-   the quantization loss, with the best code kept out of every cancelling sum (docs/quantizer.md). */
+   the quantization loss, with the best code kept out of every cancelling sum (docs/quantizer.md). Without
+   entropies all of rest_q, xbar, c, g_sample and g_avg are absent. */
 typedef struct ett_ibq_bwd_args {
     ett_view z;             // in   [M, D]; act
     ett_view e;             // in   [K, D]; act
     ett_view idx;           // in   [M]; i32
     ett_view smax;          // in   [M]; acc
     ett_view rest_p;        // in   [M]; acc
-    ett_view rest_q;        // in   [M]; acc
-    ett_view xbar;          // in   [M]; acc
-    ett_view c;             // in   [K]; acc
+    ett_view rest_q;        // in?  [M]; acc
+    ett_view xbar;          // in?  [M]; acc
+    ett_view c;             // in?  [K]; acc
+    ett_view inv_count;     // in   [1] one over the tokens of all ranks; acc
     ett_view g;             // in   [M, D] gradient that reached zq from the decoder and the projector; act
     ett_view g_quant;       // in   [1] gradient of quant; acc
-    ett_view g_sample;      // in   [1] gradient of sample; acc
-    ett_view g_avg;         // in   [1] gradient of avg; acc
+    ett_view g_sample;      // in?  [1] gradient of sample; acc
+    ett_view g_avg;         // in?  [1] gradient of avg; acc
     ett_view dz;            // out  [M, D]; act
     ett_view de;            // add? [K, D]; acc
     double temperature;     //      T of the entropies
-    double inv_count;       //      one over the tokens of all ranks
     double beta_commit;     //      weight of the commitment term
     double beta_code;       //      weight of the codebook term
 } ett_ibq_bwd_args;
@@ -939,9 +953,9 @@ typedef struct ett_vq_losses_args {
     ett_view z;             // in   [M, D]; act
     ett_view e;             // in   [K, D]; act
     ett_view idx;           // in   [M]; i32
+    ett_view inv_count;     // in   [1] one over the tokens of all ranks; acc
     ett_view zq;            // out  [M, D]; act
     ett_view quant;         // out  [1]; acc
-    double inv_count;       //      one over the tokens of all ranks
     double beta_commit;     //      weight of the commitment term
     double beta_code;       //      weight of the codebook term
 } ett_vq_losses_args;
@@ -953,11 +967,11 @@ typedef struct ett_vq_bwd_args {
     ett_view z;             // in   [M, D]; act
     ett_view e;             // in   [K, D]; act
     ett_view idx;           // in   [M]; i32
+    ett_view inv_count;     // in   [1] one over the tokens of all ranks; acc
     ett_view g;             // in   [M, D]; act
     ett_view g_quant;       // in   [1]; acc
     ett_view dz;            // out  [M, D]; act
     ett_view de;            // add? [K, D]; acc
-    double inv_count;       //      one over the tokens of all ranks
     double beta_commit;     //      weight of the commitment term
     double beta_code;       //      weight of the codebook term
 } ett_vq_bwd_args;
@@ -1000,6 +1014,15 @@ typedef struct ett_adamw_args {
 } ett_adamw_args;
 int64_t ett_adamw_workspace(const ett_adamw_args* args);
 int32_t ett_adamw(const ett_adamw_args* args, const ett_launch* launch);
+
+/* y = x if norm[1] > 0: takes back what a step did whose update is skipped. */
+typedef struct ett_restore_args {
+    ett_view x;             // in   [n], the values before the step; acc or act
+    ett_view norm;          // in   [2], as for adamw; acc
+    ett_view y;             // add  [n]; type of x
+} ett_restore_args;
+int64_t ett_restore_workspace(const ett_restore_args* args);
+int32_t ett_restore(const ett_restore_args* args, const ett_launch* launch);
 
 #ifdef __cplusplus
 }

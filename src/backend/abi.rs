@@ -224,6 +224,10 @@ mod tests {
         assert_eq!(at("WEIGHT") + 5, Slot::Weight(5).index());
         assert_eq!(at("INV_TOKENS"), Slot::InvTokens.index());
         assert_eq!(at("INV_CODES"), Slot::InvCodes.index());
+        assert_eq!(at("INV_PICTURES"), Slot::InvPictures.index());
+        assert_eq!(at("INV_ELEMENTS"), Slot::InvElements.index());
+        assert_eq!(at("INV_PATCHES"), Slot::InvPatches.index());
+        assert_eq!(at("INV_VISUAL"), Slot::InvVisual.index());
     }
 
     #[test]

@@ -34,7 +34,9 @@ pub enum Metric {
 }
 impl Field for Metric {}
 
-/// Calls `$cb!` with the table of kernels.
+/// Calls `$cb!` with the table of kernels, for whatever has to be written once a kernel.
+#[doc(hidden)]
+#[macro_export]
 macro_rules! kernel_table {
     ($cb:ident) => {
         $cb! {
@@ -698,10 +700,10 @@ losses: l1_fwd(L1Fwd<'a>) flop |s| 3 * s.a.dims.numel() => {
     a: In<'a>,
     /// Same shape; act.
     b: In<'a>,
+    /// `[1]` factor on the sum, such as one over the elements of the whole batch; acc.
+    scale: In<'a>,
     /// `[1]`; acc.
     loss: Acc<'a>,
-    /// Factor on the sum.
-    scale: f64,
 }
 /// `da = g * scale * sign(a - b)`, 0 where equal.
 losses: l1_bwd(L1Bwd<'a>) flop |s| 3 * s.a.dims.numel() => {
@@ -709,14 +711,14 @@ losses: l1_bwd(L1Bwd<'a>) flop |s| 3 * s.a.dims.numel() => {
     a: In<'a>,
     /// Same shape; act.
     b: In<'a>,
+    /// `[1]`; acc; as in the forward.
+    scale: In<'a>,
     /// `[1]`; acc.
     g: In<'a>,
     /// Same shape; act.
     da: Out<'a>,
-    /// As in the forward.
-    scale: f64,
 }
-/// One layer of LPIPS: `loss += scale * sum_p sum_c w[c] (n0 - n1)^2` over pixels p, with
+/// One layer of LPIPS: `loss += factor * scale * sum_p sum_c w[c] (n0 - n1)^2` over pixels p, with
 /// `n = f / (sqrt(sum_c f^2) + eps)`.
 losses: lpips_fwd(LpipsFwd<'a>) flop |s| 8 * s.f0.dims.numel() => {
     /// `[P, C]` features of the reference; act.
@@ -725,12 +727,14 @@ losses: lpips_fwd(LpipsFwd<'a>) flop |s| 8 * s.f0.dims.numel() => {
     f1: In<'a>,
     /// `[C]`; act.
     w: In<'a>,
+    /// `[1]` factor on the sum, such as one over the pictures of the whole batch; acc.
+    scale: In<'a>,
     /// `[1]`; acc.
     loss: Acc<'a>,
     /// Added to the norm.
     eps: f64,
-    /// Factor on the sum.
-    scale: f64,
+    /// Constant factor on the sum, such as one over the pixels of a picture.
+    factor: f64,
 }
 /// Gradient of `lpips_fwd` for `f1`; 0 where all of a pixel's features are 0.
 losses: lpips_bwd(LpipsBwd<'a>) flop |s| 12 * s.f0.dims.numel() => {
@@ -740,6 +744,8 @@ losses: lpips_bwd(LpipsBwd<'a>) flop |s| 12 * s.f0.dims.numel() => {
     f1: In<'a>,
     /// `[C]`; act.
     w: In<'a>,
+    /// `[1]`; acc; as in the forward.
+    scale: In<'a>,
     /// `[1]`; acc.
     g: In<'a>,
     /// `[P, C]`; act.
@@ -747,43 +753,47 @@ losses: lpips_bwd(LpipsBwd<'a>) flop |s| 12 * s.f0.dims.numel() => {
     /// As in the forward.
     eps: f64,
     /// As in the forward.
-    scale: f64,
+    factor: f64,
 }
 /// Generator's adversarial loss: `loss += scale * sum_b softplus(-mean_p x[b, p])`.
 losses: gan_generator_fwd(GanGeneratorFwd<'a>) flop |s| s.x.dims.numel() => {
     /// `[B, P]` patch logits of each image; act.
     x: In<'a>,
+    /// `[1]` factor on the sum, such as one over the pictures of the whole batch; acc.
+    scale: In<'a>,
     /// `[1]`; acc.
     loss: Acc<'a>,
-    /// Factor on the sum.
-    scale: f64,
 }
 /// Gradient of `gan_generator_fwd`.
 losses: gan_generator_bwd(GanGeneratorBwd<'a>) flop |s| 2 * s.x.dims.numel() => {
     /// `[B, P]`; act.
     x: In<'a>,
+    /// `[1]`; acc; as in the forward.
+    scale: In<'a>,
     /// `[1]`; acc.
     g: In<'a>,
     /// `[B, P]`; act.
     dx: Out<'a>,
-    /// As in the forward.
-    scale: f64,
 }
-/// Hinge: `loss += scale * sum relu(1 - x)` for real logits, `relu(1 + x)` for fake ones.
+/// Hinge: `loss += factor * scale * sum relu(1 - x)` for real logits, `relu(1 + x)` for fake ones.
 losses: hinge_fwd(HingeFwd<'a>) flop |s| 2 * s.x.dims.numel() => {
     /// Any shape; act.
     x: In<'a>,
+    /// `[1]` factor on the sum, such as one over the patch logits of the whole batch; acc.
+    scale: In<'a>,
     /// `[1]`; acc.
     loss: Acc<'a>,
     /// Real or fake.
     real: bool,
-    /// Factor on the sum.
-    scale: f64,
+    /// Constant factor on the sum.
+    factor: f64,
 }
 /// Gradient of `hinge_fwd`; 0 at the kink.
 losses: hinge_bwd(HingeBwd<'a>) flop |s| 2 * s.x.dims.numel() => {
     /// Any shape; act.
     x: In<'a>,
+    /// `[1]`; acc; as in the forward.
+    scale: In<'a>,
     /// `[1]`; acc.
     g: In<'a>,
     /// Same shape; act.
@@ -791,7 +801,7 @@ losses: hinge_bwd(HingeBwd<'a>) flop |s| 2 * s.x.dims.numel() => {
     /// As in the forward.
     real: bool,
     /// As in the forward.
-    scale: f64,
+    factor: f64,
 }
 /// New LeCAM averages: `out = decay * ema + (1 - decay) * (mean(real), mean(fake))`. An average whose new value
 /// is not finite keeps its old one.
@@ -807,7 +817,7 @@ losses: lecam_update(LecamUpdate<'a>) flop |s| 2 * s.real.dims.numel() => {
     /// Weight of the old value.
     decay: f64,
 }
-/// LeCAM: `loss += mean(relu(real - ema[1])^2) + mean(relu(ema[0] - fake)^2)`.
+/// LeCAM: `loss += scale * (sum relu(real - ema[1])^2 + sum relu(ema[0] - fake)^2)`.
 losses: lecam_fwd(LecamFwd<'a>) flop |s| 6 * s.real.dims.numel() => {
     /// Any shape; act.
     real: In<'a>,
@@ -815,6 +825,8 @@ losses: lecam_fwd(LecamFwd<'a>) flop |s| 6 * s.real.dims.numel() => {
     fake: In<'a>,
     /// `[2]` averages that have taken in this batch; acc.
     ema: In<'a>,
+    /// `[1]` factor on the sums: one over the patch logits of the whole batch; acc.
+    scale: In<'a>,
     /// `[1]`; acc.
     loss: Acc<'a>,
 }
@@ -826,6 +838,8 @@ losses: lecam_bwd(LecamBwd<'a>) flop |s| 6 * s.real.dims.numel() => {
     fake: In<'a>,
     /// `[2]`; acc.
     ema: In<'a>,
+    /// `[1]`; acc; as in the forward.
+    scale: In<'a>,
     /// `[1]`; acc.
     g: In<'a>,
     /// Shape of `real`; act.
@@ -872,12 +886,14 @@ codebook: nearest(Nearest<'a>) flop |s| 2 * s.z.dims.numel() * s.e.dims.rows() =
     e: In<'a>,
     /// `[M]`; i32.
     idx: Out<'a>,
+    /// `[1]` count of rows without a finite score; acc.
+    bad: Option<Acc<'a>>,
     /// How codes are scored.
     metric: Metric,
 }
 /// Row statistics of `S = z E^T`, in one sweep over the codes. With `t` the best code and
 /// `x_j = (S_j - S_t) / temperature`: `rest_p = sum_{j != t} exp(S_j - S_t)`, `rest_q = sum_{j != t} exp(x_j)`,
-/// `xbar = sum_j q_j x_j`.
+/// `xbar = sum_j q_j x_j`. Without entropies `rest_q` and `xbar` are absent, and `temperature` is not looked at.
 codebook: ibq_rows(IbqRows<'a>) flop |s| 2 * s.z.dims.numel() * s.e.dims.rows() => {
     /// `[M, D]`; act.
     z: In<'a>,
@@ -890,9 +906,9 @@ codebook: ibq_rows(IbqRows<'a>) flop |s| 2 * s.z.dims.numel() * s.e.dims.rows() 
     /// `[M]`; acc.
     rest_p: Out<'a>,
     /// `[M]`; acc.
-    rest_q: Out<'a>,
-    /// `[M]`; acc.
-    xbar: Out<'a>,
+    rest_q: Option<Out<'a>>,
+    /// `[M]`; acc; present if `rest_q` is.
+    xbar: Option<Out<'a>>,
     /// `[1]` count of rows without a finite score; acc.
     bad: Acc<'a>,
     /// T of the entropies.
@@ -915,8 +931,9 @@ codebook: ibq_cols(IbqCols<'a>) flop |s| 2 * s.z.dims.numel() * s.e.dims.rows() 
 }
 /// Values: `zq = E[idx]`, `quant = (1 + beta_commit + beta_code) * inv_count/D * sum (zq - z)^2`,
 /// `sample = inv_count * sum_i H_i`, `avg = -sum_j a_j log(a_j + eps)` with `a = col * inv_count`, and
-/// `c_j = -(log(a_j + eps) + a_j / (a_j + eps))`, the derivative of `avg`.
-codebook: ibq_losses(IbqLosses<'a>) flop |s| 4 * s.z.dims.numel() + 8 * s.col.dims.numel() => {
+/// `c_j = -(log(a_j + eps) + a_j / (a_j + eps))`, the derivative of `avg`. Without entropies all of `rest_q`, `xbar`,
+/// `col`, `c`, `sample` and `avg` are absent.
+codebook: ibq_losses(IbqLosses<'a>) flop |s| 4 * s.z.dims.numel() + 8 * s.col.map_or(0, |c| c.dims.numel()) => {
     /// `[M, D]`; act.
     z: In<'a>,
     /// `[K, D]`; act.
@@ -924,23 +941,23 @@ codebook: ibq_losses(IbqLosses<'a>) flop |s| 4 * s.z.dims.numel() + 8 * s.col.di
     /// `[M]`; i32.
     idx: In<'a>,
     /// `[M]`; acc.
-    rest_q: In<'a>,
+    rest_q: Option<In<'a>>,
     /// `[M]`; acc.
-    xbar: In<'a>,
+    xbar: Option<In<'a>>,
     /// `[K]`; acc; summed over ranks.
-    col: In<'a>,
+    col: Option<In<'a>>,
+    /// `[1]` one over the tokens of all ranks; acc.
+    inv_count: In<'a>,
     /// `[M, D]`; act.
     zq: Out<'a>,
     /// `[K]`; acc.
-    c: Out<'a>,
+    c: Option<Out<'a>>,
     /// `[1]`; acc.
     quant: Out<'a>,
     /// `[1]`; acc.
-    sample: Out<'a>,
+    sample: Option<Out<'a>>,
     /// `[1]`; acc.
-    avg: Out<'a>,
-    /// One over the tokens of all ranks.
-    inv_count: f64,
+    avg: Option<Out<'a>>,
     /// Added inside the logarithm.
     eps: f64,
     /// Weight of the commitment term.
@@ -949,7 +966,8 @@ codebook: ibq_losses(IbqLosses<'a>) flop |s| 4 * s.z.dims.numel() + 8 * s.col.di
     beta_code: f64,
 }
 /// The whole backward of the IBQ quantizer: soft path, hard scatter, both entropies and the direct terms of
-/// the quantization loss, with the best code kept out of every cancelling sum (docs/quantizer.md).
+/// the quantization loss, with the best code kept out of every cancelling sum (docs/quantizer.md). Without entropies
+/// all of `rest_q`, `xbar`, `c`, `g_sample` and `g_avg` are absent.
 codebook: ibq_bwd(IbqBwd<'a>) flop |s| 16 * s.z.dims.numel() * s.e.dims.rows() => {
     /// `[M, D]`; act.
     z: In<'a>,
@@ -962,27 +980,27 @@ codebook: ibq_bwd(IbqBwd<'a>) flop |s| 16 * s.z.dims.numel() * s.e.dims.rows() =
     /// `[M]`; acc.
     rest_p: In<'a>,
     /// `[M]`; acc.
-    rest_q: In<'a>,
+    rest_q: Option<In<'a>>,
     /// `[M]`; acc.
-    xbar: In<'a>,
+    xbar: Option<In<'a>>,
     /// `[K]`; acc.
-    c: In<'a>,
+    c: Option<In<'a>>,
+    /// `[1]` one over the tokens of all ranks; acc.
+    inv_count: In<'a>,
     /// `[M, D]` gradient that reached `zq` from the decoder and the projector; act.
     g: In<'a>,
     /// `[1]` gradient of `quant`; acc.
     g_quant: In<'a>,
     /// `[1]` gradient of `sample`; acc.
-    g_sample: In<'a>,
+    g_sample: Option<In<'a>>,
     /// `[1]` gradient of `avg`; acc.
-    g_avg: In<'a>,
+    g_avg: Option<In<'a>>,
     /// `[M, D]`; act.
     dz: Out<'a>,
     /// `[K, D]`; acc.
     de: Option<Acc<'a>>,
     /// T of the entropies.
     temperature: f64,
-    /// One over the tokens of all ranks.
-    inv_count: f64,
     /// Weight of the commitment term.
     beta_commit: f64,
     /// Weight of the codebook term.
@@ -996,12 +1014,12 @@ codebook: vq_losses(VqLosses<'a>) flop |s| 4 * s.z.dims.numel() => {
     e: In<'a>,
     /// `[M]`; i32.
     idx: In<'a>,
+    /// `[1]` one over the tokens of all ranks; acc.
+    inv_count: In<'a>,
     /// `[M, D]`; act.
     zq: Out<'a>,
     /// `[1]`; acc.
     quant: Out<'a>,
-    /// One over the tokens of all ranks.
-    inv_count: f64,
     /// Weight of the commitment term.
     beta_commit: f64,
     /// Weight of the codebook term.
@@ -1015,6 +1033,8 @@ codebook: vq_bwd(VqBwd<'a>) flop |s| 6 * s.z.dims.numel() => {
     e: In<'a>,
     /// `[M]`; i32.
     idx: In<'a>,
+    /// `[1]` one over the tokens of all ranks; acc.
+    inv_count: In<'a>,
     /// `[M, D]`; act.
     g: In<'a>,
     /// `[1]`; acc.
@@ -1023,8 +1043,6 @@ codebook: vq_bwd(VqBwd<'a>) flop |s| 6 * s.z.dims.numel() => {
     dz: Out<'a>,
     /// `[K, D]`; acc.
     de: Option<Acc<'a>>,
-    /// One over the tokens of all ranks.
-    inv_count: f64,
     /// Weight of the commitment term.
     beta_commit: f64,
     /// Weight of the codebook term.
@@ -1071,6 +1089,15 @@ optim: adamw(Adamw<'a>) flop |s| 12 * s.grad.dims.numel() => {
     weight_decay: f64,
     /// Decay of the average of the weights.
     ema_decay: f64,
+}
+/// `y = x` if `norm[1] > 0`: takes back what a step did whose update is skipped.
+optim: restore(Restore<'a>) flop |_s| 0 => {
+    /// `[n]`, the values before the step; acc or act.
+    x: In<'a>,
+    /// `[2]`, as for `adamw`; acc.
+    norm: In<'a>,
+    /// `[n]`; type of `x`.
+    y: Acc<'a>,
 }
         }
     };

@@ -180,17 +180,11 @@ impl Pending {
 /// Sums and gathers over ranks. With one rank each is the identity.
 pub trait Collectives {
     /// Number of ranks.
-    fn ranks(&self) -> usize {
-        1
-    }
+    fn ranks(&self) -> usize;
     /// This rank.
-    fn rank(&self) -> usize {
-        0
-    }
+    fn rank(&self) -> usize;
     /// Sums `x` over all ranks in place.
-    fn all_reduce(&self, _s: Stream, _x: Acc) -> Result<()> {
-        Ok(())
-    }
+    fn all_reduce(&self, s: Stream, x: Acc) -> Result<()>;
     /// Sums over all ranks; every rank keeps its own `1/ranks` slice in `y`.
     fn reduce_scatter(&self, s: Stream, x: In, y: Out) -> Result<()>;
     /// Concatenates every rank's `x` in `y`.

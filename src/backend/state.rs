@@ -22,6 +22,14 @@ pub enum Slot {
     InvTokens,
     /// One over the supervised codes of the whole batch.
     InvCodes,
+    /// One over the pictures of the whole batch.
+    InvPictures,
+    /// One over the elements (pixels times channels) of these pictures.
+    InvElements,
+    /// One over the patch logits that the discriminator gives of them.
+    InvPatches,
+    /// One over the visual tokens of one part of the batch, over all ranks.
+    InvVisual,
 }
 
 impl Slot {
@@ -30,7 +38,7 @@ impl Slot {
     /// Losses a state has room for.
     pub const LOSSES: usize = 16;
     /// Elements of a state.
-    pub const LEN: usize = 4 * Self::GROUPS + Self::LOSSES + 2;
+    pub const LEN: usize = 4 * Self::GROUPS + Self::LOSSES + 6;
 
     /// Index of this slot.
     pub fn index(self) -> usize {
@@ -42,6 +50,10 @@ impl Slot {
             Slot::Weight(l) => 4 * Self::GROUPS + l,
             Slot::InvTokens => 4 * Self::GROUPS + Self::LOSSES,
             Slot::InvCodes => 4 * Self::GROUPS + Self::LOSSES + 1,
+            Slot::InvPictures => 4 * Self::GROUPS + Self::LOSSES + 2,
+            Slot::InvElements => 4 * Self::GROUPS + Self::LOSSES + 3,
+            Slot::InvPatches => 4 * Self::GROUPS + Self::LOSSES + 4,
+            Slot::InvVisual => 4 * Self::GROUPS + Self::LOSSES + 5,
         }
     }
 }

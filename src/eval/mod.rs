@@ -8,11 +8,13 @@ use std::collections::{BTreeMap, HashMap};
 use serde::Serialize;
 
 use crate::autograd::Tape;
+use crate::backend::Role;
 use crate::config::StageKind;
 use crate::data::{Drawn, Image, Philox};
 use crate::error::{Error, Result};
 use crate::infer::{Seen, reconstruct};
 use crate::model::{Ett, Part};
+use crate::tensor::Tensor;
 use crate::train::feed::{DataSet, images_to_device};
 use crate::train::{Template, code_usage};
 pub use ssim::ssim;
@@ -269,7 +271,8 @@ impl Pixels {
 fn distance(model: &Ett, a: &[Image], b: &[Image]) -> Result<f64> {
     let t = Tape::inference(model.params.device().clone(), model.params.precision());
     let (x, y) = (images_to_device(model, a)?.0, images_to_device(model, b)?.0);
-    let terms = model.lpips.distance(&t, &model.params, &t.constant(x), &t.constant(y), 1.0)?;
+    let one = Tensor::from_f64(t.dev(), Role::Input, model.params.precision().acc, &[1.0], [1])?;
+    let terms = model.lpips.distance(&t, &model.params, &t.constant(x), &t.constant(y), &one)?;
     let mut sum = 0.0;
     for v in terms {
         sum += v.value().to_f64(t.dev())?[0];

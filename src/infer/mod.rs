@@ -251,7 +251,16 @@ fn encode(model: &Ett, t: &Tape, images: &[Image]) -> Result<(Var, Tensor, Vec<G
     let (x, _) = images_to_device(model, images)?;
     let (z, grids) = model.tokenizer.encode(t, &model.params, &[t.constant(x)])?;
     let codes = model.tokenizer.codes(t, &model.params)?;
-    let (zq, idx) = model.look_up(t, &z, &codes)?;
+    let (zq, idx, bad) = model.look_up(t, &z, &codes)?;
+    let bad = bad.to_f64(t.dev())?[0];
+    if bad > 0.0 {
+        return Err(Error::arg(
+            "encode",
+            "images",
+            format!("encoded into {bad} tokens without a finite score of any code"),
+            "weights of the encoder and the codebook that are finite numbers",
+        ));
+    }
     Ok((zq, idx, grids))
 }
 

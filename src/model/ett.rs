@@ -94,16 +94,18 @@ impl Ett {
         }
     }
 
-    /// The codes of a frozen tokenizer: `zq` `[M, D]` and `idx` `[M]` of `z` `[M, D]`, no losses.
-    pub fn look_up(&self, t: &Tape, z: &Var, codes: &Var) -> Result<(Var, Tensor)> {
+    /// The codes of a frozen tokenizer: `zq` `[M, D]` and `idx` `[M]` of `z` `[M, D]`, no losses; and `[1]`, how many
+    /// tokens have no finite score.
+    pub fn look_up(&self, t: &Tape, z: &Var, codes: &Var) -> Result<(Var, Tensor, Tensor)> {
         let idx = Tensor::empty(t.dev(), Role::Activation, DType::I32, [z.dims()[0]])?;
         let metric = match self.cfg.quantizer.kind {
             QuantizerKind::Ibq => Metric::Dot,
             QuantizerKind::Vq => Metric::L2,
         };
-        let a = Nearest { z: z.value().view(), e: codes.value().view(), idx: idx.out(), metric };
-        t.dev().nearest(Stream::COMPUTE, &a)?;
-        Ok((ops::gather(t, codes, &idx)?, idx))
+        let bad = t.zero_stat([1])?;
+        let (z, e) = (z.value().view(), codes.value().view());
+        t.dev().nearest(Stream::COMPUTE, &Nearest { z, e, idx: idx.out(), bad: Some(bad.acc()), metric })?;
+        Ok((ops::gather(t, codes, &idx)?, idx, bad))
     }
 
     /// Visual tokens as the language model reads them, `[M, C]`, from `zq` `[M, D]` and `idx` `[M]`.

@@ -354,6 +354,14 @@ impl Params {
         self.groups[group].ema.as_ref()
     }
 
+    /// Every tensor that an optimizer step changes in a group: master weights, moments, averages, and the copy that
+    /// products read.
+    pub fn stepped(&self, group: usize) -> Vec<&Tensor> {
+        let g = &self.groups[group];
+        let moments = g.train.iter().flat_map(|t| [&t.m, &t.v]);
+        [&g.master].into_iter().chain(moments).chain(&g.ema).chain(&g.shadow).collect()
+    }
+
     /// Sets all gradients to zero.
     pub fn zero_grad(&self) -> Result<()> {
         for t in self.groups.iter().filter_map(|g| g.train.as_ref()) {

@@ -47,24 +47,41 @@ pub fn linear_cross_entropy(tape: &Tape, x: &Var, w: &Var, target: &Tensor, scal
     }))
 }
 
-/// `scale * sum |a - b|`; the gradient goes to `a`. Saves both.
-pub fn l1(tape: &Tape, a: &Var, b: &Var, scale: f64) -> Result<Var> {
+/// `scale * sum |a - b|`; the gradient goes to `a`. `scale` is a device scalar, one over the elements of the whole
+/// batch. Saves both.
+pub fn l1(tape: &Tape, a: &Var, b: &Var, scale: &Tensor) -> Result<Var> {
     expect("l1", "b", b, a.dims().as_slice())?;
     let loss = tape.zero_stat([1])?;
-    tape.dev().l1_fwd(S, &L1Fwd { a: a.value().view(), b: b.value().view(), loss: loss.acc(), scale })?;
-    let (av, bv) = (a.clone(), b.clone());
+    let args = L1Fwd { a: a.value().view(), b: b.value().view(), scale: scale.view(), loss: loss.acc() };
+    tape.dev().l1_fwd(S, &args)?;
+    let (av, bv, scale) = (a.clone(), b.clone(), scale.clone());
     Ok(tape.op1(&[a], loss, move |g, out| {
         let Some(go) = g.take(out)? else { return Ok(()) };
         let da = g.act(av.dims())?;
-        let args = L1Bwd { a: av.value().view(), b: bv.value().view(), g: go.view(), da: da.out(), scale };
+        let args = L1Bwd {
+            a: av.value().view(),
+            b: bv.value().view(),
+            scale: scale.view(),
+            g: go.view(),
+            da: da.out(),
+        };
         g.dev().l1_bwd(S, &args)?;
         g.give(&av, da)
     }))
 }
 
-/// One layer of LPIPS: `scale * sum_p sum_c w[c] (n0 - n1)^2` of unit-normalised features `f0`, `f1`
-/// `[B, H, W, C]`; the gradient goes to `f1`. Saves both.
-pub fn lpips_layer(tape: &Tape, f0: &Var, f1: &Var, w: &Var, eps: f64, scale: f64) -> Result<Var> {
+/// One layer of LPIPS: `factor * scale * sum_p sum_c w[c] (n0 - n1)^2` of features `f0`, `f1` `[B, H, W, C]`, each
+/// pixel divided by its norm plus `eps`; the gradient goes to `f1`. `scale` is a device scalar, one over the pictures of
+/// the whole batch, `factor` one over the pixels of a picture. Saves both.
+pub fn lpips_layer(
+    tape: &Tape,
+    f0: &Var,
+    f1: &Var,
+    w: &Var,
+    eps: f64,
+    scale: &Tensor,
+    factor: f64,
+) -> Result<Var> {
     expect("lpips_layer", "f1", f1, f0.dims().as_slice())?;
     expect("lpips_layer", "w", w, &[f0.dims().cols()])?;
     let loss = tape.zero_stat([1])?;
@@ -72,12 +89,13 @@ pub fn lpips_layer(tape: &Tape, f0: &Var, f1: &Var, w: &Var, eps: f64, scale: f6
         f0: f0.value().view(),
         f1: f1.value().view(),
         w: w.value().view(),
+        scale: scale.view(),
         loss: loss.acc(),
         eps,
-        scale,
+        factor,
     };
     tape.dev().lpips_fwd(S, &a)?;
-    let (f0, fs, ws) = (f0.clone(), f1.clone(), w.clone());
+    let (f0, fs, ws, scale) = (f0.clone(), f1.clone(), w.clone(), scale.clone());
     Ok(tape.op1(&[f1], loss, move |g, out| {
         let Some(go) = g.take(out)? else { return Ok(()) };
         let df1 = g.act(fs.dims())?;
@@ -85,51 +103,62 @@ pub fn lpips_layer(tape: &Tape, f0: &Var, f1: &Var, w: &Var, eps: f64, scale: f6
             f0: f0.value().view(),
             f1: fs.value().view(),
             w: ws.value().view(),
+            scale: scale.view(),
             g: go.view(),
             df1: df1.out(),
             eps,
-            scale,
+            factor,
         };
         g.dev().lpips_bwd(S, &a)?;
         g.give(&fs, df1)
     }))
 }
 
-/// Non-saturating generator loss of patch logits `x` `[B, P]`: `scale * sum_b softplus(-mean_p x)`. Saves `x`.
-pub fn gan_generator(tape: &Tape, x: &Var, scale: f64) -> Result<Var> {
+/// Non-saturating generator loss of patch logits `x` `[B, P]`: `scale * sum_b softplus(-mean_p x)`. `scale` is a device
+/// scalar, one over the pictures of the whole batch. Saves `x`.
+pub fn gan_generator(tape: &Tape, x: &Var, scale: &Tensor) -> Result<Var> {
     let loss = tape.zero_stat([1])?;
-    tape.dev().gan_generator_fwd(S, &GanGeneratorFwd { x: x.value().view(), loss: loss.acc(), scale })?;
-    let xs = x.clone();
+    let a = GanGeneratorFwd { x: x.value().view(), scale: scale.view(), loss: loss.acc() };
+    tape.dev().gan_generator_fwd(S, &a)?;
+    let (xs, scale) = (x.clone(), scale.clone());
     Ok(tape.op1(&[x], loss, move |g, out| {
         let Some(go) = g.take(out)? else { return Ok(()) };
         let dx = g.act(xs.dims())?;
-        let a = GanGeneratorBwd { x: xs.value().view(), g: go.view(), dx: dx.out(), scale };
+        let a = GanGeneratorBwd { x: xs.value().view(), scale: scale.view(), g: go.view(), dx: dx.out() };
         g.dev().gan_generator_bwd(S, &a)?;
         g.give(&xs, dx)
     }))
 }
 
-/// Hinge loss of patch logits of any shape: `scale * sum relu(1 - x)` if `real`, else of `relu(1 + x)`. Saves `x`.
-pub fn hinge(tape: &Tape, x: &Var, real: bool, scale: f64) -> Result<Var> {
+/// Hinge loss of patch logits of any shape: `factor * scale * sum relu(1 - x)` if `real`, else of `relu(1 + x)`. `scale`
+/// is a device scalar, one over the logits of the whole batch. Saves `x`.
+pub fn hinge(tape: &Tape, x: &Var, real: bool, scale: &Tensor, factor: f64) -> Result<Var> {
     let loss = tape.zero_stat([1])?;
-    tape.dev().hinge_fwd(S, &HingeFwd { x: x.value().view(), loss: loss.acc(), real, scale })?;
-    let xs = x.clone();
+    let a = HingeFwd { x: x.value().view(), scale: scale.view(), loss: loss.acc(), real, factor };
+    tape.dev().hinge_fwd(S, &a)?;
+    let (xs, scale) = (x.clone(), scale.clone());
     Ok(tape.op1(&[x], loss, move |g, out| {
         let Some(go) = g.take(out)? else { return Ok(()) };
         let dx = g.act(xs.dims())?;
-        let a = HingeBwd { x: xs.value().view(), g: go.view(), dx: dx.out(), real, scale };
-        g.dev().hinge_bwd(S, &a)?;
+        let (x, scale) = (xs.value().view(), scale.view());
+        g.dev().hinge_bwd(S, &HingeBwd { x, scale, g: go.view(), dx: dx.out(), real, factor })?;
         g.give(&xs, dx)
     }))
 }
 
-/// LeCAM regulariser of real and fake patch logits against the averages `ema` `[2]`. Saves the logits.
-pub fn lecam(tape: &Tape, real: &Var, fake: &Var, ema: &Tensor) -> Result<Var> {
+/// LeCAM regulariser of real and fake patch logits against the averages `ema` `[2]`. `scale` is a device scalar, one over
+/// the real logits of the whole batch. Saves the logits.
+pub fn lecam(tape: &Tape, real: &Var, fake: &Var, ema: &Tensor, scale: &Tensor) -> Result<Var> {
     let loss = tape.zero_stat([1])?;
-    let a =
-        LecamFwd { real: real.value().view(), fake: fake.value().view(), ema: ema.view(), loss: loss.acc() };
+    let a = LecamFwd {
+        real: real.value().view(),
+        fake: fake.value().view(),
+        ema: ema.view(),
+        scale: scale.view(),
+        loss: loss.acc(),
+    };
     tape.dev().lecam_fwd(S, &a)?;
-    let (rs, fs, ema) = (real.clone(), fake.clone(), ema.clone());
+    let (rs, fs, ema, scale) = (real.clone(), fake.clone(), ema.clone(), scale.clone());
     Ok(tape.op1(&[real, fake], loss, move |g, out| {
         let Some(go) = g.take(out)? else { return Ok(()) };
         let (dreal, dfake) = (g.act(rs.dims())?, g.act(fs.dims())?);
@@ -137,6 +166,7 @@ pub fn lecam(tape: &Tape, real: &Var, fake: &Var, ema: &Tensor) -> Result<Var> {
             real: rs.value().view(),
             fake: fs.value().view(),
             ema: ema.view(),
+            scale: scale.view(),
             g: go.view(),
             dreal: dreal.out(),
             dfake: dfake.out(),

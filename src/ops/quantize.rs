@@ -18,14 +18,12 @@ pub struct Entropy {
 /// Options of the IBQ quantizer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct IbqOptions {
-    /// Entropy loss.
-    pub entropy: Entropy,
+    /// Entropy loss; `None`: neither entropy is formed.
+    pub entropy: Option<Entropy>,
     /// Weight of the commitment term.
     pub beta_commit: f64,
     /// Weight of the codebook term.
     pub beta_code: f64,
-    /// One over the tokens of all ranks.
-    pub inv_count: f64,
 }
 
 /// What the sweep over the codes leaves of each token, all `[M]`, accumulator type.
@@ -35,7 +33,14 @@ pub struct RowStatistics {
     pub smax: Tensor,
     /// `sum_{j != t} exp(S_j - S_t)`.
     pub rest_p: Tensor,
-    /// The same at temperature T.
+    /// Of the entropies.
+    pub entropy: Option<EntropyStatistics>,
+}
+
+/// What the entropies need of each token, both `[M]`, accumulator type.
+#[derive(Clone)]
+pub struct EntropyStatistics {
+    /// `sum_{j != t} exp((S_j - S_t) / T)`.
     pub rest_q: Tensor,
     /// `sum_j q_j (S_j - S_t) / T`.
     pub xbar: Tensor,
@@ -49,14 +54,14 @@ pub struct Quantized {
     pub idx: Tensor,
     /// Quantization loss.
     pub quant: Var,
-    /// Mean entropy of a token's code distribution; `None` for `vq`.
+    /// Mean entropy of a token's code distribution; `None` for `vq` and without entropies.
     pub sample: Option<Var>,
-    /// Entropy of the average code distribution; `None` for `vq`.
+    /// Entropy of the average code distribution; `None` for `vq` and without entropies.
     pub avg: Option<Var>,
     /// Row statistics; `None` for `vq`.
     pub rows: Option<RowStatistics>,
     /// Tokens without a finite score, `[1]`.
-    pub bad: Option<Tensor>,
+    pub bad: Tensor,
 }
 
 fn check(op: &'static str, z: &Var, e: &Var) -> Result<(usize, usize, usize)> {
@@ -75,14 +80,20 @@ fn or_zero(tape_zero: &Tensor, g: Option<Tensor>) -> Tensor {
     g.unwrap_or_else(|| tape_zero.clone())
 }
 
-/// Index-backpropagation quantizer: `z` `[M, D]`, `e` `[K, D]`. Saves `z`, five numbers a token and one a code.
-pub fn ibq(tape: &Tape, z: &Var, e: &Var, o: IbqOptions) -> Result<Quantized> {
+/// Index-backpropagation quantizer: `z` `[M, D]`, `e` `[K, D]`; `inv_count` is a device scalar, one over the tokens of
+/// all ranks. Saves `z`, five numbers a token and one a code; without entropies three a token.
+pub fn ibq(tape: &Tape, z: &Var, e: &Var, inv_count: &Tensor, o: IbqOptions) -> Result<Quantized> {
     let (m, k, d) = check("ibq", z, e)?;
     let idx = Tensor::empty(tape.dev(), Role::Activation, DType::I32, [m])?;
-    let stat = || tape.stat([m]);
-    let rows = RowStatistics { smax: stat()?, rest_p: stat()?, rest_q: stat()?, xbar: stat()? };
+    let stat = |n: usize| tape.stat([n]);
+    let entropy = match o.entropy {
+        Some(_) => Some(EntropyStatistics { rest_q: stat(m)?, xbar: stat(m)? }),
+        None => None,
+    };
+    let rows = RowStatistics { smax: stat(m)?, rest_p: stat(m)?, entropy };
     let bad = tape.zero_stat([1])?;
-    let temperature = o.entropy.temperature;
+    let temperature = o.entropy.map_or(1.0, |e| e.temperature);
+    let of = rows.entropy.as_ref();
     tape.dev().ibq_rows(
         S,
         &IbqRows {
@@ -91,57 +102,73 @@ pub fn ibq(tape: &Tape, z: &Var, e: &Var, o: IbqOptions) -> Result<Quantized> {
             idx: idx.out(),
             smax: rows.smax.out(),
             rest_p: rows.rest_p.out(),
-            rest_q: rows.rest_q.out(),
-            xbar: rows.xbar.out(),
+            rest_q: of.map(|s| s.rest_q.out()),
+            xbar: of.map(|s| s.xbar.out()),
             bad: bad.acc(),
             temperature,
         },
     )?;
-    let col = tape.stat([k])?;
-    tape.dev().ibq_cols(
-        S,
-        &IbqCols {
-            z: z.value().view(),
-            e: e.value().view(),
-            smax: rows.smax.view(),
-            rest_q: rows.rest_q.view(),
-            col: col.out(),
-            temperature,
-        },
-    )?;
-    tape.dev().collectives().all_reduce(S, col.acc())?;
-    let zq = tape.act([m, d])?;
-    let (c, quant, sample, avg) = (tape.stat([k])?, tape.stat([1])?, tape.stat([1])?, tape.stat([1])?);
+    let col = match of {
+        Some(s) => {
+            let col = stat(k)?;
+            let a = IbqCols {
+                z: z.value().view(),
+                e: e.value().view(),
+                smax: rows.smax.view(),
+                rest_q: s.rest_q.view(),
+                col: col.out(),
+                temperature,
+            };
+            tape.dev().ibq_cols(S, &a)?;
+            tape.dev().collectives().all_reduce(S, col.acc())?;
+            Some(col)
+        }
+        None => None,
+    };
+    // c, sample, avg.
+    let entropies = match of {
+        Some(_) => Some((stat(k)?, stat(1)?, stat(1)?)),
+        None => None,
+    };
+    let (zq, quant) = (tape.act([m, d])?, stat(1)?);
     tape.dev().ibq_losses(
         S,
         &IbqLosses {
             z: z.value().view(),
             e: e.value().view(),
             idx: idx.view(),
-            rest_q: rows.rest_q.view(),
-            xbar: rows.xbar.view(),
-            col: col.view(),
+            rest_q: of.map(|s| s.rest_q.view()),
+            xbar: of.map(|s| s.xbar.view()),
+            col: col.as_ref().map(Tensor::view),
+            inv_count: inv_count.view(),
             zq: zq.out(),
-            c: c.out(),
+            c: entropies.as_ref().map(|e| e.0.out()),
             quant: quant.out(),
-            sample: sample.out(),
-            avg: avg.out(),
-            inv_count: o.inv_count,
-            eps: o.entropy.eps,
+            sample: entropies.as_ref().map(|e| e.1.out()),
+            avg: entropies.as_ref().map(|e| e.2.out()),
+            eps: o.entropy.map_or(0.0, |e| e.eps),
             beta_commit: o.beta_commit,
             beta_code: o.beta_code,
         },
     )?;
     let zero = tape.zero_stat([1])?;
-    let (zs, es, r, ix) = (z.clone(), e.clone(), rows.clone(), idx.clone());
-    let outs = tape.op(&[z, e], vec![zq, quant, sample, avg], move |g, outs| {
+    let (zs, es, r, ix, inv_count) = (z.clone(), e.clone(), rows.clone(), idx.clone(), inv_count.clone());
+    let mut values = vec![zq, quant];
+    let mut c = None;
+    if let Some((derivative, sample, avg)) = entropies {
+        c = Some(derivative);
+        values.extend([sample, avg]);
+    }
+    let outs = tape.op(&[z, e], values, move |g, outs| {
         let gz = match g.take(&outs[0])? {
             Some(t) => t,
             None => Tensor::zeros(g.dev(), Role::Activation, zs.value().dtype(), [m, d])?,
         };
         let g_quant = or_zero(&zero, g.take(&outs[1])?);
-        let g_sample = or_zero(&zero, g.take(&outs[2])?);
-        let g_avg = or_zero(&zero, g.take(&outs[3])?);
+        let (g_sample, g_avg) = match &outs[2..] {
+            [sample, avg] => (Some(or_zero(&zero, g.take(sample)?)), Some(or_zero(&zero, g.take(avg)?))),
+            _ => (None, None),
+        };
         let dz = g.act([m, d])?;
         let de = g.target(&es)?;
         let a = IbqBwd {
@@ -150,33 +177,43 @@ pub fn ibq(tape: &Tape, z: &Var, e: &Var, o: IbqOptions) -> Result<Quantized> {
             idx: ix.view(),
             smax: r.smax.view(),
             rest_p: r.rest_p.view(),
-            rest_q: r.rest_q.view(),
-            xbar: r.xbar.view(),
-            c: c.view(),
+            rest_q: r.entropy.as_ref().map(|s| s.rest_q.view()),
+            xbar: r.entropy.as_ref().map(|s| s.xbar.view()),
+            c: c.as_ref().map(Tensor::view),
+            inv_count: inv_count.view(),
             g: gz.view(),
             g_quant: g_quant.view(),
-            g_sample: g_sample.view(),
-            g_avg: g_avg.view(),
+            g_sample: g_sample.as_ref().map(Tensor::view),
+            g_avg: g_avg.as_ref().map(Tensor::view),
             dz: dz.out(),
             de: de.as_ref().map(Tensor::acc),
             temperature,
-            inv_count: o.inv_count,
             beta_commit: o.beta_commit,
             beta_code: o.beta_code,
         };
         g.dev().ibq_bwd(S, &a)?;
         g.give(&zs, dz)
     });
-    let [zq, quant, sample, avg]: [Var; 4] =
-        outs.try_into().unwrap_or_else(|_| unreachable!("an op of four outputs has four"));
-    Ok(Quantized { zq, idx, quant, sample: Some(sample), avg: Some(avg), rows: Some(rows), bad: Some(bad) })
+    let mut outs = outs.into_iter();
+    let mut next = || outs.next();
+    let (Some(zq), Some(quant)) = (next(), next()) else { unreachable!("an op gives what it was made with") };
+    let (sample, avg) = (next(), next());
+    Ok(Quantized { zq, idx, quant, sample, avg, rows: Some(rows), bad })
 }
 
-/// The plain VQ baseline: nearest code by distance, straight-through gradient. Saves `z` and indices.
-pub fn vq(tape: &Tape, z: &Var, e: &Var, o: IbqOptions) -> Result<Quantized> {
+/// The plain VQ baseline: nearest code by distance, straight-through gradient; `inv_count` is a device scalar, one over
+/// the tokens of all ranks. Saves `z` and indices.
+pub fn vq(tape: &Tape, z: &Var, e: &Var, inv_count: &Tensor, o: IbqOptions) -> Result<Quantized> {
     let (m, _, d) = check("vq", z, e)?;
     let idx = Tensor::empty(tape.dev(), Role::Activation, DType::I32, [m])?;
-    let a = Nearest { z: z.value().view(), e: e.value().view(), idx: idx.out(), metric: Metric::L2 };
+    let bad = tape.zero_stat([1])?;
+    let a = Nearest {
+        z: z.value().view(),
+        e: e.value().view(),
+        idx: idx.out(),
+        bad: Some(bad.acc()),
+        metric: Metric::L2,
+    };
     tape.dev().nearest(S, &a)?;
     let (zq, quant) = (tape.act([m, d])?, tape.stat([1])?);
     tape.dev().vq_losses(
@@ -185,15 +222,15 @@ pub fn vq(tape: &Tape, z: &Var, e: &Var, o: IbqOptions) -> Result<Quantized> {
             z: z.value().view(),
             e: e.value().view(),
             idx: idx.view(),
+            inv_count: inv_count.view(),
             zq: zq.out(),
             quant: quant.out(),
-            inv_count: o.inv_count,
             beta_commit: o.beta_commit,
             beta_code: o.beta_code,
         },
     )?;
     let zero = tape.zero_stat([1])?;
-    let (zs, es, ix) = (z.clone(), e.clone(), idx.clone());
+    let (zs, es, ix, inv_count) = (z.clone(), e.clone(), idx.clone(), inv_count.clone());
     let outs = tape.op(&[z, e], vec![zq, quant], move |g, outs| {
         let gz = match g.take(&outs[0])? {
             Some(t) => t,
@@ -206,11 +243,11 @@ pub fn vq(tape: &Tape, z: &Var, e: &Var, o: IbqOptions) -> Result<Quantized> {
             z: zs.value().view(),
             e: es.value().view(),
             idx: ix.view(),
+            inv_count: inv_count.view(),
             g: gz.view(),
             g_quant: g_quant.view(),
             dz: dz.out(),
             de: de.as_ref().map(Tensor::acc),
-            inv_count: o.inv_count,
             beta_commit: o.beta_commit,
             beta_code: o.beta_code,
         };
@@ -219,5 +256,5 @@ pub fn vq(tape: &Tape, z: &Var, e: &Var, o: IbqOptions) -> Result<Quantized> {
     });
     let [zq, quant]: [Var; 2] =
         outs.try_into().unwrap_or_else(|_| unreachable!("an op of two outputs has two"));
-    Ok(Quantized { zq, idx, quant, sample: None, avg: None, rows: None, bad: None })
+    Ok(Quantized { zq, idx, quant, sample: None, avg: None, rows: None, bad })
 }

@@ -4,9 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::weights::{FileType, read_file, set_weights, write_file};
-use super::{Batch, Hyper, Loss, Optimizer, Outcome, Stage, step};
+use super::{Batch, Counts, Hyper, Loss, Optimizer, Outcome, Stage, step};
 use crate::autograd::Tape;
-use crate::backend::{Kernels, Role, Slot, StepState};
+use crate::backend::{Kernels, Role, StepState};
 use crate::config::{Config, StageKind};
 use crate::error::{Error, Result};
 use crate::model::tokenizer::Grid;
@@ -39,7 +39,8 @@ pub fn check(cfg: &Config, dev: Arc<dyn Kernels>, weights: &Path, batch: &Path, 
 
     let mut state = StepState::new(&*dev, prec.acc)?;
     stage.recipe.weights(&model, &mut state, 1);
-    state.set(Slot::InvTokens, 1.0 / (b * l) as f64);
+    let parts = [batch];
+    Counts::new(&model, &parts, b * l, 0).set(&mut state);
     let t = &cfg.train;
     let hyper = |betas| Hyper { betas, eps: t.adam_eps, weight_decay: 0.0, ema_decay: 0.0, clip: 0.0 };
     let mut main = Optimizer::new(&model.params, &stage.groups, hyper(t.betas))?;
@@ -55,7 +56,7 @@ pub fn check(cfg: &Config, dev: Arc<dyn Kernels>, weights: &Path, batch: &Path, 
     state.send(&*dev)?;
     // Logits are those of the step's own weights: the head is copied before the update.
     let head = model.params.read("model.embed_tokens.weight", Copy::Master)?;
-    let out = step(&mut model, &stage.recipe, &[batch], &state, &main, disc.as_ref())?;
+    let out = step(&mut model, &stage.recipe, &parts, &state, &main, disc.as_ref())?;
 
     let mut entries = losses(&model, &stage, &state, &out)?;
     entries.extend(activations(&model, &out, head, [b, l], &*dev)?);

@@ -21,6 +21,8 @@ pub(super) struct Line {
     pub grad_norm: f64,
     /// Updates skipped so far.
     pub skipped: usize,
+    /// Visual tokens of this step that have no finite score with any code.
+    pub unscored: usize,
     /// Distinct codes among the last `train.usage_window` tokens, and the exponential of their entropy.
     pub codes_used: usize,
     pub code_perplexity: f64,
@@ -50,6 +52,7 @@ impl Line {
                 self.loss.insert(loss.name(), out.value(model, loss)?);
             }
         }
+        self.unscored = out.unscored(model)?;
         self.memory_mib = model.params.device().memory().peak as f64 / f64::from(1 << 20);
         Ok(())
     }

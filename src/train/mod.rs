@@ -23,11 +23,11 @@ pub use checkpoint::{Checkpoints, Progress};
 pub use closing::evaluate;
 pub use inspect::inspect;
 pub(crate) use metrics::code_usage;
-pub use optim::{Hyper, Optimizer, schedule};
+pub use optim::{Hyper, Optimizer, Own, schedule};
 pub use plan::{StagePlan, choose_device, largest_batch, parse_memory, plan, plan_stage};
 pub use run::{
     CONFIG, EMA, Finished, METRICS, RunOptions, WEIGHTS, profile_table, resume, run, run_config, written,
 };
 pub use stages::{Stage, Template, averaged};
-pub use step::{Batch, Loss, Outcome, Recipe, TokenizerMode, step};
+pub use step::{Batch, Counts, Loss, Outcome, Recipe, TokenizerMode, step};
 pub use weights::{load_weights, save_weights};

@@ -1,6 +1,6 @@
 //! AdamW over flat groups, and the schedule of its rate.
 
-use crate::backend::{Accumulate, Adamw, Fill, Role, Slot, StepState, Stream, SumSquares};
+use crate::backend::{Accumulate, Adamw, Cast, Fill, Role, Slot, StepState, Stream, SumSquares};
 use crate::config::ScheduleKind;
 use crate::error::{Error, Result};
 use crate::nn::Params;
@@ -21,47 +21,72 @@ pub struct Hyper {
     pub clip: f64,
 }
 
+/// What a parameter group has of its own.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Own {
+    /// Its rate as a multiple of the optimizer's.
+    pub scale: f64,
+    /// Decays of its moments.
+    pub betas: [f64; 2],
+    /// Added to the root of its second moment.
+    pub eps: f64,
+    /// Its decoupled weight decay.
+    pub weight_decay: f64,
+    /// Largest norm of its own gradient; `None`: it is clipped with the others, by the norm over all of them.
+    pub clip: Option<f64>,
+}
+
 /// A parameter group of an optimizer.
 struct Member {
     group: usize,
-    /// Its rate as a multiple of the optimizer's.
-    scale: f64,
-    betas: [f64; 2],
+    own: Own,
+    /// Row of the norms that its gradient is summed in.
+    norm: usize,
 }
 
-/// One optimizer over some groups: they share its gradient norm and step count.
+/// One optimizer over some groups: they share its step count, and its gradient norm unless they have a clip of their own.
 pub struct Optimizer {
     members: Vec<Member>,
     hyper: Hyper,
     steps: u64,
     norm: Tensor,
-    losses: Tensor,
+    bad: Tensor,
 }
 
 impl Optimizer {
     /// An optimizer that has made no step. The groups' moments are those of [`Params::train`].
     pub fn new(params: &Params, groups: &[&str], hyper: Hyper) -> Result<Self> {
+        let Hyper { betas, eps, weight_decay, .. } = hyper;
+        let own = Own { scale: 1.0, betas, eps, weight_decay, clip: None };
         let members = groups
             .iter()
             .map(|g| match params.group(g) {
-                Some(group) => Ok(Member { group, scale: 1.0, betas: hyper.betas }),
+                Some(group) => Ok(Member { group, own, norm: 0 }),
                 None => Err(Error::arg("Optimizer", "groups", g, "a group of the model")),
             })
             .collect::<Result<_>>()?;
-        let zeros = || Tensor::zeros(&**params.device(), Role::Input, params.precision().acc, [2]);
-        Ok(Optimizer { members, hyper, steps: 0, norm: zeros()?, losses: zeros()? })
+        let norm = Self::norms(params, 1)?;
+        let bad = Tensor::zeros(&**params.device(), Role::Input, params.precision().acc, [2])?;
+        Ok(Optimizer { members, hyper, steps: 0, norm, bad })
     }
 
-    /// Gives one group a rate of `scale` times the others', and its own decays.
-    pub fn set_group(&mut self, params: &Params, name: &str, scale: f64, betas: [f64; 2]) -> Result<()> {
+    fn norms(params: &Params, rows: usize) -> Result<Tensor> {
+        Tensor::zeros(&**params.device(), Role::Input, params.precision().acc, [rows, 2])
+    }
+
+    /// Gives one group a rate, decays and a clip of its own.
+    pub fn set_group(&mut self, params: &Params, name: &str, own: Own) -> Result<()> {
         let group = params.group(name);
-        match self.members.iter_mut().find(|m| Some(m.group) == group) {
-            Some(m) => {
-                (m.scale, m.betas) = (scale, betas);
-                Ok(())
-            }
-            None => Err(Error::arg("Optimizer", "name", name, "a group of this optimizer")),
+        let rows = self.norm.dims()[0];
+        let Some(m) = self.members.iter_mut().find(|m| Some(m.group) == group) else {
+            return Err(Error::arg("Optimizer", "name", name, "a group of this optimizer"));
+        };
+        m.own = own;
+        if own.clip.is_some() && m.norm == 0 {
+            m.norm = rows;
+            self.norm = Self::norms(params, rows + 1)?;
         }
+        Ok(())
     }
 
     /// Steps made so far, skipped ones left out.
@@ -83,41 +108,53 @@ impl Optimizer {
     pub fn prepare(&mut self, state: &mut StepState, rate: f64) {
         self.steps += 1;
         let t = i32::try_from(self.steps).unwrap_or(i32::MAX);
-        for m in &self.members {
-            state.set(Slot::Rate(m.group), m.scale * rate);
-            state.set(Slot::Bias1(m.group), 1.0 / (1.0 - m.betas[0].powi(t)));
-            state.set(Slot::Bias2(m.group), 1.0 / (1.0 - m.betas[1].powi(t)));
-            state.set(Slot::Clip(m.group), self.hyper.clip);
+        for Member { group, own, .. } in &self.members {
+            state.set(Slot::Rate(*group), own.scale * rate);
+            state.set(Slot::Bias1(*group), 1.0 / (1.0 - own.betas[0].powi(t)));
+            state.set(Slot::Bias2(*group), 1.0 / (1.0 - own.betas[1].powi(t)));
+            state.set(Slot::Clip(*group), own.clip.unwrap_or(self.hyper.clip));
         }
     }
 
-    /// Updates the weights from the accumulated gradients. A gradient or one of `losses` that is not finite leaves
-    /// everything as it is.
+    /// Updates the weights from the accumulated gradients. Nothing changes if a gradient or one of `losses` is not
+    /// finite, or if one of `bad`, counts of such values elsewhere, is above 0.
     pub fn apply<'a>(
         &self,
         params: &Params,
         state: &StepState,
         losses: impl Iterator<Item = &'a Tensor>,
+        bad: impl Iterator<Item = &'a Tensor>,
     ) -> Result<()> {
         let dev = &**params.device();
         let s = Stream::COMPUTE;
-        for t in [&self.norm, &self.losses] {
+        for t in [&self.norm, &self.bad] {
             dev.fill(s, &Fill { y: t.out(), value: 0.0 })?;
         }
+        let rows = self.norm.dims()[0];
+        let row = |i: usize| self.norm.range(2 * i, 2);
         for m in &self.members {
             if let Some(t) = params.training(m.group) {
-                dev.sum_squares(s, &SumSquares { x: t.grad.view(), out: self.norm.acc() })?;
+                dev.sum_squares(s, &SumSquares { x: t.grad.view(), out: row(m.norm)?.acc() })?;
             }
         }
-        // Of the losses only the count of those that are not finite joins the gradient's.
+        // Of the losses only the count of those that are not finite is used. All counts are added up and stand in every
+        // row, so that the groups are updated or skipped together.
         for loss in losses {
-            dev.sum_squares(s, &SumSquares { x: loss.view(), out: self.losses.acc() })?;
+            dev.sum_squares(s, &SumSquares { x: loss.view(), out: self.bad.acc() })?;
         }
-        let (bad, all) = (self.losses.range(1, 1)?, self.norm.range(1, 1)?);
-        dev.accumulate(s, &Accumulate { x: bad.view(), y: all.acc() })?;
+        let all = self.bad.range(1, 1)?;
+        let counts = (0..rows).map(|i| self.norm.range(2 * i + 1, 1)).collect::<Result<Vec<_>>>()?;
+        let add = |count: &Tensor| dev.accumulate(s, &Accumulate { x: count.view(), y: all.acc() });
+        counts.iter().try_for_each(add)?;
+        for count in bad {
+            add(count)?;
+        }
+        for count in &counts {
+            dev.cast(s, &Cast { x: all.view(), y: count.out() })?;
+        }
         for m in &self.members {
             let Some(t) = params.training(m.group) else { continue };
-            let h = &self.hyper;
+            let norm = row(m.norm)?;
             let a = Adamw {
                 master: params.master(m.group).acc(),
                 grad: t.grad.view(),
@@ -126,20 +163,21 @@ impl Optimizer {
                 ema: params.ema(m.group).map(Tensor::acc),
                 shadow: params.shadow(m.group).map(Tensor::out),
                 state: state.tensor().view(),
-                norm: self.norm.view(),
+                norm: norm.view(),
                 group: m.group,
-                beta1: m.betas[0],
-                beta2: m.betas[1],
-                eps: h.eps,
-                weight_decay: h.weight_decay,
-                ema_decay: h.ema_decay,
+                beta1: m.own.betas[0],
+                beta2: m.own.betas[1],
+                eps: m.own.eps,
+                weight_decay: m.own.weight_decay,
+                ema_decay: self.hyper.ema_decay,
             };
             dev.adamw(s, &a)?;
         }
         Ok(())
     }
 
-    /// Squared gradient norm and count of what was not finite in the last step, `[2]`.
+    /// Of the last step, `[n, 2]`: squared gradient norms, first of the groups that are clipped together, then of each
+    /// that has a clip of its own; and in every row the count of what was not finite.
     pub fn norm(&self) -> &Tensor {
         &self.norm
     }

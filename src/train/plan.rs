@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::{Batch, Hyper, Optimizer, Stage, TokenizerMode, averaged, step};
 use crate::backend::{self, Device, Kernels, Memory, Plan, Role, StepState};
-use crate::config::{Config, StageConfig, StageKind};
+use crate::config::{Config, DataConfig, StageConfig, StageKind};
 use crate::error::{Error, Result};
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Part};
@@ -48,7 +48,7 @@ pub fn plan_stage(cfg: &Config, stage_cfg: &StageConfig) -> Result<StagePlan> {
         model.params.average(&averaged(&trained))?;
     }
     let parts: Vec<Batch> = (0..stage_cfg.accumulate)
-        .map(|_| part(cfg, &model, &stage, batch / stage_cfg.accumulate))
+        .map(|_| part(&cfg.data_of(stage_cfg), &model, &stage, batch / stage_cfg.accumulate))
         .collect::<Result<_>>()?;
     let state = StepState::new(&*dev, model.params.precision().acc)?;
     let h = Hyper { betas: cfg.train.betas, eps: 1e-8, weight_decay: 0.0, ema_decay: 0.0, clip: 1.0 };
@@ -81,20 +81,20 @@ pub fn plan_stage(cfg: &Config, stage_cfg: &StageConfig) -> Result<StagePlan> {
 }
 
 /// A part of a batch as a stage reads it: `n` pictures of the configured size, with texts of the configured length.
-fn part(cfg: &Config, model: &Ett, stage: &Stage, n: usize) -> Result<Batch> {
+fn part(data: &DataConfig, model: &Ett, stage: &Stage, n: usize) -> Result<Batch> {
     let dev = &**model.params.device();
-    let size = cfg.data.size;
+    let size = data.size;
     let (images, grids) = match stage.recipe.tokenizer {
         TokenizerMode::Off => (vec![], vec![]),
         _ => {
             let prec = model.params.precision();
-            let s = size / cfg.tokenizer.downsampling();
+            let s = size / model.cfg.tokenizer.downsampling();
             let images = Tensor::empty(dev, Role::Input, prec.act, [n, size, size, 3])?;
             (vec![images], vec![Grid { images: n, h: s, w: s }])
         }
     };
     let sequence = |i: usize| {
-        let ids = vec![0; cfg.data.text_tokens];
+        let ids = vec![0; data.text_tokens];
         match (stage.recipe.codes, grids.is_empty()) {
             (true, _) => vec![Part::context(ids), Part::Codes(i)],
             (_, true) => vec![Part::target(ids)],

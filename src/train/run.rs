@@ -14,11 +14,11 @@ use super::metrics::{Line, Smooth, Usage};
 use super::sharpness::Sharpness;
 use super::weights::{read_file, set_weights};
 use super::{
-    Hyper, Optimizer, Outcome, Stage, Template, TokenizerMode, averaged, closing, files, interrupt,
-    save_weights, schedule, step,
+    Counts, Hyper, Optimizer, Outcome, Own, Stage, Template, TokenizerMode, averaged, closing, files,
+    interrupt, save_weights, schedule, step,
 };
-use crate::backend::{Cpu, Kernels, Slot, StepState};
-use crate::config::{Config, GroupConfig, QuantizerKind, StageConfig};
+use crate::backend::{Cpu, Kernels, StepState};
+use crate::config::{Config, QuantizerKind, StageConfig};
 use crate::data::TextTokenizer;
 use crate::error::{Error, Result};
 use crate::eval::{self, Report};
@@ -284,7 +284,7 @@ impl Session {
             let rate = update.prepare(model, cfg, &stage, &fed, s)?;
             let outcome =
                 step(model, &stage.recipe, &fed.parts, &update.state, &update.main, update.disc.as_ref())?;
-            let (norm, bad) = update.finish(model)?;
+            let (norm, bad) = update.finish(model, &outcome)?;
             let mut line = Line { stage: cfg.kind.name(), number, step: s, rate, ..Line::default() };
             line.measure(model, &outcome)?;
             line.grad_norm = norm;
@@ -374,17 +374,23 @@ impl Update {
     fn new(model: &Ett, cfg: &StageConfig, stage: &Stage) -> Result<Self> {
         let t = &model.cfg.train;
         let ema_decay = if cfg.ema { t.ema_decay } else { 0.0 };
-        let hyper =
-            |betas| Hyper { betas, eps: t.adam_eps, weight_decay: t.weight_decay, ema_decay, clip: t.clip };
+        let (eps, clip) = (cfg.adam_eps.unwrap_or(t.adam_eps), cfg.clip.unwrap_or(t.clip));
+        let weight_decay = cfg.weight_decay.unwrap_or(t.weight_decay);
         let mut state = StepState::new(&**model.params.device(), model.params.precision().acc)?;
         stage.recipe.weights(model, &mut state, cfg.accumulate);
         let (peak, betas) = (cfg.lr.unwrap_or(t.lr), cfg.betas.unwrap_or(t.betas));
-        let mut main = Optimizer::new(&model.params, &stage.groups, hyper(betas))?;
-        let own = cfg.groups.get("discriminator").cloned().unwrap_or_default();
+        let hyper = Hyper { betas, eps, weight_decay, ema_decay, clip };
+        let mut main = Optimizer::new(&model.params, &stage.groups, hyper)?;
+        let of = cfg.groups.get("discriminator").cloned().unwrap_or_default();
         for (name, g) in cfg.groups.iter().filter(|(name, _)| *name != "discriminator") {
-            let GroupConfig { lr, betas: own } = *g;
-            let scale = lr.map_or(1.0, |lr| if peak > 0.0 { lr / peak } else { 0.0 });
-            main.set_group(&model.params, name, scale, own.unwrap_or(betas)).map_err(|_| {
+            let own = Own {
+                scale: g.lr.map_or(1.0, |lr| if peak > 0.0 { lr / peak } else { 0.0 }),
+                betas: g.betas.unwrap_or(betas),
+                eps: g.adam_eps.unwrap_or(eps),
+                weight_decay: g.weight_decay.unwrap_or(weight_decay),
+                clip: g.clip,
+            };
+            main.set_group(&model.params, name, own).map_err(|_| {
                 let key = format!("stage.groups.{name}");
                 let want = format!("a group that this stage trains: {}", stage.trained().join(", "));
                 Error::config(key, "not trained", want)
@@ -392,12 +398,18 @@ impl Update {
         }
         let disc = match stage.discriminator {
             true => {
-                let hyper = hyper(own.betas.unwrap_or(t.disc_betas));
+                let hyper = Hyper {
+                    betas: of.betas.unwrap_or(t.disc_betas),
+                    eps: of.adam_eps.unwrap_or(eps),
+                    weight_decay: of.weight_decay.unwrap_or(weight_decay),
+                    ema_decay,
+                    clip: of.clip.unwrap_or(clip),
+                };
                 Some(Optimizer::new(&model.params, &["discriminator"], hyper)?)
             }
             false => None,
         };
-        Ok(Update { state, main, disc, peak, disc_peak: own.lr.unwrap_or(peak) })
+        Ok(Update { state, main, disc, peak, disc_peak: of.lr.unwrap_or(peak) })
     }
 
     /// The optimizers, in the order of checkpoints.
@@ -421,9 +433,9 @@ impl Update {
         if (stage.recipe.text || stage.recipe.codes) && fed.tokens + fed.codes == 0 {
             return Err(what(if stage.recipe.codes { "code" } else { "token" }));
         }
-        self.state.set(Slot::InvTokens, 1.0 / fed.tokens.max(1) as f64);
-        self.state.set(Slot::InvCodes, 1.0 / fed.codes.max(1) as f64);
-        let rate = |peak| schedule(cfg.schedule, peak, model.cfg.train.warmup, s, cfg.steps);
+        Counts::new(model, &fed.parts, fed.tokens, fed.codes).set(&mut self.state);
+        let warmup = cfg.warmup(&model.cfg.train);
+        let rate = |peak| schedule(cfg.schedule, peak, warmup, s, cfg.steps);
         self.main.prepare(&mut self.state, rate(self.peak));
         if let Some(d) = &mut self.disc {
             d.prepare(&mut self.state, rate(self.disc_peak));
@@ -432,19 +444,15 @@ impl Update {
         Ok(rate(self.peak))
     }
 
-    /// Waits for the step; its gradient norm, and whether an update was skipped.
-    fn finish(&mut self, model: &Ett) -> Result<(f64, bool)> {
-        let dev = &**model.params.device();
-        let (mut norms, mut bad) = (Vec::new(), false);
-        for o in self.optimizers() {
-            let norm = o.norm().to_f64(dev)?;
-            norms.push(norm[0].sqrt());
-            if norm[1] > 0.0 {
-                bad = true;
-                o.skip();
-            }
+    /// Waits for the step; its gradient norm, and whether it was skipped.
+    fn finish(&mut self, model: &mut Ett, out: &Outcome) -> Result<(f64, bool)> {
+        let norms = self.main.norm().to_f64(&**model.params.device())?;
+        let bad = norms[1] > 0.0;
+        if bad {
+            self.optimizers().into_iter().for_each(Optimizer::skip);
+            model.discriminator_state.batches = out.batches_before;
         }
-        Ok((norms[0], bad))
+        Ok((norms.chunks(2).map(|n| n[0]).sum::<f64>().sqrt(), bad))
     }
 }
 

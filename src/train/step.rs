@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::Optimizer;
 use crate::autograd::{Tape, Var};
-use crate::backend::{Slot, StepState};
+use crate::backend::{Cast, Kernels, Restore, Role, Slot, StepState, Stream};
 use crate::error::{Error, Result};
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Packed, Part};
@@ -72,10 +72,10 @@ impl Loss {
         Slot::Weight(self as usize)
     }
 
-    /// True if it is a mean over the supervised tokens or codes of the whole batch; the others are means over the
-    /// pictures of one of its parts.
-    fn over_the_batch(self) -> bool {
-        matches!(self, Loss::Cap | Loss::Code)
+    /// True if it is a mean over one part of the batch; the others are means over the whole batch. The average entropy
+    /// is no sum over tokens, and the quantizer has one count for all its losses.
+    fn of_a_part(self) -> bool {
+        matches!(self, Loss::Quant | Loss::EntSample | Loss::EntAvg)
     }
 
     fn is_discriminators(self) -> bool {
@@ -125,7 +125,7 @@ impl Recipe {
             (Loss::DLecam, l.lecam),
             (Loss::Code, if self.codes { 1.0 } else { 0.0 }),
         ] {
-            let share = if loss.over_the_batch() { 1.0 } else { 1.0 / parts as f64 };
+            let share = if loss.of_a_part() { 1.0 / parts as f64 } else { 1.0 };
             state.set(loss.slot(), share * w);
         }
     }
@@ -175,8 +175,10 @@ pub struct Outcome {
     pub rec: Vec<Tensor>,
     /// Hidden states that predict supervised tokens, `[n, C]`.
     pub selected: Option<Tensor>,
-    /// Tokens without a finite score, `[1]`.
-    pub bad: Option<Tensor>,
+    /// Tokens without a finite score, `[1]` of each pass through the quantizer.
+    pub bad: Vec<Tensor>,
+    /// Passes that the discriminator's running statistics had taken in before the step.
+    pub batches_before: u64,
 }
 
 impl Outcome {
@@ -186,7 +188,16 @@ impl Outcome {
         for (_, t) in self.terms.iter().filter(|(l, _)| *l == loss) {
             sum += t.to_f64(&**model.params.device())?[0];
         }
-        Ok(if loss.over_the_batch() { sum } else { sum / self.parts.max(1) as f64 })
+        Ok(if loss.of_a_part() { sum / self.parts.max(1) as f64 } else { sum })
+    }
+
+    /// Tokens without a finite score in the whole step. Waits for the device.
+    pub fn unscored(&self, model: &Ett) -> Result<usize> {
+        let mut sum = 0.0;
+        for t in &self.bad {
+            sum += t.to_f64(&**model.params.device())?[0];
+        }
+        Ok(sum as usize)
     }
 
     fn losses(&self, of: impl Fn(Loss) -> bool) -> impl Iterator<Item = &Tensor> {
@@ -194,8 +205,89 @@ impl Outcome {
     }
 }
 
+/// What the losses of a batch are means over.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Supervised text tokens of the whole batch, on all ranks.
+    pub tokens: usize,
+    /// Supervised codes of the whole batch, on all ranks.
+    pub codes: usize,
+    /// Pictures of the whole batch, on all ranks.
+    pub pictures: usize,
+    /// Elements (pixels times channels) of these pictures.
+    pub elements: usize,
+    /// Patch logits that the discriminator gives of them.
+    pub patches: usize,
+    /// Visual tokens of one part of the batch, on all ranks.
+    pub visual: usize,
+}
+
+impl Counts {
+    /// Counts of a batch of equal parts, of which every rank has a like share; supervised `tokens` and `codes` are given
+    /// for the whole batch.
+    pub fn new(model: &Ett, parts: &[Batch], tokens: usize, codes: usize) -> Self {
+        let ranks = model.params.device().collectives().ranks();
+        let mut all = Counts { tokens, codes, ..Counts::default() };
+        let side = model.cfg.tokenizer.downsampling();
+        for (i, part) in parts.iter().enumerate() {
+            for d in part.images.iter().map(|x| x.dims()) {
+                let (n, h, w) = (ranks * d[0], d[1], d[2]);
+                all.pictures += n;
+                all.elements += n * h * w * d[3];
+                all.patches += n * model.discriminator.patches(h, w);
+                if i == 0 {
+                    all.visual += n * (h / side) * (w / side);
+                }
+            }
+        }
+        all
+    }
+
+    /// Writes them into the step state.
+    pub fn set(&self, state: &mut StepState) {
+        for (slot, n) in [
+            (Slot::InvTokens, self.tokens),
+            (Slot::InvCodes, self.codes),
+            (Slot::InvPictures, self.pictures),
+            (Slot::InvElements, self.elements),
+            (Slot::InvPatches, self.patches),
+            (Slot::InvVisual, self.visual),
+        ] {
+            state.set(slot, 1.0 / n.max(1) as f64);
+        }
+    }
+}
+
+/// The discriminator as it was before a step: it is stepped before it is known whether the step counts.
+struct Before(Vec<(Tensor, Tensor)>);
+
+impl Before {
+    fn new(model: &Ett) -> Result<Self> {
+        let dev = &**model.params.device();
+        let group = model.params.group("discriminator").into_iter();
+        let live = group.flat_map(|g| model.params.stepped(g));
+        let live = live.chain(model.discriminator.carried(&model.discriminator_state));
+        let copy = |x: &Tensor| {
+            let kept = Tensor::empty(dev, Role::Activation, x.dtype(), x.dims())?;
+            dev.cast(Stream::COMPUTE, &Cast { x: x.view(), y: kept.out() })?;
+            Ok((kept, x.clone()))
+        };
+        Ok(Before(live.map(copy).collect::<Result<_>>()?))
+    }
+
+    /// Brings it back if `norm` counts anything that is not finite.
+    fn restore_if_skipped(&self, dev: &dyn Kernels, norm: &Tensor) -> Result<()> {
+        for (kept, live) in &self.0 {
+            let a = Restore { x: kept.view(), norm: norm.view(), y: live.acc() };
+            dev.restore(Stream::COMPUTE, &a)?;
+        }
+        Ok(())
+    }
+}
+
 /// Runs one step over the parts of a batch, one after another. `main` trains the recipe's groups, `disc` the
-/// discriminator; gradients start from zero. The step state must have been sent, with weights for as many parts.
+/// discriminator; gradients start from zero. The step state must have been sent, with the weights for as many parts and
+/// the counts of this batch. If any loss, gradient or score is not finite, nothing of the model changes.
 pub fn step(
     model: &mut Ett,
     recipe: &Recipe,
@@ -205,14 +297,16 @@ pub fn step(
     disc: Option<&Optimizer>,
 ) -> Result<Outcome> {
     model.params.zero_grad()?;
-    let mut out = Outcome { parts: parts.len(), ..Outcome::default() };
+    let batches_before = model.discriminator_state.batches;
+    let mut out = Outcome { parts: parts.len(), batches_before, ..Outcome::default() };
     let disc = disc.filter(|_| recipe.reconstructs());
+    let before = disc.map(|_| Before::new(model)).transpose()?;
     // The generator is judged by the discriminator that has seen the whole batch: with several parts it gets
     // reconstructions of its own, made without a backward.
     let first = match disc {
         Some(disc) if parts.len() > 1 => {
             for part in parts {
-                let rec = reconstruct(model, part)?;
+                let rec = reconstruct(model, part, &mut out)?;
                 discriminator_part(model, &part.images, &rec, state, &mut out)?;
             }
             update_discriminator(model, state, disc, &out)?;
@@ -223,16 +317,22 @@ pub fn step(
     for part in parts {
         generator_part(model, recipe, part, state, disc.is_some(), first, &mut out)?;
     }
-    main.apply(&model.params, state, out.losses(|l| !l.is_discriminators()))?;
+    let counted = disc.map(Optimizer::norm).map(|norm| norm.rows(0, 1)?.columns(1, 1)).transpose()?;
+    let unfinished = out.bad.iter().chain(&counted);
+    main.apply(&model.params, state, out.losses(|_| true), unfinished)?;
+    if let Some(before) = before {
+        before.restore_if_skipped(&**model.params.device(), &main.norm().rows(0, 1)?)?;
+    }
     Ok(out)
 }
 
 /// Reconstructions of the pictures of a part, as training makes them.
-fn reconstruct(model: &Ett, part: &Batch) -> Result<Vec<Tensor>> {
+fn reconstruct(model: &Ett, part: &Batch, out: &mut Outcome) -> Result<Vec<Tensor>> {
     let t = Tape::inference(model.params.device().clone(), model.params.precision());
     let images: Vec<Var> = part.images.iter().map(|x| t.constant(x.clone())).collect();
     let (z, grids) = model.tokenizer.encode(&t, &model.params, &images)?;
-    let (zq, _) = model.look_up(&t, &z, &model.tokenizer.codes(&t, &model.params)?)?;
+    let (zq, _, bad) = model.look_up(&t, &z, &model.tokenizer.codes(&t, &model.params)?)?;
+    out.bad.push(bad);
     let rec = model.tokenizer.decode(&t, &model.params, &zq, &grids)?;
     Ok(rec.iter().map(|r| r.value().clone()).collect())
 }
@@ -259,16 +359,22 @@ fn generator_part(
         out.z = Some(z.value().clone());
         let (zq, idx) = match recipe.tokenizer {
             TokenizerMode::Trained(alpha) => {
-                let q = model.tokenizer.quantize(&t, &z, &codes, 1.0 / z.dims()[0] as f64)?;
+                let inv_count = state.slot(Slot::InvVisual)?;
+                let entropies = alpha > 0.0 && model.cfg.loss.entropy > 0.0;
+                let q = model.tokenizer.quantize(&t, &z, &codes, &inv_count, entropies)?;
                 if alpha > 0.0 {
                     losses.push((Loss::Quant, q.quant));
                     losses.extend(q.sample.map(|v| (Loss::EntSample, v)));
                     losses.extend(q.avg.map(|v| (Loss::EntAvg, v)));
                 }
-                out.bad = q.bad;
+                out.bad.push(q.bad);
                 (q.zq, q.idx)
             }
-            _ => model.look_up(&t, &z, &codes)?,
+            _ => {
+                let (zq, idx, bad) = model.look_up(&t, &z, &codes)?;
+                out.bad.push(bad);
+                (zq, idx)
+            }
         };
         if recipe.reconstructs() {
             let rec = model.tokenizer.decode(&t, &model.params, &zq, &grids)?;
@@ -278,7 +384,7 @@ fn generator_part(
                 discriminator_part(model, &batch.images, &rec, state, out)?;
                 update_discriminator(model, state, disc, out)?;
             }
-            reconstruction_losses(model, &t, &images, &rec, judged, &mut losses)?;
+            reconstruction_losses(model, &t, &images, &rec, judged, state, &mut losses)?;
         }
         out.zq = Some(zq.value().clone());
         out.idx.push(idx.clone());
@@ -326,22 +432,22 @@ fn reconstruction_losses(
     images: &[Var],
     rec: &[Var],
     judged: bool,
+    state: &StepState,
     losses: &mut Vec<(Loss, Var)>,
 ) -> Result<()> {
-    let elements: usize = images.iter().map(|x| x.dims().numel()).sum();
-    let count: usize = images.iter().map(|x| x.dims()[0]).sum();
+    let (inv_elements, inv_pictures) = (state.slot(Slot::InvElements)?, state.slot(Slot::InvPictures)?);
     let mut passes: Vec<Vec<BatchStats>> = Vec::new();
     for (x, r) in images.iter().zip(rec) {
-        losses.push((Loss::Rec, ops::l1(t, r, x, 1.0 / elements as f64)?));
+        losses.push((Loss::Rec, ops::l1(t, r, x, &inv_elements)?));
         if model.cfg.loss.lpips > 0.0 {
-            let terms = model.lpips.distance(t, &model.params, x, r, 1.0 / count as f64)?;
+            let terms = model.lpips.distance(t, &model.params, x, r, &inv_pictures)?;
             losses.extend(terms.into_iter().map(|v| (Loss::Lpips, v)));
         }
         if judged {
             let (logits, stats) = model.discriminator.forward(t, &model.params, r, true)?;
             let d = logits.dims();
             let logits = ops::reshape(t, &logits, [d[0], d[1] * d[2]])?;
-            losses.push((Loss::Gan, ops::gan_generator(t, &logits, 1.0 / count as f64)?));
+            losses.push((Loss::Gan, ops::gan_generator(t, &logits, &inv_pictures)?));
             passes.push(stats);
         }
     }
@@ -374,12 +480,12 @@ fn discriminator_part(
         }
     };
     let (real, fake) = (judge(images)?, judge(rec)?);
-    let half = 0.5 / real.dims().numel() as f64;
+    let inv_patches = state.slot(Slot::InvPatches)?;
     let averages = model.discriminator.lecam_after(&t, &model.discriminator_state, &real, &fake)?;
     let losses = vec![
-        (Loss::DHinge, ops::hinge(&t, &real, true, half)?),
-        (Loss::DHinge, ops::hinge(&t, &fake, false, half)?),
-        (Loss::DLecam, ops::lecam(&t, &real, &fake, &averages)?),
+        (Loss::DHinge, ops::hinge(&t, &real, true, &inv_patches, 0.5)?),
+        (Loss::DHinge, ops::hinge(&t, &fake, false, &inv_patches, 0.5)?),
+        (Loss::DLecam, ops::lecam(&t, &real, &fake, &averages, &inv_patches)?),
     ];
     backward(t, losses, state, out)?;
     model.discriminator.commit(&*dev, &mut model.discriminator_state, &passes)?;
@@ -387,5 +493,5 @@ fn discriminator_part(
 }
 
 fn update_discriminator(model: &Ett, state: &StepState, disc: &Optimizer, out: &Outcome) -> Result<()> {
-    disc.apply(&model.params, state, out.losses(Loss::is_discriminators))
+    disc.apply(&model.params, state, out.losses(Loss::is_discriminators), out.bad.iter())
 }

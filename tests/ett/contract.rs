@@ -299,12 +299,13 @@ fn over_rows(m: &Subject) {
         idx: idx.out(),
         smax: one.out(),
         rest_p: one.out(),
-        rest_q: one.out(),
-        xbar: one.out(),
+        rest_q: Some(one.out()),
+        xbar: Some(one.out()),
         bad: one.acc(),
         temperature: 1.0,
     };
     m.refuses(dev.ibq_rows(S, &a), "ibq_rows", &["e"]);
+    m.refuses(dev.ibq_rows(S, &IbqRows { e: z.view(), xbar: None, ..a }), "ibq_rows", &["xbar"]);
 }
 
 fn tensors(m: &Subject) {

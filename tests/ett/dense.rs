@@ -60,10 +60,9 @@ impl Problem {
 
     fn options(&self) -> IbqOptions {
         IbqOptions {
-            entropy: Entropy { temperature: self.temperature, eps: self.eps },
+            entropy: Some(Entropy { temperature: self.temperature, eps: self.eps }),
             beta_commit: self.beta_commit,
             beta_code: self.beta_code,
-            inv_count: 1.0 / self.m as f64,
         }
     }
 
@@ -181,25 +180,26 @@ pub fn kernels(dev: &Arc<dyn Kernels>, prec: Precision, p: &Problem) -> ett::err
     let z = t.leaf(tensor(dev_ref, prec.act, &p.z, [p.m, p.d]));
     let de = Tensor::zeros(dev_ref, Role::Gradient, prec.acc, [p.k, p.d])?;
     let e = t.weight(tensor(dev_ref, prec.act, &p.e, [p.k, p.d]), Some(de.clone()));
-    let q = ops::ibq(&t, &z, &e, p.options())?;
-    let (Some(sample), Some(avg), Some(rows), Some(bad)) = (&q.sample, &q.avg, &q.rows, &q.bad) else {
-        panic!("ibq returns entropies, row statistics and a count of bad rows");
-    };
     let read = |t: &Tensor| t.to_f64(dev_ref);
     let one = |v: f64| tensor(dev_ref, prec.acc, &[v], [1]);
+    let q = ops::ibq(&t, &z, &e, &one(1.0 / p.m as f64), p.options())?;
+    let (Some(sample), Some(avg), Some(rows)) = (&q.sample, &q.avg, &q.rows) else {
+        panic!("ibq returns entropies and row statistics");
+    };
+    let entropy = rows.entropy.as_ref().expect("statistics of the entropies");
     let g = tensor(dev_ref, prec.act, &p.g, [p.m, p.d]);
     let w = p.w.map(one);
     let mut answer = Answer {
         idx: q.idx.to_host(dev_ref)?,
         smax: read(&rows.smax)?,
         rest_p: read(&rows.rest_p)?,
-        rest_q: read(&rows.rest_q)?,
-        xbar: read(&rows.xbar)?,
+        rest_q: read(&entropy.rest_q)?,
+        xbar: read(&entropy.xbar)?,
         zq: read(q.zq.value())?,
         losses: [read(q.quant.value())?[0], read(sample.value())?[0], read(avg.value())?[0]],
         dz: Vec::new(),
         de: Vec::new(),
-        bad: read(bad)?[0],
+        bad: read(&q.bad)?[0],
     };
     let seeds = [(&q.zq, &g), (&q.quant, &w[0]), (sample, &w[1]), (avg, &w[2])];
     // A loss of weight 0 is not seeded at all.

@@ -72,7 +72,7 @@ fn images() -> Vec<Image> {
 fn visual(model: &Ett, t: &Tape) -> Result<(Var, Vec<Grid>)> {
     let (x, _) = images_to_device(model, &images())?;
     let (z, grids) = model.tokenizer.encode(t, &model.params, &[t.constant(x)])?;
-    let (zq, idx) = model.look_up(t, &z, &model.tokenizer.codes(t, &model.params)?)?;
+    let (zq, idx, _) = model.look_up(t, &z, &model.tokenizer.codes(t, &model.params)?)?;
     Ok((model.visual_rows(t, &zq, &idx)?, grids))
 }
 

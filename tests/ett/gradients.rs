@@ -372,7 +372,7 @@ fn image_losses() -> Outcome {
     let dims = [2, 2, 3, 3];
     let b = normal(1, 36);
     let a = b.iter().zip(spread(2, 36, 0.05)).map(|(b, d)| b + d).collect();
-    check1("l1", &[grad(a, dims), fixed(b, dims)], |t, v| ops::l1(t, &v[0], &v[1], 0.3))?;
+    check1("l1", &[grad(a, dims), fixed(b, dims)], |t, v| ops::l1(t, &v[0], &v[1], &scalar(t, 0.3)))?;
 
     // Features as ReLU leaves them, one pixel of the reference all zero.
     let features = |seed: u64| -> Vec<f64> { normal(seed, 36).iter().map(|v| v.max(0.0)).collect() };
@@ -384,7 +384,7 @@ fn image_losses() -> Outcome {
         }
     }
     let w = fixed(vec![0.2, 0.9, 0.5], [3]);
-    let lpips = |t: &Tape, v: &[Var]| ops::lpips_layer(t, &v[0], &v[1], &v[2], 1e-10, 0.7);
+    let lpips = |t: &Tape, v: &[Var]| ops::lpips_layer(t, &v[0], &v[1], &v[2], 1e-10, &scalar(t, 0.7), 0.5);
     let inputs = [fixed(f0, dims), grad(f1.clone(), dims), w];
     check1("lpips_layer", &inputs, lpips)?;
 
@@ -409,20 +409,25 @@ fn image_losses() -> Outcome {
 
 #[test]
 fn adversarial_losses() -> Outcome {
-    check1("gan_generator", &[random(1, [3, 4])], |t, v| ops::gan_generator(t, &v[0], 0.4))?;
+    check1("gan_generator", &[random(1, [3, 4])], |t, v| ops::gan_generator(t, &v[0], &scalar(t, 0.4)))?;
     // Logits on both sides of the kinks at 1 and -1, and of the averages.
     let x = || grad(spread(1, 40, 0.1), [2, 4, 5, 1]);
     for real in [true, false] {
-        check1("hinge", &[x()], |t, v| ops::hinge(t, &v[0], real, 0.4))?;
+        check1("hinge", &[x()], |t, v| ops::hinge(t, &v[0], real, &scalar(t, 0.4), 0.5))?;
     }
     check1("lecam", &[x(), grad(spread(2, 18, 0.1), [18, 1])], |t, v| {
-        ops::lecam(t, &v[0], &v[1], &tensor(t.dev(), DType::F64, &[0.31, -0.22], [2]))
+        let averages = tensor(t.dev(), DType::F64, &[0.31, -0.22], [2]);
+        ops::lecam(t, &v[0], &v[1], &averages, &scalar(t, 0.6))
     })
 }
 
-fn options(m: usize, temperature: f64, beta_commit: f64, beta_code: f64) -> IbqOptions {
-    let entropy = Entropy { temperature, eps: 1e-3 };
-    IbqOptions { entropy, beta_commit, beta_code, inv_count: 1.0 / m as f64 }
+/// A device scalar.
+fn scalar(t: &Tape, v: f64) -> Tensor {
+    tensor(t.dev(), DType::F64, &[v], [1])
+}
+
+fn options(temperature: f64, beta_commit: f64, beta_code: f64) -> IbqOptions {
+    IbqOptions { entropy: Some(Entropy { temperature, eps: 1e-3 }), beta_commit, beta_code }
 }
 
 #[test]
@@ -434,7 +439,8 @@ fn vq() -> Outcome {
         let mut inputs = inputs.clone();
         inputs[1 - which].grad = false;
         check1("vq, quantization loss", &inputs, |t, v| {
-            Ok(ops::vq(t, &v[0], &v[1], options(m, 1.0, beta_commit, beta_code))?.quant)
+            Ok(ops::vq(t, &v[0], &v[1], &scalar(t, 1.0 / m as f64), options(1.0, beta_commit, beta_code))?
+                .quant)
         })?;
     }
     // Together: the gradient of zq passes straight to z, and each term reaches its own input only.
@@ -442,7 +448,7 @@ fn vq() -> Outcome {
     let t = Tape::new(cpu(2), P);
     let dev = t.device();
     let [z, e] = [0, 1].map(|i| t.leaf(tensor(&*dev, DType::F64, &inputs[i].values, inputs[i].dims)));
-    let q = ops::vq(&t, &z, &e, options(m, 1.0, beta_commit, beta_code))?;
+    let q = ops::vq(&t, &z, &e, &scalar(&t, 1.0 / m as f64), options(1.0, beta_commit, beta_code))?;
     let idx = q.idx.to_host::<i32>(&*dev)?;
     let cotangent = normal(3, m * d);
     let seeds = [tensor(&*dev, DType::F64, &cotangent, [m, d]), tensor(&*dev, DType::F64, &[w], [1])];
@@ -468,14 +474,14 @@ fn ibq_entropies() -> Outcome {
     for (m, k, d, temperature) in [(4, 5, 3, 0.5), (1, 2, 1, 1.0), (3, 1, 2, 1.0), (66, 70, 5, 0.8)] {
         let inputs = [random(1, [m, d]), random(2, [k, d])];
         check("ibq, both entropies", &inputs, |t, v| {
-            let q = ops::ibq(t, &v[0], &v[1], options(m, temperature, 1.0, 0.25))?;
+            let q = ops::ibq(t, &v[0], &v[1], &scalar(t, 1.0 / m as f64), options(temperature, 1.0, 0.25))?;
             Ok(q.sample.into_iter().chain(q.avg).collect())
         })?;
     }
     // At the paper's temperature, with scores small enough for finite differences.
     let inputs = [grad(scaled(1, 12, 0.05), [4, 3]), grad(scaled(2, 18, 0.05), [6, 3])];
     check("ibq, T = 0.01", &inputs, |t, v| {
-        let q = ops::ibq(t, &v[0], &v[1], options(4, 0.01, 1.0, 0.25))?;
+        let q = ops::ibq(t, &v[0], &v[1], &scalar(t, 0.25), options(0.01, 1.0, 0.25))?;
         Ok(q.sample.into_iter().chain(q.avg).collect())
     })
 }

@@ -19,6 +19,7 @@ mod memory;
 mod plan;
 mod properties;
 mod quantizer;
+mod ranks;
 mod reference;
 mod robust;
 mod run;

@@ -84,6 +84,7 @@ fn measure() -> Outcome {
         [0.25, 0.0125, -0.0125].map(|w| Tensor::from_f64(&*cpu, Role::Input, DType::F32, &[w], [1]));
     let [w_quant, w_sample, w_avg] = weights;
     let (w_quant, w_sample, w_avg) = (w_quant?, w_sample?, w_avg?);
+    let inv_count = Tensor::from_f64(&*cpu, Role::Input, DType::F32, &[1.0 / M as f64], [1])?;
 
     let device = cpu.memory();
     let held = device.total();
@@ -95,12 +96,11 @@ fn measure() -> Outcome {
     let t = Tape::new(cpu.clone(), prec);
     let (z, e) = (t.leaf(z), t.weight(e, Some(de.clone())));
     let o = IbqOptions {
-        entropy: Entropy { temperature: 0.01, eps: 1e-5 },
+        entropy: Some(Entropy { temperature: 0.01, eps: 1e-5 }),
         beta_commit: 1.0,
         beta_code: 0.25,
-        inv_count: 1.0 / M as f64,
     };
-    let q = ops::ibq(&t, &z, &e, o)?;
+    let q = ops::ibq(&t, &z, &e, &inv_count, o)?;
     let (sample, avg) = (q.sample.as_ref().ok_or("sample")?, q.avg.as_ref().ok_or("avg")?);
     let forward = start.elapsed().as_secs_f64();
     let seeds = [(&q.zq, &g), (&q.quant, &w_quant), (sample, &w_sample), (avg, &w_avg)];

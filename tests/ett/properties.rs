@@ -323,11 +323,11 @@ fn quantizers() {
         .prop_flat_map(|(m, k, d)| (mostly(vec![m, d]), mostly(vec![k, d]), any::<bool>()));
     cases(96, shapes, |(z, e, ibq)| {
         let fits = z.len() == 2 && e.len() == 2 && z[1] == e[1] && e[0] > 0;
+        let m = z.first().copied().unwrap_or(1);
         let options = IbqOptions {
-            entropy: Entropy { temperature: 0.1, eps: 1e-5 },
+            entropy: Some(Entropy { temperature: 0.1, eps: 1e-5 }),
             beta_commit: 1.0,
             beta_code: 0.25,
-            inv_count: 1.0 / z.first().copied().unwrap_or(1).max(1) as f64,
         };
         let want = fits.then(|| {
             let mut all = vec![z.clone(), vec![1]];
@@ -335,10 +335,11 @@ fn quantizers() {
             all
         });
         holds(want, |t| {
+            let inv_count = tensor(t.tape.dev(), DType::F32, &[1.0 / m.max(1) as f64], [1]);
             let (z, e) = (t.leaf(&z), t.leaf(&e));
             let q = match ibq {
-                true => ops::ibq(&t.tape, &z, &e, options)?,
-                false => ops::vq(&t.tape, &z, &e, options)?,
+                true => ops::ibq(&t.tape, &z, &e, &inv_count, options)?,
+                false => ops::vq(&t.tape, &z, &e, &inv_count, options)?,
             };
             let outputs = [Some(q.zq), Some(q.quant), q.sample, q.avg].into_iter().flatten().collect();
             Ok((vec![z, e], outputs))

@@ -200,7 +200,7 @@ fn peaked_entropies() -> Outcome {
 fn nearest(dev: &dyn Kernels, dtype: DType, z: &[f64], e: &[f64], d: usize, metric: Metric) -> Vec<i32> {
     let (z, e) = (tensor(dev, dtype, z, [z.len() / d, d]), tensor(dev, dtype, e, [e.len() / d, d]));
     let idx = Tensor::empty(dev, Role::Activation, DType::I32, [z.dims()[0]]).expect("memory");
-    let a = Nearest { z: z.view(), e: e.view(), idx: idx.out(), metric };
+    let a = Nearest { z: z.view(), e: e.view(), idx: idx.out(), bad: None, metric };
     dev.nearest(Stream::COMPUTE, &a).expect("the arguments are right");
     idx.to_host(dev).expect("indices")
 }
@@ -414,12 +414,12 @@ fn gradients_are_added_to_what_is_there() -> Outcome {
     let z = t.constant(tensor(&*dev, DType::F64, &p.z, [m, d]));
     let e = t.weight(tensor(&*dev, DType::F64, &p.e, [k, d]), Some(de.clone()));
     let o = IbqOptions {
-        entropy: Entropy { temperature: p.temperature, eps: p.eps },
+        entropy: Some(Entropy { temperature: p.temperature, eps: p.eps }),
         beta_commit: p.beta_commit,
         beta_code: p.beta_code,
-        inv_count: 1.0 / m as f64,
     };
-    let q = ops::ibq(&t, &z, &e, o)?;
+    let inv_count = tensor(&*dev, DType::F64, &[1.0 / m as f64], [1]);
+    let q = ops::ibq(&t, &z, &e, &inv_count, o)?;
     let put = |v: &[f64], n: [usize; 2]| tensor(&*dev, DType::F64, v, n);
     let g = put(&p.g, [m, d]);
     let w = p.w.map(|w| put(&[w], [1, 1]));

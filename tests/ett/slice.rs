@@ -3,13 +3,13 @@
 
 use std::sync::Arc;
 
-use ett::backend::{Kernels, Slot, StepState};
+use ett::backend::{Kernels, StepState};
 use ett::config::{Config, ScheduleKind, StageKind};
 use ett::error::Result;
 use ett::model::{Ett, Packed, Part, Rows};
 use ett::nn::Copy;
 use ett::train::{
-    Batch, Checkpoints, Hyper, Loss, Optimizer, Outcome as Step, Progress, Recipe, Stage, checkpoint,
+    Batch, Checkpoints, Counts, Hyper, Loss, Optimizer, Outcome as Step, Progress, Recipe, Stage, checkpoint,
     schedule, step,
 };
 
@@ -114,7 +114,8 @@ impl Trainer {
         let rows = rows(&self.sizes, at)?;
         if let Some(packed) = &mut self.batch.packed {
             packed.refill(&*dev, &rows)?;
-            self.state.set(Slot::InvTokens, 1.0 / packed.tokens as f64);
+            let tokens = packed.tokens;
+            Counts::new(&self.model, std::slice::from_ref(&self.batch), tokens, 0).set(&mut self.state);
         }
         self.state.send(&*dev)
     }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ett::autograd::{Tape, Var};
-use ett::backend::{Kernels, Role, Slot, StepState};
+use ett::backend::{Kernels, Role, StepState};
 use ett::compare::{Bounds, compare};
 use ett::config::{Arm, Config, Scores, StageKind, VisualHeadKind};
 use ett::error::Result;
@@ -13,8 +13,8 @@ use ett::model::{Ett, Part};
 use ett::nn::Copy;
 use ett::tensor::{DType, Tensor};
 use ett::train::{
-    Batch, Hyper, Loss, Optimizer, Outcome as Step, Recipe, Stage, TokenizerMode, load_weights, save_weights,
-    schedule, step,
+    Batch, Counts, Hyper, Loss, Optimizer, Outcome as Step, Own, Recipe, Stage, TokenizerMode, load_weights,
+    save_weights, schedule, step,
 };
 
 use crate::common::{Outcome, Scratch, cpu, ids, tensor};
@@ -117,6 +117,11 @@ impl Run {
     }
 
     fn step_in_parts(&mut self, parts: &[Batch]) -> Result<Step> {
+        self.step_of_ranks(parts, 1)
+    }
+
+    /// The step of one of some ranks that hold as many tokens each.
+    pub fn step_of_ranks(&mut self, parts: &[Batch], ranks: usize) -> Result<Step> {
         self.recipe.weights(&self.model, &mut self.state, parts.len());
         self.main.prepare(&mut self.state, self.rate);
         if let Some(d) = &mut self.disc {
@@ -125,8 +130,7 @@ impl Run {
         let packed = || parts.iter().filter_map(|b| b.packed.as_ref());
         let (tokens, codes) =
             (packed().map(|p| p.tokens).sum::<usize>(), packed().map(|p| p.code_rows.len()).sum::<usize>());
-        self.state.set(Slot::InvTokens, 1.0 / tokens.max(1) as f64);
-        self.state.set(Slot::InvCodes, 1.0 / codes.max(1) as f64);
+        Counts::new(&self.model, parts, ranks * tokens, ranks * codes).set(&mut self.state);
         self.state.send(&**self.model.params.device())?;
         step(&mut self.model, &self.recipe, parts, &self.state, &self.main, self.disc.as_ref())
     }
@@ -286,7 +290,7 @@ fn mixed_sizes_are_encoded_and_decoded_as_each_alone() -> Outcome {
             [[2, 8, 8], [1, 4, 6], [3, 1, 2]]
         );
         let codes = model.tokenizer.codes(&t, p)?;
-        let (zq, _) = model.look_up(&t, &z, &codes)?;
+        let (zq, _, _) = model.look_up(&t, &z, &codes)?;
         let rec = model.tokenizer.decode(&t, p, &zq, &grids)?;
         let together = z.value().to_f64(&*dev)?;
         let d = cfg.quantizer.dim;
@@ -298,7 +302,7 @@ fn mixed_sizes_are_encoded_and_decoded_as_each_alone() -> Outcome {
                 let n = h * w * 3;
                 let alone = put(&picture[i * n..(i + 1) * n], [1, h, w, 3]);
                 let (z, grid) = model.tokenizer.encode(&t, p, std::slice::from_ref(&alone))?;
-                let (zq, _) = model.look_up(&t, &z, &codes)?;
+                let (zq, _, _) = model.look_up(&t, &z, &codes)?;
                 let tokens = h * w / (S * S);
                 let z = z.value().to_f64(&*dev)?;
                 compare("z", &together[row * d..(row + tokens) * d], &z, d, bounds)?;
@@ -423,48 +427,135 @@ fn averages_follow_the_weights() -> Outcome {
     Ok(())
 }
 
+/// The bits of all that a step may change: weights, what products read of them, moments, averages, and what the
+/// discriminator carries.
+fn everything(run: &Run) -> Result<Vec<Vec<u64>>> {
+    let (p, dev) = (&run.model.params, &**run.model.params.device());
+    let mut all = vec![vec![run.model.discriminator_state.batches]];
+    let mut put = |t: &Tensor| -> Result<()> {
+        all.push(t.to_f64(dev)?.into_iter().map(f64::to_bits).collect());
+        Ok(())
+    };
+    (0..p.groups().len()).flat_map(|g| p.stepped(g)).try_for_each(&mut put)?;
+    run.model.discriminator.carried(&run.model.discriminator_state).into_iter().try_for_each(&mut put)?;
+    Ok(all)
+}
+
+/// Makes a step on a batch that spoils it, which has to change nothing, and then a good one.
+fn is_skipped(run: &mut Run, bad: &[Batch], good: &[Batch], what: &str) -> Result<Step> {
+    let dev = run.model.params.device().clone();
+    let before = everything(run)?;
+    let out = run.step_in_parts(bad)?;
+    assert!(run.main.norm().to_f64(&*dev)?[1] > 0.0, "{what}: what is not finite is counted");
+    run.model.discriminator_state.batches = out.batches_before;
+    assert!(everything(run)? == before, "{what}: a step that is skipped changes nothing");
+    run.step_in_parts(good)?;
+    assert_eq!(run.main.norm().to_f64(&*dev)?[1], 0.0, "{what}: the next batch trains again");
+    let after = everything(run)?;
+    assert!(after != before && after[1..].iter().flatten().all(|b| f64::from_bits(*b).is_finite()), "{what}");
+    Ok(out)
+}
+
+/// A batch like [`batch`]'s whose first picture has one value that is not finite.
+fn spoiled(model: &Ett, kind: StageKind) -> Result<Batch> {
+    let mut bad = batch(model, &[[2, 32, 32]], kind)?;
+    let mut values = pixels(0, [2, 32, 32]);
+    values[100] = f64::NAN;
+    let dev = &**model.params.device();
+    bad.images = vec![tensor(dev, model.params.precision().act, &values, [2, 32, 32, 3])];
+    Ok(bad)
+}
+
 #[test]
-fn a_non_finite_gradient_skips_the_update() -> Outcome {
-    for (precision, kind) in
-        [("f32", StageKind::Semantic), ("bf16", StageKind::Semantic), ("f32", StageKind::Tokenizer)]
-    {
+fn a_picture_that_is_not_finite_skips_the_step() -> Outcome {
+    for (precision, kind, parts) in [
+        ("f32", StageKind::Semantic, 1),
+        ("bf16", StageKind::Semantic, 1),
+        ("f32", StageKind::Tokenizer, 1),
+        ("f32", StageKind::Tokenizer, 2),
+    ] {
+        let what = format!("{precision}, {}, {parts} parts", kind.name());
         let mut run = Run::new(&small(precision), cpu(2), kind, 1e-3)?;
-        run.model.params.average(&["encoder", "decoder"])?;
+        run.model.params.average(&["encoder", "decoder", "discriminator"])?;
         let dev = run.model.params.device().clone();
-        let good = batch(&run.model, &[[2, 32, 32]], kind)?;
-        run.step(&good)?;
-        let everything = |run: &Run| -> Result<Vec<Vec<u64>>> {
-            let p = &run.model.params;
-            let mut all = Vec::new();
-            for g in 0..p.groups().len() {
-                let moments = p.training(g).map(|t| [&t.m, &t.v]).into_iter().flatten();
-                for t in [p.master(g)].into_iter().chain(p.shadow(g)).chain(p.ema(g)).chain(moments) {
-                    all.push(t.to_f64(&*dev)?.into_iter().map(f64::to_bits).collect());
-                }
-            }
-            Ok(all)
-        };
-        let before = everything(&run)?;
-        let mut bad = batch(&run.model, &[[2, 32, 32]], kind)?;
-        let mut values = pixels(0, [2, 32, 32]);
-        values[100] = f64::NAN;
-        bad.images = vec![tensor(&*dev, run.model.params.precision().act, &values, [2, 32, 32, 3])];
-        let out = run.step(&bad)?;
-        let count = run.main.norm().to_f64(&*dev)?[1];
-        assert!(count > 0.0, "non-finite gradients are counted");
-        assert!(run.value(&out, Loss::Rec)?.is_nan(), "and the loss shows them");
-        assert_eq!(
-            out.bad.ok_or("a count of bad tokens")?.to_f64(&*dev)?,
-            [64.0],
-            "one picture's tokens are bad"
-        );
-        assert!(everything(&run)? == before, "{precision}: weights, moments and averages stay as they are");
-        // The next batch trains again.
-        run.step(&good)?;
-        assert_eq!(run.main.norm().to_f64(&*dev)?[1], 0.0);
-        let after = everything(&run)?;
-        assert!(after != before && after.iter().flatten().all(|b| f64::from_bits(*b).is_finite()));
+        let good = || batch(&run.model, &[[2, 32, 32]], kind);
+        let good = (0..parts).map(|_| good()).collect::<Result<Vec<_>>>()?;
+        let mut bad =
+            (1..parts).map(|_| batch(&run.model, &[[2, 32, 32]], kind)).collect::<Result<Vec<_>>>()?;
+        bad.push(spoiled(&run.model, kind)?);
+        run.step_in_parts(&good)?;
+        let out = is_skipped(&mut run, &bad, &good, &what)?;
+        assert!(run.value(&out, Loss::Rec)?.is_nan(), "{what}: the loss shows it");
+        let last = out.bad.last().ok_or("a count of bad tokens")?;
+        assert_eq!(last.to_f64(&*dev)?, [64.0], "{what}: one picture's tokens are bad");
+        assert!(out.unscored(&run.model)? >= 64, "{what}");
     }
+    Ok(())
+}
+
+#[test]
+fn a_frozen_tokenizer_that_gives_no_codes_skips_the_step() -> Outcome {
+    // Its code would be 0 and the loss finite.
+    for kind in [StageKind::Align, StageKind::Chat] {
+        let mut run = Run::new(&small("f32"), cpu(2), kind, 1e-3)?;
+        let good = [batch(&run.model, &[[2, 32, 32]], kind)?];
+        let bad = [spoiled(&run.model, kind)?];
+        let out = is_skipped(&mut run, &bad, &good, kind.name())?;
+        assert!(run.value(&out, Loss::Cap)?.is_finite(), "the caption loss alone does not show it");
+        assert_eq!(out.unscored(&run.model)?, 64);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_language_model_that_is_not_finite_takes_the_discriminators_step_back() -> Outcome {
+    // The discriminator has been stepped when the caption loss is formed.
+    let mut run = Run::new(&small("f32"), cpu(2), StageKind::Semantic, 1e-3)?;
+    let data = [batch(&run.model, &[[2, 32, 32]], StageKind::Semantic)?];
+    run.step_in_parts(&data)?;
+    let name = "model.norm.weight";
+    let kept = run.model.params.read(name, Copy::Master)?.ok_or("a weight")?;
+    let mut broken = kept.clone();
+    broken.values[0] = f64::NAN;
+    run.model.params.write_public(name, Copy::Master, &broken)?;
+    let before = everything(&run)?;
+    let out = run.step_in_parts(&data)?;
+    assert!(run.value(&out, Loss::Cap)?.is_nan() && run.value(&out, Loss::DHinge)?.is_finite());
+    run.model.discriminator_state.batches = out.batches_before;
+    assert!(everything(&run)? == before, "a step that is skipped changes nothing");
+    Ok(())
+}
+
+#[test]
+fn the_entropies_are_left_out_where_nothing_asks_for_them() -> Outcome {
+    // At alpha 0, and with weight 0: no sweep over the columns, and the same update of everything else.
+    let mut cfg = small("f64");
+    (cfg.loss.alpha, cfg.loss.entropy) = (0.0, 0.05);
+    let plan = |cfg: &Config, kind| -> Result<Vec<&'static str>> {
+        Ok(ett::train::plan_stage(cfg, &ett::config::StageConfig::new(kind, 1, 2))?.kernels)
+    };
+    assert!(!plan(&cfg, StageKind::Semantic)?.contains(&"ibq_cols"));
+    assert!(plan(&cfg, StageKind::Tokenizer)?.contains(&"ibq_cols"));
+    cfg.loss.entropy = 0.0;
+    assert!(!plan(&cfg, StageKind::Tokenizer)?.contains(&"ibq_cols"));
+
+    let train = |entropy: f64| -> Result<Vec<f64>> {
+        let mut cfg = small("f64");
+        cfg.loss.entropy = entropy;
+        let mut run = Run::new(&cfg, cpu(2), StageKind::Tokenizer, 1e-3)?;
+        let data = batch(&run.model, &[[2, 32, 32]], StageKind::Tokenizer)?;
+        run.step(&data)?;
+        let p = &run.model.params;
+        let trained = p.group("encoder").and_then(|g| p.training(g));
+        trained.map_or(Ok(Vec::new()), |t| t.grad.to_f64(&**p.device()))
+    };
+    let (without, with_next_to_none, with) = (train(0.0)?, train(1e-13)?, train(0.05)?);
+    let off = |a: &[f64], b: &[f64]| {
+        let d: f64 = a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum();
+        (d / b.iter().map(|b| b * b).sum::<f64>()).sqrt()
+    };
+    assert!(off(&without, &with_next_to_none) < 1e-9, "{}", off(&without, &with_next_to_none));
+    assert!(off(&without, &with) > 1e-3, "{}", off(&without, &with));
     Ok(())
 }
 
@@ -674,10 +765,11 @@ fn recomputed_blocks_give_the_same_bits() -> Outcome {
 }
 
 #[test]
-fn groups_have_rates_and_decays_of_their_own() -> Outcome {
-    let train = |scale: f64, betas: [f64; 2]| -> Result<BTreeMap<String, Bits>> {
+fn groups_have_constants_of_their_own() -> Outcome {
+    let usual = Own { scale: 1.0, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.0, clip: None };
+    let train = |own: Own| -> Result<BTreeMap<String, Bits>> {
         let mut run = Run::new(&small("f32"), cpu(2), StageKind::Semantic, 1e-3)?;
-        run.main.set_group(&run.model.params, "projector", scale, betas)?;
+        run.main.set_group(&run.model.params, "projector", own)?;
         let data = batch(&run.model, &[[2, 32, 32]], StageKind::Semantic)?;
         run.step(&data)?;
         run.step(&data)?;
@@ -692,18 +784,52 @@ fn groups_have_rates_and_decays_of_their_own() -> Outcome {
         }
         Ok(groups)
     };
-    let usual = [0.9, 0.95];
-    let (same, fixed, other) = (train(1.0, usual)?, train(0.0, usual)?, train(1.0, [0.0, 0.5])?);
+    let (same, fixed) = (train(usual)?, train(Own { scale: 0.0, ..usual })?);
     let fresh = Run::new(&small("f32"), cpu(2), StageKind::Semantic, 1e-3)?;
     for (name, b) in &fixed["projector"] {
         assert!(bits(&fresh.model, Copy::Master)?[name] == *b, "{name} moves at rate 0");
     }
-    assert!(same["projector"] != fixed["projector"] && same["projector"] != other["projector"]);
+    for other in [
+        Own { scale: 0.0, ..usual },
+        Own { betas: [0.0, 0.5], ..usual },
+        Own { eps: 1e-2, ..usual },
+        Own { weight_decay: 0.5, ..usual },
+        Own { eps: 1e-2, clip: Some(1e-3), ..usual },
+    ] {
+        assert!(same["projector"] != train(other)?["projector"], "{other:?}");
+    }
     // A first step does not depend on what other groups do; the second sees a projector that has moved.
     assert!(same["llm"] != fixed["llm"]);
     let mut run = Run::new(&small("f32"), cpu(1), StageKind::Align, 1e-3)?;
-    let e = run.main.set_group(&run.model.params, "llm", 1.0, usual).expect_err("llm is frozen").to_string();
+    let e = run.main.set_group(&run.model.params, "llm", usual).expect_err("llm is frozen").to_string();
     assert!(e.contains("llm"), "{e}");
+    Ok(())
+}
+
+#[test]
+fn a_clip_of_its_own_looks_at_a_groups_own_gradient() -> Outcome {
+    // The first moment after one step is (1 - beta1) times the clipped gradient.
+    let limit = 1e-3;
+    let mut cfg = small("f64");
+    cfg.train.clip = 0.0;
+    let mut run = Run::new(&cfg, cpu(2), StageKind::Semantic, 1e-3)?;
+    let own = Own { scale: 1.0, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.0, clip: Some(limit) };
+    run.main.set_group(&run.model.params, "projector", own)?;
+    let data = batch(&run.model, &[[2, 32, 32]], StageKind::Semantic)?;
+    run.step(&data)?;
+    let p = &run.model.params;
+    let norm = |t: &Tensor| -> Result<f64> {
+        Ok(t.to_f64(&**p.device())?.iter().map(|v| v * v).sum::<f64>().sqrt())
+    };
+    for name in ["projector", "llm", "encoder"] {
+        let t = p.training(p.group(name).ok_or("a group")?).ok_or("trained")?;
+        let (grad, m) = (norm(&t.grad)?, norm(&t.m)?);
+        assert!(grad > 10.0 * limit, "{name}: {grad}");
+        let want = 0.1 * if name == "projector" { limit } else { grad };
+        assert!((m / want - 1.0).abs() < 2e-3, "{name}: {m}, wanted {want}");
+    }
+    let norms = run.main.norm().to_f64(&**p.device())?;
+    assert_eq!(norms.len(), 4, "one row for all, one for the projector");
     Ok(())
 }
 
@@ -716,7 +842,7 @@ fn a_non_finite_loss_skips_the_update() -> Outcome {
     let before = bits(&run.model, Copy::Master)?;
     for (value, count) in [(f64::NAN, 1.0), (f64::INFINITY, 1.0), (1.0, 0.0)] {
         let losses = [tensor(&*dev, DType::F32, &[2.0], [1]), tensor(&*dev, DType::F32, &[value], [1])];
-        run.main.apply(&run.model.params, &run.state, losses.iter())?;
+        run.main.apply(&run.model.params, &run.state, losses.iter(), [].iter())?;
         assert_eq!(run.main.norm().to_f64(&*dev)?[1], count, "{value}");
         assert_eq!(bits(&run.model, Copy::Master)? == before, count > 0.0, "{value}");
     }

@@ -143,6 +143,7 @@ fn nearest_of<E: Elem>(cpu: &Cpu, a: &Nearest) -> Result<()> {
             .map(|j| sweep.e.row(j).iter().map(|&v| v.up() * v.up()).sum::<E::Acc>() * E::Acc::of(0.5))
             .collect(),
     };
+    let bad_rows = AtomicUsize::new(0);
     idx.par_chunks_mut(ROWS).zip(sweep.row_blocks()).for_each(|(idx, r)| {
         let mut t = sweep.tile(cpu);
         sweep.load_z(&r, &mut t);
@@ -162,7 +163,18 @@ fn nearest_of<E: Elem>(cpu: &Cpu, a: &Nearest) -> Result<()> {
                 }
             }
         }
+        bad_rows.fetch_add(top[..r.len()].iter().filter(|v| !v.is_finite()).count(), Ordering::Relaxed);
     });
+    if let Some(bad) = &a.bad {
+        count_bad::<E::Acc>("nearest", bad, bad_rows)?;
+    }
+    Ok(())
+}
+
+/// Adds rows without a finite score to a count.
+fn count_bad<R: Real>(op: &'static str, bad: &Acc, rows: AtomicUsize) -> Result<()> {
+    expect(op, "bad", &bad.0, 1)?;
+    flat_mut::<R>(op, "bad", &bad.0)?[0] += R::of(rows.into_inner() as f64);
     Ok(())
 }
 
@@ -183,8 +195,9 @@ impl<R: Real> RowStats<R> {
         RowStats { best: 0, max, rest_p: zero, rest_q: zero, weighted: zero }
     }
 
-    /// Takes in one row of scores; overwrites the score of a new best code.
-    fn update(&mut self, row: &mut [R], first: usize, inv_t: R) {
+    /// Takes in one row of scores; overwrites the score of a new best code. Only with `ENTROPY` are there sums at the
+    /// temperature of the entropies.
+    fn update<const ENTROPY: bool>(&mut self, row: &mut [R], first: usize, inv_t: R) {
         let (j, top) = best(row);
         if top > self.max {
             if self.max > R::neg_infinity() {
@@ -207,11 +220,13 @@ impl<R: Real> RowStats<R> {
                 for c in row.chunks_exact(LANES) {
                     for l in 0..LANES {
                         let d = above_floor(c[l] - max);
-                        let x = above_floor(d * inv_t);
-                        let e = x.fast_exp();
                         p[l] += d.fast_exp();
-                        q[l] += e;
-                        w[l] += e * x;
+                        if ENTROPY {
+                            let x = above_floor(d * inv_t);
+                            let e = x.fast_exp();
+                            q[l] += e;
+                            w[l] += e * x;
+                        }
                     }
                 }
                 (sum_lanes(p), sum_lanes(q), sum_lanes(w))
@@ -223,34 +238,60 @@ impl<R: Real> RowStats<R> {
     }
 }
 
-pub(super) fn ibq_rows(cpu: &Cpu, a: &IbqRows) -> Result<()> {
-    by_dtype!("ibq_rows", a.z.dtype, E => ibq_rows_of::<E>(cpu, a))
+/// The rows of each block of a statistic, all empty if it is absent.
+fn pieces<'a, R>(v: &'a mut [R], blocks: &[Range<usize>]) -> Vec<&'a mut [R]> {
+    match v.is_empty() {
+        true => blocks.iter().map(|_| &mut [][..]).collect(),
+        false => v.chunks_mut(ROWS).collect(),
+    }
 }
 
-fn ibq_rows_of<E: Elem>(cpu: &Cpu, a: &IbqRows) -> Result<()> {
+/// Fails unless arguments of the entropies are all there or all absent; true if they are there.
+fn all_or_none(op: &'static str, args: &[(&'static str, bool)]) -> Result<bool> {
+    let (first, there) = args[0];
+    match args.iter().find(|(_, present)| *present != there) {
+        None => Ok(there),
+        Some(&(name, _)) if there => Err(Error::arg(op, name, "absent", format!("present, as {first} is"))),
+        Some(&(name, _)) => Err(Error::arg(op, name, "present", format!("absent, as {first} is"))),
+    }
+}
+
+pub(super) fn ibq_rows(cpu: &Cpu, a: &IbqRows) -> Result<()> {
+    match all_or_none("ibq_rows", &[("rest_q", a.rest_q.is_some()), ("xbar", a.xbar.is_some())])? {
+        true => by_dtype!("ibq_rows", a.z.dtype, E => ibq_rows_of::<E, true>(cpu, a)),
+        false => by_dtype!("ibq_rows", a.z.dtype, E => ibq_rows_of::<E, false>(cpu, a)),
+    }
+}
+
+fn ibq_rows_of<E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqRows) -> Result<()> {
     const OP: &str = "ibq_rows";
     let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
     let m = sweep.z.rows;
-    for (name, v) in
-        [("idx", &a.idx), ("smax", &a.smax), ("rest_p", &a.rest_p), ("rest_q", &a.rest_q), ("xbar", &a.xbar)]
-    {
+    for (name, v) in [("idx", &a.idx), ("smax", &a.smax), ("rest_p", &a.rest_p)] {
         expect(OP, name, &v.0, m)?;
     }
     let idx = flat_mut::<i32>(OP, "idx", &a.idx.0)?;
     let smax = flat_mut::<E::Acc>(OP, "smax", &a.smax.0)?;
     let rest_p = flat_mut::<E::Acc>(OP, "rest_p", &a.rest_p.0)?;
-    let rest_q = flat_mut::<E::Acc>(OP, "rest_q", &a.rest_q.0)?;
-    let xbar = flat_mut::<E::Acc>(OP, "xbar", &a.xbar.0)?;
-    let bad = flat_mut::<E::Acc>(OP, "bad", &a.bad.0)?;
+    let (rest_q, xbar) = match (&a.rest_q, &a.xbar) {
+        (Some(rest_q), Some(xbar)) => {
+            expect(OP, "rest_q", &rest_q.0, m)?;
+            expect(OP, "xbar", &xbar.0, m)?;
+            (flat_mut(OP, "rest_q", &rest_q.0)?, flat_mut(OP, "xbar", &xbar.0)?)
+        }
+        _ => (&mut [][..], &mut [][..]),
+    };
     let inv_t = E::Acc::of(1.0 / a.temperature);
     let bad_rows = AtomicUsize::new(0);
+    let blocks = sweep.row_blocks();
     let out = idx
         .par_chunks_mut(ROWS)
         .zip(smax.par_chunks_mut(ROWS))
         .zip(rest_p.par_chunks_mut(ROWS))
-        .zip(rest_q.par_chunks_mut(ROWS))
-        .zip(xbar.par_chunks_mut(ROWS));
-    out.zip(sweep.row_blocks()).for_each(|(((((idx, smax), rest_p), rest_q), xbar), r)| {
+        .zip(pieces(rest_q, &blocks))
+        .zip(pieces(xbar, &blocks));
+    out.zip(blocks.par_iter()).for_each(|(((((idx, smax), rest_p), rest_q), xbar), r)| {
+        let r = r.clone();
         let mut t = sweep.tile(cpu);
         sweep.load_z(&r, &mut t);
         let mut stats = [RowStats::<E::Acc>::new(); ROWS];
@@ -258,22 +299,23 @@ fn ibq_rows_of<E: Elem>(cpu: &Cpu, a: &IbqRows) -> Result<()> {
             sweep.load_e(&c, &mut t);
             sweep.scores(&r, &c, &mut t);
             for (st, row) in stats.iter_mut().zip(t.s.chunks_mut(sweep.cols)).take(r.len()) {
-                st.update(row, c.start, inv_t);
+                st.update::<ENTROPY>(row, c.start, inv_t);
             }
         }
         for (i, st) in stats.iter().enumerate().take(r.len()) {
             idx[i] = st.best as i32;
             smax[i] = st.max;
             rest_p[i] = st.rest_p;
-            rest_q[i] = st.rest_q;
-            xbar[i] = st.weighted / (E::Acc::one() + st.rest_q);
+            if ENTROPY {
+                rest_q[i] = st.rest_q;
+                xbar[i] = st.weighted / (E::Acc::one() + st.rest_q);
+            }
             if !st.max.is_finite() {
                 bad_rows.fetch_add(1, Ordering::Relaxed);
             }
         }
     });
-    bad[0] += E::Acc::of(bad_rows.into_inner() as f64);
-    Ok(())
+    count_bad::<E::Acc>(OP, &a.bad, bad_rows)
 }
 
 pub(super) fn ibq_cols(cpu: &Cpu, a: &IbqCols) -> Result<()> {
@@ -352,21 +394,51 @@ fn ibq_losses_of<E: Elem>(_cpu: &Cpu, a: &IbqLosses) -> Result<()> {
     const OP: &str = "ibq_losses";
     let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
     let (m, k) = (sweep.z.rows, sweep.e.rows);
-    expect(OP, "rest_q", &a.rest_q, m)?;
-    expect(OP, "xbar", &a.xbar, m)?;
-    expect(OP, "col", &a.col, k)?;
-    expect(OP, "c", &a.c.0, k)?;
     let idx = indices(OP, &a.idx, m, k)?;
-    let rest_q = flat::<E::Acc>(OP, "rest_q", &a.rest_q)?;
-    let xbar = flat::<E::Acc>(OP, "xbar", &a.xbar)?;
-    let col = flat::<E::Acc>(OP, "col", &a.col)?;
-    let c = flat_mut::<E::Acc>(OP, "c", &a.c.0)?;
-    let (inv, eps) = (E::Acc::of(a.inv_count), E::Acc::of(a.eps));
+    let inv = scalar::<E::Acc>(OP, "inv_count", &a.inv_count)?;
+    let entropies = all_or_none(
+        OP,
+        &[
+            ("rest_q", a.rest_q.is_some()),
+            ("xbar", a.xbar.is_some()),
+            ("col", a.col.is_some()),
+            ("c", a.c.is_some()),
+            ("sample", a.sample.is_some()),
+            ("avg", a.avg.is_some()),
+        ],
+    )?;
+    if entropies {
+        ibq_entropies::<E>(a, m, k, inv)?;
+    }
     let squares = look_up(OP, &sweep, idx, &a.zq)?;
-    let weight = (1.0 + a.beta_commit + a.beta_code) * a.inv_count / sweep.d as f64;
-    flat_mut::<E::Acc>(OP, "quant", &a.quant.0)?[0] = squares * E::Acc::of(weight);
+    let weight = (1.0 + a.beta_commit + a.beta_code) / sweep.d as f64;
+    expect(OP, "quant", &a.quant.0, 1)?;
+    flat_mut::<E::Acc>(OP, "quant", &a.quant.0)?[0] = squares * inv * E::Acc::of(weight);
+    Ok(())
+}
+
+/// Both entropies and the derivative of the second, if they are asked for.
+fn ibq_entropies<E: Elem>(a: &IbqLosses, m: usize, k: usize, inv: E::Acc) -> Result<()> {
+    const OP: &str = "ibq_losses";
+    let (Some(rest_q), Some(xbar), Some(col)) = (&a.rest_q, &a.xbar, &a.col) else { return Ok(()) };
+    let (Some(c), Some(sample), Some(avg)) = (&a.c, &a.sample, &a.avg) else { return Ok(()) };
+    for (name, v, n) in [
+        ("rest_q", rest_q, m),
+        ("xbar", xbar, m),
+        ("col", col, k),
+        ("c", &c.0, k),
+        ("sample", &sample.0, 1),
+        ("avg", &avg.0, 1),
+    ] {
+        expect(OP, name, v, n)?;
+    }
+    let rest_q = flat::<E::Acc>(OP, "rest_q", rest_q)?;
+    let xbar = flat::<E::Acc>(OP, "xbar", xbar)?;
+    let col = flat::<E::Acc>(OP, "col", col)?;
+    let c = flat_mut::<E::Acc>(OP, "c", &c.0)?;
+    let eps = E::Acc::of(a.eps);
     let entropies: E::Acc = par_sum(m, 1024, |r| r.map(|i| rest_q[i].ln_1p() - xbar[i]).sum());
-    flat_mut::<E::Acc>(OP, "sample", &a.sample.0)?[0] = entropies * inv;
+    flat_mut::<E::Acc>(OP, "sample", &sample.0)?[0] = entropies * inv;
     let parts: Vec<E::Acc> = c
         .par_chunks_mut(4096)
         .zip(col.par_chunks(4096))
@@ -381,7 +453,7 @@ fn ibq_losses_of<E: Elem>(_cpu: &Cpu, a: &IbqLosses) -> Result<()> {
             sum
         })
         .collect();
-    flat_mut::<E::Acc>(OP, "avg", &a.avg.0)?[0] = -parts.into_iter().fold(E::Acc::zero(), |a, b| a + b);
+    flat_mut::<E::Acc>(OP, "avg", &avg.0)?[0] = -parts.into_iter().fold(E::Acc::zero(), |a, b| a + b);
     Ok(())
 }
 
@@ -417,11 +489,18 @@ struct BwdScalars<R> {
 }
 
 impl<R: Real> BwdRow<R> {
-    /// Overwrites a row of scores with dS; `dp` holds g . E[j].
-    fn d_scores(&self, k: &BwdScalars<R>, s: &mut [R], dp: &[R], c: &[R], first: usize) {
+    /// Overwrites a row of scores with dS; `dp` holds g . E[j], `c` is empty without entropies.
+    fn d_scores<const ENTROPY: bool>(&self, k: &BwdScalars<R>, s: &mut [R], dp: &[R], c: &[R], first: usize) {
         pulp::Arch::new().dispatch(
             #[inline(always)]
             || {
+                if !ENTROPY {
+                    for (s, &dp) in s.iter_mut().zip(dp) {
+                        let p = above_floor(*s - self.max).fast_exp() * self.inv_p;
+                        *s = p * ((dp - self.dp_best) - self.delta);
+                    }
+                    return;
+                }
                 for ((s, &dp), &c) in s.iter_mut().zip(dp).zip(c) {
                     let d = above_floor(*s - self.max);
                     let x = above_floor(d * k.inv_t);
@@ -439,7 +518,14 @@ impl<R: Real> BwdRow<R> {
     }
 
     /// Adds a tile's share of delta and r.
-    fn expect(&mut self, k: &BwdScalars<R>, s: &mut [R], dp: &[R], c: &[R], first: usize) {
+    fn expect<const ENTROPY: bool>(
+        &mut self,
+        k: &BwdScalars<R>,
+        s: &mut [R],
+        dp: &[R],
+        c: &[R],
+        first: usize,
+    ) {
         let n = dp.len();
         if (first..first + n).contains(&self.best) {
             s[self.best - first] = R::neg_infinity();
@@ -453,13 +539,17 @@ impl<R: Real> BwdRow<R> {
                     for l in 0..LANES {
                         let d = above_floor(s[j + l] - self.max);
                         delta[l] += d.fast_exp() * (dp[j + l] - self.dp_best);
-                        r[l] += above_floor(d * k.inv_t).fast_exp() * (c[j + l] - self.c_best);
+                        if ENTROPY {
+                            r[l] += above_floor(d * k.inv_t).fast_exp() * (c[j + l] - self.c_best);
+                        }
                     }
                 }
                 for j in whole..n {
                     let d = above_floor(s[j] - self.max);
                     delta[0] += d.fast_exp() * (dp[j] - self.dp_best);
-                    r[0] += above_floor(d * k.inv_t).fast_exp() * (c[j] - self.c_best);
+                    if ENTROPY {
+                        r[0] += above_floor(d * k.inv_t).fast_exp() * (c[j] - self.c_best);
+                    }
                 }
                 (sum_lanes(delta), sum_lanes(r))
             },
@@ -470,39 +560,56 @@ impl<R: Real> BwdRow<R> {
 }
 
 pub(super) fn ibq_bwd(cpu: &Cpu, a: &IbqBwd) -> Result<()> {
-    by_dtype!("ibq_bwd", a.z.dtype, E => ibq_bwd_of::<E>(cpu, a))
+    let entropies = all_or_none(
+        "ibq_bwd",
+        &[
+            ("rest_q", a.rest_q.is_some()),
+            ("xbar", a.xbar.is_some()),
+            ("c", a.c.is_some()),
+            ("g_sample", a.g_sample.is_some()),
+            ("g_avg", a.g_avg.is_some()),
+        ],
+    )?;
+    match entropies {
+        true => by_dtype!("ibq_bwd", a.z.dtype, E => ibq_bwd_of::<E, true>(cpu, a)),
+        false => by_dtype!("ibq_bwd", a.z.dtype, E => ibq_bwd_of::<E, false>(cpu, a)),
+    }
 }
 
-fn ibq_bwd_of<E: Elem>(cpu: &Cpu, a: &IbqBwd) -> Result<()> {
+fn ibq_bwd_of<'a, E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqBwd<'a>) -> Result<()> {
     const OP: &str = "ibq_bwd";
     let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
     let (m, k, d) = (sweep.z.rows, sweep.e.rows, sweep.d);
-    for (name, v, n) in [
-        ("smax", &a.smax, m),
-        ("rest_p", &a.rest_p, m),
-        ("rest_q", &a.rest_q, m),
-        ("xbar", &a.xbar, m),
-        ("c", &a.c, k),
-        ("g", &a.g, m * d),
-        ("dz", &a.dz.0, m * d),
-    ] {
+    for (name, v, n) in
+        [("smax", &a.smax, m), ("rest_p", &a.rest_p, m), ("g", &a.g, m * d), ("dz", &a.dz.0, m * d)]
+    {
         expect(OP, name, v, n)?;
     }
     let idx = indices(OP, &a.idx, m, k)?;
     let smax = flat::<E::Acc>(OP, "smax", &a.smax)?;
     let rest_p = flat::<E::Acc>(OP, "rest_p", &a.rest_p)?;
-    let rest_q = flat::<E::Acc>(OP, "rest_q", &a.rest_q)?;
-    let xbar = flat::<E::Acc>(OP, "xbar", &a.xbar)?;
-    let c = flat::<E::Acc>(OP, "c", &a.c)?;
+    let optional = |name, v: &Option<In<'a>>, n| match v {
+        Some(v) => {
+            expect(OP, name, v, n)?;
+            flat::<E::Acc>(OP, name, v)
+        }
+        None => Ok(&[][..]),
+    };
+    let (rest_q, xbar) = (optional("rest_q", &a.rest_q, m)?, optional("xbar", &a.xbar, m)?);
+    let c = optional("c", &a.c, k)?;
+    let gradient = |name, v: &Option<In>| match v {
+        Some(v) => scalar::<E::Acc>(OP, name, v),
+        None => Ok(E::Acc::zero()),
+    };
     let g = rows::<E>(OP, "g", &a.g)?;
     let dz = flat_mut::<E>(OP, "dz", &a.dz.0)?;
-    let inv = E::Acc::of(a.inv_count);
+    let inv = scalar::<E::Acc>(OP, "inv_count", &a.inv_count)?;
     let inv_t = E::Acc::of(1.0 / a.temperature);
     let w_quant = scalar::<E::Acc>(OP, "g_quant", &a.g_quant)? * inv / E::Acc::of(d as f64);
     let consts = BwdScalars {
         inv_t,
-        sample: -scalar::<E::Acc>(OP, "g_sample", &a.g_sample)? * inv * inv_t,
-        avg: scalar::<E::Acc>(OP, "g_avg", &a.g_avg)? * inv * inv_t,
+        sample: -gradient("g_sample", &a.g_sample)? * inv * inv_t,
+        avg: gradient("g_avg", &a.g_avg)? * inv * inv_t,
     };
 
     // What zq received in all: g and the first quantization term.
@@ -525,10 +632,10 @@ fn ibq_bwd_of<E: Elem>(cpu: &Cpu, a: &IbqBwd) -> Result<()> {
                 best: t,
                 max: smax[i],
                 inv_p: if soft { (one + rest).recip() } else { E::Acc::zero() },
-                inv_q: (one + rest_q[i]).recip(),
-                xbar: xbar[i],
+                inv_q: if ENTROPY { (one + rest_q[i]).recip() } else { E::Acc::zero() },
+                xbar: if ENTROPY { xbar[i] } else { E::Acc::zero() },
                 dp_best: full[i * d..][..d].iter().zip(sweep.e.row(t)).map(|(&g, &e)| g * e.up()).sum(),
-                c_best: c[t],
+                c_best: if ENTROPY { c[t] } else { E::Acc::zero() },
                 delta: E::Acc::zero(),
                 r: E::Acc::zero(),
             }
@@ -551,7 +658,8 @@ fn ibq_bwd_of<E: Elem>(cpu: &Cpu, a: &IbqBwd) -> Result<()> {
             for (i, st) in state.iter_mut().enumerate() {
                 let at = i * sweep.cols;
                 let s = &mut t.s[at..at + cols.len()];
-                st.expect(&consts, s, &dp[at..at + cols.len()], &c[cols.clone()], cols.start);
+                let c = if ENTROPY { &c[cols.clone()] } else { &[] };
+                st.expect::<ENTROPY>(&consts, s, &dp[at..at + cols.len()], c, cols.start);
             }
         }
     });
@@ -562,7 +670,8 @@ fn ibq_bwd_of<E: Elem>(cpu: &Cpu, a: &IbqBwd) -> Result<()> {
         dp_tile(r, cols.len(), t, dp);
         for (i, st) in state[r.clone()].iter().enumerate() {
             let at = i * sweep.cols..i * sweep.cols + cols.len();
-            st.d_scores(&consts, &mut t.s[at.clone()], &dp[at], &c[cols.clone()], cols.start);
+            let c = if ENTROPY { &c[cols.clone()] } else { &[] };
+            st.d_scores::<ENTROPY>(&consts, &mut t.s[at.clone()], &dp[at], c, cols.start);
         }
     };
 
@@ -622,8 +731,10 @@ fn vq_losses_of<E: Elem>(_cpu: &Cpu, a: &VqLosses) -> Result<()> {
     let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
     let idx = indices(OP, &a.idx, sweep.z.rows, sweep.e.rows)?;
     let squares = look_up(OP, &sweep, idx, &a.zq)?;
-    let weight = (a.beta_commit + a.beta_code) * a.inv_count / sweep.d as f64;
-    flat_mut::<E::Acc>(OP, "quant", &a.quant.0)?[0] = squares * E::Acc::of(weight);
+    let inv = scalar::<E::Acc>(OP, "inv_count", &a.inv_count)?;
+    let weight = (a.beta_commit + a.beta_code) / sweep.d as f64;
+    expect(OP, "quant", &a.quant.0, 1)?;
+    flat_mut::<E::Acc>(OP, "quant", &a.quant.0)?[0] = squares * inv * E::Acc::of(weight);
     Ok(())
 }
 
@@ -640,7 +751,8 @@ fn vq_bwd_of<E: Elem>(_cpu: &Cpu, a: &VqBwd) -> Result<()> {
     expect(OP, "dz", &a.dz.0, m * d)?;
     let g = rows::<E>(OP, "g", &a.g)?;
     let dz = flat_mut::<E>(OP, "dz", &a.dz.0)?;
-    let w = scalar::<E::Acc>(OP, "g_quant", &a.g_quant)? * E::Acc::of(2.0 * a.inv_count / d.max(1) as f64);
+    let inv = scalar::<E::Acc>(OP, "inv_count", &a.inv_count)?;
+    let w = scalar::<E::Acc>(OP, "g_quant", &a.g_quant)? * inv * E::Acc::of(2.0 / d.max(1) as f64);
     let (commit, code) = (w * E::Acc::of(a.beta_commit), w * E::Acc::of(a.beta_code));
     dz.par_chunks_mut(d.max(1)).enumerate().with_min_len(ROWS).for_each(|(i, dz)| {
         let (e, z) = (sweep.e.row(idx[i] as usize), sweep.z.row(i));

@@ -81,7 +81,7 @@ fn l1<E: Elem>(op: &'static str, a: &L1Fwd) -> Result<()> {
     let y = like::<E>(op, "b", &a.b, x.len())?;
     let sum =
         par_sum(x.len(), CHUNK, |r| lanes::sum2(&x[r.clone()], &y[r], |x: E, y: E| (x.up() - y.up()).abs()));
-    add_loss(op, &a.loss, E::Acc::of(a.scale) * sum)
+    add_loss(op, &a.loss, scalar::<E::Acc>(op, "scale", &a.scale)? * sum)
 }
 
 fn l1_grad<E: Elem>(op: &'static str, a: &L1Bwd) -> Result<()> {
@@ -89,7 +89,7 @@ fn l1_grad<E: Elem>(op: &'static str, a: &L1Bwd) -> Result<()> {
     let y = like::<E>(op, "b", &a.b, x.len())?;
     expect(op, "da", &a.da.0, x.len())?;
     let da = flat_mut::<E>(op, "da", &a.da.0)?;
-    let g = scalar::<E::Acc>(op, "g", &a.g)? * E::Acc::of(a.scale);
+    let g = scalar::<E::Acc>(op, "g", &a.g)? * scalar::<E::Acc>(op, "scale", &a.scale)?;
     da.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK).zip(y.par_chunks(CHUNK))).for_each(|(da, (x, y))| {
         for ((da, &x), &y) in da.iter_mut().zip(x).zip(y) {
             *da = E::down(g * sign(x.up() - y.up()));
@@ -171,14 +171,16 @@ impl<'a, E: Elem> Features<'a, E> {
 fn lpips<E: Elem>(op: &'static str, a: &LpipsFwd) -> Result<()> {
     let f = Features::<E>::new(op, &a.f0, &a.f1, &a.w, a.eps)?;
     let sum = par_sum(f.f0.rows, pixels(f.f0.cols), |r| r.map(|p| f.distance(p)).sum());
-    add_loss(op, &a.loss, E::Acc::of(a.scale) * sum)
+    let scale = scalar::<E::Acc>(op, "scale", &a.scale)? * E::Acc::of(a.factor);
+    add_loss(op, &a.loss, scale * sum)
 }
 
 fn lpips_grad<E: Elem>(op: &'static str, a: &LpipsBwd) -> Result<()> {
     let f = Features::<E>::new(op, &a.f0, &a.f1, &a.w, a.eps)?;
     expect_rows(op, "df1", &a.df1.0, f.f1.rows, f.f1.cols)?;
     let df1 = rows_mut::<E>(op, "df1", &a.df1.0)?;
-    let g = scalar::<E::Acc>(op, "g", &a.g)? * E::Acc::of(2.0 * a.scale);
+    let scale = scalar::<E::Acc>(op, "scale", &a.scale)? * E::Acc::of(2.0 * a.factor);
+    let g = scalar::<E::Acc>(op, "g", &a.g)? * scale;
     par_for(df1.rows, pixels(df1.cols), |r| {
         let mut t = vec![E::Acc::zero(); f.w.len()];
         // Chunks do not overlap: one thread a row.
@@ -206,14 +208,15 @@ fn sigmoid<R: Real>(x: R) -> R {
 
 fn generator<E: Elem>(op: &'static str, a: &GanGeneratorFwd) -> Result<()> {
     let sum: E::Acc = minus_means::<E>(op, &a.x)?.into_iter().map(softplus).sum();
-    add_loss(op, &a.loss, E::Acc::of(a.scale) * sum)
+    add_loss(op, &a.loss, scalar::<E::Acc>(op, "scale", &a.scale)? * sum)
 }
 
 fn generator_grad<E: Elem>(op: &'static str, a: &GanGeneratorBwd) -> Result<()> {
     let means = minus_means::<E>(op, &a.x)?;
     expect_rows(op, "dx", &a.dx.0, a.x.dims.rows(), a.x.dims.cols())?;
     let dx = rows_mut::<E>(op, "dx", &a.dx.0)?;
-    let g = scalar::<E::Acc>(op, "g", &a.g)? * E::Acc::of(a.scale / dx.cols as f64);
+    let scale = scalar::<E::Acc>(op, "scale", &a.scale)? / E::Acc::of(dx.cols as f64);
+    let g = scalar::<E::Acc>(op, "g", &a.g)? * scale;
     par_for(dx.rows, 1, |r| {
         for b in r {
             // Chunks do not overlap: one thread a row.
@@ -232,7 +235,8 @@ fn hinge<E: Elem>(op: &'static str, a: &HingeFwd) -> Result<()> {
     let x = flat::<E>(op, "x", &a.x)?;
     let side = side::<E::Acc>(a.real);
     let sum = total(x, |x| relu(E::Acc::one() + side * x));
-    add_loss(op, &a.loss, E::Acc::of(a.scale) * sum)
+    let scale = scalar::<E::Acc>(op, "scale", &a.scale)? * E::Acc::of(a.factor);
+    add_loss(op, &a.loss, scale * sum)
 }
 
 fn hinge_grad<E: Elem>(op: &'static str, a: &HingeBwd) -> Result<()> {
@@ -240,7 +244,8 @@ fn hinge_grad<E: Elem>(op: &'static str, a: &HingeBwd) -> Result<()> {
     expect(op, "dx", &a.dx.0, x.len())?;
     let dx = flat_mut::<E>(op, "dx", &a.dx.0)?;
     let side = side::<E::Acc>(a.real);
-    let g = scalar::<E::Acc>(op, "g", &a.g)? * E::Acc::of(a.scale) * side;
+    let scale = scalar::<E::Acc>(op, "scale", &a.scale)? * E::Acc::of(a.factor);
+    let g = scalar::<E::Acc>(op, "g", &a.g)? * scale * side;
     let (zero, one) = (E::Acc::zero(), E::Acc::one());
     map(dx, x, |x| if one + side * x > zero { g } else { zero });
     Ok(())
@@ -262,21 +267,19 @@ fn lecam_averages<E: Elem>(op: &'static str, a: &LecamUpdate) -> Result<()> {
 fn lecam<E: Elem>(op: &'static str, a: &LecamFwd) -> Result<()> {
     let ema = like::<E::Acc>(op, "ema", &a.ema, 2)?;
     let sq = |x: E::Acc| relu(x) * relu(x);
-    let real = mean(op, "real", flat::<E>(op, "real", &a.real)?, |x| sq(x - ema[1]))?;
-    let fake = mean(op, "fake", flat::<E>(op, "fake", &a.fake)?, |x| sq(ema[0] - x))?;
-    add_loss(op, &a.loss, real + fake)
+    let real = total(flat::<E>(op, "real", &a.real)?, |x| sq(x - ema[1]));
+    let fake = total(flat::<E>(op, "fake", &a.fake)?, |x| sq(ema[0] - x));
+    add_loss(op, &a.loss, scalar::<E::Acc>(op, "scale", &a.scale)? * (real + fake))
 }
 
 fn lecam_grad<E: Elem>(op: &'static str, a: &LecamBwd) -> Result<()> {
     let (real, fake) = (flat::<E>(op, "real", &a.real)?, flat::<E>(op, "fake", &a.fake)?);
     let ema = like::<E::Acc>(op, "ema", &a.ema, 2)?;
-    let g = scalar::<E::Acc>(op, "g", &a.g)?;
+    let g = scalar::<E::Acc>(op, "g", &a.g)? * scalar::<E::Acc>(op, "scale", &a.scale)? * E::Acc::of(2.0);
     expect(op, "dreal", &a.dreal.0, real.len())?;
     expect(op, "dfake", &a.dfake.0, fake.len())?;
-    let per = |n: usize| g * E::Acc::of(2.0 / n as f64);
-    let (g_real, g_fake) = (per(real.len()), per(fake.len()));
-    map(flat_mut::<E>(op, "dreal", &a.dreal.0)?, real, |x| g_real * relu(x - ema[1]));
-    map(flat_mut::<E>(op, "dfake", &a.dfake.0)?, fake, |x| -g_fake * relu(ema[0] - x));
+    map(flat_mut::<E>(op, "dreal", &a.dreal.0)?, real, |x| g * relu(x - ema[1]));
+    map(flat_mut::<E>(op, "dfake", &a.dfake.0)?, fake, |x| -g * relu(ema[0] - x));
     Ok(())
 }
 
@@ -299,7 +302,7 @@ mod tests {
     }
 
     /// Checks a loss and its gradients for `wrt` at all sizes; gradients of large ones against f64 only.
-    /// The last two arguments are the loss, which has a value already, and the gradient it receives.
+    /// The last three arguments are the loss, which has a value already, the gradient it receives, and the scale.
     fn check_loss(
         args: impl Fn(usize, usize) -> Vec<Arg>,
         wrt: &[usize],
@@ -310,7 +313,7 @@ mod tests {
         for (p, c) in SIZES {
             let mut args = args(p, c);
             let at = args.len();
-            args.extend([acc([1], vec![0.25]), acc([1], vec![1.7])]);
+            args.extend([acc([1], vec![0.25]), acc([1], vec![1.7]), acc([1], vec![SCALE])]);
             let run = |dev: &Cpu, _: Precision, t: &[Tensor]| {
                 fwd(dev, t, t[at].acc())?;
                 Ok(vec![t[at].clone()])
@@ -342,10 +345,13 @@ mod tests {
             },
             &[0],
             |v, _| SCALE * v[0].iter().zip(&v[1]).map(|(a, b)| (a - b).abs()).sum::<f64>(),
-            |dev, t, loss| dev.l1_fwd(S, &L1Fwd { a: t[0].view(), b: t[1].view(), loss, scale: SCALE }),
+            |dev, t, loss| {
+                let (a, b, scale) = (t[0].view(), t[1].view(), t[4].view());
+                dev.l1_fwd(S, &L1Fwd { a, b, scale, loss })
+            },
             |dev, t, d| {
-                let (a, b, g) = (t[0].view(), t[1].view(), t[3].view());
-                dev.l1_bwd(S, &L1Bwd { a, b, g, da: d[0].out(), scale: SCALE })
+                let (a, b, g, scale) = (t[0].view(), t[1].view(), t[3].view(), t[4].view());
+                dev.l1_bwd(S, &L1Bwd { a, b, scale, g, da: d[0].out() })
             },
         );
     }
@@ -356,7 +362,7 @@ mod tests {
         let t = tensors(&dev, Precision::F32, &[act([3], vec![1.0, -0.0, 2.0]), acc([1], vec![1.0])]);
         let da = out(&dev, DType::F32, [3]);
         let (x, g) = (t[0].view(), t[1].view());
-        dev.l1_bwd(S, &L1Bwd { a: x, b: x, g, da: da.out(), scale: 1.0 }).unwrap();
+        dev.l1_bwd(S, &L1Bwd { a: x, b: x, scale: g, g, da: da.out() }).unwrap();
         assert_eq!(da.to_f64(&dev).unwrap(), [0.0; 3]);
     }
 
@@ -376,15 +382,16 @@ mod tests {
                     let (n0, n1) = (norm(f0), norm(f1));
                     (0..c).map(|i| v[2][i] * (f0[i] / n0 - f1[i] / n1).powi(2)).sum::<f64>()
                 };
-                SCALE * v[0].chunks(c).zip(v[1].chunks(c)).map(pixel).sum::<f64>()
+                0.5 * SCALE * v[0].chunks(c).zip(v[1].chunks(c)).map(pixel).sum::<f64>()
             },
             |dev, t, loss| {
-                let (f0, f1, w) = (t[0].view(), t[1].view(), t[2].view());
-                dev.lpips_fwd(S, &LpipsFwd { f0, f1, w, loss, eps: EPS, scale: SCALE })
+                let (f0, f1, w, scale) = (t[0].view(), t[1].view(), t[2].view(), t[5].view());
+                dev.lpips_fwd(S, &LpipsFwd { f0, f1, w, scale, loss, eps: EPS, factor: 0.5 })
             },
             |dev, t, d| {
-                let (f0, f1, w, g) = (t[0].view(), t[1].view(), t[2].view(), t[4].view());
-                dev.lpips_bwd(S, &LpipsBwd { f0, f1, w, g, df1: d[0].out(), eps: EPS, scale: SCALE })
+                let (f0, f1, w) = (t[0].view(), t[1].view(), t[2].view());
+                let (g, scale, df1) = (t[4].view(), t[5].view(), d[0].out());
+                dev.lpips_bwd(S, &LpipsBwd { f0, f1, w, scale, g, df1, eps: EPS, factor: 0.5 })
             },
         );
     }
@@ -401,7 +408,8 @@ mod tests {
         let t = tensors(&dev, Precision::F32, &args);
         let df1 = out(&dev, DType::F32, [2, 3]);
         let (f0, f1, w, g) = (t[0].view(), t[1].view(), t[2].view(), t[3].view());
-        dev.lpips_bwd(S, &LpipsBwd { f0, f1, w, g, df1: df1.out(), eps: 1e-10, scale: 1.0 }).unwrap();
+        let a = LpipsBwd { f0, f1, w, scale: g, g, df1: df1.out(), eps: 1e-10, factor: 1.0 };
+        dev.lpips_bwd(S, &a).unwrap();
         assert_eq!(df1.to_f64(&dev).unwrap(), [0.0; 6]);
     }
 
@@ -414,27 +422,29 @@ mod tests {
                 let image = |x: &[f64]| (1.0 + (-x.iter().sum::<f64>() / c as f64).exp()).ln();
                 SCALE * v[0].chunks(c).map(image).sum::<f64>()
             },
-            |dev, t, loss| dev.gan_generator_fwd(S, &GanGeneratorFwd { x: t[0].view(), loss, scale: SCALE }),
+            |dev, t, loss| {
+                dev.gan_generator_fwd(S, &GanGeneratorFwd { x: t[0].view(), scale: t[3].view(), loss })
+            },
             |dev, t, d| {
-                let (x, g) = (t[0].view(), t[2].view());
-                dev.gan_generator_bwd(S, &GanGeneratorBwd { x, g, dx: d[0].out(), scale: SCALE })
+                let (x, g, scale) = (t[0].view(), t[2].view(), t[3].view());
+                dev.gan_generator_bwd(S, &GanGeneratorBwd { x, scale, g, dx: d[0].out() })
             },
         );
     }
 
     #[test]
     fn generator_is_stable_far_out() {
-        for (x, want, slope) in [(1e4, 0.0, 0.0), (-1e4, 1e4, -1.0)] {
+        for (far, want, slope) in [(1e4, 0.0, 0.0), (-1e4, 1e4, -1.0)] {
             let dev = Cpu::poisoned(1).unwrap();
             let t = tensors(
                 &dev,
                 Precision::F32,
-                &[act([1, 1], vec![x]), acc([1], vec![0.0]), acc([1], vec![1.0])],
+                &[act([1, 1], vec![far]), acc([1], vec![0.0]), acc([1], vec![1.0])],
             );
             let dx = out(&dev, DType::F32, [1, 1]);
-            dev.gan_generator_fwd(S, &GanGeneratorFwd { x: t[0].view(), loss: t[1].acc(), scale: 1.0 })
-                .unwrap();
-            let a = GanGeneratorBwd { x: t[0].view(), g: t[2].view(), dx: dx.out(), scale: 1.0 };
+            let (x, one) = (t[0].view(), t[2].view());
+            dev.gan_generator_fwd(S, &GanGeneratorFwd { x, scale: one, loss: t[1].acc() }).unwrap();
+            let a = GanGeneratorBwd { x, scale: one, g: one, dx: dx.out() };
             dev.gan_generator_bwd(S, &a).unwrap();
             assert_eq!(read_loss(&dev, &t[1]).unwrap(), want);
             assert_eq!(read_loss(&dev, &dx).unwrap(), slope);
@@ -448,11 +458,14 @@ mod tests {
             check_loss(
                 |p, c| vec![act([p, c], clear_of(-sign, normal(1, p * c)))],
                 &[0],
-                |v, _| SCALE * v[0].iter().map(|x| (1.0 + sign * x).max(0.0)).sum::<f64>(),
-                |dev, t, loss| dev.hinge_fwd(S, &HingeFwd { x: t[0].view(), loss, real, scale: SCALE }),
+                |v, _| 0.5 * SCALE * v[0].iter().map(|x| (1.0 + sign * x).max(0.0)).sum::<f64>(),
+                |dev, t, loss| {
+                    let (x, scale) = (t[0].view(), t[3].view());
+                    dev.hinge_fwd(S, &HingeFwd { x, scale, loss, real, factor: 0.5 })
+                },
                 |dev, t, d| {
-                    let (x, g) = (t[0].view(), t[2].view());
-                    dev.hinge_bwd(S, &HingeBwd { x, g, dx: d[0].out(), real, scale: SCALE })
+                    let (x, g, scale) = (t[0].view(), t[2].view(), t[3].view());
+                    dev.hinge_bwd(S, &HingeBwd { x, scale, g, dx: d[0].out(), real, factor: 0.5 })
                 },
             );
         }
@@ -467,18 +480,18 @@ mod tests {
             },
             &[0, 1],
             |v, _| {
-                let mean = |v: &[f64], f: &dyn Fn(f64) -> f64| {
-                    v.iter().map(|&x| f(x).max(0.0).powi(2)).sum::<f64>() / v.len() as f64
-                };
-                mean(&v[0], &|x| x - v[2][1]) + mean(&v[1], &|x| v[2][0] - x)
+                let sum =
+                    |v: &[f64], f: &dyn Fn(f64) -> f64| v.iter().map(|&x| f(x).max(0.0).powi(2)).sum::<f64>();
+                SCALE * (sum(&v[0], &|x| x - v[2][1]) + sum(&v[1], &|x| v[2][0] - x))
             },
             |dev, t, loss| {
-                let (real, fake, ema) = (t[0].view(), t[1].view(), t[2].view());
-                dev.lecam_fwd(S, &LecamFwd { real, fake, ema, loss })
+                let (real, fake, ema, scale) = (t[0].view(), t[1].view(), t[2].view(), t[5].view());
+                dev.lecam_fwd(S, &LecamFwd { real, fake, ema, scale, loss })
             },
             |dev, t, d| {
-                let (real, fake, ema, g) = (t[0].view(), t[1].view(), t[2].view(), t[4].view());
-                dev.lecam_bwd(S, &LecamBwd { real, fake, ema, g, dreal: d[0].out(), dfake: d[1].out() })
+                let (real, fake, ema) = (t[0].view(), t[1].view(), t[2].view());
+                let (g, scale, dreal, dfake) = (t[4].view(), t[5].view(), d[0].out(), d[1].out());
+                dev.lecam_bwd(S, &LecamBwd { real, fake, ema, scale, g, dreal, dfake })
             },
         );
     }
@@ -512,11 +525,15 @@ mod tests {
             Precision::F32,
             &[act([3], vec![0.0; 3]), act([2], vec![0.0; 2]), acc([1], vec![0.0])],
         );
-        let (a, b, loss) = (t[0].view(), t[1].view(), t[2].acc());
-        assert!(dev.l1_fwd(S, &L1Fwd { a, b, loss, scale: 1.0 }).is_err());
-        assert!(dev.l1_fwd(S, &L1Fwd { a, b: a, loss: t[1].acc(), scale: 1.0 }).is_err());
+        let (a, b, scale, loss) = (t[0].view(), t[1].view(), t[2].view(), t[2].acc());
+        assert!(dev.l1_fwd(S, &L1Fwd { a, b, scale, loss }).is_err());
+        assert!(dev.l1_fwd(S, &L1Fwd { a, b: a, scale, loss: t[1].acc() }).is_err());
+        assert!(dev.l1_fwd(S, &L1Fwd { a, b: a, scale: b, loss }).is_err());
+        let x = LecamFwd { real: a, fake: b, ema: a, scale, loss };
+        assert!(dev.lecam_fwd(S, &x).is_err());
         let none = out(&dev, DType::F32, [0]);
-        let a = LecamFwd { real: none.view(), fake: b, ema: b, loss };
-        assert!(dev.lecam_fwd(S, &a).is_err());
+        let out = out(&dev, DType::F32, [2]);
+        let x = LecamUpdate { real: none.view(), fake: b, ema: b, out: out.out(), decay: 0.5 };
+        assert!(dev.lecam_update(S, &x).is_err());
     }
 }

@@ -17,6 +17,24 @@ pub(super) fn adamw(_cpu: &Cpu, a: &Adamw) -> Result<()> {
     by_dtype!("adamw", dtype, E => step::<E>(a))
 }
 
+pub(super) fn restore(_cpu: &Cpu, a: &Restore) -> Result<()> {
+    by_dtype!("restore", a.norm.dtype, R => taken_back::<R>(a))
+}
+
+fn taken_back<R: Elem>(a: &Restore) -> Result<()> {
+    let op = "restore";
+    expect(op, "norm", &a.norm, 2)?;
+    expect(op, "y", &a.y.0, a.x.dims.numel())?;
+    if a.y.0.dtype != a.x.dtype {
+        return Err(Error::arg(op, "y", a.y.0.dtype, a.x.dtype));
+    }
+    let (from, to) = (bytes(op, "x", &a.x)?, bytes_mut(op, "y", &a.y.0)?);
+    if flat::<R>(op, "norm", &a.norm)?[1].up() > R::Acc::of(0.0) {
+        to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| to.copy_from_slice(from));
+    }
+    Ok(())
+}
+
 fn squares<R: Real>(a: &SumSquares) -> Result<()> {
     let op = "sum_squares";
     let x = flat::<R>(op, "x", &a.x)?;

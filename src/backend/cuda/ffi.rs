@@ -4,7 +4,7 @@
 #![allow(dead_code, missing_docs, non_camel_case_types)]
 pub use cudarc::driver::sys::CUstream_st;
 
-pub const ETT_ABI_VERSION: i32 = 3;
+pub const ETT_ABI_VERSION: i32 = 4;
 pub const ETT_OK: ett_status_code = 0;
 pub const ETT_BAD_ARGUMENT: ett_status_code = 1;
 pub const ETT_UNSUPPORTED: ett_status_code = 2;
@@ -159,7 +159,11 @@ pub const ETT_STATE_WEIGHT: _bindgen_ty_1 = 64;
 pub const ETT_STATE_LOSSES: _bindgen_ty_1 = 16;
 pub const ETT_STATE_INV_TOKENS: _bindgen_ty_1 = 80;
 pub const ETT_STATE_INV_CODES: _bindgen_ty_1 = 81;
-pub const ETT_STATE_LEN: _bindgen_ty_1 = 82;
+pub const ETT_STATE_INV_PICTURES: _bindgen_ty_1 = 82;
+pub const ETT_STATE_INV_ELEMENTS: _bindgen_ty_1 = 83;
+pub const ETT_STATE_INV_PATCHES: _bindgen_ty_1 = 84;
+pub const ETT_STATE_INV_VISUAL: _bindgen_ty_1 = 85;
+pub const ETT_STATE_LEN: _bindgen_ty_1 = 86;
 pub type _bindgen_ty_1 = ::std::os::raw::c_uint;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -1470,17 +1474,17 @@ impl Default for ett_linear_xent_bwd_args {
 pub struct ett_l1_fwd_args {
     pub a: ett_view,
     pub b: ett_view,
+    pub scale: ett_view,
     pub loss: ett_view,
-    pub scale: f64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_l1_fwd_args"][::std::mem::size_of::<ett_l1_fwd_args>() - 176usize];
+    ["Size of ett_l1_fwd_args"][::std::mem::size_of::<ett_l1_fwd_args>() - 224usize];
     ["Alignment of ett_l1_fwd_args"][::std::mem::align_of::<ett_l1_fwd_args>() - 8usize];
     ["Offset of field: ett_l1_fwd_args::a"][::std::mem::offset_of!(ett_l1_fwd_args, a) - 0usize];
     ["Offset of field: ett_l1_fwd_args::b"][::std::mem::offset_of!(ett_l1_fwd_args, b) - 56usize];
-    ["Offset of field: ett_l1_fwd_args::loss"][::std::mem::offset_of!(ett_l1_fwd_args, loss) - 112usize];
-    ["Offset of field: ett_l1_fwd_args::scale"][::std::mem::offset_of!(ett_l1_fwd_args, scale) - 168usize];
+    ["Offset of field: ett_l1_fwd_args::scale"][::std::mem::offset_of!(ett_l1_fwd_args, scale) - 112usize];
+    ["Offset of field: ett_l1_fwd_args::loss"][::std::mem::offset_of!(ett_l1_fwd_args, loss) - 168usize];
 };
 impl Default for ett_l1_fwd_args {
     fn default() -> Self {
@@ -1496,19 +1500,19 @@ impl Default for ett_l1_fwd_args {
 pub struct ett_l1_bwd_args {
     pub a: ett_view,
     pub b: ett_view,
+    pub scale: ett_view,
     pub g: ett_view,
     pub da: ett_view,
-    pub scale: f64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_l1_bwd_args"][::std::mem::size_of::<ett_l1_bwd_args>() - 232usize];
+    ["Size of ett_l1_bwd_args"][::std::mem::size_of::<ett_l1_bwd_args>() - 280usize];
     ["Alignment of ett_l1_bwd_args"][::std::mem::align_of::<ett_l1_bwd_args>() - 8usize];
     ["Offset of field: ett_l1_bwd_args::a"][::std::mem::offset_of!(ett_l1_bwd_args, a) - 0usize];
     ["Offset of field: ett_l1_bwd_args::b"][::std::mem::offset_of!(ett_l1_bwd_args, b) - 56usize];
-    ["Offset of field: ett_l1_bwd_args::g"][::std::mem::offset_of!(ett_l1_bwd_args, g) - 112usize];
-    ["Offset of field: ett_l1_bwd_args::da"][::std::mem::offset_of!(ett_l1_bwd_args, da) - 168usize];
-    ["Offset of field: ett_l1_bwd_args::scale"][::std::mem::offset_of!(ett_l1_bwd_args, scale) - 224usize];
+    ["Offset of field: ett_l1_bwd_args::scale"][::std::mem::offset_of!(ett_l1_bwd_args, scale) - 112usize];
+    ["Offset of field: ett_l1_bwd_args::g"][::std::mem::offset_of!(ett_l1_bwd_args, g) - 168usize];
+    ["Offset of field: ett_l1_bwd_args::da"][::std::mem::offset_of!(ett_l1_bwd_args, da) - 224usize];
 };
 impl Default for ett_l1_bwd_args {
     fn default() -> Self {
@@ -1525,22 +1529,25 @@ pub struct ett_lpips_fwd_args {
     pub f0: ett_view,
     pub f1: ett_view,
     pub w: ett_view,
+    pub scale: ett_view,
     pub loss: ett_view,
     pub eps: f64,
-    pub scale: f64,
+    pub factor: f64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_lpips_fwd_args"][::std::mem::size_of::<ett_lpips_fwd_args>() - 240usize];
+    ["Size of ett_lpips_fwd_args"][::std::mem::size_of::<ett_lpips_fwd_args>() - 296usize];
     ["Alignment of ett_lpips_fwd_args"][::std::mem::align_of::<ett_lpips_fwd_args>() - 8usize];
     ["Offset of field: ett_lpips_fwd_args::f0"][::std::mem::offset_of!(ett_lpips_fwd_args, f0) - 0usize];
     ["Offset of field: ett_lpips_fwd_args::f1"][::std::mem::offset_of!(ett_lpips_fwd_args, f1) - 56usize];
     ["Offset of field: ett_lpips_fwd_args::w"][::std::mem::offset_of!(ett_lpips_fwd_args, w) - 112usize];
-    ["Offset of field: ett_lpips_fwd_args::loss"]
-        [::std::mem::offset_of!(ett_lpips_fwd_args, loss) - 168usize];
-    ["Offset of field: ett_lpips_fwd_args::eps"][::std::mem::offset_of!(ett_lpips_fwd_args, eps) - 224usize];
     ["Offset of field: ett_lpips_fwd_args::scale"]
-        [::std::mem::offset_of!(ett_lpips_fwd_args, scale) - 232usize];
+        [::std::mem::offset_of!(ett_lpips_fwd_args, scale) - 168usize];
+    ["Offset of field: ett_lpips_fwd_args::loss"]
+        [::std::mem::offset_of!(ett_lpips_fwd_args, loss) - 224usize];
+    ["Offset of field: ett_lpips_fwd_args::eps"][::std::mem::offset_of!(ett_lpips_fwd_args, eps) - 280usize];
+    ["Offset of field: ett_lpips_fwd_args::factor"]
+        [::std::mem::offset_of!(ett_lpips_fwd_args, factor) - 288usize];
 };
 impl Default for ett_lpips_fwd_args {
     fn default() -> Self {
@@ -1557,23 +1564,26 @@ pub struct ett_lpips_bwd_args {
     pub f0: ett_view,
     pub f1: ett_view,
     pub w: ett_view,
+    pub scale: ett_view,
     pub g: ett_view,
     pub df1: ett_view,
     pub eps: f64,
-    pub scale: f64,
+    pub factor: f64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_lpips_bwd_args"][::std::mem::size_of::<ett_lpips_bwd_args>() - 296usize];
+    ["Size of ett_lpips_bwd_args"][::std::mem::size_of::<ett_lpips_bwd_args>() - 352usize];
     ["Alignment of ett_lpips_bwd_args"][::std::mem::align_of::<ett_lpips_bwd_args>() - 8usize];
     ["Offset of field: ett_lpips_bwd_args::f0"][::std::mem::offset_of!(ett_lpips_bwd_args, f0) - 0usize];
     ["Offset of field: ett_lpips_bwd_args::f1"][::std::mem::offset_of!(ett_lpips_bwd_args, f1) - 56usize];
     ["Offset of field: ett_lpips_bwd_args::w"][::std::mem::offset_of!(ett_lpips_bwd_args, w) - 112usize];
-    ["Offset of field: ett_lpips_bwd_args::g"][::std::mem::offset_of!(ett_lpips_bwd_args, g) - 168usize];
-    ["Offset of field: ett_lpips_bwd_args::df1"][::std::mem::offset_of!(ett_lpips_bwd_args, df1) - 224usize];
-    ["Offset of field: ett_lpips_bwd_args::eps"][::std::mem::offset_of!(ett_lpips_bwd_args, eps) - 280usize];
     ["Offset of field: ett_lpips_bwd_args::scale"]
-        [::std::mem::offset_of!(ett_lpips_bwd_args, scale) - 288usize];
+        [::std::mem::offset_of!(ett_lpips_bwd_args, scale) - 168usize];
+    ["Offset of field: ett_lpips_bwd_args::g"][::std::mem::offset_of!(ett_lpips_bwd_args, g) - 224usize];
+    ["Offset of field: ett_lpips_bwd_args::df1"][::std::mem::offset_of!(ett_lpips_bwd_args, df1) - 280usize];
+    ["Offset of field: ett_lpips_bwd_args::eps"][::std::mem::offset_of!(ett_lpips_bwd_args, eps) - 336usize];
+    ["Offset of field: ett_lpips_bwd_args::factor"]
+        [::std::mem::offset_of!(ett_lpips_bwd_args, factor) - 344usize];
 };
 impl Default for ett_lpips_bwd_args {
     fn default() -> Self {
@@ -1588,20 +1598,20 @@ impl Default for ett_lpips_bwd_args {
 #[derive(Debug, Copy, Clone)]
 pub struct ett_gan_generator_fwd_args {
     pub x: ett_view,
+    pub scale: ett_view,
     pub loss: ett_view,
-    pub scale: f64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_gan_generator_fwd_args"][::std::mem::size_of::<ett_gan_generator_fwd_args>() - 120usize];
+    ["Size of ett_gan_generator_fwd_args"][::std::mem::size_of::<ett_gan_generator_fwd_args>() - 168usize];
     ["Alignment of ett_gan_generator_fwd_args"]
         [::std::mem::align_of::<ett_gan_generator_fwd_args>() - 8usize];
     ["Offset of field: ett_gan_generator_fwd_args::x"]
         [::std::mem::offset_of!(ett_gan_generator_fwd_args, x) - 0usize];
-    ["Offset of field: ett_gan_generator_fwd_args::loss"]
-        [::std::mem::offset_of!(ett_gan_generator_fwd_args, loss) - 56usize];
     ["Offset of field: ett_gan_generator_fwd_args::scale"]
-        [::std::mem::offset_of!(ett_gan_generator_fwd_args, scale) - 112usize];
+        [::std::mem::offset_of!(ett_gan_generator_fwd_args, scale) - 56usize];
+    ["Offset of field: ett_gan_generator_fwd_args::loss"]
+        [::std::mem::offset_of!(ett_gan_generator_fwd_args, loss) - 112usize];
 };
 impl Default for ett_gan_generator_fwd_args {
     fn default() -> Self {
@@ -1616,23 +1626,23 @@ impl Default for ett_gan_generator_fwd_args {
 #[derive(Debug, Copy, Clone)]
 pub struct ett_gan_generator_bwd_args {
     pub x: ett_view,
+    pub scale: ett_view,
     pub g: ett_view,
     pub dx: ett_view,
-    pub scale: f64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_gan_generator_bwd_args"][::std::mem::size_of::<ett_gan_generator_bwd_args>() - 176usize];
+    ["Size of ett_gan_generator_bwd_args"][::std::mem::size_of::<ett_gan_generator_bwd_args>() - 224usize];
     ["Alignment of ett_gan_generator_bwd_args"]
         [::std::mem::align_of::<ett_gan_generator_bwd_args>() - 8usize];
     ["Offset of field: ett_gan_generator_bwd_args::x"]
         [::std::mem::offset_of!(ett_gan_generator_bwd_args, x) - 0usize];
-    ["Offset of field: ett_gan_generator_bwd_args::g"]
-        [::std::mem::offset_of!(ett_gan_generator_bwd_args, g) - 56usize];
-    ["Offset of field: ett_gan_generator_bwd_args::dx"]
-        [::std::mem::offset_of!(ett_gan_generator_bwd_args, dx) - 112usize];
     ["Offset of field: ett_gan_generator_bwd_args::scale"]
-        [::std::mem::offset_of!(ett_gan_generator_bwd_args, scale) - 168usize];
+        [::std::mem::offset_of!(ett_gan_generator_bwd_args, scale) - 56usize];
+    ["Offset of field: ett_gan_generator_bwd_args::g"]
+        [::std::mem::offset_of!(ett_gan_generator_bwd_args, g) - 112usize];
+    ["Offset of field: ett_gan_generator_bwd_args::dx"]
+        [::std::mem::offset_of!(ett_gan_generator_bwd_args, dx) - 168usize];
 };
 impl Default for ett_gan_generator_bwd_args {
     fn default() -> Self {
@@ -1647,20 +1657,24 @@ impl Default for ett_gan_generator_bwd_args {
 #[derive(Debug, Copy, Clone)]
 pub struct ett_hinge_fwd_args {
     pub x: ett_view,
+    pub scale: ett_view,
     pub loss: ett_view,
     pub real: i32,
-    pub scale: f64,
+    pub factor: f64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_hinge_fwd_args"][::std::mem::size_of::<ett_hinge_fwd_args>() - 128usize];
+    ["Size of ett_hinge_fwd_args"][::std::mem::size_of::<ett_hinge_fwd_args>() - 184usize];
     ["Alignment of ett_hinge_fwd_args"][::std::mem::align_of::<ett_hinge_fwd_args>() - 8usize];
     ["Offset of field: ett_hinge_fwd_args::x"][::std::mem::offset_of!(ett_hinge_fwd_args, x) - 0usize];
-    ["Offset of field: ett_hinge_fwd_args::loss"][::std::mem::offset_of!(ett_hinge_fwd_args, loss) - 56usize];
-    ["Offset of field: ett_hinge_fwd_args::real"]
-        [::std::mem::offset_of!(ett_hinge_fwd_args, real) - 112usize];
     ["Offset of field: ett_hinge_fwd_args::scale"]
-        [::std::mem::offset_of!(ett_hinge_fwd_args, scale) - 120usize];
+        [::std::mem::offset_of!(ett_hinge_fwd_args, scale) - 56usize];
+    ["Offset of field: ett_hinge_fwd_args::loss"]
+        [::std::mem::offset_of!(ett_hinge_fwd_args, loss) - 112usize];
+    ["Offset of field: ett_hinge_fwd_args::real"]
+        [::std::mem::offset_of!(ett_hinge_fwd_args, real) - 168usize];
+    ["Offset of field: ett_hinge_fwd_args::factor"]
+        [::std::mem::offset_of!(ett_hinge_fwd_args, factor) - 176usize];
 };
 impl Default for ett_hinge_fwd_args {
     fn default() -> Self {
@@ -1675,22 +1689,25 @@ impl Default for ett_hinge_fwd_args {
 #[derive(Debug, Copy, Clone)]
 pub struct ett_hinge_bwd_args {
     pub x: ett_view,
+    pub scale: ett_view,
     pub g: ett_view,
     pub dx: ett_view,
     pub real: i32,
-    pub scale: f64,
+    pub factor: f64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_hinge_bwd_args"][::std::mem::size_of::<ett_hinge_bwd_args>() - 184usize];
+    ["Size of ett_hinge_bwd_args"][::std::mem::size_of::<ett_hinge_bwd_args>() - 240usize];
     ["Alignment of ett_hinge_bwd_args"][::std::mem::align_of::<ett_hinge_bwd_args>() - 8usize];
     ["Offset of field: ett_hinge_bwd_args::x"][::std::mem::offset_of!(ett_hinge_bwd_args, x) - 0usize];
-    ["Offset of field: ett_hinge_bwd_args::g"][::std::mem::offset_of!(ett_hinge_bwd_args, g) - 56usize];
-    ["Offset of field: ett_hinge_bwd_args::dx"][::std::mem::offset_of!(ett_hinge_bwd_args, dx) - 112usize];
-    ["Offset of field: ett_hinge_bwd_args::real"]
-        [::std::mem::offset_of!(ett_hinge_bwd_args, real) - 168usize];
     ["Offset of field: ett_hinge_bwd_args::scale"]
-        [::std::mem::offset_of!(ett_hinge_bwd_args, scale) - 176usize];
+        [::std::mem::offset_of!(ett_hinge_bwd_args, scale) - 56usize];
+    ["Offset of field: ett_hinge_bwd_args::g"][::std::mem::offset_of!(ett_hinge_bwd_args, g) - 112usize];
+    ["Offset of field: ett_hinge_bwd_args::dx"][::std::mem::offset_of!(ett_hinge_bwd_args, dx) - 168usize];
+    ["Offset of field: ett_hinge_bwd_args::real"]
+        [::std::mem::offset_of!(ett_hinge_bwd_args, real) - 224usize];
+    ["Offset of field: ett_hinge_bwd_args::factor"]
+        [::std::mem::offset_of!(ett_hinge_bwd_args, factor) - 232usize];
 };
 impl Default for ett_hinge_bwd_args {
     fn default() -> Self {
@@ -1740,17 +1757,20 @@ pub struct ett_lecam_fwd_args {
     pub real: ett_view,
     pub fake: ett_view,
     pub ema: ett_view,
+    pub scale: ett_view,
     pub loss: ett_view,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_lecam_fwd_args"][::std::mem::size_of::<ett_lecam_fwd_args>() - 224usize];
+    ["Size of ett_lecam_fwd_args"][::std::mem::size_of::<ett_lecam_fwd_args>() - 280usize];
     ["Alignment of ett_lecam_fwd_args"][::std::mem::align_of::<ett_lecam_fwd_args>() - 8usize];
     ["Offset of field: ett_lecam_fwd_args::real"][::std::mem::offset_of!(ett_lecam_fwd_args, real) - 0usize];
     ["Offset of field: ett_lecam_fwd_args::fake"][::std::mem::offset_of!(ett_lecam_fwd_args, fake) - 56usize];
     ["Offset of field: ett_lecam_fwd_args::ema"][::std::mem::offset_of!(ett_lecam_fwd_args, ema) - 112usize];
+    ["Offset of field: ett_lecam_fwd_args::scale"]
+        [::std::mem::offset_of!(ett_lecam_fwd_args, scale) - 168usize];
     ["Offset of field: ett_lecam_fwd_args::loss"]
-        [::std::mem::offset_of!(ett_lecam_fwd_args, loss) - 168usize];
+        [::std::mem::offset_of!(ett_lecam_fwd_args, loss) - 224usize];
 };
 impl Default for ett_lecam_fwd_args {
     fn default() -> Self {
@@ -1767,22 +1787,25 @@ pub struct ett_lecam_bwd_args {
     pub real: ett_view,
     pub fake: ett_view,
     pub ema: ett_view,
+    pub scale: ett_view,
     pub g: ett_view,
     pub dreal: ett_view,
     pub dfake: ett_view,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_lecam_bwd_args"][::std::mem::size_of::<ett_lecam_bwd_args>() - 336usize];
+    ["Size of ett_lecam_bwd_args"][::std::mem::size_of::<ett_lecam_bwd_args>() - 392usize];
     ["Alignment of ett_lecam_bwd_args"][::std::mem::align_of::<ett_lecam_bwd_args>() - 8usize];
     ["Offset of field: ett_lecam_bwd_args::real"][::std::mem::offset_of!(ett_lecam_bwd_args, real) - 0usize];
     ["Offset of field: ett_lecam_bwd_args::fake"][::std::mem::offset_of!(ett_lecam_bwd_args, fake) - 56usize];
     ["Offset of field: ett_lecam_bwd_args::ema"][::std::mem::offset_of!(ett_lecam_bwd_args, ema) - 112usize];
-    ["Offset of field: ett_lecam_bwd_args::g"][::std::mem::offset_of!(ett_lecam_bwd_args, g) - 168usize];
+    ["Offset of field: ett_lecam_bwd_args::scale"]
+        [::std::mem::offset_of!(ett_lecam_bwd_args, scale) - 168usize];
+    ["Offset of field: ett_lecam_bwd_args::g"][::std::mem::offset_of!(ett_lecam_bwd_args, g) - 224usize];
     ["Offset of field: ett_lecam_bwd_args::dreal"]
-        [::std::mem::offset_of!(ett_lecam_bwd_args, dreal) - 224usize];
+        [::std::mem::offset_of!(ett_lecam_bwd_args, dreal) - 280usize];
     ["Offset of field: ett_lecam_bwd_args::dfake"]
-        [::std::mem::offset_of!(ett_lecam_bwd_args, dfake) - 280usize];
+        [::std::mem::offset_of!(ett_lecam_bwd_args, dfake) - 336usize];
 };
 impl Default for ett_lecam_bwd_args {
     fn default() -> Self {
@@ -1799,17 +1822,19 @@ pub struct ett_nearest_args {
     pub z: ett_view,
     pub e: ett_view,
     pub idx: ett_view,
+    pub bad: ett_view,
     pub metric: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_nearest_args"][::std::mem::size_of::<ett_nearest_args>() - 176usize];
+    ["Size of ett_nearest_args"][::std::mem::size_of::<ett_nearest_args>() - 232usize];
     ["Alignment of ett_nearest_args"][::std::mem::align_of::<ett_nearest_args>() - 8usize];
     ["Offset of field: ett_nearest_args::z"][::std::mem::offset_of!(ett_nearest_args, z) - 0usize];
     ["Offset of field: ett_nearest_args::e"][::std::mem::offset_of!(ett_nearest_args, e) - 56usize];
     ["Offset of field: ett_nearest_args::idx"][::std::mem::offset_of!(ett_nearest_args, idx) - 112usize];
+    ["Offset of field: ett_nearest_args::bad"][::std::mem::offset_of!(ett_nearest_args, bad) - 168usize];
     ["Offset of field: ett_nearest_args::metric"]
-        [::std::mem::offset_of!(ett_nearest_args, metric) - 168usize];
+        [::std::mem::offset_of!(ett_nearest_args, metric) - 224usize];
 };
 impl Default for ett_nearest_args {
     fn default() -> Self {
@@ -1900,19 +1925,19 @@ pub struct ett_ibq_losses_args {
     pub rest_q: ett_view,
     pub xbar: ett_view,
     pub col: ett_view,
+    pub inv_count: ett_view,
     pub zq: ett_view,
     pub c: ett_view,
     pub quant: ett_view,
     pub sample: ett_view,
     pub avg: ett_view,
-    pub inv_count: f64,
     pub eps: f64,
     pub beta_commit: f64,
     pub beta_code: f64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_ibq_losses_args"][::std::mem::size_of::<ett_ibq_losses_args>() - 648usize];
+    ["Size of ett_ibq_losses_args"][::std::mem::size_of::<ett_ibq_losses_args>() - 696usize];
     ["Alignment of ett_ibq_losses_args"][::std::mem::align_of::<ett_ibq_losses_args>() - 8usize];
     ["Offset of field: ett_ibq_losses_args::z"][::std::mem::offset_of!(ett_ibq_losses_args, z) - 0usize];
     ["Offset of field: ett_ibq_losses_args::e"][::std::mem::offset_of!(ett_ibq_losses_args, e) - 56usize];
@@ -1924,22 +1949,22 @@ const _: () = {
         [::std::mem::offset_of!(ett_ibq_losses_args, xbar) - 224usize];
     ["Offset of field: ett_ibq_losses_args::col"]
         [::std::mem::offset_of!(ett_ibq_losses_args, col) - 280usize];
-    ["Offset of field: ett_ibq_losses_args::zq"][::std::mem::offset_of!(ett_ibq_losses_args, zq) - 336usize];
-    ["Offset of field: ett_ibq_losses_args::c"][::std::mem::offset_of!(ett_ibq_losses_args, c) - 392usize];
-    ["Offset of field: ett_ibq_losses_args::quant"]
-        [::std::mem::offset_of!(ett_ibq_losses_args, quant) - 448usize];
-    ["Offset of field: ett_ibq_losses_args::sample"]
-        [::std::mem::offset_of!(ett_ibq_losses_args, sample) - 504usize];
-    ["Offset of field: ett_ibq_losses_args::avg"]
-        [::std::mem::offset_of!(ett_ibq_losses_args, avg) - 560usize];
     ["Offset of field: ett_ibq_losses_args::inv_count"]
-        [::std::mem::offset_of!(ett_ibq_losses_args, inv_count) - 616usize];
+        [::std::mem::offset_of!(ett_ibq_losses_args, inv_count) - 336usize];
+    ["Offset of field: ett_ibq_losses_args::zq"][::std::mem::offset_of!(ett_ibq_losses_args, zq) - 392usize];
+    ["Offset of field: ett_ibq_losses_args::c"][::std::mem::offset_of!(ett_ibq_losses_args, c) - 448usize];
+    ["Offset of field: ett_ibq_losses_args::quant"]
+        [::std::mem::offset_of!(ett_ibq_losses_args, quant) - 504usize];
+    ["Offset of field: ett_ibq_losses_args::sample"]
+        [::std::mem::offset_of!(ett_ibq_losses_args, sample) - 560usize];
+    ["Offset of field: ett_ibq_losses_args::avg"]
+        [::std::mem::offset_of!(ett_ibq_losses_args, avg) - 616usize];
     ["Offset of field: ett_ibq_losses_args::eps"]
-        [::std::mem::offset_of!(ett_ibq_losses_args, eps) - 624usize];
+        [::std::mem::offset_of!(ett_ibq_losses_args, eps) - 672usize];
     ["Offset of field: ett_ibq_losses_args::beta_commit"]
-        [::std::mem::offset_of!(ett_ibq_losses_args, beta_commit) - 632usize];
+        [::std::mem::offset_of!(ett_ibq_losses_args, beta_commit) - 680usize];
     ["Offset of field: ett_ibq_losses_args::beta_code"]
-        [::std::mem::offset_of!(ett_ibq_losses_args, beta_code) - 640usize];
+        [::std::mem::offset_of!(ett_ibq_losses_args, beta_code) - 688usize];
 };
 impl Default for ett_ibq_losses_args {
     fn default() -> Self {
@@ -1961,6 +1986,7 @@ pub struct ett_ibq_bwd_args {
     pub rest_q: ett_view,
     pub xbar: ett_view,
     pub c: ett_view,
+    pub inv_count: ett_view,
     pub g: ett_view,
     pub g_quant: ett_view,
     pub g_sample: ett_view,
@@ -1968,13 +1994,12 @@ pub struct ett_ibq_bwd_args {
     pub dz: ett_view,
     pub de: ett_view,
     pub temperature: f64,
-    pub inv_count: f64,
     pub beta_commit: f64,
     pub beta_code: f64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_ibq_bwd_args"][::std::mem::size_of::<ett_ibq_bwd_args>() - 816usize];
+    ["Size of ett_ibq_bwd_args"][::std::mem::size_of::<ett_ibq_bwd_args>() - 864usize];
     ["Alignment of ett_ibq_bwd_args"][::std::mem::align_of::<ett_ibq_bwd_args>() - 8usize];
     ["Offset of field: ett_ibq_bwd_args::z"][::std::mem::offset_of!(ett_ibq_bwd_args, z) - 0usize];
     ["Offset of field: ett_ibq_bwd_args::e"][::std::mem::offset_of!(ett_ibq_bwd_args, e) - 56usize];
@@ -1986,22 +2011,22 @@ const _: () = {
         [::std::mem::offset_of!(ett_ibq_bwd_args, rest_q) - 280usize];
     ["Offset of field: ett_ibq_bwd_args::xbar"][::std::mem::offset_of!(ett_ibq_bwd_args, xbar) - 336usize];
     ["Offset of field: ett_ibq_bwd_args::c"][::std::mem::offset_of!(ett_ibq_bwd_args, c) - 392usize];
-    ["Offset of field: ett_ibq_bwd_args::g"][::std::mem::offset_of!(ett_ibq_bwd_args, g) - 448usize];
-    ["Offset of field: ett_ibq_bwd_args::g_quant"]
-        [::std::mem::offset_of!(ett_ibq_bwd_args, g_quant) - 504usize];
-    ["Offset of field: ett_ibq_bwd_args::g_sample"]
-        [::std::mem::offset_of!(ett_ibq_bwd_args, g_sample) - 560usize];
-    ["Offset of field: ett_ibq_bwd_args::g_avg"][::std::mem::offset_of!(ett_ibq_bwd_args, g_avg) - 616usize];
-    ["Offset of field: ett_ibq_bwd_args::dz"][::std::mem::offset_of!(ett_ibq_bwd_args, dz) - 672usize];
-    ["Offset of field: ett_ibq_bwd_args::de"][::std::mem::offset_of!(ett_ibq_bwd_args, de) - 728usize];
-    ["Offset of field: ett_ibq_bwd_args::temperature"]
-        [::std::mem::offset_of!(ett_ibq_bwd_args, temperature) - 784usize];
     ["Offset of field: ett_ibq_bwd_args::inv_count"]
-        [::std::mem::offset_of!(ett_ibq_bwd_args, inv_count) - 792usize];
+        [::std::mem::offset_of!(ett_ibq_bwd_args, inv_count) - 448usize];
+    ["Offset of field: ett_ibq_bwd_args::g"][::std::mem::offset_of!(ett_ibq_bwd_args, g) - 504usize];
+    ["Offset of field: ett_ibq_bwd_args::g_quant"]
+        [::std::mem::offset_of!(ett_ibq_bwd_args, g_quant) - 560usize];
+    ["Offset of field: ett_ibq_bwd_args::g_sample"]
+        [::std::mem::offset_of!(ett_ibq_bwd_args, g_sample) - 616usize];
+    ["Offset of field: ett_ibq_bwd_args::g_avg"][::std::mem::offset_of!(ett_ibq_bwd_args, g_avg) - 672usize];
+    ["Offset of field: ett_ibq_bwd_args::dz"][::std::mem::offset_of!(ett_ibq_bwd_args, dz) - 728usize];
+    ["Offset of field: ett_ibq_bwd_args::de"][::std::mem::offset_of!(ett_ibq_bwd_args, de) - 784usize];
+    ["Offset of field: ett_ibq_bwd_args::temperature"]
+        [::std::mem::offset_of!(ett_ibq_bwd_args, temperature) - 840usize];
     ["Offset of field: ett_ibq_bwd_args::beta_commit"]
-        [::std::mem::offset_of!(ett_ibq_bwd_args, beta_commit) - 800usize];
+        [::std::mem::offset_of!(ett_ibq_bwd_args, beta_commit) - 848usize];
     ["Offset of field: ett_ibq_bwd_args::beta_code"]
-        [::std::mem::offset_of!(ett_ibq_bwd_args, beta_code) - 808usize];
+        [::std::mem::offset_of!(ett_ibq_bwd_args, beta_code) - 856usize];
 };
 impl Default for ett_ibq_bwd_args {
     fn default() -> Self {
@@ -2018,28 +2043,28 @@ pub struct ett_vq_losses_args {
     pub z: ett_view,
     pub e: ett_view,
     pub idx: ett_view,
+    pub inv_count: ett_view,
     pub zq: ett_view,
     pub quant: ett_view,
-    pub inv_count: f64,
     pub beta_commit: f64,
     pub beta_code: f64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_vq_losses_args"][::std::mem::size_of::<ett_vq_losses_args>() - 304usize];
+    ["Size of ett_vq_losses_args"][::std::mem::size_of::<ett_vq_losses_args>() - 352usize];
     ["Alignment of ett_vq_losses_args"][::std::mem::align_of::<ett_vq_losses_args>() - 8usize];
     ["Offset of field: ett_vq_losses_args::z"][::std::mem::offset_of!(ett_vq_losses_args, z) - 0usize];
     ["Offset of field: ett_vq_losses_args::e"][::std::mem::offset_of!(ett_vq_losses_args, e) - 56usize];
     ["Offset of field: ett_vq_losses_args::idx"][::std::mem::offset_of!(ett_vq_losses_args, idx) - 112usize];
-    ["Offset of field: ett_vq_losses_args::zq"][::std::mem::offset_of!(ett_vq_losses_args, zq) - 168usize];
-    ["Offset of field: ett_vq_losses_args::quant"]
-        [::std::mem::offset_of!(ett_vq_losses_args, quant) - 224usize];
     ["Offset of field: ett_vq_losses_args::inv_count"]
-        [::std::mem::offset_of!(ett_vq_losses_args, inv_count) - 280usize];
+        [::std::mem::offset_of!(ett_vq_losses_args, inv_count) - 168usize];
+    ["Offset of field: ett_vq_losses_args::zq"][::std::mem::offset_of!(ett_vq_losses_args, zq) - 224usize];
+    ["Offset of field: ett_vq_losses_args::quant"]
+        [::std::mem::offset_of!(ett_vq_losses_args, quant) - 280usize];
     ["Offset of field: ett_vq_losses_args::beta_commit"]
-        [::std::mem::offset_of!(ett_vq_losses_args, beta_commit) - 288usize];
+        [::std::mem::offset_of!(ett_vq_losses_args, beta_commit) - 336usize];
     ["Offset of field: ett_vq_losses_args::beta_code"]
-        [::std::mem::offset_of!(ett_vq_losses_args, beta_code) - 296usize];
+        [::std::mem::offset_of!(ett_vq_losses_args, beta_code) - 344usize];
 };
 impl Default for ett_vq_losses_args {
     fn default() -> Self {
@@ -2056,32 +2081,32 @@ pub struct ett_vq_bwd_args {
     pub z: ett_view,
     pub e: ett_view,
     pub idx: ett_view,
+    pub inv_count: ett_view,
     pub g: ett_view,
     pub g_quant: ett_view,
     pub dz: ett_view,
     pub de: ett_view,
-    pub inv_count: f64,
     pub beta_commit: f64,
     pub beta_code: f64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_vq_bwd_args"][::std::mem::size_of::<ett_vq_bwd_args>() - 416usize];
+    ["Size of ett_vq_bwd_args"][::std::mem::size_of::<ett_vq_bwd_args>() - 464usize];
     ["Alignment of ett_vq_bwd_args"][::std::mem::align_of::<ett_vq_bwd_args>() - 8usize];
     ["Offset of field: ett_vq_bwd_args::z"][::std::mem::offset_of!(ett_vq_bwd_args, z) - 0usize];
     ["Offset of field: ett_vq_bwd_args::e"][::std::mem::offset_of!(ett_vq_bwd_args, e) - 56usize];
     ["Offset of field: ett_vq_bwd_args::idx"][::std::mem::offset_of!(ett_vq_bwd_args, idx) - 112usize];
-    ["Offset of field: ett_vq_bwd_args::g"][::std::mem::offset_of!(ett_vq_bwd_args, g) - 168usize];
-    ["Offset of field: ett_vq_bwd_args::g_quant"]
-        [::std::mem::offset_of!(ett_vq_bwd_args, g_quant) - 224usize];
-    ["Offset of field: ett_vq_bwd_args::dz"][::std::mem::offset_of!(ett_vq_bwd_args, dz) - 280usize];
-    ["Offset of field: ett_vq_bwd_args::de"][::std::mem::offset_of!(ett_vq_bwd_args, de) - 336usize];
     ["Offset of field: ett_vq_bwd_args::inv_count"]
-        [::std::mem::offset_of!(ett_vq_bwd_args, inv_count) - 392usize];
+        [::std::mem::offset_of!(ett_vq_bwd_args, inv_count) - 168usize];
+    ["Offset of field: ett_vq_bwd_args::g"][::std::mem::offset_of!(ett_vq_bwd_args, g) - 224usize];
+    ["Offset of field: ett_vq_bwd_args::g_quant"]
+        [::std::mem::offset_of!(ett_vq_bwd_args, g_quant) - 280usize];
+    ["Offset of field: ett_vq_bwd_args::dz"][::std::mem::offset_of!(ett_vq_bwd_args, dz) - 336usize];
+    ["Offset of field: ett_vq_bwd_args::de"][::std::mem::offset_of!(ett_vq_bwd_args, de) - 392usize];
     ["Offset of field: ett_vq_bwd_args::beta_commit"]
-        [::std::mem::offset_of!(ett_vq_bwd_args, beta_commit) - 400usize];
+        [::std::mem::offset_of!(ett_vq_bwd_args, beta_commit) - 448usize];
     ["Offset of field: ett_vq_bwd_args::beta_code"]
-        [::std::mem::offset_of!(ett_vq_bwd_args, beta_code) - 408usize];
+        [::std::mem::offset_of!(ett_vq_bwd_args, beta_code) - 456usize];
 };
 impl Default for ett_vq_bwd_args {
     fn default() -> Self {
@@ -2155,6 +2180,30 @@ const _: () = {
         [::std::mem::offset_of!(ett_adamw_args, ema_decay) - 488usize];
 };
 impl Default for ett_adamw_args {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct ett_restore_args {
+    pub x: ett_view,
+    pub norm: ett_view,
+    pub y: ett_view,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ett_restore_args"][::std::mem::size_of::<ett_restore_args>() - 168usize];
+    ["Alignment of ett_restore_args"][::std::mem::align_of::<ett_restore_args>() - 8usize];
+    ["Offset of field: ett_restore_args::x"][::std::mem::offset_of!(ett_restore_args, x) - 0usize];
+    ["Offset of field: ett_restore_args::norm"][::std::mem::offset_of!(ett_restore_args, norm) - 56usize];
+    ["Offset of field: ett_restore_args::y"][::std::mem::offset_of!(ett_restore_args, y) - 112usize];
+};
+impl Default for ett_restore_args {
     fn default() -> Self {
         let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
         unsafe {
@@ -2289,4 +2338,6 @@ unsafe extern "C" {
     pub fn ett_sum_squares(args: *const ett_sum_squares_args, launch: *const ett_launch) -> i32;
     pub fn ett_adamw_workspace(args: *const ett_adamw_args) -> i64;
     pub fn ett_adamw(args: *const ett_adamw_args, launch: *const ett_launch) -> i32;
+    pub fn ett_restore_workspace(args: *const ett_restore_args) -> i64;
+    pub fn ett_restore(args: *const ett_restore_args, launch: *const ett_launch) -> i32;
 }

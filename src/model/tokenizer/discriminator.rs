@@ -83,6 +83,24 @@ impl Discriminator {
         Ok((self.last.apply(t, p, &h, frozen)?, stats))
     }
 
+    /// Patch logits of a picture of `h` by `w` pixels; 0 if it is too small.
+    pub fn patches(&self, h: usize, w: usize) -> usize {
+        let convs = [CONV, CONV, CONV, LAST, LAST];
+        let side = |n: usize| {
+            convs.iter().fold(n, |n, c| match (n + c.before + c.after).checked_sub(4) {
+                Some(rest) => rest / c.stride + 1,
+                None => 0,
+            })
+        };
+        side(h) * side(w)
+    }
+
+    /// The tensors of its state, for a step that may have to be taken back.
+    pub fn carried<'a>(&self, s: &'a DiscriminatorState) -> Vec<&'a Tensor> {
+        let running = s.running.iter().flat_map(|(mean, var)| [mean, var]);
+        running.chain([&s.lecam]).collect()
+    }
+
     /// The state of an untrained discriminator: mean 0, variance 1, averages 0.
     pub fn state(&self, dev: &dyn Kernels, acc: DType) -> Result<DiscriminatorState> {
         let filled = |n: usize, v: f64| Tensor::from_f64(dev, Role::Weight, acc, &vec![v; n], [n]);

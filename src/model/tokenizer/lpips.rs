@@ -6,6 +6,7 @@ use crate::config::LpipsConfig;
 use crate::error::Result;
 use crate::nn::{Conv2d, Init, Param, ParamBuilder, Params};
 use crate::ops::{self, Conv};
+use crate::tensor::Tensor;
 
 /// Position of each convolution in torchvision's `vgg16().features`, block by block.
 const SLICES: [&[usize]; 5] = [&[0, 2], &[5, 7], &[10, 12, 14], &[17, 19, 21], &[24, 26, 28]];
@@ -70,16 +71,9 @@ impl Lpips {
         Ok(out)
     }
 
-    /// The distance of `fake` from `real`, both `[B, H, W, 3]`, summed over images and multiplied by
-    /// `inv_images`: one term a layer.
-    pub fn distance(
-        &self,
-        t: &Tape,
-        p: &Params,
-        real: &Var,
-        fake: &Var,
-        inv_images: f64,
-    ) -> Result<Vec<Var>> {
+    /// The distance of `fake` from `real`, both `[B, H, W, 3]`, summed over images and multiplied by the device scalar
+    /// `scale`, one over the images of the whole batch: one term a layer.
+    pub fn distance(&self, t: &Tape, p: &Params, real: &Var, fake: &Var, scale: &Tensor) -> Result<Vec<Var>> {
         let f0 = self.features(t, p, &real.detach())?;
         let f1 = self.features(t, p, fake)?;
         let mut terms = Vec::new();
@@ -87,7 +81,7 @@ impl Lpips {
             let pixels = a.dims()[1] * a.dims()[2];
             if pixels > 0 {
                 let w = p.frozen(t, head)?;
-                terms.push(ops::lpips_layer(t, a, b, &w, self.eps, inv_images / pixels as f64)?);
+                terms.push(ops::lpips_layer(t, a, b, &w, self.eps, scale, 1.0 / pixels as f64)?);
             }
         }
         Ok(terms)

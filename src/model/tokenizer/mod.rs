@@ -10,6 +10,7 @@ use crate::config::{QuantizerConfig, QuantizerKind, Scores, TokenizerConfig};
 use crate::error::{Error, Result};
 use crate::nn::{Conv2d, Init, Param, ParamBuilder, Params};
 use crate::ops::{self, Conv, Entropy, IbqOptions, Quantized};
+use crate::tensor::Tensor;
 pub use discriminator::{Discriminator, DiscriminatorState};
 use encoder::{Decoder, Encoder};
 pub use lpips::Lpips;
@@ -109,15 +110,23 @@ impl Tokenizer {
         if self.normalised() { ops::l2_norm(t, &e, NORM_EPS) } else { Ok(e) }
     }
 
-    /// Quantizes `z` `[M, D]` against `codes` `[K, D]`; `inv_count` is one over the tokens of all ranks.
-    pub fn quantize(&self, t: &Tape, z: &Var, codes: &Var, inv_count: f64) -> Result<Quantized> {
+    /// Quantizes `z` `[M, D]` against `codes` `[K, D]`; `inv_count` is a device scalar, one over the tokens of all
+    /// ranks. Without `entropies` neither entropy is formed.
+    pub fn quantize(
+        &self,
+        t: &Tape,
+        z: &Var,
+        codes: &Var,
+        inv_count: &Tensor,
+        entropies: bool,
+    ) -> Result<Quantized> {
         let q = &self.quantizer;
         let (beta_commit, beta_code) = q.betas();
-        let entropy = Entropy { temperature: q.temperature, eps: q.entropy_eps };
-        let o = IbqOptions { entropy, beta_commit, beta_code, inv_count };
+        let entropy = entropies.then_some(Entropy { temperature: q.temperature, eps: q.entropy_eps });
+        let o = IbqOptions { entropy, beta_commit, beta_code };
         match q.kind {
-            QuantizerKind::Ibq => ops::ibq(t, z, codes, o),
-            QuantizerKind::Vq => ops::vq(t, z, codes, o),
+            QuantizerKind::Ibq => ops::ibq(t, z, codes, inv_count, o),
+            QuantizerKind::Vq => ops::vq(t, z, codes, inv_count, o),
         }
     }
 

@@ -191,7 +191,9 @@ impl Device for Broken {
 }
 
 macro_rules! delegate {
-    ($($name:ident $args:ident,)*) => {
+    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => {
+        $($(#[$fdoc:meta])* $field:ident: $ty:ty,)*
+    })*) => {
         impl Kernels for Broken {
             $(fn $name(&self, s: Stream, a: &$args<'_>) -> Result<()> {
                 self.call(a, &|| self.cpu.$name(s, a))
@@ -199,27 +201,7 @@ macro_rules! delegate {
         }
     };
 }
-delegate! {
-    matmul Matmul, linear_gelu LinearGelu, matmul_acc MatmulAcc, col_sum ColSum,
-    conv2d_fwd Conv2dFwd, conv2d_bwd_data Conv2dBwdData, conv2d_bwd_weight Conv2dBwdWeight,
-    upsample2x_fwd Upsample2xFwd, upsample2x_bwd Upsample2xBwd,
-    max_pool2x2_fwd MaxPool2x2Fwd, max_pool2x2_bwd MaxPool2x2Bwd,
-    group_norm_fwd GroupNormFwd, group_norm_bwd GroupNormBwd, rms_norm_fwd RmsNormFwd, rms_norm_bwd RmsNormBwd,
-    layer_norm_fwd LayerNormFwd, layer_norm_bwd LayerNormBwd,
-    batch_norm_fwd BatchNormFwd, batch_norm_bwd BatchNormBwd,
-    batch_norm_eval_fwd BatchNormEvalFwd, batch_norm_eval_bwd BatchNormEvalBwd, batch_norm_running BatchNormRunning,
-    l2_norm_fwd L2NormFwd, l2_norm_bwd L2NormBwd,
-    unary_fwd UnaryFwd, unary_bwd UnaryBwd, add Add, accumulate Accumulate, cast Cast, fill Fill,
-    channel_affine_fwd ChannelAffineFwd, channel_affine_bwd ChannelAffineBwd,
-    swiglu_fwd SwigluFwd, swiglu_bwd SwigluBwd, rope Rope, gather_fwd GatherFwd, gather_bwd GatherBwd,
-    attention_fwd AttentionFwd, attention_bwd AttentionBwd,
-    linear_xent_fwd LinearXentFwd, linear_xent_bwd LinearXentBwd,
-    l1_fwd L1Fwd, l1_bwd L1Bwd, lpips_fwd LpipsFwd, lpips_bwd LpipsBwd,
-    gan_generator_fwd GanGeneratorFwd, gan_generator_bwd GanGeneratorBwd, hinge_fwd HingeFwd, hinge_bwd HingeBwd,
-    lecam_update LecamUpdate, lecam_fwd LecamFwd, lecam_bwd LecamBwd,
-    nearest Nearest, ibq_rows IbqRows, ibq_cols IbqCols, ibq_losses IbqLosses, ibq_bwd IbqBwd,
-    vq_losses VqLosses, vq_bwd VqBwd, sum_squares SumSquares, adamw Adamw,
-}
+ett::kernel_table!(delegate);
 
 /// Runs one kernel of a broken device.
 fn report(fault: Fault, kernel: &str, prec: Precision) -> Report {

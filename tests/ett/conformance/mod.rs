@@ -133,6 +133,7 @@ pub const TABLE: &[Kernel] = &[
     kernel("nearest", codebook::nearest, codebook::nearest_sample).free(&["e rows"]).aligned(&["z", "e"]),
     kernel("sum_squares", optim::sum_squares, optim::sum_squares_sample).free(&["x cols"]),
     kernel("adamw", optim::adamw, optim::adamw_sample).free(&["shadow type"]),
+    kernel("restore", optim::restore, optim::restore_sample),
 ];
 
 /// What a run found.

@@ -1,9 +1,9 @@
 //! Gradient norms and AdamW.
 
-use ett::backend::{Adamw, Slot, Stream, SumSquares};
+use ett::backend::{Adamw, Restore, Slot, Stream, SumSquares};
 
 use super::Size;
-use super::case::{Arg, Case, Draw, Judge, Seen, Type, acc, add, near, out};
+use super::case::{Arg, Case, Draw, Judge, Seen, Type, acc, act, add, near, out};
 
 const S: Stream = Stream::COMPUTE;
 
@@ -159,4 +159,23 @@ pub fn adamw() -> Vec<Case> {
 
 pub fn adamw_sample() -> Case {
     Step { n: 5, clip: 0.5, ..STEP }.case()
+}
+
+fn restore_case(n: usize, bad: f64) -> Case {
+    Case::new(
+        format!("[{n}], {bad} values not finite"),
+        move |d| {
+            let y = add("y", Type::Act, [n], d.normal(n), Judge::Exact);
+            vec![act("x", [n], d.normal(n)), acc("norm", [2], vec![0.5, bad]), y]
+        },
+        |dev, v| dev.restore(S, &Restore { x: v.input("x"), norm: v.input("norm"), y: v.acc("y") }),
+    )
+}
+
+pub fn restore() -> Vec<Case> {
+    sizes().flat_map(|(size, n)| [0.0, 2.0].map(|bad| restore_case(n, bad).from(size))).collect()
+}
+
+pub fn restore_sample() -> Case {
+    restore_case(5, 1.0)
 }
