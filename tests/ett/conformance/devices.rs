@@ -15,7 +15,7 @@ const BOTH: [Precision; 2] = [Precision::F32, Precision::BF16];
 const LIMITS: [&str; 3] = ["attention_fwd: head_dim", "attention_bwd: head_dim", "nearest: `z`"];
 
 /// Every implementation that a kernel does not choose by itself everywhere, and calls that it cannot do.
-const FORCED: [(&str, &str); 27] = [
+const FORCED: [(&str, &str); 28] = [
     ("matmul", "large"),
     ("matmul", "small"),
     ("matmul_acc", "large"),
@@ -41,6 +41,7 @@ const FORCED: [(&str, &str); 27] = [
     ("lpips_bwd", "plain"),
     ("gan_generator_fwd", "plain"),
     ("gan_generator_bwd", "plain"),
+    ("xent_fwd", "plain"),
     ("adamw", "plain"),
     ("sum_squares", "plain"),
 ];

@@ -23,6 +23,7 @@ mod products;
 pub mod reject;
 mod resample;
 mod rows;
+mod sampling;
 mod xent;
 
 use std::cell::OnceCell;
@@ -119,6 +120,8 @@ pub const TABLE: &[Kernel] = &[
     kernel("attention_bwd", attention::bwd, attention::bwd_sample),
     kernel("linear_xent_fwd", xent::fwd, xent::fwd_sample).free(&["w rows"]),
     kernel("linear_xent_bwd", xent::bwd, xent::bwd_sample),
+    kernel("xent_fwd", xent::stored_fwd, xent::stored_fwd_sample),
+    kernel("xent_bwd", xent::stored_bwd, xent::stored_bwd_sample),
     kernel("l1_fwd", losses::l1_fwd, losses::l1_fwd_sample),
     kernel("l1_bwd", losses::l1_bwd, losses::l1_bwd_sample),
     kernel("lpips_fwd", losses::lpips_fwd, losses::lpips_fwd_sample),
@@ -130,6 +133,7 @@ pub const TABLE: &[Kernel] = &[
     kernel("lecam_update", losses::lecam_update, losses::lecam_update_sample).free(LOGITS),
     kernel("lecam_fwd", losses::lecam_fwd, losses::lecam_fwd_sample).free(LOGITS),
     kernel("lecam_bwd", losses::lecam_bwd, losses::lecam_bwd_sample),
+    kernel("sample", sampling::cases, sampling::sample),
     kernel("nearest", codebook::nearest, codebook::nearest_sample).free(&["e rows"]).aligned(&["z", "e"]),
     kernel("sum_squares", optim::sum_squares, optim::sum_squares_sample).free(&["x cols"]),
     kernel("adamw", optim::adamw, optim::adamw_sample).free(&["shadow type"]),
