@@ -1,13 +1,16 @@
 //! The configuration of a model and its training: one TOML file. Every key has the paper's value as its
-//! default; unknown keys are errors.
+//! default; unknown keys are errors. Relative paths in it are relative to the file's folder.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::backend::Cpu;
 use crate::data::Crop;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::tensor::Precision;
 
 /// A whole configuration file.
@@ -163,7 +166,7 @@ pub struct LpipsConfig {
     /// Channels of the five blocks; VGG16's unless the features are random.
     pub widths: [usize; 5],
     /// Safetensors file with `net.slice*` and `lin*` tensors; without one the features are random, from a
-    /// fixed seed.
+    /// fixed seed. A run reads it once: afterwards they are among its own weights.
     pub weights: Option<PathBuf>,
     /// Added to the norm of the features.
     pub eps: f64,
@@ -360,7 +363,7 @@ pub struct TrainConfig {
     pub seed: u64,
     /// `f64`, `f32` or `bf16`.
     pub precision: String,
-    /// CPU threads; 0: one per core.
+    /// CPU threads, at most 1024; 0: one per core.
     pub threads: usize,
     /// Keep only the inputs of each block for the backward and compute the rest again: less memory, the same
     /// bits.
@@ -443,7 +446,8 @@ pub struct DataConfig {
     pub crop: Crop,
     /// Mirror half of the pictures; not those built in, which say where things are.
     pub flip: bool,
-    /// A `tokenizer.json` of Hugging Face with the special tokens of Qwen2.5; without one every byte is a token.
+    /// A `tokenizer.json` of Hugging Face with the special tokens of Qwen2.5; without one every byte is a token. A run
+    /// keeps a copy.
     pub tokenizer: Option<PathBuf>,
     /// Text tokens a sample that `--plan` assumes.
     pub text_tokens: usize,
@@ -470,6 +474,14 @@ impl Default for DataConfig {
 }
 
 impl DataConfig {
+    /// Whether there are held-out pictures.
+    pub fn has_test(&self) -> bool {
+        match self.source {
+            Source::Folder => self.test.as_ref().is_some_and(|t| !t.as_os_str().is_empty()),
+            Source::Scenes | Source::Words => self.test_samples > 0,
+        }
+    }
+
     /// Fails on values that do not go with the source, named after their section; [`Config::check`] looks at the rest.
     fn check(&self, section: &str) -> Result<()> {
         let smallest = match self.source {
@@ -482,10 +494,9 @@ impl DataConfig {
             let want = format!("{smallest} or more with data.source = {source:?}");
             return Err(Error::config(format!("{section}.size"), self.size, want));
         }
-        if self.train_samples == 0 || self.train_samples.max(self.test_samples) > u32::MAX as usize {
-            let got = format!("{} and {}", self.train_samples, self.test_samples);
-            let want = "numbers below 2^32, the first of them 1 or more";
-            return Err(Error::config(format!("{section}.train_samples and test_samples"), got, want));
+        if self.train_samples == 0 {
+            let want = format!("1 or more with data.source = {source:?}");
+            return Err(Error::config(format!("{section}.train_samples"), self.train_samples, want));
         }
         if self.flip {
             let want = format!("false with data.source = {source:?}, whose captions say where things are");
@@ -694,23 +705,36 @@ impl Config {
         Self::parse(path, include_str!("../configs/demo.toml"), &[])
     }
 
-    /// Reads and checks a file; `overrides` are `key=value` with dotted keys, values in TOML.
+    /// Reads and checks a file; `overrides` are `key=value` with dotted keys, values in TOML. Relative paths become
+    /// absolute: those in the file are relative to its folder, those in `overrides` to the working directory.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-        Self::parse(path, &text, overrides)
+        let mut config = Self::parse(path, &text, overrides)?;
+        config.resolve(files::parent(path))?;
+        Ok(config)
+    }
+
+    /// Makes relative paths absolute: they are relative to the folder `base`.
+    pub fn resolve(&mut self, base: &Path) -> Result<()> {
+        let data = &mut self.data;
+        let mut paths = vec![&mut data.train];
+        paths.extend([&mut data.test, &mut data.tokenizer, &mut self.lpips.weights].into_iter().flatten());
+        paths.extend(self.stage.iter_mut().flat_map(|s| [&mut s.data.train, &mut s.data.test]).flatten());
+        for path in paths.into_iter().filter(|p| !p.as_os_str().is_empty()) {
+            *path = absolute(base, path)?;
+        }
+        Ok(())
     }
 
     fn parse(path: &Path, text: &str, overrides: &[String]) -> Result<Self> {
-        let bad = |e: toml::de::Error| {
-            Error::data(path, format!("not a configuration: {}", e.to_string().trim_end()))
-        };
-        let mut table: toml::Table = toml::from_str(text).map_err(bad)?;
+        let bad = |text, e| Error::data(path, format!("not a configuration: {}", explain(text, &e)));
+        let mut table: toml::Table = toml::from_str(text).map_err(|e| bad(Some(text), e))?;
         for o in overrides {
             set(&mut table, o)?;
         }
         let config: Config = match overrides.is_empty() {
-            true => toml::from_str(text).map_err(bad)?,
-            false => table.try_into().map_err(bad)?,
+            true => toml::from_str(text).map_err(|e| bad(Some(text), e))?,
+            false => table.try_into().map_err(|e| blame(text, overrides).unwrap_or_else(|| bad(None, e)))?,
         };
         config.check()?;
         Ok(config)
@@ -727,177 +751,307 @@ impl Config {
             .ok_or_else(|| Error::config("train.precision", &self.train.precision, "f64, f32 or bf16"))
     }
 
-    /// Fails on values that no model can have.
+    /// Fails on values that no model can have, and on sizes that no machine can: every number has its range, so that
+    /// no product of them that is a size wraps.
     pub fn check(&self) -> Result<()> {
-        let t = &self.tokenizer;
-        let positive = |key: &str, v: usize| match v {
-            0 => Err(Error::config(key, v, "1 or more")),
-            _ => Ok(()),
-        };
-        let at_least_0 = |key: &str, v: f64| match v.is_finite() && v >= 0.0 {
-            true => Ok(()),
-            false => Err(Error::config(key, v, "a finite number, 0 or more")),
-        };
-        let above_0 = |key: &str, v: f64| match v.is_finite() && v > 0.0 {
-            true => Ok(()),
-            false => Err(Error::config(key, v, "a finite number above 0")),
-        };
-        for (key, v) in [
-            ("tokenizer.ch", t.ch),
-            ("tokenizer.num_res_blocks", t.num_res_blocks),
-            ("tokenizer.z_channels", t.z_channels),
-            ("tokenizer.norm_groups", t.norm_groups),
-            ("quantizer.codes", self.quantizer.codes),
-            ("quantizer.dim", self.quantizer.dim),
-            ("discriminator.ndf", self.discriminator.ndf),
-            ("llm.vocab", self.llm.vocab),
-            ("llm.width", self.llm.width),
-            ("llm.layers", self.llm.layers),
-            ("llm.heads", self.llm.heads),
-            ("llm.kv_heads", self.llm.kv_heads),
-            ("llm.head_dim", self.llm.head_dim),
-            ("llm.mlp", self.llm.mlp),
-            ("data.size", self.data.size),
-            ("train.keep", self.train.keep),
-            ("train.usage_window", self.train.usage_window),
+        let (t, q, d, llm) = (&self.tokenizer, &self.quantizer, &self.discriminator, &self.llm);
+        let (loss, train, data) = (&self.loss, &self.train, &self.data);
+        for (key, v, allowed) in [
+            ("tokenizer.ch", t.ch, 1..=MAX_WIDTH),
+            ("tokenizer.num_res_blocks", t.num_res_blocks, 1..=1024),
+            ("tokenizer.z_channels", t.z_channels, 1..=MAX_WIDTH),
+            ("tokenizer.norm_groups", t.norm_groups, 1..=MAX_WIDTH),
+            ("quantizer.codes", q.codes, 1..=MAX_INDEX),
+            ("quantizer.dim", q.dim, 1..=MAX_WIDTH),
+            ("discriminator.ndf", d.ndf, 1..=MAX_WIDTH / 8),
+            ("llm.vocab", llm.vocab, 1..=MAX_INDEX),
+            ("llm.width", llm.width, 1..=MAX_WIDTH),
+            ("llm.layers", llm.layers, 1..=4096),
+            ("llm.heads", llm.heads, 1..=4096),
+            ("llm.kv_heads", llm.kv_heads, 1..=4096),
+            ("llm.head_dim", llm.head_dim, 1..=4096),
+            ("llm.mlp", llm.mlp, 1..=16 * MAX_WIDTH),
+            ("train.threads", train.threads, 0..=Cpu::MAX_THREADS),
+            ("train.save_every", train.save_every, 0..=MAX_COUNT),
+            ("train.keep", train.keep, 1..=MAX_COUNT),
+            ("train.eval_every", train.eval_every, 0..=MAX_COUNT),
+            ("train.usage_window", train.usage_window, 1..=MAX_COUNT),
         ] {
-            positive(key, v)?;
+            count(key, v, allowed)?;
         }
-        if t.ch_mult.is_empty() || t.ch_mult.len() > 8 || t.ch_mult.contains(&0) {
-            return Err(Error::config(
-                "tokenizer.ch_mult",
-                format!("{:?}", t.ch_mult),
-                "1 to 8 factors above 0",
-            ));
+        for &width in &self.lpips.widths {
+            count("lpips.widths", width, 1..=MAX_WIDTH)?;
         }
-        if let Some(m) = t.ch_mult.iter().find(|&m| !(t.ch * m).is_multiple_of(t.norm_groups)) {
-            let want = format!("a divisor of every width, {} among them", t.ch * m);
-            return Err(Error::config("tokenizer.norm_groups", t.norm_groups, want));
+        if !(1..=8).contains(&t.ch_mult.len()) {
+            return Err(Error::config("tokenizer.ch_mult", format!("{:?}", t.ch_mult), "1 to 8 factors"));
         }
-        if self.quantizer.codes > i32::MAX as usize {
-            return Err(Error::config("quantizer.codes", self.quantizer.codes, "below 2^31"));
-        }
-        if self.lpips.widths.contains(&0) {
-            return Err(Error::config("lpips.widths", format!("{:?}", self.lpips.widths), "widths above 0"));
-        }
-        if !self.llm.heads.is_multiple_of(self.llm.kv_heads) {
-            return Err(Error::config(
-                "llm.kv_heads",
-                self.llm.kv_heads,
-                format!("a divisor of {}", self.llm.heads),
-            ));
-        }
-        if !self.llm.head_dim.is_multiple_of(2) {
-            return Err(Error::config("llm.head_dim", self.llm.head_dim, "an even number"));
-        }
-        for (key, v) in [
-            ("quantizer.temperature", self.quantizer.temperature),
-            ("quantizer.entropy_eps", self.quantizer.entropy_eps),
-            ("train.adam_eps", self.train.adam_eps),
-            ("llm.rope_theta", self.llm.rope_theta),
-        ] {
-            above_0(key, v)?;
-        }
-        for (key, v) in [
-            ("quantizer.beta", self.quantizer.beta),
-            ("quantizer.init_scale", self.quantizer.init_scale),
-            ("loss.alpha", self.loss.alpha),
-            ("loss.rec", self.loss.rec),
-            ("loss.quant", self.loss.quant),
-            ("loss.lpips", self.loss.lpips),
-            ("loss.gan", self.loss.gan),
-            ("loss.entropy", self.loss.entropy),
-            ("loss.lecam", self.loss.lecam),
-            ("train.lr", self.train.lr),
-            ("train.clip", self.train.clip),
-            ("train.weight_decay", self.train.weight_decay),
-        ] {
-            at_least_0(key, v)?;
-        }
-        for (key, v) in [
-            ("train.betas", self.train.betas),
-            ("train.disc_betas", self.train.disc_betas),
-            ("train.warmup and ema_decay", [self.train.warmup, self.train.ema_decay]),
-        ] {
-            if v.iter().any(|b| !(0.0..1.0).contains(b)) {
-                return Err(Error::config(key, format!("{v:?}"), "numbers from 0 to below 1"));
+        for &m in &t.ch_mult {
+            count("tokenizer.ch_mult", m, 1..=MAX_WIDTH)?;
+            count("tokenizer.ch times tokenizer.ch_mult", t.ch * m, 1..=MAX_WIDTH)?;
+            if !(t.ch * m).is_multiple_of(t.norm_groups) {
+                let want =
+                    format!("a divisor of every width, tokenizer.ch times ch_mult, {} among them", t.ch * m);
+                return Err(Error::config("tokenizer.norm_groups", t.norm_groups, want));
             }
         }
-        let sized = |key: &str, size: usize| match size.is_multiple_of(t.downsampling()) && size > 0 {
-            true => Ok(()),
-            false => {
-                let want = format!("a multiple of {}, the tokenizer's down-sampling", t.downsampling());
-                Err(Error::config(key, size, want))
-            }
-        };
-        sized("data.size", self.data.size)?;
-        if !(0.0..=1.0).contains(&self.train.prompt_dropout) {
-            let got = self.train.prompt_dropout;
-            return Err(Error::config("train.prompt_dropout", got, "a share from 0 to 1"));
+        if !llm.heads.is_multiple_of(llm.kv_heads) {
+            let want = format!("a divisor of {} llm.heads", llm.heads);
+            return Err(Error::config("llm.kv_heads", llm.kv_heads, want));
         }
-        self.data.check("data")?;
+        if !llm.head_dim.is_multiple_of(2) {
+            return Err(Error::config("llm.head_dim", llm.head_dim, "an even number"));
+        }
+        for (key, v, allowed) in [
+            ("tokenizer.norm_eps", t.norm_eps, EPS),
+            ("quantizer.beta", q.beta, AMOUNT),
+            ("quantizer.temperature", q.temperature, SCALE),
+            ("quantizer.entropy_eps", q.entropy_eps, EPS),
+            ("quantizer.init_scale", q.init_scale, AMOUNT),
+            ("lpips.eps", self.lpips.eps, EPS),
+            ("discriminator.lecam_decay", d.lecam_decay, DECAY),
+            ("discriminator.slope", d.slope, SHARE),
+            ("discriminator.norm_eps", d.norm_eps, EPS),
+            ("discriminator.momentum", d.momentum, SHARE),
+            ("llm.rms_eps", llm.rms_eps, EPS),
+            ("llm.rope_theta", llm.rope_theta, SCALE),
+            ("llm.init_std", llm.init_std, AMOUNT),
+            ("projector.norm_eps", self.projector.norm_eps, EPS),
+            ("loss.alpha", loss.alpha, AMOUNT),
+            ("loss.rec", loss.rec, AMOUNT),
+            ("loss.quant", loss.quant, AMOUNT),
+            ("loss.lpips", loss.lpips, AMOUNT),
+            ("loss.gan", loss.gan, AMOUNT),
+            ("loss.entropy", loss.entropy, AMOUNT),
+            ("loss.lecam", loss.lecam, AMOUNT),
+            ("train.lr", train.lr, AMOUNT),
+            ("train.adam_eps", train.adam_eps, EPS),
+            ("train.weight_decay", train.weight_decay, AMOUNT),
+            ("train.clip", train.clip, AMOUNT),
+            ("train.warmup", train.warmup, DECAY),
+            ("train.ema_decay", train.ema_decay, DECAY),
+            ("train.prompt_dropout", train.prompt_dropout, SHARE),
+        ] {
+            number(key, v, allowed)?;
+        }
+        for (key, betas) in [("train.betas", train.betas), ("train.disc_betas", train.disc_betas)] {
+            betas.iter().try_for_each(|&b| number(key, b, DECAY))?;
+        }
+        self.check_data("data", data)?;
+        self.countable("a step with a batch of 1", data, 1)?;
         for (i, s) in self.stage.iter().enumerate() {
-            let key = |name: &str| format!("stage.{i}.{name}");
-            positive(&key("batch"), s.batch)?;
-            positive(&key("accumulate"), s.accumulate)?;
-            if !s.batch.is_multiple_of(s.accumulate) {
-                let want = format!("a divisor of the batch of {}", s.batch);
-                return Err(Error::config(key("accumulate"), s.accumulate, want));
-            }
-            for (name, share) in [("captions", s.captions), ("answers", s.answers)] {
-                if !(0.0..=1.0).contains(&share) {
-                    return Err(Error::config(key(name), share, "a share from 0 to 1"));
-                }
-            }
-            if s.kind == StageKind::Gen && s.captions + s.answers >= 1.0 {
-                let got = s.captions + s.answers;
-                return Err(Error::config(key("captions and answers"), got, "together less than 1"));
-            }
-            if s.kind == StageKind::Gen && self.visual_head.kind == VisualHeadKind::None {
-                return Err(Error::config(
-                    "visual_head.kind",
-                    "none",
-                    "tied or linear, for a stage of the kind gen",
-                ));
-            }
-            let data = self.data_of(s);
-            sized(&key("data.size"), data.size)?;
-            data.check(&key("data"))?;
-            if let Some(share) = s.warmup.filter(|share| !(0.0..1.0).contains(share)) {
-                return Err(Error::config(key("warmup"), share, "a share from 0 to below 1"));
-            }
-            let whole = GroupConfig {
-                lr: s.lr,
-                betas: s.betas,
-                clip: s.clip,
-                weight_decay: s.weight_decay,
-                adam_eps: s.adam_eps,
-            };
-            let named = s.groups.iter().map(|(name, g)| (format!("groups.{name}."), g));
-            for (prefix, g) in [(String::new(), &whole)].into_iter().chain(named) {
-                for (name, v) in [("lr", g.lr), ("clip", g.clip), ("weight_decay", g.weight_decay)] {
-                    at_least_0(&key(&format!("{prefix}{name}")), v.unwrap_or(0.0))?;
-                }
-                above_0(&key(&format!("{prefix}adam_eps")), g.adam_eps.unwrap_or(1.0))?;
-                if let Some(b) = g.betas.filter(|b| b.iter().any(|b| !(0.0..1.0).contains(b))) {
-                    let key = key(&format!("{prefix}betas"));
-                    return Err(Error::config(key, format!("{b:?}"), "numbers from 0 to below 1"));
-                }
-            }
+            self.check_stage(&format!("stage.{i}"), s)?;
         }
         self.precision()?;
         Ok(())
     }
+
+    /// The same for the pictures of the section that errors call `section`.
+    fn check_data(&self, section: &str, data: &DataConfig) -> Result<()> {
+        let key = |name: &str| format!("{section}.{name}");
+        for (name, v, allowed) in [
+            ("train_samples", data.train_samples, 0..=MAX_COUNT),
+            ("test_samples", data.test_samples, 0..=MAX_COUNT),
+            ("size", data.size, 1..=MAX_SIDE),
+            ("text_tokens", data.text_tokens, 1..=MAX_TOKENS),
+            ("eval_samples", data.eval_samples, 0..=MAX_COUNT),
+        ] {
+            count(&key(name), v, allowed)?;
+        }
+        let side = self.tokenizer.downsampling();
+        if !data.size.is_multiple_of(side) {
+            let want = format!("a multiple of {side}, the tokenizer's down-sampling");
+            return Err(Error::config(key("size"), data.size, want));
+        }
+        data.check(section)
+    }
+
+    /// The same for the stage that errors call `at`.
+    fn check_stage(&self, at: &str, s: &StageConfig) -> Result<()> {
+        let key = |name: &str| format!("{at}.{name}");
+        count(&key("steps"), s.steps, 0..=MAX_COUNT)?;
+        count(&key("batch"), s.batch, 1..=MAX_BATCH)?;
+        count(&key("accumulate"), s.accumulate, 1..=MAX_BATCH)?;
+        if !s.batch.is_multiple_of(s.accumulate) {
+            let want = format!("a divisor of the batch of {}", s.batch);
+            return Err(Error::config(key("accumulate"), s.accumulate, want));
+        }
+        for (name, share) in [("captions", s.captions), ("answers", s.answers)] {
+            number(&key(name), share, SHARE)?;
+        }
+        if s.kind == StageKind::Gen && s.captions + s.answers >= 1.0 {
+            let got = s.captions + s.answers;
+            return Err(Error::config(key("captions and answers"), got, "together less than 1"));
+        }
+        if s.kind == StageKind::Gen && self.visual_head.kind == VisualHeadKind::None {
+            let want = format!("tied or linear, as {} is gen", key("kind"));
+            return Err(Error::config("visual_head.kind", "none", want));
+        }
+        let data = self.data_of(s);
+        if s.data != StageData::default() {
+            self.check_data(&key("data"), &data)?;
+        }
+        s.warmup.map_or(Ok(()), |share| number(&key("warmup"), share, DECAY))?;
+        let whole = GroupConfig {
+            lr: s.lr,
+            betas: s.betas,
+            clip: s.clip,
+            weight_decay: s.weight_decay,
+            adam_eps: s.adam_eps,
+        };
+        let named = s.groups.iter().map(|(name, g)| (format!("groups.{name}."), g));
+        for (prefix, g) in [(String::new(), &whole)].into_iter().chain(named) {
+            for (name, v, allowed) in [
+                ("lr", g.lr, AMOUNT),
+                ("clip", g.clip, AMOUNT),
+                ("weight_decay", g.weight_decay, AMOUNT),
+                ("adam_eps", g.adam_eps, EPS),
+            ] {
+                v.map_or(Ok(()), |v| number(&key(&format!("{prefix}{name}")), v, allowed))?;
+            }
+            let betas = key(&format!("{prefix}betas"));
+            g.betas.iter().flatten().try_for_each(|&b| number(&betas, b, DECAY))?;
+        }
+        self.countable(&format!("{} of {}", key("batch"), s.batch), &data, s.batch)
+    }
+
+    /// Fails if a step of `batch` samples takes more operations than a device counts.
+    fn countable(&self, what: &str, data: &DataConfig, batch: usize) -> Result<()> {
+        const MOST: f64 = (1u64 << 62) as f64;
+        for (keys, each) in self.operations(data) {
+            let all = each * batch as f64;
+            if all > MOST {
+                let want = format!("at most {MOST:.1e}");
+                return Err(Error::config(keys, format!("{all:.1e} operations for {what}"), want));
+            }
+        }
+        Ok(())
+    }
+
+    /// Floating-point operations of a step for one sample, rounded up generously, with the keys that they follow from.
+    fn operations(&self, data: &DataConfig) -> [(&'static str, f64); 3] {
+        let (t, q, llm) = (&self.tokenizer, &self.quantizer, &self.llm);
+        let f = |n: usize| n as f64;
+        let side = f(data.size);
+        let tokens = (side / f(t.downsampling())).powi(2);
+        let mult = t.ch_mult.iter().copied().max().unwrap_or(1);
+        let width = f((t.ch * mult).max(t.z_channels));
+        // Nine taps, three passes, a multiply-add counts two; three passes of the discriminator, two of VGG16.
+        let vgg = self.lpips.widths.iter().map(|&w| 6.0 * 9.0 * f(w).powi(2)).sum::<f64>();
+        let blocks = f(t.ch_mult.len() * (4 * t.num_res_blocks + 8));
+        let convolutions =
+            9.0 * width.powi(2) * blocks + vgg + 3.0 * 5.0 * 16.0 * (8.0 * f(self.discriminator.ndf)).powi(2);
+        let pictures = 6.0 * side.powi(2) * convolutions + 20.0 * tokens.powi(2) * width;
+        let quantizer = 32.0 * tokens * f(q.dim) * f(q.codes);
+        let read = tokens + f(data.text_tokens);
+        let attention = 2.0 * f(llm.heads + llm.kv_heads) * f(llm.head_dim);
+        let layer = f(llm.width) * (attention + 3.0 * f(llm.mlp)) + 2.0 * read * attention;
+        let heads = f(llm.width) * f(llm.vocab) + f(llm.width.max(q.dim)) * f(q.codes);
+        [
+            (
+                "tokenizer.ch, ch_mult, num_res_blocks, z_channels, lpips.widths, discriminator.ndf, data.size",
+                pictures,
+            ),
+            ("quantizer.codes, dim, data.size, tokenizer.ch_mult", quantizer),
+            (
+                "llm.width, layers, heads, kv_heads, head_dim, mlp, vocab, quantizer.codes, dim, data.text_tokens, size, \
+                 tokenizer.ch_mult",
+                6.0 * read * f(llm.layers) * layer + 16.0 * read * heads,
+            ),
+        ]
+    }
 }
 
-/// Sets a dotted key from `key=value`; list items by number, `stage.0.steps=10`.
+/// Widths of layers; an MLP may be some times wider.
+const MAX_WIDTH: usize = 1 << 16;
+/// What 32-bit indices reach.
+const MAX_INDEX: usize = i32::MAX as usize;
+/// Steps, samples.
+const MAX_COUNT: usize = u32::MAX as usize;
+/// Pixels a side.
+const MAX_SIDE: usize = 1 << 14;
+/// Text tokens a sample.
+const MAX_TOKENS: usize = 1 << 20;
+/// Samples a step.
+const MAX_BATCH: usize = 1 << 20;
+
+/// A range of numbers, and how it is called.
+type Allowed = (RangeInclusive<f64>, &'static str);
+/// What keeps a division or a logarithm from 0: not 0 in single precision either.
+const EPS: Allowed = (1e-30..=1.0, "a number from 1e-30 to 1");
+/// A factor, both ways.
+const SCALE: Allowed = (1e-12..=1e12, "a number from 1e-12 to 1e12");
+const AMOUNT: Allowed = (0.0..=1e9, "a number from 0 to 1e9");
+const SHARE: Allowed = (0.0..=1.0, "a share from 0 to 1");
+const DECAY: Allowed = (0.0..=1.0f64.next_down(), "a number from 0 to below 1");
+
+fn count(key: &str, v: usize, allowed: RangeInclusive<usize>) -> Result<()> {
+    match allowed.contains(&v) {
+        true => Ok(()),
+        false => Err(Error::config(key, v, format!("{} to {}", allowed.start(), allowed.end()))),
+    }
+}
+
+fn number(key: &str, v: f64, (allowed, text): Allowed) -> Result<()> {
+    match allowed.contains(&v) {
+        true => Ok(()),
+        false => Err(Error::config(key, format!("{v:?}"), text)),
+    }
+}
+
+/// What is wrong with a configuration, on one line; `text` is the file that was read, if it was read as it is.
+fn explain(text: Option<&str>, e: &toml::de::Error) -> String {
+    let line = |s: &str| s.split_whitespace().collect::<Vec<_>>().join(" ");
+    let Some((text, span)) = text.zip(e.span()) else { return line(&e.to_string()) };
+    let number = text.get(..span.start).unwrap_or(text).matches('\n').count();
+    let at: String = line(text.lines().nth(number).unwrap_or_default()).chars().take(80).collect();
+    format!("TOML line {}, `{at}`: {}", number + 1, line(e.message()))
+}
+
+/// Keys of paths.
+const PATHS: [&str; 4] = ["data.train", "data.test", "data.tokenizer", "lpips.weights"];
+
+/// A path that is relative to the folder `base`, from the root.
+fn absolute(base: &Path, path: &Path) -> Result<PathBuf> {
+    std::path::absolute(base.join(path)).map_err(Error::io(path))
+}
+
+/// The error of the override that makes a file wrong which is right without it.
+fn blame(text: &str, overrides: &[String]) -> Option<Error> {
+    let mut table: toml::Table = toml::from_str(text).ok()?;
+    let wrong = |table: &toml::Table| table.clone().try_into::<Config>().err();
+    if wrong(&table).is_some() {
+        return None;
+    }
+    let (assignment, e) = overrides.iter().find_map(|o| match set(&mut table, o) {
+        Ok(()) => Some((o, wrong(&table)?)),
+        Err(_) => None,
+    })?;
+    let (key, value) = assignment.split_once('=')?;
+    let mut want = format!("a key and a value that go together ({})", e.message());
+    // A text was wanted, but the value reads as something else.
+    let wanted = e.message().strip_prefix("invalid type").and_then(|m| m.split_once("expected"));
+    if wanted.is_some_and(|(_, wanted)| wanted.contains("string")) {
+        want += &format!("; a text that looks like something else is put in quotes: '{key}=\"{value}\"'");
+    }
+    Some(Error::config("--set", assignment, want))
+}
+
+/// Sets a dotted key from `key=value`; list items by number, `stage.0.steps=10`. Paths become absolute.
 fn set(table: &mut toml::Table, assignment: &str) -> Result<()> {
     let want = "key=value with a dotted key, as in train.seed=2";
     let (key, value) = assignment.split_once('=').ok_or_else(|| Error::config("--set", assignment, want))?;
     let parsed = toml::from_str::<toml::Table>(&format!("v = {value}"))
         .or_else(|_| toml::from_str(&format!("v = {}", toml::Value::String(value.into()))))
         .map_err(|_| Error::config("--set", assignment, want))?;
-    let Some(value) = parsed.get("v").cloned() else { return Err(Error::config("--set", assignment, want)) };
+    let Some(mut value) = parsed.get("v").cloned() else {
+        return Err(Error::config("--set", assignment, want));
+    };
+    if let toml::Value::String(path) = &mut value
+        && PATHS.iter().any(|p| key.trim().ends_with(p))
+        && !path.is_empty()
+    {
+        *path = absolute(Path::new(""), Path::new(path))?.to_string_lossy().into_owned();
+    }
     let parts: Vec<&str> = key.trim().split('.').collect();
     let (last, path) = parts.split_last().ok_or_else(|| Error::config("--set", assignment, want))?;
     let mut at = table;
@@ -949,13 +1103,48 @@ mod tests {
     }
 
     #[test]
+    fn a_constant_rate_does_not_rise_unless_it_is_asked_to() {
+        let stage = |more: &str| {
+            let text = format!("[[stage]]\nkind = \"tokenizer\"\nsteps = 9\nbatch = 1\n{more}");
+            let c = load(&text, &[]).expect("valid");
+            c.stage[0].warmup(&c.train)
+        };
+        assert_eq!(stage(""), 0.03);
+        assert_eq!(stage("schedule = \"constant\""), 0.0);
+        assert_eq!(stage("schedule = \"constant\"\nwarmup = 0.1"), 0.1);
+    }
+
+    #[test]
+    fn a_stage_has_numbers_of_its_own_and_each_has_its_range() {
+        let text = "[[stage]]\nkind = \"semantic\"\nsteps = 9\nbatch = 1\n";
+        for (key, bad) in [
+            ("warmup", "1.0"),
+            ("clip", "-1.0"),
+            ("weight_decay", "nan"),
+            ("adam_eps", "0.0"),
+            ("groups.llm.clip", "inf"),
+            ("groups.llm.weight_decay", "-0.1"),
+            ("groups.llm.adam_eps", "-1e-8"),
+            ("data.size", "0"),
+            ("data.text_tokens", "0"),
+        ] {
+            let e = load(text, &[&format!("stage.0.{key}={bad}")]).expect_err(key).to_string();
+            assert!(e.contains(&format!("stage.0.{key}")), "{e}");
+        }
+        let c = load(text, &["stage.0.data.size=256", "stage.0.data.train='elsewhere'"]).expect("valid");
+        let data = c.data_of(&c.stage[0]);
+        assert_eq!((data.size, c.data.size), (256, 512));
+        assert!(data.train.is_absolute() && data.train.ends_with("elsewhere"));
+    }
+
+    #[test]
     fn built_in_data_has_its_limits() {
         let text = "[data]\nsource = \"words\"\nsize = 64\n";
         let c = load(text, &[]).expect("valid");
         assert_eq!((c.data.source, c.data.train_samples, c.data.test_samples), (Source::Words, 4096, 512));
         for (o, want) in [
             ("data.size=32", "`data.size` is 32, wanted 48 or more"),
-            ("data.train_samples=0", "`data.train_samples and test_samples` is 0 and 512"),
+            ("data.train_samples=0", "`data.train_samples` is 0, wanted 1 or more"),
             ("data.flip=true", "`data.flip` is true, wanted false"),
             ("data.source=letters", "letters"),
         ] {

@@ -91,6 +91,9 @@ pub enum Error {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// A signal asked for an end.
+    #[error("interrupted")]
+    Interrupted,
     /// Training cannot go on.
     #[error("training stopped: {0}")]
     Training(String),

@@ -3,6 +3,7 @@
 
 use std::ffi::{CStr, c_char};
 
+// SAFETY: as the header declares them; a test here compares the header with the contract.
 unsafe extern "C" {
     fn ett_status_name(code: i32) -> *const c_char;
     fn ett_abi_version() -> i32;
@@ -10,12 +11,13 @@ unsafe extern "C" {
 
 /// The name of a launcher's status code; "unknown status" for a number that is none.
 pub fn status_name(code: i32) -> &'static str {
-    // The C function returns a string literal for every number.
+    // SAFETY: the C function returns a string literal for every number.
     unsafe { CStr::from_ptr(ett_status_name(code)) }.to_str().unwrap_or("unknown status")
 }
 
 /// The version of the interface that the library was built with.
 pub fn version() -> i32 {
+    // SAFETY: it takes nothing and returns a constant.
     unsafe { ett_abi_version() }
 }
 

@@ -19,7 +19,7 @@ pub use contract::*;
 pub use cpu::{Cpu, KernelTime};
 #[cfg(ett_cuda)]
 pub use cuda::Cuda;
-pub use plan::{KernelCount, Plan};
+pub use plan::{KernelCount, Plan, Target};
 pub use state::{Slot, StepState};
 
 /// What a buffer is for; memory is reported by role.
@@ -82,7 +82,10 @@ impl Stream {
 /// Gives memory back when a [`Buffer`] is dropped.
 pub trait Reclaim: Send + Sync {
     /// Takes back what [`Device::alloc`] gave.
-    fn reclaim(&self, addr: u64, bytes: usize, role: Role);
+    ///
+    /// # Safety
+    /// `addr`, `bytes` and `role` are those of memory that this owner gave, and nobody uses it any more.
+    unsafe fn reclaim(&self, addr: u64, bytes: usize, role: Role);
 }
 
 /// Device memory: an address that only its device may follow.
@@ -95,7 +98,12 @@ pub struct Buffer {
 
 impl Buffer {
     /// For devices: wraps an allocation.
-    pub fn new(addr: u64, bytes: usize, role: Role, owner: Arc<dyn Reclaim>) -> Self {
+    ///
+    /// # Safety
+    /// Kernels follow the address. From `addr`, a multiple of 256, the device may read and write `bytes` bytes, which
+    /// hold some value, until the buffer is dropped and `owner` takes them back; nothing else uses them. On a device
+    /// without data, and with 0 bytes, any address will do.
+    pub unsafe fn new(addr: u64, bytes: usize, role: Role, owner: Arc<dyn Reclaim>) -> Self {
         Buffer { addr, bytes, role, owner }
     }
 
@@ -112,23 +120,29 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        self.owner.reclaim(self.addr, self.bytes, self.role);
+        // SAFETY: `new` was given this memory by its owner; views borrow the buffer, so that none is left.
+        unsafe { self.owner.reclaim(self.addr, self.bytes, self.role) };
     }
 }
 
-/// A kernel input: `dims` elements of `dtype` at byte `off`, rows `ld` elements apart.
-#[derive(Clone, Copy)]
-pub struct In<'a> {
-    /// The memory.
-    pub buf: &'a Buffer,
-    /// Byte offset of the first element.
-    pub off: u64,
+/// What a view covers. A view lets its fields be read, as its own, but not changed: it would leave its buffer.
+#[derive(Debug, Clone, Copy)]
+pub struct Extent {
     /// Element type.
     pub dtype: DType,
     /// Shape; all dimensions but the last are rows.
     pub dims: Dims,
     /// Elements from one row to the next.
     pub ld: i64,
+}
+
+/// A kernel input: a part of a buffer, as its [`Extent`] says.
+#[derive(Clone, Copy)]
+pub struct In<'a> {
+    buf: &'a Buffer,
+    /// Byte offset of the first element.
+    off: u64,
+    extent: Extent,
 }
 
 /// A kernel output: overwritten, never read.
@@ -139,7 +153,47 @@ pub struct Out<'a>(pub In<'a>);
 #[derive(Clone, Copy)]
 pub struct Acc<'a>(pub In<'a>);
 
-impl In<'_> {
+impl<'a> In<'a> {
+    /// `dims` elements of `dtype` from byte `off` of `buf`, rows `ld` elements apart; an error if they do not lie
+    /// inside the buffer, in whole elements, or if rows overlap.
+    pub fn new(buf: &'a Buffer, off: u64, dtype: DType, dims: impl Into<Dims>, ld: i64) -> Result<Self> {
+        let v = In { buf, off, extent: Extent { dtype, dims: dims.into(), ld } };
+        check_view("view", "extent", &v)?;
+        Ok(v)
+    }
+
+    /// As [`In::new`], without its checks.
+    ///
+    /// # Safety
+    /// The view would pass them, or it only meets devices that check every view themselves, as those of this crate do.
+    pub unsafe fn unchecked(buf: &'a Buffer, off: u64, dtype: DType, dims: Dims, ld: i64) -> Self {
+        In { buf, off, extent: Extent { dtype, dims, ld } }
+    }
+
+    /// The same elements of a contiguous view under another shape; errors name argument `arg` of `op`.
+    pub(crate) fn reshape(&self, op: &'static str, arg: &'static str, dims: impl Into<Dims>) -> Result<Self> {
+        let dims = dims.into();
+        check_view(op, arg, self)?;
+        if !self.is_contiguous() {
+            return Err(Error::arg(op, arg, format!("strided by {}", self.ld), "contiguous"));
+        }
+        if dims.numel() != self.dims.numel() {
+            return Err(Error::arg(op, arg, self.dims, format!("{} elements", dims.numel())));
+        }
+        let extent = Extent { dims, ld: dims.cols() as i64, ..self.extent };
+        Ok(In { extent, ..*self })
+    }
+
+    /// The memory that it is a part of.
+    pub fn buffer(&self) -> &'a Buffer {
+        self.buf
+    }
+
+    /// The device address of the first element.
+    pub fn addr(&self) -> u64 {
+        self.buf.addr.wrapping_add(self.off)
+    }
+
     /// True when rows follow each other without gaps.
     pub fn is_contiguous(&self) -> bool {
         self.ld == self.dims.cols() as i64 || self.dims.rows() <= 1
@@ -147,7 +201,14 @@ impl In<'_> {
 
     /// Bytes of the elements themselves, gaps left out.
     pub fn bytes(&self) -> u64 {
-        (self.dims.numel() * self.dtype.size()) as u64
+        self.dims.numel().saturating_mul(self.dtype.size()) as u64
+    }
+}
+
+impl std::ops::Deref for In<'_> {
+    type Target = Extent;
+    fn deref(&self) -> &Extent {
+        &self.extent
     }
 }
 
@@ -225,7 +286,7 @@ pub trait Device: Send + Sync {
     }
     /// Runs `work` once and keeps the launches it enqueues on the compute stream, without executing them, to be
     /// replayed at the cost of one launch. Values change between replays only through memory that is written
-    /// outside: the step state, the batch. Copies to and from the host cannot be recorded. Memory that `work`
+    /// outside: the step state, the batch. Copies to and from the host, orders and waits cannot be recorded. Memory that `work`
     /// takes belongs to the recording, so that replays write nothing else; tensors that it reads and did not make
     /// have to outlive the recording. `None` on a device that cannot record: it did not call `work`.
     fn record(&self, _work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Box<dyn Recording>>> {
@@ -343,14 +404,37 @@ impl Field for usize {}
 impl Field for u64 {}
 impl Field for bool {}
 
+/// What the name of a device stands for.
+enum Named {
+    Cpu,
+    /// A GPU by its number.
+    Cuda(usize),
+}
+
+impl Named {
+    fn parse(name: &str) -> Result<Self> {
+        let bad = || Error::config("device", name, "cpu, cuda or cuda:N");
+        match name.split_once(':').unwrap_or((name, "0")) {
+            ("cpu", _) if name == "cpu" => Ok(Named::Cpu),
+            ("cuda", ordinal) => Ok(Named::Cuda(ordinal.parse().map_err(|_| bad())?)),
+            _ => Err(bad()),
+        }
+    }
+}
+
 /// Opens a device by name: `cpu`, with `threads` threads (0: one per core), `cuda` or `cuda:N`.
 pub fn open(name: &str, threads: usize) -> Result<Arc<dyn Kernels>> {
-    let bad = || Error::config("device", name, "cpu, cuda or cuda:N");
-    match name.split_once(':').unwrap_or((name, "0")) {
-        ("cpu", _) if name == "cpu" => Ok(Arc::new(Cpu::new(threads)?)),
-        ("cuda", ordinal) => open_cuda(ordinal.parse().map_err(|_| bad())?),
-        _ => Err(bad()),
+    match Named::parse(name)? {
+        Named::Cpu => Ok(Arc::new(Cpu::new(threads)?)),
+        Named::Cuda(ordinal) => open_cuda(ordinal),
     }
+}
+
+#[cfg(not(ett_cuda))]
+fn no_cuda() -> Error {
+    let what = "this program was built without its CUDA kernels, because no nvcc was found: run tools/setup-cuda and \
+                build again, or run on the CPU";
+    Error::device("cuda", what)
 }
 
 #[cfg(ett_cuda)]
@@ -360,13 +444,20 @@ fn open_cuda(ordinal: usize) -> Result<Arc<dyn Kernels>> {
 
 #[cfg(not(ett_cuda))]
 fn open_cuda(_ordinal: usize) -> Result<Arc<dyn Kernels>> {
-    let what = "this program was built without its CUDA kernels, because no nvcc was found: run tools/setup-cuda and \
-                build again, or run on the CPU";
-    Err(Error::device("cuda", what))
+    Err(no_cuda())
 }
 
 /// Checks that a view lies inside its buffer; devices call this before following an address.
 pub(crate) fn check_view(op: &'static str, arg: &'static str, v: &In) -> Result<()> {
+    let text = || format!("{} {}", v.dims, v.dtype);
+    if v.dims.bytes(v.dtype).is_none() {
+        return Err(Error::arg(op, arg, text(), "a tensor that can be addressed: fewer elements"));
+    }
+    let size = v.dtype.size() as u64;
+    if !v.off.is_multiple_of(size) {
+        let want = format!("at a multiple of {size} bytes");
+        return Err(Error::arg(op, arg, format!("at byte {}", v.off), want));
+    }
     let (rows, cols) = (v.dims.rows() as u64, v.dims.cols() as u64);
     if rows == 0 || cols == 0 {
         return Ok(());
@@ -374,23 +465,14 @@ pub(crate) fn check_view(op: &'static str, arg: &'static str, v: &In) -> Result<
     if v.ld < cols as i64 && rows > 1 {
         return Err(Error::arg(op, arg, format!("row stride {}", v.ld), format!("at least {cols}")));
     }
-    let size = v.dtype.size() as u64;
-    if !v.off.is_multiple_of(size) {
-        return Err(Error::arg(
-            op,
-            arg,
-            format!("at byte {}", v.off),
-            format!("at a multiple of {size} bytes"),
-        ));
-    }
-    let end = v.off + ((rows - 1) * v.ld as u64 + cols) * size;
-    if end > v.buf.bytes as u64 {
-        return Err(Error::arg(
-            op,
-            arg,
-            format!("{} {} ending at byte {end}", v.dims, v.dtype),
-            format!("inside its buffer of {} bytes", v.buf.bytes),
-        ));
+    // Of a single row the stride means nothing.
+    let ld = if rows > 1 { v.ld as u64 } else { 0 };
+    let elements = (rows - 1).checked_mul(ld).and_then(|n| n.checked_add(cols));
+    let end = elements.and_then(|n| n.checked_mul(size)).and_then(|n| n.checked_add(v.off));
+    if end.is_none_or(|end| end > v.buf.bytes as u64) {
+        let at = end.map_or("beyond all addresses".into(), |end| format!("at byte {end}"));
+        let want = format!("inside its buffer of {} bytes", v.buf.bytes);
+        return Err(Error::arg(op, arg, format!("{} ending {at}", text()), want));
     }
     Ok(())
 }

@@ -1,15 +1,16 @@
 //! Trains ETT: parses the command line and calls the library.
 
-use std::io::IsTerminal;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
-use ett::backend::{self, Cpu, Kernels};
+use ett::backend::{self, Cpu, Kernels, Target};
 use ett::config::Config;
 use ett::error::{Error, Result};
-use ett::train::{self, Finished, RunOptions};
+use ett::terminal::{self, Output};
+use ett::train::{self, Ending, Finished, RunOptions};
 
 /// Train ETT (End-to-End Vision Tokenizer Tuning): a vision tokenizer, a language model, and the training that tunes
 /// the one through the other.
@@ -23,7 +24,8 @@ struct Cli {
 }
 
 const EXIT: &str = "Exit status: 0 done, or interrupted (Ctrl-C, SIGTERM) and saved; 1 failed, with the reason on \
-                    standard error; 2 wrong command line; 130 interrupted twice, nothing saved.";
+                    standard error; 2 wrong command line; 130 interrupted twice, or before the first step: \
+                    nothing saved.";
 
 #[derive(Args)]
 struct Common {
@@ -48,12 +50,14 @@ enum Command {
         /// Weights to start from (safetensors, public names).
         #[arg(long)]
         init: Option<PathBuf>,
-        /// Change a configuration value: --set train.seed=2, --set stage.0.steps=100.
+        /// Change a configuration value: --set train.seed=2, --set stage.0.steps=100. Paths are relative to the
+        /// working directory, those in the file to the file's folder.
         #[arg(long = "set", value_name = "KEY=VALUE")]
         set: Vec<String>,
         #[command(flatten)]
         common: Common,
-        /// Print sizes, memory by role, operations and the largest batch of each stage, and train nothing.
+        /// Print sizes, memory by role, operations and the largest batch of each stage on --device, and train nothing;
+        /// a GPU that is named need not be there.
         #[arg(long)]
         plan: bool,
         /// With --plan: memory to fill, such as 80GiB; default: what the device has free.
@@ -63,7 +67,7 @@ enum Command {
         #[arg(long)]
         profile: bool,
     },
-    /// Go on with an interrupted run from its last checkpoint.
+    /// Go on with an interrupted run from its last checkpoint; if only the evaluation is left, do that.
     Resume {
         /// The run folder.
         run: PathBuf,
@@ -95,19 +99,11 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    tracing_subscriber::fmt()
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("ETT_LOG").unwrap_or_else(|_| "info".into()),
-        )
-        .without_time()
-        .with_target(false)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .init();
+    terminal::log("info");
     match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("error: {e}");
+            terminal::complain(&e);
             ExitCode::FAILURE
         }
     }
@@ -118,12 +114,11 @@ fn run(command: Option<Command>) -> Result<()> {
         None => demo(),
         Some(Command::Run { config, set, plan: true, memory, common, .. }) => {
             let cfg = Config::load(&config, &set)?;
-            let memory = match memory {
-                Some(text) => Some(train::parse_memory(&text)?),
-                None => device(&common.device, &cfg)?.available(),
-            };
-            print!("{}", train::plan(&cfg, memory)?);
-            Ok(())
+            let memory = memory.map(|text| train::parse_memory(&text)).transpose()?;
+            let (target, free) = planned(&common.device, &cfg, memory.is_none())?;
+            let mut out = Output::default();
+            out.put(&train::plan(&cfg, target, memory.or(free))?);
+            out.finish()
         }
         Some(Command::Run { config, out, init, set, common, profile, .. }) => {
             let cfg = Config::load(&config, &set)?;
@@ -134,20 +129,23 @@ fn run(command: Option<Command>) -> Result<()> {
             let o = RunOptions { out: &out, init: init.as_deref(), quiet: common.quiet };
             train::interrupt::install()?;
             if !profile {
-                return done(&out, train::run(&cfg, device(&common.device, &cfg)?, &o)?);
+                done(&out, &train::run(&cfg, device(&common.device, &cfg)?, &o)?);
+                return Ok(());
             }
             if common.device.starts_with("cuda") {
                 return Err(Error::config("--profile", common.device, "the device cpu; use nsys on a GPU"));
             }
             let dev = Arc::new(Cpu::new(cfg.train.threads)?.profiled());
             let finished = train::run(&cfg, dev.clone(), &o)?;
-            print!("{}", train::profile_table(&dev));
-            done(&out, finished)
+            Output::default().put(&train::profile_table(&dev));
+            done(&out, &finished);
+            Ok(())
         }
         Some(Command::Resume { run, common }) => {
             train::interrupt::install()?;
             let cfg = train::run_config(&run)?;
-            done(&run, train::resume(&run, device(&common.device, &cfg)?, common.quiet)?)
+            done(&run, &train::resume(&run, device(&common.device, &cfg)?, common.quiet)?);
+            Ok(())
         }
         Some(Command::Check { config, weights, batch, dump, dtype, device }) => {
             let cfg = Config::load(&config, &[format!("train.precision={dtype:?}")])?;
@@ -160,36 +158,80 @@ fn run(command: Option<Command>) -> Result<()> {
 /// All stages on built-in pictures, in the next free folder.
 fn demo() -> Result<()> {
     let cfg = Config::demo()?;
-    let names = std::iter::once("demo".to_string()).chain((2..).map(|n| format!("demo-{n}")));
-    let mut free = names.map(|name| Path::new("runs").join(name)).skip_while(|p| p.exists());
-    let out = free.next().unwrap_or_else(|| unreachable!("there are as many names as numbers"));
-    println!("The demo (configs/demo.toml) trains all stages on built-in pictures, into {}.", out.display());
+    let out = free("demo")?;
+    let intro = "The demo (configs/demo.toml) trains all stages on built-in pictures, into";
+    Output::default().line(format!("{intro} {}.", out.display()));
     train::interrupt::install()?;
     let o = RunOptions { out: &out, init: None, quiet: false };
-    done(&out, train::run(&cfg, device("auto", &cfg)?, &o)?)
+    let finished = device("auto", &cfg).and_then(|dev| train::run(&cfg, dev, &o)).inspect_err(|_| {
+        // If the run has left nothing in it.
+        let _ = std::fs::remove_dir(&out);
+    })?;
+    done(&out, &finished);
+    Ok(())
+}
+
+/// Makes the first folder runs/NAME, runs/NAME-2 and so on that is not there.
+fn free(name: &str) -> Result<PathBuf> {
+    let runs = Path::new("runs");
+    std::fs::create_dir_all(runs).map_err(Error::io(runs))?;
+    let mut number = 1;
+    loop {
+        let out = runs.join(if number == 1 { name.into() } else { format!("{name}-{number}") });
+        match std::fs::create_dir(&out) {
+            Ok(()) => return Ok(out),
+            Err(e) if e.kind() == ErrorKind::AlreadyExists => number += 1,
+            Err(e) => return Err(Error::io(&out)(e)),
+        }
+    }
 }
 
 fn device(name: &str, cfg: &Config) -> Result<Arc<dyn Kernels>> {
     match name {
-        "auto" => train::choose_device(cfg),
+        "auto" => Ok(train::choose_device(cfg)?.1),
         name => backend::open(name, cfg.train.threads),
     }
 }
 
-fn done(out: &Path, finished: Finished) -> Result<()> {
-    print!("{}", finished.table());
-    match &finished.interrupted {
-        Some(at) => println!(
-            "interrupted; saved to {}; go on with `ett-train resume {}`",
-            at.display(),
-            out.display()
-        ),
-        None => {
-            println!("written to {}:", out.display());
-            for (file, what) in train::written(out) {
-                println!("  {file:<22} {what}");
-            }
+/// What to plan for, and, if asked for, the memory that it has free. A device that is named need not be there.
+fn planned(name: &str, cfg: &Config, free: bool) -> Result<(Target, Option<u64>)> {
+    if name == "auto" {
+        let (target, dev) = train::choose_device(cfg)?;
+        return Ok((target, dev.available()));
+    }
+    let target = Target::named(name, cfg.train.threads)?;
+    if !free {
+        return Ok((target, None));
+    }
+    match backend::open(name, cfg.train.threads) {
+        Ok(dev) => Ok((target, dev.available())),
+        Err(e) => {
+            tracing::info!("no largest batch without --memory ({e})");
+            Ok((target, None))
         }
     }
-    Ok(())
+}
+
+/// Says how a run ended. What it has trained is on the disk by now, so that it does not matter if nobody hears it.
+fn done(out: &Path, finished: &Finished) {
+    let mut text = Output::default();
+    text.put(&finished.table());
+    let resume = format!("`ett-train resume {}`", out.display());
+    match &finished.ending {
+        Ending::Saved(at) => {
+            text.line(format!("interrupted; saved to {}; go on with {resume}", at.display()));
+            return;
+        }
+        Ending::Unevaluated { interrupted: true } => {
+            text.line(format!("interrupted; the weights are trained and saved, {resume} evaluates them"));
+        }
+        Ending::Unevaluated { interrupted: false } => {
+            text.line(format!("the weights are trained and saved, but not evaluated; {resume} tries again"));
+        }
+        Ending::Whole => {}
+    }
+    text.line(format!("written to {}:", out.display()));
+    for (file, what) in train::written(out) {
+        text.line(format!("  {file:<22} {what}"));
+    }
 }

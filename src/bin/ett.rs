@@ -1,14 +1,17 @@
 //! Uses a trained model: parses the command line and calls the library.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use ett::backend;
-use ett::data::{Image, grid, pictures, save_png};
+use ett::data::{Format, Image, grid, pictures, save};
 use ett::error::{Error, Result};
 use ett::eval::{psnr, ssim};
+use ett::files;
 use ett::infer::{Sampling, Trained};
+use ett::terminal::{self, Output, one_line, paragraphs};
+use ett::train::Skill;
 use indicatif::ProgressBar;
 
 /// Use a model trained by ett-train: reconstruct, describe, question, draw and evaluate.
@@ -31,7 +34,7 @@ struct Model {
     #[arg(long)]
     ema: bool,
     /// CPU threads; 0: one per core.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     threads: usize,
     /// cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
@@ -39,8 +42,13 @@ struct Model {
 }
 
 impl Model {
-    fn open(&self) -> Result<Trained> {
-        Trained::open(&self.run, backend::open(&self.device, self.threads)?, self.ema)
+    /// The model, with a warning if no stage has taught it what it is asked for.
+    fn open(&self, skill: Option<Skill>) -> Result<Trained> {
+        let model = Trained::open(&self.run, backend::open(&self.device, self.threads)?, self.ema)?;
+        if let Some(what) = skill.and_then(|skill| model.lacks(skill)) {
+            tracing::warn!("{what}");
+        }
+        Ok(model)
     }
 }
 
@@ -53,14 +61,14 @@ enum Command {
         /// PNG, JPEG or WebP files, or folders of them.
         #[arg(required = true)]
         images: Vec<PathBuf>,
-        /// The PNG to write: one row a picture, original left, reconstruction right.
+        /// The picture to write (.png, .jpg or .webp): one row a picture, original left, reconstruction right.
         #[arg(long, default_value = "reconstruction.png")]
         out: PathBuf,
         /// A folder for the reconstructions alone, one PNG each.
         #[arg(long, value_name = "FOLDER")]
         each: Option<PathBuf>,
         /// Longest side in pixels; larger pictures are made smaller.
-        #[arg(long, default_value_t = 512)]
+        #[arg(long, default_value_t = 512, allow_negative_numbers = true)]
         max_side: usize,
     },
     /// Describe pictures, one line each.
@@ -90,26 +98,26 @@ enum Command {
         /// File with more prompts, one a line.
         #[arg(long = "prompts", value_name = "FILE")]
         file: Option<PathBuf>,
-        /// The PNG to write.
+        /// The picture to write (.png, .jpg or .webp).
         #[arg(long, default_value = "generated.png")]
         out: PathBuf,
         /// Pictures a prompt.
-        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..), allow_negative_numbers = true)]
         count: u16,
         /// Divides the logits: below 1 the likely becomes likelier, 0 always takes the best code.
-        #[arg(long, default_value_t = Sampling::default().temperature)]
+        #[arg(long, default_value_t = Sampling::default().temperature, allow_negative_numbers = true)]
         temperature: f64,
         /// Choose among this many of the best codes; 0: all.
-        #[arg(long, default_value_t = Sampling::default().top_k)]
+        #[arg(long, default_value_t = Sampling::default().top_k, allow_negative_numbers = true)]
         top_k: usize,
         /// Choose among the best codes that together have this probability.
-        #[arg(long, default_value_t = Sampling::default().top_p)]
+        #[arg(long, default_value_t = Sampling::default().top_p, allow_negative_numbers = true)]
         top_p: f64,
         /// How much the prompt counts: 1 as in training, more overstates it.
-        #[arg(long, default_value_t = Sampling::default().guidance)]
+        #[arg(long, default_value_t = Sampling::default().guidance, allow_negative_numbers = true)]
         guidance: f64,
         /// Seed of the draws.
-        #[arg(long, default_value_t = Sampling::default().seed)]
+        #[arg(long, default_value_t = Sampling::default().seed, allow_negative_numbers = true)]
         seed: u64,
     },
     /// Evaluate on held-out pictures: PSNR, SSIM, LPIPS or what stands in for it, codebook use, captions, answers, codes.
@@ -120,7 +128,7 @@ enum Command {
         #[arg(long)]
         data: Option<PathBuf>,
         /// How many pictures; default: the run's data.eval_samples.
-        #[arg(long)]
+        #[arg(long, allow_negative_numbers = true)]
         samples: Option<usize>,
         /// Folder for eval.json and pictures; default: eval in the run folder.
         #[arg(long)]
@@ -140,60 +148,77 @@ enum Command {
 const SHOWN: usize = 64;
 
 fn main() -> ExitCode {
-    match run(Cli::parse().command) {
+    let cli = Cli::parse();
+    terminal::log("warn");
+    match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("error: {e}");
+            terminal::complain(&e);
             ExitCode::FAILURE
         }
     }
 }
 
+/// Fails if a picture could not be written there, before there is any work in it.
+fn writable(out: &Path) -> Result<()> {
+    Format::of(out)?;
+    files::probe(out)
+}
+
 fn run(command: Command) -> Result<()> {
+    let mut say = Output::default();
     match command {
         Command::Reconstruct { model, images, out, each, max_side } => {
-            let model = model.open()?;
+            writable(&out)?;
+            if let Some(folder) = &each {
+                std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+            }
+            let model = model.open(Some(Skill::Reconstruct))?;
             let mut pairs = Vec::new();
             for (i, path) in pictures(&images)?.iter().enumerate() {
                 let (original, rec) = model.reconstruct(&Image::open(path)?, max_side)?;
-                println!(
+                say.line(format!(
                     "{}: PSNR {:.2} dB, SSIM {:.4}",
                     path.display(),
                     psnr(&original, &rec),
                     ssim(&original, &rec)?
-                );
+                ));
                 if let Some(folder) = &each {
-                    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
                     let name = path.file_stem().unwrap_or_default().to_string_lossy();
-                    save_png(folder.join(format!("{i:05}-{name}.png")), &rec)?;
+                    save(folder.join(format!("{i:05}-{name}.png")), &rec)?;
                 }
                 pairs.push((original, rec));
             }
             let rows: Vec<Vec<&Image>> = pairs.iter().take(SHOWN).map(|(a, b)| vec![a, b]).collect();
-            save_png(&out, &grid(&rows, 2)?)?;
-            println!(
+            save(&out, &grid(&rows, 2)?)?;
+            say.line(format!(
                 "{} of {} pictures beside their reconstructions: {}",
                 rows.len(),
                 pairs.len(),
                 out.display()
-            );
+            ));
         }
         Command::Eval { model, data, samples, out } => {
             let out = out.unwrap_or_else(|| model.run.join("eval"));
-            for (name, value) in model.open()?.evaluate(data.as_deref(), samples, &out)?.rows() {
-                println!("  {name:<46} {value}");
+            for (name, value) in model.open(None)?.evaluate(data.as_deref(), samples, &out)?.rows() {
+                say.line(format!("  {name:<46} {value}"));
             }
-            println!("written to {}", out.display());
+            say.line(format!("written to {}", out.display()));
         }
-        Command::Inspect { path, tensors } => print!("{}", ett::train::inspect(&path, tensors)?),
+        Command::Inspect { path, tensors } => {
+            say.put(&ett::train::inspect(&path, tensors)?);
+        }
         Command::Caption { model, images } => {
-            let model = model.open()?;
+            let model = model.open(Some(Skill::Caption))?;
             for path in pictures(&images)? {
-                println!("{}: {}", path.display(), model.caption(&Image::open(&path)?)?);
+                let caption = model.caption(&Image::open(&path)?)?;
+                if !say.line(format!("{}: {}", path.display(), one_line(&caption))) {
+                    break;
+                }
             }
         }
         Command::Ask { model, image, question } => {
-            println!("{}", model.open()?.ask(&Image::open(&image)?, &question)?);
+            say.line(paragraphs(&model.open(Some(Skill::Answer))?.ask(&Image::open(&image)?, &question)?));
         }
         Command::Generate {
             model,
@@ -207,6 +232,9 @@ fn run(command: Command) -> Result<()> {
             guidance,
             seed,
         } => {
+            writable(&out)?;
+            let sampling = Sampling { temperature, top_k, top_p, seed, guidance };
+            sampling.check()?;
             if let Some(path) = file {
                 let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
                 prompts.extend(text.lines().filter(|l| !l.trim().is_empty()).map(String::from));
@@ -216,9 +244,8 @@ fn run(command: Command) -> Result<()> {
             }
             let count = usize::from(count);
             let each: Vec<String> = prompts.iter().flat_map(|p| vec![p.clone(); count]).collect();
-            let sampling = Sampling { temperature, top_k, top_p, seed, guidance };
             let bar = ProgressBar::new(0);
-            let images = model.open()?.draw(&each, &sampling, &mut |done, all| {
+            let images = model.open(Some(Skill::Draw))?.draw(&each, &sampling, &mut |done, all| {
                 bar.set_length(all as u64);
                 bar.set_position(done as u64);
             })?;
@@ -228,9 +255,9 @@ fn run(command: Command) -> Result<()> {
                 [one] => one.clone(),
                 all => grid(&all.chunks(count).map(|row| row.iter().collect()).collect::<Vec<_>>(), 2)?,
             };
-            save_png(&out, &sheet)?;
-            println!("{} pictures: {}", images.len(), out.display());
+            save(&out, &sheet)?;
+            say.line(format!("{} pictures: {}", images.len(), out.display()));
         }
     }
-    Ok(())
+    say.finish()
 }

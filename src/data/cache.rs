@@ -291,7 +291,8 @@ impl Small {
 mod tests {
     use super::*;
     use crate::data::folder::Folder;
-    use crate::data::image::{fit, save_png};
+    use crate::data::image::fit;
+    use crate::data::save_png;
     use crate::data::scratch::Scratch;
 
     /// `n` pictures of different sizes, of which those in `broken` are no pictures.

@@ -230,20 +230,6 @@ fn resize(image: &Image, height: usize, width: usize) -> Result<Image> {
     Ok(out)
 }
 
-/// Writes a PNG of 8 bits a channel; values outside [-1, 1] are clamped.
-pub fn save_png(path: impl AsRef<Path>, image: &Image) -> Result<()> {
-    let path = path.as_ref();
-    image.check("save_png")?;
-    let (width, height) = (image.width as u32, image.height as u32);
-    let color = ::image::ExtendedColorType::Rgb8;
-    ::image::save_buffer_with_format(path, &image.to_u8(), width, height, color, ImageFormat::Png).map_err(
-        |e| match e {
-            ImageError::IoError(e) => Error::io(path)(e),
-            e => Error::data(path, format!("this picture cannot be written ({e})")),
-        },
-    )
-}
-
 /// Pictures laid out in rows, `gap` white pixels around and between them. A row is as high as its
 /// highest picture, a column as wide as its widest; smaller pictures stand at the top left of their cell.
 pub fn grid(rows: &[Vec<&Image>], gap: usize) -> Result<Image> {
@@ -278,6 +264,7 @@ pub fn grid(rows: &[Vec<&Image>], gap: usize) -> Result<Image> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::save_png;
     use crate::data::scratch::Scratch;
 
     fn rng() -> Philox {

@@ -16,7 +16,7 @@ use crate::infer::{Seen, reconstruct};
 use crate::model::{Ett, Part};
 use crate::tensor::Tensor;
 use crate::train::feed::{DataSet, images_to_device};
-use crate::train::{Template, code_usage};
+use crate::train::{Template, code_usage, interrupt};
 pub use ssim::ssim;
 
 /// Samples of one forward.
@@ -71,6 +71,9 @@ pub struct Report {
     pub size: usize,
     /// How they were brought to it, and what was done with reconstructions.
     pub resize: &'static str,
+    /// What made the reconstructions and their codes: the weights, or their averages where a run keeps them, as IBQ's
+    /// recipe has it. All else is said by the weights that were trained together.
+    pub reconstructed_by: &'static str,
     /// Mean squared error of reconstructions, clamped, pixels in [-1, 1].
     pub mse: f64,
     /// The same of the mean of these pictures.
@@ -112,6 +115,7 @@ impl Report {
         let mut row = |name: &str, value: String| rows.push((name.to_string(), value));
         let pair = |p: &Pair, other: &str| format!("{:.4}   {other}: {:.4}", p.seen, p.other);
         row("held-out pictures", self.pictures.to_string());
+        row("reconstructions by", self.reconstructed_by.into());
         row("reconstruction MSE (share of the mean image's)", {
             format!("{:.5} ({:.3})", self.mse, self.mse / self.mse_mean_image)
         });
@@ -139,27 +143,48 @@ impl Report {
     }
 }
 
+/// Fails if `n` of these pictures cannot be evaluated on: each is compared with another one.
+pub fn check(test: &DataSet, n: usize) -> Result<()> {
+    if n < 2 {
+        let want = "2 or more, since pictures are compared with one another, or no held-out pictures";
+        return Err(Error::config("data.eval_samples", n, want));
+    }
+    match test.images.len() {
+        n @ 0..2 => {
+            let what = format!(
+                "holds {n} of the 2 pictures that an evaluation needs at least; add some, or name no held-out pictures"
+            );
+            Err(Error::data(&test.root, what))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// The first `n` held-out pictures, or all.
 pub fn held_out(test: &DataSet, n: usize) -> Result<Vec<Drawn>> {
+    check(test, n)?;
     let n = test.images.len().min(n);
-    if n < 2 {
-        return Err(Error::data(&test.root, "has fewer than two pictures to evaluate on"));
-    }
     let mut rng = Philox::new(0, 0);
     (0..n).map(|i| test.images.get(i, &mut rng)).collect()
 }
 
 /// Evaluates on held-out pictures, see [`held_out`].
-pub fn evaluate(model: &Ett, test: &DataSet, template: &Template, drawn: &[Drawn]) -> Result<Report> {
-    let pixels = Pixels::new(model, drawn)?;
+pub fn evaluate(model: &mut Ett, test: &DataSet, template: &Template, drawn: &[Drawn]) -> Result<Report> {
+    let reconstructed_by = if has_averages(model) { "averages of the weights" } else { "the weights" };
+    let pixels = with_averages(model, |model| Pixels::new(model, drawn))?;
+    let model = &*model;
+    interrupt::check()?;
     let seen = Language::new(model, test, template, drawn, 0)?;
+    interrupt::check()?;
     let other = Language::new(model, test, template, drawn, drawn.len() / 2)?;
+    interrupt::check()?;
     let pair = |f: &dyn Fn(&Language) -> f64| Pair { seen: f(&seen), other: f(&other) };
     let score = |f: fn(&Asked) -> bool| pair(&|l| share(l.asked.iter().filter(|a| f(a))));
     Ok(Report {
         data: test.root.display().to_string(),
         pictures: drawn.len(),
         size: model.cfg.data.size,
+        reconstructed_by,
         resize: "shorter side by antialiased bicubic, centre crop; reconstructions clamped to [-1, 1]",
         mse: pixels.mse,
         mse_mean_image: mean_image_error(drawn),
@@ -186,9 +211,25 @@ pub fn evaluate(model: &Ett, test: &DataSet, template: &Template, drawn: &[Drawn
     })
 }
 
+fn has_averages(model: &Ett) -> bool {
+    (0..model.params.groups().len()).any(|g| model.params.ema(g).is_some())
+}
+
+/// Calls `f` with the averages of weights in the place of the weights, where they are kept. The weights are back
+/// afterwards, bit for bit.
+pub fn with_averages<T>(model: &mut Ett, f: impl FnOnce(&Ett) -> Result<T>) -> Result<T> {
+    if !has_averages(model) {
+        return f(model);
+    }
+    model.params.swap_averages()?;
+    let result = f(model);
+    model.params.swap_averages()?;
+    result
+}
+
 /// A short evaluation during a stage, of what the stage trains.
 pub fn during(
-    model: &Ett,
+    model: &mut Ett,
     test: &DataSet,
     template: &Template,
     kind: StageKind,
@@ -196,7 +237,7 @@ pub fn during(
     let drawn = held_out(test, DURING)?;
     let mut all = BTreeMap::new();
     if matches!(kind, StageKind::Tokenizer | StageKind::Semantic) {
-        let p = Pixels::new(model, &drawn)?;
+        let p = with_averages(model, |model| Pixels::new(model, &drawn))?;
         all.extend([("mse", p.mse), ("ssim", p.ssim)]);
     }
     match kind {
@@ -222,6 +263,11 @@ pub fn during(
         }
     }
     Ok(all)
+}
+
+/// Fails between two batches if the run is to stop. An evaluation during training is a single batch, and ends.
+fn go_on(done: usize) -> Result<()> {
+    if done > 0 { interrupt::check() } else { Ok(()) }
 }
 
 /// Mean squared error of the mean of these pictures.
@@ -250,7 +296,8 @@ impl Pixels {
         let n = drawn.len() as f64;
         let (mut mse, mut ratio, mut similar, mut perceptual) = (0.0, 0.0, 0.0, 0.0);
         let mut counts = HashMap::<i32, usize>::new();
-        for chunk in drawn.chunks(BATCH) {
+        for (i, chunk) in drawn.chunks(BATCH).enumerate() {
+            go_on(i)?;
             let images: Vec<Image> = chunk.iter().map(|d| d.image.clone()).collect();
             let (rec, idx) = reconstruct(model, &images)?;
             perceptual += distance(model, &images, &rec)? / n;
@@ -355,6 +402,7 @@ impl Language {
         let n = drawn.len();
         let mut all = Language::default();
         for start in (0..n).step_by(BATCH) {
+            go_on(start)?;
             let here = start..(start + BATCH).min(n);
             let images: Vec<Image> = here.clone().map(|i| drawn[(i + shift) % n].image.clone()).collect();
             let seen = Seen::new(model, &images)?;
@@ -406,6 +454,7 @@ fn code_nats(
     let n = drawn.len();
     let (mut nats, mut count) = (0.0, 0);
     for start in (0..n).step_by(BATCH) {
+        go_on(start)?;
         let here = start..(start + BATCH).min(n);
         let images: Vec<Image> = here.clone().map(|i| drawn[i].image.clone()).collect();
         let mut sequences: Vec<Vec<Part>> = Vec::new();

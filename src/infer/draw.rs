@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Part};
 use crate::ops;
+use crate::train::interrupt;
 
 /// Pictures drawn side by side, which bounds the cache.
 const BATCH: usize = 16;
@@ -61,6 +62,7 @@ pub fn draw_codes(
         // The codes stay on the device until all are drawn.
         let mut drawn = Vec::with_capacity(n);
         for i in 0..n {
+            interrupt::check()?;
             let logits = model.code_logits(&t, sequences.hidden(), &codes)?;
             let next = s.choose(t.dev(), logits.value(), &number, &position)?;
             if i + 1 < n {

@@ -4,22 +4,26 @@ mod continued;
 mod draw;
 mod sample;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::autograd::{Tape, Var};
 use crate::backend::{Kernels, Role};
 use crate::config::Source;
-use crate::data::{Crop, Image, Philox, Special, TextTokenizer, fit, fit_multiple};
+use crate::data::{Crop, Image, Philox, Special, fit, fit_multiple};
 use crate::error::{Error, Result};
 use crate::eval::Report;
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Packed, Part};
+use crate::nn::Copy;
 use crate::ops;
 use crate::tensor::Tensor;
 use crate::train::feed::{DataSet, images_to_device};
-use crate::train::weights::{read_file, set_weights};
-use crate::train::{Batch, Checkpoints, EMA, Template, WEIGHTS, evaluate, load_weights, run_config};
+use crate::train::weights::{TensorFile, read_file, set_weights};
+use crate::train::{
+    Batch, Checkpoints, EMA, History, Skill, Template, WEIGHTS, evaluate, interrupt, load_weights,
+    run_config, text,
+};
 pub use continued::Continued;
 use continued::indices;
 pub use draw::{decode_codes, draw, draw_codes};
@@ -36,6 +40,9 @@ pub struct Trained {
     /// The model.
     pub model: Ett,
     template: Template,
+    history: Option<History>,
+    /// Averages of weights that the run kept and that are not in use.
+    averages: Option<PathBuf>,
 }
 
 impl Trained {
@@ -52,19 +59,47 @@ impl Trained {
             })?,
         };
         let cfg = run_config(&folder)?;
-        let template = Template::new(TextTokenizer::open(cfg.data.tokenizer.as_deref())?);
+        let (template, text) = text(&cfg)?;
+        let weights = folder.join(WEIGHTS);
+        let history = History::of(&TensorFile::open(&weights)?);
+        if let Some(history) = &history {
+            history.check_text(&text, &cfg, &folder)?;
+        }
         let model = Ett::new(&cfg, dev)?;
-        load_weights(&model.params, &folder.join(WEIGHTS))?;
+        load_weights(&model.params, &weights)?;
+        let averages = folder.join(EMA);
+        let averages = averages.exists().then_some(averages);
         if ema {
-            let path = folder.join(EMA);
-            if !path.exists() {
+            let Some(path) = &averages else {
                 let what = format!("holds no {EMA}; leave --ema out, or train with `ema = true` in a stage");
                 return Err(Error::data(folder, what));
-            }
-            let averages = read_file(&path)?;
-            set_weights(&model.params, &path, &averages, Some(&|name| averages.contains_key(name)))?;
+            };
+            let averages = read_file(path)?;
+            set_weights(&model.params, path, &averages, Some(&|name| averages.contains_key(name)))?;
         }
-        Ok(Trained { model, template })
+        let averages = averages.filter(|_| !ema);
+        Ok(Trained { model, template, history, averages })
+    }
+
+    /// Brings the run's averages beside the weights, for an evaluation as training makes it.
+    fn keep_averages(&mut self) -> Result<()> {
+        let Some(path) = self.averages.take() else { return Ok(()) };
+        let averages = read_file(&path)?;
+        let params = &mut self.model.params;
+        let groups: Vec<String> = params
+            .groups()
+            .into_iter()
+            .filter(|g| params.names().any(|(name, of, _)| of == *g && averages.contains_key(name)))
+            .map(String::from)
+            .collect();
+        params.average(&groups.iter().map(String::as_str).collect::<Vec<_>>())?;
+        averages.iter().try_for_each(|(name, t)| params.write_public(name, Copy::Ema, t))
+    }
+
+    /// What to say if the model is asked for what no stage has taught it; `None` if one has, or if the weights do not
+    /// say.
+    pub fn lacks(&self, skill: Skill) -> Option<String> {
+        self.history.as_ref()?.lacks(skill)
     }
 
     /// Evaluates on the first `samples` pictures of `data`, a folder, or of the run's own held-out ones, and writes
@@ -82,8 +117,9 @@ impl Trained {
                 "held-out pictures in the run's configuration, or --data FOLDER",
             )
         })?;
+        self.keep_averages()?;
         std::fs::create_dir_all(out).map_err(Error::io(out))?;
-        evaluate(&self.model, &test, &self.template, out)
+        evaluate(&mut self.model, &test, &self.template, out)
     }
 
     /// A picture as training saw it: shorter side resized, centre crop.
@@ -125,7 +161,12 @@ impl Trained {
     /// The picture at the nearest size the tokenizer takes, and its reconstruction; the longer side is at most
     /// `max_side`.
     pub fn reconstruct(&self, image: &Image, max_side: usize) -> Result<(Image, Image)> {
-        let fitted = fit_multiple(image, max_side, self.model.cfg.tokenizer.downsampling())?;
+        let least = self.model.cfg.tokenizer.downsampling();
+        if max_side < least {
+            let want = format!("at least {least}, the pixels of one token");
+            return Err(Error::arg("reconstruct", "max_side", max_side, want));
+        }
+        let fitted = fit_multiple(image, max_side, least)?;
         let (rec, _) = reconstruct(&self.model, std::slice::from_ref(&fitted))?;
         match rec.into_iter().next() {
             Some(rec) => Ok((fitted, rec)),
@@ -240,6 +281,7 @@ impl<'a> Seen<'a> {
         // The best follows from no draw.
         let none = indices(t, &vec![0; prompts.len()])?;
         for i in 0..max {
+            interrupt::check()?;
             let logits = self.model.text_logits(t, sequences.hidden())?;
             let best = Sampling::GREEDY.choose(t.dev(), logits.value(), &none, &none)?;
             let next = Sampling::chosen(t.dev(), &best)?;

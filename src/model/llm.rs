@@ -96,8 +96,9 @@ impl Cache {
         let (s, width) = (prompts.len(), 2 * cfg.kv_heads * cfg.head_dim);
         let columns = prompts.iter().copied().max().unwrap_or(0);
         let offsets: Vec<usize> = prompts.iter().map(|n| columns - n).collect();
-        let slots = Slots::new(t.dev(), &offsets, columns + more)?;
-        let layers = (0..cfg.layers).map(|_| t.act([s, slots.max * width])).collect::<Result<_>>()?;
+        let slots = Slots::new(t.dev(), &offsets, columns.saturating_add(more))?;
+        let layers =
+            (0..cfg.layers).map(|_| t.act([s, slots.max.saturating_mul(width)])).collect::<Result<_>>()?;
         let queries = Seqs::new(t.dev(), &vec![1; s])?;
         Ok(Cache { layers, width, lengths: prompts, columns, queries, slots })
     }

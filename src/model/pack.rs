@@ -211,10 +211,10 @@ mod tests {
             vec![Part::context(vec![8]), Part::Codes(0)],
         ];
         let rows = Rows::new(&other, &[0..2, 2..5], 8)?;
-        let address = p.text.view().buf.addr();
+        let address = p.text.view().addr();
         p.refill(&dev, &rows)?;
         let fresh = Packed::upload(&dev, &rows)?;
-        assert_eq!((p.text.view().buf.addr(), p.text.dims()), (address, at));
+        assert_eq!((p.text.view().addr(), p.text.dims()), (address, at));
         for (a, b) in [(&p.text, &fresh.text), (&p.target, &fresh.target), (&p.seqs.cu, &fresh.seqs.cu)] {
             assert_eq!(a.to_host::<i32>(&dev)?, b.to_host::<i32>(&dev)?);
         }

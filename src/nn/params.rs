@@ -117,8 +117,8 @@ impl ParamBuilder {
         let mut publics = Vec::new();
         for (name, n) in parts {
             let dims = [&[*n], tail].concat();
-            publics.push(Public { name: name.clone(), rows: at..at + n, dims, oihw: false });
-            at += n;
+            publics.push(Public { name: name.clone(), rows: at..at.saturating_add(*n), dims, oihw: false });
+            at = usize::saturating_add(at, *n);
         }
         let dims = match cols {
             Some(c) => Dims::from([at, c]),
@@ -134,7 +134,9 @@ impl ParamBuilder {
         let group = self.groups.len() - 1;
         let g = &mut self.groups[group];
         let offset = g.len;
-        g.len += dims.numel().next_multiple_of(ALIGN);
+        // A length that wraps is one that no tensor has: `build` says so.
+        let len = dims.numel().checked_next_multiple_of(ALIGN).unwrap_or(usize::MAX);
+        g.len = g.len.saturating_add(len);
         g.items.push(Item { dims, offset, init, publics });
         Param { group, item: g.items.len() - 1 }
     }
@@ -144,6 +146,16 @@ impl ParamBuilder {
     pub fn build(self, dev: Arc<dyn Kernels>, prec: Precision, seed: u64) -> Result<Params> {
         let mut groups = Vec::new();
         for layout in self.groups {
+            let largest = layout.items.iter().find(|i| i.dims.bytes(prec.acc).is_none());
+            if let Some((item, name)) = largest.and_then(|i| Some((i, &i.publics.first()?.name))) {
+                let got = format!("{name} {}", item.dims);
+                return Err(Error::arg(
+                    "build",
+                    "params",
+                    got,
+                    "tensors that can be addressed: fewer elements",
+                ));
+            }
             let master = Tensor::empty(&*dev, Role::Weight, prec.acc, [layout.len])?;
             dev.fill(Stream::COMPUTE, &Fill { y: master.out(), value: 0.0 })?;
             let shadow = match prec.act == prec.acc {

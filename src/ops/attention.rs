@@ -24,9 +24,9 @@ fn row(n: usize) -> Result<i32> {
 
 fn offsets(lengths: &[usize]) -> Result<Vec<i32>> {
     let mut cu = vec![0i32];
-    let mut total = 0;
+    let mut total = 0usize;
     for &n in lengths {
-        total += n;
+        total = total.saturating_add(n);
         cu.push(row(total)?);
     }
     Ok(cu)
@@ -47,8 +47,9 @@ impl Seqs {
             let got = format!("{} sequences of at most {max}", lengths.len());
             return Err(Error::arg("Seqs", "lengths", got, format!("{n} of at most {}", self.max)));
         }
+        let cu = offsets(lengths)?;
         self.total = lengths.iter().sum();
-        dev.copy_in(Stream::COMPUTE, bytemuck::cast_slice(&offsets(lengths)?), self.cu.out())
+        dev.copy_in(Stream::COMPUTE, bytemuck::cast_slice(&cu), self.cu.out())
     }
 }
 
@@ -72,9 +73,10 @@ pub struct Heads {
 pub fn attention(tape: &Tape, qkv: &Var, seqs: &Seqs, h: Heads) -> Result<Var> {
     expect_rank("attention", "qkv", qkv, 2)?;
     let n = qkv.dims()[0];
-    let (wq, wk) = (h.query * h.dim, h.kv * h.dim);
-    if qkv.dims()[1] != wq + 2 * wk {
-        return Err(Error::arg("attention", "qkv", qkv.dims(), format!("{} columns", wq + 2 * wk)));
+    let (wq, wk) = (h.query.saturating_mul(h.dim), h.kv.saturating_mul(h.dim));
+    let columns = wk.saturating_mul(2).saturating_add(wq);
+    if qkv.dims()[1] != columns {
+        return Err(Error::arg("attention", "qkv", qkv.dims(), format!("{columns} columns")));
     }
     if h.kv == 0 || !h.query.is_multiple_of(h.kv) {
         return Err(Error::arg("attention", "kv", h.kv, format!("a divisor of {} query heads", h.query)));
@@ -157,7 +159,11 @@ impl Slots {
     /// Slots of `max` rows one after another; the keys of sequence s begin `offsets[s]` rows into its slot.
     pub fn new(dev: &dyn Kernels, offsets: &[usize], max: usize) -> Result<Self> {
         let n = offsets.len();
-        let ends = offsets.iter().chain([&0]).enumerate().map(|(s, at)| row(s * max + at));
+        let ends = offsets
+            .iter()
+            .chain([&0])
+            .enumerate()
+            .map(|(s, at)| row(s.saturating_mul(max).saturating_add(*at)));
         let start = Tensor::from_host(dev, Role::Input, &ends.collect::<Result<Vec<_>>>()?, [n + 1])?;
         let both = Tensor::zeros(dev, Role::Input, DType::I32, [2 * n])?;
         Ok(Slots { start, len: both.range(0, n)?, max, position: both.range(n, n)?, both })
@@ -184,7 +190,7 @@ pub fn cached_attention(
     if qkv.needs_grad() {
         return Err(Error::arg("cached_attention", "qkv", "a value with a gradient", "an inference tape's"));
     }
-    let (n, wq, wk) = (qkv.dims().rows(), h.query * h.dim, h.kv * h.dim);
+    let (n, wq, wk) = (qkv.dims().rows(), h.query.saturating_mul(h.dim), h.kv.saturating_mul(h.dim));
     let (q, k, v) = (qkv.value().columns(0, wq)?, cache.columns(0, wk)?, cache.columns(wk, wk)?);
     let (y, lse) = (tape.act([n, wq])?, tape.stat([n, h.query])?);
     let a = AttentionFwd {

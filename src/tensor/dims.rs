@@ -1,5 +1,7 @@
 //! Shapes of up to four dimensions, by value.
 
+use super::DType;
+
 /// A shape; images are `[B, H, W, C]`, everything else ends in its channel dimension.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Dims {
@@ -18,9 +20,18 @@ impl Dims {
         &self.d[..self.n as usize]
     }
 
-    /// Number of elements.
+    /// Number of elements. Shapes may come from input: a number above `usize::MAX` is given as `usize::MAX`, which no
+    /// tensor has (see [`Dims::bytes`]).
     pub fn numel(&self) -> usize {
-        self.as_slice().iter().product()
+        product(self.as_slice())
+    }
+
+    /// Bytes of a tensor of this shape; `None` if no memory can be that large. Empty tensors count as if their zeros
+    /// were ones, so that no part of the shape of any tensor overflows a product.
+    pub fn bytes(&self, dtype: DType) -> Option<usize> {
+        let most = self.as_slice().iter().try_fold(dtype.size(), |n, &d| n.checked_mul(d.max(1)))?;
+        let empty = self.as_slice().contains(&0);
+        (most <= isize::MAX as usize).then_some(if empty { 0 } else { most })
     }
 
     /// The last dimension; 1 for a scalar.
@@ -28,11 +39,17 @@ impl Dims {
         self.as_slice().last().copied().unwrap_or(1)
     }
 
-    /// The product of all dimensions but the last; 1 for vectors and scalars.
+    /// The product of all dimensions but the last; 1 for vectors and scalars. At most `usize::MAX`, as
+    /// [`Dims::numel`].
     pub fn rows(&self) -> usize {
         let s = self.as_slice();
-        s[..s.len().saturating_sub(1)].iter().product()
+        product(&s[..s.len().saturating_sub(1)])
     }
+}
+
+/// The product, or `usize::MAX` if it is larger; a zero anywhere makes it 0.
+fn product(dims: &[usize]) -> usize {
+    if dims.contains(&0) { 0 } else { dims.iter().fold(1, |n, &d| n.saturating_mul(d)) }
 }
 
 impl std::ops::Index<usize> for Dims {
@@ -72,5 +89,27 @@ impl std::fmt::Debug for Dims {
 impl std::fmt::Display for Dims {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{:?}", self.as_slice())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn products_do_not_wrap() {
+        // 2^60 x 4 x 4 x 4 wraps to 0, 2^63 x 2 + ... to small numbers.
+        for dims in [[1 << 60, 4, 4, 4], [1 << 63, 2, 1, 1], [(1 << 63) + 1, 2, 1, 3], [usize::MAX; 4]] {
+            let d = Dims::from(dims);
+            assert_eq!((d.numel(), d.bytes(DType::F32)), (usize::MAX, None), "{d}");
+        }
+        assert_eq!(Dims::from([1 << 60, 4]).bytes(DType::F32), None);
+        assert_eq!(Dims::from([1 << 60, 4]).bytes(DType::Bf16), None);
+        assert_eq!(Dims::from([1 << 58, 4]).bytes(DType::F32), Some(1 << 62));
+        let empty = Dims::from([1 << 60, 0, 1 << 60, 4]);
+        assert_eq!((empty.numel(), empty.rows(), empty.bytes(DType::F32)), (0, 0, None));
+        assert_eq!(Dims::from([3, 0, 5]).bytes(DType::F64), Some(0));
+        assert_eq!(Dims::from([3, 5]).bytes(DType::F64), Some(120));
+        assert_eq!(Dims::from([]).bytes(DType::F64), Some(8));
     }
 }

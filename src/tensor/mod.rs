@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::backend::{Acc, Buffer, In, Kernels, Out, Role, Stream};
 use crate::error::{Error, Result};
 pub use dims::Dims;
-pub use dtype::{DType, Element, Precision};
+pub use dtype::{DType, Element, Precision, to_bf16};
 
 /// A tensor on some device: rows of `cols` elements, `ld` elements apart (`ld == cols` unless it is a
 /// column slice of a fused tensor). Cloning shares the buffer.
@@ -25,7 +25,15 @@ impl Tensor {
     /// A new tensor; its contents are unspecified until a kernel writes them.
     pub fn empty(dev: &dyn Kernels, role: Role, dtype: DType, dims: impl Into<Dims>) -> Result<Self> {
         let dims = dims.into();
-        let buf = Arc::new(dev.alloc(role, dims.numel() * dtype.size())?);
+        let bytes = dims.bytes(dtype).ok_or_else(|| {
+            Error::arg(
+                "empty",
+                "dims",
+                format!("{dims} {dtype}"),
+                "a tensor that can be addressed: fewer elements",
+            )
+        })?;
+        let buf = Arc::new(dev.alloc(role, bytes)?);
         Ok(Tensor { buf, off: 0, dtype, dims, ld: dims.cols() })
     }
 
@@ -67,7 +75,7 @@ impl Tensor {
                 Self::from_host(dev, role, &v, dims)
             }
             DType::Bf16 => {
-                let v: Vec<half::bf16> = values.iter().map(|&x| half::bf16::from_f64(x)).collect();
+                let v: Vec<half::bf16> = values.iter().map(|&x| to_bf16(x)).collect();
                 Self::from_host(dev, role, &v, dims)
             }
             DType::I32 => {
@@ -143,7 +151,10 @@ impl Tensor {
     /// The same elements under another shape.
     pub fn reshape(&self, dims: impl Into<Dims>) -> Result<Self> {
         let dims = dims.into();
-        if !self.is_contiguous() || dims.numel() != self.dims.numel() {
+        if !self.is_contiguous() {
+            return Err(Error::arg("reshape", "self", format!("strided by {}", self.ld), "contiguous"));
+        }
+        if dims.numel() != self.dims.numel() || dims.bytes(self.dtype).is_none() {
             return Err(Error::arg("reshape", "dims", dims, format!("{} elements", self.dims.numel())));
         }
         Ok(Tensor { dims, ld: dims.cols(), ..self.clone() })
@@ -151,34 +162,32 @@ impl Tensor {
 
     /// Rows `start..start + n` of the tensor seen as `[rows, cols]`.
     pub fn rows(&self, start: usize, n: usize) -> Result<Self> {
-        if start + n > self.dims.rows() {
-            return Err(Error::arg("rows", "start + n", start + n, format!("<= {}", self.dims.rows())));
-        }
+        within("rows", start, n, self.dims.rows())?;
         let off = self.off + (start * self.ld * self.dtype.size()) as u64;
         Ok(Tensor { off, dims: [n, self.dims.cols()].into(), ..self.clone() })
     }
 
     /// Columns `start..start + n` of the tensor seen as `[rows, cols]`: a view with a row stride.
     pub fn columns(&self, start: usize, n: usize) -> Result<Self> {
-        if start + n > self.dims.cols() {
-            return Err(Error::arg("columns", "start + n", start + n, format!("<= {}", self.dims.cols())));
-        }
+        within("columns", start, n, self.dims.cols())?;
         let off = self.off + (start * self.dtype.size()) as u64;
         Ok(Tensor { off, dims: [self.dims.rows(), n].into(), ..self.clone() })
     }
 
     /// Elements `start..start + n` of a contiguous tensor, as a vector.
     pub fn range(&self, start: usize, n: usize) -> Result<Self> {
-        if !self.is_contiguous() || start + n > self.dims.numel() {
-            return Err(Error::arg("range", "start + n", start + n, format!("<= {}", self.dims.numel())));
+        if !self.is_contiguous() {
+            return Err(Error::arg("range", "self", format!("strided by {}", self.ld), "contiguous"));
         }
+        within("range", start, n, self.dims.numel())?;
         let off = self.off + (start * self.dtype.size()) as u64;
         Ok(Tensor { off, dims: [n].into(), ld: n, ..self.clone() })
     }
 
     /// As a kernel input.
     pub fn view(&self) -> In<'_> {
-        In { buf: &self.buf, off: self.off, dtype: self.dtype, dims: self.dims, ld: self.ld as i64 }
+        // SAFETY: `empty` takes as many bytes as its shape needs, and every tensor made of another is a part of it.
+        unsafe { In::unchecked(&self.buf, self.off, self.dtype, self.dims, self.ld as i64) }
     }
 
     /// As a kernel output: every element is overwritten.
@@ -189,6 +198,14 @@ impl Tensor {
     /// As an accumulated kernel output.
     pub fn acc(&self) -> Acc<'_> {
         Acc(self.view())
+    }
+}
+
+/// Fails unless `start..start + n` lies within `0..len`.
+fn within(op: &'static str, start: usize, n: usize, len: usize) -> Result<()> {
+    match start.checked_add(n) {
+        Some(end) if end <= len => Ok(()),
+        _ => Err(Error::arg(op, "start + n", format!("{start} + {n}"), format!("<= {len}"))),
     }
 }
 

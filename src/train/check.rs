@@ -9,6 +9,7 @@ use crate::autograd::Tape;
 use crate::backend::{Kernels, Role, StepState};
 use crate::config::{Config, StageKind};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Part};
 use crate::nn::{Copy, HostTensor};
@@ -16,6 +17,7 @@ use crate::tensor::{DType, Tensor};
 
 /// Runs the step and writes `dump`. Layouts and names are in docs/check.md.
 pub fn check(cfg: &Config, dev: Arc<dyn Kernels>, weights: &Path, batch: &Path, dump: &Path) -> Result<()> {
+    files::probe(dump)?;
     let mut model = Ett::new(cfg, dev.clone())?;
     set_weights(&model.params, weights, &read_file(weights)?, None)?;
     let stage = Stage::new(StageKind::Semantic, &model)?;

@@ -6,16 +6,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::files::{self, FileWriter, Written, replace, sync_dir, write_synced};
 use super::weights::{Entry, FileType, TensorFile, entries, misfit, write_tensors};
-use super::{CONFIG, EMA, Optimizer, WEIGHTS};
+use super::{CONFIG, EMA, Fingerprint, History, Optimizer, TOKENIZER, WEIGHTS};
 use crate::backend::{Cast, Role, Stream};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::files::{self, FileWriter, Written, replace, sync_dir, write_synced};
 use crate::model::Ett;
 use crate::nn::Copy;
 use crate::tensor::Tensor;
@@ -53,9 +54,18 @@ pub struct Progress {
     pub seconds: Vec<(String, f64)>,
     /// Bytes of the metrics written so far, as [`files::Lines::sync`] gives them.
     pub metrics: u64,
+    /// What the run is trained on.
+    #[serde(default)]
+    pub data: Vec<Fingerprint>,
+    /// What the weights say of their making.
+    #[serde(default)]
+    pub history: History,
     /// Recent codes, for the share that is in use.
     #[serde(skip)]
     pub window: Vec<i32>,
+    /// The file of the text tokenizer, unless that is bytes.
+    #[serde(skip)]
+    pub tokenizer: Option<Arc<[u8]>>,
 }
 
 /// `state.json`.
@@ -163,20 +173,37 @@ impl Checkpoints {
         sweep(all)
     }
 
+    /// Ends what a killed run had begun to write; only for the one process that has the run's lock.
+    pub(super) fn recover(run: &Path) -> Result<()> {
+        let all = run.join(CHECKPOINTS);
+        let Some(name) = Self::named(&all) else { return Ok(()) };
+        let (folder, part) = (all.join(&name), all.join(format!(".{name}.part")));
+        if !folder.exists() && whole(&part).is_ok() {
+            std::fs::rename(&part, &folder).map_err(Error::io(&folder))?;
+            sync_dir(&all)?;
+        }
+        Ok(())
+    }
+
+    /// The name of the latest checkpoint, if there is one.
+    fn named(all: &Path) -> Option<String> {
+        let name = std::fs::read_to_string(all.join(LATEST)).unwrap_or_default();
+        Some(name.trim().to_string()).filter(|n| step_of(n).is_some())
+    }
+
     /// The checkpoint that a run goes on from; `None` if it has none. If the one named as the latest is gone or not
-    /// whole, it is the newest whole one, with a warning.
+    /// whole, it is the newest whole one, with a warning. Nothing is changed, so that it may be asked beside a run.
     pub fn latest(run: &Path) -> Result<Option<PathBuf>> {
         let all = run.join(CHECKPOINTS);
         if !all.is_dir() {
             return Ok(None);
         }
-        let named = std::fs::read_to_string(all.join(LATEST)).unwrap_or_default();
-        let named = Some(named.trim()).filter(|n| step_of(n).is_some());
-        if let Some(name) = named {
+        let named = Self::named(&all);
+        if let Some(name) = &named {
             let (folder, part) = (all.join(name), all.join(format!(".{name}.part")));
+            // A run was killed between the two renamings of a checkpoint that replaces one of the same step.
             if !folder.exists() && whole(&part).is_ok() {
-                std::fs::rename(&part, &folder).map_err(Error::io(&folder))?;
-                sync_dir(&all)?;
+                return Ok(Some(part));
             }
             match whole(&folder) {
                 Ok(_) => return Ok(Some(folder)),
@@ -252,9 +279,11 @@ fn sweep(all: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The text of a configuration file.
+/// The text of a configuration file that lies beside the run's own copy of the text tokenizer.
 pub fn config_text(cfg: &Config) -> Result<String> {
-    toml::to_string(cfg).map_err(|e| Error::config("configuration", e, "values TOML can hold"))
+    let mut cfg = cfg.clone();
+    cfg.data.tokenizer = cfg.data.tokenizer.map(|_| TOKENIZER.into());
+    toml::to_string(&cfg).map_err(|e| Error::config("configuration", e, "values TOML can hold"))
 }
 
 fn fill(
@@ -273,16 +302,20 @@ fn fill(
         files.push(Listed { name: file.into(), bytes: written.bytes, crc32: written.crc32 });
         phase(name, file);
     };
-    let tensors = |file: &str, entries: Vec<Entry>| -> Result<Written> {
+    let tensors = |file: &str, entries: Vec<Entry>, note: Option<String>| -> Result<Written> {
         let mut file = FileWriter::create(&folder.join(file))?;
-        write_tensors(&mut file, entries)?;
+        write_tensors(&mut file, entries, note)?;
         file.finish()
     };
     listed(CONFIG, write_synced(&folder.join(CONFIG), config_text(&model.cfg)?.as_bytes())?);
-    listed(WEIGHTS, tensors(WEIGHTS, entries(&model.params, Copy::Master, ""))?);
+    if let Some(file) = &progress.tokenizer {
+        listed(TOKENIZER, write_synced(&folder.join(TOKENIZER), file)?);
+    }
+    let note = Some(progress.history.note()?);
+    listed(WEIGHTS, tensors(WEIGHTS, entries(&model.params, Copy::Master, ""), note)?);
     let averaged = groups(Copy::Ema);
     if !averaged.is_empty() {
-        listed(EMA, tensors(EMA, entries(&model.params, Copy::Ema, ""))?);
+        listed(EMA, tensors(EMA, entries(&model.params, Copy::Ema, ""), None)?);
     }
     let mut training = entries(&model.params, Copy::Moment1, "moment1.");
     training.extend(entries(&model.params, Copy::Moment2, "moment2."));
@@ -293,7 +326,7 @@ fn fill(
         ty: FileType::I32,
         values: Box::new(|| Ok(progress.window.iter().map(|&c| c.into()).collect())),
     });
-    listed(TRAINING, tensors(TRAINING, training)?);
+    listed(TRAINING, tensors(TRAINING, training, None)?);
     let state = State {
         format: FORMAT,
         progress: progress.clone(),
@@ -396,25 +429,37 @@ fn whole(folder: &Path) -> Result<State> {
 
 /// What a checkpoint says about its run.
 pub fn progress(folder: &Path) -> Result<Progress> {
-    let mut progress = whole(folder)?.progress;
+    let State { mut progress, files, .. } = whole(folder)?;
     let window = TensorFile::open(&folder.join(TRAINING))?.read(WINDOW)?;
     progress.window = window.values.into_iter().map(|c| c as i32).collect();
+    if files.iter().any(|f| f.name == TOKENIZER) {
+        let path = folder.join(TOKENIZER);
+        progress.tokenizer = Some(std::fs::read(&path).map_err(Error::io(&path))?.into());
+    }
     Ok(progress)
 }
 
-/// Configuration keys that may change when a run is resumed, since no weight follows from them.
-const FREE: [&str; 7] = [
+/// Configuration keys that may change when a run is resumed, since no weight follows from them. Data may lie elsewhere,
+/// as long as it is the same, see [`check_data`].
+const FREE: [&str; 8] = [
     "train.threads",
     "train.recompute",
     "train.save_every",
     "train.keep",
     "train.eval_every",
+    "data.train",
     "data.test",
     "data.eval_samples",
 ];
 
+/// A stage's own data may lie elsewhere, too.
+fn is_free(key: &str) -> bool {
+    let of_a_stage = key.strip_prefix("stage.").and_then(|k| k.split_once('.')).map(|(_, k)| k);
+    FREE.contains(&key) || of_a_stage.is_some_and(|k| ["data.train", "data.test"].contains(&k))
+}
+
 /// Fails if a run would go on with another configuration than its checkpoint was made with, and names the keys.
-/// Threads, saving and the closing evaluation may change.
+/// Threads, saving, the closing evaluation and the place of the data may change.
 pub fn check_config(folder: &Path, cfg: &Config) -> Result<()> {
     let then = Config::load(&folder.join(CONFIG), &[])?;
     let table = |cfg: &Config| -> Result<BTreeMap<String, String>> {
@@ -429,13 +474,26 @@ pub fn check_config(folder: &Path, cfg: &Config) -> Result<()> {
     let show = |v: Option<&String>| v.cloned().unwrap_or("left out".into());
     let changed: Vec<String> = keys
         .into_iter()
-        .filter(|k| then.get(*k) != now.get(*k) && !FREE.contains(&k.as_str()))
+        .filter(|k| then.get(*k) != now.get(*k) && !is_free(k))
         .map(|k| format!("`{k}` was {}, now {}", show(then.get(k)), show(now.get(k))))
         .collect();
     if changed.is_empty() {
         return Ok(());
     }
     let what = format!("{}; change it back, or start a new run", misfit("the configuration", changed));
+    Err(Error::data(folder, what))
+}
+
+/// Fails if a run would go on with other data than it was trained on, and says what differs.
+pub fn check_data(folder: &Path, then: &[Fingerprint], now: &[Fingerprint]) -> Result<()> {
+    let changed: Vec<String> = then.iter().zip(now).flat_map(|(then, now)| then.differences(now)).collect();
+    if changed.is_empty() {
+        return Ok(());
+    }
+    let what = format!(
+        "the data is not what the run was trained on: {}; put the data back, or start a new run",
+        changed.join("; ")
+    );
     Err(Error::data(folder, what))
 }
 

@@ -5,13 +5,16 @@ use std::fmt::Write;
 use std::path::Path;
 
 use super::feed::DataSet;
-use super::{Template, files, plots};
+use super::{Template, plots};
 use crate::data::{Drawn, Image, grid, save_png};
 use crate::error::{Error, Result};
 use crate::eval::{self, Report};
+use crate::files;
 use crate::infer::{Sampling, Seen, draw, reconstruct};
 use crate::model::{Ett, Part};
 
+/// The held-out results, written last.
+pub(super) const REPORT: &str = "eval.json";
 /// Pictures drawn beside their reconstructions, and in a row.
 const SHOWN: usize = 16;
 const ROW: usize = 8;
@@ -24,23 +27,42 @@ const DRAWN: usize = 8;
 /// Most tokens of a caption or an answer.
 const MAX_TOKENS: usize = 96;
 
-/// Evaluates a model on held-out samples and writes `eval.json`, `reconstructions.png`, `held-out.md` and, if the model
-/// draws, `drawings.png` into `out`.
-pub fn evaluate(model: &Ett, test: &DataSet, template: &Template, out: &Path) -> Result<Report> {
+/// Evaluates a model on held-out samples and writes `reconstructions.png`, `held-out.md`, if the model draws
+/// `drawings.png`, and then `eval.json` into `out`. A picture that cannot be written costs no results, but is an error
+/// in the end.
+pub fn evaluate(model: &mut Ett, test: &DataSet, template: &Template, out: &Path) -> Result<Report> {
+    let path = out.join(REPORT);
+    files::probe(&path)?;
     let drawn = eval::held_out(test, model.cfg.data.eval_samples)?;
     let report = eval::evaluate(model, test, template, &drawn)?;
-    let path = out.join("eval.json");
+    let shown = show(model, test, template, &drawn, &report, out);
+    if let Err(Error::Interrupted) = shown {
+        return Err(Error::Interrupted);
+    }
     let json = serde_json::to_string_pretty(&report)
         .map_err(|e| Error::data(&path, format!("cannot be written ({e})")))?;
     files::replace(&path, |f| f.put(json.as_bytes()))?;
-    reconstructions(model, &drawn, &out.join("reconstructions.png"))?;
+    shown.map(|()| report)
+}
+
+/// What there is to look at beside the numbers.
+fn show(
+    model: &mut Ett,
+    test: &DataSet,
+    template: &Template,
+    drawn: &[Drawn],
+    report: &Report,
+    out: &Path,
+) -> Result<()> {
+    let path = out.join("reconstructions.png");
+    eval::with_averages(model, |model| reconstructions(model, drawn, &path))?;
     if report.captions + report.questions > 0 {
-        held_out(model, test, template, &drawn, &out.join("held-out.md"))?;
+        held_out(model, test, template, drawn, &out.join("held-out.md"))?;
     }
     if report.codes.is_some() {
-        drawings(model, test, template, &drawn, &out.join("drawings.png"))?;
+        drawings(model, test, template, drawn, &out.join("drawings.png"))?;
     }
-    Ok(report)
+    Ok(())
 }
 
 /// Draws the curves of a metrics file; a run does not fail for want of a picture.

@@ -5,9 +5,11 @@ pub mod checkpoint;
 mod closing;
 mod dump;
 pub mod feed;
-pub mod files;
+mod fingerprint;
+mod history;
 mod inspect;
 pub mod interrupt;
+mod lock;
 mod metrics;
 mod optim;
 mod plan;
@@ -21,13 +23,18 @@ pub mod weights;
 pub use check::check;
 pub use checkpoint::{Checkpoints, Progress};
 pub use closing::evaluate;
+pub use fingerprint::{Fingerprint, Texts};
+pub(crate) use history::text;
+pub use history::{History, Skill};
 pub use inspect::inspect;
 pub(crate) use metrics::code_usage;
 pub use optim::{Hyper, Optimizer, Own, schedule};
 pub use plan::{StagePlan, choose_device, largest_batch, parse_memory, plan, plan_stage};
 pub use run::{
-    CONFIG, EMA, Finished, METRICS, RunOptions, WEIGHTS, profile_table, resume, run, run_config, written,
+    CONFIG, EMA, Ending, Finished, METRICS, RunOptions, TOKENIZER, WEIGHTS, profile_table, resume, run,
+    run_config, written,
 };
+use stages::start_averages;
 pub use stages::{Stage, Template, averaged};
 pub use step::{Batch, Counts, Loss, Outcome, Recipe, TokenizerMode, step};
-pub use weights::{load_weights, save_weights};
+pub use weights::{load_weights, save_weights, save_weights_of};

@@ -9,19 +9,20 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::checkpoint::{self, Checkpoints, Progress};
 use super::dump::dump;
 use super::feed::{DataSet, Fed, Feed};
-use super::files::Lines;
+use super::lock::Lock;
 use super::metrics::{Line, Smooth, Usage};
 use super::sharpness::Sharpness;
 use super::weights::{read_file, set_weights};
 use super::{
-    Counts, Hyper, Optimizer, Outcome, Own, Stage, Template, TokenizerMode, averaged, closing, files,
-    interrupt, save_weights, schedule, step,
+    Counts, Fingerprint, History, Hyper, Optimizer, Outcome, Own, Stage, Template, TokenizerMode, closing,
+    interrupt, save_weights, save_weights_of, schedule, start_averages, step, text,
 };
 use crate::backend::{Cpu, Kernels, StepState};
-use crate::config::{Config, QuantizerKind, StageConfig};
-use crate::data::TextTokenizer;
+use crate::config::{Config, DataConfig, QuantizerKind, StageConfig};
 use crate::error::{Error, Result};
 use crate::eval::{self, Report};
+use crate::files::{self, Lines};
+use crate::infer::Trained;
 use crate::model::Ett;
 use crate::nn::Copy;
 
@@ -31,6 +32,8 @@ pub const WEIGHTS: &str = "model.safetensors";
 pub const EMA: &str = "ema.safetensors";
 /// The configuration of a run.
 pub const CONFIG: &str = "config.toml";
+/// The run's own copy of its text tokenizer, unless that is bytes.
+pub const TOKENIZER: &str = "tokenizer.json";
 /// What each step wrote down.
 pub const METRICS: &str = "metrics.jsonl";
 /// Updates in a row that may be skipped because something was not finite.
@@ -51,12 +54,26 @@ pub struct RunOptions<'a> {
 pub struct Finished {
     /// The trained model.
     pub model: Ett,
-    /// Held-out results; `None` without held-out data.
+    /// Held-out results; `None` without held-out data, or if they could not be had.
     pub report: Option<Report>,
     /// Seconds a stage, by name.
     pub seconds: Vec<(String, f64)>,
-    /// The checkpoint that an interrupted run goes on from.
-    pub interrupted: Option<PathBuf>,
+    /// How far it came.
+    pub ending: Ending,
+}
+
+/// How far a run came.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ending {
+    /// To its end.
+    Whole,
+    /// It was interrupted in training, and goes on from this checkpoint.
+    Saved(PathBuf),
+    /// Its weights are trained and saved, but not evaluated: it was interrupted there, or a warning has said why.
+    Unevaluated {
+        /// By a signal.
+        interrupted: bool,
+    },
 }
 
 impl Finished {
@@ -74,40 +91,112 @@ impl Finished {
     }
 }
 
-/// Runs all stages of `cfg` into a new folder.
+/// Runs all stages of `cfg` into a new folder; no other process can use it meanwhile. Relative paths in `cfg` are
+/// relative to the working directory.
 pub fn run(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions) -> Result<Finished> {
     if cfg.stage.is_empty() {
         return Err(Error::config("stage", "none", "at least one [[stage]]"));
     }
-    refuse_used(o.out)?;
-    let session = Session::new(cfg, dev, o.out, o.quiet)?;
-    if let Some(path) = o.init {
-        super::load_weights(&session.model.params, path)?;
+    // Before looking what the folder holds: another run may begin there at this moment.
+    let lock = Lock::take(o.out)?;
+    match begin(cfg, dev, o) {
+        Ok(session) => session.go(None),
+        Err(e) => {
+            lock.abandon();
+            Err(e)
+        }
     }
-    std::fs::create_dir_all(o.out).map_err(Error::io(o.out))?;
-    let text = checkpoint::config_text(cfg)?;
-    files::replace(&o.out.join(CONFIG), |f| f.put(text.as_bytes()))?;
-    session.go(None)
 }
 
-/// Goes on with an interrupted run from its last checkpoint, to the bits that it would have had.
-pub fn resume(out: &Path, dev: Arc<dyn Kernels>, quiet: bool) -> Result<Finished> {
-    if out.join(WEIGHTS).exists() {
-        return Err(Error::data(out, "holds a finished run, which has nothing left to do"));
+/// All that comes before the first step. The configuration is written last: with it a run has begun.
+fn begin(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions) -> Result<Session> {
+    refuse_used(o.out)?;
+    let mut cfg = cfg.clone();
+    cfg.resolve(Path::new(""))?;
+    let mut session = Session::new(&cfg, dev, o.out, o.quiet)?;
+    load_lpips(&session.model)?;
+    if let Some(path) = o.init {
+        super::load_weights(&session.model.params, path)?;
+        session.progress.history.start_from(path)?;
     }
+    if let Some(bytes) = &session.progress.tokenizer {
+        let path = o.out.join(TOKENIZER);
+        if std::fs::read(&path).is_ok_and(|there| there != **bytes) {
+            let what = "is another text tokenizer than the run's own, which is kept there; name another folder \
+                        with --out, or remove the file";
+            return Err(Error::data(path, what));
+        }
+        files::replace(&path, |f| f.put(bytes))?;
+    }
+    let text = checkpoint::config_text(&session.cfg)?;
+    files::replace(&o.out.join(CONFIG), |f| f.put(text.as_bytes()))?;
+    Ok(session)
+}
+
+/// Goes on with an interrupted run from its last checkpoint, to the bits that it would have had; of a run whose weights
+/// are trained but not evaluated, the evaluation. No other process can use the folder meanwhile.
+pub fn resume(out: &Path, dev: Arc<dyn Kernels>, quiet: bool) -> Result<Finished> {
+    refuse_part(out)?;
+    let cfg = run_config(out)?;
+    let _lock = Lock::take(out)?;
+    if out.join(WEIGHTS).exists() {
+        return evaluate(out, &cfg, dev);
+    }
+    Checkpoints::recover(out)?;
     let Some(from) = Checkpoints::latest(out)? else {
-        let what = "holds no checkpoint to go on from; start with `ett-train run --config FILE`";
+        let what = "holds no checkpoint: the run ended before its first; remove the folder and start anew with \
+                    `ett-train run`";
         return Err(Error::data(out, what));
     };
-    let cfg = run_config(out)?;
     checkpoint::check_config(&from, &cfg)?;
     Session::new(&cfg, dev, out, quiet)?.go(Some(&from))
+}
+
+/// Fails if a folder is not a run's but a checkpoint's, or that of all of them.
+fn refuse_part(folder: &Path) -> Result<()> {
+    match run_of(folder) {
+        None => Ok(()),
+        Some(run) => {
+            let what = format!("is part of a run; go on with `ett-train resume {}`", run.display());
+            Err(Error::data(folder, what))
+        }
+    }
+}
+
+/// The run that a checkpoint, or the folder of all of them, belongs to.
+fn run_of(folder: &Path) -> Option<PathBuf> {
+    let whole = std::fs::canonicalize(folder).ok()?;
+    let all = if folder.join(checkpoint::STATE).exists() { whole.parent()? } else { &whole };
+    let run = all.parent().filter(|run| run.join(CONFIG).exists())?;
+    all.ends_with(checkpoint::CHECKPOINTS).then(|| run.to_path_buf())
+}
+
+/// What is left to do for a run whose weights are trained.
+fn evaluate(out: &Path, cfg: &Config, dev: Arc<dyn Kernels>) -> Result<Finished> {
+    if !cfg.data.has_test() || out.join(closing::REPORT).is_file() {
+        return Err(Error::data(out, "holds a finished run, which has nothing left to do"));
+    }
+    tracing::info!("{}: all stages are trained, only the evaluation is left", out.display());
+    let mut trained = Trained::open(out, dev, false)?;
+    let seconds = match Checkpoints::latest(out)? {
+        Some(last) => checkpoint::progress(&last)?.seconds,
+        None => vec![],
+    };
+    interrupt::enter(interrupt::Phase::Closing);
+    closing::plot(&out.join(METRICS), out);
+    let (report, ending) = match trained.evaluate(None, None, out) {
+        Ok(report) => (Some(report), Ending::Whole),
+        Err(Error::Interrupted) => (None, Ending::Unevaluated { interrupted: true }),
+        Err(e) => return Err(e),
+    };
+    Ok(Finished { model: trained.model, report, seconds, ending })
 }
 
 /// The configuration of a run folder.
 pub fn run_config(out: &Path) -> Result<Config> {
     let path = out.join(CONFIG);
     if !path.exists() {
+        refuse_part(out)?;
         let what = format!("holds no {CONFIG}; name the folder of a run of ett-train");
         return Err(Error::data(out, what));
     }
@@ -136,12 +225,17 @@ fn refuse_used(out: &Path) -> Result<()> {
         let what = "holds a finished run already; name another folder with --out, or remove it";
         return Err(Error::data(out, what));
     }
-    if out.join(CONFIG).exists() || out.join(METRICS).exists() {
+    if Checkpoints::latest(out)?.is_some() {
         let what = format!(
             "holds a run that has not ended; go on with `ett-train resume {}`, name another folder with --out, or \
              remove it",
             out.display()
         );
+        return Err(Error::data(out, what));
+    }
+    if out.join(CONFIG).exists() || out.join(METRICS).exists() {
+        let what = "holds a run that ended before its first checkpoint; remove the folder, or name another one \
+                    with --out";
         return Err(Error::data(out, what));
     }
     Ok(())
@@ -169,12 +263,58 @@ fn load_lpips(model: &Ett) -> Result<()> {
     }
 }
 
+/// The data sets of a run: stages that read the same share them.
+struct Sets {
+    /// What is read, to train on (unless only the closing evaluation looks at it) and held out.
+    all: Vec<(DataConfig, Option<DataSet>, Option<DataSet>)>,
+}
+
+impl Sets {
+    /// Everything that the stages read, and what the closing evaluation looks at.
+    fn open(cfg: &Config) -> Result<Self> {
+        let mut sets = Sets { all: Vec::new() };
+        let stages = cfg.stage.iter().map(|s| (cfg.data_of(s), true));
+        for (data, trains) in stages.chain([(cfg.data.clone(), false)]) {
+            if sets.find(&data).is_some() {
+                continue;
+            }
+            let train = if trains { Some(DataSet::train(&data)?) } else { None };
+            let test = DataSet::test(&data)?;
+            if let Some(test) = &test {
+                eval::check(test, data.eval_samples)?;
+            }
+            sets.all.push((data, train, test));
+        }
+        Ok(sets)
+    }
+
+    fn find(&self, data: &DataConfig) -> Option<&(DataConfig, Option<DataSet>, Option<DataSet>)> {
+        self.all.iter().find(|(have, ..)| have == data)
+    }
+
+    /// What to train on.
+    fn train(&self, data: &DataConfig) -> Result<&DataSet> {
+        self.find(data)
+            .and_then(|(_, train, _)| train.as_ref())
+            .ok_or_else(|| Error::config("data.train", "another", "the data of a stage of this run"))
+    }
+
+    /// What is held out.
+    fn test(&self, data: &DataConfig) -> Option<&DataSet> {
+        self.find(data).and_then(|(.., test)| test.as_ref())
+    }
+
+    /// Of everything that is trained on.
+    fn fingerprints(&self) -> Vec<Fingerprint> {
+        self.all.iter().filter_map(|(_, train, _)| train.as_ref()).map(DataSet::fingerprint).collect()
+    }
+}
+
 /// A run under way.
 struct Session {
     cfg: Config,
     model: Ett,
-    data: DataSet,
-    test: Option<DataSet>,
+    sets: Sets,
     template: Template,
     out: PathBuf,
     quiet: bool,
@@ -183,30 +323,28 @@ struct Session {
 
 impl Session {
     fn new(cfg: &Config, dev: Arc<dyn Kernels>, out: &Path, quiet: bool) -> Result<Self> {
-        let template = Template::new(TextTokenizer::open(cfg.data.tokenizer.as_deref())?);
-        if cfg.llm.vocab < template.tokenizer().vocabulary() {
-            let want = format!("at least {}, the text tokenizer's", template.tokenizer().vocabulary());
-            return Err(Error::config("llm.vocab", cfg.llm.vocab, want));
-        }
-        let (data, test) = (DataSet::train(&cfg.data)?, DataSet::test(&cfg.data)?);
+        let (template, text) = text(cfg)?;
+        let tokenizer = match &cfg.data.tokenizer {
+            Some(path) => Some(std::fs::read(path).map_err(Error::io(path))?.into()),
+            None => None,
+        };
+        let sets = Sets::open(cfg)?;
         let model = Ett::new(cfg, dev)?;
-        load_lpips(&model)?;
-        Ok(Session {
-            cfg: cfg.clone(),
-            model,
-            data,
-            test,
-            template,
-            out: out.into(),
-            quiet,
-            progress: Progress::default(),
-        })
+        let progress = Progress {
+            data: sets.fingerprints(),
+            history: History::new(text),
+            tokenizer,
+            ..Progress::default()
+        };
+        Ok(Session { cfg: cfg.clone(), model, sets, template, out: out.into(), quiet, progress })
     }
 
     fn go(mut self, from: Option<&Path>) -> Result<Finished> {
         let mut from = from;
         if let Some(folder) = from {
-            self.progress = checkpoint::progress(folder)?;
+            let now = std::mem::replace(&mut self.progress, checkpoint::progress(folder)?);
+            checkpoint::check_data(folder, &self.progress.data, &now.data)?;
+            self.progress.history.check_text(&now.history.text, &self.cfg, folder)?;
             tracing::info!(
                 "going on from {}: stage {}, {} steps done",
                 folder.display(),
@@ -218,24 +356,34 @@ impl Session {
         let stages = self.cfg.stage.clone();
         for (number, cfg) in stages.iter().enumerate().skip(self.progress.stage) {
             if let Some(at) = self.stage(cfg, number, from.take(), &mut metrics)? {
-                let seconds = self.progress.seconds.clone();
-                return Ok(Finished { model: self.model, report: None, seconds, interrupted: Some(at) });
+                let seconds = self.progress.seconds;
+                return Ok(Finished { model: self.model, report: None, seconds, ending: Ending::Saved(at) });
             }
         }
         self.model.params.train(&[])?;
-        let report = match &self.test {
-            Some(test) => Some(closing::evaluate(&self.model, test, &self.template, &self.out)?),
-            None => None,
-        };
-        closing::plot(&self.out.join(METRICS), &self.out);
-        let params = &self.model.params;
+        let (params, history) = (&self.model.params, &self.progress.history);
+        let explain = |e| Checkpoints::new(&self.out, 1).explain(e);
         if (0..params.groups().len()).any(|g| params.ema(g).is_some()) {
-            save_weights(params, &self.out.join(EMA), Copy::Ema)?;
+            save_weights(params, &self.out.join(EMA), Copy::Ema).map_err(explain)?;
         }
-        // Last, since it marks the run as finished.
-        save_weights(params, &self.out.join(WEIGHTS), Copy::Master)?;
-        let seconds = self.progress.seconds;
-        Ok(Finished { model: self.model, report, seconds, interrupted: None })
+        // Last, since it marks the run as trained; whatever happens from here on loses nothing.
+        save_weights_of(params, &self.out.join(WEIGHTS), Copy::Master, history).map_err(explain)?;
+        interrupt::enter(interrupt::Phase::Closing);
+        closing::plot(&self.out.join(METRICS), &self.out);
+        let evaluated = self.sets.test(&self.cfg.data).map(|test| {
+            interrupt::check()?;
+            tracing::info!("evaluating on held-out pictures of {}", test.root.display());
+            closing::evaluate(&mut self.model, test, &self.template, &self.out)
+        });
+        let (report, ending) = match evaluated.transpose() {
+            Ok(report) => (report, Ending::Whole),
+            Err(Error::Interrupted) => (None, Ending::Unevaluated { interrupted: true }),
+            Err(e) => {
+                tracing::warn!("the weights are saved, but the evaluation failed: {e}");
+                (None, Ending::Unevaluated { interrupted: false })
+            }
+        };
+        Ok(Finished { model: self.model, report, seconds: self.progress.seconds, ending })
     }
 
     /// Runs a stage, or what is left of it after the checkpoint `from`. Returns the checkpoint that was saved if the
@@ -247,17 +395,15 @@ impl Session {
         from: Option<&Path>,
         metrics: &mut Lines,
     ) -> Result<Option<PathBuf>> {
-        let Session { cfg: all, model, data, test, template, out, quiet, progress } = self;
+        let Session { cfg: all, model, sets, template, out, quiet, progress } = self;
+        let data = all.data_of(cfg);
+        let (data, test) = (sets.train(&data)?, sets.test(&data));
         let checkpoints = Checkpoints::new(out, all.train.keep);
         let stage = Stage::of(cfg, model)?;
         let trained = stage.trained();
         model.params.train(&trained)?;
         if from.is_none() {
-            // Averages outlast stages that leave their group alone, and start anew where it is trained again.
-            model.params.drop_averages(&trained);
-            if cfg.ema {
-                model.params.average(&averaged(&trained))?;
-            }
+            start_averages(model, &trained, cfg.ema)?;
         }
         let feed = Feed::new(data, template, cfg, &stage, &all.train, number)?;
         let mut update = Update::new(model, cfg, &stage)?;
@@ -268,11 +414,13 @@ impl Session {
                 progress.seconds.push((cfg.kind.name().into(), 0.0));
             }
         }
+        progress.history.learn(all, cfg);
         let mut usage = Usage::new(all.quantizer.codes, all.train.usage_window, &progress.window);
         let bar = bar(cfg, progress.step, *quiet);
         let mut smooth = Smooth::default();
         let (mut started, mut saved) = (Instant::now(), from.map(Path::to_path_buf));
         let mut last = String::new();
+        interrupt::enter(interrupt::Phase::Training);
         while progress.step < cfg.steps {
             let s = progress.step;
             let clock = Instant::now();
@@ -294,11 +442,14 @@ impl Session {
                     (progress.skipped, progress.in_a_row) = (progress.skipped + 1, progress.in_a_row + 1);
                     let what = format!("step {s} of stage {}", cfg.kind.name());
                     let dev = &**model.params.device();
-                    if let Some(path) = dump(out, cfg.kind.name(), s, &fed.parts, dev)? {
+                    let inputs = match dump(out, cfg.kind.name(), s, &fed.parts, dev) {
+                        Ok(path) => path.map(|p| format!("its inputs are in {}", p.display())),
+                        Err(e) => Some(format!("its inputs cannot be written: {e}")),
+                    };
+                    if let Some(inputs) = inputs {
                         bar.suspend(|| {
                             tracing::warn!(
-                                "{what}: something is not finite, the update is skipped; its inputs are in {}",
-                                path.display()
+                                "{what}: something is not finite, the update is skipped; {inputs}"
                             );
                         });
                     }
@@ -328,12 +479,13 @@ impl Session {
             drop((fed, outcome));
             let done = s + 1;
             let every = all.train.eval_every;
-            if let Some(test) =
-                test.as_ref().filter(|_| every > 0 && (done % every == 0 || done == cfg.steps))
-            {
-                line.eval = Some(eval::during(model, test, template, cfg.kind)?);
+            if let Some(test) = test.filter(|_| every > 0 && (done % every == 0 || done == cfg.steps)) {
+                match eval::during(model, test, template, cfg.kind) {
+                    Ok(values) => line.eval = Some(values),
+                    Err(e) => bar.suspend(|| tracing::warn!("step {s} is not evaluated: {e}")),
+                }
             }
-            metrics.push(&line.json()?)?;
+            metrics.push(&line.json()?).map_err(|e| checkpoints.explain(e))?;
             last = smooth.message(&line);
             bar.set_message(last.clone());
             bar.inc(1);

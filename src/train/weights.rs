@@ -1,6 +1,6 @@
 //! Weights in and out: safetensors under the public names.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -8,10 +8,14 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
-use super::files::{FileWriter, replace};
+use super::History;
 use crate::error::{Error, Result};
+use crate::files::{FileWriter, replace};
 use crate::nn::{Copy, HostTensor, Params};
 use crate::tensor::{DType, Precision};
+
+/// The one key of the format's metadata that is used here.
+const NOTE: &str = "ett";
 
 /// A safetensors file whose tensors are read one at a time.
 pub struct TensorFile {
@@ -49,6 +53,11 @@ impl TensorFile {
     pub fn tensors(&self) -> BTreeMap<String, (Dtype, Vec<usize>)> {
         let all = self.header.tensors().into_iter();
         all.map(|(name, info)| (name, (info.dtype, info.shape.clone()))).collect()
+    }
+
+    /// What the file says beside its tensors, see [`write_tensors`].
+    pub fn note(&self) -> Option<&str> {
+        self.header.metadata().as_ref()?.get(NOTE).map(String::as_str)
     }
 
     /// A tensor, widened to f64.
@@ -149,8 +158,8 @@ pub struct Entry<'a> {
     pub values: Box<dyn Fn() -> Result<Vec<f64>> + 'a>,
 }
 
-/// Writes tensors in the safetensors format.
-pub fn write_tensors(file: &mut FileWriter, mut entries: Vec<Entry>) -> Result<()> {
+/// Writes tensors in the safetensors format, and a note beside them.
+pub fn write_tensors(file: &mut FileWriter, mut entries: Vec<Entry>, note: Option<String>) -> Result<()> {
     let unwritable = |e: &dyn std::fmt::Display| Error::data(file.path(), format!("cannot be written ({e})"));
     // The format's own order: wide types first, for alignment.
     entries.sort_by(|a, b| b.ty.dtype().cmp(&a.ty.dtype()).then_with(|| a.name.cmp(&b.name)));
@@ -160,7 +169,8 @@ pub fn write_tensors(file: &mut FileWriter, mut entries: Vec<Entry>) -> Result<(
         at += e.dims.iter().product::<usize>() * e.ty.dtype().bitsize() / 8;
         (e.name.clone(), TensorInfo { dtype: e.ty.dtype(), shape: e.dims.clone(), data_offsets: (from, at) })
     });
-    let header = Metadata::new(None, infos.collect()).map_err(|e| unwritable(&e))?;
+    let note = note.map(|note| HashMap::from([(NOTE.to_string(), note)]));
+    let header = Metadata::new(note, infos.collect()).map_err(|e| unwritable(&e))?;
     let mut header = serde_json::to_vec(&header).map_err(|e| unwritable(&e))?;
     header.resize(header.len().next_multiple_of(8), b' ');
     file.put(&(header.len() as u64).to_le_bytes())?;
@@ -184,7 +194,7 @@ pub fn write_file(path: &Path, tensors: &[(String, HostTensor, FileType)]) -> Re
         ty: *ty,
         values: Box::new(|| Ok(t.values.clone())),
     });
-    replace(path, |file| write_tensors(file, entries.collect()))?;
+    replace(path, |file| write_tensors(file, entries.collect(), None))?;
     Ok(())
 }
 
@@ -251,6 +261,13 @@ pub fn load_weights(params: &Params, path: &Path) -> Result<()> {
 
 /// Saves all parameters under their public names, in f32 (f64 in an f64 run).
 pub fn save_weights(params: &Params, path: &Path, copy: Copy) -> Result<()> {
-    replace(path, |file| write_tensors(file, entries(params, copy, "")))?;
+    replace(path, |file| write_tensors(file, entries(params, copy, ""), None))?;
+    Ok(())
+}
+
+/// The same with what the weights say of their making.
+pub fn save_weights_of(params: &Params, path: &Path, copy: Copy, history: &History) -> Result<()> {
+    let note = history.note()?;
+    replace(path, |file| write_tensors(file, entries(params, copy, ""), Some(note)))?;
     Ok(())
 }

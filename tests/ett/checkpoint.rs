@@ -6,10 +6,14 @@ use std::time::{Duration, Instant};
 
 use ett::config::{Config, StageKind};
 use ett::error::Result;
+use ett::files::{Lines, probe, replace, write_synced};
 use ett::infer::Trained;
 use ett::nn::Copy;
-use ett::train::files::{Lines, replace, write_synced};
-use ett::train::{Checkpoints, Optimizer, Progress, checkpoint, interrupt};
+use ett::train::{
+    Checkpoints, Fingerprint, History, Optimizer, Progress, Skill, Texts, checkpoint, interrupt,
+};
+
+use ett::train::weights::TensorFile;
 
 use crate::common::{Outcome, Scratch, cpu};
 use crate::training::{Bits, Run, batch, bits, small};
@@ -83,15 +87,30 @@ fn everything_comes_back_bit_for_bit() -> Outcome {
             in_a_row: 1,
             seconds: vec![("tokenizer".into(), 1.5), ("semantic".into(), 0.25)],
             metrics: 1 << 40,
+            data: vec![Fingerprint {
+                names: Texts { count: 7, crc32: 8 },
+                pictures: 6,
+                ..Fingerprint::default()
+            }],
+            history: History { learnt: [Skill::Draw].into(), unknown: true, text: "bytes".into() },
             window: vec![0, -1, i32::MAX, i32::MIN, 7],
+            tokenizer: Some(b"the file of a tokenizer"[..].into()),
         };
         let to = Checkpoints::new(&scratch.path("run"), 3);
         let folder = to.save(&whole.model, &optimizers(&whole), &progress)?;
         assert_eq!(folder, scratch.path("run/checkpoints/step-00000120"));
-        let files =
-            ["config.toml", "ema.safetensors", "model.safetensors", "state.json", "training.safetensors"];
+        let files = [
+            "config.toml",
+            "ema.safetensors",
+            "model.safetensors",
+            "state.json",
+            "tokenizer.json",
+            "training.safetensors",
+        ];
         assert_eq!(names(&folder), files);
         assert_eq!(checkpoint::progress(&folder)?, progress);
+        let weights = TensorFile::open(&folder.join("model.safetensors"))?;
+        assert_eq!(History::of(&weights), Some(progress.history));
 
         // Into a run that has gone elsewhere.
         let mut cfg = cfg;
@@ -116,7 +135,7 @@ fn names_are_public_and_the_folder_is_a_model() -> Outcome {
     cfg.llm.vocab = 264;
     let run = run_of(&cfg, 1)?;
     let folder = save(&run, &Checkpoints::new(&scratch.path("run"), 1), 1)?;
-    let training = ett::train::weights::TensorFile::open(&folder.join("training.safetensors"))?;
+    let training = TensorFile::open(&folder.join("training.safetensors"))?;
     for layer in [3, 6, 9] {
         let name = |what: &str| format!("loss.discriminator.main.{layer}.{what}");
         let tracked = training.read(&name("num_batches_tracked"))?;
@@ -188,7 +207,7 @@ fn changed_configurations_are_named() -> Outcome {
     let folder = save(&run, &Checkpoints::new(&scratch.path("run"), 1), 1)?;
     let mut cfg = small("f32");
     checkpoint::check_config(&folder, &cfg)?;
-    (cfg.train.threads, cfg.data.eval_samples) = (7, 3);
+    (cfg.train.threads, cfg.data.eval_samples, cfg.data.train) = (7, 3, "elsewhere".into());
     checkpoint::check_config(&folder, &cfg)?;
     cfg.train.lr = 0.5;
     cfg.tokenizer.ch_mult.push(2);
@@ -298,10 +317,13 @@ fn the_latest_is_found_whatever_a_killed_run_left() -> Outcome {
     // Killed between the renaming of the folder and of `latest`.
     std::fs::write(all.join("latest"), "step-00000006\n")?;
     assert_eq!(latest()?, Some(folder(6)));
-    // Killed between the two renamings of a checkpoint that replaces one of the same step.
-    std::fs::rename(folder(6), all.join(".step-00000006.part"))?;
-    assert_eq!(latest()?, Some(folder(6)));
-    assert!(folder(6).is_dir());
+    // Killed between the two renamings of a checkpoint that replaces one of the same step. Who asks may be beside a run
+    // that is about to do the second one.
+    let part = all.join(".step-00000006.part");
+    std::fs::rename(folder(6), &part)?;
+    assert_eq!(latest()?, Some(part.clone()));
+    assert!(!folder(6).exists());
+    std::fs::rename(&part, folder(6))?;
     for named in ["", "step-00000007", "../step-00000006", "nonsense"] {
         std::fs::write(all.join("latest"), named)?;
         assert_eq!(latest()?, Some(folder(8)), "{named}");
@@ -356,9 +378,7 @@ fn fill_the_disk(at: &Path) -> Outcome {
     // Other files of a run.
     let big = at.join("big");
     write_synced(&big, b"old")?;
-    assert!(ett::train::files::is_full(
-        &replace(&big, |file| file.put(&vec![0; 16 << 20])).expect_err("full")
-    ));
+    assert!(ett::files::is_full(&replace(&big, |file| file.put(&vec![0; 16 << 20])).expect_err("full")));
     assert_eq!((std::fs::read(&big)?, at.join(".big.part").exists()), (b"old".to_vec(), false));
     Ok(())
 }
@@ -414,6 +434,42 @@ fn a_full_file_system_spoils_nothing() -> Outcome {
 }
 
 #[test]
+fn files_are_replaced_where_links_point_and_only_where_they_can_be() -> Outcome {
+    let scratch = Scratch::new();
+    let names = || names(&scratch.path(""));
+    let (a, link) = (scratch.path("a"), scratch.path("link"));
+    replace(&a, |file| file.put(b"old"))?;
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink(&a, &link)?;
+        replace(&link, |file| file.put(b"new"))?;
+        assert!(link.is_symlink() && std::fs::read(&a)? == b"new");
+        std::fs::remove_file(&link)?;
+    }
+    #[cfg(target_os = "linux")]
+    {
+        // A device stays one, and says that it is full.
+        let full = Path::new("/dev/full");
+        probe(full)?;
+        assert!(ett::files::is_full(&replace(full, |file| file.put(&[0; 100])).expect_err("full")));
+        assert!(!full.metadata()?.is_file());
+    }
+    for (path, what) in [
+        (scratch.path("absent/a"), "absent/a: its folder is not there"),
+        (scratch.path(""), "is a folder; name a file"),
+        (a.join("b"), "a/b: "),
+    ] {
+        for e in [refused(probe(&path)), refused(replace(&path, |file| file.put(b"")))] {
+            assert!(e.contains(what), "{e}");
+        }
+    }
+    probe(&a)?;
+    probe(&link)?;
+    assert_eq!(names(), ["a"]);
+    Ok(())
+}
+
+#[test]
 fn metrics_are_cut_back_to_the_checkpoint() -> Outcome {
     let scratch = Scratch::new();
     let path = scratch.path("metrics.jsonl");
@@ -462,7 +518,8 @@ fn the_first_signal_asks_and_the_second_ends() -> Outcome {
     };
     interrupt::install()?;
     interrupt::install()?;
-    assert!(!interrupt::requested());
+    interrupt::enter(interrupt::Phase::Training);
+    assert!(!interrupt::requested() && interrupt::check().is_ok());
     let signal = match kind.to_str() {
         Some("INT") => libc::SIGINT,
         Some("HUP") => libc::SIGHUP,
@@ -470,7 +527,7 @@ fn the_first_signal_asks_and_the_second_ends() -> Outcome {
     };
     // As under nohup.
     assert!(kind.to_str() != Some("ignored") || !raise(libc::SIGHUP, 200), "an ignored signal asks");
-    assert!(raise(signal, 10_000));
+    assert!(raise(signal, 10_000) && interrupt::check().is_err());
     raise(signal, 0);
     std::thread::sleep(Duration::from_secs(10));
     Err("the second signal was survived".into())

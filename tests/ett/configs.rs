@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use ett::backend::Target;
 use ett::config::{Config, StageConfig, StageKind};
 use ett::error::Result;
 use ett::train::plan_stage;
@@ -23,7 +24,8 @@ fn every_stage_of_every_configuration_can_be_planned() -> Outcome {
         let cfg = Config::load(&path, &[])?;
         assert!(!cfg.stage.is_empty(), "{}", path.display());
         for stage in &cfg.stage {
-            let p = plan_stage(&cfg, &StageConfig { batch: 1, accumulate: 1, ..stage.clone() })?;
+            let one = StageConfig { batch: 1, accumulate: 1, ..stage.clone() };
+            let p = plan_stage(&cfg, &one, Target::Cpu { threads: 2 })?;
             assert!(p.flop > 0 && p.launches > 0, "{} {:?}", path.display(), stage.kind);
         }
     }
@@ -57,15 +59,15 @@ fn wrong_values_name_key_value_and_what_is_allowed() {
     let stage = |rest: &str| format!("[[stage]]\nkind = \"chat\"\nsteps = 1\nbatch = 6\n{rest}\n");
     for (text, parts) in [
         (stage("accumulate = 4"), ["stage.0.accumulate", "4", "divisor of the batch of 6"]),
-        (stage("accumulate = 0"), ["stage.0.accumulate", "0", "1 or more"]),
+        (stage("accumulate = 0"), ["stage.0.accumulate", "0", "1 to "]),
         (stage("captions = 1.5"), ["stage.0.captions", "1.5", "0 to 1"]),
-        (stage("groups = { llm = { lr = -1.0 } }"), ["stage.0.groups.llm.lr", "-1", "0 or more"]),
+        (stage("groups = { llm = { lr = -1.0 } }"), ["stage.0.groups.llm.lr", "-1", "from 0 to"]),
         (stage("groups = { llm = { betas = [0.9, 1.0] } }"), ["stage.0.groups.llm.betas", "1.0", "below 1"]),
         (stage("kind2 = 1"), ["kind2", "unknown field", "accumulate"]),
         (stage("").replace("chat", "gen"), ["visual_head.kind", "none", "tied or linear"]),
         (stage("").replace("chat", "walk"), ["walk", "unknown variant", "tokenizer"]),
         ("[train]\nprompt_dropout = 2.0\n".into(), ["train.prompt_dropout", "2", "0 to 1"]),
-        ("[train]\nkeep = 0\n".into(), ["train.keep", "0", "1 or more"]),
+        ("[train]\nkeep = 0\n".into(), ["train.keep", "0", "1 to "]),
         ("[train]\nkept = 3\n".into(), ["kept", "unknown field", "save_every"]),
         ("[train\n".into(), ["c.toml", "line 1", "TOML"]),
     ] {

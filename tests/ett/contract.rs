@@ -6,7 +6,7 @@ use std::cell::RefCell;
 use std::sync::Arc;
 
 use ett::backend::{
-    Add, AttentionFwd, Cast, Conv2dFwd, GatherFwd, GroupNormFwd, IbqRows, Kernels, LinearXentFwd, Matmul,
+    Add, AttentionFwd, Cast, Conv2dFwd, GatherFwd, GroupNormFwd, IbqRows, In, Kernels, LinearXentFwd, Matmul,
     MatmulAcc, RmsNormFwd, Role, Rope, Stream, SwigluFwd, UnaryFwd,
 };
 use ett::backend::{KERNELS, Unary};
@@ -318,18 +318,36 @@ fn tensors(m: &Subject) {
     m.refuses(none(t.reshape([5])), "reshape", &["dims"]);
     let slice = t.columns(1, 2).expect("two columns of four");
     assert!(!slice.is_contiguous() && slice.to_f64(&**dev).is_ok_and(|v| v.len() == 6));
-    m.refuses(none(slice.reshape([6])), "reshape", &["dims"]);
-    m.refuses(none(slice.range(0, 2)), "range", &["start + n"]);
+    m.refuses(none(slice.reshape([6])), "reshape", &["self"]);
+    m.refuses(none(slice.range(0, 2)), "range", &["self"]);
     m.refuses(none(Tensor::from_host(&**dev, Role::Input, &[1f32; 3], [2, 2])), "from_host", &["values"]);
     m.refuses(t.to_host::<f64>(&**dev).map(|_| ()), "to_host", &["T"]);
     m.refuses(dev.copy_in(S, &[0; 7], t.out()), "copy_in", &["src"]);
-    // A view that leaves its buffer.
-    let mut view = t.view();
-    view.off = 4;
-    m.refuses(dev.cast(S, &Cast { x: view, y: t.out() }), "cast", &["x"]);
-    view.off = 0;
-    view.ld = 2;
-    m.refuses(dev.cast(S, &Cast { x: view, y: t.out() }), "cast", &["x"]);
+    // Sums that wrap.
+    m.refuses(none(t.rows(usize::MAX, 2)), "rows", &["start + n"]);
+    m.refuses(none(t.columns(2, usize::MAX)), "columns", &["start + n"]);
+    m.refuses(none(t.range(usize::MAX, usize::MAX)), "range", &["start + n"]);
+    // Sizes that wrap: 2^60 x 4 elements of 4 bytes to none, (2^63 + 3) x 2 x 4 to three rows of four.
+    for dims in [[1 << 60, 4, 1], [(1 << 63) + 3, 2, 4], [usize::MAX; 3]] {
+        m.refuses(none(Tensor::empty(&**dev, Role::Input, DType::F32, dims)), "empty", &["dims"]);
+        m.refuses(none(t.reshape(dims)), "reshape", &["dims"]);
+    }
+    m.refuses(none(m.f32([0, 5]).reshape([0, 1 << 60, 1 << 60])), "reshape", &["dims"]);
+    // Views that leave their buffer.
+    let buf = t.view().buffer();
+    let view = |off, dims: [usize; 2], ld| In::new(buf, off, DType::F32, dims, ld).map(|_| ());
+    assert!(view(0, [3, 4], 4).is_ok() && view(4, [3, 3], 4).is_ok() && view(48, [0, 4], 4).is_ok());
+    for wrong in [
+        view(4, [3, 4], 4),
+        view(2, [1, 4], 4),
+        view(0, [3, 4], 2),
+        view(0, [3, 4], -4),
+        view(0, [3, 4], i64::MAX),
+        view(u64::MAX - 3, [3, 4], 4),
+        view(0, [1 << 62, 4], 4),
+    ] {
+        m.refuses(wrong, "view", &["extent"]);
+    }
 }
 
 #[test]

@@ -24,7 +24,7 @@ fn memory_comes_back_at_the_same_addresses() -> Outcome {
         let c = add(&*dev, &a, &a)?;
         drop(a);
         let d = Tensor::zeros(&*dev, Role::Activation, DType::F32, [900])?;
-        Ok([b, c, d].iter().map(|t| t.view().buf.addr()).collect())
+        Ok([b, c, d].iter().map(|t| t.view().addr()).collect())
     };
     let before = dev.memory();
     let first = work()?;
@@ -103,6 +103,164 @@ fn copies_on_the_other_stream_are_ordered() -> Outcome {
     Ok(())
 }
 
+/// A batch may be dropped while its copy is under way. Its memory was given to the next batch after the compute stream's
+/// work alone: the copy then overwrote what a kernel had written there meanwhile, and the values of the dropped batch came
+/// back instead of the new one's.
+#[test]
+#[ignore = "needs a GPU"]
+fn memory_of_a_copy_under_way_is_not_reused_before_its_end() -> Outcome {
+    let dev = gpu();
+    // One piece of pinned memory: enqueued at once, and far slower to copy than to fill.
+    let n = 8 << 20;
+    let old = vec![1f32; n];
+    let load = Tensor::zeros(&*dev, Role::Activation, DType::F32, [64 << 20])?;
+    for i in 0..10 {
+        let batch = Tensor::empty(&*dev, Role::Input, DType::F32, [n])?;
+        let at = batch.view().addr();
+        // The copy starts together with what the compute stream is given after this work.
+        for _ in 0..10 {
+            dev.fill(S, &Fill { y: load.out(), value: 0.0 })?;
+        }
+        dev.order(Stream::COMPUTE, Stream::COPY)?;
+        dev.copy_in(Stream::COPY, bytemuck::cast_slice(&old), batch.out())?;
+        drop(batch);
+        let next = Tensor::empty(&*dev, Role::Input, DType::F32, [n])?;
+        assert_eq!(next.view().addr(), at, "the block is used again");
+        dev.fill(S, &Fill { y: next.out(), value: 2.0 })?;
+        dev.synchronize()?;
+        let wrong = next.to_host::<f32>(&*dev)?.iter().filter(|v| **v != 2.0).count();
+        assert_eq!(wrong, 0, "round {i}: the copy of a batch that is gone wrote {wrong} of {n} values");
+    }
+    Ok(())
+}
+
+/// The same through a recording, which takes the block from the device while the copy into it is under way: its replay
+/// waited for nothing but the compute stream.
+#[test]
+#[ignore = "needs a GPU"]
+fn a_recording_does_not_reuse_memory_of_a_copy_under_way_either() -> Outcome {
+    let dev = gpu();
+    let n = 8 << 20;
+    let old = vec![1f32; n];
+    let batch = Tensor::empty(&*dev, Role::Input, DType::F32, [n])?;
+    let at = batch.view().addr();
+    dev.copy_in(Stream::COPY, bytemuck::cast_slice(&old), batch.out())?;
+    drop(batch);
+    let mut y = None;
+    let recording = dev
+        .record(&mut || {
+            let t = Tensor::empty(&*dev, Role::Input, DType::F32, [n])?;
+            dev.fill(S, &Fill { y: t.out(), value: 2.0 })?;
+            y = Some(t);
+            Ok(())
+        })?
+        .ok_or("a GPU records")?;
+    let y = y.ok_or("the work ran once")?;
+    assert_eq!(y.view().addr(), at, "the device's free block is used");
+    recording.replay()?;
+    dev.synchronize()?;
+    assert!(y.to_host::<f32>(&*dev)?.iter().all(|v| *v == 2.0));
+    Ok(())
+}
+
+/// A batch of the device dropped within a recording: the event that was recorded then belonged to the recording, so that
+/// the next batch in its place could not be ordered by it (an error of the driver).
+#[test]
+#[ignore = "needs a GPU"]
+fn a_batch_may_be_dropped_within_a_recording() -> Outcome {
+    let dev = gpu();
+    let n = 1 << 20;
+    let x = tensor(&*dev, DType::F32, &[1.0; 64], [64]);
+    let mut batch = Some(Tensor::from_host(&*dev, Role::Input, &vec![1f32; n], [n])?);
+    let mut y = None;
+    let recording = dev
+        .record(&mut || {
+            batch = None;
+            y = Some(add(&*dev, &x, &x)?);
+            Ok(())
+        })?
+        .ok_or("a GPU records")?;
+    let next = Tensor::empty(&*dev, Role::Input, DType::F32, [n])?;
+    dev.copy_in(Stream::COPY, bytemuck::cast_slice(&vec![3f32; n]), next.out())?;
+    dev.order(Stream::COPY, Stream::COMPUTE)?;
+    recording.replay()?;
+    assert!(next.to_host::<f32>(&*dev)?.iter().all(|v| *v == 3.0));
+    assert_eq!(y.ok_or("the work ran once")?.to_f64(&*dev)?, [2.0; 64]);
+    Ok(())
+}
+
+/// A recording that needs what the device holds free. Before, it did not look there and was out of memory; and where it
+/// had a free block of its own, it waited for the whole device, which CUDA forbids within a recording (the recording was
+/// lost), and gave that block to the driver, although its launches go on writing there. In a process of its own, as it
+/// takes most of the memory.
+#[test]
+#[ignore = "needs a GPU"]
+fn a_recording_can_use_what_the_device_holds_free() -> Outcome {
+    const CHILD: &str = "ETT_TEST_RECORD_CHILD";
+    if std::env::var_os(CHILD).is_none() {
+        let out = std::process::Command::new(std::env::current_exe()?)
+            .args([
+                "--ignored",
+                "--exact",
+                "--nocapture",
+                "gpu::a_recording_can_use_what_the_device_holds_free",
+            ])
+            .env(CHILD, "1")
+            .output()?;
+        let said = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
+        assert!(out.status.success() && said.contains("1 passed"), "{said}");
+        return Ok(());
+    }
+    let dev = ett::backend::open("cuda", 0)?;
+    let x = tensor(&*dev, DType::F32, &[1.0; 64], [64]);
+    let free = dev.available().ok_or("a GPU knows")? as usize;
+    let most = free / 10 * 7;
+    // (a) As large as the device's free block, (b) of other sizes, for which that block has to go back to the driver.
+    for parts in [1, 2] {
+        let held = dev.alloc(Role::Activation, most)?;
+        let at = held.addr();
+        drop(held);
+        let (mut y, mut large, mut once_at) = (None, Vec::new(), 0);
+        let recording = dev
+            .record(&mut || {
+                let once = add(&*dev, &x, &x)?;
+                once_at = once.view().addr();
+                y = Some(add(&*dev, &once, &x)?);
+                // A free block of the recording's own.
+                drop(once);
+                for _ in 0..parts {
+                    large.push(dev.alloc(Role::Activation, most / parts - (parts - 1) * (16 << 20))?);
+                }
+                Ok(())
+            })?
+            .ok_or("a GPU records")?;
+        assert!(parts > 1 || large[0].addr() == at, "the device's own block is used");
+        let y = y.ok_or("the work ran once")?;
+        for value in [3.0, 5.0] {
+            dev.fill(S, &Fill { y: x.out(), value })?;
+            // Memory taken meanwhile is not what the recording writes, in the middle of its launches neither.
+            let others: Vec<Tensor> = (0..8)
+                .map(|_| Tensor::zeros(&*dev, Role::Activation, DType::F32, [64]))
+                .collect::<Result<_>>()?;
+            assert!(others.iter().all(|t| t.view().addr() != once_at));
+            recording.replay()?;
+            assert_eq!(y.to_f64(&*dev)?, [3.0 * value; 64]);
+            for t in &others {
+                assert_eq!(t.to_f64(&*dev)?, [0.0; 64]);
+            }
+        }
+        // What the recording took comes back with its end.
+        drop((recording, large, y));
+        drop(dev.alloc(Role::Activation, most)?);
+    }
+    // More than there is, is a sentence within a recording too, and the device goes on.
+    let e = dev.record(&mut || dev.alloc(Role::Activation, 1 << 50).map(drop)).err().ok_or("a pebibyte")?;
+    assert!(matches!(e, Error::OutOfMemory { .. }), "{e}");
+    dev.fill(S, &Fill { y: x.out(), value: 1.0 })?;
+    assert_eq!(add(&*dev, &x, &x)?.to_f64(&*dev)?, [2.0; 64]);
+    Ok(())
+}
+
 #[test]
 #[ignore = "needs a GPU"]
 fn wrong_indices_are_reported_once() -> Outcome {
@@ -132,6 +290,9 @@ fn recordings_refuse_what_they_cannot_hold() -> Outcome {
                 dev.copy_in(S, &[0; 256], x.out()).err(),
                 dev.read_later(S, x.view()).err(),
                 dev.record(&mut || Ok(())).err(),
+                dev.order(Stream::COMPUTE, Stream::COPY).err(),
+                dev.order(Stream::COPY, S).err(),
+                dev.synchronize().err(),
             ] {
                 let e = e.map(|e| e.to_string()).unwrap_or_default();
                 assert!(e.contains("recording"), "{e}");
@@ -179,7 +340,7 @@ fn forced_kernels_are_used_or_refused() -> Outcome {
 struct Nowhere;
 #[cfg(ett_cuda)]
 impl ett::backend::Reclaim for Nowhere {
-    fn reclaim(&self, _addr: u64, _bytes: usize, _role: Role) {}
+    unsafe fn reclaim(&self, _addr: u64, _bytes: usize, _role: Role) {}
 }
 
 /// With `ETT_SYNC=1` an error of the GPU names the kernel that made it. The test fails a GPU for good, so that it does
@@ -203,8 +364,10 @@ fn sync_blames_the_kernel() -> Outcome {
     let dev = Cuda::with(0, &Options::from_env())?;
     let x = tensor(&dev, DType::F32, &[1.0; 64], [64]);
     // An address far from everything.
-    let wild = Buffer::new(1 << 45, 256, Role::Activation, std::sync::Arc::new(Nowhere));
-    let a = In { buf: &wild, off: 0, dtype: DType::F32, dims: [64].into(), ld: 64 };
+    // SAFETY: the host does not follow it, and the GPU stops there: that is what is tested, and the last that this
+    // process does with the GPU.
+    let wild = unsafe { Buffer::new(1 << 45, 256, Role::Activation, std::sync::Arc::new(Nowhere)) };
+    let a = In::new(&wild, 0, DType::F32, [64], 64)?;
     add(&dev, &x, &x)?;
     let y = Tensor::empty(&dev, Role::Activation, DType::F32, [64])?;
     let e = dev.add(S, &Add { a, b: x.view(), y: y.out() }).expect_err("no memory is there").to_string();

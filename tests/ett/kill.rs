@@ -316,10 +316,9 @@ fn interrupted_runs_save_and_go_on() -> Outcome {
         let mut running = place.start(PAUSE / 4)?;
         assert!(running.saw(&format!("step-00000002: {at}"), 1));
         running.signal(signal);
-        let start = Instant::now();
         let status = running.wait();
         let said = running.said();
-        assert!(status.code() == Some(0) && start.elapsed() < Duration::from_secs(5), "{status}: {said}");
+        assert!(status.code() == Some(0), "{status}: {said}");
         // Stopped after the step under way, between two of the usual saves.
         let saved = Checkpoints::latest(&place.out())?.ok_or("a checkpoint")?;
         assert!(saved.ends_with("step-00000003"), "{said}");
@@ -356,7 +355,14 @@ fn what_cannot_be_resumed_is_said() -> Outcome {
     assert!(refused(&out)?.contains("config.toml"), "a folder that is not there");
     std::fs::create_dir(&out)?;
     std::fs::copy(place.scratch.path("config.toml"), out.join("config.toml"))?;
-    assert!(refused(&out)?.contains("no checkpoint"));
+    // Resuming and starting say the same of a run that ended before it had saved anything.
+    assert!(refused(&out)?.contains("ended before its first; remove the folder"));
+    let config = place.scratch.path("config.toml");
+    let args = ["run".as_ref(), "--config".as_ref(), config.as_ref(), "--out".as_ref(), out.as_ref()];
+    let mut started = Running::new(&args, 0)?;
+    assert_eq!(started.wait().code(), Some(1));
+    let said = started.said();
+    assert!(said.contains("ended before its first checkpoint; remove the folder"), "{said}");
     std::fs::remove_dir_all(&out)?;
     let mut running = place.start(PAUSE)?;
     assert!(running.saw("step-00000004: latest replaced", 1) && running.kill());
@@ -370,6 +376,14 @@ fn what_cannot_be_resumed_is_said() -> Outcome {
         let said = refused(&out)?;
         assert!(said.contains(&format!("`{key}` was")), "{said}");
     }
+    let checkpoint = Checkpoints::latest(&out)?.ok_or("a checkpoint")?;
+    for part in [checkpoint.clone(), out.join("checkpoints")] {
+        let said = refused(&part)?;
+        let whole = std::fs::canonicalize(&out)?;
+        assert!(said.contains(&format!("go on with `ett-train resume {}`", whole.display())), "{said}");
+    }
+    // Killed between the two renamings of a checkpoint.
+    std::fs::rename(&checkpoint, checkpoint.with_file_name(".step-00000004.part"))?;
     // What changes no bit may change.
     std::fs::write(out.join("config.toml"), config.replacen("threads = 1", "threads = 2", 1))?;
     let done = place.finish()?;

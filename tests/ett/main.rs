@@ -1,5 +1,6 @@
 //! The integration tests: one binary for all of them.
 
+mod bf16;
 mod bindings;
 mod build;
 mod builtin;
@@ -17,6 +18,7 @@ mod gradients;
 mod kill;
 mod memory;
 mod plan;
+mod process;
 mod properties;
 mod quantizer;
 mod ranks;

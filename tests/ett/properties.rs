@@ -4,18 +4,46 @@
 use std::sync::Arc;
 
 use ett::autograd::{Tape, Var};
-use ett::backend::{Kernels, Plan, Unary};
-use ett::config::Config;
+use ett::backend::{Kernels, Plan, Target, Unary};
+use ett::config::{
+    Config, DataConfig, GroupConfig, Source, StageConfig, StageData, StageKind, VisualHeadKind,
+};
+use ett::data::Crop;
 use ett::error::Result;
 use ett::ops::{self, Conv, Entropy, Heads, IbqOptions, Rotary, Seqs};
 use ett::tensor::{DType, Precision};
+use ett::train::plan_stage;
 use proptest::prelude::*;
 use proptest::test_runner::{Config as Cases, RngAlgorithm, TestRng, TestRunner};
 
 use crate::common::{Outcome, Scratch, cpu, int, normal, tensor};
 
+type Checked = std::result::Result<(), TestCaseError>;
+
+thread_local! {
+    /// Ops that ran forward and backward, and calls that had to be refused.
+    static SEEN: std::cell::Cell<[u32; 2]> = const { std::cell::Cell::new([0; 2]) };
+}
+
+fn seen(which: usize) {
+    let mut seen = SEEN.get();
+    seen[which] += 1;
+    SEEN.set(seen);
+}
+
+/// [`cases`] of calls that [`holds`] judges: a good part of them has to fit and run, and some must not.
+fn calls<S: Strategy>(count: u32, of: S, check: impl Fn(S::Value) -> Checked) {
+    SEEN.set([0; 2]);
+    cases(count, of, check);
+    let [ran, refused] = SEEN.get();
+    assert!(
+        ran >= count / 3 && refused >= count / 8,
+        "of {count} cases {ran} calls ran and {refused} were refused"
+    );
+}
+
 /// The same cases every time.
-fn cases<S: Strategy>(count: u32, of: S, check: impl Fn(S::Value) -> std::result::Result<(), TestCaseError>) {
+fn cases<S: Strategy>(count: u32, of: S, check: impl Fn(S::Value) -> Checked) {
     let config = Cases { cases: count, failure_persistence: None, ..Cases::default() };
     let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
     TestRunner::new_with_rng(config, rng).run(&of, check).unwrap_or_else(|e| panic!("{e}"));
@@ -49,10 +77,7 @@ impl Bench {
 
 /// Runs an op on both devices, forward and backward. What it returns has `want`'s shapes, its inputs' gradients have
 /// the inputs' shapes; without `want` it is an error. Empty tensors may be refused.
-fn holds(
-    want: Option<Vec<Shape>>,
-    op: impl Fn(&Bench) -> Result<(Vec<Var>, Vec<Var>)>,
-) -> std::result::Result<(), TestCaseError> {
+fn holds(want: Option<Vec<Shape>>, op: impl Fn(&Bench) -> Result<(Vec<Var>, Vec<Var>)>) -> Checked {
     let devices: [Arc<dyn Kernels>; 2] = [cpu(1), Arc::new(Plan::new())];
     for dev in devices {
         let name = dev.name();
@@ -68,6 +93,7 @@ fn holds(
             (Err(e), None) => {
                 let e = e.to_string();
                 prop_assert!(e.contains("wanted") || e.contains("not supported"), "{name}: {e}");
+                seen(1);
                 continue;
             }
         };
@@ -89,6 +115,7 @@ fn holds(
                 input.dims()
             );
         }
+        seen(0);
     }
     Ok(())
 }
@@ -107,7 +134,7 @@ fn linear_layers() {
         let w = mostly(vec![o, cols(&x)]);
         (Just(x), w, mostly(vec![o]).prop_map(move |b| bias.then_some(b)), any::<bool>())
     });
-    cases(96, shapes, |(x, w, b, gelu)| {
+    calls(96, shapes, |(x, w, b, gelu)| {
         let fits = w.len() == 2 && w[1] == cols(&x) && b.as_ref().is_none_or(|b| *b == [w[0]]);
         holds(fits.then(|| vec![vec![rows(&x), w[0]]]), |t| {
             let (x, w, b) = (t.leaf(&x), t.leaf(&w), b.as_ref().map(|b| t.leaf(b)));
@@ -128,7 +155,7 @@ fn convolutions() {
             let b = mostly(vec![k[0]]);
             (mostly(x.to_vec()), w, prop::option::of(b), 0..4usize, 0..4usize, 0..4usize)
         });
-    cases(160, shapes, |(x, w, b, stride, before, after)| {
+    calls(160, shapes, |(x, w, b, stride, before, after)| {
         let conv = Conv { stride, before, after };
         let side = |i: usize| (x[i] + before + after).checked_sub(w[i]).map(|n| n / stride + 1);
         let fits = x.len() == 4
@@ -153,7 +180,7 @@ fn norms_over_rows() {
     let shapes = (0..7usize, 0..7usize).prop_flat_map(|(n, c)| {
         (mostly(vec![n, c]), mostly(vec![c]), mostly(vec![c]), mostly(vec![n, c]), 0..4usize)
     });
-    cases(128, shapes, |(x, w, b, residual, which)| {
+    calls(128, shapes, |(x, w, b, residual, which)| {
         let vector = |v: &Shape| x.len() == 2 && *v == [x[1]];
         let fits = match which {
             0 => vector(&w),
@@ -185,7 +212,7 @@ fn norms_over_pictures() {
     let shapes = prop::array::uniform4(0..7usize).prop_flat_map(|x| {
         (mostly(x.to_vec()), mostly(vec![x[3]]), mostly(vec![x[3]]), 0..5usize, any::<bool>(), any::<bool>())
     });
-    cases(128, shapes, |(x, w, b, groups, silu, batch)| {
+    calls(128, shapes, |(x, w, b, groups, silu, batch)| {
         let vectors = x.len() == 4 && w == [x[3]] && b == [x[3]];
         let fits = vectors && (batch || groups > 0 && x[3] % groups == 0);
         holds(fits.then(|| vec![x.clone()]), |t| {
@@ -208,7 +235,7 @@ fn attention_over_any_sequences() {
                 let qkv = mostly(vec![total + spare, (query + 2 * kv) * dim]);
                 (Just(lengths), qkv, Just(Heads { query, kv, dim, scale: 0.5, causal }))
             });
-    cases(128, shapes, |(lengths, qkv, h)| {
+    calls(128, shapes, |(lengths, qkv, h)| {
         let total: usize = lengths.iter().sum();
         let fits = qkv.len() == 2
             && qkv[0] >= total
@@ -227,7 +254,7 @@ fn attention_over_any_sequences() {
 fn rows_by_index() {
     let shapes = (0..6usize, 0..6usize)
         .prop_flat_map(|(r, c)| (mostly(vec![r, c]), prop::collection::vec(-1..r.max(1) as i32, 0..7)));
-    cases(96, shapes, |(table, idx)| {
+    calls(96, shapes, |(table, idx)| {
         let inside = |i: &i32| *i < table.first().copied().unwrap_or(0) as i32;
         // An index outside of the table is found with the next value that is read: see the conformance tests.
         prop_assume!(idx.iter().all(inside));
@@ -250,7 +277,7 @@ fn rotations_and_gates() {
             (mostly(vec![n, heads * dim + more]), position, Just(r))
         },
     );
-    cases(128, shapes, |(x, position, r)| {
+    calls(128, shapes, |(x, position, r)| {
         let fits = x.len() == 2
             && x[0] == position.len()
             && r.head_dim % 2 == 0
@@ -272,7 +299,7 @@ fn rotations_and_gates() {
 
 #[test]
 fn larger_and_smaller_pictures() {
-    cases(96, prop_oneof![any_shape(), prop::collection::vec(0..7usize, 4)], |x| {
+    calls(96, prop_oneof![any_shape(), prop::collection::vec(0..7usize, 4)], |x| {
         let picture = x.len() == 4;
         holds(picture.then(|| vec![vec![x[0], 2 * x[1], 2 * x[2], x[3]]]), |t| {
             let x = t.leaf(&x);
@@ -290,7 +317,7 @@ fn larger_and_smaller_pictures() {
 #[test]
 fn rows_apart_and_together() {
     let shapes = (any_shape(), prop::collection::vec(0..4usize, 0..4), any_shape());
-    cases(96, shapes, |(x, counts, other)| {
+    calls(96, shapes, |(x, counts, other)| {
         let sum: usize = counts.iter().sum();
         let fits = x.len() == 2 && sum == x[0];
         holds(fits.then(|| counts.iter().map(|&n| vec![n, x[1]]).collect()), |t| {
@@ -321,7 +348,7 @@ fn rows_apart_and_together() {
 fn quantizers() {
     let shapes = (0..9usize, 0..9usize, 0..5usize)
         .prop_flat_map(|(m, k, d)| (mostly(vec![m, d]), mostly(vec![k, d]), any::<bool>()));
-    cases(96, shapes, |(z, e, ibq)| {
+    calls(96, shapes, |(z, e, ibq)| {
         let fits = z.len() == 2 && e.len() == 2 && z[1] == e[1] && e[0] > 0;
         let m = z.first().copied().unwrap_or(1);
         let options = IbqOptions {
@@ -379,6 +406,191 @@ fn any_override_is_taken_or_refused_in_words() -> Outcome {
         std::fs::write(&path, &text).map_err(|e| TestCaseError::fail(e.to_string()))?;
         if let Err(e) = Config::load(&path, &[]) {
             prop_assert!(e.to_string().contains("config.toml: not a configuration"), "{text:?}: {e}");
+        }
+        Ok(())
+    });
+    Ok(())
+}
+
+/// The smallest model that has every part, with every key that may be left out.
+fn every_key() -> Config {
+    let mut c = Config::default();
+    (c.tokenizer.ch, c.tokenizer.ch_mult, c.tokenizer.norm_groups) = (8, vec![1, 2], 4);
+    (c.tokenizer.num_res_blocks, c.tokenizer.z_channels) = (1, 8);
+    (c.quantizer.codes, c.quantizer.dim) = (16, 4);
+    c.lpips.widths = [4; 5];
+    c.discriminator.ndf = 4;
+    let l = &mut c.llm;
+    (l.vocab, l.width, l.layers, l.heads, l.kv_heads, l.head_dim, l.mlp) = (264, 16, 1, 2, 1, 8, 24);
+    (c.data.size, c.data.text_tokens) = (32, 8);
+    c.visual_head.kind = VisualHeadKind::Tied;
+    let own = GroupConfig {
+        lr: Some(1e-3),
+        betas: Some([0.5, 0.9]),
+        clip: Some(0.5),
+        weight_decay: Some(0.1),
+        adam_eps: Some(1e-8),
+    };
+    let data = StageData {
+        source: Some(Source::Scenes),
+        train: Some("train".into()),
+        test: Some("test".into()),
+        train_samples: Some(9),
+        test_samples: Some(3),
+        size: Some(16),
+        crop: Some(Crop::Random),
+        flip: Some(false),
+        text_tokens: Some(7),
+    };
+    let groups = [("llm".to_string(), own)].into();
+    let with = |kind| StageConfig {
+        lr: Some(1e-3),
+        betas: Some([0.9, 0.95]),
+        ema: true,
+        warmup: Some(0.1),
+        clip: Some(1.0),
+        weight_decay: Some(0.0),
+        adam_eps: Some(1e-8),
+        data: data.clone(),
+        ..StageConfig::new(kind, 2, 4)
+    };
+    c.stage = vec![StageConfig { groups, ..with(StageKind::Semantic) }, with(StageKind::Gen)];
+    c
+}
+
+/// Every place of a value in a configuration as JSON, where absent values are null; parts of lists one by one.
+fn leaves(v: &serde_json::Value, at: Vec<String>, all: &mut Vec<Vec<String>>) {
+    let below = |k: String| [at.clone(), vec![k]].concat();
+    match v {
+        serde_json::Value::Object(o) => o.iter().for_each(|(k, v)| leaves(v, below(k.clone()), all)),
+        serde_json::Value::Array(a) => {
+            a.iter().enumerate().for_each(|(i, v)| leaves(v, below(i.to_string()), all));
+            all.push(at);
+        }
+        _ => all.push(at),
+    }
+}
+
+/// The place itself; what is absent on the way is made.
+fn place<'a>(v: &'a mut toml::Value, at: &[String]) -> &'a mut toml::Value {
+    let Some((first, rest)) = at.split_first() else { return v };
+    let next = match v {
+        toml::Value::Array(a) => &mut a[first.parse::<usize>().expect("a number")],
+        toml::Value::Table(t) => t.entry(first.clone()).or_insert(toml::Value::Boolean(false)),
+        v => return v,
+    };
+    place(next, rest)
+}
+
+/// What nobody means to write.
+fn extreme() -> impl Strategy<Value = toml::Value> {
+    use toml::Value::*;
+    let whole = [
+        0,
+        1,
+        2,
+        3,
+        7,
+        1 << 13,
+        1 << 16,
+        1 << 20,
+        i64::from(i32::MAX),
+        1 << 32,
+        1 << 60,
+        i64::MAX,
+        -1,
+        i64::MIN,
+    ];
+    let real = [
+        0.0,
+        -0.0,
+        0.5,
+        1.0,
+        -1.0,
+        1e-320,
+        1e-20,
+        1e9,
+        1e300,
+        f64::MAX,
+        f64::INFINITY,
+        -f64::INFINITY,
+        f64::NAN,
+    ];
+    prop_oneof![
+        4 => prop::sample::select(whole.to_vec()).prop_map(Integer),
+        4 => prop::sample::select(real.to_vec()).prop_map(Float),
+        1 => prop::sample::select(vec![
+            Boolean(true), String("x".into()), String("gen".into()), Array(vec![]), Array(vec![Integer(1); 9]),
+            Array(vec![Float(f64::NAN); 2]), Table(toml::Table::new()),
+        ]),
+    ]
+}
+
+/// Loads `every_key` with some values replaced. An error is one line that names one of the keys.
+fn replaced(
+    path: &std::path::Path,
+    changes: &[(&Vec<String>, toml::Value)],
+) -> std::result::Result<Option<Config>, TestCaseError> {
+    let mut table = toml::Value::try_from(every_key()).expect("a table");
+    for (at, value) in changes {
+        *place(&mut table, at) = value.clone();
+    }
+    std::fs::write(path, toml::to_string(&table).expect("TOML"))
+        .map_err(|e| TestCaseError::fail(e.to_string()))?;
+    let e = match Config::load(path, &[]) {
+        Ok(c) => return Ok(Some(c)),
+        Err(e) => e.to_string(),
+    };
+    let key = |at: &&Vec<String>| {
+        at.iter().rev().find(|k| k.parse::<usize>().is_err()).is_some_and(|k| e.contains(k))
+    };
+    prop_assert!(!e.contains('\n') && changes.iter().any(|(at, _)| key(&at)), "{changes:?}: {e}");
+    Ok(None)
+}
+
+/// Every key of the configuration, those to come too, with values that nobody means: a configuration, which can be
+/// planned, or a sentence that names the key.
+#[test]
+fn any_value_of_any_key_is_taken_or_refused_by_name() -> Outcome {
+    let dir = Scratch::new();
+    let path = dir.path("config.toml");
+    let mut keys = Vec::new();
+    leaves(&serde_json::to_value(every_key())?, vec![], &mut keys);
+    assert!(keys.len() > 90 && keys.contains(&vec!["lpips".into(), "weights".into()]), "{keys:?}");
+
+    let values = serde_json::to_value(every_key())?;
+    for key in &keys {
+        let now = key.iter().fold(&values, |v, k| k.parse::<usize>().map_or(&v[k.as_str()], |i| &v[i]));
+        let mut wrong = match now {
+            v if v.is_u64() => vec![toml::Value::Integer(-1), toml::Value::Float(0.5)],
+            v if v.is_f64() => [f64::NAN, f64::INFINITY, -1.0, f64::MAX].map(toml::Value::Float).to_vec(),
+            _ => vec![],
+        };
+        // The seed of a run is any number.
+        if now.is_u64() && key[1] != "seed" {
+            wrong.push(toml::Value::Integer(i64::MAX));
+        }
+        for value in wrong {
+            let what = format!("{key:?} = {value}");
+            let taken = replaced(&path, &[(key, value)]).map_err(|e| format!("{what}: {e}"))?;
+            assert!(taken.is_none(), "{what} was accepted");
+        }
+    }
+
+    let change = || (prop::sample::select(keys.clone()), extreme());
+    cases(1500, prop::collection::vec(change(), 1..4), |changes| {
+        // Parts of a list first: the list itself may become another.
+        let mut changes: Vec<_> = changes.iter().map(|(at, v)| (at, v.clone())).collect();
+        changes.sort_by_key(|(at, _)| std::cmp::Reverse(at.len()));
+        let Some(c) = replaced(&path, &changes)? else { return Ok(()) };
+        let tokens = |data: DataConfig| data.text_tokens + (data.size / c.tokenizer.downsampling()).pow(2);
+        let blocks = c.llm.layers + c.tokenizer.num_res_blocks;
+        let small = |s: &&StageConfig| blocks <= 16 && tokens(c.data_of(s)) * s.batch <= 1 << 14;
+        for s in c.stage.iter().filter(small) {
+            if let Err(e) = plan_stage(&c, s, Target::Cpu { threads: 2 }) {
+                let e = e.to_string();
+                prop_assert!(!e.contains('\n') && e.contains("wanted"), "{changes:?}: no plan: {e}");
+            }
         }
         Ok(())
     });

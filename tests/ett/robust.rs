@@ -4,14 +4,17 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use ett::backend::Plan;
+use ett::backend::{Cpu, Device, Fill, Kernels, Plan, Role, Stream};
 use ett::config::{Config, Source, StageConfig, StageKind};
 use ett::data::{Folder, Image, ImageSet, LoadOptions, Philox, Scenes, Split, TextTokenizer, save_png};
 use ett::error::Result;
 use ett::model::Ett;
 use ett::nn::Copy;
+use ett::tensor::{DType, Tensor};
 use ett::train::feed::{DataSet, Feed};
 use ett::train::{self, RunOptions, Stage, Template, load_weights, plots, save_weights};
+
+use rayon::prelude::*;
 
 use crate::common::{Outcome, Scratch, cpu};
 
@@ -114,9 +117,63 @@ fn wrong_configurations_are_named_with_line_and_key() -> Outcome {
     fs::write(&path, "[train]\nlr = \"fast\"\n")?;
     let e = said(Config::load(&path, &["train.seed=3".into()]), &path);
     assert!(e.contains("train.lr"), "{e}");
+    // What the file is not to blame for.
+    fs::write(&path, "[train]\nlr = 1.0\n")?;
+    for (set, quoted) in [
+        ("data.train=2024", "is put in quotes: 'data.train=\"2024\"'"),
+        ("train.precision=32", "is put in quotes: 'train.precision=\"32\"'"),
+        ("llm.width=wide", "invalid type: string \"wide\""),
+        ("train.sed=3", "unknown field `sed`"),
+    ] {
+        let Err(e) = Config::load(&path, &["train.seed=3".into(), set.into()]) else { panic!("{set}") };
+        let e = e.to_string();
+        assert!(
+            e.starts_with(&format!("configuration: `--set` is {set}, wanted")) && e.contains(quoted),
+            "{e}"
+        );
+        assert!(e.contains("quotes") == quoted.contains("quotes"), "{e}");
+    }
     fs::write(&path, b"[train]\nprecision = \"\xff\"\n")?;
     said(Config::load(&path, &[]), &path);
     said(Config::load(&dir.path("absent.toml"), &[]), &dir.path("absent.toml"));
+    Ok(())
+}
+
+/// Sizes whose product wraps: 2^60 rows of 4 columns of 4 bytes are none. It ended in a segmentation fault.
+#[test]
+fn sizes_that_wrap_are_a_sentence() -> Outcome {
+    let dir = Scratch::new();
+    let path = dir.path("config.toml");
+    let mut small = config();
+    small.stage = vec![stage(StageKind::Text)];
+    fs::write(&path, toml::to_string(&small)?)?;
+    let ended = |set: &[&str]| -> std::result::Result<String, Box<dyn std::error::Error>> {
+        let mut program = std::process::Command::new(env!("CARGO_BIN_EXE_ett-train"));
+        program.args(["run", "--device", "cpu", "--config"]).arg(&path).arg("--out").arg(dir.path("run"));
+        program.args(set.iter().flat_map(|s| ["--set", s]));
+        let out = program.output()?;
+        assert_eq!((out.status.code(), dir.path("run").exists()), (Some(1), false), "{out:?}");
+        Ok(String::from_utf8(out.stderr)?)
+    };
+    let e = ended(&["llm.vocab=1152921504606846976", "llm.width=4"])?;
+    assert_eq!(e, "error: configuration: `llm.vocab` is 1152921504606846976, wanted 1 to 2147483647\n");
+    // Threads that the system starts, but with which no step is ever reached.
+    let e = ended(&["train.threads=20000"])?;
+    assert_eq!(e, "error: configuration: `train.threads` is 20000, wanted 0 to 1024\n");
+    // Each is possible, but not all of them.
+    let e = ended(&[
+        "llm.vocab=2147483647",
+        "llm.width=65536",
+        "data.text_tokens=1048576",
+        "stage.0.batch=1048576",
+    ])?;
+    assert!(
+        e.contains("llm.width, layers")
+            && e.contains("vocab")
+            && e.contains("operations")
+            && e.contains("wanted at most"),
+        "{e}"
+    );
     Ok(())
 }
 
@@ -241,7 +298,7 @@ fn what_cannot_be_written_is_named() -> Outcome {
     fs::write(&file, "in the way")?;
     let mut c = config();
     c.stage = vec![stage(StageKind::Align)];
-    let model = Ett::new(&c, cpu(1))?;
+    let mut model = Ett::new(&c, cpu(1))?;
     let metrics = dir.path("metrics.jsonl");
     fs::write(&metrics, "{\"stage\": \"text\", \"step\": 0, \"loss\": {\"cap\": 1.0}}\n")?;
     let picture = Image::filled(4, 4, 0.0);
@@ -259,8 +316,61 @@ fn what_cannot_be_written_is_named() -> Outcome {
         named(plots::labelled_grid(&[vec![(picture.clone(), "a".into())]], &below.join("a.png")), "a grid");
         let test = DataSet::test(&c.data)?.ok_or("built-in data")?;
         let template = Template::new(TextTokenizer::Bytes);
-        named(train::evaluate(&model, &test, &template, &below).map(drop), "an evaluation");
+        named(train::evaluate(&mut model, &test, &template, &below).map(drop), "an evaluation");
     }
     assert_eq!(fs::read(&file)?, b"in the way");
     Ok(())
+}
+
+/// Threads that use one tensor take turns: what is read is what one call has written.
+#[test]
+fn calls_of_several_threads_take_turns() -> Outcome {
+    const N: usize = 1 << 18;
+    let dev = Cpu::new(2)?;
+    let x = Tensor::zeros(&dev, Role::Activation, DType::F32, [N])?;
+    let (dev, x) = (&dev, &x);
+    std::thread::scope(|s| {
+        for writer in 0..3 {
+            s.spawn(move || {
+                for i in 0..60 {
+                    let value = f64::from(10 * i + writer);
+                    match writer {
+                        0 => dev.copy_in(Stream::COPY, bytemuck::cast_slice(&vec![value as f32; N]), x.out()),
+                        _ => dev.fill(Stream::COMPUTE, &Fill { y: x.out(), value }),
+                    }
+                    .expect("a value");
+                }
+            });
+        }
+        for _ in 0..60 {
+            let v = x.to_host::<f32>(dev).expect("values");
+            assert!(v.iter().all(|y| *y == v[0]), "two calls wrote one tensor at the same time");
+        }
+    });
+    Ok(())
+}
+
+/// Calls from the threads of another pool, each of which may take up a second one while its first is under way.
+#[test]
+fn calls_from_another_pool_of_threads_end() -> Outcome {
+    let dev = Cpu::new(2)?;
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build()?;
+    let sums: Vec<f32> = pool.install(|| {
+        (0..300u16)
+            .into_par_iter()
+            .map(|i| {
+                let x = Tensor::zeros(&dev, Role::Activation, DType::F32, [5000]).expect("memory");
+                dev.fill(Stream::COMPUTE, &Fill { y: x.out(), value: f64::from(i) }).expect("a kernel");
+                x.to_host::<f32>(&dev).expect("values").iter().sum()
+            })
+            .collect()
+    });
+    assert!(sums.iter().enumerate().all(|(i, s)| *s == 5000.0 * i as f32));
+    Ok(())
+}
+
+#[test]
+fn threads_have_a_limit() {
+    let e = Cpu::new(20_000).err().map(|e| e.to_string()).unwrap_or_default();
+    assert_eq!(e, "Cpu::new: argument `threads` is 20000, wanted 0 (one per core) to 1024");
 }

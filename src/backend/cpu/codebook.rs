@@ -8,7 +8,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use num_traits::{Float, One, Zero};
 use rayon::prelude::*;
 
+use super::workspace::{acc_size, block, no_workspace, per_thread, together};
 use super::*;
+
+no_workspace!(ibq_losses(IbqLosses), vq_losses(VqLosses), vq_bwd(VqBwd));
 
 /// Tokens of a tile.
 const ROWS: usize = 64;
@@ -30,11 +33,47 @@ struct Sweep<'a, E: Elem> {
     cols: usize,
 }
 
-/// Scratch of one thread.
-struct Tile<R> {
-    z: Scratch<R>,
-    e: Scratch<R>,
-    s: Scratch<R>,
+/// Elements of the parts of a [`Tile`].
+fn tile_parts(k: usize, d: usize) -> [usize; 3] {
+    [ROWS.saturating_mul(d), tile_cols(k).saturating_mul(d), ROWS.saturating_mul(tile_cols(k))]
+}
+
+/// The same, gradients of scores, and the sums of a block of rows.
+fn bwd_parts(k: usize, d: usize) -> [usize; 5] {
+    let [z, e, s] = tile_parts(k, d);
+    [z, e, s, s, z]
+}
+
+/// Bytes of the tiles of `tasks` tasks.
+fn tiles_bytes(z: &In, e: &In, threads: usize, tasks: usize) -> usize {
+    per_thread(threads, acc_size(z.dtype), tasks, tile_parts(e.dims.rows(), z.dims.cols()))
+}
+
+pub(super) fn nearest_workspace(a: &Nearest, threads: usize) -> usize {
+    let half = if a.metric == Metric::L2 { block(acc_size(a.z.dtype), a.e.dims.rows()) } else { 0 };
+    together([half, tiles_bytes(&a.z, &a.e, threads, a.z.dims.rows().div_ceil(ROWS))])
+}
+
+pub(super) fn ibq_rows_workspace(a: &IbqRows, threads: usize) -> usize {
+    tiles_bytes(&a.z, &a.e, threads, a.z.dims.rows().div_ceil(ROWS))
+}
+
+pub(super) fn ibq_cols_workspace(a: &IbqCols, threads: usize) -> usize {
+    let k = a.e.dims.rows();
+    tiles_bytes(&a.z, &a.e, threads, k.div_ceil(tile_cols(k)))
+}
+
+pub(super) fn ibq_bwd_workspace(a: &IbqBwd, threads: usize) -> usize {
+    let (m, k, d, size) = (a.z.dims.rows(), a.e.dims.rows(), a.z.dims.cols(), acc_size(a.z.dtype));
+    let tasks = m.div_ceil(ROWS).max(k.div_ceil(tile_cols(k)));
+    together([block(size, m.saturating_mul(d)), per_thread(threads, size, tasks, bwd_parts(k, d))])
+}
+
+/// Scratch of one task.
+struct Tile<'a, R> {
+    z: &'a mut [R],
+    e: &'a mut [R],
+    s: &'a mut [R],
 }
 
 impl<'a, E: Elem> Sweep<'a, E> {
@@ -49,12 +88,9 @@ impl<'a, E: Elem> Sweep<'a, E> {
         Ok(Sweep { z, e, d: z.cols, cols: tile_cols(e.rows) })
     }
 
-    fn tile(&self, cpu: &Cpu) -> Tile<E::Acc> {
-        Tile {
-            z: cpu.scratch(ROWS * self.d),
-            e: cpu.scratch(self.cols * self.d),
-            s: cpu.scratch(ROWS * self.cols),
-        }
+    /// Scratch for the tiles of `tasks` tasks.
+    fn tiles<'w>(&self, ws: &'w Workspace, tasks: usize) -> Result<PerThread<'w, E::Acc, 3>> {
+        ws.per_thread(tasks, tile_parts(self.e.rows, self.d))
     }
 
     fn row_blocks(&self) -> Vec<Range<usize>> {
@@ -65,19 +101,19 @@ impl<'a, E: Elem> Sweep<'a, E> {
         chunks(self.e.rows, self.cols)
     }
 
-    fn load_z(&self, r: &Range<usize>, t: &mut Tile<E::Acc>) {
-        widen(&self.z, r, &mut t.z);
+    fn load_z(&self, r: &Range<usize>, t: &mut Tile<'_, E::Acc>) {
+        widen(&self.z, r, t.z);
     }
 
-    fn load_e(&self, c: &Range<usize>, t: &mut Tile<E::Acc>) {
-        widen(&self.e, c, &mut t.e);
+    fn load_e(&self, c: &Range<usize>, t: &mut Tile<'_, E::Acc>) {
+        widen(&self.e, c, t.e);
     }
 
     /// Scores of the loaded rows and codes, `[r, cols]`; columns past the last code are -inf.
-    fn scores(&self, r: &Range<usize>, c: &Range<usize>, t: &mut Tile<E::Acc>) {
-        let z = Mat::new(&t.z, r.len(), self.d, self.d);
-        let e = Mat::new(&t.e, c.len(), self.d, self.d);
-        gemm(z, e.t(), &mut t.s, self.cols, false);
+    fn scores(&self, r: &Range<usize>, c: &Range<usize>, t: &mut Tile<'_, E::Acc>) {
+        let z = Mat::new(t.z, r.len(), self.d, self.d);
+        let e = Mat::new(t.e, c.len(), self.d, self.d);
+        gemm(z, e.t(), t.s, self.cols, false);
         if c.len() < self.cols {
             for row in t.s.chunks_mut(self.cols).take(r.len()) {
                 row[c.len()..].fill(E::Acc::neg_infinity());
@@ -128,24 +164,27 @@ fn best<R: Real>(row: &[R]) -> (usize, R) {
     (row.iter().position(|&v| v == max).unwrap_or(0), max)
 }
 
-pub(super) fn nearest(cpu: &Cpu, a: &Nearest) -> Result<()> {
-    by_dtype!("nearest", a.z.dtype, E => nearest_of::<E>(cpu, a))
+pub(super) fn nearest(ws: &Workspace, a: &Nearest) -> Result<()> {
+    by_dtype!("nearest", a.z.dtype, E => nearest_of::<E>(ws, a))
 }
 
-fn nearest_of<E: Elem>(cpu: &Cpu, a: &Nearest) -> Result<()> {
+fn nearest_of<E: Elem>(ws: &Workspace, a: &Nearest) -> Result<()> {
     let sweep = Sweep::<E>::new("nearest", &a.z, &a.e)?;
     expect("nearest", "idx", &a.idx.0, sweep.z.rows)?;
+    let bad = a.bad.as_ref().map(|bad| one_mut::<E::Acc>("nearest", "bad", &bad.0)).transpose()?;
     let idx = flat_mut::<i32>("nearest", "idx", &a.idx.0)?;
     // -|z - e|^2 / 2 = z . e - |e|^2 / 2 - |z|^2 / 2, and |z| is the same for all codes.
-    let half: Vec<E::Acc> = match a.metric {
-        Metric::Dot => Vec::new(),
-        Metric::L2 => (0..sweep.e.rows)
-            .map(|j| sweep.e.row(j).iter().map(|&v| v.up() * v.up()).sum::<E::Acc>() * E::Acc::of(0.5))
-            .collect(),
-    };
     let bad_rows = AtomicUsize::new(0);
+    let mut half = ws.scratch::<E::Acc>(if a.metric == Metric::L2 { sweep.e.rows } else { 0 })?;
+    for (j, h) in half.iter_mut().enumerate() {
+        *h = sweep.e.row(j).iter().map(|&v| v.up() * v.up()).sum::<E::Acc>() * E::Acc::of(0.5);
+    }
+    let half = &half[..];
+    let tiles = sweep.tiles(ws, sweep.z.rows.div_ceil(ROWS))?;
     idx.par_chunks_mut(ROWS).zip(sweep.row_blocks()).for_each(|(idx, r)| {
-        let mut t = sweep.tile(cpu);
+        let mut local = tiles.take();
+        let [z, e, s] = local.parts();
+        let mut t = Tile { z, e, s };
         sweep.load_z(&r, &mut t);
         let mut top = [E::Acc::neg_infinity(); ROWS];
         idx.fill(0);
@@ -165,17 +204,20 @@ fn nearest_of<E: Elem>(cpu: &Cpu, a: &Nearest) -> Result<()> {
         }
         bad_rows.fetch_add(top[..r.len()].iter().filter(|v| !v.is_finite()).count(), Ordering::Relaxed);
     });
-    if let Some(bad) = &a.bad {
-        count_bad::<E::Acc>("nearest", bad, bad_rows)?;
+    if let Some(bad) = bad {
+        *bad += E::Acc::of(bad_rows.into_inner() as f64);
     }
     Ok(())
 }
 
-/// Adds rows without a finite score to a count.
-fn count_bad<R: Real>(op: &'static str, bad: &Acc, rows: AtomicUsize) -> Result<()> {
-    expect(op, "bad", &bad.0, 1)?;
-    flat_mut::<R>(op, "bad", &bad.0)?[0] += R::of(rows.into_inner() as f64);
-    Ok(())
+/// A one-element output.
+fn one_mut<'a, R: crate::tensor::Element>(
+    op: &'static str,
+    arg: &'static str,
+    v: &In<'a>,
+) -> Result<&'a mut R> {
+    expect(op, arg, v, 1)?;
+    Ok(&mut flat_mut::<R>(op, arg, v)?[0])
 }
 
 /// Running statistics of one row, the best code so far left out of the sums.
@@ -256,14 +298,14 @@ fn all_or_none(op: &'static str, args: &[(&'static str, bool)]) -> Result<bool> 
     }
 }
 
-pub(super) fn ibq_rows(cpu: &Cpu, a: &IbqRows) -> Result<()> {
+pub(super) fn ibq_rows(ws: &Workspace, a: &IbqRows) -> Result<()> {
     match all_or_none("ibq_rows", &[("rest_q", a.rest_q.is_some()), ("xbar", a.xbar.is_some())])? {
-        true => by_dtype!("ibq_rows", a.z.dtype, E => ibq_rows_of::<E, true>(cpu, a)),
-        false => by_dtype!("ibq_rows", a.z.dtype, E => ibq_rows_of::<E, false>(cpu, a)),
+        true => by_dtype!("ibq_rows", a.z.dtype, E => ibq_rows_of::<E, true>(ws, a)),
+        false => by_dtype!("ibq_rows", a.z.dtype, E => ibq_rows_of::<E, false>(ws, a)),
     }
 }
 
-fn ibq_rows_of<E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqRows) -> Result<()> {
+fn ibq_rows_of<E: Elem, const ENTROPY: bool>(ws: &Workspace, a: &IbqRows) -> Result<()> {
     const OP: &str = "ibq_rows";
     let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
     let m = sweep.z.rows;
@@ -273,6 +315,7 @@ fn ibq_rows_of<E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqRows) -> Result<(
     let idx = flat_mut::<i32>(OP, "idx", &a.idx.0)?;
     let smax = flat_mut::<E::Acc>(OP, "smax", &a.smax.0)?;
     let rest_p = flat_mut::<E::Acc>(OP, "rest_p", &a.rest_p.0)?;
+    let bad = one_mut::<E::Acc>(OP, "bad", &a.bad.0)?;
     let (rest_q, xbar) = match (&a.rest_q, &a.xbar) {
         (Some(rest_q), Some(xbar)) => {
             expect(OP, "rest_q", &rest_q.0, m)?;
@@ -284,6 +327,7 @@ fn ibq_rows_of<E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqRows) -> Result<(
     let inv_t = E::Acc::of(1.0 / a.temperature);
     let bad_rows = AtomicUsize::new(0);
     let blocks = sweep.row_blocks();
+    let tiles = sweep.tiles(ws, m.div_ceil(ROWS))?;
     let out = idx
         .par_chunks_mut(ROWS)
         .zip(smax.par_chunks_mut(ROWS))
@@ -292,7 +336,9 @@ fn ibq_rows_of<E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqRows) -> Result<(
         .zip(pieces(xbar, &blocks));
     out.zip(blocks.par_iter()).for_each(|(((((idx, smax), rest_p), rest_q), xbar), r)| {
         let r = r.clone();
-        let mut t = sweep.tile(cpu);
+        let mut local = tiles.take();
+        let [z, e, s] = local.parts();
+        let mut t = Tile { z, e, s };
         sweep.load_z(&r, &mut t);
         let mut stats = [RowStats::<E::Acc>::new(); ROWS];
         for c in sweep.col_tiles() {
@@ -315,14 +361,15 @@ fn ibq_rows_of<E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqRows) -> Result<(
             }
         }
     });
-    count_bad::<E::Acc>(OP, &a.bad, bad_rows)
+    *bad += E::Acc::of(bad_rows.into_inner() as f64);
+    Ok(())
 }
 
-pub(super) fn ibq_cols(cpu: &Cpu, a: &IbqCols) -> Result<()> {
-    by_dtype!("ibq_cols", a.z.dtype, E => ibq_cols_of::<E>(cpu, a))
+pub(super) fn ibq_cols(ws: &Workspace, a: &IbqCols) -> Result<()> {
+    by_dtype!("ibq_cols", a.z.dtype, E => ibq_cols_of::<E>(ws, a))
 }
 
-fn ibq_cols_of<E: Elem>(cpu: &Cpu, a: &IbqCols) -> Result<()> {
+fn ibq_cols_of<E: Elem>(ws: &Workspace, a: &IbqCols) -> Result<()> {
     const OP: &str = "ibq_cols";
     let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
     expect(OP, "smax", &a.smax, sweep.z.rows)?;
@@ -332,8 +379,11 @@ fn ibq_cols_of<E: Elem>(cpu: &Cpu, a: &IbqCols) -> Result<()> {
     let rest_q = flat::<E::Acc>(OP, "rest_q", &a.rest_q)?;
     let col = flat_mut::<E::Acc>(OP, "col", &a.col.0)?;
     let inv_t = E::Acc::of(1.0 / a.temperature);
+    let tiles = sweep.tiles(ws, sweep.e.rows.div_ceil(sweep.cols))?;
     col.par_chunks_mut(sweep.cols).zip(sweep.col_tiles()).for_each(|(col, c)| {
-        let mut t = sweep.tile(cpu);
+        let mut local = tiles.take();
+        let [z, e, s] = local.parts();
+        let mut t = Tile { z, e, s };
         sweep.load_e(&c, &mut t);
         col.fill(E::Acc::zero());
         for r in sweep.row_blocks() {
@@ -375,7 +425,7 @@ fn look_up<E: Elem>(op: &'static str, sweep: &Sweep<E>, idx: &[i32], zq: &Out) -
         let mut sum = E::Acc::zero();
         for i in r {
             let code = sweep.e.row(idx[i] as usize);
-            // Each row is written by the one thread that owns its chunk.
+            // SAFETY: each row is written by the one thread that owns its chunk.
             unsafe { out.row(i) }.copy_from_slice(code);
             for (&e, &z) in code.iter().zip(sweep.z.row(i)) {
                 let d = e.up() - z.up();
@@ -386,16 +436,19 @@ fn look_up<E: Elem>(op: &'static str, sweep: &Sweep<E>, idx: &[i32], zq: &Out) -
     }))
 }
 
-pub(super) fn ibq_losses(cpu: &Cpu, a: &IbqLosses) -> Result<()> {
-    by_dtype!("ibq_losses", a.z.dtype, E => ibq_losses_of::<E>(cpu, a))
+pub(super) fn ibq_losses(ws: &Workspace, a: &IbqLosses) -> Result<()> {
+    by_dtype!("ibq_losses", a.z.dtype, E => ibq_losses_of::<E>(ws, a))
 }
 
-fn ibq_losses_of<E: Elem>(_cpu: &Cpu, a: &IbqLosses) -> Result<()> {
+fn ibq_losses_of<E: Elem>(_ws: &Workspace, a: &IbqLosses) -> Result<()> {
     const OP: &str = "ibq_losses";
     let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
     let (m, k) = (sweep.z.rows, sweep.e.rows);
     let idx = indices(OP, &a.idx, m, k)?;
     let inv = scalar::<E::Acc>(OP, "inv_count", &a.inv_count)?;
+    let quant = one_mut::<E::Acc>(OP, "quant", &a.quant.0)?;
+    expect_rows(OP, "zq", &a.zq.0, m, sweep.d)?;
+    rows_mut::<E>(OP, "zq", &a.zq.0)?;
     let entropies = all_or_none(
         OP,
         &[
@@ -412,8 +465,7 @@ fn ibq_losses_of<E: Elem>(_cpu: &Cpu, a: &IbqLosses) -> Result<()> {
     }
     let squares = look_up(OP, &sweep, idx, &a.zq)?;
     let weight = (1.0 + a.beta_commit + a.beta_code) / sweep.d as f64;
-    expect(OP, "quant", &a.quant.0, 1)?;
-    flat_mut::<E::Acc>(OP, "quant", &a.quant.0)?[0] = squares * inv * E::Acc::of(weight);
+    *quant = squares * inv * E::Acc::of(weight);
     Ok(())
 }
 
@@ -422,23 +474,18 @@ fn ibq_entropies<E: Elem>(a: &IbqLosses, m: usize, k: usize, inv: E::Acc) -> Res
     const OP: &str = "ibq_losses";
     let (Some(rest_q), Some(xbar), Some(col)) = (&a.rest_q, &a.xbar, &a.col) else { return Ok(()) };
     let (Some(c), Some(sample), Some(avg)) = (&a.c, &a.sample, &a.avg) else { return Ok(()) };
-    for (name, v, n) in [
-        ("rest_q", rest_q, m),
-        ("xbar", xbar, m),
-        ("col", col, k),
-        ("c", &c.0, k),
-        ("sample", &sample.0, 1),
-        ("avg", &avg.0, 1),
-    ] {
+    for (name, v, n) in [("rest_q", rest_q, m), ("xbar", xbar, m), ("col", col, k), ("c", &c.0, k)] {
         expect(OP, name, v, n)?;
     }
     let rest_q = flat::<E::Acc>(OP, "rest_q", rest_q)?;
     let xbar = flat::<E::Acc>(OP, "xbar", xbar)?;
     let col = flat::<E::Acc>(OP, "col", col)?;
     let c = flat_mut::<E::Acc>(OP, "c", &c.0)?;
+    let sample = one_mut::<E::Acc>(OP, "sample", &sample.0)?;
+    let avg = one_mut::<E::Acc>(OP, "avg", &avg.0)?;
     let eps = E::Acc::of(a.eps);
     let entropies: E::Acc = par_sum(m, 1024, |r| r.map(|i| rest_q[i].ln_1p() - xbar[i]).sum());
-    flat_mut::<E::Acc>(OP, "sample", &sample.0)?[0] = entropies * inv;
+    *sample = entropies * inv;
     let parts: Vec<E::Acc> = c
         .par_chunks_mut(4096)
         .zip(col.par_chunks(4096))
@@ -453,7 +500,7 @@ fn ibq_entropies<E: Elem>(a: &IbqLosses, m: usize, k: usize, inv: E::Acc) -> Res
             sum
         })
         .collect();
-    flat_mut::<E::Acc>(OP, "avg", &avg.0)?[0] = -parts.into_iter().fold(E::Acc::zero(), |a, b| a + b);
+    *avg = -parts.into_iter().fold(E::Acc::zero(), |a, b| a + b);
     Ok(())
 }
 
@@ -559,7 +606,7 @@ impl<R: Real> BwdRow<R> {
     }
 }
 
-pub(super) fn ibq_bwd(cpu: &Cpu, a: &IbqBwd) -> Result<()> {
+pub(super) fn ibq_bwd(ws: &Workspace, a: &IbqBwd) -> Result<()> {
     let entropies = all_or_none(
         "ibq_bwd",
         &[
@@ -571,12 +618,12 @@ pub(super) fn ibq_bwd(cpu: &Cpu, a: &IbqBwd) -> Result<()> {
         ],
     )?;
     match entropies {
-        true => by_dtype!("ibq_bwd", a.z.dtype, E => ibq_bwd_of::<E, true>(cpu, a)),
-        false => by_dtype!("ibq_bwd", a.z.dtype, E => ibq_bwd_of::<E, false>(cpu, a)),
+        true => by_dtype!("ibq_bwd", a.z.dtype, E => ibq_bwd_of::<E, true>(ws, a)),
+        false => by_dtype!("ibq_bwd", a.z.dtype, E => ibq_bwd_of::<E, false>(ws, a)),
     }
 }
 
-fn ibq_bwd_of<'a, E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqBwd<'a>) -> Result<()> {
+fn ibq_bwd_of<'a, E: Elem, const ENTROPY: bool>(ws: &Workspace, a: &IbqBwd<'a>) -> Result<()> {
     const OP: &str = "ibq_bwd";
     let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
     let (m, k, d) = (sweep.z.rows, sweep.e.rows, sweep.d);
@@ -603,6 +650,14 @@ fn ibq_bwd_of<'a, E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqBwd<'a>) -> Re
     };
     let g = rows::<E>(OP, "g", &a.g)?;
     let dz = flat_mut::<E>(OP, "dz", &a.dz.0)?;
+    // Before anything is written.
+    let de = match &a.de {
+        Some(de) => {
+            expect(OP, "de", &de.0, k * d)?;
+            Some(flat_mut::<E::Acc>(OP, "de", &de.0)?)
+        }
+        None => None,
+    };
     let inv = scalar::<E::Acc>(OP, "inv_count", &a.inv_count)?;
     let inv_t = E::Acc::of(1.0 / a.temperature);
     let w_quant = scalar::<E::Acc>(OP, "g_quant", &a.g_quant)? * inv / E::Acc::of(d as f64);
@@ -613,7 +668,7 @@ fn ibq_bwd_of<'a, E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqBwd<'a>) -> Re
     };
 
     // What zq received in all: g and the first quantization term.
-    let mut full = cpu.scratch::<E::Acc>(m * d);
+    let mut full = ws.scratch::<E::Acc>(m * d)?;
     let two = E::Acc::of(2.0);
     full.par_chunks_mut(d.max(1)).enumerate().with_min_len(ROWS).for_each(|(i, out)| {
         let (e, z) = (sweep.e.row(idx[i] as usize), sweep.z.row(i));
@@ -642,19 +697,24 @@ fn ibq_bwd_of<'a, E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqBwd<'a>) -> Re
         })
         .collect();
 
-    let dp_tile = |r: &Range<usize>, n: usize, t: &Tile<E::Acc>, dp: &mut [E::Acc]| {
+    let dp_tile = |r: &Range<usize>, n: usize, t: &Tile<'_, E::Acc>, dp: &mut [E::Acc]| {
         let g = Mat::new(&full[r.start * d..], r.len(), d, d);
-        gemm(g, Mat::new(&t.e, n, d, d).t(), dp, sweep.cols, false);
+        gemm(g, Mat::new(t.e, n, d, d).t(), dp, sweep.cols, false);
     };
+
+    let tasks = m.div_ceil(ROWS).max(k.div_ceil(sweep.cols));
+    let tiles = ws.per_thread::<E::Acc, 5>(tasks, bwd_parts(k, d))?;
 
     // Sweep 1: delta and r.
     state.par_chunks_mut(ROWS).zip(sweep.row_blocks()).for_each(|(state, r)| {
-        let (mut t, mut dp) = (sweep.tile(cpu), cpu.scratch(ROWS * sweep.cols));
+        let mut local = tiles.take();
+        let [z, e, s, dp, _] = local.parts();
+        let mut t = Tile { z, e, s };
         sweep.load_z(&r, &mut t);
         for cols in sweep.col_tiles() {
             sweep.load_e(&cols, &mut t);
             sweep.scores(&r, &cols, &mut t);
-            dp_tile(&r, cols.len(), &t, &mut dp);
+            dp_tile(&r, cols.len(), &t, dp);
             for (i, st) in state.iter_mut().enumerate() {
                 let at = i * sweep.cols;
                 let s = &mut t.s[at..at + cols.len()];
@@ -665,7 +725,7 @@ fn ibq_bwd_of<'a, E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqBwd<'a>) -> Re
     });
     let state = &state[..];
 
-    let d_scores = |r: &Range<usize>, cols: &Range<usize>, t: &mut Tile<E::Acc>, dp: &mut [E::Acc]| {
+    let d_scores = |r: &Range<usize>, cols: &Range<usize>, t: &mut Tile<'_, E::Acc>, dp: &mut [E::Acc]| {
         sweep.scores(r, cols, t);
         dp_tile(r, cols.len(), t, dp);
         for (i, st) in state[r.clone()].iter().enumerate() {
@@ -678,15 +738,16 @@ fn ibq_bwd_of<'a, E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqBwd<'a>) -> Re
     // Sweep 2: dz = dS E and the direct terms.
     let direct_z = E::Acc::of(2.0 + 2.0 * a.beta_commit) * w_quant;
     dz.par_chunks_mut((ROWS * d).max(1)).zip(sweep.row_blocks()).for_each(|(dz, r)| {
-        let (mut t, mut dp) = (sweep.tile(cpu), cpu.scratch(ROWS * sweep.cols));
-        let mut sum = cpu.scratch::<E::Acc>(ROWS * d);
+        let mut local = tiles.take();
+        let [z, e, s, dp, sum] = local.parts();
+        let mut t = Tile { z, e, s };
         sum.fill(E::Acc::zero());
         sweep.load_z(&r, &mut t);
         for cols in sweep.col_tiles() {
             sweep.load_e(&cols, &mut t);
-            d_scores(&r, &cols, &mut t, &mut dp);
-            let ds = Mat::new(&t.s, r.len(), cols.len(), sweep.cols);
-            gemm(ds, Mat::new(&t.e, cols.len(), d, d), &mut sum, d, true);
+            d_scores(&r, &cols, &mut t, dp);
+            let ds = Mat::new(t.s, r.len(), cols.len(), sweep.cols);
+            gemm(ds, Mat::new(t.e, cols.len(), d, d), sum, d, true);
         }
         for i in r.clone() {
             let (e, z) = (sweep.e.row(idx[i] as usize), sweep.z.row(i));
@@ -698,18 +759,18 @@ fn ibq_bwd_of<'a, E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqBwd<'a>) -> Re
     });
 
     // Sweep 3: dE = dS^T z, the hard scatter of g and the codebook term. A tile's rows of dE have one owner.
-    let Some(de) = &a.de else { return Ok(()) };
-    expect(OP, "de", &de.0, k * d)?;
-    let de = flat_mut::<E::Acc>(OP, "de", &de.0)?;
+    let Some(de) = de else { return Ok(()) };
     let direct_e = E::Acc::of(2.0 * a.beta_code) * w_quant;
     de.par_chunks_mut((sweep.cols * d).max(1)).zip(sweep.col_tiles()).for_each(|(de, cols)| {
-        let (mut t, mut dp) = (sweep.tile(cpu), cpu.scratch(ROWS * sweep.cols));
+        let mut local = tiles.take();
+        let [z, e, s, dp, _] = local.parts();
+        let mut t = Tile { z, e, s };
         sweep.load_e(&cols, &mut t);
         for r in sweep.row_blocks() {
             sweep.load_z(&r, &mut t);
-            d_scores(&r, &cols, &mut t, &mut dp);
-            let ds = Mat::new(&t.s, r.len(), cols.len(), sweep.cols);
-            gemm(ds.t(), Mat::new(&t.z, r.len(), d, d), de, d, true);
+            d_scores(&r, &cols, &mut t, dp);
+            let ds = Mat::new(t.s, r.len(), cols.len(), sweep.cols);
+            gemm(ds.t(), Mat::new(t.z, r.len(), d, d), de, d, true);
         }
         for i in (0..m).filter(|&i| cols.contains(&(idx[i] as usize))) {
             let at = (idx[i] as usize - cols.start) * d;
@@ -722,27 +783,27 @@ fn ibq_bwd_of<'a, E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqBwd<'a>) -> Re
     Ok(())
 }
 
-pub(super) fn vq_losses(cpu: &Cpu, a: &VqLosses) -> Result<()> {
-    by_dtype!("vq_losses", a.z.dtype, E => vq_losses_of::<E>(cpu, a))
+pub(super) fn vq_losses(ws: &Workspace, a: &VqLosses) -> Result<()> {
+    by_dtype!("vq_losses", a.z.dtype, E => vq_losses_of::<E>(ws, a))
 }
 
-fn vq_losses_of<E: Elem>(_cpu: &Cpu, a: &VqLosses) -> Result<()> {
+fn vq_losses_of<E: Elem>(_ws: &Workspace, a: &VqLosses) -> Result<()> {
     const OP: &str = "vq_losses";
     let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
     let idx = indices(OP, &a.idx, sweep.z.rows, sweep.e.rows)?;
-    let squares = look_up(OP, &sweep, idx, &a.zq)?;
     let inv = scalar::<E::Acc>(OP, "inv_count", &a.inv_count)?;
+    let quant = one_mut::<E::Acc>(OP, "quant", &a.quant.0)?;
+    let squares = look_up(OP, &sweep, idx, &a.zq)?;
     let weight = (a.beta_commit + a.beta_code) / sweep.d as f64;
-    expect(OP, "quant", &a.quant.0, 1)?;
-    flat_mut::<E::Acc>(OP, "quant", &a.quant.0)?[0] = squares * inv * E::Acc::of(weight);
+    *quant = squares * inv * E::Acc::of(weight);
     Ok(())
 }
 
-pub(super) fn vq_bwd(cpu: &Cpu, a: &VqBwd) -> Result<()> {
-    by_dtype!("vq_bwd", a.z.dtype, E => vq_bwd_of::<E>(cpu, a))
+pub(super) fn vq_bwd(ws: &Workspace, a: &VqBwd) -> Result<()> {
+    by_dtype!("vq_bwd", a.z.dtype, E => vq_bwd_of::<E>(ws, a))
 }
 
-fn vq_bwd_of<E: Elem>(_cpu: &Cpu, a: &VqBwd) -> Result<()> {
+fn vq_bwd_of<E: Elem>(_ws: &Workspace, a: &VqBwd) -> Result<()> {
     const OP: &str = "vq_bwd";
     let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
     let (m, k, d) = (sweep.z.rows, sweep.e.rows, sweep.d);
@@ -751,6 +812,14 @@ fn vq_bwd_of<E: Elem>(_cpu: &Cpu, a: &VqBwd) -> Result<()> {
     expect(OP, "dz", &a.dz.0, m * d)?;
     let g = rows::<E>(OP, "g", &a.g)?;
     let dz = flat_mut::<E>(OP, "dz", &a.dz.0)?;
+    // Before anything is written.
+    let de = match &a.de {
+        Some(de) => {
+            expect(OP, "de", &de.0, k * d)?;
+            Some(flat_mut::<E::Acc>(OP, "de", &de.0)?)
+        }
+        None => None,
+    };
     let inv = scalar::<E::Acc>(OP, "inv_count", &a.inv_count)?;
     let w = scalar::<E::Acc>(OP, "g_quant", &a.g_quant)? * inv * E::Acc::of(2.0 / d.max(1) as f64);
     let (commit, code) = (w * E::Acc::of(a.beta_commit), w * E::Acc::of(a.beta_code));
@@ -760,9 +829,7 @@ fn vq_bwd_of<E: Elem>(_cpu: &Cpu, a: &VqBwd) -> Result<()> {
             *o = E::down(g.row(i)[j].up() + commit * (z[j].up() - e[j].up()));
         }
     });
-    let Some(de) = &a.de else { return Ok(()) };
-    expect(OP, "de", &de.0, k * d)?;
-    let de = flat_mut::<E::Acc>(OP, "de", &de.0)?;
+    let Some(de) = de else { return Ok(()) };
     for i in 0..m {
         let (e, z) = (sweep.e.row(idx[i] as usize), sweep.z.row(i));
         let row = &mut de[idx[i] as usize * d..][..d];

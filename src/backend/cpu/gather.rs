@@ -2,16 +2,19 @@
 
 use rayon::prelude::*;
 
+use super::workspace::no_workspace;
 use super::*;
+
+no_workspace!(gather_fwd(GatherFwd), gather_bwd(GatherBwd));
 
 /// Rows that one task copies.
 const ROWS: usize = 64;
 
-pub(super) fn gather_fwd(_cpu: &Cpu, a: &GatherFwd) -> Result<()> {
+pub(super) fn gather_fwd(_ws: &Workspace, a: &GatherFwd) -> Result<()> {
     by_dtype!("gather_fwd", a.table.dtype, E => fwd::<E>(a))
 }
 
-pub(super) fn gather_bwd(_cpu: &Cpu, a: &GatherBwd) -> Result<()> {
+pub(super) fn gather_bwd(_ws: &Workspace, a: &GatherBwd) -> Result<()> {
     by_dtype!("gather_bwd", a.dy.dtype, E => bwd::<E>(a))
 }
 
@@ -33,7 +36,7 @@ fn fwd<E: Elem>(a: &GatherFwd) -> Result<()> {
     let idx = indices(op, &a.idx, y.rows, table.rows)?;
     par_for(y.rows, ROWS, |r| {
         for n in r {
-            // Chunks do not overlap: one thread a row.
+            // SAFETY: chunks do not overlap: one thread a row.
             let y = unsafe { y.row(n) };
             match usize::try_from(idx[n]) {
                 Ok(i) => y.copy_from_slice(table.row(i)),
@@ -56,6 +59,7 @@ fn bwd<E: Elem>(a: &GatherBwd) -> Result<()> {
     order.sort_by_key(|&n| idx[n]);
     let runs: Vec<&[usize]> = order.chunk_by(|&m, &n| idx[m] == idx[n]).collect();
     runs.par_iter().with_min_len(ROWS / 8).for_each(|run| {
+        // SAFETY: `indices` checked them, and each row of the table has one run.
         let out = unsafe { dtable.row(idx[run[0]] as usize) };
         for &n in *run {
             for (o, &d) in out.iter_mut().zip(dy.row(n)) {

@@ -82,7 +82,7 @@ pub(crate) fn gemm<R: Real>(a: Mat<R>, b: Mat<R>, c: &mut [R], ldc: usize, accum
         return few_columns(a, b, c, ldc, accumulate);
     }
     let start = TIMED.load(Ordering::Relaxed).then(Instant::now);
-    // The slices hold every element that these extents and strides reach: asserted here and in Mat.
+    // SAFETY: the slices hold every element that these extents and strides reach: asserted here and in Mat.
     unsafe {
         gemm::gemm(
             m,

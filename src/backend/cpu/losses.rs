@@ -3,14 +3,29 @@
 use num_traits::{Float, One, Zero};
 use rayon::prelude::*;
 
+use super::workspace::no_workspace;
 use super::*;
+
+no_workspace!(
+    l1_fwd(L1Fwd),
+    l1_bwd(L1Bwd),
+    lpips_fwd(LpipsFwd),
+    lpips_bwd(LpipsBwd),
+    gan_generator_fwd(GanGeneratorFwd),
+    gan_generator_bwd(GanGeneratorBwd),
+    hinge_fwd(HingeFwd),
+    hinge_bwd(HingeBwd),
+    lecam_update(LecamUpdate),
+    lecam_fwd(LecamFwd),
+    lecam_bwd(LecamBwd)
+);
 
 /// Elements that one task handles.
 const CHUNK: usize = 16384;
 
 macro_rules! by_act {
     ($($name:ident($args:ident) by $arg:ident => $f:ident;)*) => {
-        $(pub(super) fn $name(_cpu: &Cpu, a: &$args) -> Result<()> {
+        $(pub(super) fn $name(_ws: &Workspace, a: &$args) -> Result<()> {
             by_dtype!(stringify!($name), a.$arg.dtype, E => $f::<E>(stringify!($name), a))
         })*
     };
@@ -183,8 +198,11 @@ fn lpips_grad<E: Elem>(op: &'static str, a: &LpipsBwd) -> Result<()> {
     let g = scalar::<E::Acc>(op, "g", &a.g)? * scale;
     par_for(df1.rows, pixels(df1.cols), |r| {
         let mut t = vec![E::Acc::zero(); f.w.len()];
-        // Chunks do not overlap: one thread a row.
-        r.for_each(|p| f.gradient(p, g, unsafe { df1.row(p) }, &mut t));
+        for p in r {
+            // SAFETY: chunks do not overlap: one thread a row.
+            let df1 = unsafe { df1.row(p) };
+            f.gradient(p, g, df1, &mut t);
+        }
     });
     Ok(())
 }
@@ -219,7 +237,7 @@ fn generator_grad<E: Elem>(op: &'static str, a: &GanGeneratorBwd) -> Result<()> 
     let g = scalar::<E::Acc>(op, "g", &a.g)? * scale;
     par_for(dx.rows, 1, |r| {
         for b in r {
-            // Chunks do not overlap: one thread a row.
+            // SAFETY: chunks do not overlap: one thread a row.
             unsafe { dx.row(b) }.fill(E::down(-g * sigmoid(means[b])));
         }
     });
@@ -515,6 +533,17 @@ mod tests {
                 Ok(vec![out])
             });
         }
+    }
+
+    #[test]
+    fn lecam_averages_leave_out_what_is_not_finite() {
+        let dev = Cpu::poisoned(1).unwrap();
+        let args = [act([2], vec![1.0, f64::NAN]), act([2], vec![1.0, 3.0]), acc([2], vec![0.5, -0.5])];
+        let t = tensors(&dev, Precision::F64, &args);
+        let out = out(&dev, DType::F64, [2]);
+        let (real, fake, ema) = (t[0].view(), t[1].view(), t[2].view());
+        dev.lecam_update(S, &LecamUpdate { real, fake, ema, out: out.out(), decay: 0.5 }).unwrap();
+        assert_eq!(out.to_f64(&dev).unwrap(), [0.5, 0.75]);
     }
 
     #[test]

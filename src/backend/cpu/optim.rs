@@ -3,33 +3,40 @@
 use num_traits::Float;
 use rayon::prelude::*;
 
+use super::workspace::no_workspace;
 use super::*;
+
+no_workspace!(sum_squares(SumSquares), adamw(Adamw), restore(Restore));
 
 /// Elements that one task handles.
 const CHUNK: usize = 16384;
 
-pub(super) fn sum_squares(_cpu: &Cpu, a: &SumSquares) -> Result<()> {
+pub(super) fn sum_squares(_ws: &Workspace, a: &SumSquares) -> Result<()> {
     by_dtype!("sum_squares", a.x.dtype, E => squares::<<E as Elem>::Acc>(a))
 }
 
-pub(super) fn adamw(_cpu: &Cpu, a: &Adamw) -> Result<()> {
+pub(super) fn adamw(_ws: &Workspace, a: &Adamw) -> Result<()> {
     let dtype = a.shadow.map_or(a.master.0.dtype, |s| s.0.dtype);
     by_dtype!("adamw", dtype, E => step::<E>(a))
 }
 
-pub(super) fn restore(_cpu: &Cpu, a: &Restore) -> Result<()> {
-    by_dtype!("restore", a.norm.dtype, R => taken_back::<R>(a))
+pub(super) fn restore(_ws: &Workspace, a: &Restore) -> Result<()> {
+    match a.norm.dtype {
+        DType::F64 => taken_back::<f64>(a),
+        _ => taken_back::<f32>(a),
+    }
 }
 
-fn taken_back<R: Elem>(a: &Restore) -> Result<()> {
+fn taken_back<R: Real + crate::tensor::Element>(a: &Restore) -> Result<()> {
     let op = "restore";
+    let norm = flat::<R>(op, "norm", &a.norm)?;
     expect(op, "norm", &a.norm, 2)?;
     expect(op, "y", &a.y.0, a.x.dims.numel())?;
     if a.y.0.dtype != a.x.dtype {
         return Err(Error::arg(op, "y", a.y.0.dtype, a.x.dtype));
     }
     let (from, to) = (bytes(op, "x", &a.x)?, bytes_mut(op, "y", &a.y.0)?);
-    if flat::<R>(op, "norm", &a.norm)?[1].up() > R::Acc::of(0.0) {
+    if norm[1] > R::of(0.0) {
         to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| to.copy_from_slice(from));
     }
     Ok(())

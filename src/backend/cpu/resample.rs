@@ -2,21 +2,29 @@
 
 use num_traits::Zero;
 
+use super::workspace::no_workspace;
 use super::*;
 
-pub(super) fn upsample2x_fwd(_cpu: &Cpu, s: &Upsample2xFwd) -> Result<()> {
+no_workspace!(
+    upsample2x_fwd(Upsample2xFwd),
+    upsample2x_bwd(Upsample2xBwd),
+    max_pool2x2_fwd(MaxPool2x2Fwd),
+    max_pool2x2_bwd(MaxPool2x2Bwd)
+);
+
+pub(super) fn upsample2x_fwd(_ws: &Workspace, s: &Upsample2xFwd) -> Result<()> {
     by_dtype!("upsample2x_fwd", s.y.0.dtype, T => up_fwd::<T>(s))
 }
 
-pub(super) fn upsample2x_bwd(_cpu: &Cpu, s: &Upsample2xBwd) -> Result<()> {
+pub(super) fn upsample2x_bwd(_ws: &Workspace, s: &Upsample2xBwd) -> Result<()> {
     by_dtype!("upsample2x_bwd", s.dx.0.dtype, T => up_bwd::<T>(s))
 }
 
-pub(super) fn max_pool2x2_fwd(_cpu: &Cpu, s: &MaxPool2x2Fwd) -> Result<()> {
+pub(super) fn max_pool2x2_fwd(_ws: &Workspace, s: &MaxPool2x2Fwd) -> Result<()> {
     by_dtype!("max_pool2x2_fwd", s.y.0.dtype, T => pool_fwd::<T>(s))
 }
 
-pub(super) fn max_pool2x2_bwd(_cpu: &Cpu, s: &MaxPool2x2Bwd) -> Result<()> {
+pub(super) fn max_pool2x2_bwd(_ws: &Workspace, s: &MaxPool2x2Bwd) -> Result<()> {
     by_dtype!("max_pool2x2_bwd", s.dx.0.dtype, T => pool_bwd::<T>(s))
 }
 
@@ -60,11 +68,8 @@ impl Halves {
 
 /// A contiguous image as rows of `W * C` elements.
 fn lines<'a>(op: &'static str, arg: &'static str, v: &In<'a>) -> Result<In<'a>> {
-    if !v.is_contiguous() {
-        return Err(Error::arg(op, arg, format!("strided by {}", v.ld), "contiguous"));
-    }
     let [b, h, w, c] = image(op, arg, v)?;
-    Ok(In { dims: [b * h, w * c].into(), ld: (w * c) as i64, ..*v })
+    v.reshape(op, arg, [b * h, w * c])
 }
 
 fn lines_in<'a, T: Elem>(op: &'static str, arg: &'static str, v: &In<'a>) -> Result<Rows<'a, T>> {
@@ -82,7 +87,7 @@ fn up_fwd<T: Elem>(s: &Upsample2xFwd) -> Result<()> {
     let (x, y, c) = (lines_in::<T>(OP, "x", &s.x)?, lines_out::<T>(OP, "y", &s.y.0)?, at.fine[3]);
     at.par_rows(|i, first| {
         for row in [first, first + 1] {
-            // Every fine row belongs to one coarse row, here and below.
+            // SAFETY: every fine row belongs to one coarse row, and chunks do not share those.
             let y = unsafe { y.row(row) };
             for (y, x) in y.chunks_exact_mut(2 * c).zip(x.row(i).chunks_exact(c)) {
                 y[..c].copy_from_slice(x);
@@ -115,6 +120,7 @@ fn up_bwd<T: Elem>(s: &Upsample2xBwd) -> Result<()> {
     at.expect_even(OP, "dy", &s.dy)?;
     let (dy, dx) = (lines_in::<T>(OP, "dy", &s.dy)?, lines_out::<T>(OP, "dx", &s.dx.0)?);
     at.par_rows(|i, first| {
+        // SAFETY: chunks do not share coarse rows.
         let dx = unsafe { dx.row(i) };
         simd(
             #[inline(always)]
@@ -140,6 +146,7 @@ fn pool_fwd<T: Elem>(s: &MaxPool2x2Fwd) -> Result<()> {
     let at = Halves::new(OP, ("x", &s.x), ("y", &s.y.0))?;
     let (x, y) = (lines_in::<T>(OP, "x", &s.x)?, lines_out::<T>(OP, "y", &s.y.0)?);
     at.par_rows(|i, first| {
+        // SAFETY: chunks do not share coarse rows.
         let y = unsafe { y.row(i) };
         simd(
             #[inline(always)]
@@ -166,9 +173,15 @@ fn pool_bwd<T: Elem>(s: &MaxPool2x2Bwd) -> Result<()> {
     let (dx, c) = (lines_out::<T>(OP, "dx", &s.dx.0)?, at.fine[3]);
     let zero = T::down(T::Acc::zero());
     if at.is_odd() {
-        par_for(dx.rows, chunk_rows(dx.cols), |r| r.for_each(|i| unsafe { dx.row(i) }.fill(zero)));
+        par_for(dx.rows, chunk_rows(dx.cols), |r| {
+            for i in r {
+                // SAFETY: chunks do not share rows.
+                unsafe { dx.row(i) }.fill(zero);
+            }
+        });
     }
     at.par_rows(|i, first| {
+        // SAFETY: every fine row belongs to one coarse row, and chunks do not share those.
         let (da, db) = unsafe { (dx.row(first), dx.row(first + 1)) };
         let out = da.chunks_exact_mut(2 * c).zip(db.chunks_exact_mut(2 * c));
         let dy = dy.row(i).chunks_exact(c);
@@ -219,7 +232,7 @@ mod tests {
                 let (x, dy, y, dx) = (r.act(coarse, &x), r.act(fine, &dy), r.out(fine), r.out(coarse));
                 r.cpu.upsample2x_fwd(S, &Upsample2xFwd { x: x.view(), y: y.out() }).unwrap();
                 r.cpu.upsample2x_bwd(S, &Upsample2xBwd { dy: dy.view(), dx: dx.out() }).unwrap();
-                vec![r.get(&y), r.get(&dx)]
+                vec![y, dx]
             });
         }
     }
@@ -244,7 +257,7 @@ mod tests {
                 r.cpu.max_pool2x2_fwd(S, &MaxPool2x2Fwd { x: x.view(), y: y.out() }).unwrap();
                 let s = MaxPool2x2Bwd { dy: dy.view(), x: x.view(), dx: dx.out() };
                 r.cpu.max_pool2x2_bwd(S, &s).unwrap();
-                vec![r.get(&y), r.get(&dx)]
+                vec![y, dx]
             });
         }
     }

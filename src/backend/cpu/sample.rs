@@ -3,6 +3,7 @@
 
 use rayon::prelude::*;
 
+use super::workspace::{per_thread, together};
 use super::*;
 use crate::data::{Philox, Purpose};
 
@@ -13,11 +14,16 @@ const MOST: usize = 1 << 21;
 /// Below, a weight is 0: e^LEAST * ONE < 1/2.
 const LEAST: f64 = -30.0;
 
-pub(super) fn sample(_cpu: &Cpu, a: &Sample) -> Result<()> {
-    by_dtype!("sample", a.logits.dtype, E => draw::<E>(a))
+pub(super) fn sample_workspace(a: &Sample, threads: usize) -> usize {
+    let (b, v) = (a.logits.dims.rows(), a.logits.dims.cols());
+    together([per_thread(threads, 8, b, [v, v]), per_thread(threads, 4, b, [v])])
 }
 
-fn draw<E: Elem>(a: &Sample) -> Result<()> {
+pub(super) fn sample(ws: &Workspace, a: &Sample) -> Result<()> {
+    by_dtype!("sample", a.logits.dtype, E => draw::<E>(ws, a))
+}
+
+fn draw<E: Elem>(ws: &Workspace, a: &Sample) -> Result<()> {
     const OP: &str = "sample";
     let logits = rows::<E>(OP, "logits", &a.logits)?;
     let without = match &a.without {
@@ -40,15 +46,22 @@ fn draw<E: Elem>(a: &Sample) -> Result<()> {
     if logits.cols > MOST {
         return Err(Error::arg(OP, "logits", logits.cols, format!("at most {MOST} columns")));
     }
+    let numbers = ws.per_thread::<f64, 2>(logits.rows, [logits.cols; 2])?;
+    let places = ws.per_thread::<i32, 1>(logits.rows, [logits.cols])?;
     let of_row = |(n, (position, idx)): (usize, (&mut i32, &mut i32))| {
-        let l: Vec<f64> = match &without {
-            Some(u) => logits.row(n).iter().zip(u.row(n)).map(|(c, u)| guided(c, u, a.guidance)).collect(),
-            None => logits.row(n).iter().map(|c| c.up().wide()).collect(),
-        };
+        let (mut numbers, mut places) = (numbers.take(), places.take());
+        let ([l, w], [kept]) = (numbers.parts(), places.parts());
+        match &without {
+            Some(u) => {
+                let both = logits.row(n).iter().zip(u.row(n));
+                l.iter_mut().zip(both).for_each(|(l, (c, u))| *l = guided(c, u, a.guidance));
+            }
+            None => l.iter_mut().zip(logits.row(n)).for_each(|(l, c)| *l = c.up().wide()),
+        }
         let stream = (Purpose::Sample as u64) << 32 | u64::from(number[n] as u32);
         let [low, high, ..] = Philox::at(a.seed, stream, u64::from(*position as u32));
         let r = u64::from(low) | u64::from(high) << 32;
-        *idx = choice.weights(&l).map_or(-1, |w| pick(&w, r));
+        *idx = if choice.weigh(l, w, kept) { pick(w, r) } else { -1 };
         *position = position.wrapping_add(1);
     };
     position.par_iter_mut().zip(idx).enumerate().for_each(of_row);
@@ -79,53 +92,69 @@ impl Choice {
         Ok(())
     }
 
-    /// The weights of logits, 0 of those that cannot be drawn; none if there is NaN, or the largest is not finite.
-    fn weights(&self, l: &[f64]) -> Option<Vec<u64>> {
-        let first = (!l.is_empty() && l.iter().all(|l| !l.is_nan())).then_some(0)?;
-        let best = (0..l.len()).fold(first, |best, i| if l[i] > l[best] { i } else { best });
+    /// The weights `w` of logits `l`, 0 of those that cannot be drawn: whole numbers, which f64 holds exactly. False if
+    /// there is NaN, or the largest is not finite. `kept` is scratch.
+    fn weigh(&self, l: &[f64], w: &mut [f64], kept: &mut [i32]) -> bool {
+        if l.is_empty() || l.iter().any(|l| l.is_nan()) {
+            return false;
+        }
+        let best = (0..l.len()).fold(0, |best, i| if l[i] > l[best] { i } else { best });
         let most = l[best];
         if !most.is_finite() {
-            return None;
+            return false;
         }
-        let mut w = vec![0; l.len()];
         if self.temperature == 0.0 {
-            w[best] = ONE as u64;
-            return Some(w);
+            w.fill(0.0);
+            w[best] = ONE;
+            return true;
         }
         for (w, l) in w.iter_mut().zip(l) {
             *w = weight((l - most) / self.temperature);
         }
+        if self.top_k == 0 && self.top_p == 1.0 {
+            return true;
+        }
+        let mut n = 0;
+        for i in 0..l.len() {
+            if w[i] > 0.0 {
+                kept[n] = i as i32;
+                n += 1;
+            }
+        }
         // There is no NaN, and the zeros are equal.
         let larger = |a: f64, b: f64| b.partial_cmp(&a).unwrap_or(std::cmp::Ordering::Equal);
-        let better = |a: &usize, b: &usize| larger(l[*a], l[*b]).then(a.cmp(b));
-        let mut kept: Vec<usize> = (0..l.len()).filter(|&i| w[i] > 0).collect();
-        if self.top_k > 0 && self.top_k < kept.len() {
+        let better = |a: &i32, b: &i32| larger(l[*a as usize], l[*b as usize]).then(a.cmp(b));
+        let mut kept = &mut kept[..n];
+        if self.top_k > 0 && self.top_k < n {
             kept.select_nth_unstable_by(self.top_k, better);
-            kept.drain(self.top_k..).for_each(|i| w[i] = 0);
+            let (first, rest) = kept.split_at_mut(self.top_k);
+            rest.iter().for_each(|&i| w[i as usize] = 0.0);
+            kept = first;
         }
         if self.top_p < 1.0 {
             kept.sort_unstable_by(better);
-            let sum: u64 = kept.iter().map(|&i| w[i]).sum();
+            let sum: u64 = kept.iter().map(|&i| w[i as usize] as u64).sum();
             let enough = ((self.top_p * sum as f64).ceil() as u64).clamp(1, sum);
             let mut mass = 0;
-            let reaches = |&i: &usize| {
-                mass += w[i];
-                mass >= enough
-            };
-            let last = kept.iter().position(reaches).unwrap_or(kept.len() - 1);
-            kept.drain(last + 1..).for_each(|i| w[i] = 0);
+            for &i in kept.iter() {
+                if mass >= enough {
+                    w[i as usize] = 0.0;
+                } else {
+                    mass += w[i as usize] as u64;
+                }
+            }
         }
-        Some(w)
+        true
     }
 }
 
 /// The first index at which the running sum of the weights exceeds `r * sum / 2^64`.
-fn pick(w: &[u64], r: u64) -> i32 {
-    let sum: u64 = w.iter().sum();
+fn pick(w: &[f64], r: u64) -> i32 {
+    let sum: u64 = w.iter().map(|&w| w as u64).sum();
     let target = (u128::from(r) * u128::from(sum) >> 64) as u64;
     let mut below = 0;
-    let passes = |w: &u64| {
-        below += w;
+    let passes = |w: &f64| {
+        below += *w as u64;
         below > target
     };
     w.iter().position(passes).map_or(-1, |i| i as i32)
@@ -133,13 +162,13 @@ fn pick(w: &[u64], r: u64) -> i32 {
 
 /// `round(ONE * e^x)` for x <= 0. The exponential is `2^n e^r` with `r = x - n ln 2` (Cody and Waite) and e^r by its
 /// Taylor polynomial, on |r| <= ln(2) / 2 within two roundings.
-fn weight(x: f64) -> u64 {
+fn weight(x: f64) -> f64 {
     /// Adding and taking away this rounds to an integer.
     const ROUND: f64 = 6_755_399_441_055_744.0;
     const LN2_HIGH: f64 = 0.693_147_180_369_123_8;
     const LN2_LOW: f64 = 1.908_214_929_270_587_7e-10;
     if x < LEAST {
-        return 0;
+        return 0.0;
     }
     let n = (x * std::f64::consts::LOG2_E + ROUND) - ROUND;
     let r = (x - n * LN2_HIGH) - n * LN2_LOW;
@@ -149,7 +178,7 @@ fn weight(x: f64) -> u64 {
     }
     // 2^n: n is an integer from -44 to 0.
     let two = f64::from_bits(((1023 + n as i64) as u64) << 52);
-    (p * two * ONE + 0.5) as u64
+    (p * two * ONE + 0.5).floor()
 }
 
 /// 1/13! to 1/0!.
@@ -181,10 +210,16 @@ mod tests {
         p.iter().map(|p| p.ln()).collect()
     }
 
+    /// Nothing if nothing can be drawn.
+    fn weights(c: Choice, l: &[f64]) -> Option<Vec<f64>> {
+        let mut w = vec![f64::NAN; l.len()];
+        c.weigh(l, &mut w, &mut vec![-1; l.len()]).then_some(w)
+    }
+
     fn distribution(c: Choice, logits: &[f64]) -> Vec<f64> {
-        let w = c.weights(logits).unwrap();
-        let sum = w.iter().sum::<u64>() as f64;
-        w.iter().map(|&w| w as f64 / sum).collect()
+        let w = weights(c, logits).unwrap();
+        let sum: f64 = w.iter().sum();
+        w.iter().map(|w| w / sum).collect()
     }
 
     fn near(c: Choice, logits: &[f64], want: &[f64]) {
@@ -201,9 +236,9 @@ mod tests {
             let x = -f64::from(i) * 1e-3;
             let want = x.exp() * ONE;
             // Half a step by rounding to a whole number, the rest of the polynomial.
-            assert!((weight(x) as f64 - want).abs() <= 0.5 + 1e-15 * want, "{x}: {} {want}", weight(x));
+            assert!((weight(x) - want).abs() <= 0.5 + 1e-15 * want, "{x}: {} {want}", weight(x));
         }
-        assert_eq!((weight(0.0), weight(-0.0), weight(f64::NEG_INFINITY)), (1 << 42, 1 << 42, 0));
+        assert_eq!((weight(0.0), weight(-0.0), weight(f64::NEG_INFINITY)), (ONE, ONE, 0.0));
     }
 
     #[test]
@@ -255,14 +290,14 @@ mod tests {
     fn what_cannot_be_drawn_from_gives_minus_one() {
         for l in [&[0.0, f64::NAN][..], &[f64::NAN, 0.0], &[], &[f64::NEG_INFINITY; 2], &[1.0, f64::INFINITY]] {
             for temperature in [1.0, 0.0] {
-                assert!(Choice { temperature, ..ALL }.weights(l).is_none(), "{l:?}");
+                assert!(weights(Choice { temperature, ..ALL }, l).is_none(), "{l:?}");
             }
         }
     }
 
     #[test]
     fn the_pick_is_where_the_running_sum_passes() {
-        let w = [0, 1, 0, 2, 1, 0];
+        let w = [0.0, 1.0, 0.0, 2.0, 1.0, 0.0];
         let quarter = 1u64 << 62;
         for (r, want) in
             [(0, 1), (quarter - 1, 1), (quarter, 3), (3 * quarter - 1, 3), (3 * quarter, 4), (u64::MAX, 4)]

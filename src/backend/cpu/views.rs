@@ -3,10 +3,12 @@
 
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::ptr::NonNull;
 
 use rayon::prelude::*;
 
-use super::{Cpu, Elem, Real, Scratch};
+use super::workspace::{acc_size, block, is_narrow, per_thread};
+use super::{Elem, PerThread, Real, Scratch, Workspace};
 use crate::backend::{In, check_view};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Element};
@@ -52,9 +54,8 @@ fn check_flat(op: &'static str, arg: &'static str, v: &In) -> Result<()> {
 pub(crate) fn flat<'a, T: Element>(op: &'static str, arg: &'static str, v: &In<'a>) -> Result<&'a [T]> {
     check_dtype(op, arg, v, T::DTYPE)?;
     check_flat(op, arg, v)?;
-    // In bounds and of this type by the checks, aligned because offsets are whole elements, initialised
-    // because the pool hands out initialised memory. Kernels do not overlap inputs with outputs.
-    Ok(unsafe { std::slice::from_raw_parts((v.buf.addr() + v.off) as *const T, v.dims.numel()) })
+    // SAFETY: the checks above; the type is the view's.
+    Ok(unsafe { slice(v, v.dims.numel()) })
 }
 
 /// A contiguous output.
@@ -66,21 +67,66 @@ pub(crate) fn flat_mut<'a, T: Element>(
 ) -> Result<&'a mut [T]> {
     check_dtype(op, arg, v, T::DTYPE)?;
     check_flat(op, arg, v)?;
-    // As in `flat`; the contract forbids two views of one call to overlap if one of them is written.
-    Ok(unsafe { std::slice::from_raw_parts_mut((v.buf.addr() + v.off) as *mut T, v.dims.numel()) })
+    // SAFETY: as in `flat`.
+    Ok(unsafe { slice_mut(v, v.dims.numel()) })
 }
 
 /// The bytes of a contiguous view of any type.
 pub(crate) fn bytes<'a>(op: &'static str, arg: &'static str, v: &In<'a>) -> Result<&'a [u8]> {
     check_flat(op, arg, v)?;
-    Ok(unsafe { std::slice::from_raw_parts((v.buf.addr() + v.off) as *const u8, v.bytes() as usize) })
+    // SAFETY: the check above; any memory is bytes.
+    Ok(unsafe { slice(v, v.bytes() as usize) })
 }
 
 /// The bytes of a contiguous view of any type, to write.
 #[allow(clippy::mut_from_ref)]
 pub(crate) fn bytes_mut<'a>(op: &'static str, arg: &'static str, v: &In<'a>) -> Result<&'a mut [u8]> {
     check_flat(op, arg, v)?;
-    Ok(unsafe { std::slice::from_raw_parts_mut((v.buf.addr() + v.off) as *mut u8, v.bytes() as usize) })
+    // SAFETY: as in `bytes`; any bytes are a value of every element type.
+    Ok(unsafe { slice_mut(v, v.bytes() as usize) })
+}
+
+/// A copy of the bytes of a view of any type, row after row.
+pub(crate) fn packed(op: &'static str, arg: &'static str, v: &In) -> Result<Vec<u8>> {
+    fn all<T: Element>(op: &'static str, arg: &'static str, v: &In) -> Result<Vec<u8>> {
+        let x = rows::<T>(op, arg, v)?;
+        let mut bytes = Vec::with_capacity(v.bytes() as usize);
+        (0..x.rows).for_each(|r| bytes.extend_from_slice(bytemuck::cast_slice(x.row(r))));
+        Ok(bytes)
+    }
+    match v.dtype {
+        DType::F64 => all::<f64>(op, arg, v),
+        DType::F32 => all::<f32>(op, arg, v),
+        DType::Bf16 => all::<half::bf16>(op, arg, v),
+        DType::I32 => all::<i32>(op, arg, v),
+    }
+}
+
+/// The `n` elements from the start of a view.
+///
+/// # Safety
+/// They lie inside the view's buffer and begin at a multiple of their size.
+unsafe fn slice<'a, T: bytemuck::Pod>(v: &In<'a>, n: usize) -> &'a [T] {
+    if n == 0 {
+        return &[];
+    }
+    // SAFETY: inside the buffer by the caller's word, aligned with it; a buffer holds values from the start, and stays
+    // for 'a. The device runs one call at a time (`Cpu::turn`), so that nothing outside of it writes them now, and the
+    // contract forbids that two views of one call overlap if one of them is written.
+    unsafe { std::slice::from_raw_parts(v.addr() as *const T, n) }
+}
+
+/// The same to write.
+///
+/// # Safety
+/// As for [`slice`].
+#[allow(clippy::mut_from_ref)]
+unsafe fn slice_mut<'a, T: bytemuck::Pod>(v: &In<'a>, n: usize) -> &'a mut [T] {
+    if n == 0 {
+        return &mut [];
+    }
+    // SAFETY: as in `slice`; the contract also forbids that two outputs of one call overlap.
+    unsafe { std::slice::from_raw_parts_mut(v.addr() as *mut T, n) }
 }
 
 /// A strided input seen as `[rows, cols]`.
@@ -107,6 +153,13 @@ impl<'a, T> Rows<'a, T> {
     }
 }
 
+impl<'a, T: Elem> Rows<'a, T> {
+    /// The same memory in the accumulator type, where that is how it is stored.
+    fn cast(self) -> Rows<'a, T::Acc> {
+        Rows { rows: self.rows, cols: self.cols, ld: self.ld, data: bytemuck::cast_slice(self.data) }
+    }
+}
+
 /// A strided output seen as `[rows, cols]`. Rows are handed out one by one, possibly on several threads.
 #[derive(Clone, Copy)]
 pub(crate) struct RowsMut<'a, T> {
@@ -117,38 +170,44 @@ pub(crate) struct RowsMut<'a, T> {
     of: PhantomData<&'a mut [T]>,
 }
 
+// SAFETY: it stands for a `&mut [T]`, whose parts may be used on any thread if T may.
 unsafe impl<T: Send> Send for RowsMut<'_, T> {}
+// SAFETY: shared, it hands out parts by unsafe functions alone, whose callers promise that no two threads have the same.
 unsafe impl<T: Send> Sync for RowsMut<'_, T> {}
 
 impl<'a, T> RowsMut<'a, T> {
     /// Row `i`.
     ///
     /// # Safety
-    /// No two live slices of the same row: each row belongs to one thread of a loop.
+    /// `i < rows`, and no two live slices of the same row: each row belongs to one thread of a loop.
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn row(&self, i: usize) -> &'a mut [T] {
         debug_assert!(i < self.rows);
+        // SAFETY: `rows_mut` checked that all rows lie inside the buffer, and aligned; alone by the caller's word, and as
+        // in `slice_mut` towards what is outside of the call.
         unsafe { std::slice::from_raw_parts_mut(self.at.add(i * self.ld), self.cols) }
     }
 
     /// Columns `cols` of row `i`.
     ///
     /// # Safety
-    /// No two live slices of the same element: each pair of a row and a range of columns belongs to one
-    /// thread of a loop.
+    /// `i < rows`, `cols` within the columns, and no two live slices of the same element: each pair of a row and a
+    /// range of columns belongs to one thread of a loop.
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn part(&self, i: usize, cols: Range<usize>) -> &'a mut [T] {
         debug_assert!(i < self.rows && cols.end <= self.cols);
+        // SAFETY: as in `row`.
         unsafe { std::slice::from_raw_parts_mut(self.at.add(i * self.ld + cols.start), cols.len()) }
     }
 
     /// Rows `r` of an output without gaps.
     ///
     /// # Safety
-    /// As for [`RowsMut::row`].
+    /// The output has no gaps; else as for [`RowsMut::row`].
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn block(&self, r: Range<usize>) -> &'a mut [T] {
         debug_assert!(self.ld == self.cols && r.end <= self.rows);
+        // SAFETY: as in `row`.
         unsafe { std::slice::from_raw_parts_mut(self.at.add(r.start * self.cols), r.len() * self.cols) }
     }
 }
@@ -158,9 +217,10 @@ pub(crate) fn rows<'a, T: Element>(op: &'static str, arg: &'static str, v: &In<'
     check_dtype(op, arg, v, T::DTYPE)?;
     check_view(op, arg, v)?;
     let (rows, cols) = (v.dims.rows(), v.dims.cols());
-    let ld = if rows <= 1 { cols } else { v.ld as usize };
+    let ld = stride(v);
     let n = if rows == 0 { 0 } else { (rows - 1) * ld + cols };
-    let data = unsafe { std::slice::from_raw_parts((v.buf.addr() + v.off) as *const T, n) };
+    // SAFETY: the checks above, which take in the last element that the stride reaches.
+    let data = unsafe { slice(v, n) };
     Ok(Rows { rows, cols, ld, data })
 }
 
@@ -173,8 +233,13 @@ pub(crate) fn rows_mut<'a, T: Element>(
     check_dtype(op, arg, v, T::DTYPE)?;
     check_view(op, arg, v)?;
     let (rows, cols) = (v.dims.rows(), v.dims.cols());
-    let ld = if rows <= 1 { cols } else { v.ld as usize };
-    Ok(RowsMut { rows, cols, ld, at: (v.buf.addr() + v.off) as *mut T, of: PhantomData })
+    let at = if rows * cols == 0 { NonNull::dangling().as_ptr() } else { v.addr() as *mut T };
+    Ok(RowsMut { rows, cols, ld: stride(v), at, of: PhantomData })
+}
+
+/// Elements from one row to the next, where that means something.
+fn stride(v: &In) -> usize {
+    if v.dims.rows() <= 1 || v.dims.cols() == 0 { v.dims.cols() } else { v.ld as usize }
 }
 
 /// A one-element input.
@@ -319,65 +384,93 @@ pub(crate) fn round<T: Elem>(x: &[T::Acc], y: &mut [T]) {
     }
 }
 
-/// Lets `f` write `y` in the accumulator type: in place where that is how it is stored, else in scratch that
+/// Lets tasks write outputs in the accumulator type: in place where that is how they are stored, else in scratch that
 /// is then rounded.
-pub(crate) fn with_acc<T: Elem>(cpu: &Cpu, y: &mut [T], f: impl FnOnce(&mut [T::Acc])) {
-    if is_acc::<T>() {
-        return f(bytemuck::cast_slice_mut(y));
+pub(crate) struct Rounded<'w, T: Elem>(Option<PerThread<'w, T::Acc, 1>>);
+
+impl<'w, T: Elem> Rounded<'w, T> {
+    /// For `tasks` tasks that write at most `n` elements each.
+    pub(crate) fn new(ws: &'w Workspace, tasks: usize, n: usize) -> Result<Self> {
+        if is_acc::<T>() { Ok(Rounded(None)) } else { ws.per_thread(tasks, [n]).map(|s| Rounded(Some(s))) }
     }
-    let mut s = cpu.scratch(y.len());
-    f(&mut s);
-    simd(
-        #[inline(always)]
-        || round(&s, y),
-    );
+
+    /// Runs `f` on `y`.
+    pub(crate) fn write(&self, y: &mut [T], f: impl FnOnce(&mut [T::Acc])) {
+        let Some(scratch) = &self.0 else { return f(bytemuck::cast_slice_mut(y)) };
+        let mut local = scratch.take();
+        let [s] = local.parts();
+        let s = &mut s[..y.len()];
+        f(s);
+        simd(
+            #[inline(always)]
+            || round(s, y),
+        );
+    }
+}
+
+/// Bytes of [`Rounded::new`].
+pub(crate) fn rounded_bytes(dtype: DType, threads: usize, tasks: usize, n: usize) -> usize {
+    if is_narrow(dtype) { per_thread(threads, acc_size(dtype), tasks, [n]) } else { 0 }
 }
 
 /// Runs `f` on fixed blocks of rows of an output, each as a contiguous slice: in place where the output is
 /// contiguous, else in scratch that is copied (which holds the old values if `keep`).
 pub(crate) fn par_row_blocks<T: Element>(
-    cpu: &Cpu,
+    ws: &Workspace,
     y: RowsMut<T>,
     block: usize,
     keep: bool,
     f: impl Fn(Range<usize>, &mut [T]) + Sync,
-) {
+) -> Result<()> {
+    if y.ld == y.cols {
+        par_for(y.rows, block, |r| {
+            // SAFETY: no gaps, and chunks do not share rows.
+            let rows = unsafe { y.block(r.clone()) };
+            f(r, rows);
+        });
+        return Ok(());
+    }
+    let scratch = ws.per_thread::<T, 1>(y.rows.div_ceil(block), [block.min(y.rows) * y.cols])?;
     par_for(y.rows, block, |r| {
-        if y.ld == y.cols {
-            // Chunks do not share rows.
-            return f(r.clone(), unsafe { y.block(r) });
-        }
-        let mut s = cpu.scratch::<T>(r.len() * y.cols);
-        // As above: this chunk's rows are this thread's.
+        let mut local = scratch.take();
+        let [s] = local.parts();
+        let s = &mut s[..r.len() * y.cols];
+        // SAFETY: this chunk's rows are this thread's; each slice is done with before the next is made.
         let row = |i: usize| unsafe { y.row(r.start + i) };
         if keep && y.cols > 0 {
             s.chunks_mut(y.cols).enumerate().for_each(|(i, s)| s.copy_from_slice(row(i)));
         }
-        f(r.clone(), &mut s);
+        f(r.clone(), s);
         if y.cols > 0 {
             s.chunks(y.cols).enumerate().for_each(|(i, s)| row(i).copy_from_slice(s));
         }
     });
+    Ok(())
+}
+
+/// Bytes of [`par_row_blocks`].
+pub(crate) fn row_blocks_bytes(y: &In, threads: usize, block: usize) -> usize {
+    let rows = y.dims.rows();
+    if y.is_contiguous() || block == 0 {
+        return 0;
+    }
+    let n = block.min(rows).saturating_mul(y.dims.cols());
+    per_thread(threads, y.dtype.size(), rows.div_ceil(block), [n])
 }
 
 /// Values in the accumulator type: borrowed where they are stored in it, else a widened copy.
 pub(crate) enum Wide<'a, R: Real> {
     Borrowed(Rows<'a, R>),
-    Owned(Scratch<R>, usize, usize),
+    Owned(Scratch<'a, R>, usize, usize),
 }
 
 impl<'a, R: Real> Wide<'a, R> {
-    /// Widens a strided input (the copy is contiguous).
-    pub(crate) fn new<E: Elem<Acc = R>>(cpu: &Cpu, x: Rows<'a, E>) -> Self {
+    /// Widens a strided input (the copy is contiguous), which takes [`super::workspace::wide`] bytes.
+    pub(crate) fn new<E: Elem<Acc = R>>(ws: &'a Workspace, x: Rows<'a, E>) -> Result<Self> {
         if is_acc::<E>() {
-            return Wide::Borrowed(Rows {
-                rows: x.rows,
-                cols: x.cols,
-                ld: x.ld,
-                data: bytemuck::cast_slice(x.data),
-            });
+            return Ok(Wide::Borrowed(x.cast()));
         }
-        let mut s = cpu.scratch::<R>(x.rows * x.cols);
+        let mut s = ws.scratch::<R>(x.rows * x.cols)?;
         if x.cols > 0 {
             s.par_chunks_mut(x.cols).enumerate().with_min_len(64).for_each(|(i, out)| {
                 for (o, &v) in out.iter_mut().zip(x.row(i)) {
@@ -385,7 +478,7 @@ impl<'a, R: Real> Wide<'a, R> {
                 }
             });
         }
-        Wide::Owned(s, x.rows, x.cols)
+        Ok(Wide::Owned(s, x.rows, x.cols))
     }
 
     /// As rows.
@@ -414,20 +507,29 @@ pub(crate) fn par_sum<R: Real>(n: usize, size: usize, f: impl Fn(Range<usize>) -
     parts.into_iter().fold(R::zero(), |a, b| a + b)
 }
 
+/// Chunks of [`par_reduce_rows`]: at most 16.
+pub(crate) fn reduce_chunks(rows: usize) -> usize {
+    rows.div_ceil(reduce_chunk(rows))
+}
+
+fn reduce_chunk(rows: usize) -> usize {
+    rows.div_ceil(16).max(64)
+}
+
 /// Adds to `out` the sum over rows of what `f` adds to its own `[out.len()]` buffer, chunk by chunk: at most
 /// 16 partial sums, added in order.
 pub(crate) fn par_reduce_rows<R: Real>(
-    cpu: &Cpu,
+    ws: &Workspace,
     rows: usize,
     out: &mut [R],
     f: impl Fn(Range<usize>, &mut [R]) + Sync,
-) {
-    let parts = chunks(rows, rows.div_ceil(16).max(64));
+) -> Result<()> {
+    let parts = chunks(rows, reduce_chunk(rows));
     let n = out.len();
-    let mut partial = cpu.scratch::<R>(parts.len() * n);
+    let mut partial = ws.scratch::<R>(parts.len() * n)?;
     partial.fill(R::zero());
     if n == 0 {
-        return;
+        return Ok(());
     }
     partial.par_chunks_mut(n).zip(parts.par_iter()).for_each(|(p, r)| f(r.clone(), p));
     for p in partial.chunks(n) {
@@ -435,4 +537,10 @@ pub(crate) fn par_reduce_rows<R: Real>(
             *o += v;
         }
     }
+    Ok(())
+}
+
+/// Bytes of [`par_reduce_rows`] with sums of `size` bytes.
+pub(crate) fn reduce_bytes(size: usize, rows: usize, n: usize) -> usize {
+    block(size, reduce_chunks(rows).saturating_mul(n))
 }

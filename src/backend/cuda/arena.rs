@@ -2,7 +2,7 @@
 //! allocates as the one before gets the same addresses and costs no call to the driver.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys};
 
@@ -17,8 +17,11 @@ pub(super) struct Gpu {
     pub(super) compute: Arc<CudaStream>,
     /// Where batches are copied.
     pub(super) copy: Arc<CudaStream>,
-    /// Where memory is taken: never part of a recording.
+    /// Where memory is taken and given back: never part of a recording.
     taking: Arc<CudaStream>,
+    /// While a recording is made, the end of what the compute stream was given to run before: what it is given
+    /// meanwhile is kept, not run, and the stream must be neither waited for nor asked for events.
+    recording: Mutex<Option<CudaEvent>>,
     /// Bytes by role, over all arenas.
     pub(super) memory: Mutex<Memory>,
 }
@@ -26,7 +29,8 @@ pub(super) struct Gpu {
 impl Gpu {
     pub(super) fn new(name: String, context: Arc<CudaContext>) -> std::result::Result<Self, DriverError> {
         let [compute, copy, taking] = [context.new_stream()?, context.new_stream()?, context.new_stream()?];
-        Ok(Gpu { name, context, compute, copy, taking, memory: Mutex::default() })
+        let (recording, memory) = (Mutex::default(), Mutex::default());
+        Ok(Gpu { name, context, compute, copy, taking, recording, memory })
     }
 
     /// A driver's refusal as an error.
@@ -38,19 +42,60 @@ impl Gpu {
         };
         Error::device(&self.name, format!("{what}: {text}{hint}"))
     }
+
+    /// The end of what ran before the recording under way; `None`: there is no recording.
+    pub(super) fn before_recording(&self) -> MutexGuard<'_, Option<CudaEvent>> {
+        self.recording.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether what the compute stream is given is kept.
+    pub(super) fn is_recording(&self) -> bool {
+        self.before_recording().is_some()
+    }
+
+    /// Makes `stream` wait for all that the compute stream was given to run.
+    fn after_compute(&self, stream: &CudaStream) -> std::result::Result<(), DriverError> {
+        match &*self.before_recording() {
+            Some(before) => stream.wait(before),
+            None => stream.wait(&self.compute.record_event(None)?),
+        }
+    }
+
+    /// Waits until all that was given to run is done, within a recording too.
+    pub(super) fn finish(&self) -> std::result::Result<(), DriverError> {
+        self.after_compute(&self.taking)?;
+        self.taking.wait(&self.copy.record_event(None)?)?;
+        self.taking.synchronize()
+    }
+
+    fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
-/// Free blocks of one size by address. Each has the compute stream's work at the time it was given back, if it is one
-/// that the copy stream may write: such a copy has to wait for that. The lowest address goes first, so that the same
-/// calls on the same set of free blocks give the same addresses, in whatever order the blocks came back.
-type Free = BTreeMap<u64, Option<CudaEvent>>;
+/// What the next use of a free block has to wait for.
+enum After {
+    /// The compute stream alone has used it, and will use it next.
+    Compute,
+    /// Both streams may have used it, and may use it next: the work of each when the block was given back. The compute
+    /// stream has to wait for the copy that was under way, and the copy stream for the kernels that read.
+    Both { compute: CudaEvent, copy: CudaEvent },
+    /// The same, but it was given back within a recording, where events of the compute stream mean something else: all
+    /// the work of each so far.
+    All,
+}
+
+/// Free blocks of one size by address. The lowest address goes first, so that the same calls on the same set of free
+/// blocks give the same addresses, in whatever order the blocks came back.
+type Free = BTreeMap<u64, After>;
 
 /// Free blocks of one owner: the device itself, or a recording.
 pub(super) struct Arena {
     gpu: Arc<Gpu>,
     blocks: Mutex<Blocks>,
-    /// Blocks belong to a recording: no events while it is made, and none are needed.
-    recorded: bool,
+    /// Of a recording: the device's own arena. A recording's launches run after all that the device was given before, so
+    /// that they may use whatever is free there; its own blocks stay its own, free or not.
+    device: Option<Arc<Arena>>,
 }
 
 #[derive(Default)]
@@ -59,50 +104,82 @@ struct Blocks {
     free: HashMap<(usize, bool), Free>,
 }
 
-/// Sizes are rounded up by at most an eighth, so that few distinct ones occur.
-fn class(bytes: usize) -> usize {
-    let step = (bytes.next_power_of_two() / 16).max(256);
-    bytes.max(1).next_multiple_of(step)
+/// Sizes are rounded up by at most an eighth, so that few distinct ones occur. `None`: no memory is that large.
+fn class(bytes: usize) -> Option<usize> {
+    let step = (bytes.checked_next_power_of_two()? / 16).max(256);
+    bytes.max(1).checked_next_multiple_of(step)
 }
 
 impl Arena {
-    pub(super) fn new(gpu: Arc<Gpu>, recorded: bool) -> Self {
-        Arena { gpu, blocks: Mutex::default(), recorded }
+    /// The device's own.
+    pub(super) fn new(gpu: Arc<Gpu>) -> Self {
+        Arena { gpu, blocks: Mutex::default(), device: None }
     }
 
-    fn blocks(&self) -> std::sync::MutexGuard<'_, Blocks> {
+    /// That of a recording.
+    pub(super) fn of_recording(device: Arc<Arena>) -> Self {
+        Arena { gpu: device.gpu.clone(), blocks: Mutex::default(), device: Some(device) }
+    }
+
+    fn blocks(&self) -> MutexGuard<'_, Blocks> {
         self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pop(&self, key: (usize, bool)) -> Option<(u64, After)> {
+        self.blocks().free.get_mut(&key).and_then(BTreeMap::pop_first)
     }
 
     /// The address of a block of at least `bytes`.
     pub(super) fn take(&self, role: Role, bytes: usize) -> Result<u64> {
-        let bytes_held = class(bytes);
-        let found =
-            self.blocks().free.get_mut(&(bytes_held, role == Role::Input)).and_then(BTreeMap::pop_first);
-        let addr = match found {
-            Some((addr, after)) => {
-                if let Some(event) = &after {
-                    self.gpu.copy.wait(event).map_err(|e| self.gpu.error("ordering a copy", e))?;
+        let held = class(bytes).ok_or_else(|| self.out_of_memory(role, bytes))?;
+        let key = (held, role == Role::Input);
+        let addr = match &self.device {
+            None => match self.pop(key) {
+                Some((addr, after)) => {
+                    self.order(&after).map_err(|e| self.gpu.error("ordering a copy", e))?;
+                    Ok(addr)
                 }
-                addr
-            }
-            None => match self.ask(bytes_held) {
-                Ok(addr) => addr,
-                Err(_) => {
-                    // Blocks of other sizes may hold what is needed.
+                // Blocks of other sizes may hold what is needed.
+                None => self.ask(held).or_else(|_| {
                     self.give_back();
-                    self.ask(bytes_held).map_err(|_| self.out_of_memory(role, bytes))?
-                }
+                    self.ask(held)
+                }),
+            },
+            Some(device) => match self.pop(key).or_else(|| device.pop(key)) {
+                // Its first use is a replay, before which the recording's end makes the compute stream wait for copies.
+                Some((addr, _)) => Ok(addr),
+                None => self.ask(held).or_else(|_| {
+                    device.give_back();
+                    self.ask(held)
+                }),
             },
         };
-        self.gpu.memory.lock().unwrap_or_else(PoisonError::into_inner).add(role, bytes);
+        let addr = addr.map_err(|_| self.out_of_memory(role, bytes))?;
+        self.gpu.memory().add(role, bytes);
         Ok(addr)
+    }
+
+    /// Makes the streams wait for the former use of a block.
+    fn order(&self, after: &After) -> std::result::Result<(), DriverError> {
+        let gpu = &self.gpu;
+        match after {
+            After::Compute => Ok(()),
+            After::Both { compute, copy } => {
+                gpu.copy.wait(compute)?;
+                gpu.compute.wait(copy)
+            }
+            After::All => {
+                gpu.after_compute(&gpu.copy)?;
+                gpu.compute.wait(&gpu.copy.record_event(None)?)
+            }
+        }
     }
 
     fn ask(&self, bytes: usize) -> std::result::Result<u64, DriverError> {
         self.gpu.context.bind_to_thread()?;
         let stream = self.gpu.taking.cu_stream();
-        // The block is used on other streams after this one has been waited for.
+        // SAFETY: the stream is alive and belongs to the context that was bound. The block is used on other streams
+        // after this one has been waited for.
         unsafe {
             let addr = result::malloc_async(stream, bytes)?;
             result::stream::synchronize(stream)?;
@@ -118,8 +195,10 @@ impl Arena {
         }
         // Work that was enqueued before a block was given back may still use it. A device that fails here has
         // failed elsewhere, where it is reported.
-        let _ = self.gpu.context.synchronize();
+        let _ = self.gpu.finish();
         for addr in free.into_keys() {
+            // SAFETY: the block came from `ask`, and nobody has it: it is in no list any more, its work is done, and no
+            // replay uses it, as the blocks of a recording come back here when its launches are gone.
             let _ = unsafe { result::free_async(addr, self.gpu.taking.cu_stream()) };
         }
         let _ = self.gpu.taking.synchronize();
@@ -135,20 +214,30 @@ impl Arena {
             role: role.to_string(),
             asked: size(bytes as u64),
             free,
-            held: self.gpu.memory.lock().unwrap_or_else(PoisonError::into_inner).largest(),
+            held: self.gpu.memory().largest(),
         }
     }
 }
 
 impl Reclaim for Arena {
-    fn reclaim(&self, addr: u64, bytes: usize, role: Role) {
-        self.gpu.memory.lock().unwrap_or_else(PoisonError::into_inner).sub(role, bytes);
+    unsafe fn reclaim(&self, addr: u64, bytes: usize, role: Role) {
+        // `take` gave no block of a size without a class.
+        let Some(held) = class(bytes) else { return };
+        let gpu = &self.gpu;
+        gpu.memory().sub(role, bytes);
         let input = role == Role::Input;
-        let after = match input && !self.recorded {
-            true => self.gpu.compute.record_event(None).ok(),
-            false => None,
+        let after = match (input, &self.device) {
+            (true, None) if !gpu.is_recording() => {
+                match (gpu.compute.record_event(None), gpu.copy.record_event(None)) {
+                    (Ok(compute), Ok(copy)) => After::Both { compute, copy },
+                    _ => After::All,
+                }
+            }
+            (true, None) => After::All,
+            // Of a recording: nothing takes it but the recording itself, while it is made.
+            (true, Some(_)) | (false, _) => After::Compute,
         };
-        self.blocks().free.entry((class(bytes), input)).or_default().insert(addr, after);
+        self.blocks().free.entry((held, input)).or_default().insert(addr, after);
     }
 }
 
@@ -161,6 +250,7 @@ impl Drop for Arena {
 /// Keeps what the pool has been given: allocating and freeing then cost microseconds.
 pub(super) fn keep_pool(context: &CudaContext) -> std::result::Result<(), DriverError> {
     let mut all = u64::MAX;
+    // SAFETY: the context is alive; the attribute is a u64, which the driver copies.
     unsafe {
         let pool = result::device::get_default_mem_pool(context.cu_device())?;
         let what = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
@@ -175,9 +265,10 @@ mod tests {
     #[test]
     fn sizes_are_rounded_up_by_an_eighth_at_most() {
         for bytes in [0, 1, 255, 256, 257, 4096, 5000, 100_000, 1 << 20, (1 << 20) + 1, 3_000_000_000] {
-            let c = class(bytes);
+            let c = class(bytes).expect("a possible size");
             assert!(c >= bytes.max(1) && c.is_multiple_of(256), "{bytes}: {c}");
             assert!(c <= bytes + (bytes / 8).max(256), "{bytes}: {c}");
         }
+        assert_eq!([usize::MAX, usize::MAX - 255, (1 << 63) + 1].map(class), [None; 3]);
     }
 }

@@ -22,7 +22,7 @@ impl ToC for In<'_> {
             *to = *from as i64;
         }
         ffi::ett_view {
-            ptr: (self.buf.addr() + self.off) as *mut _,
+            ptr: self.addr() as *mut _,
             dtype: self.dtype as i32,
             rank: given.len() as i32,
             dims,
@@ -154,11 +154,14 @@ pub(super) fn check(kernel: &'static str, device: &str, code: i32, last: &ffi::e
 }
 
 /// The name of the implementation that was launched last.
-pub(super) fn kernel_name(name: *const c_char) -> &'static str {
+///
+/// # Safety
+/// `name` is null or what `ett_last_kernel` gave: a string literal.
+pub(super) unsafe fn kernel_name(name: *const c_char) -> &'static str {
     if name.is_null() {
         return "";
     }
-    // The C side returns string literals only.
+    // SAFETY: a string literal by the caller's word.
     unsafe { CStr::from_ptr(name) }.to_str().unwrap_or("")
 }
 

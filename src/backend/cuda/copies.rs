@@ -28,7 +28,7 @@ struct Block {
     done: CudaEvent,
 }
 
-// The pointer is to host memory that belongs to whoever holds the block.
+// SAFETY: the pointer is to host memory that belongs to whoever holds the block.
 unsafe impl Send for Block {}
 
 impl Pinned {
@@ -54,6 +54,7 @@ impl Pinned {
             }
         }
         self.gpu.context.bind_to_thread()?;
+        // SAFETY: the context is bound; what is in the block is not looked at before a copy has written it.
         let at = unsafe { result::malloc_host(size, 0)? };
         Ok(Block { at: at.cast(), bytes: size, done: self.gpu.context.new_event(None)? })
     }
@@ -71,7 +72,8 @@ impl Pinned {
     ) -> std::result::Result<(), DriverError> {
         for (i, piece) in src.chunks(PIECE).enumerate() {
             let block = self.take(piece.len())?;
-            // The block is at least as long as the piece, and nobody else holds it.
+            // SAFETY: the block is at least as long as the piece, and nobody else holds it; it is not handed out again
+            // before `done`. The caller checked that the target is as long as the source.
             unsafe {
                 std::ptr::copy_nonoverlapping(piece.as_ptr(), block.at, piece.len());
                 let from = std::slice::from_raw_parts(block.at, piece.len());
@@ -94,8 +96,9 @@ impl Pinned {
         let bytes = rows * width;
         let slot = bytes.next_multiple_of(8);
         let block = self.take(slot + size_of::<ffi::ett_fault>())?;
-        let from = src.buf.addr() + src.off;
-        // The block holds both copies; the views were checked by the caller.
+        let from = src.addr();
+        // SAFETY: the block holds both copies, and nobody else holds it before they are done; the view was checked by
+        // the caller, and the fault slot is one fault long.
         unsafe {
             let to = |at: usize, n: usize| std::slice::from_raw_parts_mut(block.at.add(at), n);
             if bytes > 0 && src.is_contiguous() {
@@ -141,7 +144,7 @@ impl Held {
     fn wait(self, gpu: &Gpu, bytes: usize, slot: usize, fault: u64) -> Result<Vec<u8>> {
         let Some(block) = &self.block else { return Ok(Vec::new()) };
         block.done.synchronize().map_err(|e| gpu.error("waiting for a value", e))?;
-        // Both copies are done.
+        // SAFETY: both copies are done, and the block is as long as both; a fault is made of numbers.
         let (v, found) = unsafe {
             let v = std::slice::from_raw_parts(block.at, bytes).to_vec();
             (v, std::ptr::read(block.at.add(slot).cast::<ffi::ett_fault>()))
@@ -149,8 +152,12 @@ impl Held {
         match call::fault(&found) {
             None => Ok(v),
             Some(error) => {
-                // Told once: the slot takes the next fault.
+                // Told once: the slot takes the next fault. A recording would keep the clearing, for every replay.
+                if gpu.is_recording() {
+                    return Err(error);
+                }
                 let n = size_of::<ffi::ett_fault>();
+                // SAFETY: the slot is one fault long and alive as long as the device.
                 let clear = unsafe { result::memset_d8_async(fault, 0, n, gpu.compute.cu_stream()) };
                 clear.map_err(|e| gpu.error("clearing a fault", e))?;
                 Err(error)
@@ -175,6 +182,7 @@ impl Drop for Pinned {
         for block in self.blocks.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
             // A device that fails here has failed elsewhere, where it is reported.
             let _ = block.done.synchronize();
+            // SAFETY: it came from `malloc_host`, and its copy is done.
             let _ = unsafe { result::free_host(block.at.cast()) };
         }
     }

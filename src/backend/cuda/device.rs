@@ -41,6 +41,27 @@ impl Options {
     }
 }
 
+/// What a GPU holds from the moment it is opened: the workspace of cuBLASLt's products, if that is there, and the slot
+/// for faults.
+pub(in crate::backend) fn held(products: bool) -> [(Role, usize); 2] {
+    [(Role::Workspace, if products { WORKSPACE } else { 0 }), (Role::Input, size_of::<ffi::ett_fault>())]
+}
+
+/// Arguments that know what their launcher takes.
+pub(in crate::backend) trait Query: Args {
+    /// Bytes of workspace, as `ett_<kernel>_workspace` says; no GPU need be there, and no address is followed.
+    fn workspace(&self) -> Result<usize>;
+}
+
+/// A query's answer.
+fn bytes(a: &impl Args, answer: i64) -> Result<usize> {
+    usize::try_from(answer).map_err(|_| {
+        let views: Vec<String> =
+            a.views().iter().map(|(n, _, v)| format!("{n} {} {}", v.dims, v.dtype)).collect();
+        Error::Unsupported { op: a.kernel(), what: views.join(", "), device: "cuda".into() }
+    })
+}
+
 /// A GPU.
 pub struct Cuda {
     gpu: Arc<Gpu>,
@@ -65,7 +86,7 @@ impl Cuda {
 
     /// GPUs that the driver shows; an error says why there is none.
     pub fn count() -> Result<usize> {
-        // Asked first: the driver's functions panic if the library is missing.
+        // SAFETY: it only looks for the library. Asked first: the driver's functions panic if it is missing.
         if !unsafe { sys::is_culib_present() } {
             let what = "libcuda.so.1 was not found: install the NVIDIA driver, or run on the CPU";
             return Err(Error::device("cuda", what));
@@ -78,6 +99,7 @@ impl Cuda {
             )
         };
         let mut version = 0;
+        // SAFETY: it writes one number.
         unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(explain)?;
         if version < CUDA {
             let text = |v: i32| format!("{}.{}", v / 1000, v % 1000 / 10);
@@ -105,7 +127,8 @@ impl Cuda {
             Error::device(&name, format!("cannot be opened: {text}"))
         };
         let context = CudaContext::new(ordinal).map_err(fail)?;
-        // Before the first allocation: the tracking of events breaks recordings.
+        // SAFETY: this device orders its streams itself. Before the first allocation: the tracking of events breaks
+        // recordings.
         unsafe { context.disable_event_tracking() };
         let capability = context.compute_capability().map_err(fail)?;
         if capability < OLDEST {
@@ -116,19 +139,19 @@ impl Cuda {
         }
         keep_pool(&context).map_err(fail)?;
         let gpu = Arc::new(Gpu::new(name.clone(), context).map_err(fail)?);
-        let arena = Arc::new(Arena::new(gpu.clone(), false));
-        let take = |role, bytes: usize| -> Result<Buffer> {
-            Ok(Buffer::new(arena.take(role, bytes)?, bytes, role, arena.clone()))
-        };
-        let fault = take(Role::Input, size_of::<ffi::ett_fault>())?;
-        unsafe { result::memset_d8_async(fault.addr(), 0, fault.bytes(), gpu.compute.cu_stream()) }
-            .map_err(fail)?;
         let products =
             Products::new().map_err(|e| Error::device(&name, format!("cuBLASLt does not start: {e}")))?;
         if products.is_none() {
             tracing::warn!("cuBLASLt was not found: products run on the portable kernel, which is slower");
         }
-        let products_workspace = take(Role::Workspace, if products.is_some() { WORKSPACE } else { 0 })?;
+        let [workspace, fault] = held(products.is_some());
+        let arena = Arc::new(Arena::new(gpu.clone()));
+        let take = |(role, bytes): (Role, usize)| buffer(&arena, role, bytes);
+        let fault = take(fault)?;
+        // SAFETY: the buffer has this size.
+        unsafe { result::memset_d8_async(fault.addr(), 0, fault.bytes(), gpu.compute.cu_stream()) }
+            .map_err(fail)?;
+        let products_workspace = take(workspace)?;
         Ok(Cuda {
             pinned: Arc::new(Pinned::new(gpu.clone())),
             arena: Mutex::new(arena),
@@ -168,10 +191,11 @@ impl Cuda {
         if x.bytes() != y.0.bytes() || !x.is_contiguous() || !y.0.is_contiguous() {
             return Err(Error::arg("copy", "y", y.0.dims, format!("{} contiguous bytes", x.bytes())));
         }
-        let (from, to) = (x.buf.addr() + x.off, y.0.buf.addr() + y.0.off);
+        let (from, to, bytes) = (x.addr(), y.0.addr(), x.bytes() as usize);
         let bound = self.gpu.context.bind_to_thread();
-        let copied = bound.and_then(|()| unsafe {
-            result::memcpy_dtod_async(to, from, x.bytes() as usize, self.gpu.compute.cu_stream())
+        let copied = bound.and_then(|()| {
+            // SAFETY: the views were checked.
+            unsafe { result::memcpy_dtod_async(to, from, bytes, self.gpu.compute.cu_stream()) }
         });
         copied.map_err(|e| self.gpu.error("copy", e))
     }
@@ -180,9 +204,12 @@ impl Cuda {
         if s == Stream::COPY { &self.gpu.copy } else { &self.gpu.compute }
     }
 
-    fn recording(&self) -> bool {
-        let state = unsafe { result::stream::is_capturing(self.gpu.compute.cu_stream()) };
-        !matches!(state, Ok(sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE))
+    /// Fails within a recording, which cannot hold `what`.
+    fn not_recording(&self, op: &'static str, arg: &'static str, what: &str) -> Result<()> {
+        match self.gpu.is_recording() {
+            true => Err(Error::arg(op, arg, format!("{what} within a recording"), "none there")),
+            false => Ok(()),
+        }
     }
 
     /// The implementation that is forced for `op`.
@@ -206,9 +233,10 @@ impl Cuda {
         }
         self.gpu.context.bind_to_thread().map_err(|e| self.gpu.error(name, e))?;
         let c = a.to_c();
-        // The struct is what the query and the launcher take; both only read it.
+        // SAFETY: the struct is what the query and the launcher take; both only read it.
         let bytes = unsafe { query(&c) };
-        let kernel = match self.library_product(name, std::ptr::from_ref(&c).cast())? {
+        // SAFETY: `c` is the struct of this kernel.
+        let kernel = match unsafe { self.library_product(name, std::ptr::from_ref(&c).cast())? } {
             true => "cublaslt",
             false => {
                 let workspace = match usize::try_from(bytes) {
@@ -223,14 +251,19 @@ impl Cuda {
                     number: call::number(name),
                     force: self.force(name).map_or(std::ptr::null(), |k| k.as_ptr()),
                 };
+                // SAFETY: the struct is the one that the launcher takes, its views were checked, and the workspace is as
+                // large as the query said; what the kernel uses is not given away before it is done.
                 let code = unsafe { run(&c, &launch) };
                 if code != 0 {
+                    // SAFETY: a struct of numbers.
                     let mut last = unsafe { std::mem::zeroed::<ffi::ett_status>() };
+                    // SAFETY: it writes the struct.
                     unsafe { ffi::ett_last_status(&mut last) };
                     call::check(name, &self.gpu.name, code, &last)?;
                 }
                 // The workspace goes back here: whoever gets it next runs after this kernel, on the same stream.
-                call::kernel_name(unsafe { ffi::ett_last_kernel() })
+                // SAFETY: it takes nothing and gives null or a string literal.
+                unsafe { call::kernel_name(ffi::ett_last_kernel()) }
             }
         };
         if tracing::enabled!(tracing::Level::DEBUG)
@@ -240,7 +273,7 @@ impl Cuda {
                 a.views().iter().map(|(n, _, v)| format!("{n} {} {}", v.dims, v.dtype)).collect();
             tracing::debug!(op = name, kernel, "first launch: {}", views.join(", "));
         }
-        if self.sync && !self.recording() {
+        if self.sync && !self.gpu.is_recording() {
             self.gpu
                 .compute
                 .synchronize()
@@ -250,8 +283,11 @@ impl Cuda {
     }
 
     /// Runs a product on cuBLASLt; false if this kernel is none, if another implementation is forced, or if the
-    /// library has none for it. `args` is the C struct of kernel `name`.
-    fn library_product(&self, name: &'static str, args: *const c_void) -> Result<bool> {
+    /// library has none for it.
+    ///
+    /// # Safety
+    /// `args` is the C struct of kernel `name`, with views that were checked.
+    unsafe fn library_product(&self, name: &'static str, args: *const c_void) -> Result<bool> {
         let Some(products) = &self.products else { return Ok(false) };
         let forced = self.force(name).map(|k| k.as_bytes());
         if forced.is_some_and(|k| k != b"cublaslt") {
@@ -264,16 +300,19 @@ impl Cuda {
         let scratch = self.products_workspace.addr();
         let product = match name {
             "matmul" => {
+                // SAFETY: the caller's word, here and below.
                 let a = unsafe { &*args.cast::<ffi::ett_matmul_args>() };
                 let (ta, tb, bias) = (a.ta != 0, a.tb != 0, there(&a.bias));
                 Product { a: &a.a, b: &a.b, ta, tb, bias, y: &a.y, pre: None, add: false }
             }
             "matmul_acc" => {
+                // SAFETY: as above.
                 let a = unsafe { &*args.cast::<ffi::ett_matmul_acc_args>() };
                 let (ta, tb) = (a.ta != 0, a.tb != 0);
                 Product { a: &a.a, b: &a.b, ta, tb, bias: None, y: &a.y, pre: None, add: true }
             }
             "linear_gelu" => {
+                // SAFETY: as above.
                 let a = unsafe { &*args.cast::<ffi::ett_linear_gelu_args>() };
                 let (bias, pre) = (there(&a.bias), there(&a.pre));
                 Product { a: &a.x, b: &a.w, ta: false, tb: true, bias, y: &a.y, pre, add: false }
@@ -293,21 +332,29 @@ impl Cuda {
         }
     }
 
-    fn record_into(
-        &self,
-        arena: Arc<Arena>,
-        work: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<Box<dyn Recording>> {
+    fn record_work(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn Recording>> {
         let fail = |what: &'static str| move |e| self.gpu.error(what, e);
+        let swap =
+            |arena| std::mem::replace(&mut *self.arena.lock().unwrap_or_else(PoisonError::into_inner), arena);
         record::begin(&self.gpu).map_err(fail("starting a recording"))?;
-        let before =
-            std::mem::replace(&mut *self.arena.lock().unwrap_or_else(PoisonError::into_inner), arena.clone());
+        let device = self.arena.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let arena = Arc::new(Arena::of_recording(device.clone()));
+        swap(arena.clone());
         let worked = work();
-        *self.arena.lock().unwrap_or_else(PoisonError::into_inner) = before;
+        swap(device);
         let graph = record::end(&self.gpu, arena).map_err(fail("ending a recording"));
+        // Memory that it took from the device may still be the target of a copy.
+        self.order(Stream::COPY, Stream::COMPUTE)?;
         worked?;
         Ok(Box::new(graph?))
     }
+}
+
+/// New memory of an arena.
+fn buffer(arena: &Arc<Arena>, role: Role, bytes: usize) -> Result<Buffer> {
+    let addr = arena.take(role, bytes)?;
+    // SAFETY: a block of at least this size, which nobody else has until the arena takes it back.
+    Ok(unsafe { Buffer::new(addr, bytes, role, arena.clone()) })
 }
 
 /// One GPU is one rank.
@@ -339,9 +386,10 @@ impl Device for Cuda {
 
     fn alloc(&self, role: Role, bytes: usize) -> Result<Buffer> {
         let arena = self.arena.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let buffer = Buffer::new(arena.take(role, bytes)?, bytes, role, arena);
+        let buffer = buffer(&arena, role, bytes)?;
         if self.poison && bytes > 0 {
             self.gpu.context.bind_to_thread().map_err(|e| self.gpu.error("alloc", e))?;
+            // SAFETY: the buffer has this size.
             let filled =
                 unsafe { result::memset_d8_async(buffer.addr(), 0xff, bytes, self.gpu.compute.cu_stream()) };
             filled.map_err(|e| self.gpu.error("filling new memory", e))?;
@@ -359,49 +407,36 @@ impl Device for Cuda {
                 format!("{} contiguous bytes", dst.0.bytes()),
             ));
         }
-        if self.recording() {
-            return Err(Error::arg(
-                "copy_in",
-                "src",
-                "a copy from the host within a recording",
-                "none there",
-            ));
-        }
+        self.not_recording("copy_in", "src", "a copy from the host")?;
         self.gpu.context.bind_to_thread().map_err(|e| self.gpu.error("copy_in", e))?;
-        let to = dst.0.buf.addr() + dst.0.off;
-        self.pinned.copy_in(self.stream(s), src, to).map_err(|e| self.gpu.error("copying to the device", e))
+        self.pinned
+            .copy_in(self.stream(s), src, dst.0.addr())
+            .map_err(|e| self.gpu.error("copying to the device", e))
     }
 
     fn read_later(&self, s: Stream, src: In) -> Result<Pending> {
         check_view("read_later", "src", &src)?;
-        if self.recording() {
-            return Err(Error::arg(
-                "read_later",
-                "src",
-                "a copy to the host within a recording",
-                "none there",
-            ));
-        }
+        self.not_recording("read_later", "src", "a copy to the host")?;
         self.gpu.context.bind_to_thread().map_err(|e| self.gpu.error("read_later", e))?;
         let pending = self.pinned.read_later(self.stream(s), src, self.fault.addr());
         pending.map_err(|e| self.gpu.error("copying from the device", e))
     }
 
     fn order(&self, before: Stream, after: Stream) -> Result<()> {
+        self.not_recording("order", "after", "an order of streams")?;
         let done = self.stream(before).record_event(None).and_then(|e| self.stream(after).wait(&e));
         done.map_err(|e| self.gpu.error("ordering two streams", e))
     }
 
     fn synchronize(&self) -> Result<()> {
+        self.not_recording("synchronize", "device", "a wait for the device")?;
         let done = self.gpu.copy.synchronize().and_then(|()| self.gpu.compute.synchronize());
         done.map_err(|e| self.gpu.error("waiting for the device", e))
     }
 
     fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Box<dyn Recording>>> {
-        if self.recording() {
-            return Err(Error::arg("record", "work", "a recording within a recording", "one at a time"));
-        }
-        self.record_into(Arc::new(Arena::new(self.gpu.clone(), true)), work).map(Some)
+        self.not_recording("record", "work", "a recording")?;
+        self.record_work(work).map(Some)
     }
 
     fn collectives(&self) -> &dyn Collectives {
@@ -425,6 +460,14 @@ macro_rules! impl_cuda {
     ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => {
         $($(#[$fdoc:meta])* $field:ident: $ty:ty,)*
     })*) => { pastey::paste! {
+        $(impl Query for $args<'_> {
+            fn workspace(&self) -> Result<usize> {
+                let c = self.to_c();
+                // SAFETY: the struct is what this query takes, and it only reads it.
+                bytes(self, unsafe { ffi::[<ett_ $name _workspace>](&c) })
+            }
+        })*
+
         impl Kernels for Cuda {
             $(fn $name(&self, s: Stream, a: &$args<'_>) -> Result<()> {
                 self.launch(s, a, ffi::[<ett_ $name _workspace>], ffi::[<ett_ $name>])

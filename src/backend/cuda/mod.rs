@@ -5,7 +5,7 @@
 //! arguments into the C structs of [`ffi`], which bindgen makes from the header.
 
 mod call;
-#[allow(missing_docs, non_camel_case_types, non_snake_case, non_upper_case_globals, clippy::all)]
+#[allow(missing_docs, non_camel_case_types, non_snake_case, non_upper_case_globals, clippy::all, clippy::undocumented_unsafe_blocks)]
 #[rustfmt::skip]
 pub mod ffi;
 mod shim;
@@ -23,6 +23,8 @@ mod record;
 
 #[cfg(ett_cuda)]
 pub use device::{Cuda, Options};
+#[cfg(ett_cuda)]
+pub(super) use device::{Query, held};
 pub use shim::Shim;
 
 /// Kernels of the interface that have no CUDA implementation yet: those that `missing.c` refuses.

@@ -72,8 +72,9 @@ pub(super) struct Products {
     plans: Mutex<HashMap<Shape, Option<Plan>>>,
 }
 
-// The handle may be used from any thread; plans are used under the lock.
+// SAFETY: the handle may be used from any thread, as cuBLASLt documents; plans own what they point to.
 unsafe impl Send for Products {}
+// SAFETY: likewise; plans are used under the lock.
 unsafe impl Sync for Products {}
 
 fn rows(v: &ffi::ett_view) -> i64 {
@@ -126,6 +127,7 @@ fn data_type(dtype: i32) -> sys::cudaDataType {
 impl Products {
     /// Opens the library; `None` if it is not installed.
     pub(super) fn new() -> std::result::Result<Option<Self>, CublasError> {
+        // SAFETY: it only looks for the library.
         if !unsafe { sys::is_culib_present() } {
             return Ok(None);
         }
@@ -171,7 +173,9 @@ impl Products {
         let Some(plan) = plan else { return Ok(false) };
         let (one, beta) = (1f32, if p.add { 1f32 } else { 0f32 });
         let at = |x: &f32| std::ptr::from_ref(x).cast::<c_void>();
-        // Views lie inside their buffers; the descriptors are alive as long as the plan.
+        // SAFETY: views lie inside their buffers, which `launch` checked, and the shape was made from them; the
+        // descriptors are alive as long as the plan, the attributes have the types that the library documents, and the
+        // workspace is as large as it is told.
         unsafe {
             if let Some(bias) = p.bias {
                 set(plan.desc, Desc::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias.ptr)?;
@@ -222,6 +226,7 @@ impl Products {
         let b = layout(s.act, s.k, s.n, s.ld[1], s.tb)?;
         let d = layout(s.out, s.m, s.n, s.ld[2], false)?;
         let pref = lt::create_matmul_pref()?;
+        // SAFETY: the descriptors were just made, and the attributes have the types that the library documents.
         let found = unsafe {
             set(desc, Desc::CUBLASLT_MATMUL_DESC_TRANSA, &op(s.ta))?;
             set(desc, Desc::CUBLASLT_MATMUL_DESC_TRANSB, &op(s.tb))?;
@@ -255,6 +260,7 @@ impl Products {
                 sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED
                 | sys::cublasStatus_t::CUBLAS_STATUS_INVALID_VALUE,
             )) => {
+                // SAFETY: made above, and in no plan.
                 unsafe { destroy(desc, [a, b, d]) };
                 Ok(None)
             }
@@ -263,24 +269,32 @@ impl Products {
     }
 }
 
+/// # Safety
+/// `desc` exists, and the attribute is a `T`.
 unsafe fn set<T>(
     desc: sys::cublasLtMatmulDesc_t,
     what: sys::cublasLtMatmulDescAttributes_t,
     value: &T,
 ) -> std::result::Result<(), CublasError> {
+    // SAFETY: the caller's word.
     unsafe { lt::set_matmul_desc_attribute(desc, what, std::ptr::from_ref(value).cast(), size_of::<T>()) }
 }
 
+/// # Safety
+/// `pref` exists, and the attribute is a `T`.
 unsafe fn prefer<T>(
     pref: sys::cublasLtMatmulPreference_t,
     what: sys::cublasLtMatmulPreferenceAttributes_t,
     value: &T,
 ) -> std::result::Result<(), CublasError> {
+    // SAFETY: the caller's word.
     unsafe { lt::set_matmul_pref_attribute(pref, what, std::ptr::from_ref(value).cast(), size_of::<T>()) }
 }
 
+/// # Safety
+/// All exist and are not used again.
 unsafe fn destroy(desc: sys::cublasLtMatmulDesc_t, layouts: [sys::cublasLtMatrixLayout_t; 3]) {
-    // Destroying a descriptor that exists does not fail.
+    // SAFETY: the caller's word; destroying a descriptor that exists does not fail.
     unsafe {
         let _ = lt::destroy_matmul_desc(desc);
         for l in layouts {
@@ -292,8 +306,10 @@ unsafe fn destroy(desc: sys::cublasLtMatmulDesc_t, layouts: [sys::cublasLtMatrix
 impl Drop for Products {
     fn drop(&mut self) {
         for plan in self.plans.get_mut().unwrap_or_else(PoisonError::into_inner).values().flatten() {
+            // SAFETY: a plan's descriptors are its own, and this is the end of the plans.
             unsafe { destroy(plan.desc, [plan.a, plan.b, plan.d]) };
         }
+        // SAFETY: `new` made it, and nothing uses it after this.
         let _ = unsafe { lt::destroy_handle(self.handle) };
     }
 }

@@ -19,15 +19,23 @@ pub(super) struct Graph {
 /// Starts keeping what is enqueued on the compute stream.
 pub(super) fn begin(gpu: &Gpu) -> std::result::Result<(), DriverError> {
     gpu.context.bind_to_thread()?;
-    // Relaxed: memory is taken on another stream while the recording is made.
+    let mut recording = gpu.before_recording();
+    let before = gpu.compute.record_event(None)?;
+    // Relaxed: memory is taken and given back on another stream while the recording is made.
     let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-    unsafe { result::stream::begin_capture(gpu.compute.cu_stream(), mode) }
+    // SAFETY: the stream is alive and belongs to the context that was bound.
+    unsafe { result::stream::begin_capture(gpu.compute.cu_stream(), mode)? };
+    *recording = Some(before);
+    Ok(())
 }
 
 /// Ends it. The stream is usable again whatever happens.
 pub(super) fn end(gpu: &Arc<Gpu>, memory: Arc<Arena>) -> std::result::Result<Graph, DriverError> {
+    // SAFETY: the stream is alive; the graph that it gives is destroyed once, here or by `Graph`.
     unsafe {
-        let graph = result::stream::end_capture(gpu.compute.cu_stream())?;
+        let ended = result::stream::end_capture(gpu.compute.cu_stream());
+        *gpu.before_recording() = None;
+        let graph = ended?;
         match result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) {
             Ok(executable) => Ok(Graph { gpu: gpu.clone(), graph, executable, _memory: memory }),
             Err(e) => {
@@ -42,8 +50,10 @@ impl Recording for Graph {
     fn replay(&self) -> Result<()> {
         let gpu = &self.gpu;
         let bound = gpu.context.bind_to_thread();
-        let done =
-            bound.and_then(|()| unsafe { result::graph::launch(self.executable, gpu.compute.cu_stream()) });
+        let done = bound.and_then(|()| {
+            // SAFETY: graph and stream are alive, and so is the memory that the launches were made for.
+            unsafe { result::graph::launch(self.executable, gpu.compute.cu_stream()) }
+        });
         done.map_err(|e| gpu.error("replaying a recorded step", e))
     }
 }
@@ -52,7 +62,8 @@ impl Drop for Graph {
     fn drop(&mut self) {
         if self.gpu.context.bind_to_thread().is_ok() {
             // The last replay may still run. A device that fails here has failed elsewhere, where it is reported.
-            let _ = self.gpu.compute.synchronize();
+            let _ = self.gpu.finish();
+            // SAFETY: `end` made them, and nobody replays them any more.
             unsafe {
                 let _ = result::graph::exec_destroy(self.executable);
                 let _ = result::graph::destroy(self.graph);

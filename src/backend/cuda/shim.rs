@@ -3,7 +3,7 @@
 use std::alloc::Layout;
 use std::ffi::{c_char, c_void};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::call::{self, ToC};
 use super::ffi;
@@ -21,6 +21,8 @@ pub struct Shim {
     heap: Arc<Heap>,
     fault: Buffer,
     forced: Vec<(&'static str, std::ffi::CString)>,
+    /// Held while memory that is handed out is read or written: one call at a time, as on the CPU.
+    turn: Mutex<()>,
 }
 
 #[derive(Default)]
@@ -34,10 +36,10 @@ fn layout(bytes: usize) -> Option<Layout> {
 }
 
 impl Reclaim for Heap {
-    fn reclaim(&self, addr: u64, bytes: usize, role: Role) {
+    unsafe fn reclaim(&self, addr: u64, bytes: usize, role: Role) {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner).sub(role, bytes);
         if let Some(layout) = layout(bytes) {
-            // The block came from `alloc` with this layout.
+            // SAFETY: the block came from `alloc` with this layout.
             unsafe { std::alloc::dealloc(addr as *mut u8, layout) };
         }
     }
@@ -46,21 +48,26 @@ impl Reclaim for Heap {
 impl Shim {
     /// Loads the library at `path`; `force` names implementations as `op=kernel,op=kernel`.
     pub fn open(path: &Path, force: &str) -> Result<Self> {
-        // The library's initialisers do nothing but set up sanitizers.
+        // SAFETY: the library's initialisers do nothing but set up sanitizers.
         let library = unsafe { libloading::Library::new(path) }.map_err(|e| {
             let what = format!("cannot be loaded ({e}); build it with tools/shim-test");
             Error::device(path.display(), what)
         })?;
         let heap = Arc::new(Heap::default());
         let fault = Self::take(&heap, Role::Input, size_of::<ffi::ett_fault>())?;
+        // SAFETY: just taken, of this size.
         unsafe { std::ptr::write_bytes(fault.addr() as *mut u8, 0, fault.bytes()) };
         let forced = call::forced(force)?;
-        Ok(Shim { library, heap, fault, forced })
+        Ok(Shim { library, heap, fault, forced, turn: Mutex::default() })
     }
 
     fn take(heap: &Arc<Heap>, role: Role, bytes: usize) -> Result<Buffer> {
         // Null if there is no memory.
-        let at = layout(bytes).map_or(std::ptr::null_mut(), |l| unsafe { std::alloc::alloc(l) });
+        let at = match layout(bytes) {
+            // SAFETY: the size is not zero.
+            Some(layout) => unsafe { std::alloc::alloc(layout) },
+            None => std::ptr::null_mut(),
+        };
         let mut memory = heap.memory.lock().unwrap_or_else(PoisonError::into_inner);
         if at.is_null() {
             return Err(Error::OutOfMemory {
@@ -71,16 +78,20 @@ impl Shim {
                 held: memory.largest(),
             });
         }
-        // Freshly allocated, `bytes` long.
+        // SAFETY: freshly allocated, `bytes` long.
         unsafe { std::ptr::write_bytes(at, 0xff, bytes) };
         memory.add(role, bytes);
-        Ok(Buffer::new(at as u64, bytes, role, heap.clone()))
+        // SAFETY: the block was just allocated, with an alignment of 256, and the heap takes it back.
+        Ok(unsafe { Buffer::new(at as u64, bytes, role, heap.clone()) })
     }
 
     /// The function `ett_<name>`.
-    fn symbol<F: Copy>(&self, name: &str) -> Result<F> {
+    ///
+    /// # Safety
+    /// `F` is the type that the header gives this function.
+    unsafe fn symbol<F: Copy>(&self, name: &str) -> Result<F> {
         let symbol = format!("ett_{name}");
-        // `F` is the type that the header gives this function.
+        // SAFETY: as the caller says.
         let f = unsafe { self.library.get::<F>(symbol.as_bytes()) };
         f.map(|f| *f).map_err(|e| {
             Error::device("shim", format!("the library has no `{symbol}` ({e}): build it again"))
@@ -89,13 +100,15 @@ impl Shim {
 
     fn launch<A: Args + ToC>(&self, a: &A) -> Result<()> {
         let name = a.kernel();
+        let _turn = self.turn();
         for (arg, _, v) in a.views() {
             check_view(name, arg, &v)?;
         }
         let c = a.to_c();
         let c = std::ptr::from_ref(&c).cast::<c_void>();
-        let query: Query = self.symbol(&format!("{name}_workspace"))?;
-        // The struct is the one that this kernel's functions take.
+        // SAFETY: so the header declares all queries, but for the type that the pointer is to.
+        let query: Query = unsafe { self.symbol(&format!("{name}_workspace"))? };
+        // SAFETY: the struct is the one that this kernel's functions take.
         let bytes = unsafe { query(c) };
         let workspace = match usize::try_from(bytes) {
             Ok(bytes) if bytes > 0 => Some(Self::take(&self.heap, Role::Workspace, bytes)?),
@@ -113,22 +126,36 @@ impl Shim {
                 .find(|(op, _)| *op == name)
                 .map_or(std::ptr::null(), |(_, k)| k.as_ptr()),
         };
-        let run: Launcher = self.symbol(name)?;
+        // SAFETY: so the header declares all launchers, but for the type that the pointer is to.
+        let run: Launcher = unsafe { self.symbol(name)? };
+        // SAFETY: the struct is the one that this kernel takes; its views were checked, the workspace is as large as the
+        // query said, and nothing else runs meanwhile.
         let code = unsafe { run(c, &launch) };
+        // SAFETY: a struct of numbers.
         let mut last = unsafe { std::mem::zeroed::<ffi::ett_status>() };
-        let status: unsafe extern "C" fn(*mut ffi::ett_status) = self.symbol("last_status")?;
+        // SAFETY: so the header declares it.
+        let status: unsafe extern "C" fn(*mut ffi::ett_status) = unsafe { self.symbol("last_status")? };
+        // SAFETY: it writes the struct.
         unsafe { status(&mut last) };
         call::check(name, "shim", code, &last)?;
         // Launches are done when they return, so a fault can be told at once.
         let slot = self.fault.addr() as *mut ffi::ett_fault;
+        // SAFETY: the buffer is one fault long, and launches alone use it, in their turn.
         let found = std::mem::take(unsafe { &mut *slot });
         call::fault(&found).map_or(Ok(()), Err)
     }
 
+    /// Waits for the calls of other threads.
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The implementation that this thread's last launch chose.
     pub fn last_kernel(&self) -> Result<&'static str> {
-        let f: unsafe extern "C" fn() -> *const c_char = self.symbol("last_kernel")?;
-        Ok(call::kernel_name(unsafe { f() }))
+        // SAFETY: so the header declares it.
+        let f: unsafe extern "C" fn() -> *const c_char = unsafe { self.symbol("last_kernel")? };
+        // SAFETY: it takes nothing and gives null or a string literal.
+        Ok(unsafe { call::kernel_name(f()) })
     }
 }
 
@@ -162,6 +189,7 @@ impl Device for Shim {
     }
 
     fn copy_in(&self, _s: Stream, src: &[u8], dst: Out) -> Result<()> {
+        let _turn = self.turn();
         check_view("copy_in", "dst", &dst.0)?;
         if dst.0.bytes() != src.len() as u64 || !dst.0.is_contiguous() {
             return Err(Error::arg(
@@ -171,20 +199,19 @@ impl Device for Shim {
                 format!("{} contiguous bytes", dst.0.bytes()),
             ));
         }
-        // In bounds by check_view.
-        unsafe {
-            std::ptr::copy_nonoverlapping(src.as_ptr(), (dst.0.buf.addr() + dst.0.off) as *mut u8, src.len())
-        };
+        // SAFETY: in bounds by check_view and of the source's length; nobody can hold a reference into a buffer.
+        unsafe { std::ptr::copy_nonoverlapping(src.as_ptr(), dst.0.addr() as *mut u8, src.len()) };
         Ok(())
     }
 
     fn read_later(&self, _s: Stream, src: In) -> Result<Pending> {
+        let _turn = self.turn();
         check_view("read_later", "src", &src)?;
         let (rows, width) = (src.dims.rows(), src.dims.cols() * src.dtype.size());
         let mut v = Vec::with_capacity(rows * width);
-        for r in 0..rows {
-            let at = src.buf.addr() + src.off + r as u64 * src.ld as u64 * src.dtype.size() as u64;
-            // In bounds by check_view; blocks are initialised when they are taken.
+        for r in 0..if width == 0 { 0 } else { rows } {
+            let at = src.addr() + r as u64 * src.ld as u64 * src.dtype.size() as u64;
+            // SAFETY: not empty, in bounds by check_view; blocks are initialised when they are taken, and this is the only call.
             v.extend_from_slice(unsafe { std::slice::from_raw_parts(at as *const u8, width) });
         }
         Ok(Pending::new(move || Ok(v)))

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use ett::backend::*;
 use ett::error::{Error, Result};
-use ett::tensor::Precision;
+use ett::tensor::{DType, Precision};
 
 use super::{Report, Size, reject, run};
 
@@ -67,9 +67,9 @@ impl<'a> Bytes<'a> {
     /// `values` elements from `at` elements after the first one.
     fn at(&self, at: i64, values: usize) -> &'a mut [u8] {
         let size = self.0.dtype.size();
-        let address = (self.0.buf.addr() + self.0.off) as i64 + at * size as i64;
-        // Inside the buffers of the driver, whose guard bands are on both sides; nothing else looks at them during
-        // a call.
+        let address = self.0.addr() as i64 + at * size as i64;
+        // SAFETY: inside the buffers of the driver, whose guard bands are on both sides; nothing else looks at them
+        // during a call, and no slice is used after another that overlaps it was made.
         unsafe { std::slice::from_raw_parts_mut(address as *mut u8, values * size) }
     }
 
@@ -85,7 +85,7 @@ impl<'a> Bytes<'a> {
     fn is_wide(&self) -> bool {
         let (size, dims) = (self.0.dtype.size(), self.0.dims);
         let ld = if dims.rows() > 1 { self.0.ld as usize } else { 0 };
-        [self.0.off as usize, ld * size, dims.cols() * size].iter().all(|n| n.is_multiple_of(16))
+        [self.0.addr() as usize, ld * size, dims.cols() * size].iter().all(|n| n.is_multiple_of(16))
     }
 }
 
@@ -123,8 +123,10 @@ impl Broken {
             }
             Fault::TooLate => {
                 return work().inspect_err(|_| {
-                    if output.0.buf.addr() != 0 {
-                        Bytes(In { off: 0, ..output.0 }).at(0, 1).fill(0);
+                    let buf = output.0.buffer();
+                    if buf.bytes() > 0 {
+                        let start = In::new(buf, 0, DType::I32, [1], 1).expect("a buffer with guard bands");
+                        Bytes(start).at(0, 1).fill(0);
                     }
                 });
             }

@@ -24,6 +24,7 @@ pub mod reject;
 mod resample;
 mod rows;
 mod sampling;
+mod workspace;
 mod xent;
 
 use std::cell::OnceCell;
@@ -35,7 +36,7 @@ use ett::compare::{compare, no_worse_than};
 use ett::error::Error;
 use ett::tensor::Precision;
 
-use case::{Arg, Case, Draw, Judge, Layout, ONCE, SANITIZER, Seen, nearest, round};
+use case::{Arg, Case, Draw, Judge, Layout, ONCE, SANITIZER, Seen, round};
 use place::{Placed, compute, views};
 
 /// How much is tried; each size contains the ones before it.
@@ -62,15 +63,20 @@ pub struct Kernel {
     pub free: &'static [&'static str],
     /// Arguments that a device may refuse unless their rows begin on multiples of 16 bytes.
     pub aligned: &'static [&'static str],
+    /// The CPU takes arguments without gaps only.
+    pub flat_on_cpu: bool,
 }
 
 const fn kernel(name: &'static str, cases: fn() -> Vec<Case>, sample: fn() -> Case) -> Kernel {
-    Kernel { name, cases, sample, free: &[], aligned: &[] }
+    Kernel { name, cases, sample, free: &[], aligned: &[], flat_on_cpu: false }
 }
 
 impl Kernel {
     const fn free(self, free: &'static [&'static str]) -> Self {
         Kernel { free, ..self }
+    }
+    const fn flat_on_cpu(self) -> Self {
+        Kernel { flat_on_cpu: true, ..self }
     }
     const fn aligned(self, aligned: &'static [&'static str]) -> Self {
         Kernel { aligned, ..self }
@@ -86,20 +92,20 @@ pub const TABLE: &[Kernel] = &[
     kernel("linear_gelu", products::linear_gelu, products::linear_gelu_sample),
     kernel("matmul_acc", products::matmul_acc, products::matmul_acc_sample),
     kernel("col_sum", products::col_sum, products::col_sum_sample).free(&["x rows", "x type"]),
-    kernel("upsample2x_fwd", resample::up_fwd, resample::up_fwd_sample),
-    kernel("upsample2x_bwd", resample::up_bwd, resample::up_bwd_sample),
-    kernel("max_pool2x2_fwd", resample::pool_fwd, resample::pool_fwd_sample),
-    kernel("max_pool2x2_bwd", resample::pool_bwd, resample::pool_bwd_sample),
-    kernel("group_norm_fwd", norms::group_fwd, norms::group_fwd_sample),
-    kernel("group_norm_bwd", norms::group_bwd, norms::group_bwd_sample),
+    kernel("upsample2x_fwd", resample::up_fwd, resample::up_fwd_sample).flat_on_cpu(),
+    kernel("upsample2x_bwd", resample::up_bwd, resample::up_bwd_sample).flat_on_cpu(),
+    kernel("max_pool2x2_fwd", resample::pool_fwd, resample::pool_fwd_sample).flat_on_cpu(),
+    kernel("max_pool2x2_bwd", resample::pool_bwd, resample::pool_bwd_sample).flat_on_cpu(),
+    kernel("group_norm_fwd", norms::group_fwd, norms::group_fwd_sample).flat_on_cpu(),
+    kernel("group_norm_bwd", norms::group_bwd, norms::group_bwd_sample).flat_on_cpu(),
     kernel("rms_norm_fwd", norms::rms_fwd, norms::rms_fwd_sample),
     kernel("rms_norm_bwd", norms::rms_bwd, norms::rms_bwd_sample),
     kernel("layer_norm_fwd", norms::layer_fwd, norms::layer_fwd_sample),
     kernel("layer_norm_bwd", norms::layer_bwd, norms::layer_bwd_sample),
-    kernel("batch_norm_fwd", norms::batch_fwd, norms::batch_fwd_sample),
-    kernel("batch_norm_bwd", norms::batch_bwd, norms::batch_bwd_sample),
-    kernel("batch_norm_eval_fwd", norms::batch_eval_fwd, norms::batch_eval_fwd_sample),
-    kernel("batch_norm_eval_bwd", norms::batch_eval_bwd, norms::batch_eval_bwd_sample),
+    kernel("batch_norm_fwd", norms::batch_fwd, norms::batch_fwd_sample).flat_on_cpu(),
+    kernel("batch_norm_bwd", norms::batch_bwd, norms::batch_bwd_sample).flat_on_cpu(),
+    kernel("batch_norm_eval_fwd", norms::batch_eval_fwd, norms::batch_eval_fwd_sample).flat_on_cpu(),
+    kernel("batch_norm_eval_bwd", norms::batch_eval_bwd, norms::batch_eval_bwd_sample).flat_on_cpu(),
     kernel("batch_norm_running", norms::batch_running, norms::batch_running_sample),
     kernel("l2_norm_fwd", norms::l2_fwd, norms::l2_fwd_sample),
     kernel("l2_norm_bwd", norms::l2_bwd, norms::l2_bwd_sample).free(&["dy type"]),
@@ -122,17 +128,17 @@ pub const TABLE: &[Kernel] = &[
     kernel("linear_xent_bwd", xent::bwd, xent::bwd_sample),
     kernel("xent_fwd", xent::stored_fwd, xent::stored_fwd_sample),
     kernel("xent_bwd", xent::stored_bwd, xent::stored_bwd_sample),
-    kernel("l1_fwd", losses::l1_fwd, losses::l1_fwd_sample),
-    kernel("l1_bwd", losses::l1_bwd, losses::l1_bwd_sample),
+    kernel("l1_fwd", losses::l1_fwd, losses::l1_fwd_sample).flat_on_cpu(),
+    kernel("l1_bwd", losses::l1_bwd, losses::l1_bwd_sample).flat_on_cpu(),
     kernel("lpips_fwd", losses::lpips_fwd, losses::lpips_fwd_sample),
     kernel("lpips_bwd", losses::lpips_bwd, losses::lpips_bwd_sample),
     kernel("gan_generator_fwd", losses::generator_fwd, losses::generator_fwd_sample).free(&["x rows", "x cols"]),
     kernel("gan_generator_bwd", losses::generator_bwd, losses::generator_bwd_sample),
-    kernel("hinge_fwd", losses::hinge_fwd, losses::hinge_fwd_sample).free(&["x rows", "x cols"]),
-    kernel("hinge_bwd", losses::hinge_bwd, losses::hinge_bwd_sample),
-    kernel("lecam_update", losses::lecam_update, losses::lecam_update_sample).free(LOGITS),
-    kernel("lecam_fwd", losses::lecam_fwd, losses::lecam_fwd_sample).free(LOGITS),
-    kernel("lecam_bwd", losses::lecam_bwd, losses::lecam_bwd_sample),
+    kernel("hinge_fwd", losses::hinge_fwd, losses::hinge_fwd_sample).free(&["x rows", "x cols"]).flat_on_cpu(),
+    kernel("hinge_bwd", losses::hinge_bwd, losses::hinge_bwd_sample).flat_on_cpu(),
+    kernel("lecam_update", losses::lecam_update, losses::lecam_update_sample).free(LOGITS).flat_on_cpu(),
+    kernel("lecam_fwd", losses::lecam_fwd, losses::lecam_fwd_sample).free(LOGITS).flat_on_cpu(),
+    kernel("lecam_bwd", losses::lecam_bwd, losses::lecam_bwd_sample).flat_on_cpu(),
     kernel("sample", sampling::cases, sampling::sample),
     kernel("nearest", codebook::nearest, codebook::nearest_sample).free(&["e rows"]).aligned(&["z", "e"]),
     kernel("sum_squares", optim::sum_squares, optim::sum_squares_sample).free(&["x cols"]),
@@ -151,6 +157,8 @@ pub struct Report {
     unsupported: BTreeMap<&'static str, Vec<String>>,
     /// Kernels that it called.
     called: BTreeSet<&'static str>,
+    /// Kernels that the run was about.
+    asked: Vec<&'static str>,
     /// Seconds of the device, repetitions and copies included, and of the oracle.
     times: BTreeMap<&'static str, [f64; 2]>,
 }
@@ -163,6 +171,7 @@ impl Report {
             failures: Vec::new(),
             unsupported: BTreeMap::new(),
             called: BTreeSet::new(),
+            asked: Vec::new(),
             times: BTreeMap::new(),
         }
     }
@@ -197,6 +206,8 @@ impl Report {
                 all.push(format!("{n} calls are not supported, which was not to be expected: {first}"));
             }
         }
+        let never = |name: &&str| !self.called.contains(name) && !self.unsupported.contains_key(name);
+        all.extend(self.asked.iter().filter(|n| never(n)).map(|name| format!("{name} was never called")));
         if self.calls == 0 {
             all.push("nothing was called".into());
         }
@@ -256,6 +267,7 @@ pub fn run(dev: &dyn Kernels, prec: Precision, size: Size, only: Option<&[&str]>
     let oracle = Cpu::new(0).expect("threads can be started");
     let mut report = Report::new(dev);
     for kernel in TABLE.iter().filter(|k| only.is_none_or(|names| names.contains(&k.name))) {
+        report.asked.push(kernel.name);
         let most = if size == Size::Shim { Size::Tiny } else { size };
         for case in (kernel.cases)().iter().filter(|c| c.size <= most) {
             let runs = if size <= Size::Shim && case.runs != ONCE { SANITIZER } else { case.runs };
@@ -413,7 +425,7 @@ impl Trial<'_> {
         match &a.judge {
             Judge::By(judge) => judge(&Seen { what, got, want, args, oracle: self.oracle }),
             Judge::Exact => {
-                let want: Vec<f64> = want.iter().map(|&v| nearest(dtype, v)).collect();
+                let want: Vec<f64> = want.iter().map(|&v| dtype.rounded(v)).collect();
                 same_bits(what, got, &want, cols)
             }
             Judge::Near(near) => {

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use ett::backend::{Buffer, Cpu, In, KERNELS, Kernels, Reclaim, Role};
+use ett::backend::{Buffer, Cpu, Extent, In, KERNELS, Kernels, Reclaim, Role};
 use ett::error::{Error, Result};
 use ett::tensor::{DType, Dims, Precision};
 
@@ -15,7 +15,7 @@ use super::{Kernel, Report, TABLE};
 struct Nowhere;
 
 impl Reclaim for Nowhere {
-    fn reclaim(&self, _addr: u64, _bytes: usize, _role: Role) {}
+    unsafe fn reclaim(&self, _addr: u64, _bytes: usize, _role: Role) {}
 }
 
 /// What is done to an argument.
@@ -28,6 +28,10 @@ enum Damage {
     Misaligned,
     /// Rows overlap.
     Overlapping,
+    /// Twice 2^63 rows more, which wraps to what is right.
+    Wrapping,
+    /// Rows so far apart that their distance in bytes wraps.
+    Far,
     Type(DType),
     /// One row, or one column, less.
     Rows,
@@ -41,6 +45,8 @@ impl Damage {
             Damage::Outside => "outside of its buffer".into(),
             Damage::Misaligned => "inside an element".into(),
             Damage::Overlapping => "with overlapping rows".into(),
+            Damage::Wrapping => "with 2^64 rows more".into(),
+            Damage::Far => "with rows far apart".into(),
             Damage::Type(t) => format!("as {t}"),
             Damage::Rows => "with a row less".into(),
             Damage::Cols => "with a column less".into(),
@@ -61,7 +67,7 @@ impl Damage {
         let float = |t: &DType| *t != DType::I32 || kernel.name == "fill";
         all.extend(types.into_iter().filter(|t| !(free("type") && float(t))).map(Damage::Type));
         if arg.dims.rank() > 1 {
-            all.push(Damage::Overlapping);
+            all.extend([Damage::Overlapping, Damage::Wrapping, Damage::Far]);
             all.extend((!free("rows")).then_some(Damage::Rows));
         }
         all.extend((!free("cols")).then_some(Damage::Cols));
@@ -69,19 +75,23 @@ impl Damage {
     }
 
     fn apply<'a>(self, v: In<'a>, nowhere: &'a Buffer) -> In<'a> {
-        let mut v = v;
-        let (rows, cols) = (v.dims.rows(), v.dims.cols());
+        let (mut buf, mut off) = (v.buffer(), v.addr() - v.buffer().addr());
+        let Extent { mut dtype, mut dims, mut ld } = *v;
+        let (rows, cols) = (dims.rows(), dims.cols());
         match self {
-            Damage::Null => (v.buf, v.off) = (nowhere, 0),
-            Damage::Outside => v.off = v.buf.bytes() as u64,
-            Damage::Misaligned => v.off += 1,
-            Damage::Overlapping => v.ld = cols as i64 - 1,
-            Damage::Type(t) => v.dtype = t,
-            Damage::Rows => v.dims = [rows - 1, cols].into(),
-            Damage::Cols if v.dims.rank() == 1 => v.dims = [cols - 1].into(),
-            Damage::Cols => v.dims = [rows, cols - 1].into(),
+            Damage::Null => (buf, off) = (nowhere, 0),
+            Damage::Outside => off = buf.bytes() as u64,
+            Damage::Misaligned => off += 1,
+            Damage::Overlapping => ld = cols as i64 - 1,
+            Damage::Wrapping => dims = [(1 << 63) + rows, 2, cols].into(),
+            Damage::Far => ld = i64::MAX / 2,
+            Damage::Type(t) => dtype = t,
+            Damage::Rows => dims = [rows - 1, cols].into(),
+            Damage::Cols if dims.rank() == 1 => dims = [cols - 1].into(),
+            Damage::Cols => dims = [rows, cols - 1].into(),
         }
-        v
+        // SAFETY: the device checks views itself: that is what is tested, and conformance asks it of every device.
+        unsafe { In::unchecked(buf, off, dtype, dims, ld) }
     }
 
     /// Whether `blamed` may be named for this damage of `arg`: of two arguments that do not fit each other either is
@@ -135,7 +145,8 @@ fn spoil(dev: &dyn Kernels, prec: Precision, kernel: &Kernel, report: &mut Repor
     (case.call)(dev, &views(&placed))?;
     let restore = || placed.iter().try_for_each(|p| p.restore(dev));
     restore()?;
-    let nowhere = Buffer::new(0, 0, Role::Input, Arc::new(Nowhere));
+    // SAFETY: no bytes.
+    let nowhere = unsafe { Buffer::new(0, 0, Role::Input, Arc::new(Nowhere)) };
     for (i, arg) in args.iter().enumerate() {
         for damage in Damage::all(kernel, arg, prec) {
             let mut all = views(&placed).all;
@@ -176,6 +187,7 @@ fn samples_have_another_number_for_each_letter() {
         let args = ((kernel.sample)().args)(&Draw::new(&oracle, Precision::F32, 1.0, kernel.name));
         for a in &args {
             let mut dims = a.dims.as_slice().to_vec();
+            dims.sort();
             dims.dedup();
             assert_eq!(dims.len(), a.dims.rank(), "{}: `{}` is {}", kernel.name, a.name, a.dims);
         }

@@ -19,7 +19,7 @@ fn generate() -> Result<String, String> {
         if !fetched.join("libclang.so").exists() {
             return Err("there is no libclang: set LIBCLANG_PATH to its folder, or let tools/setup-cuda fetch it".into());
         }
-        // The only thread so far reads the environment after this.
+        // SAFETY: the only thread so far reads the environment after this.
         unsafe { env::set_var("LIBCLANG_PATH", fetched) };
     }
     let made = bindgen::builder()

@@ -1,4 +1,4 @@
-//! Files of a run that are whole or not there: written beside their place, synced to the disk, then renamed.
+//! Files that are whole or not there: written beside their place, synced to the disk, then renamed.
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter, ErrorKind, Read, Seek, SeekFrom, Write};
@@ -17,6 +17,7 @@ pub struct Written {
 
 /// A new file that counts and sums what is put into it.
 pub struct FileWriter {
+    /// What errors name.
     path: PathBuf,
     file: BufWriter<File>,
     bytes: u64,
@@ -26,7 +27,12 @@ pub struct FileWriter {
 impl FileWriter {
     /// Creates or empties the file.
     pub fn create(path: &Path) -> Result<Self> {
-        let file = BufWriter::with_capacity(1 << 20, File::create(path).map_err(Error::io(path))?);
+        Self::under(path, path)
+    }
+
+    /// Creates or empties the file `at`, which errors call `path`.
+    fn under(at: &Path, path: &Path) -> Result<Self> {
+        let file = BufWriter::with_capacity(1 << 20, File::create(at).map_err(Error::io(path))?);
         Ok(FileWriter { path: path.into(), file, bytes: 0, sum: crc32fast::Hasher::new() })
     }
 
@@ -46,6 +52,12 @@ impl FileWriter {
     /// Waits until all of it is on the disk.
     pub fn finish(mut self) -> Result<Written> {
         self.file.flush().and_then(|()| self.file.get_ref().sync_all()).map_err(Error::io(&self.path))?;
+        Ok(Written { bytes: self.bytes, crc32: self.sum.finalize() })
+    }
+
+    /// Waits until all of it has left for a device or a pipe, which cannot be synced.
+    fn sent(mut self) -> Result<Written> {
+        self.file.flush().map_err(Error::io(&self.path))?;
         Ok(Written { bytes: self.bytes, crc32: self.sum.finalize() })
     }
 }
@@ -70,25 +82,72 @@ pub fn sync_dir(path: &Path) -> Result<()> {
     }
 }
 
+/// Where [`replace`] writes.
+enum Place {
+    /// A file that is there already, behind any links, or that is new.
+    File(PathBuf),
+    /// A device or a pipe, such as `/dev/stdout`.
+    Stream,
+}
+
+impl Place {
+    fn of(path: &Path) -> Result<Self> {
+        if path.file_name().is_none() {
+            return Err(Error::data(path, "is no file name; name a file to write"));
+        }
+        match std::fs::metadata(path) {
+            Ok(m) if m.is_dir() => Err(Error::data(path, "is a folder; name a file to write")),
+            Ok(m) if m.is_file() => match path.is_symlink() {
+                true => Ok(Place::File(std::fs::canonicalize(path).map_err(Error::io(path))?)),
+                false => Ok(Place::File(path.into())),
+            },
+            Ok(_) => Ok(Place::Stream),
+            Err(e) if e.kind() == ErrorKind::NotFound => match parent(path).is_dir() {
+                true => Ok(Place::File(path.into())),
+                false => Err(Error::data(path, "its folder is not there; make the folder first")),
+            },
+            Err(e) => Err(Error::io(path)(e)),
+        }
+    }
+}
+
+/// The name under which a file is written until it is whole.
+fn part(to: &Path) -> PathBuf {
+    to.with_file_name(format!(".{}.part", to.file_name().unwrap_or_default().to_string_lossy()))
+}
+
 /// Puts a file in the place of another, or none: at every moment the name stands for the whole old or the whole new
-/// one. What was begun is removed on an error.
+/// one. What was begun is removed on an error. Devices and pipes are written to as they are.
 pub fn replace(path: &Path, fill: impl FnOnce(&mut FileWriter) -> Result<()>) -> Result<Written> {
-    let Some(name) = path.file_name() else {
-        return Err(Error::data(path, "is no file name; name a file to write"));
+    let to = match Place::of(path)? {
+        Place::File(to) => to,
+        Place::Stream => {
+            let mut stream = FileWriter::create(path)?;
+            fill(&mut stream)?;
+            return stream.sent();
+        }
     };
-    let part = path.with_file_name(format!(".{}.part", name.to_string_lossy()));
+    let part = part(&to);
     let write = || {
-        let mut file = FileWriter::create(&part)?;
+        let mut file = FileWriter::under(&part, path)?;
         fill(&mut file)?;
         let written = file.finish()?;
-        std::fs::rename(&part, path).map_err(Error::io(path))?;
+        std::fs::rename(&part, &to).map_err(Error::io(path))?;
         Ok(written)
     };
     let written = write().inspect_err(|_| {
         let _ = std::fs::remove_file(&part);
     })?;
-    sync_dir(parent(path))?;
+    sync_dir(parent(&to))?;
     Ok(written)
+}
+
+/// Fails if [`replace`] could not put a file there now: for programs that work long before they write.
+pub fn probe(path: &Path) -> Result<()> {
+    let Place::File(to) = Place::of(path)? else { return Ok(()) };
+    let part = part(&to);
+    FileWriter::under(&part, path)?;
+    std::fs::remove_file(&part).map_err(Error::io(path))
 }
 
 /// The folder that a file lies in.

@@ -1,0 +1,102 @@
+//! Pictures as files.
+
+use std::io::Cursor;
+use std::path::Path;
+
+use ::image::codecs::jpeg::JpegEncoder;
+use ::image::{ExtendedColorType, ImageFormat, write_buffer_with_format};
+
+use super::image::Image;
+use crate::error::{Error, Result};
+use crate::files;
+
+/// Of JPEGs, from 1 to 100.
+const QUALITY: u8 = 95;
+
+/// A format that pictures are written in, 8 bits a channel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// Without loss.
+    Png,
+    /// With a little loss.
+    Jpeg,
+    /// Without loss.
+    WebP,
+}
+
+impl Format {
+    /// The format that a file's name asks for: PNG without an ending.
+    pub fn of(path: &Path) -> Result<Self> {
+        let Some(ending) = path.extension() else { return Ok(Format::Png) };
+        match ending.to_string_lossy().to_ascii_lowercase().as_str() {
+            "png" => Ok(Format::Png),
+            "jpg" | "jpeg" => Ok(Format::Jpeg),
+            "webp" => Ok(Format::WebP),
+            _ => Err(Error::data(
+                path,
+                "pictures are written as .png, .jpg, .jpeg or .webp; use another ending",
+            )),
+        }
+    }
+}
+
+/// Writes a picture in the format of the file's ending, see [`Format::of`] and [`files::replace`]; values outside
+/// [-1, 1] are clamped.
+pub fn save(path: impl AsRef<Path>, image: &Image) -> Result<()> {
+    let path = path.as_ref();
+    write(path, image, Format::of(path)?)
+}
+
+/// Writes a PNG, see [`save`].
+pub fn save_png(path: impl AsRef<Path>, image: &Image) -> Result<()> {
+    write(path.as_ref(), image, Format::Png)
+}
+
+fn write(path: &Path, image: &Image, format: Format) -> Result<()> {
+    image.check("save")?;
+    let (pixels, color) = (image.to_u8(), ExtendedColorType::Rgb8);
+    let (width, height) = (image.width as u32, image.height as u32);
+    let mut bytes = Cursor::new(Vec::new());
+    let encoded = match format {
+        Format::Png => write_buffer_with_format(&mut bytes, &pixels, width, height, color, ImageFormat::Png),
+        Format::WebP => {
+            write_buffer_with_format(&mut bytes, &pixels, width, height, color, ImageFormat::WebP)
+        }
+        Format::Jpeg => {
+            JpegEncoder::new_with_quality(&mut bytes, QUALITY).encode(&pixels, width, height, color)
+        }
+    };
+    encoded.map_err(|e| Error::data(path, format!("this picture cannot be written ({e})")))?;
+    files::replace(path, |file| file.put(bytes.get_ref()))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::scratch::Scratch;
+
+    #[test]
+    fn the_ending_chooses_the_format() {
+        let dir = Scratch::new("endings");
+        let image = Image::filled(9, 5, 0.25);
+        let starts: [(&str, &[u8]); 6] = [
+            ("a.png", b"\x89PNG"),
+            ("a", b"\x89PNG"),
+            ("a.jpg", b"\xff\xd8\xff"),
+            ("a.JPEG", b"\xff\xd8\xff"),
+            ("a.webp", b"RIFF"),
+            ("b.tar.png", b"\x89PNG"),
+        ];
+        for (name, start) in starts {
+            save(dir.path(name), &image).unwrap();
+            assert!(std::fs::read(dir.path(name)).unwrap().starts_with(start), "{name}");
+            let back = Image::open(dir.path(name)).unwrap();
+            assert_eq!((back.height, back.width), (9, 5), "{name}");
+            assert!(back.to_u8().iter().zip(image.to_u8()).all(|(a, b)| a.abs_diff(b) <= 2), "{name}");
+        }
+        let e = save(dir.path("a.gif"), &image).unwrap_err().to_string();
+        assert!(e.contains("a.gif: pictures are written as .png, .jpg"), "{e}");
+        assert!(!dir.path("a.gif").exists());
+    }
+}
