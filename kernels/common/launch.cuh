@@ -124,6 +124,9 @@ class Check {
         return wrong(arg, shape(v).text, want);
     }
 
+    // A view of rank 4: pictures, pixel by pixel.
+    bool image(const char* arg, const ett_view& v) { return ok() && (v.rank == 4 || wrong(arg, shape(v).text, "of rank 4")); }
+
     // A contiguous view of `dtype` with n elements in any shape.
     bool vector(const char* arg, const ett_view& v, int32_t dtype, int64_t n) {
         if (!type(arg, v, dtype)) return false;
