@@ -310,7 +310,7 @@ int64_t most_smem() {
     int device = 0, n = 0;
     if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&n, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
         (void)cudaGetLastError();
-        return 0;
+        return kPlannedSmem;
     }
     return n;
 }

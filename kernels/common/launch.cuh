@@ -259,12 +259,16 @@ inline int32_t zero(const char* op, void* p, size_t bytes, const ett_launch* l) 
     return ett_fail(ETT_CUDA_ERROR, int32_t(e), op, "launch", cudaGetErrorName(e), cudaGetErrorString(e));
 }
 
+// An H100's multiprocessors and largest shared memory of a block: what workspace queries reckon with where there is no
+// GPU, so that a plan can be made there.
+constexpr int kPlannedMultiprocessors = 132, kPlannedSmem = 227 << 10;
+
 // Multiprocessors of the current device.
 inline int multiprocessors() {
     int device = 0, n = 1;
     if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
         (void)cudaGetLastError();
-        return 1;
+        return kPlannedMultiprocessors;
     }
     return n;
 }

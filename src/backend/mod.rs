@@ -19,7 +19,7 @@ pub use contract::*;
 pub use cpu::{Cpu, KernelTime};
 #[cfg(ett_cuda)]
 pub use cuda::Cuda;
-pub use plan::{KernelCount, Plan};
+pub use plan::{KernelCount, Plan, Target};
 pub use state::{Slot, StepState};
 
 /// What a buffer is for; memory is reported by role.
@@ -403,14 +403,37 @@ impl Field for f64 {}
 impl Field for usize {}
 impl Field for bool {}
 
+/// What the name of a device stands for.
+enum Named {
+    Cpu,
+    /// A GPU by its number.
+    Cuda(usize),
+}
+
+impl Named {
+    fn parse(name: &str) -> Result<Self> {
+        let bad = || Error::config("device", name, "cpu, cuda or cuda:N");
+        match name.split_once(':').unwrap_or((name, "0")) {
+            ("cpu", _) if name == "cpu" => Ok(Named::Cpu),
+            ("cuda", ordinal) => Ok(Named::Cuda(ordinal.parse().map_err(|_| bad())?)),
+            _ => Err(bad()),
+        }
+    }
+}
+
 /// Opens a device by name: `cpu`, with `threads` threads (0: one per core), `cuda` or `cuda:N`.
 pub fn open(name: &str, threads: usize) -> Result<Arc<dyn Kernels>> {
-    let bad = || Error::config("device", name, "cpu, cuda or cuda:N");
-    match name.split_once(':').unwrap_or((name, "0")) {
-        ("cpu", _) if name == "cpu" => Ok(Arc::new(Cpu::new(threads)?)),
-        ("cuda", ordinal) => open_cuda(ordinal.parse().map_err(|_| bad())?),
-        _ => Err(bad()),
+    match Named::parse(name)? {
+        Named::Cpu => Ok(Arc::new(Cpu::new(threads)?)),
+        Named::Cuda(ordinal) => open_cuda(ordinal),
     }
+}
+
+#[cfg(not(ett_cuda))]
+fn no_cuda() -> Error {
+    let what = "this program was built without its CUDA kernels, because no nvcc was found: run tools/setup-cuda and \
+                build again, or run on the CPU";
+    Error::device("cuda", what)
 }
 
 #[cfg(ett_cuda)]
@@ -420,9 +443,7 @@ fn open_cuda(ordinal: usize) -> Result<Arc<dyn Kernels>> {
 
 #[cfg(not(ett_cuda))]
 fn open_cuda(_ordinal: usize) -> Result<Arc<dyn Kernels>> {
-    let what = "this program was built without its CUDA kernels, because no nvcc was found: run tools/setup-cuda and \
-                build again, or run on the CPU";
-    Err(Error::device("cuda", what))
+    Err(no_cuda())
 }
 
 /// Checks that a view lies inside its buffer; devices call this before following an address.

@@ -1,10 +1,57 @@
-//! A device without data: it runs the same step and counts bytes by role, operations and launches.
+//! A device without data: it runs the same step as another device and counts bytes by role, operations and launches.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::*;
 use crate::error::Result;
+
+/// The device that a plan is for: each kernel takes the workspace that this device's query says. It need not be there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// The CPU.
+    Cpu {
+        /// Threads that kernels run on.
+        threads: usize,
+    },
+    /// A GPU: the one in this machine, else an H100.
+    #[cfg(ett_cuda)]
+    Cuda,
+}
+
+impl Target {
+    /// The target for a device's name, as [`super::open`] takes it. An error in a build without CUDA kernels if the name
+    /// is a GPU's: only the kernels themselves know what they take.
+    pub fn named(name: &str, threads: usize) -> Result<Self> {
+        match Named::parse(name)? {
+            Named::Cpu => Ok(Target::Cpu { threads: Cpu::new(threads)?.threads() }),
+            #[cfg(ett_cuda)]
+            Named::Cuda(_) => Ok(Target::Cuda),
+            #[cfg(not(ett_cuda))]
+            Named::Cuda(_) => Err(no_cuda()),
+        }
+    }
+
+    /// What the device holds from the start.
+    fn held(self) -> Vec<(Role, usize)> {
+        match self {
+            Target::Cpu { .. } => vec![],
+            #[cfg(ett_cuda)]
+            Target::Cuda => cuda::held(true).into(),
+        }
+    }
+}
+
+impl std::fmt::Display for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Target::Cpu { threads: 1 } => f.write_str("the CPU with 1 thread"),
+            Target::Cpu { threads } => write!(f, "the CPU with {threads} threads"),
+            #[cfg(ett_cuda)]
+            Target::Cuda => f.write_str("a GPU"),
+        }
+    }
+}
 
 /// Calls, operations and bytes of one kernel.
 #[derive(Debug, Clone, Copy, Default)]
@@ -13,6 +60,8 @@ pub struct KernelCount {
     pub calls: u64,
     /// Operations and least bytes over all launches.
     pub cost: Cost,
+    /// The largest workspace of a launch, in bytes.
+    pub workspace: u64,
 }
 
 #[derive(Default)]
@@ -39,13 +88,31 @@ impl Reclaim for Counter {
 
 /// The planning device.
 pub struct Plan {
+    target: Target,
     state: Arc<Counter>,
 }
 
+/// Addresses start here: none is null, which is what an absent argument looks like to a query.
+const FIRST: u64 = 256;
+
 impl Plan {
-    /// A plan that has counted nothing yet.
+    /// A plan for the CPU with one thread.
     pub fn new() -> Self {
-        Plan { state: Arc::new(Counter(Mutex::new(State::default()))) }
+        Self::of(Target::Cpu { threads: 1 })
+    }
+
+    /// A plan for `target`.
+    pub fn of(target: Target) -> Self {
+        let mut state = State { next: FIRST, ..State::default() };
+        for (role, bytes) in target.held() {
+            state.memory.add(role, bytes);
+        }
+        Plan { target, state: Arc::new(Counter(Mutex::new(state))) }
+    }
+
+    /// The device that it is for.
+    pub fn target(&self) -> Target {
+        self.target
     }
 
     /// What ran so far, by kernel name.
@@ -68,14 +135,19 @@ impl Plan {
         self.state.lock().largest
     }
 
-    fn record(&self, a: &dyn Args) -> Result<()> {
+    fn record(&self, a: &dyn Args, workspace: usize) -> Result<()> {
         for (name, _, v) in a.views() {
             check_view(a.kernel(), name, &v)?;
         }
         let mut s = self.state.lock();
+        s.memory.add(Role::Workspace, workspace);
+        s.memory.sub(Role::Workspace, workspace);
+        let largest = &mut s.largest[Role::Workspace as usize];
+        *largest = (*largest).max(workspace as u64);
         let cost = a.cost();
         let k = s.kernels.entry(a.kernel()).or_default();
         k.calls += 1;
+        k.workspace = k.workspace.max(workspace as u64);
         k.cost.flop += cost.flop;
         k.cost.bytes += cost.bytes;
         Ok(())
@@ -130,8 +202,8 @@ impl Device for Plan {
         s.memory.add(role, bytes);
         let largest = &mut s.largest[role as usize];
         *largest = (*largest).max(bytes as u64);
-        s.next += bytes.next_multiple_of(256) as u64;
         let addr = s.next;
+        s.next += bytes.next_multiple_of(256) as u64;
         drop(s);
         // SAFETY: a device without data.
         Ok(unsafe { Buffer::new(addr, bytes, role, self.state.clone()) })
@@ -165,7 +237,12 @@ macro_rules! impl_plan {
     })*) => {
         impl Kernels for Plan {
             $(fn $name(&self, _s: Stream, a: &$args<'_>) -> Result<()> {
-                self.record(a)
+                let workspace = match self.target {
+                    Target::Cpu { threads } => cpu::Query::workspace(a, threads),
+                    #[cfg(ett_cuda)]
+                    Target::Cuda => cuda::Query::workspace(a)?,
+                };
+                self.record(a, workspace)
             })*
         }
     };

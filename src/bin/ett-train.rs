@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
-use ett::backend::{self, Cpu, Kernels};
+use ett::backend::{self, Cpu, Kernels, Target};
 use ett::config::Config;
 use ett::error::{Error, Result};
 use ett::terminal::{self, Output};
@@ -56,7 +56,8 @@ enum Command {
         set: Vec<String>,
         #[command(flatten)]
         common: Common,
-        /// Print sizes, memory by role, operations and the largest batch of each stage, and train nothing.
+        /// Print sizes, memory by role, operations and the largest batch of each stage on --device, and train nothing;
+        /// a GPU that is named need not be there.
         #[arg(long)]
         plan: bool,
         /// With --plan: memory to fill, such as 80GiB; default: what the device has free.
@@ -113,12 +114,10 @@ fn run(command: Option<Command>) -> Result<()> {
         None => demo(),
         Some(Command::Run { config, set, plan: true, memory, common, .. }) => {
             let cfg = Config::load(&config, &set)?;
-            let memory = match memory {
-                Some(text) => Some(train::parse_memory(&text)?),
-                None => device(&common.device, &cfg)?.available(),
-            };
+            let memory = memory.map(|text| train::parse_memory(&text)).transpose()?;
+            let (target, free) = planned(&common.device, &cfg, memory.is_none())?;
             let mut out = Output::default();
-            out.put(&train::plan(&cfg, memory)?);
+            out.put(&train::plan(&cfg, target, memory.or(free))?);
             out.finish()
         }
         Some(Command::Run { config, out, init, set, common, profile, .. }) => {
@@ -189,8 +188,27 @@ fn free(name: &str) -> Result<PathBuf> {
 
 fn device(name: &str, cfg: &Config) -> Result<Arc<dyn Kernels>> {
     match name {
-        "auto" => train::choose_device(cfg),
+        "auto" => Ok(train::choose_device(cfg)?.1),
         name => backend::open(name, cfg.train.threads),
+    }
+}
+
+/// What to plan for, and, if asked for, the memory that it has free. A device that is named need not be there.
+fn planned(name: &str, cfg: &Config, free: bool) -> Result<(Target, Option<u64>)> {
+    if name == "auto" {
+        let (target, dev) = train::choose_device(cfg)?;
+        return Ok((target, dev.available()));
+    }
+    let target = Target::named(name, cfg.train.threads)?;
+    if !free {
+        return Ok((target, None));
+    }
+    match backend::open(name, cfg.train.threads) {
+        Ok(dev) => Ok((target, dev.available())),
+        Err(e) => {
+            tracing::info!("no largest batch without --memory ({e})");
+            Ok((target, None))
+        }
     }
 }
 

@@ -15,7 +15,7 @@ use crate::model::{Ett, Part};
 use crate::tensor::Tensor;
 
 /// Rows of a packed batch are rounded up to this, so that memory is reused from step to step.
-const PAD: usize = 64;
+pub(super) const PAD: usize = 64;
 
 /// Seed of the built-in pictures: they are the same whatever a run's seed.
 const DRAWN: u64 = 1;

@@ -34,6 +34,7 @@ pub use run::{
     CONFIG, EMA, Ending, Finished, METRICS, RunOptions, TOKENIZER, WEIGHTS, profile_table, resume, run,
     run_config, written,
 };
+use stages::start_averages;
 pub use stages::{Stage, Template, averaged};
 pub use step::{Batch, Counts, Loss, Outcome, Recipe, TokenizerMode, step};
 pub use weights::{load_weights, save_weights, save_weights_of};

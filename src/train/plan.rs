@@ -1,11 +1,12 @@
 //! `--plan`: one step of each stage on the device that only counts.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::sync::Arc;
 
-use super::{Batch, Hyper, Optimizer, Stage, TokenizerMode, averaged, step};
-use crate::backend::{self, Device, Kernels, Memory, Plan, Role, StepState};
+use super::feed::PAD;
+use super::{Batch, Hyper, Optimizer, Stage, TokenizerMode, start_averages, step};
+use crate::backend::{self, Device, KernelCount, Kernels, Memory, Plan, Role, StepState, Target};
 use crate::config::{Config, DataConfig, StageConfig, StageKind};
 use crate::error::{Error, Result};
 use crate::model::tokenizer::Grid;
@@ -28,25 +29,37 @@ pub struct StagePlan {
     pub flop: u64,
     /// Kernel launches of one step.
     pub launches: u64,
-    /// Names of the kernels launched.
-    pub kernels: Vec<&'static str>,
+    /// The kernels launched.
+    pub kernels: BTreeMap<&'static str, KernelCount>,
     /// Bytes by role.
     pub memory: Memory,
     /// The largest single buffer of each role.
     pub largest: [u64; 7],
 }
 
-/// Plans a stage: builds the model on [`Plan`] and runs one step of it.
-pub fn plan_stage(cfg: &Config, stage_cfg: &StageConfig) -> Result<StagePlan> {
+/// Plans a stage that follows no other: builds the model on [`Plan`] and runs one step of it.
+pub fn plan_stage(cfg: &Config, stage_cfg: &StageConfig, target: Target) -> Result<StagePlan> {
+    plan_after(cfg, &[], stage_cfg, target)
+}
+
+/// Plans a stage that follows others, whose averages are kept.
+fn plan_after(
+    cfg: &Config,
+    before: &[StageConfig],
+    stage_cfg: &StageConfig,
+    target: Target,
+) -> Result<StagePlan> {
     let (kind, batch) = (stage_cfg.kind, stage_cfg.batch);
-    let dev = Arc::new(Plan::new());
+    let dev = Arc::new(Plan::of(target));
     let mut model = Ett::new(cfg, dev.clone())?;
+    for s in before {
+        let trained = Stage::of(s, &model)?.trained();
+        start_averages(&mut model, &trained, s.ema)?;
+    }
     let stage = Stage::of(stage_cfg, &model)?;
     let trained = stage.trained();
     model.params.train(&trained)?;
-    if stage_cfg.ema {
-        model.params.average(&averaged(&trained))?;
-    }
+    start_averages(&mut model, &trained, stage_cfg.ema)?;
     let parts: Vec<Batch> = (0..stage_cfg.accumulate)
         .map(|_| part(&cfg.data_of(stage_cfg), &model, &stage, batch / stage_cfg.accumulate))
         .collect::<Result<_>>()?;
@@ -74,7 +87,7 @@ pub fn plan_stage(cfg: &Config, stage_cfg: &StageConfig) -> Result<StagePlan> {
         parameters,
         flop: dev.flop(),
         launches: kernels.values().map(|k| k.calls).sum(),
-        kernels: kernels.into_keys().collect(),
+        kernels,
         memory: dev.memory(),
         largest: dev.largest(),
     })
@@ -104,17 +117,29 @@ fn part(data: &DataConfig, model: &Ett, stage: &Stage, n: usize) -> Result<Batch
     let packed = match stage.recipe.text || stage.recipe.codes {
         true => {
             let sequences: Vec<Vec<Part>> = (0..n).map(sequence).collect();
-            Some(Batch::pack(model, &sequences, &grids, 1)?)
+            Some(Batch::pack(model, &sequences, &grids, PAD)?)
         }
         false => None,
     };
     Ok(Batch { images, packed })
 }
 
-/// The largest batch of a stage, made in one part, whose step takes at most `bytes`; 0 if none does.
-pub fn largest_batch(cfg: &Config, stage: &StageConfig, bytes: u64) -> Result<usize> {
+/// The largest batch of a stage that follows no other, made in one part, whose step takes at most `bytes`; 0 if none
+/// does.
+pub fn largest_batch(cfg: &Config, stage: &StageConfig, target: Target, bytes: u64) -> Result<usize> {
+    largest_after(cfg, &[], stage, target, bytes)
+}
+
+fn largest_after(
+    cfg: &Config,
+    before: &[StageConfig],
+    stage: &StageConfig,
+    target: Target,
+    bytes: u64,
+) -> Result<usize> {
     let peak = |batch: usize| -> Result<u64> {
-        Ok(plan_stage(cfg, &StageConfig { batch, accumulate: 1, ..stage.clone() })?.memory.peak)
+        let stage = StageConfig { batch, accumulate: 1, ..stage.clone() };
+        Ok(plan_after(cfg, before, &stage, target)?.memory.peak)
     };
     if peak(1)? > bytes {
         return Ok(0);
@@ -154,23 +179,30 @@ pub fn parse_memory(text: &str) -> Result<u64> {
     }
 }
 
-/// The first device of `cuda` and `cpu` that can run every stage of a configuration, with what was looked at.
-pub fn choose_device(cfg: &Config) -> Result<Arc<dyn Kernels>> {
-    let gpu = match backend::open("cuda", 0) {
+/// The first device of `cuda` and `cpu` that can run every stage of a configuration, and what a plan for it counts.
+pub fn choose_device(cfg: &Config) -> Result<(Target, Arc<dyn Kernels>)> {
+    let open = |name| Ok((Target::named(name, cfg.train.threads)?, backend::open(name, cfg.train.threads)?));
+    let (target, gpu) = match open("cuda") {
         Ok(gpu) => gpu,
         Err(e) => {
             tracing::info!("on the CPU ({e})");
-            return backend::open("cpu", cfg.train.threads);
+            return open("cpu");
         }
     };
     let mut missing = BTreeSet::new();
     for s in &cfg.stage {
-        let needed = plan_stage(cfg, &StageConfig { batch: 1, accumulate: 1, ..s.clone() })?.kernels;
-        missing.extend(needed.into_iter().filter(|k| gpu.missing().contains(k)));
+        match plan_stage(cfg, &StageConfig { batch: 1, accumulate: 1, ..s.clone() }, target) {
+            Ok(p) => missing.extend(p.kernels.into_keys().filter(|k| gpu.missing().contains(k))),
+            Err(e @ Error::Unsupported { .. }) => {
+                tracing::info!("on the CPU ({e})");
+                return open("cpu");
+            }
+            Err(e) => return Err(e),
+        }
     }
     if missing.is_empty() {
         tracing::info!("on {}", gpu.name());
-        return Ok(gpu);
+        return Ok((target, gpu));
     }
     let names: Vec<&str> = missing.into_iter().collect();
     tracing::info!(
@@ -179,21 +211,22 @@ pub fn choose_device(cfg: &Config) -> Result<Arc<dyn Kernels>> {
         names.len(),
         names.join(", ")
     );
-    backend::open("cpu", cfg.train.threads)
+    open("cpu")
 }
 
 fn gib(bytes: u64) -> f64 {
     bytes as f64 / (1u64 << 30) as f64
 }
 
-/// The plan of every stage of a configuration (of the semantic stage if it names none), as text; with `memory` in
-/// bytes also the largest batch that fits.
-pub fn plan(cfg: &Config, memory: Option<u64>) -> Result<String> {
+/// The plan of every stage of a configuration (of the semantic stage if it names none) on `target`, as text; with
+/// `memory` in bytes also the largest batch that fits.
+pub fn plan(cfg: &Config, target: Target, memory: Option<u64>) -> Result<String> {
     let semantic = StageConfig::new(StageKind::Semantic, 1, 1);
     let stages = if cfg.stage.is_empty() { std::slice::from_ref(&semantic) } else { &cfg.stage[..] };
-    let mut out = String::new();
-    for s in stages {
-        let p = plan_stage(cfg, s)?;
+    let mut out = format!("planned for {target}\n");
+    for (i, s) in stages.iter().enumerate() {
+        let before = &stages[..i];
+        let p = plan_after(cfg, before, s, target)?;
         // Writing to a String cannot fail.
         let parts = match s.accumulate {
             1 => String::new(),
@@ -223,7 +256,7 @@ pub fn plan(cfg: &Config, memory: Option<u64>) -> Result<String> {
             p.flop as f64 / 1e12 / p.batch as f64
         );
         if let Some(bytes) = memory {
-            let _ = match largest_batch(cfg, s, bytes)? {
+            let _ = match largest_after(cfg, before, s, target, bytes)? {
                 0 => writeln!(out, "  {:.1} GiB do not hold a batch of 1", gib(bytes)),
                 MAX_BATCH.. => writeln!(out, "  {:.1} GiB hold any batch up to {MAX_BATCH}", gib(bytes)),
                 n => writeln!(out, "  {:.1} GiB hold a batch of up to {n} in one part", gib(bytes)),

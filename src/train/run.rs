@@ -14,8 +14,8 @@ use super::metrics::{Line, Smooth, Usage};
 use super::sharpness::Sharpness;
 use super::weights::{read_file, set_weights};
 use super::{
-    Counts, History, Hyper, Optimizer, Outcome, Own, Stage, Template, TokenizerMode, averaged, closing,
-    interrupt, save_weights, save_weights_of, schedule, step, text,
+    Counts, History, Hyper, Optimizer, Outcome, Own, Stage, Template, TokenizerMode, closing, interrupt,
+    save_weights, save_weights_of, schedule, start_averages, step, text,
 };
 use crate::backend::{Cpu, Kernels, StepState};
 use crate::config::{Config, QuantizerKind, StageConfig};
@@ -351,11 +351,7 @@ impl Session {
         let trained = stage.trained();
         model.params.train(&trained)?;
         if from.is_none() {
-            // Averages outlast stages that leave their group alone, and start anew where it is trained again.
-            model.params.drop_averages(&trained);
-            if cfg.ema {
-                model.params.average(&averaged(&trained))?;
-            }
+            start_averages(model, &trained, cfg.ema)?;
         }
         let feed = Feed::new(data, template, cfg, &stage, &all.train, number)?;
         let mut update = Update::new(model, cfg, &stage)?;

@@ -73,6 +73,16 @@ pub fn averaged<'a>(trained: &[&'a str]) -> Vec<&'a str> {
     trained.iter().copied().filter(|g| ["encoder", "decoder", "discriminator"].contains(g)).collect()
 }
 
+/// Starts the averages of a stage that trains these groups, if it keeps any. Averages outlast stages that leave their
+/// group alone, and start anew where it is trained again.
+pub(super) fn start_averages(model: &mut Ett, trained: &[&str], ema: bool) -> Result<()> {
+    model.params.drop_averages(trained);
+    if ema {
+        model.params.average(&averaged(trained))?;
+    }
+    Ok(())
+}
+
 /// How text and pictures are laid out as sequences; text is ChatML.
 pub struct Template {
     text: TextTokenizer,

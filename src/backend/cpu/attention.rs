@@ -5,17 +5,73 @@ use std::ops::Range;
 use num_traits::{Float, Zero};
 use rayon::prelude::*;
 
+use super::workspace::{acc_size, per_thread, together, wide};
 use super::*;
 
 /// Query rows of a block.
 const BLOCK: usize = 64;
 
-pub(super) fn attention_fwd(cpu: &Cpu, a: &AttentionFwd) -> Result<()> {
-    by_dtype!("attention_fwd", a.q.dtype, E => fwd::<E>(cpu, a))
+pub(super) fn attention_fwd_workspace(a: &AttentionFwd, threads: usize) -> usize {
+    let most = Most::new(a);
+    let locals = per_thread(threads, acc_size(a.q.dtype), most.blocks, most.forward_parts());
+    together([wide(&a.q), wide(&a.k), wide(&a.v), locals])
 }
 
-pub(super) fn attention_bwd(cpu: &Cpu, a: &AttentionBwd) -> Result<()> {
-    by_dtype!("attention_bwd", a.q.dtype, E => bwd::<E>(cpu, a))
+pub(super) fn attention_bwd_workspace(a: &AttentionBwd, threads: usize) -> usize {
+    let most = Most::new(&forward_of(a));
+    let locals = per_thread(threads, acc_size(a.q.dtype), most.pairs, most.backward_parts());
+    together([wide(&a.dy), wide(&a.q), wide(&a.k), wide(&a.v), locals])
+}
+
+/// The most of everything that the arguments allow: lengths of sequences are data, which a query does not see.
+struct Most {
+    /// Query rows of a block.
+    rows: usize,
+    /// Keys of a sequence.
+    keys: usize,
+    d: usize,
+    /// Pairs of a sequence and a key/value head.
+    pairs: usize,
+    /// Pairs of a block and a key/value head.
+    blocks: usize,
+}
+
+impl Most {
+    fn new(a: &AttentionFwd) -> Self {
+        let (n, nk) = (a.q.dims.rows(), a.k.dims.rows());
+        let sequences = a.cu_q.dims.numel().saturating_sub(1);
+        let rows = a.max_q.min(n);
+        // Every sequence has at most one block that is not full.
+        let blocks =
+            sequences.saturating_mul(rows.div_ceil(BLOCK)).min((n / BLOCK).saturating_add(sequences));
+        Most {
+            rows: rows.min(BLOCK),
+            keys: a.max_k.min(nk),
+            d: a.head_dim.min(a.q.dims.cols()),
+            pairs: sequences.saturating_mul(a.kv_heads),
+            blocks: blocks.saturating_mul(a.kv_heads),
+        }
+    }
+
+    /// Scores and outputs of a block.
+    fn forward_parts(&self) -> [usize; 2] {
+        [self.rows.saturating_mul(self.keys), self.rows.saturating_mul(self.d)]
+    }
+
+    /// What [`Work`] has, in its order.
+    fn backward_parts(&self) -> [usize; 5] {
+        let [scores, queries] = self.forward_parts();
+        let keys = self.keys.saturating_mul(self.d);
+        [scores, scores, queries, keys, keys]
+    }
+}
+
+pub(super) fn attention_fwd(ws: &Workspace, a: &AttentionFwd) -> Result<()> {
+    by_dtype!("attention_fwd", a.q.dtype, E => fwd::<E>(ws, a))
+}
+
+pub(super) fn attention_bwd(ws: &Workspace, a: &AttentionBwd) -> Result<()> {
+    by_dtype!("attention_bwd", a.q.dtype, E => bwd::<E>(ws, a))
 }
 
 /// The shape of a call, checked.
@@ -63,13 +119,6 @@ impl Shape {
     fn seen(&self, s: usize, i: usize) -> usize {
         let (t, tk) = (self.seqs[s].0.len(), self.seqs[s].1.len());
         if self.causal { (i + 1 + tk).saturating_sub(t) } else { tk }
-    }
-
-    /// Scores of the largest block.
-    fn scores(&self) -> usize {
-        let keys = self.seqs.iter().map(|(_, k)| k.len()).max().unwrap_or(0);
-        let rows = self.seqs.iter().map(|(q, _)| q.len()).max().unwrap_or(0);
-        rows.min(BLOCK) * keys
     }
 
     /// Columns of a head.
@@ -197,12 +246,12 @@ fn end(seq: Option<&Range<usize>>) -> usize {
     seq.map_or(0, |r| r.end)
 }
 
-fn fwd<E: Elem>(cpu: &Cpu, a: &AttentionFwd) -> Result<()> {
+fn fwd<E: Elem>(ws: &Workspace, a: &AttentionFwd) -> Result<()> {
     let op = "attention_fwd";
     let shape = Shape::new(op, a)?;
-    let q = Wide::new(cpu, rows::<E>(op, "q", &a.q)?);
-    let k = Wide::new(cpu, rows::<E>(op, "k", &a.k)?);
-    let v = Wide::new(cpu, rows::<E>(op, "v", &a.v)?);
+    let q = Wide::new(ws, rows::<E>(op, "q", &a.q)?)?;
+    let k = Wide::new(ws, rows::<E>(op, "k", &a.k)?)?;
+    let v = Wide::new(ws, rows::<E>(op, "v", &a.v)?)?;
     let (q, k, v) = (q.rows(), k.rows(), v.rows());
     let y = rows_mut::<E>(op, "y", &a.y.0)?;
     let lse = rows_mut::<E::Acc>(op, "lse", &a.lse.0)?;
@@ -217,16 +266,18 @@ fn fwd<E: Elem>(cpu: &Cpu, a: &AttentionFwd) -> Result<()> {
         }
     }
     let scale = E::Acc::of(a.scale);
+    let most = Most::new(a);
+    let scratch = ws.per_thread::<E::Acc, 2>(most.blocks, most.forward_parts())?;
     tasks.into_par_iter().for_each(|(s, kv_head, r)| {
         let block = shape.block(s, r);
         let (n, keys, d) = (block.rows(), block.keys, shape.d);
-        let mut p = cpu.scratch::<E::Acc>(shape.scores());
-        let mut o = cpu.scratch::<E::Acc>(BLOCK * d);
+        let mut local = scratch.take();
+        let [p, o] = local.parts();
         let (k, v) = (block.keys(&k, shape.head(kv_head)), block.keys(&v, shape.head(kv_head)));
         for h in shape.heads_of(kv_head) {
-            gemm(block.queries(&q, shape.head(h)), k.t(), &mut p, keys, false);
-            let stats = softmax(&mut p, &block, scale);
-            gemm(Mat::new(&p, n, keys, keys), v, &mut o, d, false);
+            gemm(block.queries(&q, shape.head(h)), k.t(), p, keys, false);
+            let stats = softmax(p, &block, scale);
+            gemm(Mat::new(p, n, keys, keys), v, o, d, false);
             for (i, (max, sum)) in stats.into_iter().enumerate() {
                 // SAFETY: one task writes these columns of this row: sequences and blocks share no rows, heads no columns.
                 let (y, lse) =
@@ -275,7 +326,7 @@ struct Saved<'a, R> {
     scale: R,
 }
 
-fn bwd<E: Elem>(cpu: &Cpu, a: &AttentionBwd) -> Result<()> {
+fn bwd<E: Elem>(ws: &Workspace, a: &AttentionBwd) -> Result<()> {
     let op = "attention_bwd";
     let shape = Shape::new(op, &forward_of(a))?;
     for (arg, v, like) in
@@ -283,10 +334,10 @@ fn bwd<E: Elem>(cpu: &Cpu, a: &AttentionBwd) -> Result<()> {
     {
         expect_rows(op, arg, v, like.dims.rows(), like.dims.cols())?;
     }
-    let dy = Wide::new(cpu, rows::<E>(op, "dy", &a.dy)?);
-    let q = Wide::new(cpu, rows::<E>(op, "q", &a.q)?);
-    let k = Wide::new(cpu, rows::<E>(op, "k", &a.k)?);
-    let v = Wide::new(cpu, rows::<E>(op, "v", &a.v)?);
+    let dy = Wide::new(ws, rows::<E>(op, "dy", &a.dy)?)?;
+    let q = Wide::new(ws, rows::<E>(op, "q", &a.q)?)?;
+    let k = Wide::new(ws, rows::<E>(op, "k", &a.k)?)?;
+    let v = Wide::new(ws, rows::<E>(op, "v", &a.v)?)?;
     let y = rows::<E>(op, "y", &a.y)?;
     let saved = Saved {
         dy: dy.rows(),
@@ -304,11 +355,14 @@ fn bwd<E: Elem>(cpu: &Cpu, a: &AttentionBwd) -> Result<()> {
     clear_padding(&dv, end(shape.seqs.last().map(|(_, k)| k)));
 
     let d = shape.d;
+    let most = Most::new(&forward_of(a));
+    let scratch = ws.per_thread::<E::Acc, 5>(most.pairs, most.backward_parts())?;
     let tasks: Vec<_> = (0..shape.seqs.len() * shape.kv_heads).collect();
     tasks.into_par_iter().for_each(|task| {
         let (s, kv_head) = (task / shape.kv_heads, task % shape.kv_heads);
         let keys = shape.seqs[s].1.clone();
-        let mut work = Work::new(cpu, &shape, keys.len());
+        let mut local = scratch.take();
+        let mut work = Work::new(local.parts(), keys.len() * d);
         for h in shape.heads_of(kv_head) {
             for block in shape.blocks(s) {
                 block_bwd(&saved, &y, &shape, &block, h, &mut work);
@@ -353,31 +407,24 @@ fn forward_of<'a>(a: &AttentionBwd<'a>) -> AttentionFwd<'a> {
 }
 
 /// Scratch of one task of the backward.
-struct Work<R> {
+struct Work<'a, R> {
     /// Probabilities, then score gradients of a block.
-    p: Scratch<R>,
+    p: &'a mut [R],
     /// Gradients of a block's probabilities.
-    dp: Scratch<R>,
+    dp: &'a mut [R],
     /// Query gradients of a block.
-    dq: Scratch<R>,
+    dq: &'a mut [R],
     /// Key and value gradients of the sequence, summed over query blocks and heads.
-    dk: Scratch<R>,
-    dv: Scratch<R>,
+    dk: &'a mut [R],
+    dv: &'a mut [R],
 }
 
-impl<R: Real> Work<R> {
-    fn new(cpu: &Cpu, shape: &Shape, keys: usize) -> Self {
-        let scratch = |n| cpu.scratch::<R>(n);
-        let mut w = Work {
-            p: scratch(shape.scores()),
-            dp: scratch(shape.scores()),
-            dq: scratch(BLOCK * shape.d),
-            dk: scratch(keys * shape.d),
-            dv: scratch(keys * shape.d),
-        };
-        w.dk.fill(R::zero());
-        w.dv.fill(R::zero());
-        w
+impl<'a, R: Real> Work<'a, R> {
+    /// For key gradients of `n` elements.
+    fn new([p, dp, dq, dk, dv]: [&'a mut [R]; 5], n: usize) -> Self {
+        dk[..n].fill(R::zero());
+        dv[..n].fill(R::zero());
+        Work { p, dp, dq, dk, dv }
     }
 }
 
@@ -388,17 +435,17 @@ fn block_bwd<E: Elem>(
     shape: &Shape,
     block: &Block,
     h: usize,
-    w: &mut Work<E::Acc>,
+    w: &mut Work<'_, E::Acc>,
 ) {
     let (n, keys, d, cols) = (block.rows(), block.keys, shape.d, shape.head(h));
     let kv_cols = shape.head(h / shape.group);
     let (q, dy) = (block.queries(&x.q, cols.clone()), block.queries(&x.dy, cols.clone()));
     let (k, v) = (block.keys(&x.k, kv_cols.clone()), block.keys(&x.v, kv_cols));
 
-    gemm(q, k.t(), &mut w.p, keys, false);
-    probabilities(&mut w.p, block, &x.lse, h, x.scale);
-    gemm(Mat::new(&w.p, n, keys, keys).t(), dy, &mut w.dv, d, true);
-    gemm(dy, v.t(), &mut w.dp, keys, false);
+    gemm(q, k.t(), w.p, keys, false);
+    probabilities(w.p, block, &x.lse, h, x.scale);
+    gemm(Mat::new(w.p, n, keys, keys).t(), dy, w.dv, d, true);
+    gemm(dy, v.t(), w.dp, keys, false);
     for i in 0..if keys == 0 { 0 } else { n } {
         let (y, dy) = (&y.row(block.q + i)[cols.clone()], &x.dy.row(block.q + i)[cols.clone()]);
         let delta = lanes::sum2(y, dy, |y, dy| y.up() * dy);
@@ -407,8 +454,8 @@ fn block_bwd<E: Elem>(
             *p *= (dp - delta) * x.scale;
         }
     }
-    gemm(Mat::new(&w.p, n, keys, keys), k, &mut w.dq, d, false);
-    gemm(Mat::new(&w.p, n, keys, keys).t(), q, &mut w.dk, d, true);
+    gemm(Mat::new(w.p, n, keys, keys), k, w.dq, d, false);
+    gemm(Mat::new(w.p, n, keys, keys).t(), q, w.dk, d, true);
 }
 
 /// From scores to probabilities, 0 where masked.

@@ -8,7 +8,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use num_traits::{Float, One, Zero};
 use rayon::prelude::*;
 
+use super::workspace::{acc_size, block, no_workspace, per_thread, together};
 use super::*;
+
+no_workspace!(ibq_losses(IbqLosses), vq_losses(VqLosses), vq_bwd(VqBwd));
 
 /// Tokens of a tile.
 const ROWS: usize = 64;
@@ -30,11 +33,47 @@ struct Sweep<'a, E: Elem> {
     cols: usize,
 }
 
-/// Scratch of one thread.
-struct Tile<R> {
-    z: Scratch<R>,
-    e: Scratch<R>,
-    s: Scratch<R>,
+/// Elements of the parts of a [`Tile`].
+fn tile_parts(k: usize, d: usize) -> [usize; 3] {
+    [ROWS.saturating_mul(d), tile_cols(k).saturating_mul(d), ROWS.saturating_mul(tile_cols(k))]
+}
+
+/// The same, gradients of scores, and the sums of a block of rows.
+fn bwd_parts(k: usize, d: usize) -> [usize; 5] {
+    let [z, e, s] = tile_parts(k, d);
+    [z, e, s, s, z]
+}
+
+/// Bytes of the tiles of `tasks` tasks.
+fn tiles_bytes(z: &In, e: &In, threads: usize, tasks: usize) -> usize {
+    per_thread(threads, acc_size(z.dtype), tasks, tile_parts(e.dims.rows(), z.dims.cols()))
+}
+
+pub(super) fn nearest_workspace(a: &Nearest, threads: usize) -> usize {
+    let half = if a.metric == Metric::L2 { block(acc_size(a.z.dtype), a.e.dims.rows()) } else { 0 };
+    together([half, tiles_bytes(&a.z, &a.e, threads, a.z.dims.rows().div_ceil(ROWS))])
+}
+
+pub(super) fn ibq_rows_workspace(a: &IbqRows, threads: usize) -> usize {
+    tiles_bytes(&a.z, &a.e, threads, a.z.dims.rows().div_ceil(ROWS))
+}
+
+pub(super) fn ibq_cols_workspace(a: &IbqCols, threads: usize) -> usize {
+    let k = a.e.dims.rows();
+    tiles_bytes(&a.z, &a.e, threads, k.div_ceil(tile_cols(k)))
+}
+
+pub(super) fn ibq_bwd_workspace(a: &IbqBwd, threads: usize) -> usize {
+    let (m, k, d, size) = (a.z.dims.rows(), a.e.dims.rows(), a.z.dims.cols(), acc_size(a.z.dtype));
+    let tasks = m.div_ceil(ROWS).max(k.div_ceil(tile_cols(k)));
+    together([block(size, m.saturating_mul(d)), per_thread(threads, size, tasks, bwd_parts(k, d))])
+}
+
+/// Scratch of one task.
+struct Tile<'a, R> {
+    z: &'a mut [R],
+    e: &'a mut [R],
+    s: &'a mut [R],
 }
 
 impl<'a, E: Elem> Sweep<'a, E> {
@@ -49,12 +88,9 @@ impl<'a, E: Elem> Sweep<'a, E> {
         Ok(Sweep { z, e, d: z.cols, cols: tile_cols(e.rows) })
     }
 
-    fn tile(&self, cpu: &Cpu) -> Tile<E::Acc> {
-        Tile {
-            z: cpu.scratch(ROWS * self.d),
-            e: cpu.scratch(self.cols * self.d),
-            s: cpu.scratch(ROWS * self.cols),
-        }
+    /// Scratch for the tiles of `tasks` tasks.
+    fn tiles<'w>(&self, ws: &'w Workspace, tasks: usize) -> Result<PerThread<'w, E::Acc, 3>> {
+        ws.per_thread(tasks, tile_parts(self.e.rows, self.d))
     }
 
     fn row_blocks(&self) -> Vec<Range<usize>> {
@@ -65,19 +101,19 @@ impl<'a, E: Elem> Sweep<'a, E> {
         chunks(self.e.rows, self.cols)
     }
 
-    fn load_z(&self, r: &Range<usize>, t: &mut Tile<E::Acc>) {
-        widen(&self.z, r, &mut t.z);
+    fn load_z(&self, r: &Range<usize>, t: &mut Tile<'_, E::Acc>) {
+        widen(&self.z, r, t.z);
     }
 
-    fn load_e(&self, c: &Range<usize>, t: &mut Tile<E::Acc>) {
-        widen(&self.e, c, &mut t.e);
+    fn load_e(&self, c: &Range<usize>, t: &mut Tile<'_, E::Acc>) {
+        widen(&self.e, c, t.e);
     }
 
     /// Scores of the loaded rows and codes, `[r, cols]`; columns past the last code are -inf.
-    fn scores(&self, r: &Range<usize>, c: &Range<usize>, t: &mut Tile<E::Acc>) {
-        let z = Mat::new(&t.z, r.len(), self.d, self.d);
-        let e = Mat::new(&t.e, c.len(), self.d, self.d);
-        gemm(z, e.t(), &mut t.s, self.cols, false);
+    fn scores(&self, r: &Range<usize>, c: &Range<usize>, t: &mut Tile<'_, E::Acc>) {
+        let z = Mat::new(t.z, r.len(), self.d, self.d);
+        let e = Mat::new(t.e, c.len(), self.d, self.d);
+        gemm(z, e.t(), t.s, self.cols, false);
         if c.len() < self.cols {
             for row in t.s.chunks_mut(self.cols).take(r.len()) {
                 row[c.len()..].fill(E::Acc::neg_infinity());
@@ -128,24 +164,26 @@ fn best<R: Real>(row: &[R]) -> (usize, R) {
     (row.iter().position(|&v| v == max).unwrap_or(0), max)
 }
 
-pub(super) fn nearest(cpu: &Cpu, a: &Nearest) -> Result<()> {
-    by_dtype!("nearest", a.z.dtype, E => nearest_of::<E>(cpu, a))
+pub(super) fn nearest(ws: &Workspace, a: &Nearest) -> Result<()> {
+    by_dtype!("nearest", a.z.dtype, E => nearest_of::<E>(ws, a))
 }
 
-fn nearest_of<E: Elem>(cpu: &Cpu, a: &Nearest) -> Result<()> {
+fn nearest_of<E: Elem>(ws: &Workspace, a: &Nearest) -> Result<()> {
     let sweep = Sweep::<E>::new("nearest", &a.z, &a.e)?;
     expect("nearest", "idx", &a.idx.0, sweep.z.rows)?;
     let idx = flat_mut::<i32>("nearest", "idx", &a.idx.0)?;
     // -|z - e|^2 / 2 = z . e - |e|^2 / 2 - |z|^2 / 2, and |z| is the same for all codes.
-    let half: Vec<E::Acc> = match a.metric {
-        Metric::Dot => Vec::new(),
-        Metric::L2 => (0..sweep.e.rows)
-            .map(|j| sweep.e.row(j).iter().map(|&v| v.up() * v.up()).sum::<E::Acc>() * E::Acc::of(0.5))
-            .collect(),
-    };
     let bad_rows = AtomicUsize::new(0);
+    let mut half = ws.scratch::<E::Acc>(if a.metric == Metric::L2 { sweep.e.rows } else { 0 })?;
+    for (j, h) in half.iter_mut().enumerate() {
+        *h = sweep.e.row(j).iter().map(|&v| v.up() * v.up()).sum::<E::Acc>() * E::Acc::of(0.5);
+    }
+    let half = &half[..];
+    let tiles = sweep.tiles(ws, sweep.z.rows.div_ceil(ROWS))?;
     idx.par_chunks_mut(ROWS).zip(sweep.row_blocks()).for_each(|(idx, r)| {
-        let mut t = sweep.tile(cpu);
+        let mut local = tiles.take();
+        let [z, e, s] = local.parts();
+        let mut t = Tile { z, e, s };
         sweep.load_z(&r, &mut t);
         let mut top = [E::Acc::neg_infinity(); ROWS];
         idx.fill(0);
@@ -256,14 +294,14 @@ fn all_or_none(op: &'static str, args: &[(&'static str, bool)]) -> Result<bool> 
     }
 }
 
-pub(super) fn ibq_rows(cpu: &Cpu, a: &IbqRows) -> Result<()> {
+pub(super) fn ibq_rows(ws: &Workspace, a: &IbqRows) -> Result<()> {
     match all_or_none("ibq_rows", &[("rest_q", a.rest_q.is_some()), ("xbar", a.xbar.is_some())])? {
-        true => by_dtype!("ibq_rows", a.z.dtype, E => ibq_rows_of::<E, true>(cpu, a)),
-        false => by_dtype!("ibq_rows", a.z.dtype, E => ibq_rows_of::<E, false>(cpu, a)),
+        true => by_dtype!("ibq_rows", a.z.dtype, E => ibq_rows_of::<E, true>(ws, a)),
+        false => by_dtype!("ibq_rows", a.z.dtype, E => ibq_rows_of::<E, false>(ws, a)),
     }
 }
 
-fn ibq_rows_of<E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqRows) -> Result<()> {
+fn ibq_rows_of<E: Elem, const ENTROPY: bool>(ws: &Workspace, a: &IbqRows) -> Result<()> {
     const OP: &str = "ibq_rows";
     let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
     let m = sweep.z.rows;
@@ -284,6 +322,7 @@ fn ibq_rows_of<E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqRows) -> Result<(
     let inv_t = E::Acc::of(1.0 / a.temperature);
     let bad_rows = AtomicUsize::new(0);
     let blocks = sweep.row_blocks();
+    let tiles = sweep.tiles(ws, m.div_ceil(ROWS))?;
     let out = idx
         .par_chunks_mut(ROWS)
         .zip(smax.par_chunks_mut(ROWS))
@@ -292,7 +331,9 @@ fn ibq_rows_of<E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqRows) -> Result<(
         .zip(pieces(xbar, &blocks));
     out.zip(blocks.par_iter()).for_each(|(((((idx, smax), rest_p), rest_q), xbar), r)| {
         let r = r.clone();
-        let mut t = sweep.tile(cpu);
+        let mut local = tiles.take();
+        let [z, e, s] = local.parts();
+        let mut t = Tile { z, e, s };
         sweep.load_z(&r, &mut t);
         let mut stats = [RowStats::<E::Acc>::new(); ROWS];
         for c in sweep.col_tiles() {
@@ -318,11 +359,11 @@ fn ibq_rows_of<E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqRows) -> Result<(
     count_bad::<E::Acc>(OP, &a.bad, bad_rows)
 }
 
-pub(super) fn ibq_cols(cpu: &Cpu, a: &IbqCols) -> Result<()> {
-    by_dtype!("ibq_cols", a.z.dtype, E => ibq_cols_of::<E>(cpu, a))
+pub(super) fn ibq_cols(ws: &Workspace, a: &IbqCols) -> Result<()> {
+    by_dtype!("ibq_cols", a.z.dtype, E => ibq_cols_of::<E>(ws, a))
 }
 
-fn ibq_cols_of<E: Elem>(cpu: &Cpu, a: &IbqCols) -> Result<()> {
+fn ibq_cols_of<E: Elem>(ws: &Workspace, a: &IbqCols) -> Result<()> {
     const OP: &str = "ibq_cols";
     let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
     expect(OP, "smax", &a.smax, sweep.z.rows)?;
@@ -332,8 +373,11 @@ fn ibq_cols_of<E: Elem>(cpu: &Cpu, a: &IbqCols) -> Result<()> {
     let rest_q = flat::<E::Acc>(OP, "rest_q", &a.rest_q)?;
     let col = flat_mut::<E::Acc>(OP, "col", &a.col.0)?;
     let inv_t = E::Acc::of(1.0 / a.temperature);
+    let tiles = sweep.tiles(ws, sweep.e.rows.div_ceil(sweep.cols))?;
     col.par_chunks_mut(sweep.cols).zip(sweep.col_tiles()).for_each(|(col, c)| {
-        let mut t = sweep.tile(cpu);
+        let mut local = tiles.take();
+        let [z, e, s] = local.parts();
+        let mut t = Tile { z, e, s };
         sweep.load_e(&c, &mut t);
         col.fill(E::Acc::zero());
         for r in sweep.row_blocks() {
@@ -386,11 +430,11 @@ fn look_up<E: Elem>(op: &'static str, sweep: &Sweep<E>, idx: &[i32], zq: &Out) -
     }))
 }
 
-pub(super) fn ibq_losses(cpu: &Cpu, a: &IbqLosses) -> Result<()> {
-    by_dtype!("ibq_losses", a.z.dtype, E => ibq_losses_of::<E>(cpu, a))
+pub(super) fn ibq_losses(ws: &Workspace, a: &IbqLosses) -> Result<()> {
+    by_dtype!("ibq_losses", a.z.dtype, E => ibq_losses_of::<E>(ws, a))
 }
 
-fn ibq_losses_of<E: Elem>(_cpu: &Cpu, a: &IbqLosses) -> Result<()> {
+fn ibq_losses_of<E: Elem>(_ws: &Workspace, a: &IbqLosses) -> Result<()> {
     const OP: &str = "ibq_losses";
     let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
     let (m, k) = (sweep.z.rows, sweep.e.rows);
@@ -559,7 +603,7 @@ impl<R: Real> BwdRow<R> {
     }
 }
 
-pub(super) fn ibq_bwd(cpu: &Cpu, a: &IbqBwd) -> Result<()> {
+pub(super) fn ibq_bwd(ws: &Workspace, a: &IbqBwd) -> Result<()> {
     let entropies = all_or_none(
         "ibq_bwd",
         &[
@@ -571,12 +615,12 @@ pub(super) fn ibq_bwd(cpu: &Cpu, a: &IbqBwd) -> Result<()> {
         ],
     )?;
     match entropies {
-        true => by_dtype!("ibq_bwd", a.z.dtype, E => ibq_bwd_of::<E, true>(cpu, a)),
-        false => by_dtype!("ibq_bwd", a.z.dtype, E => ibq_bwd_of::<E, false>(cpu, a)),
+        true => by_dtype!("ibq_bwd", a.z.dtype, E => ibq_bwd_of::<E, true>(ws, a)),
+        false => by_dtype!("ibq_bwd", a.z.dtype, E => ibq_bwd_of::<E, false>(ws, a)),
     }
 }
 
-fn ibq_bwd_of<'a, E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqBwd<'a>) -> Result<()> {
+fn ibq_bwd_of<'a, E: Elem, const ENTROPY: bool>(ws: &Workspace, a: &IbqBwd<'a>) -> Result<()> {
     const OP: &str = "ibq_bwd";
     let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
     let (m, k, d) = (sweep.z.rows, sweep.e.rows, sweep.d);
@@ -613,7 +657,7 @@ fn ibq_bwd_of<'a, E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqBwd<'a>) -> Re
     };
 
     // What zq received in all: g and the first quantization term.
-    let mut full = cpu.scratch::<E::Acc>(m * d);
+    let mut full = ws.scratch::<E::Acc>(m * d)?;
     let two = E::Acc::of(2.0);
     full.par_chunks_mut(d.max(1)).enumerate().with_min_len(ROWS).for_each(|(i, out)| {
         let (e, z) = (sweep.e.row(idx[i] as usize), sweep.z.row(i));
@@ -642,19 +686,24 @@ fn ibq_bwd_of<'a, E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqBwd<'a>) -> Re
         })
         .collect();
 
-    let dp_tile = |r: &Range<usize>, n: usize, t: &Tile<E::Acc>, dp: &mut [E::Acc]| {
+    let dp_tile = |r: &Range<usize>, n: usize, t: &Tile<'_, E::Acc>, dp: &mut [E::Acc]| {
         let g = Mat::new(&full[r.start * d..], r.len(), d, d);
-        gemm(g, Mat::new(&t.e, n, d, d).t(), dp, sweep.cols, false);
+        gemm(g, Mat::new(t.e, n, d, d).t(), dp, sweep.cols, false);
     };
+
+    let tasks = m.div_ceil(ROWS).max(k.div_ceil(sweep.cols));
+    let tiles = ws.per_thread::<E::Acc, 5>(tasks, bwd_parts(k, d))?;
 
     // Sweep 1: delta and r.
     state.par_chunks_mut(ROWS).zip(sweep.row_blocks()).for_each(|(state, r)| {
-        let (mut t, mut dp) = (sweep.tile(cpu), cpu.scratch(ROWS * sweep.cols));
+        let mut local = tiles.take();
+        let [z, e, s, dp, _] = local.parts();
+        let mut t = Tile { z, e, s };
         sweep.load_z(&r, &mut t);
         for cols in sweep.col_tiles() {
             sweep.load_e(&cols, &mut t);
             sweep.scores(&r, &cols, &mut t);
-            dp_tile(&r, cols.len(), &t, &mut dp);
+            dp_tile(&r, cols.len(), &t, dp);
             for (i, st) in state.iter_mut().enumerate() {
                 let at = i * sweep.cols;
                 let s = &mut t.s[at..at + cols.len()];
@@ -665,7 +714,7 @@ fn ibq_bwd_of<'a, E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqBwd<'a>) -> Re
     });
     let state = &state[..];
 
-    let d_scores = |r: &Range<usize>, cols: &Range<usize>, t: &mut Tile<E::Acc>, dp: &mut [E::Acc]| {
+    let d_scores = |r: &Range<usize>, cols: &Range<usize>, t: &mut Tile<'_, E::Acc>, dp: &mut [E::Acc]| {
         sweep.scores(r, cols, t);
         dp_tile(r, cols.len(), t, dp);
         for (i, st) in state[r.clone()].iter().enumerate() {
@@ -678,15 +727,16 @@ fn ibq_bwd_of<'a, E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqBwd<'a>) -> Re
     // Sweep 2: dz = dS E and the direct terms.
     let direct_z = E::Acc::of(2.0 + 2.0 * a.beta_commit) * w_quant;
     dz.par_chunks_mut((ROWS * d).max(1)).zip(sweep.row_blocks()).for_each(|(dz, r)| {
-        let (mut t, mut dp) = (sweep.tile(cpu), cpu.scratch(ROWS * sweep.cols));
-        let mut sum = cpu.scratch::<E::Acc>(ROWS * d);
+        let mut local = tiles.take();
+        let [z, e, s, dp, sum] = local.parts();
+        let mut t = Tile { z, e, s };
         sum.fill(E::Acc::zero());
         sweep.load_z(&r, &mut t);
         for cols in sweep.col_tiles() {
             sweep.load_e(&cols, &mut t);
-            d_scores(&r, &cols, &mut t, &mut dp);
-            let ds = Mat::new(&t.s, r.len(), cols.len(), sweep.cols);
-            gemm(ds, Mat::new(&t.e, cols.len(), d, d), &mut sum, d, true);
+            d_scores(&r, &cols, &mut t, dp);
+            let ds = Mat::new(t.s, r.len(), cols.len(), sweep.cols);
+            gemm(ds, Mat::new(t.e, cols.len(), d, d), sum, d, true);
         }
         for i in r.clone() {
             let (e, z) = (sweep.e.row(idx[i] as usize), sweep.z.row(i));
@@ -703,13 +753,15 @@ fn ibq_bwd_of<'a, E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqBwd<'a>) -> Re
     let de = flat_mut::<E::Acc>(OP, "de", &de.0)?;
     let direct_e = E::Acc::of(2.0 * a.beta_code) * w_quant;
     de.par_chunks_mut((sweep.cols * d).max(1)).zip(sweep.col_tiles()).for_each(|(de, cols)| {
-        let (mut t, mut dp) = (sweep.tile(cpu), cpu.scratch(ROWS * sweep.cols));
+        let mut local = tiles.take();
+        let [z, e, s, dp, _] = local.parts();
+        let mut t = Tile { z, e, s };
         sweep.load_e(&cols, &mut t);
         for r in sweep.row_blocks() {
             sweep.load_z(&r, &mut t);
-            d_scores(&r, &cols, &mut t, &mut dp);
-            let ds = Mat::new(&t.s, r.len(), cols.len(), sweep.cols);
-            gemm(ds.t(), Mat::new(&t.z, r.len(), d, d), de, d, true);
+            d_scores(&r, &cols, &mut t, dp);
+            let ds = Mat::new(t.s, r.len(), cols.len(), sweep.cols);
+            gemm(ds.t(), Mat::new(t.z, r.len(), d, d), de, d, true);
         }
         for i in (0..m).filter(|&i| cols.contains(&(idx[i] as usize))) {
             let at = (idx[i] as usize - cols.start) * d;
@@ -722,11 +774,11 @@ fn ibq_bwd_of<'a, E: Elem, const ENTROPY: bool>(cpu: &Cpu, a: &IbqBwd<'a>) -> Re
     Ok(())
 }
 
-pub(super) fn vq_losses(cpu: &Cpu, a: &VqLosses) -> Result<()> {
-    by_dtype!("vq_losses", a.z.dtype, E => vq_losses_of::<E>(cpu, a))
+pub(super) fn vq_losses(ws: &Workspace, a: &VqLosses) -> Result<()> {
+    by_dtype!("vq_losses", a.z.dtype, E => vq_losses_of::<E>(ws, a))
 }
 
-fn vq_losses_of<E: Elem>(_cpu: &Cpu, a: &VqLosses) -> Result<()> {
+fn vq_losses_of<E: Elem>(_ws: &Workspace, a: &VqLosses) -> Result<()> {
     const OP: &str = "vq_losses";
     let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
     let idx = indices(OP, &a.idx, sweep.z.rows, sweep.e.rows)?;
@@ -738,11 +790,11 @@ fn vq_losses_of<E: Elem>(_cpu: &Cpu, a: &VqLosses) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn vq_bwd(cpu: &Cpu, a: &VqBwd) -> Result<()> {
-    by_dtype!("vq_bwd", a.z.dtype, E => vq_bwd_of::<E>(cpu, a))
+pub(super) fn vq_bwd(ws: &Workspace, a: &VqBwd) -> Result<()> {
+    by_dtype!("vq_bwd", a.z.dtype, E => vq_bwd_of::<E>(ws, a))
 }
 
-fn vq_bwd_of<E: Elem>(_cpu: &Cpu, a: &VqBwd) -> Result<()> {
+fn vq_bwd_of<E: Elem>(_ws: &Workspace, a: &VqBwd) -> Result<()> {
     const OP: &str = "vq_bwd";
     let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
     let (m, k, d) = (sweep.z.rows, sweep.e.rows, sweep.d);

@@ -6,18 +6,20 @@ use num_traits::Zero;
 use rayon::prelude::*;
 
 use super::products::{add_col_sums, bias, start_from_bias};
+use super::workspace::{acc_size, block, is_narrow, per_thread, together, wide};
 use super::*;
+use crate::tensor::DType;
 
-pub(super) fn conv2d_fwd(cpu: &Cpu, s: &Conv2dFwd) -> Result<()> {
-    by_dtype!("conv2d_fwd", s.y.0.dtype, T => fwd::<T>(cpu, s))
+pub(super) fn conv2d_fwd(ws: &Workspace, s: &Conv2dFwd) -> Result<()> {
+    by_dtype!("conv2d_fwd", s.y.0.dtype, T => fwd::<T>(ws, s))
 }
 
-pub(super) fn conv2d_bwd_data(cpu: &Cpu, s: &Conv2dBwdData) -> Result<()> {
-    by_dtype!("conv2d_bwd_data", s.dx.0.dtype, T => bwd_data::<T>(cpu, s))
+pub(super) fn conv2d_bwd_data(ws: &Workspace, s: &Conv2dBwdData) -> Result<()> {
+    by_dtype!("conv2d_bwd_data", s.dx.0.dtype, T => bwd_data::<T>(ws, s))
 }
 
-pub(super) fn conv2d_bwd_weight(cpu: &Cpu, s: &Conv2dBwdWeight) -> Result<()> {
-    by_dtype!("conv2d_bwd_weight", s.x.dtype, T => bwd_weight::<T>(cpu, s))
+pub(super) fn conv2d_bwd_weight(ws: &Workspace, s: &Conv2dBwdWeight) -> Result<()> {
+    by_dtype!("conv2d_bwd_weight", s.x.dtype, T => bwd_weight::<T>(ws, s))
 }
 
 /// Checks `x [B, H, W, C]`, `w [O, kh, kw, C]`, `y [B, H', W', O]` against each other.
@@ -38,11 +40,10 @@ fn check_shapes(
     Ok(())
 }
 
-/// The column matrix of an image: row `p` holds, for position `p` of a grid, the pixels under all taps of a
-/// kernel, zeros where a tap falls outside.
-struct Columns<'a, T> {
-    x: &'a [T],
-    /// `[B, H, W, C]` of `x`.
+/// The shape of a column matrix: row `p` holds, for position `p` of a grid, the pixels under all taps of a kernel.
+#[derive(Clone, Copy)]
+struct Geometry {
+    /// `[B, H, W, C]` of the image.
     dims: [usize; 4],
     /// Rows and columns of positions.
     grid: [usize; 2],
@@ -54,13 +55,25 @@ struct Columns<'a, T> {
     at: [isize; 2],
 }
 
-impl<T: Elem> Columns<'_, T> {
+impl Geometry {
+    /// Of the images that a convolution reads, under the positions that it writes.
+    fn forward(x: [usize; 4], w: [usize; 4], y: [usize; 4], stride: usize, [top, left]: [usize; 2]) -> Self {
+        let [[_, kh, kw, _], [_, ho, wo, _]] = [w, y];
+        Geometry {
+            dims: x,
+            grid: [ho, wo],
+            taps: [kh, kw],
+            step: stride,
+            at: [-(top as isize), -(left as isize)],
+        }
+    }
+
     fn rows(&self) -> usize {
-        self.dims[0] * self.grid[0] * self.grid[1]
+        self.dims[0].saturating_mul(self.grid[0]).saturating_mul(self.grid[1])
     }
 
     fn width(&self) -> usize {
-        self.taps[0] * self.taps[1] * self.dims[3]
+        self.taps[0].saturating_mul(self.taps[1]).saturating_mul(self.dims[3])
     }
 
     /// Image, row and column of position `p`.
@@ -75,16 +88,39 @@ impl<T: Elem> Columns<'_, T> {
         fit.min(self.rows().div_ceil(16).max(64)).next_multiple_of(8)
     }
 
+    fn chunks(&self) -> usize {
+        self.rows().div_ceil(self.chunk())
+    }
+
+    /// True if the matrix is the image itself.
+    fn is_image(&self) -> bool {
+        self.taps == [1, 1] && self.step == 1 && self.at == [0, 0] && self.grid == self.dims[1..3]
+    }
+
+    /// Elements of a chunk that are gathered into scratch, from an image of this type.
+    fn gathered(&self, dtype: DType) -> usize {
+        if self.is_image() && !is_narrow(dtype) { 0 } else { self.chunk().saturating_mul(self.width()) }
+    }
+}
+
+/// The column matrix of an image, zeros where a tap falls outside.
+struct Columns<'a, T> {
+    x: &'a [T],
+    of: Geometry,
+}
+
+impl<T: Elem> Columns<'_, T> {
     /// Writes rows `r` to `out`.
     fn gather(&self, r: Range<usize>, out: &mut [T::Acc]) {
-        if self.width() == 0 {
+        let of = &self.of;
+        if of.width() == 0 {
             return;
         }
-        for (p, out) in r.zip(out.chunks_mut(self.width())) {
-            let [b, i, j] = self.position(p);
-            let y = (i * self.step) as isize + self.at[0];
-            let x = (j * self.step) as isize + self.at[1];
-            for (u, out) in out.chunks_mut(self.taps[1] * self.dims[3]).enumerate() {
+        for (p, out) in r.zip(out.chunks_mut(of.width())) {
+            let [b, i, j] = of.position(p);
+            let y = (i * of.step) as isize + of.at[0];
+            let x = (j * of.step) as isize + of.at[1];
+            for (u, out) in out.chunks_mut(of.taps[1] * of.dims[3]).enumerate() {
                 self.gather_taps(b, y + u as isize, x, out);
             }
         }
@@ -92,8 +128,8 @@ impl<T: Elem> Columns<'_, T> {
 
     /// One row of taps: a run of pixels between zeros.
     fn gather_taps(&self, b: usize, y: isize, x: isize, out: &mut [T::Acc]) {
-        let [_, h, w, c] = self.dims;
-        let n = self.taps[1] as isize;
+        let [_, h, w, c] = self.of.dims;
+        let n = self.of.taps[1] as isize;
         let first = (-x).clamp(0, n);
         let last = (w as isize - x).clamp(first, n);
         if y < 0 || y >= h as isize || first == last {
@@ -106,21 +142,40 @@ impl<T: Elem> Columns<'_, T> {
         out[hi..].fill(T::Acc::zero());
     }
 
-    /// Calls `f` with rows `r`: `x` itself if the columns are its pixels, else gathered into scratch.
-    fn with(&self, cpu: &Cpu, r: Range<usize>, f: impl FnOnce(Mat<T::Acc>)) {
-        let (n, k) = (r.len(), self.width());
-        let same = self.taps == [1, 1] && self.step == 1 && self.at == [0, 0] && self.grid == self.dims[1..3];
-        if same && is_acc::<T>() {
+    /// Calls `f` with rows `r`: `x` itself if the columns are its pixels, else gathered into `scratch`, of
+    /// [`Geometry::gathered`] elements.
+    fn with(&self, r: Range<usize>, scratch: &mut [T::Acc], f: impl FnOnce(Mat<T::Acc>)) {
+        let (n, k) = (r.len(), self.of.width());
+        if self.of.is_image() && is_acc::<T>() {
             let x = &self.x[r.start * k..r.end * k];
             return f(Mat::new(bytemuck::cast_slice(x), n, k, k));
         }
-        let mut s = cpu.scratch::<T::Acc>(n * k);
-        self.gather(r, &mut s);
-        f(Mat::new(&s, n, k, k));
+        let s = &mut scratch[..n * k];
+        self.gather(r, s);
+        f(Mat::new(s, n, k, k));
     }
 }
 
-fn fwd<T: Elem>(cpu: &Cpu, s: &Conv2dFwd) -> Result<()> {
+pub(super) fn conv2d_fwd_workspace(a: &Conv2dFwd, threads: usize) -> usize {
+    let y = &a.y.0;
+    let (Ok(x_dims), Ok(w), Ok(y_dims)) = (image("", "", &a.x), image("", "", &a.w), image("", "", y)) else {
+        return 0;
+    };
+    let (o, size) = (w[0], acc_size(y.dtype));
+    if y.dims.numel() == 0 {
+        return 0;
+    }
+    let cols = Geometry::forward(x_dims, w, y_dims, a.stride, [a.pad_top, a.pad_left]);
+    let transposed = if o <= FEW { 0 } else { block(size, a.w.dims.numel()) };
+    together([
+        wide(&a.w),
+        transposed,
+        rounded_bytes(y.dtype, threads, cols.chunks(), cols.chunk().saturating_mul(o)),
+        per_thread(threads, size, cols.chunks(), [cols.gathered(a.x.dtype)]),
+    ])
+}
+
+fn fwd<T: Elem>(ws: &Workspace, s: &Conv2dFwd) -> Result<()> {
     const OP: &str = "conv2d_fwd";
     check_shapes(OP, ("x", &s.x), &s.w, ("y", &s.y.0), s.stride)?;
     let (x, w) = (flat::<T>(OP, "x", &s.x)?, flat::<T>(OP, "w", &s.w)?);
@@ -130,34 +185,33 @@ fn fwd<T: Elem>(cpu: &Cpu, s: &Conv2dFwd) -> Result<()> {
     if y.is_empty() {
         return Ok(());
     }
-    let cols = Columns {
-        x,
-        dims: image(OP, "x", &s.x)?,
-        grid: [s.y.0.dims[1], s.y.0.dims[2]],
-        taps: [s.w.dims[1], s.w.dims[2]],
-        step: s.stride,
-        at: [-(s.pad_top as isize), -(s.pad_left as isize)],
-    };
-    let k = cols.width();
-    let w = Wide::new(cpu, Rows::of(w, k));
+    let dims = [image(OP, "x", &s.x)?, image(OP, "w", &s.w)?, image(OP, "y", &s.y.0)?];
+    let of = Geometry::forward(dims[0], dims[1], dims[2], s.stride, [s.pad_top, s.pad_left]);
+    let cols = Columns { x, of };
+    let k = of.width();
+    let w = Wide::new(ws, Rows::of(w, k))?;
     let w = w.rows().data();
     // The order in which products read weights without packing them.
-    let wt = if o <= FEW { None } else { Some(transposed(cpu, w, k)) };
+    let wt = if o <= FEW { None } else { Some(transposed(ws, w, k)?) };
     let wt = wt.as_ref().map_or(Mat::new(w, o, k, k).t(), |wt| Mat::new(wt, k, o, o));
-    let chunk = cols.chunk();
+    let chunk = of.chunk();
+    let rounded = Rounded::<T>::new(ws, of.chunks(), chunk * o)?;
+    let gathered = ws.per_thread::<T::Acc, 1>(of.chunks(), [of.gathered(T::DTYPE)])?;
     y.par_chunks_mut(chunk * o).enumerate().for_each(|(i, y)| {
         let r = i * chunk..i * chunk + y.len() / o;
-        with_acc(cpu, y, |y| {
+        let mut gathered = gathered.take();
+        let [scratch] = gathered.parts();
+        rounded.write(y, |y| {
             start_from_bias(bias, y);
-            cols.with(cpu, r, |cols| gemm(cols, wt, y, o, bias.is_some()));
+            cols.with(r, scratch, |cols| gemm(cols, wt, y, o, bias.is_some()));
         });
     });
     Ok(())
 }
 
 /// `x [n, cols]` as `[cols, n]`.
-fn transposed<R: Real>(cpu: &Cpu, x: &[R], cols: usize) -> Scratch<R> {
-    let mut t = cpu.scratch::<R>(x.len());
+fn transposed<'w, R: Real>(ws: &'w Workspace, x: &[R], cols: usize) -> Result<Scratch<'w, R>> {
+    let mut t = ws.scratch::<R>(x.len())?;
     let n = x.len().checked_div(cols).unwrap_or(0);
     if n > 0 {
         t.par_chunks_mut(n * 64).enumerate().for_each(|(i, t)| {
@@ -168,7 +222,7 @@ fn transposed<R: Real>(cpu: &Cpu, x: &[R], cols: usize) -> Scratch<R> {
             }
         });
     }
-    t
+    Ok(t)
 }
 
 /// Input rows (or columns) `phase, phase + stride, ..`: those that meet the same taps of the kernel.
@@ -193,7 +247,44 @@ impl Phase {
     }
 }
 
-fn bwd_data<T: Elem>(cpu: &Cpu, s: &Conv2dBwdData) -> Result<()> {
+/// The phases of the rows or columns of an image that have any.
+fn phases(size: usize, kernel: usize, stride: usize, pad: usize) -> impl Iterator<Item = Phase> {
+    (0..stride.min(size)).map(move |phase| Phase::new(phase, size, kernel, stride, pad))
+}
+
+/// The columns of `dy [B, H', W', O]` that the pixels of a phase are sums over.
+fn columns_of_phase(dy: [usize; 4], v: &Phase, h: &Phase) -> Geometry {
+    Geometry { dims: dy, grid: [v.len, h.len], taps: [v.taps, h.taps], step: 1, at: [v.at, h.at] }
+}
+
+pub(super) fn conv2d_bwd_data_workspace(a: &Conv2dBwdData, threads: usize) -> usize {
+    let dx = &a.dx.0;
+    let (Ok(dy), Ok(w), Ok([_, height, width, c])) =
+        (image("", "", &a.dy), image("", "", &a.w), image("", "", dx))
+    else {
+        return 0;
+    };
+    if a.stride == 0 {
+        return 0;
+    }
+    let size = acc_size(dx.dtype);
+    let of_phase = |v: &Phase, h: &Phase| {
+        let cols = columns_of_phase(dy, v, h);
+        let weights = block(size, cols.width().saturating_mul(c));
+        let parts = [cols.chunk().saturating_mul(c), cols.gathered(a.dy.dtype)];
+        let transposed = if c <= FEW { weights } else { 0 };
+        together([weights, transposed, per_thread(threads, size, cols.chunks(), parts)])
+    };
+    let mut most = 0;
+    for v in phases(height, w[1], a.stride, a.pad_top) {
+        for h in phases(width, w[2], a.stride, a.pad_left) {
+            most = most.max(of_phase(&v, &h));
+        }
+    }
+    most
+}
+
+fn bwd_data<T: Elem>(ws: &Workspace, s: &Conv2dBwdData) -> Result<()> {
     const OP: &str = "conv2d_bwd_data";
     check_shapes(OP, ("dx", &s.dx.0), &s.w, ("dy", &s.dy), s.stride)?;
     let (dy, w) = (flat::<T>(OP, "dy", &s.dy)?, flat::<T>(OP, "w", &s.w)?);
@@ -201,28 +292,22 @@ fn bwd_data<T: Elem>(cpu: &Cpu, s: &Conv2dBwdData) -> Result<()> {
     let dx = rows_mut::<T>(OP, "dx", &s.dx.0)?;
     let (dims, [_, height, width, c]) = (image(OP, "dy", &s.dy)?, image(OP, "dx", &s.dx.0)?);
     let [o, kh, kw, _] = image(OP, "w", &s.w)?;
-    for py in 0..s.stride {
-        for px in 0..s.stride {
-            let v = Phase::new(py, height, kh, s.stride, s.pad_top);
-            let h = Phase::new(px, width, kw, s.stride, s.pad_left);
-            let cols = Columns {
-                x: dy,
-                dims,
-                grid: [v.len, h.len],
-                taps: [v.taps, h.taps],
-                step: 1,
-                at: [v.at, h.at],
-            };
-            let mut wp = cpu.scratch::<T::Acc>(cols.width() * c);
+    for (py, v) in phases(height, kh, s.stride, s.pad_top).enumerate() {
+        for (px, h) in phases(width, kw, s.stride, s.pad_left).enumerate() {
+            let of = columns_of_phase(dims, &v, &h);
+            let cols = Columns { x: dy, of };
+            let k = of.width();
+            let mut wp = ws.scratch::<T::Acc>(k * c)?;
             weights_of_phase(w, [o, kh, kw, c], s.stride, &v, &h, &mut wp);
-            let k = cols.width();
-            let wt = if c <= FEW { Some(transposed(cpu, &wp, c)) } else { None };
+            let wt = if c <= FEW { Some(transposed(ws, &wp, c)?) } else { None };
             let wp = wt.as_ref().map_or(Mat::new(&wp, k, c, c), |wt| Mat::new(wt, c, k, k).t());
-            par_for(cols.rows(), cols.chunk(), |r| {
-                let mut out = cpu.scratch::<T::Acc>(r.len() * c);
-                cols.with(cpu, r.clone(), |cols| gemm(cols, wp, &mut out, c, false));
+            let scratch = ws.per_thread::<T::Acc, 2>(of.chunks(), [of.chunk() * c, of.gathered(T::DTYPE)])?;
+            par_for(of.rows(), of.chunk(), |r| {
+                let mut local = scratch.take();
+                let [out, gathered] = local.parts();
+                cols.with(r.clone(), gathered, |cols| gemm(cols, wp, out, c, false));
                 for (i, p) in r.enumerate() {
-                    let [b, y, x] = cols.position(p);
+                    let [b, y, x] = of.position(p);
                     let pixel = (b * height + py + y * s.stride) * width + px + x * s.stride;
                     // SAFETY: every pixel belongs to one position of one phase, which is one task's.
                     let dx = unsafe { dx.row(pixel) };
@@ -254,7 +339,35 @@ fn weights_of_phase<T: Elem>(
     });
 }
 
-fn bwd_weight<T: Elem>(cpu: &Cpu, s: &Conv2dBwdWeight) -> Result<()> {
+/// Rows of one of the partial sums of a weight gradient: at most eight, fewer where weights are large and rows few.
+fn part(rows: usize) -> usize {
+    rows.div_ceil(8).max(512)
+}
+
+pub(super) fn conv2d_bwd_weight_workspace(a: &Conv2dBwdWeight, threads: usize) -> usize {
+    let dw = &a.dw.0;
+    let (Ok(x), Ok(w), Ok(dy)) = (image("", "", &a.x), image("", "", dw), image("", "", &a.dy)) else {
+        return 0;
+    };
+    let (o, size) = (w[0], acc_size(a.x.dtype));
+    let of_bias = if a.db.is_some() { reduce_bytes(size, a.dy.dims.rows(), o) } else { 0 };
+    if dw.dims.numel() == 0 {
+        return of_bias;
+    }
+    let cols = Geometry::forward(x, w, dy, a.stride, [a.pad_top, a.pad_left]);
+    let parts = cols.rows().div_ceil(part(cols.rows()));
+    let of_parts = if parts == 1 { 0 } else { block(size, parts.saturating_mul(dw.dims.numel())) };
+    let locals = per_thread(threads, size, parts, gradient_parts(&cols, a.x.dtype, o));
+    of_bias.max(together([of_parts, locals]))
+}
+
+/// Elements of a chunk of the columns, and of the output gradient in another type than it is stored in.
+fn gradient_parts(cols: &Geometry, dtype: DType, o: usize) -> [usize; 2] {
+    let dy = if is_narrow(dtype) { cols.chunk().saturating_mul(o) } else { 0 };
+    [cols.gathered(dtype), dy]
+}
+
+fn bwd_weight<T: Elem>(ws: &Workspace, s: &Conv2dBwdWeight) -> Result<()> {
     const OP: &str = "conv2d_bwd_weight";
     check_shapes(OP, ("x", &s.x), &s.dw.0, ("dy", &s.dy), s.stride)?;
     let (x, dy) = (flat::<T>(OP, "x", &s.x)?, flat::<T>(OP, "dy", &s.dy)?);
@@ -262,35 +375,37 @@ fn bwd_weight<T: Elem>(cpu: &Cpu, s: &Conv2dBwdWeight) -> Result<()> {
     let o = s.dw.0.dims[0];
     if let Some(db) = &s.db {
         expect(OP, "db", &db.0, o)?;
-        add_col_sums(cpu, rows::<T>(OP, "dy", &s.dy)?, flat_mut(OP, "db", &db.0)?);
+        add_col_sums(ws, rows::<T>(OP, "dy", &s.dy)?, flat_mut(OP, "db", &db.0)?)?;
     }
     if dw.is_empty() {
         return Ok(());
     }
-    let cols = Columns {
-        x,
-        dims: image(OP, "x", &s.x)?,
-        grid: [s.dy.dims[1], s.dy.dims[2]],
-        taps: [s.dw.0.dims[1], s.dw.0.dims[2]],
-        step: s.stride,
-        at: [-(s.pad_top as isize), -(s.pad_left as isize)],
-    };
+    let dims = [image(OP, "x", &s.x)?, image(OP, "dw", &s.dw.0)?, image(OP, "dy", &s.dy)?];
+    let of = Geometry::forward(dims[0], dims[1], dims[2], s.stride, [s.pad_top, s.pad_left]);
+    let cols = Columns { x, of };
+    let parts = chunks(of.rows(), part(of.rows()));
+    let scratch = ws.per_thread::<T::Acc, 2>(parts.len(), gradient_parts(&of, T::DTYPE, o))?;
     let add = |r: Range<usize>, dw: &mut [T::Acc]| {
-        for r in chunks(r.len(), cols.chunk()).into_iter().map(|c| r.start + c.start..r.start + c.end) {
-            let dy = Rows::of(&dy[r.start * o..r.end * o], o);
-            let dy = Wide::new(cpu, dy);
-            let dy = Mat::new(dy.rows().data(), r.len(), o, o).t();
-            cols.with(cpu, r, |cols| gemm(dy, cols, dw, cols.cols(), true));
+        let mut local = scratch.take();
+        let [gathered, wide] = local.parts();
+        for r in chunks(r.len(), of.chunk()).into_iter().map(|c| r.start + c.start..r.start + c.end) {
+            let dy = &dy[r.start * o..r.end * o];
+            let dy = if is_acc::<T>() {
+                bytemuck::cast_slice(dy)
+            } else {
+                widen(dy, wide);
+                &*wide
+            };
+            let dy = Mat::new(dy, r.len(), o, o).t();
+            cols.with(r, gathered, |cols| gemm(dy, cols, dw, cols.cols(), true));
         }
     };
-    // At most eight partial sums; fewer where weights are large and rows few.
-    let parts = chunks(cols.rows(), cols.rows().div_ceil(8).max(512));
     if let [all] = &parts[..] {
         add(all.clone(), dw);
         return Ok(());
     }
     let n = dw.len();
-    let mut partial = cpu.scratch::<T::Acc>(parts.len() * n);
+    let mut partial = ws.scratch::<T::Acc>(parts.len() * n)?;
     partial.par_chunks_mut(n).zip(parts).for_each(|(dw, r)| {
         dw.fill(T::Acc::zero());
         add(r, dw);

@@ -196,8 +196,8 @@ mod tests {
 
     #[test]
     fn bf16_rounds_as_half_does() {
-        for i in 0..1 << 20 {
-            let x = f32::from_bits(i * 4099);
+        for i in 0..1u32 << 20 {
+            let x = f32::from_bits(i.wrapping_mul(4099));
             assert_eq!(bf16::down(x).to_bits(), bf16::from_f32(x).to_bits(), "{x}");
         }
         assert_eq!(bf16::down(f32::INFINITY), bf16::INFINITY);

@@ -2,16 +2,19 @@
 
 use rayon::prelude::*;
 
+use super::workspace::no_workspace;
 use super::*;
+
+no_workspace!(gather_fwd(GatherFwd), gather_bwd(GatherBwd));
 
 /// Rows that one task copies.
 const ROWS: usize = 64;
 
-pub(super) fn gather_fwd(_cpu: &Cpu, a: &GatherFwd) -> Result<()> {
+pub(super) fn gather_fwd(_ws: &Workspace, a: &GatherFwd) -> Result<()> {
     by_dtype!("gather_fwd", a.table.dtype, E => fwd::<E>(a))
 }
 
-pub(super) fn gather_bwd(_cpu: &Cpu, a: &GatherBwd) -> Result<()> {
+pub(super) fn gather_bwd(_ws: &Workspace, a: &GatherBwd) -> Result<()> {
     by_dtype!("gather_bwd", a.dy.dtype, E => bwd::<E>(a))
 }
 

@@ -3,14 +3,29 @@
 use num_traits::{Float, One, Zero};
 use rayon::prelude::*;
 
+use super::workspace::no_workspace;
 use super::*;
+
+no_workspace!(
+    l1_fwd(L1Fwd),
+    l1_bwd(L1Bwd),
+    lpips_fwd(LpipsFwd),
+    lpips_bwd(LpipsBwd),
+    gan_generator_fwd(GanGeneratorFwd),
+    gan_generator_bwd(GanGeneratorBwd),
+    hinge_fwd(HingeFwd),
+    hinge_bwd(HingeBwd),
+    lecam_update(LecamUpdate),
+    lecam_fwd(LecamFwd),
+    lecam_bwd(LecamBwd)
+);
 
 /// Elements that one task handles.
 const CHUNK: usize = 16384;
 
 macro_rules! by_act {
     ($($name:ident($args:ident) by $arg:ident => $f:ident;)*) => {
-        $(pub(super) fn $name(_cpu: &Cpu, a: &$args) -> Result<()> {
+        $(pub(super) fn $name(_ws: &Workspace, a: &$args) -> Result<()> {
             by_dtype!(stringify!($name), a.$arg.dtype, E => $f::<E>(stringify!($name), a))
         })*
     };

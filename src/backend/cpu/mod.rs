@@ -22,6 +22,7 @@ mod testing;
 #[cfg(test)]
 mod testing_b;
 mod views;
+mod workspace;
 mod xent;
 
 use std::collections::BTreeMap;
@@ -33,8 +34,9 @@ use super::*;
 use crate::error::{Error, Result};
 pub(crate) use elem::{Elem, Real};
 pub(crate) use gemm::{FEW, Mat, gemm};
-pub(crate) use pool::{Pool, Scratch};
+pub(crate) use pool::Pool;
 pub(crate) use views::*;
+pub(crate) use workspace::{PerThread, Scratch, Workspace};
 
 /// The CPU as a device. It runs one call at a time; a call from another thread waits for its turn.
 pub struct Cpu {
@@ -124,15 +126,29 @@ impl Cpu {
         }
     }
 
-    fn launch(&self, a: &dyn Args, kernel: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+    /// Memory that may be held from now on, in all; what would take more is an [`Error::OutOfMemory`].
+    pub fn limit(&self, bytes: u64) {
+        self.pool.limit(bytes);
+    }
+
+    /// Runs `kernel` in a workspace of as many bytes as its query says.
+    fn launch<A: Query>(&self, a: &A, kernel: impl FnOnce(&Workspace) -> Result<()> + Send) -> Result<()> {
         let name = a.kernel();
         // Before any size is formed from them.
         for (arg, _, v) in a.views() {
             check_view(name, arg, &v)?;
         }
-        let Some(profile) = &self.profile else { return self.install(kernel) };
+        let threads = self.threads();
+        let bytes = a.workspace(threads);
+        let memory = self.pool.reserve(bytes).ok_or_else(|| self.out_of_memory(Role::Workspace, bytes))?;
+        let poison = self.pool.is_poisoned();
         let (start, before) = (Instant::now(), gemm::NANOS.load(Ordering::Relaxed));
-        let result = self.install(kernel);
+        let result = self.install(|| {
+            let ws = Workspace::new(memory, threads, poison);
+            kernel(&ws)?;
+            ws.check(name)
+        });
+        let Some(profile) = &self.profile else { return result };
         let mut all = profile.lock().unwrap_or_else(PoisonError::into_inner);
         let k = all.entry(name).or_default();
         k.calls += 1;
@@ -141,10 +157,21 @@ impl Cpu {
         result
     }
 
-    /// Scratch of `n` elements for the duration of a kernel; contents unspecified.
-    pub(crate) fn scratch<T: crate::tensor::Element>(&self, n: usize) -> Scratch<T> {
-        Scratch::new(&self.pool, n)
+    fn out_of_memory(&self, role: Role, bytes: usize) -> Error {
+        Error::OutOfMemory {
+            device: "cpu".into(),
+            role: role.to_string(),
+            asked: super::size(bytes as u64),
+            free: self.pool.refusal(),
+            held: self.pool.memory().largest(),
+        }
     }
+}
+
+/// Arguments that know what a launch takes on this device.
+pub(super) trait Query: Args {
+    /// Bytes of workspace on this many threads.
+    fn workspace(&self, threads: usize) -> usize;
 }
 
 /// One CPU is one rank.
@@ -179,13 +206,7 @@ impl Device for Cpu {
     }
 
     fn alloc(&self, role: Role, bytes: usize) -> Result<Buffer> {
-        let addr = self.pool.take(role, bytes).ok_or_else(|| Error::OutOfMemory {
-            device: "cpu".into(),
-            role: role.to_string(),
-            asked: super::size(bytes as u64),
-            free: "the system gave none".into(),
-            held: self.pool.memory().largest(),
-        })?;
+        let addr = self.pool.take(role, bytes).ok_or_else(|| self.out_of_memory(role, bytes))?;
         // SAFETY: the pool gave this block, and takes it back when the buffer is dropped.
         Ok(unsafe { Buffer::new(addr, bytes, role, self.pool.clone()) })
     }
@@ -224,12 +245,18 @@ impl Device for Cpu {
 macro_rules! impl_cpu {
     ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => {
         $($(#[$fdoc:meta])* $field:ident: $ty:ty,)*
-    })*) => {
+    })*) => { pastey::paste! {
+        $(impl Query for $args<'_> {
+            fn workspace(&self, threads: usize) -> usize {
+                $module::[<$name _workspace>](self, threads)
+            }
+        })*
+
         impl Kernels for Cpu {
             $(fn $name(&self, _s: Stream, a: &$args<'_>) -> Result<()> {
-                self.launch(a, || $module::$name(self, a))
+                self.launch(a, |ws| $module::$name(ws, a))
             })*
         }
-    };
+    } };
 }
 super::contract::kernel_table!(impl_cpu);

@@ -5,54 +5,101 @@ use num_traits::{Float, One, Zero};
 use rayon::prelude::*;
 
 use super::pointwise::{leaky, leaky_slope, silu, silu_slope};
+use super::workspace::{acc_size, block, no_workspace, per_thread, together};
 use super::*;
+use crate::tensor::DType;
 
-pub(super) fn group_norm_fwd(cpu: &Cpu, s: &GroupNormFwd) -> Result<()> {
-    by_dtype!("group_norm_fwd", s.y.0.dtype, T => group_fwd::<T>(cpu, s))
+no_workspace!(batch_norm_running(BatchNormRunning));
+
+pub(super) fn group_norm_fwd_workspace(a: &GroupNormFwd, _threads: usize) -> usize {
+    let at = Planes::of_groups("", &a.x, &a.mean.0, &a.rstd.0);
+    at.map_or(0, |at| at.statistics_bytes(a.x.dtype).max(at.normalize_bytes(a.x.dtype)))
 }
 
-pub(super) fn group_norm_bwd(cpu: &Cpu, s: &GroupNormBwd) -> Result<()> {
-    by_dtype!("group_norm_bwd", s.dx.0.dtype, T => group_bwd::<T>(cpu, s))
+pub(super) fn group_norm_bwd_workspace(a: &GroupNormBwd, _threads: usize) -> usize {
+    Planes::of_groups("", &a.x, &a.mean, &a.rstd).map_or(0, |at| at.backward_bytes(a.x.dtype))
 }
 
-pub(super) fn rms_norm_fwd(cpu: &Cpu, s: &RmsNormFwd) -> Result<()> {
-    by_dtype!("rms_norm_fwd", s.y.0.dtype, T => rms_fwd::<T>(cpu, s))
+pub(super) fn batch_norm_fwd_workspace(a: &BatchNormFwd, _threads: usize) -> usize {
+    let Ok(at) = Planes::of_rows("", &a.x, &a.mean.0, &a.var.0) else { return 0 };
+    let normalize = together([block(acc_size(a.x.dtype), at.c), at.normalize_bytes(a.x.dtype)]);
+    at.statistics_bytes(a.x.dtype).max(normalize)
 }
 
-pub(super) fn rms_norm_bwd(cpu: &Cpu, s: &RmsNormBwd) -> Result<()> {
-    by_dtype!("rms_norm_bwd", s.dx.0.dtype, T => rms_bwd::<T>(cpu, s))
+pub(super) fn batch_norm_bwd_workspace(a: &BatchNormBwd, _threads: usize) -> usize {
+    Planes::of_rows("", &a.x, &a.mean, &a.var).map_or(0, |at| at.backward_bytes(a.x.dtype))
 }
 
-pub(super) fn layer_norm_fwd(cpu: &Cpu, s: &LayerNormFwd) -> Result<()> {
-    by_dtype!("layer_norm_fwd", s.y.0.dtype, T => layer_fwd::<T>(cpu, s))
+pub(super) fn rms_norm_fwd_workspace(a: &RmsNormFwd, threads: usize) -> usize {
+    rows_with_bytes(&a.x, threads, a.x.dims.cols())
 }
 
-pub(super) fn layer_norm_bwd(cpu: &Cpu, s: &LayerNormBwd) -> Result<()> {
-    by_dtype!("layer_norm_bwd", s.dx.0.dtype, T => layer_bwd::<T>(cpu, s))
+pub(super) fn layer_norm_fwd_workspace(a: &LayerNormFwd, threads: usize) -> usize {
+    rows_with_bytes(&a.x, threads, a.x.dims.cols())
 }
 
-pub(super) fn batch_norm_fwd(cpu: &Cpu, s: &BatchNormFwd) -> Result<()> {
-    by_dtype!("batch_norm_fwd", s.y.0.dtype, T => batch_fwd::<T>(cpu, s))
+pub(super) fn l2_norm_fwd_workspace(a: &L2NormFwd, threads: usize) -> usize {
+    rows_with_bytes(&a.x, threads, a.x.dims.cols())
 }
 
-pub(super) fn batch_norm_bwd(cpu: &Cpu, s: &BatchNormBwd) -> Result<()> {
-    by_dtype!("batch_norm_bwd", s.dx.0.dtype, T => batch_bwd::<T>(cpu, s))
+pub(super) fn l2_norm_bwd_workspace(a: &L2NormBwd, threads: usize) -> usize {
+    rows_with_bytes(&a.x, threads, a.x.dims.cols().saturating_mul(2))
 }
 
-pub(super) fn batch_norm_running(_cpu: &Cpu, s: &BatchNormRunning) -> Result<()> {
+pub(super) fn rms_norm_bwd_workspace(a: &RmsNormBwd, threads: usize) -> usize {
+    rows_backward_bytes(&a.x, threads)
+}
+
+pub(super) fn layer_norm_bwd_workspace(a: &LayerNormBwd, threads: usize) -> usize {
+    rows_backward_bytes(&a.x, threads)
+}
+
+pub(super) fn group_norm_fwd(ws: &Workspace, s: &GroupNormFwd) -> Result<()> {
+    by_dtype!("group_norm_fwd", s.y.0.dtype, T => group_fwd::<T>(ws, s))
+}
+
+pub(super) fn group_norm_bwd(ws: &Workspace, s: &GroupNormBwd) -> Result<()> {
+    by_dtype!("group_norm_bwd", s.dx.0.dtype, T => group_bwd::<T>(ws, s))
+}
+
+pub(super) fn rms_norm_fwd(ws: &Workspace, s: &RmsNormFwd) -> Result<()> {
+    by_dtype!("rms_norm_fwd", s.y.0.dtype, T => rms_fwd::<T>(ws, s))
+}
+
+pub(super) fn rms_norm_bwd(ws: &Workspace, s: &RmsNormBwd) -> Result<()> {
+    by_dtype!("rms_norm_bwd", s.dx.0.dtype, T => rms_bwd::<T>(ws, s))
+}
+
+pub(super) fn layer_norm_fwd(ws: &Workspace, s: &LayerNormFwd) -> Result<()> {
+    by_dtype!("layer_norm_fwd", s.y.0.dtype, T => layer_fwd::<T>(ws, s))
+}
+
+pub(super) fn layer_norm_bwd(ws: &Workspace, s: &LayerNormBwd) -> Result<()> {
+    by_dtype!("layer_norm_bwd", s.dx.0.dtype, T => layer_bwd::<T>(ws, s))
+}
+
+pub(super) fn batch_norm_fwd(ws: &Workspace, s: &BatchNormFwd) -> Result<()> {
+    by_dtype!("batch_norm_fwd", s.y.0.dtype, T => batch_fwd::<T>(ws, s))
+}
+
+pub(super) fn batch_norm_bwd(ws: &Workspace, s: &BatchNormBwd) -> Result<()> {
+    by_dtype!("batch_norm_bwd", s.dx.0.dtype, T => batch_bwd::<T>(ws, s))
+}
+
+pub(super) fn batch_norm_running(_ws: &Workspace, s: &BatchNormRunning) -> Result<()> {
     by_dtype!("batch_norm_running", s.mean.dtype, T => batch_running::<<T as Elem>::Acc>(s))
 }
 
-pub(super) fn l2_norm_fwd(cpu: &Cpu, s: &L2NormFwd) -> Result<()> {
-    by_dtype!("l2_norm_fwd", s.y.0.dtype, T => l2_fwd::<T>(cpu, s))
+pub(super) fn l2_norm_fwd(ws: &Workspace, s: &L2NormFwd) -> Result<()> {
+    by_dtype!("l2_norm_fwd", s.y.0.dtype, T => l2_fwd::<T>(ws, s))
 }
 
-pub(super) fn l2_norm_bwd(cpu: &Cpu, s: &L2NormBwd) -> Result<()> {
+pub(super) fn l2_norm_bwd(ws: &Workspace, s: &L2NormBwd) -> Result<()> {
     by_dtype!("l2_norm_bwd", s.x.dtype, T => {
         if s.dy.dtype == s.x.dtype {
-            l2_bwd::<T, T>(cpu, s)
+            l2_bwd::<T, T>(ws, s)
         } else {
-            l2_bwd::<T, <T as Elem>::Acc>(cpu, s)
+            l2_bwd::<T, <T as Elem>::Acc>(ws, s)
         }
     })
 }
@@ -152,22 +199,56 @@ impl Planes {
     }
 
     /// `[B, G]` values as `[B, C]`.
-    fn spread<R: Real>(&self, cpu: &Cpu, v: &[R]) -> Scratch<R> {
-        let mut s = cpu.scratch::<R>(self.b * self.c);
+    fn spread<'w, R: Real>(&self, ws: &'w Workspace, v: &[R]) -> Result<Scratch<'w, R>> {
+        let mut s = ws.scratch::<R>(self.b * self.c)?;
         for (i, s) in s.iter_mut().enumerate() {
             *s = v[i / self.c * self.g + i % self.c / self.width()];
         }
-        s
+        Ok(s)
+    }
+
+    /// Bytes of a value for every channel of every image.
+    fn spread_bytes(&self, dtype: DType) -> usize {
+        block(acc_size(dtype), self.b.saturating_mul(self.c))
+    }
+
+    /// Elements of two values for every channel of every chunk.
+    fn chunk_values(&self) -> usize {
+        self.b.saturating_mul(self.chunks()).saturating_mul(2).saturating_mul(self.c)
+    }
+
+    /// Bytes of [`statistics`].
+    fn statistics_bytes(&self, dtype: DType) -> usize {
+        block(acc_size(dtype), self.chunk_values())
+    }
+
+    /// Bytes of [`normalize`].
+    fn normalize_bytes(&self, dtype: DType) -> usize {
+        together([self.spread_bytes(dtype), self.spread_bytes(dtype)])
+    }
+
+    /// Bytes of [`Backward`] and what it runs with.
+    fn backward_bytes(&self, dtype: DType) -> usize {
+        let sums = block(acc_size(dtype), self.b.saturating_mul(2).saturating_mul(self.c));
+        let sums = if self.p == 0 { 0 } else { together([self.statistics_bytes(dtype), sums]) };
+        together([self.spread_bytes(dtype), self.spread_bytes(dtype), sums])
     }
 }
 
 /// Mean and biased variance `[B, G]`: of every chunk in two passes, chunks joined in order (Chan et al.).
-fn statistics<T: Elem>(cpu: &Cpu, x: &[T], at: Planes, mean: &mut [T::Acc], var: &mut [T::Acc]) {
-    let mut parts = cpu.scratch::<T::Acc>(at.b * at.chunks() * 2 * at.c);
+fn statistics<T: Elem>(
+    ws: &Workspace,
+    x: &[T],
+    at: Planes,
+    mean: &mut [T::Acc],
+    var: &mut [T::Acc],
+) -> Result<()> {
+    let mut parts = ws.scratch::<T::Acc>(at.chunk_values())?;
     if parts.is_empty() {
         // No pixels: 0 / 0.
         mean.fill(T::Acc::nan());
-        return var.fill(T::Acc::nan());
+        var.fill(T::Acc::nan());
+        return Ok(());
     }
     parts.par_chunks_mut(2 * at.c).enumerate().for_each(|(i, part)| {
         let (mean, squares) = part.split_at_mut(at.c);
@@ -183,6 +264,7 @@ fn statistics<T: Elem>(cpu: &Cpu, x: &[T], at: Planes, mean: &mut [T::Acc], var:
             var[b * at.g + g] = s / T::Acc::of((at.p * at.width()) as f64);
         }
     }
+    Ok(())
 }
 
 /// The mean of every group, at its channels; the sum of squares about it, channel by channel.
@@ -225,14 +307,14 @@ fn join<R: Real>(parts: &[R], at: Planes, g: usize) -> (R, R) {
 
 /// `y = f((x - mean) * rstd * w + b)`.
 fn normalize<T: Elem>(
-    cpu: &Cpu,
+    ws: &Workspace,
     [x, w, b]: [&[T]; 3],
     at: Planes,
     [mean, rstd]: [&[T::Acc]; 2],
     y: &mut [T],
     f: impl Fn(T::Acc) -> T::Acc + Sync,
-) {
-    let (mean, mut scale) = (at.spread(cpu, mean), at.spread(cpu, rstd));
+) -> Result<()> {
+    let (mean, mut scale) = (at.spread(ws, mean)?, at.spread(ws, rstd)?);
     for (s, w) in scale.chunks_mut(at.c.max(1)).flat_map(|s| s.iter_mut().zip(w)) {
         *s *= w.up();
     }
@@ -250,6 +332,7 @@ fn normalize<T: Elem>(
             },
         );
     });
+    Ok(())
 }
 
 /// What the backward of a norm over groups reads.
@@ -260,26 +343,27 @@ struct Backward<'a, T: Elem> {
     b: &'a [T],
     at: Planes,
     /// `[B, C]`.
-    mean: Scratch<T::Acc>,
+    mean: Scratch<'a, T::Acc>,
     /// `[B, C]`.
-    rstd: Scratch<T::Acc>,
+    rstd: Scratch<'a, T::Acc>,
 }
 
 impl<T: Elem> Backward<'_, T> {
     /// Writes `dx` and adds to `dw` and `db`; `slope` is the derivative of the activation.
     fn run(
         &self,
-        cpu: &Cpu,
+        ws: &Workspace,
         dx: &mut [T],
         dw: Option<&mut [T::Acc]>,
         db: Option<&mut [T::Acc]>,
         slope: impl Fn(T::Acc) -> T::Acc + Sync,
-    ) {
+    ) -> Result<()> {
         if dx.is_empty() {
-            return;
+            return Ok(());
         }
         let c = self.at.c;
-        let mut sums = self.sums(cpu, &slope);
+        let mut sums = self.sums(ws, &slope)?;
+        let sums = &mut sums[..];
         for (i, to) in [db, dw].into_iter().enumerate() {
             if let Some(to) = to {
                 sums.chunks(2 * c).for_each(|s| add_to(to, &s[i * c..(i + 1) * c]));
@@ -293,13 +377,18 @@ impl<T: Elem> Backward<'_, T> {
                 || self.chunk_dx(i, means, dx, &slope),
             );
         });
+        Ok(())
     }
 
     /// `[B, 2, C]` sums of `g` and of `g * xhat`, where `xhat` are the normalised values and `g` is the
     /// gradient behind the activation.
-    fn sums(&self, cpu: &Cpu, slope: &(impl Fn(T::Acc) -> T::Acc + Sync)) -> Scratch<T::Acc> {
+    fn sums<'w>(
+        &self,
+        ws: &'w Workspace,
+        slope: &(impl Fn(T::Acc) -> T::Acc + Sync),
+    ) -> Result<Scratch<'w, T::Acc>> {
         let (at, n) = (self.at, 2 * self.at.c);
-        let mut parts = cpu.scratch::<T::Acc>(at.b * at.chunks() * n);
+        let mut parts = ws.scratch::<T::Acc>(at.chunk_values())?;
         parts.fill(T::Acc::zero());
         parts.par_chunks_mut(n).enumerate().for_each(|(i, part)| {
             let (of_g, of_gx) = part.split_at_mut(at.c);
@@ -308,12 +397,12 @@ impl<T: Elem> Backward<'_, T> {
                 || self.chunk_sums(i, of_g, of_gx, slope),
             );
         });
-        let mut sums = cpu.scratch::<T::Acc>(at.b * n);
+        let mut sums = ws.scratch::<T::Acc>(at.b * n)?;
         sums.fill(T::Acc::zero());
         for (sums, parts) in sums.chunks_mut(n).zip(parts.chunks(at.chunks() * n)) {
             parts.chunks(n).for_each(|part| add_to(sums, part));
         }
-        sums
+        Ok(sums)
     }
 
     #[inline(always)]
@@ -370,7 +459,7 @@ fn add_to<R: Real>(to: &mut [R], v: &[R]) {
     to.iter_mut().zip(v).for_each(|(to, v)| *to += *v);
 }
 
-fn group_fwd<T: Elem>(cpu: &Cpu, s: &GroupNormFwd) -> Result<()> {
+fn group_fwd<T: Elem>(ws: &Workspace, s: &GroupNormFwd) -> Result<()> {
     const OP: &str = "group_norm_fwd";
     let at = Planes::of_groups(OP, &s.x, &s.mean.0, &s.rstd.0)?;
     expect_dims(OP, "y", &s.y.0, s.x.dims)?;
@@ -378,25 +467,24 @@ fn group_fwd<T: Elem>(cpu: &Cpu, s: &GroupNormFwd) -> Result<()> {
     let (w, b) = (vector::<T>(OP, "w", &s.w, at.c)?, vector::<T>(OP, "b", &s.b, at.c)?);
     let mean = flat_mut::<T::Acc>(OP, "mean", &s.mean.0)?;
     let scale = flat_mut::<T::Acc>(OP, "rstd", &s.rstd.0)?;
-    statistics(cpu, x, at, mean, scale);
+    statistics(ws, x, at, mean, scale)?;
     scale.iter_mut().for_each(|v| *v = rstd(*v, s.eps));
     if s.silu {
-        normalize(cpu, [x, w, b], at, [mean, scale], y, silu);
+        normalize(ws, [x, w, b], at, [mean, scale], y, silu)
     } else {
         normalize(
-            cpu,
+            ws,
             [x, w, b],
             at,
             [mean, scale],
             y,
             #[inline(always)]
             |v| v,
-        );
+        )
     }
-    Ok(())
 }
 
-fn group_bwd<T: Elem>(cpu: &Cpu, s: &GroupNormBwd) -> Result<()> {
+fn group_bwd<T: Elem>(ws: &Workspace, s: &GroupNormBwd) -> Result<()> {
     const OP: &str = "group_norm_bwd";
     let at = Planes::of_groups(OP, &s.x, &s.mean, &s.rstd)?;
     expect_dims(OP, "dy", &s.dy, s.x.dims)?;
@@ -407,24 +495,23 @@ fn group_bwd<T: Elem>(cpu: &Cpu, s: &GroupNormBwd) -> Result<()> {
         w: vector(OP, "w", &s.w, at.c)?,
         b: vector(OP, "b", &s.b, at.c)?,
         at,
-        mean: at.spread(cpu, flat(OP, "mean", &s.mean)?),
-        rstd: at.spread(cpu, flat(OP, "rstd", &s.rstd)?),
+        mean: at.spread(ws, flat(OP, "mean", &s.mean)?)?,
+        rstd: at.spread(ws, flat(OP, "rstd", &s.rstd)?)?,
     };
     let (dw, db) = (sums_out(OP, "dw", &s.dw, at.c)?, sums_out(OP, "db", &s.db, at.c)?);
     let dx = flat_mut(OP, "dx", &s.dx.0)?;
     if s.silu {
-        back.run(cpu, dx, dw, db, silu_slope);
+        back.run(ws, dx, dw, db, silu_slope)
     } else {
         back.run(
-            cpu,
+            ws,
             dx,
             dw,
             db,
             #[inline(always)]
             |_| T::Acc::one(),
-        );
+        )
     }
-    Ok(())
 }
 
 /// A gradient of `n` elements, if it is wanted.
@@ -437,7 +524,7 @@ fn sums_out<'a, R: Real>(
     v.as_ref().map(|v| vector_mut(op, arg, &v.0, n)).transpose()
 }
 
-fn batch_fwd<T: Elem>(cpu: &Cpu, s: &BatchNormFwd) -> Result<()> {
+fn batch_fwd<T: Elem>(ws: &Workspace, s: &BatchNormFwd) -> Result<()> {
     const OP: &str = "batch_norm_fwd";
     let at = Planes::of_rows(OP, &s.x, &s.mean.0, &s.var.0)?;
     expect_rows(OP, "y", &s.y.0, at.p, at.c)?;
@@ -445,28 +532,27 @@ fn batch_fwd<T: Elem>(cpu: &Cpu, s: &BatchNormFwd) -> Result<()> {
     let (w, b) = (vector::<T>(OP, "w", &s.w, at.c)?, vector::<T>(OP, "b", &s.b, at.c)?);
     let mean = flat_mut::<T::Acc>(OP, "mean", &s.mean.0)?;
     let var = flat_mut::<T::Acc>(OP, "var", &s.var.0)?;
-    statistics(cpu, x, at, mean, var);
-    let mut scale = cpu.scratch::<T::Acc>(at.c);
+    statistics(ws, x, at, mean, var)?;
+    let mut scale = ws.scratch::<T::Acc>(at.c)?;
     scale.iter_mut().zip(&*var).for_each(|(r, v)| *r = rstd(*v, s.eps));
     let slope = T::Acc::of(s.slope);
     normalize(
-        cpu,
+        ws,
         [x, w, b],
         at,
         [mean, &scale],
         y,
         #[inline(always)]
         |v| leaky(v, slope),
-    );
-    Ok(())
+    )
 }
 
-fn batch_bwd<T: Elem>(cpu: &Cpu, s: &BatchNormBwd) -> Result<()> {
+fn batch_bwd<T: Elem>(ws: &Workspace, s: &BatchNormBwd) -> Result<()> {
     const OP: &str = "batch_norm_bwd";
     let at = Planes::of_rows(OP, &s.x, &s.mean, &s.var)?;
     expect_rows(OP, "dy", &s.dy, at.p, at.c)?;
     expect_rows(OP, "dx", &s.dx.0, at.p, at.c)?;
-    let mut scale = at.spread(cpu, flat::<T::Acc>(OP, "var", &s.var)?);
+    let mut scale = at.spread(ws, flat::<T::Acc>(OP, "var", &s.var)?)?;
     scale.iter_mut().for_each(|v| *v = rstd(*v, s.eps));
     let back = Backward {
         dy: flat::<T>(OP, "dy", &s.dy)?,
@@ -474,20 +560,19 @@ fn batch_bwd<T: Elem>(cpu: &Cpu, s: &BatchNormBwd) -> Result<()> {
         w: vector(OP, "w", &s.w, at.c)?,
         b: vector(OP, "b", &s.b, at.c)?,
         at,
-        mean: at.spread(cpu, flat(OP, "mean", &s.mean)?),
+        mean: at.spread(ws, flat(OP, "mean", &s.mean)?)?,
         rstd: scale,
     };
     let (dw, db) = (sums_out(OP, "dw", &s.dw, at.c)?, sums_out(OP, "db", &s.db, at.c)?);
     let (dx, slope) = (flat_mut(OP, "dx", &s.dx.0)?, T::Acc::of(s.slope));
     back.run(
-        cpu,
+        ws,
         dx,
         dw,
         db,
         #[inline(always)]
         |v| leaky_slope(v, slope),
-    );
-    Ok(())
+    )
 }
 
 fn batch_running<R: Real>(s: &BatchNormRunning) -> Result<()> {
@@ -518,17 +603,37 @@ fn per_row<'a, R: Real>(op: &'static str, arg: &'static str, v: &In<'a>, n: usiz
 }
 
 /// Runs `f` on every row, with `cols` elements of scratch for each chunk of rows.
-fn par_rows_with<R: Real>(cpu: &Cpu, rows: usize, cols: usize, f: impl Fn(usize, &mut [R]) + Sync) {
+fn par_rows_with<R: Real>(
+    ws: &Workspace,
+    rows: usize,
+    cols: usize,
+    f: impl Fn(usize, &mut [R]) + Sync,
+) -> Result<()> {
+    let scratch = ws.per_thread::<R, 1>(rows.div_ceil(chunk_rows(cols)), [cols])?;
     par_for(rows, chunk_rows(cols), |r| {
-        let mut buf = cpu.scratch::<R>(cols);
+        let mut local = scratch.take();
+        let [buf] = local.parts();
         simd(
             #[inline(always)]
-            || r.for_each(|i| f(i, &mut buf)),
+            || r.for_each(|i| f(i, buf)),
         );
     });
+    Ok(())
 }
 
-fn rms_fwd<T: Elem>(cpu: &Cpu, s: &RmsNormFwd) -> Result<()> {
+/// Bytes of [`par_rows_with`] on the rows of `x`.
+fn rows_with_bytes(x: &In, threads: usize, cols: usize) -> usize {
+    per_thread(threads, acc_size(x.dtype), x.dims.rows().div_ceil(chunk_rows(cols)), [cols])
+}
+
+/// Bytes of [`RowsBackward::run`].
+fn rows_backward_bytes(x: &In, threads: usize) -> usize {
+    let (size, rows, n) = (acc_size(x.dtype), x.dims.rows(), x.dims.cols().saturating_mul(2));
+    let locals = per_thread(threads, size, reduce_chunks(rows), [n]);
+    together([block(size, n), locals, reduce_bytes(size, rows, n)])
+}
+
+fn rms_fwd<T: Elem>(ws: &Workspace, s: &RmsNormFwd) -> Result<()> {
     const OP: &str = "rms_norm_fwd";
     let (x, y) = (rows::<T>(OP, "x", &s.x)?, rows_mut::<T>(OP, "y", &s.y.0)?);
     expect_rows(OP, "y", &s.y.0, x.rows, x.cols)?;
@@ -546,7 +651,7 @@ fn rms_fwd<T: Elem>(cpu: &Cpu, s: &RmsNormFwd) -> Result<()> {
     };
     let n = T::Acc::of(x.cols as f64);
     par_rows_with(
-        cpu,
+        ws,
         x.rows,
         x.cols,
         #[inline(always)]
@@ -566,8 +671,7 @@ fn rms_fwd<T: Elem>(cpu: &Cpu, s: &RmsNormFwd) -> Result<()> {
                 *y = T::down(T::down(*x * *out).up() * w.up());
             }
         },
-    );
-    Ok(())
+    )
 }
 
 /// `sum = a + b`, rounded; `wide` is `sum` widened.
@@ -579,7 +683,7 @@ fn add_rounded<T: Elem>(a: &[T], b: &[T], sum: &mut [T], wide: &mut [T::Acc]) {
     }
 }
 
-fn layer_fwd<T: Elem>(cpu: &Cpu, s: &LayerNormFwd) -> Result<()> {
+fn layer_fwd<T: Elem>(ws: &Workspace, s: &LayerNormFwd) -> Result<()> {
     const OP: &str = "layer_norm_fwd";
     let (x, y) = (rows::<T>(OP, "x", &s.x)?, rows_mut::<T>(OP, "y", &s.y.0)?);
     expect_rows(OP, "y", &s.y.0, x.rows, x.cols)?;
@@ -588,7 +692,7 @@ fn layer_fwd<T: Elem>(cpu: &Cpu, s: &LayerNormFwd) -> Result<()> {
     let rstds = per_row::<T::Acc>(OP, "rstd", &s.rstd.0, x.rows)?;
     let n = T::Acc::of(x.cols as f64);
     par_rows_with(
-        cpu,
+        ws,
         x.rows,
         x.cols,
         #[inline(always)]
@@ -603,8 +707,7 @@ fn layer_fwd<T: Elem>(cpu: &Cpu, s: &LayerNormFwd) -> Result<()> {
                 *y = T::down(*x * *scale * w.up() + b.up());
             }
         },
-    );
-    Ok(())
+    )
 }
 
 /// What the backward of a norm over rows reads; without means it is an RMS norm.
@@ -620,12 +723,14 @@ struct RowsBackward<'a, T: Elem> {
 
 impl<T: Elem> RowsBackward<'_, T> {
     /// Writes `dx`; returns the gradients of weight and bias.
-    fn run(&self, cpu: &Cpu) -> Scratch<T::Acc> {
+    fn run<'w>(&self, ws: &'w Workspace) -> Result<Scratch<'w, T::Acc>> {
         let c = self.x.cols;
-        let mut sums = cpu.scratch::<T::Acc>(2 * c);
+        let mut sums = ws.scratch::<T::Acc>(2 * c)?;
         sums.fill(T::Acc::zero());
-        par_reduce_rows(cpu, self.x.rows, &mut sums, |r, sums| {
-            let mut buf = cpu.scratch::<T::Acc>(2 * c);
+        let scratch = ws.per_thread::<T::Acc, 1>(reduce_chunks(self.x.rows), [2 * c])?;
+        par_reduce_rows(ws, self.x.rows, &mut sums, |r, sums| {
+            let mut local = scratch.take();
+            let [buf] = local.parts();
             let ((xhat, d), (dw, db)) = (buf.split_at_mut(c), sums.split_at_mut(c));
             simd(
                 #[inline(always)]
@@ -637,8 +742,8 @@ impl<T: Elem> RowsBackward<'_, T> {
                     }
                 },
             );
-        });
-        sums
+        })?;
+        Ok(sums)
     }
 
     #[inline(always)]
@@ -684,7 +789,7 @@ impl<T: Elem> RowsBackward<'_, T> {
     }
 }
 
-fn rms_bwd<T: Elem>(cpu: &Cpu, s: &RmsNormBwd) -> Result<()> {
+fn rms_bwd<T: Elem>(ws: &Workspace, s: &RmsNormBwd) -> Result<()> {
     const OP: &str = "rms_norm_bwd";
     let x = rows::<T>(OP, "x", &s.x)?;
     for (arg, v) in [("dy", Some(&s.dy)), ("dsum", s.dsum.as_ref()), ("dx", Some(&s.dx.0))] {
@@ -700,14 +805,14 @@ fn rms_bwd<T: Elem>(cpu: &Cpu, s: &RmsNormBwd) -> Result<()> {
         dx: rows_mut(OP, "dx", &s.dx.0)?,
     };
     let dw = sums_out(OP, "dw", &s.dw, x.cols)?;
-    let sums = back.run(cpu);
+    let sums = back.run(ws)?;
     if let Some(dw) = dw {
         add_to(dw, &sums[..x.cols]);
     }
     Ok(())
 }
 
-fn layer_bwd<T: Elem>(cpu: &Cpu, s: &LayerNormBwd) -> Result<()> {
+fn layer_bwd<T: Elem>(ws: &Workspace, s: &LayerNormBwd) -> Result<()> {
     const OP: &str = "layer_norm_bwd";
     let x = rows::<T>(OP, "x", &s.x)?;
     for (arg, v) in [("dy", &s.dy), ("dx", &s.dx.0)] {
@@ -723,7 +828,7 @@ fn layer_bwd<T: Elem>(cpu: &Cpu, s: &LayerNormBwd) -> Result<()> {
         dx: rows_mut(OP, "dx", &s.dx.0)?,
     };
     let (dw, db) = (sums_out(OP, "dw", &s.dw, x.cols)?, sums_out(OP, "db", &s.db, x.cols)?);
-    let sums = back.run(cpu);
+    let sums = back.run(ws)?;
     for (to, sums) in [(dw, &sums[..x.cols]), (db, &sums[x.cols..])] {
         if let Some(to) = to {
             add_to(to, sums);
@@ -732,13 +837,13 @@ fn layer_bwd<T: Elem>(cpu: &Cpu, s: &LayerNormBwd) -> Result<()> {
     Ok(())
 }
 
-fn l2_fwd<T: Elem>(cpu: &Cpu, s: &L2NormFwd) -> Result<()> {
+fn l2_fwd<T: Elem>(ws: &Workspace, s: &L2NormFwd) -> Result<()> {
     const OP: &str = "l2_norm_fwd";
     let (x, y) = (rows::<T>(OP, "x", &s.x)?, rows_mut::<T>(OP, "y", &s.y.0)?);
     expect_rows(OP, "y", &s.y.0, x.rows, x.cols)?;
     let norms = per_row::<T::Acc>(OP, "norm", &s.norm.0, x.rows)?;
     par_rows_with(
-        cpu,
+        ws,
         x.rows,
         x.cols,
         #[inline(always)]
@@ -749,11 +854,10 @@ fn l2_fwd<T: Elem>(cpu: &Cpu, s: &L2NormFwd) -> Result<()> {
             *norm = dot(buf, buf).sqrt().max(T::Acc::of(s.eps));
             y.iter_mut().zip(buf).for_each(|(y, x)| *y = T::down(*x / *norm));
         },
-    );
-    Ok(())
+    )
 }
 
-fn l2_bwd<T: Elem, D: Elem<Acc = T::Acc>>(cpu: &Cpu, s: &L2NormBwd) -> Result<()> {
+fn l2_bwd<T: Elem, D: Elem<Acc = T::Acc>>(ws: &Workspace, s: &L2NormBwd) -> Result<()> {
     const OP: &str = "l2_norm_bwd";
     let (x, dy) = (rows::<T>(OP, "x", &s.x)?, rows::<D>(OP, "dy", &s.dy)?);
     expect_rows(OP, "dy", &s.dy, x.rows, x.cols)?;
@@ -763,7 +867,7 @@ fn l2_bwd<T: Elem, D: Elem<Acc = T::Acc>>(cpu: &Cpu, s: &L2NormBwd) -> Result<()
             expect_rows(OP, "dx", &dx.0, x.rows, x.cols)?;
             let dx = rows_mut::<T>(OP, "dx", &dx.0)?;
             l2_rows(
-                cpu,
+                ws,
                 (x, dy, norm, s.eps),
                 #[inline(always)]
                 |i, v| {
@@ -771,13 +875,13 @@ fn l2_bwd<T: Elem, D: Elem<Acc = T::Acc>>(cpu: &Cpu, s: &L2NormBwd) -> Result<()
                     let dx = unsafe { dx.row(i) };
                     round(v, dx);
                 },
-            );
+            )
         }
         (None, Some(dx)) => {
             expect_rows(OP, "dx_acc", &dx.0, x.rows, x.cols)?;
             let dx = rows_mut::<T::Acc>(OP, "dx_acc", &dx.0)?;
             l2_rows(
-                cpu,
+                ws,
                 (x, dy, norm, s.eps),
                 #[inline(always)]
                 |i, v| {
@@ -785,23 +889,22 @@ fn l2_bwd<T: Elem, D: Elem<Acc = T::Acc>>(cpu: &Cpu, s: &L2NormBwd) -> Result<()
                     let dx = unsafe { dx.row(i) };
                     add_to(dx, v);
                 },
-            );
+            )
         }
-        (Some(_), _) => return Err(Error::arg(OP, "dx_acc", "present", "absent as `dx` is present")),
-        _ => return Err(Error::arg(OP, "dx", "absent", "present, or `dx_acc`")),
+        (Some(_), _) => Err(Error::arg(OP, "dx_acc", "present", "absent as `dx` is present")),
+        _ => Err(Error::arg(OP, "dx", "absent", "present, or `dx_acc`")),
     }
-    Ok(())
 }
 
 /// Calls `store` with the gradient of every row.
 fn l2_rows<T: Elem, D: Elem<Acc = T::Acc>>(
-    cpu: &Cpu,
+    ws: &Workspace,
     (x, dy, norm, eps): (Rows<T>, Rows<D>, &[T::Acc], f64),
     store: impl Fn(usize, &[T::Acc]) + Sync,
-) {
+) -> Result<()> {
     let c = x.cols;
     par_rows_with(
-        cpu,
+        ws,
         x.rows,
         2 * c,
         #[inline(always)]
@@ -814,7 +917,7 @@ fn l2_rows<T: Elem, D: Elem<Acc = T::Acc>>(
             d.iter_mut().zip(&*y).for_each(|(d, y)| *d = (*d - *y * along) / norm[i]);
             store(i, d);
         },
-    );
+    )
 }
 
 #[cfg(test)]

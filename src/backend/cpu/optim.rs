@@ -3,21 +3,24 @@
 use num_traits::Float;
 use rayon::prelude::*;
 
+use super::workspace::no_workspace;
 use super::*;
+
+no_workspace!(sum_squares(SumSquares), adamw(Adamw), restore(Restore));
 
 /// Elements that one task handles.
 const CHUNK: usize = 16384;
 
-pub(super) fn sum_squares(_cpu: &Cpu, a: &SumSquares) -> Result<()> {
+pub(super) fn sum_squares(_ws: &Workspace, a: &SumSquares) -> Result<()> {
     by_dtype!("sum_squares", a.x.dtype, E => squares::<<E as Elem>::Acc>(a))
 }
 
-pub(super) fn adamw(_cpu: &Cpu, a: &Adamw) -> Result<()> {
+pub(super) fn adamw(_ws: &Workspace, a: &Adamw) -> Result<()> {
     let dtype = a.shadow.map_or(a.master.0.dtype, |s| s.0.dtype);
     by_dtype!("adamw", dtype, E => step::<E>(a))
 }
 
-pub(super) fn restore(_cpu: &Cpu, a: &Restore) -> Result<()> {
+pub(super) fn restore(_ws: &Workspace, a: &Restore) -> Result<()> {
     by_dtype!("restore", a.norm.dtype, R => taken_back::<R>(a))
 }
 

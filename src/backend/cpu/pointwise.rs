@@ -3,24 +3,39 @@
 use num_traits::{Float, One, Zero};
 use rayon::prelude::*;
 
+use super::workspace::no_workspace;
 use super::*;
+
+no_workspace!(
+    unary_fwd(UnaryFwd),
+    unary_bwd(UnaryBwd),
+    add(Add),
+    accumulate(Accumulate),
+    cast(Cast),
+    fill(Fill),
+    channel_affine_fwd(ChannelAffineFwd),
+    channel_affine_bwd(ChannelAffineBwd),
+    swiglu_fwd(SwigluFwd),
+    swiglu_bwd(SwigluBwd),
+    rope(Rope)
+);
 use crate::tensor::{DType, Element};
 
-pub(super) fn unary_fwd(_cpu: &Cpu, s: &UnaryFwd) -> Result<()> {
+pub(super) fn unary_fwd(_ws: &Workspace, s: &UnaryFwd) -> Result<()> {
     by_dtype!("unary_fwd", s.y.0.dtype, T => unary_fwd_of::<T>(s))
 }
 
-pub(super) fn unary_bwd(_cpu: &Cpu, s: &UnaryBwd) -> Result<()> {
+pub(super) fn unary_bwd(_ws: &Workspace, s: &UnaryBwd) -> Result<()> {
     by_dtype!("unary_bwd", s.dx.0.dtype, T => unary_bwd_of::<T>(s))
 }
 
-pub(super) fn add(_cpu: &Cpu, s: &Add) -> Result<()> {
+pub(super) fn add(_ws: &Workspace, s: &Add) -> Result<()> {
     by_dtype!("add", s.y.0.dtype, T => {
         map2::<T>("add", ("a", &s.a), ("b", &s.b), ("y", &s.y.0), #[inline(always)] |a, b| a + b)
     })
 }
 
-pub(super) fn accumulate(_cpu: &Cpu, s: &Accumulate) -> Result<()> {
+pub(super) fn accumulate(_ws: &Workspace, s: &Accumulate) -> Result<()> {
     by_dtype!("accumulate", s.x.dtype, X => by_dtype!("accumulate", s.y.0.dtype, Y => {
         map::<X, Y>("accumulate", &s.x, ("y", &s.y.0), #[inline(always)] |x, y| {
             *y = Y::down(y.up() + convert::<X, Y>(x));
@@ -28,7 +43,7 @@ pub(super) fn accumulate(_cpu: &Cpu, s: &Accumulate) -> Result<()> {
     }))
 }
 
-pub(super) fn cast(_cpu: &Cpu, s: &Cast) -> Result<()> {
+pub(super) fn cast(_ws: &Workspace, s: &Cast) -> Result<()> {
     by_dtype!("cast", s.x.dtype, X => by_dtype!("cast", s.y.0.dtype, Y => {
         map::<X, Y>("cast", &s.x, ("y", &s.y.0), #[inline(always)] |x, y| {
             *y = Y::down(convert::<X, Y>(x));
@@ -36,7 +51,7 @@ pub(super) fn cast(_cpu: &Cpu, s: &Cast) -> Result<()> {
     }))
 }
 
-pub(super) fn fill(_cpu: &Cpu, s: &Fill) -> Result<()> {
+pub(super) fn fill(_ws: &Workspace, s: &Fill) -> Result<()> {
     if s.y.0.dtype == DType::I32 {
         return fill_with(&s.y.0, s.value as i32);
     }
@@ -45,23 +60,23 @@ pub(super) fn fill(_cpu: &Cpu, s: &Fill) -> Result<()> {
     })
 }
 
-pub(super) fn channel_affine_fwd(_cpu: &Cpu, s: &ChannelAffineFwd) -> Result<()> {
+pub(super) fn channel_affine_fwd(_ws: &Workspace, s: &ChannelAffineFwd) -> Result<()> {
     by_dtype!("channel_affine_fwd", s.y.0.dtype, T => affine_fwd::<T>(s))
 }
 
-pub(super) fn channel_affine_bwd(_cpu: &Cpu, s: &ChannelAffineBwd) -> Result<()> {
+pub(super) fn channel_affine_bwd(_ws: &Workspace, s: &ChannelAffineBwd) -> Result<()> {
     by_dtype!("channel_affine_bwd", s.dx.0.dtype, T => affine_bwd::<T>(s))
 }
 
-pub(super) fn swiglu_fwd(_cpu: &Cpu, s: &SwigluFwd) -> Result<()> {
+pub(super) fn swiglu_fwd(_ws: &Workspace, s: &SwigluFwd) -> Result<()> {
     by_dtype!("swiglu_fwd", s.y.0.dtype, T => swiglu_fwd_of::<T>(s))
 }
 
-pub(super) fn swiglu_bwd(_cpu: &Cpu, s: &SwigluBwd) -> Result<()> {
+pub(super) fn swiglu_bwd(_ws: &Workspace, s: &SwigluBwd) -> Result<()> {
     by_dtype!("swiglu_bwd", s.dgate_up.0.dtype, T => swiglu_bwd_of::<T>(s))
 }
 
-pub(super) fn rope(_cpu: &Cpu, s: &Rope) -> Result<()> {
+pub(super) fn rope(_ws: &Workspace, s: &Rope) -> Result<()> {
     by_dtype!("rope", s.y.0.dtype, T => rope_of::<T>(s))
 }
 

@@ -1,14 +1,11 @@
 //! Host memory with free lists by size: the same calls in a step give the same addresses, and steps after
-//! the first ask the system for nothing.
+//! the first ask the system for nothing. Workspaces of launches share one block that grows to the largest of them.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::collections::HashMap;
-use std::marker::PhantomData;
-use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::backend::{Memory, Reclaim, Role};
-use crate::tensor::Element;
+use crate::backend::{Memory, Reclaim, Role, size};
 
 /// Free lists above this size are given back to the system.
 const KEEP: usize = 2 << 30;
@@ -18,11 +15,14 @@ pub(crate) struct Pool {
     state: Mutex<State>,
 }
 
-#[derive(Default)]
 struct State {
     free: HashMap<usize, Vec<u64>>,
     free_bytes: usize,
+    /// Blocks for workspaces that no launch has: one, unless launches run at the same time.
+    spare: Vec<(u64, Layout)>,
     memory: Memory,
+    /// The most that may be held.
+    limit: u64,
 }
 
 fn layout(bytes: usize) -> Option<Layout> {
@@ -31,7 +31,9 @@ fn layout(bytes: usize) -> Option<Layout> {
 
 impl Pool {
     pub(crate) fn new(poison: bool) -> Self {
-        Pool { poison, state: Mutex::new(State::default()) }
+        let (free, spare, memory) = Default::default();
+        let state = State { free, free_bytes: 0, spare, memory, limit: u64::MAX };
+        Pool { poison, state: Mutex::new(state) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -42,10 +44,29 @@ impl Pool {
         self.lock().memory.clone()
     }
 
-    /// An address of `bytes` bytes, aligned to 256; `None` if the system has no more.
+    /// Fails allocations that would take more than `bytes` in all.
+    pub(crate) fn limit(&self, bytes: u64) {
+        self.lock().limit = bytes;
+    }
+
+    /// True if all memory is filled with NaN (-1 for indices) when it is taken.
+    pub(crate) fn is_poisoned(&self) -> bool {
+        self.poison
+    }
+
+    /// What keeps allocations from succeeding, for messages.
+    pub(crate) fn refusal(&self) -> String {
+        match self.lock().limit {
+            u64::MAX => "the system gave none".into(),
+            limit => format!("at most {} may be held", size(limit)),
+        }
+    }
+
+    /// An address of `bytes` bytes, aligned to 256; `None` if the system has no more, or the limit is reached.
     pub(crate) fn take(&self, role: Role, bytes: usize) -> Option<u64> {
         let layout = layout(bytes)?;
         let mut s = self.lock();
+        s.fits(bytes)?;
         let addr = match s.free.get_mut(&layout.size()).and_then(Vec::pop) {
             Some(addr) => {
                 s.free_bytes -= layout.size();
@@ -65,6 +86,65 @@ impl Pool {
             unsafe { std::ptr::write_bytes(addr as *mut u8, 0xFF, layout.size()) };
         }
         Some(addr)
+    }
+
+    /// Memory for the workspace of a launch; `None` as for [`Pool::take`].
+    pub(crate) fn reserve(self: &Arc<Self>, bytes: usize) -> Option<Reserved> {
+        let mut s = self.lock();
+        s.fits(bytes)?;
+        let enough = s.spare.iter().position(|(_, l)| l.size() >= bytes);
+        let (addr, layout) = match enough {
+            Some(i) => s.spare.swap_remove(i),
+            None => {
+                // A block that is too small makes room for one that is not.
+                if let Some((addr, small)) = s.spare.pop() {
+                    // SAFETY: it came from alloc_zeroed with this layout.
+                    unsafe { dealloc(addr as *mut u8, small) };
+                }
+                let layout = layout(bytes)?;
+                // SAFETY: the size is not 0.
+                (unsafe { alloc_zeroed(layout) } as u64, layout)
+            }
+        };
+        if addr == 0 {
+            return None;
+        }
+        s.memory.add(Role::Workspace, bytes);
+        drop(s);
+        Some(Reserved { addr, bytes, layout, pool: self.clone() })
+    }
+}
+
+impl State {
+    /// `None` if `bytes` more are beyond the limit.
+    fn fits(&self, bytes: usize) -> Option<()> {
+        (self.memory.total().checked_add(bytes as u64)? <= self.limit).then_some(())
+    }
+}
+
+/// Memory of a launch's workspace, initialised and aligned to 256; counted as [`Role::Workspace`].
+pub(crate) struct Reserved {
+    addr: u64,
+    bytes: usize,
+    layout: Layout,
+    pool: Arc<Pool>,
+}
+
+impl Reserved {
+    pub(crate) fn addr(&self) -> u64 {
+        self.addr
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        let mut s = self.pool.lock();
+        s.memory.sub(Role::Workspace, self.bytes);
+        s.spare.push((self.addr, self.layout));
     }
 }
 
@@ -93,46 +173,11 @@ impl Reclaim for Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        release(&mut self.lock().free);
-    }
-}
-
-/// Scratch memory of a kernel, counted as [`Role::Workspace`].
-pub(crate) struct Scratch<T> {
-    addr: u64,
-    n: usize,
-    pool: Arc<Pool>,
-    of: PhantomData<T>,
-}
-
-impl<T: Element> Scratch<T> {
-    pub(crate) fn new(pool: &Arc<Pool>, n: usize) -> Self {
-        let bytes = n * std::mem::size_of::<T>();
-        let Some(addr) = pool.take(Role::Workspace, bytes) else {
-            std::alloc::handle_alloc_error(Layout::new::<T>())
-        };
-        Scratch { addr, n, pool: pool.clone(), of: PhantomData }
-    }
-}
-
-impl<T> Drop for Scratch<T> {
-    fn drop(&mut self) {
-        // SAFETY: `new` took it from this pool with the same size and role.
-        unsafe { self.pool.reclaim(self.addr, self.n * std::mem::size_of::<T>(), Role::Workspace) };
-    }
-}
-
-impl<T: Element> Deref for Scratch<T> {
-    type Target = [T];
-    fn deref(&self) -> &[T] {
-        // SAFETY: `n` elements initialised (zeroed when fresh), aligned to 256, exclusively owned.
-        unsafe { std::slice::from_raw_parts(self.addr as *const T, self.n) }
-    }
-}
-
-impl<T: Element> DerefMut for Scratch<T> {
-    fn deref_mut(&mut self) -> &mut [T] {
-        // SAFETY: as in `deref`.
-        unsafe { std::slice::from_raw_parts_mut(self.addr as *mut T, self.n) }
+        let mut s = self.lock();
+        release(&mut s.free);
+        for (addr, layout) in s.spare.drain(..) {
+            // SAFETY: it came from alloc_zeroed with this layout.
+            unsafe { dealloc(addr as *mut u8, layout) };
+        }
     }
 }

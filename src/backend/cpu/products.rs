@@ -1,28 +1,49 @@
 //! Matrix products and sums of columns.
 
 use super::gemm::block_rows;
+use super::workspace::{acc_size, together, wide};
 use super::*;
 
-pub(super) fn matmul(cpu: &Cpu, s: &Matmul) -> Result<()> {
-    by_dtype!("matmul", s.y.0.dtype, T => matmul_of::<T>(cpu, s))
+pub(super) fn matmul_workspace(a: &Matmul, threads: usize) -> usize {
+    let y = &a.y.0;
+    let (rows, block) = (y.dims.rows(), block_rows(y.dims.rows()));
+    let n = block.min(rows).saturating_mul(y.dims.cols());
+    let rounded = rounded_bytes(y.dtype, threads, rows.div_ceil(block), n);
+    together([wide(&a.a), wide(&a.b), row_blocks_bytes(y, threads, block), rounded])
 }
 
-pub(super) fn matmul_acc(cpu: &Cpu, s: &MatmulAcc) -> Result<()> {
-    by_dtype!("matmul_acc", s.a.dtype, T => matmul_acc_of::<T>(cpu, s))
+pub(super) fn matmul_acc_workspace(a: &MatmulAcc, threads: usize) -> usize {
+    let y = &a.y.0;
+    together([wide(&a.a), wide(&a.b), row_blocks_bytes(y, threads, block_rows(y.dims.rows()))])
 }
 
-pub(super) fn col_sum(cpu: &Cpu, s: &ColSum) -> Result<()> {
+pub(super) fn linear_gelu_workspace(a: &LinearGelu, threads: usize) -> usize {
+    matmul_workspace(&sums_of(a), threads)
+}
+
+pub(super) fn col_sum_workspace(a: &ColSum, _threads: usize) -> usize {
+    reduce_bytes(acc_size(a.x.dtype), a.x.dims.rows(), a.x.dims.cols())
+}
+
+pub(super) fn matmul(ws: &Workspace, s: &Matmul) -> Result<()> {
+    by_dtype!("matmul", s.y.0.dtype, T => matmul_of::<T>(ws, s))
+}
+
+pub(super) fn matmul_acc(ws: &Workspace, s: &MatmulAcc) -> Result<()> {
+    by_dtype!("matmul_acc", s.a.dtype, T => matmul_acc_of::<T>(ws, s))
+}
+
+pub(super) fn col_sum(ws: &Workspace, s: &ColSum) -> Result<()> {
     by_dtype!("col_sum", s.x.dtype, T => {
         let x = rows::<T>("col_sum", "x", &s.x)?;
         expect("col_sum", "y", &s.y.0, x.cols)?;
-        add_col_sums(cpu, x, flat_mut("col_sum", "y", &s.y.0)?);
-        Ok(())
+        add_col_sums(ws, x, flat_mut("col_sum", "y", &s.y.0)?)
     })
 }
 
 /// Adds the sum of every column of `x` to `y`.
-pub(super) fn add_col_sums<T: Elem>(cpu: &Cpu, x: Rows<T>, y: &mut [T::Acc]) {
-    par_reduce_rows(cpu, x.rows, y, |r, y| {
+pub(super) fn add_col_sums<T: Elem>(ws: &Workspace, x: Rows<T>, y: &mut [T::Acc]) -> Result<()> {
+    par_reduce_rows(ws, x.rows, y, |r, y| {
         simd(
             #[inline(always)]
             || {
@@ -33,7 +54,7 @@ pub(super) fn add_col_sums<T: Elem>(cpu: &Cpu, x: Rows<T>, y: &mut [T::Acc]) {
                 }
             },
         );
-    });
+    })
 }
 
 /// Checks that `op(a)` is `[N, C]`, `op(b)` `[C, O]` and `y` `[N, O]`.
@@ -54,24 +75,25 @@ fn mat<R: Real>(r: Rows<'_, R>, transposed: bool) -> Mat<'_, R> {
     if transposed { m.t() } else { m }
 }
 
-fn matmul_of<T: Elem>(cpu: &Cpu, s: &Matmul) -> Result<()> {
+fn matmul_of<T: Elem>(ws: &Workspace, s: &Matmul) -> Result<()> {
     const OP: &str = "matmul";
     let (a, b) = (rows::<T>(OP, "a", &s.a)?, rows::<T>(OP, "b", &s.b)?);
     let y = rows_mut::<T>(OP, "y", &s.y.0)?;
     check_shapes(OP, &s.a, s.ta, &s.b, s.tb, &s.y.0)?;
     let bias = bias::<T>(OP, s.bias.as_ref(), y.cols)?;
-    let (a, b) = (Wide::new(cpu, a), Wide::new(cpu, b));
+    let (a, b) = (Wide::new(ws, a)?, Wide::new(ws, b)?);
     let (a, b) = (mat(a.rows(), s.ta), mat(b.rows(), s.tb));
-    par_row_blocks(cpu, y, block_rows(y.rows), false, |r, y| {
-        with_acc(cpu, y, |y| {
+    let block = block_rows(y.rows);
+    let rounded = Rounded::<T>::new(ws, y.rows.div_ceil(block), block.min(y.rows) * y.cols)?;
+    par_row_blocks(ws, y, block, false, |r, y| {
+        rounded.write(y, |y| {
             start_from_bias(bias, y);
             gemm(a.rows(r.start, r.len()), b, y, s.y.0.dims.cols(), bias.is_some());
         });
-    });
-    Ok(())
+    })
 }
 
-pub(super) fn linear_gelu(cpu: &Cpu, s: &LinearGelu) -> Result<()> {
+pub(super) fn linear_gelu(ws: &Workspace, s: &LinearGelu) -> Result<()> {
     by_dtype!("linear_gelu", s.y.0.dtype, T => {
         const OP: &str = "linear_gelu";
         let (x, w) = (rows::<T>(OP, "x", &s.x)?, rows::<T>(OP, "w", &s.w)?);
@@ -83,9 +105,14 @@ pub(super) fn linear_gelu(cpu: &Cpu, s: &LinearGelu) -> Result<()> {
         rows_mut::<T>(OP, "y", &s.y.0)?;
         rows_mut::<T>(OP, "pre", &s.pre.0)?;
         bias::<T>(OP, s.bias.as_ref(), w.rows)?;
-        matmul_of::<T>(cpu, &Matmul { a: s.x, b: s.w, ta: false, tb: true, bias: s.bias, y: s.pre })?;
-        super::pointwise::unary_fwd(cpu, &UnaryFwd { x: s.pre.0, y: s.y, f: Unary::GeluTanh })
+        matmul_of::<T>(ws, &sums_of(s))?;
+        super::pointwise::unary_fwd(ws, &UnaryFwd { x: s.pre.0, y: s.y, f: Unary::GeluTanh })
     })
+}
+
+/// The product before the function.
+fn sums_of<'a>(s: &LinearGelu<'a>) -> Matmul<'a> {
+    Matmul { a: s.x, b: s.w, ta: false, tb: true, bias: s.bias, y: s.pre }
 }
 
 /// A bias of `n` elements, if there is one.
@@ -101,17 +128,16 @@ pub(super) fn start_from_bias<T: Elem>(bias: Option<&[T]>, y: &mut [T::Acc]) {
     y.chunks_mut(bias.len()).for_each(|y| widen(bias, y));
 }
 
-fn matmul_acc_of<T: Elem>(cpu: &Cpu, s: &MatmulAcc) -> Result<()> {
+fn matmul_acc_of<T: Elem>(ws: &Workspace, s: &MatmulAcc) -> Result<()> {
     const OP: &str = "matmul_acc";
     let (a, b) = (rows::<T>(OP, "a", &s.a)?, rows::<T>(OP, "b", &s.b)?);
     let y = rows_mut::<T::Acc>(OP, "y", &s.y.0)?;
     check_shapes(OP, &s.a, s.ta, &s.b, s.tb, &s.y.0)?;
-    let (a, b) = (Wide::new(cpu, a), Wide::new(cpu, b));
+    let (a, b) = (Wide::new(ws, a)?, Wide::new(ws, b)?);
     let (a, b) = (mat(a.rows(), s.ta), mat(b.rows(), s.tb));
-    par_row_blocks(cpu, y, block_rows(y.rows), true, |r, y| {
+    par_row_blocks(ws, y, block_rows(y.rows), true, |r, y| {
         gemm(a.rows(r.start, r.len()), b, y, s.y.0.dims.cols(), true);
-    });
-    Ok(())
+    })
 }
 
 #[cfg(test)]

@@ -2,21 +2,29 @@
 
 use num_traits::Zero;
 
+use super::workspace::no_workspace;
 use super::*;
 
-pub(super) fn upsample2x_fwd(_cpu: &Cpu, s: &Upsample2xFwd) -> Result<()> {
+no_workspace!(
+    upsample2x_fwd(Upsample2xFwd),
+    upsample2x_bwd(Upsample2xBwd),
+    max_pool2x2_fwd(MaxPool2x2Fwd),
+    max_pool2x2_bwd(MaxPool2x2Bwd)
+);
+
+pub(super) fn upsample2x_fwd(_ws: &Workspace, s: &Upsample2xFwd) -> Result<()> {
     by_dtype!("upsample2x_fwd", s.y.0.dtype, T => up_fwd::<T>(s))
 }
 
-pub(super) fn upsample2x_bwd(_cpu: &Cpu, s: &Upsample2xBwd) -> Result<()> {
+pub(super) fn upsample2x_bwd(_ws: &Workspace, s: &Upsample2xBwd) -> Result<()> {
     by_dtype!("upsample2x_bwd", s.dx.0.dtype, T => up_bwd::<T>(s))
 }
 
-pub(super) fn max_pool2x2_fwd(_cpu: &Cpu, s: &MaxPool2x2Fwd) -> Result<()> {
+pub(super) fn max_pool2x2_fwd(_ws: &Workspace, s: &MaxPool2x2Fwd) -> Result<()> {
     by_dtype!("max_pool2x2_fwd", s.y.0.dtype, T => pool_fwd::<T>(s))
 }
 
-pub(super) fn max_pool2x2_bwd(_cpu: &Cpu, s: &MaxPool2x2Bwd) -> Result<()> {
+pub(super) fn max_pool2x2_bwd(_ws: &Workspace, s: &MaxPool2x2Bwd) -> Result<()> {
     by_dtype!("max_pool2x2_bwd", s.dx.0.dtype, T => pool_bwd::<T>(s))
 }
 

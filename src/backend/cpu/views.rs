@@ -7,7 +7,8 @@ use std::ptr::NonNull;
 
 use rayon::prelude::*;
 
-use super::{Cpu, Elem, Real, Scratch};
+use super::workspace::{acc_size, block, is_narrow, per_thread};
+use super::{Elem, PerThread, Real, Scratch, Workspace};
 use crate::backend::{In, check_view};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Element};
@@ -149,6 +150,13 @@ impl<'a, T> Rows<'a, T> {
     /// Everything from the first element to the last, gaps included.
     pub(crate) fn data(&self) -> &'a [T] {
         self.data
+    }
+}
+
+impl<'a, T: Elem> Rows<'a, T> {
+    /// The same memory in the accumulator type, where that is how it is stored.
+    fn cast(self) -> Rows<'a, T::Acc> {
+        Rows { rows: self.rows, cols: self.cols, ld: self.ld, data: bytemuck::cast_slice(self.data) }
     }
 }
 
@@ -376,65 +384,90 @@ pub(crate) fn round<T: Elem>(x: &[T::Acc], y: &mut [T]) {
     }
 }
 
-/// Lets `f` write `y` in the accumulator type: in place where that is how it is stored, else in scratch that
+/// Lets tasks write outputs in the accumulator type: in place where that is how they are stored, else in scratch that
 /// is then rounded.
-pub(crate) fn with_acc<T: Elem>(cpu: &Cpu, y: &mut [T], f: impl FnOnce(&mut [T::Acc])) {
-    if is_acc::<T>() {
-        return f(bytemuck::cast_slice_mut(y));
+pub(crate) struct Rounded<'w, T: Elem>(Option<PerThread<'w, T::Acc, 1>>);
+
+impl<'w, T: Elem> Rounded<'w, T> {
+    /// For `tasks` tasks that write at most `n` elements each.
+    pub(crate) fn new(ws: &'w Workspace, tasks: usize, n: usize) -> Result<Self> {
+        if is_acc::<T>() { Ok(Rounded(None)) } else { ws.per_thread(tasks, [n]).map(|s| Rounded(Some(s))) }
     }
-    let mut s = cpu.scratch(y.len());
-    f(&mut s);
-    simd(
-        #[inline(always)]
-        || round(&s, y),
-    );
+
+    /// Runs `f` on `y`.
+    pub(crate) fn write(&self, y: &mut [T], f: impl FnOnce(&mut [T::Acc])) {
+        let Some(scratch) = &self.0 else { return f(bytemuck::cast_slice_mut(y)) };
+        let mut local = scratch.take();
+        let [s] = local.parts();
+        let s = &mut s[..y.len()];
+        f(s);
+        simd(
+            #[inline(always)]
+            || round(s, y),
+        );
+    }
+}
+
+/// Bytes of [`Rounded::new`].
+pub(crate) fn rounded_bytes(dtype: DType, threads: usize, tasks: usize, n: usize) -> usize {
+    if is_narrow(dtype) { per_thread(threads, acc_size(dtype), tasks, [n]) } else { 0 }
 }
 
 /// Runs `f` on fixed blocks of rows of an output, each as a contiguous slice: in place where the output is
 /// contiguous, else in scratch that is copied (which holds the old values if `keep`).
 pub(crate) fn par_row_blocks<T: Element>(
-    cpu: &Cpu,
+    ws: &Workspace,
     y: RowsMut<T>,
     block: usize,
     keep: bool,
     f: impl Fn(Range<usize>, &mut [T]) + Sync,
-) {
+) -> Result<()> {
+    if y.ld == y.cols {
+        // Chunks do not share rows.
+        par_for(y.rows, block, |r| f(r.clone(), unsafe { y.block(r) }));
+        return Ok(());
+    }
+    let scratch = ws.per_thread::<T, 1>(y.rows.div_ceil(block), [block.min(y.rows) * y.cols])?;
     par_for(y.rows, block, |r| {
-        if y.ld == y.cols {
-            // SAFETY: no gaps, and chunks do not share rows.
-            return f(r.clone(), unsafe { y.block(r) });
-        }
-        let mut s = cpu.scratch::<T>(r.len() * y.cols);
+        let mut local = scratch.take();
+        let [s] = local.parts();
+        let s = &mut s[..r.len() * y.cols];
         // SAFETY: this chunk's rows are this thread's; each slice is done with before the next is made.
         let row = |i: usize| unsafe { y.row(r.start + i) };
         if keep && y.cols > 0 {
             s.chunks_mut(y.cols).enumerate().for_each(|(i, s)| s.copy_from_slice(row(i)));
         }
-        f(r.clone(), &mut s);
+        f(r.clone(), s);
         if y.cols > 0 {
             s.chunks(y.cols).enumerate().for_each(|(i, s)| row(i).copy_from_slice(s));
         }
     });
+    Ok(())
+}
+
+/// Bytes of [`par_row_blocks`].
+pub(crate) fn row_blocks_bytes(y: &In, threads: usize, block: usize) -> usize {
+    let rows = y.dims.rows();
+    if y.is_contiguous() || block == 0 {
+        return 0;
+    }
+    let n = block.min(rows).saturating_mul(y.dims.cols());
+    per_thread(threads, y.dtype.size(), rows.div_ceil(block), [n])
 }
 
 /// Values in the accumulator type: borrowed where they are stored in it, else a widened copy.
 pub(crate) enum Wide<'a, R: Real> {
     Borrowed(Rows<'a, R>),
-    Owned(Scratch<R>, usize, usize),
+    Owned(Scratch<'a, R>, usize, usize),
 }
 
 impl<'a, R: Real> Wide<'a, R> {
-    /// Widens a strided input (the copy is contiguous).
-    pub(crate) fn new<E: Elem<Acc = R>>(cpu: &Cpu, x: Rows<'a, E>) -> Self {
+    /// Widens a strided input (the copy is contiguous), which takes [`super::workspace::wide`] bytes.
+    pub(crate) fn new<E: Elem<Acc = R>>(ws: &'a Workspace, x: Rows<'a, E>) -> Result<Self> {
         if is_acc::<E>() {
-            return Wide::Borrowed(Rows {
-                rows: x.rows,
-                cols: x.cols,
-                ld: x.ld,
-                data: bytemuck::cast_slice(x.data),
-            });
+            return Ok(Wide::Borrowed(x.cast()));
         }
-        let mut s = cpu.scratch::<R>(x.rows * x.cols);
+        let mut s = ws.scratch::<R>(x.rows * x.cols)?;
         if x.cols > 0 {
             s.par_chunks_mut(x.cols).enumerate().with_min_len(64).for_each(|(i, out)| {
                 for (o, &v) in out.iter_mut().zip(x.row(i)) {
@@ -442,7 +475,7 @@ impl<'a, R: Real> Wide<'a, R> {
                 }
             });
         }
-        Wide::Owned(s, x.rows, x.cols)
+        Ok(Wide::Owned(s, x.rows, x.cols))
     }
 
     /// As rows.
@@ -471,20 +504,29 @@ pub(crate) fn par_sum<R: Real>(n: usize, size: usize, f: impl Fn(Range<usize>) -
     parts.into_iter().fold(R::zero(), |a, b| a + b)
 }
 
+/// Chunks of [`par_reduce_rows`]: at most 16.
+pub(crate) fn reduce_chunks(rows: usize) -> usize {
+    rows.div_ceil(reduce_chunk(rows))
+}
+
+fn reduce_chunk(rows: usize) -> usize {
+    rows.div_ceil(16).max(64)
+}
+
 /// Adds to `out` the sum over rows of what `f` adds to its own `[out.len()]` buffer, chunk by chunk: at most
 /// 16 partial sums, added in order.
 pub(crate) fn par_reduce_rows<R: Real>(
-    cpu: &Cpu,
+    ws: &Workspace,
     rows: usize,
     out: &mut [R],
     f: impl Fn(Range<usize>, &mut [R]) + Sync,
-) {
-    let parts = chunks(rows, rows.div_ceil(16).max(64));
+) -> Result<()> {
+    let parts = chunks(rows, reduce_chunk(rows));
     let n = out.len();
-    let mut partial = cpu.scratch::<R>(parts.len() * n);
+    let mut partial = ws.scratch::<R>(parts.len() * n)?;
     partial.fill(R::zero());
     if n == 0 {
-        return;
+        return Ok(());
     }
     partial.par_chunks_mut(n).zip(parts.par_iter()).for_each(|(p, r)| f(r.clone(), p));
     for p in partial.chunks(n) {
@@ -492,4 +534,10 @@ pub(crate) fn par_reduce_rows<R: Real>(
             *o += v;
         }
     }
+    Ok(())
+}
+
+/// Bytes of [`par_reduce_rows`] with sums of `size` bytes.
+pub(crate) fn reduce_bytes(size: usize, rows: usize, n: usize) -> usize {
+    block(size, reduce_chunks(rows).saturating_mul(n))
 }

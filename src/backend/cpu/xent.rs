@@ -6,8 +6,9 @@ use std::ops::Range;
 use num_traits::{Float, Zero};
 use rayon::prelude::*;
 
+use super::workspace::{acc_size, block, is_narrow, per_thread, together};
 use super::*;
-use crate::tensor::Element;
+use crate::tensor::{DType, Element};
 
 /// Rows of a tile.
 const ROWS: usize = 256;
@@ -15,13 +16,80 @@ const ROWS: usize = 256;
 const VOCAB: usize = 2048;
 /// Partial gradients of a block of rows: each takes the tiles of its part of the vocabulary in order.
 const PARTS: usize = 16;
+/// Elements that are noted of a row and a tile.
+const NOTES: usize = 3;
 
-pub(super) fn linear_xent_fwd(cpu: &Cpu, a: &LinearXentFwd) -> Result<()> {
-    by_dtype!("linear_xent_fwd", a.x.dtype, E => fwd::<E>(cpu, a))
+/// What a call takes at most: every row may be supervised.
+struct Most {
+    rows: usize,
+    cols: usize,
+    vocab: usize,
+    act: DType,
 }
 
-pub(super) fn linear_xent_bwd(cpu: &Cpu, a: &LinearXentBwd) -> Result<()> {
-    by_dtype!("linear_xent_bwd", a.x.dtype, E => bwd::<E>(cpu, a))
+impl Most {
+    fn new(x: &In, w: &In) -> Self {
+        Most { rows: x.dims.rows(), cols: x.dims.cols(), vocab: w.dims.rows(), act: x.dtype }
+    }
+
+    /// Elements of the packed rows.
+    fn packed(&self) -> usize {
+        self.rows.saturating_mul(self.cols)
+    }
+
+    /// Pairs of a tile of the vocabulary and a block of rows.
+    fn tiles(&self) -> usize {
+        self.vocab.div_ceil(VOCAB).saturating_mul(self.rows.div_ceil(ROWS))
+    }
+
+    /// Elements of what the forward notes of each row and tile.
+    fn notes(&self) -> usize {
+        self.vocab.div_ceil(VOCAB).saturating_mul(self.rows).saturating_mul(NOTES)
+    }
+
+    /// Elements of the widened weights and of the logits of a tile.
+    fn parts(&self) -> [usize; 2] {
+        let vocab = VOCAB.min(self.vocab);
+        let weights = if is_narrow(self.act) { vocab.saturating_mul(self.cols) } else { 0 };
+        [weights, ROWS.min(self.rows) * vocab]
+    }
+
+    /// Vocabulary of a share of the backward.
+    fn share(&self) -> usize {
+        self.vocab.div_ceil(PARTS).max(ROWS)
+    }
+
+    fn shares(&self) -> usize {
+        self.vocab.div_ceil(self.share())
+    }
+
+    /// Elements of the gradients of a block of rows, share by share.
+    fn partial(&self) -> usize {
+        self.shares().saturating_mul(ROWS.min(self.rows)).saturating_mul(self.cols)
+    }
+}
+
+pub(super) fn linear_xent_fwd_workspace(a: &LinearXentFwd, threads: usize) -> usize {
+    let (most, size) = (Most::new(&a.x, &a.w), acc_size(a.x.dtype));
+    let tiles = per_thread(threads, size, most.tiles(), most.parts());
+    together([block(size, most.packed()), block(size, most.notes()), tiles])
+}
+
+pub(super) fn linear_xent_bwd_workspace(a: &LinearXentBwd, threads: usize) -> usize {
+    let (most, size) = (Most::new(&a.x, &a.w), acc_size(a.x.dtype));
+    if most.cols == 0 {
+        return 0;
+    }
+    let tiles = per_thread(threads, size, most.shares(), most.parts());
+    together([block(size, most.packed()), block(size, most.partial()), tiles])
+}
+
+pub(super) fn linear_xent_fwd(ws: &Workspace, a: &LinearXentFwd) -> Result<()> {
+    by_dtype!("linear_xent_fwd", a.x.dtype, E => fwd::<E>(ws, a))
+}
+
+pub(super) fn linear_xent_bwd(ws: &Workspace, a: &LinearXentBwd) -> Result<()> {
+    by_dtype!("linear_xent_bwd", a.x.dtype, E => bwd::<E>(ws, a))
 }
 
 /// The supervised rows of a call, packed.
@@ -30,12 +98,12 @@ struct Packed<'a, E: Elem> {
     at: Vec<usize>,
     target: Vec<usize>,
     /// `[at.len(), C]`.
-    x: Scratch<E::Acc>,
+    x: Scratch<'a, E::Acc>,
     w: Rows<'a, E>,
 }
 
 impl<'a, E: Elem> Packed<'a, E> {
-    fn new(cpu: &Cpu, op: &'static str, x: &In, w: &In<'a>, target: &In) -> Result<Self> {
+    fn new(ws: &'a Workspace, op: &'static str, x: &In, w: &In<'a>, target: &In) -> Result<Self> {
         let (x, w) = (rows::<E>(op, "x", x)?, rows::<E>(op, "w", w)?);
         if w.cols != x.cols {
             return Err(Error::arg(op, "w", format!("{} columns", w.cols), format!("{} columns", x.cols)));
@@ -46,7 +114,7 @@ impl<'a, E: Elem> Packed<'a, E> {
             return Err(Error::arg(op, "target", t, format!("less than the {} rows of w", w.rows)));
         }
         let at: Vec<usize> = (0..x.rows).filter(|&n| target[n] >= 0).collect();
-        let mut packed = cpu.scratch::<E::Acc>(at.len() * x.cols);
+        let mut packed = ws.scratch::<E::Acc>(x.rows * x.cols)?;
         packed.par_chunks_mut(x.cols.max(1)).zip(&at).with_min_len(64).for_each(|(out, &n)| {
             for (o, &v) in out.iter_mut().zip(x.row(n)) {
                 *o = v.up();
@@ -80,21 +148,10 @@ impl<'a, E: Elem> Packed<'a, E> {
         }
         Mat::new(buf, v.len(), c, c)
     }
-
-    /// Scratch for [`Packed::weights`].
-    fn buffer(&self, cpu: &Cpu) -> Scratch<E::Acc> {
-        let widened = E::DTYPE != E::Acc::DTYPE;
-        cpu.scratch(if widened { VOCAB.min(self.w.rows) * self.cols() } else { 0 })
-    }
-
-    /// Scratch for the logits of a tile.
-    fn logits(&self, cpu: &Cpu) -> Scratch<E::Acc> {
-        cpu.scratch(ROWS.min(self.at.len()) * VOCAB.min(self.w.rows))
-    }
 }
 
 /// What one tile says of a row: the largest logit, the sum of exponentials below it, and the logit of the
-/// row's target if it is in the tile, else 0.
+/// row's target if it is in the tile, else 0; kept as [`NOTES`] elements.
 #[derive(Clone, Copy)]
 struct Part<R> {
     max: R,
@@ -103,6 +160,10 @@ struct Part<R> {
 }
 
 impl<R: Real> Part<R> {
+    fn from_notes(n: &[R]) -> Self {
+        Part { max: n[0], sum: n[1], hit: n[2] }
+    }
+
     fn none() -> Self {
         Part { max: R::neg_infinity(), sum: R::zero(), hit: R::zero() }
     }
@@ -114,9 +175,9 @@ impl<R: Real> Part<R> {
     }
 }
 
-fn fwd<E: Elem>(cpu: &Cpu, a: &LinearXentFwd) -> Result<()> {
+fn fwd<E: Elem>(ws: &Workspace, a: &LinearXentFwd) -> Result<()> {
     let op = "linear_xent_fwd";
-    let p = Packed::<E>::new(cpu, op, &a.x, &a.w, &a.target)?;
+    let p = Packed::<E>::new(ws, op, &a.x, &a.w, &a.target)?;
     let scale = scalar::<E::Acc>(op, "scale", &a.scale)?;
     expect(op, "lse", &a.lse.0, a.x.dims.rows())?;
     expect(op, "loss", &a.loss.0, 1)?;
@@ -126,13 +187,23 @@ fn fwd<E: Elem>(cpu: &Cpu, a: &LinearXentFwd) -> Result<()> {
 
     let blocks = chunks(p.at.len(), ROWS);
     let tiles = chunks(p.w.rows, VOCAB);
-    let pairs: Vec<_> = tiles.iter().flat_map(|v| blocks.iter().map(move |r| (v, r))).collect();
-    let parts: Vec<Vec<Part<E::Acc>>> = pairs.into_par_iter().map(|(v, r)| tile_fwd(cpu, &p, r, v)).collect();
+    let most = Most::new(&a.x, &a.w);
+    let n = p.at.len();
+    let mut notes = ws.scratch::<E::Acc>(most.notes())?;
+    let scratch = ws.per_thread::<E::Acc, 2>(most.tiles(), most.parts())?;
+    let tasks: Vec<_> = notes
+        .chunks_mut((n * NOTES).max(1))
+        .zip(&tiles)
+        .flat_map(|(notes, v)| {
+            notes.chunks_mut(ROWS * NOTES).zip(&blocks).map(move |(notes, r)| (v, r, notes))
+        })
+        .collect();
+    tasks.into_par_iter().for_each(|(v, r, notes)| tile_fwd(&scratch, &p, r, v, notes));
 
-    let mut losses = Vec::with_capacity(p.at.len());
-    for (n, &at) in p.at.iter().enumerate() {
-        let of_row = (0..tiles.len()).map(|t| parts[t * blocks.len() + n / ROWS][n % ROWS]);
-        let all = of_row.fold(Part::none(), Part::join);
+    let mut losses = Vec::with_capacity(n);
+    for (i, &at) in p.at.iter().enumerate() {
+        let note = |t: usize| Part::from_notes(&notes[(t * n + i) * NOTES..][..NOTES]);
+        let all = (0..tiles.len()).map(note).fold(Part::none(), Part::join);
         lse[at] = all.max + all.sum.ln();
         losses.push(lse[at] - all.hit);
     }
@@ -141,18 +212,25 @@ fn fwd<E: Elem>(cpu: &Cpu, a: &LinearXentFwd) -> Result<()> {
     Ok(())
 }
 
-fn tile_fwd<E: Elem>(cpu: &Cpu, p: &Packed<E>, r: &Range<usize>, v: &Range<usize>) -> Vec<Part<E::Acc>> {
-    let (mut buf, mut logits) = (p.buffer(cpu), p.logits(cpu));
-    gemm(p.rows(r), p.weights(v, &mut buf).t(), &mut logits, v.len(), false);
-    let mut parts = vec![Part::none(); r.len()];
+/// Notes what a tile says of its rows.
+fn tile_fwd<E: Elem>(
+    scratch: &PerThread<E::Acc, 2>,
+    p: &Packed<E>,
+    r: &Range<usize>,
+    v: &Range<usize>,
+    notes: &mut [E::Acc],
+) {
+    let mut local = scratch.take();
+    let [buf, logits] = local.parts();
+    gemm(p.rows(r), p.weights(v, buf).t(), logits, v.len(), false);
     pulp::Arch::new().dispatch(|| {
-        for ((part, l), t) in parts.iter_mut().zip(logits.chunks_mut(v.len())).zip(&p.target[r.clone()]) {
-            part.hit = if v.contains(t) { l[t - v.start] } else { E::Acc::zero() };
-            part.max = lanes::max(l);
-            part.sum = lanes::exp_sum(l, part.max);
+        let rows = notes.chunks_mut(NOTES).zip(logits.chunks_mut(v.len()));
+        for ((note, l), t) in rows.zip(&p.target[r.clone()]) {
+            note[2] = if v.contains(t) { l[t - v.start] } else { E::Acc::zero() };
+            note[0] = lanes::max(l);
+            note[1] = lanes::exp_sum(l, note[0]);
         }
     });
-    parts
 }
 
 /// Rows `v` of the gradient of the weights, if wanted, and the part they contribute to `dx`.
@@ -162,9 +240,9 @@ struct Share<'a, R> {
     dx: &'a mut [R],
 }
 
-fn bwd<E: Elem>(cpu: &Cpu, a: &LinearXentBwd) -> Result<()> {
+fn bwd<E: Elem>(ws: &Workspace, a: &LinearXentBwd) -> Result<()> {
     let op = "linear_xent_bwd";
-    let p = Packed::<E>::new(cpu, op, &a.x, &a.w, &a.target)?;
+    let p = Packed::<E>::new(ws, op, &a.x, &a.w, &a.target)?;
     let g = scalar::<E::Acc>(op, "scale", &a.scale)? * scalar::<E::Acc>(op, "g", &a.g)?;
     let (n, c) = (a.x.dims.rows(), p.cols());
     expect(op, "lse", &a.lse, n)?;
@@ -189,9 +267,11 @@ fn bwd<E: Elem>(cpu: &Cpu, a: &LinearXentBwd) -> Result<()> {
         return Ok(());
     }
 
-    let size = p.w.rows.div_ceil(PARTS).max(ROWS);
+    let most = Most::new(&a.x, &a.w);
+    let size = most.share();
     let shares = chunks(p.w.rows, size);
-    let mut partial = cpu.scratch::<E::Acc>(shares.len() * ROWS.min(p.at.len()) * c);
+    let mut partial = ws.scratch::<E::Acc>(most.partial())?;
+    let scratch = ws.per_thread::<E::Acc, 2>(most.shares(), most.parts())?;
     for r in chunks(p.at.len(), ROWS) {
         let partial = &mut partial[..shares.len() * r.len() * c];
         let mut dws = dw.as_mut().map(|dw| dw.chunks_mut(size * c));
@@ -200,7 +280,7 @@ fn bwd<E: Elem>(cpu: &Cpu, a: &LinearXentBwd) -> Result<()> {
             .zip(partial.chunks_mut(r.len() * c))
             .map(|(v, dx)| Share { v: v.clone(), dw: dws.as_mut().and_then(Iterator::next), dx })
             .collect();
-        tasks.into_par_iter().for_each(|share| share_bwd(cpu, &p, &r, &lse, g, share));
+        tasks.into_par_iter().for_each(|share| share_bwd(&scratch, &p, &r, &lse, g, share));
         par_for(r.len(), 16, |rows| {
             for i in rows {
                 // SAFETY: packed rows are distinct rows of dx: one thread a row.
@@ -227,7 +307,7 @@ fn add_parts<'a, E: Elem>(out: &mut [E], mut parts: impl Iterator<Item = &'a [E:
 
 /// Gradients of a block of rows from one part of the vocabulary: `dx` overwritten, `dw` added to.
 fn share_bwd<E: Elem>(
-    cpu: &Cpu,
+    scratch: &PerThread<E::Acc, 2>,
     p: &Packed<E>,
     r: &Range<usize>,
     lse: &[E::Acc],
@@ -235,13 +315,14 @@ fn share_bwd<E: Elem>(
     mut share: Share<E::Acc>,
 ) {
     let c = p.cols();
-    let (mut buf, mut logits) = (p.buffer(cpu), p.logits(cpu));
+    let mut local = scratch.take();
+    let [buf, logits] = local.parts();
     for (i, tile) in chunks(share.v.len(), VOCAB).into_iter().enumerate() {
         let v = share.v.start + tile.start..share.v.start + tile.end;
-        let (x, w) = (p.rows(r), p.weights(&v, &mut buf));
-        gemm(x, w.t(), &mut logits, v.len(), false);
-        logit_gradients(&mut logits, &v, &p.target[r.clone()], &lse[r.clone()], g);
-        let d = Mat::new(&logits, r.len(), v.len(), v.len());
+        let (x, w) = (p.rows(r), p.weights(&v, buf));
+        gemm(x, w.t(), logits, v.len(), false);
+        logit_gradients(logits, &v, &p.target[r.clone()], &lse[r.clone()], g);
+        let d = Mat::new(logits, r.len(), v.len(), v.len());
         gemm(d, w, share.dx, c, i > 0);
         if let Some(dw) = &mut share.dw {
             gemm(d.t(), x, &mut dw[tile.start * c..tile.end * c], c, true);

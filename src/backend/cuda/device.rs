@@ -41,6 +41,27 @@ impl Options {
     }
 }
 
+/// What a GPU holds from the moment it is opened: the workspace of cuBLASLt's products, if that is there, and the slot
+/// for faults.
+pub(in crate::backend) fn held(products: bool) -> [(Role, usize); 2] {
+    [(Role::Workspace, if products { WORKSPACE } else { 0 }), (Role::Input, size_of::<ffi::ett_fault>())]
+}
+
+/// Arguments that know what their launcher takes.
+pub(in crate::backend) trait Query: Args {
+    /// Bytes of workspace, as `ett_<kernel>_workspace` says; no GPU need be there, and no address is followed.
+    fn workspace(&self) -> Result<usize>;
+}
+
+/// A query's answer.
+fn bytes(a: &impl Args, answer: i64) -> Result<usize> {
+    usize::try_from(answer).map_err(|_| {
+        let views: Vec<String> =
+            a.views().iter().map(|(n, _, v)| format!("{n} {} {}", v.dims, v.dtype)).collect();
+        Error::Unsupported { op: a.kernel(), what: views.join(", "), device: "cuda".into() }
+    })
+}
+
 /// A GPU.
 pub struct Cuda {
     gpu: Arc<Gpu>,
@@ -118,18 +139,19 @@ impl Cuda {
         }
         keep_pool(&context).map_err(fail)?;
         let gpu = Arc::new(Gpu::new(name.clone(), context).map_err(fail)?);
-        let arena = Arc::new(Arena::new(gpu.clone()));
-        let fault = buffer(&arena, Role::Input, size_of::<ffi::ett_fault>())?;
-        // SAFETY: the buffer has this size.
-        unsafe { result::memset_d8_async(fault.addr(), 0, fault.bytes(), gpu.compute.cu_stream()) }
-            .map_err(fail)?;
         let products =
             Products::new().map_err(|e| Error::device(&name, format!("cuBLASLt does not start: {e}")))?;
         if products.is_none() {
             tracing::warn!("cuBLASLt was not found: products run on the portable kernel, which is slower");
         }
-        let products_workspace =
-            buffer(&arena, Role::Workspace, if products.is_some() { WORKSPACE } else { 0 })?;
+        let [workspace, fault] = held(products.is_some());
+        let arena = Arc::new(Arena::new(gpu.clone()));
+        let take = |(role, bytes): (Role, usize)| buffer(&arena, role, bytes);
+        let fault = take(fault)?;
+        // SAFETY: the buffer has this size.
+        unsafe { result::memset_d8_async(fault.addr(), 0, fault.bytes(), gpu.compute.cu_stream()) }
+            .map_err(fail)?;
+        let products_workspace = take(workspace)?;
         Ok(Cuda {
             pinned: Arc::new(Pinned::new(gpu.clone())),
             arena: Mutex::new(arena),
@@ -438,6 +460,14 @@ macro_rules! impl_cuda {
     ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => {
         $($(#[$fdoc:meta])* $field:ident: $ty:ty,)*
     })*) => { pastey::paste! {
+        $(impl Query for $args<'_> {
+            fn workspace(&self) -> Result<usize> {
+                let c = self.to_c();
+                // SAFETY: the struct is what this query takes, and it only reads it.
+                bytes(self, unsafe { ffi::[<ett_ $name _workspace>](&c) })
+            }
+        })*
+
         impl Kernels for Cuda {
             $(fn $name(&self, s: Stream, a: &$args<'_>) -> Result<()> {
                 self.launch(s, a, ffi::[<ett_ $name _workspace>], ffi::[<ett_ $name>])

@@ -23,6 +23,8 @@ mod record;
 
 #[cfg(ett_cuda)]
 pub use device::{Cuda, Options};
+#[cfg(ett_cuda)]
+pub(super) use device::{Query, held};
 pub use shim::Shim;
 
 /// Kernels of the interface that have no CUDA implementation yet: those that `missing.c` refuses.

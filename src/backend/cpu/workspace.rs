@@ -1,0 +1,253 @@
+//! Scratch memory of kernels. Beside each kernel stands its *query*, `<kernel>_workspace`: from arguments and the
+//! number of threads to bytes. A launch takes that much in one block before its kernel starts, so that nothing has been
+//! written where there is no memory, and the kernel carves it up.
+//!
+//! Tasks of a parallel loop cannot carve ([`Workspace`] is not `Sync`): they take turns with the parts of a
+//! [`PerThread`], which was carved before the loop. They must not start loops of their own while they hold one, because
+//! a thread that waits for a loop runs other tasks.
+
+use std::cell::{Cell, RefCell};
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut};
+use std::sync::{Mutex, PoisonError};
+
+use super::pool::Reserved;
+use crate::backend::In;
+use crate::error::{Error, Result};
+use crate::tensor::{DType, Element};
+
+/// Blocks of a workspace start on multiples of this.
+const ALIGN: usize = 256;
+/// Parts of a [`PerThread`] start on multiples of this many elements.
+const LANES: usize = 32;
+
+/// What a poisoned launch may leave unused: half of the workspace, and this much.
+const SLACK: usize = 64 << 10;
+
+// ---- what queries are made of: all of them saturate, and what is saturated cannot be had -----------------------------
+
+/// Bytes of a block of `n` elements of `size` bytes.
+pub(crate) fn block(size: usize, n: usize) -> usize {
+    n.saturating_mul(size).checked_next_multiple_of(ALIGN).unwrap_or(usize::MAX)
+}
+
+/// Bytes of [`PerThread`] scratch.
+pub(crate) fn per_thread<const N: usize>(
+    threads: usize,
+    size: usize,
+    tasks: usize,
+    parts: [usize; N],
+) -> usize {
+    block(size, slot(parts).saturating_mul(threads.min(tasks)))
+}
+
+/// Bytes of blocks that are held together.
+pub(crate) fn together<const N: usize>(blocks: [usize; N]) -> usize {
+    blocks.into_iter().fold(0, usize::saturating_add)
+}
+
+/// Size of the type that sums over values of this type are formed in.
+pub(crate) fn acc_size(dtype: DType) -> usize {
+    if dtype == DType::F64 { 8 } else { 4 }
+}
+
+/// True where values are stored in another type than the one their sums are formed in.
+pub(crate) fn is_narrow(dtype: DType) -> bool {
+    dtype == DType::Bf16
+}
+
+/// Bytes of [`super::Wide`].
+pub(crate) fn wide(x: &In) -> usize {
+    if is_narrow(x.dtype) { block(4, x.dims.numel()) } else { 0 }
+}
+
+/// The queries of kernels that take no workspace.
+macro_rules! no_workspace {
+    ($($kernel:ident($args:ident)),* $(,)?) => { pastey::paste! {
+        $(pub(super) fn [<$kernel _workspace>](_a: &crate::backend::$args, _threads: usize) -> usize {
+            0
+        })*
+    } };
+}
+pub(crate) use no_workspace;
+
+// ---- what kernels are given ------------------------------------------------------------------------------------------
+
+/// The workspace of one launch.
+pub(crate) struct Workspace {
+    at: *mut u8,
+    bytes: usize,
+    threads: usize,
+    poison: bool,
+    /// Ends of the blocks in order, and whether they are still held.
+    blocks: RefCell<Vec<(usize, bool)>>,
+    used: Cell<usize>,
+    /// Gives the memory back.
+    _memory: Reserved,
+}
+
+impl Workspace {
+    /// Over a reservation, for a kernel that runs on `threads` threads.
+    pub(crate) fn new(memory: Reserved, threads: usize, poison: bool) -> Self {
+        Workspace {
+            at: memory.addr() as *mut u8,
+            bytes: memory.bytes(),
+            threads,
+            poison,
+            blocks: RefCell::default(),
+            used: Cell::new(0),
+            _memory: memory,
+        }
+    }
+
+    /// A block of `n` elements; contents unspecified.
+    pub(crate) fn scratch<T: Element>(&self, n: usize) -> Result<Scratch<'_, T>> {
+        let bytes = block(size_of::<T>(), n);
+        let mut blocks = self.blocks.borrow_mut();
+        let start = blocks.last().map_or(0, |b| b.0);
+        let end = start.saturating_add(bytes);
+        if end > self.bytes {
+            let what = format!("a kernel takes {end} bytes of workspace where its query says {}", self.bytes);
+            return Err(Error::device("cpu", what));
+        }
+        blocks.push((end, true));
+        self.used.set(self.used.get().max(end));
+        // SAFETY: `start <= end <= bytes`, which is inside the reservation (or null and 0).
+        let at = unsafe { self.at.add(start) }.cast::<T>();
+        let mut s = Scratch {
+            at: if n == 0 { std::ptr::NonNull::dangling().as_ptr() } else { at },
+            n,
+            index: blocks.len() - 1,
+            workspace: self,
+        };
+        if self.poison {
+            poison(&mut s);
+        }
+        Ok(s)
+    }
+
+    /// Scratch for a loop of `tasks` tasks: parts of these numbers of elements for as many tasks as run at once.
+    pub(crate) fn per_thread<T: Element, const N: usize>(
+        &self,
+        tasks: usize,
+        parts: [usize; N],
+    ) -> Result<PerThread<'_, T, N>> {
+        let slots = self.threads.min(tasks);
+        let memory = self.scratch(slot(parts).saturating_mul(slots))?;
+        Ok(PerThread { memory, parts, free: Mutex::new((0..slots).collect()), poison: self.poison })
+    }
+
+    /// On a poisoned device: fails if the query is much above what the kernel took.
+    pub(crate) fn check(&self, kernel: &'static str) -> Result<()> {
+        let used = self.used.get();
+        if self.poison && self.bytes > used.saturating_mul(2).saturating_add(SLACK) {
+            let what = format!("{kernel} took {used} bytes of workspace where its query says {}", self.bytes);
+            return Err(Error::device("cpu", what));
+        }
+        Ok(())
+    }
+}
+
+/// Elements of one task's parts.
+fn slot<const N: usize>(parts: [usize; N]) -> usize {
+    parts.into_iter().map(padded).fold(0, usize::saturating_add)
+}
+
+fn padded(n: usize) -> usize {
+    n.checked_next_multiple_of(LANES).unwrap_or(usize::MAX)
+}
+
+/// All bits set is NaN in every float type and -1 in i32.
+fn poison<T: Element>(s: &mut [T]) {
+    bytemuck::cast_slice_mut::<T, u8>(s).fill(0xFF);
+}
+
+/// A block of a workspace.
+pub(crate) struct Scratch<'w, T> {
+    at: *mut T,
+    n: usize,
+    index: usize,
+    workspace: &'w Workspace,
+}
+
+// SAFETY: through a shared reference only the elements can be read. The workspace is looked at when the block is dropped,
+// which happens on the thread that carved it, since a block is not `Send`.
+unsafe impl<T: Sync> Sync for Scratch<'_, T> {}
+
+impl<T> Drop for Scratch<'_, T> {
+    fn drop(&mut self) {
+        let mut blocks = self.workspace.blocks.borrow_mut();
+        blocks[self.index].1 = false;
+        while blocks.last().is_some_and(|b| !b.1) {
+            blocks.pop();
+        }
+    }
+}
+
+impl<T: Element> Deref for Scratch<'_, T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        // SAFETY: inside the reservation, which is aligned to 256 and initialised from the moment it is taken; nobody
+        // else has this block while it is held.
+        unsafe { std::slice::from_raw_parts(self.at, self.n) }
+    }
+}
+
+impl<T: Element> DerefMut for Scratch<'_, T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.at, self.n) }
+    }
+}
+
+/// Scratch of the tasks of a loop: `N` parts for each that runs.
+pub(crate) struct PerThread<'w, T, const N: usize> {
+    memory: Scratch<'w, T>,
+    parts: [usize; N],
+    /// Numbers of the slots that no task has.
+    free: Mutex<Vec<usize>>,
+    poison: bool,
+}
+
+impl<T: Element, const N: usize> PerThread<'_, T, N> {
+    /// The parts of a task, until what is returned is dropped.
+    pub(crate) fn take(&self) -> Local<'_, T, N> {
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let Some(slot) = free else {
+            unreachable!(
+                "a task waits for other tasks while it holds scratch, or there are more tasks than said"
+            )
+        };
+        Local { all: self, slot, of: PhantomData }
+    }
+}
+
+/// The parts of one task.
+pub(crate) struct Local<'a, T, const N: usize> {
+    all: &'a PerThread<'a, T, N>,
+    slot: usize,
+    of: PhantomData<&'a mut [T]>,
+}
+
+impl<T: Element, const N: usize> Local<'_, T, N> {
+    /// The parts as slices; contents unspecified.
+    pub(crate) fn parts(&mut self) -> [&mut [T]; N] {
+        let mut at = self.slot * slot(self.all.parts);
+        self.all.parts.map(|n| {
+            // SAFETY: the slots of a `PerThread` lie one after the other inside its block, the parts of a slot likewise;
+            // a slot belongs to one `Local` at a time, and this borrows it for as long as the slices live.
+            let part = unsafe { std::slice::from_raw_parts_mut(self.all.memory.at.add(at), n) };
+            at += padded(n);
+            if self.all.poison {
+                poison(part);
+            }
+            part
+        })
+    }
+}
+
+impl<T, const N: usize> Drop for Local<'_, T, N> {
+    fn drop(&mut self) {
+        self.all.free.lock().unwrap_or_else(PoisonError::into_inner).push(self.slot);
+    }
+}
