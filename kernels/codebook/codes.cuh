@@ -116,11 +116,12 @@ inline constexpr int kScatterCols = 8, kScatterWindow = 4;
 // de[idx[m]] += what token m adds, for tokens [first, first + count), in ascending order of m whatever that of the threads: a
 // warp for each token and 256 columns goes through the tokens, and if none before its own has the same code, adds up what
 // all with that code add.
-template <class T> __global__ void __launch_bounds__(kCodeThreads) static scatter_kernel(const __grid_constant__ Scatter<T> a, int64_t first, int count) {
+template <class T> __global__ void __launch_bounds__(kCodeThreads, 4) static scatter_kernel(const __grid_constant__ Scatter<T> a, int64_t first, int count) {
     const int lane = int(threadIdx.x) % kWarp, n = int(blockIdx.x) * kCodeWarps + int(threadIdx.x) / kWarp;
     if (n >= count || !a.c.has_code(first + n)) return;
     const int32_t* const idx = a.c.idx + first;
     const int32_t code = idx[n];
+#pragma unroll 1
     for (int base = 0; base < n; base += kScatterWindow * kWarp) {
         bool before = false;
 #pragma unroll
@@ -131,23 +132,24 @@ template <class T> __global__ void __launch_bounds__(kCodeThreads) static scatte
         if (__any_sync(kAllLanes, before)) return;
     }
     const float weight = a.factor * *a.g_quant * *a.inv_count;
-    const int64_t col0 = int64_t(blockIdx.y) * kScatterCols * kWarp + lane;
+    const int col0 = int(blockIdx.y) * kScatterCols * kWarp + lane, dim = int(a.c.dim);
     float e[kScatterCols] = {}, sum[kScatterCols] = {};
 #pragma unroll
     for (int c = 0; c < kScatterCols; ++c) {
-        const int64_t col = col0 + c * kWarp;
-        if (col >= a.c.dim) continue;
+        const int col = col0 + c * kWarp;
+        if (col >= dim) continue;
         e[c] = to_float(a.c.e.row(code)[col]);
         sum[c] = a.de.row(code)[col];
     }
+#pragma unroll 1
     for (int base = n; base < count; base += kWarp) {
         unsigned same = __ballot_sync(kAllLanes, base + lane < count && idx[min(base + lane, count - 1)] == code);
         for (; same; same &= same - 1) {
             const int64_t m = first + base + __ffs(int(same)) - 1;
 #pragma unroll
             for (int c = 0; c < kScatterCols; ++c) {
-                const int64_t col = col0 + c * kWarp;
-                if (col >= a.c.dim) continue;
+                const int col = col0 + c * kWarp;
+                if (col >= dim) continue;
                 const float g = a.g.ptr ? to_float(a.g.row(m)[col]) : 0.f;
                 sum[c] += g + weight * (e[c] - to_float(a.c.z.row(m)[col]));
             }
@@ -155,8 +157,8 @@ template <class T> __global__ void __launch_bounds__(kCodeThreads) static scatte
     }
 #pragma unroll
     for (int c = 0; c < kScatterCols; ++c) {
-        const int64_t col = col0 + c * kWarp;
-        if (col < a.c.dim) a.de.row(code)[col] = sum[c];
+        const int col = col0 + c * kWarp;
+        if (col < dim) a.de.row(code)[col] = sum[c];
     }
 }
 
