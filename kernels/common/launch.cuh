@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <initializer_list>
 
 #include "status.h"
 #include "types.cuh"
@@ -142,6 +143,23 @@ class Check {
             return wrong(arg, got, want);
         }
         return true;
+    }
+
+    // Optional arguments that are all present or all absent.
+    struct Named {
+        const char* name;
+        const ett_view* view;
+    };
+    bool all_or_none(std::initializer_list<Named> args) {
+        const Named& first = *args.begin();
+        const char* words[] = {"absent", "present"};
+        for (const Named& a : args) {
+            if (!ok() || present(*a.view) == present(*first.view)) continue;
+            char want[96];
+            snprintf(want, sizeof want, "%s, as %s is", words[present(*first.view)], first.name);
+            wrong(a.name, words[present(*a.view)], want);
+        }
+        return ok();
     }
 
     // A plain condition on an argument.
