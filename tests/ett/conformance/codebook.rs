@@ -43,7 +43,7 @@ fn equal(seen: &Seen) -> Result<(), String> {
     indices(seen.what, &int(seen.got), &int(seen.want))
 }
 
-fn by_dot(seen: &Seen) -> Result<(), String> {
+pub(super) fn by_dot(seen: &Seen) -> Result<(), String> {
     by_score(seen, Metric::Dot)
 }
 
