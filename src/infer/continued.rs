@@ -66,7 +66,8 @@ impl<'a> Continued<'a> {
     fn expect(&self, arg: &'static str, ids: &Tensor, copies: usize) -> Result<()> {
         let (n, want) = (ids.dims().numel(), self.cache.sequences());
         if n * copies != want {
-            let each = if copies == 1 { "one a sequence".into() } else { format!("one for {copies} sequences") };
+            let each =
+                if copies == 1 { "one a sequence".into() } else { format!("one for {copies} sequences") };
             return Err(Error::arg("continue", arg, n, format!("{}, {each}", want / copies.max(1))));
         }
         Ok(())

@@ -109,7 +109,8 @@ mod tests {
         let int = |v: &[i32]| Tensor::from_host(&dev, Role::Input, v, [v.len()]).unwrap();
         let all = Sampling { guidance: 1.0, ..Sampling::default() };
         let choose = |s: Sampling, rows: &[[f64; 2]]| {
-            let logits = Tensor::from_f64(&dev, Role::Input, DType::F32, rows.as_flattened(), [rows.len(), 2])?;
+            let logits =
+                Tensor::from_f64(&dev, Role::Input, DType::F32, rows.as_flattened(), [rows.len(), 2])?;
             Sampling::chosen(&dev, &s.choose(&dev, &logits, &int(&[0, 1]), &int(&[0, 0]))?)
         };
         for (s, key) in [

@@ -3,8 +3,8 @@
 use super::{S, expect, expect_rank};
 use crate::autograd::{Tape, Var};
 use crate::backend::{
-    BatchNormBwd, BatchNormEvalBwd, BatchNormEvalFwd, BatchNormFwd, GroupNormBwd, GroupNormFwd, L2NormBwd, L2NormFwd, LayerNormBwd, LayerNormFwd,
-    RmsNormBwd, RmsNormFwd,
+    BatchNormBwd, BatchNormEvalBwd, BatchNormEvalFwd, BatchNormFwd, GroupNormBwd, GroupNormFwd, L2NormBwd,
+    L2NormFwd, LayerNormBwd, LayerNormFwd, RmsNormBwd, RmsNormFwd,
 };
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;

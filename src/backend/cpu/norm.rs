@@ -590,14 +590,13 @@ fn batch_bwd<T: Elem>(ws: &Workspace, s: &BatchNormBwd) -> Result<()> {
     let (dw, db) = (sums_out(OP, "dw", &s.dw, at.c)?, sums_out(OP, "db", &s.db, at.c)?);
     let (dx, slope) = (flat_mut(OP, "dx", &s.dx.0)?, T::Acc::of(s.slope));
     back.run(
-        cpu,
+        ws,
         dx,
         dw,
         db,
         #[inline(always)]
         |v| leaky_slope(v, slope),
-    );
-    Ok(())
+    )
 }
 
 fn batch_eval_fwd<T: Elem>(ws: &Workspace, s: &BatchNormEvalFwd) -> Result<()> {
@@ -618,8 +617,7 @@ fn batch_eval_fwd<T: Elem>(ws: &Workspace, s: &BatchNormEvalFwd) -> Result<()> {
         y,
         #[inline(always)]
         |v| leaky(v, slope),
-    );
-    Ok(())
+    )
 }
 
 fn batch_eval_bwd<T: Elem>(ws: &Workspace, s: &BatchNormEvalBwd) -> Result<()> {

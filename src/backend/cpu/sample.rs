@@ -37,7 +37,8 @@ fn draw<E: Elem>(ws: &Workspace, a: &Sample) -> Result<()> {
         expect(OP, arg, v, logits.rows)?;
     }
     let number = flat::<i32>(OP, "number", &a.number)?;
-    let (position, idx) = (flat_mut::<i32>(OP, "position", &a.position.0)?, flat_mut::<i32>(OP, "idx", &a.idx.0)?);
+    let (position, idx) =
+        (flat_mut::<i32>(OP, "position", &a.position.0)?, flat_mut::<i32>(OP, "idx", &a.idx.0)?);
     let choice = Choice { temperature: a.temperature, top_k: a.top_k, top_p: a.top_p };
     choice.check()?;
     if a.without.is_some() && !a.guidance.is_finite() {
@@ -288,7 +289,8 @@ mod tests {
 
     #[test]
     fn what_cannot_be_drawn_from_gives_minus_one() {
-        for l in [&[0.0, f64::NAN][..], &[f64::NAN, 0.0], &[], &[f64::NEG_INFINITY; 2], &[1.0, f64::INFINITY]] {
+        for l in [&[0.0, f64::NAN][..], &[f64::NAN, 0.0], &[], &[f64::NEG_INFINITY; 2], &[1.0, f64::INFINITY]]
+        {
             for temperature in [1.0, 0.0] {
                 assert!(weights(Choice { temperature, ..ALL }, l).is_none(), "{l:?}");
             }
@@ -307,7 +309,14 @@ mod tests {
     }
 
     /// What a call gives for rows of logits, drawn `times` times from `position` on.
-    fn calls(s: Sample, logits: &Tensor, number: &[i32], position: &Tensor, times: usize, dev: &Cpu) -> Vec<Vec<i32>> {
+    fn calls(
+        s: Sample,
+        logits: &Tensor,
+        number: &[i32],
+        position: &Tensor,
+        times: usize,
+        dev: &Cpu,
+    ) -> Vec<Vec<i32>> {
         let b = number.len();
         let number = Tensor::from_host(dev, Role::Input, number, [b]).unwrap();
         let idx = out(dev, DType::I32, [b]);
@@ -334,7 +343,12 @@ mod tests {
         const N: usize = 200;
         let logits = Tensor::from_f64(&dev, Role::Input, DType::F32, &l.repeat(N), [N, 12]).unwrap();
         let numbers: Vec<i32> = (0..N as i32).collect();
-        for c in [ALL, Choice { temperature: 0.6, ..ALL }, Choice { top_k: 5, ..ALL }, Choice { top_p: 0.8, ..ALL }] {
+        for c in [
+            ALL,
+            Choice { temperature: 0.6, ..ALL },
+            Choice { top_k: 5, ..ALL },
+            Choice { top_p: 0.8, ..ALL },
+        ] {
             let position = Tensor::from_host(&dev, Role::Input, &vec![3i32; N], [N]).unwrap();
             let view = logits.view();
             let s = Sample {
@@ -409,7 +423,8 @@ mod tests {
     fn wrong_numbers_are_named() {
         let dev = Cpu::poisoned(1).unwrap();
         let logits = Tensor::from_f64(&dev, Role::Input, DType::F32, &[0.0, 1.0], [1, 2]).unwrap();
-        let (position, idx) = (Tensor::from_host(&dev, Role::Input, &[0i32], [1]).unwrap(), out(&dev, DType::I32, [1]));
+        let (position, idx) =
+            (Tensor::from_host(&dev, Role::Input, &[0i32], [1]).unwrap(), out(&dev, DType::I32, [1]));
         let a = Sample {
             logits: logits.view(),
             without: Some(logits.view()),
@@ -431,7 +446,10 @@ mod tests {
             (Sample { guidance: f64::NAN, ..a }, "guidance"),
         ] {
             let e = dev.sample(S, &a).unwrap_err().to_string();
-            assert!(e.starts_with(&format!("sample: argument `{arg}` is ")) && e.contains(", wanted "), "{e}");
+            assert!(
+                e.starts_with(&format!("sample: argument `{arg}` is ")) && e.contains(", wanted "),
+                "{e}"
+            );
         }
     }
 }

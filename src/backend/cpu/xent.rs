@@ -416,7 +416,8 @@ fn stored_bwd<E: Elem>(a: &XentBwd) -> Result<()> {
     expect(op, "lse", &a.lse, n)?;
     let lse = flat::<E::Acc>(op, "lse", &a.lse)?;
     expect_rows(op, "dlogits", &a.dlogits.0, n, v)?;
-    let (logits, dlogits) = (rows::<E>(op, "logits", &a.logits)?, rows_mut::<E>(op, "dlogits", &a.dlogits.0)?);
+    let (logits, dlogits) =
+        (rows::<E>(op, "logits", &a.logits)?, rows_mut::<E>(op, "dlogits", &a.dlogits.0)?);
     let at = |v: &In| v.buf.addr() + v.off;
     let in_place = at(&a.logits) == at(&a.dlogits.0);
     par_for(n, chunk_rows(v), |r| {

@@ -1,8 +1,8 @@
 //! Reconstruction, perceptual and adversarial losses.
 
 use ett::backend::{
-    GanGeneratorBwd, GanGeneratorFwd, HingeBwd, HingeFwd, L1Bwd, L1Fwd, LecamBwd, LecamFwd, LecamUpdate, LpipsBwd,
-    LpipsFwd, Stream,
+    GanGeneratorBwd, GanGeneratorFwd, HingeBwd, HingeFwd, L1Bwd, L1Fwd, LecamBwd, LecamFwd, LecamUpdate,
+    LpipsBwd, LpipsFwd, Stream,
 };
 
 use super::Size;
@@ -335,7 +335,8 @@ fn lecam_fwd_case(dims: [usize; 2]) -> Case {
             args
         },
         |dev, v| {
-            let (real, fake, ema, scale) = (v.input("real"), v.input("fake"), v.input("ema"), v.input("scale"));
+            let (real, fake, ema, scale) =
+                (v.input("real"), v.input("fake"), v.input("ema"), v.input("scale"));
             dev.lecam_fwd(S, &LecamFwd { real, fake, ema, scale, loss: v.acc("loss") })
         },
     )

@@ -132,9 +132,12 @@ pub const TABLE: &[Kernel] = &[
     kernel("l1_bwd", losses::l1_bwd, losses::l1_bwd_sample).flat_on_cpu(),
     kernel("lpips_fwd", losses::lpips_fwd, losses::lpips_fwd_sample),
     kernel("lpips_bwd", losses::lpips_bwd, losses::lpips_bwd_sample),
-    kernel("gan_generator_fwd", losses::generator_fwd, losses::generator_fwd_sample).free(&["x rows", "x cols"]),
+    kernel("gan_generator_fwd", losses::generator_fwd, losses::generator_fwd_sample)
+        .free(&["x rows", "x cols"]),
     kernel("gan_generator_bwd", losses::generator_bwd, losses::generator_bwd_sample),
-    kernel("hinge_fwd", losses::hinge_fwd, losses::hinge_fwd_sample).free(&["x rows", "x cols"]).flat_on_cpu(),
+    kernel("hinge_fwd", losses::hinge_fwd, losses::hinge_fwd_sample)
+        .free(&["x rows", "x cols"])
+        .flat_on_cpu(),
     kernel("hinge_bwd", losses::hinge_bwd, losses::hinge_bwd_sample).flat_on_cpu(),
     kernel("lecam_update", losses::lecam_update, losses::lecam_update_sample).free(LOGITS).flat_on_cpu(),
     kernel("lecam_fwd", losses::lecam_fwd, losses::lecam_fwd_sample).free(LOGITS).flat_on_cpu(),

@@ -1,8 +1,8 @@
 //! Norms over rows, and over pixels by groups of channels.
 
 use ett::backend::{
-    BatchNormBwd, BatchNormEvalBwd, BatchNormEvalFwd, BatchNormFwd, BatchNormRunning, GroupNormBwd, GroupNormFwd,
-    L2NormBwd, L2NormFwd, LayerNormBwd, LayerNormFwd, RmsNormBwd, RmsNormFwd, Stream,
+    BatchNormBwd, BatchNormEvalBwd, BatchNormEvalFwd, BatchNormFwd, BatchNormRunning, GroupNormBwd,
+    GroupNormFwd, L2NormBwd, L2NormFwd, LayerNormBwd, LayerNormFwd, RmsNormBwd, RmsNormFwd, Stream,
 };
 
 use super::Size;
@@ -369,8 +369,13 @@ fn pictures() -> impl Iterator<Item = (Size, usize, [usize; 5])> {
         [0, 4, 4, 8, 2],
         [3, 0, 4, 8, 2],
     ];
-    let large: [[usize; 5]; 5] =
-        [[8, 64, 64, 128, 32], [2, 128, 128, 256, 32], [4, 16, 16, 512, 32], [3, 31, 33, 96, 32], [2, 65, 63, 33, 3]];
+    let large: [[usize; 5]; 5] = [
+        [8, 64, 64, 128, 32],
+        [2, 128, 128, 256, 32],
+        [4, 16, 16, 512, 32],
+        [3, 31, 33, 96, 32],
+        [2, 65, 63, 33, 3],
+    ];
     let all = first.into_iter().chain(small.map(|s| (Size::Tiny, s))).chain(large.map(|s| (Size::Full, s)));
     all.enumerate().map(|(i, (size, shape))| (size, i, shape))
 }
@@ -480,7 +485,13 @@ fn group_bwd_case(shape: [usize; 5], silu: bool, dw: bool, db: bool) -> Case {
 }
 
 /// `dw` and `db`, sums over `n` rows, if they are wanted.
-fn channel_gradients(d: &Draw, n: usize, c: usize, dw: bool, db: bool) -> impl Iterator<Item = super::case::Arg> {
+fn channel_gradients(
+    d: &Draw,
+    n: usize,
+    c: usize,
+    dw: bool,
+    db: bool,
+) -> impl Iterator<Item = super::case::Arg> {
     let size = summed(d, n).max(d.scale);
     let gradient = |(name, present): (&'static str, bool)| {
         present.then(|| add(name, Type::Acc, [c], d.times(size, c), near().size(size).conditioning(CENTRING)))

@@ -83,9 +83,7 @@ fn pool_fwd_case(coarse: [usize; 4], more: [usize; 2]) -> Case {
     let fine = odd(coarse, more);
     Case::new(
         text(fine),
-        move |d| {
-            vec![act("x", fine, with_ties(d, numel(fine))), out("y", Type::Act, coarse, Judge::Exact)]
-        },
+        move |d| vec![act("x", fine, with_ties(d, numel(fine))), out("y", Type::Act, coarse, Judge::Exact)],
         |dev, v| dev.max_pool2x2_fwd(S, &MaxPool2x2Fwd { x: v.input("x"), y: v.out("y") }),
     )
 }

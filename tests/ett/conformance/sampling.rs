@@ -68,7 +68,8 @@ pub fn cases() -> Vec<Case> {
     let ways = [ALL, GREEDY, TOP_K, TOP_P, EVERYTHING];
     let mut all: Vec<Case> =
         ways.iter().map(|&how| case([3, 300], how, as_they_are).from(Size::Sanitizer)).collect();
-    for (i, shape) in [[1, 1], [5, 7], [2, 31], [1, 1023], [1, 1025], [9, 33], [0, 8]].into_iter().enumerate() {
+    for (i, shape) in [[1, 1], [5, 7], [2, 31], [1, 1023], [1, 1025], [9, 33], [0, 8]].into_iter().enumerate()
+    {
         all.push(case(shape, ways[i % 5], as_they_are).from(Size::Tiny));
         all.push(case(shape, ways[(i + 3) % 5], as_they_are).from(Size::Tiny));
     }
