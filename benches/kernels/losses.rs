@@ -1,6 +1,6 @@
 use ett::backend::{
-    HingeBwd, HingeFwd, Kernels, L1Bwd, L1Fwd, LinearXentBwd, LinearXentFwd, LpipsBwd, LpipsFwd, Role, Sample, Stream,
-    XentBwd, XentFwd,
+    HingeBwd, HingeFwd, Kernels, L1Bwd, L1Fwd, LinearXentBwd, LinearXentFwd, LpipsBwd, LpipsFwd, Role,
+    Sample, Stream, XentBwd, XentFwd,
 };
 use ett::tensor::{DType, Tensor};
 
@@ -115,7 +115,8 @@ fn pixels(b: &mut Bench) {
         });
         b.kernel("lpips_bwd", &shape, dtype, &|dev, seed| {
             let (f0, f1) = (normal(dev, dtype, [p, c], seed)?, normal(dev, dtype, [p, c], seed + 100)?);
-            let (w, scale, df1) = (normal(dev, dtype, [c], 7)?, one(dev, dtype, p)?, out(dev, dtype, [p, c])?);
+            let (w, scale, df1) =
+                (normal(dev, dtype, [c], 7)?, one(dev, dtype, p)?, out(dev, dtype, [p, c])?);
             let run = move |dev: &dyn Kernels| {
                 let (f0, f1, w, scale) = (f0.view(), f1.view(), w.view(), scale.view());
                 let a = LpipsBwd { f0, f1, w, scale, g: scale, df1: df1.out(), eps: 1e-10, factor: 1.0 };
@@ -132,7 +133,8 @@ fn logits(b: &mut Bench) {
     let [n, v] = if b.gpu { [2048, 151_936] } else { [64, 8192] };
     let shape = format!("N {n} V {v}");
     b.kernel("xent_fwd", &shape, dtype, &|dev, seed| {
-        let (x, target, scale) = (normal(dev, dtype, [n, v], seed)?, ids(dev, n, v, seed)?, one(dev, dtype, n)?);
+        let (x, target, scale) =
+            (normal(dev, dtype, [n, v], seed)?, ids(dev, n, v, seed)?, one(dev, dtype, n)?);
         let (lse, loss) = (out(dev, acc(dtype), [n])?, out(dev, acc(dtype), [1])?);
         let run = move |dev: &dyn Kernels| {
             let (logits, target, scale) = (x.view(), target.view(), scale.view());
@@ -142,7 +144,8 @@ fn logits(b: &mut Bench) {
         Ok((Box::new(run), None))
     });
     b.kernel("xent_bwd", &shape, dtype, &|dev, seed| {
-        let (x, target, scale) = (normal(dev, dtype, [n, v], seed)?, ids(dev, n, v, seed)?, one(dev, dtype, n)?);
+        let (x, target, scale) =
+            (normal(dev, dtype, [n, v], seed)?, ids(dev, n, v, seed)?, one(dev, dtype, n)?);
         let (lse, d) = (normal(dev, acc(dtype), [n], 8)?, out(dev, dtype, [n, v])?);
         let run = move |dev: &dyn Kernels| {
             let (logits, target, scale, lse) = (x.view(), target.view(), scale.view(), lse.view());

@@ -1,5 +1,6 @@
 use ett::backend::{
-    BatchNormBwd, BatchNormFwd, Cpu, GroupNormBwd, GroupNormFwd, Kernels, LayerNormBwd, LayerNormFwd, RmsNormBwd, RmsNormFwd, Role, Stream,
+    BatchNormBwd, BatchNormFwd, Cpu, GroupNormBwd, GroupNormFwd, Kernels, LayerNormBwd, LayerNormFwd,
+    RmsNormBwd, RmsNormFwd, Role, Stream,
 };
 use ett::tensor::{DType, Tensor};
 
@@ -40,8 +41,11 @@ fn batch(b: &mut Bench) {
         Ok((Box::new(run), None))
     });
     b.kernel("batch_norm_bwd", &shape, dtype, &|dev, seed| {
-        let (x, dy, dx) =
-            (normal(dev, dtype, [n, c], seed)?, normal(dev, dtype, [n, c], seed + 100)?, out(dev, dtype, [n, c])?);
+        let (x, dy, dx) = (
+            normal(dev, dtype, [n, c], seed)?,
+            normal(dev, dtype, [n, c], seed + 100)?,
+            out(dev, dtype, [n, c])?,
+        );
         let (w, bias) = (normal(dev, dtype, [c], 7)?, normal(dev, dtype, [c], 8)?);
         let mean = normal(dev, acc(dtype), [c], 9)?;
         let var = Tensor::from_f64(dev, Role::Input, acc(dtype), &vec![1.0; c], [c])?;
