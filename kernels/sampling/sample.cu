@@ -250,15 +250,18 @@ template <class T> __global__ void __launch_bounds__(kThreads) sample_kernel(con
     __syncthreads();  // the warps' lengths are visible, the sums are read
     for (int k = 0; k < kWarps; ++k) bits = s.at[k] > bits ? s.at[k] : bits;
 
-    if (a.top_k > 0 && u64(a.top_k) < count) {
-        keep(a, row, w, false, u64(a.top_k), first, bits, s);
-        sum = 0;
-        for (int64_t i = threadIdx.x; i < a.v; i += kThreads) sum += w[i];
-        sum = block_sum(sum, s.sums);
-    }
-    if (a.top_p < 1.0) {
-        const u64 share = u64(ceil(__dmul_rn(a.top_p, __ull2double_rn(sum))));
-        keep(a, row, w, true, share < 1 ? 1 : share < sum ? share : sum, first, bits, s);
+    // Top-k, then top-p: one loop, so that the search is compiled once and fits its registers.
+#pragma unroll 1
+    for (int by_weight = 0; by_weight < 2; ++by_weight) {
+        u64 wanted = u64(a.top_k);
+        if (by_weight) {
+            if (!(a.top_p < 1.0)) break;
+            wanted = u64(ceil(__dmul_rn(a.top_p, __ull2double_rn(sum))));
+            wanted = wanted < 1 ? 1 : wanted < sum ? wanted : sum;
+        } else if (wanted == 0 || wanted >= count) {
+            continue;
+        }
+        keep(a, row, w, by_weight != 0, wanted, first, bits, s);
         sum = 0;
         for (int64_t i = threadIdx.x; i < a.v; i += kThreads) sum += w[i];
         sum = block_sum(sum, s.sums);
