@@ -1,10 +1,12 @@
 //! The tiled quantizer kernels against the dense closed form.
 
+use std::sync::Arc;
+
 use ett::backend::{Kernels, Metric, Nearest, Role, Stream};
 use ett::compare::{Bounds, choices, compare, indices};
 use ett::tensor::{DType, Precision, Tensor};
 
-use crate::common::{Outcome, cpu, ids, norm, normal, scaled, tensor};
+use crate::common::{Outcome, cpu, gpu, ids, norm, normal, scaled, shim, tensor};
 use crate::dense::{Answer, Problem, dense, kernels};
 
 const PRECISIONS: [Precision; 3] = [Precision::F64, Precision::F32, Precision::BF16];
@@ -140,13 +142,11 @@ fn peaked(p_top: f64, prec: Precision) -> Problem {
 /// scatter of g into the chosen codes' rows, where the soft part is far below one rounding of g. Rows of codes
 /// that no token chose hold the soft part and nothing else, so dE is compared there. The chosen code's own dS
 /// is in dz, which sums all of them. Codes are chosen from the first half, so at least half the rows are left.
-#[test]
-fn peaked_softmax_keeps_its_soft_gradients() -> Outcome {
-    let dev = cpu(2);
-    for (prec, bound) in [(Precision::F64, 1e-6), (Precision::F32, 1e-4), (Precision::BF16, 1e-2)] {
+fn peaked_softmax(dev: &Arc<dyn Kernels>, bounds: &[(Precision, f64)]) -> Outcome {
+    for &(prec, bound) in bounds {
         for p_top in [0.03, 0.5, 0.9, 0.99, 0.999, 0.9999, 1.0 - 1e-7] {
             let p = peaked(p_top, prec);
-            let (got, want) = (kernels(&dev, prec, &p)?, dense(&p));
+            let (got, want) = (kernels(dev, prec, &p)?, dense(&p));
             let what = format!("p_top {p_top} in {}", prec.act);
             indices(&what, &got.idx, &want.idx)?;
             let far: Vec<f64> =
@@ -172,11 +172,29 @@ fn peaked_softmax_keeps_its_soft_gradients() -> Outcome {
     Ok(())
 }
 
+const PEAKED: [(Precision, f64); 3] =
+    [(Precision::F64, 1e-6), (Precision::F32, 1e-4), (Precision::BF16, 1e-2)];
+
 #[test]
-fn peaked_entropies() -> Outcome {
-    // The same tokens at a temperature that makes q, not p, as peaked.
-    let dev = cpu(2);
-    for (prec, bound) in [(Precision::F64, 1e-6), (Precision::F32, 1e-3), (Precision::BF16, 1e-2)] {
+fn peaked_softmax_keeps_its_soft_gradients() -> Outcome {
+    peaked_softmax(&cpu(2), &PEAKED)
+}
+
+#[test]
+#[ignore = "needs the shim"]
+fn shim_peaked_softmax() -> Outcome {
+    peaked_softmax(&shim(), &PEAKED[1..])
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn gpu_peaked_softmax() -> Outcome {
+    peaked_softmax(&gpu(), &PEAKED[1..])
+}
+
+/// The same tokens at a temperature that makes q, not p, as peaked.
+fn peaked_q(dev: &Arc<dyn Kernels>, bounds: &[(Precision, f64)]) -> Outcome {
+    for &(prec, bound) in bounds {
         for p_top in [0.5, 0.99, 0.9999, 1.0 - 1e-7] {
             for w in [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]] {
                 let mut p = Problem { temperature: 0.01, w, ..peaked(p_top, prec) };
@@ -184,7 +202,7 @@ fn peaked_entropies() -> Outcome {
                 p.z.iter_mut().for_each(|v| *v /= 128.0);
                 p.temperature = 1.0 / 128.0;
                 p.g.fill(0.0);
-                let (got, want) = (kernels(&dev, prec, &p)?, dense(&p));
+                let (got, want) = (kernels(dev, prec, &p)?, dense(&p));
                 let what = format!("q_top {p_top} in {}, weights {w:?}", prec.act);
                 let bounds = Bounds { norm: bound, row: 2.0 * bound, element: f64::INFINITY, least: 0.0 };
                 compare(&format!("{what}, dz"), &got.dz, &want.dz, p.d, bounds)?;
@@ -194,6 +212,20 @@ fn peaked_entropies() -> Outcome {
         }
     }
     Ok(())
+}
+
+const PEAKED_Q: [(Precision, f64); 3] =
+    [(Precision::F64, 1e-6), (Precision::F32, 1e-3), (Precision::BF16, 1e-2)];
+
+#[test]
+fn peaked_entropies() -> Outcome {
+    peaked_q(&cpu(2), &PEAKED_Q)
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn gpu_peaked_entropies() -> Outcome {
+    peaked_q(&gpu(), &PEAKED_Q[1..])
 }
 
 /// Indices by `nearest` with a metric.

@@ -19,6 +19,7 @@ mod optim;
 mod place;
 mod pointwise;
 mod products;
+mod quantizer;
 pub mod reject;
 mod rows;
 mod xent;
@@ -104,6 +105,12 @@ pub const TABLE: &[Kernel] = &[
     kernel("linear_xent_fwd", xent::fwd, xent::fwd_sample).free(&["w rows"]),
     kernel("linear_xent_bwd", xent::bwd, xent::bwd_sample),
     kernel("nearest", codebook::nearest, codebook::nearest_sample).free(&["e rows"]).aligned(&["z", "e"]),
+    kernel("ibq_rows", quantizer::rows, quantizer::rows_sample).free(&["e rows"]),
+    kernel("ibq_cols", quantizer::cols, quantizer::cols_sample),
+    kernel("ibq_losses", quantizer::losses, quantizer::losses_sample),
+    kernel("ibq_bwd", quantizer::bwd, quantizer::bwd_sample),
+    kernel("vq_losses", quantizer::vq_losses, quantizer::vq_losses_sample).free(&["e rows"]),
+    kernel("vq_bwd", quantizer::vq_bwd, quantizer::vq_bwd_sample),
     kernel("sum_squares", optim::sum_squares, optim::sum_squares_sample).free(&["x cols"]),
     kernel("adamw", optim::adamw, optim::adamw_sample).free(&["shadow type"]),
     kernel("restore", optim::restore, optim::restore_sample),
@@ -487,12 +494,6 @@ const UNCOVERED: &[&str] = &[
     "lecam_update",
     "lecam_fwd",
     "lecam_bwd",
-    "ibq_rows",
-    "ibq_cols",
-    "ibq_losses",
-    "ibq_bwd",
-    "vq_losses",
-    "vq_bwd",
 ];
 
 #[test]
