@@ -1156,7 +1156,7 @@ mod tests {
                 let (x, w, b, mean, var) = (x.view(), w.view(), b.view(), mean.view(), var.view());
                 let s = BatchNormEvalFwd { x, w, b, mean, var, y: y.out(), eps: 1e-5, slope };
                 r.cpu.batch_norm_eval_fwd(S, &s).unwrap();
-                r.get(&y)
+                y
             };
             check(&[y.collect()], |r| vec![forward(r, &v)]);
             let backward = |r: &Run| {
@@ -1178,12 +1178,12 @@ mod tests {
                     slope,
                 };
                 r.cpu.batch_norm_eval_bwd(S, &s).unwrap();
-                vec![r.get(&dx), r.get(&dw), r.get(&db)]
+                vec![dx, dw, db]
             };
-            let grads = backward(&Run::f64());
             let r = Run::f64();
+            let grads = r.values(&backward(&r));
             check_gradients(&[&v[0], &v[1], &v[2]], &[&grads[0], &grads[1], &grads[2]], |at| {
-                inner(&forward(&r, at), &v[3])
+                inner(&r.get(&forward(&r, at)), &v[3])
             });
             check(&grads, backward);
         }
