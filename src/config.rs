@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::backend::Cpu;
-use crate::data::Crop;
+use crate::data::{Crop, read_text};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::tensor::Precision;
@@ -451,7 +451,13 @@ pub struct DataConfig {
     pub tokenizer: Option<PathBuf>,
     /// Text tokens a sample that `--plan` assumes.
     pub text_tokens: usize,
-    /// Held-out samples that the closing evaluation looks at.
+    /// Most tokens of a caption, a prompt, a question or an answer. Longer ones are cut, and counted when a stage
+    /// begins.
+    pub max_text_tokens: usize,
+    /// Most MiB of pictures that are kept in memory, at the size of training and a byte a colour; the others are
+    /// decoded again at each use.
+    pub cache_mib: usize,
+    /// Held-out samples that are evaluated, the first ones that can be used.
     pub eval_samples: usize,
 }
 
@@ -468,6 +474,8 @@ impl Default for DataConfig {
             flip: false,
             tokenizer: None,
             text_tokens: 128,
+            max_text_tokens: 1024,
+            cache_mib: 4096,
             eval_samples: 512,
         }
     }
@@ -653,6 +661,8 @@ impl StageData {
             flip: self.flip.unwrap_or(all.flip),
             text_tokens: self.text_tokens.unwrap_or(all.text_tokens),
             tokenizer: all.tokenizer.clone(),
+            max_text_tokens: all.max_text_tokens,
+            cache_mib: all.cache_mib,
             eval_samples: all.eval_samples,
         }
     }
@@ -708,8 +718,7 @@ impl Config {
     /// Reads and checks a file; `overrides` are `key=value` with dotted keys, values in TOML. Relative paths become
     /// absolute: those in the file are relative to its folder, those in `overrides` to the working directory.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-        let mut config = Self::parse(path, &text, overrides)?;
+        let mut config = Self::parse(path, &read_text(path)?, overrides)?;
         config.resolve(files::parent(path))?;
         Ok(config)
     }
@@ -853,6 +862,8 @@ impl Config {
             ("test_samples", data.test_samples, 0..=MAX_COUNT),
             ("size", data.size, 1..=MAX_SIDE),
             ("text_tokens", data.text_tokens, 1..=MAX_TOKENS),
+            ("max_text_tokens", data.max_text_tokens, 1..=MAX_TOKENS),
+            ("cache_mib", data.cache_mib, 0..=MAX_COUNT),
             ("eval_samples", data.eval_samples, 0..=MAX_COUNT),
         ] {
             count(&key(name), v, allowed)?;

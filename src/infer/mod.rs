@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::autograd::{Tape, Var};
 use crate::backend::{Kernels, Role};
 use crate::config::Source;
-use crate::data::{Crop, Image, Philox, Special, fit, fit_multiple};
+use crate::data::{Crop, Image, Philox, Special, fit, fit_multiple, trimmed};
 use crate::error::{Error, Result};
 use crate::eval::Report;
 use crate::model::tokenizer::Grid;
@@ -134,6 +134,18 @@ impl Trained {
         Ok(text.decode(&said.concat()))
     }
 
+    /// What a user says as training would have it: without blanks and byte order marks around it. Fails if it would be
+    /// cut.
+    fn whole<'a>(&self, what: &'static str, text: &'a str) -> Result<&'a str> {
+        let text = trimmed(text);
+        if self.template.is_cut(text)? {
+            let want = format!("at most {} (data.max_text_tokens)", self.template.max_text_tokens());
+            let got = format!("{} tokens long", self.template.tokenizer().encode(text)?.len());
+            return Err(Error::arg("use", what, got, want));
+        }
+        Ok(text)
+    }
+
     /// Describes a picture.
     pub fn caption(&self, image: &Image) -> Result<String> {
         self.say(image, &self.template.picture(0), Special::EndOfText)
@@ -141,6 +153,7 @@ impl Trained {
 
     /// Answers a question about a picture.
     pub fn ask(&self, image: &Image, question: &str) -> Result<String> {
+        let question = self.whole("question", question)?;
         self.say(image, &self.template.question(Some(0), question)?, Special::ImEnd)
     }
 
@@ -151,7 +164,10 @@ impl Trained {
         s: &Sampling,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Vec<Image>> {
-        let text = |p: &String| Ok(vec![Part::context(self.template.drawing(p)?)]);
+        let text = |p: &String| {
+            let prompt = self.whole("prompt", p)?;
+            Ok(vec![Part::context(self.template.drawing(prompt)?)])
+        };
         let prompts = prompts.iter().map(text).collect::<Result<Vec<_>>>()?;
         let start = self.template.tokenizer().special(Special::VisionStart);
         let side = self.model.cfg.data.size / self.model.cfg.tokenizer.downsampling();
@@ -162,10 +178,6 @@ impl Trained {
     /// `max_side`.
     pub fn reconstruct(&self, image: &Image, max_side: usize) -> Result<(Image, Image)> {
         let least = self.model.cfg.tokenizer.downsampling();
-        if max_side < least {
-            let want = format!("at least {least}, the pixels of one token");
-            return Err(Error::arg("reconstruct", "max_side", max_side, want));
-        }
         let fitted = fit_multiple(image, max_side, least)?;
         let (rec, _) = reconstruct(&self.model, std::slice::from_ref(&fitted))?;
         match rec.into_iter().next() {

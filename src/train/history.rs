@@ -143,7 +143,7 @@ impl History {
 /// The text tokenizer of a configuration, and how [`History`] calls it.
 pub(crate) fn text(cfg: &Config) -> Result<(Template, String)> {
     let path = cfg.data.tokenizer.as_deref();
-    let template = Template::new(TextTokenizer::open(path)?);
+    let template = Template::new(TextTokenizer::open(path)?, cfg.data.max_text_tokens);
     let vocabulary = template.tokenizer().vocabulary();
     if cfg.llm.vocab < vocabulary {
         let want = format!("at least {vocabulary}, the text tokenizer's");

@@ -10,6 +10,7 @@ mod compare;
 mod configs;
 mod conformance;
 mod contract;
+mod data;
 mod dense;
 mod fixtures;
 mod generate;
