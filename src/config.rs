@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::backend::Cpu;
-use crate::data::Crop;
+use crate::data::{Crop, read_text};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::tensor::Precision;
@@ -451,7 +451,13 @@ pub struct DataConfig {
     pub tokenizer: Option<PathBuf>,
     /// Text tokens a sample that `--plan` assumes.
     pub text_tokens: usize,
-    /// Held-out samples that the closing evaluation looks at.
+    /// Most tokens of a caption, a prompt, a question or an answer. Longer ones are cut, and counted when a stage
+    /// begins.
+    pub max_text_tokens: usize,
+    /// Most MiB of pictures that are kept in memory, at the size of training and a byte a colour; the others are
+    /// decoded again at each use.
+    pub cache_mib: usize,
+    /// Held-out samples that are evaluated, the first ones that can be used.
     pub eval_samples: usize,
 }
 
@@ -468,6 +474,8 @@ impl Default for DataConfig {
             flip: false,
             tokenizer: None,
             text_tokens: 128,
+            max_text_tokens: 1024,
+            cache_mib: 4096,
             eval_samples: 512,
         }
     }
@@ -653,6 +661,8 @@ impl StageData {
             flip: self.flip.unwrap_or(all.flip),
             text_tokens: self.text_tokens.unwrap_or(all.text_tokens),
             tokenizer: all.tokenizer.clone(),
+            max_text_tokens: all.max_text_tokens,
+            cache_mib: all.cache_mib,
             eval_samples: all.eval_samples,
         }
     }
@@ -708,8 +718,7 @@ impl Config {
     /// Reads and checks a file; `overrides` are `key=value` with dotted keys, values in TOML. Relative paths become
     /// absolute: those in the file are relative to its folder, those in `overrides` to the working directory.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-        let mut config = Self::parse(path, &text, overrides)?;
+        let mut config = Self::parse(path, &read_text(path)?, overrides)?;
         config.resolve(files::parent(path))?;
         Ok(config)
     }
@@ -853,6 +862,8 @@ impl Config {
             ("test_samples", data.test_samples, 0..=MAX_COUNT),
             ("size", data.size, 1..=MAX_SIDE),
             ("text_tokens", data.text_tokens, 1..=MAX_TOKENS),
+            ("max_text_tokens", data.max_text_tokens, 1..=MAX_TOKENS),
+            ("cache_mib", data.cache_mib, 0..=MAX_COUNT),
             ("eval_samples", data.eval_samples, 0..=MAX_COUNT),
         ] {
             count(&key(name), v, allowed)?;
@@ -1029,7 +1040,8 @@ fn blame(text: &str, overrides: &[String]) -> Option<Error> {
     let (key, value) = assignment.split_once('=')?;
     let mut want = format!("a key and a value that go together ({})", e.message());
     // A text was wanted, but the value reads as something else.
-    if e.message().starts_with("invalid type") && e.message().contains("string") {
+    let wanted = e.message().strip_prefix("invalid type").and_then(|m| m.split_once("expected"));
+    if wanted.is_some_and(|(_, wanted)| wanted.contains("string")) {
         want += &format!("; a text that looks like something else is put in quotes: '{key}=\"{value}\"'");
     }
     Some(Error::config("--set", assignment, want))
@@ -1099,6 +1111,41 @@ mod tests {
         assert!(e.contains("llm.kv_heads") && e.contains('3') && e.contains("divisor of 4"), "{e}");
         let e = load("[train]\nprecision = \"f16\"\n", &[]).expect_err("unknown type").to_string();
         assert!(e.contains("f16") && e.contains("bf16"), "{e}");
+    }
+
+    #[test]
+    fn a_constant_rate_does_not_rise_unless_it_is_asked_to() {
+        let stage = |more: &str| {
+            let text = format!("[[stage]]\nkind = \"tokenizer\"\nsteps = 9\nbatch = 1\n{more}");
+            let c = load(&text, &[]).expect("valid");
+            c.stage[0].warmup(&c.train)
+        };
+        assert_eq!(stage(""), 0.03);
+        assert_eq!(stage("schedule = \"constant\""), 0.0);
+        assert_eq!(stage("schedule = \"constant\"\nwarmup = 0.1"), 0.1);
+    }
+
+    #[test]
+    fn a_stage_has_numbers_of_its_own_and_each_has_its_range() {
+        let text = "[[stage]]\nkind = \"semantic\"\nsteps = 9\nbatch = 1\n";
+        for (key, bad) in [
+            ("warmup", "1.0"),
+            ("clip", "-1.0"),
+            ("weight_decay", "nan"),
+            ("adam_eps", "0.0"),
+            ("groups.llm.clip", "inf"),
+            ("groups.llm.weight_decay", "-0.1"),
+            ("groups.llm.adam_eps", "-1e-8"),
+            ("data.size", "0"),
+            ("data.text_tokens", "0"),
+        ] {
+            let e = load(text, &[&format!("stage.0.{key}={bad}")]).expect_err(key).to_string();
+            assert!(e.contains(&format!("stage.0.{key}")), "{e}");
+        }
+        let c = load(text, &["stage.0.data.size=256", "stage.0.data.train='elsewhere'"]).expect("valid");
+        let data = c.data_of(&c.stage[0]);
+        assert_eq!((data.size, c.data.size), (256, 512));
+        assert!(data.train.is_absolute() && data.train.ends_with("elsewhere"));
     }
 
     #[test]

@@ -125,6 +125,12 @@ impl Error {
         Error::Weights { path: path.as_ref().into(), what: what.to_string() }
     }
 
+    /// The message without the path that it begins with, to stand beside it.
+    pub fn reason(&self, path: &Path) -> String {
+        let text = self.to_string();
+        text.strip_prefix(&format!("{}: ", path.display())).unwrap_or(&text).into()
+    }
+
     /// Attaches a path to an I/O error: `fs::read(p).map_err(Error::io(p))`.
     pub fn io(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.as_ref().to_path_buf();

@@ -10,7 +10,7 @@ use ett::backend::{Args, Cost, Cpu, Kernels, Role};
 use ett::compare::{Bounds, compare};
 use ett::data::Philox;
 use ett::error::{Error, Result};
-use ett::tensor::{DType, Dims, Tensor};
+use ett::tensor::{DType, Dims, Tensor, to_bf16};
 use serde_json::json;
 
 /// Inputs are rotated through this many bytes: three times the largest L2 in use.
@@ -320,7 +320,7 @@ pub fn scaled(
     let block: Vec<f64> = (0..dims.numel().min((1 << 18) + 5)).map(|_| scale * rng.normal()).collect();
     let bytes: Vec<u8> = match dtype {
         DType::F64 => block.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        DType::Bf16 => block.iter().flat_map(|&v| half::bf16::from_f64(v).to_le_bytes()).collect(),
+        DType::Bf16 => block.iter().flat_map(|&v| to_bf16(v).to_le_bytes()).collect(),
         _ => block.iter().flat_map(|&v| (v as f32).to_le_bytes()).collect(),
     };
     let t = Tensor::empty(dev, Role::Activation, dtype, dims)?;

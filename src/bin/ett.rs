@@ -5,20 +5,21 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use ett::backend;
-use ett::data::{Format, Image, grid, pictures, save};
+use ett::data::{Format, Image, Skipped, grid, pictures, read_text, save, trimmed};
 use ett::error::{Error, Result};
 use ett::eval::{psnr, ssim};
 use ett::files;
 use ett::infer::{Sampling, Trained};
 use ett::terminal::{self, Output, one_line, paragraphs};
 use ett::train::Skill;
-use indicatif::ProgressBar;
+use indicatif::{ProgressBar, ProgressStyle};
 
 /// Use a model trained by ett-train: reconstruct, describe, question, draw and evaluate.
 #[derive(Parser)]
 #[command(
     version,
-    after_help = "Exit status: 0 done; 1 failed, with the reason on standard error; 2 wrong command line."
+    after_help = "Exit status: 0 done; 1 failed, with the reason on standard error, of several pictures after all others \
+                  were done; 2 wrong command line."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -174,29 +175,36 @@ fn run(command: Command) -> Result<()> {
                 std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
             }
             let model = model.open(Some(Skill::Reconstruct))?;
+            // Only what is shown is kept.
             let mut pairs = Vec::new();
-            for (i, path) in pictures(&images)?.iter().enumerate() {
-                let (original, rec) = model.reconstruct(&Image::open(path)?, max_side)?;
+            let done = one_by_one(
+                &images,
+                |image| model.reconstruct(image, max_side),
+                |i, path, (original, rec)| {
+                    if let Some(folder) = &each {
+                        let name = path.file_stem().unwrap_or_default().to_string_lossy();
+                        save(folder.join(format!("{i:05}-{name}.png")), &rec)?;
+                    }
+                    let (psnr, ssim) = (psnr(&original, &rec), ssim(&original, &rec)?);
+                    if pairs.len() < SHOWN {
+                        pairs.push((original, rec));
+                    }
+                    // The pictures are written, whoever reads of them.
+                    say.line(format!("{}: PSNR {psnr:.2} dB, SSIM {ssim:.4}", path.display()));
+                    Ok(true)
+                },
+            )?;
+            let rows: Vec<Vec<&Image>> = pairs.iter().map(|(a, b)| vec![a, b]).collect();
+            if !rows.is_empty() {
+                save(&out, &grid(&rows, 2)?)?;
                 say.line(format!(
-                    "{}: PSNR {:.2} dB, SSIM {:.4}",
-                    path.display(),
-                    psnr(&original, &rec),
-                    ssim(&original, &rec)?
+                    "{} of {} pictures beside their reconstructions: {}",
+                    rows.len(),
+                    done.pictures,
+                    out.display()
                 ));
-                if let Some(folder) = &each {
-                    let name = path.file_stem().unwrap_or_default().to_string_lossy();
-                    save(folder.join(format!("{i:05}-{name}.png")), &rec)?;
-                }
-                pairs.push((original, rec));
             }
-            let rows: Vec<Vec<&Image>> = pairs.iter().take(SHOWN).map(|(a, b)| vec![a, b]).collect();
-            save(&out, &grid(&rows, 2)?)?;
-            say.line(format!(
-                "{} of {} pictures beside their reconstructions: {}",
-                rows.len(),
-                pairs.len(),
-                out.display()
-            ));
+            done.complain(&images)?;
         }
         Command::Eval { model, data, samples, out } => {
             let out = out.unwrap_or_else(|| model.run.join("eval"));
@@ -210,12 +218,12 @@ fn run(command: Command) -> Result<()> {
         }
         Command::Caption { model, images } => {
             let model = model.open(Some(Skill::Caption))?;
-            for path in pictures(&images)? {
-                let caption = model.caption(&Image::open(&path)?)?;
-                if !say.line(format!("{}: {}", path.display(), one_line(&caption))) {
-                    break;
-                }
-            }
+            let done = one_by_one(
+                &images,
+                |image| model.caption(image),
+                |_, path, caption| Ok(say.line(format!("{}: {}", path.display(), one_line(&caption)))),
+            )?;
+            done.complain(&images)?;
         }
         Command::Ask { model, image, question } => {
             say.line(paragraphs(&model.open(Some(Skill::Answer))?.ask(&Image::open(&image)?, &question)?));
@@ -236,8 +244,8 @@ fn run(command: Command) -> Result<()> {
             let sampling = Sampling { temperature, top_k, top_p, seed, guidance };
             sampling.check()?;
             if let Some(path) = file {
-                let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-                prompts.extend(text.lines().filter(|l| !l.trim().is_empty()).map(String::from));
+                let text = read_text(&path)?;
+                prompts.extend(text.lines().filter(|l| !trimmed(l).is_empty()).map(String::from));
                 if prompts.is_empty() {
                     return Err(Error::data(&path, "holds no prompt; write one a line"));
                 }
@@ -260,4 +268,55 @@ fn run(command: Command) -> Result<()> {
         }
     }
     say.finish()
+}
+
+/// What became of the pictures of a command line.
+struct Done {
+    pictures: usize,
+    skipped: Skipped,
+}
+
+impl Done {
+    /// Fails if some could not be used.
+    fn complain(self, given: &[PathBuf]) -> Result<()> {
+        match (self.skipped.count, given.first()) {
+            (0, _) | (_, None) => Ok(()),
+            (n, Some(first)) => {
+                let what =
+                    format!("{n} of {} pictures cannot be used: {}", self.pictures, self.skipped.names());
+                Err(Error::data(first, what))
+            }
+        }
+    }
+}
+
+/// Decodes the pictures of files and folders one after another, shows each to the model and gives the outcome to `put`,
+/// which says whether to go on. Pictures that cannot be used are left out.
+fn one_by_one<T>(
+    given: &[PathBuf],
+    model: impl Fn(&Image) -> Result<T>,
+    mut put: impl FnMut(usize, &Path, T) -> Result<bool>,
+) -> Result<Done> {
+    let paths = pictures(given)?;
+    let mut done = Done { pictures: paths.len(), skipped: Skipped::default() };
+    let style = ProgressStyle::with_template("{bar:32} {pos:>5}/{len} {elapsed} (left {eta})");
+    let bar = ProgressBar::new(paths.len() as u64)
+        .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    for (i, path) in paths.iter().enumerate() {
+        match Image::open(path).and_then(|image| model(&image)) {
+            Ok(outcome) => {
+                if !bar.suspend(|| put(i, path, outcome))? {
+                    break;
+                }
+            }
+            // Of the picture, not of the model.
+            Err(e @ (Error::Data { .. } | Error::Io { .. } | Error::Argument { arg: "image", .. })) => {
+                done.skipped.add(path, e.reason(path));
+            }
+            Err(e) => return Err(e),
+        }
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(done)
 }

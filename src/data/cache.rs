@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
+use serde::Serialize;
 
 use super::draw::Drawing;
 use super::folder::Sample;
@@ -13,8 +15,10 @@ use super::rng::Philox;
 use crate::error::{Error, Result};
 
 /// How many pictures are decoded before the memory in use is looked at again.
-const CHUNK: usize = 1024;
+const CHUNK: usize = 256;
 const NAMED: usize = 5;
+/// How often loading says how far it is.
+const TOLD: Duration = Duration::from_secs(5);
 
 /// How pictures are brought to training size.
 #[derive(Debug, Clone, PartialEq)]
@@ -27,22 +31,45 @@ pub struct LoadOptions {
     pub flip: bool,
     /// Most bytes of pictures kept in memory; the rest is decoded again at each use.
     pub memory: u64,
+    /// Most pictures: the first ones that can be used.
+    pub most: usize,
 }
 
 impl LoadOptions {
-    /// Central squares of `size`, not mirrored, up to 4 GiB in memory.
+    /// Central squares of `size`, not mirrored, all of them, up to 4 GiB in memory.
     pub fn new(size: usize) -> Self {
-        LoadOptions { size, crop: Crop::Centre, flip: false, memory: 4 << 30 }
+        LoadOptions { size, crop: Crop::Centre, flip: false, memory: 4 << 30, most: usize::MAX }
     }
 }
 
-/// Pictures that could not be used.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// What could not be used.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Skipped {
     /// How many.
     pub count: usize,
     /// The first five in the order of the data set, each with the reason.
     pub first: Vec<(PathBuf, String)>,
+}
+
+impl Skipped {
+    /// Counts one more.
+    pub fn add(&mut self, path: &Path, why: impl Into<String>) {
+        self.count += 1;
+        if self.first.len() < NAMED {
+            self.first.push((path.into(), why.into()));
+        }
+    }
+
+    /// The first ones with their reasons, and how many more there are.
+    pub fn names(&self) -> String {
+        let mut all: Vec<String> =
+            self.first.iter().map(|(path, why)| format!("{}: {why}", path.display())).collect();
+        let more = self.count - self.first.len();
+        if more > 0 {
+            all.push(format!("and {more} more"));
+        }
+        all.join("; ")
+    }
 }
 
 /// What [`ImageSet::get`] gives.
@@ -63,6 +90,7 @@ pub struct ImageSet {
     root: PathBuf,
     options: LoadOptions,
     entries: Vec<Entry>,
+    /// Samples that were looked at.
     total: usize,
     bytes: u64,
     bad: Mutex<BTreeMap<usize, (PathBuf, String)>>,
@@ -93,15 +121,20 @@ impl ImageSet {
     /// up; those after that are decoded when they are asked for. Unusable ones are skipped and counted;
     /// it is an error, about `root`, if they are more than half.
     pub fn load(root: &Path, samples: &[Sample], options: LoadOptions) -> Result<Self> {
-        let total = samples.len();
-        let mut entries = Vec::with_capacity(total);
+        let mut entries = Vec::new();
         let mut bad = BTreeMap::new();
         let (mut bytes, mut full) = (0, options.memory == 0);
         if options.size == 0 {
             return Err(Error::arg("ImageSet::load", "size", options.size, "at least 1"));
         }
-        for start in (0..total).step_by(CHUNK) {
-            let chunk = start..(start + CHUNK).min(total);
+        let (mut total, mut told) = (0, Instant::now());
+        while total < samples.len() && entries.len() < options.most {
+            // What is on disk costs nothing, and nobody knows yet how much of it can be used.
+            let chunk = match full {
+                true => total..samples.len(),
+                false => total..samples.len().min(total + CHUNK.min(options.most - entries.len())),
+            };
+            total = chunk.end;
             if full {
                 entries.extend(
                     chunk.map(|sample| Entry {
@@ -130,9 +163,13 @@ impl ImageSet {
                         entries.push(Entry { sample, picture });
                     }
                     Err(e) => {
-                        bad.insert(sample, (path.clone(), reason(path, &e)));
+                        bad.insert(sample, (path.clone(), e.reason(path)));
                     }
                 }
+            }
+            if told.elapsed() > TOLD {
+                told = Instant::now();
+                tracing::info!("{}: {total} of {} pictures are loaded", root.display(), samples.len());
             }
         }
         let root = root.to_path_buf();
@@ -205,6 +242,24 @@ impl ImageSet {
 
     /// As [`ImageSet::get`] the first picture of `indices` that can be used.
     pub fn first(&self, indices: impl IntoIterator<Item = usize>, rng: &mut Philox) -> Result<Drawn> {
+        self.find(&mut indices.into_iter(), rng)?.ok_or_else(|| {
+            let what = "none of the pictures asked for can be used; put them back or correct the folder";
+            Error::data(&self.root, what)
+        })
+    }
+
+    /// The first `n` pictures that can be used, or as many as there are, each once.
+    pub fn take(&self, n: usize, rng: &mut Philox) -> Result<Vec<Drawn>> {
+        let (mut left, mut all) = (0..self.len(), Vec::new());
+        while all.len() < n {
+            let Some(drawn) = self.find(&mut left, rng)? else { break };
+            all.push(drawn);
+        }
+        Ok(all)
+    }
+
+    /// The first picture of `indices` that can be used, if there is one.
+    fn find(&self, indices: &mut dyn Iterator<Item = usize>, rng: &mut Philox) -> Result<Option<Drawn>> {
         let LoadOptions { size, crop, flip, .. } = self.options;
         for index in indices {
             let Some(entry) = self.entries.get(index) else {
@@ -221,14 +276,14 @@ impl ImageSet {
                     }
                 },
             };
-            return Ok(Drawn { sample: entry.sample, image: cut(&image, size, crop, flip, rng) });
+            let image = cut(&image, size, crop, flip, rng);
+            return Ok(Some(Drawn { sample: entry.sample, image }));
         }
-        let what = "none of the pictures asked for can be used; put them back or correct the folder";
-        Err(Error::data(&self.root, what))
+        Ok(None)
     }
 
     fn skip(&self, sample: usize, path: &Path, e: &Error) -> Result<()> {
-        let why = (path.to_path_buf(), reason(path, e));
+        let why = (path.to_path_buf(), e.reason(path));
         self.bad.lock().unwrap_or_else(PoisonError::into_inner).insert(sample, why);
         self.check()
     }
@@ -238,22 +293,14 @@ impl ImageSet {
         if 2 * skipped.count <= self.total {
             return Ok(());
         }
-        let first: Vec<String> =
-            skipped.first.iter().map(|(path, why)| format!("{}: {why}", path.display())).collect();
         let what = format!(
-            "{} of {} pictures cannot be used, more than half; replace or remove them, the first are {}",
+            "{} of {} pictures cannot be used, more than half; replace or remove them: {}",
             skipped.count,
             self.total,
-            first.join("; ")
+            skipped.names()
         );
         Err(Error::data(&self.root, what))
     }
-}
-
-/// The error's text without the path, which stands beside it.
-fn reason(path: &Path, e: &Error) -> String {
-    let text = e.to_string();
-    text.strip_prefix(&format!("{}: ", path.display())).unwrap_or(&text).into()
 }
 
 impl Picture {
@@ -268,7 +315,11 @@ impl Picture {
 
 impl Small {
     fn open(path: &Path, size: usize, crop: Crop) -> Result<Self> {
-        Self::new(Image::open(path)?, size, crop)
+        // Opening a pipe would wait for whoever writes into it.
+        match std::fs::metadata(path).map_err(Error::io(path))?.file_type() {
+            kind if kind.is_file() || kind.is_dir() => Self::new(Image::open(path)?, size, crop),
+            _ => Err(Error::data(path, "this is a device or a pipe, not a picture")),
+        }
     }
 
     fn new(mut image: Image, size: usize, crop: Crop) -> Result<Self> {
@@ -384,6 +435,61 @@ mod tests {
             (0..14).map(|i| disk.get(i, &mut Philox::new(0, 0)).unwrap().sample).collect();
         assert_eq!(drawn, [1, 1, 4, 4, 4, 6, 6, 8, 8, 9, 10, 11, 12, 1]);
         assert_eq!(disk.skipped(), kept.skipped());
+    }
+
+    #[test]
+    fn the_first_usable_pictures_are_taken_and_no_more_are_looked_at() {
+        let dir = Scratch::new("cache-most");
+        let folder = folder(&dir, 12, &[0, 2, 3, 9]);
+        let taken = |set: &ImageSet, n| -> Vec<usize> {
+            set.take(n, &mut Philox::new(0, 0)).unwrap().iter().map(|d| d.sample).collect()
+        };
+        for memory in [u64::MAX, 0] {
+            let all = load(&folder, options(Crop::Centre, memory)).unwrap();
+            assert_eq!(taken(&all, 4), [1, 4, 5, 6]);
+            assert_eq!(taken(&all, 99), [1, 4, 5, 6, 7, 8, 10, 11]);
+            assert_eq!(all.skipped().count, 4);
+        }
+        let few = load(&folder, LoadOptions { most: 4, ..options(Crop::Centre, u64::MAX) }).unwrap();
+        assert_eq!((few.len(), few.skipped().count, taken(&few, 9)), (4, 3, vec![1, 4, 5, 6]));
+        let none = load(&folder, LoadOptions { most: 0, ..options(Crop::Centre, u64::MAX) }).unwrap();
+        assert!(none.is_empty() && none.skipped().count == 0);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn whatever_stands_where_a_picture_should_is_skipped() {
+        let dir = Scratch::new("cache-odd");
+        save_png(dir.path("a.png"), &Image::filled(8, 8, 0.0)).unwrap();
+        std::fs::copy(dir.path("a.png"), dir.path("b.png")).unwrap();
+        std::fs::copy(dir.path("a.png"), dir.path("c.jfif")).unwrap();
+        std::fs::copy(dir.path("a.png"), dir.path("d.bmp")).unwrap();
+        std::os::unix::fs::symlink("nowhere.png", dir.path("dangling.png")).unwrap();
+        std::os::unix::fs::symlink("itself.png", dir.path("itself.png")).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", dir.path("zero.png")).unwrap();
+        dir.write("empty.png", b"");
+        let folder = Folder::open(dir.root()).unwrap();
+        let set = load(&folder, LoadOptions::new(8)).unwrap();
+        assert_eq!((folder.samples.len(), set.len(), set.skipped().count), (8, 4, 4));
+        let names = set.skipped().names();
+        for want in
+            ["dangling.png: No such file", "itself.png: ", "zero.png: this is a device", "empty.png: "]
+        {
+            assert!(names.contains(want), "{names}");
+        }
+        let line = |name: &str| serde_json::json!({ "file_name": name }).to_string();
+        let long = "x".repeat(5000);
+        let lines = ["a.png", "missing.png", &long, "b.png", "c.jfif", "a.png", "sub", "d.bmp"].map(line);
+        dir.write("sub/metadata.jsonl", b"");
+        dir.write("metadata.jsonl", lines.join("\n").as_bytes());
+        let folder = Folder::open(dir.root()).unwrap();
+        let set = load(&folder, LoadOptions::new(8)).unwrap();
+        assert_eq!((folder.samples.len(), set.len(), set.skipped().count), (8, 5, 3));
+        let names = set.skipped().names();
+        assert!(
+            names.contains("missing.png: No such file") && names.contains("sub: this is a folder"),
+            "{names}"
+        );
     }
 
     #[test]

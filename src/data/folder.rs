@@ -1,16 +1,28 @@
 //! Folder data sets: pictures in a folder, with captions and questions where there are any.
 
+use std::collections::HashMap;
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
+use unicode_normalization::UnicodeNormalization;
 
+use super::cache::Skipped;
+use super::plain::{read_text, trimmed};
 use crate::error::{Error, Result};
 
-const METADATA: &str = "metadata.jsonl";
-const EXTENSIONS: [&str; 4] = ["png", "jpg", "jpeg", "webp"];
+/// What says which pictures a folder holds, the first that there is.
+const METADATA: [&str; 2] = ["metadata.jsonl", "metadata.csv"];
+/// Names of pictures. Some are of formats that are not read: they are told like other broken pictures.
+const EXTENSIONS: [&str; 22] = [
+    "png", "apng", "jpg", "jpeg", "jpe", "jfif", "jif", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif",
+    "heic", "heif", "jxl", "jp2", "tga", "ppm", "pgm", "pnm",
+];
 /// Folders inside folders beyond this depth are taken for a loop of links.
 const MAX_DEPTH: usize = 32;
+const WANTED: &str = "wanted {\"file_name\": \"...\", \"text\": \"...\", \"prompt\": \"...\", \"qa\": [[\"question\", \
+                      \"answer\"]]} with all but file_name optional";
 
 /// One picture and what is said about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,18 +53,24 @@ impl Sample {
 /// ```
 ///
 /// `text`, `prompt` and `qa` may be absent, `file_name` is relative to the metadata's folder and stays inside it,
-/// other keys are ignored. A folder without one holds every PNG, JPEG and WebP file in it, sorted by
-/// name; a `.txt` file of the same stem is the picture's caption. Folders inside are read likewise, by
-/// their own metadata if they have one; names that begin with a dot are passed over.
+/// other keys are ignored. A `metadata.csv` with the columns `file_name`, `text` and `prompt` does the same. A folder
+/// without either holds every file in it that is named like a picture, sorted by name; a `.txt` file of the same stem
+/// is the picture's caption. Folders inside are read likewise, by their own metadata if they have one; names that
+/// begin with a dot are passed over.
+///
+/// Whether a picture is there and can be used is not looked at: [`super::ImageSet::load`] does. A name is found in
+/// whichever way its accents are composed, and with backslashes for slashes.
 #[derive(Debug, Clone)]
 pub struct Folder {
     /// The folder.
     pub root: PathBuf,
     /// Its samples, in an order that depends on names and metadata alone.
     pub samples: Vec<Sample>,
+    /// Files and lines that are no part of it, with the reasons.
+    pub ignored: Skipped,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 struct Line {
     file_name: String,
     text: Option<String>,
@@ -75,14 +93,23 @@ impl Folder {
             }
             Err(e) => return Err(Error::io(&root)(e)),
         }
-        let mut samples = Vec::new();
-        read_folder(&root, 0, &mut samples)?;
-        if samples.is_empty() {
-            let what =
-                format!("no pictures found; put PNG, JPEG or WebP files or a {METADATA} into this folder");
+        let mut found = Found::default();
+        found.folder(&root, 0)?;
+        if let Some(first) = found.unreadable.first() {
+            let what = match found.unreadable.len() - 1 {
+                0 => first.1.clone(),
+                more => format!("{} (and {more} more captions like it)", first.1),
+            };
+            return Err(Error::data(&first.0, what));
+        }
+        if found.samples.is_empty() {
+            let what = format!(
+                "no pictures found; put PNG, JPEG or WebP files or a {} into this folder",
+                METADATA[0]
+            );
             return Err(Error::data(&root, what));
         }
-        Ok(Folder { root, samples })
+        Ok(Folder { root, samples: found.samples, ignored: found.ignored })
     }
 }
 
@@ -98,97 +125,261 @@ pub fn pictures(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     Ok(all)
 }
 
-fn read_folder(folder: &Path, depth: usize, samples: &mut Vec<Sample>) -> Result<()> {
-    if depth > MAX_DEPTH {
-        let what = format!("folders are nested more than {MAX_DEPTH} deep; is this a loop of links?");
-        return Err(Error::data(folder, what));
-    }
-    let metadata = folder.join(METADATA);
-    if metadata.is_file() {
-        return read_metadata(folder, &metadata, samples);
-    }
-    let mut paths = Vec::new();
-    for entry in fs::read_dir(folder).map_err(Error::io(folder))? {
-        let entry = entry.map_err(Error::io(folder))?;
-        if !entry.file_name().as_encoded_bytes().starts_with(b".") {
-            paths.push(entry.path());
+/// What a folder holds, as far as it has been read.
+#[derive(Default)]
+struct Found {
+    samples: Vec<Sample>,
+    ignored: Skipped,
+    /// Captions that are no text.
+    unreadable: Vec<(PathBuf, String)>,
+}
+
+impl Found {
+    fn folder(&mut self, folder: &Path, depth: usize) -> Result<()> {
+        if depth > MAX_DEPTH {
+            let what = format!("folders are nested more than {MAX_DEPTH} deep; is this a loop of links?");
+            return Err(Error::data(folder, what));
+        }
+        let metadata = METADATA.map(|name| folder.join(name)).into_iter().filter(|p| p.is_file());
+        match metadata.collect::<Vec<_>>().as_slice() {
+            [] => self.plain(folder, depth),
+            [path, rest @ ..] => {
+                for other in rest {
+                    self.ignored.add(other, format!("{} is read in its place", path.display()));
+                }
+                match path.ends_with(METADATA[0]) {
+                    true => self.jsonl(folder, path),
+                    false => self.csv(folder, path),
+                }
+            }
         }
     }
-    paths.sort();
-    for path in paths {
-        if path.is_dir() {
-            read_folder(&path, depth + 1, samples)?;
-        } else if is_picture(&path) && path.is_file() {
-            let caption = read_caption(&path.with_extension("txt"))?;
-            samples.push(Sample { image: path, caption, prompt: None, qa: Vec::new() });
+
+    /// A folder without metadata.
+    fn plain(&mut self, folder: &Path, depth: usize) -> Result<()> {
+        let mut paths = Vec::new();
+        for entry in fs::read_dir(folder).map_err(Error::io(folder))? {
+            let entry = entry.map_err(Error::io(folder))?;
+            if !entry.file_name().as_encoded_bytes().starts_with(b".") {
+                paths.push(entry.path());
+            }
+        }
+        paths.sort();
+        let mut captions = Vec::new();
+        let first = self.samples.len();
+        for path in paths {
+            if path.is_dir() {
+                self.folder(&path, depth + 1)?;
+            } else if has_extension(&path, &EXTENSIONS) {
+                let at = path.with_extension("txt");
+                let caption = if at.is_file() { self.caption(&at) } else { None };
+                self.samples.push(Sample { image: path, caption, prompt: None, qa: Vec::new() });
+            } else if has_extension(&path, &["txt"]) {
+                captions.push(path);
+            } else {
+                self.ignored.add(&path, "it is not named like a picture");
+            }
+        }
+        let mut stems: Vec<PathBuf> =
+            self.samples[first..].iter().map(|s| s.image.with_extension("txt")).collect();
+        stems.sort();
+        for path in captions.iter().filter(|p| stems.binary_search(p).is_err()) {
+            self.ignored.add(path, "there is no picture of this name");
+        }
+        Ok(())
+    }
+
+    fn caption(&mut self, path: &Path) -> Option<String> {
+        match read_text(path) {
+            Ok(text) => said(Some(text)),
+            Err(e) => {
+                self.unreadable.push((path.into(), e.reason(path)));
+                None
+            }
         }
     }
-    Ok(())
-}
 
-fn is_picture(path: &Path) -> bool {
-    path.extension().is_some_and(|e| EXTENSIONS.iter().any(|known| e.eq_ignore_ascii_case(known)))
-}
-
-fn read_caption(path: &Path) -> Result<Option<String>> {
-    if !path.is_file() {
-        return Ok(None);
-    }
-    let bytes = fs::read(path).map_err(Error::io(path))?;
-    let text = String::from_utf8(bytes)
-        .map_err(|_| Error::data(path, "this caption is not UTF-8; convert it or remove it"))?;
-    Ok(said(Some(text)))
-}
-
-/// A caption without the blanks around it, if anything is left.
-fn said(text: Option<String>) -> Option<String> {
-    text.map(|t| t.trim().to_string()).filter(|t| !t.is_empty())
-}
-
-fn read_metadata(folder: &Path, path: &Path, samples: &mut Vec<Sample>) -> Result<()> {
-    let bytes = fs::read(path).map_err(Error::io(path))?;
-    for (number, line) in bytes.split(|&b| b == b'\n').enumerate() {
-        if line.trim_ascii().is_empty() {
-            continue;
+    fn jsonl(&mut self, folder: &Path, path: &Path) -> Result<()> {
+        let mut names = Names::default();
+        for (i, text) in read_text(path)?.split('\n').enumerate() {
+            let text = trimmed(text);
+            if text.is_empty() {
+                continue;
+            }
+            let line = parse(text).map_err(|e| {
+                // serde counts lines inside the one line that it was given.
+                let reason = e.to_string();
+                let reason = reason.split(" at line ").next().unwrap_or_default();
+                let what = format!("line {}: {reason} (column {}); {WANTED}", i + 1, e.column());
+                Error::data(path, what)
+            })?;
+            self.line(folder, path, i + 1, line, &mut names)?;
         }
-        let wrong = |what: String| Error::data(path, format!("line {}: {what}", number + 1));
-        let line: Line = serde_json::from_slice(line).map_err(|e| {
-            // serde counts lines inside the one line that it was given.
-            let reason = e.to_string();
-            let reason = reason.split(" at line ").next().unwrap_or_default();
-            wrong(format!(
-                "{reason} (column {}); wanted {{\"file_name\": \"...\", \"text\": \"...\", \"prompt\": \"...\", \
-                 \"qa\": [[\"question\", \"answer\"]]}} with all but file_name optional",
-                e.column()
-            ))
-        })?;
-        let name = Path::new(&line.file_name);
-        let inside = name.components().all(|c| matches!(c, Component::Normal(_) | Component::CurDir));
-        if !inside || line.file_name.is_empty() {
+        Ok(())
+    }
+
+    fn csv(&mut self, folder: &Path, path: &Path) -> Result<()> {
+        let text = read_text(path)?;
+        let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::Headers).from_reader(text.as_bytes());
+        let wrong = |e: csv::Error| {
+            let line = e.position().map_or(1, csv::Position::line);
+            let what = match e.kind() {
+                csv::ErrorKind::UnequalLengths { expected_len, len, .. } => {
+                    format!("{len} values, wanted {expected_len} as in the first line; quote commas")
+                }
+                _ => e.to_string(),
+            };
+            Error::data(path, format!("line {line}: {what}"))
+        };
+        let header = reader.headers().map_err(wrong)?.clone();
+        let column = |name: &str| header.iter().position(|h| h == name);
+        let (caption, prompt) = (column("text"), column("prompt"));
+        let Some(name) = column("file_name") else {
+            let got: Vec<&str> = header.iter().collect();
+            let what =
+                format!("line 1: the columns are {got:?}, wanted file_name, and text and prompt if any");
+            return Err(Error::data(path, what));
+        };
+        let mut names = Names::default();
+        for record in reader.records() {
+            let record = record.map_err(wrong)?;
+            let value = |i: Option<usize>| i.and_then(|i| record.get(i)).map(String::from);
+            let line = Line {
+                file_name: value(Some(name)).unwrap_or_default(),
+                text: value(caption),
+                prompt: value(prompt),
+                qa: None,
+            };
+            let number = record.position().map_or(0, csv::Position::line) as usize;
+            self.line(folder, path, number, line, &mut names)?;
+        }
+        Ok(())
+    }
+
+    /// A line of metadata.
+    fn line(
+        &mut self,
+        folder: &Path,
+        path: &Path,
+        number: usize,
+        line: Line,
+        names: &mut Names,
+    ) -> Result<()> {
+        if !is_inside(&line.file_name) {
             let got = &line.file_name;
-            return Err(wrong(format!(
-                "file_name {got:?} is not a path inside this folder; move the picture there"
-            )));
+            let what = format!("file_name {got:?} is not a path inside this folder; move the picture there");
+            return Err(Error::data(path, format!("line {number}: {what}")));
         }
-        let image = folder.join(name);
-        if !image.is_file() {
-            let got = &line.file_name;
-            return Err(wrong(format!("there is no file {got:?} in this folder; add it or remove the line")));
+        let mut qa = line.qa.unwrap_or_default();
+        let asked = qa.len();
+        qa.iter_mut().for_each(|(q, a)| (*q, *a) = (trimmed(q).into(), trimmed(a).into()));
+        qa.retain(|(q, a)| !q.is_empty() && !a.is_empty());
+        if qa.len() < asked {
+            self.ignored.add(path, format!("line {number}: a question or its answer is empty"));
         }
-        samples.push(Sample {
-            image,
+        self.samples.push(Sample {
+            image: names.find(folder, &line.file_name),
             caption: said(line.text),
             prompt: said(line.prompt),
-            qa: line.qa.unwrap_or_default(),
+            qa,
         });
+        Ok(())
     }
-    Ok(())
+}
+
+fn has_extension(path: &Path, known: &[&str]) -> bool {
+    path.extension().is_some_and(|e| known.iter().any(|known| e.eq_ignore_ascii_case(known)))
+}
+
+/// A text without the blanks around it, if anything is left.
+fn said(text: Option<String>) -> Option<String> {
+    text.map(|t| trimmed(&t).to_string()).filter(|t| !t.is_empty())
+}
+
+fn is_inside(name: &str) -> bool {
+    let inside = |c| matches!(c, Component::Normal(_) | Component::CurDir);
+    !name.is_empty() && !name.contains('\0') && Path::new(name).components().all(inside)
+}
+
+/// A line of JSON, also as Python writes numbers that are none.
+fn parse(text: &str) -> serde_json::Result<Line> {
+    serde_json::from_str(text).or_else(|e| match without_nan(text) {
+        Some(text) => serde_json::from_str(&text),
+        None => Err(e),
+    })
+}
+
+/// The text with `null` for NaN and the infinities outside strings, if there are any.
+fn without_nan(text: &str) -> Option<String> {
+    let (mut out, mut rest, mut quoted, mut found) = (String::new(), text, false, false);
+    while let Some(c) = rest.chars().next() {
+        let name = ["NaN", "Infinity", "-Infinity"].into_iter().find(|n| !quoted && rest.starts_with(n));
+        let taken = match (name, c) {
+            (Some(name), _) => name.len(),
+            // What follows is part of the string, a quote too.
+            (None, '\\') => 1 + rest[1..].chars().next().map_or(0, char::len_utf8),
+            (None, c) => c.len_utf8(),
+        };
+        quoted ^= c == '"';
+        found |= name.is_some();
+        out += if name.is_some() { "null" } else { &rest[..taken] };
+        rest = &rest[taken..];
+    }
+    found.then_some(out)
+}
+
+/// Finds files by names that may be written otherwise than in their folder.
+#[derive(Default)]
+struct Names {
+    /// Of folders in which a name was missed: their names, accents composed.
+    listed: HashMap<PathBuf, HashMap<String, OsString>>,
+}
+
+impl Names {
+    /// The file that `name` means in `folder`; if there is none, where it should be.
+    fn find(&mut self, folder: &Path, name: &str) -> PathBuf {
+        let direct = folder.join(name);
+        if is_there(&direct) {
+            return direct;
+        }
+        let slashed = name.replace('\\', "/");
+        let name = if is_inside(&slashed) { &slashed } else { name };
+        let mut at = folder.to_path_buf();
+        for part in Path::new(name).components() {
+            let next = at.join(part);
+            at = match (is_there(&next), part.as_os_str().to_str()) {
+                (false, Some(part)) => match self.composed(&at, part) {
+                    Some(known) => at.join(known),
+                    None => return folder.join(name),
+                },
+                _ => next,
+            };
+        }
+        at
+    }
+
+    /// The name in `folder` that reads like `part`.
+    fn composed(&mut self, folder: &Path, part: &str) -> Option<&OsString> {
+        if !self.listed.contains_key(folder) {
+            let entries = fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.file_name());
+            let names = entries.filter_map(|n| Some((n.to_str()?.nfc().collect(), n))).collect();
+            self.listed.insert(folder.into(), names);
+        }
+        self.listed.get(folder)?.get(&part.nfc().collect::<String>())
+    }
+}
+
+/// True if there is a file, a folder or a link, even one that leads nowhere.
+fn is_there(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::data::scratch::Scratch;
+
+    const JSONL: &str = METADATA[0];
 
     fn error(dir: &Scratch) -> String {
         Folder::open(dir.root()).unwrap_err().to_string()
@@ -201,7 +392,7 @@ mod tests {
             dir.write(name, b"");
         }
         dir.write(
-            METADATA,
+            JSONL,
             concat!(
                 "{\"file_name\": \"images/b.png\", \"text\": \" a béé \", \"qa\": [[\"q?\", \"a\"], [\"r?\", \"b\"]]}\r\n",
                 "\n",
@@ -263,25 +454,168 @@ mod tests {
             ("{\"file_name\": \"../a.png\"}", "line 2: file_name \"../a.png\" is not a path inside"),
             ("{\"file_name\": \"/etc/hosts\"}", "line 2: file_name \"/etc/hosts\" is not a path inside"),
             ("{\"file_name\": \"\"}", "line 2: file_name \"\" is not a path inside"),
-            ("{\"file_name\": \"b.png\"}", "line 2: there is no file \"b.png\" in this folder; add it or"),
         ] {
-            dir.write(METADATA, format!("{good}{line}\n").as_bytes());
+            dir.write(JSONL, format!("{good}{line}\n").as_bytes());
             let e = error(&dir);
             assert!(e.contains("metadata.jsonl: ") && e.contains(want), "{e}\nwanted {want}");
             assert!(!e.contains("at line 1"), "{e}");
         }
-        dir.write(METADATA, b"\xff\xfe\n");
-        assert!(error(&dir).contains("metadata.jsonl: line 1: "));
-        dir.write(METADATA, b"\n");
+        dir.write(JSONL, b"{\"file_name\": \"a.png\"}\n\xff\xfe\n");
+        assert!(error(&dir).contains("metadata.jsonl: line 2: this is not UTF-8 text"));
+        dir.write(JSONL, b"\n");
         assert!(error(&dir).contains("no pictures found"));
     }
 
     #[test]
-    fn a_caption_that_is_not_utf8_is_named() {
+    fn captions_that_are_no_text_are_named_and_counted() {
         let dir = Scratch::new("latin");
-        dir.write("a.png", b"");
-        dir.write("a.txt", b"gr\xfc\xdfe");
-        assert!(error(&dir).contains("a.txt: this caption is not UTF-8"));
+        for name in ["a", "b", "c"] {
+            dir.write(&format!("{name}.png"), b"");
+            dir.write(&format!("{name}.txt"), b"a\ngr\xfc\xdfe");
+        }
+        let e = error(&dir);
+        assert!(e.contains("a.txt: line 2: this is not UTF-8 text; save"), "{e}");
+        assert!(e.ends_with("(and 2 more captions like it)"), "{e}");
+        dir.write("b.txt", b"b");
+        dir.write("c.txt", b"c");
+        assert!(error(&dir).ends_with("save the file as UTF-8"));
+    }
+
+    #[test]
+    fn byte_order_marks_are_no_text() {
+        let dir = Scratch::new("marks");
+        dir.write("plain/a.png", b"");
+        dir.write("plain/a.txt", b"\xef\xbb\xbf a cat \r\n");
+        dir.write("plain/b.png", b"");
+        let wide: Vec<u8> = "\u{feff}größer".encode_utf16().flat_map(u16::to_le_bytes).collect();
+        dir.write("plain/b.txt", &wide);
+        dir.write("plain/c.png", b"");
+        dir.write("plain/c.txt", b"\xef\xbb\xbf\n");
+        let line = "\u{feff}{\"file_name\": \"a.png\", \"text\": \"\u{feff}a cat\", \"qa\": [[\"\u{feff}q?\", \" a\"]]}\r\n";
+        dir.write("json/metadata.jsonl", format!("{line}{line}").as_bytes());
+        dir.write("csv/metadata.csv", "\u{feff}file_name,text\r\na.png,a cat\r\n".as_bytes());
+        let captions: Vec<Option<String>> =
+            Folder::open(dir.root()).unwrap().samples.into_iter().map(|s| s.caption).collect();
+        let want = ["a cat", "a cat", "a cat", "a cat", "größer", ""];
+        assert_eq!(captions, want.map(|c| Some(c.to_string()).filter(|c| !c.is_empty())));
+        let json = Folder::open(dir.path("json")).unwrap();
+        assert_eq!(json.samples[1].qa, [("q?".into(), "a".into())]);
+    }
+
+    #[test]
+    fn numbers_that_json_has_no_word_for_do_not_matter() {
+        let dir = Scratch::new("nan");
+        let lines = [
+            r#"{"file_name": "a.png", "score": NaN, "text": "NaN \" NaN"}"#,
+            r#"{"score": [-Infinity, Infinity], "file_name": "b.png", "text": NaN}"#,
+            r#"{"file_name": "c.png", "text": "\\", "x": NaN}"#,
+        ];
+        dir.write(JSONL, lines.join("\n").as_bytes());
+        let captions: Vec<Option<String>> =
+            Folder::open(dir.root()).unwrap().samples.into_iter().map(|s| s.caption).collect();
+        assert_eq!(captions, [Some("NaN \" NaN".into()), None, Some("\\".into())]);
+        dir.write(JSONL, br#"{"file_name": NaN, "text": "x"}"#);
+        assert!(error(&dir).contains("line 1: invalid type: null, expected a string"), "{}", error(&dir));
+        dir.write(JSONL, br#"{"file_name": "a.png", "score": nan}"#);
+        assert!(error(&dir).contains("line 1: expected "), "{}", error(&dir));
+    }
+
+    #[test]
+    fn a_table_does_as_well_as_lines() {
+        let dir = Scratch::new("csv");
+        let csv =
+            "prompt, file_name ,text,rating\n,a.png,\"a \"\"big\"\" cat,\nand a dog\",3\n\ndraw b,b.png,,\n";
+        dir.write("metadata.csv", csv.as_bytes());
+        let folder = Folder::open(dir.root()).unwrap();
+        let said = |s: &Sample| (s.image.clone(), s.caption.clone(), s.prompt.clone());
+        let want = [
+            (dir.path("a.png"), Some("a \"big\" cat,\nand a dog".into()), None),
+            (dir.path("b.png"), None, Some("draw b".into())),
+        ];
+        assert_eq!(folder.samples.iter().map(said).collect::<Vec<_>>(), want);
+        for (csv, want) in [
+            (
+                "file_name;text\na.png;x\n",
+                "line 1: the columns are [\"file_name;text\"], wanted file_name, and",
+            ),
+            ("file_name,text\na.png,x\nb.png,x,y\n", "line 3: 3 values, wanted 2 as in the first line"),
+            ("file_name,text\na.png,x\n../b.png,x\n", "line 3: file_name \"../b.png\" is not a path inside"),
+            ("file_name,text\n", "no pictures found"),
+            ("", "line 1: the columns are []"),
+        ] {
+            dir.write("metadata.csv", csv.as_bytes());
+            assert!(error(&dir).contains(want), "{}", error(&dir));
+        }
+        // Lines go before a table.
+        dir.write(JSONL, b"{\"file_name\": \"c.png\"}");
+        let folder = Folder::open(dir.root()).unwrap();
+        assert_eq!((folder.samples.len(), folder.ignored.count), (1, 1));
+        let names = folder.ignored.names();
+        assert!(names.contains("metadata.csv: ") && names.contains("metadata.jsonl is read in its place"));
+    }
+
+    #[test]
+    fn names_are_found_however_they_are_written() {
+        let dir = Scratch::new("names");
+        let (composed, decomposed) = ("caf\u{e9}", "cafe\u{301}");
+        dir.write(&format!("{composed}/one.png"), b"");
+        dir.write(&format!("{decomposed}.png"), b"");
+        dir.write("sub/b.png", b"");
+        dir.write("odd\\name.png", b"");
+        let names = [
+            format!("{decomposed}/one.png"),
+            format!("{composed}.png"),
+            "sub\\b.png".into(),
+            "odd\\name.png".into(),
+            "sub\\missing.png".into(),
+            "missing/a.png".into(),
+            format!("{}.png", "long".repeat(1000)),
+        ];
+        let line = |name: &String| serde_json::json!({ "file_name": name }).to_string();
+        dir.write(JSONL, names.iter().map(line).collect::<Vec<_>>().join("\n").as_bytes());
+        let found: Vec<PathBuf> =
+            Folder::open(dir.root()).unwrap().samples.into_iter().map(|s| s.image).collect();
+        let want = [
+            format!("{composed}/one.png"),
+            format!("{decomposed}.png"),
+            "sub/b.png".into(),
+            "odd\\name.png".into(),
+            "sub/missing.png".into(),
+            "missing/a.png".into(),
+            names[6].clone(),
+        ];
+        assert_eq!(found, want.map(|name| dir.path(&name)));
+        dir.write(JSONL, b"{\"file_name\": \"..\\\\a.png\"}");
+        assert_eq!(Folder::open(dir.root()).unwrap().samples[0].image, dir.path("..\\a.png"));
+    }
+
+    #[test]
+    fn what_is_no_part_of_the_set_is_counted_and_named() {
+        let dir = Scratch::new("ignored");
+        for name in [
+            "a.png",
+            "b.gif",
+            "c.JFIF",
+            "notes.md",
+            "a.txt",
+            "lost.txt",
+            "sub/d.tif",
+            ".hidden",
+            "z.jpg/e.png",
+        ] {
+            dir.write(name, b"");
+        }
+        let folder = Folder::open(dir.root()).unwrap();
+        let images: Vec<PathBuf> = folder.samples.iter().map(|s| s.image.clone()).collect();
+        let want = ["a.png", "b.gif", "c.JFIF", "sub/d.tif", "z.jpg/e.png"].map(|n| dir.path(n));
+        assert_eq!(images, want);
+        let named: Vec<&PathBuf> = folder.ignored.first.iter().map(|(p, _)| p).collect();
+        assert_eq!((folder.ignored.count, named), (2, vec![&dir.path("notes.md"), &dir.path("lost.txt")]));
+        let line = "{\"file_name\": \"a.png\", \"qa\": [[\"q?\", \" \"], [\"r?\", \"b\"], [\"\", \"c\"]]}";
+        dir.write(JSONL, line.as_bytes());
+        let folder = Folder::open(dir.root()).unwrap();
+        assert_eq!(folder.samples[0].qa, [("r?".into(), "b".into())]);
+        assert!(folder.ignored.names().ends_with("line 1: a question or its answer is empty"));
     }
 
     #[cfg(unix)]

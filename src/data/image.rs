@@ -1,20 +1,23 @@
 //! Pictures on the host: decoding, resizing, cropping, saving.
 
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{Cursor, Read};
 use std::path::Path;
 
 use ::image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits};
 use fast_image_resize::images::{Image as Target, ImageRef as Source};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
 
+use super::jpeg;
 use super::rng::Philox;
 use crate::error::{Error, Result};
 
 /// Longest side that is decoded, in pixels.
 const MAX_SIDE: u32 = 16384;
-/// Most bytes that a decoder may hold, its output included: 89 million RGB pixels.
+/// Most bytes that a decoder may hold, its output included: 89 million RGB pixels. No file may be larger.
 const MAX_BYTES: u64 = 256 << 20;
+/// Bytes that tell a format.
+const MAGIC: u64 = 64;
 /// A longer side beyond this many shorter sides is refused: fitted by its shorter side, such a strip
 /// would grow without bound.
 const MAX_ASPECT: usize = 64;
@@ -51,31 +54,31 @@ impl Image {
     /// orientation is applied, transparency is flattened on white, 16-bit values are rounded to 8 bits;
     /// of an animation the first frame is taken.
     ///
-    /// Pictures with a side over 16384 pixels, or that need more than 256 MiB to decode, are refused.
+    /// Pictures with a side over 16384 pixels, or that need more than 256 MiB to decode, are refused, and so are files
+    /// that are cut or have holes, as far as their format lets it be known: a WebP with losses has no checksum.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let file = File::open(path).map_err(Error::io(path))?;
-        let mut reader =
-            ImageReader::new(BufReader::new(file)).with_guessed_format().map_err(Error::io(path))?;
-        match reader.format() {
-            Some(ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP) => {}
-            _ => return Err(Error::data(path, "this is not a PNG, JPEG or WebP picture")),
-        }
+        let bytes = read(path)?;
+        let broken = |why: &dyn std::fmt::Display| {
+            Error::data(path, format!("this picture cannot be decoded ({why})"))
+        };
+        let format = format(&bytes).map_err(|what| Error::data(path, what))?;
+        let mut reader = ImageReader::with_format(Cursor::new(&bytes[..]), format);
         let mut limits = Limits::default();
         limits.max_image_width = Some(MAX_SIDE);
         limits.max_image_height = Some(MAX_SIDE);
         limits.max_alloc = Some(MAX_BYTES);
         reader.limits(limits);
         let decoded = decode(reader).map_err(|e| match e {
-            ImageError::Limits(_) => Error::data(
-                path,
-                format!(
-                    "this picture is too large, sides up to {MAX_SIDE} pixels and {} MiB are decoded",
-                    MAX_BYTES >> 20
-                ),
-            ),
-            e => Error::data(path, format!("this picture cannot be decoded ({e})")),
+            ImageError::Limits(_) => too_large(path),
+            e => broken(&e),
         })?;
+        // The decoders of these two are lenient.
+        match format {
+            ImageFormat::Jpeg => jpeg::check(&bytes).map_err(|why| broken(&why))?,
+            ImageFormat::WebP => whole_riff(&bytes).map_err(|why| broken(&why))?,
+            _ => {}
+        }
         let image = flatten(decoded);
         if image.pixels.is_empty() {
             return Err(Error::data(path, "this picture has no pixels"));
@@ -115,7 +118,54 @@ fn unit(byte: f32) -> f32 {
     byte / 127.5 - 1.0
 }
 
-fn decode(reader: ImageReader<BufReader<File>>) -> std::result::Result<DynamicImage, ImageError> {
+/// The bytes of a picture's file; of a file that is none, its beginning.
+fn read(path: &Path) -> Result<Vec<u8>> {
+    let io = |e| Error::io(path)(e);
+    let file = File::open(path).map_err(io)?;
+    if file.metadata().map_err(io)?.is_dir() {
+        return Err(Error::data(path, "this is a folder, not a picture"));
+    }
+    let mut bytes = Vec::new();
+    (&file).take(MAGIC).read_to_end(&mut bytes).map_err(io)?;
+    if format(&bytes).is_ok() {
+        (&file).take(MAX_BYTES).read_to_end(&mut bytes).map_err(io)?;
+    }
+    match bytes.len() as u64 > MAX_BYTES {
+        true => Err(too_large(path)),
+        false => Ok(bytes),
+    }
+}
+
+/// The format that a file's first bytes tell, if it is one that is read; otherwise what is wrong.
+fn format(bytes: &[u8]) -> std::result::Result<ImageFormat, String> {
+    match ::image::guess_format(bytes) {
+        Ok(format @ (ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP)) => Ok(format),
+        Ok(other) => {
+            let name = other.extensions_str().first().unwrap_or(&"").to_uppercase();
+            Err(format!("this is a {name} picture, not a PNG, JPEG or WebP picture; convert it"))
+        }
+        Err(_) if bytes.is_empty() => Err("this file is empty, not a PNG, JPEG or WebP picture".into()),
+        Err(_) => Err("this is not a PNG, JPEG or WebP picture".into()),
+    }
+}
+
+fn too_large(path: &Path) -> Error {
+    let most = MAX_BYTES >> 20;
+    let what = format!("this picture is too large, sides up to {MAX_SIDE} pixels and {most} MiB are decoded");
+    Error::data(path, what)
+}
+
+/// Fails if a RIFF file, which names its size, is shorter.
+fn whole_riff(bytes: &[u8]) -> std::result::Result<(), String> {
+    let size = bytes.get(4..8).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes);
+    let (got, want) = (bytes.len() as u64, u64::from(size) + 8);
+    match got < want {
+        true => Err(format!("it has {got} bytes of {want}")),
+        false => Ok(()),
+    }
+}
+
+fn decode(reader: ImageReader<Cursor<&[u8]>>) -> std::result::Result<DynamicImage, ImageError> {
     let mut decoder = reader.into_decoder()?;
     // Not every decoder counts its output against its limit.
     let mut output = Limits::default();
@@ -196,9 +246,12 @@ pub(super) fn cut(image: &Image, size: usize, crop: Crop, flip: bool, rng: &mut 
 /// (never up, but for rounding), each side rounded to a multiple of `multiple`.
 pub fn fit_multiple(image: &Image, max_side: usize, multiple: usize) -> Result<Image> {
     image.check("fit_multiple")?;
-    if multiple == 0 || max_side < multiple || max_side > MAX_SIDE as usize {
-        let want = format!("at least 1 and at most max_side = {max_side}, which is at most {MAX_SIDE}");
-        return Err(Error::arg("fit_multiple", "multiple", multiple, want));
+    if !(1..=MAX_SIDE as usize).contains(&multiple) {
+        return Err(Error::arg("fit_multiple", "multiple", multiple, format!("1 to {MAX_SIDE}")));
+    }
+    if !(multiple..=MAX_SIDE as usize).contains(&max_side) {
+        let want = format!("{multiple} to {MAX_SIDE} pixels");
+        return Err(Error::arg("fit_multiple", "max_side", max_side, want));
     }
     let scale = (max_side as f64 / image.height.max(image.width) as f64).min(1.0);
     let rounded = |side: usize| {
@@ -366,6 +419,61 @@ mod tests {
         assert!(text("bomb.png").contains("too large"), "{}", text("bomb.png"));
     }
 
+    #[test]
+    fn cut_and_holed_files_of_every_format_are_refused() {
+        let dir = Scratch::new("cut");
+        save_png(dir.path("a.png"), &ramp(61, 83)).unwrap();
+        let rgb = ramp(61, 83).to_u8();
+        ::image::save_buffer(dir.path("a.webp"), &rgb, 83, 61, ::image::ExtendedColorType::Rgb8).unwrap();
+        let files = [
+            ("baseline.jpg", include_bytes!("../../tests/pictures/baseline.jpg").to_vec(), true),
+            ("progressive.jpg", include_bytes!("../../tests/pictures/progressive.jpg").to_vec(), true),
+            ("restart.jpg", include_bytes!("../../tests/pictures/restart.jpg").to_vec(), true),
+            ("cmyk.jpg", include_bytes!("../../tests/pictures/cmyk.jpg").to_vec(), true),
+            ("a.png", std::fs::read(dir.path("a.png")).unwrap(), true),
+            // Neither kind has a checksum.
+            ("a.webp", std::fs::read(dir.path("a.webp")).unwrap(), false),
+            ("lossy.webp", include_bytes!("../../tests/pictures/lossy.webp").to_vec(), false),
+        ];
+        for (name, whole, checked) in files {
+            dir.write(name, &whole);
+            let image = Image::open(dir.path(name)).unwrap();
+            assert_eq!((image.height, image.width), (61, 83), "{name}");
+            dir.write(name, &[&whole[..], &[0; 100]].concat());
+            assert_eq!(Image::open(dir.path(name)).unwrap(), image, "{name} with bytes after it");
+            for percent in [60, 50, 30, 95] {
+                dir.write(name, &whole[..whole.len() * percent / 100]);
+                let e = Image::open(dir.path(name)).expect_err(name).to_string();
+                assert!(e.contains("cannot be decoded ("), "{name} cut to {percent}%: {e}");
+            }
+            if checked {
+                let mut holed = whole.clone();
+                holed[whole.len() * 6 / 10..whole.len() * 8 / 10].fill(0);
+                dir.write(name, &holed);
+                let e = Image::open(dir.path(name)).expect_err(name).to_string();
+                assert!(e.contains("cannot be decoded ("), "{name} with a hole: {e}");
+            }
+        }
+    }
+
+    #[test]
+    fn other_formats_folders_and_empty_files_are_named() {
+        let dir = Scratch::new("others");
+        dir.write("a.jpg", b"GIF89a...........");
+        dir.write("b.jpg", b"II*\0............");
+        dir.write("c.jpg", b"");
+        dir.write("d.jpg/inside", b"");
+        for (name, want) in [
+            ("a.jpg", "this is a GIF picture, not a PNG, JPEG or WebP picture; convert it"),
+            ("b.jpg", "this is a TIFF picture, not"),
+            ("c.jpg", "this file is empty, not"),
+            ("d.jpg", "this is a folder, not a picture"),
+        ] {
+            let e = Image::open(dir.path(name)).unwrap_err().to_string();
+            assert!(e.contains(&format!("{name}: {want}")), "{e}");
+        }
+    }
+
     fn crc32(bytes: &[u8]) -> u32 {
         !bytes.iter().fold(!0u32, |crc, &b| {
             (0..8).fold(crc ^ u32::from(b), |c, _| if c & 1 == 1 { c >> 1 ^ 0xEDB8_8320 } else { c >> 1 })
@@ -449,8 +557,15 @@ mod tests {
             assert_eq!((image.height, image.width), want);
         }
         assert_eq!(fit_multiple(&ramp(64, 48), 256, 16).unwrap(), ramp(64, 48));
-        assert!(fit_multiple(&ramp(2, 2), 8, 16).is_err());
-        assert!(fit_multiple(&ramp(2, 2), 8, 0).is_err());
+        for (max, multiple, want) in [
+            (8, 16, "`max_side` is 8, wanted 16 to 16384 pixels"),
+            (0, 16, "`max_side` is 0, wanted 16 to 16384 pixels"),
+            (16385, 16, "`max_side` is 16385"),
+            (8, 0, "`multiple` is 0, wanted 1 to 16384"),
+        ] {
+            let e = fit_multiple(&ramp(2, 2), max, multiple).unwrap_err().to_string();
+            assert!(e.contains(want), "{e}");
+        }
     }
 
     #[test]

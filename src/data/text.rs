@@ -8,6 +8,7 @@ use serde::Deserialize;
 use tokenizers::Tokenizer;
 use tokenizers::models::ModelWrapper;
 
+use super::plain::read_text;
 use crate::error::{Error, Result};
 
 /// A special token. User text never encodes to one; they are put in by id.
@@ -170,8 +171,8 @@ struct AddedId {
 
 impl TokenizerFile {
     fn open(path: &Path) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(Error::io(path))?;
-        let mut inner = Tokenizer::from_bytes(&bytes).map_err(|e| {
+        let text = read_text(path)?;
+        let mut inner = Tokenizer::from_bytes(&text).map_err(|e| {
             let what = format!("this is not a tokenizer.json of Hugging Face ({e}); correct data.tokenizer");
             Error::data(path, what)
         })?;
@@ -200,7 +201,7 @@ impl TokenizerFile {
             return Err(Error::data(path, format!("this tokenizer has the id {largest}, wanted below 2^31")));
         }
         // The library numbers added tokens itself, whatever the file says.
-        let file: Ids = serde_json::from_slice(&bytes).map_err(|e| Error::data(path, e))?;
+        let file: Ids = serde_json::from_str(&text).map_err(|e| Error::data(path, e))?;
         if let Some(t) = file.added_tokens.iter().find(|t| inner.token_to_id(&t.content) != Some(t.id)) {
             let got = inner.token_to_id(&t.content).map_or("none".into(), |id| id.to_string());
             let what = format!("gives {} the id {}, where the ids before leave {got}", t.content, t.id);
@@ -390,9 +391,11 @@ mod tests {
         }
         dir.write("tokenizer.json", b"\xff\x00{");
         let path = dir.path("tokenizer.json");
-        assert!(
-            TextTokenizer::open(Some(&path)).unwrap_err().to_string().contains("this is not a tokenizer")
-        );
+        let e = TextTokenizer::open(Some(&path)).unwrap_err().to_string();
+        assert!(e.contains("tokenizer.json: line 1: this is not UTF-8 text"), "{e}");
+        let marked = format!("\u{feff}{}", small());
+        dir.write("tokenizer.json", marked.as_bytes());
+        assert!(TextTokenizer::open(Some(&path)).is_ok());
         let e = TextTokenizer::open(Some(&dir.path("absent.json"))).unwrap_err().to_string();
         assert!(e.contains("absent.json: "), "{e}");
     }

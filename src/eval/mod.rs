@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::autograd::Tape;
 use crate::backend::Role;
 use crate::config::StageKind;
-use crate::data::{Drawn, Image, Philox};
+use crate::data::{Drawn, Image, Philox, Skipped};
 use crate::error::{Error, Result};
 use crate::infer::{Seen, reconstruct};
 use crate::model::{Ett, Part};
@@ -60,17 +60,22 @@ pub struct Codes {
     pub unigram: f64,
 }
 
-/// Results on held-out samples, with the settings they were taken under.
+/// Results on held-out samples, with the settings they were taken under. What could not be measured is left out.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
     /// Where the pictures come from.
     pub data: String,
     /// Pictures looked at.
     pub pictures: usize,
+    /// Pictures on the way to these that could not be used.
+    pub skipped: Skipped,
     /// Side of the pictures.
     pub size: usize,
     /// How they were brought to it, and what was done with reconstructions.
     pub resize: &'static str,
+    /// What made the reconstructions and their codes: the weights, or their averages where a run keeps them, as IBQ's
+    /// recipe has it. All else is said by the weights that were trained together.
+    pub reconstructed_by: &'static str,
     /// Mean squared error of reconstructions, clamped, pixels in [-1, 1].
     pub mse: f64,
     /// The same of the mean of these pictures.
@@ -90,18 +95,23 @@ pub struct Report {
     /// Captions looked at.
     pub captions: usize,
     /// Nats a caption token, the end token included.
-    pub caption_loss: Pair,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub caption_loss: Option<Pair>,
     /// Questions asked.
     pub questions: usize,
     /// Share answered exactly, greedily.
-    pub accuracy: Pair,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accuracy: Option<Pair>,
     /// Of the questions whose answer is yes or no.
-    pub accuracy_yes_no: Pair,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accuracy_yes_no: Option<Pair>,
     /// Of all others.
-    pub accuracy_open: Pair,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accuracy_open: Option<Pair>,
     /// The questions asked most often.
     pub types: Vec<QuestionType>,
-    /// Of a model that draws.
+    /// Of a model that draws, where there are prompts.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub codes: Option<Codes>,
 }
 
@@ -111,20 +121,33 @@ impl Report {
         let mut rows = Vec::new();
         let mut row = |name: &str, value: String| rows.push((name.to_string(), value));
         let pair = |p: &Pair, other: &str| format!("{:.4}   {other}: {:.4}", p.seen, p.other);
-        row("held-out pictures", self.pictures.to_string());
-        row("reconstruction MSE (share of the mean image's)", {
-            format!("{:.5} ({:.3})", self.mse, self.mse / self.mse_mean_image)
-        });
+        row(
+            "held-out pictures",
+            match self.skipped.count {
+                0 => self.pictures.to_string(),
+                n => format!("{} ({n} skipped: {})", self.pictures, self.skipped.names()),
+            },
+        );
+        row("reconstructions by", self.reconstructed_by.into());
+        match self.mse_mean_image > 0.0 {
+            true => row("reconstruction MSE (share of the mean image's)", {
+                format!("{:.5} ({:.3})", self.mse, self.mse / self.mse_mean_image)
+            }),
+            // The pictures are equal.
+            false => row("reconstruction MSE", format!("{:.5}", self.mse)),
+        }
         row("PSNR, SSIM", format!("{:.2} dB, {:.4}", self.psnr, self.ssim));
         row(&self.perceptual_by, format!("{:.4}", self.perceptual));
         row("codes used (perplexity)", format!("{} ({:.1})", self.codes_used, self.code_perplexity));
-        if self.captions > 0 {
-            row("caption loss, nats a token", pair(&self.caption_loss, "another picture"));
-        }
-        if self.questions > 0 {
-            row("answers exactly right", pair(&self.accuracy, "another picture"));
-            row("  yes or no", pair(&self.accuracy_yes_no, "another picture"));
-            row("  all others", pair(&self.accuracy_open, "another picture"));
+        for (name, measured) in [
+            ("caption loss, nats a token", &self.caption_loss),
+            ("answers exactly right", &self.accuracy),
+            ("  yes or no", &self.accuracy_yes_no),
+            ("  all others", &self.accuracy_open),
+        ] {
+            if let Some(p) = measured {
+                row(name, pair(p, "another picture"));
+            }
         }
         for t in &self.types {
             let most =
@@ -147,36 +170,43 @@ pub fn check(test: &DataSet, n: usize) -> Result<()> {
     }
     match test.images.len() {
         n @ 0..2 => {
-            let what =
-                format!("has {n} pictures to evaluate on, wanted at least 2; add some, or evaluate on none");
+            let what = format!(
+                "holds {n} of the 2 pictures that an evaluation needs at least; add some, or name no held-out pictures"
+            );
             Err(Error::data(&test.root, what))
         }
         _ => Ok(()),
     }
 }
 
-/// The first `n` held-out pictures, or all.
+/// The first `n` held-out pictures that can be used, or all.
 pub fn held_out(test: &DataSet, n: usize) -> Result<Vec<Drawn>> {
     check(test, n)?;
-    let n = test.images.len().min(n);
-    let mut rng = Philox::new(0, 0);
-    (0..n).map(|i| test.images.get(i, &mut rng)).collect()
+    let drawn = test.images.take(n, &mut Philox::new(0, 0))?;
+    match drawn.len() {
+        0 | 1 => Err(Error::data(&test.root, "has fewer than two pictures to evaluate on")),
+        _ => Ok(drawn),
+    }
 }
 
 /// Evaluates on held-out pictures, see [`held_out`].
-pub fn evaluate(model: &Ett, test: &DataSet, template: &Template, drawn: &[Drawn]) -> Result<Report> {
-    let pixels = Pixels::new(model, drawn)?;
+pub fn evaluate(model: &mut Ett, test: &DataSet, template: &Template, drawn: &[Drawn]) -> Result<Report> {
+    let reconstructed_by = if has_averages(model) { "averages of the weights" } else { "the weights" };
+    let pixels = with_averages(model, |model| Pixels::new(model, drawn))?;
+    let model = &*model;
     interrupt::check()?;
     let seen = Language::new(model, test, template, drawn, 0)?;
     interrupt::check()?;
     let other = Language::new(model, test, template, drawn, drawn.len() / 2)?;
     interrupt::check()?;
-    let pair = |f: &dyn Fn(&Language) -> f64| Pair { seen: f(&seen), other: f(&other) };
+    let pair = |f: &dyn Fn(&Language) -> Option<f64>| Some(Pair { seen: f(&seen)?, other: f(&other)? });
     let score = |f: fn(&Asked) -> bool| pair(&|l| share(l.asked.iter().filter(|a| f(a))));
     Ok(Report {
         data: test.root.display().to_string(),
         pictures: drawn.len(),
+        skipped: test.images.skipped(),
         size: model.cfg.data.size,
+        reconstructed_by,
         resize: "shorter side by antialiased bicubic, centre crop; reconstructions clamped to [-1, 1]",
         mse: pixels.mse,
         mse_mean_image: mean_image_error(drawn),
@@ -190,7 +220,7 @@ pub fn evaluate(model: &Ett, test: &DataSet, template: &Template, drawn: &[Drawn
         codes_used: pixels.codes_used,
         code_perplexity: pixels.perplexity,
         captions: seen.captions,
-        caption_loss: pair(&|l| l.nats / l.tokens.max(1) as f64),
+        caption_loss: pair(&Language::loss),
         questions: seen.asked.len(),
         accuracy: score(|_| true),
         accuracy_yes_no: score(Asked::yes_no),
@@ -203,9 +233,25 @@ pub fn evaluate(model: &Ett, test: &DataSet, template: &Template, drawn: &[Drawn
     })
 }
 
+fn has_averages(model: &Ett) -> bool {
+    (0..model.params.groups().len()).any(|g| model.params.ema(g).is_some())
+}
+
+/// Calls `f` with the averages of weights in the place of the weights, where they are kept. The weights are back
+/// afterwards, bit for bit.
+pub fn with_averages<T>(model: &mut Ett, f: impl FnOnce(&Ett) -> Result<T>) -> Result<T> {
+    if !has_averages(model) {
+        return f(model);
+    }
+    model.params.swap_averages()?;
+    let result = f(model);
+    model.params.swap_averages()?;
+    result
+}
+
 /// A short evaluation during a stage, of what the stage trains.
 pub fn during(
-    model: &Ett,
+    model: &mut Ett,
     test: &DataSet,
     template: &Template,
     kind: StageKind,
@@ -213,32 +259,34 @@ pub fn during(
     let drawn = held_out(test, DURING)?;
     let mut all = BTreeMap::new();
     if matches!(kind, StageKind::Tokenizer | StageKind::Semantic) {
-        let p = Pixels::new(model, &drawn)?;
+        let p = with_averages(model, |model| Pixels::new(model, &drawn))?;
         all.extend([("mse", p.mse), ("ssim", p.ssim)]);
     }
+    let mut add = |name, value: Option<f64>| all.extend(value.map(|v| (name, v)));
     match kind {
         StageKind::Tokenizer => {}
-        StageKind::Gen => {
-            let (nats, n) = code_nats(model, test, template, &drawn, 0)?;
-            all.insert("code", nats / n.max(1) as f64);
-        }
+        StageKind::Gen => add("code", mean(code_nats(model, test, template, &drawn, 0)?)),
         StageKind::Text => {
             let mut said = Vec::new();
             for d in &drawn {
                 said.extend(test.samples[d.sample].caption.iter().map(|c| template.text_caption(c)));
             }
-            let (nats, n) = Seen::nothing(model)?.nats(&said.into_iter().collect::<Result<Vec<_>>>()?)?;
-            all.insert("cap", nats / n.max(1) as f64);
+            add("cap", mean(Seen::nothing(model)?.nats(&said.into_iter().collect::<Result<Vec<_>>>()?)?));
         }
         StageKind::Align | StageKind::Semantic | StageKind::Chat => {
             let l = Language::new(model, test, template, &drawn, 0)?;
-            all.insert("cap", l.nats / l.tokens.max(1) as f64);
+            add("cap", l.loss());
             if kind == StageKind::Chat {
-                all.insert("answers", share(l.asked.iter()));
+                add("answers", share(l.asked.iter()));
             }
         }
     }
     Ok(all)
+}
+
+/// Of a sum and the number of its terms, if there are any.
+fn mean((sum, n): (f64, usize)) -> Option<f64> {
+    (n > 0).then(|| sum / n as f64)
 }
 
 /// Fails between two batches if the run is to stop. An evaluation during training is a single batch, and ends.
@@ -251,8 +299,10 @@ fn mean_image_error(drawn: &[Drawn]) -> f64 {
     let n = drawn.len() as f64;
     let mut mean = vec![0.0; drawn.first().map_or(0, |d| d.image.pixels.len())];
     for d in drawn {
-        mean.iter_mut().zip(&d.image.pixels).for_each(|(m, &v)| *m += v as f64 / n);
+        mean.iter_mut().zip(&d.image.pixels).for_each(|(m, &v)| *m += v as f64);
     }
+    // Divided last, the mean of equal pictures is exactly each of them.
+    mean.iter_mut().for_each(|m| *m /= n);
     drawn.iter().map(|d| squared_error(&d.image, mean.iter().copied()) / n).sum()
 }
 
@@ -330,12 +380,13 @@ impl Asked {
     }
 }
 
-fn share<'a>(asked: impl Iterator<Item = &'a Asked>) -> f64 {
+/// The share that was answered right, if anything was asked.
+fn share<'a>(asked: impl Iterator<Item = &'a Asked>) -> Option<f64> {
     let (mut n, mut right) = (0usize, 0usize);
     for a in asked {
         (n, right) = (n + 1, right + usize::from(a.right));
     }
-    right as f64 / n.max(1) as f64
+    mean((right as f64, n))
 }
 
 /// Both lists hold the same questions in the same order.
@@ -349,17 +400,17 @@ fn question_types(seen: &[Asked], other: &[Asked]) -> Vec<QuestionType> {
     all.sort_by_key(|(_, places)| std::cmp::Reverse(places.len()));
     all.truncate(TYPES);
     all.into_iter()
-        .map(|(question, places)| {
+        .filter_map(|(question, places)| {
             let mut answers = HashMap::<&str, usize>::new();
             places.iter().for_each(|&i| *answers.entry(&seen[i].answer).or_default() += 1);
             let most = answers.values().copied().max().unwrap_or(0);
             let of = |list: &[Asked]| share(places.iter().filter_map(|&i| list.get(i)));
-            QuestionType {
+            Some(QuestionType {
                 question: question.into(),
                 asked: places.len(),
-                accuracy: Pair { seen: of(seen), other: of(other) },
+                accuracy: Pair { seen: of(seen)?, other: of(other)? },
                 most_frequent: most as f64 / places.len() as f64,
-            }
+            })
         })
         .collect()
 }
@@ -374,6 +425,11 @@ struct Language {
 }
 
 impl Language {
+    /// Nats a caption token.
+    fn loss(&self) -> Option<f64> {
+        mean((self.nats, self.tokens))
+    }
+
     fn new(model: &Ett, test: &DataSet, template: &Template, drawn: &[Drawn], shift: usize) -> Result<Self> {
         let n = drawn.len();
         let mut all = Language::default();
@@ -413,10 +469,10 @@ fn codes(
     counts: &HashMap<i32, usize>,
 ) -> Result<Option<Codes>> {
     let loss = |shift| -> Result<(f64, usize)> { code_nats(model, test, template, drawn, shift) };
-    let ((seen, n), (other, _)) = (loss(0)?, loss(drawn.len() / 2)?);
+    let (seen, other) = (mean(loss(0)?), mean(loss(drawn.len() / 2)?));
     let (_, perplexity) = code_usage(counts.values().copied());
-    let per = |nats: f64| nats / n.max(1) as f64;
-    Ok((n > 0).then(|| Codes { loss: Pair { seen: per(seen), other: per(other) }, unigram: perplexity.ln() }))
+    let loss = seen.zip(other).map(|(seen, other)| Pair { seen, other });
+    Ok(loss.map(|loss| Codes { loss, unigram: perplexity.ln() }))
 }
 
 /// Nats of the codes of pictures, each after the prompt of the sample `shift` samples on, and their number.

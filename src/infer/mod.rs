@@ -4,17 +4,18 @@ mod continued;
 mod draw;
 mod sample;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::autograd::{Tape, Var};
 use crate::backend::{Kernels, Role};
 use crate::config::Source;
-use crate::data::{Crop, Image, Philox, Special, fit, fit_multiple};
+use crate::data::{Crop, Image, Philox, Special, fit, fit_multiple, trimmed};
 use crate::error::{Error, Result};
 use crate::eval::Report;
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Packed, Part};
+use crate::nn::Copy;
 use crate::ops;
 use crate::tensor::Tensor;
 use crate::train::feed::{DataSet, images_to_device};
@@ -36,6 +37,8 @@ pub struct Trained {
     pub model: Ett,
     template: Template,
     history: Option<History>,
+    /// Averages of weights that the run kept and that are not in use.
+    averages: Option<PathBuf>,
 }
 
 impl Trained {
@@ -60,16 +63,33 @@ impl Trained {
         }
         let model = Ett::new(&cfg, dev)?;
         load_weights(&model.params, &weights)?;
+        let averages = folder.join(EMA);
+        let averages = averages.exists().then_some(averages);
         if ema {
-            let path = folder.join(EMA);
-            if !path.exists() {
+            let Some(path) = &averages else {
                 let what = format!("holds no {EMA}; leave --ema out, or train with `ema = true` in a stage");
                 return Err(Error::data(folder, what));
-            }
-            let averages = read_file(&path)?;
-            set_weights(&model.params, &path, &averages, Some(&|name| averages.contains_key(name)))?;
+            };
+            let averages = read_file(path)?;
+            set_weights(&model.params, path, &averages, Some(&|name| averages.contains_key(name)))?;
         }
-        Ok(Trained { model, template, history })
+        let averages = averages.filter(|_| !ema);
+        Ok(Trained { model, template, history, averages })
+    }
+
+    /// Brings the run's averages beside the weights, for an evaluation as training makes it.
+    fn keep_averages(&mut self) -> Result<()> {
+        let Some(path) = self.averages.take() else { return Ok(()) };
+        let averages = read_file(&path)?;
+        let params = &mut self.model.params;
+        let groups: Vec<String> = params
+            .groups()
+            .into_iter()
+            .filter(|g| params.names().any(|(name, of, _)| of == *g && averages.contains_key(name)))
+            .map(String::from)
+            .collect();
+        params.average(&groups.iter().map(String::as_str).collect::<Vec<_>>())?;
+        averages.iter().try_for_each(|(name, t)| params.write_public(name, Copy::Ema, t))
     }
 
     /// What to say if the model is asked for what no stage has taught it; `None` if one has, or if the weights do not
@@ -93,8 +113,9 @@ impl Trained {
                 "held-out pictures in the run's configuration, or --data FOLDER",
             )
         })?;
+        self.keep_averages()?;
         std::fs::create_dir_all(out).map_err(Error::io(out))?;
-        evaluate(&self.model, &test, &self.template, out)
+        evaluate(&mut self.model, &test, &self.template, out)
     }
 
     /// A picture as training saw it: shorter side resized, centre crop.
@@ -109,6 +130,18 @@ impl Trained {
         Ok(text.decode(&said.concat()))
     }
 
+    /// What a user says as training would have it: without blanks and byte order marks around it. Fails if it would be
+    /// cut.
+    fn whole<'a>(&self, what: &'static str, text: &'a str) -> Result<&'a str> {
+        let text = trimmed(text);
+        if self.template.is_cut(text)? {
+            let want = format!("at most {} (data.max_text_tokens)", self.template.max_text_tokens());
+            let got = format!("{} tokens long", self.template.tokenizer().encode(text)?.len());
+            return Err(Error::arg("use", what, got, want));
+        }
+        Ok(text)
+    }
+
     /// Describes a picture.
     pub fn caption(&self, image: &Image) -> Result<String> {
         self.say(image, &self.template.picture(0), Special::EndOfText)
@@ -116,6 +149,7 @@ impl Trained {
 
     /// Answers a question about a picture.
     pub fn ask(&self, image: &Image, question: &str) -> Result<String> {
+        let question = self.whole("question", question)?;
         self.say(image, &self.template.question(Some(0), question)?, Special::ImEnd)
     }
 
@@ -126,7 +160,10 @@ impl Trained {
         s: &Sampling,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Vec<Image>> {
-        let text = |p: &String| Ok(vec![Part::context(self.template.drawing(p)?)]);
+        let text = |p: &String| {
+            let prompt = self.whole("prompt", p)?;
+            Ok(vec![Part::context(self.template.drawing(prompt)?)])
+        };
         let prompts = prompts.iter().map(text).collect::<Result<Vec<_>>>()?;
         let start = self.template.tokenizer().special(Special::VisionStart);
         let side = self.model.cfg.data.size / self.model.cfg.tokenizer.downsampling();
@@ -137,10 +174,6 @@ impl Trained {
     /// `max_side`.
     pub fn reconstruct(&self, image: &Image, max_side: usize) -> Result<(Image, Image)> {
         let least = self.model.cfg.tokenizer.downsampling();
-        if max_side < least {
-            let want = format!("at least {least}, the pixels of one token");
-            return Err(Error::arg("reconstruct", "max_side", max_side, want));
-        }
         let fitted = fit_multiple(image, max_side, least)?;
         let (rec, _) = reconstruct(&self.model, std::slice::from_ref(&fitted))?;
         match rec.into_iter().next() {

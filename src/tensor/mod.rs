@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::backend::{Acc, Buffer, In, Kernels, Out, Role, Stream};
 use crate::error::{Error, Result};
 pub use dims::Dims;
-pub use dtype::{DType, Element, Precision};
+pub use dtype::{DType, Element, Precision, to_bf16};
 
 /// A tensor on some device: rows of `cols` elements, `ld` elements apart (`ld == cols` unless it is a
 /// column slice of a fused tensor). Cloning shares the buffer.
@@ -75,7 +75,7 @@ impl Tensor {
                 Self::from_host(dev, role, &v, dims)
             }
             DType::Bf16 => {
-                let v: Vec<half::bf16> = values.iter().map(|&x| half::bf16::from_f64(x)).collect();
+                let v: Vec<half::bf16> = values.iter().map(|&x| to_bf16(x)).collect();
                 Self::from_host(dev, role, &v, dims)
             }
             DType::I32 => {

@@ -441,7 +441,7 @@ pub fn progress(folder: &Path) -> Result<Progress> {
 
 /// Configuration keys that may change when a run is resumed, since no weight follows from them. Data may lie elsewhere,
 /// as long as it is the same, see [`check_data`].
-const FREE: [&str; 8] = [
+const FREE: [&str; 9] = [
     "train.threads",
     "train.recompute",
     "train.save_every",
@@ -449,6 +449,7 @@ const FREE: [&str; 8] = [
     "train.eval_every",
     "data.train",
     "data.test",
+    "data.cache_mib",
     "data.eval_samples",
 ];
 
@@ -610,7 +611,9 @@ pub fn load(folder: &Path, model: &mut Ett, optimizers: &mut [&mut Optimizer]) -
     for (file, wanted) in plan {
         for w in wanted {
             match w.target {
-                Target::Param(name, copy) => model.params.write_public(&name, copy, &file.read(&w.name)?)?,
+                Target::Param(name, copy) => {
+                    model.params.write_public(&name, copy, &file.read_finite(&w.name)?)?;
+                }
                 Target::Carried(to) => {
                     let values = file.read(&w.name)?.values;
                     let dev = &**model.params.device();

@@ -30,7 +30,7 @@ const MAX_TOKENS: usize = 96;
 /// Evaluates a model on held-out samples and writes `reconstructions.png`, `held-out.md`, if the model draws
 /// `drawings.png`, and then `eval.json` into `out`. A picture that cannot be written costs no results, but is an error
 /// in the end.
-pub fn evaluate(model: &Ett, test: &DataSet, template: &Template, out: &Path) -> Result<Report> {
+pub fn evaluate(model: &mut Ett, test: &DataSet, template: &Template, out: &Path) -> Result<Report> {
     let path = out.join(REPORT);
     files::probe(&path)?;
     let drawn = eval::held_out(test, model.cfg.data.eval_samples)?;
@@ -47,14 +47,15 @@ pub fn evaluate(model: &Ett, test: &DataSet, template: &Template, out: &Path) ->
 
 /// What there is to look at beside the numbers.
 fn show(
-    model: &Ett,
+    model: &mut Ett,
     test: &DataSet,
     template: &Template,
     drawn: &[Drawn],
     report: &Report,
     out: &Path,
 ) -> Result<()> {
-    reconstructions(model, drawn, &out.join("reconstructions.png"))?;
+    let path = out.join("reconstructions.png");
+    eval::with_averages(model, |model| reconstructions(model, drawn, &path))?;
     if report.captions + report.questions > 0 {
         held_out(model, test, template, drawn, &out.join("held-out.md"))?;
     }

@@ -3,6 +3,8 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
+
 use super::{Batch, Stage, Template, TokenizerMode};
 use crate::backend::Role;
 use crate::config::{DataConfig, Source, StageConfig, StageKind, TrainConfig};
@@ -33,15 +35,20 @@ pub struct DataSet {
 impl DataSet {
     /// The pictures to train on.
     pub fn train(cfg: &DataConfig) -> Result<Self> {
-        let options = LoadOptions { crop: cfg.crop, flip: cfg.flip, ..LoadOptions::new(cfg.size) };
+        let options = LoadOptions { crop: cfg.crop, flip: cfg.flip, ..Self::options(cfg) };
         Self::part(cfg, Split::Train, options)?.ok_or_else(|| {
             Error::config("data.train", "empty", "a folder, or data.source = \"scenes\" or \"words\"")
         })
     }
 
-    /// The held-out pictures, cut in the middle; `None` if the configuration names none.
+    /// The first `data.eval_samples` held-out pictures that can be used, cut in the middle; `None` if the
+    /// configuration names none.
     pub fn test(cfg: &DataConfig) -> Result<Option<Self>> {
-        Self::part(cfg, Split::Test, LoadOptions::new(cfg.size))
+        Self::part(cfg, Split::Test, LoadOptions { most: cfg.eval_samples, ..Self::options(cfg) })
+    }
+
+    fn options(cfg: &DataConfig) -> LoadOptions {
+        LoadOptions { memory: (cfg.cache_mib as u64).saturating_mul(1 << 20), ..LoadOptions::new(cfg.size) }
     }
 
     fn part(cfg: &DataConfig, split: Split, options: LoadOptions) -> Result<Option<Self>> {
@@ -67,14 +74,25 @@ impl DataSet {
     }
 
     fn open(path: &Path, options: LoadOptions) -> Result<Self> {
-        let Folder { root, samples } = Folder::open(path)?;
+        let Folder { root, samples, ignored } = Folder::open(path)?;
+        if ignored.count > 0 {
+            tracing::warn!("{}: {} are ignored: {}", path.display(), ignored.count, ignored.names());
+        }
         let images = ImageSet::load(&root, &samples, options)?;
         let skipped = images.skipped();
         if skipped.count > 0 {
-            tracing::warn!("{} pictures of {} are skipped", skipped.count, path.display());
-            for (file, why) in &skipped.first {
-                tracing::warn!("  {}: {why}", file.display());
-            }
+            let of = samples.len();
+            let names = skipped.names();
+            tracing::warn!("{}: {} of {of} pictures are skipped: {names}", path.display(), skipped.count);
+        }
+        if images.on_disk() > 0 {
+            tracing::info!(
+                "{}: {} pictures are kept in memory ({} MiB), {} are decoded at each use; data.cache_mib changes this",
+                path.display(),
+                images.len() - images.on_disk(),
+                images.bytes() >> 20,
+                images.on_disk()
+            );
         }
         Ok(DataSet { root, samples, images })
     }
@@ -86,25 +104,56 @@ impl DataSet {
         draw: impl Fn(usize) -> Drawing + Sync,
     ) -> Result<Self> {
         let root = PathBuf::from(source.name());
-        let (samples, images) = ImageSet::draw(&root, n, options, draw)?;
+        let (samples, images) = ImageSet::draw(&root, n.min(options.most), options, draw)?;
         Ok(DataSet { root, samples, images })
+    }
+
+    /// What is said about picture `index` of the images.
+    fn said(&self, index: usize) -> Option<&Sample> {
+        self.images.sample(index).and_then(|s| self.samples.get(s))
     }
 
     /// Pictures that a stage can learn from.
     pub fn usable(&self, kind: StageKind) -> Vec<usize> {
-        let fits = |i: &usize| {
-            let Some(s) = self.images.sample(*i).and_then(|s| self.samples.get(s)) else {
-                return false;
-            };
-            match kind {
-                StageKind::Tokenizer => true,
-                StageKind::Text => s.caption.is_some() || !s.qa.is_empty(),
-                StageKind::Align | StageKind::Semantic | StageKind::Gen => s.caption.is_some(),
-                StageKind::Chat => !s.qa.is_empty(),
-            }
+        let fits = |s: &Sample| match kind {
+            StageKind::Tokenizer => true,
+            StageKind::Text => s.caption.is_some() || !s.qa.is_empty(),
+            StageKind::Align | StageKind::Semantic => s.caption.is_some(),
+            StageKind::Gen => s.drawing_prompt().is_some(),
+            StageKind::Chat => !s.qa.is_empty(),
         };
-        (0..self.images.len()).filter(fits).collect()
+        (0..self.images.len()).filter(|&i| self.said(i).is_some_and(fits)).collect()
     }
+}
+
+/// What a picture has to have for a stage of this kind.
+fn wanted(kind: StageKind) -> &'static str {
+    match kind {
+        StageKind::Tokenizer => "nothing but its pixels",
+        StageKind::Text => "a caption or a question",
+        StageKind::Align | StageKind::Semantic => "a caption",
+        StageKind::Chat => "a question",
+        StageKind::Gen => "a prompt or a caption",
+    }
+}
+
+/// The texts of a sample that a stage may read.
+fn texts<'a>(s: &'a Sample, cfg: &StageConfig) -> Vec<&'a str> {
+    let (captions, asked) = match cfg.kind {
+        StageKind::Tokenizer => (false, false),
+        StageKind::Text => (true, true),
+        StageKind::Align | StageKind::Semantic => (true, false),
+        StageKind::Chat => (cfg.captions > 0.0, true),
+        StageKind::Gen => (cfg.captions > 0.0, cfg.answers > 0.0),
+    };
+    let mut all: Vec<&str> = s.caption.as_deref().filter(|_| captions).into_iter().collect();
+    if asked {
+        all.extend(s.qa.iter().flat_map(|(q, a)| [q.as_str(), a.as_str()]));
+    }
+    if cfg.kind == StageKind::Gen {
+        all.extend(s.drawing_prompt().filter(|&p| !captions || s.caption.as_deref() != Some(p)));
+    }
+    all
 }
 
 /// Images `[B, H, W, 3]` of one size on the device.
@@ -166,16 +215,32 @@ impl<'a> Feed<'a> {
         number: usize,
     ) -> Result<Self> {
         let usable = data.usable(cfg.kind);
+        let (name, all) = (cfg.kind.name(), data.images.len());
         if usable.is_empty() {
-            let what = match cfg.kind {
-                StageKind::Tokenizer => "no picture",
-                StageKind::Text => "no picture with a caption or question",
-                StageKind::Align | StageKind::Semantic => "no picture with a caption",
-                StageKind::Chat => "no picture with a question",
-                StageKind::Gen => "no picture with a prompt or caption",
-            };
-            let what = format!("has {what}, which stage `{}` learns from", cfg.kind.name());
+            let what = format!(
+                "none of its {all} pictures has {}, which stage `{name}` learns from",
+                wanted(cfg.kind)
+            );
             return Err(Error::data(&data.root, what));
+        }
+        match cfg.kind {
+            StageKind::Tokenizer => tracing::info!("stage {name}: {all} pictures"),
+            kind => tracing::info!(
+                "stage {name}: {} of {all} pictures can be used, those with {}",
+                usable.len(),
+                wanted(kind)
+            ),
+        }
+        let long = |&i: &usize| -> Result<usize> {
+            let texts = data.said(i).map(|s| texts(s, cfg)).unwrap_or_default();
+            texts.into_iter().try_fold(0, |n, text| Ok(n + usize::from(template.is_cut(text)?)))
+        };
+        let long: usize = usable.par_iter().map(long).sum::<Result<_>>()?;
+        if long > 0 {
+            tracing::warn!(
+                "stage {name}: {long} texts are longer than data.max_text_tokens = {} and are cut there",
+                template.max_text_tokens()
+            );
         }
         // Each stage has its own stream of random numbers.
         let seed = train.seed.wrapping_add((number as u64 + 1) << 32);

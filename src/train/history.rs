@@ -105,6 +105,15 @@ impl History {
         self.learnt.extend(Skill::taught(cfg, stage));
     }
 
+    /// What they have learnt, in words.
+    pub fn words(&self) -> String {
+        let mut all: Vec<&str> = self.learnt.iter().map(|skill| skill.words().0).collect();
+        if self.unknown {
+            all.push("what the weights that they began as could do");
+        }
+        if all.is_empty() { "nothing that can be used alone".into() } else { all.join(", ") }
+    }
+
     /// What to say if they are asked for what they have not learnt.
     pub fn lacks(&self, skill: Skill) -> Option<String> {
         let (what, stages) = skill.words();
@@ -134,7 +143,7 @@ impl History {
 /// The text tokenizer of a configuration, and how [`History`] calls it.
 pub(crate) fn text(cfg: &Config) -> Result<(Template, String)> {
     let path = cfg.data.tokenizer.as_deref();
-    let template = Template::new(TextTokenizer::open(path)?);
+    let template = Template::new(TextTokenizer::open(path)?, cfg.data.max_text_tokens);
     let vocabulary = template.tokenizer().vocabulary();
     if cfg.llm.vocab < vocabulary {
         let want = format!("at least {vocabulary}, the text tokenizer's");

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 use super::weights::TensorFile;
-use super::{CONFIG, Checkpoints, EMA, WEIGHTS, checkpoint, run_config};
+use super::{CONFIG, Checkpoints, EMA, History, WEIGHTS, checkpoint, run_config};
 use crate::backend::size;
 use crate::error::{Error, Result};
 
@@ -86,11 +86,15 @@ fn settings(folder: &Path) -> Result<String> {
 }
 
 fn file(path: &Path, all: bool) -> Result<String> {
-    let tensors = TensorFile::open(path)?.tensors();
+    let weights = TensorFile::open(path)?;
+    let tensors = weights.tensors();
     let bytes = std::fs::metadata(path).map_err(Error::io(path))?.len();
     let count = |dims: &[usize]| dims.iter().product::<usize>();
     let total: usize = tensors.values().map(|(_, dims)| count(dims)).sum();
     let mut out = format!("{}: {} tensors, {total} values, {}\n", path.display(), tensors.len(), size(bytes));
+    if let Some(history) = History::of(&weights) {
+        let _ = writeln!(out, "  trained to {}", history.words());
+    }
     if all {
         for (name, (dtype, dims)) in &tensors {
             let _ = writeln!(out, "  {name:<64} {dtype:?} {dims:?}");

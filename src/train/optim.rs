@@ -209,5 +209,6 @@ mod tests {
         assert_eq!((at(0), at(4), at(9), at(10)), (0.1, 0.5, 1.0, 1.0));
         assert!((at(55) - 0.5).abs() < 1e-12 && at(99) < 1e-3 && at(99) > 0.0);
         assert_eq!(schedule(ScheduleKind::Constant, 2.0, 0.0, 7, 10), 2.0);
+        assert_eq!(schedule(ScheduleKind::Constant, 2.0, 0.0, 0, 10), 2.0);
     }
 }

@@ -14,11 +14,11 @@ use super::metrics::{Line, Smooth, Usage};
 use super::sharpness::Sharpness;
 use super::weights::{read_file, set_weights};
 use super::{
-    Counts, History, Hyper, Optimizer, Outcome, Own, Stage, Template, TokenizerMode, closing, interrupt,
-    save_weights, save_weights_of, schedule, start_averages, step, text,
+    Counts, Fingerprint, History, Hyper, Optimizer, Outcome, Own, Stage, Template, TokenizerMode, closing,
+    interrupt, save_weights, save_weights_of, schedule, start_averages, step, text,
 };
 use crate::backend::{Cpu, Kernels, StepState};
-use crate::config::{Config, QuantizerKind, StageConfig};
+use crate::config::{Config, DataConfig, QuantizerKind, StageConfig};
 use crate::error::{Error, Result};
 use crate::eval::{self, Report};
 use crate::files::{self, Lines};
@@ -127,8 +127,6 @@ fn begin(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions) -> Result<Session>
             return Err(Error::data(path, what));
         }
         files::replace(&path, |f| f.put(bytes))?;
-        session.cfg.data.tokenizer = Some(path.clone());
-        session.model.cfg.data.tokenizer = Some(path);
     }
     let text = checkpoint::config_text(&session.cfg)?;
     files::replace(&o.out.join(CONFIG), |f| f.put(text.as_bytes()))?;
@@ -138,10 +136,7 @@ fn begin(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions) -> Result<Session>
 /// Goes on with an interrupted run from its last checkpoint, to the bits that it would have had; of a run whose weights
 /// are trained but not evaluated, the evaluation. No other process can use the folder meanwhile.
 pub fn resume(out: &Path, dev: Arc<dyn Kernels>, quiet: bool) -> Result<Finished> {
-    if let Some(run) = run_of(out) {
-        let what = format!("is part of a run; go on with `ett-train resume {}`", run.display());
-        return Err(Error::data(out, what));
-    }
+    refuse_part(out)?;
     let cfg = run_config(out)?;
     let _lock = Lock::take(out)?;
     if out.join(WEIGHTS).exists() {
@@ -157,6 +152,17 @@ pub fn resume(out: &Path, dev: Arc<dyn Kernels>, quiet: bool) -> Result<Finished
     Session::new(&cfg, dev, out, quiet)?.go(Some(&from))
 }
 
+/// Fails if a folder is not a run's but a checkpoint's, or that of all of them.
+fn refuse_part(folder: &Path) -> Result<()> {
+    match run_of(folder) {
+        None => Ok(()),
+        Some(run) => {
+            let what = format!("is part of a run; go on with `ett-train resume {}`", run.display());
+            Err(Error::data(folder, what))
+        }
+    }
+}
+
 /// The run that a checkpoint, or the folder of all of them, belongs to.
 fn run_of(folder: &Path) -> Option<PathBuf> {
     let whole = std::fs::canonicalize(folder).ok()?;
@@ -167,7 +173,7 @@ fn run_of(folder: &Path) -> Option<PathBuf> {
 
 /// What is left to do for a run whose weights are trained.
 fn evaluate(out: &Path, cfg: &Config, dev: Arc<dyn Kernels>) -> Result<Finished> {
-    if !cfg.data.has_test() || out.join(closing::REPORT).exists() {
+    if !cfg.data.has_test() || out.join(closing::REPORT).is_file() {
         return Err(Error::data(out, "holds a finished run, which has nothing left to do"));
     }
     tracing::info!("{}: all stages are trained, only the evaluation is left", out.display());
@@ -190,6 +196,7 @@ fn evaluate(out: &Path, cfg: &Config, dev: Arc<dyn Kernels>) -> Result<Finished>
 pub fn run_config(out: &Path) -> Result<Config> {
     let path = out.join(CONFIG);
     if !path.exists() {
+        refuse_part(out)?;
         let what = format!("holds no {CONFIG}; name the folder of a run of ett-train");
         return Err(Error::data(out, what));
     }
@@ -256,12 +263,58 @@ fn load_lpips(model: &Ett) -> Result<()> {
     }
 }
 
+/// The data sets of a run: stages that read the same share them.
+struct Sets {
+    /// What is read, to train on (unless only the closing evaluation looks at it) and held out.
+    all: Vec<(DataConfig, Option<DataSet>, Option<DataSet>)>,
+}
+
+impl Sets {
+    /// Everything that the stages read, and what the closing evaluation looks at.
+    fn open(cfg: &Config) -> Result<Self> {
+        let mut sets = Sets { all: Vec::new() };
+        let stages = cfg.stage.iter().map(|s| (cfg.data_of(s), true));
+        for (data, trains) in stages.chain([(cfg.data.clone(), false)]) {
+            if sets.find(&data).is_some() {
+                continue;
+            }
+            let train = if trains { Some(DataSet::train(&data)?) } else { None };
+            let test = DataSet::test(&data)?;
+            if let Some(test) = &test {
+                eval::check(test, data.eval_samples)?;
+            }
+            sets.all.push((data, train, test));
+        }
+        Ok(sets)
+    }
+
+    fn find(&self, data: &DataConfig) -> Option<&(DataConfig, Option<DataSet>, Option<DataSet>)> {
+        self.all.iter().find(|(have, ..)| have == data)
+    }
+
+    /// What to train on.
+    fn train(&self, data: &DataConfig) -> Result<&DataSet> {
+        self.find(data)
+            .and_then(|(_, train, _)| train.as_ref())
+            .ok_or_else(|| Error::config("data.train", "another", "the data of a stage of this run"))
+    }
+
+    /// What is held out.
+    fn test(&self, data: &DataConfig) -> Option<&DataSet> {
+        self.find(data).and_then(|(.., test)| test.as_ref())
+    }
+
+    /// Of everything that is trained on.
+    fn fingerprints(&self) -> Vec<Fingerprint> {
+        self.all.iter().filter_map(|(_, train, _)| train.as_ref()).map(DataSet::fingerprint).collect()
+    }
+}
+
 /// A run under way.
 struct Session {
     cfg: Config,
     model: Ett,
-    data: DataSet,
-    test: Option<DataSet>,
+    sets: Sets,
     template: Template,
     out: PathBuf,
     quiet: bool,
@@ -275,18 +328,15 @@ impl Session {
             Some(path) => Some(std::fs::read(path).map_err(Error::io(path))?.into()),
             None => None,
         };
-        let (data, test) = (DataSet::train(&cfg.data)?, DataSet::test(&cfg.data)?);
-        if let Some(test) = &test {
-            eval::check(test, cfg.data.eval_samples)?;
-        }
+        let sets = Sets::open(cfg)?;
         let model = Ett::new(cfg, dev)?;
         let progress = Progress {
-            data: vec![data.fingerprint()],
+            data: sets.fingerprints(),
             history: History::new(text),
             tokenizer,
             ..Progress::default()
         };
-        Ok(Session { cfg: cfg.clone(), model, data, test, template, out: out.into(), quiet, progress })
+        Ok(Session { cfg: cfg.clone(), model, sets, template, out: out.into(), quiet, progress })
     }
 
     fn go(mut self, from: Option<&Path>) -> Result<Finished> {
@@ -320,10 +370,10 @@ impl Session {
         save_weights_of(params, &self.out.join(WEIGHTS), Copy::Master, history).map_err(explain)?;
         interrupt::enter(interrupt::Phase::Closing);
         closing::plot(&self.out.join(METRICS), &self.out);
-        let evaluated = self.test.as_ref().map(|test| {
+        let evaluated = self.sets.test(&self.cfg.data).map(|test| {
             interrupt::check()?;
             tracing::info!("evaluating on held-out pictures of {}", test.root.display());
-            closing::evaluate(&self.model, test, &self.template, &self.out)
+            closing::evaluate(&mut self.model, test, &self.template, &self.out)
         });
         let (report, ending) = match evaluated.transpose() {
             Ok(report) => (report, Ending::Whole),
@@ -345,7 +395,9 @@ impl Session {
         from: Option<&Path>,
         metrics: &mut Lines,
     ) -> Result<Option<PathBuf>> {
-        let Session { cfg: all, model, data, test, template, out, quiet, progress } = self;
+        let Session { cfg: all, model, sets, template, out, quiet, progress } = self;
+        let data = all.data_of(cfg);
+        let (data, test) = (sets.train(&data)?, sets.test(&data));
         let checkpoints = Checkpoints::new(out, all.train.keep);
         let stage = Stage::of(cfg, model)?;
         let trained = stage.trained();
@@ -390,11 +442,14 @@ impl Session {
                     (progress.skipped, progress.in_a_row) = (progress.skipped + 1, progress.in_a_row + 1);
                     let what = format!("step {s} of stage {}", cfg.kind.name());
                     let dev = &**model.params.device();
-                    if let Some(path) = dump(out, cfg.kind.name(), s, &fed.parts, dev)? {
+                    let inputs = match dump(out, cfg.kind.name(), s, &fed.parts, dev) {
+                        Ok(path) => path.map(|p| format!("its inputs are in {}", p.display())),
+                        Err(e) => Some(format!("its inputs cannot be written: {e}")),
+                    };
+                    if let Some(inputs) = inputs {
                         bar.suspend(|| {
                             tracing::warn!(
-                                "{what}: something is not finite, the update is skipped; its inputs are in {}",
-                                path.display()
+                                "{what}: something is not finite, the update is skipped; {inputs}"
                             );
                         });
                     }
@@ -424,9 +479,7 @@ impl Session {
             drop((fed, outcome));
             let done = s + 1;
             let every = all.train.eval_every;
-            if let Some(test) =
-                test.as_ref().filter(|_| every > 0 && (done % every == 0 || done == cfg.steps))
-            {
+            if let Some(test) = test.filter(|_| every > 0 && (done % every == 0 || done == cfg.steps)) {
                 match eval::during(model, test, template, cfg.kind) {
                     Ok(values) => line.eval = Some(values),
                     Err(e) => bar.suspend(|| tracing::warn!("step {s} is not evaluated: {e}")),

@@ -61,6 +61,10 @@ impl Sharpness {
     /// What is wrong with it and what would help, if something is.
     pub fn warning(&self) -> Option<String> {
         let (h, most) = (self.softmax_entropy, self.uniform_entropy);
+        if most == 0.0 {
+            // There is one code, and nothing to choose.
+            return None;
+        }
         let seen = format!("entropy {h:.3} of {most:.3} nats, logit spread {:.3}", self.logit_spread);
         if h < ONE_HOT {
             return Some(format!(
@@ -93,5 +97,6 @@ mod tests {
         assert!(sharp.contains("one-hot") && sharp.contains("init_scale"), "{sharp}");
         let flat = Sharpness::of(&[1e-3], &[0.0, 1.0], 1).warning().expect("flat");
         assert!(flat.contains("flat"), "{flat}");
+        assert_eq!(Sharpness::of(&[1.0], &[2.0], 1).warning(), None);
     }
 }

@@ -86,17 +86,39 @@ pub(super) fn start_averages(model: &mut Ett, trained: &[&str], ema: bool) -> Re
 /// How text and pictures are laid out as sequences; text is ChatML.
 pub struct Template {
     text: TextTokenizer,
+    most: usize,
 }
 
 impl Template {
-    /// The layout over a text tokenizer.
-    pub fn new(text: TextTokenizer) -> Self {
-        Template { text }
+    /// The layout over a text tokenizer; texts are cut after `max_text_tokens`.
+    pub fn new(text: TextTokenizer, max_text_tokens: usize) -> Self {
+        Template { text, most: max_text_tokens }
     }
 
     /// The text tokenizer.
     pub fn tokenizer(&self) -> &TextTokenizer {
         &self.text
+    }
+
+    /// Most tokens of a text.
+    pub fn max_text_tokens(&self) -> usize {
+        self.most
+    }
+
+    /// Whether a text is cut.
+    pub fn is_cut(&self, text: &str) -> Result<bool> {
+        // A token is a byte or more.
+        Ok(text.len() > self.most && self.text.encode(text)?.len() > self.most)
+    }
+
+    /// A text as tokens, cut if it is too long, and `end` after it unless it was: it does not end there.
+    fn encode(&self, text: &str, end: Option<Special>) -> Result<Vec<i32>> {
+        let mut ids = self.text.encode(text)?;
+        match ids.len() > self.most {
+            true => ids.truncate(self.most),
+            false => ids.extend(end.map(|end| self.special(end))),
+        }
+        Ok(ids)
     }
 
     /// The token that ends a caption.
@@ -125,14 +147,8 @@ impl Template {
     /// A picture and its caption.
     pub fn caption(&self, image: usize, caption: &str) -> Result<Vec<Part>> {
         let mut parts = self.picture(image);
-        parts.push(Part::target(self.text_line(caption)?));
+        parts.push(Part::target(self.encode(caption, Some(Special::EndOfText))?));
         Ok(parts)
-    }
-
-    fn text_line(&self, text: &str) -> Result<Vec<i32>> {
-        let mut ids = self.text.encode(text)?;
-        ids.push(self.special(Special::EndOfText));
-        Ok(ids)
     }
 
     /// A user's turn with a picture and a question, up to where the answer begins.
@@ -143,7 +159,7 @@ impl Template {
         if let Some(image) = image {
             parts.extend(self.picture(image));
         }
-        let mut close = self.text.encode(question)?;
+        let mut close = self.encode(question, None)?;
         close.push(self.special(Special::ImEnd));
         close.extend(self.text.encode("\n")?);
         close.push(self.special(Special::ImStart));
@@ -154,9 +170,7 @@ impl Template {
 
     /// What is learnt of an answer: its text and the end of the turn.
     pub fn answer(&self, answer: &str) -> Result<Vec<i32>> {
-        let mut ids = self.text.encode(answer)?;
-        ids.push(self.special(Special::ImEnd));
-        Ok(ids)
+        self.encode(answer, Some(Special::ImEnd))
     }
 
     /// A question about a picture and its answer.
@@ -168,7 +182,7 @@ impl Template {
 
     /// What precedes `<|vision_start|>` where a picture is to be drawn: the text of the prompt.
     pub fn drawing(&self, prompt: &str) -> Result<Vec<i32>> {
-        self.text.encode(prompt)
+        self.encode(prompt, None)
     }
 
     /// The token that begins a picture.
@@ -185,7 +199,7 @@ impl Template {
 
     /// A caption without its picture, every token learnt.
     pub fn text_caption(&self, caption: &str) -> Result<Vec<Part>> {
-        Ok(vec![Part::target(self.text_line(caption)?)])
+        Ok(vec![Part::target(self.encode(caption, Some(Special::EndOfText))?)])
     }
 
     /// A question and its answer without the picture, every token learnt.

@@ -76,6 +76,23 @@ impl TensorFile {
         })?;
         Ok(HostTensor { dims: info.shape.clone(), values })
     }
+
+    /// As [`TensorFile::read`]; fails if a value is not finite.
+    pub fn read_finite(&self, name: &str) -> Result<HostTensor> {
+        let t = self.read(name)?;
+        match not_finite(name, &t) {
+            Some(what) => {
+                Err(Error::weights(&self.path, format!("{what}; go on from an earlier checkpoint")))
+            }
+            None => Ok(t),
+        }
+    }
+}
+
+/// What is wrong with the values of a weight, if something is.
+fn not_finite(name: &str, t: &HostTensor) -> Option<String> {
+    let bad = t.values.iter().filter(|v| !v.is_finite()).count();
+    (bad > 0).then(|| format!("`{name}` has {bad} of {} values that are not finite", t.values.len()))
 }
 
 /// Reads every tensor of a safetensors file, widened to f64.
@@ -222,7 +239,7 @@ pub(super) fn misfit(what: &str, mut problems: Vec<String>) -> String {
 }
 
 /// Overwrites the parameters named in `wanted` (all if `None`) from `tensors`. Missing, extra and misshapen
-/// tensors are one error that names them; nothing is changed then.
+/// tensors, and values that are not finite, are one error that names them; nothing is changed then.
 pub fn set_weights(
     params: &Params,
     path: &Path,
@@ -241,7 +258,7 @@ pub fn set_weights(
             Some(t) if t.dims != dims => {
                 problems.push(format!("`{name}` is {:?}, wanted {dims:?}", t.dims));
             }
-            Some(_) => {}
+            Some(t) => problems.extend(not_finite(name, t)),
         }
     }
     problems.extend(tensors.keys().filter(|n| !known.contains(*n)).map(|n| format!("unknown `{n}`")));

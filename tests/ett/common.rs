@@ -83,13 +83,7 @@ pub fn int(dev: &dyn Kernels, values: &[i32]) -> Tensor {
 
 /// Values as `dtype` holds them.
 pub fn rounded(dtype: DType, values: &[f64]) -> Vec<f64> {
-    let f: fn(f64) -> f64 = match dtype {
-        DType::F64 => |v| v,
-        DType::F32 => |v| v as f32 as f64,
-        DType::Bf16 => |v| half::bf16::from_f64(v).to_f64(),
-        DType::I32 => |v| v as i32 as f64,
-    };
-    values.iter().map(|&v| f(v)).collect()
+    values.iter().map(|&v| dtype.rounded(v)).collect()
 }
 
 /// Euclidean norm.

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use ett::backend::Target;
 use ett::config::{Config, StageConfig, StageKind};
 use ett::error::Result;
 use ett::train::plan_stage;
@@ -23,7 +24,8 @@ fn every_stage_of_every_configuration_can_be_planned() -> Outcome {
         let cfg = Config::load(&path, &[])?;
         assert!(!cfg.stage.is_empty(), "{}", path.display());
         for stage in &cfg.stage {
-            let p = plan_stage(&cfg, &StageConfig { batch: 1, accumulate: 1, ..stage.clone() })?;
+            let one = StageConfig { batch: 1, accumulate: 1, ..stage.clone() };
+            let p = plan_stage(&cfg, &one, Target::Cpu { threads: 2 })?;
             assert!(p.flop > 0 && p.launches > 0, "{} {:?}", path.display(), stage.kind);
         }
     }

@@ -145,8 +145,8 @@ struct Loose {
     z: f64,
     /// What comes after the choice of codes.
     later: f64,
-    /// The gradient of a whole module.
-    gradients: f64,
+    /// The gradient of a whole module, if it is compared.
+    gradients: Option<f64>,
     /// Share of indices that may differ.
     indices: f64,
 }
@@ -181,9 +181,9 @@ fn agrees_loosely(precision: &str, b: Loose) -> Outcome {
                 compare(&what, &g.values, &w.values, w.values.len(), Bounds::norm(bound).least(least))?;
             }
         }
-        for (module, [g, w]) in &modules {
+        for (module, [g, w]) in modules.iter().filter(|_| b.gradients.is_some()) {
             let what = format!("{case} in {precision}, gradients of {module}");
-            let e = compare(&what, g, w, w.len(), Bounds::norm(b.gradients))?;
+            let e = compare(&what, g, w, w.len(), Bounds::norm(b.gradients.unwrap_or(0.0)))?;
             println!("{what}: off by {:.1e}, {:.2} of the size", e.norm, norm(g) / norm(w));
         }
     }
@@ -192,16 +192,16 @@ fn agrees_loosely(precision: &str, b: Loose) -> Outcome {
 
 #[test]
 fn f32_agrees_loosely() -> Outcome {
-    let b = Loose { losses: 1e-5, z: 1e-5, later: 1e-5, gradients: 2e-4, indices: 0.0 };
+    let b = Loose { losses: 1e-5, z: 1e-5, later: 1e-5, gradients: Some(2e-4), indices: 0.0 };
     agrees_loosely("f32", b)
 }
 
 /// These widths are tiny (groups of two channels, four to twelve a layer) and some codes nearly coincide: one
-/// rounding in 256 flips some indices, and every gradient behind a flipped index is another one. So the
-/// gradients are only held to be of the right size; the kernels have tighter bounds of their own.
+/// rounding in 256 flips some indices, and every gradient behind a flipped index is another one. So no gradient is
+/// compared here: `bf16` does it where no index flips.
 #[test]
 fn bf16_agrees_loosely() -> Outcome {
-    agrees_loosely("bf16", Loose { losses: 0.15, z: 4e-2, later: 0.5, gradients: 1.5, indices: 0.1 })
+    agrees_loosely("bf16", Loose { losses: 0.15, z: 4e-2, later: 0.5, gradients: None, indices: 0.1 })
 }
 
 /// A file of a case, changed.

@@ -316,10 +316,9 @@ fn interrupted_runs_save_and_go_on() -> Outcome {
         let mut running = place.start(PAUSE / 4)?;
         assert!(running.saw(&format!("step-00000002: {at}"), 1));
         running.signal(signal);
-        let start = Instant::now();
         let status = running.wait();
         let said = running.said();
-        assert!(status.code() == Some(0) && start.elapsed() < Duration::from_secs(5), "{status}: {said}");
+        assert!(status.code() == Some(0), "{status}: {said}");
         // Stopped after the step under way, between two of the usual saves.
         let saved = Checkpoints::latest(&place.out())?.ok_or("a checkpoint")?;
         assert!(saved.ends_with("step-00000003"), "{said}");

@@ -1,5 +1,6 @@
 //! The integration tests: one binary for all of them.
 
+mod bf16;
 mod bindings;
 mod build;
 mod builtin;
@@ -9,6 +10,7 @@ mod compare;
 mod configs;
 mod conformance;
 mod contract;
+mod data;
 mod dense;
 mod fixtures;
 mod generate;

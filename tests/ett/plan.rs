@@ -2,12 +2,28 @@
 
 use std::sync::Arc;
 
-use ett::backend::{Device, Plan, Role};
-use ett::config::{Config, StageConfig, StageKind};
-use ett::model::Ett;
-use ett::train::{StagePlan, largest_batch, parse_memory, plan, plan_stage};
+use ett::backend::{Cpu, Device, Kernels, Memory, Plan, Role, Slot, StepState, Target};
+use ett::config::{Config, StageConfig, StageKind, VisualHeadKind};
+use ett::error::Result;
+use ett::model::tokenizer::Grid;
+use ett::model::{Ett, Part};
+use ett::train::{
+    self, Batch, Hyper, Optimizer, RunOptions, Stage, StagePlan, TokenizerMode, averaged, largest_batch,
+    parse_memory, plan, plan_stage, step,
+};
 
-use crate::common::Outcome;
+use crate::common::{Outcome, Scratch, cpu, gpu, ids, scaled, tensor};
+use crate::training::small;
+
+const CPU: Target = Target::Cpu { threads: 1 };
+const KINDS: [StageKind; 6] = [
+    StageKind::Tokenizer,
+    StageKind::Text,
+    StageKind::Align,
+    StageKind::Semantic,
+    StageKind::Chat,
+    StageKind::Gen,
+];
 
 /// 1024 visual and 128 text tokens, bf16.
 fn paper() -> Config {
@@ -60,7 +76,7 @@ fn bytes(p: &StagePlan, role: Role) -> u64 {
 #[test]
 fn a_semantic_step_costs_what_the_paper_sizes_imply() -> Outcome {
     let cfg = paper();
-    let p = plan_stage(&cfg, &StageConfig::new(StageKind::Semantic, 1, 1))?;
+    let p = plan_stage(&cfg, &StageConfig::new(StageKind::Semantic, 1, 1), CPU)?;
     // 18.4 TFLOP an image is the products of a step, forward and backward. What differs here: norms and
     // point-wise kernels are counted too, and recomputed probabilities and logits (attention, quantizer, head).
     let tflop = p.flop as f64 / 1e12;
@@ -84,10 +100,22 @@ fn a_semantic_step_costs_what_the_paper_sizes_imply() -> Outcome {
     let largest = |role: Role| p.largest[role as usize];
     assert_eq!(largest(Role::Activation), picture);
     assert!(picture < codes && picture < vocabulary);
-    assert!(largest(Role::Workspace) < supervised && largest(Role::Input) < supervised);
+    assert!(largest(Role::Input) < supervised);
+    // Nor in the workspaces of those that form scores and logits, a tile at a time.
+    for (kernel, bound) in [
+        ("ibq_rows", codes),
+        ("ibq_cols", codes),
+        ("ibq_bwd", codes),
+        ("linear_xent_fwd", supervised),
+        ("linear_xent_bwd", supervised),
+    ] {
+        let bytes = p.kernels[kernel].workspace;
+        assert!(bytes > 0 && bytes < bound, "{kernel}: {bytes} bytes of workspace, {bound} of scores");
+    }
+    assert!(largest(Role::Workspace) >= p.kernels["linear_xent_bwd"].workspace);
 
     // The same with four images: activations grow with the batch, all else stays.
-    let four = plan_stage(&cfg, &StageConfig::new(StageKind::Semantic, 1, 4))?;
+    let four = plan_stage(&cfg, &StageConfig::new(StageKind::Semantic, 1, 4), CPU)?;
     assert_eq!(four.largest[Role::Activation as usize], 4 * picture);
     for role in [Role::Weight, Role::Gradient, Role::Moment] {
         assert_eq!(bytes(&four, role), bytes(&p, role), "{role}");
@@ -110,10 +138,13 @@ fn logits_exist_at_no_batch_size() -> Outcome {
     (cfg.quantizer.codes, cfg.llm.vocab) = (1 << 20, 1 << 20);
     (cfg.llm.layers, cfg.llm.width, cfg.llm.heads, cfg.llm.kv_heads, cfg.llm.mlp) = (2, 256, 2, 2, 512);
     for kind in [StageKind::Semantic, StageKind::Tokenizer, StageKind::Align, StageKind::Chat] {
-        let p = plan_stage(&cfg, &StageConfig::new(kind, 1, 8))?;
-        let largest = p.largest[Role::Activation as usize].max(p.largest[Role::Workspace as usize]);
+        let p = plan_stage(&cfg, &StageConfig::new(kind, 1, 8), CPU)?;
         let codes = 8 * 64 * (1 << 20) * 2;
-        assert!(largest < codes / 16, "{}: {largest} bytes in one buffer", kind.name());
+        for role in [Role::Activation, Role::Workspace] {
+            let largest = p.largest[role as usize];
+            let what = format!("{}: {largest} bytes of {role} in one buffer", kind.name());
+            assert!(largest > 0 && largest < codes / 16, "{what}");
+        }
     }
     Ok(())
 }
@@ -122,7 +153,7 @@ fn logits_exist_at_no_batch_size() -> Outcome {
 fn every_stage_can_be_planned() -> Outcome {
     let cfg = paper();
     let flop = |kind| -> ett::error::Result<f64> {
-        Ok(plan_stage(&cfg, &StageConfig::new(kind, 1, 1))?.flop as f64 / 1e12)
+        Ok(plan_stage(&cfg, &StageConfig::new(kind, 1, 1), CPU)?.flop as f64 / 1e12)
     };
     let semantic = flop(StageKind::Semantic)?;
     let (tokenizer, text) = (flop(StageKind::Tokenizer)?, flop(StageKind::Text)?);
@@ -130,7 +161,7 @@ fn every_stage_can_be_planned() -> Outcome {
     assert!(text < align && align < chat && chat < semantic && tokenizer < semantic);
     // Tokenizer plus language model is the semantic stage, but for the text without its picture.
     assert!(semantic < tokenizer + chat, "{semantic} {tokenizer} {chat}");
-    let text = plan(&cfg, None)?;
+    let text = plan(&cfg, CPU, None)?;
     for word in [
         "stage semantic: batch 1, bf16",
         "TFLOP",
@@ -147,9 +178,9 @@ fn every_stage_can_be_planned() -> Outcome {
 fn recomputation_saves_memory_and_costs_a_forward() -> Outcome {
     let mut cfg = paper();
     let stage = StageConfig::new(StageKind::Semantic, 1, 4);
-    let kept = plan_stage(&cfg, &stage)?;
+    let kept = plan_stage(&cfg, &stage, CPU)?;
     cfg.train.recompute = true;
-    let again = plan_stage(&cfg, &stage)?;
+    let again = plan_stage(&cfg, &stage, CPU)?;
     let (a, b) = (bytes(&kept, Role::Activation), bytes(&again, Role::Activation));
     assert!(2 * b < a, "{b} bytes of activations with recomputation, {a} without");
     assert!(again.flop > kept.flop && again.flop < 3 * kept.flop / 2, "{} {}", again.flop, kept.flop);
@@ -159,9 +190,9 @@ fn recomputation_saves_memory_and_costs_a_forward() -> Outcome {
 #[test]
 fn parts_save_memory_too() -> Outcome {
     let cfg = paper();
-    let whole = plan_stage(&cfg, &StageConfig::new(StageKind::Semantic, 1, 4))?;
+    let whole = plan_stage(&cfg, &StageConfig::new(StageKind::Semantic, 1, 4), CPU)?;
     let parts = StageConfig { accumulate: 4, ..StageConfig::new(StageKind::Semantic, 1, 4) };
-    let parts = plan_stage(&cfg, &parts)?;
+    let parts = plan_stage(&cfg, &parts, CPU)?;
     assert!(2 * bytes(&parts, Role::Activation) < bytes(&whole, Role::Activation));
     Ok(())
 }
@@ -171,19 +202,213 @@ fn the_largest_batch_is_the_last_that_fits() -> Outcome {
     let cfg = paper();
     let stage = StageConfig::new(StageKind::Semantic, 1, 1);
     let memory = parse_memory("80GiB")?;
-    let n = largest_batch(&cfg, &stage, memory)?;
+    let n = largest_batch(&cfg, &stage, CPU, memory)?;
     let peak = |batch| -> ett::error::Result<u64> {
-        Ok(plan_stage(&cfg, &StageConfig { batch, ..stage.clone() })?.memory.peak)
+        Ok(plan_stage(&cfg, &StageConfig { batch, ..stage.clone() }, CPU)?.memory.peak)
     };
     assert!(n > 1 && peak(n)? <= memory && peak(n + 1)? > memory, "{n}");
-    assert_eq!(largest_batch(&cfg, &stage, 1 << 30)?, 0);
-    let text = plan(&Config { stage: vec![stage], ..cfg }, Some(memory))?;
+    assert_eq!(largest_batch(&cfg, &stage, CPU, 1 << 30)?, 0);
+    let text = plan(&Config { stage: vec![stage], ..cfg }, CPU, Some(memory))?;
     assert!(text.contains(&format!("80.0 GiB hold a batch of up to {n} in one part")), "{text}");
     for (text, bytes) in [("512MiB", 512 << 20), ("24 GB", 24_000_000_000), ("17", 17), ("1.5GiB", 3 << 29)] {
         assert_eq!(parse_memory(text)?, bytes);
     }
     for wrong in ["", "GiB", "-3GiB", "8 apples", "nanGiB"] {
         assert!(parse_memory(wrong).is_err_and(|e| e.to_string().contains("80GiB")), "{wrong}");
+    }
+    Ok(())
+}
+
+#[test]
+fn averages_of_earlier_stages_are_counted() -> Outcome {
+    let mut cfg = paper();
+    cfg.data.size = 64;
+    let tokenizer = StageConfig { ema: true, ..StageConfig::new(StageKind::Tokenizer, 1, 1) };
+    cfg.stage = vec![tokenizer, StageConfig::new(StageKind::Text, 1, 1)];
+    let text = plan(&cfg, CPU, None)?;
+    assert!(text.starts_with("planned for the CPU with 1 thread\n"), "{text}");
+    let ema = |stage: &str| -> Option<f64> {
+        let line = stage.lines().find(|l| l.trim().starts_with("ema"))?;
+        line.split_whitespace().nth(1)?.parse().ok()
+    };
+    let of_stages: Vec<_> = text.split("stage ").skip(1).map(ema).collect();
+    // Encoder, decoder and discriminator, 4 bytes a weight.
+    let want = (4 * (140_342_147 + 2_765_633)) as f64 / (1u64 << 30) as f64;
+    assert!(of_stages.len() == 2 && of_stages.iter().flatten().all(|e| (e - want).abs() < 0.01), "{text}");
+    assert_eq!(bytes(&plan_stage(&cfg, &cfg.stage[1], CPU)?, Role::Ema), 0);
+    Ok(())
+}
+
+#[test]
+fn a_gpu_can_be_planned_for_where_its_kernels_are() -> Outcome {
+    assert_eq!(Target::named("cpu", 3)?, Target::Cpu { threads: 3 });
+    for wrong in ["gpu", "cuda:x", "cpu:1"] {
+        assert!(Target::named(wrong, 1).is_err_and(|e| e.to_string().contains("cuda:N")), "{wrong}");
+    }
+    match Target::named("cuda:7", 1) {
+        Ok(target) => {
+            let p = plan_stage(&paper(), &StageConfig::new(StageKind::Semantic, 1, 1), target)?;
+            assert!(p.kernels["linear_xent_bwd"].workspace > 0);
+            // cuBLASLt's is always held.
+            assert!(bytes(&p, Role::Workspace) >= 32 << 20);
+        }
+        Err(e) => assert!(!cfg!(ett_cuda) && e.to_string().contains("tools/setup-cuda"), "{e}"),
+    }
+    Ok(())
+}
+
+/// A batch as a plan has it: pictures of the configured size, texts of the configured length.
+fn batch(model: &Ett, stage: &Stage, n: usize) -> Result<Batch> {
+    let (dev, cfg) = (&**model.params.device(), &model.cfg);
+    let size = cfg.data.size;
+    let (mut images, mut grids) = (vec![], vec![]);
+    if stage.recipe.tokenizer != TokenizerMode::Off {
+        let dims = [n, size, size, 3];
+        images.push(tensor(dev, model.params.precision().act, &scaled(1, dims.iter().product(), 0.4), dims));
+        let s = size / cfg.tokenizer.downsampling();
+        grids.push(Grid { images: n, h: s, w: s });
+    }
+    let sequence = |i: usize| {
+        let text = ids(i as u64, cfg.data.text_tokens, cfg.llm.vocab);
+        match (stage.recipe.codes, grids.is_empty()) {
+            (true, _) => vec![Part::context(text), Part::Codes(i)],
+            (_, true) => vec![Part::target(text)],
+            _ => vec![Part::Image(i), Part::target(text)],
+        }
+    };
+    let packed = match stage.recipe.text || stage.recipe.codes {
+        true => Some(Batch::pack(model, &(0..n).map(sequence).collect::<Vec<_>>(), &grids, 64)?),
+        false => None,
+    };
+    Ok(Batch { images, packed })
+}
+
+/// What a step of a stage took on a device.
+fn measured(cfg: &Config, stage_cfg: &StageConfig, dev: Arc<dyn Kernels>) -> Result<Memory> {
+    let mut model = Ett::new(cfg, dev.clone())?;
+    let stage = Stage::of(stage_cfg, &model)?;
+    let trained = stage.trained();
+    model.params.train(&trained)?;
+    if stage_cfg.ema {
+        model.params.average(&averaged(&trained))?;
+    }
+    let n = stage_cfg.batch / stage_cfg.accumulate;
+    let parts: Vec<Batch> =
+        (0..stage_cfg.accumulate).map(|_| batch(&model, &stage, n)).collect::<Result<_>>()?;
+    let h = Hyper { betas: cfg.train.betas, eps: 1e-8, weight_decay: 0.0, ema_decay: 0.9, clip: 1.0 };
+    let mut main = Optimizer::new(&model.params, &stage.groups, h)?;
+    let mut disc = match stage.discriminator {
+        true => Some(Optimizer::new(&model.params, &["discriminator"], h)?),
+        false => None,
+    };
+    let mut state = StepState::new(&*dev, model.params.precision().acc)?;
+    stage.recipe.weights(&model, &mut state, stage_cfg.accumulate);
+    state.set(Slot::InvTokens, 1.0 / (stage_cfg.batch * cfg.data.text_tokens) as f64);
+    state.set(Slot::InvCodes, 1.0 / 64.0);
+    main.prepare(&mut state, 1e-4);
+    if let Some(d) = &mut disc {
+        d.prepare(&mut state, 1e-4);
+    }
+    state.send(&*dev)?;
+    step(&mut model, &stage.recipe, &parts, &state, &main, disc.as_ref())?;
+    dev.synchronize()?;
+    Ok(dev.memory())
+}
+
+/// A small model of all parts, with more pictures and words than weights.
+fn tiny(precision: &str) -> Config {
+    let mut cfg = small(precision);
+    cfg.data.text_tokens = 30;
+    cfg.visual_head.kind = VisualHeadKind::Tied;
+    cfg
+}
+
+/// Stages, precisions, threads and ways to save memory.
+fn variants() -> Vec<(Config, StageConfig, usize)> {
+    let mut all = Vec::new();
+    for precision in ["f32", "bf16"] {
+        for kind in KINDS {
+            all.push((tiny(precision), StageConfig::new(kind, 1, 6), 3));
+        }
+        let semantic = StageConfig { ema: true, ..StageConfig::new(StageKind::Semantic, 1, 6) };
+        let mut recompute = tiny(precision);
+        recompute.train.recompute = true;
+        all.push((recompute, semantic.clone(), 2));
+        all.push((tiny(precision), StageConfig { accumulate: 3, ..semantic }, 1));
+    }
+    all
+}
+
+fn named(cfg: &Config, stage: &StageConfig, threads: usize) -> String {
+    let parts = stage.accumulate;
+    format!("{} in {} on {threads} threads, {parts} parts", stage.kind.name(), cfg.train.precision)
+}
+
+#[test]
+fn a_step_takes_what_the_plan_says() -> Outcome {
+    for (cfg, stage, threads) in variants() {
+        let what = named(&cfg, &stage, threads);
+        let planned = plan_stage(&cfg, &stage, Target::Cpu { threads })?.memory;
+        let measured = measured(&cfg, &stage, cpu(threads))?;
+        // The same calls on the same shapes: not a byte apart.
+        assert_eq!((planned.peak, planned.at_peak), (measured.peak, measured.at_peak), "{what}");
+        assert_eq!(planned.at_peak.iter().sum::<u64>(), planned.peak, "{what}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_largest_batch_runs_in_its_memory_and_the_next_does_not() -> Outcome {
+    for kind in [StageKind::Tokenizer, StageKind::Semantic] {
+        let (cfg, stage) = (tiny("bf16"), StageConfig::new(kind, 1, 1));
+        let target = Target::Cpu { threads: 2 };
+        let memory = plan_stage(&cfg, &StageConfig { batch: 5, ..stage.clone() }, target)?.memory.peak + 100;
+        assert_eq!(largest_batch(&cfg, &stage, target, memory)?, 5, "{}", kind.name());
+        let run = |batch| {
+            let dev = Arc::new(Cpu::poisoned(2)?);
+            dev.limit(memory);
+            measured(&cfg, &StageConfig { batch, ..stage.clone() }, dev)
+        };
+        run(5)?;
+        let e = run(6).expect_err("more than there is").to_string();
+        assert!(e.contains("out of memory on cpu") && e.contains("may be held"), "{e}");
+    }
+    Ok(())
+}
+
+/// What a run holds beside a step: nothing that counts. Its texts are not of one length.
+#[test]
+fn a_run_takes_what_the_plan_says() -> Outcome {
+    let dir = Scratch::new();
+    let data = dir.path("pictures");
+    crate::run::pictures(&data);
+    for kind in [StageKind::Tokenizer, StageKind::Semantic] {
+        let mut cfg = tiny("f32");
+        cfg.llm.vocab = 264;
+        cfg.data.train = data.clone();
+        cfg.data.text_tokens = 18;
+        cfg.train.threads = 2;
+        cfg.stage = vec![StageConfig { lr: Some(1e-4), ..StageConfig::new(kind, 2, 8) }];
+        let dev = Arc::new(Cpu::new(2)?);
+        let out = dir.path(kind.name());
+        train::run(&cfg, dev.clone(), &RunOptions { out: &out, init: None, quiet: true })?;
+        let measured = dev.memory().peak as f64;
+        let planned = plan_stage(&cfg, &cfg.stage[0], Target::Cpu { threads: 2 })?.memory.peak as f64;
+        let ratio = planned / measured;
+        assert!((0.98..=1.02).contains(&ratio), "{}: {planned} planned, {measured} measured", kind.name());
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_step_on_a_gpu_takes_what_the_plan_says() -> Outcome {
+    for (cfg, stage, threads) in variants() {
+        let planned = plan_stage(&cfg, &stage, Target::named("cuda", 0)?)?.memory.peak as f64;
+        let measured = measured(&cfg, &stage, gpu())?.peak as f64;
+        let ratio = planned / measured;
+        let what = named(&cfg, &stage, threads);
+        assert!((0.98..=1.02).contains(&ratio), "{what}: {planned} planned, {measured} measured");
     }
     Ok(())
 }

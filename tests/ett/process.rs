@@ -445,10 +445,13 @@ fn what_evaluation_needs_is_asked_for_before_training() -> Outcome {
     let test = |folder: &Path| format!("data.test={}", folder.display());
     let (one, all) = (test(&one), test(&place.path("data")));
     for (set, what) in [
-        (vec!["--set", &one], "one: has 1 pictures to evaluate on, wanted at least 2"),
+        (vec!["--set", &one], "one: holds 1 of the 2 pictures that an evaluation needs"),
         (vec!["--set", &all, "--set", "data.eval_samples=1"], "`data.eval_samples` is 1, wanted 2 or more"),
         (vec!["--set", &all, "--set", "data.eval_samples=0"], "`data.eval_samples` is 0, wanted 2 or more"),
-        (vec!["--set", "data.source=scenes", "--set", "data.test_samples=1"], "scenes: has 1 pictures"),
+        (
+            vec!["--set", "data.source=scenes", "--set=data.train_samples=4", "--set=data.test_samples=1"],
+            "scenes: holds 1 of the 2 pictures",
+        ),
     ] {
         let said = refused(&mut place.run("out", &set))?;
         assert!(said.contains(what), "{said}");
@@ -561,6 +564,8 @@ fn what_no_stage_has_taught_is_said() -> Outcome {
     warns("second", "caption", "")?;
     warns("second", "generate", "")?;
     warns("second", "ask", "to answer questions")?;
+    let said = done(Command::new(USE).arg("inspect").arg(place.path("second")))?.0;
+    assert!(said.contains("trained to reconstruct pictures, describe pictures, draw\n"), "{said}");
     done(&mut place.run("third", &[]))?;
     warns("third", "reconstruct", "to reconstruct pictures")?;
     Ok(())

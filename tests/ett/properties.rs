@@ -4,8 +4,11 @@
 use std::sync::Arc;
 
 use ett::autograd::{Tape, Var};
-use ett::backend::{Kernels, Plan, Unary};
-use ett::config::{Config, GroupConfig, StageConfig, StageKind, VisualHeadKind};
+use ett::backend::{Kernels, Plan, Target, Unary};
+use ett::config::{
+    Config, DataConfig, GroupConfig, Source, StageConfig, StageData, StageKind, VisualHeadKind,
+};
+use ett::data::Crop;
 use ett::error::Result;
 use ett::ops::{self, Conv, Entropy, Heads, IbqOptions, Rotary, Seqs};
 use ett::tensor::{DType, Precision};
@@ -15,8 +18,32 @@ use proptest::test_runner::{Config as Cases, RngAlgorithm, TestRng, TestRunner};
 
 use crate::common::{Outcome, Scratch, cpu, int, normal, tensor};
 
+type Checked = std::result::Result<(), TestCaseError>;
+
+thread_local! {
+    /// Ops that ran forward and backward, and calls that had to be refused.
+    static SEEN: std::cell::Cell<[u32; 2]> = const { std::cell::Cell::new([0; 2]) };
+}
+
+fn seen(which: usize) {
+    let mut seen = SEEN.get();
+    seen[which] += 1;
+    SEEN.set(seen);
+}
+
+/// [`cases`] of calls that [`holds`] judges: a good part of them has to fit and run, and some must not.
+fn calls<S: Strategy>(count: u32, of: S, check: impl Fn(S::Value) -> Checked) {
+    SEEN.set([0; 2]);
+    cases(count, of, check);
+    let [ran, refused] = SEEN.get();
+    assert!(
+        ran >= count / 3 && refused >= count / 8,
+        "of {count} cases {ran} calls ran and {refused} were refused"
+    );
+}
+
 /// The same cases every time.
-fn cases<S: Strategy>(count: u32, of: S, check: impl Fn(S::Value) -> std::result::Result<(), TestCaseError>) {
+fn cases<S: Strategy>(count: u32, of: S, check: impl Fn(S::Value) -> Checked) {
     let config = Cases { cases: count, failure_persistence: None, ..Cases::default() };
     let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
     TestRunner::new_with_rng(config, rng).run(&of, check).unwrap_or_else(|e| panic!("{e}"));
@@ -50,10 +77,7 @@ impl Bench {
 
 /// Runs an op on both devices, forward and backward. What it returns has `want`'s shapes, its inputs' gradients have
 /// the inputs' shapes; without `want` it is an error. Empty tensors may be refused.
-fn holds(
-    want: Option<Vec<Shape>>,
-    op: impl Fn(&Bench) -> Result<(Vec<Var>, Vec<Var>)>,
-) -> std::result::Result<(), TestCaseError> {
+fn holds(want: Option<Vec<Shape>>, op: impl Fn(&Bench) -> Result<(Vec<Var>, Vec<Var>)>) -> Checked {
     let devices: [Arc<dyn Kernels>; 2] = [cpu(1), Arc::new(Plan::new())];
     for dev in devices {
         let name = dev.name();
@@ -69,6 +93,7 @@ fn holds(
             (Err(e), None) => {
                 let e = e.to_string();
                 prop_assert!(e.contains("wanted") || e.contains("not supported"), "{name}: {e}");
+                seen(1);
                 continue;
             }
         };
@@ -90,6 +115,7 @@ fn holds(
                 input.dims()
             );
         }
+        seen(0);
     }
     Ok(())
 }
@@ -108,7 +134,7 @@ fn linear_layers() {
         let w = mostly(vec![o, cols(&x)]);
         (Just(x), w, mostly(vec![o]).prop_map(move |b| bias.then_some(b)), any::<bool>())
     });
-    cases(96, shapes, |(x, w, b, gelu)| {
+    calls(96, shapes, |(x, w, b, gelu)| {
         let fits = w.len() == 2 && w[1] == cols(&x) && b.as_ref().is_none_or(|b| *b == [w[0]]);
         holds(fits.then(|| vec![vec![rows(&x), w[0]]]), |t| {
             let (x, w, b) = (t.leaf(&x), t.leaf(&w), b.as_ref().map(|b| t.leaf(b)));
@@ -129,7 +155,7 @@ fn convolutions() {
             let b = mostly(vec![k[0]]);
             (mostly(x.to_vec()), w, prop::option::of(b), 0..4usize, 0..4usize, 0..4usize)
         });
-    cases(160, shapes, |(x, w, b, stride, before, after)| {
+    calls(160, shapes, |(x, w, b, stride, before, after)| {
         let conv = Conv { stride, before, after };
         let side = |i: usize| (x[i] + before + after).checked_sub(w[i]).map(|n| n / stride + 1);
         let fits = x.len() == 4
@@ -154,7 +180,7 @@ fn norms_over_rows() {
     let shapes = (0..7usize, 0..7usize).prop_flat_map(|(n, c)| {
         (mostly(vec![n, c]), mostly(vec![c]), mostly(vec![c]), mostly(vec![n, c]), 0..4usize)
     });
-    cases(128, shapes, |(x, w, b, residual, which)| {
+    calls(128, shapes, |(x, w, b, residual, which)| {
         let vector = |v: &Shape| x.len() == 2 && *v == [x[1]];
         let fits = match which {
             0 => vector(&w),
@@ -186,7 +212,7 @@ fn norms_over_pictures() {
     let shapes = prop::array::uniform4(0..7usize).prop_flat_map(|x| {
         (mostly(x.to_vec()), mostly(vec![x[3]]), mostly(vec![x[3]]), 0..5usize, any::<bool>(), any::<bool>())
     });
-    cases(128, shapes, |(x, w, b, groups, silu, batch)| {
+    calls(128, shapes, |(x, w, b, groups, silu, batch)| {
         let vectors = x.len() == 4 && w == [x[3]] && b == [x[3]];
         let fits = vectors && (batch || groups > 0 && x[3] % groups == 0);
         holds(fits.then(|| vec![x.clone()]), |t| {
@@ -209,7 +235,7 @@ fn attention_over_any_sequences() {
                 let qkv = mostly(vec![total + spare, (query + 2 * kv) * dim]);
                 (Just(lengths), qkv, Just(Heads { query, kv, dim, scale: 0.5, causal }))
             });
-    cases(128, shapes, |(lengths, qkv, h)| {
+    calls(128, shapes, |(lengths, qkv, h)| {
         let total: usize = lengths.iter().sum();
         let fits = qkv.len() == 2
             && qkv[0] >= total
@@ -228,7 +254,7 @@ fn attention_over_any_sequences() {
 fn rows_by_index() {
     let shapes = (0..6usize, 0..6usize)
         .prop_flat_map(|(r, c)| (mostly(vec![r, c]), prop::collection::vec(-1..r.max(1) as i32, 0..7)));
-    cases(96, shapes, |(table, idx)| {
+    calls(96, shapes, |(table, idx)| {
         let inside = |i: &i32| *i < table.first().copied().unwrap_or(0) as i32;
         // An index outside of the table is found with the next value that is read: see the conformance tests.
         prop_assume!(idx.iter().all(inside));
@@ -251,7 +277,7 @@ fn rotations_and_gates() {
             (mostly(vec![n, heads * dim + more]), position, Just(r))
         },
     );
-    cases(128, shapes, |(x, position, r)| {
+    calls(128, shapes, |(x, position, r)| {
         let fits = x.len() == 2
             && x[0] == position.len()
             && r.head_dim % 2 == 0
@@ -273,7 +299,7 @@ fn rotations_and_gates() {
 
 #[test]
 fn larger_and_smaller_pictures() {
-    cases(96, prop_oneof![any_shape(), prop::collection::vec(0..7usize, 4)], |x| {
+    calls(96, prop_oneof![any_shape(), prop::collection::vec(0..7usize, 4)], |x| {
         let picture = x.len() == 4;
         holds(picture.then(|| vec![vec![x[0], 2 * x[1], 2 * x[2], x[3]]]), |t| {
             let x = t.leaf(&x);
@@ -291,7 +317,7 @@ fn larger_and_smaller_pictures() {
 #[test]
 fn rows_apart_and_together() {
     let shapes = (any_shape(), prop::collection::vec(0..4usize, 0..4), any_shape());
-    cases(96, shapes, |(x, counts, other)| {
+    calls(96, shapes, |(x, counts, other)| {
         let sum: usize = counts.iter().sum();
         let fits = x.len() == 2 && sum == x[0];
         holds(fits.then(|| counts.iter().map(|&n| vec![n, x[1]]).collect()), |t| {
@@ -322,7 +348,7 @@ fn rows_apart_and_together() {
 fn quantizers() {
     let shapes = (0..9usize, 0..9usize, 0..5usize)
         .prop_flat_map(|(m, k, d)| (mostly(vec![m, d]), mostly(vec![k, d]), any::<bool>()));
-    cases(96, shapes, |(z, e, ibq)| {
+    calls(96, shapes, |(z, e, ibq)| {
         let fits = z.len() == 2 && e.len() == 2 && z[1] == e[1] && e[0] > 0;
         let m = z.first().copied().unwrap_or(1);
         let options = IbqOptions {
@@ -398,12 +424,34 @@ fn every_key() -> Config {
     (l.vocab, l.width, l.layers, l.heads, l.kv_heads, l.head_dim, l.mlp) = (264, 16, 1, 2, 1, 8, 24);
     (c.data.size, c.data.text_tokens) = (32, 8);
     c.visual_head.kind = VisualHeadKind::Tied;
-    let own = GroupConfig { lr: Some(1e-3), betas: Some([0.5, 0.9]) };
+    let own = GroupConfig {
+        lr: Some(1e-3),
+        betas: Some([0.5, 0.9]),
+        clip: Some(0.5),
+        weight_decay: Some(0.1),
+        adam_eps: Some(1e-8),
+    };
+    let data = StageData {
+        source: Some(Source::Scenes),
+        train: Some("train".into()),
+        test: Some("test".into()),
+        train_samples: Some(9),
+        test_samples: Some(3),
+        size: Some(16),
+        crop: Some(Crop::Random),
+        flip: Some(false),
+        text_tokens: Some(7),
+    };
     let groups = [("llm".to_string(), own)].into();
     let with = |kind| StageConfig {
         lr: Some(1e-3),
         betas: Some([0.9, 0.95]),
         ema: true,
+        warmup: Some(0.1),
+        clip: Some(1.0),
+        weight_decay: Some(0.0),
+        adam_eps: Some(1e-8),
+        data: data.clone(),
         ..StageConfig::new(kind, 2, 4)
     };
     c.stage = vec![StageConfig { groups, ..with(StageKind::Semantic) }, with(StageKind::Gen)];
@@ -535,10 +583,11 @@ fn any_value_of_any_key_is_taken_or_refused_by_name() -> Outcome {
         let mut changes: Vec<_> = changes.iter().map(|(at, v)| (at, v.clone())).collect();
         changes.sort_by_key(|(at, _)| std::cmp::Reverse(at.len()));
         let Some(c) = replaced(&path, &changes)? else { return Ok(()) };
-        let tokens = c.data.text_tokens + (c.data.size / c.tokenizer.downsampling()).pow(2);
+        let tokens = |data: DataConfig| data.text_tokens + (data.size / c.tokenizer.downsampling()).pow(2);
         let blocks = c.llm.layers + c.tokenizer.num_res_blocks;
-        for s in c.stage.iter().filter(|s| blocks <= 16 && tokens * s.batch <= 1 << 14) {
-            if let Err(e) = plan_stage(&c, s) {
+        let small = |s: &&StageConfig| blocks <= 16 && tokens(c.data_of(s)) * s.batch <= 1 << 14;
+        for s in c.stage.iter().filter(small) {
+            if let Err(e) = plan_stage(&c, s, Target::Cpu { threads: 2 }) {
                 let e = e.to_string();
                 prop_assert!(!e.contains('\n') && e.contains("wanted"), "{changes:?}: no plan: {e}");
             }

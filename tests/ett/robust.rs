@@ -12,6 +12,7 @@ use ett::model::Ett;
 use ett::nn::Copy;
 use ett::tensor::{DType, Tensor};
 use ett::train::feed::{DataSet, Feed};
+use ett::train::weights::TensorFile;
 use ett::train::{self, RunOptions, Stage, Template, load_weights, plots, save_weights};
 
 use rayon::prelude::*;
@@ -85,6 +86,20 @@ fn broken_weights_are_named_and_change_nothing() -> Outcome {
     ] {
         let file = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[0; 16]].concat();
         refuse(&file, header)?;
+    }
+    // The last values of the file are a tensor's.
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut holed = bytes.clone();
+        let end = holed.len();
+        holed[end - 4..].copy_from_slice(&bad.to_le_bytes());
+        fs::write(&path, holed)?;
+        let e = said(load_weights(&model.params, &path), &path);
+        let last = TensorFile::open(&path)?;
+        let broken: Vec<String> =
+            last.tensors().into_keys().filter(|name| last.read_finite(name).is_err()).collect();
+        assert_eq!(broken.len(), 1);
+        assert!(e.contains(&format!("does not fit the model: `{}` has 1 of ", broken[0])), "{e}");
+        assert!(e.ends_with("values that are not finite") && all()? == before, "{e}");
     }
     fs::write(&path, &bytes)?;
     load_weights(&model.params, &path)?;
@@ -255,12 +270,12 @@ fn pictures_that_are_none_are_skipped_counted_and_named() -> Outcome {
 fn pictures_that_vanish_in_training_are_replaced_by_others_of_their_kind() -> Outcome {
     let dir = Scratch::new();
     pictures(&dir)?;
-    let Folder { root, samples } = Folder::open(dir.path(""))?;
+    let Folder { root, samples, .. } = Folder::open(dir.path(""))?;
     let options = LoadOptions { memory: 0, ..LoadOptions::new(32) };
     let images = ImageSet::load(&root, &samples, options)?;
     let data = DataSet { root, samples, images };
     let model = Ett::new(&config(), Arc::new(Plan::new()))?;
-    let template = Template::new(TextTokenizer::Bytes);
+    let template = Template::new(TextTokenizer::Bytes, 1024);
     let chat = Stage::new(StageKind::Chat, &model)?;
     let cfg = stage(StageKind::Chat);
     let feed = Feed::new(&data, &template, &cfg, &chat, &model.cfg.train, 0)?;
@@ -298,7 +313,7 @@ fn what_cannot_be_written_is_named() -> Outcome {
     fs::write(&file, "in the way")?;
     let mut c = config();
     c.stage = vec![stage(StageKind::Align)];
-    let model = Ett::new(&c, cpu(1))?;
+    let mut model = Ett::new(&c, cpu(1))?;
     let metrics = dir.path("metrics.jsonl");
     fs::write(&metrics, "{\"stage\": \"text\", \"step\": 0, \"loss\": {\"cap\": 1.0}}\n")?;
     let picture = Image::filled(4, 4, 0.0);
@@ -315,8 +330,8 @@ fn what_cannot_be_written_is_named() -> Outcome {
         named(plots::loss_curves(&metrics, &below.join("a.png")), "curves");
         named(plots::labelled_grid(&[vec![(picture.clone(), "a".into())]], &below.join("a.png")), "a grid");
         let test = DataSet::test(&c.data)?.ok_or("built-in data")?;
-        let template = Template::new(TextTokenizer::Bytes);
-        named(train::evaluate(&model, &test, &template, &below).map(drop), "an evaluation");
+        let template = Template::new(TextTokenizer::Bytes, 1024);
+        named(train::evaluate(&mut model, &test, &template, &below).map(drop), "an evaluation");
     }
     assert_eq!(fs::read(&file)?, b"in the way");
     Ok(())

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ett::backend::Cpu;
-use ett::config::{Arm, Config, StageConfig, StageKind, VisualHeadKind};
+use ett::config::{Arm, Config, Source, StageConfig, StageData, StageKind, VisualHeadKind};
 use ett::data::{Image, save_png};
 use ett::infer::Trained;
 use ett::model::Ett;
@@ -98,7 +98,7 @@ fn a_run_leaves_its_files_and_a_model_that_can_be_used() {
     let done = run(&c, &out).expect("the run ends");
     let report = done.report.as_ref().expect("a held-out folder was named");
     assert_eq!((report.pictures, report.captions, report.questions), (8, 8, 8));
-    assert!(report.mse.is_finite() && report.caption_loss.seen > 0.0);
+    assert!(report.mse.is_finite() && report.caption_loss.is_some_and(|p| p.seen > 0.0));
     assert!(done.table().contains("reconstruction MSE"));
 
     let metrics = std::fs::read_to_string(out.join("metrics.jsonl")).expect("metrics");
@@ -211,7 +211,7 @@ fn stages_without_anything_to_learn_from_are_refused() {
     let mut c = config(&data);
     c.stage.retain(|s| s.kind == StageKind::Semantic);
     let Err(e) = run(&c, &dir.0.join("a")) else { panic!("pictures without captions were accepted") };
-    assert!(e.to_string().contains("no picture with a caption"), "{e}");
+    assert!(e.to_string().contains("none of its 8 pictures has a caption"), "{e}");
     c.stage.clear();
     let Err(e) = run(&c, &dir.0.join("b")) else { panic!("a run without stages was accepted") };
     assert!(e.to_string().contains("[[stage]]"), "{e}");
@@ -236,7 +236,8 @@ fn numbers_that_are_not_finite_are_skipped_dumped_once_and_then_stop_the_run() {
     c.stage = vec![StageConfig::new(StageKind::Align, 30, 3)];
     let model = Ett::new(&c, Arc::new(Cpu::poisoned(1).expect("a thread"))).expect("a model");
     let mut norm = model.params.read("model.norm.weight", Copy::Master).expect("readable").expect("a weight");
-    norm.values[0] = f64::NAN;
+    // Finite, as weights have to be, but nothing that follows from them is.
+    norm.values.fill(3e38);
     model.params.write_public("model.norm.weight", Copy::Master, &norm).expect("a weight");
     let (init, out) = (dir.0.join("nan.safetensors"), dir.0.join("out"));
     train::save_weights(&model.params, &init, Copy::Master).expect("weights");
@@ -261,4 +262,73 @@ fn numbers_that_are_not_finite_are_skipped_dumped_once_and_then_stop_the_run() {
         "{:?}",
         inputs.keys()
     );
+}
+
+#[test]
+fn a_stage_reads_data_of_its_own() {
+    let dir = Folder::new("own-data");
+    pictures(&dir.0.join("data"));
+    let mut c = config(&dir.0.join("data"));
+    c.stage.retain(|s| matches!(s.kind, StageKind::Tokenizer | StageKind::Align));
+    c.stage[0].data = StageData {
+        source: Some(Source::Scenes),
+        size: Some(24),
+        train_samples: Some(24),
+        test_samples: Some(4),
+        ..StageData::default()
+    };
+    let out = dir.0.join("out");
+    let done = run(&c, &out).expect("the run ends");
+    // The closing evaluation looks at the run's own pictures.
+    let report = done.report.expect("a held-out folder was named");
+    assert_eq!((report.pictures, report.size, report.captions), (8, 32, 8));
+    // With the same pictures in all stages the weights are others.
+    let plain = Config {
+        stage: c.stage.iter().map(|s| StageConfig { data: StageData::default(), ..s.clone() }).collect(),
+        ..c.clone()
+    };
+    let other = dir.0.join("plain");
+    run(&plain, &other).expect("the run ends");
+    let weights = |out: &Path| std::fs::read(out.join("model.safetensors")).expect("weights");
+    assert_ne!(weights(&out), weights(&other));
+    let e = Config {
+        stage: vec![StageConfig {
+            data: StageData { size: Some(15), ..StageData::default() },
+            ..c.stage[1].clone()
+        }],
+        ..c
+    }
+    .check()
+    .expect_err("15 pixels are no multiple of 2")
+    .to_string();
+    assert!(e.contains("stage.0.data.size") && e.contains("15"), "{e}");
+}
+
+#[test]
+fn reconstructions_are_evaluated_with_the_averages() {
+    let dir = Folder::new("averages");
+    pictures(&dir.0.join("data"));
+    let mut c = config(&dir.0.join("data"));
+    c.stage = vec![StageConfig { lr: Some(1e-2), ema: true, ..StageConfig::new(StageKind::Tokenizer, 4, 3) }];
+    c.train.ema_decay = 0.9;
+    let out = dir.0.join("out");
+    let done = run(&c, &out).expect("the run ends");
+    let report = done.report.as_ref().expect("a held-out folder was named");
+    assert_eq!(report.reconstructed_by, "averages of the weights");
+    let dev = || Arc::new(Cpu::new(1).expect("a thread"));
+    let mse = |ema: bool| {
+        let mut trained = Trained::open(&out, dev(), ema).expect("a run");
+        trained.evaluate(None, None, &dir.0.join("eval")).expect("an evaluation")
+    };
+    // As training saw it: the averages beside the weights; and the averages in the place of the weights.
+    let (beside, instead) = (mse(false), mse(true));
+    assert_eq!((beside.mse, beside.reconstructed_by), (report.mse, report.reconstructed_by));
+    assert_eq!((instead.mse, instead.reconstructed_by), (report.mse, "the weights"));
+    // The weights alone give another number, and evaluating has left them as they were.
+    std::fs::remove_file(out.join("ema.safetensors")).expect("averages were kept");
+    let live = mse(false);
+    assert!(live.reconstructed_by == "the weights" && live.mse != report.mse);
+    let lines = std::fs::read_to_string(out.join("metrics.jsonl")).expect("metrics");
+    let last: serde_json::Value = serde_json::from_str(lines.lines().last().expect("lines")).expect("JSON");
+    assert_eq!(last["eval"]["mse"].as_f64(), Some(report.mse), "the evaluation after the last step, too");
 }

@@ -246,24 +246,38 @@ fn one_and_two_threads_give_the_same_bits() -> Outcome {
     Ok(())
 }
 
+/// Memorising is to leave nothing: the caption is known, the pictures are there but for a tenth of their contrast, the
+/// tokens lie on their codes. Without the discriminator, whose part of the loss has no end.
 #[test]
 fn one_batch_can_be_learnt_by_heart() -> Outcome {
-    for (metric, share) in [(Scores::Dot, 0.65), (Scores::L2norm, 0.75)] {
+    for metric in [Scores::Dot, Scores::L2norm] {
         let mut cfg = small("f32");
         cfg.quantizer.metric = metric;
+        cfg.loss.gan = 0.0;
         let mut run = Run::new(&cfg, cpu(2), StageKind::Semantic, 3e-3)?;
-        let batch = batch(&run.model, &[[2, 32, 32]], StageKind::Semantic)?;
+        let batch = batch(&run.model, &[[2, 16, 16]], StageKind::Semantic)?;
         let first = run.step(&batch)?;
-        for _ in 0..148 {
+        for step in 0..400 {
+            if step == 270 {
+                run.rate *= 0.1;
+            }
             run.step(&batch)?;
         }
         let last = run.step(&batch)?;
-        let pair = |loss| -> Result<(f64, f64)> { Ok((run.value(&first, loss)?, run.value(&last, loss)?)) };
-        let (cap, rec, lpips) = (pair(Loss::Cap)?, pair(Loss::Rec)?, pair(Loss::Lpips)?);
-        println!("{metric:?}: cap {cap:?}, rec {rec:?}, lpips {lpips:?}");
-        assert!(cap.1 < 0.2 * cap.0, "{metric:?}: cap {cap:?}");
-        assert!(rec.1 < share * rec.0, "{metric:?}: rec {rec:?}");
-        assert!(lpips.1 < lpips.0, "{metric:?}: lpips {lpips:?}");
+        for (loss, start, end) in [
+            (Loss::Cap, 3.0, 1e-3),
+            (Loss::Rec, 0.4, 0.08),
+            (Loss::Lpips, 1.0, 0.03),
+            (Loss::Quant, 0.1, 0.01),
+        ] {
+            let (a, b) = (run.value(&first, loss)?, run.value(&last, loss)?);
+            println!("{metric:?}, {loss:?}: {a:.4} to {b:.2e}");
+            assert!(
+                a > start,
+                "{metric:?}, {loss:?}: {a} at the start, wanted something to learn, above {start}"
+            );
+            assert!(b < end, "{metric:?}, {loss:?}: {a} to {b}, wanted below {end}");
+        }
     }
     Ok(())
 }
@@ -532,7 +546,9 @@ fn the_entropies_are_left_out_where_nothing_asks_for_them() -> Outcome {
     let mut cfg = small("f64");
     (cfg.loss.alpha, cfg.loss.entropy) = (0.0, 0.05);
     let plan = |cfg: &Config, kind| -> Result<Vec<&'static str>> {
-        Ok(ett::train::plan_stage(cfg, &ett::config::StageConfig::new(kind, 1, 2))?.kernels)
+        let stage = ett::config::StageConfig::new(kind, 1, 2);
+        let plan = ett::train::plan_stage(cfg, &stage, ett::backend::Target::Cpu { threads: 1 })?;
+        Ok(plan.kernels.into_keys().collect())
     };
     assert!(!plan(&cfg, StageKind::Semantic)?.contains(&"ibq_cols"));
     assert!(plan(&cfg, StageKind::Tokenizer)?.contains(&"ibq_cols"));
@@ -577,16 +593,20 @@ fn visual_heads_learn_codes() -> Outcome {
         let before = bits(&run.model, Copy::Master)?;
         let first = run.step(&batch)?;
         let first = run.value(&first, Loss::Code)?;
-        for _ in 0..98 {
+        for step in 0..240 {
+            if step == 160 {
+                run.rate *= 0.1;
+            }
             run.step(&batch)?;
         }
         let last = run.step(&batch)?;
         let last = run.value(&last, Loss::Code)?;
         println!("{kind:?}: {first} to {last}, uniform {}", (48f64).ln());
-        assert!(last < 0.5 * first, "{kind:?}: {first} to {last}");
+        assert!(first > 3.0 && last < 0.02, "{kind:?}: {first} to {last}, wanted the codes learnt by heart");
+        let after = bits(&run.model, Copy::Master)?;
         for (name, old) in &before {
             if name.starts_with("quantize.") || name.starts_with("encoder.") {
-                assert!(bits(&run.model, Copy::Master)?[name] == *old, "{name} is frozen");
+                assert!(after[name] == *old, "{name} is frozen");
             }
         }
     }

@@ -47,7 +47,8 @@ impl Most {
         Most {
             rows: rows.min(BLOCK),
             keys: a.max_k.min(nk),
-            d: a.head_dim.min(a.q.dims.cols()),
+            // Without query heads, keys have columns all the same.
+            d: a.head_dim.min(a.q.dims.cols().max(a.k.dims.cols())),
             pairs: sequences.saturating_mul(a.kv_heads),
             blocks: blocks.saturating_mul(a.kv_heads),
         }

@@ -171,6 +171,7 @@ pub(super) fn nearest(ws: &Workspace, a: &Nearest) -> Result<()> {
 fn nearest_of<E: Elem>(ws: &Workspace, a: &Nearest) -> Result<()> {
     let sweep = Sweep::<E>::new("nearest", &a.z, &a.e)?;
     expect("nearest", "idx", &a.idx.0, sweep.z.rows)?;
+    let bad = a.bad.as_ref().map(|bad| one_mut::<E::Acc>("nearest", "bad", &bad.0)).transpose()?;
     let idx = flat_mut::<i32>("nearest", "idx", &a.idx.0)?;
     // -|z - e|^2 / 2 = z . e - |e|^2 / 2 - |z|^2 / 2, and |z| is the same for all codes.
     let bad_rows = AtomicUsize::new(0);
@@ -203,17 +204,20 @@ fn nearest_of<E: Elem>(ws: &Workspace, a: &Nearest) -> Result<()> {
         }
         bad_rows.fetch_add(top[..r.len()].iter().filter(|v| !v.is_finite()).count(), Ordering::Relaxed);
     });
-    if let Some(bad) = &a.bad {
-        count_bad::<E::Acc>("nearest", bad, bad_rows)?;
+    if let Some(bad) = bad {
+        *bad += E::Acc::of(bad_rows.into_inner() as f64);
     }
     Ok(())
 }
 
-/// Adds rows without a finite score to a count.
-fn count_bad<R: Real>(op: &'static str, bad: &Acc, rows: AtomicUsize) -> Result<()> {
-    expect(op, "bad", &bad.0, 1)?;
-    flat_mut::<R>(op, "bad", &bad.0)?[0] += R::of(rows.into_inner() as f64);
-    Ok(())
+/// A one-element output.
+fn one_mut<'a, R: crate::tensor::Element>(
+    op: &'static str,
+    arg: &'static str,
+    v: &In<'a>,
+) -> Result<&'a mut R> {
+    expect(op, arg, v, 1)?;
+    Ok(&mut flat_mut::<R>(op, arg, v)?[0])
 }
 
 /// Running statistics of one row, the best code so far left out of the sums.
@@ -311,6 +315,7 @@ fn ibq_rows_of<E: Elem, const ENTROPY: bool>(ws: &Workspace, a: &IbqRows) -> Res
     let idx = flat_mut::<i32>(OP, "idx", &a.idx.0)?;
     let smax = flat_mut::<E::Acc>(OP, "smax", &a.smax.0)?;
     let rest_p = flat_mut::<E::Acc>(OP, "rest_p", &a.rest_p.0)?;
+    let bad = one_mut::<E::Acc>(OP, "bad", &a.bad.0)?;
     let (rest_q, xbar) = match (&a.rest_q, &a.xbar) {
         (Some(rest_q), Some(xbar)) => {
             expect(OP, "rest_q", &rest_q.0, m)?;
@@ -356,7 +361,8 @@ fn ibq_rows_of<E: Elem, const ENTROPY: bool>(ws: &Workspace, a: &IbqRows) -> Res
             }
         }
     });
-    count_bad::<E::Acc>(OP, &a.bad, bad_rows)
+    *bad += E::Acc::of(bad_rows.into_inner() as f64);
+    Ok(())
 }
 
 pub(super) fn ibq_cols(ws: &Workspace, a: &IbqCols) -> Result<()> {
@@ -440,6 +446,9 @@ fn ibq_losses_of<E: Elem>(_ws: &Workspace, a: &IbqLosses) -> Result<()> {
     let (m, k) = (sweep.z.rows, sweep.e.rows);
     let idx = indices(OP, &a.idx, m, k)?;
     let inv = scalar::<E::Acc>(OP, "inv_count", &a.inv_count)?;
+    let quant = one_mut::<E::Acc>(OP, "quant", &a.quant.0)?;
+    expect_rows(OP, "zq", &a.zq.0, m, sweep.d)?;
+    rows_mut::<E>(OP, "zq", &a.zq.0)?;
     let entropies = all_or_none(
         OP,
         &[
@@ -456,8 +465,7 @@ fn ibq_losses_of<E: Elem>(_ws: &Workspace, a: &IbqLosses) -> Result<()> {
     }
     let squares = look_up(OP, &sweep, idx, &a.zq)?;
     let weight = (1.0 + a.beta_commit + a.beta_code) / sweep.d as f64;
-    expect(OP, "quant", &a.quant.0, 1)?;
-    flat_mut::<E::Acc>(OP, "quant", &a.quant.0)?[0] = squares * inv * E::Acc::of(weight);
+    *quant = squares * inv * E::Acc::of(weight);
     Ok(())
 }
 
@@ -466,23 +474,18 @@ fn ibq_entropies<E: Elem>(a: &IbqLosses, m: usize, k: usize, inv: E::Acc) -> Res
     const OP: &str = "ibq_losses";
     let (Some(rest_q), Some(xbar), Some(col)) = (&a.rest_q, &a.xbar, &a.col) else { return Ok(()) };
     let (Some(c), Some(sample), Some(avg)) = (&a.c, &a.sample, &a.avg) else { return Ok(()) };
-    for (name, v, n) in [
-        ("rest_q", rest_q, m),
-        ("xbar", xbar, m),
-        ("col", col, k),
-        ("c", &c.0, k),
-        ("sample", &sample.0, 1),
-        ("avg", &avg.0, 1),
-    ] {
+    for (name, v, n) in [("rest_q", rest_q, m), ("xbar", xbar, m), ("col", col, k), ("c", &c.0, k)] {
         expect(OP, name, v, n)?;
     }
     let rest_q = flat::<E::Acc>(OP, "rest_q", rest_q)?;
     let xbar = flat::<E::Acc>(OP, "xbar", xbar)?;
     let col = flat::<E::Acc>(OP, "col", col)?;
     let c = flat_mut::<E::Acc>(OP, "c", &c.0)?;
+    let sample = one_mut::<E::Acc>(OP, "sample", &sample.0)?;
+    let avg = one_mut::<E::Acc>(OP, "avg", &avg.0)?;
     let eps = E::Acc::of(a.eps);
     let entropies: E::Acc = par_sum(m, 1024, |r| r.map(|i| rest_q[i].ln_1p() - xbar[i]).sum());
-    flat_mut::<E::Acc>(OP, "sample", &sample.0)?[0] = entropies * inv;
+    *sample = entropies * inv;
     let parts: Vec<E::Acc> = c
         .par_chunks_mut(4096)
         .zip(col.par_chunks(4096))
@@ -497,7 +500,7 @@ fn ibq_entropies<E: Elem>(a: &IbqLosses, m: usize, k: usize, inv: E::Acc) -> Res
             sum
         })
         .collect();
-    flat_mut::<E::Acc>(OP, "avg", &avg.0)?[0] = -parts.into_iter().fold(E::Acc::zero(), |a, b| a + b);
+    *avg = -parts.into_iter().fold(E::Acc::zero(), |a, b| a + b);
     Ok(())
 }
 
@@ -647,6 +650,14 @@ fn ibq_bwd_of<'a, E: Elem, const ENTROPY: bool>(ws: &Workspace, a: &IbqBwd<'a>) 
     };
     let g = rows::<E>(OP, "g", &a.g)?;
     let dz = flat_mut::<E>(OP, "dz", &a.dz.0)?;
+    // Before anything is written.
+    let de = match &a.de {
+        Some(de) => {
+            expect(OP, "de", &de.0, k * d)?;
+            Some(flat_mut::<E::Acc>(OP, "de", &de.0)?)
+        }
+        None => None,
+    };
     let inv = scalar::<E::Acc>(OP, "inv_count", &a.inv_count)?;
     let inv_t = E::Acc::of(1.0 / a.temperature);
     let w_quant = scalar::<E::Acc>(OP, "g_quant", &a.g_quant)? * inv / E::Acc::of(d as f64);
@@ -748,9 +759,7 @@ fn ibq_bwd_of<'a, E: Elem, const ENTROPY: bool>(ws: &Workspace, a: &IbqBwd<'a>) 
     });
 
     // Sweep 3: dE = dS^T z, the hard scatter of g and the codebook term. A tile's rows of dE have one owner.
-    let Some(de) = &a.de else { return Ok(()) };
-    expect(OP, "de", &de.0, k * d)?;
-    let de = flat_mut::<E::Acc>(OP, "de", &de.0)?;
+    let Some(de) = de else { return Ok(()) };
     let direct_e = E::Acc::of(2.0 * a.beta_code) * w_quant;
     de.par_chunks_mut((sweep.cols * d).max(1)).zip(sweep.col_tiles()).for_each(|(de, cols)| {
         let mut local = tiles.take();
@@ -782,11 +791,11 @@ fn vq_losses_of<E: Elem>(_ws: &Workspace, a: &VqLosses) -> Result<()> {
     const OP: &str = "vq_losses";
     let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
     let idx = indices(OP, &a.idx, sweep.z.rows, sweep.e.rows)?;
-    let squares = look_up(OP, &sweep, idx, &a.zq)?;
     let inv = scalar::<E::Acc>(OP, "inv_count", &a.inv_count)?;
+    let quant = one_mut::<E::Acc>(OP, "quant", &a.quant.0)?;
+    let squares = look_up(OP, &sweep, idx, &a.zq)?;
     let weight = (a.beta_commit + a.beta_code) / sweep.d as f64;
-    expect(OP, "quant", &a.quant.0, 1)?;
-    flat_mut::<E::Acc>(OP, "quant", &a.quant.0)?[0] = squares * inv * E::Acc::of(weight);
+    *quant = squares * inv * E::Acc::of(weight);
     Ok(())
 }
 
@@ -803,6 +812,14 @@ fn vq_bwd_of<E: Elem>(_ws: &Workspace, a: &VqBwd) -> Result<()> {
     expect(OP, "dz", &a.dz.0, m * d)?;
     let g = rows::<E>(OP, "g", &a.g)?;
     let dz = flat_mut::<E>(OP, "dz", &a.dz.0)?;
+    // Before anything is written.
+    let de = match &a.de {
+        Some(de) => {
+            expect(OP, "de", &de.0, k * d)?;
+            Some(flat_mut::<E::Acc>(OP, "de", &de.0)?)
+        }
+        None => None,
+    };
     let inv = scalar::<E::Acc>(OP, "inv_count", &a.inv_count)?;
     let w = scalar::<E::Acc>(OP, "g_quant", &a.g_quant)? * inv * E::Acc::of(2.0 / d.max(1) as f64);
     let (commit, code) = (w * E::Acc::of(a.beta_commit), w * E::Acc::of(a.beta_code));
@@ -812,9 +829,7 @@ fn vq_bwd_of<E: Elem>(_ws: &Workspace, a: &VqBwd) -> Result<()> {
             *o = E::down(g.row(i)[j].up() + commit * (z[j].up() - e[j].up()));
         }
     });
-    let Some(de) = &a.de else { return Ok(()) };
-    expect(OP, "de", &de.0, k * d)?;
-    let de = flat_mut::<E::Acc>(OP, "de", &de.0)?;
+    let Some(de) = de else { return Ok(()) };
     for i in 0..m {
         let (e, z) = (sweep.e.row(idx[i] as usize), sweep.z.row(i));
         let row = &mut de[idx[i] as usize * d..][..d];

@@ -536,6 +536,17 @@ mod tests {
     }
 
     #[test]
+    fn lecam_averages_leave_out_what_is_not_finite() {
+        let dev = Cpu::poisoned(1).unwrap();
+        let args = [act([2], vec![1.0, f64::NAN]), act([2], vec![1.0, 3.0]), acc([2], vec![0.5, -0.5])];
+        let t = tensors(&dev, Precision::F64, &args);
+        let out = out(&dev, DType::F64, [2]);
+        let (real, fake, ema) = (t[0].view(), t[1].view(), t[2].view());
+        dev.lecam_update(S, &LecamUpdate { real, fake, ema, out: out.out(), decay: 0.5 }).unwrap();
+        assert_eq!(out.to_f64(&dev).unwrap(), [0.5, 0.75]);
+    }
+
+    #[test]
     fn shapes_that_differ_are_errors() {
         let dev = Cpu::poisoned(1).unwrap();
         let t = tensors(

@@ -140,11 +140,11 @@ impl Cpu {
         }
         let threads = self.threads();
         let bytes = a.workspace(threads);
-        let memory = self.pool.reserve(bytes).ok_or_else(|| self.out_of_memory(Role::Workspace, bytes))?;
-        let poison = self.pool.is_poisoned();
         let (start, before) = (Instant::now(), gemm::NANOS.load(Ordering::Relaxed));
         let result = self.install(|| {
-            let ws = Workspace::new(memory, threads, poison);
+            let memory =
+                self.pool.reserve(bytes).ok_or_else(|| self.out_of_memory(Role::Workspace, bytes))?;
+            let ws = Workspace::new(memory, threads, self.pool.is_poisoned());
             kernel(&ws)?;
             ws.check(name)
         });

@@ -924,7 +924,7 @@ fn l2_rows<T: Elem, D: Elem<Acc = T::Acc>>(
 mod tests {
     use super::super::testing::*;
     use super::*;
-    use crate::tensor::Precision;
+    use crate::tensor::{DType, Precision, Tensor};
 
     fn mean_var(v: impl Iterator<Item = f64> + Clone) -> (f64, f64) {
         let n = v.clone().count() as f64;
@@ -934,10 +934,10 @@ mod tests {
 
     /// Inputs away from zero mean, so that a one-pass variance would show.
     fn shifted(n: usize, seed: u64) -> Vec<f64> {
-        values(n, seed).iter().map(|x| half::bf16::from_f64(x + 3.0).to_f64()).collect()
+        values(n, seed).iter().map(|x| DType::Bf16.rounded(x + 3.0)).collect()
     }
 
-    fn group_forward(r: &Run, dims: [usize; 4], g: usize, silu: bool, v: &[Vec<f64>]) -> [Vec<f64>; 3] {
+    fn group_forward(r: &Run, dims: [usize; 4], g: usize, silu: bool, v: &[Vec<f64>]) -> [Tensor; 3] {
         let c = dims[3];
         let (x, w, b) = (r.act(dims, &v[0]), r.act([c], &v[1]), r.act([c], &v[2]));
         let (y, mean, rstd) = (r.out(dims), r.out_acc([dims[0], g]), r.out_acc([dims[0], g]));
@@ -945,7 +945,7 @@ mod tests {
         let (y_out, mean_out, rstd_out, eps) = (y.out(), mean.out(), rstd.out(), 1e-6);
         let s = GroupNormFwd { x, w, b, y: y_out, mean: mean_out, rstd: rstd_out, eps, silu };
         r.cpu.group_norm_fwd(S, &s).unwrap();
-        [r.get(&y), r.get(&mean), r.get(&rstd)]
+        [y, mean, rstd]
     }
 
     fn group_backward(
@@ -955,7 +955,7 @@ mod tests {
         silu: bool,
         v: &[Vec<f64>],
         stats: [&[f64]; 2],
-    ) -> Vec<Vec<f64>> {
+    ) -> Vec<Tensor> {
         let c = dims[3];
         let (x, w, b, dy) = (r.act(dims, &v[0]), r.act([c], &v[1]), r.act([c], &v[2]), r.act(dims, &v[3]));
         let [mean, rstd] = stats.map(|s| r.acc([dims[0], g], s));
@@ -973,10 +973,11 @@ mod tests {
             silu,
         };
         r.cpu.group_norm_bwd(S, &s).unwrap();
-        let out = vec![r.get(&dx), r.get(&dw), r.get(&db)];
-        r.cpu.group_norm_bwd(S, &GroupNormBwd { dw: None, db: None, ..s }).unwrap();
-        assert_eq!(r.get(&dx), out[0]);
-        out
+        let alone = r.out(dims);
+        let s = GroupNormBwd { dx: alone.out(), dw: None, db: None, ..s };
+        r.cpu.group_norm_bwd(S, &s).unwrap();
+        assert_eq!(r.get(&alone), r.get(&dx));
+        vec![dx, dw, db]
     }
 
     #[test]
@@ -1004,22 +1005,22 @@ mod tests {
             });
             check(&[y.collect(), mean.clone(), rstd.clone()], |r| group_forward(r, dims, g, silu, &v).into());
             let stats = [&mean[..], &rstd];
-            let grads = group_backward(&Run::f64(), dims, g, silu, &v, stats);
             let r = Run::f64();
+            let grads = r.values(&group_backward(&r, dims, g, silu, &v, stats));
             check_gradients(&[&v[0], &v[1], &v[2]], &[&grads[0], &grads[1], &grads[2]], |at| {
-                inner(&group_forward(&r, dims, g, silu, at)[0], &v[3])
+                inner(&r.get(&group_forward(&r, dims, g, silu, at)[0]), &v[3])
             });
             check(&grads, |r| group_backward(r, dims, g, silu, &v, stats));
         }
     }
 
-    fn batch_forward(r: &Run, [n, c]: [usize; 2], slope: f64, v: &[Vec<f64>]) -> [Vec<f64>; 3] {
+    fn batch_forward(r: &Run, [n, c]: [usize; 2], slope: f64, v: &[Vec<f64>]) -> [Tensor; 3] {
         let (x, w, b) = (r.act([n, c], &v[0]), r.act([c], &v[1]), r.act([c], &v[2]));
         let (y, mean, var) = (r.out([n, c]), r.out_acc([c]), r.out_acc([c]));
         let (x, w, b) = (x.view(), w.view(), b.view());
         let (yo, mo, vo, eps) = (y.out(), mean.out(), var.out(), 1e-5);
         r.cpu.batch_norm_fwd(S, &BatchNormFwd { x, w, b, y: yo, mean: mo, var: vo, eps, slope }).unwrap();
-        [r.get(&y), r.get(&mean), r.get(&var)]
+        [y, mean, var]
     }
 
     #[test]
@@ -1055,12 +1056,12 @@ mod tests {
                     slope,
                 };
                 r.cpu.batch_norm_bwd(S, &s).unwrap();
-                vec![r.get(&dx), r.get(&dw), r.get(&db)]
+                vec![dx, dw, db]
             };
-            let grads = backward(&Run::f64());
             let r = Run::f64();
+            let grads = r.values(&backward(&r));
             check_gradients(&[&v[0], &v[1], &v[2]], &[&grads[0], &grads[1], &grads[2]], |at| {
-                inner(&batch_forward(&r, [n, c], slope, at)[0], &v[3])
+                inner(&r.get(&batch_forward(&r, [n, c], slope, at)[0]), &v[3])
             });
             check(&grads, backward);
         }
@@ -1074,26 +1075,43 @@ mod tests {
             let (mean, var, running_mean, running_var) = (mean.view(), var.view(), rm.acc(), rv.acc());
             let s = BatchNormRunning { mean, var, running_mean, running_var, rows: 5, momentum: 0.1 };
             r.cpu.batch_norm_running(S, &s).unwrap();
-            vec![r.get(&rm), r.get(&rv)]
+            vec![rm, rv]
         });
+    }
+
+    #[test]
+    fn running_statistics_leave_out_what_is_not_finite() {
+        let r = Run::f64();
+        let (mean, var) = (r.acc([2], &[f64::NAN, 2.0]), r.acc([2], &[4.0, f64::INFINITY]));
+        let (rm, rv) = (r.acc([2], &[1.0, 1.0]), r.acc([2], &[3.0, 3.0]));
+        let (mean, var, running_mean, running_var) = (mean.view(), var.view(), rm.acc(), rv.acc());
+        let s = BatchNormRunning { mean, var, running_mean, running_var, rows: 4, momentum: 0.5 };
+        r.cpu.batch_norm_running(S, &s).unwrap();
+        assert_eq!((r.get(&rm)[0], r.get(&rv)[1]), (1.0, 3.0));
+        assert!(r.get(&rm)[1] == 1.5 && r.get(&rv)[0] > 3.0);
     }
 
     /// Shapes of the norms over rows: more rows than one partial sum holds, odd widths.
     const ROWS: [[usize; 2]; 4] = [[1, 1], [7, 5], [150, 67], [3, 1031]];
 
-    fn rms_forward(r: &Run, [n, c]: [usize; 2], v: &[Vec<f64>]) -> [Vec<f64>; 3] {
+    fn rms_forward(r: &Run, [n, c]: [usize; 2], v: &[Vec<f64>]) -> [Tensor; 3] {
         let (x, res, w) = (r.columns(n, c, &v[0]), r.act([n, c], &v[1]), r.act([c], &v[2]));
         let (sum, y, rstd) = (r.out([n, c]), r.columns(n, c, &vec![f64::NAN; n * c]), r.out_acc([n]));
         let (residual, so) = (Some(res.view()), Some(sum.out()));
         let (x, w, yo, ro, eps) = (x.view(), w.view(), y.out(), rstd.out(), 1e-5);
         r.cpu.rms_norm_fwd(S, &RmsNormFwd { x, residual, w, sum: so, y: yo, rstd: ro, eps }).unwrap();
-        [r.get(&y), r.get(&sum), r.get(&rstd)]
+        [y, sum, rstd]
     }
 
     #[test]
     fn rms_norm_matches_loops_and_differences() {
         for shape @ [n, c] in ROWS {
-            let v = [values(n * c, 1), values(n * c, 2), values(c, 3), values(n * c, 4), values(n * c, 5)];
+            // Summands whose sums are numbers of bf16: statistics are taken of the sum as it is stored.
+            let coarse = |seed| -> Vec<f64> {
+                let v = values(n * c, seed);
+                v.iter().map(|x| (8.0 * x).round().clamp(-32.0, 32.0) / 8.0).collect()
+            };
+            let v = [coarse(1), coarse(2), values(c, 3), values(n * c, 4), values(n * c, 5)];
             let sum: Vec<f64> = v[0].iter().zip(&v[1]).map(|(a, b)| a + b).collect();
             let rstd: Vec<f64> = sum
                 .chunks(c)
@@ -1102,9 +1120,10 @@ mod tests {
             let y = (0..n * c).map(|i| sum[i] * rstd[i / c] * v[2][i % c]).collect();
             check(&[y, sum.clone(), rstd.clone()], |r| rms_forward(r, shape, &v).into());
             // From here on the sum is an input: rounded.
-            let sum: Vec<f64> = sum.iter().map(|x| half::bf16::from_f64(*x).to_f64()).collect();
+            let sum: Vec<f64> = sum.iter().map(|x| DType::Bf16.rounded(*x)).collect();
             let at = [sum.clone(), vec![0.0; n * c], v[2].clone()];
-            let rstd = rms_forward(&Run::f64(), shape, &at)[2].clone();
+            let r = Run::f64();
+            let rstd = r.get(&rms_forward(&r, shape, &at)[2]);
             let backward = |r: &Run| {
                 let (dy, dsum, x) = (r.columns(n, c, &v[3]), r.act([n, c], &v[4]), r.columns(n, c, &sum));
                 let (w, rstd, dx, dw) =
@@ -1112,15 +1131,24 @@ mod tests {
                 let (dsum, dw_acc) = (Some(dsum.view()), Some(dw.acc()));
                 let (dy, x, w, rstd, out) = (dy.view(), x.view(), w.view(), rstd.view(), dx.out());
                 r.cpu.rms_norm_bwd(S, &RmsNormBwd { dy, dsum, x, w, rstd, dx: out, dw: dw_acc }).unwrap();
-                vec![r.get(&dx), r.get(&dw)]
+                vec![dx, dw]
             };
-            let grads = backward(&Run::f64());
             let r = Run::f64();
+            let grads = r.values(&backward(&r));
             check_gradients(&[&at[0], &at[1], &at[2]], &[&grads[0], &grads[0], &grads[1]], |at| {
                 let [y, sum, _] = rms_forward(&r, shape, at);
-                inner(&y, &v[3]) + inner(&sum, &v[4])
+                inner(&r.get(&y), &v[3]) + inner(&r.get(&sum), &v[4])
             });
-            check(&grads, backward);
+            check(&grads[..1], |r| backward(r)[..1].to_vec());
+            // What the weights multiply is rounded to act first.
+            for p in [Precision::F64, Precision::F32, Precision::BF16] {
+                let mut dw = vec![0.0; c];
+                for (i, (dy, x)) in v[3].iter().zip(&sum).enumerate() {
+                    dw[i % c] += dy * p.act.rounded(x * rstd[i / c]);
+                }
+                let r = Run::new(p, 1);
+                compare_all(&r, &backward(&r)[1..], &[dw]);
+            }
         }
     }
 
@@ -1132,18 +1160,18 @@ mod tests {
         let s = RmsNormFwd { x: xt.view(), residual, w: w.view(), sum, y: y.out(), rstd: rstd.out(), eps };
         r.cpu.rms_norm_fwd(S, &s).unwrap();
         let want = rms_forward(&r, [3, 4], &[x, vec![0.0; 12], vec![1.0; 4]]);
-        assert_eq!(r.get(&y), want[0]);
+        assert_eq!(r.get(&y), r.get(&want[0]));
         let e = r.cpu.rms_norm_fwd(S, &RmsNormFwd { sum: Some(y.out()), ..s }).unwrap_err();
         assert_eq!(e.to_string(), "rms_norm_fwd: argument `sum` is present, wanted absent as `residual` is");
     }
 
-    fn layer_forward(r: &Run, [n, c]: [usize; 2], v: &[Vec<f64>]) -> [Vec<f64>; 3] {
+    fn layer_forward(r: &Run, [n, c]: [usize; 2], v: &[Vec<f64>]) -> [Tensor; 3] {
         let (x, w, b) = (r.columns(n, c, &v[0]), r.act([c], &v[1]), r.act([c], &v[2]));
         let (y, mean, rstd) = (r.out([n, c]), r.out_acc([n]), r.out_acc([n]));
         let (x, w, b) = (x.view(), w.view(), b.view());
         let (yo, mo, ro, eps) = (y.out(), mean.out(), rstd.out(), 1e-5);
         r.cpu.layer_norm_fwd(S, &LayerNormFwd { x, w, b, y: yo, mean: mo, rstd: ro, eps }).unwrap();
-        [r.get(&y), r.get(&mean), r.get(&rstd)]
+        [y, mean, rstd]
     }
 
     #[test]
@@ -1163,22 +1191,22 @@ mod tests {
                 let (dy, x, w, mean, rstd) = (dy.view(), x.view(), w.view(), mean.view(), rstd.view());
                 let s = LayerNormBwd { dy, x, w, mean, rstd, dx: dx.out(), dw: dwa, db: dba };
                 r.cpu.layer_norm_bwd(S, &s).unwrap();
-                vec![r.get(&dx), r.get(&dw), r.get(&db)]
+                vec![dx, dw, db]
             };
-            let grads = backward(&Run::f64());
             let r = Run::f64();
+            let grads = r.values(&backward(&r));
             check_gradients(&[&v[0], &v[1], &v[2]], &[&grads[0], &grads[1], &grads[2]], |at| {
-                inner(&layer_forward(&r, shape, at)[0], &v[3])
+                inner(&r.get(&layer_forward(&r, shape, at)[0]), &v[3])
             });
             check(&grads, backward);
         }
     }
 
-    fn l2_forward(r: &Run, [n, c]: [usize; 2], x: &[f64]) -> [Vec<f64>; 2] {
+    fn l2_forward(r: &Run, [n, c]: [usize; 2], x: &[f64]) -> [Tensor; 2] {
         let (x, y, norm) = (r.columns(n, c, x), r.out([n, c]), r.out_acc([n]));
         let s = L2NormFwd { x: x.view(), y: y.out(), norm: norm.out(), eps: 0.5 };
         r.cpu.l2_norm_fwd(S, &s).unwrap();
-        [r.get(&y), r.get(&norm)]
+        [y, norm]
     }
 
     #[test]
@@ -1201,13 +1229,14 @@ mod tests {
                 let s = L2NormBwd { dy: dya.view(), dx: None, dx_acc: Some(acc.acc()), ..s };
                 r.cpu.l2_norm_bwd(S, &s).unwrap();
                 assert!(r.cpu.l2_norm_bwd(S, &L2NormBwd { dx_acc: None, ..s }).is_err());
-                vec![r.get(&dx), r.get(&acc).iter().zip(&before).map(|(a, b)| a - b).collect()]
+                vec![dx, acc]
             };
-            let grads = backward(&Run::f64());
             let r = Run::f64();
-            let forward = |at: &[Vec<f64>]| inner(&l2_forward(&r, shape, &at[0])[0], &dy);
+            let grads = r.values(&backward(&r));
+            let forward = |at: &[Vec<f64>]| inner(&r.get(&l2_forward(&r, shape, &at[0])[0]), &dy);
             check_gradients(&[&x], &[&grads[0]], forward);
-            check_gradients(&[&x], &[&grads[1]], forward);
+            let added: Vec<f64> = grads[1].iter().zip(&before).map(|(a, b)| a - b).collect();
+            check_gradients(&[&x], &[&added], forward);
             check(&grads, backward);
         }
     }

@@ -176,7 +176,7 @@ mod tests {
                     r.cpu.matmul(S, &Matmul { a, b, ta, tb, bias, y: y.out() }).unwrap();
                     r.cpu.matmul(S, &Matmul { a, b, ta, tb, bias, y: cols.out() }).unwrap();
                     r.cpu.matmul_acc(S, &MatmulAcc { a, b, ta, tb, y: acc.acc() }).unwrap();
-                    vec![r.get(&y), r.get(&acc), r.get(&cols)]
+                    vec![y, acc, cols]
                 });
             }
         }
@@ -194,7 +194,7 @@ mod tests {
             let (pre, y) = (r.out([n, o]), r.out([n, o]));
             let (x, w, bias) = (x.view(), w.view(), Some(bias.view()));
             r.cpu.linear_gelu(S, &LinearGelu { x, w, bias, pre: pre.out(), y: y.out() }).unwrap();
-            vec![r.get(&pre), r.get(&y)]
+            vec![pre, y]
         });
     }
 
@@ -216,7 +216,7 @@ mod tests {
         let (at, bt) = (r.act([50, 7], &a), r.act([7, 3], &b));
         r.cpu.matmul_acc(S, &MatmulAcc { a: at.view(), b: bt.view(), ta, tb, y: y.acc() }).unwrap();
         let before = values(150, 3);
-        assert!(distance(&r.get(&y), &naive(&a, &b, [50, 7, 3], |i| before[i])) < 1e-14);
+        compare_all(&r, &[y], &[naive(&a, &b, [50, 7, 3], |i| before[i])]);
     }
 
     #[test]
@@ -227,7 +227,7 @@ mod tests {
             check(&[want], |r| {
                 let (x, y) = (r.columns(n, c, &x), r.acc([c], &before));
                 r.cpu.col_sum(S, &ColSum { x: x.view(), y: y.acc() }).unwrap();
-                vec![r.get(&y)]
+                vec![y]
             });
         }
     }

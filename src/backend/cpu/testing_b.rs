@@ -4,13 +4,11 @@
 pub(crate) use crate::backend::Role;
 pub(crate) use crate::tensor::{DType, Dims, Precision, Tensor};
 
+use super::testing::{DIFFERENCES, bounds};
 use super::*;
+use crate::compare::compare;
 
 pub(crate) const S: Stream = Stream::COMPUTE;
-
-/// Precisions and the bounds of the relative norm of an error.
-const BOUNDS: [(Precision, f64); 3] =
-    [(Precision::F64, 1e-12), (Precision::F32, 1e-5), (Precision::BF16, 1e-2)];
 
 #[derive(Clone, Copy)]
 enum Kind {
@@ -67,19 +65,6 @@ pub(crate) fn read(dev: &Cpu, t: &[Tensor]) -> Vec<Vec<f64>> {
     t.iter().map(|t| t.to_f64(dev).unwrap()).collect()
 }
 
-/// Relative norm of the difference; what is not a number is infinitely wrong.
-pub(crate) fn error(got: &[f64], want: &[f64]) -> f64 {
-    assert_eq!(got.len(), want.len());
-    let sq = |v: f64| v * v;
-    let d: f64 = got.iter().zip(want).map(|(g, w)| sq(g - w)).sum();
-    let n: f64 = want.iter().map(|&w| sq(w)).sum();
-    match d {
-        0.0 => 0.0,
-        d if d.is_nan() => f64::INFINITY,
-        d => (d / n).sqrt(),
-    }
-}
-
 /// Runs `run` in every precision and compares its outputs with `naive` on the same rounded arguments, and
 /// those of one thread with those of two, bit by bit.
 pub(crate) fn check(
@@ -87,18 +72,19 @@ pub(crate) fn check(
     naive: impl Fn(&[Vec<f64>]) -> Vec<Vec<f64>>,
     run: impl Fn(&Cpu, Precision, &[Tensor]) -> Result<Vec<Tensor>>,
 ) {
-    for (p, bound) in BOUNDS {
+    for p in [Precision::F64, Precision::F32, Precision::BF16] {
         let result = |threads| {
             let dev = Cpu::poisoned(threads).unwrap();
-            read(&dev, &run(&dev, p, &tensors(&dev, p, args)).unwrap())
+            let got = run(&dev, p, &tensors(&dev, p, args)).unwrap();
+            (read(&dev, &got), got)
         };
-        let (one, two) = (result(1), result(2));
+        let ((one, _), (two, got)) = (result(1), result(2));
         let dev = Cpu::poisoned(1).unwrap();
         let want = naive(&read(&dev, &tensors(&dev, p, args)));
         assert_eq!(two.len(), want.len());
         for (i, want) in want.iter().enumerate() {
-            let e = error(&two[i], want);
-            assert!(e <= bound, "output {i} in {}: error {e:e}, bound {bound:e}", p.act);
+            let (what, t) = (format!("output {i} in {}", p.act), &got[i]);
+            compare(&what, &two[i], want, t.dims().cols(), bounds(t.dtype())).unwrap();
             let same = one[i].iter().zip(&two[i]).all(|(a, b)| a.to_bits() == b.to_bits());
             assert!(same, "output {i} in {} depends on the number of threads", p.act);
         }
@@ -141,7 +127,6 @@ pub(crate) fn check_grad(
                 d
             })
             .collect();
-        let e = error(got, &want);
-        assert!(e <= 1e-6, "gradient of argument {i}: error {e:e}");
+        compare(&format!("gradient of argument {i}"), got, &want, 1, DIFFERENCES).unwrap();
     }
 }

@@ -423,8 +423,11 @@ pub(crate) fn par_row_blocks<T: Element>(
     f: impl Fn(Range<usize>, &mut [T]) + Sync,
 ) -> Result<()> {
     if y.ld == y.cols {
-        // Chunks do not share rows.
-        par_for(y.rows, block, |r| f(r.clone(), unsafe { y.block(r) }));
+        par_for(y.rows, block, |r| {
+            // SAFETY: no gaps, and chunks do not share rows.
+            let rows = unsafe { y.block(r.clone()) };
+            f(r, rows);
+        });
         return Ok(());
     }
     let scratch = ws.per_thread::<T, 1>(y.rows.div_ceil(block), [block.min(y.rows) * y.cols])?;

@@ -251,3 +251,80 @@ impl<T, const N: usize> Drop for Local<'_, T, N> {
         self.all.free.lock().unwrap_or_else(PoisonError::into_inner).push(self.slot);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use rayon::prelude::*;
+
+    use super::super::Pool;
+    use super::*;
+
+    fn workspace(bytes: usize, threads: usize) -> Workspace {
+        let memory = Arc::new(Pool::new(true)).reserve(bytes).expect("a little memory");
+        Workspace::new(memory, threads, true)
+    }
+
+    #[test]
+    fn blocks_do_not_overlap_and_are_used_again() {
+        let ws = workspace(together([block(4, 100), block(8, 3)]), 1);
+        let mut a = ws.scratch::<f32>(100).expect("as asked for");
+        let mut b = ws.scratch::<f64>(3).expect("as asked for");
+        assert!(a.iter().all(|v| v.is_nan()) && b.iter().all(|v| v.is_nan()), "poisoned");
+        (a.fill(1.0), b.fill(2.0));
+        assert!(a.iter().all(|v| *v == 1.0) && b.iter().all(|v| *v == 2.0));
+        let e = ws.scratch::<f32>(1).map(drop).expect_err("more than asked for").to_string();
+        assert!(e.contains("1024 bytes") && e.contains("768"), "{e}");
+        // A block that is given back before one after it is free when that one is, too.
+        drop(a);
+        assert!(ws.scratch::<f32>(1).is_err());
+        drop(b);
+        assert!(ws.scratch::<f32>(192).is_ok());
+        assert!(ws.check("kernel").is_ok());
+    }
+
+    #[test]
+    fn sizes_that_cannot_be_had_are_refused() {
+        assert_eq!(block(8, usize::MAX / 4), usize::MAX);
+        assert_eq!(per_thread(4, 8, usize::MAX, [usize::MAX, 1]), usize::MAX);
+        assert_eq!(together([usize::MAX, 256]), usize::MAX);
+        assert!(Arc::new(Pool::new(false)).reserve(usize::MAX).is_none());
+        let pool = Arc::new(Pool::new(false));
+        pool.limit(1000);
+        let first = pool.reserve(600).expect("below the limit");
+        assert!(pool.reserve(600).is_none());
+        drop(first);
+        assert!(pool.reserve(1000).is_some() && pool.memory().total() == 0);
+    }
+
+    #[test]
+    fn a_query_far_above_what_is_taken_is_told() {
+        let ws = workspace(3 * SLACK, 1);
+        let e = ws.check("kernel").expect_err("nothing was taken").to_string();
+        assert!(e.contains("kernel took 0 bytes"), "{e}");
+        drop(ws.scratch::<f32>(SLACK / 2).expect("as asked for"));
+        assert!(ws.check("kernel").is_ok());
+    }
+
+    #[test]
+    fn tasks_have_parts_of_their_own() {
+        let threads = rayon::ThreadPoolBuilder::new().num_threads(3).build().expect("three threads");
+        threads.install(|| {
+            let ws = workspace(per_thread(3, 4, 1000, [5, 70]), 3);
+            let scratch = ws.per_thread::<i32, 2>(1000, [5, 70]).expect("as asked for");
+            let clean = AtomicUsize::new(0);
+            (0..1000).into_par_iter().for_each(|task| {
+                let mut local = scratch.take();
+                let [a, b] = local.parts();
+                assert_eq!((a.len(), b.len()), (5, 70));
+                clean.fetch_add(a.iter().chain(b.iter()).all(|v| *v == -1) as usize, Ordering::Relaxed);
+                (a.fill(task), b.fill(-task - 2));
+                std::thread::yield_now();
+                assert!(a.iter().all(|v| *v == task) && b.iter().all(|v| *v == -task - 2));
+            });
+            assert_eq!(clean.into_inner(), 1000);
+        });
+    }
+}

@@ -347,7 +347,7 @@ impl<'a> Draw<'a> {
 
     /// Values as activations hold them.
     pub fn rounded(&self, values: &[f64]) -> Vec<f64> {
-        values.iter().map(|&v| nearest(self.prec.act, v)).collect()
+        values.iter().map(|&v| self.prec.act.rounded(v)).collect()
     }
 
     /// What the oracle gives for arguments rounded to their types: outputs of a forward for its backward.
@@ -363,47 +363,6 @@ impl<'a> Draw<'a> {
     }
 }
 
-/// The nearest value of a type, of two the one with an even mantissa.
-pub fn nearest(dtype: DType, v: f64) -> f64 {
-    match dtype {
-        DType::F64 => v,
-        DType::F32 => f64::from(v as f32),
-        DType::Bf16 => {
-            // `bf16::from_f64` looks at the upper half of the number only. Here a bit that is set if anything was cut
-            // off lets the second rounding see what the first one did.
-            let near = v as f32;
-            let cut = near.to_bits() - u32::from(f64::from(near).abs() > v.abs() && near != 0.0);
-            let exact = v.is_nan() || f64::from(near) == v;
-            half::bf16::from_f32(if exact { near } else { f32::from_bits(cut | 1) }).to_f64()
-        }
-        DType::I32 => f64::from(v as i32),
-    }
-}
-
-#[test]
-fn rounds_to_the_nearest() {
-    let step = 2f64.powi(-7);
-    for (v, want) in [
-        (1.0 + 0.5 * step, 1.0),
-        (1.0 + 0.5 * step + 1e-15, 1.0 + step),
-        (1.0 + 1.5 * step, 1.0 + 2.0 * step),
-        (1.0 + 1.5 * step - 1e-15, 1.0 + step),
-        (-1.0 - 0.5 * step - 1e-9, -1.0 - step),
-        (f64::from(f32::MAX), f64::INFINITY),
-        (f64::NEG_INFINITY, f64::NEG_INFINITY),
-        (1e-60, 0.0),
-        (0.1, 0.100_097_656_25),
-    ] {
-        assert_eq!(nearest(DType::Bf16, v), want, "{v:e}");
-    }
-    assert!(nearest(DType::Bf16, f64::NAN).is_nan() && nearest(DType::Bf16, -0.0).is_sign_negative());
-    for i in 0..1 << 16 {
-        let x = f32::from_bits(i * 65_521);
-        let want = half::bf16::from_f32(x).to_f64();
-        assert!(x.is_nan() || nearest(DType::Bf16, f64::from(x)) == want, "{x:e}");
-    }
-}
-
 /// Rounds what arguments hold to their types.
 pub fn round(args: &mut [Arg], p: Precision) {
     for a in args {
@@ -411,7 +370,7 @@ pub fn round(args: &mut [Arg], p: Precision) {
             let dtype = a.ty.of(p);
             assert_eq!(v.len(), a.dims.numel(), "`{}` has as many values as its shape", a.name);
             if dtype != DType::F64 {
-                v.par_iter_mut().for_each(|v| *v = nearest(dtype, *v));
+                v.par_iter_mut().for_each(|v| *v = dtype.rounded(*v));
             }
         }
     }

@@ -22,6 +22,7 @@ mod products;
 mod quantizer;
 pub mod reject;
 mod rows;
+mod workspace;
 mod xent;
 
 use std::cell::OnceCell;
@@ -33,7 +34,7 @@ use ett::compare::{compare, no_worse_than};
 use ett::error::Error;
 use ett::tensor::Precision;
 
-use case::{Arg, Case, Draw, Judge, Layout, ONCE, SANITIZER, Seen, nearest, round};
+use case::{Arg, Case, Draw, Judge, Layout, ONCE, SANITIZER, Seen, round};
 use place::{Placed, compute, views};
 
 /// How much is tried; each size contains the ones before it.
@@ -127,6 +128,8 @@ pub struct Report {
     unsupported: BTreeMap<&'static str, Vec<String>>,
     /// Kernels that it called.
     called: BTreeSet<&'static str>,
+    /// Kernels that the run was about.
+    asked: Vec<&'static str>,
     /// Seconds of the device, repetitions and copies included, and of the oracle.
     times: BTreeMap<&'static str, [f64; 2]>,
 }
@@ -139,6 +142,7 @@ impl Report {
             failures: Vec::new(),
             unsupported: BTreeMap::new(),
             called: BTreeSet::new(),
+            asked: Vec::new(),
             times: BTreeMap::new(),
         }
     }
@@ -173,6 +177,8 @@ impl Report {
                 all.push(format!("{n} calls are not supported, which was not to be expected: {first}"));
             }
         }
+        let never = |name: &&str| !self.called.contains(name) && !self.unsupported.contains_key(name);
+        all.extend(self.asked.iter().filter(|n| never(n)).map(|name| format!("{name} was never called")));
         if self.calls == 0 {
             all.push("nothing was called".into());
         }
@@ -232,6 +238,7 @@ pub fn run(dev: &dyn Kernels, prec: Precision, size: Size, only: Option<&[&str]>
     let oracle = Cpu::new(0).expect("threads can be started");
     let mut report = Report::new(dev);
     for kernel in TABLE.iter().filter(|k| only.is_none_or(|names| names.contains(&k.name))) {
+        report.asked.push(kernel.name);
         let most = if size == Size::Shim { Size::Tiny } else { size };
         for case in (kernel.cases)().iter().filter(|c| c.size <= most) {
             let runs = if size <= Size::Shim && case.runs != ONCE { SANITIZER } else { case.runs };
@@ -389,7 +396,7 @@ impl Trial<'_> {
         match &a.judge {
             Judge::By(judge) => judge(&Seen { what, got, want, args, oracle: self.oracle }),
             Judge::Exact => {
-                let want: Vec<f64> = want.iter().map(|&v| nearest(dtype, v)).collect();
+                let want: Vec<f64> = want.iter().map(|&v| dtype.rounded(v)).collect();
                 same_bits(what, got, &want, cols)
             }
             Judge::Near(near) => {

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use ett::backend::{Access, Buffer, In, Kernels, Out, Role, Stream};
 use ett::error;
-use ett::tensor::{DType, Precision};
+use ett::tensor::{DType, Precision, to_bf16};
 
 use super::case::{Arg, Content, Layout, Views};
 
@@ -197,7 +197,7 @@ fn encode(dtype: DType, v: &[f64]) -> Vec<u8> {
     match dtype {
         DType::F64 => of(v, |v| v),
         DType::F32 => of(v, |v| v as f32),
-        DType::Bf16 => of(v, half::bf16::from_f64),
+        DType::Bf16 => of(v, to_bf16),
         DType::I32 => of(v, |v| v as i32),
     }
 }

@@ -1,0 +1,527 @@
+//! Whether the compressed data of a JPEG are whole (ITU-T T.81). Decoders fill what is missing with grey and say
+//! nothing, so every Huffman code is read once more here, without computing a pixel.
+
+/// Bytes beyond a scan's last block that are taken for padding. Some cameras write a few.
+const PADDING: usize = 8;
+/// Bits of a code that are looked up at once; longer codes are searched.
+const LOOKUP: u32 = 9;
+
+/// Fails if the first picture in `bytes`, a JPEG, does not reach its end marker, or if its data are not exactly its
+/// blocks. Files that are coded in other ways than baseline, extended or progressive Huffman are not looked at.
+pub(super) fn check(bytes: &[u8]) -> Result<(), String> {
+    Jpeg::default().read(bytes)
+}
+
+/// What is known of a picture from its headers and scans so far.
+#[derive(Default)]
+struct Jpeg {
+    tables: [[Option<Huffman>; 4]; 2],
+    components: Vec<Component>,
+    progressive: bool,
+    /// MCUs of an interleaved scan: columns and rows.
+    mcus: (usize, usize),
+    restart_interval: usize,
+}
+
+#[derive(Default)]
+struct Component {
+    id: u8,
+    /// Blocks of an MCU: columns and rows.
+    sampling: (usize, usize),
+    /// Blocks that the picture covers, columns and rows; these are what a scan of this component alone holds.
+    blocks: (usize, usize),
+    /// Blocks in a row of whole MCUs.
+    stride: usize,
+    /// For each block, the coefficients that are not zero, by their place in the zigzag order. Later progressive scans
+    /// hold a bit for each of them.
+    nonzero: Vec<u64>,
+    seen: bool,
+}
+
+/// A scan's parameters.
+struct Scan {
+    /// Component, DC table and AC table.
+    of: Vec<(usize, usize, usize)>,
+    /// First and last coefficient.
+    band: (usize, usize),
+    refines: bool,
+}
+
+impl Jpeg {
+    fn read(&mut self, bytes: &[u8]) -> Result<(), String> {
+        let mut at = 2;
+        loop {
+            let (marker, next) = marker(bytes, at)?;
+            at = next;
+            match marker {
+                0xD9 => break,
+                0x01 | 0xD0..=0xD8 => continue,
+                _ => {}
+            }
+            let length = bytes.get(at..at + 2).map(|b| usize::from(b[0]) << 8 | usize::from(b[1]));
+            let body = length.filter(|&n| n >= 2).and_then(|n| bytes.get(at + 2..at + n)).ok_or(CUT)?;
+            at += 2 + body.len();
+            match marker {
+                0xC0..=0xC2 => self.frame(body, marker == 0xC2).ok_or("its frame header is broken")?,
+                0xC3 | 0xC5..=0xC7 | 0xC9..=0xCB | 0xCD..=0xCF => return Ok(()),
+                0xC4 => self.huffman(body).ok_or("a table of its codes is broken")?,
+                0xDD => self.restart_interval = number(body).ok_or("its restart interval is broken")?,
+                0xDA => {
+                    let scan = self.scan(body).ok_or("a scan's header is broken")?;
+                    at = self.data(bytes, at, &scan)?;
+                }
+                _ => {}
+            }
+        }
+        match self.components.iter().all(|c| c.seen) && !self.components.is_empty() {
+            true => Ok(()),
+            false => Err("it lacks a scan".into()),
+        }
+    }
+
+    fn frame(&mut self, body: &[u8], progressive: bool) -> Option<()> {
+        let (height, width) = (number(&body[1.min(body.len())..])?, number(body.get(3..)?)?);
+        let count = usize::from(*body.get(5)?);
+        let listed = body.get(6..6 + 3 * count)?;
+        let sampling = |c: &[u8]| (usize::from(c[1] >> 4), usize::from(c[1] & 15));
+        let (mut across, mut down) = (1, 1);
+        for c in listed.chunks(3) {
+            let (h, v) = sampling(c);
+            if !(1..=4).contains(&h) || !(1..=4).contains(&v) {
+                return None;
+            }
+            (across, down) = (across.max(h), down.max(v));
+        }
+        self.progressive = progressive;
+        self.mcus = (width.div_ceil(8 * across), height.div_ceil(8 * down));
+        self.components.clear();
+        for c in listed.chunks(3) {
+            let (h, v) = sampling(c);
+            let (stride, rows) = (self.mcus.0 * h, self.mcus.1 * v);
+            self.components.push(Component {
+                id: c[0],
+                sampling: (h, v),
+                blocks: ((width * h).div_ceil(8 * across), (height * v).div_ceil(8 * down)),
+                stride,
+                nonzero: vec![0; if progressive { stride * rows } else { 0 }],
+                seen: false,
+            });
+        }
+        Some(())
+    }
+
+    fn huffman(&mut self, mut body: &[u8]) -> Option<()> {
+        while let Some((&head, rest)) = body.split_first() {
+            let counts = rest.get(..16)?;
+            let n = counts.iter().map(|&c| usize::from(c)).sum::<usize>();
+            let symbols = rest.get(16..16 + n)?;
+            let place = self.tables.get_mut(usize::from(head >> 4))?.get_mut(usize::from(head & 15))?;
+            *place = Some(Huffman::new(counts, symbols)?);
+            body = &rest[16 + n..];
+        }
+        Some(())
+    }
+
+    fn scan(&mut self, body: &[u8]) -> Option<Scan> {
+        let (&count, rest) = body.split_first()?;
+        let (listed, rest) = rest.split_at_checked(2 * usize::from(count))?;
+        let mut of = Vec::new();
+        for c in listed.chunks(2) {
+            let i = self.components.iter().position(|known| known.id == c[0])?;
+            self.components[i].seen = true;
+            of.push((i, usize::from(c[1] >> 4), usize::from(c[1] & 15)));
+        }
+        let &[first, last, approximation] = rest else { return None };
+        let band = match self.progressive {
+            true => (usize::from(first), usize::from(last)),
+            false => (0, 63),
+        };
+        // Of several components only the mean values can be together in a progressive scan.
+        let together = !self.progressive || of.len() == 1 || band == (0, 0);
+        let mixed = self.progressive && band.0 == 0 && band.1 > 0;
+        (!of.is_empty() && together && !mixed && band.0 <= band.1 && band.1 < 64).then_some(Scan {
+            of,
+            band,
+            refines: self.progressive && approximation >> 4 > 0,
+        })
+    }
+
+    /// Reads a scan's data from `at` on; where they end.
+    fn data(&mut self, bytes: &[u8], at: usize, scan: &Scan) -> Result<usize, String> {
+        let (columns, rows) = match scan.of[..] {
+            [(alone, ..)] => self.components[alone].blocks,
+            _ => self.mcus,
+        };
+        let total = columns * rows;
+        let interval = if self.restart_interval == 0 { total } else { self.restart_interval };
+        let mut bits = Bits { bytes, at, buffer: 0, held: 0 };
+        let mut run = 0;
+        for mcu in 0..total {
+            if mcu > 0 && mcu % interval == 0 {
+                let at = bits.end()?;
+                let (found, next) = marker(bytes, at)?;
+                if usize::from(found) != 0xD0 + (mcu / interval - 1) % 8 {
+                    return Err(format!("a restart marker is missing after {mcu} of {total} units"));
+                }
+                (bits, run) = (Bits { bytes, at: next, buffer: 0, held: 0 }, 0);
+            }
+            self.mcu(&mut bits, scan, (mcu % columns, mcu / columns), &mut run)
+                .ok_or_else(|| format!("its data break off or are broken after {mcu} of {total} units"))?;
+        }
+        bits.end()
+    }
+
+    /// Reads the blocks of an MCU; nothing if the data end before, or cannot be.
+    fn mcu(&mut self, bits: &mut Bits, scan: &Scan, at: (usize, usize), run: &mut usize) -> Option<()> {
+        for &(component, dc, ac) in &scan.of {
+            let c = &mut self.components[component];
+            let (across, down) = if scan.of.len() == 1 { (1, 1) } else { c.sampling };
+            let table = |class: usize, i: usize| self.tables[class].get(i)?.as_ref();
+            for block in 0..across * down {
+                if !self.progressive {
+                    baseline(bits, table(0, dc)?, table(1, ac)?)?;
+                    continue;
+                }
+                let (x, y) = (at.0 * across + block % across, at.1 * down + block / across);
+                let nonzero = c.nonzero.get_mut(y * c.stride + x)?;
+                match (scan.band.0, scan.refines) {
+                    (0, false) => mean(bits, table(0, dc)?)?,
+                    (0, true) => bits.skip(1)?,
+                    (_, false) => first(bits, table(1, ac)?, scan.band, nonzero, run)?,
+                    (_, true) => refine(bits, table(1, ac)?, scan.band, nonzero, run)?,
+                }
+            }
+        }
+        Some(())
+    }
+}
+
+const CUT: &str = "it ends before its end marker";
+
+/// The marker at or after `at`, and where it ends.
+fn marker(bytes: &[u8], mut at: usize) -> Result<(u8, usize), String> {
+    loop {
+        match (bytes.get(at), bytes.get(at + 1)) {
+            (Some(0xFF), Some(&m)) if m != 0 && m != 0xFF => return Ok((m, at + 2)),
+            (Some(_), Some(_)) => at += 1,
+            _ => return Err(CUT.into()),
+        }
+    }
+}
+
+fn number(bytes: &[u8]) -> Option<usize> {
+    Some(usize::from(*bytes.first()?) << 8 | usize::from(*bytes.get(1)?))
+}
+
+fn mean(bits: &mut Bits, dc: &Huffman) -> Option<()> {
+    let size = bits.symbol(dc)?;
+    (size < 16).then_some(())?;
+    bits.skip(size.into())
+}
+
+fn baseline(bits: &mut Bits, dc: &Huffman, ac: &Huffman) -> Option<()> {
+    mean(bits, dc)?;
+    let mut k = 1;
+    while k < 64 {
+        let symbol = bits.symbol(ac)?;
+        match (symbol >> 4, symbol & 15) {
+            (15, 0) => k += 16,
+            (_, 0) => break,
+            (zeros, size) => {
+                k += usize::from(zeros) + 1;
+                (k <= 64).then_some(())?;
+                bits.skip(size.into())?;
+            }
+        }
+    }
+    Some(())
+}
+
+/// A band of coefficients for the first time. `run` counts blocks to come without any.
+fn first(
+    bits: &mut Bits,
+    ac: &Huffman,
+    band: (usize, usize),
+    nonzero: &mut u64,
+    run: &mut usize,
+) -> Option<()> {
+    if *run > 0 {
+        *run -= 1;
+        return Some(());
+    }
+    let mut k = band.0;
+    while k <= band.1 {
+        let symbol = bits.symbol(ac)?;
+        match (symbol >> 4, symbol & 15) {
+            (15, 0) => k += 16,
+            (more, 0) => {
+                *run = (1 << more) - 1 + bits.take(more.into())?;
+                break;
+            }
+            (zeros, size) => {
+                k += usize::from(zeros);
+                (k <= band.1).then_some(())?;
+                bits.skip(size.into())?;
+                *nonzero |= 1 << k;
+                k += 1;
+            }
+        }
+    }
+    Some(())
+}
+
+/// One bit more of a band's coefficients.
+fn refine(
+    bits: &mut Bits,
+    ac: &Huffman,
+    band: (usize, usize),
+    nonzero: &mut u64,
+    run: &mut usize,
+) -> Option<()> {
+    let mut k = band.0;
+    while *run == 0 && k <= band.1 {
+        let symbol = bits.symbol(ac)?;
+        let (mut zeros, size) = (symbol >> 4, symbol & 15);
+        match (zeros, size) {
+            (15, 0) => {}
+            (more, 0) => {
+                *run = (1 << more) + bits.take(more.into())?;
+                break;
+            }
+            _ => bits.skip(1)?,
+        }
+        // Each coefficient that is passed has its bit here; zeros are counted.
+        while k <= band.1 {
+            if *nonzero >> k & 1 == 1 {
+                bits.skip(1)?;
+            } else if zeros == 0 {
+                break;
+            } else {
+                zeros -= 1;
+            }
+            k += 1;
+        }
+        if size > 0 && k <= band.1 {
+            *nonzero |= 1 << k;
+        }
+        k += 1;
+    }
+    if *run > 0 {
+        for k in k..=band.1 {
+            if *nonzero >> k & 1 == 1 {
+                bits.skip(1)?;
+            }
+        }
+        *run -= 1;
+    }
+    Some(())
+}
+
+/// A table of prefix codes.
+struct Huffman {
+    /// Length and symbol of the code that a word of [`LOOKUP`] bits begins with; length 0: none so short.
+    short: Vec<(u8, u8)>,
+    /// For each length from 1: the code after the last one, and what to add to a code for the place of its symbol.
+    ends: [(i32, i32); 16],
+    symbols: Vec<u8>,
+}
+
+impl Huffman {
+    /// `counts` of codes by length from 1, and their symbols in order.
+    fn new(counts: &[u8], symbols: &[u8]) -> Option<Self> {
+        let mut table =
+            Huffman { short: vec![(0, 0); 1 << LOOKUP], ends: [(0, 0); 16], symbols: symbols.into() };
+        let (mut code, mut place) = (0i32, 0i32);
+        for (i, &count) in counts.iter().enumerate() {
+            let length = i as u32 + 1;
+            for c in code..code + i32::from(count) {
+                let symbol = *symbols.get((place + c - code) as usize)?;
+                if length <= LOOKUP {
+                    let start = (c as usize) << (LOOKUP - length);
+                    let words = table.short.get_mut(start..start + (1 << (LOOKUP - length)))?;
+                    words.fill((length as u8, symbol));
+                }
+            }
+            table.ends[i] = (code + i32::from(count), place - code);
+            place += i32::from(count);
+            code = code + i32::from(count);
+            (code <= 1 << length).then_some(())?;
+            code <<= 1;
+        }
+        Some(table)
+    }
+}
+
+/// The bits of a scan up to its next marker.
+struct Bits<'a> {
+    bytes: &'a [u8],
+    /// The next byte.
+    at: usize,
+    /// Its lowest `held` bits are still to be read.
+    buffer: u64,
+    held: u32,
+}
+
+impl Bits<'_> {
+    /// Takes bytes in, up to the next marker.
+    fn fill(&mut self) {
+        while self.held <= 56 {
+            let stuffed = match (self.bytes.get(self.at), self.bytes.get(self.at + 1)) {
+                (Some(0xFF), Some(0)) => 2,
+                (Some(0xFF), _) | (None, _) => break,
+                _ => 1,
+            };
+            self.buffer = self.buffer << 8 | u64::from(self.bytes[self.at]);
+            (self.at, self.held) = (self.at + stuffed, self.held + 8);
+        }
+    }
+
+    /// The next `n` bits, at most 16.
+    fn take(&mut self, n: u32) -> Option<usize> {
+        self.skip(n)?;
+        Some(self.buffer.checked_shr(self.held).unwrap_or(0) as usize & ((1 << n) - 1))
+    }
+
+    fn skip(&mut self, n: u32) -> Option<()> {
+        if self.held < n {
+            self.fill();
+        }
+        self.held = self.held.checked_sub(n)?;
+        Some(())
+    }
+
+    fn symbol(&mut self, table: &Huffman) -> Option<u8> {
+        if self.held < 16 {
+            self.fill();
+        }
+        let word = match self.held {
+            16.. => (self.buffer >> (self.held - 16)) as usize & 0xFFFF,
+            held => (self.buffer << (16 - held)) as usize & 0xFFFF,
+        };
+        if let (length @ 1.., symbol) = table.short[word >> (16 - LOOKUP)] {
+            self.skip(length.into())?;
+            return Some(symbol);
+        }
+        for length in LOOKUP + 1..=16 {
+            let code = (word >> (16 - length)) as i32;
+            let (end, place) = table.ends[length as usize - 1];
+            if code < end {
+                self.skip(length)?;
+                return table.symbols.get((code + place) as usize).copied();
+            }
+        }
+        None
+    }
+
+    /// Where the next marker is; fails if more than padding lies before it.
+    fn end(&self) -> Result<usize, String> {
+        let mut at = self.at;
+        while !matches!((self.bytes.get(at), self.bytes.get(at + 1)), (Some(0xFF), Some(1..))) {
+            at += 1;
+            if at >= self.bytes.len() {
+                return Err(CUT.into());
+            }
+        }
+        match at - self.at + self.held as usize / 8 {
+            0..=PADDING => Ok(at),
+            more => Err(format!("{more} bytes of its data belong to no block")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Philox;
+
+    /// Baseline with halved colours, progressive, both with restarts, without halving and with codes of its own, grey,
+    /// and four inks; written by libjpeg-turbo.
+    const PICTURES: [(&str, &[u8]); 7] = [
+        ("baseline", include_bytes!("../../tests/pictures/baseline.jpg")),
+        ("progressive", include_bytes!("../../tests/pictures/progressive.jpg")),
+        ("restart", include_bytes!("../../tests/pictures/restart.jpg")),
+        ("restart-progressive", include_bytes!("../../tests/pictures/restart-progressive.jpg")),
+        ("full", include_bytes!("../../tests/pictures/full.jpg")),
+        ("grey", include_bytes!("../../tests/pictures/grey.jpg")),
+        ("cmyk", include_bytes!("../../tests/pictures/cmyk.jpg")),
+    ];
+
+    /// Where the data of the first scan begin.
+    fn data(jpeg: &[u8]) -> usize {
+        let at = jpeg.windows(2).position(|w| w == [0xFF, 0xDA]).unwrap() + 2;
+        at + number(&jpeg[at..]).unwrap()
+    }
+
+    #[test]
+    fn whole_pictures_pass_whatever_surrounds_them() {
+        for (name, jpeg) in PICTURES {
+            assert_eq!(check(jpeg), Ok(()), "{name}");
+            let thumbnail = PICTURES[0].1;
+            let segment =
+                [&[0xFF, 0xE1], &(thumbnail.len() as u16 + 2).to_be_bytes()[..], thumbnail].concat();
+            let with = [&jpeg[..2], &segment, &jpeg[2..], &[0; 40], b"\xff\xd8more"].concat();
+            assert_eq!(check(&with), Ok(()), "{name}");
+            // Markers may be preceded by any number of FF.
+            let end = jpeg.len() - 2;
+            let filled = [&jpeg[..end], &[0xFF; 5], &jpeg[end..]].concat();
+            assert_eq!(check(&filled), Ok(()), "{name}");
+        }
+    }
+
+    #[test]
+    fn cut_pictures_are_refused_wherever_they_are_cut() {
+        for (name, jpeg) in PICTURES {
+            for length in 0..jpeg.len() {
+                assert!(check(&jpeg[..length]).is_err(), "{name} cut to {length} of {}", jpeg.len());
+                // Closed again, as some programs do. After a whole progressive scan that is a picture too.
+                let closed = [&jpeg[..length], &[0xFF, 0xD9]].concat();
+                let refused = check(&closed).is_err();
+                assert!(
+                    refused || length > jpeg.len() - 20 || name.contains("progressive"),
+                    "{name} cut to {length} of {} and closed",
+                    jpeg.len()
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn holes_are_refused() {
+        for (name, jpeg) in PICTURES {
+            let (from, to) = (data(jpeg), jpeg.len() - 2);
+            let hole = from + (to - from) / 3..from + (to - from) * 2 / 3;
+            let mut zeroed = jpeg.to_vec();
+            zeroed[hole.clone()].fill(0);
+            assert!(check(&zeroed).is_err(), "{name} with zeros");
+            let cut_out = [&jpeg[..hole.start], &jpeg[hole.end..]].concat();
+            assert!(check(&cut_out).is_err(), "{name} without its middle");
+            let doubled = [&jpeg[..hole.end], &jpeg[hole.start..]].concat();
+            assert!(check(&doubled).is_err(), "{name} with its middle twice");
+        }
+    }
+
+    #[test]
+    fn nothing_panics() {
+        let mut rng = Philox::new(1, 0);
+        for (_, jpeg) in PICTURES {
+            for _ in 0..2000 {
+                let mut changed = jpeg.to_vec();
+                for _ in 0..1 + rng.below(4) {
+                    changed[rng.below(jpeg.len())] = rng.u32() as u8;
+                }
+                // Either is right, and sizes that do not fit in memory are refused by the decoder before.
+                if !huge(&changed) {
+                    let _ = check(&changed);
+                }
+            }
+        }
+    }
+
+    /// Whether a frame header promises more pixels than tests should hold.
+    fn huge(jpeg: &[u8]) -> bool {
+        jpeg.windows(9).any(|w| {
+            let pixels = || number(&w[5..]).unwrap_or(0) * number(&w[7..]).unwrap_or(0);
+            w[0] == 0xFF && (0xC0..=0xC2).contains(&w[1]) && pixels() > 1 << 20
+        })
+    }
+}

@@ -1,0 +1,257 @@
+//! The gradients of the whole model in bf16 against those in f64, on the same rounded weights and pictures, where no
+//! rounding changes the choice of a code: every gradient behind a changed choice would be another one.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use ett::compare::{Bounds, compare};
+use ett::config::{Arm, Config, QuantizerKind, Scores};
+use ett::error::Result;
+use ett::model::Ett;
+use ett::nn::{Copy, HostTensor};
+use ett::tensor::DType;
+use ett::train::weights::{FileType, read_file, write_file};
+use ett::train::{check, save_weights};
+
+use crate::common::{Outcome, Scratch, cpu, ids, norm, normal};
+use crate::training::small;
+
+type Tensors = BTreeMap<String, HostTensor>;
+
+const CODEBOOK: &str = "quantize.embedding.weight";
+
+const DIM: usize = 8;
+/// How far the gradients of a part may be from those in f64, relative. Rounding takes up to 0.17 of the discriminator's,
+/// whose BatchNorm sees few values, and less of all others; what is off by a factor of two is off by 0.4 at least.
+const BOUND: f64 = 0.25;
+/// `[B, H, W, 3]`: 36 tokens a picture.
+const PICTURES: [usize; 4] = [2, 24, 24, 3];
+const CODES: usize = 4;
+
+/// What is trained, and through which quantizer.
+#[derive(Debug, Clone, Copy)]
+struct Case {
+    arm: Arm,
+    kind: QuantizerKind,
+    metric: Scores,
+    alpha: f64,
+}
+
+const DOT: Case = Case { arm: Arm::Ett, kind: QuantizerKind::Ibq, metric: Scores::Dot, alpha: 1.0 };
+const CASES: [Case; 6] = [
+    DOT,
+    Case { metric: Scores::L2norm, ..DOT },
+    Case { kind: QuantizerKind::Vq, ..DOT },
+    Case { alpha: 0.0, ..DOT },
+    Case { arm: Arm::Embed, ..DOT },
+    Case { arm: Arm::Index, ..DOT },
+];
+
+fn config(case: Case, precision: &str) -> Config {
+    let mut cfg = small(precision);
+    // Wide enough that an average over channels is one.
+    let t = &mut cfg.tokenizer;
+    (t.ch, t.z_channels, t.norm_groups) = (16, 16, 4);
+    let q = &mut cfg.quantizer;
+    (q.kind, q.metric, q.codes, q.dim) = (case.kind, case.metric, CODES, DIM);
+    // A score's rounding error is not to be multiplied by a hundred.
+    q.temperature = 0.5;
+    cfg.lpips.widths = [16; 5];
+    cfg.discriminator.ndf = 8;
+    let l = &mut cfg.llm;
+    (l.width, l.head_dim, l.mlp) = (64, 16, 96);
+    (cfg.train.arm, cfg.loss.alpha) = (case.arm, case.alpha);
+    // The discriminator is stepped first: by the sign of every gradient.
+    cfg.train.lr = 1e-6;
+    // Behind these two lie kinks and norms of few values, whose gradients bf16 blurs more than any other's: they take
+    // part, but do not hide the rest.
+    (cfg.loss.gan, cfg.loss.lpips, cfg.loss.rec) = (0.001, 0.005, 20.0);
+    cfg
+}
+
+/// Inputs of a step on disk.
+struct Step {
+    scratch: Scratch,
+}
+
+impl Step {
+    fn new(case: Case) -> std::result::Result<Self, Box<dyn std::error::Error>> {
+        let step = Step { scratch: Scratch::new() };
+        let [b, h, w, c] = PICTURES;
+        // Two tones: a reconstruction, whatever it is, stays on one side of each.
+        let tone = |i: usize| {
+            let (x, y, n) = (i / c % w, i / c / w % h, i / c / w / h);
+            let wave =
+                (0.5 * x as f64 + 0.7 * y as f64 * (1.0 + i as f64 % 3.0 * 0.3) + 2.0 * n as f64).sin();
+            if wave > 0.0 { 0.75 } else { -0.75 }
+        };
+        let image = HostTensor { dims: PICTURES.to_vec(), values: (0..b * h * w * c).map(tone).collect() };
+        let text = ids(5, b * 6, 40).into_iter().map(f64::from).collect();
+        let text = HostTensor { dims: vec![b, 6], values: text };
+        step.write("batch", [("input.image".into(), image), ("input.text".into(), text)].into())?;
+
+        let model = Ett::new(&config(case, "f32"), cpu(2))?;
+        save_weights(&model.params, &step.path("weights"), Copy::Master)?;
+        let mut weights = read_file(&step.path("weights"))?;
+        let values = weights.values_mut().flat_map(|t| &mut t.values);
+        values.for_each(|v| *v = DType::Bf16.rounded(*v));
+        step.write("weights", weights.clone())?;
+        // Tokens do not depend on the codes.
+        let z = step.run(&config(case, "f64"))?.remove("act.z").ok_or("tokens")?.values;
+        let (margin, codes) = codes(case, &z);
+        println!("{case:?}: margin {margin}");
+        weights.get_mut(CODEBOOK).ok_or("a codebook")?.values = codes;
+        step.write("weights", weights)?;
+        Ok(step)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.scratch.path(&format!("{name}.safetensors"))
+    }
+
+    fn write(&self, name: &str, tensors: Tensors) -> Result<()> {
+        let ty = |n: &str| if n == "input.text" { FileType::I32 } else { FileType::F32 };
+        let entries: Vec<_> = tensors.into_iter().map(|(n, t)| (n.clone(), t, ty(&n))).collect();
+        write_file(&self.path(name), &entries)
+    }
+
+    fn run(&self, cfg: &Config) -> Result<Tensors> {
+        let out = self.path(&cfg.train.precision);
+        check(cfg, cpu(2), &self.path("weights"), &self.path("batch"), &out)?;
+        read_file(&out)
+    }
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(x, y)| x * y).sum()
+}
+
+/// Codes whose cells the tokens keep away from, and how far: a token has to move by this part of its length before it
+/// has another code.
+fn codes(case: Case, z: &[f64]) -> (f64, Vec<f64>) {
+    let length = norm(z) / (z.len() as f64 / DIM as f64).sqrt();
+    let scale = match case.kind {
+        QuantizerKind::Ibq => 2.0 / length,
+        QuantizerKind::Vq => length / (DIM as f64).sqrt(),
+    };
+    let unit = case.kind == QuantizerKind::Ibq && case.metric == Scores::L2norm;
+    let margin = |e: &[f64]| {
+        let code = |j: usize| -> Vec<f64> {
+            let e = &e[j * DIM..][..DIM];
+            e.iter().map(|v| if unit { v / norm(e) } else { *v }).collect()
+        };
+        let all: Vec<Vec<f64>> = (0..CODES).map(code).collect();
+        let score = |z: &[f64], e: &[f64]| match case.kind {
+            QuantizerKind::Ibq => dot(z, e),
+            QuantizerKind::Vq => dot(z, e) - 0.5 * dot(e, e),
+        };
+        let mut least = f64::INFINITY;
+        for z in z.chunks(DIM) {
+            let s: Vec<f64> = all.iter().map(|e| score(z, e)).collect();
+            let best = (0..CODES).fold(0, |b, j| if s[j] > s[b] { j } else { b });
+            for j in (0..CODES).filter(|&j| j != best) {
+                let apart: Vec<f64> = all[best].iter().zip(&all[j]).map(|(a, b)| a - b).collect();
+                least = least.min((s[best] - s[j]) / (norm(&apart) * norm(z)));
+            }
+        }
+        least
+    };
+    let draw = |seed| -> Vec<f64> {
+        normal(seed, CODES * DIM).iter().map(|v| DType::Bf16.rounded(scale * v)).collect()
+    };
+    (0..3000)
+        .map(|seed| (margin(&draw(seed)), draw(seed)))
+        .fold((0.0, vec![]), |a, b| if b.0 > a.0 { b } else { a })
+}
+
+/// The part of the model that a parameter belongs to: a block, a layer, a projection.
+fn module(name: &str) -> String {
+    let layer = name.trim_end_matches(".weight").trim_end_matches(".bias");
+    layer.split('.').take(3).collect::<Vec<_>>().join(".")
+}
+
+/// The gradients of each part, one after another.
+fn gradients(dump: &Tensors) -> BTreeMap<String, Vec<f64>> {
+    let mut all = BTreeMap::<String, Vec<f64>>::new();
+    for (name, t) in dump {
+        if let Some(parameter) = name.strip_prefix("grad.") {
+            all.entry(module(parameter)).or_default().extend(&t.values);
+        }
+    }
+    all
+}
+
+/// Fails unless the gradients of every part are those wanted but for what bf16 does to them; the worst error.
+fn agree(what: &str, got: &Tensors, want: &Tensors) -> std::result::Result<f64, String> {
+    let (got, want) = (gradients(got), gradients(want));
+    if !got.keys().eq(want.keys()) {
+        return Err(format!("{what}: gradients of {:?}, wanted {:?}", got.keys(), want.keys()));
+    }
+    let mut worst = 0.0;
+    for (name, w) in &want {
+        let e =
+            compare(&format!("{what}, gradients of {name}"), &got[name], w, w.len(), Bounds::norm(BOUND))?;
+        worst = f64::max(worst, e.norm);
+    }
+    Ok(worst)
+}
+
+#[test]
+fn gradients_in_bf16_are_those_of_f64() -> Outcome {
+    for case in CASES {
+        let what = format!("{case:?}");
+        let step = Step::new(case)?;
+        let (want, got) = (step.run(&config(case, "f64"))?, step.run(&config(case, "bf16"))?);
+        assert_eq!(
+            got["act.ind"], want["act.ind"],
+            "{what}: a code was chosen otherwise, which proves nothing"
+        );
+        let worst = agree(&what, &got, &want)?;
+        println!("{what}: off by at most {worst:.3}");
+    }
+    Ok(())
+}
+
+/// The test of the test: what would be wrong is found, in every part of the model, and for every loss.
+#[test]
+fn wrong_gradients_are_not_those_of_f64() -> Outcome {
+    let step = Step::new(DOT)?;
+    let want = step.run(&config(DOT, "f64"))?;
+    let got = step.run(&config(DOT, "bf16"))?;
+    let parts = gradients(&want);
+    assert!(parts.len() > 20, "{:?}", parts.keys());
+    let spoilt = |part: &str, spoil: &dyn Fn(&mut Vec<f64>)| {
+        let mut got = got.clone();
+        for (name, t) in &mut got {
+            if name.strip_prefix("grad.").is_some_and(|n| part.is_empty() || module(n) == part) {
+                spoil(&mut t.values);
+            }
+        }
+        agree("spoilt", &got, &want)
+    };
+    for part in parts.keys().map(String::as_str).chain([""]) {
+        for (what, factor) in [("zero", 0.0), ("doubled", 2.0), ("halved", 0.5), ("of the other sign", -1.0)]
+        {
+            let found = spoilt(part, &|v| v.iter_mut().for_each(|v| *v *= factor));
+            assert!(found.is_err(), "gradients of `{part}` that are {what} pass");
+        }
+    }
+    let mut missing = got.clone();
+    missing.retain(|name, _| !name.starts_with("grad.model.norm"));
+    assert!(agree("missing", &missing, &want).is_err());
+    // Without one of the losses, everything else as it is.
+    type Change = fn(&mut Config);
+    let losses: [(&str, Change); 3] = [
+        ("rec", |c| c.loss.rec = 0.0),
+        ("quant", |c| c.loss.quant = 0.0),
+        ("alpha", |c| c.loss.alpha *= 0.5),
+    ];
+    for (loss, change) in losses {
+        let mut cfg = config(DOT, "f64");
+        change(&mut cfg);
+        let found = agree("a loss less", &step.run(&cfg)?, &want);
+        println!("{loss}: {found:?}");
+        assert!(found.is_err(), "without the loss `{loss}` the gradients pass");
+    }
+    Ok(())
+}
