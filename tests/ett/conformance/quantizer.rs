@@ -211,7 +211,8 @@ impl Problem {
                 }
                 args.push(acc("inv_count", [1], vec![1.0 / m.max(1) as f64]));
                 args.push(out("zq", Type::Act, [m, dim], Judge::Exact));
-                let near = near().conditioning(1.0);
+                // Thousands of squares added one after the other in f32, by the CPU.
+                let near = near().conditioning(10.0);
                 args.push(out("quant", Type::Acc, [1], near));
                 if self.entropies {
                     args.push(out("c", Type::Acc, [k], near.size(1.0)));
@@ -271,9 +272,9 @@ impl Problem {
                 args.push(acc("g_quant", [1], vec![0.2 * dim as f64 / inv]));
                 // bf16 rounds what zq received before it meets the codes, as any activation.
                 let near = self.near(d).roundings(1.5).coarse().size(0.3);
-                args.push(out("dz", Type::Act, [m, dim], near));
+                args.push(out("dz", Type::Act, [m, dim], near).dense());
                 if self.de {
-                    args.push(add("de", Type::Acc, [k, dim], d.times(1.0, k * dim), near));
+                    args.push(add("de", Type::Acc, [k, dim], d.times(1.0, k * dim), near).dense());
                 }
                 args
             },
@@ -412,7 +413,8 @@ fn vq_losses_case(shape: Shape) -> Case {
         move |d| {
             let mut args = vq_inputs(d, shape);
             args.push(out("zq", Type::Act, [m, dim], Judge::Exact));
-            args.push(out("quant", Type::Acc, [1], near()));
+            // Thousands of squares added one after the other in f32, by the CPU.
+            args.push(out("quant", Type::Acc, [1], near().conditioning(10.0)));
             args
         },
         |dev, v| {
@@ -439,11 +441,11 @@ fn vq_bwd_case(shape: Shape, de: bool) -> Case {
             let mut args = vq_inputs(d, shape);
             args.push(act("g", [m, dim], d.normal(m * dim)));
             args.push(acc("g_quant", [1], vec![0.7 * (m * dim) as f64]));
-            args.push(out("dz", Type::Act, [m, dim], near().conditioning(1.0).size(d.scale)));
+            args.push(out("dz", Type::Act, [m, dim], near().conditioning(1.0).size(d.scale)).dense());
             if de {
                 // Sums of many tokens that cancel.
                 let near = near().conditioning(3.0).size(d.scale);
-                args.push(add("de", Type::Acc, [k, dim], d.normal(k * dim), near));
+                args.push(add("de", Type::Acc, [k, dim], d.normal(k * dim), near).dense());
             }
             args
         },
