@@ -127,17 +127,17 @@ pub const TABLE: &[Kernel] = &[
     kernel("attention_bwd", attention::bwd, attention::bwd_sample),
     kernel("linear_xent_fwd", xent::fwd, xent::fwd_sample).free(&["w rows"]),
     kernel("linear_xent_bwd", xent::bwd, xent::bwd_sample),
-    kernel("xent_fwd", xent::stored_fwd, xent::stored_fwd_sample),
+    kernel("xent_fwd", xent::stored_fwd, xent::stored_fwd_sample).free(&["logits type", "logits cols"]),
     kernel("xent_bwd", xent::stored_bwd, xent::stored_bwd_sample),
     kernel("l1_fwd", losses::l1_fwd, losses::l1_fwd_sample).flat_on_cpu(),
     kernel("l1_bwd", losses::l1_bwd, losses::l1_bwd_sample).flat_on_cpu(),
     kernel("lpips_fwd", losses::lpips_fwd, losses::lpips_fwd_sample),
     kernel("lpips_bwd", losses::lpips_bwd, losses::lpips_bwd_sample),
     kernel("gan_generator_fwd", losses::generator_fwd, losses::generator_fwd_sample)
-        .free(&["x rows", "x cols"]),
+        .free(&["x rows", "x cols", "x type"]),
     kernel("gan_generator_bwd", losses::generator_bwd, losses::generator_bwd_sample),
     kernel("hinge_fwd", losses::hinge_fwd, losses::hinge_fwd_sample)
-        .free(&["x rows", "x cols"])
+        .free(&["x rows", "x cols", "x type"])
         .flat_on_cpu(),
     kernel("hinge_bwd", losses::hinge_bwd, losses::hinge_bwd_sample).flat_on_cpu(),
     kernel("lecam_update", losses::lecam_update, losses::lecam_update_sample).free(LOGITS).flat_on_cpu(),

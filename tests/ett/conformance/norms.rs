@@ -454,6 +454,8 @@ fn group_bwd_case(shape: [usize; 5], silu: bool, dw: bool, db: bool) -> Case {
             let n = b * h * w;
             let x = d.normal(n * c);
             let (mean, rstd) = group_statistics(d, &x, shape);
+            // What is left of a group of one value is the rounding of terms of this size.
+            let terms = rstd.iter().map(|r| d.scale * r).fold(1.0, f64::max);
             let mut args = vec![
                 act("dy", [b, h, w, c], d.normal(n * c)),
                 act("x", [b, h, w, c], x),
@@ -461,7 +463,7 @@ fn group_bwd_case(shape: [usize; 5], silu: bool, dw: bool, db: bool) -> Case {
                 act("b", [c], d.unit(c)),
                 acc("mean", [b, g], mean).dense(),
                 acc("rstd", [b, g], rstd).dense(),
-                out("dx", Type::Act, [b, h, w, c], dx_of(CENTRING)),
+                out("dx", Type::Act, [b, h, w, c], dx_of(CENTRING).size(terms)),
             ];
             args.extend(channel_gradients(d, n, c, dw, db));
             args
