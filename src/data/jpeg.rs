@@ -344,7 +344,7 @@ impl Huffman {
             }
             table.ends[i] = (code + i32::from(count), place - code);
             place += i32::from(count);
-            code = code + i32::from(count);
+            code += i32::from(count);
             (code <= 1 << length).then_some(())?;
             code <<= 1;
         }

@@ -116,8 +116,8 @@ impl Choice {
             return true;
         }
         let mut n = 0;
-        for i in 0..l.len() {
-            if w[i] > 0.0 {
+        for (i, &weight) in w.iter().enumerate().take(l.len()) {
+            if weight > 0.0 {
                 kept[n] = i as i32;
                 n += 1;
             }
@@ -152,7 +152,7 @@ impl Choice {
 /// The first index at which the running sum of the weights exceeds `r * sum / 2^64`.
 fn pick(w: &[f64], r: u64) -> i32 {
     let sum: u64 = w.iter().map(|&w| w as u64).sum();
-    let target = (u128::from(r) * u128::from(sum) >> 64) as u64;
+    let target = ((u128::from(r) * u128::from(sum)) >> 64) as u64;
     let mut below = 0;
     let passes = |w: &f64| {
         below += *w as u64;

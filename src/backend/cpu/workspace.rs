@@ -273,7 +273,8 @@ mod tests {
         let mut a = ws.scratch::<f32>(100).expect("as asked for");
         let mut b = ws.scratch::<f64>(3).expect("as asked for");
         assert!(a.iter().all(|v| v.is_nan()) && b.iter().all(|v| v.is_nan()), "poisoned");
-        (a.fill(1.0), b.fill(2.0));
+        a.fill(1.0);
+        b.fill(2.0);
         assert!(a.iter().all(|v| *v == 1.0) && b.iter().all(|v| *v == 2.0));
         let e = ws.scratch::<f32>(1).map(drop).expect_err("more than asked for").to_string();
         assert!(e.contains("1024 bytes") && e.contains("768"), "{e}");
@@ -320,7 +321,8 @@ mod tests {
                 let [a, b] = local.parts();
                 assert_eq!((a.len(), b.len()), (5, 70));
                 clean.fetch_add(a.iter().chain(b.iter()).all(|v| *v == -1) as usize, Ordering::Relaxed);
-                (a.fill(task), b.fill(-task - 2));
+                a.fill(task);
+                b.fill(-task - 2);
                 std::thread::yield_now();
                 assert!(a.iter().all(|v| *v == task) && b.iter().all(|v| *v == -task - 2));
             });

@@ -422,7 +422,7 @@ fn stored_bwd<E: Elem>(a: &XentBwd) -> Result<()> {
     let in_place = at(&a.logits) == at(&a.dlogits.0);
     par_for(n, chunk_rows(v), |r| {
         for n in r {
-            // Chunks do not share rows.
+            // SAFETY: chunks do not share rows.
             let out = unsafe { dlogits.row(n) };
             let Some((t, weight)) = wanted.of(n) else {
                 out.fill(E::zeroed());
@@ -666,7 +666,7 @@ mod tests {
         assert_eq!(read(&dev, &none.unwrap()), [vec![0.0; 3], vec![0.25]]);
         let lse = |r: Result<Vec<Tensor>>| read(&dev, &r.unwrap())[0][0];
         assert_eq!(lse(run(|a| a[0].2.fill(f64::NEG_INFINITY))), f64::NEG_INFINITY);
-        assert_eq!(lse(run(|a| a[0].2[1] = f64::NEG_INFINITY)).is_finite(), true);
+        assert!(lse(run(|a| a[0].2[1] = f64::NEG_INFINITY)).is_finite());
         assert!(lse(run(|a| a[0].2[1] = f64::NAN)).is_nan());
         assert!((lse(run(|a| a[0].2.fill(1e4))) - 1e4 - 4f64.ln()).abs() < 1e-2);
         let e = run(|a| a[1].2[2] = 4.0).unwrap_err().to_string();
