@@ -544,7 +544,7 @@ fn replaced(
     let key = |at: &&Vec<String>| {
         at.iter().rev().find(|k| k.parse::<usize>().is_err()).is_some_and(|k| e.contains(k))
     };
-    prop_assert!(!e.contains('\n') && changes.iter().any(|(at, _)| key(&at)), "{changes:?}: {e}");
+    prop_assert!(!e.contains('\n') && changes.iter().any(|(at, _)| key(at)), "{changes:?}: {e}");
     Ok(None)
 }
 

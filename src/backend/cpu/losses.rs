@@ -296,8 +296,9 @@ fn lecam_grad<E: Elem>(op: &'static str, a: &LecamBwd) -> Result<()> {
     let g = scalar::<E::Acc>(op, "g", &a.g)? * scalar::<E::Acc>(op, "scale", &a.scale)? * E::Acc::of(2.0);
     expect(op, "dreal", &a.dreal.0, real.len())?;
     expect(op, "dfake", &a.dfake.0, fake.len())?;
-    map(flat_mut::<E>(op, "dreal", &a.dreal.0)?, real, |x| g * relu(x - ema[1]));
-    map(flat_mut::<E>(op, "dfake", &a.dfake.0)?, fake, |x| -g * relu(ema[0] - x));
+    let (dreal, dfake) = (flat_mut::<E>(op, "dreal", &a.dreal.0)?, flat_mut::<E>(op, "dfake", &a.dfake.0)?);
+    map(dreal, real, |x| g * relu(x - ema[1]));
+    map(dfake, fake, |x| -g * relu(ema[0] - x));
     Ok(())
 }
 

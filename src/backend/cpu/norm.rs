@@ -655,11 +655,11 @@ fn batch_running<R: Real>(s: &BatchNormRunning) -> Result<()> {
     let momentum = R::of(s.momentum);
     // A single row has no unbiased estimate; its variance is 0 anyway.
     let unbiased = R::of(s.rows as f64 / s.rows.saturating_sub(1).max(1) as f64);
-    for (arg, to, batch, factor) in [
-        ("running_mean", &s.running_mean, vector::<R>(OP, "mean", &s.mean, c)?, R::one()),
-        ("running_var", &s.running_var, vector::<R>(OP, "var", &s.var, c)?, unbiased),
-    ] {
-        for (to, v) in vector_mut::<R>(OP, arg, &to.0, c)?.iter_mut().zip(batch) {
+    let mean =
+        (vector_mut::<R>(OP, "running_mean", &s.running_mean.0, c)?, vector::<R>(OP, "mean", &s.mean, c)?);
+    let var = (vector_mut::<R>(OP, "running_var", &s.running_var.0, c)?, vector::<R>(OP, "var", &s.var, c)?);
+    for ((to, batch), factor) in [(mean, R::one()), (var, unbiased)] {
+        for (to, v) in to.iter_mut().zip(batch) {
             if v.is_finite() {
                 *to = (R::one() - momentum) * *to + momentum * factor * *v;
             }

@@ -396,6 +396,7 @@ fn stored_fwd<E: Elem>(a: &XentFwd) -> Result<()> {
     expect(op, "lse", &a.lse.0, logits.rows)?;
     expect(op, "loss", &a.loss.0, 1)?;
     let lse = flat_mut::<E::Acc>(op, "lse", &a.lse.0)?;
+    let loss = flat_mut::<E::Acc>(op, "loss", &a.loss.0)?;
     lse.par_iter_mut().enumerate().for_each(|(n, lse)| {
         *lse = wanted.of(n).map_or(E::Acc::zero(), |_| log_sum_exp(logits.row(n)));
     });
@@ -403,7 +404,7 @@ fn stored_fwd<E: Elem>(a: &XentFwd) -> Result<()> {
     let sum = par_sum(logits.rows, ROWS, |r| r.filter_map(of_row).sum());
     // Without a supervised row the scale may be anything.
     if wanted.target.iter().any(|&t| t >= 0) {
-        flat_mut::<E::Acc>(op, "loss", &a.loss.0)?[0] += scale * sum;
+        loss[0] += scale * sum;
     }
     Ok(())
 }

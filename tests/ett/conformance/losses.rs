@@ -323,7 +323,7 @@ pub fn lecam_update() -> Vec<Case> {
 }
 
 pub fn lecam_update_sample() -> Case {
-    lecam_update_case([3, 4], None)
+    lecam_update_case([3, 5], None)
 }
 
 fn lecam_fwd_case(dims: [usize; 2]) -> Case {
@@ -347,7 +347,7 @@ pub fn lecam_fwd() -> Vec<Case> {
 }
 
 pub fn lecam_fwd_sample() -> Case {
-    lecam_fwd_case([3, 4])
+    lecam_fwd_case([3, 5])
 }
 
 fn lecam_bwd_case(dims: [usize; 2]) -> Case {
@@ -382,5 +382,5 @@ pub fn lecam_bwd() -> Vec<Case> {
 }
 
 pub fn lecam_bwd_sample() -> Case {
-    lecam_bwd_case([3, 4])
+    lecam_bwd_case([3, 5])
 }
