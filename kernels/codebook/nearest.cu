@@ -1,3 +1,15 @@
+// nearest.cu: for each token the best of K codes, idx[m] = argmax_k score(z[m], e[k]); ties go to the smallest k.
+//
+// z    M,D  act  rows of any stride   in
+// e    K,D  act  rows of any stride   in
+// idx  M    i32  contiguous           out
+// bad  1    f32  contiguous           added to; may be absent: rows whose best score is not finite
+//
+// score: z.e (dot), or z.e - |e|^2 / 2 (l2), which orders codes as -|z - e|^2 does. NaN ranks below all numbers, a row of
+// NaN gives code 0.
+// numerics: products of act, sums in float32; bitwise repeatable.
+// work: 2*M*K*D FLOP; (M*D + K*D)*size + 4*M bytes.
+// workspace: 4 bytes a code for l2, 8 bytes a token and part of the codebook.   limits: 1 <= K < 2^31.
 #include "gemm.cuh"
 #include "reduce.cuh"
 
