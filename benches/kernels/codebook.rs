@@ -1,7 +1,10 @@
-use ett::backend::{Cpu, IbqRows, Kernels, Metric, Nearest, Role, Stream};
+use ett::backend::{
+    Cost, Cpu, IbqBwd, IbqCols, IbqLosses, IbqRows, Kernels, Metric, Nearest, Role, Stream, VqBwd, VqLosses,
+};
+use ett::error::Result;
 use ett::tensor::{DType, Tensor};
 
-use crate::common::{Bench, Check, acc, call, head, normal, out};
+use crate::common::{Bench, Check, acc, call, head, ids, normal, out, scaled};
 
 pub fn benches(b: &mut Bench) {
     let shapes: &[[usize; 3]] = if b.gpu {
@@ -30,29 +33,198 @@ pub fn benches(b: &mut Bench) {
                     Ok((Box::new(run), Some(check)))
                 });
             }
-            b.kernel("ibq_rows", &format!("M {m} K {k} D {d}"), dtype, &|dev, seed| {
-                let (z, e) = (normal(dev, dtype, [m, d], seed)?, normal(dev, dtype, [k, d], seed + 100)?);
-                let idx = Tensor::empty(dev, Role::Activation, DType::I32, [m])?;
-                let stat = || out(dev, acc(dtype), [m]);
-                let stats = [stat()?, stat()?, stat()?, stat()?, out(dev, acc(dtype), [1])?];
-                let run = move |dev: &dyn Kernels| {
-                    let [smax, rest_p, rest_q, xbar, bad] = &stats;
-                    let a = IbqRows {
-                        z: z.view(),
-                        e: e.view(),
-                        idx: idx.out(),
-                        smax: smax.out(),
-                        rest_p: rest_p.out(),
-                        rest_q: Some(rest_q.out()),
-                        xbar: Some(xbar.out()),
-                        bad: bad.acc(),
-                        temperature: 0.01,
+            for kernel in ["ibq_rows", "ibq_cols", "ibq_losses", "ibq_bwd", "ibq"] {
+                b.kernel(kernel, &format!("M {m} K {k} D {d}"), dtype, &|dev, seed| {
+                    let all = Ibq::new(dev, dtype, [m, k, d], seed)?;
+                    // What a kernel reads has to be there.
+                    all.forward(dev)?;
+                    let run = move |dev: &dyn Kernels| match kernel {
+                        "ibq_rows" => all.rows(dev),
+                        "ibq_cols" => all.cols(dev),
+                        "ibq_losses" => all.losses(dev),
+                        "ibq_bwd" => all.bwd(dev),
+                        _ => {
+                            let forward = all.forward(dev)?;
+                            let backward = all.bwd(dev)?;
+                            Ok(Cost {
+                                flop: forward.flop + backward.flop,
+                                bytes: forward.bytes + backward.bytes,
+                            })
+                        }
                     };
-                    call(&a, |a| dev.ibq_rows(Stream::COMPUTE, a))
+                    Ok((Box::new(run), None))
+                });
+            }
+            b.kernel("vq_losses", &format!("M {m} K {k} D {d}"), dtype, &|dev, seed| {
+                let all = Ibq::new(dev, dtype, [m, k, d], seed)?;
+                let run = move |dev: &dyn Kernels| {
+                    let a = VqLosses {
+                        z: all.z.view(),
+                        e: all.e.view(),
+                        idx: all.idx.view(),
+                        inv_count: all.inv_count.view(),
+                        zq: all.zq.out(),
+                        quant: all.quant.out(),
+                        beta_commit: 0.25,
+                        beta_code: 1.0,
+                    };
+                    call(&a, |a| dev.vq_losses(Stream::COMPUTE, a))
+                };
+                Ok((Box::new(run), None))
+            });
+            b.kernel("vq_bwd", &format!("M {m} K {k} D {d}"), dtype, &|dev, seed| {
+                let all = Ibq::new(dev, dtype, [m, k, d], seed)?;
+                let run = move |dev: &dyn Kernels| {
+                    let a = VqBwd {
+                        z: all.z.view(),
+                        e: all.e.view(),
+                        idx: all.idx.view(),
+                        inv_count: all.inv_count.view(),
+                        g: all.g.view(),
+                        g_quant: all.weight.view(),
+                        dz: all.dz.out(),
+                        de: Some(all.de.acc()),
+                        beta_commit: 0.25,
+                        beta_code: 1.0,
+                    };
+                    call(&a, |a| dev.vq_bwd(Stream::COMPUTE, a))
                 };
                 Ok((Box::new(run), None))
             });
         }
+    }
+}
+
+/// Temperature of the entropies.
+const TEMPERATURE: f64 = 0.01;
+
+/// The tensors of a quantizer, forward and backward.
+struct Ibq {
+    z: Tensor,
+    e: Tensor,
+    g: Tensor,
+    idx: Tensor,
+    smax: Tensor,
+    rest_p: Tensor,
+    rest_q: Tensor,
+    xbar: Tensor,
+    bad: Tensor,
+    col: Tensor,
+    c: Tensor,
+    inv_count: Tensor,
+    zq: Tensor,
+    quant: Tensor,
+    sample: Tensor,
+    avg: Tensor,
+    weight: Tensor,
+    dz: Tensor,
+    de: Tensor,
+}
+
+impl Ibq {
+    /// Scores of a spread of 1, so that no code stands out: nothing can be skipped.
+    fn new(dev: &dyn Kernels, dtype: DType, [m, k, d]: [usize; 3], seed: u64) -> Result<Self> {
+        let sum = acc(dtype);
+        let (row, code, one) = (|| out(dev, sum, [m]), || out(dev, sum, [k]), || out(dev, sum, [1]));
+        let number = |v: f64| Tensor::from_f64(dev, Role::Input, sum, &[v], [1]);
+        Ok(Ibq {
+            z: normal(dev, dtype, [m, d], seed)?,
+            e: scaled(dev, dtype, [k, d], seed + 100, (d as f64).powf(-0.5))?,
+            g: normal(dev, dtype, [m, d], seed + 200)?,
+            idx: ids(dev, m, k, seed)?,
+            smax: row()?,
+            rest_p: row()?,
+            rest_q: row()?,
+            xbar: row()?,
+            bad: one()?,
+            col: code()?,
+            c: code()?,
+            inv_count: number(1.0 / m as f64)?,
+            zq: out(dev, dtype, [m, d])?,
+            quant: one()?,
+            sample: one()?,
+            avg: one()?,
+            weight: number(0.1)?,
+            dz: out(dev, dtype, [m, d])?,
+            de: out(dev, sum, [k, d])?,
+        })
+    }
+
+    fn rows(&self, dev: &dyn Kernels) -> Result<Cost> {
+        let a = IbqRows {
+            z: self.z.view(),
+            e: self.e.view(),
+            idx: self.idx.out(),
+            smax: self.smax.out(),
+            rest_p: self.rest_p.out(),
+            rest_q: Some(self.rest_q.out()),
+            xbar: Some(self.xbar.out()),
+            bad: self.bad.acc(),
+            temperature: TEMPERATURE,
+        };
+        call(&a, |a| dev.ibq_rows(Stream::COMPUTE, a))
+    }
+
+    fn cols(&self, dev: &dyn Kernels) -> Result<Cost> {
+        let a = IbqCols {
+            z: self.z.view(),
+            e: self.e.view(),
+            smax: self.smax.view(),
+            rest_q: self.rest_q.view(),
+            col: self.col.out(),
+            temperature: TEMPERATURE,
+        };
+        call(&a, |a| dev.ibq_cols(Stream::COMPUTE, a))
+    }
+
+    fn losses(&self, dev: &dyn Kernels) -> Result<Cost> {
+        let a = IbqLosses {
+            z: self.z.view(),
+            e: self.e.view(),
+            idx: self.idx.view(),
+            rest_q: Some(self.rest_q.view()),
+            xbar: Some(self.xbar.view()),
+            col: Some(self.col.view()),
+            inv_count: self.inv_count.view(),
+            zq: self.zq.out(),
+            c: Some(self.c.out()),
+            quant: self.quant.out(),
+            sample: Some(self.sample.out()),
+            avg: Some(self.avg.out()),
+            eps: 1e-5,
+            beta_commit: 1.0,
+            beta_code: 0.25,
+        };
+        call(&a, |a| dev.ibq_losses(Stream::COMPUTE, a))
+    }
+
+    fn forward(&self, dev: &dyn Kernels) -> Result<Cost> {
+        let parts = [self.rows(dev)?, self.cols(dev)?, self.losses(dev)?];
+        Ok(Cost { flop: parts.iter().map(|c| c.flop).sum(), bytes: parts.iter().map(|c| c.bytes).sum() })
+    }
+
+    fn bwd(&self, dev: &dyn Kernels) -> Result<Cost> {
+        let a = IbqBwd {
+            z: self.z.view(),
+            e: self.e.view(),
+            idx: self.idx.view(),
+            smax: self.smax.view(),
+            rest_p: self.rest_p.view(),
+            rest_q: Some(self.rest_q.view()),
+            xbar: Some(self.xbar.view()),
+            c: Some(self.c.view()),
+            inv_count: self.inv_count.view(),
+            g: self.g.view(),
+            g_quant: self.weight.view(),
+            g_sample: Some(self.weight.view()),
+            g_avg: Some(self.weight.view()),
+            dz: self.dz.out(),
+            de: Some(self.de.acc()),
+            temperature: TEMPERATURE,
+            beta_commit: 1.0,
+            beta_code: 0.25,
+        };
+        call(&a, |a| dev.ibq_bwd(Stream::COMPUTE, a))
     }
 }
 
@@ -63,7 +235,7 @@ fn right_codes(
     e: &Tensor,
     idx: &Tensor,
     metric: Metric,
-) -> ett::error::Result<Result<(), String>> {
+) -> Result<std::result::Result<(), String>> {
     let (cpu, rows) = (Cpu::new(0)?, 8.min(z.dims().rows()));
     let codes = e.dims().rows();
     let (z, e) = (head(dev, &cpu, z, rows, DType::F64)?, head(dev, &cpu, e, codes, DType::F64)?);

@@ -1,9 +1,54 @@
-use ett::backend::{Conv2dBwdData, Conv2dBwdWeight, Conv2dFwd, Kernels, Stream};
+use ett::backend::{
+    Conv2dBwdData, Conv2dBwdWeight, Conv2dFwd, Kernels, MaxPool2x2Bwd, MaxPool2x2Fwd, Stream, Upsample2xBwd,
+    Upsample2xFwd,
+};
 use ett::tensor::DType;
 
 use crate::common::{Bench, acc, call, normal, out};
 
+/// Up-sampling and pooling by two.
+fn resample(b: &mut Bench) {
+    let dtype = if b.gpu { DType::Bf16 } else { DType::F32 };
+    let [n, size, ch] = if b.gpu { [8, 512, 128] } else { [8, 64, 16] };
+    let (fine, coarse) = ([n, size, size, ch], [n, size / 2, size / 2, ch]);
+    let shape = format!("{n}x{size}x{size}x{ch}");
+    b.kernel("upsample2x_fwd", &shape, dtype, &|dev, seed| {
+        let (x, y) = (normal(dev, dtype, coarse, seed)?, out(dev, dtype, fine)?);
+        let run = move |dev: &dyn Kernels| {
+            call(&Upsample2xFwd { x: x.view(), y: y.out() }, |a| dev.upsample2x_fwd(Stream::COMPUTE, a))
+        };
+        Ok((Box::new(run), None))
+    });
+    b.kernel("upsample2x_bwd", &shape, dtype, &|dev, seed| {
+        let (dy, dx) = (normal(dev, dtype, fine, seed)?, out(dev, dtype, coarse)?);
+        let run = move |dev: &dyn Kernels| {
+            call(&Upsample2xBwd { dy: dy.view(), dx: dx.out() }, |a| dev.upsample2x_bwd(Stream::COMPUTE, a))
+        };
+        Ok((Box::new(run), None))
+    });
+    b.kernel("max_pool2x2_fwd", &shape, dtype, &|dev, seed| {
+        let (x, y) = (normal(dev, dtype, fine, seed)?, out(dev, dtype, coarse)?);
+        let run = move |dev: &dyn Kernels| {
+            call(&MaxPool2x2Fwd { x: x.view(), y: y.out() }, |a| dev.max_pool2x2_fwd(Stream::COMPUTE, a))
+        };
+        Ok((Box::new(run), None))
+    });
+    b.kernel("max_pool2x2_bwd", &shape, dtype, &|dev, seed| {
+        let (dy, x, dx) = (
+            normal(dev, dtype, coarse, seed)?,
+            normal(dev, dtype, fine, seed + 100)?,
+            out(dev, dtype, fine)?,
+        );
+        let run = move |dev: &dyn Kernels| {
+            let a = MaxPool2x2Bwd { dy: dy.view(), x: x.view(), dx: dx.out() };
+            call(&a, |a| dev.max_pool2x2_bwd(Stream::COMPUTE, a))
+        };
+        Ok((Box::new(run), None))
+    });
+}
+
 pub fn benches(b: &mut Bench) {
+    resample(b);
     let shapes: &[[usize; 3]] =
         if b.gpu { &[[8, 256, 128]] } else { &[[8, 64, 16], [8, 32, 64], [2, 16, 256]] };
     let dtype = if b.gpu { DType::Bf16 } else { DType::F32 };

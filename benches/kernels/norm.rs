@@ -1,5 +1,6 @@
 use ett::backend::{
-    Cpu, GroupNormBwd, GroupNormFwd, Kernels, LayerNormBwd, LayerNormFwd, RmsNormBwd, RmsNormFwd, Stream,
+    BatchNormBwd, BatchNormFwd, Cpu, GroupNormBwd, GroupNormFwd, Kernels, LayerNormBwd, LayerNormFwd,
+    RmsNormBwd, RmsNormFwd, Role, Stream,
 };
 use ett::tensor::{DType, Tensor};
 
@@ -21,6 +22,52 @@ pub fn benches(b: &mut Bench) {
         }
     }
     group(b);
+    batch(b);
+}
+
+fn batch(b: &mut Bench) {
+    let ([n, c], dtype) = if b.gpu { ([1 << 20, 128], DType::Bf16) } else { ([8192, 64], DType::F32) };
+    let shape = format!("{n}x{c}");
+    b.kernel("batch_norm_fwd", &shape, dtype, &|dev, seed| {
+        let (x, y) = (normal(dev, dtype, [n, c], seed)?, out(dev, dtype, [n, c])?);
+        let (w, bias) = (normal(dev, dtype, [c], 7)?, normal(dev, dtype, [c], 8)?);
+        let (mean, var) = (out(dev, acc(dtype), [c])?, out(dev, acc(dtype), [c])?);
+        let run = move |dev: &dyn Kernels| {
+            let (x, w, b) = (x.view(), w.view(), bias.view());
+            let (y, mean, var) = (y.out(), mean.out(), var.out());
+            let a = BatchNormFwd { x, w, b, y, mean, var, eps: 1e-5, slope: 0.2 };
+            call(&a, |a| dev.batch_norm_fwd(S, a))
+        };
+        Ok((Box::new(run), None))
+    });
+    b.kernel("batch_norm_bwd", &shape, dtype, &|dev, seed| {
+        let (x, dy, dx) = (
+            normal(dev, dtype, [n, c], seed)?,
+            normal(dev, dtype, [n, c], seed + 100)?,
+            out(dev, dtype, [n, c])?,
+        );
+        let (w, bias) = (normal(dev, dtype, [c], 7)?, normal(dev, dtype, [c], 8)?);
+        let mean = normal(dev, acc(dtype), [c], 9)?;
+        let var = Tensor::from_f64(dev, Role::Input, acc(dtype), &vec![1.0; c], [c])?;
+        let (dw, db) = (out(dev, acc(dtype), [c])?, out(dev, acc(dtype), [c])?);
+        let run = move |dev: &dyn Kernels| {
+            let a = BatchNormBwd {
+                dy: dy.view(),
+                x: x.view(),
+                w: w.view(),
+                b: bias.view(),
+                mean: mean.view(),
+                var: var.view(),
+                dx: dx.out(),
+                dw: Some(dw.acc()),
+                db: Some(db.acc()),
+                eps: 1e-5,
+                slope: 0.2,
+            };
+            call(&a, |a| dev.batch_norm_bwd(S, a))
+        };
+        Ok((Box::new(run), None))
+    });
 }
 
 fn rms(b: &mut Bench, n: usize, c: usize, dtype: DType, residual: bool) {

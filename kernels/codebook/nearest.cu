@@ -1,19 +1,28 @@
-// nearest.cu: for each token the best of K codes, idx[m] = argmax_k score(z[m], e[k]); ties go to the smallest k.
+// nearest.cu: the best code of each token.
 //
-// z    M,D  act  rows of any stride   in
-// e    K,D  act  rows of any stride   in
-// idx  M    i32  contiguous           out
-// bad  1    f32  contiguous           added to; may be absent: rows whose best score is not finite
+//   idx_m = the first k with the largest s_mk,   s_mk = z_m . e_k (dot)   or   z_m . e_k - |e_k|^2 / 2 (l2)
+//   bad += the number of tokens whose largest score is not finite
 //
-// score: z.e (dot), or z.e - |e|^2 / 2 (l2), which orders codes as -|z - e|^2 does. NaN ranks below all numbers, a row of
-// NaN gives code 0.
-// numerics: products of act, sums in float32; bitwise repeatable.
-// work: 2*M*K*D FLOP; (M*D + K*D)*size + 4*M bytes.
-// workspace: 4 bytes a code for l2, 8 bytes a token and part of the codebook.   limits: 1 <= K < 2^31.
-#include "gemm.cuh"
-#include "reduce.cuh"
+// z     M,D  act  rows of any stride   in
+// e     K,D  act  rows of any stride   in
+// idx   M    i32  contiguous           out
+// bad   1    f32                       added to; may be absent
+//
+// A score of NaN ranks below every number; a token without any number gets code 0. The second score is -|z - e|^2 / 2 but for a
+// constant of the token. No scores are stored: a block has a tile of tokens, goes through a part of the codes and keeps the best
+// score and code of each row in registers; results of several parts are merged in their order.
+// "wide" and "narrow" (bf16): the tokens stay in shared memory, the codes stream past them without a gap between their tiles.
+// "simple": a product by gemm.cuh for each tile.
+// numerics: products and sums in f32, those of z . e in the order of D, so that a score does not depend on the implementation;
+// equal scores go to the smallest index. Bitwise repeatable, on any device.
+// workspace: 4 bytes a code for l2; 8 bytes a token and part if there are several parts or `bad` is present.
+// limits: "wide" takes D from 129 to 256, "narrow" what fits beside its stages into shared memory; both rows on multiples of 16 bytes.
+// work: 2*M*K*D FLOP; (M + K)*D*size + 4*M bytes.
+#include "bad.cuh"
+#include "scores.cuh"
 
 namespace ett {
+namespace codebook {
 namespace {
 
 using gemm::Matrix;
@@ -42,7 +51,7 @@ template <class Tile> struct Best {
     }
 
     // Takes in the scores of codes [code0, code0 + kCols). `half`: |e|^2 / 2, null for the dot product.
-    template <bool L2, int TAKE = 0> __device__ __forceinline__ void take(gemm::Acc<Tile>& acc, int32_t code0, int64_t codes, const float* half) {
+    template <bool L2> __device__ __forceinline__ void take(gemm::Acc<Tile>& acc, int32_t code0, int64_t codes, const float* half) {
         const int32_t mine = code0 + Tile::col(0);
         if constexpr (L2) {
 #pragma unroll
@@ -61,26 +70,8 @@ template <class Tile> struct Best {
         bool better = false;
 #pragma unroll
         for (int i = 0; i < Tile::kAccRows; ++i) {
-            if constexpr (TAKE & 2) {
-                int x[Tile::kAccCols];
-#pragma unroll
-                for (int j = 0; j < Tile::kAccCols; ++j) x[j] = int(float_to_bits(acc.at(i, j)));
-                int m = __vimax3_s32(x[0], x[1], int(float_to_bits(v[i])));
-#pragma unroll
-                for (int j = 2; j < Tile::kAccCols; j += 2) m = __vimax3_s32(m, x[j], x[j + 1]);
-                better |= m > int(float_to_bits(v[i])) || int(float_to_bits(v[i])) < 0;
-                top[i] = m > int(float_to_bits(v[i])) || int(float_to_bits(v[i])) < 0 ? INFINITY : -INFINITY;
-            } else {
-                float x[Tile::kAccCols];
-#pragma unroll
-                for (int j = 0; j < Tile::kAccCols; ++j) x[j] = acc.at(i, j);
-#pragma unroll
-                for (int n = 1; n < Tile::kAccCols; n *= 2)
-#pragma unroll
-                    for (int j = 0; j < Tile::kAccCols; j += 2 * n) x[j] = fmaxf(x[j], x[j + n]);
-                top[i] = x[0];
-                better |= top[i] > v[i];
-            }
+            top[i] = row_max(acc, i);
+            better |= top[i] > v[i];
         }
         if (!__any_sync(kAllLanes, better)) return;
         const bool tail = codes - code0 < Tile::kCols;
@@ -144,21 +135,14 @@ template <class Tile> struct Best {
     }
 };
 
-// Codes of part `part` of `parts`: whole tiles.
-struct Range {
-    int32_t first, end;  // tiles
-};
-__device__ __forceinline__ Range range_of(int64_t tiles, int part, int parts) {
-    return {int32_t(tiles * part / parts), int32_t(tiles * (part + 1) / parts)};
-}
-
+// "simple".
 template <class Tile, bool L2>
 __global__ void __launch_bounds__(Tile::kThreads, 2)
 simple_kernel(const Matrix<typename Tile::Type> z, const Matrix<typename Tile::Type> e, const float* half, const Result out, int row_tiles, int parts) {
     ETT_DYNAMIC_SMEM(smem);
     const int part = int(blockIdx.x) / row_tiles;
     const int64_t row0 = int64_t(int(blockIdx.x) - part * row_tiles) * Tile::kRows;
-    const Range range = range_of((e.rows + Tile::kCols - 1) / Tile::kCols, part, parts);
+    const Consecutive range = part_of((e.rows + Tile::kCols - 1) / Tile::kCols, part, parts);
     Best<Tile> best;
     best.clear();
 #pragma unroll 1
@@ -171,23 +155,25 @@ simple_kernel(const Matrix<typename Tile::Type> z, const Matrix<typename Tile::T
     best.finish(out, row0, z.rows, part, smem);
 }
 
-template <int ROWS, int CODES, int DEPTH, int STAGES, int STEPS, int BLOCKS, int TAKE = 0> struct Sweep {
+// Tokens that stay and codes that stream past them. STEPS stages to a tile, 0: found out at run time; BLOCKS on a multiprocessor.
+template <int ROWS, int CODES, int DEPTH, int STAGES, int STEPS, int BLOCKS> struct Resident {
     using Tile = gemm::Tile<bf16, ROWS, CODES, DEPTH, 64, 64, 2, false, true>;
-    static constexpr int kDepth = DEPTH, kStages = STAGES, kSteps = STEPS, kBlocks = BLOCKS, kThreads = Tile::kThreads, kTake = TAKE;
+    static constexpr int kDepth = DEPTH, kStages = STAGES, kSteps = STEPS, kBlocks = BLOCKS, kThreads = Tile::kThreads;
     static constexpr int64_t smem(int64_t d) { return steps(d) * Tile::kBytesA + STAGES * Tile::kBytesB; }
     static constexpr int64_t steps(int64_t d) { return (d + kDepth - 1) / kDepth; }
 };
 
+// "wide", "narrow".
 template <class S, bool L2>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
-sweep_kernel(const Matrix<bf16> z, const Matrix<bf16> e, const float* half, const Result out, int row_tiles, int parts) {
+resident_kernel(const Matrix<bf16> z, const Matrix<bf16> e, const float* half, const Result out, int row_tiles, int parts) {
     using Tile = typename S::Tile;
     constexpr int kPieces = S::kDepth / 8, kRowsAtOnce = S::kThreads / kPieces, kK = S::kDepth / 16;
     static_assert(kRowsAtOnce % 8 == 0, "all copies of a thread have the same place in the swizzle");
     ETT_DYNAMIC_SMEM(smem);
     const int part = int(blockIdx.x) / row_tiles;
     const int64_t row0 = int64_t(int(blockIdx.x) - part * row_tiles) * Tile::kRows;
-    const Range range = range_of((e.rows + Tile::kCols - 1) / Tile::kCols, part, parts);
+    const Consecutive range = part_of((e.rows + Tile::kCols - 1) / Tile::kCols, part, parts);
     const int steps = S::kSteps > 0 ? S::kSteps : int((z.cols + S::kDepth - 1) / S::kDepth);
     unsigned char* const stages = smem + steps * Tile::kBytesA;
 
@@ -245,19 +231,11 @@ sweep_kernel(const Matrix<bf16> z, const Matrix<bf16> e, const float* half, cons
                 fill();
                 fetch(last ? 0 : s + 1, 0);
             }
-            if (S::kTake & 4) {
-#pragma unroll
-            for (int m = 0; m < Tile::kWarpRows / 16; ++m)
-#pragma unroll
-            for (int n = 0; n < Tile::kWarpCols / 8; ++n)
-                    mma_bf16_16816(acc.c[m][n], fa[k % 2][m], fb[k % 2][n / 2][n % 2 * 2], fb[k % 2][n / 2][n % 2 * 2 + 1]);
-            } else {
 #pragma unroll
             for (int n = 0; n < Tile::kWarpCols / 8; ++n)
 #pragma unroll
                 for (int m = 0; m < Tile::kWarpRows / 16; ++m)
                     mma_bf16_16816(acc.c[m][n], fa[k % 2][m], fb[k % 2][n / 2][n % 2 * 2], fb[k % 2][n / 2][n % 2 * 2 + 1]);
-            }
         }
     };
 
@@ -274,8 +252,7 @@ sweep_kernel(const Matrix<bf16> z, const Matrix<bf16> e, const float* half, cons
 #pragma unroll 1
             for (int s = 0; s < steps; ++s) stage(s, s + 1 == steps);
         }
-        if (!(S::kTake & 1) || t + 1 == range.end)
-        best.template take<L2, S::kTake>(acc, t * Tile::kCols, e.rows, half);
+        best.template take<L2>(acc, t * Tile::kCols, e.rows, half);
     }
     cp_async_wait<0>();
     best.finish(out, row0, z.rows, part, smem);
@@ -316,15 +293,6 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const Result from, in
     from.v[row] = best;
 }
 
-// bad[0] += rows whose best score is not finite; one block, so that the sum has one order.
-__global__ void __launch_bounds__(kThreads) count_bad_kernel(const float* best, int64_t rows, float* bad) {
-    __shared__ float smem[kThreads / kWarp];
-    float count[1] = {0.f};
-    for (int64_t row = threadIdx.x; row < rows; row += kThreads) count[0] += fabsf(best[row]) <= 3.402823466e38f ? 0.f : 1.f;
-    block_sum<1, kThreads>(count, smem);
-    if (threadIdx.x == 0) bad[0] += count[0];
-}
-
 // An implementation as the host sees it.
 struct Kernel {
     const char* name;
@@ -333,16 +301,8 @@ struct Kernel {
     int64_t smem;
 };
 
-// In how many parts to cut the codes: as many as bring the last block to its end soonest. A block costs about
-// two tiles more than its tiles.
-int64_t choose_nearest_parts(const Kernel& kernel, int64_t m, int64_t k, int multiprocessors) {
-    const int64_t row_tiles = ceil_div(m, kernel.rows), tiles = ceil_div(k, kernel.codes), slots = kernel.blocks * multiprocessors;
-    int64_t parts = 1, least = INT64_MAX;
-    for (int64_t p = 1; p <= std::min(tiles, slots); ++p) {
-        const int64_t cost = ceil_div(row_tiles * p, slots) * (ceil_div(tiles, p) + 2);
-        if (cost < least) least = cost, parts = p;
-    }
-    return parts;
+int64_t parts_of(const Kernel& kernel, int64_t m, int64_t k) {
+    return choose_parts(ceil_div(m, kernel.rows), ceil_div(k, kernel.codes), kernel.blocks * multiprocessors());
 }
 
 // Largest shared memory of a block.
@@ -355,10 +315,13 @@ int64_t most_smem() {
     return n;
 }
 
+// 64 x 64 (f32: 64 x 32) products for a warp, as in matmul.cu.
 using SimpleBf16 = gemm::Tile<bf16, 128, 128, 32, 64, 64, 4, false, true>;
 using SimpleF32 = gemm::Tile<float, 128, 64, 16, 64, 32, 3, false, true>;
-using Wide = Sweep<256, 128, 128, 3, 2, 1>;
-using Narrow = Sweep<128, 128, 64, 3, 0, 2>;
+// Wide: eight warps and all shared memory of a multiprocessor, so that codes are read half as often and 16 KB under way hide
+// the way to the L2. Narrow: two blocks of four warps, for few tokens and for less shared memory.
+using Wide = Resident<256, 128, 128, 3, 2, 1>;
+using Narrow = Resident<128, 128, 64, 3, 0, 2>;
 
 // The implementations that can do a call, the best one first; `names` as Check::choose takes them.
 struct Choice {
@@ -407,21 +370,24 @@ bool sound(Check& check, const ett_nearest_args* a) {
 }
 
 }  // namespace
+}  // namespace codebook
 }  // namespace ett
 
 extern "C" int64_t ett_nearest_workspace(const ett_nearest_args* a) {
     using namespace ett;
+    using namespace ett::codebook;
     Check check("nearest", a);
     if (!sound(check, a)) return -1;
     const Choice c = choose_nearest_config(*a, most_smem());
     int64_t most = 0;
     for (int i = 0; c.names[i]; ++i)
-        most = std::max(most, layout_of(*a, c.kernels[i], choose_nearest_parts(c.kernels[i], rows(a->z), rows(a->e), multiprocessors())).bytes);
+        most = std::max(most, layout_of(*a, c.kernels[i], parts_of(c.kernels[i], rows(a->z), rows(a->e))).bytes);
     return most;
 }
 
 extern "C" int32_t ett_nearest(const ett_nearest_args* a, const ett_launch* l) {
     using namespace ett;
+    using namespace ett::codebook;
     Check check("nearest", a, l);
     if (!sound(check, a)) return check.status();
     const int64_t m = rows(a->z), k = rows(a->e);
@@ -431,7 +397,7 @@ extern "C" int32_t ett_nearest(const ett_nearest_args* a, const ett_launch* l) {
     if (!check.ok()) return check.status();
     const Kernel* kernel = c.kernels;
     while (strcmp(kernel->name, name) != 0) ++kernel;
-    const int64_t parts = choose_nearest_parts(*kernel, m, k, multiprocessors()), row_tiles = ceil_div(m, kernel->rows);
+    const int64_t parts = parts_of(*kernel, m, k), row_tiles = ceil_div(m, kernel->rows);
     const Layout at = layout_of(*a, *kernel, parts);
     if (!check.workspace(l, at.bytes)) return check.status();
     unsigned char* const work = static_cast<unsigned char*>(l->workspace);
@@ -455,9 +421,9 @@ extern "C" int32_t ett_nearest(const ett_nearest_args* a, const ett_launch* l) {
     };
     if (status != ETT_OK) return status;
     if (strcmp(name, "wide") == 0)
-        status = go(sweep_kernel<Wide, false>, sweep_kernel<Wide, true>, Wide::kThreads, bf16{});
+        status = go(resident_kernel<Wide, false>, resident_kernel<Wide, true>, Wide::kThreads, bf16{});
     else if (strcmp(name, "narrow") == 0)
-        status = go(sweep_kernel<Narrow, false>, sweep_kernel<Narrow, true>, Narrow::kThreads, bf16{});
+        status = go(resident_kernel<Narrow, false>, resident_kernel<Narrow, true>, Narrow::kThreads, bf16{});
     else if (a->z.dtype == ETT_BF16)
         status = go(simple_kernel<SimpleBf16, false>, simple_kernel<SimpleBf16, true>, SimpleBf16::kThreads, bf16{});
     else
@@ -465,7 +431,6 @@ extern "C" int32_t ett_nearest(const ett_nearest_args* a, const ett_launch* l) {
     if (status == ETT_OK && combined)
         status = launch("nearest", combine_kernel, dim3(unsigned(ceil_div(m, kThreads))), dim3(kThreads), 0, l, partial,
                         data<int32_t>(a->idx), m, int(parts));
-    if (status == ETT_OK && present(a->bad))
-        status = launch("nearest", count_bad_kernel, dim3(1), dim3(kThreads), 0, l, partial.v, m, data<float>(a->bad));
+    if (status == ETT_OK && present(a->bad)) status = launch_count_bad("nearest", partial.v, m, data<float>(a->bad), l);
     return status == ETT_OK ? ett_done(name) : status;
 }

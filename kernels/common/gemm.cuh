@@ -229,26 +229,15 @@ template <class Tile> __device__ __forceinline__ void multiply(Acc<Tile>& acc, c
     }
 }
 
-// acc += op(a)[row0 .. row0 + kRows, :] op(b)[:, col0 .. col0 + kCols]; what lies outside a matrix counts as 0.
-// The whole block calls it, with the same arguments. `smem`: Tile::kSmem bytes on a multiple of 128, free again
-// after the next barrier that follows the call.
-template <class Tile>
-__device__ __forceinline__ void tile_product(Acc<Tile>& acc, const Matrix<typename Tile::Type>& a, const Matrix<typename Tile::Type>& b,
-                                             int64_t row0, int64_t col0, unsigned char* smem) {
+// acc += the products of `steps` stages. `fill(slot)` starts the copies of the next stage to its place in `smem`, kStage
+// bytes for each slot, and commits them as one group; it is called kStages - 1 times more than there are steps, what it
+// copies then is not used. The whole block calls this, with the same arguments. `smem`: Tile::kSmem bytes on a multiple
+// of 128, free again after the next barrier that follows the call.
+template <class Tile, class Fill>
+__device__ __forceinline__ void pipeline(Acc<Tile>& acc, int64_t steps, Fill&& fill, unsigned char* smem) {
     using T = typename Tile::Type;
     static_assert(Tile::kSmem <= 163 * 1024, "shared memory of an sm_80 multiprocessor");
     constexpr int kStage = Tile::kBytesA + Tile::kBytesB;
-    const int64_t depth = Tile::kTa ? a.rows : a.cols;
-    TileCopy<T, Tile::kRowsA, Tile::kColsA, Tile::kThreads, Tile::kVectors> copy_a(a, Tile::kTa ? 0 : row0, Tile::kTa ? row0 : 0);
-    TileCopy<T, Tile::kRowsB, Tile::kColsB, Tile::kThreads, Tile::kVectors> copy_b(b, Tile::kTb ? col0 : 0, Tile::kTb ? 0 : col0);
-    // Past the end of the depth this fills with zeros, which nobody uses.
-    auto fill = [&](int slot) {
-        copy_a.start(smem + slot * kStage);
-        copy_b.start(smem + slot * kStage + Tile::kBytesA);
-        cp_async_commit();
-        Tile::kTa ? copy_a.advance_rows(Tile::kDepth) : copy_a.advance_cols(Tile::kDepth);
-        Tile::kTb ? copy_b.advance_cols(Tile::kDepth) : copy_b.advance_rows(Tile::kDepth);
-    };
     __syncthreads();  // whatever the block read from this memory before, it is done with it
 #pragma unroll 1
     for (int s = 0; s < Tile::kStages - 1; ++s) fill(s);
@@ -267,7 +256,7 @@ __device__ __forceinline__ void tile_product(Acc<Tile>& acc, const Matrix<typena
         __syncthreads();  // the first stage has arrived
         load(0);
 #pragma unroll 1
-        for (int64_t k = 0; k < depth; k += Tile::kDepth) {
+        for (int64_t s = 0; s < steps; ++s) {
 #pragma unroll
             for (int step = 0; step < kSteps; ++step) {
                 if (step + 1 < kSteps) {
@@ -285,7 +274,7 @@ __device__ __forceinline__ void tile_product(Acc<Tile>& acc, const Matrix<typena
         }
     } else {
 #pragma unroll 1
-        for (int64_t k = 0; k < depth; k += Tile::kDepth) {
+        for (int64_t s = 0; s < steps; ++s) {
             cp_async_wait<Tile::kStages - 2>();
             __syncthreads();  // everybody's part of this stage has arrived; everybody is done with the one before
             fill(before);
@@ -295,7 +284,28 @@ __device__ __forceinline__ void tile_product(Acc<Tile>& acc, const Matrix<typena
             here = here + 1 == Tile::kStages ? 0 : here + 1;
         }
     }
-    cp_async_wait<0>();  // of the zeros
+    cp_async_wait<0>();  // of what is not used
+}
+
+// acc += op(a)[row0 .. row0 + kRows, :] op(b)[:, col0 .. col0 + kCols]; what lies outside a matrix counts as 0.
+// Called as pipeline is.
+template <class Tile>
+__device__ __forceinline__ void tile_product(Acc<Tile>& acc, const Matrix<typename Tile::Type>& a, const Matrix<typename Tile::Type>& b,
+                                             int64_t row0, int64_t col0, unsigned char* smem) {
+    using T = typename Tile::Type;
+    const int64_t depth = Tile::kTa ? a.rows : a.cols;
+    TileCopy<T, Tile::kRowsA, Tile::kColsA, Tile::kThreads, Tile::kVectors> copy_a(a, Tile::kTa ? 0 : row0, Tile::kTa ? row0 : 0);
+    TileCopy<T, Tile::kRowsB, Tile::kColsB, Tile::kThreads, Tile::kVectors> copy_b(b, Tile::kTb ? col0 : 0, Tile::kTb ? 0 : col0);
+    // Past the end of the depth this fills with zeros.
+    auto fill = [&](int slot) {
+        unsigned char* const stage = smem + slot * (Tile::kBytesA + Tile::kBytesB);
+        copy_a.start(stage);
+        copy_b.start(stage + Tile::kBytesA);
+        cp_async_commit();
+        Tile::kTa ? copy_a.advance_rows(Tile::kDepth) : copy_a.advance_cols(Tile::kDepth);
+        Tile::kTb ? copy_b.advance_cols(Tile::kDepth) : copy_b.advance_rows(Tile::kDepth);
+    };
+    pipeline(acc, (depth + Tile::kDepth - 1) / Tile::kDepth, fill, smem);
 }
 
 }  // namespace gemm

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <initializer_list>
 
 #include "status.h"
 #include "types.cuh"
@@ -124,6 +125,9 @@ class Check {
         return wrong(arg, shape(v).text, want);
     }
 
+    // A view of rank 4: pictures, pixel by pixel.
+    bool image(const char* arg, const ett_view& v) { return ok() && (v.rank == 4 || wrong(arg, shape(v).text, "of rank 4")); }
+
     // A contiguous view of `dtype` with n elements in any shape.
     bool vector(const char* arg, const ett_view& v, int32_t dtype, int64_t n) {
         if (!type(arg, v, dtype)) return false;
@@ -139,6 +143,23 @@ class Check {
             return wrong(arg, got, want);
         }
         return true;
+    }
+
+    // Optional arguments that are all present or all absent.
+    struct Named {
+        const char* name;
+        const ett_view* view;
+    };
+    bool all_or_none(std::initializer_list<Named> args) {
+        const Named& first = *args.begin();
+        const char* words[] = {"absent", "present"};
+        for (const Named& a : args) {
+            if (!ok() || present(*a.view) == present(*first.view)) continue;
+            char want[96];
+            snprintf(want, sizeof want, "%s, as %s is", words[present(*first.view)], first.name);
+            wrong(a.name, words[present(*a.view)], want);
+        }
+        return ok();
     }
 
     // A plain condition on an argument.

@@ -411,6 +411,38 @@ typedef struct ett_batch_norm_bwd_args {
 int64_t ett_batch_norm_bwd_workspace(const ett_batch_norm_bwd_args* args);
 int32_t ett_batch_norm_bwd(const ett_batch_norm_bwd_args* args, const ett_launch* launch);
 
+/* BatchNorm with given statistics, such as the running ones, then LeakyReLU (slope 1: none): y = leaky((x -
+   mean) * rstd * w + b) with rstd = 1 / sqrt(var + eps). */
+typedef struct ett_batch_norm_eval_fwd_args {
+    ett_view x;             // in   [N, C]; act
+    ett_view w;             // in   [C]; act
+    ett_view b;             // in   [C]; act
+    ett_view mean;          // in   [C]; acc
+    ett_view var;           // in   [C]; acc
+    ett_view y;             // out  [N, C]; act
+    double eps;             //      added to the variance
+    double slope;           //      slope below zero
+} ett_batch_norm_eval_fwd_args;
+int64_t ett_batch_norm_eval_fwd_workspace(const ett_batch_norm_eval_fwd_args* args);
+int32_t ett_batch_norm_eval_fwd(const ett_batch_norm_eval_fwd_args* args, const ett_launch* launch);
+
+/* Gradient of batch_norm_eval_fwd; the statistics are constants. */
+typedef struct ett_batch_norm_eval_bwd_args {
+    ett_view dy;            // in   [N, C]; act
+    ett_view x;             // in   [N, C]; act
+    ett_view w;             // in   [C]; act
+    ett_view b;             // in   [C]; act
+    ett_view mean;          // in   [C]; acc
+    ett_view var;           // in   [C]; acc
+    ett_view dx;            // out  [N, C]; act
+    ett_view dw;            // add? [C]; acc
+    ett_view db;            // add? [C]; acc
+    double eps;             //      as in the forward
+    double slope;           //      as in the forward
+} ett_batch_norm_eval_bwd_args;
+int64_t ett_batch_norm_eval_bwd_workspace(const ett_batch_norm_eval_bwd_args* args);
+int32_t ett_batch_norm_eval_bwd(const ett_batch_norm_eval_bwd_args* args, const ett_launch* launch);
+
 /* running = (1 - momentum) * running + momentum * batch, the variance as the unbiased estimate. */
 typedef struct ett_batch_norm_running_args {
     ett_view mean;          // in   [C]; acc
@@ -651,6 +683,32 @@ typedef struct ett_linear_xent_bwd_args {
 int64_t ett_linear_xent_bwd_workspace(const ett_linear_xent_bwd_args* args);
 int32_t ett_linear_xent_bwd(const ett_linear_xent_bwd_args* args, const ett_launch* launch);
 
+/* Cross-entropy of logits that are stored: loss += scale * sum_n weight_n (lse_n - logits[n, target_n]) over
+   rows with target >= 0, lse_n the log-sum-exp of row n. */
+typedef struct ett_xent_fwd_args {
+    ett_view logits;        // in   [N, V]; act
+    ett_view target;        // in   [N]; i32; negative: the row is ignored
+    ett_view weight;        // in?  [N] weights of the rows, 1 if absent; acc
+    ett_view scale;         // in   [1] factor on the sum, such as one over the rows of the whole batch; acc
+    ett_view lse;           // out  [N] log-sum-exp, 0 in ignored rows; acc
+    ett_view loss;          // add  [1]; acc
+} ett_xent_fwd_args;
+int64_t ett_xent_fwd_workspace(const ett_xent_fwd_args* args);
+int32_t ett_xent_fwd(const ett_xent_fwd_args* args, const ett_launch* launch);
+
+/* Gradient of xent_fwd: dlogits = g * scale * weight_n * (softmax - onehot). */
+typedef struct ett_xent_bwd_args {
+    ett_view logits;        // in   [N, V]; act
+    ett_view target;        // in   [N]; i32
+    ett_view weight;        // in?  [N]; acc; as in the forward
+    ett_view scale;         // in   [1]; acc; as in the forward
+    ett_view lse;           // in   [N]; acc
+    ett_view g;             // in   [1] gradient of the loss; acc
+    ett_view dlogits;       // out  [N, V], 0 in ignored rows; it may be logits itself, with the same strides; act
+} ett_xent_bwd_args;
+int64_t ett_xent_bwd_workspace(const ett_xent_bwd_args* args);
+int32_t ett_xent_bwd(const ett_xent_bwd_args* args, const ett_launch* launch);
+
 /* loss += scale * sum |a - b|. */
 typedef struct ett_l1_fwd_args {
     ett_view a;             // in   any shape; act
@@ -776,6 +834,27 @@ typedef struct ett_lecam_bwd_args {
 } ett_lecam_bwd_args;
 int64_t ett_lecam_bwd_workspace(const ett_lecam_bwd_args* args);
 int32_t ett_lecam_bwd(const ett_lecam_bwd_args* args, const ett_launch* launch);
+
+/* Draws an index from each row of logits, the same on every device (docs/sampling.md). With guidance the
+   logits are without + guidance * (logits - without). Temperature divides them, 0 takes the largest; top_k
+   keeps the largest ones, of equal ones the first, and top_p of those the largest that together reach this
+   share. The random number is that of draw position of sequence number, and position goes up by one, so that
+   a loop needs no value of the host. A row with NaN, or whose largest logit is not finite, gives -1. */
+typedef struct ett_sample_args {
+    ett_view logits;        // in   [B, V]; act
+    ett_view without;       // in?  [B, V] logits without the prompt; act
+    ett_view number;        // in   [B] numbers of the sequences; i32
+    ett_view position;      // add  [B] draws that were made of each; i32; updated
+    ett_view idx;           // out  [B]; i32
+    double temperature;     //      divides the logits; 0: the largest is taken
+    int64_t top_k;          //      how many can be drawn; 0: all
+    double top_p;           //      the share of the probability that can be drawn, above 0, at most 1
+    double guidance;        //      factor on the difference that the prompt makes; not looked at unless without is
+                            //      present
+    uint64_t seed;          //      seed of the draws
+} ett_sample_args;
+int64_t ett_sample_workspace(const ett_sample_args* args);
+int32_t ett_sample(const ett_sample_args* args, const ett_launch* launch);
 
 /* ---- quantizer (docs/quantizer.md) --------------------------------------------------------------------- */
 

@@ -6,6 +6,7 @@
 
 #include "activation.cuh"
 #include "gemm.cuh"
+#include "pieces.cuh"
 #include "reduce.cuh"
 
 namespace ett {
@@ -78,23 +79,6 @@ pack_kernel(const T* x, int64_t ldx, const Rows rows, T* packed, int64_t ld, int
 }
 
 // ---- host ------------------------------------------------------------------------------------------------
-
-// Pieces of the workspace, one after the other.
-class Pieces {
-  public:
-    explicit Pieces(void* start) : start_(static_cast<char*>(start)) {}
-    // `n` elements of T on a multiple of 256 bytes; null if there is no workspace yet.
-    template <class T> T* take(int64_t n) {
-        char* const p = start_ ? start_ + bytes_ : nullptr;
-        bytes_ += round_up(n * int64_t(sizeof(T)), 256);
-        return reinterpret_cast<T*>(p);
-    }
-    int64_t bytes() const { return bytes_; }
-
-  private:
-    char* start_;
-    int64_t bytes_ = 0;
-};
 
 // The supervised rows and their x, packed so that rows begin on multiples of 16 bytes.
 template <class T> struct Packed {

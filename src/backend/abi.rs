@@ -103,6 +103,7 @@ mod tests {
             "Out" => ("ett_view", "out"),
             "Acc" => ("ett_view", "add"),
             "usize" => ("int64_t", ""),
+            "u64" => ("uint64_t", ""),
             "bool" | "Metric" => ("int32_t", ""),
             "f64" => ("double", ""),
             "Unary" => ("ett_unary", ""),

@@ -333,6 +333,51 @@ norm: batch_norm_bwd(BatchNormBwd<'a>) flop |s| 16 * s.x.dims.numel() => {
     /// As in the forward.
     slope: f64,
 }
+/// BatchNorm with given statistics, such as the running ones, then LeakyReLU (`slope` 1: none):
+/// `y = leaky((x - mean) * rstd * w + b)` with `rstd = 1 / sqrt(var + eps)`.
+norm: batch_norm_eval_fwd(BatchNormEvalFwd<'a>) flop |s| 6 * s.x.dims.numel() => {
+    /// `[N, C]`; act.
+    x: In<'a>,
+    /// `[C]`; act.
+    w: In<'a>,
+    /// `[C]`; act.
+    b: In<'a>,
+    /// `[C]`; acc.
+    mean: In<'a>,
+    /// `[C]`; acc.
+    var: In<'a>,
+    /// `[N, C]`; act.
+    y: Out<'a>,
+    /// Added to the variance.
+    eps: f64,
+    /// Slope below zero.
+    slope: f64,
+}
+/// Gradient of `batch_norm_eval_fwd`; the statistics are constants.
+norm: batch_norm_eval_bwd(BatchNormEvalBwd<'a>) flop |s| 10 * s.x.dims.numel() => {
+    /// `[N, C]`; act.
+    dy: In<'a>,
+    /// `[N, C]`; act.
+    x: In<'a>,
+    /// `[C]`; act.
+    w: In<'a>,
+    /// `[C]`; act.
+    b: In<'a>,
+    /// `[C]`; acc.
+    mean: In<'a>,
+    /// `[C]`; acc.
+    var: In<'a>,
+    /// `[N, C]`; act.
+    dx: Out<'a>,
+    /// `[C]`; acc.
+    dw: Option<Acc<'a>>,
+    /// `[C]`; acc.
+    db: Option<Acc<'a>>,
+    /// As in the forward.
+    eps: f64,
+    /// As in the forward.
+    slope: f64,
+}
 /// `running = (1 - momentum) * running + momentum * batch`, the variance as the unbiased estimate. A channel
 /// whose batch value is not finite keeps its old one.
 norm: batch_norm_running(BatchNormRunning<'a>) flop |s| 4 * s.mean.dims.numel() => {
@@ -616,6 +661,39 @@ xent: linear_xent_bwd(LinearXentBwd<'a>) flop |s| 6 * s.x.dims.numel() * s.w.dim
     /// `[V, C]`; acc.
     dw: Option<Acc<'a>>,
 }
+/// Cross-entropy of logits that are stored: `loss += scale * sum_n weight_n (lse_n - logits[n, target_n])` over rows
+/// with `target >= 0`, `lse_n` the log-sum-exp of row n.
+xent: xent_fwd(XentFwd<'a>) flop |s| 4 * s.logits.dims.numel() => {
+    /// `[N, V]`; act.
+    logits: In<'a>,
+    /// `[N]`; i32; negative: the row is ignored.
+    target: In<'a>,
+    /// `[N]` weights of the rows, 1 if absent; acc.
+    weight: Option<In<'a>>,
+    /// `[1]` factor on the sum, such as one over the rows of the whole batch; acc.
+    scale: In<'a>,
+    /// `[N]` log-sum-exp, 0 in ignored rows; acc.
+    lse: Out<'a>,
+    /// `[1]`; acc.
+    loss: Acc<'a>,
+}
+/// Gradient of `xent_fwd`: `dlogits = g * scale * weight_n * (softmax - onehot)`.
+xent: xent_bwd(XentBwd<'a>) flop |s| 4 * s.logits.dims.numel() => {
+    /// `[N, V]`; act.
+    logits: In<'a>,
+    /// `[N]`; i32.
+    target: In<'a>,
+    /// `[N]`; acc; as in the forward.
+    weight: Option<In<'a>>,
+    /// `[1]`; acc; as in the forward.
+    scale: In<'a>,
+    /// `[N]`; acc.
+    lse: In<'a>,
+    /// `[1]` gradient of the loss; acc.
+    g: In<'a>,
+    /// `[N, V]`, 0 in ignored rows; it may be `logits` itself, with the same strides; act.
+    dlogits: Out<'a>,
+}
 /// `loss += scale * sum |a - b|`.
 losses: l1_fwd(L1Fwd<'a>) flop |s| 3 * s.a.dims.numel() => {
     /// Any shape; act.
@@ -768,6 +846,35 @@ losses: lecam_bwd(LecamBwd<'a>) flop |s| 6 * s.real.dims.numel() => {
     dreal: Out<'a>,
     /// Shape of `fake`; act.
     dfake: Out<'a>,
+}
+
+// ---- sampling (docs/sampling.md) -----------------------------------------------------------------------
+/// Draws an index from each row of logits, the same on every device (docs/sampling.md). With guidance the logits are
+/// `without + guidance * (logits - without)`. Temperature divides them, 0 takes the largest; `top_k` keeps the largest
+/// ones, of equal ones the first, and `top_p` of those the largest that together reach this share. The random number is
+/// that of draw `position` of sequence `number`, and `position` goes up by one, so that a loop needs no value of the
+/// host. A row with NaN, or whose largest logit is not finite, gives -1.
+sample: sample(Sample<'a>) flop |s| 32 * s.logits.dims.numel() => {
+    /// `[B, V]`; act.
+    logits: In<'a>,
+    /// `[B, V]` logits without the prompt; act.
+    without: Option<In<'a>>,
+    /// `[B]` numbers of the sequences; i32.
+    number: In<'a>,
+    /// `[B]` draws that were made of each; i32; updated.
+    position: Acc<'a>,
+    /// `[B]`; i32.
+    idx: Out<'a>,
+    /// Divides the logits; 0: the largest is taken.
+    temperature: f64,
+    /// How many can be drawn; 0: all.
+    top_k: usize,
+    /// The share of the probability that can be drawn, above 0, at most 1.
+    top_p: f64,
+    /// Factor on the difference that the prompt makes; not looked at unless `without` is present.
+    guidance: f64,
+    /// Seed of the draws.
+    seed: u64,
 }
 
 // ---- quantizer (docs/quantizer.md) ---------------------------------------------------------------------

@@ -401,6 +401,7 @@ impl<T: Field> Field for Option<T> {
 }
 impl Field for f64 {}
 impl Field for usize {}
+impl Field for u64 {}
 impl Field for bool {}
 
 /// What the name of a device stands for.

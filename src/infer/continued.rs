@@ -42,25 +42,33 @@ impl<'a> Continued<'a> {
         &self.hidden
     }
 
-    /// Goes on with a token of the vocabulary in each sequence.
-    pub fn tokens(&mut self, ids: &[i32]) -> Result<()> {
-        self.expect("ids", ids)?;
-        let x = self.model.text_rows(self.tape, &indices(self.tape, ids)?)?;
+    /// Goes on with a token of the vocabulary in each sequence, `ids` `[S]` i32.
+    pub fn tokens(&mut self, ids: &Tensor) -> Result<()> {
+        self.expect("ids", ids, 1)?;
+        let x = self.model.text_rows(self.tape, ids)?;
         self.push(&x)
     }
 
-    /// Goes on with a visual token in each sequence: rows `idx` of the codes `[K, D]`.
-    pub fn codes(&mut self, idx: &[i32], codes: &Var) -> Result<()> {
-        self.expect("idx", idx)?;
-        let idx = indices(self.tape, idx)?;
-        let x = self.model.visual_rows(self.tape, &ops::gather(self.tape, codes, &idx)?, &idx)?;
+    /// Goes on with a visual token in each sequence: rows `idx` `[S]` i32 of the codes `[K, D]`. With `copies` n, `idx` is
+    /// `[S / n]` and sequence s goes on with row `s % (S / n)` of it.
+    pub fn codes(&mut self, idx: &Tensor, codes: &Var, copies: usize) -> Result<()> {
+        self.expect("idx", idx, copies)?;
+        let x = self.model.visual_rows(self.tape, &ops::gather(self.tape, codes, idx)?, idx)?;
+        if copies == 1 {
+            return self.push(&x);
+        }
+        let n = idx.dims().numel() as i32;
+        let rows: Vec<i32> = (0..copies as i32 * n).map(|s| s % n).collect();
+        let x = ops::gather(self.tape, &x, &indices(self.tape, &rows)?)?;
         self.push(&x)
     }
 
-    fn expect(&self, arg: &'static str, ids: &[i32]) -> Result<()> {
-        let want = self.cache.sequences();
-        if ids.len() != want {
-            return Err(Error::arg("continue", arg, ids.len(), format!("{want}, one a sequence")));
+    fn expect(&self, arg: &'static str, ids: &Tensor, copies: usize) -> Result<()> {
+        let (n, want) = (ids.dims().numel(), self.cache.sequences());
+        if n * copies != want {
+            let each =
+                if copies == 1 { "one a sequence".into() } else { format!("one for {copies} sequences") };
+            return Err(Error::arg("continue", arg, n, format!("{}, {each}", want / copies.max(1))));
         }
         Ok(())
     }

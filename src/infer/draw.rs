@@ -1,7 +1,5 @@
 //! Pictures from prompts: codes one by one, then the tokenizer's decoder.
 
-use rayon::prelude::*;
-
 use super::continued::{Continued, indices};
 use super::{Sampling, pictures};
 use crate::autograd::Tape;
@@ -59,27 +57,22 @@ pub fn draw_codes(
             sequences.resize(2 * batch.len(), vec![begin]);
         }
         let mut sequences = Continued::new(model, &t, &sequences, None, n - 1)?;
-        let mut drawn = vec![Vec::new(); batch.len()];
+        let number: Vec<i32> = (all.len() as i32..).take(batch.len()).collect();
+        let (number, position) = (indices(&t, &number)?, indices(&t, &vec![0; batch.len()])?);
+        // The codes stay on the device until all are drawn.
+        let mut drawn = Vec::with_capacity(n);
         for i in 0..n {
             interrupt::check()?;
-            let logits = model.code_logits(&t, sequences.hidden(), &codes)?.value().to_f64(t.dev())?;
-            let rows: Vec<&[f64]> = logits.chunks(model.cfg.quantizer.codes).collect();
-            let choose = |b: usize| {
-                let number = (all.len() + b) as u32;
-                let code = match rows.get(b + batch.len()) {
-                    Some(without) => s.draw(&s.guide(rows[b], without), number, i as u64)?,
-                    None => s.draw(rows[b], number, i as u64)?,
-                };
-                Ok(code as i32)
-            };
-            let next = (0..batch.len()).into_par_iter().map(choose).collect::<Result<Vec<_>>>()?;
-            drawn.iter_mut().zip(&next).for_each(|(codes, &code): (&mut Vec<i32>, _)| codes.push(code));
+            let logits = model.code_logits(&t, sequences.hidden(), &codes)?;
+            let next = s.choose(t.dev(), logits.value(), &number, &position)?;
             if i + 1 < n {
-                sequences.codes(&next.repeat(rows.len() / batch.len()), &codes)?;
+                sequences.codes(&next, &codes, logits.dims().rows() / batch.len())?;
             }
+            drawn.push(next);
             progress(n * all.len() + (i + 1) * batch.len(), total);
         }
-        all.extend(drawn);
+        let drawn = drawn.iter().map(|next| Sampling::chosen(t.dev(), next)).collect::<Result<Vec<_>>>()?;
+        all.extend((0..batch.len()).map(|b| drawn.iter().map(|next| next[b]).collect()));
     }
     Ok(all)
 }

@@ -25,8 +25,12 @@ use crate::train::{
     run_config, text,
 };
 pub use continued::Continued;
+use continued::indices;
 pub use draw::{decode_codes, draw, draw_codes};
 pub use sample::Sampling;
+
+/// Rows of logits that are there at once.
+const ROWS: usize = 1024;
 
 /// Most tokens of a caption or an answer.
 const MAX_TOKENS: usize = 128;
@@ -222,12 +226,17 @@ impl<'a> Seen<'a> {
         if sequences.is_empty() {
             return Ok((0.0, 0));
         }
-        let packed = Batch::pack(self.model, sequences, &self.grids, 1)?;
-        let hidden = self.model.hidden(&self.tape, Some(&self.visual), &packed)?;
-        let one =
-            Tensor::from_f64(self.tape.dev(), Role::Input, self.model.params.precision().acc, &[1.0], [1])?;
-        let (_, loss) = self.model.text_loss(&self.tape, &hidden, &packed, &one)?;
-        Ok((loss.value().to_f64(self.tape.dev())?[0], packed.tokens))
+        let (rows, packed) = self.selected(sequences)?;
+        let (t, n) = (&self.tape, rows.dims().rows());
+        let one = Tensor::from_f64(t.dev(), Role::Input, t.precision().acc, &[1.0], [1])?;
+        let mut nats = 0.0;
+        for start in (0..n).step_by(ROWS) {
+            let len = ROWS.min(n - start);
+            let logits = self.model.text_logits(t, &t.constant(rows.value().rows(start, len)?))?;
+            let loss = ops::cross_entropy(t, &logits, &packed.target.range(start, len)?, None, &one)?;
+            nats += loss.value().to_f64(t.dev())?[0];
+        }
+        Ok((nats, packed.tokens))
     }
 
     /// Nats of all codes that `sequences` predict together, and their number.
@@ -248,9 +257,9 @@ impl<'a> Seen<'a> {
     fn likeliest(&self, sequences: &[Vec<Part>]) -> Result<(Vec<i32>, Packed)> {
         let (rows, packed) = self.selected(sequences)?;
         let logits = self.model.text_logits(&self.tape, &rows)?;
-        let v = logits.dims().cols();
-        let values = logits.value().to_f64(self.tape.dev())?;
-        Ok((values.chunks(v).map(|row| sample::argmax(row) as i32).collect(), packed))
+        let none = indices(&self.tape, &vec![0; logits.dims().rows()])?;
+        let best = Sampling::GREEDY.choose(self.tape.dev(), logits.value(), &none, &none)?;
+        Ok((best.to_host::<i32>(self.tape.dev())?, packed))
     }
 
     /// For each sequence, whether every supervised token is the most likely one: exactly those that greedy decoding
@@ -281,12 +290,13 @@ impl<'a> Seen<'a> {
         let (t, visual) = (&self.tape, Some((&self.visual, &self.grids[..])));
         let mut sequences = Continued::new(self.model, t, prompts, visual, max - 1)?;
         let mut open = vec![true; prompts.len()];
+        // The best follows from no draw.
+        let none = indices(t, &vec![0; prompts.len()])?;
         for i in 0..max {
             interrupt::check()?;
-            let logits = self.model.text_logits(t, sequences.hidden())?.value().to_f64(t.dev())?;
-            let rows = logits.chunks(self.model.cfg.llm.vocab);
-            let next =
-                rows.map(|row| Ok(Sampling::GREEDY.draw(row, 0, 0)? as i32)).collect::<Result<Vec<_>>>()?;
+            let logits = self.model.text_logits(t, sequences.hidden())?;
+            let best = Sampling::GREEDY.choose(t.dev(), logits.value(), &none, &none)?;
+            let next = Sampling::chosen(t.dev(), &best)?;
             for ((said, open), &id) in said.iter_mut().zip(&mut open).zip(&next) {
                 *open &= id != stop;
                 said.extend(open.then_some(id));
@@ -295,7 +305,7 @@ impl<'a> Seen<'a> {
                 break;
             }
             // What is ended goes on unheard.
-            sequences.tokens(&next)?;
+            sequences.tokens(&best)?;
         }
         Ok(said)
     }

@@ -4,7 +4,7 @@ use super::{S, expect};
 use crate::autograd::{Tape, Var};
 use crate::backend::{
     GanGeneratorBwd, GanGeneratorFwd, HingeBwd, HingeFwd, L1Bwd, L1Fwd, LecamBwd, LecamFwd, LinearXentBwd,
-    LinearXentFwd, LpipsBwd, LpipsFwd,
+    LinearXentFwd, LpipsBwd, LpipsFwd, XentBwd, XentFwd,
 };
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -44,6 +44,44 @@ pub fn linear_cross_entropy(tape: &Tape, x: &Var, w: &Var, target: &Tensor, scal
         };
         g.dev().linear_xent_bwd(S, &a)?;
         g.give(&xs, dx)
+    }))
+}
+
+/// Cross-entropy of logits `[N, V]`, summed over rows with `target >= 0`, each times its `weight` `[N]` (1 without), and
+/// multiplied by the device scalar `scale`: `target` `[N]` i32. Saves `logits` and one number a row. Training goes without
+/// stored logits: [`linear_cross_entropy`].
+pub fn cross_entropy(
+    tape: &Tape,
+    logits: &Var,
+    target: &Tensor,
+    weight: Option<&Tensor>,
+    scale: &Tensor,
+) -> Result<Var> {
+    let (lse, loss) = (tape.stat([logits.dims().rows()])?, tape.zero_stat([1])?);
+    let a = XentFwd {
+        logits: logits.value().view(),
+        target: target.view(),
+        weight: weight.map(Tensor::view),
+        scale: scale.view(),
+        lse: lse.out(),
+        loss: loss.acc(),
+    };
+    tape.dev().xent_fwd(S, &a)?;
+    let (ls, target, weight, scale) = (logits.clone(), target.clone(), weight.cloned(), scale.clone());
+    Ok(tape.op1(&[logits], loss, move |g, out| {
+        let Some(go) = g.take(out)? else { return Ok(()) };
+        let dlogits = g.act(ls.dims())?;
+        let a = XentBwd {
+            logits: ls.value().view(),
+            target: target.view(),
+            weight: weight.as_ref().map(Tensor::view),
+            scale: scale.view(),
+            lse: lse.view(),
+            g: go.view(),
+            dlogits: dlogits.out(),
+        };
+        g.dev().xent_bwd(S, &a)?;
+        g.give(&ls, dlogits)
     }))
 }
 

@@ -3,8 +3,8 @@
 use super::{S, expect, expect_rank};
 use crate::autograd::{Tape, Var};
 use crate::backend::{
-    BatchNormBwd, BatchNormFwd, GroupNormBwd, GroupNormFwd, L2NormBwd, L2NormFwd, LayerNormBwd, LayerNormFwd,
-    RmsNormBwd, RmsNormFwd,
+    BatchNormBwd, BatchNormEvalBwd, BatchNormEvalFwd, BatchNormFwd, GroupNormBwd, GroupNormFwd, L2NormBwd,
+    L2NormFwd, LayerNormBwd, LayerNormFwd, RmsNormBwd, RmsNormFwd,
 };
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -234,6 +234,54 @@ pub fn batch_norm(tape: &Tape, x: &Var, w: &Var, b: &Var, eps: f64, slope: f64) 
         g.give(&xs, dx)
     });
     Ok((y, stats))
+}
+
+/// BatchNorm with given statistics `mean`, `var` `[C]`, such as the running ones, then LeakyReLU: `x` `[B, H, W, C]`, `w`,
+/// `b` `[C]`. Saves `x`.
+pub fn batch_norm_eval(
+    tape: &Tape,
+    x: &Var,
+    [w, b]: [&Var; 2],
+    [mean, var]: [&Tensor; 2],
+    eps: f64,
+    slope: f64,
+) -> Result<Var> {
+    let c = x.dims().cols();
+    expect("batch_norm_eval", "w", w, &[c])?;
+    expect("batch_norm_eval", "b", b, &[c])?;
+    let y = tape.act(x.dims())?;
+    let a = BatchNormEvalFwd {
+        x: x.value().view(),
+        w: w.value().view(),
+        b: b.value().view(),
+        mean: mean.view(),
+        var: var.view(),
+        y: y.out(),
+        eps,
+        slope,
+    };
+    tape.dev().batch_norm_eval_fwd(S, &a)?;
+    let (xs, ws, bs, mean, var) = (x.clone(), w.clone(), b.clone(), mean.clone(), var.clone());
+    Ok(tape.op1(&[x, w, b], y, move |g, out| {
+        let Some(dy) = g.take(out)? else { return Ok(()) };
+        let dx = g.act(xs.dims())?;
+        let (dw, db) = (g.target(&ws)?, g.target(&bs)?);
+        let a = BatchNormEvalBwd {
+            dy: dy.view(),
+            x: xs.value().view(),
+            w: ws.value().view(),
+            b: bs.value().view(),
+            mean: mean.view(),
+            var: var.view(),
+            dx: dx.out(),
+            dw: dw.as_ref().map(Tensor::acc),
+            db: db.as_ref().map(Tensor::acc),
+            eps,
+            slope,
+        };
+        g.dev().batch_norm_eval_bwd(S, &a)?;
+        g.give(&xs, dx)
+    }))
 }
 
 /// Rows divided by `max(norm, eps)`: `x` `[N, D]`. If `x` is a weight its gradient stays in the accumulator

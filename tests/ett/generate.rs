@@ -5,7 +5,7 @@ use std::slice;
 use std::sync::Arc;
 
 use ett::autograd::{Tape, Var};
-use ett::backend::Kernels;
+use ett::backend::{Kernels, Role};
 use ett::compare::{Bounds, compare};
 use ett::config::{Arm, Config, Scores, VisualHeadKind};
 use ett::data::{Image, Special, TextTokenizer};
@@ -15,6 +15,7 @@ use ett::model::tokenizer::Grid;
 use ett::model::{Ett, Packed, Part};
 use ett::nn::Copy;
 use ett::ops;
+use ett::tensor::Tensor;
 use ett::train::feed::images_to_device;
 use ett::train::{Batch, save_weights};
 
@@ -140,8 +141,8 @@ fn cache_agrees(dev: Arc<dyn Kernels>, precision: &str, bound: f64, steps: u64) 
                 _ => Next::Tokens(ids(100 + step, n, VOCAB)),
             };
             match &next {
-                Next::Tokens(ids) => cached.tokens(ids)?,
-                Next::Codes(idx) => cached.codes(idx, &codes)?,
+                Next::Tokens(ids) => cached.tokens(&int(&*dev, ids))?,
+                Next::Codes(idx) => cached.codes(&int(&*dev, idx), &codes, 1)?,
             }
             for (s, prompt) in prompts.iter_mut().enumerate() {
                 prompt.push(match &next {
@@ -153,7 +154,7 @@ fn cache_agrees(dev: Arc<dyn Kernels>, precision: &str, bound: f64, steps: u64) 
                 });
             }
         }
-        let full = cached.tokens(&vec![0; n]).expect_err("there is no room").to_string();
+        let full = cached.tokens(&int(&*dev, &vec![0; n])).expect_err("there is no room").to_string();
         assert!(full.starts_with("decode: argument `cache` is full"), "{full}");
     }
     Ok(())
@@ -257,10 +258,13 @@ fn codes(model: &Ett, prompt: &[Part], number: u32, n: usize, s: &Sampling) -> R
         };
         let mut row = logits(prompt)?;
         if s.guidance != 1.0 {
-            let without = logits(&[])?;
-            row.iter_mut().zip(without).for_each(|(c, u)| *c = u + s.guidance * (*c - u));
+            row.extend(logits(&[])?);
         }
-        drawn.push(s.draw(&row, number, drawn.len() as u64)? as i32);
+        let rows = [row.len() / CODES, CODES];
+        let row = Tensor::from_f64(t.dev(), Role::Input, t.precision().act, &row, rows)?;
+        let (number, position) = (int(t.dev(), &[number as i32]), int(t.dev(), &[drawn.len() as i32]));
+        let next = s.choose(t.dev(), &row, &number, &position)?;
+        drawn.extend(Sampling::chosen(t.dev(), &next)?);
     }
     Ok(drawn)
 }
@@ -339,13 +343,13 @@ fn what_cannot_be_drawn_is_an_error() -> Outcome {
     says(decode_codes(&model, &[vec![CODES as i32; 4]], (2, 2)), "`idx` is 24");
     let t = tape(&model);
     let mut two = Continued::new(&model, &t, &texts()[..2], None, 1)?;
-    let e = two.tokens(&[1]).expect_err("two sequences").to_string();
+    let e = two.tokens(&int(t.dev(), &[1])).expect_err("two sequences").to_string();
     assert!(e.contains("`ids` is 1, wanted 2"), "{e}");
     let recording = Tape::new(model.params.device().clone(), model.params.precision());
     let mut params = Ett::new(&model.cfg, cpu(1))?;
     params.params.train(&["llm"])?;
     let mut learning = Continued::new(&params, &recording, &texts(), None, 1)?;
-    match learning.tokens(&[1; 4]) {
+    match learning.tokens(&int(recording.dev(), &[1; 4])) {
         Err(Error::Argument { op: "cached_attention", arg: "qkv", .. }) => {}
         other => panic!("{other:?}"),
     }

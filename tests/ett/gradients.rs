@@ -348,6 +348,36 @@ fn attention() -> Outcome {
 }
 
 #[test]
+fn cross_entropy_of_stored_logits() -> Outcome {
+    for (n, v, target) in [(1, 1, vec![0]), (4, 7, vec![3, -1, 0, 6]), (3, 5, vec![-1, -1, -1])] {
+        for weighted in [false, true] {
+            let inputs = [random(1, [n, v])];
+            check1(&format!("cross_entropy [{n}, {v}], weighted {weighted}"), &inputs, |t, x| {
+                let stat = |v: &[f64]| tensor(t.dev(), DType::F64, v, [v.len()]);
+                let (weight, scale) = (stat(&normal(2, n)), stat(&[0.3]));
+                ops::cross_entropy(t, &x[0], &int(t.dev(), &target), weighted.then_some(&weight), &scale)
+            })?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn batch_norm_with_given_statistics() -> Outcome {
+    for (dims, slope) in [([1, 1, 1, 3], 0.2), ([2, 3, 2, 4], 1.0)] {
+        let c = dims[3];
+        let inputs = [random(1, dims), random(2, [c]), random(3, [c])];
+        check1(&format!("batch_norm_eval {dims:?}, slope {slope}"), &inputs, |t, v| {
+            let stat = |v: &[f64]| tensor(t.dev(), DType::F64, v, [c]);
+            let var: Vec<f64> = normal(5, c).iter().map(|v| 0.5 + v.abs()).collect();
+            let (mean, var) = (stat(&normal(4, c)), stat(&var));
+            ops::batch_norm_eval(t, &v[0], [&v[1], &v[2]], [&mean, &var], 1e-2, slope)
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
 fn linear_cross_entropy() -> Outcome {
     for (n, c, vocab) in [(5, 4, 7), (1, 1, 2), (70, 5, 130)] {
         let mut target = ids(1, n, vocab);

@@ -1,10 +1,12 @@
 //! The tiled quantizer kernels against the dense closed form.
 
+use std::sync::Arc;
+
 use ett::backend::{Kernels, Metric, Nearest, Role, Stream};
 use ett::compare::{Bounds, choices, compare, indices};
 use ett::tensor::{DType, Precision, Tensor};
 
-use crate::common::{Outcome, cpu, ids, norm, normal, scaled, tensor};
+use crate::common::{Outcome, cpu, gpu, ids, norm, normal, scaled, shim, tensor};
 use crate::dense::{Answer, Problem, dense, kernels};
 
 const PRECISIONS: [Precision; 3] = [Precision::F64, Precision::F32, Precision::BF16];
@@ -152,13 +154,11 @@ fn soft(dtype: DType, p_top: f64) -> Bounds {
 /// scatter of g into the chosen codes' rows, where the soft part is far below one rounding of g. Rows of codes
 /// that no token chose hold the soft part and nothing else, so dE is compared there. The chosen code's own dS
 /// is in dz, which sums all of them. Codes are chosen from the first half, so at least half the rows are left.
-#[test]
-fn peaked_softmax_keeps_its_soft_gradients() -> Outcome {
-    let dev = cpu(2);
-    for prec in PRECISIONS {
+fn peaked_softmax(dev: &Arc<dyn Kernels>, precisions: &[Precision]) -> Outcome {
+    for &prec in precisions {
         for p_top in [0.03, 0.5, 0.9, 0.99, 0.999, 0.9999, 1.0 - 1e-7] {
             let p = peaked(p_top, prec);
-            let (got, want) = (kernels(&dev, prec, &p)?, dense(&p));
+            let (got, want) = (kernels(dev, prec, &p)?, dense(&p));
             let what = format!("p_top {p_top} in {}", prec.act);
             indices(&what, &got.idx, &want.idx)?;
             let far: Vec<f64> =
@@ -185,10 +185,25 @@ fn peaked_softmax_keeps_its_soft_gradients() -> Outcome {
 }
 
 #[test]
-fn peaked_entropies() -> Outcome {
-    // The same tokens at a temperature that makes q, not p, as peaked.
-    let dev = cpu(2);
-    for prec in PRECISIONS {
+fn peaked_softmax_keeps_its_soft_gradients() -> Outcome {
+    peaked_softmax(&cpu(2), &PRECISIONS)
+}
+
+#[test]
+#[ignore = "needs the shim"]
+fn shim_peaked_softmax() -> Outcome {
+    peaked_softmax(&shim(), &PRECISIONS[1..])
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn gpu_peaked_softmax() -> Outcome {
+    peaked_softmax(&gpu(), &PRECISIONS[1..])
+}
+
+/// The same tokens at a temperature that makes q, not p, as peaked.
+fn peaked_q(dev: &Arc<dyn Kernels>, precisions: &[Precision]) -> Outcome {
+    for &prec in precisions {
         for p_top in [0.5, 0.99, 0.9999, 1.0 - 1e-7] {
             for w in [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]] {
                 let mut p = Problem { temperature: 0.01, w, ..peaked(p_top, prec) };
@@ -196,7 +211,7 @@ fn peaked_entropies() -> Outcome {
                 p.z.iter_mut().for_each(|v| *v /= 128.0);
                 p.temperature = 1.0 / 128.0;
                 p.g.fill(0.0);
-                let (got, want) = (kernels(&dev, prec, &p)?, dense(&p));
+                let (got, want) = (kernels(dev, prec, &p)?, dense(&p));
                 let what = format!("q_top {p_top} in {}, weights {w:?}", prec.act);
                 compare(&format!("{what}, dz"), &got.dz, &want.dz, p.d, soft(prec.act, p_top))?;
                 compare(&format!("{what}, dE"), &got.de, &want.de, p.d, soft(prec.acc, p_top))?;
@@ -206,6 +221,17 @@ fn peaked_entropies() -> Outcome {
         }
     }
     Ok(())
+}
+
+#[test]
+fn peaked_entropies() -> Outcome {
+    peaked_q(&cpu(2), &PRECISIONS)
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn gpu_peaked_entropies() -> Outcome {
+    peaked_q(&gpu(), &PRECISIONS[1..])
 }
 
 /// Indices by `nearest` with a metric.

@@ -17,6 +17,7 @@ mod pointwise;
 mod pool;
 mod products;
 mod resample;
+mod sample;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]

@@ -30,6 +30,15 @@ pub(super) fn batch_norm_bwd_workspace(a: &BatchNormBwd, _threads: usize) -> usi
     Planes::of_rows("", &a.x, &a.mean, &a.var).map_or(0, |at| at.backward_bytes(a.x.dtype))
 }
 
+pub(super) fn batch_norm_eval_fwd_workspace(a: &BatchNormEvalFwd, _threads: usize) -> usize {
+    let Ok(at) = Planes::of_rows("", &a.x, &a.mean, &a.var) else { return 0 };
+    together([at.spread_bytes(a.x.dtype), at.normalize_bytes(a.x.dtype)])
+}
+
+pub(super) fn batch_norm_eval_bwd_workspace(a: &BatchNormEvalBwd, _threads: usize) -> usize {
+    Planes::of_rows("", &a.x, &a.mean, &a.var).map_or(0, |at| at.backward_bytes(a.x.dtype))
+}
+
 pub(super) fn rms_norm_fwd_workspace(a: &RmsNormFwd, threads: usize) -> usize {
     rows_with_bytes(&a.x, threads, a.x.dims.cols())
 }
@@ -84,6 +93,14 @@ pub(super) fn batch_norm_fwd(ws: &Workspace, s: &BatchNormFwd) -> Result<()> {
 
 pub(super) fn batch_norm_bwd(ws: &Workspace, s: &BatchNormBwd) -> Result<()> {
     by_dtype!("batch_norm_bwd", s.dx.0.dtype, T => batch_bwd::<T>(ws, s))
+}
+
+pub(super) fn batch_norm_eval_fwd(ws: &Workspace, s: &BatchNormEvalFwd) -> Result<()> {
+    by_dtype!("batch_norm_eval_fwd", s.y.0.dtype, T => batch_eval_fwd::<T>(ws, s))
+}
+
+pub(super) fn batch_norm_eval_bwd(ws: &Workspace, s: &BatchNormEvalBwd) -> Result<()> {
+    by_dtype!("batch_norm_eval_bwd", s.dx.0.dtype, T => batch_eval_bwd::<T>(ws, s))
 }
 
 pub(super) fn batch_norm_running(_ws: &Workspace, s: &BatchNormRunning) -> Result<()> {
@@ -346,6 +363,8 @@ struct Backward<'a, T: Elem> {
     mean: Scratch<'a, T::Acc>,
     /// `[B, C]`.
     rstd: Scratch<'a, T::Acc>,
+    /// Whether the gradient passes through the statistics; else they are constants.
+    through: bool,
 }
 
 impl<T: Elem> Backward<'_, T> {
@@ -369,7 +388,10 @@ impl<T: Elem> Backward<'_, T> {
                 sums.chunks(2 * c).for_each(|s| add_to(to, &s[i * c..(i + 1) * c]));
             }
         }
-        sums.chunks_mut(c).for_each(|s| self.group_means(s));
+        match self.through {
+            true => sums.chunks_mut(c).for_each(|s| self.group_means(s)),
+            false => sums.fill(T::Acc::zero()),
+        }
         self.at.par_chunks(dx, |i, image, dx| {
             let means = &sums[image * 2 * c..][..2 * c];
             simd(
@@ -497,6 +519,7 @@ fn group_bwd<T: Elem>(ws: &Workspace, s: &GroupNormBwd) -> Result<()> {
         at,
         mean: at.spread(ws, flat(OP, "mean", &s.mean)?)?,
         rstd: at.spread(ws, flat(OP, "rstd", &s.rstd)?)?,
+        through: true,
     };
     let (dw, db) = (sums_out(OP, "dw", &s.dw, at.c)?, sums_out(OP, "db", &s.db, at.c)?);
     let dx = flat_mut(OP, "dx", &s.dx.0)?;
@@ -562,6 +585,57 @@ fn batch_bwd<T: Elem>(ws: &Workspace, s: &BatchNormBwd) -> Result<()> {
         at,
         mean: at.spread(ws, flat(OP, "mean", &s.mean)?)?,
         rstd: scale,
+        through: true,
+    };
+    let (dw, db) = (sums_out(OP, "dw", &s.dw, at.c)?, sums_out(OP, "db", &s.db, at.c)?);
+    let (dx, slope) = (flat_mut(OP, "dx", &s.dx.0)?, T::Acc::of(s.slope));
+    back.run(
+        ws,
+        dx,
+        dw,
+        db,
+        #[inline(always)]
+        |v| leaky_slope(v, slope),
+    )
+}
+
+fn batch_eval_fwd<T: Elem>(ws: &Workspace, s: &BatchNormEvalFwd) -> Result<()> {
+    const OP: &str = "batch_norm_eval_fwd";
+    let at = Planes::of_rows(OP, &s.x, &s.mean, &s.var)?;
+    expect_rows(OP, "y", &s.y.0, at.p, at.c)?;
+    let (x, y) = (flat::<T>(OP, "x", &s.x)?, flat_mut::<T>(OP, "y", &s.y.0)?);
+    let (w, b) = (vector::<T>(OP, "w", &s.w, at.c)?, vector::<T>(OP, "b", &s.b, at.c)?);
+    let mean = flat::<T::Acc>(OP, "mean", &s.mean)?;
+    let mut scale = at.spread(ws, flat::<T::Acc>(OP, "var", &s.var)?)?;
+    scale.iter_mut().for_each(|v| *v = rstd(*v, s.eps));
+    let slope = T::Acc::of(s.slope);
+    normalize(
+        ws,
+        [x, w, b],
+        at,
+        [mean, &scale],
+        y,
+        #[inline(always)]
+        |v| leaky(v, slope),
+    )
+}
+
+fn batch_eval_bwd<T: Elem>(ws: &Workspace, s: &BatchNormEvalBwd) -> Result<()> {
+    const OP: &str = "batch_norm_eval_bwd";
+    let at = Planes::of_rows(OP, &s.x, &s.mean, &s.var)?;
+    expect_rows(OP, "dy", &s.dy, at.p, at.c)?;
+    expect_rows(OP, "dx", &s.dx.0, at.p, at.c)?;
+    let mut scale = at.spread(ws, flat::<T::Acc>(OP, "var", &s.var)?)?;
+    scale.iter_mut().for_each(|v| *v = rstd(*v, s.eps));
+    let back = Backward {
+        dy: flat::<T>(OP, "dy", &s.dy)?,
+        x: flat(OP, "x", &s.x)?,
+        w: vector(OP, "w", &s.w, at.c)?,
+        b: vector(OP, "b", &s.b, at.c)?,
+        at,
+        mean: at.spread(ws, flat(OP, "mean", &s.mean)?)?,
+        rstd: scale,
+        through: false,
     };
     let (dw, db) = (sums_out(OP, "dw", &s.dw, at.c)?, sums_out(OP, "db", &s.db, at.c)?);
     let (dx, slope) = (flat_mut(OP, "dx", &s.dx.0)?, T::Acc::of(s.slope));
@@ -1062,6 +1136,54 @@ mod tests {
             let grads = r.values(&backward(&r));
             check_gradients(&[&v[0], &v[1], &v[2]], &[&grads[0], &grads[1], &grads[2]], |at| {
                 inner(&r.get(&batch_forward(&r, [n, c], slope, at)[0]), &v[3])
+            });
+            check(&grads, backward);
+        }
+    }
+
+    #[test]
+    fn batch_norm_with_given_statistics_matches_loops_and_differences() {
+        for ([n, c], slope) in [([1, 3], 0.2), ([31, 7], 0.2), ([2500, 3], 1.0)] {
+            let v = [shifted(n * c, 1), values(c, 2), values(c, 3), values(n * c, 4)];
+            let (mean, var) = (values(c, 5), values(c, 6).iter().map(|v| 0.5 + v.abs()).collect::<Vec<_>>());
+            let y = (0..n * c).map(|i| {
+                let y = (v[0][i] - mean[i % c]) / (var[i % c] + 1e-5).sqrt() * v[1][i % c] + v[2][i % c];
+                if y > 0.0 { y } else { slope * y }
+            });
+            let forward = |r: &Run, v: &[Vec<f64>]| {
+                let (x, w, b) = (r.act([n, c], &v[0]), r.act([c], &v[1]), r.act([c], &v[2]));
+                let (mean, var, y) = (r.acc([c], &mean), r.acc([c], &var), r.out([n, c]));
+                let (x, w, b, mean, var) = (x.view(), w.view(), b.view(), mean.view(), var.view());
+                let s = BatchNormEvalFwd { x, w, b, mean, var, y: y.out(), eps: 1e-5, slope };
+                r.cpu.batch_norm_eval_fwd(S, &s).unwrap();
+                y
+            };
+            check(&[y.collect()], |r| vec![forward(r, &v)]);
+            let backward = |r: &Run| {
+                let (x, dy) = (r.act([n, c], &v[0]), r.act([n, c], &v[3]));
+                let (w, b, mean, var) =
+                    (r.act([c], &v[1]), r.act([c], &v[2]), r.acc([c], &mean), r.acc([c], &var));
+                let (dx, dw, db) = (r.out([n, c]), r.acc([c], &vec![0.0; c]), r.acc([c], &vec![0.0; c]));
+                let s = BatchNormEvalBwd {
+                    dy: dy.view(),
+                    x: x.view(),
+                    w: w.view(),
+                    b: b.view(),
+                    mean: mean.view(),
+                    var: var.view(),
+                    dx: dx.out(),
+                    dw: Some(dw.acc()),
+                    db: Some(db.acc()),
+                    eps: 1e-5,
+                    slope,
+                };
+                r.cpu.batch_norm_eval_bwd(S, &s).unwrap();
+                vec![dx, dw, db]
+            };
+            let r = Run::f64();
+            let grads = r.values(&backward(&r));
+            check_gradients(&[&v[0], &v[1], &v[2]], &[&grads[0], &grads[1], &grads[2]], |at| {
+                inner(&r.get(&forward(&r, at)), &v[3])
             });
             check(&grads, backward);
         }

@@ -62,6 +62,13 @@ impl ToC for usize {
     }
 }
 
+impl ToC for u64 {
+    type C = u64;
+    fn to_c(&self) -> u64 {
+        *self
+    }
+}
+
 impl ToC for bool {
     type C = i32;
     fn to_c(&self) -> i32 {

@@ -829,6 +829,103 @@ impl Default for ett_batch_norm_bwd_args {
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct ett_batch_norm_eval_fwd_args {
+    pub x: ett_view,
+    pub w: ett_view,
+    pub b: ett_view,
+    pub mean: ett_view,
+    pub var: ett_view,
+    pub y: ett_view,
+    pub eps: f64,
+    pub slope: f64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ett_batch_norm_eval_fwd_args"]
+        [::std::mem::size_of::<ett_batch_norm_eval_fwd_args>() - 352usize];
+    ["Alignment of ett_batch_norm_eval_fwd_args"]
+        [::std::mem::align_of::<ett_batch_norm_eval_fwd_args>() - 8usize];
+    ["Offset of field: ett_batch_norm_eval_fwd_args::x"]
+        [::std::mem::offset_of!(ett_batch_norm_eval_fwd_args, x) - 0usize];
+    ["Offset of field: ett_batch_norm_eval_fwd_args::w"]
+        [::std::mem::offset_of!(ett_batch_norm_eval_fwd_args, w) - 56usize];
+    ["Offset of field: ett_batch_norm_eval_fwd_args::b"]
+        [::std::mem::offset_of!(ett_batch_norm_eval_fwd_args, b) - 112usize];
+    ["Offset of field: ett_batch_norm_eval_fwd_args::mean"]
+        [::std::mem::offset_of!(ett_batch_norm_eval_fwd_args, mean) - 168usize];
+    ["Offset of field: ett_batch_norm_eval_fwd_args::var"]
+        [::std::mem::offset_of!(ett_batch_norm_eval_fwd_args, var) - 224usize];
+    ["Offset of field: ett_batch_norm_eval_fwd_args::y"]
+        [::std::mem::offset_of!(ett_batch_norm_eval_fwd_args, y) - 280usize];
+    ["Offset of field: ett_batch_norm_eval_fwd_args::eps"]
+        [::std::mem::offset_of!(ett_batch_norm_eval_fwd_args, eps) - 336usize];
+    ["Offset of field: ett_batch_norm_eval_fwd_args::slope"]
+        [::std::mem::offset_of!(ett_batch_norm_eval_fwd_args, slope) - 344usize];
+};
+impl Default for ett_batch_norm_eval_fwd_args {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct ett_batch_norm_eval_bwd_args {
+    pub dy: ett_view,
+    pub x: ett_view,
+    pub w: ett_view,
+    pub b: ett_view,
+    pub mean: ett_view,
+    pub var: ett_view,
+    pub dx: ett_view,
+    pub dw: ett_view,
+    pub db: ett_view,
+    pub eps: f64,
+    pub slope: f64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ett_batch_norm_eval_bwd_args"]
+        [::std::mem::size_of::<ett_batch_norm_eval_bwd_args>() - 520usize];
+    ["Alignment of ett_batch_norm_eval_bwd_args"]
+        [::std::mem::align_of::<ett_batch_norm_eval_bwd_args>() - 8usize];
+    ["Offset of field: ett_batch_norm_eval_bwd_args::dy"]
+        [::std::mem::offset_of!(ett_batch_norm_eval_bwd_args, dy) - 0usize];
+    ["Offset of field: ett_batch_norm_eval_bwd_args::x"]
+        [::std::mem::offset_of!(ett_batch_norm_eval_bwd_args, x) - 56usize];
+    ["Offset of field: ett_batch_norm_eval_bwd_args::w"]
+        [::std::mem::offset_of!(ett_batch_norm_eval_bwd_args, w) - 112usize];
+    ["Offset of field: ett_batch_norm_eval_bwd_args::b"]
+        [::std::mem::offset_of!(ett_batch_norm_eval_bwd_args, b) - 168usize];
+    ["Offset of field: ett_batch_norm_eval_bwd_args::mean"]
+        [::std::mem::offset_of!(ett_batch_norm_eval_bwd_args, mean) - 224usize];
+    ["Offset of field: ett_batch_norm_eval_bwd_args::var"]
+        [::std::mem::offset_of!(ett_batch_norm_eval_bwd_args, var) - 280usize];
+    ["Offset of field: ett_batch_norm_eval_bwd_args::dx"]
+        [::std::mem::offset_of!(ett_batch_norm_eval_bwd_args, dx) - 336usize];
+    ["Offset of field: ett_batch_norm_eval_bwd_args::dw"]
+        [::std::mem::offset_of!(ett_batch_norm_eval_bwd_args, dw) - 392usize];
+    ["Offset of field: ett_batch_norm_eval_bwd_args::db"]
+        [::std::mem::offset_of!(ett_batch_norm_eval_bwd_args, db) - 448usize];
+    ["Offset of field: ett_batch_norm_eval_bwd_args::eps"]
+        [::std::mem::offset_of!(ett_batch_norm_eval_bwd_args, eps) - 504usize];
+    ["Offset of field: ett_batch_norm_eval_bwd_args::slope"]
+        [::std::mem::offset_of!(ett_batch_norm_eval_bwd_args, slope) - 512usize];
+};
+impl Default for ett_batch_norm_eval_bwd_args {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct ett_batch_norm_running_args {
     pub mean: ett_view,
     pub var: ett_view,
@@ -1471,6 +1568,77 @@ impl Default for ett_linear_xent_bwd_args {
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct ett_xent_fwd_args {
+    pub logits: ett_view,
+    pub target: ett_view,
+    pub weight: ett_view,
+    pub scale: ett_view,
+    pub lse: ett_view,
+    pub loss: ett_view,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ett_xent_fwd_args"][::std::mem::size_of::<ett_xent_fwd_args>() - 336usize];
+    ["Alignment of ett_xent_fwd_args"][::std::mem::align_of::<ett_xent_fwd_args>() - 8usize];
+    ["Offset of field: ett_xent_fwd_args::logits"]
+        [::std::mem::offset_of!(ett_xent_fwd_args, logits) - 0usize];
+    ["Offset of field: ett_xent_fwd_args::target"]
+        [::std::mem::offset_of!(ett_xent_fwd_args, target) - 56usize];
+    ["Offset of field: ett_xent_fwd_args::weight"]
+        [::std::mem::offset_of!(ett_xent_fwd_args, weight) - 112usize];
+    ["Offset of field: ett_xent_fwd_args::scale"]
+        [::std::mem::offset_of!(ett_xent_fwd_args, scale) - 168usize];
+    ["Offset of field: ett_xent_fwd_args::lse"][::std::mem::offset_of!(ett_xent_fwd_args, lse) - 224usize];
+    ["Offset of field: ett_xent_fwd_args::loss"][::std::mem::offset_of!(ett_xent_fwd_args, loss) - 280usize];
+};
+impl Default for ett_xent_fwd_args {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct ett_xent_bwd_args {
+    pub logits: ett_view,
+    pub target: ett_view,
+    pub weight: ett_view,
+    pub scale: ett_view,
+    pub lse: ett_view,
+    pub g: ett_view,
+    pub dlogits: ett_view,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ett_xent_bwd_args"][::std::mem::size_of::<ett_xent_bwd_args>() - 392usize];
+    ["Alignment of ett_xent_bwd_args"][::std::mem::align_of::<ett_xent_bwd_args>() - 8usize];
+    ["Offset of field: ett_xent_bwd_args::logits"]
+        [::std::mem::offset_of!(ett_xent_bwd_args, logits) - 0usize];
+    ["Offset of field: ett_xent_bwd_args::target"]
+        [::std::mem::offset_of!(ett_xent_bwd_args, target) - 56usize];
+    ["Offset of field: ett_xent_bwd_args::weight"]
+        [::std::mem::offset_of!(ett_xent_bwd_args, weight) - 112usize];
+    ["Offset of field: ett_xent_bwd_args::scale"]
+        [::std::mem::offset_of!(ett_xent_bwd_args, scale) - 168usize];
+    ["Offset of field: ett_xent_bwd_args::lse"][::std::mem::offset_of!(ett_xent_bwd_args, lse) - 224usize];
+    ["Offset of field: ett_xent_bwd_args::g"][::std::mem::offset_of!(ett_xent_bwd_args, g) - 280usize];
+    ["Offset of field: ett_xent_bwd_args::dlogits"]
+        [::std::mem::offset_of!(ett_xent_bwd_args, dlogits) - 336usize];
+};
+impl Default for ett_xent_bwd_args {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct ett_l1_fwd_args {
     pub a: ett_view,
     pub b: ett_view,
@@ -1808,6 +1976,47 @@ const _: () = {
         [::std::mem::offset_of!(ett_lecam_bwd_args, dfake) - 336usize];
 };
 impl Default for ett_lecam_bwd_args {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct ett_sample_args {
+    pub logits: ett_view,
+    pub without: ett_view,
+    pub number: ett_view,
+    pub position: ett_view,
+    pub idx: ett_view,
+    pub temperature: f64,
+    pub top_k: i64,
+    pub top_p: f64,
+    pub guidance: f64,
+    pub seed: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ett_sample_args"][::std::mem::size_of::<ett_sample_args>() - 320usize];
+    ["Alignment of ett_sample_args"][::std::mem::align_of::<ett_sample_args>() - 8usize];
+    ["Offset of field: ett_sample_args::logits"][::std::mem::offset_of!(ett_sample_args, logits) - 0usize];
+    ["Offset of field: ett_sample_args::without"][::std::mem::offset_of!(ett_sample_args, without) - 56usize];
+    ["Offset of field: ett_sample_args::number"][::std::mem::offset_of!(ett_sample_args, number) - 112usize];
+    ["Offset of field: ett_sample_args::position"]
+        [::std::mem::offset_of!(ett_sample_args, position) - 168usize];
+    ["Offset of field: ett_sample_args::idx"][::std::mem::offset_of!(ett_sample_args, idx) - 224usize];
+    ["Offset of field: ett_sample_args::temperature"]
+        [::std::mem::offset_of!(ett_sample_args, temperature) - 280usize];
+    ["Offset of field: ett_sample_args::top_k"][::std::mem::offset_of!(ett_sample_args, top_k) - 288usize];
+    ["Offset of field: ett_sample_args::top_p"][::std::mem::offset_of!(ett_sample_args, top_p) - 296usize];
+    ["Offset of field: ett_sample_args::guidance"]
+        [::std::mem::offset_of!(ett_sample_args, guidance) - 304usize];
+    ["Offset of field: ett_sample_args::seed"][::std::mem::offset_of!(ett_sample_args, seed) - 312usize];
+};
+impl Default for ett_sample_args {
     fn default() -> Self {
         let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
         unsafe {
@@ -2255,6 +2464,16 @@ unsafe extern "C" {
     pub fn ett_batch_norm_fwd(args: *const ett_batch_norm_fwd_args, launch: *const ett_launch) -> i32;
     pub fn ett_batch_norm_bwd_workspace(args: *const ett_batch_norm_bwd_args) -> i64;
     pub fn ett_batch_norm_bwd(args: *const ett_batch_norm_bwd_args, launch: *const ett_launch) -> i32;
+    pub fn ett_batch_norm_eval_fwd_workspace(args: *const ett_batch_norm_eval_fwd_args) -> i64;
+    pub fn ett_batch_norm_eval_fwd(
+        args: *const ett_batch_norm_eval_fwd_args,
+        launch: *const ett_launch,
+    ) -> i32;
+    pub fn ett_batch_norm_eval_bwd_workspace(args: *const ett_batch_norm_eval_bwd_args) -> i64;
+    pub fn ett_batch_norm_eval_bwd(
+        args: *const ett_batch_norm_eval_bwd_args,
+        launch: *const ett_launch,
+    ) -> i32;
     pub fn ett_batch_norm_running_workspace(args: *const ett_batch_norm_running_args) -> i64;
     pub fn ett_batch_norm_running(args: *const ett_batch_norm_running_args, launch: *const ett_launch)
     -> i32;
@@ -2298,6 +2517,10 @@ unsafe extern "C" {
     pub fn ett_linear_xent_fwd(args: *const ett_linear_xent_fwd_args, launch: *const ett_launch) -> i32;
     pub fn ett_linear_xent_bwd_workspace(args: *const ett_linear_xent_bwd_args) -> i64;
     pub fn ett_linear_xent_bwd(args: *const ett_linear_xent_bwd_args, launch: *const ett_launch) -> i32;
+    pub fn ett_xent_fwd_workspace(args: *const ett_xent_fwd_args) -> i64;
+    pub fn ett_xent_fwd(args: *const ett_xent_fwd_args, launch: *const ett_launch) -> i32;
+    pub fn ett_xent_bwd_workspace(args: *const ett_xent_bwd_args) -> i64;
+    pub fn ett_xent_bwd(args: *const ett_xent_bwd_args, launch: *const ett_launch) -> i32;
     pub fn ett_l1_fwd_workspace(args: *const ett_l1_fwd_args) -> i64;
     pub fn ett_l1_fwd(args: *const ett_l1_fwd_args, launch: *const ett_launch) -> i32;
     pub fn ett_l1_bwd_workspace(args: *const ett_l1_bwd_args) -> i64;
@@ -2320,6 +2543,8 @@ unsafe extern "C" {
     pub fn ett_lecam_fwd(args: *const ett_lecam_fwd_args, launch: *const ett_launch) -> i32;
     pub fn ett_lecam_bwd_workspace(args: *const ett_lecam_bwd_args) -> i64;
     pub fn ett_lecam_bwd(args: *const ett_lecam_bwd_args, launch: *const ett_launch) -> i32;
+    pub fn ett_sample_workspace(args: *const ett_sample_args) -> i64;
+    pub fn ett_sample(args: *const ett_sample_args, launch: *const ett_launch) -> i32;
     pub fn ett_nearest_workspace(args: *const ett_nearest_args) -> i64;
     pub fn ett_nearest(args: *const ett_nearest_args, launch: *const ett_launch) -> i32;
     pub fn ett_ibq_rows_workspace(args: *const ett_ibq_rows_args) -> i64;

@@ -38,12 +38,12 @@ fn case(shape: Shape, metric: Metric, judge: Judge, data: fn(&Draw, Shape) -> [V
 // ---- judges --------------------------------------------------------------------------------------------
 
 /// The oracle's choice: for data on which rounding cannot change it.
-fn equal(seen: &Seen) -> Result<(), String> {
+pub(super) fn equal(seen: &Seen) -> Result<(), String> {
     let int = |v: &[f64]| v.iter().map(|&v| v as i32).collect::<Vec<_>>();
     indices(seen.what, &int(seen.got), &int(seen.want))
 }
 
-fn by_dot(seen: &Seen) -> Result<(), String> {
+pub(super) fn by_dot(seen: &Seen) -> Result<(), String> {
     by_score(seen, Metric::Dot)
 }
 

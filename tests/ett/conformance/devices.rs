@@ -15,7 +15,7 @@ const BOTH: [Precision; 2] = [Precision::F32, Precision::BF16];
 const LIMITS: [&str; 3] = ["attention_fwd: head_dim", "attention_bwd: head_dim", "nearest: `z`"];
 
 /// Every implementation that a kernel does not choose by itself everywhere, and calls that it cannot do.
-const FORCED: [(&str, &str); 17] = [
+const FORCED: [(&str, &str); 28] = [
     ("matmul", "large"),
     ("matmul", "small"),
     ("matmul_acc", "large"),
@@ -31,6 +31,17 @@ const FORCED: [(&str, &str); 17] = [
     ("layer_norm_bwd", "plain"),
     ("l2_norm_fwd", "plain"),
     ("l2_norm_bwd", "plain"),
+    ("group_norm_fwd", "plain"),
+    ("group_norm_bwd", "plain"),
+    ("batch_norm_fwd", "plain"),
+    ("batch_norm_bwd", "plain"),
+    ("batch_norm_eval_fwd", "plain"),
+    ("batch_norm_eval_bwd", "plain"),
+    ("lpips_fwd", "plain"),
+    ("lpips_bwd", "plain"),
+    ("gan_generator_fwd", "plain"),
+    ("gan_generator_bwd", "plain"),
+    ("xent_fwd", "plain"),
     ("adamw", "plain"),
     ("sum_squares", "plain"),
 ];

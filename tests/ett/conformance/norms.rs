@@ -1,6 +1,9 @@
-//! Norms over rows.
+//! Norms over rows, and over pixels by groups of channels.
 
-use ett::backend::{L2NormBwd, L2NormFwd, LayerNormBwd, LayerNormFwd, RmsNormBwd, RmsNormFwd, Stream};
+use ett::backend::{
+    BatchNormBwd, BatchNormEvalBwd, BatchNormEvalFwd, BatchNormFwd, BatchNormRunning, GroupNormBwd,
+    GroupNormFwd, L2NormBwd, L2NormFwd, LayerNormBwd, LayerNormFwd, RmsNormBwd, RmsNormFwd, Stream,
+};
 
 use super::Size;
 use super::case::{Case, Draw, Near, Type, acc, act, add, near, out};
@@ -344,4 +347,413 @@ pub fn l2_bwd() -> Vec<Case> {
 
 pub fn l2_bwd_sample() -> Case {
     l2_bwd_case([3, 4], Type::Act, Type::Act)
+}
+
+// ---- GroupNorm -----------------------------------------------------------------------------------------
+
+/// B, H, W, C and G, numbered, so that SiLU and what is optional may be there by turns. Groups of a few values only are
+/// left out, but for those of a single one.
+fn pictures() -> impl Iterator<Item = (Size, usize, [usize; 5])> {
+    // Several chunks of an image, the last one short, with threads that have no pixel of it.
+    let first = [[1, 20, 15, 64, 16], [2, 3, 5, 16, 4], [2, 3, 5, 13, 1]].map(|s| (Size::Sanitizer, s));
+    let small: [[usize; 5]; 10] = [
+        [1, 1, 1, 1, 1],
+        [1, 1, 1, 8, 8],
+        [1, 7, 9, 3, 1],
+        [2, 5, 3, 24, 3],
+        [1, 4, 4, 33, 11],
+        [1, 4, 4, 40, 5],
+        [2, 5, 3, 32, 32],
+        // More channels than a tile has.
+        [1, 1, 2, 264, 8],
+        [0, 4, 4, 8, 2],
+        [3, 0, 4, 8, 2],
+    ];
+    let large: [[usize; 5]; 5] = [
+        [8, 64, 64, 128, 32],
+        [2, 128, 128, 256, 32],
+        [4, 16, 16, 512, 32],
+        [3, 31, 33, 96, 32],
+        [2, 65, 63, 33, 3],
+    ];
+    let all = first.into_iter().chain(small.map(|s| (Size::Tiny, s))).chain(large.map(|s| (Size::Full, s)));
+    all.enumerate().map(|(i, (size, shape))| (size, i, shape))
+}
+
+fn picture_text([b, h, w, c, g]: [usize; 5], silu: bool) -> String {
+    format!("[{b}, {h}, {w}, {c}] in {g} groups{}", if silu { ", SiLU" } else { "" })
+}
+
+/// `offset`: the mean of all values, in standard deviations.
+fn group_fwd_case(shape: [usize; 5], silu: bool, offset: f64) -> Case {
+    let [b, h, w, c, g] = shape;
+    Case::new(
+        picture_text(shape, silu),
+        move |d| {
+            let x = d.unit(b * h * w * c).iter().map(|v| d.scale * (v + offset)).collect();
+            let lost = near().conditioning(CENTRING + offset / 4.0);
+            // Without pixels statistics are NaN.
+            let of = |near: Near| if h * w == 0 { near.specials() } else { near };
+            vec![
+                act("x", [b, h, w, c], x),
+                act("w", [c], d.unit(c)),
+                act("b", [c], d.unit(c)),
+                out("y", Type::Act, [b, h, w, c], lost.size(1.0)),
+                out("mean", Type::Acc, [b, g], of(near().size(d.scale))).dense(),
+                out("rstd", Type::Acc, [b, g], of(lost)).dense(),
+            ]
+        },
+        move |dev, v| {
+            let a = GroupNormFwd {
+                x: v.input("x"),
+                w: v.input("w"),
+                b: v.input("b"),
+                y: v.out("y"),
+                mean: v.out("mean"),
+                rstd: v.out("rstd"),
+                eps: EPS,
+                silu,
+            };
+            dev.group_norm_fwd(S, &a)
+        },
+    )
+}
+
+pub fn group_fwd() -> Vec<Case> {
+    let all = pictures().map(|(size, i, shape)| group_fwd_case(shape, i % 2 == 0, 0.0).from(size));
+    // The mean of the squares less the square of the mean would be off by 1000^2 roundings.
+    let far = |shape| group_fwd_case(shape, false, 1000.0).named("mean of 1000 standard deviations");
+    all.chain([far([1, 20, 15, 16, 4]), far([2, 7, 9, 3, 1])]).collect()
+}
+
+pub fn group_fwd_sample() -> Case {
+    group_fwd_case([2, 5, 7, 6, 3], true, 0.0)
+}
+
+/// Means and inverse standard deviations `[B, G]`, as the forward leaves them.
+fn group_statistics(d: &Draw, x: &[f64], [b, h, w, c, g]: [usize; 5]) -> (Vec<f64>, Vec<f64>) {
+    let x = d.rounded(x);
+    let (pixels, width) = (h * w, c / g);
+    let of = |i: usize| {
+        let (image, group) = (i / g, i % g);
+        let at = |p: usize, k: usize| x[(image * pixels + p) * c + group * width + k];
+        let values: Vec<f64> = (0..pixels).flat_map(|p| (0..width).map(move |k| at(p, k))).collect();
+        let n = values.len() as f64;
+        let mean = values.iter().sum::<f64>() / n;
+        let var = values.iter().map(|v| (v - mean) * (v - mean)).sum::<f64>() / n;
+        (mean, (var + EPS).sqrt().recip())
+    };
+    (0..b * g).map(of).unzip()
+}
+
+fn group_bwd_case(shape: [usize; 5], silu: bool, dw: bool, db: bool) -> Case {
+    let [b, h, w, c, g] = shape;
+    Case::new(
+        picture_text(shape, silu) + if dw { "" } else { " without dw" } + if db { "" } else { " without db" },
+        move |d| {
+            let n = b * h * w;
+            let x = d.normal(n * c);
+            let (mean, rstd) = group_statistics(d, &x, shape);
+            // What is left of a group of one value is the rounding of terms of this size.
+            let terms = rstd.iter().map(|r| d.scale * r).fold(1.0, f64::max);
+            let mut args = vec![
+                act("dy", [b, h, w, c], d.normal(n * c)),
+                act("x", [b, h, w, c], x),
+                act("w", [c], d.unit(c)),
+                act("b", [c], d.unit(c)),
+                acc("mean", [b, g], mean).dense(),
+                acc("rstd", [b, g], rstd).dense(),
+                out("dx", Type::Act, [b, h, w, c], dx_of(CENTRING).size(terms)),
+            ];
+            args.extend(channel_gradients(d, n, c, dw, db));
+            args
+        },
+        move |dev, v| {
+            let a = GroupNormBwd {
+                dy: v.input("dy"),
+                x: v.input("x"),
+                w: v.input("w"),
+                b: v.input("b"),
+                mean: v.input("mean"),
+                rstd: v.input("rstd"),
+                dx: v.out("dx"),
+                dw: v.acc_if("dw"),
+                db: v.acc_if("db"),
+                silu,
+            };
+            dev.group_norm_bwd(S, &a)
+        },
+    )
+}
+
+/// `dw` and `db`, sums over `n` rows, if they are wanted.
+fn channel_gradients(
+    d: &Draw,
+    n: usize,
+    c: usize,
+    dw: bool,
+    db: bool,
+) -> impl Iterator<Item = super::case::Arg> {
+    let size = summed(d, n).max(d.scale);
+    let gradient = |(name, present): (&'static str, bool)| {
+        present.then(|| add(name, Type::Acc, [c], d.times(size, c), near().size(size).conditioning(CENTRING)))
+    };
+    [("dw", dw), ("db", db)].map(gradient).into_iter().flatten()
+}
+
+pub fn group_bwd() -> Vec<Case> {
+    let case = |(size, i, shape): (Size, usize, [usize; 5])| {
+        group_bwd_case(shape, i % 2 == 0, i % 5 != 1, i % 7 != 3).from(size)
+    };
+    pictures().map(case).collect()
+}
+
+pub fn group_bwd_sample() -> Case {
+    group_bwd_case([2, 5, 7, 6, 3], true, true, true)
+}
+
+// ---- BatchNorm -----------------------------------------------------------------------------------------
+
+const BATCH_EPS: f64 = 1e-5;
+
+/// N and C, numbered. Few rows are left out, but for a single one and none.
+fn batches() -> impl Iterator<Item = (Size, usize, [usize; 2])> {
+    let first = [[300, 64], [33, 24], [33, 13]].map(|s| (Size::Sanitizer, s));
+    let small: [[usize; 2]; 7] = [[1, 8], [9, 3], [40, 16], [17, 33], [64, 1], [3, 264], [0, 8]];
+    let large: [[usize; 2]; 5] = [[8192, 64], [65_536, 128], [1000, 512], [4097, 33], [115_200, 256]];
+    let all = first.into_iter().chain(small.map(|s| (Size::Tiny, s))).chain(large.map(|s| (Size::Full, s)));
+    all.enumerate().map(|(i, (size, shape))| (size, i, shape))
+}
+
+/// LeakyReLU and nothing by turns.
+fn slope(i: usize) -> f64 {
+    [0.2, 1.0][i % 2]
+}
+
+fn batch_fwd_case([n, c]: [usize; 2], slope: f64, offset: f64) -> Case {
+    Case::new(
+        format!("[{n}, {c}], slope {slope}"),
+        move |d| {
+            let x = d.unit(n * c).iter().map(|v| d.scale * (v + offset)).collect();
+            // Three rows may have next to no variance.
+            let lost = near().conditioning(CENTRING + offset / 4.0 + if n == 3 { 400.0 } else { 0.0 });
+            let of = |near: Near| if n == 0 { near.specials() } else { near };
+            vec![
+                act("x", [n, c], x),
+                act("w", [c], d.unit(c)),
+                act("b", [c], d.unit(c)),
+                out("y", Type::Act, [n, c], lost.size(1.0)),
+                out("mean", Type::Acc, [c], of(near().size(d.scale))),
+                out("var", Type::Acc, [c], of(lost.size(d.scale * d.scale))),
+            ]
+        },
+        move |dev, v| {
+            let a = BatchNormFwd {
+                x: v.input("x"),
+                w: v.input("w"),
+                b: v.input("b"),
+                y: v.out("y"),
+                mean: v.out("mean"),
+                var: v.out("var"),
+                eps: BATCH_EPS,
+                slope,
+            };
+            dev.batch_norm_fwd(S, &a)
+        },
+    )
+}
+
+pub fn batch_fwd() -> Vec<Case> {
+    let all = batches().map(|(size, i, shape)| batch_fwd_case(shape, slope(i), 0.0).from(size));
+    let far = batch_fwd_case([300, 8], 1.0, 1000.0).named("mean of 1000 standard deviations");
+    all.chain([far]).collect()
+}
+
+pub fn batch_fwd_sample() -> Case {
+    batch_fwd_case([3, 4], 0.2, 0.0)
+}
+
+/// Inputs of both backwards: with the statistics of the batch, or with others, which are `given`.
+fn batch_bwd_args(d: &Draw, [n, c]: [usize; 2], given: bool, dw: bool, db: bool) -> Vec<super::case::Arg> {
+    let x = d.normal(n * c);
+    let rows = d.rounded(&x);
+    let of = |k: usize| {
+        let mean = (0..n).map(|i| rows[i * c + k]).sum::<f64>() / n as f64;
+        (mean, (0..n).map(|i| (rows[i * c + k] - mean).powi(2)).sum::<f64>() / n as f64)
+    };
+    let (mean, var) = match given || n == 0 {
+        true => given_statistics(d, c),
+        false => (0..c).map(of).unzip(),
+    };
+    let lost = if n == 3 { 400.0 } else { 0.0 };
+    let mut args = vec![
+        act("dy", [n, c], d.normal(n * c)),
+        act("x", [n, c], x),
+        act("w", [c], d.unit(c)),
+        act("b", [c], d.unit(c)),
+        acc("mean", [c], mean),
+        acc("var", [c], var),
+        out("dx", Type::Act, [n, c], dx_of(CENTRING + lost)),
+    ];
+    args.extend(channel_gradients(d, n, c, dw, db));
+    args
+}
+
+/// Means and variances of the run's scale, none of them small.
+fn given_statistics(d: &Draw, c: usize) -> (Vec<f64>, Vec<f64>) {
+    (d.normal(c), d.unit(c).iter().map(|v| d.scale * d.scale * (0.5 + v.abs())).collect())
+}
+
+fn batch_bwd_case(shape: [usize; 2], slope: f64, dw: bool, db: bool) -> Case {
+    let [n, c] = shape;
+    Case::new(
+        format!("[{n}, {c}], slope {slope}, dw {dw}, db {db}"),
+        move |d| batch_bwd_args(d, shape, false, dw, db),
+        move |dev, v| {
+            let a = BatchNormBwd {
+                dy: v.input("dy"),
+                x: v.input("x"),
+                w: v.input("w"),
+                b: v.input("b"),
+                mean: v.input("mean"),
+                var: v.input("var"),
+                dx: v.out("dx"),
+                dw: v.acc_if("dw"),
+                db: v.acc_if("db"),
+                eps: BATCH_EPS,
+                slope,
+            };
+            dev.batch_norm_bwd(S, &a)
+        },
+    )
+}
+
+pub fn batch_bwd() -> Vec<Case> {
+    let case = |(size, i, shape)| batch_bwd_case(shape, slope(i), i % 5 != 1, i % 7 != 3).from(size);
+    batches().map(case).collect()
+}
+
+pub fn batch_bwd_sample() -> Case {
+    batch_bwd_case([3, 4], 0.2, true, true)
+}
+
+fn batch_eval_fwd_case([n, c]: [usize; 2], slope: f64) -> Case {
+    Case::new(
+        format!("[{n}, {c}], slope {slope}"),
+        move |d| {
+            let (mean, var) = given_statistics(d, c);
+            vec![
+                act("x", [n, c], d.normal(n * c)),
+                act("w", [c], d.unit(c)),
+                act("b", [c], d.unit(c)),
+                acc("mean", [c], mean),
+                acc("var", [c], var),
+                out("y", Type::Act, [n, c], near().size(1.0).conditioning(CENTRING)),
+            ]
+        },
+        move |dev, v| {
+            let a = BatchNormEvalFwd {
+                x: v.input("x"),
+                w: v.input("w"),
+                b: v.input("b"),
+                mean: v.input("mean"),
+                var: v.input("var"),
+                y: v.out("y"),
+                eps: BATCH_EPS,
+                slope,
+            };
+            dev.batch_norm_eval_fwd(S, &a)
+        },
+    )
+}
+
+pub fn batch_eval_fwd() -> Vec<Case> {
+    batches().map(|(size, i, shape)| batch_eval_fwd_case(shape, slope(i)).from(size)).collect()
+}
+
+pub fn batch_eval_fwd_sample() -> Case {
+    batch_eval_fwd_case([3, 4], 0.2)
+}
+
+fn batch_eval_bwd_case(shape: [usize; 2], slope: f64, dw: bool, db: bool) -> Case {
+    let [n, c] = shape;
+    Case::new(
+        format!("[{n}, {c}], slope {slope}, dw {dw}, db {db}"),
+        move |d| batch_bwd_args(d, shape, true, dw, db),
+        move |dev, v| {
+            let a = BatchNormEvalBwd {
+                dy: v.input("dy"),
+                x: v.input("x"),
+                w: v.input("w"),
+                b: v.input("b"),
+                mean: v.input("mean"),
+                var: v.input("var"),
+                dx: v.out("dx"),
+                dw: v.acc_if("dw"),
+                db: v.acc_if("db"),
+                eps: BATCH_EPS,
+                slope,
+            };
+            dev.batch_norm_eval_bwd(S, &a)
+        },
+    )
+}
+
+pub fn batch_eval_bwd() -> Vec<Case> {
+    // Sometimes without both, where the sums are left out.
+    let case = |(size, i, shape)| batch_eval_bwd_case(shape, slope(i), i % 3 != 1, i % 6 != 1).from(size);
+    batches().map(case).collect()
+}
+
+pub fn batch_eval_bwd_sample() -> Case {
+    batch_eval_bwd_case([3, 4], 0.2, true, true)
+}
+
+fn batch_running_case(c: usize, rows: usize) -> Case {
+    const MOMENTUM: f64 = 0.1;
+    Case::new(
+        format!("[{c}], {rows} rows"),
+        move |d| {
+            let (mut mean, mut var) = given_statistics(d, c);
+            // These keep what they had.
+            for (i, bad) in [(3, f64::NAN), (5, f64::INFINITY), (6, f64::NEG_INFINITY)] {
+                if i < c {
+                    (mean[i], var[c - 1 - i]) = (bad, bad);
+                }
+            }
+            vec![
+                acc("mean", [c], mean),
+                acc("var", [c], var),
+                add("running_mean", Type::Acc, [c], d.normal(c), near().size(d.scale)),
+                add("running_var", Type::Acc, [c], given_statistics(d, c).1, near()),
+            ]
+        },
+        move |dev, v| {
+            let a = BatchNormRunning {
+                mean: v.input("mean"),
+                var: v.input("var"),
+                running_mean: v.acc("running_mean"),
+                running_var: v.acc("running_var"),
+                rows,
+                momentum: MOMENTUM,
+            };
+            dev.batch_norm_running(S, &a)
+        },
+    )
+}
+
+pub fn batch_running() -> Vec<Case> {
+    let sizes = [
+        (Size::Sanitizer, 20, 9),
+        (Size::Tiny, 1, 1),
+        (Size::Tiny, 64, 1000),
+        (Size::Tiny, 300, 2),
+        (Size::Tiny, 0, 3),
+        (Size::Full, 4097, 115_200),
+    ];
+    sizes.map(|(size, c, rows)| batch_running_case(c, rows).from(size)).into()
+}
+
+pub fn batch_running_sample() -> Case {
+    batch_running_case(4, 3)
 }

@@ -15,6 +15,12 @@ const GUARD: usize = 256;
 const BAND: [u8; 2] = 0x7FC1u16.to_le_bytes();
 /// What outputs hold before the call: NaN in every float type, -1 in i32.
 const POISON: u8 = 0xFF;
+/// The same of indices, where all bits set are -1, a value.
+const POISONED_INDEX: u8 = 0x7F;
+
+fn poison(dtype: DType) -> u8 {
+    if dtype == DType::I32 { POISONED_INDEX } else { POISON }
+}
 
 /// An argument in the memory of a device.
 pub struct Placed {
@@ -56,7 +62,7 @@ impl Placed {
             let (at, width) = ((off + r * ld) * size, cols * size);
             match &bytes {
                 Some(b) => image[at..at + width].copy_from_slice(&b[r * width..(r + 1) * width]),
-                None => image[at..at + width].fill(POISON),
+                None => image[at..at + width].fill(poison(dtype)),
             }
         }
         let buf = dev.alloc(Role::Input, image.len())?;
@@ -121,7 +127,8 @@ impl Placed {
         }
         if self.access == Access::Write {
             let size = self.dtype.size();
-            let left = |row: &[u8]| row.chunks(size).filter(|e| e.iter().all(|&b| b == POISON)).count();
+            let poison = poison(self.dtype);
+            let left = |row: &[u8]| row.chunks(size).filter(|e| e.iter().all(|&b| b == poison)).count();
             let unwritten: usize = (0..self.rows).into_par_iter().map(|r| left(&memory[self.row(r)])).sum();
             let unwritten_row =
                 || (0..self.rows).map(|r| (r, left(&memory[self.row(r)]))).find(|(_, n)| *n > 0);

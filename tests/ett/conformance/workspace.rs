@@ -46,7 +46,8 @@ fn queries_of_the_cpu_are_what_its_kernels_take() -> Result<()> {
             for case in (kernel.cases)().iter().filter(|c| c.size <= Size::Tiny) {
                 let mut args = (case.args)(&Draw::new(&oracle, prec, 1.0, &case.what));
                 round(&mut args, prec);
-                for (threads, layout) in [(1, Layout::Odd), (3, Layout::Dense), (8, Layout::Odd)] {
+                let odd = if kernel.flat_on_cpu { Layout::Shifted } else { Layout::Odd };
+                for (threads, layout) in [(1, odd), (3, Layout::Dense), (8, odd)] {
                     let what = format!("{} in {}, {}, {layout}", kernel.name, prec.act, case.what);
                     let bytes = workspace(threads, prec, case, &args, layout)
                         .unwrap_or_else(|e| panic!("{what}, {threads} threads: {e}"));
@@ -64,7 +65,16 @@ fn queries_of_the_cpu_are_what_its_kernels_take() -> Result<()> {
     let want = [
         "attention_bwd",
         "attention_fwd",
+        "batch_norm_bwd",
+        "batch_norm_eval_bwd",
+        "batch_norm_eval_fwd",
+        "batch_norm_fwd",
         "col_sum",
+        "group_norm_bwd",
+        "group_norm_fwd",
+        "ibq_bwd",
+        "ibq_cols",
+        "ibq_rows",
         "l2_norm_bwd",
         "l2_norm_fwd",
         "layer_norm_bwd",
@@ -77,6 +87,7 @@ fn queries_of_the_cpu_are_what_its_kernels_take() -> Result<()> {
         "nearest",
         "rms_norm_bwd",
         "rms_norm_fwd",
+        "sample",
     ];
     assert_eq!(with.into_iter().collect::<Vec<_>>(), want);
     Ok(())

@@ -1,6 +1,6 @@
-//! Cross-entropy of a linear layer.
+//! Cross-entropy of a linear layer, and of logits that are stored.
 
-use ett::backend::{LinearXentBwd, LinearXentFwd, Stream};
+use ett::backend::{LinearXentBwd, LinearXentFwd, Stream, XentBwd, XentFwd};
 
 use super::Size;
 use super::case::{Case, Draw, Near, Type, acc, act, add, int, near, out};
@@ -198,4 +198,144 @@ pub fn bwd() -> Vec<Case> {
 
 pub fn bwd_sample() -> Case {
     problem([3, 4, 5]).bwd(true)
+}
+
+// ---- stored logits -------------------------------------------------------------------------------------
+
+/// Logits `[N, V]` that are normal times the run's scale, or times 20 if `peaked`.
+#[derive(Clone, Copy)]
+struct Stored {
+    shape: [usize; 2],
+    targets: Targets,
+    peaked: bool,
+    weighted: bool,
+}
+
+impl Stored {
+    fn text(&self) -> String {
+        format!("[{}, {}]{}", self.shape[0], self.shape[1], if self.weighted { ", weighted" } else { "" })
+    }
+
+    /// As a problem whose target and spread are the same.
+    fn problem(&self) -> Problem {
+        let [n, v] = self.shape;
+        Problem { shape: [n, 1, v], targets: self.targets, peaked: self.peaked }
+    }
+
+    /// logits, target, weight and scale.
+    fn inputs(&self, d: &Draw) -> Vec<super::case::Arg> {
+        let [n, v] = self.shape;
+        let target = self.problem().target(d);
+        let count = target.iter().filter(|&&t| t >= 0).count();
+        let mut args =
+            vec![act("logits", [n, v], d.times(self.problem().spread(d), n * v)), int("target", target)];
+        if self.weighted {
+            args.push(acc("weight", [n], d.unit(n).iter().map(|w| w.abs()).collect()));
+        }
+        // Infinite without a target: it must not matter.
+        args.push(acc("scale", [1], vec![1.0 / count as f64]));
+        args
+    }
+
+    /// The exponent of a logit is off by a rounding of its size.
+    fn near(&self, d: &Draw) -> Near {
+        near().conditioning(2.0 + 4.0 * self.problem().spread(d))
+    }
+
+    fn fwd(self) -> Case {
+        let n = self.shape[0];
+        Case::new(
+            self.text(),
+            move |d| {
+                let mut args = self.inputs(d);
+                let near = self.near(d).size(self.problem().spread(d).max(1.0));
+                args.push(out("lse", Type::Acc, [n], near));
+                args.push(add("loss", Type::Acc, [1], vec![0.25], near));
+                args
+            },
+            |dev, v| {
+                let a = XentFwd {
+                    logits: v.input("logits"),
+                    target: v.input("target"),
+                    weight: v.input_if("weight"),
+                    scale: v.input("scale"),
+                    lse: v.out("lse"),
+                    loss: v.acc("loss"),
+                };
+                dev.xent_fwd(S, &a)
+            },
+        )
+    }
+
+    /// With `in_place` the gradient is written over the logits.
+    fn bwd(self, in_place: bool) -> Case {
+        let [n, v] = self.shape;
+        Case::new(
+            self.text() + if in_place { ", in place" } else { "" },
+            move |d| {
+                let mut args = self.inputs(d);
+                let mut call = args.clone();
+                call.push(out("lse", Type::Acc, [n], near()));
+                call.push(add("loss", Type::Acc, [1], vec![0.0], near()));
+                let lse = d.forward(call, self.fwd().call).remove("lse").expect("a result of the forward");
+                let targets = args[1].values().expect("the targets").iter();
+                // Times the scale, 1.5 for every row.
+                let g = 1.5 * targets.filter(|&&t| t >= 0.0).count().max(1) as f64;
+                args.extend([acc("lse", [n], lse), acc("g", [1], vec![g])]);
+                if in_place {
+                    let logits = args[0].values().expect("the logits").clone();
+                    args[0] = add("logits", Type::Act, [n, v], logits, self.near(d));
+                } else {
+                    args.push(out("dlogits", Type::Act, [n, v], self.near(d)));
+                }
+                args
+            },
+            move |dev, v| {
+                let a = XentBwd {
+                    logits: v.input("logits"),
+                    target: v.input("target"),
+                    weight: v.input_if("weight"),
+                    scale: v.input("scale"),
+                    lse: v.input("lse"),
+                    g: v.input("g"),
+                    dlogits: v.out(if in_place { "logits" } else { "dlogits" }),
+                };
+                dev.xent_bwd(S, &a)
+            },
+        )
+    }
+}
+
+fn stored(shape: [usize; 2], weighted: bool) -> Stored {
+    Stored { shape, targets: Targets::Most, peaked: false, weighted }
+}
+
+fn stored_all(of: impl Fn(Stored) -> Case) -> Vec<Case> {
+    let small: [[usize; 2]; 8] = [[1, 1], [3, 7], [5, 64], [2, 257], [1, 1031], [33, 16], [2, 900], [0, 5]];
+    let large: [[usize; 2]; 4] = [[257, 8193], [131, 151_936], [64, 131_072], [4099, 127]];
+    let first = [(Size::Sanitizer, [4, 72]), (Size::Sanitizer, [3, 13])].into_iter();
+    let shapes = first.chain(small.map(|s| (Size::Tiny, s))).chain(large.map(|s| (Size::Full, s)));
+    let mut all: Vec<Case> =
+        shapes.enumerate().map(|(i, (size, shape))| of(stored(shape, i % 2 == 0)).from(size)).collect();
+    all.push(of(Stored { peaked: true, ..stored([5, 500], true) }).named("peaked"));
+    for (targets, name) in [(Targets::None, "no targets"), (Targets::One, "one target")] {
+        all.push(of(Stored { targets, ..stored([9, 33], false) }).named(name));
+    }
+    all
+}
+
+pub fn stored_fwd() -> Vec<Case> {
+    stored_all(Stored::fwd)
+}
+
+pub fn stored_fwd_sample() -> Case {
+    stored([3, 5], true).fwd()
+}
+
+pub fn stored_bwd() -> Vec<Case> {
+    stored_all(|s| s.bwd(false)).into_iter().chain(stored_all(|s| s.bwd(true))).collect()
+}
+
+pub fn stored_bwd_sample() -> Case {
+    stored([3, 5], true).bwd(false)
 }

@@ -1,0 +1,353 @@
+// ibq_rows.cu: the best code of each token and the statistics of its row of scores, in one sweep over the codes.
+//
+//   s_j = z_m . e_j,  t = the first j with the largest s_j,  x_j = (s_j - s_t) / temperature
+//   rest_p = sum_{j != t} exp(s_j - s_t),  rest_q = sum_{j != t} exp(x_j),  xbar = sum_{j != t} exp(x_j) x_j / (1 + rest_q)
+//
+// z       M,D  act  rows of any stride   in
+// e       K,D  act  rows of any stride   in
+// idx     M    i32  contiguous           out   t
+// smax    M    f32  contiguous           out   s_t
+// rest_p  M    f32  contiguous           out
+// rest_q  M    f32  contiguous           out   may be absent
+// xbar    M    f32  contiguous           out   absent if rest_q is
+// bad     1    f32                       added to: tokens whose s_t is not finite
+//
+// A score of NaN ranks below every number and weighs 0; a token without any number gets code 0. A block has a tile of tokens
+// and goes through a part of the codes. The best code so far stays out of the sums: when a better one comes the old one joins
+// them, and they move to the new origin (docs/quantizer.md). A thread holds the sums over its own columns; four lanes share a
+// row and its best code. Parts are joined in their order.
+// numerics: scores as scores.cuh forms them; sums and exponentials (2^-22) in f32, differences before the division by the
+// temperature; equal scores go to the smallest index. Exponentials that f32 holds as 0 are left out, eight rows at a time.
+// Bitwise repeatable.
+// workspace: 20 bytes, and 20 for each part of the codes, for each of at most 65,536 tokens; z and e in parts if they are packed, 16 MiB each at most.
+// limits: D up to 512.
+// work: 2*M*K*D FLOP (f32: 12 are done), an exponential (with rest_q two) a score; (M + K)*D*size bytes.
+// papers: IBQ (2412.02692).
+#include "bad.cuh"
+#include "operands.cuh"
+
+namespace ett {
+namespace codebook {
+namespace {
+
+constexpr char kOp[] = "ibq_rows";
+
+// 64 x 64 scores for a warp; two blocks of four warps to a multiprocessor, so that one forms products while the other looks
+// at its scores.
+template <int PARTS> using RowSweep = Sweep<128, 128, 64, 64, 3, PARTS, false, false>;
+constexpr int kBlocks = 2;
+
+// Statistics of a row over some codes; w = sum of 2^x x over the rest, x as an exponent of 2.
+struct Stats {
+    float v, rest_p, rest_q, w;
+    int32_t k;
+};
+
+// The same of many rows, each number for itself.
+struct StatsOf {
+    float* v;
+    float* rest_p;
+    float* rest_q;
+    float* w;
+    int32_t* k;
+
+    __host__ __device__ StatsOf operator+(int64_t n) const { return {v + n, rest_p + n, rest_q + n, w + n, k + n}; }
+    __device__ __forceinline__ Stats get(int64_t i) const { return {v[i], rest_p[i], rest_q[i], w[i], k[i]}; }
+    __device__ __forceinline__ void put(int64_t i, const Stats& s) const {
+        v[i] = s.v, rest_p[i] = s.rest_p, rest_q[i] = s.rest_q, w[i] = s.w, k[i] = s.k;
+    }
+};
+
+// Over the codes of both. `to_q`: log2(e) / temperature.
+__device__ __forceinline__ Stats join(const Stats& a, const Stats& b, float to_q) {
+    const bool second = b.v > a.v || (b.v == a.v && b.k < a.k);
+    const float v = second ? b.v : a.v, other = second ? a.v : b.v, gap = other - v, x = above_floor(gap * to_q);
+    // The other best code joins the rest, if there is one.
+    const float one = other > -INFINITY ? 1.f : 0.f, p = exp2_approx(above_floor(gap * kLog2e)), q = exp2_approx(x);
+    const float more_q = (second ? a.rest_q : b.rest_q) + one;
+    Stats s;
+    s.v = v;
+    s.k = second ? b.k : a.k;
+    s.rest_p = (second ? b.rest_p : a.rest_p) + p * ((second ? a.rest_p : b.rest_p) + one);
+    s.rest_q = (second ? b.rest_q : a.rest_q) + q * more_q;
+    s.w = (second ? b.w : a.w) + q * ((second ? a.w : b.w) + x * more_q);
+    return s;
+}
+
+// The running statistics of a thread's rows: v and k are the same in the four lanes that share a row, the sums are over the
+// thread's own columns.
+template <class Tile, bool ENTROPY> struct Running {
+    float v[Tile::kAccRows], rest_p[Tile::kAccRows], rest_q[ENTROPY ? Tile::kAccRows : 1], w[ENTROPY ? Tile::kAccRows : 1];
+    int32_t k[Tile::kAccRows];
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < Tile::kAccRows; ++i) {
+            v[i] = -INFINITY;
+            rest_p[i] = 0.f;
+            if constexpr (ENTROPY) rest_q[i] = w[i] = 0.f;
+            k[i] = 0;
+        }
+    }
+
+    // Takes in the scores of codes [code0, code0 + kCols), of which `codes` exist.
+    __device__ __forceinline__ void take(gemm::Acc<Tile>& acc, int32_t code0, int64_t codes, float to_q) {
+        const int32_t mine = code0 + Tile::col(0);
+        if (codes < Tile::kCols) {
+#pragma unroll
+            for (int j = 0; j < Tile::kAccCols; ++j) {
+                if (Tile::col(j) < codes) continue;
+#pragma unroll
+                for (int i = 0; i < Tile::kAccRows; ++i) acc.at(i, j) = -INFINITY;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < Tile::kAccRows; ++i) {
+            float top = row_max(acc, i);
+            if (__any_sync(kAllLanes, top > v[i])) rise(acc, i, mine, to_q);
+            top -= v[i];
+            // NaN, of a row without any number, is no reason either.
+            if (!__any_sync(kAllLanes, top * kLog2e > kZero)) continue;
+            float sum = 0.f;
+#pragma unroll
+            for (int j = 0; j < Tile::kAccCols; ++j) sum += exp2_approx(above_floor((acc.at(i, j) - v[i]) * kLog2e));
+            rest_p[i] += sum;
+            if constexpr (ENTROPY) {
+                if (!__any_sync(kAllLanes, top * to_q > kZero)) continue;
+#pragma unroll
+                for (int j = 0; j < Tile::kAccCols; ++j) {
+                    const float x = above_floor((acc.at(i, j) - v[i]) * to_q), e = exp2_approx(x);
+                    rest_q[i] += e;
+                    w[i] = fmaf(e, x, w[i]);
+                }
+            }
+        }
+    }
+
+    // The best code of row i among those so far and the tile's. If it is new, the sums move to it, the old one joins them, and
+    // its own score is taken out of the tile.
+    __device__ __forceinline__ void rise(gemm::Acc<Tile>& acc, int i, int32_t mine, float to_q) {
+        float best = v[i];
+        int at = -1;
+#pragma unroll
+        for (int j = 0; j < Tile::kAccCols; ++j) {
+            const bool more = acc.at(i, j) > best;
+            best = more ? acc.at(i, j) : best;
+            at = more ? j / 2 * 8 + j % 2 : at;
+        }
+        int32_t code = at < 0 ? k[i] : mine + at;
+#pragma unroll
+        for (int d = 1; d <= 2; d *= 2) {
+            const float other = __shfl_xor_sync(kAllLanes, best, d);
+            const int32_t its = __shfl_xor_sync(kAllLanes, code, d);
+            if (other > best || (other == best && its < code)) best = other, code = its;
+        }
+        if (!(best > v[i])) return;
+        const float gap = v[i] - best, x = above_floor(gap * to_q), p = exp2_approx(above_floor(gap * kLog2e));
+        // One of the four lanes counts the old best code, if there was one.
+        const float old = Tile::lane() % 4 == 0 && v[i] > -INFINITY ? 1.f : 0.f;
+        rest_p[i] = (rest_p[i] + old) * p;
+        if constexpr (ENTROPY) {
+            const float q = exp2_approx(x);
+            w[i] = q * (w[i] + x * (rest_q[i] + old));
+            rest_q[i] = (rest_q[i] + old) * q;
+        }
+        v[i] = best;
+        k[i] = code;
+        if (at >= 0 && code == mine + at) {
+#pragma unroll
+            for (int j = 0; j < Tile::kAccCols; ++j)
+                if (at == j / 2 * 8 + j % 2) acc.at(i, j) = -INFINITY;
+        }
+    }
+
+    // Joins the lanes and warps that share rows; writes the statistics of the block's codes. `smem`: kRows * kCols / kWarpCols
+    // Stats.
+    __device__ __forceinline__ void finish(const StatsOf& out, int64_t row0, int64_t rows, float to_q, unsigned char* smem) {
+        constexpr int kParts = Tile::kCols / Tile::kWarpCols;
+        Stats* const all = reinterpret_cast<Stats*>(smem);
+        __syncthreads();  // the tiles in this memory have been read
+#pragma unroll
+        for (int i = 0; i < Tile::kAccRows; ++i) {
+            Stats s = {v[i], rest_p[i], 0.f, 0.f, k[i]};
+            if constexpr (ENTROPY) s.rest_q = rest_q[i], s.w = w[i];
+#pragma unroll
+            for (int d = 1; d <= 2; d *= 2) {
+                s.rest_p += __shfl_xor_sync(kAllLanes, s.rest_p, d);
+                s.rest_q += __shfl_xor_sync(kAllLanes, s.rest_q, d);
+                s.w += __shfl_xor_sync(kAllLanes, s.w, d);
+            }
+            if (Tile::lane() % 4 == 0) all[Tile::warp_col() / Tile::kWarpCols * Tile::kRows + Tile::row(i)] = s;
+        }
+        __syncthreads();  // the warps' results are visible
+        for (int r = int(threadIdx.x); r < Tile::kRows && row0 + r < rows; r += Tile::kThreads) {
+            Stats s = all[r];
+#pragma unroll
+            for (int p = 1; p < kParts; ++p) s = join(s, all[p * Tile::kRows + r], to_q);
+            out.put(row0 + r, s);
+        }
+    }
+};
+
+struct Rows {
+    Operand z, e;
+    StatsOf out;     // parts, tokens
+    int32_t code0;   // of e
+    float to_q;
+    int row_tiles, parts;
+};
+
+template <class S, bool ENTROPY> __global__ void __launch_bounds__(S::kThreads, kBlocks) rows_kernel(const __grid_constant__ Rows a) {
+    using Tile = typename S::Tile;
+    ETT_DYNAMIC_SMEM(smem);
+    const int part = int(blockIdx.x) / a.row_tiles;
+    const int64_t row0 = int64_t(int(blockIdx.x) - part * a.row_tiles) * Tile::kRows;
+    const Consecutive tiles = part_of((a.e.m.rows + Tile::kCols - 1) / Tile::kCols, part, a.parts);
+    Running<Tile, ENTROPY> stats;
+    stats.clear();
+    Stream<S, Consecutive> stream(a.z, a.z, a.e, row0, tiles, smem);
+#pragma unroll 1
+    for (int n = 0; n < tiles.count(); ++n) {
+        gemm::Acc<Tile> acc;
+        stream.scores(acc);
+        const int64_t code = int64_t(tiles[n]) * Tile::kCols;
+        stats.take(acc, a.code0 + int32_t(code), a.e.m.rows - code, a.to_q);
+    }
+    stream.end();
+    stats.finish(a.out + part * a.z.m.rows, row0, a.z.m.rows, a.to_q, smem);
+}
+
+constexpr int kThreads = 256;
+
+// What comes out, from the first token of a chunk on; rest_q and xbar may be null.
+struct Outputs {
+    int32_t* idx;
+    float* smax;
+    float* rest_p;
+    float* rest_q;
+    float* xbar;
+};
+
+// Joins the parts of a chunk of codes and those before it; `first`: there are none before; `last`: there are none behind.
+__global__ void __launch_bounds__(kThreads)
+join_kernel(const StatsOf parts, int count, const StatsOf state, int64_t rows, float to_q, bool first, bool last, const Outputs out) {
+    const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    if (row >= rows) return;
+    Stats s = first ? Stats{-INFINITY, 0.f, 0.f, 0.f, 0} : state.get(row);
+    for (int p = 0; p < count; ++p) s = join(s, parts.get(p * rows + row), to_q);
+    state.put(row, s);
+    if (!last) return;
+    out.idx[row] = s.k;
+    out.smax[row] = s.v;
+    out.rest_p[row] = s.rest_p;
+    if (!out.rest_q) return;
+    out.rest_q[row] = s.rest_q;
+    out.xbar[row] = kLn2 * s.w / (1.f + s.rest_q);
+}
+
+// ---- host ------------------------------------------------------------------------------------------------
+
+constexpr int64_t kMostTokens = 65536;
+constexpr int64_t kTileTokens = RowSweep<1>::Tile::kRows, kTileCodes = RowSweep<1>::Tile::kCols;
+
+int64_t slots() { return int64_t(multiprocessors()) * kBlocks; }
+
+// Chunks, and what the workspace holds.
+struct Space {
+    Pieces pieces;
+    Packing z, e;
+    int64_t tokens, codes;  // of a chunk
+    bf16* packed_z;
+    bf16* packed_e;
+    StatsOf parts, state;
+
+    Space(const ett_ibq_rows_args& a, void* start)
+        : pieces(start),
+          z(a.z),
+          e(a.e),
+          tokens(std::min(kMostTokens, chunk_rows(rows(a.z), z.bytes, kPackBytes, kTileTokens))),
+          codes(chunk_rows(rows(a.e), e.bytes, kPackBytes, kTileCodes)),
+          packed_z(pieces.take<bf16>(tokens * z.bytes / 2)),
+          packed_e(pieces.take<bf16>(codes * e.bytes / 2)),
+          parts(take(most_rows(tokens, kTileTokens, slots()))),
+          state(take(tokens)) {}
+
+  private:
+    StatsOf take(int64_t n) {
+        StatsOf s;
+        s.v = pieces.take<float>(n), s.rest_p = pieces.take<float>(n), s.rest_q = pieces.take<float>(n), s.w = pieces.take<float>(n);
+        s.k = pieces.take<int32_t>(n);
+        return s;
+    }
+};
+
+bool sound(Check& check, const ett_ibq_rows_args* a) {
+    if (!check.ok() || !check_operands(check, a->z, a->e)) return false;
+    const int64_t m = rows(a->z);
+    check.vector("idx", a->idx, ETT_I32, m);
+    check.vector("smax", a->smax, ETT_F32, m);
+    check.vector("rest_p", a->rest_p, ETT_F32, m);
+    check.all_or_none({{"rest_q", &a->rest_q}, {"xbar", &a->xbar}});
+    if (present(a->rest_q)) {
+        check.vector("rest_q", a->rest_q, ETT_F32, m);
+        check.vector("xbar", a->xbar, ETT_F32, m);
+        check.require(a->temperature > 0, "temperature", "not above 0", "a number above 0");
+    }
+    check.vector("bad", a->bad, ETT_F32, 1);
+    return check.ok();
+}
+
+template <int PARTS> int32_t run(const ett_ibq_rows_args& a, const ett_launch* l, const char* name) {
+    using S = RowSweep<PARTS>;
+    const Space s(a, l->workspace);
+    const bool entropy = present(a.rest_q);
+    const float to_q = entropy ? float(double(kLog2e) / a.temperature) : 0.f;
+    const int64_t m = rows(a.z), k = rows(a.e);
+    int32_t status = ETT_OK;
+    for (int64_t token = 0; token < m && status == ETT_OK; token += s.tokens) {
+        const int64_t tokens = std::min(s.tokens, m - token);
+        Operand z, e;
+        status = operand(kOp, a.z, s.z, token, tokens, s.packed_z, z, l);
+        const Outputs out = {data<int32_t>(a.idx) + token, data<float>(a.smax) + token, data<float>(a.rest_p) + token,
+                             entropy ? data<float>(a.rest_q) + token : nullptr, entropy ? data<float>(a.xbar) + token : nullptr};
+        for (int64_t code = 0; code < k && status == ETT_OK; code += s.codes) {
+            const int64_t codes = std::min(s.codes, k - code), row_tiles = ceil_div(tokens, kTileTokens);
+            const int64_t parts = choose_parts(row_tiles, ceil_div(codes, kTileCodes), slots());
+            status = operand(kOp, a.e, s.e, code, codes, s.packed_e, e, l);
+            if (status != ETT_OK) break;
+            const Rows r = {z, e, s.parts, int32_t(code), to_q, int(row_tiles), int(parts)};
+            status = launch(kOp, entropy ? rows_kernel<S, true> : rows_kernel<S, false>, dim3(unsigned(row_tiles * parts)), dim3(S::kThreads),
+                            S::kSmem, l, r);
+            if (status == ETT_OK)
+                status = launch(kOp, join_kernel, dim3(unsigned(ceil_div(tokens, kThreads))), dim3(kThreads), 0, l, s.parts, int(parts), s.state,
+                                tokens, to_q, code == 0, code + codes == k, out);
+        }
+    }
+    if (status == ETT_OK) status = launch_count_bad(kOp, data<const float>(a.smax), m, data<float>(a.bad), l);
+    return status == ETT_OK ? ett_done(name) : status;
+}
+
+}  // namespace
+}  // namespace codebook
+}  // namespace ett
+
+extern "C" int64_t ett_ibq_rows_workspace(const ett_ibq_rows_args* a) {
+    using namespace ett;
+    using namespace ett::codebook;
+    Check check(kOp, a);
+    if (!sound(check, a)) return -1;
+    return rows(a->z) == 0 ? 0 : Space(*a, nullptr).pieces.bytes();
+}
+
+extern "C" int32_t ett_ibq_rows(const ett_ibq_rows_args* a, const ett_launch* l) {
+    using namespace ett;
+    using namespace ett::codebook;
+    Check check(kOp, a, l);
+    if (!sound(check, a)) return check.status();
+    if (rows(a->z) == 0) return ett_done("");
+    check.workspace(l, Space(*a, nullptr).pieces.bytes());
+    const char* names[] = {"sweep", nullptr};
+    const char* kernel = check.choose(l, names[0], names);
+    if (!check.ok()) return check.status();
+    return with_parts(a->z.dtype, [&](auto parts) { return run<parts>(*a, l, kernel); });
+}

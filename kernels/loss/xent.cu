@@ -1,0 +1,218 @@
+// xent.cu: cross-entropy of logits that are stored, over rows n with target_n >= 0:
+//   lse_n = log sum_v exp(x_nv),   loss += scale * sum_n weight_n * (lse_n - x_n[target_n])
+// and its gradient dx_nv = g * scale * weight_n * (exp(x_nv - lse_n) - [v = target_n]). linear_xent needs no stored logits.
+//
+// logits          N,V  act  rows of any stride   in
+// target          N    i32  contiguous           in    negative: the row is ignored
+// weight          N    f32  contiguous           in    1 if absent
+// scale, g, loss  1    f32                       in, in, added to
+// lse             N    f32  contiguous           out   0 in ignored rows; in of the backward
+// dlogits         N,V  act  rows of any stride   out   0 in ignored rows
+//
+// `dlogits` may be `logits` itself, with the same strides: a thread reads what it overwrites before it does. Any other
+// overlap of the two is wrong.
+// numerics: float32, one rounding of the gradient. Each thread keeps the maximum and the sum of exponentials of its
+// pieces, a block joins its threads; the losses of the rows are summed by a last block. Bitwise repeatable, on any device.
+// A target beyond V is a fault and counts as -1. A row of -infinity has that as its lse; NaN gives NaN.
+// work: 4 FLOP a logit; N*V*size bytes forward, 2 backward.   workspace: of the forward 8 bytes a row.
+#include <math.h>
+
+#include "sums.cuh"
+
+namespace ett {
+namespace {
+
+constexpr int kThreads = 512;  // of a row
+constexpr int kBlocks = 8;     // for a multiprocessor: twice what is resident
+constexpr int kTogether = 2;   // pieces that a thread loads at once
+
+// Targets and weights of rows.
+struct Rows {
+    const int32_t* target;
+    const float* weight;  // null: 1
+    int64_t n, v;
+    Fault fault;
+
+    // The target of a row, or -1; `tell` reports one that is beyond V.
+    __device__ __forceinline__ int of(int64_t row, bool tell) const {
+        const int t = target[row];
+        if (t < v) return t < 0 ? -1 : t;
+        if (tell) report_index(fault, row, t, v);
+        return -1;
+    }
+    __device__ __forceinline__ float weigh(int64_t row) const { return weight ? weight[row] : 1.f; }
+};
+
+// Maximum of some logits and the sum of exponentials below it; (-infinity, 0) of none, or of none above -infinity.
+struct Part {
+    float max, sum;
+};
+
+template <class T> __device__ __forceinline__ float below(float x, float max) { return max == -INFINITY ? 0.f : exponential<T>(x - max); }
+
+// A NaN among the logits is in the sum, not in the maximum.
+template <class T> __device__ __forceinline__ void join(Part& a, const Part& b) {
+    const float max = fmaxf(a.max, b.max);
+    a = {max, a.sum * below<T>(a.max, max) + b.sum * below<T>(b.max, max)};
+}
+
+template <class T, int N> __device__ __forceinline__ void take(Part& part, const Vec<T, N>& piece) {
+    float f[N];
+    unpack(f, piece);
+    Part here{f[0], 0.f};
+#pragma unroll
+    for (int j = 1; j < N; ++j) here.max = fmaxf(here.max, f[j]);
+    // A NaN, which the maximum leaves out, has to reach the sum even below -infinity.
+#pragma unroll
+    for (int j = 0; j < N; ++j) here.sum += f[j] == f[j] ? below<T>(f[j], here.max) : f[j];
+    if (here.max != here.max) here.max = -INFINITY;
+    join<T>(part, here);
+}
+
+template <class T> struct Forward {
+    Matrix<const T> logits;
+    Rows rows;
+    float* lse;
+    float* losses;  // [2, N]: weighted losses, and 1 for each supervised row
+};
+
+template <class T, int N> __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const __grid_constant__ Forward<T> a) {
+    __shared__ Part smem[kThreads / kWarp];
+    const int64_t pieces = a.rows.v / N;
+    for (int64_t row = blockIdx.x; row < a.rows.n; row += gridDim.x) {
+        const int target = a.rows.of(row, threadIdx.x == 0);
+        if (target < 0) {
+            if (threadIdx.x == 0) a.lse[row] = a.losses[row] = a.losses[a.rows.n + row] = 0.f;
+            continue;
+        }
+        const T* x = a.logits.row(row);
+        Part part{-INFINITY, 0.f};
+        for (int64_t i = threadIdx.x; i < pieces; i += kTogether * kThreads) {
+            Vec<T, N> v[kTogether];
+#pragma unroll
+            for (int k = 0; k < kTogether; ++k)
+                if (i + k * kThreads < pieces) v[k] = load_vec<N>(x + (i + k * kThreads) * N);
+#pragma unroll
+            for (int k = 0; k < kTogether; ++k)
+                if (i + k * kThreads < pieces) take(part, v[k]);
+        }
+#pragma unroll
+        for (int d = kWarp / 2; d > 0; d /= 2)
+            join<T>(part, Part{__shfl_down_sync(kAllLanes, part.max, d), __shfl_down_sync(kAllLanes, part.sum, d)});
+        __syncthreads();  // the row before is read
+        if (threadIdx.x % kWarp == 0) smem[threadIdx.x / kWarp] = part;
+        __syncthreads();  // the warps' parts are visible
+        if (threadIdx.x != 0) continue;
+        for (int w = 1; w < kThreads / kWarp; ++w) join<T>(part, smem[w]);
+        const float lse = (part.max == -INFINITY ? 0.f : part.max) + logf(part.sum);
+        a.lse[row] = lse;
+        a.losses[row] = a.rows.weigh(row) * (lse - to_float(x[target]));
+        a.losses[a.rows.n + row] = 1.f;
+    }
+}
+
+// loss += scale * sum, unless no row is supervised: then the scale may be anything.
+struct AddSupervised {
+    float* loss;
+    const float* scale;
+
+    __device__ void finish(const float (&sums)[2]) const {
+        if (sums[1] > 0.f) loss[0] += scale[0] * sums[0];
+    }
+};
+
+template <class T, int N> struct Gradient {
+    Matrix<const T> logits;
+    Rows rows;
+    const float *scale, *lse, *g;
+    Matrix<T> dlogits;
+
+    using In = Vec<T, N>;
+    __device__ In load(Place p) const { return piece<N>(logits, p); }
+    __device__ void finish(Place p, const In& in) const {
+        const int target = rows.of(p.row, p.at == 0);
+        float d[N] = {};
+        if (target >= 0) {
+            const float factor = *g * *scale * rows.weigh(p.row), below = lse[p.row];
+            float x[N];
+            unpack(x, in);
+#pragma unroll
+            for (int j = 0; j < N; ++j) d[j] = factor * (exponential<T>(x[j] - below) - (p.at + j == target ? 1.f : 0.f));
+        }
+        put(dlogits, p, d);
+    }
+};
+
+template <class A> bool rows_sound(Check& check, const A* a) {
+    if (!check.ok() || !check.act("logits", a->logits)) return false;
+    const int64_t n = rows(a->logits);
+    check.vector("target", a->target, ETT_I32, n);
+    if (present(a->weight)) check.vector("weight", a->weight, ETT_F32, n);
+    check.vector("scale", a->scale, ETT_F32, 1);
+    check.vector("lse", a->lse, ETT_F32, n);
+    return check.range("logits", n, 0, (int64_t(1) << 30) - 1);
+}
+bool sound(Check& check, const ett_xent_fwd_args* a) { return rows_sound(check, a) && check.vector("loss", a->loss, ETT_F32, 1); }
+bool sound(Check& check, const ett_xent_bwd_args* a) {
+    return rows_sound(check, a) && check.vector("g", a->g, ETT_F32, 1) &&
+           check.matrix("dlogits", a->dlogits, a->logits.dtype, rows(a->logits), cols(a->logits));
+}
+
+template <class A> Rows rows_of(const A* a, const ett_launch* l) {
+    return {data<const int32_t>(a->target), data<const float>(a->weight), rows(a->logits), cols(a->logits), fault_of(l)};
+}
+
+int64_t workspace(const ett_xent_fwd_args* a) { return rows(a->logits) * 2 * int64_t(sizeof(float)); }
+
+}  // namespace
+}  // namespace ett
+
+extern "C" int64_t ett_xent_fwd_workspace(const ett_xent_fwd_args* a) {
+    using namespace ett;
+    Check check("xent_fwd", a);
+    return sound(check, a) ? workspace(a) : -1;
+}
+
+extern "C" int32_t ett_xent_fwd(const ett_xent_fwd_args* a, const ett_launch* l) {
+    using namespace ett;
+    Check check("xent_fwd", a, l);
+    if (!sound(check, a) || !check.workspace(l, workspace(a))) return check.status();
+    const char* names[] = {wide(a->logits) ? "wide" : "plain", "plain", nullptr};
+    const char* kernel = check.choose(l, names[0], names);
+    if (!check.ok()) return check.status();
+    const int64_t n = rows(a->logits);
+    if (n == 0) return ett_done("");
+    float* losses = static_cast<float*>(l->workspace);
+    int32_t status = with_act(a->logits.dtype, [&](auto t) {
+        using T = decltype(t);
+        const Forward<T> k{matrix<const T>(a->logits), rows_of(a, l), data<float>(a->lse), losses};
+        const dim3 grid{unsigned(std::min(n, int64_t(multiprocessors()) * kBlocks))};
+        auto* run = strcmp(kernel, "wide") == 0 ? forward_kernel<T, kWide<T>> : forward_kernel<T, 1>;
+        return launch("xent_fwd", run, grid, dim3(kThreads), 0, l, k);
+    });
+    if (status == ETT_OK)
+        status = launch_finish<2>("xent_fwd", l, losses, {n, n}, AddSupervised{data<float>(a->loss), data<const float>(a->scale)});
+    return status == ETT_OK ? ett_done(kernel) : status;
+}
+
+extern "C" int64_t ett_xent_bwd_workspace(const ett_xent_bwd_args* a) {
+    using namespace ett;
+    Check check("xent_bwd", a);
+    return sound(check, a) ? 0 : -1;
+}
+
+extern "C" int32_t ett_xent_bwd(const ett_xent_bwd_args* a, const ett_launch* l) {
+    using namespace ett;
+    Check check("xent_bwd", a, l);
+    if (!sound(check, a)) return check.status();
+    if (numel(a->logits) == 0) return ett_done("");
+    const Views views{&a->logits, &a->dlogits};
+    return with_act(a->logits.dtype, [&](auto t) {
+        using T = decltype(t);
+        const Extent rows_and_cols{rows(a->logits), cols(a->logits)};
+        return walk<kWide<T>>(check, "xent_bwd", l, rows_and_cols, views, [&](auto n) {
+            return Gradient<T, n>{matrix<const T>(a->logits), rows_of(a, l), data<const float>(a->scale), data<const float>(a->lse),
+                                  data<const float>(a->g), matrix<T>(a->dlogits)};
+        });
+    });
+}

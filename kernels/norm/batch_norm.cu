@@ -1,0 +1,194 @@
+// batch_norm.cu: y = f(xhat * w + b) with xhat = (x - mean) * rstd, rstd = 1 / sqrt(var + eps) channel by channel, f
+// LeakyReLU; with the statistics of the batch (fwd, bwd) or with given ones (eval). The gradient:
+//   g = dy * f'(xhat * w + b),   dx = rstd * (g * w - mean(g * w) - xhat * mean(g * w * xhat)), or rstd * g * w with
+//   given statistics,   dw += sum_n g * xhat,   db += sum_n g.
+// running: running = (1 - momentum) * running + momentum * batch, for the variance times N / (N - 1); a channel whose
+// batch value is not finite keeps its old one.
+//
+// x, dy      N,C  act  rows of any stride   in
+// w, b       C    act  contiguous           in
+// y, dx      N,C  act  rows of any stride   out
+// mean, var  C    f32  contiguous           out; in of the backward, of eval and of running; the variance is biased
+// dw, db     C    f32  contiguous           added to; may be absent
+// running_mean, running_var  C  f32  contiguous  updated
+//
+// numerics and determinism: as group_norm.cu, of which this is the case of one image with as many groups as channels.
+// work: 8 FLOP an element forward, 16 backward; 3*N*C*size bytes forward (2 of eval), 5 backward (3 of eval without dw
+// and db).
+// workspace: of the forward 8*C bytes a chunk, of which there are at most twelve a multiprocessor; of the backward 16*C
+// bytes more.
+// limits: slope 1 is no LeakyReLU; "wide" wants rows of whole 16-byte pieces, "plain" takes all.
+// papers: Batch Normalization (1502.03167).
+#include "channels.cuh"
+
+namespace ett {
+namespace {
+
+constexpr int kRunningThreads = 256;
+
+channels::Planes planes(const ett_view& x) { return {1, rows(x), cols(x), cols(x)}; }
+
+// What every one of these kernels has.
+bool shaped(Check& check, const ett_view& x, const ett_view& w, const ett_view& b, const ett_view& mean, const ett_view& var) {
+    if (!check.ok() || !check.act("x", x)) return false;
+    const int64_t c = cols(x);
+    check.vector("w", w, x.dtype, c);
+    check.vector("b", b, x.dtype, c);
+    check.vector("mean", mean, ETT_F32, c);
+    return check.vector("var", var, ETT_F32, c);
+}
+
+template <class A> bool sound_forward(Check& check, const A* a) {
+    return check.ok() && shaped(check, a->x, a->w, a->b, a->mean, a->var) && check.matrix("y", a->y, a->x.dtype, rows(a->x), cols(a->x));
+}
+
+template <class A> bool sound_backward(Check& check, const A* a) {
+    if (!check.ok() || !shaped(check, a->x, a->w, a->b, a->mean, a->var)) return false;
+    const int64_t n = rows(a->x), c = cols(a->x);
+    check.matrix("dy", a->dy, a->x.dtype, n, c);
+    check.matrix("dx", a->dx, a->x.dtype, n, c);
+    if (present(a->dw)) check.vector("dw", a->dw, ETT_F32, c);
+    if (present(a->db)) check.vector("db", a->db, ETT_F32, c);
+    return check.ok();
+}
+
+template <class T, class A> channels::Scale<T> scale_of(const A* a) {
+    return {data<const T>(a->w), data<const T>(a->b), data<const float>(a->mean), data<const float>(a->var), float(a->eps), true};
+}
+
+// Both forwards; `own`: with the statistics of the batch, which are written first.
+template <class A> int32_t forward(const char* op, const A* a, const ett_launch* l, bool own) {
+    Check check(op, a, l);
+    if (!sound_forward(check, a)) return check.status();
+    if (own) check.workspace(l, channels::partials_bytes(planes(a->x), a->x.dtype));
+    const char* kernel;
+    const bool is_wide = channels::choose_wide(check, l, {&a->x, &a->y}, &kernel);
+    if (!check.ok()) return check.status();
+    const channels::Planes s = planes(a->x);
+    if (s.c == 0 || (s.p == 0 && !own)) return ett_done("");
+    const int32_t status = with_act(a->x.dtype, [&](auto t) {
+        using T = decltype(t);
+        int32_t status = ETT_OK;
+        if (own) status = channels::launch_statistics<T>(op, is_wide, s, a->x, a->mean, a->var, true, a->eps, l);
+        if (status != ETT_OK || s.p == 0) return status;
+        return channels::launch_normalize<T>(op, is_wide, s, a->x, a->y, scale_of<T>(a), channels::Leaky{float(a->slope)}, l);
+    });
+    return status == ETT_OK ? ett_done(kernel) : status;
+}
+
+// Both backwards; `through`: the statistics are those of the batch.
+template <class A> int64_t backward_workspace(const A* a) {
+    return numel(a->x) == 0 ? 0 : channels::backward_bytes(planes(a->x), a->x.dtype);
+}
+template <class A> int32_t backward(const char* op, const A* a, const ett_launch* l, bool through) {
+    Check check(op, a, l);
+    if (!sound_backward(check, a)) return check.status();
+    check.workspace(l, backward_workspace(a));
+    const char* kernel;
+    const bool is_wide = channels::choose_wide(check, l, {&a->x, &a->dy, &a->dx}, &kernel);
+    if (!check.ok()) return check.status();
+    if (numel(a->x) == 0) return ett_done("");
+    const int32_t status = with_act(a->x.dtype, [&](auto t) {
+        using T = decltype(t);
+        return channels::launch_backward<T>(op, is_wide, planes(a->x), a->dy, a->x, a->dx, a->dw, a->db, scale_of<T>(a), through,
+                                            channels::Leaky{float(a->slope)}, l);
+    });
+    return status == ETT_OK ? ett_done(kernel) : status;
+}
+
+struct Running {
+    const float* batch[2];
+    float* running[2];
+    float factor[2];  // on the batch's value
+    float keep;
+    int64_t c;
+};
+
+__global__ void __launch_bounds__(kRunningThreads) running_kernel(const __grid_constant__ Running a) {
+    const int64_t at = int64_t(blockIdx.x) * kRunningThreads + threadIdx.x;
+    if (at >= a.c) return;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const float v = a.batch[i][at];
+        if (fabsf(v) <= 3.402823466e38f) a.running[i][at] = a.keep * a.running[i][at] + a.factor[i] * v;
+    }
+}
+
+bool sound(Check& check, const ett_batch_norm_running_args* a) {
+    if (!check.ok() || !check.act("mean", a->mean)) return false;
+    const int64_t c = numel(a->mean);
+    check.vector("mean", a->mean, ETT_F32, c);
+    check.vector("var", a->var, ETT_F32, c);
+    check.vector("running_mean", a->running_mean, ETT_F32, c);
+    return check.vector("running_var", a->running_var, ETT_F32, c);
+}
+
+}  // namespace
+}  // namespace ett
+
+extern "C" int64_t ett_batch_norm_fwd_workspace(const ett_batch_norm_fwd_args* a) {
+    using namespace ett;
+    Check check("batch_norm_fwd", a);
+    return sound_forward(check, a) ? channels::partials_bytes(planes(a->x), a->x.dtype) : -1;
+}
+
+extern "C" int32_t ett_batch_norm_fwd(const ett_batch_norm_fwd_args* a, const ett_launch* l) {
+    return ett::forward("batch_norm_fwd", a, l, true);
+}
+
+extern "C" int64_t ett_batch_norm_bwd_workspace(const ett_batch_norm_bwd_args* a) {
+    using namespace ett;
+    Check check("batch_norm_bwd", a);
+    return sound_backward(check, a) ? backward_workspace(a) : -1;
+}
+
+extern "C" int32_t ett_batch_norm_bwd(const ett_batch_norm_bwd_args* a, const ett_launch* l) {
+    return ett::backward("batch_norm_bwd", a, l, true);
+}
+
+extern "C" int64_t ett_batch_norm_eval_fwd_workspace(const ett_batch_norm_eval_fwd_args* a) {
+    using namespace ett;
+    Check check("batch_norm_eval_fwd", a);
+    return sound_forward(check, a) ? 0 : -1;
+}
+
+extern "C" int32_t ett_batch_norm_eval_fwd(const ett_batch_norm_eval_fwd_args* a, const ett_launch* l) {
+    return ett::forward("batch_norm_eval_fwd", a, l, false);
+}
+
+extern "C" int64_t ett_batch_norm_eval_bwd_workspace(const ett_batch_norm_eval_bwd_args* a) {
+    using namespace ett;
+    Check check("batch_norm_eval_bwd", a);
+    return sound_backward(check, a) ? backward_workspace(a) : -1;
+}
+
+extern "C" int32_t ett_batch_norm_eval_bwd(const ett_batch_norm_eval_bwd_args* a, const ett_launch* l) {
+    return ett::backward("batch_norm_eval_bwd", a, l, false);
+}
+
+extern "C" int64_t ett_batch_norm_running_workspace(const ett_batch_norm_running_args* a) {
+    using namespace ett;
+    Check check("batch_norm_running", a);
+    return sound(check, a) ? 0 : -1;
+}
+
+extern "C" int32_t ett_batch_norm_running(const ett_batch_norm_running_args* a, const ett_launch* l) {
+    using namespace ett;
+    Check check("batch_norm_running", a, l);
+    if (!sound(check, a)) return check.status();
+    const char* names[] = {"plain", nullptr};
+    const char* kernel = check.choose(l, names[0], names);
+    if (!check.ok()) return check.status();
+    const int64_t c = numel(a->mean);
+    if (c == 0) return ett_done("");
+    // A single row has no unbiased estimate; its variance is 0 anyway.
+    const double unbiased = double(a->rows) / double(std::max<int64_t>(a->rows - 1, 1));
+    const Running k{{data<const float>(a->mean), data<const float>(a->var)},
+                    {data<float>(a->running_mean), data<float>(a->running_var)},
+                    {float(a->momentum), float(a->momentum * unbiased)},
+                    float(1.0 - a->momentum),
+                    c};
+    const int32_t status =
+        launch("batch_norm_running", running_kernel, dim3(unsigned(ceil_div(c, kRunningThreads))), dim3(kRunningThreads), 0, l, k);
+    return status == ETT_OK ? ett_done(kernel) : status;
+}
