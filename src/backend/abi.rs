@@ -23,7 +23,8 @@ pub fn version() -> i32 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{KERNELS, Metric, Slot, Unary};
+    use super::super::spec::{FieldSpec, Kind};
+    use super::super::{Access, KERNELS, Metric, Slot, Unary};
     use super::*;
     use crate::tensor::DType;
 
@@ -92,24 +93,23 @@ mod tests {
     }
 
     /// A field as the header has to declare it.
-    fn in_c(name: &str, rust: &str) -> Field {
-        let ty: String = rust.chars().filter(|c| !c.is_whitespace()).collect::<String>().replace("<'a>", "");
-        let (inner, optional) = match ty.strip_prefix("Option<").and_then(|t| t.strip_suffix('>')) {
-            Some(inner) => (inner, "?"),
-            None => (&ty[..], ""),
+    fn in_c(field: &FieldSpec) -> Field {
+        let (ty, access) = match field.kind {
+            Kind::Tensor { access, optional } => {
+                let access = match access {
+                    Access::Read => "in",
+                    Access::Write => "out",
+                    Access::Accumulate => "add",
+                };
+                ("ett_view", format!("{access}{}", if optional { "?" } else { "" }))
+            }
+            Kind::Count => ("int64_t", String::new()),
+            Kind::Seed => ("uint64_t", String::new()),
+            Kind::Flag | Kind::Metric => ("int32_t", String::new()),
+            Kind::Real => ("double", String::new()),
+            Kind::Unary => ("ett_unary", String::new()),
         };
-        let (ty, access) = match inner {
-            "In" => ("ett_view", "in"),
-            "Out" => ("ett_view", "out"),
-            "Acc" => ("ett_view", "add"),
-            "usize" => ("int64_t", ""),
-            "u64" => ("uint64_t", ""),
-            "bool" | "Metric" => ("int32_t", ""),
-            "f64" => ("double", ""),
-            "Unary" => ("ett_unary", ""),
-            other => panic!("{name}: the header has no type for {other}"),
-        };
-        Field { name: name.into(), ty: ty.into(), access: format!("{access}{optional}") }
+        Field { name: field.name.into(), ty: ty.into(), access }
     }
 
     /// Where a header and the table of kernels first differ.
@@ -118,11 +118,9 @@ mod tests {
             Ok(found) => found,
             Err(e) => return Some(e),
         };
-        for (i, (kernel, fields)) in KERNELS.iter().enumerate() {
-            let want = Struct {
-                kernel: kernel.to_string(),
-                fields: fields.iter().map(|(name, ty)| in_c(name, ty)).collect(),
-            };
+        for (i, kernel) in KERNELS.iter().enumerate() {
+            let fields = kernel.fields.iter().map(in_c).collect();
+            let want = Struct { kernel: kernel.name.into(), fields };
             match found.get(i) {
                 Some(s) if *s == want => {}
                 s => return Some(format!("struct {i} is {s:?}, wanted {want:?}")),

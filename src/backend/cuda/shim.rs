@@ -25,8 +25,8 @@ pub struct Shim {
     turn: Mutex<()>,
 }
 
-#[derive(Default)]
 struct Heap {
+    id: DeviceId,
     memory: Mutex<Memory>,
 }
 
@@ -53,7 +53,7 @@ impl Shim {
             let what = format!("cannot be loaded ({e}); build it with tools/shim-test");
             Error::device(path.display(), what)
         })?;
-        let heap = Arc::new(Heap::default());
+        let heap = Arc::new(Heap { id: DeviceId::unique(), memory: Mutex::default() });
         let fault = Self::take(&heap, Role::Input, size_of::<ffi::ett_fault>())?;
         // SAFETY: just taken, of this size.
         unsafe { std::ptr::write_bytes(fault.addr() as *mut u8, 0, fault.bytes()) };
@@ -82,7 +82,7 @@ impl Shim {
         unsafe { std::ptr::write_bytes(at, 0xff, bytes) };
         memory.add(role, bytes);
         // SAFETY: the block was just allocated, with an alignment of 256, and the heap takes it back.
-        Ok(unsafe { Buffer::new(at as u64, bytes, role, heap.clone()) })
+        Ok(unsafe { Buffer::new(at as u64, bytes, role, heap.id, heap.clone()) })
     }
 
     /// The function `ett_<name>`.
@@ -100,10 +100,8 @@ impl Shim {
 
     fn launch<A: Args + ToC>(&self, a: &A) -> Result<()> {
         let name = a.kernel();
+        check::call(self.heap.id, a)?;
         let _turn = self.turn();
-        for (arg, _, v) in a.views() {
-            check_view(name, arg, &v)?;
-        }
         let c = a.to_c();
         let c = std::ptr::from_ref(&c).cast::<c_void>();
         // SAFETY: so the header declares all queries, but for the type that the pointer is to.
@@ -159,9 +157,7 @@ impl Shim {
     }
 }
 
-struct OneRank;
-
-impl Collectives for OneRank {
+impl Collectives for Shim {
     fn ranks(&self) -> usize {
         1
     }
@@ -169,7 +165,7 @@ impl Collectives for OneRank {
         0
     }
     fn all_reduce(&self, _s: Stream, x: Acc) -> Result<()> {
-        check_view("all_reduce", "x", &x.0)
+        check::view(self.heap.id, "all_reduce", "x", &x.0)
     }
     fn reduce_scatter(&self, _s: Stream, _x: In, _y: Out) -> Result<()> {
         Err(Error::Unsupported { op: "reduce_scatter", what: "a collective".into(), device: "shim".into() })
@@ -184,13 +180,17 @@ impl Device for Shim {
         "shim".into()
     }
 
+    fn id(&self) -> DeviceId {
+        self.heap.id
+    }
+
     fn alloc(&self, role: Role, bytes: usize) -> Result<Buffer> {
         Self::take(&self.heap, role, bytes)
     }
 
     fn copy_in(&self, _s: Stream, src: &[u8], dst: Out) -> Result<()> {
         let _turn = self.turn();
-        check_view("copy_in", "dst", &dst.0)?;
+        check::view(self.heap.id, "copy_in", "dst", &dst.0)?;
         if dst.0.bytes() != src.len() as u64 || !dst.0.is_contiguous() {
             return Err(Error::arg(
                 "copy_in",
@@ -199,26 +199,26 @@ impl Device for Shim {
                 format!("{} contiguous bytes", dst.0.bytes()),
             ));
         }
-        // SAFETY: in bounds by check_view and of the source's length; nobody can hold a reference into a buffer.
+        // SAFETY: in bounds by the check of the view and of the source's length; nobody can hold a reference into a buffer.
         unsafe { std::ptr::copy_nonoverlapping(src.as_ptr(), dst.0.addr() as *mut u8, src.len()) };
         Ok(())
     }
 
     fn read_later(&self, _s: Stream, src: In) -> Result<Pending> {
         let _turn = self.turn();
-        check_view("read_later", "src", &src)?;
+        check::view(self.heap.id, "read_later", "src", &src)?;
         let (rows, width) = (src.dims.rows(), src.dims.cols() * src.dtype.size());
         let mut v = Vec::with_capacity(rows * width);
         for r in 0..if width == 0 { 0 } else { rows } {
             let at = src.addr() + r as u64 * src.ld as u64 * src.dtype.size() as u64;
-            // SAFETY: not empty, in bounds by check_view; blocks are initialised when they are taken, and this is the only call.
+            // SAFETY: not empty, in bounds by the check of the view; blocks are initialised when they are taken, and this is the only call.
             v.extend_from_slice(unsafe { std::slice::from_raw_parts(at as *const u8, width) });
         }
         Ok(Pending::new(move || Ok(v)))
     }
 
     fn collectives(&self) -> &dyn Collectives {
-        &OneRank
+        self
     }
 
     fn memory(&self) -> Memory {
@@ -227,9 +227,7 @@ impl Device for Shim {
 }
 
 macro_rules! impl_shim {
-    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => {
-        $($(#[$fdoc:meta])* $field:ident: $ty:ty,)*
-    })*) => {
+    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => $fields:tt)*) => {
         impl Kernels for Shim {
             $(fn $name(&self, _s: Stream, a: &$args<'_>) -> Result<()> {
                 self.launch(a)

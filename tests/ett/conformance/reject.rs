@@ -3,7 +3,8 @@
 
 use std::sync::Arc;
 
-use ett::backend::{Buffer, Cpu, Extent, In, KERNELS, Kernels, Reclaim, Role};
+use ett::backend::spec::{self, Elements, Expr, KernelSpec, TensorSpec};
+use ett::backend::{Buffer, Cpu, Extent, In, Kernels, Reclaim, Role};
 use ett::error::{Error, Result};
 use ett::tensor::{DType, Dims, Precision};
 
@@ -53,24 +54,24 @@ impl Damage {
         }
     }
 
-    /// What can be done to an argument, and is wrong for this kernel.
-    fn all(kernel: &Kernel, arg: &Arg, p: Precision) -> Vec<Damage> {
-        let free = |what: &str| kernel.free.contains(&&*format!("{} {what}", arg.name));
-        let mut all = vec![Damage::Null, Damage::Outside, Damage::Misaligned];
+    /// What can be done to an argument, and is wrong by the table of kernels: nothing else of the call says what the size
+    /// or the type has to be that it changes.
+    fn all(spec: &KernelSpec, args: &[Arg], arg: &Arg, p: Precision) -> Vec<Damage> {
         let dtype = arg.ty.of(p);
         let types = match dtype {
             DType::I32 => vec![DType::F32],
             DType::F32 => vec![DType::I32, DType::Bf16],
             _ => vec![DType::I32, DType::F32],
         };
-        // Where any float will do, an index will not; where the type is free altogether, only `fill` does.
-        let float = |t: &DType| *t != DType::I32 || kernel.name == "fill";
-        all.extend(types.into_iter().filter(|t| !(free("type") && float(t))).map(Damage::Type));
+        let mut all = vec![Damage::Null, Damage::Outside, Damage::Misaligned];
+        all.extend(types.into_iter().filter(|t| is_wrong_type(spec, args, arg, *t)).map(Damage::Type));
+        let sizes = tensor(spec, arg.name).sizes();
         if arg.dims.rank() > 1 {
             all.extend([Damage::Overlapping, Damage::Wrapping, Damage::Far]);
-            all.extend((!free("rows")).then_some(Damage::Rows));
+            let leading = &sizes[..sizes.len() - 1];
+            all.extend(leading.iter().any(|e| is_bound(spec, args, arg, e)).then_some(Damage::Rows));
         }
-        all.extend((!free("cols")).then_some(Damage::Cols));
+        all.extend(is_bound(spec, args, arg, &sizes[sizes.len() - 1]).then_some(Damage::Cols));
         all
     }
 
@@ -96,14 +97,10 @@ impl Damage {
 
     /// Whether `blamed` may be named for this damage of `arg`: of two arguments that do not fit each other either is
     /// right.
-    fn explains(self, kernel: &str, args: &[Arg], arg: &Arg, blamed: &str) -> bool {
+    fn explains(self, spec: &KernelSpec, args: &[Arg], arg: &Arg, blamed: &str) -> bool {
         let Some(other) = args.iter().find(|a| a.name == blamed) else {
-            // Not a tensor: a count that the shapes do not fit, or the type as such.
-            return match self {
-                Damage::Rows | Damage::Cols => is_number(kernel, blamed),
-                Damage::Type(_) => blamed == "dtype",
-                _ => false,
-            };
+            // Not a tensor: a count that the shapes do not fit.
+            return matches!(self, Damage::Rows | Damage::Cols) && spec.field(blamed).is_some();
         };
         let shared = |dims: Dims| dims.as_slice().iter().any(|n| arg.dims.as_slice().contains(n));
         blamed == arg.name
@@ -115,10 +112,43 @@ impl Damage {
     }
 }
 
-/// True if a kernel's argument of this name is no tensor.
-fn is_number(kernel: &str, name: &str) -> bool {
-    let fields = KERNELS.iter().find(|(k, _)| *k == kernel).map_or(&[][..], |(_, fields)| fields);
-    fields.iter().any(|(n, ty)| *n == name && !["In", "Out", "Acc"].iter().any(|t| ty.contains(t)))
+/// What the table says of a tensor.
+fn tensor(spec: &KernelSpec, name: &str) -> &'static TensorSpec {
+    let field = spec.field(name).unwrap_or_else(|| panic!("{} has no `{name}`", spec.name));
+    field.tensor.as_ref().unwrap_or_else(|| panic!("`{name}` of {} is no tensor", spec.name))
+}
+
+/// Whether the rest of the call says what this size of `arg` is: it is a number, or made of a count or of a letter that
+/// another argument has too.
+fn is_bound(spec: &KernelSpec, args: &[Arg], arg: &Arg, size: &Expr) -> bool {
+    let elsewhere = |symbol: u8| {
+        let others = args.iter().filter(|a| a.name != arg.name);
+        let mut sizes = others.flat_map(|a| tensor(spec, a.name).sizes());
+        spec.field(spec.symbols[symbol as usize]).is_some() || sizes.any(|e| e.symbols().any(|s| s == symbol))
+    };
+    size.symbols().next().is_none() || size.symbols().any(elsewhere)
+}
+
+/// Whether `arg` cannot be of this type in this call.
+fn is_wrong_type(spec: &KernelSpec, args: &[Arg], arg: &Arg, t: DType) -> bool {
+    let others = |elements: Elements| {
+        args.iter().any(|a| a.name != arg.name && tensor(spec, a.name).elements == elements)
+    };
+    // The types of activations that go with sums in f32.
+    let narrow = matches!(t, DType::F32 | DType::Bf16);
+    match tensor(spec, arg.name).elements {
+        Elements::Any => false,
+        Elements::Float => t == DType::I32,
+        Elements::Act => !narrow || others(Elements::Act),
+        // One of the two is f32 in any case, and the other one is tried in bf16 only.
+        Elements::ActOrAcc => !narrow || (!others(Elements::Act) && args.iter().any(|a| like(spec, a, arg))),
+        Elements::Acc | Elements::I32 | Elements::Like(_) => true,
+    }
+}
+
+/// Whether the type of `a` is that of `arg` by the table.
+fn like(spec: &KernelSpec, a: &Arg, arg: &Arg) -> bool {
+    matches!(tensor(spec, a.name).elements, Elements::Like(i) if spec.fields[i as usize].name == arg.name)
 }
 
 /// Spoils the arguments of every kernel of the table, or of those in `only`.
@@ -146,9 +176,10 @@ fn spoil(dev: &dyn Kernels, prec: Precision, kernel: &Kernel, report: &mut Repor
     let restore = || placed.iter().try_for_each(|p| p.restore(dev));
     restore()?;
     // SAFETY: no bytes.
-    let nowhere = unsafe { Buffer::new(0, 0, Role::Input, Arc::new(Nowhere)) };
+    let nowhere = unsafe { Buffer::new(0, 0, Role::Input, dev.id(), Arc::new(Nowhere)) };
+    let spec = spec::kernel(kernel.name).expect("a kernel of the contract");
     for (i, arg) in args.iter().enumerate() {
-        for damage in Damage::all(kernel, arg, prec) {
+        for damage in Damage::all(spec, &args, arg, prec) {
             let mut all = views(&placed).all;
             all[i].1 = damage.apply(all[i].1, &nowhere);
             let what = format!("{} in {}: `{}` {}", kernel.name, prec.act, arg.name, damage.text());
@@ -159,7 +190,7 @@ fn spoil(dev: &dyn Kernels, prec: Precision, kernel: &Kernel, report: &mut Repor
                     restore()?;
                 }
                 Err(Error::Argument { op, arg: blamed, .. })
-                    if op == kernel.name && damage.explains(kernel.name, &args, arg, blamed) => {}
+                    if op == kernel.name && damage.explains(spec, &args, arg, blamed) => {}
                 Err(e) => report.failures.push(format!("{what}: the error names something else: {e}")),
             }
         }
