@@ -6,8 +6,9 @@ use std::sync::Arc;
 use criterion::Throughput;
 use ett::backend::{Cpu, StepState};
 use ett::config::{Config, StageKind};
+use ett::feed::Batch;
 use ett::model::Ett;
-use ett::train::{Batch, Hyper, Optimizer, Stage, step};
+use ett::train::{Hyper, Optimizer, Stage, step};
 
 use crate::common::{Bench, normal};
 

@@ -9,8 +9,11 @@ use clap::{Args, Parser, Subcommand};
 use ett::backend::{self, Cpu, Kernels, Target};
 use ett::config::Config;
 use ett::error::{Error, Result};
+use ett::eval::HeldOut;
+use ett::io::{run_config, written};
 use ett::terminal::{self, Output};
 use ett::train::{self, Ending, Finished, RunOptions};
+use ett::{interrupt, report};
 
 /// Train ETT (End-to-End Vision Tokenizer Tuning): a vision tokenizer, a language model, and the training that tunes
 /// the one through the other.
@@ -126,8 +129,9 @@ fn run(command: Option<Command>) -> Result<()> {
                 .file_stem()
                 .ok_or_else(|| Error::data(&config, "has no file name to call the run by; give --out"))?;
             let out = out.unwrap_or_else(|| PathBuf::from("runs").join(name));
-            let o = RunOptions { out: &out, init: init.as_deref(), quiet: common.quiet };
-            train::interrupt::install()?;
+            let o =
+                RunOptions { out: &out, init: init.as_deref(), quiet: common.quiet, evaluation: &HeldOut };
+            interrupt::install()?;
             if !profile {
                 done(&out, &train::run(&cfg, device(&common.device, &cfg)?, &o)?);
                 return Ok(());
@@ -137,14 +141,14 @@ fn run(command: Option<Command>) -> Result<()> {
             }
             let dev = Arc::new(Cpu::new(cfg.train.threads)?.profiled());
             let finished = train::run(&cfg, dev.clone(), &o)?;
-            Output::default().put(&train::profile_table(&dev));
+            Output::default().put(&report::profile_table(&dev));
             done(&out, &finished);
             Ok(())
         }
         Some(Command::Resume { run, common }) => {
-            train::interrupt::install()?;
-            let cfg = train::run_config(&run)?;
-            done(&run, &train::resume(&run, device(&common.device, &cfg)?, common.quiet)?);
+            interrupt::install()?;
+            let cfg = run_config(&run)?;
+            done(&run, &train::resume(&run, device(&common.device, &cfg)?, common.quiet, &HeldOut)?);
             Ok(())
         }
         Some(Command::Check { config, weights, batch, dump, dtype, device }) => {
@@ -161,8 +165,8 @@ fn demo() -> Result<()> {
     let out = free("demo")?;
     let intro = "The demo (configs/demo.toml) trains all stages on built-in pictures, into";
     Output::default().line(format!("{intro} {}.", out.display()));
-    train::interrupt::install()?;
-    let o = RunOptions { out: &out, init: None, quiet: false };
+    interrupt::install()?;
+    let o = RunOptions { out: &out, init: None, quiet: false, evaluation: &HeldOut };
     let finished = device("auto", &cfg).and_then(|dev| train::run(&cfg, dev, &o)).inspect_err(|_| {
         // If the run has left nothing in it.
         let _ = std::fs::remove_dir(&out);
@@ -231,7 +235,7 @@ fn done(out: &Path, finished: &Finished) {
         Ending::Whole => {}
     }
     text.line(format!("written to {}:", out.display()));
-    for (file, what) in train::written(out) {
+    for (file, what) in written(out) {
         text.line(format!("  {file:<22} {what}"));
     }
 }

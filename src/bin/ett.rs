@@ -7,11 +7,11 @@ use clap::{Args, Parser, Subcommand};
 use ett::backend;
 use ett::data::{Format, Image, Skipped, grid, pictures, read_text, save, trimmed};
 use ett::error::{Error, Result};
-use ett::eval::{psnr, ssim};
+use ett::eval::{evaluate_run, psnr, ssim};
 use ett::files;
 use ett::infer::{Sampling, Trained};
+use ett::io::{Skill, inspect};
 use ett::terminal::{self, Output, one_line, paragraphs};
-use ett::train::Skill;
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// Use a model trained by ett-train: reconstruct, describe, question, draw and evaluate.
@@ -208,13 +208,14 @@ fn run(command: Command) -> Result<()> {
         }
         Command::Eval { model, data, samples, out } => {
             let out = out.unwrap_or_else(|| model.run.join("eval"));
-            for (name, value) in model.open(None)?.evaluate(data.as_deref(), samples, &out)?.rows() {
+            let mut trained = model.open(None)?;
+            for (name, value) in evaluate_run(&mut trained, data.as_deref(), samples, &out)?.rows() {
                 say.line(format!("  {name:<46} {value}"));
             }
             say.line(format!("written to {}", out.display()));
         }
         Command::Inspect { path, tensors } => {
-            say.put(&ett::train::inspect(&path, tensors)?);
+            say.put(&inspect(&path, tensors)?);
         }
         Command::Caption { model, images } => {
             let model = model.open(Some(Skill::Caption))?;

@@ -8,8 +8,9 @@ use std::path::{Component, Path, PathBuf};
 use serde::Deserialize;
 use unicode_normalization::UnicodeNormalization;
 
-use super::cache::Skipped;
+use super::cache::{ImageSet, Skipped};
 use super::plain::{read_text, trimmed};
+use super::source::{DataSet, DataSource, Wanted};
 use crate::error::{Error, Result};
 
 /// What says which pictures a folder holds, the first that there is.
@@ -68,6 +69,44 @@ pub struct Folder {
     pub samples: Vec<Sample>,
     /// Files and lines that are no part of it, with the reasons.
     pub ignored: Skipped,
+}
+
+/// Pictures of folders.
+pub(super) struct FromFolder;
+
+impl DataSource for FromFolder {
+    fn name(&self) -> &'static str {
+        "folder"
+    }
+
+    fn smallest_drawn(&self) -> Option<usize> {
+        None
+    }
+
+    fn open(&self, part: &Wanted) -> Result<DataSet> {
+        let path = part.folder.unwrap_or(Path::new(""));
+        let Folder { root, samples, ignored } = Folder::open(path)?;
+        if ignored.count > 0 {
+            tracing::warn!("{}: {} are ignored: {}", path.display(), ignored.count, ignored.names());
+        }
+        let images = ImageSet::load(&root, &samples, part.options.clone())?;
+        let skipped = images.skipped();
+        if skipped.count > 0 {
+            let of = samples.len();
+            let names = skipped.names();
+            tracing::warn!("{}: {} of {of} pictures are skipped: {names}", path.display(), skipped.count);
+        }
+        if images.on_disk() > 0 {
+            tracing::info!(
+                "{}: {} pictures are kept in memory ({} MiB), {} are decoded at each use; data.cache_mib changes this",
+                path.display(),
+                images.len() - images.on_disk(),
+                images.bytes() >> 20,
+                images.on_disk()
+            );
+        }
+        Ok(DataSet { root, samples, images })
+    }
 }
 
 #[derive(Default, Deserialize)]

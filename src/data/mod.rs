@@ -12,6 +12,7 @@ mod plan;
 mod rng;
 mod save;
 mod scenes;
+mod source;
 mod text;
 mod words;
 
@@ -24,6 +25,7 @@ pub use plan::Order;
 pub use rng::{Philox, Purpose};
 pub use save::{Format, save, save_png};
 pub use scenes::Scenes;
+pub use source::{DataSet, DataSource, Source, Wanted};
 pub use text::{Special, TextTokenizer};
 pub use words::Words;
 

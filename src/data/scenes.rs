@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use super::draw::{Canvas, Colour, Drawing, MIDDLE_GREY, Shape, Split, around, pick, yes_or_no};
 use super::folder::Sample;
 use super::rng::Philox;
+use super::source::{DRAWN, DataSet, DataSource, Wanted};
 use crate::error::{Error, Result};
 
 /// Smallest side at which the shapes can be told apart, in pixels.
@@ -178,6 +179,24 @@ pub struct Scenes {
     seed: u64,
     train: Vec<Combination>,
     test: Vec<Combination>,
+}
+
+/// [`Scenes`] as a source of data.
+pub(super) struct FromScenes;
+
+impl DataSource for FromScenes {
+    fn name(&self) -> &'static str {
+        "scenes"
+    }
+
+    fn smallest_drawn(&self) -> Option<usize> {
+        Some(MIN_SIZE)
+    }
+
+    fn open(&self, part: &Wanted) -> Result<DataSet> {
+        let all = Scenes::new(part.options.size, DRAWN)?;
+        DataSet::drawn(self.name(), part, |i| all.get(part.split, i))
+    }
 }
 
 impl Scenes {

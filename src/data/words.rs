@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use super::draw::{Canvas, Colour, Drawing, LETTER, Shape, Split, background, pick, pick_other, yes_or_no};
 use super::folder::Sample;
 use super::rng::Philox;
+use super::source::{DRAWN, DataSet, DataSource, Wanted};
 use crate::error::{Error, Result};
 
 /// Smallest side that the longest words fit in, in pixels.
@@ -120,6 +121,24 @@ impl Shown {
         };
         canvas.word(self.word, (left, top), scale, self.colour.shade(rng));
         canvas
+    }
+}
+
+/// [`Words`] as a source of data.
+pub(super) struct FromWords;
+
+impl DataSource for FromWords {
+    fn name(&self) -> &'static str {
+        "words"
+    }
+
+    fn smallest_drawn(&self) -> Option<usize> {
+        Some(MIN_SIZE)
+    }
+
+    fn open(&self, part: &Wanted) -> Result<DataSet> {
+        let all = Words::new(part.options.size, DRAWN)?;
+        DataSet::drawn(self.name(), part, |i| all.get(part.split, i))
     }
 }
 

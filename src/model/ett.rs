@@ -12,10 +12,6 @@ use crate::nn::{Init, Param, ParamBuilder, Params};
 use crate::ops;
 use crate::tensor::{DType, Tensor};
 
-/// Parameter groups, in order: what a stage trains or freezes as a whole.
-pub const GROUPS: [&str; 8] =
-    ["encoder", "decoder", "discriminator", "lpips", "llm", "projector", "visual_embed", "visual_head"];
-
 /// How visual tokens enter the language model.
 pub enum VisualInput {
     /// Codebook embeddings through the projector (arms `embed` and `ett`).
@@ -84,14 +80,6 @@ impl Ett {
             visual_input,
             visual_head,
         })
-    }
-
-    /// The group through which visual tokens enter the language model.
-    pub fn input_group(&self) -> &'static str {
-        match self.visual_input {
-            VisualInput::Projector(_) => "projector",
-            VisualInput::Table(_) => "visual_embed",
-        }
     }
 
     /// The codes of a frozen tokenizer: `zq` `[M, D]` and `idx` `[M]` of `z` `[M, D]`, no losses; and `[1]`, how many

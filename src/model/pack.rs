@@ -37,7 +37,7 @@ impl Part {
 
 /// A flat batch of N rows, on the host.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Rows {
+pub struct FlatBatch {
     text: Vec<i32>,
     visual: Vec<i32>,
     position: Vec<i32>,
@@ -50,11 +50,11 @@ pub struct Rows {
     rows: usize,
 }
 
-impl Rows {
+impl FlatBatch {
     /// Lays out `sequences`; image `i` occupies the visual rows `images[i]`. Row counts are rounded up to a
     /// multiple of `pad`, so that few distinct shapes occur.
     pub fn new(sequences: &[Vec<Part>], images: &[Range<usize>], pad: usize) -> Result<Self> {
-        let mut b = Rows::default();
+        let mut b = FlatBatch::default();
         for parts in sequences {
             let start = b.text.len();
             for part in parts {
@@ -127,18 +127,18 @@ pub struct Packed {
 }
 
 impl Packed {
-    /// [`Rows::new`], sent to the device.
+    /// [`FlatBatch::new`], sent to the device.
     pub fn new(
         dev: &dyn Kernels,
         sequences: &[Vec<Part>],
         images: &[Range<usize>],
         pad: usize,
     ) -> Result<Self> {
-        Self::upload(dev, &Rows::new(sequences, images, pad)?)
+        Self::upload(dev, &FlatBatch::new(sequences, images, pad)?)
     }
 
     /// A batch on the device.
-    pub fn upload(dev: &dyn Kernels, b: &Rows) -> Result<Self> {
+    pub fn upload(dev: &dyn Kernels, b: &FlatBatch) -> Result<Self> {
         let put = |v: &[i32]| Tensor::from_host(dev, Role::Input, v, [v.len()]);
         Ok(Packed {
             text: put(&b.text)?,
@@ -156,7 +156,7 @@ impl Packed {
 
     /// Overwrites this batch where it lies, for a recorded step that reads it: what the step was recorded for has
     /// to fit, so row counts, the number of sequences and the number of codes stay, and no sequence is longer.
-    pub fn refill(&mut self, dev: &dyn Kernels, b: &Rows) -> Result<()> {
+    pub fn refill(&mut self, dev: &dyn Kernels, b: &FlatBatch) -> Result<()> {
         let shape = |n: usize, m: usize, s: usize, c: usize| {
             format!("{n} rows, {m} targets, {s} sequences, {c} codes")
         };
@@ -210,7 +210,7 @@ mod tests {
             vec![Part::target(vec![5, 6, 2])],
             vec![Part::context(vec![8]), Part::Codes(0)],
         ];
-        let rows = Rows::new(&other, &[0..2, 2..5], 8)?;
+        let rows = FlatBatch::new(&other, &[0..2, 2..5], 8)?;
         let address = p.text.view().addr();
         p.refill(&dev, &rows)?;
         let fresh = Packed::upload(&dev, &rows)?;
@@ -220,9 +220,10 @@ mod tests {
         }
         assert_eq!((p.tokens, p.rows), (fresh.tokens, fresh.rows));
         let longer = [other.concat(), vec![Part::target(vec![1])], vec![Part::Image(0)]];
-        let e = p.refill(&dev, &Rows::new(&longer, &[0..2, 2..5], 8)?).expect_err("one sequence is longer");
+        let e =
+            p.refill(&dev, &FlatBatch::new(&longer, &[0..2, 2..5], 8)?).expect_err("one sequence is longer");
         assert!(e.to_string().contains("lengths"), "{e}");
-        let fewer = Rows::new(&other[..2], &[0..2, 2..5], 8)?;
+        let fewer = FlatBatch::new(&other[..2], &[0..2, 2..5], 8)?;
         assert!(p.refill(&dev, &fewer).is_err(), "two sequences are not three");
         Ok(())
     }

@@ -190,9 +190,9 @@ struct Store {
     ema: Option<Tensor>,
 }
 
-/// Which copy of the parameters is meant.
+/// Which of the stored values of the parameters is meant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Copy {
+pub enum Stored {
     /// Master weights.
     Master,
     /// Gradients of the groups that are being trained.
@@ -415,25 +415,25 @@ impl Params {
         })
     }
 
-    fn source<'a>(&'a self, g: &'a Store, copy: Copy) -> Option<&'a Tensor> {
-        match copy {
-            Copy::Master => Some(&g.master),
-            Copy::Gradient => g.train.as_ref().map(|t| &t.grad),
-            Copy::Ema => g.ema.as_ref(),
-            Copy::Moment1 => g.train.as_ref().map(|t| &t.m),
-            Copy::Moment2 => g.train.as_ref().map(|t| &t.v),
+    fn source<'a>(&'a self, g: &'a Store, stored: Stored) -> Option<&'a Tensor> {
+        match stored {
+            Stored::Master => Some(&g.master),
+            Stored::Gradient => g.train.as_ref().map(|t| &t.grad),
+            Stored::Ema => g.ema.as_ref(),
+            Stored::Moment1 => g.train.as_ref().map(|t| &t.m),
+            Stored::Moment2 => g.train.as_ref().map(|t| &t.v),
         }
     }
 
-    /// True if a group has this copy.
-    pub fn has(&self, group: &str, copy: Copy) -> bool {
-        self.groups.iter().any(|g| g.layout.name == group && self.source(g, copy).is_some())
+    /// True if a group has these values.
+    pub fn has(&self, group: &str, stored: Stored) -> bool {
+        self.groups.iter().any(|g| g.layout.name == group && self.source(g, stored).is_some())
     }
 
     /// A public tensor in the layout of files; `None` for unknown names and copies that do not exist.
-    pub fn read(&self, name: &str, copy: Copy) -> Result<Option<HostTensor>> {
+    pub fn read(&self, name: &str, stored: Stored) -> Result<Option<HostTensor>> {
         let Some((g, item, p)) = self.find(name) else { return Ok(None) };
-        let Some(from) = self.source(g, copy) else { return Ok(None) };
+        let Some(from) = self.source(g, stored) else { return Ok(None) };
         let n: usize = p.dims.iter().product();
         let row = n / p.rows.len().max(1);
         let values = from.range(item.offset + p.rows.start * row, n)?.to_f64(&*self.dev)?;
@@ -441,13 +441,18 @@ impl Params {
         Ok(Some(HostTensor { dims: p.dims.clone(), values }))
     }
 
-    /// Overwrites one copy of a public tensor. Call [`Params::refresh`] after the last master.
-    pub fn write_public(&self, name: &str, copy: Copy, t: &HostTensor) -> Result<()> {
+    /// Overwrites one of the stored values of a public tensor. Call [`Params::refresh`] after the last master.
+    pub fn write_public(&self, name: &str, stored: Stored, t: &HostTensor) -> Result<()> {
         let Some((g, item, p)) = self.find(name) else {
             return Err(Error::arg("write_public", "name", name, "a parameter of this model"));
         };
-        let Some(to) = self.source(g, copy) else {
-            return Err(Error::arg("write_public", "copy", format!("{copy:?}"), "one that the group has"));
+        let Some(to) = self.source(g, stored) else {
+            return Err(Error::arg(
+                "write_public",
+                "stored",
+                format!("{stored:?}"),
+                "one that the group has",
+            ));
         };
         if t.dims != p.dims {
             return Err(Error::arg(

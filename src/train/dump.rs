@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use super::Batch;
-use super::weights::{FileType, write_file};
 use crate::backend::Kernels;
 use crate::error::Result;
+use crate::feed::Batch;
+use crate::io::weights::{FileType, write_file};
 use crate::nn::HostTensor;
 use crate::tensor::{DType, Tensor};
 

@@ -7,11 +7,12 @@ use std::path::PathBuf;
 use ett::compare::{Bounds, compare};
 use ett::config::{Arm, Config, QuantizerKind, Scores};
 use ett::error::Result;
+use ett::io::save_weights;
+use ett::io::weights::{FileType, read_file, write_file};
 use ett::model::Ett;
-use ett::nn::{Copy, HostTensor};
+use ett::nn::{HostTensor, Stored};
 use ett::tensor::DType;
-use ett::train::weights::{FileType, read_file, write_file};
-use ett::train::{check, save_weights};
+use ett::train::check;
 
 use crate::common::{Outcome, Scratch, cpu, ids, norm, normal};
 use crate::training::small;
@@ -91,7 +92,7 @@ impl Step {
         step.write("batch", [("input.image".into(), image), ("input.text".into(), text)].into())?;
 
         let model = Ett::new(&config(case, "f32"), cpu(2))?;
-        save_weights(&model.params, &step.path("weights"), Copy::Master)?;
+        save_weights(&model.params, &step.path("weights"), Stored::Master)?;
         let mut weights = read_file(&step.path("weights"))?;
         let values = weights.values_mut().flat_map(|t| &mut t.values);
         values.for_each(|v| *v = DType::Bf16.rounded(*v));

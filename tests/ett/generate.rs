@@ -10,14 +10,14 @@ use ett::compare::{Bounds, compare};
 use ett::config::{Arm, Config, Scores, VisualHeadKind};
 use ett::data::{Image, Special, TextTokenizer};
 use ett::error::{Error, Result};
+use ett::feed::{Batch, images_to_device};
 use ett::infer::{Continued, Sampling, Seen, Trained, decode_codes, draw, draw_codes};
+use ett::io::save_weights;
 use ett::model::tokenizer::Grid;
 use ett::model::{Ett, Packed, Part};
-use ett::nn::Copy;
+use ett::nn::Stored;
 use ett::ops;
 use ett::tensor::Tensor;
-use ett::train::feed::images_to_device;
-use ett::train::{Batch, save_weights};
 
 use crate::common::{Outcome, Scratch, cpu, gpu, ids, int, scaled, shim};
 
@@ -361,7 +361,7 @@ fn a_finished_run_draws_from_the_command_line() -> Outcome {
     let dir = Scratch::new();
     let cfg = config("f32", ARMS[2]);
     let trained = Ett::new(&cfg, cpu(1))?;
-    save_weights(&trained.params, &dir.path("model.safetensors"), Copy::Master)?;
+    save_weights(&trained.params, &dir.path("model.safetensors"), Stored::Master)?;
     std::fs::write(dir.path("config.toml"), toml::to_string(&cfg)?)?;
     std::fs::write(dir.path("prompts.txt"), "a dark square\n\na light one\n")?;
     let run = |more: &[&str]| {

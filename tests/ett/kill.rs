@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ett::data::Philox;
-use ett::train::Checkpoints;
+use ett::io::Checkpoints;
 
 use crate::common::{Outcome, Scratch};
 use crate::run::pictures;

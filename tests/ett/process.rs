@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use ett::config::Config;
 use ett::data::Special;
-use ett::train::Checkpoints;
+use ett::io::Checkpoints;
 use serde_json::json;
 
 use crate::common::{Outcome, Scratch};

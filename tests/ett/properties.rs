@@ -5,10 +5,8 @@ use std::sync::Arc;
 
 use ett::autograd::{Tape, Var};
 use ett::backend::{Kernels, Plan, Target, Unary};
-use ett::config::{
-    Config, DataConfig, GroupConfig, Source, StageConfig, StageData, StageKind, VisualHeadKind,
-};
-use ett::data::Crop;
+use ett::config::{Config, DataConfig, GroupConfig, StageConfig, StageData, StageKind, VisualHeadKind};
+use ett::data::{Crop, Source};
 use ett::error::Result;
 use ett::ops::{self, Conv, Entropy, Heads, IbqOptions, Rotary, Seqs};
 use ett::tensor::{DType, Precision};

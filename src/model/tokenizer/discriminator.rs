@@ -5,6 +5,7 @@ use crate::autograd::{Tape, Var};
 use crate::backend::{BatchNormRunning, Cast, Kernels, LecamUpdate, Role, Stream, Unary};
 use crate::config::DiscriminatorConfig;
 use crate::error::Result;
+use crate::model::Carried;
 use crate::nn::{Conv2d, Init, Param, ParamBuilder, Params};
 use crate::ops::{self, BatchStats, Conv};
 use crate::tensor::{DType, Tensor};
@@ -37,15 +38,34 @@ pub struct DiscriminatorState {
     pub lecam: Tensor,
 }
 
+impl DiscriminatorState {
+    /// All of it, under the names that PyTorch gives it.
+    pub(crate) fn carried(&self) -> Vec<(String, Carried<'_>)> {
+        let mut all = vec![("loss.lecam_ema".to_string(), Carried::Tensor(&self.lecam))];
+        for (i, (mean, var)) in self.running.iter().enumerate() {
+            // The BatchNorms are layers 3, 6 and 9.
+            let name = |what: &str| format!("{}.{what}", layer(3 + 3 * i));
+            all.push((name("running_mean"), Carried::Tensor(mean)));
+            all.push((name("running_var"), Carried::Tensor(var)));
+            all.push((name("num_batches_tracked"), Carried::Count(self.batches)));
+        }
+        all
+    }
+}
+
+/// The public name of a layer.
+fn layer(i: usize) -> String {
+    format!("loss.discriminator.main.{i}")
+}
+
 impl Discriminator {
     /// Registers all in group `discriminator`.
     pub fn new(b: &mut ParamBuilder, cfg: &DiscriminatorConfig) -> Self {
         b.group("discriminator");
-        let name = |i: usize| format!("loss.discriminator.main.{i}");
         let init = Init::Normal(0.0, 0.02);
         let n = cfg.ndf;
         let biased = |b: &mut ParamBuilder, i: usize, from: usize, to: usize, conv: Conv| {
-            Conv2d::with_init(b, &name(i), from, to, 4, conv, init, Some(Init::kaiming(from * 16)))
+            Conv2d::with_init(b, &layer(i), from, to, 4, conv, init, Some(Init::kaiming(from * 16)))
         };
         let widths = [2 * n, 4 * n, 8 * n];
         let first = biased(b, 0, 3, n, CONV);
@@ -54,9 +74,9 @@ impl Discriminator {
         for (l, &to) in widths.iter().enumerate() {
             let conv = if l == 2 { LAST } else { CONV };
             normed.push(Normed {
-                conv: Conv2d::with_init(b, &name(2 + 3 * l), from, to, 4, conv, init, None),
-                w: b.add(&format!("{}.weight", name(3 + 3 * l)), [to], Init::Normal(1.0, 0.02)),
-                b: b.add(&format!("{}.bias", name(3 + 3 * l)), [to], Init::Constant(0.0)),
+                conv: Conv2d::with_init(b, &layer(2 + 3 * l), from, to, 4, conv, init, None),
+                w: b.add(&format!("{}.weight", layer(3 + 3 * l)), [to], Init::Normal(1.0, 0.02)),
+                b: b.add(&format!("{}.bias", layer(3 + 3 * l)), [to], Init::Constant(0.0)),
             });
             from = to;
         }
@@ -93,12 +113,6 @@ impl Discriminator {
             })
         };
         side(h) * side(w)
-    }
-
-    /// The tensors of its state, for a step that may have to be taken back.
-    pub fn carried<'a>(&self, s: &'a DiscriminatorState) -> Vec<&'a Tensor> {
-        let running = s.running.iter().flat_map(|(mean, var)| [mean, var]);
-        running.chain([&s.lecam]).collect()
     }
 
     /// The state of an untrained discriminator: mean 0, variance 1, averages 0.
