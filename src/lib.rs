@@ -14,6 +14,7 @@ pub mod infer;
 pub mod model;
 pub mod nn;
 pub mod ops;
+pub mod rng;
 pub mod tensor;
 pub mod terminal;
 pub mod train;

@@ -4,16 +4,16 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::weights::{FileType, read_file, set_weights, write_file};
-use super::{Batch, Counts, Hyper, Loss, Optimizer, Outcome, Stage, step};
+use super::{Batch, Counts, Hyper, Loss, Optimizer, Outcome, Stage, StepState, step};
 use crate::autograd::Tape;
-use crate::backend::{Kernels, Role, StepState};
+use crate::backend::{DType, Kernels, Role};
 use crate::config::{Config, StageKind};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Part};
 use crate::nn::{Copy, HostTensor};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// Runs the step and writes `dump`. Layouts and names are in docs/check.md.
 pub fn check(cfg: &Config, dev: Arc<dyn Kernels>, weights: &Path, batch: &Path, dump: &Path) -> Result<()> {

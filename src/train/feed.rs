@@ -8,12 +8,11 @@ use rayon::prelude::*;
 use super::{Batch, Stage, Template, TokenizerMode};
 use crate::backend::Role;
 use crate::config::{DataConfig, Source, StageConfig, StageKind, TrainConfig};
-use crate::data::{
-    Drawing, Folder, Image, ImageSet, LoadOptions, Order, Philox, Purpose, Sample, Scenes, Split, Words,
-};
+use crate::data::{Drawing, Folder, Image, ImageSet, LoadOptions, Order, Sample, Scenes, Split, Words};
 use crate::error::{Error, Result};
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Part};
+use crate::rng::{Philox, Purpose};
 use crate::tensor::Tensor;
 
 /// Rows of a packed batch are rounded up to this, so that memory is reused from step to step.

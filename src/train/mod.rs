@@ -17,6 +17,7 @@ pub mod plots;
 mod run;
 mod sharpness;
 mod stages;
+mod state;
 mod step;
 pub mod weights;
 
@@ -36,5 +37,6 @@ pub use run::{
 };
 use stages::start_averages;
 pub use stages::{Stage, Template, averaged};
+pub use state::StepState;
 pub use step::{Batch, Counts, Loss, Outcome, Recipe, TokenizerMode, step};
 pub use weights::{load_weights, save_weights, save_weights_of};

@@ -5,8 +5,8 @@ use std::fmt::Write;
 use std::sync::Arc;
 
 use super::feed::PAD;
-use super::{Batch, Hyper, Optimizer, Stage, TokenizerMode, start_averages, step};
-use crate::backend::{self, Device, KernelCount, Kernels, Memory, Plan, Role, StepState, Target};
+use super::{Batch, Hyper, Optimizer, Stage, StepState, TokenizerMode, start_averages, step};
+use crate::backend::{self, Device, KernelCount, Kernels, Memory, Plan, Role, Target};
 use crate::config::{Config, DataConfig, StageConfig, StageKind};
 use crate::error::{Error, Result};
 use crate::model::tokenizer::Grid;

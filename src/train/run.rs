@@ -14,10 +14,10 @@ use super::metrics::{Line, Smooth, Usage};
 use super::sharpness::Sharpness;
 use super::weights::{read_file, set_weights};
 use super::{
-    Counts, Fingerprint, History, Hyper, Optimizer, Outcome, Own, Stage, Template, TokenizerMode, closing,
-    interrupt, save_weights, save_weights_of, schedule, start_averages, step, text,
+    Counts, Fingerprint, History, Hyper, Optimizer, Outcome, Own, Stage, StepState, Template, TokenizerMode,
+    closing, interrupt, save_weights, save_weights_of, schedule, start_averages, step, text,
 };
-use crate::backend::{Cpu, Kernels, StepState};
+use crate::backend::{Cpu, Kernels};
 use crate::config::{Config, DataConfig, QuantizerKind, StageConfig};
 use crate::error::{Error, Result};
 use crate::eval::{self, Report};

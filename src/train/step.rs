@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use super::Optimizer;
+use super::{Optimizer, StepState};
 use crate::autograd::{Tape, Var};
-use crate::backend::{Cast, Kernels, Restore, Role, Slot, StepState, Stream};
+use crate::backend::{Cast, Kernels, Restore, Role, Slot, Stream};
 use crate::error::{Error, Result};
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Packed, Part};

@@ -9,10 +9,10 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
 use super::History;
+use crate::backend::{DType, Precision};
 use crate::error::{Error, Result};
 use crate::files::{FileWriter, replace};
 use crate::nn::{Copy, HostTensor, Params};
-use crate::tensor::{DType, Precision};
 
 /// The one key of the format's metadata that is used here.
 const NOTE: &str = "ett";

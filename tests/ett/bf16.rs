@@ -4,12 +4,12 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use ett::backend::DType;
 use ett::compare::{Bounds, compare};
 use ett::config::{Arm, Config, QuantizerKind, Scores};
 use ett::error::Result;
 use ett::model::Ett;
 use ett::nn::{Copy, HostTensor};
-use ett::tensor::DType;
 use ett::train::weights::{FileType, read_file, write_file};
 use ett::train::{check, save_weights};
 

@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 
 use ett::config::{DataConfig, Source, StageKind};
-use ett::data::{Crop, Philox};
+use ett::data::Crop;
+use ett::rng::Philox;
 use ett::train::feed::DataSet;
 
 use crate::common::Outcome;

@@ -7,7 +7,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use ett::data::Philox;
+use ett::rng::Philox;
 use ett::train::Checkpoints;
 
 use crate::common::{Outcome, Scratch};

@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use ett::backend::{Cpu, Device, Kernels, Memory, Plan, Role, Slot, StepState, Target};
+use ett::backend::{Cpu, Device, Kernels, Memory, Plan, Role, Slot, Target};
 use ett::config::{Config, StageConfig, StageKind, VisualHeadKind};
 use ett::error::Result;
 use ett::model::tokenizer::Grid;
 use ett::model::{Ett, Part};
 use ett::train::{
-    self, Batch, Hyper, Optimizer, RunOptions, Stage, StagePlan, TokenizerMode, averaged, largest_batch,
-    parse_memory, plan, plan_stage, step,
+    self, Batch, Hyper, Optimizer, RunOptions, Stage, StagePlan, StepState, TokenizerMode, averaged,
+    largest_batch, parse_memory, plan, plan_stage, step,
 };
 
 use crate::common::{Outcome, Scratch, cpu, gpu, ids, scaled, tensor};

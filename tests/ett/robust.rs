@@ -4,13 +4,14 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use ett::backend::{Cpu, Device, Fill, Kernels, Plan, Role, Stream};
+use ett::backend::{Cpu, DType, Device, Fill, Kernels, Plan, Role, Stream};
 use ett::config::{Config, Source, StageConfig, StageKind};
-use ett::data::{Folder, Image, ImageSet, LoadOptions, Philox, Scenes, Split, TextTokenizer, save_png};
+use ett::data::{Folder, Image, ImageSet, LoadOptions, Scenes, Split, TextTokenizer, save_png};
 use ett::error::Result;
 use ett::model::Ett;
 use ett::nn::Copy;
-use ett::tensor::{DType, Tensor};
+use ett::rng::Philox;
+use ett::tensor::Tensor;
 use ett::train::feed::{DataSet, Feed};
 use ett::train::weights::TensorFile;
 use ett::train::{self, RunOptions, Stage, Template, load_weights, plots, save_weights};

@@ -3,14 +3,14 @@
 
 use std::sync::Arc;
 
-use ett::backend::{Kernels, StepState};
+use ett::backend::Kernels;
 use ett::config::{Config, ScheduleKind, StageKind};
 use ett::error::Result;
 use ett::model::{Ett, Packed, Part, Rows};
 use ett::nn::Copy;
 use ett::train::{
-    Batch, Checkpoints, Counts, Hyper, Loss, Optimizer, Outcome as Step, Progress, Recipe, Stage, checkpoint,
-    schedule, step,
+    Batch, Checkpoints, Counts, Hyper, Loss, Optimizer, Outcome as Step, Progress, Recipe, Stage, StepState,
+    checkpoint, schedule, step,
 };
 
 use crate::common::{Outcome, Scratch, cpu, gpu, ids, shim};

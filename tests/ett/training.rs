@@ -4,17 +4,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ett::autograd::{Tape, Var};
-use ett::backend::{Kernels, Role, StepState};
+use ett::backend::{DType, Kernels, Role};
 use ett::compare::{Bounds, compare};
 use ett::config::{Arm, Config, Scores, StageKind, VisualHeadKind};
 use ett::error::Result;
 use ett::model::tokenizer::Grid;
 use ett::model::{Ett, Part};
 use ett::nn::Copy;
-use ett::tensor::{DType, Tensor};
+use ett::tensor::Tensor;
 use ett::train::{
-    Batch, Counts, Hyper, Loss, Optimizer, Outcome as Step, Own, Recipe, Stage, TokenizerMode, load_weights,
-    save_weights, schedule, step,
+    Batch, Counts, Hyper, Loss, Optimizer, Outcome as Step, Own, Recipe, Stage, StepState, TokenizerMode,
+    load_weights, save_weights, schedule, step,
 };
 
 use crate::common::{Outcome, Scratch, cpu, ids, tensor};
