@@ -1,6 +1,6 @@
 //! The project's one comparator: how far computed numbers may be from known ones. Failures are sentences.
 
-use crate::tensor::DType;
+use crate::backend::DType;
 
 /// How far is too far. Errors are Euclidean norms of differences, relative to what was wanted.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -7,11 +7,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::Cpu;
+use crate::backend::{Cpu, Precision};
 use crate::data::{Crop, LoadOptions, Source, Split, Wanted, read_text};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::tensor::Precision;
 
 /// A whole configuration file.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

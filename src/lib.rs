@@ -18,6 +18,7 @@ pub mod model;
 pub mod nn;
 pub mod ops;
 pub mod report;
+pub mod rng;
 pub mod tensor;
 pub mod terminal;
 pub mod train;

@@ -4,9 +4,9 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::backend::{Accumulate, Add, Cast, Kernels, Role, Stream};
+use crate::backend::{Accumulate, Add, Cast, DType, Dims, Kernels, Precision, Role, Stream};
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Dims, Precision, Tensor};
+use crate::tensor::Tensor;
 
 /// A value on a tape.
 #[derive(Clone, Debug)]

@@ -11,8 +11,8 @@ use serde::Serialize;
 use super::draw::Drawing;
 use super::folder::Sample;
 use super::image::{Crop, Image, cut, fit_shorter};
-use super::rng::Philox;
 use crate::error::{Error, Result};
+use crate::rng::Philox;
 
 /// How many pictures are decoded before the memory in use is looked at again.
 const CHUNK: usize = 256;

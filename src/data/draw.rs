@@ -4,7 +4,7 @@ use font8x8::{BASIC_FONTS, UnicodeFonts};
 
 use super::folder::Sample;
 use super::image::Image;
-use super::rng::{Philox, Purpose};
+use crate::rng::{Philox, Purpose};
 
 /// Samples a side of a pixel, for smooth edges.
 const FINE: usize = 4;

@@ -9,8 +9,8 @@ use fast_image_resize::images::{Image as Target, ImageRef as Source};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
 
 use super::jpeg;
-use super::rng::Philox;
 use crate::error::{Error, Result};
+use crate::rng::Philox;
 
 /// Longest side that is decoded, in pixels.
 const MAX_SIDE: u32 = 16384;

@@ -432,7 +432,7 @@ impl Bits<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::Philox;
+    use crate::rng::Philox;
 
     /// Baseline with halved colours, progressive, both with restarts, without halving and with codes of its own, grey,
     /// and four inks; written by libjpeg-turbo.

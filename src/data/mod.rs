@@ -1,6 +1,5 @@
 //! The host side of training data: pictures, captions and questions from folders or drawn by the program, text
-//! tokenization, counter-based random numbers and the order in which samples are visited. Nothing here touches a
-//! device.
+//! tokenization and the order in which samples are visited. Nothing here touches a device.
 
 mod cache;
 mod draw;
@@ -9,7 +8,6 @@ mod image;
 mod jpeg;
 mod plain;
 mod plan;
-mod rng;
 mod save;
 mod scenes;
 mod source;
@@ -22,7 +20,6 @@ pub use folder::{Folder, Sample, pictures};
 pub use image::{Crop, Image, fit, fit_multiple, grid};
 pub use plain::{read_text, trimmed};
 pub use plan::Order;
-pub use rng::{Philox, Purpose};
 pub use save::{Format, save, save_png};
 pub use scenes::Scenes;
 pub use source::{DataSet, DataSource, Source, Wanted};

@@ -2,8 +2,8 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::rng::{Philox, Purpose};
 use crate::error::{Error, Result};
+use crate::rng::{Philox, Purpose};
 
 /// A permutation of `0..n` per epoch. Sample number `position` since the start of training is
 /// `index(position)`; any position can be asked for at any time, so a step is known from its number.

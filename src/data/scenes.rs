@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use super::draw::{Canvas, Colour, Drawing, MIDDLE_GREY, Shape, Split, around, pick, yes_or_no};
 use super::folder::Sample;
-use super::rng::Philox;
 use super::source::{DRAWN, DataSet, DataSource, Wanted};
 use crate::error::{Error, Result};
+use crate::rng::Philox;
 
 /// Smallest side at which the shapes can be told apart, in pixels.
 const MIN_SIZE: usize = 16;

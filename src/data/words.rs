@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use super::draw::{Canvas, Colour, Drawing, LETTER, Shape, Split, background, pick, pick_other, yes_or_no};
 use super::folder::Sample;
-use super::rng::Philox;
 use super::source::{DRAWN, DataSet, DataSource, Wanted};
 use crate::error::{Error, Result};
+use crate::rng::Philox;
 
 /// Smallest side that the longest words fit in, in pixels.
 const MIN_SIZE: usize = 48;

@@ -7,9 +7,10 @@ use rayon::prelude::*;
 use super::data_set::{texts, wanted};
 use super::{Batch, PAD, Template, images_to_device};
 use crate::config::{StageConfig, StageKind, TrainConfig};
-use crate::data::{DataSet, Order, Philox, Purpose};
+use crate::data::{DataSet, Order};
 use crate::error::{Error, Result};
 use crate::model::{Ett, Part};
+use crate::rng::{Philox, Purpose};
 
 /// The batches of one stage.
 pub struct Feed<'a> {

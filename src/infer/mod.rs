@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::autograd::{Tape, Var};
 use crate::backend::{Kernels, Role};
-use crate::data::{Crop, Image, Philox, Special, fit, fit_multiple, trimmed};
+use crate::data::{Crop, Image, Special, fit, fit_multiple, trimmed};
 use crate::error::{Error, Result};
 use crate::feed::{Batch, Template, images_to_device};
 use crate::interrupt;
@@ -18,6 +18,7 @@ use crate::io::{Checkpoints, EMA, History, Skill, WEIGHTS, load_weights, run_con
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Packed, Part};
 use crate::ops;
+use crate::rng::Philox;
 use crate::tensor::Tensor;
 pub use continued::Continued;
 use continued::indices;

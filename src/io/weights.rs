@@ -9,11 +9,11 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
 use super::History;
+use crate::backend::{DType, Precision};
 use crate::config::LpipsConfig;
 use crate::error::{Error, Result};
 use crate::files::{FileWriter, replace};
 use crate::nn::{HostTensor, Params, Stored};
-use crate::tensor::{DType, Precision};
 
 /// The one key of the format's metadata that is used here.
 const NOTE: &str = "ett";

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use super::tokenizer::{Discriminator, DiscriminatorState, Lpips, Tokenizer};
 use super::{Keys, Llm, Packed, Projector, VisualHead};
 use crate::autograd::{Tape, Var};
-use crate::backend::{Kernels, Metric, Nearest, Role, Stream};
+use crate::backend::{DType, Kernels, Metric, Nearest, Role, Stream};
 use crate::config::{Arm, Config, QuantizerKind};
 use crate::error::{Error, Result};
 use crate::nn::{Init, Param, ParamBuilder, Params};
 use crate::ops;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// How visual tokens enter the language model.
 pub enum VisualInput {

@@ -5,10 +5,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::autograd::{Tape, Var};
-use crate::backend::{Cast, Fill, Kernels, Role, Stream};
-use crate::data::Philox;
+use crate::backend::{Cast, Dims, Fill, Kernels, Precision, Role, Stream};
 use crate::error::{Error, Result};
-use crate::tensor::{Dims, Precision, Tensor};
+use crate::rng::Philox;
+use crate::tensor::Tensor;
 
 /// Items start at multiples of this many elements: 256 bytes in the smallest type.
 const ALIGN: usize = 128;

@@ -2,9 +2,9 @@
 
 use super::{S, expect_rank};
 use crate::autograd::{Tape, Var};
-use crate::backend::{AttentionBwd, AttentionFwd, Kernels, Role, Stream};
+use crate::backend::{AttentionBwd, AttentionFwd, DType, Kernels, Role, Stream};
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// Where the sequences of a flat batch begin and end.
 #[derive(Clone, Debug)]

@@ -3,11 +3,11 @@
 use super::{S, expect, expect_rank};
 use crate::autograd::{Tape, Var};
 use crate::backend::{
-    Add, Cast, ChannelAffineBwd, ChannelAffineFwd, Fill, Rope, SwigluBwd, SwigluFwd, Unary, UnaryBwd,
+    Add, Cast, ChannelAffineBwd, ChannelAffineFwd, Dims, Fill, Rope, SwigluBwd, SwigluFwd, Unary, UnaryBwd,
     UnaryFwd,
 };
 use crate::error::{Error, Result};
-use crate::tensor::{Dims, Tensor};
+use crate::tensor::Tensor;
 
 /// `y = f(x)`, any shape. Saves `x`.
 pub fn unary(tape: &Tape, x: &Var, f: Unary) -> Result<Var> {

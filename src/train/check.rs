@@ -3,10 +3,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::StepState;
 use super::update::Update;
 use super::{Counts, Loss, Outcome, Stage, step};
 use crate::autograd::Tape;
-use crate::backend::{Kernels, Role, StepState};
+use crate::backend::{DType, Kernels, Role};
 use crate::config::{Config, ScheduleKind, StageConfig, StageKind};
 use crate::error::{Error, Result};
 use crate::feed::Batch;
@@ -15,7 +16,7 @@ use crate::io::weights::{FileType, read_file, set_weights, write_file};
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Part};
 use crate::nn::{HostTensor, Stored};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// Runs the step and writes `dump`. Layouts and names are in docs/check.md.
 pub fn check(cfg: &Config, dev: Arc<dyn Kernels>, weights: &Path, batch: &Path, dump: &Path) -> Result<()> {

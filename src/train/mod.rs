@@ -9,6 +9,7 @@ mod run;
 mod running;
 mod session;
 mod stages;
+mod state;
 mod step;
 mod update;
 
@@ -17,4 +18,5 @@ pub use optim::{Hyper, Optimizer, Own, schedule};
 pub use plan::{StagePlan, choose_device, largest_batch, parse_memory, plan, plan_stage};
 pub use run::{Ending, Finished, RunOptions, resume, run};
 pub use stages::{Stage, averaged};
+pub use state::StepState;
 pub use step::{Counts, Loss, Outcome, Recipe, TokenizerMode, step};

@@ -1,8 +1,9 @@
 //! One training step of any stage: forward, discriminator first, backward, optimizers.
 
 use super::Optimizer;
+use super::StepState;
 use crate::autograd::{Tape, Var};
-use crate::backend::{Cast, Kernels, Restore, Role, Slot, StepState, Stream};
+use crate::backend::{Cast, Kernels, Restore, Role, Slot, Stream};
 use crate::error::{Error, Result};
 use crate::feed::Batch;
 use crate::model::{Carried, Ett, MODULES, TrainedBy};

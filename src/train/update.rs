@@ -1,7 +1,7 @@
 //! The optimizers of a stage and what they read from the step state.
 
+use super::StepState;
 use super::{Counts, Hyper, Optimizer, Outcome, Own, Stage, schedule};
-use crate::backend::StepState;
 use crate::config::StageConfig;
 use crate::error::{Error, Result};
 use crate::model::Ett;

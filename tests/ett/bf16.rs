@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use ett::backend::DType;
 use ett::compare::{Bounds, compare};
 use ett::config::{Arm, Config, QuantizerKind, Scores};
 use ett::error::Result;
@@ -11,7 +12,6 @@ use ett::io::save_weights;
 use ett::io::weights::{FileType, read_file, write_file};
 use ett::model::Ett;
 use ett::nn::{HostTensor, Stored};
-use ett::tensor::DType;
 use ett::train::check;
 
 use crate::common::{Outcome, Scratch, cpu, ids, norm, normal};

@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 
 use ett::config::{DataConfig, StageKind};
-use ett::data::{Crop, DataSet, Philox, Source};
+use ett::data::{Crop, DataSet, Source};
+use ett::rng::Philox;
 
 use crate::common::Outcome;
 

@@ -1,8 +1,8 @@
 //! What a GPU does as a device: memory, copies, order, errors. Kernels are in `conformance`.
 
-use ett::backend::{Add, Fill, GatherFwd, Kernels, Role, Stream};
+use ett::backend::{Add, DType, Fill, GatherFwd, Kernels, Role, Stream};
 use ett::error::{Error, Result};
-use ett::tensor::{DType, Tensor};
+use ett::tensor::Tensor;
 
 use crate::common::{Outcome, gpu, int, normal, tensor};
 

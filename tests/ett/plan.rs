@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ett::backend::{Cpu, Device, Kernels, Memory, Plan, Role, Slot, StepState, Target};
+use ett::backend::{Cpu, Device, Kernels, Memory, Plan, Role, Slot, Target};
 use ett::config::{Config, StageConfig, StageKind, VisualHeadKind};
 use ett::error::Result;
 use ett::eval::HeldOut;
@@ -10,7 +10,7 @@ use ett::feed::Batch;
 use ett::model::tokenizer::Grid;
 use ett::model::{Ett, Part};
 use ett::train::{
-    self, Hyper, Optimizer, RunOptions, Stage, StagePlan, TokenizerMode, averaged, largest_batch,
+    self, Hyper, Optimizer, RunOptions, Stage, StagePlan, StepState, TokenizerMode, averaged, largest_batch,
     parse_memory, plan, plan_stage, step,
 };
 

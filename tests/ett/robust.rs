@@ -4,10 +4,10 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use ett::backend::{Cpu, Device, Fill, Kernels, Plan, Role, Stream};
+use ett::backend::{Cpu, DType, Device, Fill, Kernels, Plan, Role, Stream};
 use ett::config::{Config, StageConfig, StageKind};
 use ett::data::{
-    DataSet, Folder, Image, ImageSet, LoadOptions, Philox, Scenes, Source, Split, TextTokenizer, save_png,
+    DataSet, Folder, Image, ImageSet, LoadOptions, Scenes, Source, Split, TextTokenizer, save_png,
 };
 use ett::error::Result;
 use ett::eval::{self, HeldOut};
@@ -17,7 +17,8 @@ use ett::io::{load_weights, save_weights};
 use ett::model::Ett;
 use ett::nn::Stored;
 use ett::report::plots;
-use ett::tensor::{DType, Tensor};
+use ett::rng::Philox;
+use ett::tensor::Tensor;
 use ett::train::{self, RunOptions, Stage};
 
 use rayon::prelude::*;

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use ett::backend::{Kernels, StepState};
+use ett::backend::Kernels;
 use ett::config::{Config, ScheduleKind, StageKind};
 use ett::error::Result;
 use ett::feed::Batch;
@@ -11,7 +11,7 @@ use ett::io::{Checkpoints, Progress};
 use ett::model::{Ett, FlatBatch, Packed, Part};
 use ett::nn::Stored;
 use ett::train::{
-    Counts, Hyper, Loss, Optimizer, Outcome as Step, Recipe, Stage, checkpoint, schedule, step,
+    Counts, Hyper, Loss, Optimizer, Outcome as Step, Recipe, Stage, StepState, checkpoint, schedule, step,
 };
 
 use crate::common::{Outcome, Scratch, cpu, gpu, ids, shim};

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ett::autograd::{Tape, Var};
-use ett::backend::{Kernels, Role, StepState};
+use ett::backend::{DType, Kernels, Role};
 use ett::compare::{Bounds, compare};
 use ett::config::{Arm, Config, Scores, StageKind, VisualHeadKind};
 use ett::error::Result;
@@ -13,9 +13,10 @@ use ett::io::{load_weights, save_weights};
 use ett::model::tokenizer::Grid;
 use ett::model::{Carried, Ett, Part};
 use ett::nn::Stored;
-use ett::tensor::{DType, Tensor};
+use ett::tensor::Tensor;
 use ett::train::{
-    Counts, Hyper, Loss, Optimizer, Outcome as Step, Own, Recipe, Stage, TokenizerMode, schedule, step,
+    Counts, Hyper, Loss, Optimizer, Outcome as Step, Own, Recipe, Stage, StepState, TokenizerMode, schedule,
+    step,
 };
 
 use crate::common::{Outcome, Scratch, cpu, ids, tensor};

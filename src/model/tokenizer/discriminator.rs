@@ -2,13 +2,13 @@
 //! LeCAM's averages (arXiv 2104.03310).
 
 use crate::autograd::{Tape, Var};
-use crate::backend::{BatchNormRunning, Cast, Kernels, LecamUpdate, Role, Stream, Unary};
+use crate::backend::{BatchNormRunning, Cast, DType, Kernels, LecamUpdate, Role, Stream, Unary};
 use crate::config::DiscriminatorConfig;
 use crate::error::Result;
 use crate::model::Carried;
 use crate::nn::{Conv2d, Init, Param, ParamBuilder, Params};
 use crate::ops::{self, BatchStats, Conv};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 const CONV: Conv = Conv { stride: 2, before: 1, after: 1 };
 const LAST: Conv = Conv { stride: 1, before: 1, after: 1 };
