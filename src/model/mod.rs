@@ -1,4 +1,4 @@
-//! The model: vision tokenizer, its losses, projector, language model, and all of it together.
+//! The model: vision tokenizer and its losses, projector, language model, and [`Ett`], which holds all of them.
 
 mod ett;
 mod llm;

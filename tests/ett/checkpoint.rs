@@ -462,7 +462,7 @@ fn files_are_replaced_where_links_point_and_only_where_they_can_be() -> Outcome 
         assert!(!full.metadata()?.is_file());
     }
     for (path, what) in [
-        (scratch.path("absent/a"), "absent/a: its folder is not there"),
+        (scratch.path("absent/a"), "absent/a: its folder does not exist"),
         (scratch.path(""), "is a folder; name a file"),
         (a.join("b"), "a/b: "),
     ] {

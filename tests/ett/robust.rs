@@ -301,7 +301,7 @@ fn pictures_that_vanish_in_training_are_replaced_by_others_of_their_kind() -> Ou
         panic!("a folder that is gone was trained on")
     };
     let e = e.to_string();
-    assert!(e.contains("none of the pictures asked for") || e.contains("more than half"), "{e}");
+    assert!(e.contains("none of the requested pictures") || e.contains("more than half"), "{e}");
     let mut c = config();
     (c.data.source, c.data.train) = (Source::Folder, dir.path("gone"));
     let Err(e) = DataSet::train(&c.data) else { panic!("a folder that is gone was opened") };

@@ -1,5 +1,5 @@
-//! PatchGAN (arXiv 1611.07004) with the state its training carries: BatchNorm's running statistics and
-//! LeCAM's averages (arXiv 2104.03310).
+//! PatchGAN (arXiv 1611.07004) and the state of its training: BatchNorm's running statistics and LeCAM's averages
+//! (arXiv 2104.03310).
 
 use crate::autograd::{Tape, Var};
 use crate::backend::{BatchNormRunning, Cast, DType, Kernels, LecamUpdate, Role, Stream, Unary};
@@ -19,7 +19,7 @@ struct Normed {
     b: Param,
 }
 
-/// Five 4x4 convolutions that judge overlapping patches.
+/// Five 4x4 convolutions that classify overlapping patches.
 pub struct Discriminator {
     first: Conv2d,
     normed: Vec<Normed>,
@@ -28,11 +28,11 @@ pub struct Discriminator {
     cfg: DiscriminatorConfig,
 }
 
-/// What the discriminator's training carries from step to step beside its weights.
+/// State that the discriminator's training carries from step to step, besides the weights.
 pub struct DiscriminatorState {
     /// Running mean and variance of each BatchNorm, `[C]`; accumulator type.
     pub running: Vec<(Tensor, Tensor)>,
-    /// Passes taken into the running statistics.
+    /// Number of passes in the running statistics.
     pub batches: u64,
     /// Averages of the mean real and fake logits, `[2]`; accumulator type.
     pub lecam: Tensor,
@@ -59,7 +59,7 @@ fn layer(i: usize) -> String {
 }
 
 impl Discriminator {
-    /// Registers all in group `discriminator`.
+    /// Registers all parameters in group `discriminator`.
     pub fn new(b: &mut ParamBuilder, cfg: &DiscriminatorConfig) -> Self {
         b.group("discriminator");
         let init = Init::Normal(0.0, 0.02);
@@ -84,7 +84,7 @@ impl Discriminator {
         Discriminator { first, normed, last, widths, cfg: cfg.clone() }
     }
 
-    /// Patch logits `[B, h, w, 1]` of `x` `[B, H, W, 3]`, with this pass's BatchNorm statistics. If `frozen`,
+    /// Patch logits `[B, h, w, 1]` of `x` `[B, H, W, 3]`, with the BatchNorm statistics of this pass. If `frozen`,
     /// gradients reach `x` but not the weights.
     pub fn forward(&self, t: &Tape, p: &Params, x: &Var, frozen: bool) -> Result<(Var, Vec<BatchStats>)> {
         let slope = self.cfg.slope;
@@ -103,7 +103,7 @@ impl Discriminator {
         Ok((self.last.apply(t, p, &h, frozen)?, stats))
     }
 
-    /// Patch logits of a picture of `h` by `w` pixels; 0 if it is too small.
+    /// Number of patch logits of a picture of `h` by `w` pixels; 0 if it is too small.
     pub fn patches(&self, h: usize, w: usize) -> usize {
         let convs = [CONV, CONV, CONV, LAST, LAST];
         let side = |n: usize| {
@@ -123,7 +123,7 @@ impl Discriminator {
         Ok(DiscriminatorState { running, batches: 0, lecam: filled(2, 0.0)? })
     }
 
-    /// LeCAM's averages after taking in these logits; the state itself is left as it is.
+    /// LeCAM's averages updated with these logits; the state itself does not change.
     pub fn lecam_after(&self, t: &Tape, s: &DiscriminatorState, real: &Var, fake: &Var) -> Result<Tensor> {
         let out = t.stat([2])?;
         let a = LecamUpdate {
@@ -137,7 +137,7 @@ impl Discriminator {
         Ok(out)
     }
 
-    /// Takes the statistics of passes, in order, into the running ones.
+    /// Updates the running statistics with the statistics of `passes`, in order.
     pub fn commit(
         &self,
         dev: &dyn Kernels,
