@@ -91,7 +91,7 @@ pub enum QuantizerKind {
 /// How tokens and codes are compared by IBQ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Scores {
+pub enum QuantizerMetric {
     /// Plain dot products.
     Dot,
     /// Dot products of unit vectors.
@@ -119,7 +119,7 @@ pub struct QuantizerConfig {
     /// D.
     pub dim: usize,
     /// `dot` or `l2norm`; `vq` always compares by distance.
-    pub metric: Scores,
+    pub metric: QuantizerMetric,
     /// Weight of one quantization term.
     pub beta: f64,
     /// The term: `codebook` or `commitment`. `vq` puts it on the commitment term.
@@ -138,7 +138,7 @@ impl Default for QuantizerConfig {
             kind: QuantizerKind::Ibq,
             codes: 131_072,
             dim: 256,
-            metric: Scores::Dot,
+            metric: QuantizerMetric::Dot,
             beta: 0.25,
             beta_on: BetaOn::Codebook,
             temperature: 0.01,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use ett::autograd::{Tape, Var};
 use ett::backend::{Kernels, Role};
 use ett::compare::{Bounds, compare};
-use ett::config::{Arm, Config, Scores, VisualHeadKind};
+use ett::config::{Arm, Config, QuantizerMetric, VisualHeadKind};
 use ett::data::{Image, Special, TextTokenizer};
 use ett::error::{Error, Result};
 use ett::feed::{Batch, images_to_device};
@@ -25,9 +25,9 @@ const CODES: usize = 24;
 const VOCAB: usize = 264;
 const START: i32 = 259;
 const ARMS: [(Arm, VisualHeadKind, Scores); 3] = [
-    (Arm::Index, VisualHeadKind::Linear, Scores::Dot),
-    (Arm::Embed, VisualHeadKind::Tied, Scores::L2norm),
-    (Arm::Ett, VisualHeadKind::Tied, Scores::Dot),
+    (Arm::Index, VisualHeadKind::Linear, QuantizerMetric::Dot),
+    (Arm::Embed, VisualHeadKind::Tied, QuantizerMetric::L2norm),
+    (Arm::Ett, VisualHeadKind::Tied, QuantizerMetric::Dot),
 ];
 
 fn config(precision: &str, (arm, head, metric): (Arm, VisualHeadKind, Scores)) -> Config {
@@ -330,7 +330,7 @@ fn what_cannot_be_drawn_is_an_error() -> Outcome {
         Err(e) => assert!(e.to_string().contains(what), "{e}"),
         Ok(_) => panic!("drawn, though {what}"),
     };
-    let headless = model(cpu(1), "f32", (Arm::Ett, VisualHeadKind::None, Scores::Dot))?;
+    let headless = model(cpu(1), "f32", (Arm::Ett, VisualHeadKind::None, QuantizerMetric::Dot))?;
     let s = Sampling::default();
     says(draw(&headless, &texts(), START, (2, 2), &s, &mut silent), "`visual_head.kind` is none");
     let model = model(cpu(1), "f32", ARMS[2])?;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ett::autograd::{Tape, Var};
 use ett::backend::{DType, Kernels, Role};
 use ett::compare::{Bounds, compare};
-use ett::config::{Arm, Config, Scores, StageKind, VisualHeadKind};
+use ett::config::{Arm, Config, QuantizerMetric, StageKind, VisualHeadKind};
 use ett::error::Result;
 use ett::feed::Batch;
 use ett::io::{load_weights, save_weights};
@@ -252,7 +252,7 @@ fn one_and_two_threads_give_the_same_bits() -> Outcome {
 /// tokens lie on their codes. Without the discriminator, whose part of the loss has no end.
 #[test]
 fn one_batch_can_be_learnt_by_heart() -> Outcome {
-    for metric in [Scores::Dot, Scores::L2norm] {
+    for metric in [QuantizerMetric::Dot, QuantizerMetric::L2norm] {
         let mut cfg = small("f32");
         cfg.quantizer.metric = metric;
         cfg.loss.gan = 0.0;
@@ -288,7 +288,7 @@ fn one_batch_can_be_learnt_by_heart() -> Outcome {
 /// picture that is not square.)
 #[test]
 fn mixed_sizes_are_encoded_and_decoded_as_each_alone() -> Outcome {
-    for metric in [Scores::Dot, Scores::L2norm] {
+    for metric in [QuantizerMetric::Dot, QuantizerMetric::L2norm] {
         let mut cfg = small("f64");
         cfg.quantizer.metric = metric;
         let model = Ett::new(&cfg, cpu(2))?;

@@ -6,7 +6,7 @@ mod encoder;
 mod lpips;
 
 use crate::autograd::{Tape, Var};
-use crate::config::{QuantizerConfig, QuantizerKind, Scores, TokenizerConfig};
+use crate::config::{QuantizerConfig, QuantizerKind, QuantizerMetric, TokenizerConfig};
 use crate::error::{Error, Result};
 use crate::nn::{Conv2d, Init, Param, ParamBuilder, Params};
 use crate::ops::{self, Conv, Entropy, IbqOptions, Quantized};
@@ -101,7 +101,7 @@ impl Tokenizer {
     }
 
     fn normalised(&self) -> bool {
-        self.quantizer.kind == QuantizerKind::Ibq && self.quantizer.metric == Scores::L2norm
+        self.quantizer.kind == QuantizerKind::Ibq && self.quantizer.metric == QuantizerMetric::L2norm
     }
 
     /// The codes `[K, D]` that tokens are compared with: unit vectors with metric `l2norm`.
