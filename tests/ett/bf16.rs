@@ -34,7 +34,7 @@ const CODES: usize = 4;
 struct Case {
     arm: Arm,
     kind: QuantizerKind,
-    metric: Scores,
+    metric: QuantizerMetric,
     alpha: f64,
 }
 

@@ -24,13 +24,13 @@ use crate::common::{Outcome, Scratch, cpu, gpu, ids, int, scaled, shim};
 const CODES: usize = 24;
 const VOCAB: usize = 264;
 const START: i32 = 259;
-const ARMS: [(Arm, VisualHeadKind, Scores); 3] = [
+const ARMS: [(Arm, VisualHeadKind, QuantizerMetric); 3] = [
     (Arm::Index, VisualHeadKind::Linear, QuantizerMetric::Dot),
     (Arm::Embed, VisualHeadKind::Tied, QuantizerMetric::L2norm),
     (Arm::Ett, VisualHeadKind::Tied, QuantizerMetric::Dot),
 ];
 
-fn config(precision: &str, (arm, head, metric): (Arm, VisualHeadKind, Scores)) -> Config {
+fn config(precision: &str, (arm, head, metric): (Arm, VisualHeadKind, QuantizerMetric)) -> Config {
     let mut c = Config::default();
     let t = &mut c.tokenizer;
     (t.ch, t.ch_mult, t.num_res_blocks, t.z_channels, t.norm_groups) = (8, vec![1, 1], 1, 8, 4);
@@ -47,7 +47,11 @@ fn config(precision: &str, (arm, head, metric): (Arm, VisualHeadKind, Scores)) -
     c
 }
 
-fn model(dev: Arc<dyn Kernels>, precision: &str, kind: (Arm, VisualHeadKind, Scores)) -> Result<Ett> {
+fn model(
+    dev: Arc<dyn Kernels>,
+    precision: &str,
+    kind: (Arm, VisualHeadKind, QuantizerMetric),
+) -> Result<Ett> {
     Ett::new(&config(precision, kind), dev)
 }
 
