@@ -2,7 +2,7 @@
 //! header. Letters: B batch, T tokens of a sequence, N rows of a flat batch, C channels, H heads, D head
 //! or code dimension, K codes, M visual tokens, V vocabulary, F MLP width, S sequences, G groups.
 //!
-//! `act` tensors hold the run's activation type, `acc` its accumulator type ([`crate::tensor::Precision`]);
+//! `act` tensors hold the run's activation type, `acc` its accumulator type ([`super::Precision`]);
 //! sums are formed in `acc`. Every kernel gives the same bits when called again with the same input.
 
 use super::{Acc, Access, Args, Cost, Device, Field, In, Out, Stream};

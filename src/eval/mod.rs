@@ -1,22 +1,25 @@
 //! Held-out results: reconstruction, captions, answers and drawn codes, each against what the same weights give when
 //! they are shown another picture or prompt.
 
+mod closing;
 mod ssim;
 
 use std::collections::{BTreeMap, HashMap};
-
-use serde::Serialize;
+use std::path::Path;
 
 use crate::autograd::Tape;
 use crate::backend::Role;
 use crate::config::StageKind;
-use crate::data::{Drawn, Image, Philox, Skipped};
+use crate::data::{DataSet, Drawn, Image, Source};
 use crate::error::{Error, Result};
-use crate::infer::{Seen, reconstruct};
+use crate::feed::{Template, images_to_device};
+use crate::infer::{Seen, Trained, reconstruct};
+use crate::interrupt;
 use crate::model::{Ett, Part};
+use crate::report::{Codes, Evaluation, Pair, QuestionType, Report, code_usage};
+use crate::rng::Philox;
 use crate::tensor::Tensor;
-use crate::train::feed::{DataSet, images_to_device};
-use crate::train::{Template, code_usage, interrupt};
+pub use closing::closing;
 pub use ssim::ssim;
 
 /// Samples of one forward.
@@ -29,137 +32,48 @@ const TYPE_ASKED: usize = 8;
 /// Pictures that an evaluation during training looks at.
 const DURING: usize = 64;
 
-/// A number with the model's own picture (or prompt) and with that of another sample.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
-pub struct Pair {
-    /// Shown what belongs to it.
-    pub seen: f64,
-    /// Shown another.
-    pub other: f64,
-}
+/// The evaluation of this module, to hand to a run.
+pub struct HeldOut;
 
-/// Answers to one question, asked about many pictures.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct QuestionType {
-    /// The question.
-    pub question: String,
-    /// How often it was asked.
-    pub asked: usize,
-    /// Share answered exactly.
-    pub accuracy: Pair,
-    /// Share of the most frequent right answer.
-    pub most_frequent: f64,
-}
-
-/// Nats a code of drawn pictures, teacher-forced.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Codes {
-    /// With the picture's own prompt and with another's.
-    pub loss: Pair,
-    /// Entropy of the held-out codes themselves: the least that knowing only how often each occurs can give.
-    pub unigram: f64,
-}
-
-/// Results on held-out samples, with the settings they were taken under. What could not be measured is left out.
-#[derive(Debug, Clone, Serialize)]
-pub struct Report {
-    /// Where the pictures come from.
-    pub data: String,
-    /// Pictures looked at.
-    pub pictures: usize,
-    /// Pictures on the way to these that could not be used.
-    pub skipped: Skipped,
-    /// Side of the pictures.
-    pub size: usize,
-    /// How they were brought to it, and what was done with reconstructions.
-    pub resize: &'static str,
-    /// What made the reconstructions and their codes: the weights, or their averages where a run keeps them, as IBQ's
-    /// recipe has it. All else is said by the weights that were trained together.
-    pub reconstructed_by: &'static str,
-    /// Mean squared error of reconstructions, clamped, pixels in [-1, 1].
-    pub mse: f64,
-    /// The same of the mean of these pictures.
-    pub mse_mean_image: f64,
-    /// Peak signal-to-noise ratio in dB, the mean over pictures.
-    pub psnr: f64,
-    /// Structural similarity, the mean over pictures.
-    pub ssim: f64,
-    /// Perceptual distance, the mean over pictures.
-    pub perceptual: f64,
-    /// What it was measured with.
-    pub perceptual_by: String,
-    /// Distinct codes used.
-    pub codes_used: usize,
-    /// Exponential of the entropy of the codes.
-    pub code_perplexity: f64,
-    /// Captions looked at.
-    pub captions: usize,
-    /// Nats a caption token, the end token included.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub caption_loss: Option<Pair>,
-    /// Questions asked.
-    pub questions: usize,
-    /// Share answered exactly, greedily.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub accuracy: Option<Pair>,
-    /// Of the questions whose answer is yes or no.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub accuracy_yes_no: Option<Pair>,
-    /// Of all others.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub accuracy_open: Option<Pair>,
-    /// The questions asked most often.
-    pub types: Vec<QuestionType>,
-    /// Of a model that draws, where there are prompts.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub codes: Option<Codes>,
-}
-
-impl Report {
-    /// Names and values for a table.
-    pub fn rows(&self) -> Vec<(String, String)> {
-        let mut rows = Vec::new();
-        let mut row = |name: &str, value: String| rows.push((name.to_string(), value));
-        let pair = |p: &Pair, other: &str| format!("{:.4}   {other}: {:.4}", p.seen, p.other);
-        row(
-            "held-out pictures",
-            match self.skipped.count {
-                0 => self.pictures.to_string(),
-                n => format!("{} ({n} skipped: {})", self.pictures, self.skipped.names()),
-            },
-        );
-        row("reconstructions by", self.reconstructed_by.into());
-        match self.mse_mean_image > 0.0 {
-            true => row("reconstruction MSE (share of the mean image's)", {
-                format!("{:.5} ({:.3})", self.mse, self.mse / self.mse_mean_image)
-            }),
-            // The pictures are equal.
-            false => row("reconstruction MSE", format!("{:.5}", self.mse)),
-        }
-        row("PSNR, SSIM", format!("{:.2} dB, {:.4}", self.psnr, self.ssim));
-        row(&self.perceptual_by, format!("{:.4}", self.perceptual));
-        row("codes used (perplexity)", format!("{} ({:.1})", self.codes_used, self.code_perplexity));
-        for (name, measured) in [
-            ("caption loss, nats a token", &self.caption_loss),
-            ("answers exactly right", &self.accuracy),
-            ("  yes or no", &self.accuracy_yes_no),
-            ("  all others", &self.accuracy_open),
-        ] {
-            if let Some(p) = measured {
-                row(name, pair(p, "another picture"));
-            }
-        }
-        for t in &self.types {
-            let most =
-                format!("{}   most frequent: {:.4}", pair(&t.accuracy, "another picture"), t.most_frequent);
-            row(&format!("  \"{}\"", t.question), most);
-        }
-        if let Some(c) = &self.codes {
-            let value = format!("{}   unigram: {:.4}", pair(&c.loss, "another prompt"), c.unigram);
-            row("code loss, nats a code", value);
-        }
-        rows
+impl Evaluation for HeldOut {
+    fn check(&self, test: &DataSet, samples: usize) -> Result<()> {
+        check(test, samples)
     }
+
+    fn during(
+        &self,
+        model: &mut Ett,
+        test: &DataSet,
+        template: &Template,
+        stage: StageKind,
+    ) -> Result<BTreeMap<&'static str, f64>> {
+        during(model, test, template, stage)
+    }
+
+    fn closing(&self, model: &mut Ett, test: &DataSet, template: &Template, out: &Path) -> Result<Report> {
+        closing(model, test, template, out)
+    }
+}
+
+/// Evaluates a finished run on the first `samples` pictures of `data`, a folder, or of the run's own held-out ones, and
+/// writes results and pictures into `out`; see [`closing`].
+pub fn evaluate_run(
+    trained: &mut Trained,
+    data: Option<&Path>,
+    samples: Option<usize>,
+    out: &Path,
+) -> Result<Report> {
+    let cfg = &mut trained.model.cfg.data;
+    if let Some(folder) = data {
+        (cfg.source, cfg.test) = (Source::Folder, Some(folder.into()));
+    }
+    cfg.eval_samples = samples.unwrap_or(cfg.eval_samples);
+    let test = DataSet::test(cfg)?.ok_or_else(|| {
+        Error::config("data.test", "empty", "held-out pictures in the run's configuration, or --data FOLDER")
+    })?;
+    trained.keep_averages()?;
+    std::fs::create_dir_all(out).map_err(Error::io(out))?;
+    closing(&mut trained.model, &test, &trained.template, out)
 }
 
 /// Fails if `n` of these pictures cannot be evaluated on: each is compared with another one.

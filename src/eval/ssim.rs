@@ -82,7 +82,7 @@ fn filter(plane: &[f64], width: usize, window: &[f64]) -> Vec<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::Philox;
+    use crate::rng::Philox;
 
     fn random(seed: u64, height: usize, width: usize) -> Image {
         let mut rng = Philox::new(seed, 0);

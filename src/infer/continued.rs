@@ -3,11 +3,11 @@
 use crate::autograd::{Tape, Var};
 use crate::backend::Role;
 use crate::error::{Error, Result};
+use crate::feed::Batch;
 use crate::model::tokenizer::Grid;
 use crate::model::{Cache, Ett, Part};
 use crate::ops;
 use crate::tensor::Tensor;
-use crate::train::Batch;
 
 /// S sequences side by side, and what the model makes of them so far.
 pub struct Continued<'a> {

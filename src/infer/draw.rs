@@ -5,10 +5,10 @@ use super::{Sampling, pictures};
 use crate::autograd::Tape;
 use crate::data::Image;
 use crate::error::{Error, Result};
+use crate::interrupt;
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Part};
 use crate::ops;
-use crate::train::interrupt;
 
 /// Pictures drawn side by side, which bounds the cache.
 const BATCH: usize = 16;

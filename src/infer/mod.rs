@@ -9,21 +9,17 @@ use std::sync::Arc;
 
 use crate::autograd::{Tape, Var};
 use crate::backend::{Kernels, Role};
-use crate::config::Source;
-use crate::data::{Crop, Image, Philox, Special, fit, fit_multiple, trimmed};
+use crate::data::{Crop, Image, Special, fit, fit_multiple, trimmed};
 use crate::error::{Error, Result};
-use crate::eval::Report;
+use crate::feed::{Batch, Template, images_to_device};
+use crate::interrupt;
+use crate::io::weights::{TensorFile, load_averages, read_file, set_weights};
+use crate::io::{Checkpoints, EMA, History, Skill, WEIGHTS, load_weights, run_config};
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Packed, Part};
-use crate::nn::Copy;
 use crate::ops;
+use crate::rng::Philox;
 use crate::tensor::Tensor;
-use crate::train::feed::{DataSet, images_to_device};
-use crate::train::weights::{TensorFile, read_file, set_weights};
-use crate::train::{
-    Batch, Checkpoints, EMA, History, Skill, Template, WEIGHTS, evaluate, interrupt, load_weights,
-    run_config, text,
-};
 pub use continued::Continued;
 use continued::indices;
 pub use draw::{decode_codes, draw, draw_codes};
@@ -39,7 +35,7 @@ const MAX_TOKENS: usize = 128;
 pub struct Trained {
     /// The model.
     pub model: Ett,
-    template: Template,
+    pub(crate) template: Template,
     history: Option<History>,
     /// Averages of weights that the run kept and that are not in use.
     averages: Option<PathBuf>,
@@ -59,7 +55,7 @@ impl Trained {
             })?,
         };
         let cfg = run_config(&folder)?;
-        let (template, text) = text(&cfg)?;
+        let (template, text) = Template::of(&cfg)?;
         let weights = folder.join(WEIGHTS);
         let history = History::of(&TensorFile::open(&weights)?);
         if let Some(history) = &history {
@@ -82,44 +78,15 @@ impl Trained {
     }
 
     /// Brings the run's averages beside the weights, for an evaluation as training makes it.
-    fn keep_averages(&mut self) -> Result<()> {
+    pub(crate) fn keep_averages(&mut self) -> Result<()> {
         let Some(path) = self.averages.take() else { return Ok(()) };
-        let averages = read_file(&path)?;
-        let params = &mut self.model.params;
-        let groups: Vec<String> = params
-            .groups()
-            .into_iter()
-            .filter(|g| params.names().any(|(name, of, _)| of == *g && averages.contains_key(name)))
-            .map(String::from)
-            .collect();
-        params.average(&groups.iter().map(String::as_str).collect::<Vec<_>>())?;
-        averages.iter().try_for_each(|(name, t)| params.write_public(name, Copy::Ema, t))
+        load_averages(&mut self.model.params, &path)
     }
 
     /// What to say if the model is asked for what no stage has taught it; `None` if one has, or if the weights do not
     /// say.
     pub fn lacks(&self, skill: Skill) -> Option<String> {
         self.history.as_ref()?.lacks(skill)
-    }
-
-    /// Evaluates on the first `samples` pictures of `data`, a folder, or of the run's own held-out ones, and writes
-    /// results and pictures into `out`; see [`crate::train::evaluate`].
-    pub fn evaluate(&mut self, data: Option<&Path>, samples: Option<usize>, out: &Path) -> Result<Report> {
-        let cfg = &mut self.model.cfg.data;
-        if let Some(folder) = data {
-            (cfg.source, cfg.test) = (Source::Folder, Some(folder.into()));
-        }
-        cfg.eval_samples = samples.unwrap_or(cfg.eval_samples);
-        let test = DataSet::test(cfg)?.ok_or_else(|| {
-            Error::config(
-                "data.test",
-                "empty",
-                "held-out pictures in the run's configuration, or --data FOLDER",
-            )
-        })?;
-        self.keep_averages()?;
-        std::fs::create_dir_all(out).map_err(Error::io(out))?;
-        evaluate(&mut self.model, &test, &self.template, out)
     }
 
     /// A picture as training saw it: shorter side resized, centre crop.

@@ -1,8 +1,8 @@
 //! How the next token or code is chosen.
 
-use crate::backend::{Kernels, Role, Sample, Stream};
+use crate::backend::{DType, Kernels, Role, Sample, Stream};
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// How the next token or code is chosen from logits (docs/sampling.md).
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -2,12 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use super::Batch;
-use super::weights::{FileType, write_file};
-use crate::backend::Kernels;
+use crate::backend::{DType, Kernels};
 use crate::error::Result;
+use crate::feed::Batch;
+use crate::io::weights::{FileType, write_file};
 use crate::nn::HostTensor;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// Writes `nonfinite-STAGE-STEP.safetensors` with the pictures and sequences of each part of the batch, `part.0.image.0`
 /// and so on; `None` if the run wrote one before.

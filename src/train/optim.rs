@@ -1,6 +1,7 @@
 //! AdamW over flat groups, and the schedule of its rate.
 
-use crate::backend::{Accumulate, Adamw, Cast, Fill, Role, Slot, StepState, Stream, SumSquares};
+use super::StepState;
+use crate::backend::{Accumulate, Adamw, Cast, Fill, Role, Slot, Stream, SumSquares};
 use crate::config::ScheduleKind;
 use crate::error::{Error, Result};
 use crate::nn::Params;

@@ -4,11 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::sync::Arc;
 
-use super::feed::PAD;
-use super::{Batch, Hyper, Optimizer, Stage, TokenizerMode, start_averages, step};
-use crate::backend::{self, Device, KernelCount, Kernels, Memory, Plan, Role, StepState, Target};
+use super::stages::start_averages;
+use super::update::Update;
+use super::{Stage, TokenizerMode, step};
+use crate::backend::{self, Device, KernelCount, Kernels, Memory, Plan, Role, Target};
 use crate::config::{Config, DataConfig, StageConfig, StageKind};
 use crate::error::{Error, Result};
+use crate::feed::{Batch, PAD};
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Part};
 use crate::tensor::Tensor;
@@ -63,13 +65,7 @@ fn plan_after(
     let parts: Vec<Batch> = (0..stage_cfg.accumulate)
         .map(|_| part(&cfg.data_of(stage_cfg), &model, &stage, batch / stage_cfg.accumulate))
         .collect::<Result<_>>()?;
-    let state = StepState::new(&*dev, model.params.precision().acc)?;
-    let h = Hyper { betas: cfg.train.betas, eps: 1e-8, weight_decay: 0.0, ema_decay: 0.0, clip: 1.0 };
-    let main = Optimizer::new(&model.params, &stage.groups, h)?;
-    let disc = match stage.discriminator {
-        true => Some(Optimizer::new(&model.params, &["discriminator"], h)?),
-        false => None,
-    };
+    let Update { state, main, disc, .. } = Update::new(&model, stage_cfg, &stage)?;
     dev.reset_kernels();
     step(&mut model, &stage.recipe, &parts, &state, &main, disc.as_ref())?;
     let parameters = model

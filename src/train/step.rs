@@ -1,13 +1,12 @@
 //! One training step of any stage: forward, discriminator first, backward, optimizers.
 
-use std::ops::Range;
-
 use super::Optimizer;
+use super::StepState;
 use crate::autograd::{Tape, Var};
-use crate::backend::{Cast, Kernels, Restore, Role, Slot, StepState, Stream};
+use crate::backend::{Cast, Kernels, Restore, Role, Slot, Stream};
 use crate::error::{Error, Result};
-use crate::model::tokenizer::Grid;
-use crate::model::{Ett, Packed, Part};
+use crate::feed::Batch;
+use crate::model::{Carried, Ett, MODULES, TrainedBy};
 use crate::ops::{self, BatchStats};
 use crate::tensor::Tensor;
 
@@ -136,28 +135,6 @@ impl Recipe {
     }
 }
 
-/// A batch on the device, or one of the equal parts of one.
-pub struct Batch {
-    /// Images `[B, H, W, 3]` in [-1, 1], one tensor a size.
-    pub images: Vec<Tensor>,
-    /// Sequences over these images.
-    pub packed: Option<Packed>,
-}
-
-impl Batch {
-    /// Packs sequences over images of these grids (see [`Packed::new`]).
-    pub fn pack(model: &Ett, sequences: &[Vec<Part>], grids: &[Grid], pad: usize) -> Result<Packed> {
-        let mut rows: Vec<Range<usize>> = Vec::new();
-        for g in grids {
-            for _ in 0..g.images {
-                let start = rows.last().map_or(0, |r| r.end);
-                rows.push(start..start + g.h * g.w);
-            }
-        }
-        Packed::new(&**model.params.device(), sequences, &rows, pad)
-    }
-}
-
 /// What a step leaves behind; activations are those of the batch's last part.
 #[derive(Default)]
 pub struct Outcome {
@@ -264,9 +241,13 @@ struct Before(Vec<(Tensor, Tensor)>);
 impl Before {
     fn new(model: &Ett) -> Result<Self> {
         let dev = &**model.params.device();
-        let group = model.params.group("discriminator").into_iter();
-        let live = group.flat_map(|g| model.params.stepped(g));
-        let live = live.chain(model.discriminator.carried(&model.discriminator_state));
+        let early = MODULES.iter().filter(|m| m.by == TrainedBy::Discriminator);
+        let groups = early.filter_map(|m| model.params.group(m.group));
+        let live = groups.flat_map(|g| model.params.stepped(g));
+        let live = live.chain(model.carried().into_iter().filter_map(|(_, carried)| match carried {
+            Carried::Tensor(t) => Some(t),
+            Carried::Count(_) => None,
+        }));
         let copy = |x: &Tensor| {
             let kept = Tensor::empty(dev, Role::Activation, x.dtype(), x.dims())?;
             dev.cast(Stream::COMPUTE, &Cast { x: x.view(), y: kept.out() })?;

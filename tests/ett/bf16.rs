@@ -4,14 +4,15 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use ett::backend::DType;
 use ett::compare::{Bounds, compare};
-use ett::config::{Arm, Config, QuantizerKind, Scores};
+use ett::config::{Arm, Config, QuantizerKind, QuantizerMetric};
 use ett::error::Result;
+use ett::io::save_weights;
+use ett::io::weights::{FileType, read_file, write_file};
 use ett::model::Ett;
-use ett::nn::{Copy, HostTensor};
-use ett::tensor::DType;
-use ett::train::weights::{FileType, read_file, write_file};
-use ett::train::{check, save_weights};
+use ett::nn::{HostTensor, Stored};
+use ett::train::check;
 
 use crate::common::{Outcome, Scratch, cpu, ids, norm, normal};
 use crate::training::small;
@@ -37,10 +38,10 @@ struct Case {
     alpha: f64,
 }
 
-const DOT: Case = Case { arm: Arm::Ett, kind: QuantizerKind::Ibq, metric: Scores::Dot, alpha: 1.0 };
+const DOT: Case = Case { arm: Arm::Ett, kind: QuantizerKind::Ibq, metric: QuantizerMetric::Dot, alpha: 1.0 };
 const CASES: [Case; 6] = [
     DOT,
-    Case { metric: Scores::L2norm, ..DOT },
+    Case { metric: QuantizerMetric::L2norm, ..DOT },
     Case { kind: QuantizerKind::Vq, ..DOT },
     Case { alpha: 0.0, ..DOT },
     Case { arm: Arm::Embed, ..DOT },
@@ -91,7 +92,7 @@ impl Step {
         step.write("batch", [("input.image".into(), image), ("input.text".into(), text)].into())?;
 
         let model = Ett::new(&config(case, "f32"), cpu(2))?;
-        save_weights(&model.params, &step.path("weights"), Copy::Master)?;
+        save_weights(&model.params, &step.path("weights"), Stored::Master)?;
         let mut weights = read_file(&step.path("weights"))?;
         let values = weights.values_mut().flat_map(|t| &mut t.values);
         values.for_each(|v| *v = DType::Bf16.rounded(*v));
@@ -134,7 +135,7 @@ fn codes(case: Case, z: &[f64]) -> (f64, Vec<f64>) {
         QuantizerKind::Ibq => 2.0 / length,
         QuantizerKind::Vq => length / (DIM as f64).sqrt(),
     };
-    let unit = case.kind == QuantizerKind::Ibq && case.metric == Scores::L2norm;
+    let unit = case.kind == QuantizerKind::Ibq && case.metric == QuantizerMetric::L2norm;
     let margin = |e: &[f64]| {
         let code = |j: usize| -> Vec<f64> {
             let e = &e[j * DIM..][..DIM];

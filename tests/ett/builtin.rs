@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use ett::config::{DataConfig, Source, StageKind};
-use ett::data::{Crop, Philox};
-use ett::train::feed::DataSet;
+use ett::config::{DataConfig, StageKind};
+use ett::data::{Crop, DataSet, Source};
+use ett::rng::Philox;
 
 use crate::common::Outcome;
 

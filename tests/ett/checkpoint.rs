@@ -8,12 +8,12 @@ use ett::config::{Config, StageKind};
 use ett::error::Result;
 use ett::files::{Lines, probe, replace, write_synced};
 use ett::infer::Trained;
-use ett::nn::Copy;
-use ett::train::{
-    Checkpoints, Fingerprint, History, Optimizer, Progress, Skill, Texts, checkpoint, interrupt,
-};
+use ett::interrupt;
+use ett::io::{Checkpoints, Fingerprint, History, Progress, Skill, Texts, checkpoints};
+use ett::nn::Stored;
+use ett::train::{Optimizer, checkpoint};
 
-use ett::train::weights::TensorFile;
+use ett::io::weights::TensorFile;
 
 use crate::common::{Outcome, Scratch, cpu};
 use crate::training::{Bits, Run, batch, bits, small};
@@ -44,7 +44,7 @@ fn optimizers(run: &Run) -> Vec<&Optimizer> {
 }
 
 fn save(run: &Run, to: &Checkpoints, total: usize) -> Result<PathBuf> {
-    to.save(&run.model, &optimizers(run), &Progress { total, ..Progress::default() })
+    checkpoint::save(to, &run.model, &optimizers(run), &Progress { total, ..Progress::default() })
 }
 
 fn load(run: &mut Run, folder: &Path) -> Result<()> {
@@ -54,7 +54,10 @@ fn load(run: &mut Run, folder: &Path) -> Result<()> {
 
 /// Weights, averages, moments and what the discriminator carries.
 fn everything(run: &Run) -> Result<Vec<Bits>> {
-    [Copy::Master, Copy::Ema, Copy::Moment1, Copy::Moment2].map(|c| bits(&run.model, c)).into_iter().collect()
+    [Stored::Master, Stored::Ema, Stored::Moment1, Stored::Moment2]
+        .map(|c| bits(&run.model, c))
+        .into_iter()
+        .collect()
 }
 
 fn refused<T>(result: Result<T>) -> String {
@@ -97,7 +100,7 @@ fn everything_comes_back_bit_for_bit() -> Outcome {
             tokenizer: Some(b"the file of a tokenizer"[..].into()),
         };
         let to = Checkpoints::new(&scratch.path("run"), 3);
-        let folder = to.save(&whole.model, &optimizers(&whole), &progress)?;
+        let folder = checkpoint::save(&to, &whole.model, &optimizers(&whole), &progress)?;
         assert_eq!(folder, scratch.path("run/checkpoints/step-00000120"));
         let files = [
             "config.toml",
@@ -108,7 +111,7 @@ fn everything_comes_back_bit_for_bit() -> Outcome {
             "training.safetensors",
         ];
         assert_eq!(names(&folder), files);
-        assert_eq!(checkpoint::progress(&folder)?, progress);
+        assert_eq!(checkpoints::progress(&folder)?, progress);
         let weights = TensorFile::open(&folder.join("model.safetensors"))?;
         assert_eq!(History::of(&weights), Some(progress.history));
 
@@ -146,8 +149,8 @@ fn names_are_public_and_the_folder_is_a_model() -> Outcome {
     assert_eq!(training.read("loss.lecam_ema")?.dims, [2]);
     let trained = Trained::open(&folder, cpu(1), false)?;
     assert!(
-        bits(&trained.model, Copy::Master)?["model.norm.weight"]
-            == bits(&run.model, Copy::Master)?["model.norm.weight"]
+        bits(&trained.model, Stored::Master)?["model.norm.weight"]
+            == bits(&run.model, Stored::Master)?["model.norm.weight"]
     );
     Ok(())
 }
@@ -157,12 +160,16 @@ fn averages_outlast_stages_that_do_not_train_them() -> Outcome {
     let scratch = Scratch::new();
     let mut run = run_of(&small("f32"), 1)?;
     run.model.params.train(&["llm"])?;
-    let want = bits(&run.model, Copy::Ema)?;
-    let folder =
-        Checkpoints::new(&scratch.path("run"), 1).save(&run.model, &[&run.main], &Progress::default())?;
+    let want = bits(&run.model, Stored::Ema)?;
+    let folder = checkpoint::save(
+        &Checkpoints::new(&scratch.path("run"), 1),
+        &run.model,
+        &[&run.main],
+        &Progress::default(),
+    )?;
     let mut other = Run::new(&small("f32"), cpu(1), StageKind::Text, 1e-3)?;
     load(&mut other, &folder)?;
-    assert!(bits(&other.model, Copy::Ema)? == want);
+    assert!(bits(&other.model, Stored::Ema)? == want);
     Ok(())
 }
 
@@ -272,7 +279,7 @@ fn other_formats_are_refused() -> Outcome {
     let state = "{\"format\": 2}";
     let text = format!("{{\"crc32\": \"{:08x}\",\n\"state\": {state}}}\n", crc32fast::hash(state.as_bytes()));
     std::fs::write(folder.join("state.json"), text)?;
-    let e = refused(checkpoint::progress(&folder));
+    let e = refused(checkpoints::progress(&folder));
     assert!(e.contains("has the format 2, wanted 1"), "{e}");
     Ok(())
 }
@@ -455,7 +462,7 @@ fn files_are_replaced_where_links_point_and_only_where_they_can_be() -> Outcome 
         assert!(!full.metadata()?.is_file());
     }
     for (path, what) in [
-        (scratch.path("absent/a"), "absent/a: its folder is not there"),
+        (scratch.path("absent/a"), "absent/a: its folder does not exist"),
         (scratch.path(""), "is a folder; name a file"),
         (a.join("b"), "a/b: "),
     ] {

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use ett::backend::{Cpu, Kernels, Role};
-use ett::data::Philox;
-use ett::tensor::{DType, Dims, Tensor};
+use ett::backend::{Cpu, DType, Dims, Kernels, Role};
+use ett::rng::Philox;
+use ett::tensor::Tensor;
 
 /// Tests fail with the sentence of whatever went wrong.
 pub type Outcome = Result<(), Box<dyn std::error::Error>>;

@@ -1,7 +1,7 @@
 //! The comparator's own tests: each damage to otherwise perfect data must be seen, in every precision.
 
+use ett::backend::DType;
 use ett::compare::{Bounds, choices, compare, indices, no_worse_than};
-use ett::tensor::DType;
 
 use crate::common::{Outcome, normal, rounded};
 

@@ -6,12 +6,11 @@ use std::cell::RefCell;
 use std::sync::Arc;
 
 use ett::backend::{
-    Add, AttentionFwd, Cast, Conv2dFwd, GatherFwd, GroupNormFwd, IbqRows, In, Kernels, LinearXentFwd, Matmul,
-    MatmulAcc, RmsNormFwd, Role, Rope, Stream, SwigluFwd, UnaryFwd,
+    Add, AttentionFwd, Cast, Conv2dFwd, DType, Dims, GatherFwd, GroupNormFwd, IbqRows, In, KERNELS, Kernels,
+    LinearXentFwd, Matmul, MatmulAcc, RmsNormFwd, Role, Rope, Stream, SwigluFwd, Unary, UnaryFwd,
 };
-use ett::backend::{KERNELS, Unary};
 use ett::error::{Error, Result};
-use ett::tensor::{DType, Dims, Tensor};
+use ett::tensor::Tensor;
 
 use crate::common::{cpu, int, tensor};
 

@@ -6,13 +6,13 @@ use std::io::Write;
 use std::process::{Command, Output};
 use std::sync::{Arc, Mutex};
 
-use ett::config::{Config, Source, StageConfig, StageKind, VisualHeadKind};
-use ett::data::{Image, Special, TextTokenizer, save_png};
-use ett::eval;
+use ett::config::{Config, StageConfig, StageKind, VisualHeadKind};
+use ett::data::{DataSet, Image, Source, Special, TextTokenizer, save_png};
+use ett::eval::{self, HeldOut};
+use ett::feed::{Feed, Template};
 use ett::infer::{Sampling, Trained};
 use ett::model::{Ett, Part};
-use ett::train::feed::{DataSet, Feed};
-use ett::train::{self, RunOptions, Stage, Template};
+use ett::train::{self, RunOptions, Stage};
 
 use crate::common::{Outcome, Scratch, cpu};
 
@@ -108,7 +108,14 @@ fn stages_say_how_many_pictures_they_can_use() -> Outcome {
     let start = |data: &DataSet, kind: StageKind| {
         let cfg = stage(kind);
         logged(|| {
-            let feed = Feed::new(data, &template, &cfg, &Stage::of(&cfg, &model)?, &model.cfg.train, 0)?;
+            let feed = Feed::new(
+                data,
+                &template,
+                &cfg,
+                Stage::of(&cfg, &model)?.reads_pictures(),
+                &model.cfg.train,
+                0,
+            )?;
             feed.batch(&model, 0).map(|fed| fed.sequences)
         })
     };
@@ -179,7 +186,7 @@ fn long_texts_are_cut_and_counted() -> Outcome {
     ] {
         let cfg = stage(kind);
         let (fed, log) = logged(|| {
-            Feed::new(&data, &template, &cfg, &Stage::of(&cfg, &model)?, &model.cfg.train, 0)?
+            Feed::new(&data, &template, &cfg, Stage::of(&cfg, &model)?.reads_pictures(), &model.cfg.train, 0)?
                 .batch(&model, 0)
         });
         // A picture has 16 codes; a question and its answer have the marks of two turns around them.
@@ -202,7 +209,7 @@ fn what_was_not_measured_is_left_out() -> Outcome {
         let test = DataSet::test(&c.data)?.ok_or("a test folder")?;
         let out = dir.path("out");
         fs::create_dir_all(&out)?;
-        let table = train::evaluate(&mut model, &test, &template, &out)?.rows();
+        let table = eval::closing(&mut model, &test, &template, &out)?.rows();
         let json: serde_json::Value = serde_json::from_slice(&fs::read(out.join("eval.json"))?)?;
         let keys: Vec<&str> = ["caption_loss", "accuracy", "accuracy_yes_no", "accuracy_open", "codes"]
             .into_iter()
@@ -241,7 +248,7 @@ fn what_was_not_measured_is_left_out() -> Outcome {
         fs::copy(dir.path("data/00.png"), dir.path(&format!("data/0{i}.png")))?;
     }
     let test = DataSet::test(&c.data)?.ok_or("a test folder")?;
-    let table = train::evaluate(&mut model, &test, &template, &dir.path("out"))?.rows();
+    let table = eval::closing(&mut model, &test, &template, &dir.path("out"))?.rows();
     assert!(table.iter().any(|(name, _)| name == "reconstruction MSE"), "{table:?}");
     assert!(table.iter().all(|(_, value)| !value.contains("inf") && !value.contains("NaN")), "{table:?}");
     Ok(())
@@ -292,7 +299,7 @@ fn the_program_goes_on_after_broken_pictures_and_fails_at_the_end() -> Outcome {
     c.loss.gan = 0.0;
     (c.data.eval_samples, c.data.max_text_tokens) = (3, 20);
     let run = dir.path("run");
-    train::run(&c, cpu(1), &RunOptions { out: &run, init: None, quiet: true })?;
+    train::run(&c, cpu(1), &RunOptions { out: &run, init: None, quiet: true, evaluation: &HeldOut })?;
     broken(&dir, &[1, 4])?;
     let (data, sheet) = (dir.path("data"), dir.path("sheet.png"));
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();

@@ -4,9 +4,9 @@
 use std::sync::Arc;
 
 use ett::autograd::Tape;
-use ett::backend::{Kernels, Role};
+use ett::backend::{Kernels, Precision, Role};
 use ett::ops::{self, Entropy, IbqOptions};
-use ett::tensor::{Precision, Tensor};
+use ett::tensor::Tensor;
 
 use crate::common::{normal, rounded, tensor};
 

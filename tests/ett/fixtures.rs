@@ -7,10 +7,10 @@ use std::sync::Arc;
 use ett::backend::Plan;
 use ett::compare::{Bounds, compare};
 use ett::config::Config;
+use ett::io::weights::{FileType, read_file, write_file};
 use ett::model::Ett;
 use ett::nn::HostTensor;
 use ett::train::check;
-use ett::train::weights::{FileType, read_file, write_file};
 use sha2::{Digest, Sha256};
 
 use crate::common::{Outcome, Scratch, cpu, fixtures, norm};

@@ -7,17 +7,17 @@ use std::sync::Arc;
 use ett::autograd::{Tape, Var};
 use ett::backend::{Kernels, Role};
 use ett::compare::{Bounds, compare};
-use ett::config::{Arm, Config, Scores, VisualHeadKind};
+use ett::config::{Arm, Config, QuantizerMetric, VisualHeadKind};
 use ett::data::{Image, Special, TextTokenizer};
 use ett::error::{Error, Result};
+use ett::feed::{Batch, images_to_device};
 use ett::infer::{Continued, Sampling, Seen, Trained, decode_codes, draw, draw_codes};
+use ett::io::save_weights;
 use ett::model::tokenizer::Grid;
 use ett::model::{Ett, Packed, Part};
-use ett::nn::Copy;
+use ett::nn::Stored;
 use ett::ops;
 use ett::tensor::Tensor;
-use ett::train::feed::images_to_device;
-use ett::train::{Batch, save_weights};
 
 use crate::common::{Outcome, Scratch, cpu, gpu, ids, int, scaled, shim};
 
@@ -25,9 +25,9 @@ const CODES: usize = 24;
 const VOCAB: usize = 264;
 const START: i32 = 259;
 const ARMS: [(Arm, VisualHeadKind, Scores); 3] = [
-    (Arm::Index, VisualHeadKind::Linear, Scores::Dot),
-    (Arm::Embed, VisualHeadKind::Tied, Scores::L2norm),
-    (Arm::Ett, VisualHeadKind::Tied, Scores::Dot),
+    (Arm::Index, VisualHeadKind::Linear, QuantizerMetric::Dot),
+    (Arm::Embed, VisualHeadKind::Tied, QuantizerMetric::L2norm),
+    (Arm::Ett, VisualHeadKind::Tied, QuantizerMetric::Dot),
 ];
 
 fn config(precision: &str, (arm, head, metric): (Arm, VisualHeadKind, Scores)) -> Config {
@@ -330,7 +330,7 @@ fn what_cannot_be_drawn_is_an_error() -> Outcome {
         Err(e) => assert!(e.to_string().contains(what), "{e}"),
         Ok(_) => panic!("drawn, though {what}"),
     };
-    let headless = model(cpu(1), "f32", (Arm::Ett, VisualHeadKind::None, Scores::Dot))?;
+    let headless = model(cpu(1), "f32", (Arm::Ett, VisualHeadKind::None, QuantizerMetric::Dot))?;
     let s = Sampling::default();
     says(draw(&headless, &texts(), START, (2, 2), &s, &mut silent), "`visual_head.kind` is none");
     let model = model(cpu(1), "f32", ARMS[2])?;
@@ -361,7 +361,7 @@ fn a_finished_run_draws_from_the_command_line() -> Outcome {
     let dir = Scratch::new();
     let cfg = config("f32", ARMS[2]);
     let trained = Ett::new(&cfg, cpu(1))?;
-    save_weights(&trained.params, &dir.path("model.safetensors"), Copy::Master)?;
+    save_weights(&trained.params, &dir.path("model.safetensors"), Stored::Master)?;
     std::fs::write(dir.path("config.toml"), toml::to_string(&cfg)?)?;
     std::fs::write(dir.path("prompts.txt"), "a dark square\n\na light one\n")?;
     let run = |more: &[&str]| {

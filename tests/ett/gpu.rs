@@ -1,8 +1,8 @@
 //! What a GPU does as a device: memory, copies, order, errors. Kernels are in `conformance`.
 
-use ett::backend::{Add, Fill, GatherFwd, Kernels, Role, Stream};
+use ett::backend::{Add, DType, Fill, GatherFwd, Kernels, Role, Stream};
 use ett::error::{Error, Result};
-use ett::tensor::{DType, Tensor};
+use ett::tensor::Tensor;
 
 use crate::common::{Outcome, gpu, int, normal, tensor};
 
@@ -45,7 +45,7 @@ fn too_much_memory_is_a_sentence() -> Outcome {
     assert!(matches!(e, Error::OutOfMemory { .. }), "{e}");
     let text = e.to_string();
     println!("{text}");
-    for part in ["1048576.0 GiB were asked for as activation", "are free", "moment 12.0 MiB", "--plan"] {
+    for part in ["1048576.0 GiB of activation memory requested", "are free", "moment 12.0 MiB", "--plan"] {
         assert!(text.contains(part), "{text}");
     }
     // The device goes on.

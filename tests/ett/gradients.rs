@@ -2,11 +2,11 @@
 //! tape promises about gradients.
 
 use ett::autograd::{Tape, Var};
-use ett::backend::{Role, Unary};
+use ett::backend::{DType, Dims, Precision, Role, Unary};
 use ett::compare::{Bounds, compare};
 use ett::error::{Error, Result};
 use ett::ops::{self, Conv, Entropy, Heads, IbqOptions, Rotary, Seqs};
-use ett::tensor::{DType, Dims, Precision, Tensor};
+use ett::tensor::Tensor;
 
 use crate::common::{Outcome, cpu, ids, int, norm, normal, scaled, spread, tensor};
 use crate::dense::{Problem, dense, kernels};

@@ -7,8 +7,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use ett::data::Philox;
-use ett::train::Checkpoints;
+use ett::io::Checkpoints;
+use ett::rng::Philox;
 
 use crate::common::{Outcome, Scratch};
 use crate::run::pictures;

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 
 use ett::autograd::Tape;
-use ett::backend::{Cpu, Device, Role};
+use ett::backend::{Cpu, DType, Device, Precision, Role};
 use ett::ops::{self, Entropy, IbqOptions};
-use ett::tensor::{DType, Precision, Tensor};
+use ett::tensor::Tensor;
 
 use crate::common::{Outcome, normal};
 

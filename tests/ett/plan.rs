@@ -2,13 +2,15 @@
 
 use std::sync::Arc;
 
-use ett::backend::{Cpu, Device, Kernels, Memory, Plan, Role, Slot, StepState, Target};
+use ett::backend::{Cpu, Device, Kernels, Memory, Plan, Role, Slot, Target};
 use ett::config::{Config, StageConfig, StageKind, VisualHeadKind};
 use ett::error::Result;
+use ett::eval::HeldOut;
+use ett::feed::Batch;
 use ett::model::tokenizer::Grid;
 use ett::model::{Ett, Part};
 use ett::train::{
-    self, Batch, Hyper, Optimizer, RunOptions, Stage, StagePlan, TokenizerMode, averaged, largest_batch,
+    self, Hyper, Optimizer, RunOptions, Stage, StagePlan, StepState, TokenizerMode, averaged, largest_batch,
     parse_memory, plan, plan_stage, step,
 };
 
@@ -391,7 +393,11 @@ fn a_run_takes_what_the_plan_says() -> Outcome {
         cfg.stage = vec![StageConfig { lr: Some(1e-4), ..StageConfig::new(kind, 2, 8) }];
         let dev = Arc::new(Cpu::new(2)?);
         let out = dir.path(kind.name());
-        train::run(&cfg, dev.clone(), &RunOptions { out: &out, init: None, quiet: true })?;
+        train::run(
+            &cfg,
+            dev.clone(),
+            &RunOptions { out: &out, init: None, quiet: true, evaluation: &HeldOut },
+        )?;
         let measured = dev.memory().peak as f64;
         let planned = plan_stage(&cfg, &cfg.stage[0], Target::Cpu { threads: 2 })?.memory.peak as f64;
         let ratio = planned / measured;

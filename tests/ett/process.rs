@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use ett::config::Config;
 use ett::data::Special;
-use ett::train::Checkpoints;
+use ett::io::Checkpoints;
 use serde_json::json;
 
 use crate::common::{Outcome, Scratch};
@@ -304,7 +304,7 @@ fn pictures_are_written_whole_or_refused_before_the_work() -> Outcome {
     assert!(!place.path(".sheet.png.part").exists());
     // There is no such run, but before that there is nowhere to write.
     for (out, what) in [
-        ("absent/a.png", "absent/a.png: its folder is not there; make the folder first"),
+        ("absent/a.png", "absent/a.png: its folder does not exist; create it first"),
         ("a.gif", "a.gif: pictures are written as .png, .jpg, .jpeg or .webp"),
         ("data", "data: is a folder; name a file"),
     ] {

@@ -4,14 +4,11 @@
 use std::sync::Arc;
 
 use ett::autograd::{Tape, Var};
-use ett::backend::{Kernels, Plan, Target, Unary};
-use ett::config::{
-    Config, DataConfig, GroupConfig, Source, StageConfig, StageData, StageKind, VisualHeadKind,
-};
-use ett::data::Crop;
+use ett::backend::{DType, Kernels, Plan, Precision, Target, Unary};
+use ett::config::{Config, DataConfig, GroupConfig, StageConfig, StageData, StageKind, VisualHeadKind};
+use ett::data::{Crop, Source};
 use ett::error::Result;
 use ett::ops::{self, Conv, Entropy, Heads, IbqOptions, Rotary, Seqs};
-use ett::tensor::{DType, Precision};
 use ett::train::plan_stage;
 use proptest::prelude::*;
 use proptest::test_runner::{Config as Cases, RngAlgorithm, TestRng, TestRunner};
@@ -70,7 +67,7 @@ impl Bench {
     fn leaf(&self, shape: &[usize]) -> Var {
         self.seed.set(self.seed.get() + 1);
         let values = normal(self.seed.get(), shape.iter().product());
-        let dims = ett::tensor::Dims::from_slice(shape).expect("at most four dimensions");
+        let dims = ett::backend::Dims::from_slice(shape).expect("at most four dimensions");
         self.tape.leaf(tensor(self.tape.dev(), DType::F32, &values, dims))
     }
 }

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use ett::backend::{Kernels, Metric, Nearest, Role, Stream};
+use ett::backend::{DType, Kernels, Metric, Nearest, Precision, Role, Stream};
 use ett::compare::{Bounds, choices, compare, indices};
-use ett::tensor::{DType, Precision, Tensor};
+use ett::tensor::Tensor;
 
 use crate::common::{Outcome, cpu, gpu, ids, norm, normal, scaled, shim, tensor};
 use crate::dense::{Answer, Problem, dense, kernels};

@@ -11,7 +11,7 @@ use crate::common::Outcome;
 
 const PAGE: &str = "docs/configuration.md";
 /// Where the types of configuration values are.
-const SOURCES: [&str; 2] = ["src/config.rs", "src/data/image.rs"];
+const SOURCES: [&str; 3] = ["src/config.rs", "src/data/image.rs", "src/data/source.rs"];
 const AGAIN: &str = "ETT_WRITE_REFERENCE=1 cargo test --release --test ett reference";
 
 /// A field of a struct or a variant of an enum.

@@ -4,16 +4,22 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use ett::backend::{Cpu, Device, Fill, Kernels, Plan, Role, Stream};
-use ett::config::{Config, Source, StageConfig, StageKind};
-use ett::data::{Folder, Image, ImageSet, LoadOptions, Philox, Scenes, Split, TextTokenizer, save_png};
+use ett::backend::{Cpu, DType, Device, Fill, Kernels, Plan, Role, Stream};
+use ett::config::{Config, StageConfig, StageKind};
+use ett::data::{
+    DataSet, Folder, Image, ImageSet, LoadOptions, Scenes, Source, Split, TextTokenizer, save_png,
+};
 use ett::error::Result;
+use ett::eval::{self, HeldOut};
+use ett::feed::{Feed, Template};
+use ett::io::weights::TensorFile;
+use ett::io::{load_weights, save_weights};
 use ett::model::Ett;
-use ett::nn::Copy;
-use ett::tensor::{DType, Tensor};
-use ett::train::feed::{DataSet, Feed};
-use ett::train::weights::TensorFile;
-use ett::train::{self, RunOptions, Stage, Template, load_weights, plots, save_weights};
+use ett::nn::Stored;
+use ett::report::plots;
+use ett::rng::Philox;
+use ett::tensor::Tensor;
+use ett::train::{self, RunOptions, Stage};
 
 use rayon::prelude::*;
 
@@ -53,9 +59,9 @@ fn broken_weights_are_named_and_change_nothing() -> Outcome {
     let path = dir.path("model.safetensors");
     let model = Ett::new(&config(), cpu(1))?;
     let all = || -> Result<Vec<_>> {
-        model.params.names().map(|(name, ..)| model.params.read(name, Copy::Master)).collect()
+        model.params.names().map(|(name, ..)| model.params.read(name, Stored::Master)).collect()
     };
-    save_weights(&model.params, &path, Copy::Master)?;
+    save_weights(&model.params, &path, Stored::Master)?;
     let (before, bytes) = (all()?, fs::read(&path)?);
     let header = 8 + u64::from_le_bytes(bytes[..8].try_into()?) as usize;
     let refuse = |bytes: &[u8], what: &str| -> Outcome {
@@ -278,7 +284,7 @@ fn pictures_that_vanish_in_training_are_replaced_by_others_of_their_kind() -> Ou
     let template = Template::new(TextTokenizer::Bytes, 1024);
     let chat = Stage::new(StageKind::Chat, &model)?;
     let cfg = stage(StageKind::Chat);
-    let feed = Feed::new(&data, &template, &cfg, &chat, &model.cfg.train, 0)?;
+    let feed = Feed::new(&data, &template, &cfg, chat.reads_pictures(), &model.cfg.train, 0)?;
 
     // Each of these is followed by one without a question, which has no place in this stage.
     for name in ["0.png", "4.png"] {
@@ -295,7 +301,7 @@ fn pictures_that_vanish_in_training_are_replaced_by_others_of_their_kind() -> Ou
         panic!("a folder that is gone was trained on")
     };
     let e = e.to_string();
-    assert!(e.contains("none of the pictures asked for") || e.contains("more than half"), "{e}");
+    assert!(e.contains("none of the requested pictures") || e.contains("more than half"), "{e}");
     let mut c = config();
     (c.data.source, c.data.train) = (Source::Folder, dir.path("gone"));
     let Err(e) = DataSet::train(&c.data) else { panic!("a folder that is gone was opened") };
@@ -323,15 +329,15 @@ fn what_cannot_be_written_is_named() -> Outcome {
             assert!(e.to_string().contains(&*below.to_string_lossy()), "{what}: {e}");
         };
         let out = below.join("run");
-        let o = RunOptions { out: &out, init: None, quiet: true };
+        let o = RunOptions { out: &out, init: None, quiet: true, evaluation: &HeldOut };
         named(train::run(&c, cpu(1), &o).map(drop), "a run");
-        named(save_weights(&model.params, &below.join("model.safetensors"), Copy::Master), "weights");
+        named(save_weights(&model.params, &below.join("model.safetensors"), Stored::Master), "weights");
         named(save_png(below.join("a.png"), &picture), "a picture");
         named(plots::loss_curves(&metrics, &below.join("a.png")), "curves");
         named(plots::labelled_grid(&[vec![(picture.clone(), "a".into())]], &below.join("a.png")), "a grid");
         let test = DataSet::test(&c.data)?.ok_or("built-in data")?;
         let template = Template::new(TextTokenizer::Bytes, 1024);
-        named(train::evaluate(&mut model, &test, &template, &below).map(drop), "an evaluation");
+        named(eval::closing(&mut model, &test, &template, &below).map(drop), "an evaluation");
     }
     assert_eq!(fs::read(&file)?, b"in the way");
     Ok(())

@@ -3,14 +3,15 @@
 
 use std::sync::Arc;
 
-use ett::backend::{Kernels, StepState};
+use ett::backend::Kernels;
 use ett::config::{Config, ScheduleKind, StageKind};
 use ett::error::Result;
-use ett::model::{Ett, Packed, Part, Rows};
-use ett::nn::Copy;
+use ett::feed::Batch;
+use ett::io::{Checkpoints, Progress};
+use ett::model::{Ett, FlatBatch, Packed, Part};
+use ett::nn::Stored;
 use ett::train::{
-    Batch, Checkpoints, Counts, Hyper, Loss, Optimizer, Outcome as Step, Progress, Recipe, Stage, checkpoint,
-    schedule, step,
+    Counts, Hyper, Loss, Optimizer, Outcome as Step, Recipe, Stage, StepState, checkpoint, schedule, step,
 };
 
 use crate::common::{Outcome, Scratch, cpu, gpu, ids, shim};
@@ -65,7 +66,7 @@ struct Trainer {
 }
 
 /// The batch of a step: sequences of the same lengths, other words. The first half of each sequence is read only.
-fn rows(sizes: &Sizes, step: usize) -> Result<Rows> {
+fn rows(sizes: &Sizes, step: usize) -> Result<FlatBatch> {
     let sequences: Vec<Vec<Part>> = sizes
         .lengths
         .iter()
@@ -77,7 +78,7 @@ fn rows(sizes: &Sizes, step: usize) -> Result<Rows> {
             vec![Part::context(read.to_vec()), Part::target(learnt.to_vec())]
         })
         .collect();
-    Rows::new(&sequences, &[], 16)
+    FlatBatch::new(&sequences, &[], 16)
 }
 
 impl Trainer {
@@ -138,7 +139,7 @@ impl Trainer {
     /// Weights, averages and moments.
     fn everything(&self) -> Result<Vec<f64>> {
         let mut all = Vec::new();
-        for copy in [Copy::Master, Copy::Ema, Copy::Moment1, Copy::Moment2] {
+        for copy in [Stored::Master, Stored::Ema, Stored::Moment1, Stored::Moment2] {
             for (name, _, _) in self.model.params.names() {
                 all.extend(self.model.params.read(name, copy)?.into_iter().flat_map(|t| t.values));
             }
@@ -195,7 +196,7 @@ fn resumes_bitwise(
     let mut got = first.steps(0, steps / 2)?;
     let scratch = Scratch::new();
     let checkpoints = Checkpoints::new(&scratch.path("run"), 1);
-    let folder = checkpoints.save(&first.model, &[&first.main], &Progress::default())?;
+    let folder = checkpoint::save(&checkpoints, &first.model, &[&first.main], &Progress::default())?;
     drop(first);
     let mut second = Trainer::new(dev(), precision, sizes)?;
     checkpoint::load(&folder, &mut second.model, &mut [&mut second.main])?;

@@ -4,17 +4,19 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ett::autograd::{Tape, Var};
-use ett::backend::{Kernels, Role, StepState};
+use ett::backend::{DType, Kernels, Role};
 use ett::compare::{Bounds, compare};
-use ett::config::{Arm, Config, Scores, StageKind, VisualHeadKind};
+use ett::config::{Arm, Config, QuantizerMetric, StageKind, VisualHeadKind};
 use ett::error::Result;
+use ett::feed::Batch;
+use ett::io::{load_weights, save_weights};
 use ett::model::tokenizer::Grid;
-use ett::model::{Ett, Part};
-use ett::nn::Copy;
-use ett::tensor::{DType, Tensor};
+use ett::model::{Carried, Ett, Part};
+use ett::nn::Stored;
+use ett::tensor::Tensor;
 use ett::train::{
-    Batch, Counts, Hyper, Loss, Optimizer, Outcome as Step, Own, Recipe, Stage, TokenizerMode, load_weights,
-    save_weights, schedule, step,
+    Counts, Hyper, Loss, Optimizer, Outcome as Step, Own, Recipe, Stage, StepState, TokenizerMode, schedule,
+    step,
 };
 
 use crate::common::{Outcome, Scratch, cpu, ids, tensor};
@@ -143,11 +145,11 @@ impl Run {
 pub type Bits = BTreeMap<String, Vec<u64>>;
 
 /// The bits of every tensor of a copy of the parameters, and of what the discriminator carries.
-pub fn bits(model: &Ett, copy: Copy) -> Result<Bits> {
+pub fn bits(model: &Ett, stored: Stored) -> Result<Bits> {
     let raw = |v: Vec<f64>| v.into_iter().map(f64::to_bits).collect::<Vec<_>>();
     let mut all = BTreeMap::new();
     for (name, _, _) in model.params.names() {
-        if let Some(t) = model.params.read(name, copy)? {
+        if let Some(t) = model.params.read(name, stored)? {
             all.insert(name.to_string(), raw(t.values));
         }
     }
@@ -194,11 +196,11 @@ fn stages_train_their_groups_and_freeze_the_rest() -> Outcome {
             let what = format!("{}, {arm:?}, alpha {alpha}, gan {gan}, {precision}", kind.name());
             let mut run = Run::new(&cfg, cpu(2), kind, 1e-3)?;
             let batch = batch(&run.model, &[[2, 32, 32]], kind)?;
-            let before = bits(&run.model, Copy::Master)?;
+            let before = bits(&run.model, Stored::Master)?;
             for _ in 0..2 {
                 run.step(&batch)?;
             }
-            let after = bits(&run.model, Copy::Master)?;
+            let after = bits(&run.model, Stored::Master)?;
             let mut moved = BTreeSet::new();
             for (name, old) in &before {
                 let group = group_of(&run.model, name);
@@ -229,7 +231,7 @@ fn three_steps(cfg: &Config, threads: usize) -> Result<(Vec<u64>, Bits, Bits)> {
             losses.push(run.value(&out, loss)?.to_bits());
         }
     }
-    Ok((losses, bits(&run.model, Copy::Master)?, bits(&run.model, Copy::Ema)?))
+    Ok((losses, bits(&run.model, Stored::Master)?, bits(&run.model, Stored::Ema)?))
 }
 
 #[test]
@@ -250,7 +252,7 @@ fn one_and_two_threads_give_the_same_bits() -> Outcome {
 /// tokens lie on their codes. Without the discriminator, whose part of the loss has no end.
 #[test]
 fn one_batch_can_be_learnt_by_heart() -> Outcome {
-    for metric in [Scores::Dot, Scores::L2norm] {
+    for metric in [QuantizerMetric::Dot, QuantizerMetric::L2norm] {
         let mut cfg = small("f32");
         cfg.quantizer.metric = metric;
         cfg.loss.gan = 0.0;
@@ -286,7 +288,7 @@ fn one_batch_can_be_learnt_by_heart() -> Outcome {
 /// picture that is not square.)
 #[test]
 fn mixed_sizes_are_encoded_and_decoded_as_each_alone() -> Outcome {
-    for metric in [Scores::Dot, Scores::L2norm] {
+    for metric in [QuantizerMetric::Dot, QuantizerMetric::L2norm] {
         let mut cfg = small("f64");
         cfg.quantizer.metric = metric;
         let model = Ett::new(&cfg, cpu(2))?;
@@ -382,7 +384,7 @@ fn two_groups_of_one_size_are_one_batch() -> Outcome {
         let p = &run.model.params;
         let mut all = BTreeMap::new();
         for (name, _, _) in p.names() {
-            if let Some(t) = p.read(name, Copy::Gradient)? {
+            if let Some(t) = p.read(name, Stored::Gradient)? {
                 all.insert(name.to_string(), t.values);
             }
         }
@@ -401,43 +403,43 @@ fn averages_follow_the_weights() -> Outcome {
     let mut run = Run::new(&small("f64"), cpu(2), StageKind::Semantic, 1e-2)?;
     run.model.params.average(&["encoder", "discriminator"])?;
     let batch = batch(&run.model, &[[2, 32, 32]], StageKind::Semantic)?;
-    let read = |run: &Run, copy: Copy| -> Result<BTreeMap<String, Vec<f64>>> {
+    let read = |run: &Run, stored: Stored| -> Result<BTreeMap<String, Vec<f64>>> {
         let p = &run.model.params;
         let mut all = BTreeMap::new();
         for (name, _, _) in p.names() {
-            if let Some(t) = p.read(name, copy)? {
+            if let Some(t) = p.read(name, stored)? {
                 all.insert(name.to_string(), t.values);
             }
         }
         Ok(all)
     };
     assert!(
-        read(&run, Copy::Ema)?
+        read(&run, Stored::Ema)?
             .keys()
             .all(|n| ["encoder", "discriminator"].contains(&&*group_of(&run.model, n)))
     );
-    let mut want = read(&run, Copy::Ema)?;
-    let start = read(&run, Copy::Master)?;
+    let mut want = read(&run, Stored::Ema)?;
+    let start = read(&run, Stored::Master)?;
     assert!(want.iter().all(|(n, v)| *v == start[n]), "averages start from the weights");
     for _ in 0..3 {
         run.step(&batch)?;
-        let live = read(&run, Copy::Master)?;
+        let live = read(&run, Stored::Master)?;
         for (name, v) in &mut want {
             v.iter_mut().zip(&live[name]).for_each(|(e, w)| *e = 0.9 * *e + 0.1 * w);
         }
     }
-    let got = read(&run, Copy::Ema)?;
+    let got = read(&run, Stored::Ema)?;
     assert_eq!(got.len(), want.len());
     for (name, want) in &want {
         compare(name, &got[name], want, 1, Bounds::of(DType::F64).least(1e-6))?;
         assert!(*want != start[name] || name.ends_with(".k.bias"), "{name} has moved");
     }
     // Exchanged for an evaluation and back.
-    let live = bits(&run.model, Copy::Master)?;
+    let live = bits(&run.model, Stored::Master)?;
     run.model.params.swap_averages()?;
-    assert!(read(&run, Copy::Master)?.iter().all(|(n, v)| got.get(n).is_none_or(|g| g == v)));
+    assert!(read(&run, Stored::Master)?.iter().all(|(n, v)| got.get(n).is_none_or(|g| g == v)));
     run.model.params.swap_averages()?;
-    assert!(bits(&run.model, Copy::Master)? == live);
+    assert!(bits(&run.model, Stored::Master)? == live);
     Ok(())
 }
 
@@ -451,7 +453,10 @@ fn everything(run: &Run) -> Result<Vec<Vec<u64>>> {
         Ok(())
     };
     (0..p.groups().len()).flat_map(|g| p.stepped(g)).try_for_each(&mut put)?;
-    run.model.discriminator.carried(&run.model.discriminator_state).into_iter().try_for_each(&mut put)?;
+    run.model.carried().iter().try_for_each(|(_, carried)| match carried {
+        Carried::Tensor(t) => put(t),
+        Carried::Count(_) => Ok(()),
+    })?;
     Ok(all)
 }
 
@@ -528,10 +533,10 @@ fn a_language_model_that_is_not_finite_takes_the_discriminators_step_back() -> O
     let data = [batch(&run.model, &[[2, 32, 32]], StageKind::Semantic)?];
     run.step_in_parts(&data)?;
     let name = "model.norm.weight";
-    let kept = run.model.params.read(name, Copy::Master)?.ok_or("a weight")?;
+    let kept = run.model.params.read(name, Stored::Master)?.ok_or("a weight")?;
     let mut broken = kept.clone();
     broken.values[0] = f64::NAN;
-    run.model.params.write_public(name, Copy::Master, &broken)?;
+    run.model.params.write_public(name, Stored::Master, &broken)?;
     let before = everything(&run)?;
     let out = run.step_in_parts(&data)?;
     assert!(run.value(&out, Loss::Cap)?.is_nan() && run.value(&out, Loss::DHinge)?.is_finite());
@@ -590,7 +595,7 @@ fn visual_heads_learn_codes() -> Outcome {
         let packed = Batch::pack(&run.model, &sequences, &[Grid { images: 2, h: 8, w: 8 }], 8)?;
         assert_eq!((packed.code_rows.len(), packed.tokens), (128, 0));
         batch.packed = Some(packed);
-        let before = bits(&run.model, Copy::Master)?;
+        let before = bits(&run.model, Stored::Master)?;
         let first = run.step(&batch)?;
         let first = run.value(&first, Loss::Code)?;
         for step in 0..240 {
@@ -603,7 +608,7 @@ fn visual_heads_learn_codes() -> Outcome {
         let last = run.value(&last, Loss::Code)?;
         println!("{kind:?}: {first} to {last}, uniform {}", (48f64).ln());
         assert!(first > 3.0 && last < 0.02, "{kind:?}: {first} to {last}, wanted the codes learnt by heart");
-        let after = bits(&run.model, Copy::Master)?;
+        let after = bits(&run.model, Stored::Master)?;
         for (name, old) in &before {
             if name.starts_with("quantize.") || name.starts_with("encoder.") {
                 assert!(after[name] == *old, "{name} is frozen");
@@ -644,12 +649,15 @@ fn weights_survive_a_file() -> Outcome {
         let mut cfg = small(precision);
         (cfg.train.arm, cfg.projector.norm) = (arm, true);
         let model = Ett::new(&cfg, cpu(2))?;
-        save_weights(&model.params, &path, Copy::Master)?;
+        save_weights(&model.params, &path, Stored::Master)?;
         cfg.train.seed = 99;
         let other = Ett::new(&cfg, cpu(2))?;
-        assert!(bits(&other, Copy::Master)? != bits(&model, Copy::Master)?, "another seed is another start");
+        assert!(
+            bits(&other, Stored::Master)? != bits(&model, Stored::Master)?,
+            "another seed is another start"
+        );
         load_weights(&other.params, &path)?;
-        assert!(bits(&other, Copy::Master)? == bits(&model, Copy::Master)?, "{precision}");
+        assert!(bits(&other, Stored::Master)? == bits(&model, Stored::Master)?, "{precision}");
         let dev = other.params.device();
         for g in 0..other.params.groups().len() {
             if let Some(s) = other.params.shadow(g) {
@@ -670,7 +678,7 @@ fn adding_a_part_changes_no_other_start() -> Outcome {
     let start = |change: fn(&mut Config)| -> Result<Bits> {
         let mut cfg = small("f32");
         change(&mut cfg);
-        bits(&Ett::new(&cfg, cpu(1))?, Copy::Master)
+        bits(&Ett::new(&cfg, cpu(1))?, Stored::Master)
     };
     let plain = start(|_| {})?;
     let more = start(|c| {
@@ -727,7 +735,7 @@ fn gradients_of(cfg: &Config, kind: StageKind, parts: usize, copies: bool) -> Re
     let out = run.step_in_parts(&batches)?;
     let mut all = Vec::new();
     for (name, _, _) in run.model.params.names() {
-        all.extend(run.model.params.read(name, Copy::Gradient)?.into_iter().flat_map(|t| t.values));
+        all.extend(run.model.params.read(name, Stored::Gradient)?.into_iter().flat_map(|t| t.values));
     }
     let losses = Loss::ALL.into_iter().map(|l| run.value(&out, l)).collect::<Result<_>>()?;
     Ok((all, losses))
@@ -775,7 +783,7 @@ fn recomputed_blocks_give_the_same_bits() -> Outcome {
             let data = batch(&run.model, &[[2, 32, 32]], kind)?;
             run.step(&data)?;
             run.step(&data)?;
-            Ok((bits(&run.model, Copy::Master)?, run.model.params.device().memory().peak))
+            Ok((bits(&run.model, Stored::Master)?, run.model.params.device().memory().peak))
         };
         let ((kept, memory), (again, less)) = (train(false)?, train(true)?);
         assert!(kept == again, "{precision} {kind:?}: other bits");
@@ -794,7 +802,7 @@ fn groups_have_constants_of_their_own() -> Outcome {
         run.step(&data)?;
         run.step(&data)?;
         let mut groups = BTreeMap::<String, Bits>::new();
-        for (name, b) in bits(&run.model, Copy::Master)? {
+        for (name, b) in bits(&run.model, Stored::Master)? {
             let group = if name.starts_with("discriminator state") {
                 "state".into()
             } else {
@@ -807,7 +815,7 @@ fn groups_have_constants_of_their_own() -> Outcome {
     let (same, fixed) = (train(usual)?, train(Own { scale: 0.0, ..usual })?);
     let fresh = Run::new(&small("f32"), cpu(2), StageKind::Semantic, 1e-3)?;
     for (name, b) in &fixed["projector"] {
-        assert!(bits(&fresh.model, Copy::Master)?[name] == *b, "{name} moves at rate 0");
+        assert!(bits(&fresh.model, Stored::Master)?[name] == *b, "{name} moves at rate 0");
     }
     for other in [
         Own { scale: 0.0, ..usual },
@@ -859,12 +867,12 @@ fn a_non_finite_loss_skips_the_update() -> Outcome {
     let data = batch(&run.model, &[[2, 32, 32]], StageKind::Semantic)?;
     run.step(&data)?;
     let dev = run.model.params.device().clone();
-    let before = bits(&run.model, Copy::Master)?;
+    let before = bits(&run.model, Stored::Master)?;
     for (value, count) in [(f64::NAN, 1.0), (f64::INFINITY, 1.0), (1.0, 0.0)] {
         let losses = [tensor(&*dev, DType::F32, &[2.0], [1]), tensor(&*dev, DType::F32, &[value], [1])];
         run.main.apply(&run.model.params, &run.state, losses.iter(), [].iter())?;
         assert_eq!(run.main.norm().to_f64(&*dev)?[1], count, "{value}");
-        assert_eq!(bits(&run.model, Copy::Master)? == before, count > 0.0, "{value}");
+        assert_eq!(bits(&run.model, Stored::Master)? == before, count > 0.0, "{value}");
     }
     Ok(())
 }

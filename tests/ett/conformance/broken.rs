@@ -4,7 +4,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use ett::backend::*;
 use ett::error::{Error, Result};
-use ett::tensor::{DType, Precision};
 
 use super::{Report, Size, reject, run};
 

@@ -4,11 +4,10 @@ use std::collections::HashMap;
 
 use rayon::prelude::*;
 
-use ett::backend::{Acc, Buffer, In, Kernels, Out};
+use ett::backend::{Acc, Buffer, DType, Dims, In, Kernels, Out, Precision};
 use ett::compare::Bounds;
-use ett::data::Philox;
 use ett::error;
-use ett::tensor::{DType, Dims, Precision};
+use ett::rng::Philox;
 
 use super::Size;
 use super::place::compute;

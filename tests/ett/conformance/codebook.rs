@@ -1,9 +1,8 @@
 //! The nearest code.
 
-use ett::backend::{Kernels, Matmul, Metric, Nearest, Stream};
+use ett::backend::{DType, Kernels, Matmul, Metric, Nearest, Precision, Stream};
 use ett::compare::{choices, indices};
 use ett::error;
-use ett::tensor::{DType, Precision};
 
 use super::Size;
 use super::case::{Case, Draw, Judge, ONCE, Seen, Type, Views, act, add, out};

@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use ett::backend::Kernels;
-use ett::tensor::Precision;
+use ett::backend::{Kernels, Precision};
 
 use super::{Size, UNCOVERED, reject, run};
 use crate::common::{gpu, gpu_forcing, shim, shim_forcing};

@@ -32,10 +32,9 @@ use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
-use ett::backend::{Access, Cpu, KERNELS, Kernels};
+use ett::backend::{Access, Cpu, KERNELS, Kernels, Precision};
 use ett::compare::{compare, no_worse_than};
 use ett::error::Error;
-use ett::tensor::Precision;
 
 use case::{Arg, Case, Draw, Judge, Layout, ONCE, SANITIZER, Seen, round};
 use place::{Placed, compute, views};

@@ -2,9 +2,8 @@
 
 use rayon::prelude::*;
 
-use ett::backend::{Access, Buffer, In, Kernels, Out, Role, Stream};
+use ett::backend::{Access, Buffer, DType, In, Kernels, Out, Precision, Role, Stream, to_bf16};
 use ett::error;
-use ett::tensor::{DType, Precision, to_bf16};
 
 use super::case::{Arg, Content, Layout, Views};
 
@@ -31,7 +30,7 @@ pub struct Placed {
     cols: usize,
     off: usize,
     ld: usize,
-    dims: ett::tensor::Dims,
+    dims: ett::backend::Dims,
     /// The whole buffer before the call.
     image: Vec<u8>,
     buf: Buffer,

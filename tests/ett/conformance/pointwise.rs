@@ -1,10 +1,9 @@
 //! Element-wise kernels and those over channels.
 
 use ett::backend::{
-    Accumulate, Add, Cast, ChannelAffineBwd, ChannelAffineFwd, Fill, Stream, SwigluBwd, SwigluFwd, Unary,
-    UnaryBwd, UnaryFwd,
+    Accumulate, Add, Cast, ChannelAffineBwd, ChannelAffineFwd, DType, Dims, Fill, Stream, SwigluBwd,
+    SwigluFwd, Unary, UnaryBwd, UnaryFwd,
 };
-use ett::tensor::{DType, Dims};
 
 use super::Size;
 use super::case::{Case, Draw, Judge, Type, act, add as add_to, input, near, out};

@@ -1,7 +1,6 @@
 //! Products and sums of columns.
 
-use ett::backend::{ColSum, LinearGelu, Matmul, MatmulAcc, Stream};
-use ett::tensor::DType;
+use ett::backend::{ColSum, DType, LinearGelu, Matmul, MatmulAcc, Stream};
 
 use super::Size;
 use super::case::{Case, Draw, LIGHT, Near, Type, act, add, near, out};

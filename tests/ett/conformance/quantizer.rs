@@ -2,8 +2,7 @@
 
 use std::collections::HashMap;
 
-use ett::backend::{IbqBwd, IbqCols, IbqLosses, IbqRows, Stream, VqBwd, VqLosses};
-use ett::tensor::DType;
+use ett::backend::{DType, IbqBwd, IbqCols, IbqLosses, IbqRows, Stream, VqBwd, VqLosses};
 
 use super::Size;
 use super::case::{Arg, Case, Draw, Judge, Near, Type, acc, act, add, input, int, near, out};

@@ -3,9 +3,8 @@
 
 use std::sync::Arc;
 
-use ett::backend::{Buffer, Cpu, Extent, In, KERNELS, Kernels, Reclaim, Role};
+use ett::backend::{Buffer, Cpu, DType, Dims, Extent, In, KERNELS, Kernels, Precision, Reclaim, Role};
 use ett::error::{Error, Result};
-use ett::tensor::{DType, Dims, Precision};
 
 use super::case::{Arg, Draw, Layout, Type, Views, round};
 use super::place::{Placed, views};

@@ -1,7 +1,6 @@
 //! Sampling: the index of every device is that of the CPU, which computes in f64 in any case.
 
-use ett::backend::{Sample, Stream};
-use ett::tensor::DType;
+use ett::backend::{DType, Sample, Stream};
 
 use super::Size;
 use super::case::{Case, Judge, Type, act, add, int, out};

@@ -2,9 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use ett::backend::{Access, Cpu, Device, Kernels, Plan, Target};
+use ett::backend::{Access, Cpu, Device, Kernels, Plan, Precision, Target};
 use ett::error::{Error, Result};
-use ett::tensor::Precision;
 
 use super::case::{Arg, Case, Draw, Layout, round};
 use super::place::{Placed, views};

@@ -1,10 +1,6 @@
 //! What a data set consists of, so that a resumed run goes on with the data that it was trained on.
 
-use std::path::Path;
-
 use serde::{Deserialize, Serialize};
-
-use super::feed::DataSet;
 
 /// What a data set consists of, wherever it lies. Two data sets with equal fingerprints and the same pixels give the
 /// same batches.
@@ -32,7 +28,8 @@ pub struct Texts {
 }
 
 impl Texts {
-    fn of<'a, I: IntoIterator<Item = &'a [u8]>>(samples: impl Iterator<Item = I>) -> Self {
+    /// Of the texts of samples in their order.
+    pub(crate) fn of<'a, I: IntoIterator<Item = &'a [u8]>>(samples: impl Iterator<Item = I>) -> Self {
         let (mut count, mut sum) = (0, crc32fast::Hasher::new());
         for (i, texts) in samples.enumerate() {
             for text in texts {
@@ -43,26 +40,6 @@ impl Texts {
             }
         }
         Texts { count, crc32: sum.finalize() }
-    }
-}
-
-fn name<'a>(image: &'a Path, root: &Path) -> &'a [u8] {
-    image.strip_prefix(root).unwrap_or(image).as_os_str().as_encoded_bytes()
-}
-
-impl DataSet {
-    /// What the data set consists of.
-    pub fn fingerprint(&self) -> Fingerprint {
-        let samples = || self.samples.iter();
-        Fingerprint {
-            names: Texts::of(samples().map(|s| [name(&s.image, &self.root)])),
-            pictures: self.images.len(),
-            captions: Texts::of(samples().map(|s| s.caption.as_deref().map(str::as_bytes))),
-            prompts: Texts::of(samples().map(|s| s.prompt.as_deref().map(str::as_bytes))),
-            questions: Texts::of(
-                samples().map(|s| s.qa.iter().flat_map(|(q, a)| [q.as_bytes(), a.as_bytes()])),
-            ),
-        }
     }
 }
 

@@ -4,13 +4,11 @@ use std::collections::{BTreeMap, VecDeque};
 
 use serde::Serialize;
 
-use super::{Loss, Outcome};
 use crate::error::{Error, Result};
-use crate::model::Ett;
 
 /// One line of `metrics.jsonl`.
 #[derive(Default, Serialize)]
-pub(super) struct Line {
+pub(crate) struct Line {
     pub stage: &'static str,
     /// Place of the stage in the run.
     pub number: usize,
@@ -44,22 +42,10 @@ impl Line {
         serde_json::to_string(self)
             .map_err(|e| Error::data("metrics", format!("a line cannot be written ({e})")))
     }
-
-    /// The losses of a step, and what memory it has taken.
-    pub fn measure(&mut self, model: &Ett, out: &Outcome) -> Result<()> {
-        for loss in Loss::ALL {
-            if out.terms.iter().any(|(l, _)| *l == loss) {
-                self.loss.insert(loss.name(), out.value(model, loss)?);
-            }
-        }
-        self.unscored = out.unscored(model)?;
-        self.memory_mib = model.params.device().memory().peak as f64 / f64::from(1 << 20);
-        Ok(())
-    }
 }
 
 /// How the codebook is used by the last tokens.
-pub(super) struct Usage {
+pub(crate) struct Usage {
     window: VecDeque<i32>,
     counts: Vec<u32>,
     most: usize,
@@ -108,7 +94,7 @@ pub(crate) fn code_usage(counts: impl Iterator<Item = usize> + Clone) -> (usize,
 
 /// Averages of the losses for the progress bar.
 #[derive(Default)]
-pub(super) struct Smooth {
+pub(crate) struct Smooth {
     loss: BTreeMap<&'static str, f64>,
     rate: f64,
 }

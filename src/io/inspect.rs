@@ -5,7 +5,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 use super::weights::TensorFile;
-use super::{CONFIG, Checkpoints, EMA, History, WEIGHTS, checkpoint, run_config};
+use super::{CONFIG, Checkpoints, EMA, History, WEIGHTS, checkpoints, run_config};
 use crate::backend::size;
 use crate::error::{Error, Result};
 
@@ -22,8 +22,8 @@ pub fn inspect(path: &Path, all: bool) -> Result<String> {
         out += &settings(path)?;
     }
     // Writing to a String cannot fail.
-    if path.join(checkpoint::STATE).exists() {
-        let p = checkpoint::progress(path)?;
+    if path.join(checkpoints::STATE).exists() {
+        let p = checkpoints::progress(path)?;
         let _ = writeln!(
             out,
             "checkpoint after {} steps: stage {} ({}), {} steps done in it, {} updates skipped",
@@ -33,7 +33,7 @@ pub fn inspect(path: &Path, all: bool) -> Result<String> {
             let _ = writeln!(out, "  {stage:<12} {seconds:>8.1} s");
         }
     } else if let Some(last) = Checkpoints::latest(path)? {
-        let p = checkpoint::progress(&last)?;
+        let p = checkpoints::progress(&last)?;
         let state = if path.join(WEIGHTS).exists() { "finished" } else { "not finished" };
         let _ = writeln!(
             out,

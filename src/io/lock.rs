@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 const LOCK: &str = ".lock";
 
 /// A locked run folder.
-pub(super) struct Lock {
+pub(crate) struct Lock {
     /// `None` on file systems without locks.
     file: Option<File>,
     folder: PathBuf,

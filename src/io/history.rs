@@ -6,12 +6,9 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::Template;
 use super::weights::TensorFile;
 use crate::config::{Arm, Config, StageConfig, StageKind};
-use crate::data::TextTokenizer;
 use crate::error::{Error, Result};
-use crate::files;
 
 /// What a stage teaches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -68,7 +65,7 @@ pub struct History {
 }
 
 impl History {
-    /// Of weights that are about to be trained with a text tokenizer, as [`text`] gives it.
+    /// Of weights that are about to be trained with a text tokenizer, as `Template::of` names it.
     pub(crate) fn new(text: String) -> Self {
         History { text, ..History::default() }
     }
@@ -138,20 +135,4 @@ impl History {
         );
         Err(Error::data(path, what))
     }
-}
-
-/// The text tokenizer of a configuration, and how [`History`] calls it.
-pub(crate) fn text(cfg: &Config) -> Result<(Template, String)> {
-    let path = cfg.data.tokenizer.as_deref();
-    let template = Template::new(TextTokenizer::open(path)?, cfg.data.max_text_tokens);
-    let vocabulary = template.tokenizer().vocabulary();
-    if cfg.llm.vocab < vocabulary {
-        let want = format!("at least {vocabulary}, the text tokenizer's");
-        return Err(Error::config("llm.vocab", cfg.llm.vocab, want));
-    }
-    let name = match path {
-        None => "bytes".into(),
-        Some(path) => format!("checksum {:08x}", files::checksum(path)?.crc32),
-    };
-    Ok((template, name))
 }

@@ -67,6 +67,14 @@ struct Panel {
     eval: BTreeMap<String, Curve>,
 }
 
+/// Draws the curves of a metrics file; a run does not fail for want of a picture.
+pub(crate) fn plot(metrics: &Path, out: &Path) {
+    let path = out.join("losses.png");
+    if let Err(e) = loss_curves(metrics, &path) {
+        tracing::warn!("{} was not drawn: {e}", path.display());
+    }
+}
+
 /// Draws the losses in a `metrics.jsonl` over the steps, a panel a stage, to a PNG: every value in a light colour and
 /// their moving average in a strong one. Values of `eval` are marked with circles.
 ///
@@ -402,7 +410,7 @@ fn number(v: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::Philox;
+    use crate::rng::Philox;
 
     struct Folder(std::path::PathBuf);
 

@@ -9,10 +9,11 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
 use super::History;
+use crate::backend::{DType, Precision};
+use crate::config::LpipsConfig;
 use crate::error::{Error, Result};
 use crate::files::{FileWriter, replace};
-use crate::nn::{Copy, HostTensor, Params};
-use crate::tensor::{DType, Precision};
+use crate::nn::{HostTensor, Params, Stored};
 
 /// The one key of the format's metadata that is used here.
 const NOTE: &str = "ett";
@@ -215,21 +216,21 @@ pub fn write_file(path: &Path, tensors: &[(String, HostTensor, FileType)]) -> Re
     Ok(())
 }
 
-/// A copy of all parameters that have one, under their public names with a prefix.
-pub fn entries<'a>(params: &'a Params, copy: Copy, prefix: &str) -> Vec<Entry<'a>> {
+/// The stored values of all parameters that have them, under their public names with a prefix.
+pub fn entries<'a>(params: &'a Params, stored: Stored, prefix: &str) -> Vec<Entry<'a>> {
     let ty = FileType::of(params.precision());
-    let kept = params.names().filter(|(_, group, _)| params.has(group, copy));
+    let kept = params.names().filter(|(_, group, _)| params.has(group, stored));
     let entry = |(name, _, dims): (&'a str, _, &[usize])| Entry {
         name: format!("{prefix}{name}"),
         dims: dims.to_vec(),
         ty,
-        values: Box::new(move || Ok(params.read(name, copy)?.map_or(vec![], |t| t.values))),
+        values: Box::new(move || Ok(params.read(name, stored)?.map_or(vec![], |t| t.values))),
     };
     kept.map(entry).collect()
 }
 
 /// What is wrong with a file, at most 20 items of it, as one sentence.
-pub(super) fn misfit(what: &str, mut problems: Vec<String>) -> String {
+pub(crate) fn misfit(what: &str, mut problems: Vec<String>) -> String {
     let more = problems.len().saturating_sub(20);
     problems.truncate(20);
     if more > 0 {
@@ -266,7 +267,7 @@ pub fn set_weights(
         return Err(Error::weights(path, misfit("the model", problems)));
     }
     for name in &known {
-        params.write_public(name, Copy::Master, &tensors[name])?;
+        params.write_public(name, Stored::Master, &tensors[name])?;
     }
     params.refresh()
 }
@@ -276,15 +277,42 @@ pub fn load_weights(params: &Params, path: &Path) -> Result<()> {
     set_weights(params, path, &read_file(path)?, None)
 }
 
+/// Loads the LPIPS weights that the configuration names, or says that its features are random.
+pub(crate) fn load_lpips(params: &Params, cfg: &LpipsConfig) -> Result<()> {
+    const PREFIX: &str = "loss.perceptual_loss.";
+    let Some(path) = &cfg.weights else {
+        tracing::info!(
+            "perceptual loss: random VGG features from a fixed seed (lpips.weights names no file)"
+        );
+        return Ok(());
+    };
+    let named = |n: String| if n.starts_with(PREFIX) { n } else { format!("{PREFIX}{n}") };
+    let tensors = read_file(path)?.into_iter().map(|(n, t)| (named(n), t)).collect();
+    set_weights(params, path, &tensors, Some(&|n| n.starts_with(PREFIX)))
+}
+
+/// Loads the averages of weights that a file holds beside the weights themselves.
+pub(crate) fn load_averages(params: &mut Params, path: &Path) -> Result<()> {
+    let averages = read_file(path)?;
+    let groups: Vec<String> = params
+        .groups()
+        .into_iter()
+        .filter(|g| params.names().any(|(name, of, _)| of == *g && averages.contains_key(name)))
+        .map(String::from)
+        .collect();
+    params.average(&groups.iter().map(String::as_str).collect::<Vec<_>>())?;
+    averages.iter().try_for_each(|(name, t)| params.write_public(name, Stored::Ema, t))
+}
+
 /// Saves all parameters under their public names, in f32 (f64 in an f64 run).
-pub fn save_weights(params: &Params, path: &Path, copy: Copy) -> Result<()> {
-    replace(path, |file| write_tensors(file, entries(params, copy, ""), None))?;
+pub fn save_weights(params: &Params, path: &Path, stored: Stored) -> Result<()> {
+    replace(path, |file| write_tensors(file, entries(params, stored, ""), None))?;
     Ok(())
 }
 
 /// The same with what the weights say of their making.
-pub fn save_weights_of(params: &Params, path: &Path, copy: Copy, history: &History) -> Result<()> {
+pub fn save_weights_of(params: &Params, path: &Path, stored: Stored, history: &History) -> Result<()> {
     let note = history.note()?;
-    replace(path, |file| write_tensors(file, entries(params, copy, ""), Some(note)))?;
+    replace(path, |file| write_tensors(file, entries(params, stored, ""), Some(note)))?;
     Ok(())
 }
