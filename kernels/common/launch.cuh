@@ -137,7 +137,7 @@ class Check {
             return wrong(arg, shape(v).text, want);
         }
         if (!contiguous(v)) {
-            snprintf(want, sizeof want, "%lld elements without gaps", (long long)n);
+            snprintf(want, sizeof want, "%lld contiguous elements", (long long)n);
             char got[96];
             snprintf(got, sizeof got, "rows of %lld that begin %lld apart", (long long)cols(v), (long long)v.ld);
             return wrong(arg, got, want);
@@ -179,7 +179,7 @@ class Check {
     bool aligned(const char* arg, const ett_view& v, int64_t bytes) {
         if (!ok() || wide(v, bytes)) return ok();
         char want[96];
-        snprintf(want, sizeof want, "rows that begin on multiples of %lld bytes and have whole pieces of that size", (long long)bytes);
+        snprintf(want, sizeof want, "rows that begin at multiples of %lld bytes and consist of whole pieces of that size", (long long)bytes);
         return wrong(arg, "misaligned", want);
     }
 
@@ -187,10 +187,10 @@ class Check {
     bool workspace(const ett_launch* l, int64_t bytes) {
         if (!ok() || bytes == 0) return ok();
         char got[96], want[96];
-        snprintf(want, sizeof want, "%lld bytes on a multiple of 256", (long long)bytes);
+        snprintf(want, sizeof want, "%lld bytes at an address that is a multiple of 256", (long long)bytes);
         if (!l->workspace) return wrong("launch.workspace", "null", want);
         if (l->workspace_bytes >= bytes && reinterpret_cast<uintptr_t>(l->workspace) % 256 == 0) return true;
-        snprintf(got, sizeof got, "%lld bytes at an address that is %lld past such a multiple", (long long)l->workspace_bytes,
+        snprintf(got, sizeof got, "%lld bytes at an address that is %lld modulo 256", (long long)l->workspace_bytes,
                  (long long)(reinterpret_cast<uintptr_t>(l->workspace) % 256));
         return wrong("launch.workspace", got, want);
     }

@@ -129,8 +129,7 @@ __global__ void __launch_bounds__(kTeamThreads, kBackwardThreads / kTeamThreads)
             load(w, a.w + rows.column(v));
 #pragma unroll
             for (int j = 0; j < N; ++j) {
-                // d is rounded instead of fused into a multiply-add, so that d - mean(d) is exactly 0 where d is
-                // constant.
+                // d is rounded, not fused into a multiply-add, so that d - mean(d) vanishes where d is constant.
                 const float xhat = (f[j] - mean) * rstd, d = __fmul_rn(g[j], w[j]);
                 dw[v][j] += g[j] * xhat;
                 db[v][j] += g[j];
