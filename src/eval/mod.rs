@@ -1,5 +1,5 @@
-//! Held-out results: reconstruction, captions, answers and drawn codes, each against what the same weights give when
-//! they are shown another picture or prompt.
+//! Held-out results: reconstruction, captions, answers and drawn codes, compared with those of the same weights for
+//! the picture or prompt of another sample.
 
 mod ssim;
 
@@ -19,22 +19,22 @@ use crate::train::feed::{DataSet, images_to_device};
 use crate::train::{Template, code_usage, interrupt};
 pub use ssim::ssim;
 
-/// Samples of one forward.
+/// Samples per forward pass.
 const BATCH: usize = 64;
-/// Questions asked about one picture.
+/// Maximum number of questions per picture.
 const QUESTIONS: usize = 8;
-/// Question types that are reported, and how often one has to be asked.
+/// Maximum number of reported question types, and how often a type has to be asked to be reported.
 const TYPES: usize = 12;
 const TYPE_ASKED: usize = 8;
-/// Pictures that an evaluation during training looks at.
+/// Pictures in an evaluation during training.
 const DURING: usize = 64;
 
-/// A number with the model's own picture (or prompt) and with that of another sample.
+/// A number measured with the sample's own picture (or prompt) and with that of another sample.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct Pair {
-    /// Shown what belongs to it.
+    /// With its own.
     pub seen: f64,
-    /// Shown another.
+    /// With that of another sample.
     pub other: f64,
 }
 
@@ -51,66 +51,67 @@ pub struct QuestionType {
     pub most_frequent: f64,
 }
 
-/// Nats a code of drawn pictures, teacher-forced.
+/// Cross-entropy of the codes of drawn pictures in nats per code, teacher-forced.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Codes {
-    /// With the picture's own prompt and with another's.
+    /// With the picture's own prompt and with that of another.
     pub loss: Pair,
-    /// Entropy of the held-out codes themselves: the least that knowing only how often each occurs can give.
+    /// Entropy of the held-out codes, in nats: the lowest loss of a model that knows only the frequencies of the
+    /// codes.
     pub unigram: f64,
 }
 
-/// Results on held-out samples, with the settings they were taken under. What could not be measured is left out.
+/// Results on held-out samples, and the settings of the evaluation. Results that could not be measured are left out.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
-    /// Where the pictures come from.
+    /// Source of the pictures.
     pub data: String,
-    /// Pictures looked at.
+    /// Number of pictures evaluated.
     pub pictures: usize,
-    /// Pictures on the way to these that could not be used.
+    /// Pictures that were skipped because they cannot be used.
     pub skipped: Skipped,
-    /// Side of the pictures.
+    /// Side of the pictures, in pixels.
     pub size: usize,
-    /// How they were brought to it, and what was done with reconstructions.
+    /// How pictures were resized, and how reconstructions were treated.
     pub resize: &'static str,
-    /// What made the reconstructions and their codes: the weights, or their averages where a run keeps them, as IBQ's
-    /// recipe has it. All else is said by the weights that were trained together.
+    /// The weights that made reconstructions and their codes: the weights themselves, or their averages if the run
+    /// keeps them, as in IBQ's recipe. All other results come from the weights that were trained together.
     pub reconstructed_by: &'static str,
     /// Mean squared error of reconstructions, clamped, pixels in [-1, 1].
     pub mse: f64,
-    /// The same of the mean of these pictures.
+    /// The same for the mean of these pictures as the reconstruction.
     pub mse_mean_image: f64,
-    /// Peak signal-to-noise ratio in dB, the mean over pictures.
+    /// Peak signal-to-noise ratio in dB, averaged over pictures.
     pub psnr: f64,
-    /// Structural similarity, the mean over pictures.
+    /// Structural similarity, averaged over pictures.
     pub ssim: f64,
-    /// Perceptual distance, the mean over pictures.
+    /// Perceptual distance, averaged over pictures.
     pub perceptual: f64,
-    /// What it was measured with.
+    /// The network that measured it.
     pub perceptual_by: String,
     /// Distinct codes used.
     pub codes_used: usize,
     /// Exponential of the entropy of the codes.
     pub code_perplexity: f64,
-    /// Captions looked at.
+    /// Number of captions.
     pub captions: usize,
-    /// Nats a caption token, the end token included.
+    /// Nats per caption token, including the end token.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub caption_loss: Option<Pair>,
-    /// Questions asked.
+    /// Number of questions.
     pub questions: usize,
-    /// Share answered exactly, greedily.
+    /// Share answered exactly, by greedy decoding.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accuracy: Option<Pair>,
-    /// Of the questions whose answer is yes or no.
+    /// The same for questions whose answer is yes or no.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accuracy_yes_no: Option<Pair>,
-    /// Of all others.
+    /// The same for all other questions.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accuracy_open: Option<Pair>,
     /// The questions asked most often.
     pub types: Vec<QuestionType>,
-    /// Of a model that draws, where there are prompts.
+    /// For models that draw, if there are prompts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub codes: Option<Codes>,
 }
@@ -133,14 +134,14 @@ impl Report {
             true => row("reconstruction MSE (share of the mean image's)", {
                 format!("{:.5} ({:.3})", self.mse, self.mse / self.mse_mean_image)
             }),
-            // The pictures are equal.
+            // All pictures are equal.
             false => row("reconstruction MSE", format!("{:.5}", self.mse)),
         }
         row("PSNR, SSIM", format!("{:.2} dB, {:.4}", self.psnr, self.ssim));
         row(&self.perceptual_by, format!("{:.4}", self.perceptual));
         row("codes used (perplexity)", format!("{} ({:.1})", self.codes_used, self.code_perplexity));
         for (name, measured) in [
-            ("caption loss, nats a token", &self.caption_loss),
+            ("caption loss, nats per token", &self.caption_loss),
             ("answers exactly right", &self.accuracy),
             ("  yes or no", &self.accuracy_yes_no),
             ("  all others", &self.accuracy_open),
@@ -156,13 +157,13 @@ impl Report {
         }
         if let Some(c) = &self.codes {
             let value = format!("{}   unigram: {:.4}", pair(&c.loss, "another prompt"), c.unigram);
-            row("code loss, nats a code", value);
+            row("code loss, nats per code", value);
         }
         rows
     }
 }
 
-/// Fails if `n` of these pictures cannot be evaluated on: each is compared with another one.
+/// Fails unless `n` pictures can be evaluated: each is compared with another one, so there must be at least two.
 pub fn check(test: &DataSet, n: usize) -> Result<()> {
     if n < 2 {
         let want = "2 or more, since pictures are compared with one another, or no held-out pictures";
@@ -179,12 +180,15 @@ pub fn check(test: &DataSet, n: usize) -> Result<()> {
     }
 }
 
-/// The first `n` held-out pictures that can be used, or all.
+/// The first `n` usable held-out pictures, or all of them.
 pub fn held_out(test: &DataSet, n: usize) -> Result<Vec<Drawn>> {
     check(test, n)?;
     let drawn = test.images.take(n, &mut Philox::new(0, 0))?;
     match drawn.len() {
-        0 | 1 => Err(Error::data(&test.root, "has fewer than two pictures to evaluate on")),
+        0 | 1 => Err(Error::data(
+            &test.root,
+            "has fewer than two usable pictures, wanted 2 or more to evaluate on",
+        )),
         _ => Ok(drawn),
     }
 }
@@ -237,8 +241,8 @@ fn has_averages(model: &Ett) -> bool {
     (0..model.params.groups().len()).any(|g| model.params.ema(g).is_some())
 }
 
-/// Calls `f` with the averages of weights in the place of the weights, where they are kept. The weights are back
-/// afterwards, bit for bit.
+/// Calls `f` with the averages in place of the weights, if they are kept. Afterwards the weights are restored bit for
+/// bit.
 pub fn with_averages<T>(model: &mut Ett, f: impl FnOnce(&Ett) -> Result<T>) -> Result<T> {
     if !has_averages(model) {
         return f(model);
@@ -249,7 +253,7 @@ pub fn with_averages<T>(model: &mut Ett, f: impl FnOnce(&Ett) -> Result<T>) -> R
     result
 }
 
-/// A short evaluation during a stage, of what the stage trains.
+/// A short evaluation during a stage, restricted to what the stage trains.
 pub fn during(
     model: &mut Ett,
     test: &DataSet,
@@ -284,29 +288,30 @@ pub fn during(
     Ok(all)
 }
 
-/// Of a sum and the number of its terms, if there are any.
+/// The mean for a sum and its number of terms; `None` without terms.
 fn mean((sum, n): (f64, usize)) -> Option<f64> {
     (n > 0).then(|| sum / n as f64)
 }
 
-/// Fails between two batches if the run is to stop. An evaluation during training is a single batch, and ends.
+/// Fails if the run was interrupted, except before the first batch. An evaluation during training is a single batch,
+/// so it always completes.
 fn go_on(done: usize) -> Result<()> {
     if done > 0 { interrupt::check() } else { Ok(()) }
 }
 
-/// Mean squared error of the mean of these pictures.
+/// Mean squared error of the mean image as the reconstruction of each of these pictures.
 fn mean_image_error(drawn: &[Drawn]) -> f64 {
     let n = drawn.len() as f64;
     let mut mean = vec![0.0; drawn.first().map_or(0, |d| d.image.pixels.len())];
     for d in drawn {
         mean.iter_mut().zip(&d.image.pixels).for_each(|(m, &v)| *m += v as f64);
     }
-    // Divided last, the mean of equal pictures is exactly each of them.
+    // Because the division comes last, the mean of equal pictures equals them exactly.
     mean.iter_mut().for_each(|m| *m /= n);
     drawn.iter().map(|d| squared_error(&d.image, mean.iter().copied()) / n).sum()
 }
 
-/// How well pictures survive the tokenizer.
+/// Quality of reconstructions.
 struct Pixels {
     mse: f64,
     psnr: f64,
@@ -340,7 +345,7 @@ impl Pixels {
     }
 }
 
-/// Sum over pictures of the model's perceptual distance.
+/// The model's perceptual distance, summed over pictures.
 fn distance(model: &Ett, a: &[Image], b: &[Image]) -> Result<f64> {
     let t = Tape::inference(model.params.device().clone(), model.params.precision());
     let (x, y) = (images_to_device(model, a)?.0, images_to_device(model, b)?.0);
@@ -358,7 +363,7 @@ fn decibels(error: f64) -> f64 {
     10.0 * (4.0 / error.max(1e-12)).log10()
 }
 
-/// Peak signal-to-noise ratio of two pictures of one size, in dB.
+/// Peak signal-to-noise ratio of two pictures of equal size, in dB.
 pub fn psnr(a: &Image, b: &Image) -> f64 {
     decibels(squared_error(a, b.pixels.iter().map(|&v| v as f64)))
 }
@@ -367,7 +372,7 @@ fn squared_error(a: &Image, b: impl Iterator<Item = f64>) -> f64 {
     a.pixels.iter().zip(b).map(|(&x, y)| (x as f64 - y).powi(2)).sum::<f64>() / a.pixels.len() as f64
 }
 
-/// A question, its answer, and whether the model gave it.
+/// A question, its answer, and whether the model answered it right.
 struct Asked {
     question: String,
     answer: String,
@@ -380,7 +385,7 @@ impl Asked {
     }
 }
 
-/// The share that was answered right, if anything was asked.
+/// The share of right answers; `None` without questions.
 fn share<'a>(asked: impl Iterator<Item = &'a Asked>) -> Option<f64> {
     let (mut n, mut right) = (0usize, 0usize);
     for a in asked {
@@ -389,7 +394,7 @@ fn share<'a>(asked: impl Iterator<Item = &'a Asked>) -> Option<f64> {
     mean((right as f64, n))
 }
 
-/// Both lists hold the same questions in the same order.
+/// Both lists must hold the same questions in the same order.
 fn question_types(seen: &[Asked], other: &[Asked]) -> Vec<QuestionType> {
     let mut by_text = BTreeMap::<&str, Vec<usize>>::new();
     for (i, a) in seen.iter().enumerate().filter(|(_, a)| !a.yes_no()) {
@@ -415,7 +420,7 @@ fn question_types(seen: &[Asked], other: &[Asked]) -> Vec<QuestionType> {
         .collect()
 }
 
-/// Captions and answers of samples, each beside the picture `shift` samples on.
+/// Captions and answers of samples, each given the picture `shift` samples ahead.
 #[derive(Default)]
 struct Language {
     captions: usize,
@@ -425,7 +430,7 @@ struct Language {
 }
 
 impl Language {
-    /// Nats a caption token.
+    /// Nats per caption token.
     fn loss(&self) -> Option<f64> {
         mean((self.nats, self.tokens))
     }
@@ -475,7 +480,7 @@ fn codes(
     Ok(loss.map(|loss| Codes { loss, unigram: perplexity.ln() }))
 }
 
-/// Nats of the codes of pictures, each after the prompt of the sample `shift` samples on, and their number.
+/// Nats of the codes of pictures, each given the prompt of the sample `shift` samples ahead, and their number.
 fn code_nats(
     model: &Ett,
     test: &DataSet,

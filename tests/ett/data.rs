@@ -228,11 +228,11 @@ fn what_was_not_measured_is_left_out() -> Outcome {
         let (table, got, measured) = evaluate(&lines)?;
         assert_eq!((got.as_str(), measured.as_str()), (keys, during));
         let has = |row: &str| table.iter().any(|(name, _)| name.trim() == row);
-        assert_eq!(has("caption loss, nats a token"), keys.contains("caption_loss"));
+        assert_eq!(has("caption loss, nats per token"), keys.contains("caption_loss"));
         assert_eq!(has("answers exactly right"), keys.contains("accuracy"));
         assert_eq!(has("yes or no"), keys.contains("yes_no"));
         assert_eq!(has("all others"), keys.contains("open"));
-        assert_eq!(has("code loss, nats a code"), keys.contains("codes"));
+        assert_eq!(has("code loss, nats per code"), keys.contains("codes"));
     }
 
     // Identical pictures have no variance to compare the reconstruction error with.
