@@ -1,8 +1,8 @@
-//! Checkpoints: folders that hold all that a run goes on from.
+//! Checkpoints: folders that hold everything needed to resume a run.
 //!
-//! `RUN/checkpoints/step-00000120/` is written under a temporary name, synced and renamed, and only then does the file
-//! `RUN/checkpoints/latest` name it: a run that is killed at any moment goes on from the last one named there.
-//! `state.json` is written last and lists the other files with their sizes and checksums.
+//! `RUN/checkpoints/step-00000120/` is written under a temporary name, synced and renamed; then the file
+//! `RUN/checkpoints/latest` is replaced by one that names it. A run that is killed at any moment resumes from the
+//! checkpoint named there. `state.json` is written last and lists the other files with their sizes and checksums.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -23,19 +23,19 @@ use crate::tensor::Tensor;
 
 /// Folder of a run's checkpoints.
 pub const CHECKPOINTS: &str = "checkpoints";
-/// File that names the newest of them.
+/// File that names the latest checkpoint.
 const LATEST: &str = "latest";
-/// Moments, the discriminator's statistics and the window of codes.
+/// Moments, the discriminator's statistics and the window of recent codes.
 const TRAINING: &str = "training.safetensors";
 pub(super) const STATE: &str = "state.json";
-/// Version of the layout described here.
+/// Version of the layout described above.
 const FORMAT: u32 = 1;
-/// The recent codes among the tensors.
+/// Name of the tensor of recent codes.
 const WINDOW: &str = "window";
-/// What stands before and after the checksum in `state.json`.
+/// Text before and after the checksum in `state.json`.
 const SUM: [&str; 2] = ["{\"crc32\": \"", "\",\n\"state\": "];
 
-/// What a run goes on from beside tensors and optimizers.
+/// State of a run besides tensors and optimizers.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
     /// Number of the stage, from 0.
@@ -46,24 +46,24 @@ pub struct Progress {
     pub step: usize,
     /// Steps done in the run.
     pub total: usize,
-    /// Updates that were skipped in the stage for a non-finite gradient.
+    /// Updates of the stage skipped because of non-finite values.
     pub skipped: usize,
-    /// Those among them since the last update.
+    /// Consecutive skipped updates since the last update.
     pub in_a_row: usize,
-    /// Seconds a stage, by name, the current one included.
+    /// Seconds per stage, by name, including the current one.
     pub seconds: Vec<(String, f64)>,
-    /// Bytes of the metrics written so far, as [`files::Lines::sync`] gives them.
+    /// Bytes of the metrics written so far, as returned by [`files::Lines::sync`].
     pub metrics: u64,
-    /// What the run is trained on.
+    /// Fingerprints of the training data.
     #[serde(default)]
     pub data: Vec<Fingerprint>,
-    /// What the weights say of their making.
+    /// History of the weights.
     #[serde(default)]
     pub history: History,
-    /// Recent codes, for the share that is in use.
+    /// Recent codes, to measure codebook usage.
     #[serde(skip)]
     pub window: Vec<i32>,
-    /// The file of the text tokenizer, unless that is bytes.
+    /// The file of the text tokenizer; `None` for bytes.
     #[serde(skip)]
     pub tokenizer: Option<Arc<[u8]>>,
 }
@@ -75,9 +75,9 @@ struct State {
     progress: Progress,
     /// Steps of each optimizer.
     optimizers: Vec<u64>,
-    /// Groups that were being trained.
+    /// The groups being trained.
     trained: Vec<String>,
-    /// Groups whose averages were kept.
+    /// The groups with averages.
     averaged: Vec<String>,
     files: Vec<Listed>,
 }
@@ -89,25 +89,26 @@ struct Listed {
     crc32: u32,
 }
 
-/// Where a run's checkpoints go.
+/// The checkpoints of a run.
 pub struct Checkpoints {
     run: PathBuf,
     keep: usize,
 }
 
 impl Checkpoints {
-    /// The checkpoints of a run folder, of which the newest `keep`, at least one, are kept.
+    /// The checkpoints of a run folder; the newest `keep`, at least one, are kept.
     pub fn new(run: &Path, keep: usize) -> Self {
         Checkpoints { run: run.into(), keep: keep.max(1) }
     }
 
-    /// Saves everything and makes it the run's latest checkpoint; gives its folder. Whatever interrupts it, a crash or
-    /// a full disk, the checkpoint before stays the latest.
+    /// Saves everything, makes it the run's latest checkpoint and returns its folder. If it is interrupted, by a
+    /// crash or a full disk, the previous checkpoint stays the latest.
     pub fn save(&self, model: &Ett, optimizers: &[&Optimizer], progress: &Progress) -> Result<PathBuf> {
         self.write(model, optimizers, progress).map_err(|e| self.explain(e))
     }
 
-    /// Says of a full disk which checkpoint the run can go on from; other errors stay as they are.
+    /// For a full disk, adds to the error which checkpoint the run can be resumed from; returns other errors
+    /// unchanged.
     pub fn explain(&self, e: Error) -> Error {
         if !files::is_full(&e) {
             return e;
@@ -117,7 +118,7 @@ impl Checkpoints {
             other => return other,
         };
         let last = match Self::latest(&self.run) {
-            Ok(Some(last)) => format!("the last checkpoint, {}, is whole", last.display()),
+            Ok(Some(last)) => format!("the last checkpoint, {}, is complete", last.display()),
             _ => "the run has no checkpoint yet".into(),
         };
         Error::data(
@@ -142,8 +143,8 @@ impl Checkpoints {
             e
         };
         fill(&part, &name, model, optimizers, progress).map_err(undo)?;
-        // A checkpoint of this step is there if a run was killed before it became the latest, or saves twice. A crash
-        // between the two renames leaves the temporary folder, which `latest` knows to take.
+        // A checkpoint of this step exists if a run was killed before it became the latest, or if it is saved twice.
+        // A crash between the two renames leaves the temporary folder, which `latest` then uses.
         let before = aside(&to)?;
         if let Err(e) = std::fs::rename(&part, &to) {
             if let Some(before) = before {
@@ -173,7 +174,7 @@ impl Checkpoints {
         sweep(all)
     }
 
-    /// Ends what a killed run had begun to write; only for the one process that has the run's lock.
+    /// Completes a save that was interrupted by a kill; only for the process that holds the run's lock.
     pub(super) fn recover(run: &Path) -> Result<()> {
         let all = run.join(CHECKPOINTS);
         let Some(name) = Self::named(&all) else { return Ok(()) };
@@ -185,14 +186,15 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// The name of the latest checkpoint, if there is one.
+    /// The name in the file `latest`, if it is valid.
     fn named(all: &Path) -> Option<String> {
         let name = std::fs::read_to_string(all.join(LATEST)).unwrap_or_default();
         Some(name.trim().to_string()).filter(|n| step_of(n).is_some())
     }
 
-    /// The checkpoint that a run goes on from; `None` if it has none. If the one named as the latest is gone or not
-    /// whole, it is the newest whole one, with a warning. Nothing is changed, so that it may be asked beside a run.
+    /// The checkpoint that a run resumes from; `None` if it has none. If the one named as the latest is missing or
+    /// incomplete, the newest complete one is returned, with a warning. Nothing is changed, so this may be called
+    /// while the run is in progress.
     pub fn latest(run: &Path) -> Result<Option<PathBuf>> {
         let all = run.join(CHECKPOINTS);
         if !all.is_dir() {
@@ -201,7 +203,7 @@ impl Checkpoints {
         let named = Self::named(&all);
         if let Some(name) = &named {
             let (folder, part) = (all.join(name), all.join(format!(".{name}.part")));
-            // A run was killed between the two renamings of a checkpoint that replaces one of the same step.
+            // A run was killed between the two renames of a checkpoint that replaces one of the same step.
             if !folder.exists() && whole(&part).is_ok() {
                 return Ok(Some(part));
             }
@@ -214,17 +216,17 @@ impl Checkpoints {
         let found = folders.iter().rev().map(|(_, folder)| folder).find(|folder| whole(folder).is_ok());
         match found {
             Some(folder) => {
-                let why = if named.is_some() { "instead" } else { "no file names the latest" };
-                tracing::warn!("going on from the checkpoint {} ({why})", folder.display());
+                let why = if named.is_some() { "instead" } else { "the file `latest` is missing" };
+                tracing::warn!("continuing from the checkpoint {} ({why})", folder.display());
                 Ok(Some(folder.clone()))
             }
             None if folders.is_empty() && named.is_none() => Ok(None),
-            None => Err(Error::data(&all, "holds no whole checkpoint; start the run anew in another folder")),
+            None => Err(Error::data(&all, "holds no complete checkpoint; start a new run in another folder")),
         }
     }
 }
 
-/// Marks a moment of saving in the log; waits there if a test asks for it.
+/// Logs a phase of saving; pauses there if a test requests it.
 fn phase(name: &str, what: &str) {
     tracing::debug!(target: "ett::checkpoint", "{name}: {what}");
     let pause = std::env::var("ETT_SAVE_PAUSE").ok().and_then(|ms| ms.parse().ok());
@@ -233,21 +235,21 @@ fn phase(name: &str, what: &str) {
     }
 }
 
-/// The step in a checkpoint's name.
+/// The step in the name of a checkpoint.
 fn step_of(name: &str) -> Option<usize> {
     let digits =
         name.strip_prefix("step-").filter(|d| d.len() >= 8 && d.bytes().all(|b| b.is_ascii_digit()))?;
     digits.parse().ok()
 }
 
-/// Names in a folder.
+/// The names in a folder.
 fn names(folder: &Path) -> Result<Vec<String>> {
     let io = |e| Error::io(folder)(e);
     let found = std::fs::read_dir(folder).map_err(io)?;
     found.map(|entry| Ok(entry.map_err(io)?.file_name().to_string_lossy().into_owned())).collect()
 }
 
-/// Checkpoints, whole or not, by step.
+/// All checkpoints by step, complete or not.
 fn list(all: &Path) -> Result<Vec<(usize, PathBuf)>> {
     let mut found: Vec<_> =
         names(all)?.iter().filter_map(|name| Some((step_of(name)?, all.join(name)))).collect();
@@ -255,7 +257,7 @@ fn list(all: &Path) -> Result<Vec<(usize, PathBuf)>> {
     Ok(found)
 }
 
-/// Takes a checkpoint, if it is there, out of its place, so that it is never seen half removed.
+/// Renames a checkpoint, if it exists, so that it is never visible half removed.
 fn aside(folder: &Path) -> Result<Option<PathBuf>> {
     if !folder.exists() {
         return Ok(None);
@@ -266,7 +268,7 @@ fn aside(folder: &Path) -> Result<Option<PathBuf>> {
     Ok(Some(aside))
 }
 
-/// Removes what killed runs left behind under temporary names.
+/// Removes files and folders that killed runs left under temporary names.
 fn sweep(all: &Path) -> Result<()> {
     for name in names(all)?.iter().filter(|n| n.starts_with('.') && n.ends_with(".part")) {
         let path = all.join(name);
@@ -279,7 +281,7 @@ fn sweep(all: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The text of a configuration file that lies beside the run's own copy of the text tokenizer.
+/// The text of a configuration file next to the run's own copy of the text tokenizer.
 pub fn config_text(cfg: &Config) -> Result<String> {
     let mut cfg = cfg.clone();
     cfg.data.tokenizer = cfg.data.tokenizer.map(|_| TOKENIZER.into());
@@ -346,10 +348,10 @@ fn fill(
     Ok(())
 }
 
-/// What the discriminator carries from step to step, under the names that PyTorch gives it.
+/// State of the discriminator, under PyTorch's names.
 struct Carried<'a> {
     name: String,
-    /// `None`: the count of batches, a number of the host.
+    /// `None`: the number of batches, which is on the host.
     tensor: Option<&'a Tensor>,
 }
 
@@ -394,7 +396,10 @@ fn read_state(folder: &Path) -> Result<State> {
         text.strip_prefix(SUM[0]).and_then(|t| t.strip_suffix("}\n")).and_then(|t| t.split_once(SUM[1]));
     let Some((_, state)) = parts.filter(|(sum, s)| *sum == format!("{:08x}", crc32fast::hash(s.as_bytes())))
     else {
-        return Err(Error::data(&path, format!("is damaged: its checksum does not fit; {}", remedy(folder))));
+        return Err(Error::data(
+            &path,
+            format!("is damaged: its checksum does not match; {}", remedy(folder)),
+        ));
     };
     #[derive(Deserialize)]
     struct Format {
@@ -410,10 +415,10 @@ fn read_state(folder: &Path) -> Result<State> {
 }
 
 fn remedy(folder: &Path) -> String {
-    format!("remove {} to go on from the checkpoint before it", folder.display())
+    format!("remove {} to continue from the previous checkpoint", folder.display())
 }
 
-/// Fails if a file of a checkpoint is missing or has another size than it was written with.
+/// Fails if a file of a checkpoint is missing or its size differs from the size written.
 fn whole(folder: &Path) -> Result<State> {
     let state = read_state(folder)?;
     for f in &state.files {
@@ -427,7 +432,7 @@ fn whole(folder: &Path) -> Result<State> {
     Ok(state)
 }
 
-/// What a checkpoint says about its run.
+/// Reads the progress from a checkpoint.
 pub fn progress(folder: &Path) -> Result<Progress> {
     let State { mut progress, files, .. } = whole(folder)?;
     let window = TensorFile::open(&folder.join(TRAINING))?.read(WINDOW)?;
@@ -439,8 +444,8 @@ pub fn progress(folder: &Path) -> Result<Progress> {
     Ok(progress)
 }
 
-/// Configuration keys that may change when a run is resumed, since no weight follows from them. Data may lie elsewhere,
-/// as long as it is the same, see [`check_data`].
+/// Configuration keys that may change when a run is resumed, since no weight depends on them. Data may be moved, as
+/// long as they are the same, see [`check_data`].
 const FREE: [&str; 9] = [
     "train.threads",
     "train.recompute",
@@ -453,14 +458,14 @@ const FREE: [&str; 9] = [
     "data.eval_samples",
 ];
 
-/// A stage's own data may lie elsewhere, too.
+/// The data of a stage may be moved, too.
 fn is_free(key: &str) -> bool {
     let of_a_stage = key.strip_prefix("stage.").and_then(|k| k.split_once('.')).map(|(_, k)| k);
     FREE.contains(&key) || of_a_stage.is_some_and(|k| ["data.train", "data.test"].contains(&k))
 }
 
-/// Fails if a run would go on with another configuration than its checkpoint was made with, and names the keys.
-/// Threads, saving, the closing evaluation and the place of the data may change.
+/// Fails if a run would be resumed with another configuration than its checkpoint's, and names the keys. Threads,
+/// saving, evaluation and the location of the data may change.
 pub fn check_config(folder: &Path, cfg: &Config) -> Result<()> {
     let then = Config::load(&folder.join(CONFIG), &[])?;
     let table = |cfg: &Config| -> Result<BTreeMap<String, String>> {
@@ -485,7 +490,7 @@ pub fn check_config(folder: &Path, cfg: &Config) -> Result<()> {
     Err(Error::data(folder, what))
 }
 
-/// Fails if a run would go on with other data than it was trained on, and says what differs.
+/// Fails if a run would be resumed with other data than it was trained on, and says what differs.
 pub fn check_data(folder: &Path, then: &[Fingerprint], now: &[Fingerprint]) -> Result<()> {
     let changed: Vec<String> = then.iter().zip(now).flat_map(|(then, now)| then.differences(now)).collect();
     if changed.is_empty() {
@@ -512,16 +517,16 @@ fn flatten(key: &str, value: &toml::Value, keys: &mut BTreeMap<String, String>) 
     }
 }
 
-/// Where a tensor of a checkpoint goes.
+/// The destination of a tensor of a checkpoint.
 enum Target {
     Param(String, Copy),
     Carried(Tensor),
     Batches,
-    /// Of any length; [`progress`] reads it.
+    /// Has any length; [`progress`] reads it.
     Window,
 }
 
-/// A tensor that a file has to hold.
+/// A tensor that a file must hold.
 struct Wanted {
     name: String,
     ty: FileType,
@@ -529,7 +534,7 @@ struct Wanted {
     target: Target,
 }
 
-/// What the files of a checkpoint have to hold for a model.
+/// The tensors that the files of a checkpoint must hold for a model.
 fn wanted(model: &Ett, state: &State) -> Vec<(&'static str, Vec<Wanted>)> {
     let ty = FileType::of(model.params.precision());
     let params = |copy: Copy, prefix: &'static str, kept: &dyn Fn(&str) -> bool| -> Vec<Wanted> {
@@ -559,15 +564,15 @@ fn wanted(model: &Ett, state: &State) -> Vec<(&'static str, Vec<Wanted>)> {
     all
 }
 
-/// Brings weights, averages, moments, the optimizers' counts and the discriminator's statistics back, bit for bit,
-/// into a model and optimizers that train the same groups. Every file is checked before anything is changed. Averages
-/// are those of the checkpoint afterwards, no matter which groups are being trained.
+/// Restores weights, averages, moments, the optimizers' step counts and the discriminator's statistics, bit for bit,
+/// into a model and optimizers that train the same groups. Every file is checked before anything is changed.
+/// Afterwards the model has the averages of the checkpoint, whichever groups are being trained.
 pub fn load(folder: &Path, model: &mut Ett, optimizers: &mut [&mut Optimizer]) -> Result<()> {
     let state = whole(folder)?;
     for f in &state.files {
         let path = folder.join(&f.name);
         if files::checksum(&path)? != (Written { bytes: f.bytes, crc32: f.crc32 }) {
-            let what = format!("is damaged: its checksum does not fit; {}", remedy(folder));
+            let what = format!("is damaged: its checksum does not match; {}", remedy(folder));
             return Err(Error::data(path, what));
         }
     }
@@ -575,7 +580,7 @@ pub fn load(folder: &Path, model: &mut Ett, optimizers: &mut [&mut Optimizer]) -
     let trained: Vec<&str> =
         model.params.groups().into_iter().filter(|g| model.params.has(g, Copy::Moment1)).collect();
     if trained != state.trained {
-        problems.push(format!("it trained the groups {:?}, now trained are {trained:?}", state.trained));
+        problems.push(format!("it trained the groups {:?}, this run trains {trained:?}", state.trained));
     }
     if optimizers.len() != state.optimizers.len() {
         problems.push(format!("it had {} optimizers, now {}", state.optimizers.len(), optimizers.len()));

@@ -1,4 +1,4 @@
-//! What a data set consists of, so that a resumed run goes on with the data that it was trained on.
+//! Fingerprints of data sets, to check that a resumed run continues with the same data.
 
 use std::path::Path;
 
@@ -6,13 +6,13 @@ use serde::{Deserialize, Serialize};
 
 use super::feed::DataSet;
 
-/// What a data set consists of, wherever it lies. Two data sets with equal fingerprints and the same pixels give the
-/// same batches.
+/// The content of a data set, independent of its location. Two data sets with equal fingerprints and the same pixels
+/// give the same batches.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fingerprint {
     /// Names of the pictures, relative to the folder, in their order.
     pub names: Texts,
-    /// Pictures that can be used.
+    /// Number of usable pictures.
     pub pictures: usize,
     /// Captions in the order of the pictures.
     pub captions: Texts,
@@ -22,10 +22,10 @@ pub struct Fingerprint {
     pub questions: Texts,
 }
 
-/// How many texts there are, and a checksum of them and their places.
+/// Number of texts, and a checksum of the texts and their positions.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Texts {
-    /// How many.
+    /// Number of texts.
     pub count: usize,
     /// CRC-32.
     pub crc32: u32,
@@ -51,7 +51,7 @@ fn name<'a>(image: &'a Path, root: &Path) -> &'a [u8] {
 }
 
 impl DataSet {
-    /// What the data set consists of.
+    /// The fingerprint of the data set.
     pub fn fingerprint(&self) -> Fingerprint {
         let samples = || self.samples.iter();
         Fingerprint {
@@ -67,14 +67,14 @@ impl DataSet {
 }
 
 impl Fingerprint {
-    /// How `now` differs from it, in words; empty if it does not.
+    /// The differences of `now`, in words; empty if there are none.
     pub fn differences(&self, now: &Self) -> Vec<String> {
         let mut all = Vec::new();
         let mut texts = |what: &str, then: Texts, now: Texts, each: usize| {
             if then.count != now.count {
                 all.push(format!("{} {what} then, {} now", then.count / each, now.count / each));
             } else if then.crc32 != now.crc32 {
-                all.push(format!("other {what}, or another order"));
+                all.push(format!("different {what}, or a different order"));
             }
         };
         texts("pictures", self.names, now.names, 1);

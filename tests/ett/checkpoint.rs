@@ -193,7 +193,7 @@ fn checkpoints_of_other_training_are_refused() -> Outcome {
         text,
         &[
             "it trained the groups",
-            "now trained are [\"llm\"]",
+            "this run trains [\"llm\"]",
             "it had 2 optimizers, now 1",
             "unknown `moment1.",
         ],
@@ -340,7 +340,7 @@ fn the_latest_is_found_whatever_a_killed_run_left() -> Outcome {
     std::fs::write(folder(4).join("state.json"), b"{")?;
     std::fs::remove_dir_all(folder(2))?;
     let e = refused(latest());
-    assert!(e.contains("no whole checkpoint"), "{e}");
+    assert!(e.contains("no complete checkpoint"), "{e}");
     Ok(())
 }
 
@@ -367,7 +367,7 @@ fn fill_the_disk(at: &Path) -> Outcome {
     println!("{e}");
     let last = Checkpoints::latest(at)?.ok_or("a checkpoint was saved before")?;
     assert!(e.contains("the disk is full"), "{e}");
-    assert!(e.contains(&format!("the last checkpoint, {}, is whole", last.display())), "{e}");
+    assert!(e.contains(&format!("the last checkpoint, {}, is complete", last.display())), "{e}");
     assert!(
         names(&at.join("checkpoints")).iter().all(|n| !n.ends_with(".part")),
         "the unfinished checkpoint is removed"
@@ -407,7 +407,7 @@ fn a_full_disk_spoils_nothing() -> Outcome {
         let out = inside("a_full_disk_spoils_nothing", "", &at, &bytes.to_string())?;
         let text = String::from_utf8_lossy(&out.stdout);
         assert!(out.status.success(), "{text}{}", String::from_utf8_lossy(&out.stderr));
-        assert!(text.contains("step-00000001, is whole") && text.contains(file), "{text}");
+        assert!(text.contains("step-00000001, is complete") && text.contains(file), "{text}");
     }
     Ok(())
 }

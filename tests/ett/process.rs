@@ -375,7 +375,10 @@ fn a_run_owns_its_text_tokenizer() -> Outcome {
         fs::write(place.path("moved/tokenizer.json"), &bytes)?;
         let said = refused(&mut caption("moved"))?;
         assert!(said.contains("moved/tokenizer.json: "), "{said}");
-        assert!(said.contains("is another one") || said.contains("lacks <|im_end|>"), "{said}");
+        assert!(
+            said.contains("is not the one of the weights") || said.contains("lacks <|im_end|>"),
+            "{said}"
+        );
     }
     // A vocabulary that does not fit the model.
     fs::write(place.path("moved/tokenizer.json"), tokenizer(0).replace(":260,", ":560,"))?;
@@ -401,9 +404,9 @@ fn resumed_runs_know_their_data_wherever_it_lies() -> Outcome {
     turned.reverse();
     for (now, what) in [
         (fewer.join("\n"), "9 pictures then, 6 now"),
-        (turned.join("\n"), "other pictures, or another order; other captions"),
-        (lines.replacen("a dark", "a Dark", 1), "on: other captions, or another order; put"),
-        (lines.replacen("light?", "Light?", 1), "on: other questions, or another order; put"),
+        (turned.join("\n"), "different pictures, or a different order; different captions"),
+        (lines.replacen("a dark", "a Dark", 1), "on: different captions, or a different order; put"),
+        (lines.replacen("light?", "Light?", 1), "on: different questions, or a different order; put"),
         (lines.replacen("\"text\"", "\"prompt\": \"draw\", \"text\"", 1), "0 prompts then, 1 now"),
     ] {
         fs::write(&metadata, &now)?;
