@@ -7,11 +7,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::Cpu;
-use crate::data::{Crop, read_text};
+use crate::backend::{Cpu, Precision};
+use crate::data::{Crop, LoadOptions, Source, Split, Wanted, read_text};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::tensor::Precision;
 
 /// A whole configuration file.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -92,7 +91,7 @@ pub enum QuantizerKind {
 /// How tokens and codes are compared by IBQ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Scores {
+pub enum QuantizerMetric {
     /// Plain dot products.
     Dot,
     /// Dot products of unit vectors.
@@ -120,7 +119,7 @@ pub struct QuantizerConfig {
     /// D.
     pub dim: usize,
     /// `dot` or `l2norm`; `vq` always compares by distance.
-    pub metric: Scores,
+    pub metric: QuantizerMetric,
     /// Weight of one quantization term.
     pub beta: f64,
     /// The term: `codebook` or `commitment`. `vq` puts it on the commitment term.
@@ -139,7 +138,7 @@ impl Default for QuantizerConfig {
             kind: QuantizerKind::Ibq,
             codes: 131_072,
             dim: 256,
-            metric: Scores::Dot,
+            metric: QuantizerMetric::Dot,
             beta: 0.25,
             beta_on: BetaOn::Codebook,
             temperature: 0.01,
@@ -403,29 +402,6 @@ impl Default for TrainConfig {
     }
 }
 
-/// Where pictures come from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Source {
-    /// The folders `data.train` and `data.test`.
-    Folder,
-    /// Built in: coloured shapes, drawn by the program; `data.size` is 16 or more.
-    Scenes,
-    /// Built in: short words, some beside a shape; `data.size` is 48 or more.
-    Words,
-}
-
-impl Source {
-    /// Lower-case name.
-    pub fn name(self) -> &'static str {
-        match self {
-            Source::Folder => "folder",
-            Source::Scenes => "scenes",
-            Source::Words => "words",
-        }
-    }
-}
-
 /// `[data]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -482,21 +458,34 @@ impl Default for DataConfig {
 }
 
 impl DataConfig {
+    /// The part of the data that is trained on, or held out.
+    pub(crate) fn part(&self, split: Split) -> Wanted<'_> {
+        let memory = (self.cache_mib as u64).saturating_mul(1 << 20);
+        let options = LoadOptions { memory, ..LoadOptions::new(self.size) };
+        match split {
+            Split::Train => Wanted {
+                split,
+                folder: Some(&self.train),
+                samples: self.train_samples,
+                options: LoadOptions { crop: self.crop, flip: self.flip, ..options },
+            },
+            Split::Test => Wanted {
+                split,
+                folder: self.test.as_deref(),
+                samples: self.test_samples,
+                options: LoadOptions { most: self.eval_samples, ..options },
+            },
+        }
+    }
+
     /// Whether there are held-out pictures.
     pub fn has_test(&self) -> bool {
-        match self.source {
-            Source::Folder => self.test.as_ref().is_some_and(|t| !t.as_os_str().is_empty()),
-            Source::Scenes | Source::Words => self.test_samples > 0,
-        }
+        self.source.has(&self.part(Split::Test))
     }
 
     /// Fails on values that do not go with the source, named after their section; [`Config::check`] looks at the rest.
     fn check(&self, section: &str) -> Result<()> {
-        let smallest = match self.source {
-            Source::Folder => return Ok(()),
-            Source::Scenes => 16,
-            Source::Words => 48,
-        };
+        let Some(smallest) = self.source.smallest_drawn() else { return Ok(()) };
         let source = self.source.name();
         if self.size < smallest {
             let want = format!("{smallest} or more with data.source = {source:?}");

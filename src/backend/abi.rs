@@ -24,9 +24,8 @@ pub fn version() -> i32 {
 #[cfg(test)]
 mod tests {
     use super::super::spec::{FieldSpec, Kind};
-    use super::super::{Access, KERNELS, Metric, Slot, Unary};
+    use super::super::{Access, DType, KERNELS, Metric, Slot, Unary};
     use super::*;
-    use crate::tensor::DType;
 
     const HEADER: &str = include_str!("../../kernels/include/ett_kernels.h");
 

@@ -7,9 +7,8 @@ use std::fmt::Write;
 use super::spec::{
     Elements, Expr, FieldSpec, KernelSpec, Presence, Relation, Rule, SYMBOLS, Shape, TensorSpec,
 };
-use super::{Access, Args, DeviceId, In, Value};
+use super::{Access, Args, DType, DeviceId, Dims, In, Value};
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Dims};
 
 /// Checks a call for a device.
 pub(crate) fn call(device: DeviceId, a: &dyn Args) -> Result<()> {

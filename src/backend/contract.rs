@@ -3,10 +3,10 @@
 //! or code dimension, K codes, M visual tokens, V vocabulary, F MLP width, S sequences, G groups.
 //!
 //! The text beside a field says its shape, type and what else a call has to keep to; [`super::spec`] has its grammar. It is
-//! data: documentation, the checks of every device, what the conformance driver spoils and the test of the header come from
-//! it. An output overlaps no other argument of its call, unless its text says that it may be one.
+//! data: documentation, the checks of every device, what the conformance driver damages and the test of the header come
+//! from it. An output overlaps no other argument of its call, unless its text says that it may be one.
 //!
-//! `act` tensors hold the run's activation type, `acc` its accumulator type ([`crate::tensor::Precision`]);
+//! `act` tensors hold the run's activation type, `acc` its accumulator type ([`super::Precision`]);
 //! sums are formed in `acc`. Every kernel gives the same bits when called again with the same input.
 
 use super::spec::{self, FieldSpec, KernelSpec, Kind};

@@ -9,22 +9,25 @@ pub(crate) mod check;
 mod contract;
 pub mod cpu;
 pub mod cuda;
+mod dims;
+mod dtype;
 mod plan;
+mod slot;
 pub mod spec;
-mod state;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Dims};
 pub use contract::*;
 pub use cpu::{Cpu, KernelTime};
 #[cfg(ett_cuda)]
 pub use cuda::Cuda;
+pub use dims::Dims;
+pub use dtype::{DType, Element, Precision, to_bf16};
 pub use plan::{KernelCount, Plan, Target};
+pub use slot::Slot;
 use spec::{KernelSpec, Kind};
-pub use state::{Slot, StepState};
 
 /// What a buffer is for; memory is reported by role.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -211,11 +211,7 @@ fn nearest_of<E: Elem>(ws: &Workspace, a: &Nearest) -> Result<()> {
 }
 
 /// A one-element output.
-fn one_mut<'a, R: crate::tensor::Element>(
-    op: &'static str,
-    arg: &'static str,
-    v: &In<'a>,
-) -> Result<&'a mut R> {
+fn one_mut<'a, R: Element>(op: &'static str, arg: &'static str, v: &In<'a>) -> Result<&'a mut R> {
     expect(op, arg, v, 1)?;
     Ok(&mut flat_mut::<R>(op, arg, v)?[0])
 }

@@ -8,7 +8,6 @@ use rayon::prelude::*;
 use super::products::{add_col_sums, bias, start_from_bias};
 use super::workspace::{acc_size, block, is_narrow, per_thread, together, wide};
 use super::*;
-use crate::tensor::DType;
 
 pub(super) fn conv2d_fwd(ws: &Workspace, s: &Conv2dFwd) -> Result<()> {
     by_dtype!("conv2d_fwd", s.y.0.dtype, T => fwd::<T>(ws, s))
@@ -424,7 +423,6 @@ fn bwd_weight<T: Elem>(ws: &Workspace, s: &Conv2dBwdWeight) -> Result<()> {
 mod tests {
     use super::super::testing::*;
     use super::*;
-    use crate::tensor::Precision;
 
     #[derive(Clone, Copy)]
     struct Case {

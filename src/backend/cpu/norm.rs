@@ -7,7 +7,6 @@ use rayon::prelude::*;
 use super::pointwise::{leaky, leaky_slope, silu, silu_slope};
 use super::workspace::{acc_size, block, no_workspace, per_thread, together};
 use super::*;
-use crate::tensor::DType;
 
 no_workspace!(batch_norm_running(BatchNormRunning));
 
@@ -126,19 +125,14 @@ fn rstd<R: Real>(var: R, eps: f64) -> R {
 }
 
 /// A vector of `n` elements.
-fn vector<'a, T: crate::tensor::Element>(
-    op: &'static str,
-    arg: &'static str,
-    v: &In<'a>,
-    n: usize,
-) -> Result<&'a [T]> {
+fn vector<'a, T: Element>(op: &'static str, arg: &'static str, v: &In<'a>, n: usize) -> Result<&'a [T]> {
     expect(op, arg, v, n)?;
     flat(op, arg, v)
 }
 
 /// A vector of `n` elements to write.
 #[allow(clippy::mut_from_ref)]
-fn vector_mut<'a, T: crate::tensor::Element>(
+fn vector_mut<'a, T: Element>(
     op: &'static str,
     arg: &'static str,
     v: &In<'a>,
@@ -998,7 +992,6 @@ fn l2_rows<T: Elem, D: Elem<Acc = T::Acc>>(
 mod tests {
     use super::super::testing::*;
     use super::*;
-    use crate::tensor::{DType, Precision, Tensor};
 
     fn mean_var(v: impl Iterator<Item = f64> + Clone) -> (f64, f64) {
         let n = v.clone().count() as f64;

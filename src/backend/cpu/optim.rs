@@ -27,7 +27,7 @@ pub(super) fn restore(_ws: &Workspace, a: &Restore) -> Result<()> {
     }
 }
 
-fn taken_back<R: Real + crate::tensor::Element>(a: &Restore) -> Result<()> {
+fn taken_back<R: Real + Element>(a: &Restore) -> Result<()> {
     let op = "restore";
     let norm = flat::<R>(op, "norm", &a.norm)?;
     expect(op, "norm", &a.norm, 2)?;

@@ -19,7 +19,6 @@ no_workspace!(
     swiglu_bwd(SwigluBwd),
     rope(Rope)
 );
-use crate::tensor::{DType, Element};
 
 pub(super) fn unary_fwd(_ws: &Workspace, s: &UnaryFwd) -> Result<()> {
     by_dtype!("unary_fwd", s.y.0.dtype, T => unary_fwd_of::<T>(s))
@@ -449,7 +448,6 @@ mod tests {
     use super::*;
     use crate::backend::Role;
     use crate::compare::{Bounds, compare};
-    use crate::tensor::{Precision, Tensor};
 
     const FUNCTIONS: [Unary; 5] =
         [Unary::Silu, Unary::Gelu, Unary::GeluTanh, Unary::Relu, Unary::LeakyRelu(0.2)];

@@ -144,7 +144,6 @@ fn matmul_acc_of<T: Elem>(ws: &Workspace, s: &MatmulAcc) -> Result<()> {
 mod tests {
     use super::super::testing::*;
     use super::*;
-    use crate::tensor::Precision;
 
     fn transposed(v: &[f64], cols: usize) -> Vec<f64> {
         (0..v.len()).map(|i| v[i % (v.len() / cols) * cols + i / (v.len() / cols)]).collect()

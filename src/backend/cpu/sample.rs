@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::workspace::{per_thread, together};
 use super::*;
-use crate::data::{Philox, Purpose};
+use crate::rng::{Philox, Purpose};
 
 /// The weight of the largest logit: as many steps has a probability at most.
 const ONE: f64 = (1u64 << 42) as f64;

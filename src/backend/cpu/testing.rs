@@ -1,9 +1,9 @@
 //! What the tests of the CPU kernels share: numbers, tensors, runs in every precision, comparisons.
 
 use super::Cpu;
-use crate::backend::{Role, Stream};
+use crate::backend::{DType, Dims, Precision, Role, Stream};
 use crate::compare::{Bounds, compare};
-use crate::tensor::{DType, Dims, Precision, Tensor};
+pub(super) use crate::tensor::Tensor;
 
 pub(super) const S: Stream = Stream::COMPUTE;
 

@@ -1,9 +1,7 @@
 //! What the tests of kernels share: arguments in three precisions, a comparison with loops in f64, bits
 //! across thread counts, finite differences.
 
-pub(crate) use crate::backend::Role;
-pub(crate) use crate::tensor::{DType, Dims, Precision, Tensor};
-
+pub(super) use super::testing::Tensor;
 use super::testing::{DIFFERENCES, bounds};
 use super::*;
 use crate::compare::compare;

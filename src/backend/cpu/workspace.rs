@@ -12,9 +12,8 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, PoisonError};
 
 use super::pool::Reserved;
-use crate::backend::In;
+use crate::backend::{DType, Element, In};
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Element};
 
 /// Blocks of a workspace start on multiples of this.
 const ALIGN: usize = 256;

@@ -8,7 +8,6 @@ use rayon::prelude::*;
 
 use super::workspace::{acc_size, block, is_narrow, no_workspace, per_thread, together};
 use super::*;
-use crate::tensor::{DType, Element};
 
 /// Rows of a tile.
 const ROWS: usize = 256;

@@ -1,4 +1,4 @@
-//! The vision tokenizer: encoder, quantizer, decoder, and what its losses need.
+//! The vision tokenizer: encoder, quantizer and decoder, and the networks of its losses.
 
 mod blocks;
 mod discriminator;
@@ -6,7 +6,7 @@ mod encoder;
 mod lpips;
 
 use crate::autograd::{Tape, Var};
-use crate::config::{QuantizerConfig, QuantizerKind, Scores, TokenizerConfig};
+use crate::config::{QuantizerConfig, QuantizerKind, QuantizerMetric, TokenizerConfig};
 use crate::error::{Error, Result};
 use crate::nn::{Conv2d, Init, Param, ParamBuilder, Params};
 use crate::ops::{self, Conv, Entropy, IbqOptions, Quantized};
@@ -15,22 +15,22 @@ pub use discriminator::{Discriminator, DiscriminatorState};
 use encoder::{Decoder, Encoder};
 pub use lpips::Lpips;
 
-/// Least norm of a normalised row.
+/// Lower bound of the norm by which rows are divided.
 const NORM_EPS: f64 = 1e-12;
 
-/// Images of one size and the tokens they became.
+/// The token grid of a group of images of one size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Grid {
-    /// B.
+    /// Number of images, B.
     pub images: usize,
     /// Rows of tokens.
     pub h: usize,
-    /// Tokens a row.
+    /// Tokens per row.
     pub w: usize,
 }
 
 impl Grid {
-    /// Tokens of all its images.
+    /// Number of tokens of all its images.
     pub fn tokens(&self) -> usize {
         self.images * self.h * self.w
     }
@@ -72,8 +72,8 @@ impl Tokenizer {
         }
     }
 
-    /// Encodes groups of same-size images `[B, H, W, 3]`: `z` `[M, D]`, group after group, image by image, row
-    /// by row, and the grid of each group. With metric `l2norm` the rows of `z` are unit vectors.
+    /// Encodes groups of images of equal size `[B, H, W, 3]` into `z` `[M, D]`, ordered by group, image and row, and
+    /// the grid of each group. With metric `l2norm` the rows of `z` are unit vectors.
     pub fn encode(&self, t: &Tape, p: &Params, images: &[Var]) -> Result<(Var, Vec<Grid>)> {
         let s = self.downsampling;
         let (mut parts, mut grids) = (Vec::new(), Vec::new());
@@ -101,17 +101,17 @@ impl Tokenizer {
     }
 
     fn normalised(&self) -> bool {
-        self.quantizer.kind == QuantizerKind::Ibq && self.quantizer.metric == Scores::L2norm
+        self.quantizer.kind == QuantizerKind::Ibq && self.quantizer.metric == QuantizerMetric::L2norm
     }
 
-    /// The codes `[K, D]` as tokens meet them: unit vectors with metric `l2norm`.
+    /// The codes `[K, D]` that tokens are compared with: unit vectors with metric `l2norm`.
     pub fn codes(&self, t: &Tape, p: &Params) -> Result<Var> {
         let e = p.var(t, self.codebook)?;
         if self.normalised() { ops::l2_norm(t, &e, NORM_EPS) } else { Ok(e) }
     }
 
-    /// Quantizes `z` `[M, D]` against `codes` `[K, D]`; `inv_count` is a device scalar, one over the tokens of all
-    /// ranks. Without `entropies` neither entropy is formed.
+    /// Quantizes `z` `[M, D]` against `codes` `[K, D]`. `inv_count` is a device scalar, the reciprocal of the number
+    /// of tokens of all ranks. Without `entropies` neither entropy is computed.
     pub fn quantize(
         &self,
         t: &Tape,
@@ -130,7 +130,7 @@ impl Tokenizer {
         }
     }
 
-    /// Decodes `zq` `[M, D]` into one `[B, H, W, 3]` a grid, unclamped.
+    /// Decodes `zq` `[M, D]` into one tensor `[B, H, W, 3]` per grid, not clamped.
     pub fn decode(&self, t: &Tape, p: &Params, zq: &Var, grids: &[Grid]) -> Result<Vec<Var>> {
         let parts = match grids {
             [_] => vec![zq.clone()],

@@ -1,37 +1,36 @@
-//! What kernels say of arguments that the contract forbids: every argument of a small call that is right is spoiled
-//! in every way, and each time the device has to name it and to touch nothing.
+//! The errors of kernels for arguments that violate the contract: every argument of a small valid call is damaged in
+//! every way, and each time the device has to name it and write nothing.
 
 use std::sync::Arc;
 
 use ett::backend::spec::{self, Elements, Expr, KernelSpec, TensorSpec};
-use ett::backend::{Buffer, Cpu, Extent, In, Kernels, Reclaim, Role};
+use ett::backend::{Buffer, Cpu, DType, Dims, Extent, In, Kernels, Precision, Reclaim, Role};
 use ett::error::{Error, Result};
-use ett::tensor::{DType, Dims, Precision};
 
 use super::case::{Arg, Draw, Layout, Type, Views, round};
 use super::place::{Placed, views};
 use super::{Kernel, Report, TABLE};
 
-/// Memory that is nowhere.
+/// Memory that does not exist.
 struct Nowhere;
 
 impl Reclaim for Nowhere {
     unsafe fn reclaim(&self, _addr: u64, _bytes: usize, _role: Role) {}
 }
 
-/// What is done to an argument.
+/// The damage of an argument.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Damage {
     Null,
-    /// It begins where its buffer ends.
+    /// Begins at the end of its buffer.
     Outside,
-    /// It begins inside an element.
+    /// Begins inside an element.
     Misaligned,
     /// Rows overlap.
     Overlapping,
-    /// Twice 2^63 rows more, which wraps to what is right.
+    /// Twice 2^63 more rows, which overflows to a valid size.
     Wrapping,
-    /// Rows so far apart that their distance in bytes wraps.
+    /// Rows so far apart that their distance in bytes overflows.
     Far,
     Type(DType),
     /// One row, or one column, less.
@@ -54,8 +53,8 @@ impl Damage {
         }
     }
 
-    /// What can be done to an argument, and is wrong by the table of kernels: nothing else of the call says what the size
-    /// or the type has to be that it changes.
+    /// All kinds of damage that make this argument invalid by the table of kernels: the rest of the call determines the
+    /// size or the type that is changed.
     fn all(spec: &KernelSpec, args: &[Arg], arg: &Arg, p: Precision) -> Vec<Damage> {
         let dtype = arg.ty.of(p);
         let types = match dtype {
@@ -91,15 +90,15 @@ impl Damage {
             Damage::Cols if dims.rank() == 1 => dims = [cols - 1].into(),
             Damage::Cols => dims = [rows, cols - 1].into(),
         }
-        // SAFETY: the device checks views itself: that is what is tested, and conformance asks it of every device.
+        // SAFETY: devices check views themselves, which this tests and conformance requires of every device.
         unsafe { In::unchecked(buf, off, dtype, dims, ld) }
     }
 
-    /// Whether `blamed` may be named for this damage of `arg`: of two arguments that do not fit each other either is
-    /// right.
+    /// Whether an error about `blamed` explains this damage of `arg`: if two arguments do not fit each other, either
+    /// may be named.
     fn explains(self, spec: &KernelSpec, args: &[Arg], arg: &Arg, blamed: &str) -> bool {
         let Some(other) = args.iter().find(|a| a.name == blamed) else {
-            // Not a tensor: a count that the shapes do not fit.
+            // Not a tensor: a count that does not fit the shapes.
             return matches!(self, Damage::Rows | Damage::Cols) && spec.field(blamed).is_some();
         };
         let shared = |dims: Dims| dims.as_slice().iter().any(|n| arg.dims.as_slice().contains(n));
@@ -151,7 +150,7 @@ fn like(spec: &KernelSpec, a: &Arg, arg: &Arg) -> bool {
     matches!(tensor(spec, a.name).elements, Elements::Like(i) if spec.fields[i as usize].name == arg.name)
 }
 
-/// Spoils the arguments of every kernel of the table, or of those in `only`.
+/// Damages the arguments of every kernel of the table, or of those in `only`.
 pub fn run(dev: &dyn Kernels, prec: Precision, only: Option<&[&str]>) -> Report {
     let mut report = Report::new(dev);
     for kernel in TABLE.iter().filter(|k| only.is_none_or(|names| names.contains(&k.name))) {
@@ -175,7 +174,7 @@ fn spoil(dev: &dyn Kernels, prec: Precision, kernel: &Kernel, report: &mut Repor
     (case.call)(dev, &views(&placed))?;
     let restore = || placed.iter().try_for_each(|p| p.restore(dev));
     restore()?;
-    // SAFETY: no bytes.
+    // SAFETY: the buffer has no bytes.
     let nowhere = unsafe { Buffer::new(0, 0, Role::Input, dev.id(), Arc::new(Nowhere)) };
     let spec = spec::kernel(kernel.name).expect("a kernel of the contract");
     for (i, arg) in args.iter().enumerate() {

@@ -1,12 +1,12 @@
-//! The order in which samples are visited, a function of the seed and the position alone.
+//! The order in which samples are visited, a function of the seed and the position only.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::rng::{Philox, Purpose};
 use crate::error::{Error, Result};
+use crate::rng::{Philox, Purpose};
 
-/// A permutation of `0..n` per epoch. Sample number `position` since the start of training is
-/// `index(position)`; any position can be asked for at any time, so a step is known from its number.
+/// A permutation of `0..n` per epoch. Sample number `position` since the start of training is `index(position)`;
+/// positions can be queried in any order, so the batch of a step follows from the step's number.
 #[derive(Debug)]
 pub struct Order {
     n: usize,
@@ -28,14 +28,14 @@ impl Order {
         self.n
     }
 
-    /// The epoch that `position` belongs to.
+    /// The epoch of `position`.
     pub fn epoch(&self, position: u64) -> u64 {
         position / self.n as u64
     }
 
     /// The sample at `position`, counted from the start of training over all epochs.
     pub fn index(&self, position: u64) -> usize {
-        // Epochs past 2^32 repeat, which no run reaches.
+        // Epochs repeat after 2^32, which no run reaches.
         let order = self.permutation(self.epoch(position) as u32);
         order[(position % self.n as u64) as usize] as usize
     }

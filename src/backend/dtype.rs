@@ -118,7 +118,7 @@ impl Precision {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::Philox;
+    use crate::rng::Philox;
 
     /// Neighbours of a number among those of bf16, the farther one last.
     fn neighbours(v: f64) -> [bf16; 2] {

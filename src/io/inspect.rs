@@ -1,11 +1,11 @@
-//! What a weights file, a checkpoint or a run folder holds, as text.
+//! Describes the contents of a weights file, a checkpoint or a run folder as text.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
 
 use super::weights::TensorFile;
-use super::{CONFIG, Checkpoints, EMA, History, WEIGHTS, checkpoint, run_config};
+use super::{CONFIG, Checkpoints, EMA, History, WEIGHTS, checkpoints, run_config};
 use crate::backend::size;
 use crate::error::{Error, Result};
 
@@ -15,15 +15,15 @@ pub fn inspect(path: &Path, all: bool) -> Result<String> {
         return file(path, all);
     }
     if !path.is_dir() {
-        return Err(Error::data(path, "there is no such file or folder"));
+        return Err(Error::data(path, "there is no such file or folder; correct the path"));
     }
     let mut out = String::new();
     if path.join(CONFIG).exists() {
         out += &settings(path)?;
     }
     // Writing to a String cannot fail.
-    if path.join(checkpoint::STATE).exists() {
-        let p = checkpoint::progress(path)?;
+    if path.join(checkpoints::STATE).exists() {
+        let p = checkpoints::progress(path)?;
         let _ = writeln!(
             out,
             "checkpoint after {} steps: stage {} ({}), {} steps done in it, {} updates skipped",
@@ -33,7 +33,7 @@ pub fn inspect(path: &Path, all: bool) -> Result<String> {
             let _ = writeln!(out, "  {stage:<12} {seconds:>8.1} s");
         }
     } else if let Some(last) = Checkpoints::latest(path)? {
-        let p = checkpoint::progress(&last)?;
+        let p = checkpoints::progress(&last)?;
         let state = if path.join(WEIGHTS).exists() { "finished" } else { "not finished" };
         let _ = writeln!(
             out,
@@ -65,7 +65,7 @@ fn settings(folder: &Path) -> Result<String> {
     let stages: Vec<&str> = c.stage.iter().map(|s| s.kind.name()).collect();
     Ok(format!(
         "arm {:?}, {} precision, seed {}; stages {}\n\
-         tokenizer {} channels x {:?}, one token for {s}x{s} pixels; {} codes of {} dimensions\n\
+         tokenizer {} channels x {:?}, one token per {s}x{s} pixels; {} codes of {} dimensions\n\
          language model of {} layers, width {}, {} heads ({} of keys and values) of {}, vocabulary {}\n",
         c.train.arm,
         c.train.precision,

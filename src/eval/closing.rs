@@ -4,17 +4,15 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use super::feed::DataSet;
-use super::{Template, plots};
-use crate::data::{Drawn, Image, grid, save_png};
+use crate::data::{DataSet, Drawn, Image, grid, save_png};
 use crate::error::{Error, Result};
-use crate::eval::{self, Report};
+use crate::feed::Template;
 use crate::files;
 use crate::infer::{Sampling, Seen, draw, reconstruct};
+use crate::io::REPORT;
 use crate::model::{Ett, Part};
+use crate::report::{Report, plots};
 
-/// The held-out results, written last.
-pub(super) const REPORT: &str = "eval.json";
 /// Pictures drawn beside their reconstructions, and in a row.
 const SHOWN: usize = 16;
 const ROW: usize = 8;
@@ -30,11 +28,11 @@ const MAX_TOKENS: usize = 96;
 /// Evaluates a model on held-out samples and writes `reconstructions.png`, `held-out.md`, if the model draws
 /// `drawings.png`, and then `eval.json` into `out`. A picture that cannot be written costs no results, but is an error
 /// in the end.
-pub fn evaluate(model: &mut Ett, test: &DataSet, template: &Template, out: &Path) -> Result<Report> {
+pub fn closing(model: &mut Ett, test: &DataSet, template: &Template, out: &Path) -> Result<Report> {
     let path = out.join(REPORT);
     files::probe(&path)?;
-    let drawn = eval::held_out(test, model.cfg.data.eval_samples)?;
-    let report = eval::evaluate(model, test, template, &drawn)?;
+    let drawn = super::held_out(test, model.cfg.data.eval_samples)?;
+    let report = super::evaluate(model, test, template, &drawn)?;
     let shown = show(model, test, template, &drawn, &report, out);
     if let Err(Error::Interrupted) = shown {
         return Err(Error::Interrupted);
@@ -55,7 +53,7 @@ fn show(
     out: &Path,
 ) -> Result<()> {
     let path = out.join("reconstructions.png");
-    eval::with_averages(model, |model| reconstructions(model, drawn, &path))?;
+    super::with_averages(model, |model| reconstructions(model, drawn, &path))?;
     if report.captions + report.questions > 0 {
         held_out(model, test, template, drawn, &out.join("held-out.md"))?;
     }
@@ -63,14 +61,6 @@ fn show(
         drawings(model, test, template, drawn, &out.join("drawings.png"))?;
     }
     Ok(())
-}
-
-/// Draws the curves of a metrics file; a run does not fail for want of a picture.
-pub fn plot(metrics: &Path, out: &Path) {
-    let path = out.join("losses.png");
-    if let Err(e) = plots::loss_curves(metrics, &path) {
-        tracing::warn!("{} was not drawn: {e}", path.display());
-    }
 }
 
 /// Originals above their reconstructions.

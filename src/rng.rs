@@ -1,10 +1,10 @@
-//! Philox4x32-10, a counter-based random number generator (Salmon et al., "Parallel random numbers: as
-//! easy as 1, 2, 3", SC 2011). A block of four words is a pure function of (seed, stream, index), so
-//! any number of any step can be computed again without the ones before it.
+//! Philox4x32-10, a counter-based random number generator (Salmon et al., "Parallel random numbers: as easy as 1, 2,
+//! 3", SC 2011). A block of four words is a pure function of (seed, stream, index), so the random numbers of any step
+//! can be recomputed without those before it.
 
 use rayon::prelude::*;
 
-/// What random numbers are for: the high half of a stream, so that two uses of one seed never share
+/// The purpose of random numbers. It is the high half of the stream number, so that two uses of one seed never share
 /// numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
@@ -19,16 +19,16 @@ pub enum Purpose {
     Text = 4,
     /// Sampling from a model.
     Sample = 5,
-    /// Built-in pictures to train on.
+    /// Built-in pictures for training.
     TrainPicture = 6,
-    /// Built-in pictures that are held out.
+    /// Held-out built-in pictures.
     TestPicture = 7,
-    /// Which built-in pictures are held out.
+    /// The choice of what is held out of the built-in pictures.
     Split = 8,
 }
 
-/// A stream of random numbers, Philox4x32-10. The 128-bit counter is (index, stream), low words first,
-/// the 64-bit key is the seed; cuRAND's `curand_init(seed, stream, offset)` lays it out alike.
+/// A stream of random numbers, Philox4x32-10. The 128-bit counter is (index, stream), low words first, and the 64-bit
+/// key is the seed; cuRAND's `curand_init(seed, stream, offset)` uses the same layout.
 #[derive(Debug, Clone)]
 pub struct Philox {
     seed: u64,
@@ -45,17 +45,17 @@ impl Philox {
         Philox { seed, stream, next: 0, block: [0; 4], used: 4, spare: None }
     }
 
-    /// The stream of one purpose and one number (a step, an epoch, a parameter).
+    /// The stream for one purpose and one number (a step, an epoch, a parameter).
     pub fn of(seed: u64, purpose: Purpose, number: u32) -> Self {
         Self::new(seed, (purpose as u64) << 32 | u64::from(number))
     }
 
-    /// The same stream from its block `index` on.
+    /// The same stream, continued from its block `index`.
     pub fn from_block(self, index: u64) -> Self {
         Philox { next: index, used: 4, spare: None, ..self }
     }
 
-    /// Block `index` of a stream: its words `4 * index` to `4 * index + 3`, without any state.
+    /// Block `index` of a stream: its words `4 * index` to `4 * index + 3`, computed without any state.
     pub fn at(seed: u64, stream: u64, index: u64) -> [u32; 4] {
         philox4x32(
             [index as u32, (index >> 32) as u32, stream as u32, (stream >> 32) as u32],
@@ -85,8 +85,7 @@ impl Philox {
         (self.u64() >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
     }
 
-    /// Standard normal, by the transform of Box and Muller; the second value of each pair is kept for
-    /// the next call.
+    /// Standard normal, by the Box-Muller transform; the second value of each pair is kept for the next call.
     pub fn normal(&mut self) -> f64 {
         if let Some(z) = self.spare.take() {
             return z;
@@ -104,8 +103,8 @@ impl Philox {
         if n == 0 {
             return 0;
         }
-        // Lemire's method: the high half of a 64 x 64 bit product, after rejecting the few low halves
-        // that would make some results more frequent.
+        // Lemire's method: the high half of a 64 x 64 bit product, after rejecting the few low halves that would make
+        // some results more frequent.
         let reject = n.wrapping_neg() % n;
         loop {
             let product = u128::from(self.u64()) * u128::from(n);
@@ -115,16 +114,16 @@ impl Philox {
         }
     }
 
-    /// Puts `items` into a uniformly random order (Fisher and Yates).
+    /// Shuffles `items` uniformly (Fisher-Yates).
     pub fn shuffle<T>(&mut self, items: &mut [T]) {
         for i in (1..items.len()).rev() {
             items.swap(i, self.below(i + 1));
         }
     }
 
-    /// Fills `out` with standard normals, in parallel and equal for any number of threads: four values
-    /// from each block, starting with the next whole block. Other values than [`Philox::normal`] gives,
-    /// in f32 arithmetic throughout; |z| stays below 6.77.
+    /// Fills `out` with standard normals, in parallel and identically for any number of threads: four values from
+    /// each block, starting with the next whole block. The values differ from those of [`Philox::normal`]: they are
+    /// computed in f32 throughout, with |z| below 6.77.
     pub fn fill_normal(&mut self, out: &mut [f32]) {
         const BLOCKS: usize = 4096;
         let (seed, stream, first) = (self.seed, self.stream, self.next);
@@ -145,7 +144,7 @@ impl Philox {
 fn box_muller(a: u32, b: u32) -> (f32, f32) {
     const BITS_32: f32 = 1.0 / 4_294_967_296.0;
     const BITS_24: f32 = 1.0 / 16_777_216.0;
-    // The half keeps the logarithm's argument above 0; all 32 bits count where it matters, near 0.
+    // Adding 0.5 keeps the argument of the logarithm above 0; all 32 bits are used because precision matters near 0.
     let r = (-2.0 * ((a as f32 + 0.5) * BITS_32).ln()).sqrt();
     let (sin, cos) = (std::f32::consts::TAU * ((b >> 8) as f32 * BITS_24)).sin_cos();
     (r * cos, r * sin)

@@ -1,14 +1,9 @@
 //! Tensors: a shape and an element type over a device buffer.
 
-mod dims;
-mod dtype;
-
 use std::sync::Arc;
 
-use crate::backend::{Acc, Buffer, In, Kernels, Out, Role, Stream};
+use crate::backend::{Acc, Buffer, DType, Dims, Element, Fill, In, Kernels, Out, Role, Stream, to_bf16};
 use crate::error::{Error, Result};
-pub use dims::Dims;
-pub use dtype::{DType, Element, Precision, to_bf16};
 
 /// A tensor on some device: rows of `cols` elements, `ld` elements apart (`ld == cols` unless it is a
 /// column slice of a fused tensor). Cloning shares the buffer.
@@ -40,7 +35,7 @@ impl Tensor {
     /// A new tensor filled with zeros.
     pub fn zeros(dev: &dyn Kernels, role: Role, dtype: DType, dims: impl Into<Dims>) -> Result<Self> {
         let t = Self::empty(dev, role, dtype, dims)?;
-        dev.fill(Stream::COMPUTE, &crate::backend::Fill { y: t.out(), value: 0.0 })?;
+        dev.fill(Stream::COMPUTE, &Fill { y: t.out(), value: 0.0 })?;
         Ok(t)
     }
 

@@ -1,10 +1,6 @@
-//! What a data set consists of, so that a resumed run goes on with the data that it was trained on.
-
-use std::path::Path;
+//! Fingerprints of data sets, to check that a resumed run continues with the same data.
 
 use serde::{Deserialize, Serialize};
-
-use super::feed::DataSet;
 
 /// What a data set consists of, wherever it lies. Two data sets with equal fingerprints and the same pixels give the
 /// same batches.
@@ -12,7 +8,7 @@ use super::feed::DataSet;
 pub struct Fingerprint {
     /// Names of the pictures, relative to the folder, in their order.
     pub names: Texts,
-    /// Pictures that can be used.
+    /// Number of usable pictures.
     pub pictures: usize,
     /// Captions in the order of the pictures.
     pub captions: Texts,
@@ -22,17 +18,18 @@ pub struct Fingerprint {
     pub questions: Texts,
 }
 
-/// How many texts there are, and a checksum of them and their places.
+/// Number of texts, and a checksum of the texts and their positions.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Texts {
-    /// How many.
+    /// Number of texts.
     pub count: usize,
     /// CRC-32.
     pub crc32: u32,
 }
 
 impl Texts {
-    fn of<'a, I: IntoIterator<Item = &'a [u8]>>(samples: impl Iterator<Item = I>) -> Self {
+    /// Of the texts of samples in their order.
+    pub(crate) fn of<'a, I: IntoIterator<Item = &'a [u8]>>(samples: impl Iterator<Item = I>) -> Self {
         let (mut count, mut sum) = (0, crc32fast::Hasher::new());
         for (i, texts) in samples.enumerate() {
             for text in texts {
@@ -46,35 +43,15 @@ impl Texts {
     }
 }
 
-fn name<'a>(image: &'a Path, root: &Path) -> &'a [u8] {
-    image.strip_prefix(root).unwrap_or(image).as_os_str().as_encoded_bytes()
-}
-
-impl DataSet {
-    /// What the data set consists of.
-    pub fn fingerprint(&self) -> Fingerprint {
-        let samples = || self.samples.iter();
-        Fingerprint {
-            names: Texts::of(samples().map(|s| [name(&s.image, &self.root)])),
-            pictures: self.images.len(),
-            captions: Texts::of(samples().map(|s| s.caption.as_deref().map(str::as_bytes))),
-            prompts: Texts::of(samples().map(|s| s.prompt.as_deref().map(str::as_bytes))),
-            questions: Texts::of(
-                samples().map(|s| s.qa.iter().flat_map(|(q, a)| [q.as_bytes(), a.as_bytes()])),
-            ),
-        }
-    }
-}
-
 impl Fingerprint {
-    /// How `now` differs from it, in words; empty if it does not.
+    /// The differences of `now`, in words; empty if there are none.
     pub fn differences(&self, now: &Self) -> Vec<String> {
         let mut all = Vec::new();
         let mut texts = |what: &str, then: Texts, now: Texts, each: usize| {
             if then.count != now.count {
                 all.push(format!("{} {what} then, {} now", then.count / each, now.count / each));
             } else if then.crc32 != now.crc32 {
-                all.push(format!("other {what}, or another order"));
+                all.push(format!("different {what}, or a different order"));
             }
         };
         texts("pictures", self.names, now.names, 1);

@@ -1,0 +1,401 @@
+//! Where a run's checkpoints lie, and what a checkpoint says about its run. What it holds of the model is written and
+//! read in `train::checkpoint`.
+//!
+//! `RUN/checkpoints/step-00000120/` is written under a temporary name, synced and renamed, and only then does the file
+//! `RUN/checkpoints/latest` name it: a run that is killed at any moment goes on from the last one named there.
+//! `state.json` is written last and lists the other files with their sizes and checksums.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::weights::{Entry, TensorFile, write_tensors};
+use super::{Fingerprint, History, TOKENIZER};
+use crate::error::{Error, Result};
+use crate::files::{self, FileWriter, Written, replace, sync_dir, write_synced};
+
+/// Folder of a run's checkpoints.
+pub(crate) const CHECKPOINTS: &str = "checkpoints";
+/// File that names the newest of them.
+const LATEST: &str = "latest";
+/// Moments, what the model carries from step to step, and the window of codes.
+pub(crate) const TRAINING: &str = "training.safetensors";
+pub(crate) const STATE: &str = "state.json";
+/// Version of the layout described here.
+const FORMAT: u32 = 1;
+/// The recent codes among the tensors.
+pub(crate) const WINDOW: &str = "window";
+/// What stands before and after the checksum in `state.json`.
+const SUM: [&str; 2] = ["{\"crc32\": \"", "\",\n\"state\": "];
+
+/// What a run goes on from beside tensors and optimizers.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Number of the stage, from 0.
+    pub stage: usize,
+    /// Its name.
+    pub stage_name: String,
+    /// Steps done in the stage.
+    pub step: usize,
+    /// Steps done in the run.
+    pub total: usize,
+    /// Updates that were skipped in the stage for a non-finite gradient.
+    pub skipped: usize,
+    /// Those among them since the last update.
+    pub in_a_row: usize,
+    /// Seconds a stage, by name, the current one included.
+    pub seconds: Vec<(String, f64)>,
+    /// Bytes of the metrics written so far, as [`files::Lines::sync`] gives them.
+    pub metrics: u64,
+    /// What the run is trained on.
+    #[serde(default)]
+    pub data: Vec<Fingerprint>,
+    /// What the weights say of their making.
+    #[serde(default)]
+    pub history: History,
+    /// Recent codes, for the share that is in use.
+    #[serde(skip)]
+    pub window: Vec<i32>,
+    /// The file of the text tokenizer, unless that is bytes.
+    #[serde(skip)]
+    pub tokenizer: Option<Arc<[u8]>>,
+}
+
+/// What the tensors of a checkpoint belong to.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Contents {
+    /// Steps of each optimizer.
+    pub optimizers: Vec<u64>,
+    /// Groups that were being trained.
+    pub trained: Vec<String>,
+    /// Groups whose averages were kept.
+    pub averaged: Vec<String>,
+}
+
+/// `state.json`.
+#[derive(Serialize, Deserialize)]
+struct State {
+    format: u32,
+    progress: Progress,
+    #[serde(flatten)]
+    contents: Contents,
+    files: Vec<Listed>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Listed {
+    name: String,
+    bytes: u64,
+    crc32: u32,
+}
+
+/// A checkpoint that is being written.
+pub(crate) struct Draft<'a> {
+    folder: &'a Path,
+    name: &'a str,
+    files: Vec<Listed>,
+}
+
+impl Draft<'_> {
+    /// Writes a file.
+    pub fn file(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        let written = write_synced(&self.folder.join(name), bytes)?;
+        self.list(name, written);
+        Ok(())
+    }
+
+    /// Writes tensors in the safetensors format, and a note beside them.
+    pub fn tensors(&mut self, name: &str, entries: Vec<Entry>, note: Option<String>) -> Result<()> {
+        let mut file = FileWriter::create(&self.folder.join(name))?;
+        write_tensors(&mut file, entries, note)?;
+        let written = file.finish()?;
+        self.list(name, written);
+        Ok(())
+    }
+
+    fn list(&mut self, file: &str, written: Written) {
+        self.files.push(Listed { name: file.into(), bytes: written.bytes, crc32: written.crc32 });
+        phase(self.name, file);
+    }
+
+    /// Writes `state.json`, which makes the checkpoint whole.
+    fn finish(self, progress: &Progress, contents: Contents) -> Result<()> {
+        let state = State { format: FORMAT, progress: progress.clone(), contents, files: self.files };
+        let path = self.folder.join(STATE);
+        let state = serde_json::to_string_pretty(&state)
+            .map_err(|e| Error::data(&path, format!("cannot be written ({e})")))?;
+        let text = format!("{}{:08x}{}{state}}}\n", SUM[0], crc32fast::hash(state.as_bytes()), SUM[1]);
+        write_synced(&path, text.as_bytes())?;
+        phase(self.name, STATE);
+        sync_dir(self.folder)?;
+        phase(self.name, "synced");
+        Ok(())
+    }
+}
+
+/// Where a run's checkpoints go.
+pub struct Checkpoints {
+    run: PathBuf,
+    keep: usize,
+}
+
+impl Checkpoints {
+    /// The checkpoints of a run folder, of which the newest `keep`, at least one, are kept.
+    pub fn new(run: &Path, keep: usize) -> Self {
+        Checkpoints { run: run.into(), keep: keep.max(1) }
+    }
+
+    /// Writes a checkpoint with what `fill` puts into it and makes it the run's latest; gives its folder. Whatever
+    /// interrupts it, a crash or a full disk, the checkpoint before stays the latest.
+    pub(crate) fn write(
+        &self,
+        progress: &Progress,
+        fill: impl FnOnce(&mut Draft) -> Result<Contents>,
+    ) -> Result<PathBuf> {
+        self.place(progress, fill).map_err(|e| self.explain(e))
+    }
+
+    /// Says of a full disk which checkpoint the run can go on from; other errors stay as they are.
+    pub fn explain(&self, e: Error) -> Error {
+        if !files::is_full(&e) {
+            return e;
+        }
+        let (path, source) = match e {
+            Error::Io { path, source } => (path, source),
+            other => return other,
+        };
+        let last = match Self::latest(&self.run) {
+            Ok(Some(last)) => format!("the last checkpoint, {}, is whole", last.display()),
+            _ => "the run has no checkpoint yet".into(),
+        };
+        Error::data(
+            path,
+            format!("the disk is full ({source}); {last}; free some space, then resume the run"),
+        )
+    }
+
+    fn place(
+        &self,
+        progress: &Progress,
+        fill: impl FnOnce(&mut Draft) -> Result<Contents>,
+    ) -> Result<PathBuf> {
+        let all = self.run.join(CHECKPOINTS);
+        if !all.is_dir() {
+            std::fs::create_dir_all(&all).map_err(Error::io(&all))?;
+            sync_dir(&self.run)?;
+        }
+        sweep(&all)?;
+        let name = format!("step-{:08}", progress.total);
+        let (part, to) = (all.join(format!(".{name}.part")), all.join(&name));
+        std::fs::create_dir(&part).map_err(Error::io(&part))?;
+        phase(&name, "begun");
+        let undo = |e: Error| {
+            let _ = std::fs::remove_dir_all(&part);
+            e
+        };
+        let mut draft = Draft { folder: &part, name: &name, files: Vec::new() };
+        fill(&mut draft).and_then(|contents| draft.finish(progress, contents)).map_err(undo)?;
+        // A checkpoint of this step is there if a run was killed before it became the latest, or saves twice. A crash
+        // between the two renames leaves the temporary folder, which `latest` knows to take.
+        let before = aside(&to)?;
+        if let Err(e) = std::fs::rename(&part, &to) {
+            if let Some(before) = before {
+                let _ = std::fs::rename(before, &to);
+            }
+            return Err(undo(Error::io(&to)(e)));
+        }
+        phase(&name, "renamed");
+        sync_dir(&all)?;
+        phase(&name, "its place synced");
+        replace(&all.join(LATEST), |file| file.put(format!("{name}\n").as_bytes()))?;
+        phase(&name, "latest replaced");
+        self.prune(&all, progress.total)?;
+        phase(&name, "older ones removed");
+        Ok(to)
+    }
+
+    /// Removes all but the newest checkpoints up to step `total`. Later ones are left from a run that was killed
+    /// before they became the latest.
+    fn prune(&self, all: &Path, total: usize) -> Result<()> {
+        let (later, mut earlier): (Vec<_>, Vec<_>) =
+            list(all)?.into_iter().partition(|(step, _)| *step > total);
+        earlier.truncate(earlier.len().saturating_sub(self.keep));
+        for (_, folder) in later.into_iter().chain(earlier) {
+            aside(&folder)?;
+        }
+        sweep(all)
+    }
+
+    /// Ends what a killed run had begun to write; only for the one process that has the run's lock.
+    pub(crate) fn recover(run: &Path) -> Result<()> {
+        let all = run.join(CHECKPOINTS);
+        let Some(name) = Self::named(&all) else { return Ok(()) };
+        let (folder, part) = (all.join(&name), all.join(format!(".{name}.part")));
+        if !folder.exists() && whole(&part).is_ok() {
+            std::fs::rename(&part, &folder).map_err(Error::io(&folder))?;
+            sync_dir(&all)?;
+        }
+        Ok(())
+    }
+
+    /// The name of the latest checkpoint, if there is one.
+    fn named(all: &Path) -> Option<String> {
+        let name = std::fs::read_to_string(all.join(LATEST)).unwrap_or_default();
+        Some(name.trim().to_string()).filter(|n| step_of(n).is_some())
+    }
+
+    /// The checkpoint that a run goes on from; `None` if it has none. If the one named as the latest is gone or not
+    /// whole, it is the newest whole one, with a warning. Nothing is changed, so that it may be asked beside a run.
+    pub fn latest(run: &Path) -> Result<Option<PathBuf>> {
+        let all = run.join(CHECKPOINTS);
+        if !all.is_dir() {
+            return Ok(None);
+        }
+        let named = Self::named(&all);
+        if let Some(name) = &named {
+            let (folder, part) = (all.join(name), all.join(format!(".{name}.part")));
+            // A run was killed between the two renamings of a checkpoint that replaces one of the same step.
+            if !folder.exists() && whole(&part).is_ok() {
+                return Ok(Some(part));
+            }
+            match whole(&folder) {
+                Ok(_) => return Ok(Some(folder)),
+                Err(e) => tracing::warn!("the latest checkpoint cannot be used: {e}"),
+            }
+        }
+        let folders = list(&all)?;
+        let found = folders.iter().rev().map(|(_, folder)| folder).find(|folder| whole(folder).is_ok());
+        match found {
+            Some(folder) => {
+                let why = if named.is_some() { "instead" } else { "no file names the latest" };
+                tracing::warn!("going on from the checkpoint {} ({why})", folder.display());
+                Ok(Some(folder.clone()))
+            }
+            None if folders.is_empty() && named.is_none() => Ok(None),
+            None => Err(Error::data(&all, "holds no whole checkpoint; start the run anew in another folder")),
+        }
+    }
+}
+
+/// Marks a moment of saving in the log; waits there if a test asks for it.
+fn phase(name: &str, what: &str) {
+    tracing::debug!(target: "ett::checkpoint", "{name}: {what}");
+    let pause = std::env::var("ETT_SAVE_PAUSE").ok().and_then(|ms| ms.parse().ok());
+    if let Some(ms) = pause {
+        std::thread::sleep(Duration::from_millis(ms));
+    }
+}
+
+/// The step in a checkpoint's name.
+fn step_of(name: &str) -> Option<usize> {
+    let digits =
+        name.strip_prefix("step-").filter(|d| d.len() >= 8 && d.bytes().all(|b| b.is_ascii_digit()))?;
+    digits.parse().ok()
+}
+
+/// Names in a folder.
+fn names(folder: &Path) -> Result<Vec<String>> {
+    let io = |e| Error::io(folder)(e);
+    let found = std::fs::read_dir(folder).map_err(io)?;
+    found.map(|entry| Ok(entry.map_err(io)?.file_name().to_string_lossy().into_owned())).collect()
+}
+
+/// Checkpoints, whole or not, by step.
+fn list(all: &Path) -> Result<Vec<(usize, PathBuf)>> {
+    let mut found: Vec<_> =
+        names(all)?.iter().filter_map(|name| Some((step_of(name)?, all.join(name)))).collect();
+    found.sort();
+    Ok(found)
+}
+
+/// Takes a checkpoint, if it is there, out of its place, so that it is never seen half removed.
+fn aside(folder: &Path) -> Result<Option<PathBuf>> {
+    if !folder.exists() {
+        return Ok(None);
+    }
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    let aside = folder.with_file_name(format!(".{name}.old.part"));
+    std::fs::rename(folder, &aside).map_err(Error::io(folder))?;
+    Ok(Some(aside))
+}
+
+/// Removes what killed runs left behind under temporary names.
+fn sweep(all: &Path) -> Result<()> {
+    for name in names(all)?.iter().filter(|n| n.starts_with('.') && n.ends_with(".part")) {
+        let path = all.join(name);
+        let removed = match path.is_dir() {
+            true => std::fs::remove_dir_all(&path),
+            false => std::fs::remove_file(&path),
+        };
+        removed.map_err(Error::io(&path))?;
+    }
+    Ok(())
+}
+
+/// Reads `state.json`.
+fn read_state(folder: &Path) -> Result<State> {
+    let path = folder.join(STATE);
+    let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+    let parts =
+        text.strip_prefix(SUM[0]).and_then(|t| t.strip_suffix("}\n")).and_then(|t| t.split_once(SUM[1]));
+    let Some((_, state)) = parts.filter(|(sum, s)| *sum == format!("{:08x}", crc32fast::hash(s.as_bytes())))
+    else {
+        return Err(Error::data(&path, format!("is damaged: its checksum does not fit; {}", remedy(folder))));
+    };
+    #[derive(Deserialize)]
+    struct Format {
+        format: u32,
+    }
+    let unreadable = |e: serde_json::Error| Error::data(&path, format!("cannot be read ({e})"));
+    let Format { format } = serde_json::from_str(state).map_err(unreadable)?;
+    if format != FORMAT {
+        let what = format!("has the format {format}, wanted {FORMAT}; use the version of ett that wrote it");
+        return Err(Error::data(&path, what));
+    }
+    serde_json::from_str(state).map_err(unreadable)
+}
+
+fn remedy(folder: &Path) -> String {
+    format!("remove {} to go on from the checkpoint before it", folder.display())
+}
+
+/// Fails if a file of a checkpoint is missing or has another size than it was written with.
+fn whole(folder: &Path) -> Result<State> {
+    let state = read_state(folder)?;
+    for f in &state.files {
+        let path = folder.join(&f.name);
+        let bytes = std::fs::metadata(&path).map_err(Error::io(&path))?.len();
+        if bytes != f.bytes {
+            let what = format!("is damaged: it has {bytes} bytes, wanted {}; {}", f.bytes, remedy(folder));
+            return Err(Error::data(path, what));
+        }
+    }
+    Ok(state)
+}
+
+/// What a checkpoint says about its run.
+pub fn progress(folder: &Path) -> Result<Progress> {
+    let State { mut progress, files, .. } = whole(folder)?;
+    let window = TensorFile::open(&folder.join(TRAINING))?.read(WINDOW)?;
+    progress.window = window.values.into_iter().map(|c| c as i32).collect();
+    if files.iter().any(|f| f.name == TOKENIZER) {
+        let path = folder.join(TOKENIZER);
+        progress.tokenizer = Some(std::fs::read(&path).map_err(Error::io(&path))?.into());
+    }
+    Ok(progress)
+}
+
+/// What the tensors of a checkpoint belong to, after every file was compared with its checksum.
+pub(crate) fn verified(folder: &Path) -> Result<Contents> {
+    let state = whole(folder)?;
+    for f in &state.files {
+        let path = folder.join(&f.name);
+        if files::checksum(&path)? != (Written { bytes: f.bytes, crc32: f.crc32 }) {
+            let what = format!("is damaged: its checksum does not fit; {}", remedy(folder));
+            return Err(Error::data(path, what));
+        }
+    }
+    Ok(state.contents)
+}
