@@ -36,12 +36,26 @@ mod tests {
         fields: Vec<Field>,
     }
 
-    /// Name, C type and, for views, the access that its comment states.
+    /// Name, C type and, for views, the access that its comment states; the rest of the comment.
     #[derive(Debug, PartialEq)]
     struct Field {
         name: String,
         ty: String,
         access: String,
+        comment: String,
+    }
+
+    impl Field {
+        /// Whether the header says of an argument what the table does: a comment begins with the rules of a tensor and
+        /// ends with those of a number.
+        fn says(&self, want: &FieldSpec) -> bool {
+            let text = want.text;
+            *self == Field { comment: self.comment.clone(), ..in_c(want) }
+                && match want.tensor {
+                    Some(_) => self.comment == text || self.comment.starts_with(&format!("{text}; ")),
+                    None => text.is_empty() || self.comment.ends_with(&format!("; {text}")),
+                }
+        }
     }
 
     /// The argument structs of a header in order, each followed by its launcher; anything else is an error.
@@ -62,7 +76,12 @@ mod tests {
                         format!("int64_t ett_{k}_workspace(const ett_{k}_args* args);"),
                     ];
                     all.extend(open.take());
-                } else if !line.starts_with("//") {
+                } else if let Some(more) = line.strip_prefix("//") {
+                    let Some(field) = current.fields.last_mut() else {
+                        return bad("a comment before the first field");
+                    };
+                    field.comment = format!("{} {}", field.comment, in_numbers(more));
+                } else {
                     let Some((code, comment)) = line.split_once("//") else {
                         return bad("a field without comment");
                     };
@@ -71,7 +90,8 @@ mod tests {
                     };
                     let view = if ty == "ett_view" { comment.split_whitespace().next() } else { None };
                     let access = view.unwrap_or_default().to_string();
-                    current.fields.push(Field { name: name.into(), ty: ty.into(), access });
+                    let comment = in_numbers(comment.trim().strip_prefix(&access).unwrap_or_default());
+                    current.fields.push(Field { name: name.into(), ty: ty.into(), access, comment });
                 }
             } else if let Some(launcher) = waiting.pop() {
                 if line != launcher {
@@ -91,7 +111,14 @@ mod tests {
         }
     }
 
-    /// A field as the header has to declare it.
+    /// A comment with the values of the constants that it names.
+    fn in_numbers(comment: &str) -> String {
+        let value = |name: &str| constant(name).to_string();
+        let known = ["ETT_STATE_LEN", "ETT_STATE_GROUPS"];
+        known.iter().fold(comment.trim().to_string(), |text, name| text.replace(name, &value(name)))
+    }
+
+    /// A field as the header has to declare it, without comment.
     fn in_c(field: &FieldSpec) -> Field {
         let (ty, access) = match field.kind {
             Kind::Tensor { access, optional } => {
@@ -108,7 +135,7 @@ mod tests {
             Kind::Real => ("double", String::new()),
             Kind::Unary => ("ett_unary", String::new()),
         };
-        Field { name: field.name.into(), ty: ty.into(), access }
+        Field { name: field.name.into(), ty: ty.into(), access, comment: String::new() }
     }
 
     /// Where a header and the table of kernels first differ.
@@ -118,11 +145,24 @@ mod tests {
             Err(e) => return Some(e),
         };
         for (i, kernel) in KERNELS.iter().enumerate() {
-            let fields = kernel.fields.iter().map(in_c).collect();
-            let want = Struct { kernel: kernel.name.into(), fields };
-            match found.get(i) {
-                Some(s) if *s == want => {}
-                s => return Some(format!("struct {i} is {s:?}, wanted {want:?}")),
+            let Some(s) = found.get(i).filter(|s| s.kernel == kernel.name) else {
+                return Some(format!("struct {i} is {:?}, wanted that of {}", found.get(i), kernel.name));
+            };
+            if s.fields.len() != kernel.fields.len() {
+                return Some(format!(
+                    "{} has {} fields, wanted {}",
+                    s.kernel,
+                    s.fields.len(),
+                    kernel.fields.len()
+                ));
+            }
+            if let Some((f, want)) = s.fields.iter().zip(kernel.fields).find(|(f, want)| !f.says(want)) {
+                return Some(format!(
+                    "{}: {f:?}, wanted {:?} that says `{}`",
+                    s.kernel,
+                    in_c(want),
+                    want.text
+                ));
             }
         }
         (found.len() > KERNELS.len()).then(|| format!("{} structs, wanted {}", found.len(), KERNELS.len()))
@@ -154,6 +194,11 @@ mod tests {
             ("a field of another type", "    int64_t kv_heads; ", "    int32_t kv_heads; "),
             ("another access", "ett_view running_mean;  // add ", "ett_view running_mean;  // out "),
             ("an optional field required", "// in?  [N, C]; act; gradient", "// in   [N, C]; act; gradient"),
+            ("another shape", "// out  [N, C]; act", "// out  [N, D]; act"),
+            ("another element type", "// out  [B, G]; acc; without", "// out  [B, G]; act; without"),
+            ("a rule left out", "; without gaps; G divides C", "; without gaps"),
+            ("a rule of its own", "// add  [C]; acc\n", "// add  [C]; acc; without gaps\n"),
+            ("another rule of a number", "head dimension; even; at least 2", "head dimension; at least 2"),
             ("a missing field", "    double theta; ", "    // double theta; "),
             ("a new field", "    double theta; ", "    double theta2;  // new\n    double theta; "),
             ("a missing comment", "ett_view gate_up;       //", "ett_view gate_up;    "),

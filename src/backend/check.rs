@@ -465,3 +465,368 @@ fn overlap(a: &In, b: &In) -> bool {
         _ => (0..a.rows).any(|i| Rows { start: a.start + i * a.stride, rows: 1, ..a }.meet(&b, b.stride)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::*;
+    use crate::tensor::Tensor;
+
+    const S: Stream = Stream::COMPUTE;
+
+    fn of(dev: &dyn Kernels, dtype: DType, dims: impl Into<Dims>) -> Tensor {
+        Tensor::empty(dev, Role::Activation, dtype, dims).expect("a tensor")
+    }
+
+    fn f32(dev: &dyn Kernels, dims: impl Into<Dims>) -> Tensor {
+        of(dev, DType::F32, dims)
+    }
+
+    fn refusal(result: Result<()>) -> String {
+        result.expect_err("a wrong call").to_string()
+    }
+
+    #[test]
+    fn shapes_are_those_of_the_table() {
+        let p = Plan::new();
+        let t = |dims: &[usize]| f32(&p, Dims::from_slice(dims).expect("at most four"));
+        let matmul = |a: &[usize], b: &[usize], y: &[usize], ta, tb| {
+            let (a, b, y) = (t(a), t(b), t(y));
+            p.matmul(S, &Matmul { a: a.view(), b: b.view(), ta, tb, bias: None, y: y.out() })
+        };
+        for (a, b, ta, tb) in [
+            ([3, 4], [4, 5], false, false),
+            ([4, 3], [4, 5], true, false),
+            ([3, 4], [5, 4], false, true),
+            ([4, 3], [5, 4], true, true),
+        ] {
+            assert!(matmul(&a, &b, &[3, 5], ta, tb).is_ok());
+            assert!(matmul(&a, &b, &[3, 5], !ta, tb).is_err());
+        }
+        // Rows may have any number of dimensions.
+        assert!(matmul(&[1, 3, 4], &[4, 5], &[3, 1, 5], false, false).is_ok());
+        let e = refusal(matmul(&[3, 4], &[6, 5], &[3, 5], false, false));
+        assert_eq!(e, "matmul: argument `b` is [6, 5], wanted 4 rows of O");
+        let e = refusal(matmul(&[3, 4], &[4, 5], &[3, 6], false, false));
+        assert_eq!(e, "matmul: argument `y` is [3, 6], wanted 3 rows of 5");
+
+        let up = |x: &[usize], y: &[usize]| {
+            let (x, y) = (t(x), t(y));
+            p.upsample2x_bwd(S, &Upsample2xBwd { dy: y.view(), dx: x.out() })
+        };
+        assert!(up(&[1, 2, 3, 4], &[1, 4, 6, 4]).is_ok());
+        let e = refusal(up(&[1, 2, 3, 4], &[1, 5, 6, 4]));
+        assert_eq!(e, "upsample2x_bwd: argument `dy` is [1, 5, 6, 4], wanted [1, 4, 6, 4]");
+        let e = refusal(up(&[1, 2, 3, 4], &[24, 4]));
+        assert_eq!(e, "upsample2x_bwd: argument `dy` is [24, 4], wanted of 4 dimensions: [B, 2H, 2W, C]");
+        let pool = |h: usize| {
+            let (x, y) = (t(&[1, h, 3, 4]), t(&[1, 2, 1, 4]));
+            p.max_pool2x2_fwd(S, &MaxPool2x2Fwd { x: x.view(), y: y.out() })
+        };
+        assert!(pool(4).is_ok() && pool(5).is_ok() && pool(6).is_err());
+    }
+
+    #[test]
+    fn numbers_and_letters_keep_their_rules() {
+        let p = Plan::new();
+        let (x, y, at) = (f32(&p, [3, 8]), f32(&p, [3, 8]), of(&p, DType::I32, [3]));
+        let rope = |heads, head_dim| {
+            let (x, position, y) = (x.view(), at.view(), y.out());
+            p.rope(S, &Rope { x, position, y, heads, head_dim, theta: 1e4, inverse: false })
+        };
+        assert!(rope(2, 4).is_ok() && rope(1, 4).is_ok() && rope(0, 4).is_ok());
+        assert_eq!(refusal(rope(3, 4)), "rope: argument `x` is [3, 8], wanted C at least 12");
+        assert_eq!(refusal(rope(1, 3)), "rope: argument `head_dim` is 3, wanted even");
+        assert_eq!(refusal(rope(1, 0)), "rope: argument `head_dim` is 0, wanted at least 2");
+        assert!(rope(usize::MAX, 2).is_err());
+
+        let norm = |groups| {
+            let (x, w, y, s) =
+                (f32(&p, [1, 2, 2, 6]), f32(&p, [6]), f32(&p, [1, 2, 2, 6]), f32(&p, [2, groups]));
+            let (mean, rstd) = (s.rows(0, 1).expect("a row"), s.rows(1, 1).expect("a row"));
+            let (x, w, y, mean, rstd) = (x.view(), w.view(), y.out(), mean.out(), rstd.out());
+            p.group_norm_fwd(S, &GroupNormFwd { x, w, b: w, y, mean, rstd, eps: 1e-6, silu: false })
+        };
+        assert!(norm(3).is_ok());
+        let want = "group_norm_fwd: argument `mean` is [1, 4], wanted G a divisor of 6";
+        assert_eq!(refusal(norm(4)), want);
+        assert!(norm(0).is_err());
+
+        let (logits, number, position) = (f32(&p, [2, 9]), of(&p, DType::I32, [2]), of(&p, DType::I32, [2]));
+        let idx = of(&p, DType::I32, [2]);
+        let sample = |temperature, top_p, without: Option<&Tensor>, guidance| {
+            let a = Sample {
+                logits: logits.view(),
+                without: without.map(Tensor::view),
+                number: number.view(),
+                position: position.acc(),
+                idx: idx.out(),
+                temperature,
+                top_k: 0,
+                top_p,
+                guidance,
+                seed: 0,
+            };
+            p.sample(S, &a)
+        };
+        assert!(sample(0.0, 1.0, None, f64::NAN).is_ok());
+        let e = refusal(sample(0.0, 1.0, Some(&logits), f64::NAN));
+        assert_eq!(e, "sample: argument `guidance` is NaN, wanted a finite number");
+        for wrong in [-1.0, f64::NAN, f64::INFINITY] {
+            assert!(refusal(sample(wrong, 1.0, None, 1.0)).contains("`temperature`"));
+        }
+        for wrong in [0.0, 1.5, f64::NAN] {
+            assert!(refusal(sample(1.0, wrong, None, 1.0)).contains("`top_p`"));
+        }
+    }
+
+    #[test]
+    fn element_types_fit_each_other() {
+        let p = Plan::new();
+        let norm = |act: DType, w: DType, stat: DType| {
+            let (x, w, y, s) = (of(&p, act, [2, 4]), of(&p, w, [4]), of(&p, act, [2, 4]), of(&p, stat, [2]));
+            let a = RmsNormFwd {
+                x: x.view(),
+                residual: None,
+                w: w.view(),
+                sum: None,
+                y: y.out(),
+                rstd: s.out(),
+                eps: 1e-6,
+            };
+            p.rms_norm_fwd(S, &a)
+        };
+        use DType::*;
+        assert!(norm(F64, F64, F64).is_ok() && norm(F32, F32, F32).is_ok() && norm(Bf16, Bf16, F32).is_ok());
+        assert_eq!(refusal(norm(Bf16, F32, F32)), "rms_norm_fwd: argument `w` is f32, wanted bf16");
+        assert_eq!(refusal(norm(Bf16, Bf16, Bf16)), "rms_norm_fwd: argument `rstd` is bf16, wanted f32");
+        assert_eq!(refusal(norm(F64, F64, F32)), "rms_norm_fwd: argument `rstd` is f32, wanted f64");
+        assert_eq!(refusal(norm(I32, I32, F32)), "rms_norm_fwd: argument `x` is i32, wanted a float type");
+
+        let restore = |x: DType, norm: DType, y: DType| {
+            let (x, norm, y) = (of(&p, x, [4]), of(&p, norm, [2]), of(&p, y, [4]));
+            p.restore(S, &Restore { x: x.view(), norm: norm.view(), y: y.acc() })
+        };
+        assert!(
+            restore(Bf16, F32, Bf16).is_ok()
+                && restore(F32, F32, F32).is_ok()
+                && restore(F64, F64, F64).is_ok()
+        );
+        assert_eq!(refusal(restore(Bf16, F32, F32)), "restore: argument `y` is f32, wanted bf16, as `x` is");
+        assert_eq!(refusal(restore(F64, F32, F64)), "restore: argument `x` is f64, wanted bf16 or f32");
+        assert_eq!(refusal(restore(F32, Bf16, F32)), "restore: argument `norm` is bf16, wanted f32 or f64");
+
+        // The accumulator's type comes first, the activation's much later.
+        let sums = |x: DType, y: DType| {
+            let (x, y) = (of(&p, x, [2, 4]), of(&p, y, [4]));
+            p.col_sum(S, &ColSum { x: x.view(), y: y.acc() })
+        };
+        assert!(sums(Bf16, F32).is_ok() && sums(F32, F32).is_ok() && sums(F32, F64).is_err());
+        let fill = |dtype| p.fill(S, &Fill { y: of(&p, dtype, [2]).out(), value: 0.0 });
+        assert!([F64, F32, Bf16, I32].into_iter().all(|t| fill(t).is_ok()));
+        let cast = |x, y| {
+            let (x, y) = (of(&p, x, [2]), of(&p, y, [2]));
+            p.cast(S, &Cast { x: x.view(), y: y.out() })
+        };
+        assert!(cast(F64, Bf16).is_ok() && cast(I32, F32).is_err() && cast(F32, I32).is_err());
+    }
+
+    #[test]
+    fn what_belongs_together_is_there_together() {
+        let p = Plan::new();
+        let (x, w, rstd) = (f32(&p, [2, 4]), f32(&p, [4]), f32(&p, [2]));
+        let (y, sum) = (f32(&p, [2, 4]), f32(&p, [2, 4]));
+        let norm = |residual: Option<&Tensor>, sum: Option<&Tensor>| {
+            let a = RmsNormFwd {
+                x: x.view(),
+                residual: residual.map(Tensor::view),
+                w: w.view(),
+                sum: sum.map(Tensor::out),
+                y: y.out(),
+                rstd: rstd.out(),
+                eps: 1e-6,
+            };
+            p.rms_norm_fwd(S, &a)
+        };
+        assert!(norm(None, None).is_ok() && norm(Some(&x), Some(&sum)).is_ok());
+        let e = refusal(norm(Some(&x), None));
+        assert_eq!(e, "rms_norm_fwd: argument `sum` is absent, wanted present, as `residual` is present");
+        let e = refusal(norm(None, Some(&sum)));
+        assert_eq!(e, "rms_norm_fwd: argument `sum` is present, wanted absent, as `residual` is absent");
+
+        let l2 = |dx: Option<&Tensor>, dx_acc: Option<&Tensor>| {
+            let (dx, dx_acc) = (dx.map(Tensor::out), dx_acc.map(Tensor::acc));
+            p.l2_norm_bwd(
+                S,
+                &L2NormBwd { dy: x.view(), x: x.view(), norm: rstd.view(), dx, dx_acc, eps: 1e-6 },
+            )
+        };
+        assert!(l2(Some(&y), None).is_ok() && l2(None, Some(&y)).is_ok());
+        let e = refusal(l2(None, None));
+        assert_eq!(e, "l2_norm_bwd: argument `dx_acc` is absent, wanted present, as `dx` is absent");
+        let e = refusal(l2(Some(&y), Some(&sum)));
+        assert_eq!(e, "l2_norm_bwd: argument `dx_acc` is present, wanted absent, as `dx` is present");
+    }
+
+    #[test]
+    fn vectors_have_no_gaps() {
+        let p = Plan::new();
+        let wide = f32(&p, [4, 3]);
+        let sums = |y: &Tensor| p.col_sum(S, &ColSum { x: f32(&p, [2, 4]).view(), y: y.acc() });
+        assert!(sums(&f32(&p, [2, 2])).is_ok());
+        let column = wide.columns(1, 1).expect("a column");
+        assert_eq!(refusal(sums(&column)), "col_sum: argument `y` is strided by 3, wanted contiguous");
+    }
+
+    #[test]
+    fn devices_take_their_own_memory_only() {
+        let (plan, other) = (Plan::new(), Plan::new());
+        let (one, two) = (Cpu::new(1).expect("a thread"), Cpu::new(1).expect("a thread"));
+        let words = "memory of another device, wanted memory of the device that it is given to";
+        let devices: [&dyn Kernels; 4] = [&plan, &other, &one, &two];
+        for (i, dev) in devices.iter().enumerate() {
+            let (x, y) = (f32(*dev, [2, 4]), f32(*dev, [2, 4]));
+            for (k, to) in devices.iter().enumerate() {
+                let own = f32(*to, [2, 4]);
+                let calls = [
+                    ("add", "a", to.add(S, &Add { a: x.view(), b: own.view(), y: own_out(*to).out() })),
+                    ("add", "y", to.add(S, &Add { a: own.view(), b: own.view(), y: y.out() })),
+                    ("copy_in", "dst", to.copy_in(S, &[0; 32], y.out())),
+                    ("read_later", "src", to.read_later(S, y.view()).map(|_| ())),
+                    ("all_reduce", "x", to.collectives().all_reduce(S, y.acc())),
+                    ("all_gather", "x", to.collectives().all_gather(S, x.view(), own.out())),
+                    ("all_gather", "y", to.collectives().all_gather(S, own.view(), y.out())),
+                ];
+                for (op, arg, result) in calls {
+                    if i == k {
+                        result.unwrap_or_else(|e| panic!("{e}"));
+                    } else {
+                        let e = refusal(result);
+                        assert!(e.starts_with(&format!("{op}: argument `{arg}` is {words}")), "{e}");
+                    }
+                }
+            }
+        }
+        fn own_out(dev: &dyn Kernels) -> Tensor {
+            f32(dev, [2, 4])
+        }
+    }
+
+    #[test]
+    fn outputs_overlap_nothing() {
+        let p = Plan::new();
+        let all = f32(&p, [4, 12]);
+        let part = |start| all.columns(start, 4).expect("four columns");
+        let add =
+            |a: &Tensor, b: &Tensor, y: &Tensor| p.add(S, &Add { a: a.view(), b: b.view(), y: y.out() });
+        // Inputs may be the same; columns side by side share nothing.
+        assert!(add(&part(0), &part(0), &part(4)).is_ok());
+        assert!(add(&part(0), &part(8), &part(4)).is_ok());
+        assert!(add(&part(4), &part(8), &part(0)).is_ok());
+        let e = refusal(add(&part(0), &part(5), &part(4)));
+        assert_eq!(e, "add: argument `y` is memory that `b` lies in too, wanted memory of its own");
+        assert!(add(&part(4), &part(0), &part(4)).is_err());
+        // Two outputs: the later one is named.
+        let (x, w) = (f32(&p, [2, 4]), f32(&p, [4]));
+        let stat = f32(&p, [2]);
+        let (mean, y) = (stat.out(), f32(&p, [2, 4]));
+        let a =
+            LayerNormFwd { x: x.view(), w: w.view(), b: w.view(), y: y.out(), mean, rstd: mean, eps: 1e-6 };
+        let e = refusal(p.layer_norm_fwd(S, &a));
+        assert_eq!(
+            e,
+            "layer_norm_fwd: argument `rstd` is memory that `mean` lies in too, wanted memory of its own"
+        );
+        let e = refusal(p.col_sum(S, &ColSum { x: x.view(), y: x.rows(1, 1).expect("a row").acc() }));
+        assert!(e.contains("`y` is memory that `x` lies in too"), "{e}");
+        // Empty tensors lie nowhere.
+        let none = f32(&p, [0, 4]);
+        assert!(add(&none, &none, &none).is_ok());
+        let e = refusal(p.collectives().all_gather(S, x.view(), x.out()));
+        assert_eq!(e, "all_gather: argument `y` is memory that `x` lies in too, wanted memory of its own");
+    }
+
+    #[test]
+    fn an_output_may_be_the_input_that_the_table_names() {
+        let p = Plan::new();
+        let all = f32(&p, [4, 8]);
+        let (one, rows) = (f32(&p, [1]), f32(&p, [4]));
+        let target = of(&p, DType::I32, [4]);
+        let bwd = |logits: &Tensor, dlogits: &Tensor| {
+            let a = XentBwd {
+                logits: logits.view(),
+                target: target.view(),
+                weight: None,
+                scale: one.view(),
+                lse: rows.view(),
+                g: one.view(),
+                dlogits: dlogits.out(),
+            };
+            p.xent_bwd(S, &a)
+        };
+        let part = |start| all.columns(start, 4).expect("four columns");
+        assert!(bwd(&part(2), &part(2)).is_ok() && bwd(&part(0), &part(4)).is_ok());
+        let e = refusal(bwd(&part(2), &part(3)));
+        let want = "memory that `logits` lies in too, wanted memory of its own, or just the same elements";
+        assert_eq!(e, format!("xent_bwd: argument `dlogits` is {want}"));
+    }
+
+    /// Against bytes one by one.
+    #[test]
+    fn overlaps_are_exact() {
+        let p = Plan::new();
+        let buffer = p.alloc(Role::Activation, 4 * 64).expect("memory");
+        let mut views = Vec::new();
+        for start in [0, 1, 2, 5, 9, 13] {
+            for (rows, cols) in [(1, 1), (1, 7), (2, 3), (3, 2), (4, 1)] {
+                for ld in [cols, cols + 1, 5, 8] {
+                    let v = In::new(&buffer, 4 * start, DType::F32, [rows, cols], ld as i64);
+                    views.extend(v.ok().map(|v| (v, start as usize, rows, cols, ld)));
+                }
+            }
+        }
+        let elements = |&(_, start, rows, cols, ld): &(In, usize, usize, usize, usize)| {
+            let of_row = move |r| (start + r * ld..start + r * ld + cols).fold(0u64, |all, i| all | (1u64 << i));
+            (0..rows).map(of_row).fold(0, |all, row| all | row)
+        };
+        let (mut apart, mut together) = (0, 0);
+        for a in &views {
+            for b in &views {
+                let want = elements(a) & elements(b) != 0;
+                assert_eq!(
+                    overlap(&a.0, &b.0),
+                    want,
+                    "{:?} and {:?}",
+                    (a.1, a.2, a.3, a.4),
+                    (b.1, b.2, b.3, b.4)
+                );
+                *if want { &mut together } else { &mut apart } += 1;
+            }
+        }
+        assert!(apart > 100 && together > 100, "{apart}, {together}");
+    }
+
+    /// The letters of all kernels: each tensor has a shape, and every size of a shape can be given a value.
+    #[test]
+    fn every_tensor_of_the_table_has_rules() {
+        for kernel in KERNELS {
+            for field in kernel.fields {
+                let is_tensor = matches!(field.kind, spec::Kind::Tensor { .. });
+                assert_eq!(field.tensor.is_some(), is_tensor, "{}: `{}`", kernel.name, field.name);
+                let Some(tensor) = field.tensor else { continue };
+                assert!(
+                    !tensor.sizes().is_empty() && !field.text.is_empty(),
+                    "{}: `{}`",
+                    kernel.name,
+                    field.name
+                );
+                for symbol in tensor.sizes().iter().flat_map(|e| e.symbols()) {
+                    assert!(!kernel.symbols[symbol as usize].is_empty(), "{}: `{}`", kernel.name, field.name);
+                }
+            }
+        }
+        let of = |kernel: &str| spec::kernel(kernel).and_then(|k| k.indices()).map(|f| f.name);
+        assert_eq!((of("gather_bwd"), of("xent_fwd"), of("add")), (Some("idx"), Some("target"), None));
+        assert_eq!((of("attention_fwd"), of("ibq_bwd")), (Some("cu_q"), Some("idx")));
+    }
+}

@@ -194,7 +194,7 @@ norm: rms_norm_fwd(RmsNormFwd<'a>) flop |s| 4 * s.x.dims.numel() => {
 /// Gradient of `rms_norm_fwd` for `s`: `dx = d(norm)/ds . dy + dsum`. It is the gradient of both summands.
 norm: rms_norm_bwd(RmsNormBwd<'a>) flop |s| 8 * s.x.dims.numel() => {
     dy: In<'a> = "[N, C]; act",
-    /// Gradient that reached the sum by other ways.
+    /// Gradient of `sum` from its other uses.
     dsum: Option<In<'a>> = "[N, C]; act",
     /// `s` of the forward.
     x: In<'a> = "[N, C]; act",
@@ -394,7 +394,7 @@ pointwise: rope(Rope<'a>) flop |s| 3 * s.x.dims.numel() => {
     y: Out<'a> = "[N, C]; act",
     /// Heads to rotate.
     heads: usize,
-    /// Head dimension, even.
+    /// Head dimension.
     head_dim: usize = "even; at least 2",
     /// Base of the angles; they are formed in float32 (float64 for the oracle).
     theta: f64,
@@ -428,15 +428,15 @@ attention: attention_fwd(AttentionFwd<'a>) flop |s| attention_flop(2, s.max_q, s
     cu_q: In<'a> = "[S+1]; i32; values at most N",
     /// Sequence offsets into Nk.
     cu_k: In<'a> = "[S+1]; i32",
-    /// Keys of each sequence, which then has rows `[cu_k[s], cu_k[s] + len_k[s])` of `k` and `v`: a cache with
-    /// room behind what is there; the last offset means nothing.
+    /// Keys of each sequence. Sequence s then has the rows `[cu_k[s], cu_k[s] + len_k[s])` of `k` and `v`, as in a cache
+    /// with free rows after each sequence, and the last offset of `cu_k` is ignored.
     len_k: Option<In<'a>> = "[S]; i32",
     y: Out<'a> = "[N, heads*head_dim]; act",
     /// Log-sum-exp of the scaled scores.
     lse: Out<'a> = "[N, heads]; acc",
     /// Query heads.
     heads: usize,
-    /// Key/value heads; divides `heads`.
+    /// Key/value heads.
     kv_heads: usize = "divides heads",
     /// Head dimension.
     head_dim: usize = "at least 1",
@@ -644,7 +644,7 @@ losses: lecam_fwd(LecamFwd<'a>) flop |s| 6 * s.real.dims.numel() => {
     real: In<'a> = "[R, P]; act",
     /// Any shape.
     fake: In<'a> = "[F, Q]; act",
-    /// Averages that have taken in this batch.
+    /// Averages that include this batch.
     ema: In<'a> = "[2]; acc",
     /// Factor on the sums: one over the patch logits of the whole batch.
     scale: In<'a> = "[1]; acc",
@@ -676,16 +676,16 @@ sample: sample(Sample<'a>) flop |s| 32 * s.logits.dims.numel() => {
     without: Option<In<'a>> = "[B, V]; act",
     /// Numbers of the sequences.
     number: In<'a> = "[B]; i32",
-    /// Draws that were made of each; updated.
+    /// Samples already drawn for each sequence; updated.
     position: Acc<'a> = "[B]; i32",
     idx: Out<'a> = "[B]; i32",
-    /// Divides the logits; 0: the largest is taken.
+    /// Divides the logits; 0: take the largest.
     temperature: f64 = "finite; at least 0",
-    /// How many can be drawn; 0: all.
+    /// Number of candidates; 0: all.
     top_k: usize,
-    /// The share of the probability that can be drawn, above 0, at most 1.
+    /// Total probability of the candidates.
     top_p: f64 = "above 0; at most 1",
-    /// Factor on the difference that the prompt makes; not looked at unless `without` is present.
+    /// Factor on `logits - without`.
     guidance: f64 = "finite; if without",
     /// Seed of the draws.
     seed: u64,
