@@ -158,7 +158,7 @@ struct Wanted {
     target: Target,
 }
 
-/// What the files of a checkpoint have to hold for a model.
+/// The tensors that the files of a checkpoint must hold for a model.
 fn wanted(model: &Ett, contents: &Contents) -> Vec<(&'static str, Vec<Wanted>)> {
     let ty = FileType::of(model.params.precision());
     let params = |stored: Stored, prefix: &'static str, kept: &dyn Fn(&str) -> bool| -> Vec<Wanted> {
@@ -196,7 +196,7 @@ pub fn load(folder: &Path, model: &mut Ett, optimizers: &mut [&mut Optimizer]) -
     let trained: Vec<&str> =
         model.params.groups().into_iter().filter(|g| model.params.has(g, Stored::Moment1)).collect();
     if trained != contents.trained {
-        problems.push(format!("it trained the groups {:?}, now trained are {trained:?}", contents.trained));
+        problems.push(format!("it trained the groups {:?}, this run trains {trained:?}", contents.trained));
     }
     if optimizers.len() != contents.optimizers.len() {
         problems.push(format!("it had {} optimizers, now {}", contents.optimizers.len(), optimizers.len()));

@@ -135,7 +135,7 @@ impl Recipe {
     }
 }
 
-/// What a step leaves behind; activations are those of the batch's last part.
+/// Results of a step; activations are those of the last part of the batch.
 #[derive(Default)]
 pub struct Outcome {
     /// Terms of each loss; a loss is the sum of its terms.
