@@ -1,9 +1,9 @@
-//! Where a run's checkpoints lie, and what a checkpoint says about its run. What it holds of the model is written and
-//! read in `train::checkpoint`.
+//! Checkpoint folders: how they are written, found and checked, and the progress that they record. Their tensors are
+//! written and read in `train::checkpoint`.
 //!
-//! `RUN/checkpoints/step-00000120/` is written under a temporary name, synced and renamed, and only then does the file
-//! `RUN/checkpoints/latest` name it: a run that is killed at any moment goes on from the last one named there.
-//! `state.json` is written last and lists the other files with their sizes and checksums.
+//! `RUN/checkpoints/step-00000120/` is written under a temporary name, synced and renamed; then the file
+//! `RUN/checkpoints/latest` is replaced by one that names it. A run that is killed at any moment resumes from the
+//! checkpoint named there. `state.json` is written last and lists the other files with their sizes and checksums.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use crate::files::{self, FileWriter, Written, replace, sync_dir, write_synced};
 pub(crate) const CHECKPOINTS: &str = "checkpoints";
 /// File that names the latest checkpoint.
 const LATEST: &str = "latest";
-/// Moments, what the model carries from step to step, and the window of codes.
+/// Moments, the state that the model carries from step to step, and the window of recent codes.
 pub(crate) const TRAINING: &str = "training.safetensors";
 pub(crate) const STATE: &str = "state.json";
 /// Version of the layout described above.
@@ -63,7 +63,7 @@ pub struct Progress {
     pub tokenizer: Option<Arc<[u8]>>,
 }
 
-/// What the tensors of a checkpoint belong to.
+/// The optimizers and groups whose tensors a checkpoint holds.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Contents {
     /// Steps of each optimizer.
@@ -91,7 +91,7 @@ struct Listed {
     crc32: u32,
 }
 
-/// A checkpoint that is being written.
+/// A checkpoint being written.
 pub(crate) struct Draft<'a> {
     folder: &'a Path,
     name: &'a str,
@@ -120,7 +120,7 @@ impl Draft<'_> {
         phase(self.name, file);
     }
 
-    /// Writes `state.json`, which makes the checkpoint whole.
+    /// Writes `state.json`, which completes the checkpoint.
     fn finish(self, progress: &Progress, contents: Contents) -> Result<()> {
         let state = State { format: FORMAT, progress: progress.clone(), contents, files: self.files };
         let path = self.folder.join(STATE);
@@ -147,8 +147,8 @@ impl Checkpoints {
         Checkpoints { run: run.into(), keep: keep.max(1) }
     }
 
-    /// Writes a checkpoint with what `fill` puts into it and makes it the run's latest; gives its folder. Whatever
-    /// interrupts it, a crash or a full disk, the checkpoint before stays the latest.
+    /// Writes a checkpoint with the files that `fill` adds, makes it the run's latest and returns its folder. If it
+    /// is interrupted, by a crash or a full disk, the previous checkpoint stays the latest.
     pub(crate) fn write(
         &self,
         progress: &Progress,
@@ -392,7 +392,7 @@ pub fn progress(folder: &Path) -> Result<Progress> {
     Ok(progress)
 }
 
-/// What the tensors of a checkpoint belong to, after every file was compared with its checksum.
+/// The contents of a checkpoint, after comparing every file with its checksum.
 pub(crate) fn verified(folder: &Path) -> Result<Contents> {
     let state = whole(folder)?;
     for f in &state.files {

@@ -1,4 +1,4 @@
-//! Held-out results, and what a run asks of an evaluation.
+//! Held-out results, and the interface through which a run evaluates.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,12 +11,12 @@ use crate::error::Result;
 use crate::feed::Template;
 use crate::model::Ett;
 
-/// An evaluation on held-out pictures, as a run uses it. `eval::HeldOut` is the one of this crate.
+/// An evaluation on held-out pictures, called by a run. `eval::HeldOut` implements it.
 pub trait Evaluation {
-    /// Fails if `samples` of these pictures cannot be evaluated on.
+    /// Fails if `samples` of these pictures cannot be evaluated.
     fn check(&self, test: &DataSet, samples: usize) -> Result<()>;
 
-    /// A short evaluation during a stage, of what the stage trains: results by name.
+    /// A short evaluation during a stage, restricted to what the stage trains; returns results by name.
     fn during(
         &self,
         model: &mut Ett,
@@ -25,7 +25,7 @@ pub trait Evaluation {
         stage: StageKind,
     ) -> Result<BTreeMap<&'static str, f64>>;
 
-    /// The evaluation of a trained model, which leaves its files in `out`.
+    /// Evaluates a trained model and writes files into `out`.
     fn closing(&self, model: &mut Ett, test: &DataSet, template: &Template, out: &Path) -> Result<Report>;
 }
 
