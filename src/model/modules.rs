@@ -27,8 +27,8 @@ pub struct Module {
     pub by: TrainedBy,
     /// Whether a stage that keeps averages of weights keeps those of this module.
     pub averaged: bool,
-    /// Whether a stage trains it; `tuned` is the weight of the tokenizer's own losses, `None` if the stage does not train
-    /// the tokenizer.
+    /// Whether a stage trains it; `tuned` is the weight of the tokenizer's own losses, or `None` if the stage does
+    /// not train the tokenizer.
     trained: fn(stage: StageKind, tuned: Option<f64>, cfg: &Config) -> bool,
 }
 
