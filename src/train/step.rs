@@ -87,7 +87,7 @@ impl Loss {
 pub enum TokenizerMode {
     /// Not used.
     Off,
-    /// Its codes are looked up, nothing is trained.
+    /// Its codes are looked up; nothing of it is trained.
     Frozen,
     /// Trained; its own losses are multiplied by this weight, and 0 turns the decoder off.
     Trained(f64),
