@@ -1,4 +1,4 @@
-//! Output for people: metrics of a run, held-out results, plots and tables.
+//! Output for users: metrics of a run, held-out results, plots and tables.
 
 mod metrics;
 pub mod plots;

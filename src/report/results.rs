@@ -79,7 +79,7 @@ pub struct Report {
     pub reconstructed_by: &'static str,
     /// Mean squared error of reconstructions, clamped, pixels in [-1, 1].
     pub mse: f64,
-    /// The same for the mean of these pictures as the reconstruction.
+    /// The same with the mean of these pictures as the reconstruction.
     pub mse_mean_image: f64,
     /// Peak signal-to-noise ratio in dB, averaged over pictures.
     pub psnr: f64,
@@ -111,7 +111,7 @@ pub struct Report {
     pub accuracy_open: Option<Pair>,
     /// The questions asked most often.
     pub types: Vec<QuestionType>,
-    /// For models that draw, if there are prompts.
+    /// Results of the codes, for models that draw, if there are prompts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub codes: Option<Codes>,
 }
