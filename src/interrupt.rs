@@ -1,33 +1,34 @@
-//! Signals that end a run: the first asks it to save and stop, the second ends it at once.
+//! Signals that stop a run: the first one requests it to save and stop, the second one exits at once.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use crate::error::{Error, Result};
 
-/// Exit status when a signal ends the program at once, as shells give it for an interrupted one.
+/// Exit status after a second signal, the one that shells use for interrupted programs.
 const STATUS: i32 = 130;
 
 static REQUESTED: AtomicBool = AtomicBool::new(false);
 static PHASE: AtomicU8 = AtomicU8::new(Phase::Starting as u8);
 
-/// What a run is doing, and so what a signal does to it.
+/// The phase of a run, which determines the effect of a signal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// Nothing that is not saved: a signal ends the program at once.
+    /// There is nothing to save yet: a signal exits at once.
     Starting,
-    /// The first signal asks to save after the step under way.
+    /// The first signal requests to save after the current step.
     Training,
-    /// All is trained and saved: the first signal asks to stop evaluating.
+    /// Training is done and saved: the first signal requests to stop the evaluation.
     Closing,
 }
 
-/// Says what the run is doing from now on.
+/// Sets the current phase.
 pub fn enter(phase: Phase) {
     PHASE.store(phase as u8, Ordering::SeqCst);
 }
 
-/// Catches SIGINT, SIGTERM and SIGHUP (Ctrl-C elsewhere) from now on; a second call changes nothing. Signals that the
-/// program was started to ignore, as `nohup` does with SIGHUP, stay ignored. Only programs call this, not libraries.
+/// Starts catching SIGINT, SIGTERM and SIGHUP (Ctrl-C on other systems); a second call does nothing. Signals that
+/// were ignored when the program was started, as `nohup` does with SIGHUP, stay ignored. To be called by programs
+/// only, not by libraries.
 pub fn install() -> Result<()> {
     let ignored = ignored();
     let handler = || {
@@ -43,7 +44,7 @@ pub fn install() -> Result<()> {
             true => "stopping the evaluation, the weights are saved",
             false => "saving after this step",
         };
-        tracing::warn!("interrupted: {what}; once more ends the run at once");
+        tracing::warn!("interrupted: {what}; interrupt again to exit at once");
     };
     match ctrlc::set_handler(handler) {
         Ok(()) => {}
@@ -67,7 +68,7 @@ pub fn check() -> Result<()> {
 #[cfg(unix)]
 fn ignored() -> Vec<libc::c_int> {
     let is_ignored = |&signal: &libc::c_int| {
-        // SAFETY: an action of zeros is valid; with a null pointer sigaction only writes the current one into it.
+        // SAFETY: an all-zero action is valid; with a null pointer, sigaction only writes the current action to it.
         let mut now: libc::sigaction = unsafe { std::mem::zeroed() };
         // SAFETY: as above.
         let asked = unsafe { libc::sigaction(signal, std::ptr::null(), &mut now) };
@@ -79,7 +80,7 @@ fn ignored() -> Vec<libc::c_int> {
 #[cfg(unix)]
 fn ignore(signals: &[libc::c_int]) {
     for &signal in signals {
-        // SAFETY: ignoring a signal runs no code of ours.
+        // SAFETY: ignoring a signal installs no handler.
         unsafe { libc::signal(signal, libc::SIG_IGN) };
     }
 }

@@ -1,5 +1,5 @@
-//! Held-out results: reconstruction, captions, answers and drawn codes, each against what the same weights give when
-//! they are shown another picture or prompt.
+//! Held-out results: reconstruction, captions, answers and drawn codes, compared with those of the same weights for
+//! the picture or prompt of another sample.
 
 mod closing;
 mod ssim;
@@ -22,14 +22,14 @@ use crate::tensor::Tensor;
 pub use closing::closing;
 pub use ssim::ssim;
 
-/// Samples of one forward.
+/// Samples per forward pass.
 const BATCH: usize = 64;
-/// Questions asked about one picture.
+/// Maximum number of questions per picture.
 const QUESTIONS: usize = 8;
-/// Question types that are reported, and how often one has to be asked.
+/// Maximum number of reported question types, and how often a type has to be asked to be reported.
 const TYPES: usize = 12;
 const TYPE_ASKED: usize = 8;
-/// Pictures that an evaluation during training looks at.
+/// Pictures in an evaluation during training.
 const DURING: usize = 64;
 
 /// The evaluation of this module, to hand to a run.
@@ -76,7 +76,7 @@ pub fn evaluate_run(
     closing(&mut trained.model, &test, &trained.template, out)
 }
 
-/// Fails if `n` of these pictures cannot be evaluated on: each is compared with another one.
+/// Fails unless `n` pictures can be evaluated: each is compared with another one, so there must be at least two.
 pub fn check(test: &DataSet, n: usize) -> Result<()> {
     if n < 2 {
         let want = "2 or more, since pictures are compared with one another, or no held-out pictures";
@@ -93,12 +93,15 @@ pub fn check(test: &DataSet, n: usize) -> Result<()> {
     }
 }
 
-/// The first `n` held-out pictures that can be used, or all.
+/// The first `n` usable held-out pictures, or all of them.
 pub fn held_out(test: &DataSet, n: usize) -> Result<Vec<Drawn>> {
     check(test, n)?;
     let drawn = test.images.take(n, &mut Philox::new(0, 0))?;
     match drawn.len() {
-        0 | 1 => Err(Error::data(&test.root, "has fewer than two pictures to evaluate on")),
+        0 | 1 => Err(Error::data(
+            &test.root,
+            "has fewer than two usable pictures, wanted 2 or more to evaluate on",
+        )),
         _ => Ok(drawn),
     }
 }
@@ -151,8 +154,8 @@ fn has_averages(model: &Ett) -> bool {
     (0..model.params.groups().len()).any(|g| model.params.ema(g).is_some())
 }
 
-/// Calls `f` with the averages of weights in the place of the weights, where they are kept. The weights are back
-/// afterwards, bit for bit.
+/// Calls `f` with the averages in place of the weights, if they are kept. Afterwards the weights are restored bit for
+/// bit.
 pub fn with_averages<T>(model: &mut Ett, f: impl FnOnce(&Ett) -> Result<T>) -> Result<T> {
     if !has_averages(model) {
         return f(model);
@@ -163,7 +166,7 @@ pub fn with_averages<T>(model: &mut Ett, f: impl FnOnce(&Ett) -> Result<T>) -> R
     result
 }
 
-/// A short evaluation during a stage, of what the stage trains.
+/// A short evaluation during a stage, restricted to what the stage trains.
 pub fn during(
     model: &mut Ett,
     test: &DataSet,
@@ -198,29 +201,30 @@ pub fn during(
     Ok(all)
 }
 
-/// Of a sum and the number of its terms, if there are any.
+/// The mean for a sum and its number of terms; `None` without terms.
 fn mean((sum, n): (f64, usize)) -> Option<f64> {
     (n > 0).then(|| sum / n as f64)
 }
 
-/// Fails between two batches if the run is to stop. An evaluation during training is a single batch, and ends.
+/// Fails if the run was interrupted, except before the first batch. An evaluation during training is a single batch,
+/// so it always completes.
 fn go_on(done: usize) -> Result<()> {
     if done > 0 { interrupt::check() } else { Ok(()) }
 }
 
-/// Mean squared error of the mean of these pictures.
+/// Mean squared error of the mean image as the reconstruction of each of these pictures.
 fn mean_image_error(drawn: &[Drawn]) -> f64 {
     let n = drawn.len() as f64;
     let mut mean = vec![0.0; drawn.first().map_or(0, |d| d.image.pixels.len())];
     for d in drawn {
         mean.iter_mut().zip(&d.image.pixels).for_each(|(m, &v)| *m += v as f64);
     }
-    // Divided last, the mean of equal pictures is exactly each of them.
+    // Because the division comes last, the mean of equal pictures equals them exactly.
     mean.iter_mut().for_each(|m| *m /= n);
     drawn.iter().map(|d| squared_error(&d.image, mean.iter().copied()) / n).sum()
 }
 
-/// How well pictures survive the tokenizer.
+/// Quality of reconstructions.
 struct Pixels {
     mse: f64,
     psnr: f64,
@@ -254,7 +258,7 @@ impl Pixels {
     }
 }
 
-/// Sum over pictures of the model's perceptual distance.
+/// The model's perceptual distance, summed over pictures.
 fn distance(model: &Ett, a: &[Image], b: &[Image]) -> Result<f64> {
     let t = Tape::inference(model.params.device().clone(), model.params.precision());
     let (x, y) = (images_to_device(model, a)?.0, images_to_device(model, b)?.0);
@@ -272,7 +276,7 @@ fn decibels(error: f64) -> f64 {
     10.0 * (4.0 / error.max(1e-12)).log10()
 }
 
-/// Peak signal-to-noise ratio of two pictures of one size, in dB.
+/// Peak signal-to-noise ratio of two pictures of equal size, in dB.
 pub fn psnr(a: &Image, b: &Image) -> f64 {
     decibels(squared_error(a, b.pixels.iter().map(|&v| v as f64)))
 }
@@ -281,7 +285,7 @@ fn squared_error(a: &Image, b: impl Iterator<Item = f64>) -> f64 {
     a.pixels.iter().zip(b).map(|(&x, y)| (x as f64 - y).powi(2)).sum::<f64>() / a.pixels.len() as f64
 }
 
-/// A question, its answer, and whether the model gave it.
+/// A question, its answer, and whether the model answered it right.
 struct Asked {
     question: String,
     answer: String,
@@ -294,7 +298,7 @@ impl Asked {
     }
 }
 
-/// The share that was answered right, if anything was asked.
+/// The share of right answers; `None` without questions.
 fn share<'a>(asked: impl Iterator<Item = &'a Asked>) -> Option<f64> {
     let (mut n, mut right) = (0usize, 0usize);
     for a in asked {
@@ -303,7 +307,7 @@ fn share<'a>(asked: impl Iterator<Item = &'a Asked>) -> Option<f64> {
     mean((right as f64, n))
 }
 
-/// Both lists hold the same questions in the same order.
+/// Both lists must hold the same questions in the same order.
 fn question_types(seen: &[Asked], other: &[Asked]) -> Vec<QuestionType> {
     let mut by_text = BTreeMap::<&str, Vec<usize>>::new();
     for (i, a) in seen.iter().enumerate().filter(|(_, a)| !a.yes_no()) {
@@ -329,7 +333,7 @@ fn question_types(seen: &[Asked], other: &[Asked]) -> Vec<QuestionType> {
         .collect()
 }
 
-/// Captions and answers of samples, each beside the picture `shift` samples on.
+/// Captions and answers of samples, each given the picture `shift` samples ahead.
 #[derive(Default)]
 struct Language {
     captions: usize,
@@ -339,7 +343,7 @@ struct Language {
 }
 
 impl Language {
-    /// Nats a caption token.
+    /// Nats per caption token.
     fn loss(&self) -> Option<f64> {
         mean((self.nats, self.tokens))
     }
@@ -389,7 +393,7 @@ fn codes(
     Ok(loss.map(|loss| Codes { loss, unigram: perplexity.ln() }))
 }
 
-/// Nats of the codes of pictures, each after the prompt of the sample `shift` samples on, and their number.
+/// Nats of the codes of pictures, each given the prompt of the sample `shift` samples ahead, and their number.
 fn code_nats(
     model: &Ett,
     test: &DataSet,

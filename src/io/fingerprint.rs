@@ -1,4 +1,4 @@
-//! What a data set consists of, so that a resumed run goes on with the data that it was trained on.
+//! Fingerprints of data sets, to check that a resumed run continues with the same data.
 
 use serde::{Deserialize, Serialize};
 
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 pub struct Fingerprint {
     /// Names of the pictures, relative to the folder, in their order.
     pub names: Texts,
-    /// Pictures that can be used.
+    /// Number of usable pictures.
     pub pictures: usize,
     /// Captions in the order of the pictures.
     pub captions: Texts,
@@ -18,10 +18,10 @@ pub struct Fingerprint {
     pub questions: Texts,
 }
 
-/// How many texts there are, and a checksum of them and their places.
+/// Number of texts, and a checksum of the texts and their positions.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Texts {
-    /// How many.
+    /// Number of texts.
     pub count: usize,
     /// CRC-32.
     pub crc32: u32,
@@ -44,14 +44,14 @@ impl Texts {
 }
 
 impl Fingerprint {
-    /// How `now` differs from it, in words; empty if it does not.
+    /// The differences of `now`, in words; empty if there are none.
     pub fn differences(&self, now: &Self) -> Vec<String> {
         let mut all = Vec::new();
         let mut texts = |what: &str, then: Texts, now: Texts, each: usize| {
             if then.count != now.count {
                 all.push(format!("{} {what} then, {} now", then.count / each, now.count / each));
             } else if then.crc32 != now.crc32 {
-                all.push(format!("other {what}, or another order"));
+                all.push(format!("different {what}, or a different order"));
             }
         };
         texts("pictures", self.names, now.names, 1);

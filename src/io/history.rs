@@ -1,5 +1,5 @@
-//! What weights say of their making, so that nobody takes an untrained head's words for a model's, or reads a model's
-//! words with another text tokenizer.
+//! History of weights, kept with them: the skills they were trained for, so that users are warned of the output of
+//! untrained heads, and their text tokenizer, so that they are not used with another one.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -10,17 +10,17 @@ use super::weights::TensorFile;
 use crate::config::{Arm, Config, StageConfig, StageKind};
 use crate::error::{Error, Result};
 
-/// What a stage teaches.
+/// A skill that stages train.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Skill {
-    /// To bring pictures back from their codes.
+    /// Reconstructing pictures from their codes.
     Reconstruct,
-    /// To describe pictures.
+    /// Describing pictures.
     Caption,
-    /// To answer questions about pictures.
+    /// Answering questions about pictures.
     Answer,
-    /// To draw pictures from prompts.
+    /// Drawing pictures from prompts.
     Draw,
 }
 
@@ -34,7 +34,7 @@ impl Skill {
         }
     }
 
-    /// Those that a stage teaches.
+    /// The skills that a stage trains.
     fn taught(cfg: &Config, stage: &StageConfig) -> Vec<Skill> {
         let tuned = cfg.train.arm == Arm::Ett && cfg.loss.alpha > 0.0;
         let all = match stage.kind {
@@ -53,34 +53,34 @@ impl Skill {
     }
 }
 
-/// What weights say of their making; kept in the header of their file.
+/// History of weights; kept in the header of their file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct History {
-    /// What they have learnt.
+    /// The skills they were trained for.
     pub learnt: BTreeSet<Skill>,
-    /// They began as weights that say nothing.
+    /// Whether training started from weights without a history.
     pub unknown: bool,
     /// The text tokenizer: `bytes`, or the checksum of its file.
     pub text: String,
 }
 
 impl History {
-    /// Of weights that are about to be trained with a text tokenizer, as `Template::of` names it.
+    /// The history of weights that are about to be trained with a text tokenizer, named as by [`text`].
     pub(crate) fn new(text: String) -> Self {
         History { text, ..History::default() }
     }
 
-    /// Of a weights file, if it says anything.
+    /// The history in a weights file, if it has one.
     pub fn of(file: &TensorFile) -> Option<Self> {
         file.note().and_then(|note| serde_json::from_str(note).ok())
     }
 
-    /// As a file holds it.
+    /// The history as the note of a file.
     pub(crate) fn note(&self) -> Result<String> {
         serde_json::to_string(self).map_err(|e| Error::data("weights", format!("have no history ({e})")))
     }
 
-    /// The weights were replaced by those of a file.
+    /// Continues the history in a file whose weights replaced these.
     pub(crate) fn start_from(&mut self, path: &Path) -> Result<()> {
         match Self::of(&TensorFile::open(path)?) {
             None => self.unknown = true,
@@ -97,40 +97,40 @@ impl History {
         Ok(())
     }
 
-    /// A stage trains them.
+    /// Adds the skills of a stage that trains the weights.
     pub(crate) fn learn(&mut self, cfg: &Config, stage: &StageConfig) {
         self.learnt.extend(Skill::taught(cfg, stage));
     }
 
-    /// What they have learnt, in words.
+    /// The skills in words.
     pub fn words(&self) -> String {
         let mut all: Vec<&str> = self.learnt.iter().map(|skill| skill.words().0).collect();
         if self.unknown {
-            all.push("what the weights that they began as could do");
+            all.push("do whatever its initial weights could do");
         }
         if all.is_empty() { "nothing that can be used alone".into() } else { all.join(", ") }
     }
 
-    /// What to say if they are asked for what they have not learnt.
+    /// A warning if the weights were not trained for a skill.
     pub fn lacks(&self, skill: Skill) -> Option<String> {
         let (what, stages) = skill.words();
         let lacks = !self.unknown && !self.learnt.contains(&skill);
         lacks.then(|| {
             format!(
-                "this model has not been trained to {what}: none of its stages teaches it ({stages} does), so what \
-                 comes out means nothing"
+                "this model has not been trained to {what}: none of its stages trains for it ({stages} does), so the \
+                 output is meaningless"
             )
         })
     }
 
-    /// Fails if they were trained with another text tokenizer than `text`, that of a configuration.
+    /// Fails if the weights were trained with another text tokenizer than `text`, that of the configuration.
     pub(crate) fn check_text(&self, text: &str, cfg: &Config, folder: &Path) -> Result<()> {
         if self.text.is_empty() || self.text == text {
             return Ok(());
         }
         let path = cfg.data.tokenizer.as_deref().unwrap_or(folder);
         let what = format!(
-            "the text tokenizer is another one ({text}) than the weights were trained with ({}); put that one back",
+            "the text tokenizer ({text}) is not the one of the weights ({}); put the latter back",
             self.text
         );
         Err(Error::data(path, what))

@@ -1,4 +1,4 @@
-//! What a weights file, a checkpoint or a run folder holds, as text.
+//! Describes the contents of a weights file, a checkpoint or a run folder as text.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -15,7 +15,7 @@ pub fn inspect(path: &Path, all: bool) -> Result<String> {
         return file(path, all);
     }
     if !path.is_dir() {
-        return Err(Error::data(path, "there is no such file or folder"));
+        return Err(Error::data(path, "there is no such file or folder; correct the path"));
     }
     let mut out = String::new();
     if path.join(CONFIG).exists() {
@@ -65,7 +65,7 @@ fn settings(folder: &Path) -> Result<String> {
     let stages: Vec<&str> = c.stage.iter().map(|s| s.kind.name()).collect();
     Ok(format!(
         "arm {:?}, {} precision, seed {}; stages {}\n\
-         tokenizer {} channels x {:?}, one token for {s}x{s} pixels; {} codes of {} dimensions\n\
+         tokenizer {} channels x {:?}, one token per {s}x{s} pixels; {} codes of {} dimensions\n\
          language model of {} layers, width {}, {} heads ({} of keys and values) of {}, vocabulary {}\n",
         c.train.arm,
         c.train.precision,

@@ -1,4 +1,4 @@
-//! One process at a time in a run folder.
+//! Restricts a run folder to one process at a time.
 
 use std::fs::{File, TryLockError};
 use std::io::{Read, Write};
@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
-/// The file in a run folder that is locked for as long as a run lives. The system unlocks it when the process ends, in
-/// whatever way, so that the file alone means nothing.
+/// The file in a run folder that is locked while a run is alive. The system releases the lock when the process ends
+/// for any reason, so the existence of the file alone has no meaning.
 const LOCK: &str = ".lock";
 
 /// A locked run folder.
@@ -20,7 +20,7 @@ pub(crate) struct Lock {
 }
 
 impl Lock {
-    /// Locks a run folder, which is made if it is not there.
+    /// Locks a run folder, which is created if it does not exist.
     pub fn take(folder: &Path) -> Result<Self> {
         loop {
             let new_folder = !folder.is_dir();
@@ -30,16 +30,16 @@ impl Lock {
             let mut options = File::options();
             let mut file = match options.read(true).write(true).create(true).truncate(false).open(&path) {
                 Ok(file) => file,
-                // Another process has just given its new folder up.
+                // Another process has just removed its new folder.
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound && !folder.is_dir() => continue,
                 Err(e) => return Err(Error::io(&path)(e)),
             };
             let lock = |file| Lock { file, folder: folder.into(), new_file, new_folder };
             match file.try_lock() {
-                // Unless it was removed since it was opened.
+                // The file was removed after it was opened.
                 Ok(()) if !same(&file, &path) => continue,
                 Ok(()) => {
-                    // Only for the other's message.
+                    // The process id is only for the error message of other processes.
                     let _ = file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()));
                     return Ok(lock(Some(file)));
                 }
@@ -58,7 +58,7 @@ impl Lock {
                 }
                 Err(TryLockError::Error(e)) => {
                     tracing::warn!(
-                        "{}: cannot be locked ({e}); see to it that no other run uses this folder",
+                        "{}: cannot be locked ({e}); make sure that no other run uses this folder",
                         folder.display()
                     );
                     return Ok(lock(None));
@@ -67,19 +67,19 @@ impl Lock {
         }
     }
 
-    /// Unlocks a folder in which no run has begun, and removes what taking the lock has made.
+    /// Unlocks a folder in which no run has begun, and removes what [`Lock::take`] created.
     pub fn abandon(self) {
         if self.new_file && self.file.is_some() {
             let _ = std::fs::remove_file(self.folder.join(LOCK));
         }
         if self.new_folder {
-            // Fails if something else is in it.
+            // Fails if the folder is not empty.
             let _ = std::fs::remove_dir(&self.folder);
         }
     }
 }
 
-/// Whether a path still names an open file.
+/// Whether a path still refers to an open file.
 #[cfg(unix)]
 fn same(file: &File, path: &Path) -> bool {
     use std::os::unix::fs::MetadataExt;
@@ -89,7 +89,7 @@ fn same(file: &File, path: &Path) -> bool {
     }
 }
 
-/// An open file cannot be removed there.
+/// Other systems do not remove open files.
 #[cfg(not(unix))]
 fn same(_: &File, _: &Path) -> bool {
     true

@@ -1,4 +1,4 @@
-//! Weights in and out: safetensors under the public names.
+//! Reading and writing weights: safetensors under the public names.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -15,23 +15,23 @@ use crate::error::{Error, Result};
 use crate::files::{FileWriter, replace};
 use crate::nn::{HostTensor, Params, Stored};
 
-/// The one key of the format's metadata that is used here.
+/// The only key used in the format's metadata.
 const NOTE: &str = "ett";
 
 /// A safetensors file whose tensors are read one at a time.
 pub struct TensorFile {
     path: PathBuf,
     file: File,
-    /// Where the tensors' bytes begin.
+    /// Offset of the tensors' bytes.
     start: u64,
     header: Metadata,
 }
 
 impl TensorFile {
-    /// Opens a file and reads what it says about its tensors.
+    /// Opens a file and reads its header.
     pub fn open(path: &Path) -> Result<Self> {
         let broken = |why: &dyn std::fmt::Display| {
-            Error::weights(path, format!("not a whole safetensors file ({why})"))
+            Error::weights(path, format!("not a complete safetensors file ({why})"))
         };
         let mut file = File::open(path).map_err(Error::io(path))?;
         let bytes = file.metadata().map_err(Error::io(path))?.len();
@@ -50,18 +50,18 @@ impl TensorFile {
         Ok(TensorFile { path: path.into(), file, start, header })
     }
 
-    /// Names with type and shape.
+    /// Names of the tensors with type and shape.
     pub fn tensors(&self) -> BTreeMap<String, (Dtype, Vec<usize>)> {
         let all = self.header.tensors().into_iter();
         all.map(|(name, info)| (name, (info.dtype, info.shape.clone()))).collect()
     }
 
-    /// What the file says beside its tensors, see [`write_tensors`].
+    /// The note in the file's header, see [`write_tensors`].
     pub fn note(&self) -> Option<&str> {
         self.header.metadata().as_ref()?.get(NOTE).map(String::as_str)
     }
 
-    /// A tensor, widened to f64.
+    /// Reads a tensor, widened to f64.
     pub fn read(&self, name: &str) -> Result<HostTensor> {
         let info = self.header.info(name);
         let info = info.ok_or_else(|| Error::weights(&self.path, format!("missing `{name}`")))?;
@@ -78,19 +78,19 @@ impl TensorFile {
         Ok(HostTensor { dims: info.shape.clone(), values })
     }
 
-    /// As [`TensorFile::read`]; fails if a value is not finite.
+    /// Like [`TensorFile::read`], but fails if a value is not finite.
     pub fn read_finite(&self, name: &str) -> Result<HostTensor> {
         let t = self.read(name)?;
         match not_finite(name, &t) {
             Some(what) => {
-                Err(Error::weights(&self.path, format!("{what}; go on from an earlier checkpoint")))
+                Err(Error::weights(&self.path, format!("{what}; continue from an earlier checkpoint")))
             }
             None => Ok(t),
         }
     }
 }
 
-/// What is wrong with the values of a weight, if something is.
+/// Describes the non-finite values of a weight, if there are any.
 fn not_finite(name: &str, t: &HostTensor) -> Option<String> {
     let bad = t.values.iter().filter(|v| !v.is_finite()).count();
     (bad > 0).then(|| format!("`{name}` has {bad} of {} values that are not finite", t.values.len()))
@@ -102,7 +102,7 @@ pub fn read_file(path: &Path) -> Result<BTreeMap<String, HostTensor>> {
     file.tensors().into_keys().map(|name| Ok((name.clone(), file.read(&name)?))).collect()
 }
 
-/// Bytes of a file as f64; `None` for types that are neither floats nor integers here.
+/// Bytes of a file as f64; `None` for types other than the floats and integers supported here.
 fn widen(dtype: Dtype, b: &[u8]) -> Option<Vec<f64>> {
     fn all<T: bytemuck::AnyBitPattern + bytemuck::NoUninit>(b: &[u8], f: fn(T) -> f64) -> Option<Vec<f64>> {
         Some(b.chunks_exact(size_of::<T>()).map(|c| f(bytemuck::pod_read_unaligned(c))).collect())
@@ -132,7 +132,7 @@ pub enum FileType {
 }
 
 impl FileType {
-    /// What parameters, moments and statistics of a run are written as, without loss.
+    /// The type in which parameters, moments and statistics of a run are written without loss.
     pub fn of(prec: Precision) -> Self {
         match prec.acc {
             DType::F64 => FileType::F64,
@@ -163,8 +163,8 @@ impl FileType {
     }
 }
 
-/// A tensor on its way into a file. Its values are asked for when their turn comes, so that a file larger than the
-/// host's memory can be written.
+/// A tensor to be written. Its values are computed only when they are written, so that a file may be larger than the
+/// host's memory.
 pub struct Entry<'a> {
     /// Public name.
     pub name: String,
@@ -172,14 +172,14 @@ pub struct Entry<'a> {
     pub dims: Vec<usize>,
     /// Element type.
     pub ty: FileType,
-    /// Gives the values, row-major.
+    /// Computes the values, row-major.
     pub values: Box<dyn Fn() -> Result<Vec<f64>> + 'a>,
 }
 
-/// Writes tensors in the safetensors format, and a note beside them.
+/// Writes tensors in the safetensors format, with a note in the header.
 pub fn write_tensors(file: &mut FileWriter, mut entries: Vec<Entry>, note: Option<String>) -> Result<()> {
     let unwritable = |e: &dyn std::fmt::Display| Error::data(file.path(), format!("cannot be written ({e})"));
-    // The format's own order: wide types first, for alignment.
+    // The order of the format: wide types first, for alignment.
     entries.sort_by(|a, b| b.ty.dtype().cmp(&a.ty.dtype()).then_with(|| a.name.cmp(&b.name)));
     let mut at = 0;
     let infos = entries.iter().map(|e| {
@@ -216,7 +216,7 @@ pub fn write_file(path: &Path, tensors: &[(String, HostTensor, FileType)]) -> Re
     Ok(())
 }
 
-/// The stored values of all parameters that have them, under their public names with a prefix.
+/// Entries for one copy of all parameters that have it, under their public names with a prefix.
 pub fn entries<'a>(params: &'a Params, stored: Stored, prefix: &str) -> Vec<Entry<'a>> {
     let ty = FileType::of(params.precision());
     let kept = params.names().filter(|(_, group, _)| params.has(group, stored));
@@ -229,7 +229,7 @@ pub fn entries<'a>(params: &'a Params, stored: Stored, prefix: &str) -> Vec<Entr
     kept.map(entry).collect()
 }
 
-/// What is wrong with a file, at most 20 items of it, as one sentence.
+/// One sentence with at most 20 of the problems.
 pub(crate) fn misfit(what: &str, mut problems: Vec<String>) -> String {
     let more = problems.len().saturating_sub(20);
     problems.truncate(20);
@@ -239,8 +239,8 @@ pub(crate) fn misfit(what: &str, mut problems: Vec<String>) -> String {
     format!("does not fit {what}: {}", problems.join("; "))
 }
 
-/// Overwrites the parameters named in `wanted` (all if `None`) from `tensors`. Missing, extra and misshapen
-/// tensors, and values that are not finite, are one error that names them; nothing is changed then.
+/// Overwrites the parameters named in `wanted` (all if `None`) from `tensors`. Missing, extra and misshapen tensors
+/// and non-finite values give a single error that names them; then nothing is changed.
 pub fn set_weights(
     params: &Params,
     path: &Path,
@@ -310,7 +310,7 @@ pub fn save_weights(params: &Params, path: &Path, stored: Stored) -> Result<()> 
     Ok(())
 }
 
-/// The same with what the weights say of their making.
+/// The same with the history of the weights.
 pub fn save_weights_of(params: &Params, path: &Path, stored: Stored, history: &History) -> Result<()> {
     let note = history.note()?;
     replace(path, |file| write_tensors(file, entries(params, stored, ""), Some(note)))?;

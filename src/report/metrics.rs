@@ -1,4 +1,4 @@
-//! What a run writes down: one line of `metrics.jsonl` a step, and what the progress bar shows.
+//! Metrics of a run: one line of `metrics.jsonl` per step, and the text of the progress bar.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -10,41 +10,41 @@ use crate::error::{Error, Result};
 #[derive(Default, Serialize)]
 pub(crate) struct Line {
     pub stage: &'static str,
-    /// Place of the stage in the run.
+    /// Index of the stage in the run.
     pub number: usize,
     /// Step in the stage, from 0.
     pub step: usize,
     pub rate: f64,
     pub loss: BTreeMap<&'static str, f64>,
     pub grad_norm: f64,
-    /// Updates skipped so far.
+    /// Number of updates skipped so far.
     pub skipped: usize,
-    /// Visual tokens of this step that have no finite score with any code.
+    /// Number of visual tokens of this step without a finite score for any code.
     pub unscored: usize,
     /// Distinct codes among the last `train.usage_window` tokens, and the exponential of their entropy.
     pub codes_used: usize,
     pub code_perplexity: f64,
     pub images_per_s: f64,
     pub tokens_per_s: f64,
-    /// Device memory held at most so far, in MiB.
+    /// Peak device memory so far, in MiB.
     pub memory_mib: f64,
-    /// Held-out results, in the steps that have them.
+    /// Held-out results, in steps with an evaluation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval: Option<BTreeMap<&'static str, f64>>,
-    /// How sharply the quantizer chooses, in the first step of a stage that trains it.
+    /// Sharpness of the quantizer's choice, in the first step of a stage that trains it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quantizer: Option<super::sharpness::Sharpness>,
 }
 
 impl Line {
-    /// As a line of the file, without its end.
+    /// The line as JSON, without a line break.
     pub fn json(&self) -> Result<String> {
         serde_json::to_string(self)
             .map_err(|e| Error::data("metrics", format!("a line cannot be written ({e})")))
     }
 }
 
-/// How the codebook is used by the last tokens.
+/// Codebook usage of the last tokens.
 pub(crate) struct Usage {
     window: VecDeque<i32>,
     counts: Vec<u32>,
@@ -52,14 +52,14 @@ pub(crate) struct Usage {
 }
 
 impl Usage {
-    /// Over the last `most` tokens of `codes` codes, going on from `window`.
+    /// Usage over the last `most` tokens of `codes` codes, continued from `window`.
     pub fn new(codes: usize, most: usize, window: &[i32]) -> Self {
         let mut usage = Usage { window: VecDeque::new(), counts: vec![0; codes], most };
         usage.add(window);
         usage
     }
 
-    /// Takes in more tokens.
+    /// Adds tokens.
     pub fn add(&mut self, idx: &[i32]) {
         for &i in idx {
             let Some(count) = usize::try_from(i).ok().and_then(|i| self.counts.get_mut(i)) else { continue };
@@ -73,18 +73,18 @@ impl Usage {
         }
     }
 
-    /// Distinct codes, and the exponential of their entropy.
+    /// Number of distinct codes, and the exponential of their entropy.
     pub fn measure(&self) -> (usize, f64) {
         code_usage(self.counts.iter().map(|&c| c as usize))
     }
 
-    /// The tokens.
+    /// The tokens of the window.
     pub fn window(&self) -> Vec<i32> {
         self.window.iter().copied().collect()
     }
 }
 
-/// From how often each code occurs: distinct codes, and the exponential of their entropy.
+/// The number of distinct codes and the exponential of their entropy, from the count of each code.
 pub(crate) fn code_usage(counts: impl Iterator<Item = usize> + Clone) -> (usize, f64) {
     let used = counts.filter(|&c| c > 0);
     let total = used.clone().sum::<usize>().max(1) as f64;

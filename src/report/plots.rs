@@ -1,4 +1,4 @@
-//! Pictures of a run: its losses, and what a model drew or said.
+//! Plots of a run's losses, and grids of pictures with text.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -13,17 +13,17 @@ use serde::Deserialize;
 use crate::data::{Image, grid, save_png};
 use crate::error::{Error, Result};
 
-/// A panel of curves, in pixels, and what of it belongs to the names of the curves.
+/// Size of a panel of curves in pixels; NAMES is the width of its legend.
 const PANEL: (u32, u32) = (880, 420);
 const NAMES: u32 = 170;
-/// Share of a curve's points that are averaged to one.
+/// The moving average spans one in this many of a curve's points.
 const SMOOTH: usize = 40;
-/// Ratio of the largest to the smallest value from which an axis is logarithmic.
+/// Ratio of the largest to the smallest value above which an axis is logarithmic.
 const DECADES: f64 = 100.0;
-/// Side that the largest picture of a grid is enlarged to, in pixels; no cell is narrower.
+/// Width of a cell in pixels, unless its picture is wider; smaller pictures are enlarged towards it.
 const CELL: usize = 168;
 const GAP: usize = 14;
-/// Size of captions and the distance of their lines.
+/// Text size of captions, and the distance of their lines.
 const TEXT: u32 = 14;
 const LINE: usize = 18;
 const COLOURS: [RGBColor; 14] = [
@@ -48,7 +48,7 @@ type Painted<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
 /// Values by step.
 type Curve = BTreeMap<u64, f64>;
 
-/// What is drawn of a line of `metrics.jsonl`.
+/// The fields of a line of `metrics.jsonl` that are plotted.
 #[derive(Deserialize)]
 struct Line {
     stage: String,
@@ -78,8 +78,8 @@ pub(crate) fn plot(metrics: &Path, out: &Path) {
 /// Draws the losses in a `metrics.jsonl` over the steps, a panel a stage, to a PNG: every value in a light colour and
 /// their moving average in a strong one. Values of `eval` are marked with circles.
 ///
-/// Axes are logarithmic where values span more than two decades. Values that are not finite are left out, lines that
-/// are no metrics are passed over; a file without any stage is an error.
+/// Axes are logarithmic if values span more than two decades. Non-finite values and lines that are not metrics are
+/// ignored; a file without any stage is an error.
 pub fn loss_curves(metrics: &Path, out: &Path) -> Result<()> {
     let text = std::fs::read_to_string(metrics).map_err(Error::io(metrics))?;
     let panels = panels(&text);
@@ -99,8 +99,8 @@ pub fn loss_curves(metrics: &Path, out: &Path) -> Result<()> {
     })
 }
 
-/// Draws rows of pictures to a PNG, each enlarged by a whole factor if it is small, with its text below; the text is
-/// wrapped, line breaks in it are kept.
+/// Draws rows of pictures to a PNG, each enlarged by a whole factor if it is small, with its text below. The text is
+/// wrapped and keeps its line breaks.
 pub fn labelled_grid(rows: &[Vec<(Image, String)>], out: &Path) -> Result<()> {
     let images = || rows.iter().flatten().map(|(image, _)| image);
     images().try_for_each(|image| image.check("labelled_grid"))?;
@@ -135,7 +135,7 @@ pub fn labelled_grid(rows: &[Vec<(Image, String)>], out: &Path) -> Result<()> {
     })
 }
 
-/// A picture, every pixel `factor` pixels a side, at the top left of a white one.
+/// A white picture with `image`, enlarged by `factor`, at its top left.
 fn enlarged(image: &Image, factor: usize, height: usize, width: usize) -> Image {
     let mut out = Image::filled(height, width, 1.0);
     for y in 0..image.height * factor {
@@ -147,7 +147,7 @@ fn enlarged(image: &Image, factor: usize, height: usize, width: usize) -> Image 
     out
 }
 
-/// Lines no wider than `width` pixels, broken between words, and inside those that are wider alone.
+/// Wraps text to `width` pixels, between words, or inside words that are wider on their own.
 fn wrap(text: &str, width: usize) -> Vec<String> {
     let fits = |line: &str| {
         let size = ("sans-serif", TEXT).into_font().box_size(line);
@@ -178,7 +178,7 @@ fn wrap(text: &str, width: usize) -> Vec<String> {
     lines
 }
 
-/// Makes the one font known to the plotting library.
+/// Registers the font with the plotting library.
 fn register() -> Result<()> {
     register_font("sans-serif", FontStyle::Normal, dejavu::sans::regular())
         .map_err(|_| Error::arg("plots", "font", "DejaVu Sans", "a font that can be read"))
@@ -201,8 +201,8 @@ fn paint(on: Image, out: &Path, draw: impl FnOnce(&Area) -> Painted) -> Result<(
     save_png(out, &Image::from_u8(on.height, on.width, &rgb)?)
 }
 
-/// The stages of a metrics file in their order. A stage that begins anew is another one; steps that were done twice
-/// count as they were done last.
+/// The stages of a metrics file in order. A stage that starts again gets another panel; for repeated steps, the last
+/// values count.
 fn panels(text: &str) -> Vec<Panel> {
     let mut panels: Vec<Panel> = Vec::new();
     for line in text.lines().filter_map(|l| serde_json::from_str::<Line>(l).ok()) {
@@ -291,7 +291,7 @@ impl Panel {
     }
 }
 
-/// A curve's moving average, over up to as many points to either side.
+/// The moving average of a curve; the window is shorter at its ends.
 fn smooth(curve: &Curve) -> Curve {
     let values: Vec<f64> = curve.values().copied().collect();
     let half = values.len() / SMOOTH / 2;
@@ -302,16 +302,16 @@ fn smooth(curve: &Curve) -> Curve {
     curve.keys().enumerate().map(|(i, &step)| (step, average(i))).collect()
 }
 
-/// How values are spread over an axis.
+/// How an axis maps values.
 #[derive(Clone, Copy, PartialEq)]
 enum Scale {
-    /// Evenly; ticks are whole numbers from 0.
+    /// Linear; ticks are whole numbers from 0.
     Steps,
     Linear,
     Log,
 }
 
-/// An axis. Its ends are values, or their decimal logarithms if it is logarithmic.
+/// An axis. Its ends are values, or their decimal logarithms if the axis is logarithmic.
 struct Axis {
     scale: Scale,
     low: f64,
@@ -319,7 +319,7 @@ struct Axis {
 }
 
 impl Axis {
-    /// An axis that shows all values, but for the few most extreme ones where there are many; `None` for none.
+    /// An axis that shows all values, except for a few extreme ones if there are many; `None` without values.
     fn new(mut values: Vec<f64>) -> Option<Self> {
         values.sort_by(f64::total_cmp);
         let spare = values.len() / 200;
@@ -334,12 +334,12 @@ impl Axis {
         Some(Axis { scale, low: low - pad, high: high + pad })
     }
 
-    /// The value at a place.
+    /// The value at a position of the axis.
     fn value(&self, place: f64) -> f64 {
         if self.scale == Scale::Log { 10f64.powf(place) } else { place }
     }
 
-    /// Round values.
+    /// Round values for ticks.
     fn ticks(&self) -> Vec<f64> {
         match self.scale {
             Scale::Linear => return ticks(self.low, self.high),
@@ -360,7 +360,7 @@ impl Ranged for Axis {
     type FormatOption = NoDefaultFormatting;
     type ValueType = f64;
 
-    /// Values beyond an end stand at it.
+    /// Values beyond an end are clamped to it.
     fn map(&self, value: &f64, (from, to): (i32, i32)) -> i32 {
         let place = if self.scale == Scale::Log { value.log10() } else { *value }.clamp(self.low, self.high);
         let share = (place - self.low) / (self.high - self.low);
@@ -382,7 +382,7 @@ impl ValueFormatter<f64> for Axis {
     }
 }
 
-/// About five round numbers between two.
+/// About five round numbers in an interval.
 fn ticks(low: f64, high: f64) -> Vec<f64> {
     let rough = (high - low) / 5.0;
     let unit = 10f64.powf(rough.log10().floor());
@@ -394,12 +394,12 @@ fn ticks(low: f64, high: f64) -> Vec<f64> {
             _ => 10.0,
         };
     let (first, last) = ((low / step).ceil(), (high / step).floor());
-    // Near the largest numbers there may be no such steps.
+    // Close to the largest floats there may be no such steps.
     let count = if (last - first).is_finite() { (last - first) as usize + 1 } else { 0 };
     (0..count).map(|i| (first + i as f64) * step).collect()
 }
 
-/// A number as an axis shows it.
+/// The label of a number.
 fn number(v: f64) -> String {
     match v.abs() {
         a if a != 0.0 && !(1e-4..1e6).contains(&a) => format!("{v:.0e}"),
@@ -436,7 +436,7 @@ mod tests {
         Image::open(out)
     }
 
-    /// How many pixels have exactly this colour.
+    /// Number of pixels with exactly this colour.
     fn count(image: &Image, colour: RGBColor) -> usize {
         image.to_u8().chunks(3).filter(|p| *p == [colour.0, colour.1, colour.2]).count()
     }
@@ -535,7 +535,7 @@ mod tests {
         labelled_grid(&rows, &out).unwrap();
         let image = Image::open(&out).unwrap();
         assert_eq!(image.width, GAP + 2 * (CELL + GAP));
-        // 32 pixels become 160, five times as many.
+        // 32 pixels are enlarged to 160, by a factor of five.
         let dark = image.to_u8().chunks(3).filter(|p| *p == [64, 64, 64]).count();
         assert!((160 * 160..160 * 160 + 500).contains(&dark), "{dark}");
         let lines = wrap(long, CELL);

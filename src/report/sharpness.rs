@@ -1,5 +1,5 @@
-//! How sharply a quantizer chooses at the start of training. Users report collapse where its softmax is nearly one-hot
-//! or flat: either way the soft gradient tells the encoder nothing.
+//! Sharpness of a quantizer's choice at the start of training. Codebook collapse has been reported if the softmax is
+//! nearly one-hot or flat: either way the soft gradient carries no information to the encoder.
 
 use rayon::prelude::*;
 use serde::Serialize;
@@ -9,13 +9,13 @@ use crate::error::Result;
 use crate::model::Ett;
 use crate::tensor::Tensor;
 
-/// Tokens that are looked at.
+/// Number of tokens to measure.
 const TOKENS: usize = 64;
-/// Nats from 0, and from the entropy of a uniform choice, below which a softmax counts as one-hot or flat.
+/// Nats from 0, and from the entropy of a uniform distribution, below which a softmax counts as one-hot or flat.
 const ONE_HOT: f64 = 0.05;
 const FLAT: f64 = 0.01;
 
-/// Means over tokens of one batch, against all codes.
+/// Means over the tokens of one batch, with respect to all codes.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Sharpness {
     /// Standard deviation of a token's scores.
@@ -24,12 +24,12 @@ pub struct Sharpness {
     pub softmax_entropy: f64,
     /// Largest probability.
     pub top: f64,
-    /// Entropy of a uniform choice, ln K.
+    /// Entropy of the uniform distribution, ln K.
     pub uniform_entropy: f64,
 }
 
 impl Sharpness {
-    /// Of the first tokens of `z` `[M, D]` against the model's codebook.
+    /// Measures the first tokens of `z` `[M, D]` against the model's codebook.
     pub fn measure(model: &Ett, z: &Tensor) -> Result<Self> {
         let dev = &**model.params.device();
         let t = Tape::inference(model.params.device().clone(), model.params.precision());
@@ -39,7 +39,7 @@ impl Sharpness {
         Ok(Self::of(&z, &e, d))
     }
 
-    /// Of tokens `[M, D]` against codes `[K, D]`.
+    /// Measures tokens `[M, D]` against codes `[K, D]`.
     fn of(z: &[f64], e: &[f64], d: usize) -> Self {
         let k = (e.len() / d) as f64;
         let rows: Vec<[f64; 3]> = z
@@ -58,11 +58,11 @@ impl Sharpness {
         Sharpness { logit_spread: mean(0), softmax_entropy: mean(1), top: mean(2), uniform_entropy: k.ln() }
     }
 
-    /// What is wrong with it and what would help, if something is.
+    /// A warning with a remedy if the softmax is nearly one-hot or flat.
     pub fn warning(&self) -> Option<String> {
         let (h, most) = (self.softmax_entropy, self.uniform_entropy);
         if most == 0.0 {
-            // There is one code, and nothing to choose.
+            // There is only one code.
             return None;
         }
         let seen = format!("entropy {h:.3} of {most:.3} nats, logit spread {:.3}", self.logit_spread);
@@ -74,7 +74,7 @@ impl Sharpness {
         }
         if most - h < FLAT {
             return Some(format!(
-                "the quantizer's softmax is nearly flat ({seen}): the soft gradient hardly tells codes apart; raise \
+                "the quantizer's softmax is nearly flat ({seen}): the soft gradient barely distinguishes codes; raise \
                  quantizer.init_scale"
             ));
         }
@@ -88,7 +88,7 @@ mod tests {
 
     #[test]
     fn sharpness_of_known_scores() {
-        // One token, codes that score 0, ln 3: probabilities 1/4 and 3/4.
+        // One token, and codes with scores 0 and ln 3: probabilities 1/4 and 3/4.
         let s = Sharpness::of(&[1.0], &[0.0, 3f64.ln()], 1);
         assert!((s.top - 0.75).abs() < 1e-12 && (s.logit_spread - 3f64.ln() / 2.0).abs() < 1e-12);
         let h = -(0.25 * 0.25f64.ln() + 0.75 * 0.75f64.ln());

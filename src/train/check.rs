@@ -1,4 +1,5 @@
-//! `ett-train check`: one semantic-stage step on given weights and a given batch, everything written down.
+//! `ett-train check`: runs one semantic-stage step on given weights and a given batch, and writes all results to a
+//! file.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -18,7 +19,7 @@ use crate::model::{Ett, Part};
 use crate::nn::{HostTensor, Stored};
 use crate::tensor::Tensor;
 
-/// Runs the step and writes `dump`. Layouts and names are in docs/check.md.
+/// Runs the step and writes `dump`. Shapes and names are documented in docs/check.md.
 pub fn check(cfg: &Config, dev: Arc<dyn Kernels>, weights: &Path, batch: &Path, dump: &Path) -> Result<()> {
     files::probe(dump)?;
     let mut model = Ett::new(cfg, dev.clone())?;
@@ -53,7 +54,7 @@ pub fn check(cfg: &Config, dev: Arc<dyn Kernels>, weights: &Path, batch: &Path, 
     let mut update = Update::new(&model, &stage_cfg, &stage)?;
     update.prepare(&model, &stage_cfg, &Counts::new(&model, &parts, b * l, 0), 0)?;
     let Update { state, main, disc, .. } = &update;
-    // Logits are those of the step's own weights: the head is copied before the update.
+    // Logits are computed with the weights of the step, so the head is copied before the update.
     let head = model.params.read("model.embed_tokens.weight", Stored::Master)?;
     let out = step(&mut model, &stage.recipe, &parts, state, main, disc.as_ref())?;
 
@@ -88,7 +89,7 @@ fn read_batch(path: &Path) -> Result<(HostTensor, HostTensor)> {
     let image = take("input.image", 4, "[B, H, W, 3]")?;
     let text = take("input.text", 2, "[B, L]")?;
     if image.dims[0] != text.dims[0] {
-        let what = format!("{} images but {} texts, wanted one text an image", image.dims[0], text.dims[0]);
+        let what = format!("{} images but {} texts, wanted one text per image", image.dims[0], text.dims[0]);
         return Err(Error::weights(path, what));
     }
     match file.keys().next() {

@@ -1,5 +1,8 @@
-//! What a checkpoint holds of a model and its optimizers, and whether a run may go on from it. Where checkpoints lie is
-//! in `io::checkpoints`.
+//! Checkpoints: folders that hold everything needed to resume a run.
+//!
+//! `RUN/checkpoints/step-00000120/` is written under a temporary name, synced and renamed; then the file
+//! `RUN/checkpoints/latest` is replaced by one that names it. A run that is killed at any moment resumes from the
+//! checkpoint named there. `state.json` is written last and lists the other files with their sizes and checksums.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -66,8 +69,8 @@ fn shape(model: &Ett, carried: &Carried) -> (FileType, Vec<usize>) {
     }
 }
 
-/// Configuration keys that may change when a run is resumed, since no weight follows from them. Data may lie elsewhere,
-/// as long as it is the same, see [`check_data`].
+/// Configuration keys that may change when a run is resumed, since no weight depends on them. Data may be moved, as
+/// long as they are the same, see [`check_data`].
 const FREE: [&str; 9] = [
     "train.threads",
     "train.recompute",
@@ -80,14 +83,14 @@ const FREE: [&str; 9] = [
     "data.eval_samples",
 ];
 
-/// A stage's own data may lie elsewhere, too.
+/// The data of a stage may be moved, too.
 fn is_free(key: &str) -> bool {
     let of_a_stage = key.strip_prefix("stage.").and_then(|k| k.split_once('.')).map(|(_, k)| k);
     FREE.contains(&key) || of_a_stage.is_some_and(|k| ["data.train", "data.test"].contains(&k))
 }
 
-/// Fails if a run would go on with another configuration than its checkpoint was made with, and names the keys.
-/// Threads, saving, the closing evaluation and the place of the data may change.
+/// Fails if a run would be resumed with another configuration than its checkpoint's, and names the keys. Threads,
+/// saving, evaluation and the location of the data may change.
 pub fn check_config(folder: &Path, cfg: &Config) -> Result<()> {
     let then = Config::load(&folder.join(CONFIG), &[])?;
     let table = |cfg: &Config| -> Result<BTreeMap<String, String>> {
@@ -112,7 +115,7 @@ pub fn check_config(folder: &Path, cfg: &Config) -> Result<()> {
     Err(Error::data(folder, what))
 }
 
-/// Fails if a run would go on with other data than it was trained on, and says what differs.
+/// Fails if a run would be resumed with other data than it was trained on, and says what differs.
 pub fn check_data(folder: &Path, then: &[Fingerprint], now: &[Fingerprint]) -> Result<()> {
     let changed: Vec<String> = then.iter().zip(now).flat_map(|(then, now)| then.differences(now)).collect();
     if changed.is_empty() {
@@ -139,7 +142,7 @@ fn flatten(key: &str, value: &toml::Value, keys: &mut BTreeMap<String, String>) 
     }
 }
 
-/// Where a tensor of a checkpoint goes.
+/// The destination of a tensor of a checkpoint.
 enum Target {
     Param(String, Stored),
     Carried,
@@ -147,7 +150,7 @@ enum Target {
     Window,
 }
 
-/// A tensor that a file has to hold.
+/// A tensor that a file must hold.
 struct Wanted {
     name: String,
     ty: FileType,
@@ -184,9 +187,9 @@ fn wanted(model: &Ett, contents: &Contents) -> Vec<(&'static str, Vec<Wanted>)> 
     all
 }
 
-/// Brings weights, averages, moments, the optimizers' counts and the discriminator's statistics back, bit for bit,
-/// into a model and optimizers that train the same groups. Every file is checked before anything is changed. Averages
-/// are those of the checkpoint afterwards, no matter which groups are being trained.
+/// Restores weights, averages, moments, the optimizers' step counts and the discriminator's statistics, bit for bit,
+/// into a model and optimizers that train the same groups. Every file is checked before anything is changed.
+/// Afterwards the model has the averages of the checkpoint, whichever groups are being trained.
 pub fn load(folder: &Path, model: &mut Ett, optimizers: &mut [&mut Optimizer]) -> Result<()> {
     let contents = checkpoints::verified(folder)?;
     let mut problems = Vec::new();

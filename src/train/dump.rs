@@ -1,4 +1,4 @@
-//! The inputs of a step whose loss or gradient was not finite, for the person who looks for the reason.
+//! Dumps the inputs of a step with a non-finite loss or gradient, for finding the cause.
 
 use std::path::{Path, PathBuf};
 
@@ -9,8 +9,8 @@ use crate::io::weights::{FileType, write_file};
 use crate::nn::HostTensor;
 use crate::tensor::Tensor;
 
-/// Writes `nonfinite-STAGE-STEP.safetensors` with the pictures and sequences of each part of the batch, `part.0.image.0`
-/// and so on; `None` if the run wrote one before.
+/// Writes `nonfinite-STAGE-STEP.safetensors` with the pictures and sequences of each part of the batch,
+/// `part.0.image.0` and so on. Returns `None` if the run has already written one.
 pub(super) fn dump(
     out: &Path,
     stage: &str,

@@ -1,4 +1,4 @@
-//! Training: one step, its optimizers, the stages of a run, and the run itself.
+//! Training: the step, its optimizers, the stages of a run, and its records.
 
 mod check;
 pub mod checkpoint;

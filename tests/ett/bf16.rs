@@ -1,5 +1,6 @@
-//! The gradients of the whole model in bf16 against those in f64, on the same rounded weights and pictures, where no
-//! rounding changes the choice of a code: every gradient behind a changed choice would be another one.
+//! The gradients of the whole model in bf16 against those in f64, for the same rounded weights and pictures. The
+//! inputs are made such that rounding changes the choice of no code, because a changed choice would change every
+//! gradient behind it.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -22,19 +23,19 @@ type Tensors = BTreeMap<String, HostTensor>;
 const CODEBOOK: &str = "quantize.embedding.weight";
 
 const DIM: usize = 8;
-/// How far the gradients of a part may be from those in f64, relative. Rounding takes up to 0.17 of the discriminator's,
-/// whose BatchNorm sees few values, and less of all others; what is off by a factor of two is off by 0.4 at least.
+/// Relative bound of the gradients of a part against f64. Rounding takes up to 0.17 of the discriminator's gradients,
+/// whose BatchNorm sees few values, and less of all others; an error by a factor of two is at least 0.4.
 const BOUND: f64 = 0.25;
-/// `[B, H, W, 3]`: 36 tokens a picture.
+/// `[B, H, W, 3]`: 36 tokens per picture.
 const PICTURES: [usize; 4] = [2, 24, 24, 3];
 const CODES: usize = 4;
 
-/// What is trained, and through which quantizer.
+/// The trained arm and its quantizer.
 #[derive(Debug, Clone, Copy)]
 struct Case {
     arm: Arm,
     kind: QuantizerKind,
-    metric: Scores,
+    metric: QuantizerMetric,
     alpha: f64,
 }
 
@@ -50,27 +51,27 @@ const CASES: [Case; 6] = [
 
 fn config(case: Case, precision: &str) -> Config {
     let mut cfg = small(precision);
-    // Wide enough that an average over channels is one.
+    // Wide enough for averages over channels to be averages.
     let t = &mut cfg.tokenizer;
     (t.ch, t.z_channels, t.norm_groups) = (16, 16, 4);
     let q = &mut cfg.quantizer;
     (q.kind, q.metric, q.codes, q.dim) = (case.kind, case.metric, CODES, DIM);
-    // A score's rounding error is not to be multiplied by a hundred.
+    // At the default temperature, the rounding error of a score would be multiplied by a hundred.
     q.temperature = 0.5;
     cfg.lpips.widths = [16; 5];
     cfg.discriminator.ndf = 8;
     let l = &mut cfg.llm;
     (l.width, l.head_dim, l.mlp) = (64, 16, 96);
     (cfg.train.arm, cfg.loss.alpha) = (case.arm, case.alpha);
-    // The discriminator is stepped first: by the sign of every gradient.
+    // The discriminator is stepped first, by the sign of every gradient.
     cfg.train.lr = 1e-6;
-    // Behind these two lie kinks and norms of few values, whose gradients bf16 blurs more than any other's: they take
-    // part, but do not hide the rest.
+    // These two losses have kinks and norms of few values, whose gradients lose the most precision in bf16. Their
+    // weights are small so that they take part without hiding the other losses.
     (cfg.loss.gan, cfg.loss.lpips, cfg.loss.rec) = (0.001, 0.005, 20.0);
     cfg
 }
 
-/// Inputs of a step on disk.
+/// The input files of a step.
 struct Step {
     scratch: Scratch,
 }
@@ -79,7 +80,7 @@ impl Step {
     fn new(case: Case) -> std::result::Result<Self, Box<dyn std::error::Error>> {
         let step = Step { scratch: Scratch::new() };
         let [b, h, w, c] = PICTURES;
-        // Two tones: a reconstruction, whatever it is, stays on one side of each.
+        // Pixels of two values only: any reconstruction stays on one side of each.
         let tone = |i: usize| {
             let (x, y, n) = (i / c % w, i / c / w % h, i / c / w / h);
             let wave =
@@ -127,8 +128,8 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(x, y)| x * y).sum()
 }
 
-/// Codes whose cells the tokens keep away from, and how far: a token has to move by this part of its length before it
-/// has another code.
+/// Codes whose decision boundaries are far from the tokens, and their margin: the fraction of its length by which a
+/// token has to move to change its code.
 fn codes(case: Case, z: &[f64]) -> (f64, Vec<f64>) {
     let length = norm(z) / (z.len() as f64 / DIM as f64).sqrt();
     let scale = match case.kind {
@@ -171,7 +172,7 @@ fn module(name: &str) -> String {
     layer.split('.').take(3).collect::<Vec<_>>().join(".")
 }
 
-/// The gradients of each part, one after another.
+/// The gradients of each part, concatenated.
 fn gradients(dump: &Tensors) -> BTreeMap<String, Vec<f64>> {
     let mut all = BTreeMap::<String, Vec<f64>>::new();
     for (name, t) in dump {
@@ -182,7 +183,7 @@ fn gradients(dump: &Tensors) -> BTreeMap<String, Vec<f64>> {
     all
 }
 
-/// Fails unless the gradients of every part are those wanted but for what bf16 does to them; the worst error.
+/// Fails unless the gradients of every part agree up to the errors of bf16; returns the worst error.
 fn agree(what: &str, got: &Tensors, want: &Tensors) -> std::result::Result<f64, String> {
     let (got, want) = (gradients(got), gradients(want));
     if !got.keys().eq(want.keys()) {
@@ -205,7 +206,7 @@ fn gradients_in_bf16_are_those_of_f64() -> Outcome {
         let (want, got) = (step.run(&config(case, "f64"))?, step.run(&config(case, "bf16"))?);
         assert_eq!(
             got["act.ind"], want["act.ind"],
-            "{what}: a code was chosen otherwise, which proves nothing"
+            "{what}: the choice of a code differs, so that gradients cannot be compared"
         );
         let worst = agree(&what, &got, &want)?;
         println!("{what}: off by at most {worst:.3}");
@@ -213,7 +214,7 @@ fn gradients_in_bf16_are_those_of_f64() -> Outcome {
     Ok(())
 }
 
-/// The test of the test: what would be wrong is found, in every part of the model, and for every loss.
+/// Tests the test: wrong gradients are found in every part of the model and for every loss.
 #[test]
 fn wrong_gradients_are_not_those_of_f64() -> Outcome {
     let step = Step::new(DOT)?;
@@ -240,7 +241,7 @@ fn wrong_gradients_are_not_those_of_f64() -> Outcome {
     let mut missing = got.clone();
     missing.retain(|name, _| !name.starts_with("grad.model.norm"));
     assert!(agree("missing", &missing, &want).is_err());
-    // Without one of the losses, everything else as it is.
+    // Leaves out one of the losses.
     type Change = fn(&mut Config);
     let losses: [(&str, Change); 3] = [
         ("rec", |c| c.loss.rec = 0.0),

@@ -1,4 +1,4 @@
-//! The page of all configuration keys, `docs/configuration.md`, is what the source says.
+//! The page of all configuration keys, `docs/configuration.md`, agrees with the source.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -18,13 +18,13 @@ const AGAIN: &str = "ETT_WRITE_REFERENCE=1 cargo test --release --test ett refer
 #[derive(Debug, Default, PartialEq)]
 struct Item {
     name: String,
-    /// Nothing for a variant.
+    /// Empty for a variant.
     ty: String,
     doc: String,
     attributes: String,
 }
 
-/// The public structs and enums of a source file by name, with their items; structs are formatted by rustfmt.
+/// The public structs and enums of a source file by name, with their items. The source is formatted by rustfmt.
 fn types(source: &str) -> BTreeMap<String, Vec<Item>> {
     let mut all = BTreeMap::new();
     let mut inside: Option<(String, Vec<Item>)> = None;
@@ -57,7 +57,7 @@ fn types(source: &str) -> BTreeMap<String, Vec<Item>> {
     all
 }
 
-/// A variant's name in files, by the `rename_all` of its enum.
+/// The name of a variant in files, by the `rename_all` of its enum.
 fn renamed(variant: &str, attributes: &str) -> String {
     let separator = if attributes.contains("snake_case") {
         "_"
@@ -78,7 +78,7 @@ fn renamed(variant: &str, attributes: &str) -> String {
     out
 }
 
-/// A stage's defaults: what is there when only what has to be is given, with the keys that have to be.
+/// The defaults of a stage when only the required keys are given, and the required keys.
 fn stage_defaults(all: &BTreeMap<String, Vec<Item>>) -> Result<toml::Table, Box<dyn std::error::Error>> {
     let mut given = toml::Table::new();
     for item in &all["StageConfig"] {
@@ -140,7 +140,7 @@ fn page(all: &BTreeMap<String, Vec<Item>>) -> Result<String, Box<dyn std::error:
     Ok(out)
 }
 
-/// The table of a section, and those of the sections inside whose names are free.
+/// The table of a section, followed by those of its subsections with user-defined names.
 fn table(
     out: &mut String,
     all: &BTreeMap<String, Vec<Item>>,
@@ -180,7 +180,7 @@ fn table(
 
 fn documented(key: &str, item: &Item) -> Result<(), String> {
     match item.doc.is_empty() {
-        true => Err(format!("{key} has no comment in the source; say there what it means")),
+        true => Err(format!("{key} has no comment in the source; add one that says what it means")),
         false => Ok(()),
     }
 }

@@ -1,4 +1,4 @@
-//! A whole run on pictures written here: files, refusals, reproducibility, and the trained model in use.
+//! A complete run on pictures generated here: files, refusals, reproducibility, and the use of the trained model.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -143,7 +143,7 @@ fn a_run_leaves_its_files_and_a_model_that_can_be_used() {
     assert!(e.to_string().contains("holds a finished run"), "{e}");
 
     let cpu = Arc::new(Cpu::poisoned(1).expect("a thread"));
-    // Averages in the place of weights; a checkpoint as a run; folders as pictures.
+    // Averages in place of the weights; a checkpoint used as a run; folders as pictures.
     let averaged = Trained::open(&out, cpu.clone(), true).expect("the run kept averages");
     let plain = Trained::open(&out, cpu.clone(), false).expect("the run loads");
     let weight = |t: &Trained, name: &str| {
@@ -239,7 +239,7 @@ fn numbers_that_are_not_finite_are_skipped_dumped_once_and_then_stop_the_run() {
     let model = Ett::new(&c, Arc::new(Cpu::poisoned(1).expect("a thread"))).expect("a model");
     let mut norm =
         model.params.read("model.norm.weight", Stored::Master).expect("readable").expect("a weight");
-    // Finite, as weights have to be, but nothing that follows from them is.
+    // Finite, as weights have to be, but everything computed from them overflows.
     norm.values.fill(3e38);
     model.params.write_public("model.norm.weight", Stored::Master, &norm).expect("a weight");
     let (init, out) = (dir.0.join("nan.safetensors"), dir.0.join("out"));
@@ -282,10 +282,10 @@ fn a_stage_reads_data_of_its_own() {
     };
     let out = dir.0.join("out");
     let done = run(&c, &out).expect("the run ends");
-    // The closing evaluation looks at the run's own pictures.
+    // The closing evaluation uses the run's own pictures.
     let report = done.report.expect("a held-out folder was named");
     assert_eq!((report.pictures, report.size, report.captions), (8, 32, 8));
-    // With the same pictures in all stages the weights are others.
+    // With the same pictures in all stages the weights differ.
     let plain = Config {
         stage: c.stage.iter().map(|s| StageConfig { data: StageData::default(), ..s.clone() }).collect(),
         ..c.clone()
@@ -323,11 +323,11 @@ fn reconstructions_are_evaluated_with_the_averages() {
         let mut trained = Trained::open(&out, dev(), ema).expect("a run");
         evaluate_run(&mut trained, None, None, &dir.0.join("eval")).expect("an evaluation")
     };
-    // As training saw it: the averages beside the weights; and the averages in the place of the weights.
+    // As during training, with the averages beside the weights; and with the averages in place of the weights.
     let (beside, instead) = (mse(false), mse(true));
     assert_eq!((beside.mse, beside.reconstructed_by), (report.mse, report.reconstructed_by));
     assert_eq!((instead.mse, instead.reconstructed_by), (report.mse, "the weights"));
-    // The weights alone give another number, and evaluating has left them as they were.
+    // The weights alone give another number, so evaluating has left them unchanged.
     std::fs::remove_file(out.join("ema.safetensors")).expect("averages were kept");
     let live = mse(false);
     assert!(live.reconstructed_by == "the weights" && live.mse != report.mse);

@@ -1,5 +1,5 @@
-//! A two-layer language model learns text through the same code on every device: losses close to the CPU's, a recorded
-//! step bitwise equal to a launched one, and a resumed run bitwise equal to one that never stopped.
+//! A two-layer language model learns text through the same code on every device: losses are close to the CPU's, a
+//! recorded step is bitwise equal to a launched one, and a resumed run is bitwise equal to an uninterrupted one.
 
 use std::sync::Arc;
 
@@ -43,7 +43,7 @@ const SMALL: Sizes = Sizes {
     rate: 3e-3,
     lengths: &[17, 33, 8, 64, 2],
 };
-/// As wide as tiles of the kernels, heads as in Qwen2.5.
+/// As wide as tiles of the kernels, with heads as in Qwen2.5.
 const WIDE: Sizes = Sizes {
     vocab: 1031,
     width: 512,
@@ -72,7 +72,7 @@ fn rows(sizes: &Sizes, step: usize) -> Result<FlatBatch> {
         .iter()
         .enumerate()
         .map(|(i, &n)| {
-            // A few words that come back, so that there is something to learn.
+            // Few distinct words, so that there is something to learn.
             let words = ids((step * 100 + i) as u64, n, sizes.vocab.min(24));
             let (read, learnt) = words.split_at(n / 2);
             vec![Part::context(read.to_vec()), Part::target(learnt.to_vec())]
@@ -84,7 +84,7 @@ fn rows(sizes: &Sizes, step: usize) -> Result<FlatBatch> {
 impl Trainer {
     fn new(dev: Arc<dyn Kernels>, precision: &str, sizes: Sizes) -> Result<Self> {
         let mut cfg = Config::default();
-        // The parts that stay untouched are made small.
+        // The parts that are not used are small.
         let t = &mut cfg.tokenizer;
         (t.ch, t.ch_mult, t.num_res_blocks, t.z_channels, t.norm_groups) = (8, vec![1, 1], 1, 8, 2);
         (cfg.quantizer.codes, cfg.quantizer.dim) = (16, 8);
@@ -108,7 +108,7 @@ impl Trainer {
         Ok(Trainer { model, recipe: stage.recipe, state, main, sizes, batch })
     }
 
-    /// What changes with the step: rate, counts, words.
+    /// Sets the values that change with the step: rate, counts, words.
     fn prepare(&mut self, at: usize) -> Result<()> {
         let dev = self.model.params.device().clone();
         self.main.prepare(&mut self.state, schedule(ScheduleKind::Cosine, self.sizes.rate, 0.2, at, STEPS));
@@ -152,8 +152,8 @@ fn bits(v: &[f64]) -> Vec<u64> {
     v.iter().map(|x| x.to_bits()).collect()
 }
 
-/// The losses of a device follow the CPU's within `bound`, relative; or they are as close to those in f64 as the CPU's
-/// in the same precision are: training makes small differences large, on the CPU too.
+/// The losses of a device agree with the CPU's within the relative `bound`, or are as close to those in f64 as the
+/// CPU's in the same precision: training amplifies small differences, on the CPU too.
 fn follows_the_cpu(
     dev: Arc<dyn Kernels>,
     precision: &str,
@@ -183,7 +183,7 @@ fn follows_the_cpu(
     Ok(())
 }
 
-/// Saving, and going on from the checkpoint in a new model, changes no bit.
+/// Saving and resuming from the checkpoint in a new model changes no bit.
 fn resumes_bitwise(
     dev: &dyn Fn() -> Arc<dyn Kernels>,
     precision: &str,
@@ -240,7 +240,7 @@ fn gpu_resumes_bitwise() -> Outcome {
     Ok(())
 }
 
-/// One recorded step replayed for every batch and rate.
+/// One recorded step, replayed for every batch and rate.
 #[test]
 #[ignore = "needs a GPU"]
 fn gpu_recorded_steps_are_bitwise_launched_ones() -> Outcome {
