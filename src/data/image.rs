@@ -36,10 +36,10 @@ pub struct Image {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Deserialize, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Crop {
-    /// The middle one.
+    /// The crop in the middle.
     #[default]
     Centre,
-    /// A uniformly random one, for training.
+    /// A uniformly random crop, for training.
     Random,
 }
 

@@ -17,9 +17,9 @@ use crate::error::Result;
 pub enum Source {
     /// The folders `data.train` and `data.test`.
     Folder,
-    /// Built in: coloured shapes, drawn by the program; `data.size` is 16 or more.
+    /// Built-in pictures of coloured shapes, drawn by the program; `data.size` is 16 or more.
     Scenes,
-    /// Built in: short words, some beside a shape; `data.size` is 48 or more.
+    /// Built-in pictures of short words, some beside a shape; `data.size` is 48 or more.
     Words,
 }
 
