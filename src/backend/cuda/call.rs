@@ -1,4 +1,4 @@
-//! From the contract's arguments to the C structs, and from statuses to errors.
+//! Conversion of the contract's arguments to the C structs, and of statuses to errors.
 
 use std::ffi::{CStr, c_char};
 
@@ -6,7 +6,7 @@ use super::ffi;
 use crate::backend::{Acc, In, KERNELS, Metric, Out, Unary, contract};
 use crate::error::{Error, Result};
 
-/// A type that stands in a C argument struct.
+/// A type with a counterpart in the C argument structs.
 pub(super) trait ToC {
     /// The C type.
     type C;
@@ -117,19 +117,19 @@ macro_rules! impl_to_c {
 }
 contract::kernel_table!(impl_to_c);
 
-/// The number of a kernel in the contract, by which faults name it.
+/// The index of a kernel in the contract, which identifies it in faults.
 pub(super) fn number(kernel: &str) -> i32 {
     KERNELS.iter().position(|(name, _)| *name == kernel).map_or(-1, |i| i as i32)
 }
 
-/// `s`, if it is an argument of `kernel` or a part of the launch.
+/// `s` as a static string if it names an argument of `kernel` or a part of the launch, otherwise "arguments".
 fn argument(kernel: &str, s: &str) -> &'static str {
     let fields = KERNELS.iter().find(|(name, _)| *name == kernel).map_or(&[][..], |(_, fields)| fields);
     let launch = ["launch.workspace", "launch.force", "launch", "args"];
     fields.iter().map(|(name, _)| *name).chain(launch).find(|name| *name == s).unwrap_or("arguments")
 }
 
-/// The error that a launcher's status stands for; `last` is what `ett_last_status` gave.
+/// Converts the status of a launcher; `last` is the struct written by `ett_last_status`.
 pub(super) fn check(kernel: &'static str, device: &str, code: i32, last: &ffi::ett_status) -> Result<()> {
     let text = |s: &[c_char]| {
         let bytes: Vec<u8> = s.iter().take_while(|c| **c != 0).map(|c| *c as u8).collect();
@@ -141,7 +141,9 @@ pub(super) fn check(kernel: &'static str, device: &str, code: i32, last: &ffi::e
         1 => Err(Error::Argument { op: kernel, arg: argument(kernel, &arg), got, want }),
         2 if arg == "launch.force" => Err(Error::Unsupported {
             op: kernel,
-            what: format!("the implementation `{got}` that ETT_FORCE names (this call can use: {want})"),
+            what: format!(
+                "the implementation `{got}` requested by ETT_FORCE (available for this call: {want})"
+            ),
             device: device.into(),
         }),
         2 => Err(Error::Unsupported {
@@ -156,16 +158,16 @@ pub(super) fn check(kernel: &'static str, device: &str, code: i32, last: &ffi::e
 /// The name of the implementation that was launched last.
 ///
 /// # Safety
-/// `name` is null or what `ett_last_kernel` gave: a string literal.
+/// `name` is null or a string literal, as returned by `ett_last_kernel`.
 pub(super) unsafe fn kernel_name(name: *const c_char) -> &'static str {
     if name.is_null() {
         return "";
     }
-    // SAFETY: a string literal by the caller's word.
+    // SAFETY: the caller guarantees a string literal.
     unsafe { CStr::from_ptr(name) }.to_str().unwrap_or("")
 }
 
-/// What kernels reported in the fault slot, as an error; `None` if nothing.
+/// The fault that kernels recorded in the fault slot, as an error; `None` if there is none.
 pub(super) fn fault(f: &ffi::ett_fault) -> Option<Error> {
     if f.kind == 0 {
         return None;
@@ -182,7 +184,7 @@ pub(super) fn fault(f: &ffi::ett_fault) -> Option<Error> {
     Some(Error::arg(kernel, arg, got, format!("below {}", f.limit)))
 }
 
-/// Implementations that `ETT_FORCE` asks for: `op=kernel`, separated by commas.
+/// Parses the implementations requested by `ETT_FORCE`: `op=kernel`, separated by commas.
 pub(super) fn forced(text: &str) -> Result<Vec<(&'static str, std::ffi::CString)>> {
     let mut all = Vec::new();
     for part in text.split(',').map(str::trim).filter(|p| !p.is_empty()) {

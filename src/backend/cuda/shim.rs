@@ -1,4 +1,4 @@
-//! The C interface on the CPU: the library that `make -C kernels shim` builds from the CUDA sources.
+//! The C interface on the CPU, through the library that `make -C kernels shim` builds from the CUDA sources.
 
 use std::alloc::Layout;
 use std::ffi::{c_char, c_void};
@@ -13,15 +13,15 @@ use crate::error::{Error, Result};
 type Query = unsafe extern "C" fn(*const c_void) -> i64;
 type Launcher = unsafe extern "C" fn(*const c_void, *const ffi::ett_launch) -> i32;
 
-/// The CUDA kernels compiled for the host: slow, for tests. Every buffer is a heap block of exactly its size and
-/// starts as NaN (-1 for indices), so that an address sanitizer and a look at the output find what a kernel did
-/// wrong.
+/// The CUDA kernels compiled for the host: slow, for tests. Every buffer is a heap block of exactly its size, so that
+/// an address sanitizer finds accesses out of bounds, and is filled with NaN (-1 for indices), so that tests find
+/// outputs that were not written.
 pub struct Shim {
     library: libloading::Library,
     heap: Arc<Heap>,
     fault: Buffer,
     forced: Vec<(&'static str, std::ffi::CString)>,
-    /// Held while memory that is handed out is read or written: one call at a time, as on the CPU.
+    /// Held while buffers are read or written: one call at a time, as on the CPU.
     turn: Mutex<()>,
 }
 
@@ -30,7 +30,7 @@ struct Heap {
     memory: Mutex<Memory>,
 }
 
-/// The alignment that the contract promises.
+/// `bytes` bytes with the alignment that the contract promises; `None` if they overflow.
 fn layout(bytes: usize) -> Option<Layout> {
     Layout::from_size_align(bytes.max(1), 256).ok()
 }
@@ -62,7 +62,7 @@ impl Shim {
     }
 
     fn take(heap: &Arc<Heap>, role: Role, bytes: usize) -> Result<Buffer> {
-        // Null if there is no memory.
+        // Null if the allocation fails.
         let at = match layout(bytes) {
             // SAFETY: the size is not zero.
             Some(layout) => unsafe { std::alloc::alloc(layout) },
@@ -74,7 +74,7 @@ impl Shim {
                 device: "shim".into(),
                 role: role.to_string(),
                 asked: size(bytes as u64),
-                free: "the system gave none".into(),
+                free: "the system has no more".into(),
                 held: memory.largest(),
             });
         }
@@ -91,10 +91,13 @@ impl Shim {
     /// `F` is the type that the header gives this function.
     unsafe fn symbol<F: Copy>(&self, name: &str) -> Result<F> {
         let symbol = format!("ett_{name}");
-        // SAFETY: as the caller says.
+        // SAFETY: the caller guarantees the type.
         let f = unsafe { self.library.get::<F>(symbol.as_bytes()) };
         f.map(|f| *f).map_err(|e| {
-            Error::device("shim", format!("the library has no `{symbol}` ({e}): build it again"))
+            Error::device(
+                "shim",
+                format!("the library has no `{symbol}` ({e}); rebuild it with tools/shim-test"),
+            )
         })
     }
 
@@ -106,7 +109,7 @@ impl Shim {
         }
         let c = a.to_c();
         let c = std::ptr::from_ref(&c).cast::<c_void>();
-        // SAFETY: so the header declares all queries, but for the type that the pointer is to.
+        // SAFETY: the type of all queries in the header, except for the type of the struct behind the pointer.
         let query: Query = unsafe { self.symbol(&format!("{name}_workspace"))? };
         // SAFETY: the struct is the one that this kernel's functions take.
         let bytes = unsafe { query(c) };
@@ -126,21 +129,21 @@ impl Shim {
                 .find(|(op, _)| *op == name)
                 .map_or(std::ptr::null(), |(_, k)| k.as_ptr()),
         };
-        // SAFETY: so the header declares all launchers, but for the type that the pointer is to.
+        // SAFETY: the type of all launchers in the header, except for the type of the struct behind the pointer.
         let run: Launcher = unsafe { self.symbol(name)? };
-        // SAFETY: the struct is the one that this kernel takes; its views were checked, the workspace is as large as the
-        // query said, and nothing else runs meanwhile.
+        // SAFETY: the struct is the one that this kernel takes; its views were checked, the workspace has the size that
+        // the query returned, and nothing else runs meanwhile.
         let code = unsafe { run(c, &launch) };
         // SAFETY: a struct of numbers.
         let mut last = unsafe { std::mem::zeroed::<ffi::ett_status>() };
-        // SAFETY: so the header declares it.
+        // SAFETY: its type in the header.
         let status: unsafe extern "C" fn(*mut ffi::ett_status) = unsafe { self.symbol("last_status")? };
         // SAFETY: it writes the struct.
         unsafe { status(&mut last) };
         call::check(name, "shim", code, &last)?;
-        // Launches are done when they return, so a fault can be told at once.
+        // Launches are synchronous, so that a fault can be reported immediately.
         let slot = self.fault.addr() as *mut ffi::ett_fault;
-        // SAFETY: the buffer is one fault long, and launches alone use it, in their turn.
+        // SAFETY: the buffer is one fault long, and only launches use it, one at a time.
         let found = std::mem::take(unsafe { &mut *slot });
         call::fault(&found).map_or(Ok(()), Err)
     }
@@ -152,9 +155,9 @@ impl Shim {
 
     /// The implementation that this thread's last launch chose.
     pub fn last_kernel(&self) -> Result<&'static str> {
-        // SAFETY: so the header declares it.
+        // SAFETY: its type in the header.
         let f: unsafe extern "C" fn() -> *const c_char = unsafe { self.symbol("last_kernel")? };
-        // SAFETY: it takes nothing and gives null or a string literal.
+        // SAFETY: it takes nothing and returns null or a string literal.
         Ok(unsafe { call::kernel_name(f()) })
     }
 }
