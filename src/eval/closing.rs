@@ -22,7 +22,7 @@ const DESCRIBED: usize = 8;
 const QUESTIONS: usize = 5;
 /// Prompts that are drawn.
 const DRAWN: usize = 8;
-/// Most tokens of a caption or an answer.
+/// Maximum number of tokens of a caption or an answer.
 const MAX_TOKENS: usize = 96;
 
 /// Evaluates a model on held-out samples and writes `reconstructions.png`, `held-out.md`, if the model draws

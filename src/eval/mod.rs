@@ -32,7 +32,7 @@ const TYPE_ASKED: usize = 8;
 /// Pictures in an evaluation during training.
 const DURING: usize = 64;
 
-/// The evaluation of this module, to hand to a run.
+/// The evaluation of this module, for use by a run.
 pub struct HeldOut;
 
 impl Evaluation for HeldOut {
@@ -55,8 +55,8 @@ impl Evaluation for HeldOut {
     }
 }
 
-/// Evaluates a finished run on the first `samples` pictures of `data`, a folder, or of the run's own held-out ones, and
-/// writes results and pictures into `out`; see [`closing`].
+/// Evaluates a finished run on the first `samples` pictures of the folder `data`, or of the run's own held-out set,
+/// and writes results and pictures into `out`; see [`closing`].
 pub fn evaluate_run(
     trained: &mut Trained,
     data: Option<&Path>,

@@ -43,7 +43,7 @@ impl DataSet {
         (0..self.images.len()).filter(|&i| self.said(i).is_some_and(fits)).collect()
     }
 
-    /// What the data set consists of.
+    /// The fingerprint of the data set.
     pub fn fingerprint(&self) -> Fingerprint {
         let samples = || self.samples.iter();
         Fingerprint {

@@ -12,16 +12,16 @@ use crate::tensor::Tensor;
 /// Rows of a packed batch are rounded up to this, so that memory is reused from step to step.
 pub(crate) const PAD: usize = 64;
 
-/// A batch on the device, or one of the equal parts of one.
+/// A batch on the device, or one of its equal parts.
 pub struct Batch {
-    /// Images `[B, H, W, 3]` in [-1, 1], one tensor a size.
+    /// Images `[B, H, W, 3]` in [-1, 1], one tensor per size.
     pub images: Vec<Tensor>,
-    /// Sequences over these images.
+    /// Sequences that refer to these images.
     pub packed: Option<Packed>,
 }
 
 impl Batch {
-    /// Packs sequences over images of these grids (see [`Packed::new`]).
+    /// Packs sequences that refer to images with these grids (see [`Packed::new`]).
     pub fn pack(model: &Ett, sequences: &[Vec<Part>], grids: &[Grid], pad: usize) -> Result<Packed> {
         let mut rows: Vec<Range<usize>> = Vec::new();
         for g in grids {

@@ -68,7 +68,7 @@ pub(crate) fn refuse_used(out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The text of a configuration file that lies beside the run's own copy of the text tokenizer.
+/// The text of a configuration file next to the run's own copy of the text tokenizer.
 pub fn config_text(cfg: &Config) -> Result<String> {
     let mut cfg = cfg.clone();
     cfg.data.tokenizer = cfg.data.tokenizer.map(|_| TOKENIZER.into());

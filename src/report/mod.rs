@@ -1,4 +1,4 @@
-//! What a person reads or looks at: metrics of a run, held-out results, plots, tables.
+//! Output for people: metrics of a run, held-out results, plots and tables.
 
 mod metrics;
 pub mod plots;

@@ -39,7 +39,7 @@ pub(super) struct Inputs<'a> {
     pub evaluation: &'a dyn Evaluation,
 }
 
-/// A stage under way.
+/// A stage in progress.
 pub(super) struct Running<'a> {
     run: Inputs<'a>,
     cfg: &'a StageConfig,

@@ -10,7 +10,7 @@ use ett::config::{Config, StageConfig};
 use crate::common::Outcome;
 
 const PAGE: &str = "docs/configuration.md";
-/// Where the types of configuration values are.
+/// Source files of the types of configuration values.
 const SOURCES: [&str; 3] = ["src/config.rs", "src/data/image.rs", "src/data/source.rs"];
 const AGAIN: &str = "ETT_WRITE_REFERENCE=1 cargo test --release --test ett reference";
 

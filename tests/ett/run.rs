@@ -134,7 +134,7 @@ fn a_run_leaves_its_files_and_a_model_that_can_be_used() {
     let light = &report.types;
     assert!(light.is_empty(), "yes and no are not types: {light:?}");
 
-    // The averages that the semantic stage kept outlast the chat stage, which leaves the tokenizer alone.
+    // The averages kept by the semantic stage survive the chat stage, which does not train the tokenizer.
     for (file, _) in io::written(&out).into_iter().chain([("ema.safetensors", ""), ("config.toml", "")]) {
         assert!(out.join(file).is_file(), "{file} is missing");
     }

@@ -203,7 +203,7 @@ fn pool_bwd<T: Elem>(s: &MaxPool2x2Bwd) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::*;
+    use super::super::testing::run::*;
     use super::*;
 
     /// Calls `f` with the fine and the coarse position of every fine pixel that has a coarse one.

@@ -202,7 +202,7 @@ const INVERSE_FACTORIALS: [f64; 14] = [
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing_b::*;
+    use super::super::testing::args::*;
     use super::*;
 
     const ALL: Choice = Choice { temperature: 1.0, top_k: 0, top_p: 1.0 };

@@ -63,7 +63,7 @@ pub(crate) fn wide(x: &In) -> usize {
 /// The queries of kernels that take no workspace.
 macro_rules! no_workspace {
     ($($kernel:ident($args:ident)),* $(,)?) => { pastey::paste! {
-        $(pub(super) fn [<$kernel _workspace>](_a: &crate::backend::$args, _threads: usize) -> usize {
+        $(pub(crate) fn [<$kernel _workspace>](_a: &crate::backend::$args, _threads: usize) -> usize {
             0
         })*
     } };
