@@ -1,4 +1,4 @@
-//! Gradients of attention, from probabilities that are formed again.
+//! Gradients of attention, from recomputed probabilities.
 
 use rayon::prelude::*;
 
@@ -15,7 +15,7 @@ pub(crate) fn attention_bwd(ws: &Workspace, a: &AttentionBwd) -> Result<()> {
     by_dtype!("attention_bwd", a.q.dtype, E => bwd::<E>(ws, a))
 }
 
-/// What the backward of one sequence and key/value head reads, widened.
+/// Inputs of the backward pass in the accumulator type.
 struct Saved<'a, R> {
     dy: Rows<'a, R>,
     q: Rows<'a, R>,
@@ -66,8 +66,8 @@ fn bwd<E: Elem>(ws: &Workspace, a: &AttentionBwd) -> Result<()> {
             for block in shape.blocks(s) {
                 block_bwd(&saved, &y, &shape, &block, h, &mut work);
                 for i in 0..block.rows() {
-                    // SAFETY: one task writes these columns of this row: sequences and blocks share no rows, heads no
-                    // columns.
+                    // SAFETY: only this task writes these columns of this row, since sequences and blocks share no rows
+                    // and heads share no columns.
                     let dq = unsafe { dq.part(block.q + i, shape.head(h)) };
                     round(dq, &work.dq[i * d..(i + 1) * d]);
                 }
@@ -75,7 +75,7 @@ fn bwd<E: Elem>(ws: &Workspace, a: &AttentionBwd) -> Result<()> {
         }
         for (i, key) in keys.enumerate() {
             let cols = shape.head(kv_head);
-            // SAFETY: likewise for the keys of a sequence and the columns of a key/value head.
+            // SAFETY: as above, with the keys of a sequence and the columns of a key/value head.
             let (dk, dv) = unsafe { (dk.part(key, cols.clone()), dv.part(key, cols)) };
             round(dk, &work.dk[i * d..(i + 1) * d]);
             round(dv, &work.dv[i * d..(i + 1) * d]);
@@ -84,7 +84,7 @@ fn bwd<E: Elem>(ws: &Workspace, a: &AttentionBwd) -> Result<()> {
     Ok(())
 }
 
-/// The forward call that a backward call belongs to.
+/// The forward call with the arguments of a backward call, for checks and sizes.
 fn forward_of<'a>(a: &AttentionBwd<'a>) -> AttentionFwd<'a> {
     AttentionFwd {
         q: a.q,
@@ -105,21 +105,21 @@ fn forward_of<'a>(a: &AttentionBwd<'a>) -> AttentionFwd<'a> {
     }
 }
 
-/// Scratch of one task of the backward.
+/// Scratch of one task of the backward pass.
 struct Work<'a, R> {
-    /// Probabilities, then score gradients of a block.
+    /// Probabilities of a block, then gradients of its scores.
     p: &'a mut [R],
     /// Gradients of a block's probabilities.
     dp: &'a mut [R],
-    /// Query gradients of a block.
+    /// Gradients of a block's queries.
     dq: &'a mut [R],
-    /// Key and value gradients of the sequence, summed over query blocks and heads.
+    /// Gradients of the keys and values of the sequence, summed over query blocks and heads.
     dk: &'a mut [R],
     dv: &'a mut [R],
 }
 
 impl<'a, R: Real> Work<'a, R> {
-    /// For key gradients of `n` elements.
+    /// Scratch with zeros in the first `n` elements of the key and value gradients.
     fn new([p, dp, dq, dk, dv]: [&'a mut [R]; 5], n: usize) -> Self {
         dk[..n].fill(R::zero());
         dv[..n].fill(R::zero());
@@ -127,7 +127,7 @@ impl<'a, R: Real> Work<'a, R> {
     }
 }
 
-/// Gradients of one block: `dq` overwritten, `dk` and `dv` added to.
+/// Gradients of one block. Overwrites `dq` and adds to `dk` and `dv`.
 fn block_bwd<E: Elem>(
     x: &Saved<E::Acc>,
     y: &Rows<E>,
@@ -157,7 +157,7 @@ fn block_bwd<E: Elem>(
     gemm(Mat::new(w.p, n, keys, keys).t(), q, w.dk, d, true);
 }
 
-/// From scores to probabilities, 0 where masked.
+/// Replaces scores by probabilities, 0 where masked.
 fn probabilities<R: Real>(p: &mut [R], block: &Block, lse: &Rows<R>, h: usize, scale: R) {
     if block.keys == 0 {
         return;

@@ -49,7 +49,8 @@ fn fwd<E: Elem>(ws: &Workspace, a: &AttentionFwd) -> Result<()> {
             let stats = softmax(p, &block, scale);
             gemm(Mat::new(p, n, keys, keys), v, o, d, false);
             for (i, (max, sum)) in stats.into_iter().enumerate() {
-                // SAFETY: one task writes these columns of this row: sequences and blocks share no rows, heads no columns.
+                // SAFETY: only this task writes these columns of this row, since sequences and blocks share no rows and
+                // heads share no columns.
                 let (y, lse) =
                     unsafe { (y.part(block.q + i, shape.head(h)), lse.part(block.q + i, h..h + 1)) };
                 store(y, &o[i * d..(i + 1) * d], sum);
@@ -60,7 +61,8 @@ fn fwd<E: Elem>(ws: &Workspace, a: &AttentionFwd) -> Result<()> {
     Ok(())
 }
 
-/// Exponentiates the scores of a block, 0 where masked; the maximum and the sum of each row.
+/// Replaces the scores of a block by their exponentials relative to the row's maximum, 0 where masked. Returns the
+/// maximum and the sum of exponentials of each row.
 fn softmax<R: Real>(p: &mut [R], block: &Block, scale: R) -> Vec<(R, R)> {
     let mut stats = vec![(R::neg_infinity(), R::zero()); block.rows()];
     if block.keys == 0 {
@@ -78,7 +80,7 @@ fn softmax<R: Real>(p: &mut [R], block: &Block, scale: R) -> Vec<(R, R)> {
     stats
 }
 
-/// `y = o / sum`, 0 for a row that attends to nothing.
+/// `y = o / sum`, 0 for a row without keys.
 fn store<E: Elem>(y: &mut [E], o: &[E::Acc], sum: E::Acc) {
     let inv = if sum == E::Acc::zero() { E::Acc::zero() } else { sum.recip() };
     for (y, &o) in y.iter_mut().zip(o) {

@@ -1,4 +1,5 @@
-//! Softmax attention over flat batches. Scores exist for one block of query rows of one head at a time.
+//! Softmax attention over flat batches. Each task stores the scores of only one block of query rows of one head at a
+//! time.
 
 mod attention_bwd;
 mod attention_fwd;
@@ -14,16 +15,16 @@ pub(super) use attention_fwd::*;
 /// Query rows of a block.
 const BLOCK: usize = 64;
 
-/// The most of everything that the arguments allow: lengths of sequences are data, which a query does not see.
+/// Upper bounds for any lengths of sequences, for queries: the lengths are on the device, which queries do not read.
 struct Most {
     /// Query rows of a block.
     rows: usize,
     /// Keys of a sequence.
     keys: usize,
     d: usize,
-    /// Pairs of a sequence and a key/value head.
+    /// Number of pairs of a sequence and a key/value head.
     pairs: usize,
-    /// Pairs of a block and a key/value head.
+    /// Number of pairs of a block and a key/value head.
     blocks: usize,
 }
 
@@ -38,19 +39,19 @@ impl Most {
         Most {
             rows: rows.min(BLOCK),
             keys: a.max_k.min(nk),
-            // Without query heads, keys have columns all the same.
+            // Keys have columns even if there are no query heads.
             d: a.head_dim.min(a.q.dims.cols().max(a.k.dims.cols())),
             pairs: sequences.saturating_mul(a.kv_heads),
             blocks: blocks.saturating_mul(a.kv_heads),
         }
     }
 
-    /// Scores and outputs of a block.
+    /// Elements of the scores and outputs of a block.
     fn forward_parts(&self) -> [usize; 2] {
         [self.rows.saturating_mul(self.keys), self.rows.saturating_mul(self.d)]
     }
 
-    /// What [`attention_bwd::Work`] has, in its order.
+    /// Elements of the fields of `attention_bwd::Work`, in the same order.
     fn backward_parts(&self) -> [usize; 5] {
         let [scores, queries] = self.forward_parts();
         let keys = self.keys.saturating_mul(self.d);
@@ -58,7 +59,7 @@ impl Most {
     }
 }
 
-/// The shape of a call, checked.
+/// The checked shape of a call.
 struct Shape {
     /// Query and key rows of each sequence.
     seqs: Vec<(Range<usize>, Range<usize>)>,
@@ -99,7 +100,7 @@ impl Shape {
         })
     }
 
-    /// Keys that query `i` of sequence `s` sees.
+    /// Number of keys visible to query `i` of sequence `s`.
     fn seen(&self, s: usize, i: usize) -> usize {
         let (t, tk) = (self.seqs[s].0.len(), self.seqs[s].1.len());
         if self.causal { (i + 1 + tk).saturating_sub(t) } else { tk }
@@ -115,7 +116,7 @@ impl Shape {
         kv_head * self.group..(kv_head + 1) * self.group
     }
 
-    /// Blocks of the query rows of sequence `s`.
+    /// The blocks of query rows of sequence `s`.
     fn blocks(&self, s: usize) -> impl Iterator<Item = Block> {
         chunks(self.seqs[s].0.len(), BLOCK).into_iter().map(move |r| self.block(s, r))
     }
@@ -131,15 +132,15 @@ impl Shape {
     }
 }
 
-/// Some query rows of a sequence and the keys that the last of them sees.
+/// Some query rows of a sequence and the keys visible to the last of them.
 struct Block {
-    /// First query row of the batch.
+    /// Index of the first query row in the batch.
     q: usize,
-    /// First key row of the batch.
+    /// Index of the first key row in the batch.
     k: usize,
-    /// Keys that any row sees.
+    /// Number of keys visible to the last row.
     keys: usize,
-    /// Keys that each row sees.
+    /// Number of keys visible to each row.
     seen: Vec<usize>,
 }
 
@@ -159,13 +160,13 @@ impl Block {
     }
 }
 
-/// Some columns of rows `start..start + n`.
+/// Columns `cols` of rows `start..start + n`.
 fn head<'a, R>(x: &Rows<'a, R>, start: usize, n: usize, cols: Range<usize>) -> Mat<'a, R> {
     let data = if n == 0 || cols.is_empty() { &[] } else { &x.data()[start * x.ld + cols.start..] };
     Mat::new(data, n, cols.len(), x.ld)
 }
 
-/// The rows of each sequence, from offsets that start at 0 and never fall.
+/// The rows of each sequence, from offsets that start at 0 and do not decrease.
 fn sequences(
     op: &'static str,
     arg: &'static str,
@@ -174,7 +175,7 @@ fn sequences(
     max: usize,
 ) -> Result<Vec<Range<usize>>> {
     let cu = flat::<i32>(op, arg, cu)?;
-    let bad = |got: String| Err(Error::arg(op, arg, got, format!("offsets that rise from 0 to at most {n}")));
+    let bad = |got: String| Err(Error::arg(op, arg, got, format!("offsets that grow from 0 to at most {n}")));
     if cu.first() != Some(&0) {
         return bad(format!("an array that starts with {:?}", cu.first()));
     }
@@ -197,7 +198,7 @@ fn sequences(
     Ok(seqs)
 }
 
-/// The rows of each slot of a cache: `len[s]` from `cu[s]` on; the last offset means nothing.
+/// The rows of each slot of a cache: `cu[s]..cu[s] + len[s]`. The last offset is not used.
 fn slots(op: &'static str, cu: &In, len: &In, n: usize, max: usize) -> Result<Vec<Range<usize>>> {
     let (starts, counts) = (flat::<i32>(op, "cu_k", cu)?, flat::<i32>(op, "len_k", len)?);
     if counts.len() + 1 != starts.len() {
@@ -218,10 +219,10 @@ fn slots(op: &'static str, cu: &In, len: &In, n: usize, max: usize) -> Result<Ve
     starts.iter().zip(counts).map(slot).collect()
 }
 
-/// Zeroes the rows that belong to no sequence.
+/// Zeroes the rows from `from` on, which belong to no sequence.
 fn clear_padding<T: Elem>(y: &RowsMut<T>, from: usize) {
     for i in from..y.rows {
-        // SAFETY: one thread, and each row is done with before the next.
+        // SAFETY: a single thread, and each slice ends before the next is created.
         unsafe { y.row(i) }.fill(T::zeroed());
     }
 }

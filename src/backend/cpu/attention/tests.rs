@@ -3,7 +3,7 @@
 use super::*;
 use crate::backend::cpu::testing::args::*;
 
-/// Sequence lengths of queries and keys, heads, key/value heads, head dimension, mask, padding rows.
+/// Lengths of queries and keys of each sequence, heads, key/value heads, head dimension, whether causal, padding rows.
 #[derive(Clone, Copy)]
 struct Case(&'static [(usize, usize)], usize, usize, usize, bool, usize);
 
@@ -27,7 +27,7 @@ impl Case {
         let sum = |f: fn(&(usize, usize)) -> usize| self.0.iter().map(f).sum::<usize>() + self.5;
         (sum(|s| s.0), sum(|s| s.1))
     }
-    /// q; k and v as columns of one tensor; offsets; dy; y and lse.
+    /// q; k and v as columns of one tensor; cu_q; cu_k; dy; y; lse.
     fn args(&self) -> Vec<Arg> {
         let Case(_, h, kv, d, ..) = *self;
         let (n, nk) = self.rows();
@@ -162,7 +162,7 @@ fn backward_matches_finite_differences() {
 
 #[test]
 fn slots_of_a_cache_give_the_bits_of_keys_without_gaps() {
-    // Keys of 3, 1 and 2 rows at 4, 9 and 1 of 11.
+    // Slots of 3, 1 and 2 keys at rows 4, 9 and 1 of a cache of 11 rows.
     let case = Case(&[(1, 3), (1, 1), (2, 2)], 2, 1, 4, true, 0);
     let (args, p, dev) = (case.args(), Precision::F32, Cpu::poisoned(2).unwrap());
     let packed = case.fwd(&dev, p, &tensors(&dev, p, &args)).unwrap();

@@ -1,4 +1,4 @@
-//! The whole backward of the IBQ quantizer.
+//! The backward pass of the IBQ quantizer.
 
 use std::ops::Range;
 
@@ -10,7 +10,7 @@ use super::scores::{LANES, ROWS, Sweep, Tile, above_floor, sum_lanes, tile_cols,
 use super::*;
 use crate::backend::cpu::workspace::{acc_size, block, per_thread, together};
 
-/// The same, gradients of scores, and the sums of a block of rows.
+/// Elements of a [`Tile`]'s parts, of the gradients with respect to probabilities, and of the sums of a block of rows.
 fn bwd_parts(k: usize, d: usize) -> [usize; 5] {
     let [z, e, s] = tile_parts(k, d);
     [z, e, s, s, z]
@@ -22,12 +22,12 @@ pub(crate) fn ibq_bwd_workspace(a: &IbqBwd, threads: usize) -> usize {
     together([block(size, m.saturating_mul(d)), per_thread(threads, size, tasks, bwd_parts(k, d))])
 }
 
-/// What the backward sweeps know of one token. The best code is `t`.
+/// The data of one token in the backward sweeps. The best code is `t`.
 #[derive(Clone, Copy)]
 struct BwdRow<R> {
     best: usize,
     max: R,
-    /// 1 / (1 + rest_p), or 0 where the soft term is defined as 0.
+    /// 1 / (1 + rest_p), or 0 if the soft term is defined as 0.
     inv_p: R,
     inv_q: R,
     xbar: R,
@@ -41,10 +41,10 @@ struct BwdRow<R> {
     r: R,
 }
 
-/// Below this remaining mass the soft term is 0.
+/// If the probability of all codes but the best is below this, the soft term is 0.
 const NO_REST: f64 = 1e-12;
 
-/// Constants of one backward.
+/// Constants of one backward pass.
 struct BwdScalars<R> {
     inv_t: R,
     /// -w_s / (M T).
@@ -54,7 +54,7 @@ struct BwdScalars<R> {
 }
 
 impl<R: Real> BwdRow<R> {
-    /// Overwrites a row of scores with dS; `dp` holds g . E[j], `c` is empty without entropies.
+    /// Overwrites a row of scores by their gradients dS; `dp` holds g . E[j], and `c` is empty without entropies.
     fn d_scores<const ENTROPY: bool>(&self, k: &BwdScalars<R>, s: &mut [R], dp: &[R], c: &[R], first: usize) {
         pulp::Arch::new().dispatch(
             #[inline(always)]
@@ -82,7 +82,7 @@ impl<R: Real> BwdRow<R> {
         }
     }
 
-    /// Adds a tile's share of delta and r.
+    /// Adds the contribution of a tile to delta and r.
     fn expect<const ENTROPY: bool>(
         &mut self,
         k: &BwdScalars<R>,
@@ -168,7 +168,7 @@ fn ibq_bwd_of<'a, E: Elem, const ENTROPY: bool>(ws: &Workspace, a: &IbqBwd<'a>) 
     };
     let g = rows::<E>(OP, "g", &a.g)?;
     let dz = flat_mut::<E>(OP, "dz", &a.dz.0)?;
-    // Before anything is written.
+    // Checked before anything is written.
     let de = match &a.de {
         Some(de) => {
             expect(OP, "de", &de.0, k * d)?;
@@ -185,7 +185,7 @@ fn ibq_bwd_of<'a, E: Elem, const ENTROPY: bool>(ws: &Workspace, a: &IbqBwd<'a>) 
         avg: gradient("g_avg", &a.g_avg)? * inv * inv_t,
     };
 
-    // What zq received in all: g and the first quantization term.
+    // The full gradient of zq: g and the first quantization term.
     let mut full = ws.scratch::<E::Acc>(m * d)?;
     let two = E::Acc::of(2.0);
     full.par_chunks_mut(d.max(1)).enumerate().with_min_len(ROWS).for_each(|(i, out)| {
@@ -253,7 +253,7 @@ fn ibq_bwd_of<'a, E: Elem, const ENTROPY: bool>(ws: &Workspace, a: &IbqBwd<'a>) 
         }
     };
 
-    // Sweep 2: dz = dS E and the direct terms.
+    // Sweep 2: dz = dS E, and the direct terms.
     let direct_z = E::Acc::of(2.0 + 2.0 * a.beta_commit) * w_quant;
     dz.par_chunks_mut((ROWS * d).max(1)).zip(sweep.row_blocks()).for_each(|(dz, r)| {
         let mut local = tiles.take();
@@ -276,7 +276,8 @@ fn ibq_bwd_of<'a, E: Elem, const ENTROPY: bool>(ws: &Workspace, a: &IbqBwd<'a>) 
         }
     });
 
-    // Sweep 3: dE = dS^T z, the hard scatter of g and the codebook term. A tile's rows of dE have one owner.
+    // Sweep 3: dE = dS^T z, the scatter of g to the best codes, and the codebook term. Only one task writes the rows of
+    // dE of a tile.
     let Some(de) = de else { return Ok(()) };
     let direct_e = E::Acc::of(2.0 * a.beta_code) * w_quant;
     de.par_chunks_mut((sweep.cols * d).max(1)).zip(sweep.col_tiles()).for_each(|(de, cols)| {

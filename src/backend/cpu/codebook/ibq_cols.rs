@@ -1,4 +1,4 @@
-//! Sums of probabilities of every code over all tokens.
+//! Sums of the probability of each code over all tokens.
 
 use num_traits::{Float, One, Zero};
 use rayon::prelude::*;

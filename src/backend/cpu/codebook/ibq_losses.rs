@@ -43,7 +43,7 @@ fn ibq_losses_of<E: Elem>(_ws: &Workspace, a: &IbqLosses) -> Result<()> {
     Ok(())
 }
 
-/// Both entropies and the derivative of the second, if they are asked for.
+/// Both entropies and the derivative of the second, if their arguments are present.
 fn ibq_entropies<E: Elem>(a: &IbqLosses, m: usize, k: usize, inv: E::Acc) -> Result<()> {
     const OP: &str = "ibq_losses";
     let (Some(rest_q), Some(xbar), Some(col)) = (&a.rest_q, &a.xbar, &a.col) else { return Ok(()) };

@@ -1,4 +1,4 @@
-//! The best code of every token, and sums over its other codes.
+//! The best code of every token, and sums over the other codes.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,14 +13,14 @@ pub(crate) fn ibq_rows_workspace(a: &IbqRows, threads: usize) -> usize {
     tiles_bytes(&a.z, &a.e, threads, a.z.dims.rows().div_ceil(ROWS))
 }
 
-/// Running statistics of one row, the best code so far left out of the sums.
+/// Running statistics of one row. The sums exclude the best code so far.
 #[derive(Clone, Copy)]
 struct RowStats<R> {
     best: usize,
     max: R,
     rest_p: R,
     rest_q: R,
-    /// sum over the rest of e^x x.
+    /// Sum of e^x x over all codes but the best.
     weighted: R,
 }
 
@@ -30,13 +30,13 @@ impl<R: Real> RowStats<R> {
         RowStats { best: 0, max, rest_p: zero, rest_q: zero, weighted: zero }
     }
 
-    /// Takes in one row of scores; overwrites the score of a new best code. Only with `ENTROPY` are there sums at the
-    /// temperature of the entropies.
+    /// Adds a tile's row of scores, and overwrites the score of a new best code by -inf. Sums at the temperature of the
+    /// entropies are computed only with `ENTROPY`.
     fn update<const ENTROPY: bool>(&mut self, row: &mut [R], first: usize, inv_t: R) {
         let (j, top) = best(row);
         if top > self.max {
             if self.max > R::neg_infinity() {
-                // The old best joins the rest, and everything is rescaled to the new maximum.
+                // The previous best code joins the sums, which are rescaled to the new maximum.
                 let gap = top - self.max;
                 let (fp, x) = (above_floor(-gap).fast_exp(), above_floor(-gap * inv_t));
                 let fq = x.fast_exp();
@@ -73,7 +73,7 @@ impl<R: Real> RowStats<R> {
     }
 }
 
-/// The rows of each block of a statistic, all empty if it is absent.
+/// The slice of a statistic for each block of rows; empty slices if the statistic is absent.
 fn pieces<'a, R>(v: &'a mut [R], blocks: &[Range<usize>]) -> Vec<&'a mut [R]> {
     match v.is_empty() {
         true => blocks.iter().map(|_| &mut [][..]).collect(),

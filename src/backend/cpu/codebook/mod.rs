@@ -23,7 +23,7 @@ fn one_mut<'a, R: Element>(op: &'static str, arg: &'static str, v: &In<'a>) -> R
     Ok(&mut flat_mut::<R>(op, arg, v)?[0])
 }
 
-/// Fails unless arguments of the entropies are all there or all absent; true if they are there.
+/// Whether the arguments of the entropies are present; fails if only some of them are.
 fn all_or_none(op: &'static str, args: &[(&'static str, bool)]) -> Result<bool> {
     let (first, there) = args[0];
     match args.iter().find(|(_, present)| *present != there) {

@@ -23,7 +23,7 @@ fn nearest_of<E: Elem>(ws: &Workspace, a: &Nearest) -> Result<()> {
     expect("nearest", "idx", &a.idx.0, sweep.z.rows)?;
     let bad = a.bad.as_ref().map(|bad| one_mut::<E::Acc>("nearest", "bad", &bad.0)).transpose()?;
     let idx = flat_mut::<i32>("nearest", "idx", &a.idx.0)?;
-    // -|z - e|^2 / 2 = z . e - |e|^2 / 2 - |z|^2 / 2, and |z| is the same for all codes.
+    // -|z - e|^2 / 2 = z . e - |e|^2 / 2 - |z|^2 / 2; the last term is the same for all codes.
     let bad_rows = AtomicUsize::new(0);
     let mut half = ws.scratch::<E::Acc>(if a.metric == Metric::L2 { sweep.e.rows } else { 0 })?;
     for (j, h) in half.iter_mut().enumerate() {

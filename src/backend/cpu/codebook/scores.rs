@@ -1,5 +1,5 @@
-//! Scores `S = z E^T` exist one tile at a time, in every sweep the same tiles formed by the same product, so that a
-//! score has the same bits wherever it is formed. The best code is kept out of every cancelling sum.
+//! Scores `S = z E^T`, computed tile by tile. Every sweep computes the same tiles with the same product, so that a
+//! score has the same bits in all of them. Sums in which the terms of the best code would cancel exclude it.
 
 use std::ops::Range;
 
@@ -10,17 +10,17 @@ use crate::backend::cpu::workspace::{acc_size, per_thread};
 
 /// Tokens of a tile.
 pub(super) const ROWS: usize = 64;
-/// Elements summed side by side.
+/// Number of partial sums that are computed side by side.
 pub(super) const LANES: usize = 16;
-/// Exponents below this give 0 in every type; NaN and -inf are replaced by it.
+/// Lower bound of exponents, which also replaces NaN; its exponential is 0 in every type.
 const FLOOR: f64 = -1000.0;
 
-/// Codes of a tile: a function of K alone.
+/// Codes of a tile, as a function of K only.
 pub(super) fn tile_cols(k: usize) -> usize {
     k.div_ceil(8).next_multiple_of(LANES).clamp(64, 1024)
 }
 
-/// Tokens, codes and how they are cut into tiles.
+/// Tokens and codes, and their division into tiles.
 pub(super) struct Sweep<'a, E: Elem> {
     pub(super) z: Rows<'a, E>,
     pub(super) e: Rows<'a, E>,
@@ -33,12 +33,12 @@ pub(super) fn tile_parts(k: usize, d: usize) -> [usize; 3] {
     [ROWS.saturating_mul(d), tile_cols(k).saturating_mul(d), ROWS.saturating_mul(tile_cols(k))]
 }
 
-/// Bytes of the tiles of `tasks` tasks.
+/// Bytes of workspace of the tiles of `tasks` tasks.
 pub(super) fn tiles_bytes(z: &In, e: &In, threads: usize, tasks: usize) -> usize {
     per_thread(threads, acc_size(z.dtype), tasks, tile_parts(e.dims.rows(), z.dims.cols()))
 }
 
-/// Scratch of one task.
+/// Scratch of one task: tokens, codes and scores of a tile.
 pub(super) struct Tile<'a, R> {
     pub(super) z: &'a mut [R],
     pub(super) e: &'a mut [R],
@@ -91,7 +91,7 @@ impl<'a, E: Elem> Sweep<'a, E> {
     }
 }
 
-/// Copies rows into a dense buffer of the accumulator type.
+/// Copies rows into a contiguous buffer of the accumulator type.
 fn widen<E: Elem>(x: &Rows<E>, r: &Range<usize>, to: &mut [E::Acc]) {
     for (i, out) in r.clone().zip(to.chunks_mut(x.cols.max(1))) {
         for (o, &v) in out.iter_mut().zip(x.row(i)) {
@@ -100,7 +100,7 @@ fn widen<E: Elem>(x: &Rows<E>, r: &Range<usize>, to: &mut [E::Acc]) {
     }
 }
 
-/// `x` if it is above the floor, else the floor: also for NaN.
+/// The maximum of `x` and the floor; the floor for NaN.
 #[inline(always)]
 pub(super) fn above_floor<R: Real>(x: R) -> R {
     let floor = R::of(FLOOR);
@@ -112,7 +112,7 @@ pub(super) fn sum_lanes<R: Real>(lanes: [R; LANES]) -> R {
     lanes.iter().fold(R::zero(), |a, &b| a + b)
 }
 
-/// First position of the largest number of a row and that number; (0, -inf) if there is none.
+/// The maximum of a row and its first position, ignoring NaN; (0, -inf) if there is none.
 pub(super) fn best<R: Real>(row: &[R]) -> (usize, R) {
     let max = pulp::Arch::new().dispatch(
         #[inline(always)]

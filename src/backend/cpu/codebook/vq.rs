@@ -38,7 +38,7 @@ fn vq_bwd_of<E: Elem>(_ws: &Workspace, a: &VqBwd) -> Result<()> {
     expect(OP, "dz", &a.dz.0, m * d)?;
     let g = rows::<E>(OP, "g", &a.g)?;
     let dz = flat_mut::<E>(OP, "dz", &a.dz.0)?;
-    // Before anything is written.
+    // Checked before anything is written.
     let de = match &a.de {
         Some(de) => {
             expect(OP, "de", &de.0, k * d)?;

@@ -1,4 +1,4 @@
-//! Gradients of convolutions for their inputs: one product for every phase of the stride.
+//! Gradients of convolutions for their inputs: one matrix product per phase of the stride.
 
 use rayon::prelude::*;
 
@@ -36,15 +36,15 @@ pub(crate) fn conv2d_bwd_data(ws: &Workspace, s: &Conv2dBwdData) -> Result<()> {
     by_dtype!("conv2d_bwd_data", s.dx.0.dtype, T => bwd_data::<T>(ws, s))
 }
 
-/// Input rows (or columns) `phase, phase + stride, ..`: those that meet the same taps of the kernel.
+/// The input rows (or columns) `phase, phase + stride, ..`, which use the same taps of the kernel.
 struct Phase {
-    /// Taps that meet them.
+    /// Number of these taps.
     taps: usize,
-    /// The last of these; the others come `stride` before it.
+    /// The last of them; the others precede it at distances of `stride`.
     last: usize,
-    /// Output row under the last tap at the first input row.
+    /// Output row that uses the first input row with the last tap.
     at: isize,
-    /// How many input rows there are.
+    /// Number of input rows.
     len: usize,
 }
 
@@ -58,12 +58,12 @@ impl Phase {
     }
 }
 
-/// The phases of the rows or columns of an image that have any.
+/// The non-empty phases of the rows or columns of an image.
 fn phases(size: usize, kernel: usize, stride: usize, pad: usize) -> impl Iterator<Item = Phase> {
     (0..stride.min(size)).map(move |phase| Phase::new(phase, size, kernel, stride, pad))
 }
 
-/// The columns of `dy [B, H', W', O]` that the pixels of a phase are sums over.
+/// The column matrix of `dy [B, H', W', O]` whose product with weights gives the pixels of a phase.
 fn columns_of_phase(dy: [usize; 4], v: &Phase, h: &Phase) -> Geometry {
     Geometry { dims: dy, grid: [v.len, h.len], taps: [v.taps, h.taps], step: 1, at: [v.at, h.at] }
 }
@@ -93,7 +93,7 @@ fn bwd_data<T: Elem>(ws: &Workspace, s: &Conv2dBwdData) -> Result<()> {
                 for (i, p) in r.enumerate() {
                     let [b, y, x] = of.position(p);
                     let pixel = (b * height + py + y * s.stride) * width + px + x * s.stride;
-                    // SAFETY: every pixel belongs to one position of one phase, which is one task's.
+                    // SAFETY: every pixel belongs to one position of one phase, which belongs to one task.
                     let dx = unsafe { dx.row(pixel) };
                     round(&out[i * c..(i + 1) * c], dx);
                 }
@@ -103,7 +103,7 @@ fn bwd_data<T: Elem>(ws: &Workspace, s: &Conv2dBwdData) -> Result<()> {
     Ok(())
 }
 
-/// Weights of the taps of a phase, from the last tap to the first: `wp[u, v, o, c] = w[o, last - u*stride, ..]`.
+/// The weights of the taps of a phase, from the last tap to the first: `wp[u, v, o, c] = w[o, last - u*stride, ..]`.
 fn weights_of_phase<T: Elem>(
     w: &[T],
     [o, kh, kw, c]: [usize; 4],

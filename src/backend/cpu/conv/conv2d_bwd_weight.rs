@@ -30,12 +30,14 @@ pub(crate) fn conv2d_bwd_weight(ws: &Workspace, s: &Conv2dBwdWeight) -> Result<(
     by_dtype!("conv2d_bwd_weight", s.x.dtype, T => bwd_weight::<T>(ws, s))
 }
 
-/// Rows of one of the partial sums of a weight gradient: at most eight, fewer where weights are large and rows few.
+/// Rows of each partial sum of a weight gradient: at least 512, so that there are at most eight partial sums, and fewer
+/// for few rows.
 fn part(rows: usize) -> usize {
     rows.div_ceil(8).max(512)
 }
 
-/// Elements of a chunk of the columns, and of the output gradient in another type than it is stored in.
+/// Elements of a chunk of the column matrix, and of the output gradient if it has to be converted to the accumulator
+/// type.
 fn gradient_parts(cols: &Geometry, dtype: DType, o: usize) -> [usize; 2] {
     let dy = if is_narrow(dtype) { cols.chunk().saturating_mul(o) } else { 0 };
     [cols.gathered(dtype), dy]

@@ -45,7 +45,7 @@ fn fwd<T: Elem>(ws: &Workspace, s: &Conv2dFwd) -> Result<()> {
     let k = of.width();
     let w = Wide::new(ws, Rows::of(w, k))?;
     let w = w.rows().data();
-    // The order in which products read weights without packing them.
+    // Products read weights in this order without packing them.
     let wt = if o <= FEW { None } else { Some(transposed(ws, w, k)?) };
     let wt = wt.as_ref().map_or(Mat::new(w, o, k, k).t(), |wt| Mat::new(wt, k, o, o));
     let chunk = of.chunk();

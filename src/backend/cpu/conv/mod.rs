@@ -1,4 +1,4 @@
-//! Convolutions as products with a column matrix that is gathered chunk by chunk, so that it stays in cache.
+//! Convolutions as matrix products with a column matrix, which is gathered chunk by chunk so that it stays in cache.
 
 mod conv2d_bwd_data;
 mod conv2d_bwd_weight;
@@ -35,23 +35,23 @@ fn check_shapes(
     Ok(())
 }
 
-/// The shape of a column matrix: row `p` holds, for position `p` of a grid, the pixels under all taps of a kernel.
+/// The shape of a column matrix: row `p` contains the pixels under all taps of a kernel at position `p` of a grid.
 #[derive(Clone, Copy)]
 struct Geometry {
     /// `[B, H, W, C]` of the image.
     dims: [usize; 4],
-    /// Rows and columns of positions.
+    /// Height and width of the grid.
     grid: [usize; 2],
-    /// Rows and columns of the kernel.
+    /// Height and width of the kernel.
     taps: [usize; 2],
-    /// Pixels from one position to the next.
+    /// Distance between adjacent positions, in pixels.
     step: usize,
     /// Pixel under the first tap at position (0, 0).
     at: [isize; 2],
 }
 
 impl Geometry {
-    /// Of the images that a convolution reads, under the positions that it writes.
+    /// The column matrix of a convolution's input, with a row for each output position.
     fn forward(x: [usize; 4], w: [usize; 4], y: [usize; 4], stride: usize, [top, left]: [usize; 2]) -> Self {
         let [[_, kh, kw, _], [_, ho, wo, _]] = [w, y];
         Geometry {
@@ -77,7 +77,7 @@ impl Geometry {
         [p / (gh * gw), p / gw % gh, p % gw]
     }
 
-    /// Rows of a chunk: enough to pay for reading the weights again, few enough for the cache.
+    /// Rows of a chunk: large enough to amortise reading the weights again, small enough for the cache.
     fn chunk(&self) -> usize {
         let fit = ((128 << 10) / self.width().max(1)).clamp(128, 1024);
         fit.min(self.rows().div_ceil(16).max(64)).next_multiple_of(8)
@@ -87,18 +87,18 @@ impl Geometry {
         self.rows().div_ceil(self.chunk())
     }
 
-    /// True if the matrix is the image itself.
+    /// Whether the matrix is the image itself.
     fn is_image(&self) -> bool {
         self.taps == [1, 1] && self.step == 1 && self.at == [0, 0] && self.grid == self.dims[1..3]
     }
 
-    /// Elements of a chunk that are gathered into scratch, from an image of this type.
+    /// Elements of scratch for a chunk of an image of this type; 0 if the image can be used directly.
     fn gathered(&self, dtype: DType) -> usize {
         if self.is_image() && !is_narrow(dtype) { 0 } else { self.chunk().saturating_mul(self.width()) }
     }
 }
 
-/// The column matrix of an image, zeros where a tap falls outside.
+/// The column matrix of an image, with zeros for taps outside of the image.
 struct Columns<'a, T> {
     x: &'a [T],
     of: Geometry,
@@ -121,7 +121,7 @@ impl<T: Elem> Columns<'_, T> {
         }
     }
 
-    /// One row of taps: a run of pixels between zeros.
+    /// Gathers one row of taps: a run of pixels, with zeros before and after it.
     fn gather_taps(&self, b: usize, y: isize, x: isize, out: &mut [T::Acc]) {
         let [_, h, w, c] = self.of.dims;
         let n = self.of.taps[1] as isize;
@@ -137,7 +137,7 @@ impl<T: Elem> Columns<'_, T> {
         out[hi..].fill(T::Acc::zero());
     }
 
-    /// Calls `f` with rows `r`: `x` itself if the columns are its pixels, else gathered into `scratch`, of
+    /// Calls `f` with rows `r`: a part of `x` if the matrix is the image itself, otherwise gathered into `scratch` of
     /// [`Geometry::gathered`] elements.
     fn with(&self, r: Range<usize>, scratch: &mut [T::Acc], f: impl FnOnce(Mat<T::Acc>)) {
         let (n, k) = (r.len(), self.of.width());
@@ -151,7 +151,7 @@ impl<T: Elem> Columns<'_, T> {
     }
 }
 
-/// `x [n, cols]` as `[cols, n]`.
+/// The transpose `[cols, n]` of `x [n, cols]`.
 fn transposed<'w, R: Real>(ws: &'w Workspace, x: &[R], cols: usize) -> Result<Scratch<'w, R>> {
     let mut t = ws.scratch::<R>(x.len())?;
     let n = x.len().checked_div(cols).unwrap_or(0);

@@ -30,13 +30,13 @@ fn cases() -> Vec<Case> {
         case([1, 7, 7, 2], 2, [1, 1], [4, 4], 2, [0, 0]),
         case([1, 5, 4, 2], 3, [2, 3], [3, 2], 3, [2, 0]),
         case([2, 3, 2, 1], 2, [5, 5], [3, 2], 1, [2, 2]),
-        // As many positions as pixels, but others.
+        // As many positions as pixels, but shifted by the padding.
         case([2, 4, 5, 3], 2, [1, 1], [4, 5], 1, [1, 1]),
         case([2, 37, 33, 2], 3, [3, 3], [37, 33], 1, [1, 1]),
     ]
 }
 
-/// Calls `f` with the positions in x, w and y of every multiplication.
+/// Calls `f` with the indices into x, w and y of every multiplication.
 fn each(c: Case, mut f: impl FnMut(usize, usize, usize)) {
     let [_, h, w, ci] = c.x;
     let [_, kh, kw, _] = c.w;
