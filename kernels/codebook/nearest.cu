@@ -18,6 +18,8 @@
 // workspace: 4 bytes a code for l2; 8 bytes a token and part if there are several parts or `bad` is present.
 // limits: "wide" takes D from 129 to 256, "narrow" what fits beside its stages into shared memory; both rows on multiples of 16 bytes.
 // work: 2*M*K*D FLOP; (M + K)*D*size + 4*M bytes.
+#include <array>
+
 #include "bad.cuh"
 #include "scores.cuh"
 
@@ -295,7 +297,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const Result from, in
 
 // An implementation as the host sees it.
 struct Kernel {
-    const char* name;
+    Implementation is;
     int64_t rows, codes;  // of a block's tile
     int64_t blocks;       // on a multiprocessor
     int64_t smem;
@@ -323,30 +325,16 @@ using SimpleF32 = gemm::Tile<float, 128, 64, 16, 64, 32, 3, false, true>;
 using Wide = Resident<256, 128, 128, 3, 2, 1>;
 using Narrow = Resident<128, 128, 64, 3, 0, 2>;
 
-// The implementations that can do a call, the best one first; `names` as Check::choose takes them.
-struct Choice {
-    Kernel kernels[3];
-    const char* names[4] = {};
-};
-Choice choose_nearest_config(const ett_nearest_args& a, int64_t smem) {
-    Choice c = {};
-    int n = 0;
+// The implementations for a call, the best one first.
+std::array<Kernel, 3> choose_nearest_config(const ett_nearest_args& a, int64_t smem) {
     const int64_t d = cols(a.z);
-    auto offer = [&](const Kernel& k) { c.kernels[n] = k, c.names[n++] = k.name; };
-    if (a.z.dtype == ETT_BF16) {
-        if (wide(a.z) && wide(a.e) && d > 0) {
-            const Kernel w = {"wide", Wide::Tile::kRows, Wide::Tile::kCols, Wide::kBlocks, Wide::smem(d)};
-            const Kernel m = {"narrow", Narrow::Tile::kRows, Narrow::Tile::kCols, Narrow::kBlocks, Narrow::smem(d)};
-            const bool wide_fits = w.smem <= smem && Wide::steps(d) == Wide::kSteps;
-            if (wide_fits && rows(a.z) > m.rows) offer(w);
-            if (m.smem <= smem) offer(m);
-            if (wide_fits && rows(a.z) <= m.rows) offer(w);
-        }
-        offer({"simple", SimpleBf16::kRows, SimpleBf16::kCols, 2, SimpleBf16::kSmem});
-    } else {
-        offer({"simple", SimpleF32::kRows, SimpleF32::kCols, 2, SimpleF32::kSmem});
-    }
-    return c;
+    const bool is_bf16 = a.z.dtype == ETT_BF16, pieces = is_bf16 && wide(a.z) && wide(a.e) && d > 0;
+    const bool wide_fits = pieces && Wide::smem(d) <= smem && Wide::steps(d) == Wide::kSteps;
+    const Kernel w = {{"wide", wide_fits}, Wide::Tile::kRows, Wide::Tile::kCols, Wide::kBlocks, Wide::smem(d)};
+    const Kernel n = {{"narrow", pieces && Narrow::smem(d) <= smem}, Narrow::Tile::kRows, Narrow::Tile::kCols, Narrow::kBlocks, Narrow::smem(d)};
+    const Kernel s = is_bf16 ? Kernel{{"simple", true}, SimpleBf16::kRows, SimpleBf16::kCols, 2, SimpleBf16::kSmem}
+                             : Kernel{{"simple", true}, SimpleF32::kRows, SimpleF32::kCols, 2, SimpleF32::kSmem};
+    return rows(a.z) > n.rows ? std::array{w, n, s} : std::array{n, w, s};
 }
 
 // Workspace: half[codes, padded to whole tiles] for L2, then v[parts, M] and k[parts, M] if there are several parts or
@@ -378,10 +366,9 @@ extern "C" int64_t ett_nearest_workspace(const ett_nearest_args* a) {
     using namespace ett::codebook;
     Check check("nearest", a);
     if (!sound(check, a)) return -1;
-    const Choice c = choose_nearest_config(*a, most_smem());
     int64_t most = 0;
-    for (int i = 0; c.names[i]; ++i)
-        most = std::max(most, layout_of(*a, c.kernels[i], parts_of(c.kernels[i], rows(a->z), rows(a->e))).bytes);
+    for (const Kernel& kernel : choose_nearest_config(*a, most_smem()))
+        if (kernel.is.able) most = std::max(most, layout_of(*a, kernel, parts_of(kernel, rows(a->z), rows(a->e))).bytes);
     return most;
 }
 
@@ -392,11 +379,11 @@ extern "C" int32_t ett_nearest(const ett_nearest_args* a, const ett_launch* l) {
     if (!sound(check, a)) return check.status();
     const int64_t m = rows(a->z), k = rows(a->e);
     if (m == 0) return ett_done("");
-    const Choice c = choose_nearest_config(*a, most_smem());
-    const char* name = check.choose(l, c.names[0], c.names);
+    const std::array<Kernel, 3> all = choose_nearest_config(*a, most_smem());
+    const char* name = check.choose(l, {all[0].is, all[1].is, all[2].is});
     if (!check.ok()) return check.status();
-    const Kernel* kernel = c.kernels;
-    while (strcmp(kernel->name, name) != 0) ++kernel;
+    const Kernel* kernel = all.data();
+    while (strcmp(kernel->is.name, name) != 0) ++kernel;
     const int64_t parts = parts_of(*kernel, m, k), row_tiles = ceil_div(m, kernel->rows);
     const Layout at = layout_of(*a, *kernel, parts);
     if (!check.workspace(l, at.bytes)) return check.status();

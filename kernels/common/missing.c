@@ -1,4 +1,5 @@
-/* missing.c: kernels of the interface that have no CUDA implementation yet. */
+/* missing.c: kernels of the interface that have no CUDA implementation yet. Their queries look at nothing but the address
+   of the struct, so that a step which needs these kernels can be planned. */
 #include "status.h"
 
 #define MISSING(op)                                                                                              \

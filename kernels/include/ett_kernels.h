@@ -12,7 +12,8 @@
  * the order of the calls. Called again with the same input, a kernel gives the same bits.
  *
  * ett_<kernel>_workspace says how many bytes of scratch memory a call needs beside its arguments: 0 for
- * none, -1 if the arguments are wrong (the launcher then says what is). It reads shapes and types, not data.
+ * none, -1 where the launcher refuses the arguments (and says why). It reads the struct, not the memory behind
+ * its views. Of a kernel that is not implemented yet it answers 0 whatever the arguments are, -1 for null.
  * A kernel with several implementations chooses by shape and device; ett_launch.force names another.
  *
  * Letters: B batch, T tokens of a sequence, N rows of a flat batch, C channels, O output channels, H heads

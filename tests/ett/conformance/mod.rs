@@ -14,6 +14,7 @@ mod broken;
 mod case;
 mod codebook;
 mod devices;
+mod interface;
 mod losses;
 mod norms;
 mod optim;

@@ -94,6 +94,16 @@ impl Damage {
         unsafe { In::unchecked(buf, off, dtype, dims, ld) }
     }
 
+    /// Whether the device's C query has to see it, which knows no buffers: it answers -1 then.
+    fn is_seen_by_queries(self, kernel: &Kernel, arg: &Arg) -> bool {
+        match self {
+            Damage::Outside => false,
+            // No memory is how an optional argument is left out.
+            Damage::Null => !field(kernel.name, arg.name).is_some_and(|ty| ty.contains("Option")),
+            _ => true,
+        }
+    }
+
     /// Whether `blamed` may be named for this damage of `arg`: of two arguments that do not fit each other either is
     /// right.
     fn explains(self, kernel: &str, args: &[Arg], arg: &Arg, blamed: &str) -> bool {
@@ -115,17 +125,32 @@ impl Damage {
     }
 }
 
+/// The type of a kernel's argument.
+fn field(kernel: &str, name: &str) -> Option<&'static str> {
+    let fields = KERNELS.iter().find(|(k, _)| *k == kernel).map_or(&[][..], |(_, fields)| fields);
+    fields.iter().find(|(n, _)| *n == name).map(|(_, ty)| *ty)
+}
+
 /// True if a kernel's argument of this name is no tensor.
 fn is_number(kernel: &str, name: &str) -> bool {
-    let fields = KERNELS.iter().find(|(k, _)| *k == kernel).map_or(&[][..], |(_, fields)| fields);
-    fields.iter().any(|(n, ty)| *n == name && !["In", "Out", "Acc"].iter().any(|t| ty.contains(t)))
+    field(kernel, name).is_some_and(|ty| !["In", "Out", "Acc"].iter().any(|t| ty.contains(t)))
 }
 
 /// Spoils the arguments of every kernel of the table, or of those in `only`.
 pub fn run(dev: &dyn Kernels, prec: Precision, only: Option<&[&str]>) -> Report {
+    run_asking(dev, prec, only, None)
+}
+
+/// The same; `query` tells what the C query of the last call's kernel answered.
+pub fn run_asking(
+    dev: &dyn Kernels,
+    prec: Precision,
+    only: Option<&[&str]>,
+    query: Option<&dyn Fn() -> i64>,
+) -> Report {
     let mut report = Report::new(dev);
     for kernel in TABLE.iter().filter(|k| only.is_none_or(|names| names.contains(&k.name))) {
-        if let Err(e) = spoil(dev, prec, kernel, &mut report) {
+        if let Err(e) = spoil(dev, prec, kernel, query, &mut report) {
             let what = format!("{} in {}", kernel.name, prec.act);
             if !report.unsupported(kernel.name, &e) {
                 report.failures.push(format!("{what}: the call that is right was refused: {e}"));
@@ -135,7 +160,13 @@ pub fn run(dev: &dyn Kernels, prec: Precision, only: Option<&[&str]>) -> Report 
     report
 }
 
-fn spoil(dev: &dyn Kernels, prec: Precision, kernel: &Kernel, report: &mut Report) -> Result<()> {
+fn spoil(
+    dev: &dyn Kernels,
+    prec: Precision,
+    kernel: &Kernel,
+    query: Option<&dyn Fn() -> i64>,
+    report: &mut Report,
+) -> Result<()> {
     let case = (kernel.sample)();
     let oracle = Cpu::new(1)?;
     let mut args = (case.args)(&Draw::new(&oracle, prec, 1.0, kernel.name));
@@ -143,6 +174,10 @@ fn spoil(dev: &dyn Kernels, prec: Precision, kernel: &Kernel, report: &mut Repor
     let placed: Vec<Placed> =
         args.iter().map(|a| Placed::new(dev, prec, a, Layout::Dense)).collect::<Result<_>>()?;
     (case.call)(dev, &views(&placed))?;
+    if let Some(answer) = query.map(|query| query()).filter(|&answer| answer < 0) {
+        let what = format!("{} in {}", kernel.name, prec.act);
+        report.failures.push(format!("{what}: the query says {answer} of arguments that are right"));
+    }
     let restore = || placed.iter().try_for_each(|p| p.restore(dev));
     restore()?;
     // SAFETY: no bytes.
@@ -153,7 +188,14 @@ fn spoil(dev: &dyn Kernels, prec: Precision, kernel: &Kernel, report: &mut Repor
             all[i].1 = damage.apply(all[i].1, &nowhere);
             let what = format!("{} in {}: `{}` {}", kernel.name, prec.act, arg.name, damage.text());
             report.supported(kernel.name);
-            match (case.call)(dev, &Views { all }) {
+            let outcome = (case.call)(dev, &Views { all });
+            if let Some(answer) =
+                query.filter(|_| damage.is_seen_by_queries(kernel, arg)).map(|query| query())
+                && answer != -1
+            {
+                report.failures.push(format!("{what}: the query says {answer}, wanted -1"));
+            }
+            match outcome {
                 Ok(()) => {
                     report.failures.push(format!("{what} was accepted"));
                     restore()?;
