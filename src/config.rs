@@ -99,6 +99,16 @@ pub enum Scores {
     L2norm,
 }
 
+/// In which type the quantizer gets its tokens and codes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Operands {
+    /// That of all activations.
+    Act,
+    /// That of the weights under training, at least float32.
+    F32,
+}
+
 /// Which quantization term beta weighs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -121,6 +131,8 @@ pub struct QuantizerConfig {
     pub dim: usize,
     /// `dot` or `l2norm`; `vq` always compares by distance.
     pub metric: Scores,
+    /// `act` or `f32`: with `f32` tokens and codes are not rounded to bf16 in a bf16 run.
+    pub precision: Operands,
     /// Weight of one quantization term.
     pub beta: f64,
     /// The term: `codebook` or `commitment`. `vq` puts it on the commitment term.
@@ -140,6 +152,7 @@ impl Default for QuantizerConfig {
             codes: 131_072,
             dim: 256,
             metric: Scores::Dot,
+            precision: Operands::Act,
             beta: 0.25,
             beta_on: BetaOn::Codebook,
             temperature: 0.01,

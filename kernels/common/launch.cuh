@@ -13,13 +13,15 @@
 
 namespace ett {
 
+// Sizes of a view; of one that Check::view refuses they mean nothing, but may be asked for.
+inline int64_t product(int64_t a, int64_t b) { return int64_t(uint64_t(a) * uint64_t(b)); }
 inline int64_t rows(const ett_view& v) {
     int64_t n = 1;
-    for (int i = 0; i + 1 < v.rank; ++i) n *= v.dims[i];
+    for (int i = 0; i < std::min(v.rank, 4) - 1; ++i) n = product(n, v.dims[i]);
     return n;
 }
-inline int64_t cols(const ett_view& v) { return v.rank == 0 ? 1 : v.dims[v.rank - 1]; }
-inline int64_t numel(const ett_view& v) { return rows(v) * cols(v); }
+inline int64_t cols(const ett_view& v) { return v.rank >= 1 && v.rank <= 4 ? v.dims[v.rank - 1] : 1; }
+inline int64_t numel(const ett_view& v) { return product(rows(v), cols(v)); }
 inline bool present(const ett_view& v) { return v.ptr != nullptr; }
 // Elements from one row to the next; a view of one row has no stride of its own.
 inline int64_t stride(const ett_view& v) { return rows(v) > 1 ? v.ld : cols(v); }

@@ -105,7 +105,8 @@ impl Ett {
         let bad = t.zero_stat([1])?;
         let (z, e) = (z.value().view(), codes.value().view());
         t.dev().nearest(Stream::COMPUTE, &Nearest { z, e, idx: idx.out(), bad: Some(bad.acc()), metric })?;
-        Ok((ops::gather(t, codes, &idx)?, idx, bad))
+        let zq = ops::gather(t, codes, &idx)?;
+        Ok((ops::cast(t, &zq, t.precision().act)?, idx, bad))
     }
 
     /// Visual tokens as the language model reads them, `[M, C]`, from `zq` `[M, D]` and `idx` `[M]`.
@@ -162,7 +163,7 @@ impl Ett {
             .map(|&r| idx.get(r).copied().ok_or_else(|| Error::arg("code_loss", "idx", idx.len(), r + 1)))
             .collect::<Result<_>>()?;
         let rows = ops::gather(t, hidden, &put(&b.code_rows)?)?;
-        let codes = self.tokenizer.codes(t, &self.params)?;
+        let codes = self.tokenizer.table(t, &self.params)?;
         let (x, w) = self.head()?.factors(t, &self.params, &rows, &codes)?;
         ops::linear_cross_entropy(t, &x, &w, &put(&target)?, inv_codes)
     }
@@ -172,7 +173,7 @@ impl Ett {
         self.visual_head.as_ref().ok_or_else(none)
     }
 
-    /// Logits `[n, K]` of the code that follows hidden states `[n, C]`; `codes` `[K, D]` as tokens meet them.
+    /// Logits `[n, K]` of the code that follows hidden states `[n, C]`; `codes` `[K, D]` as activations.
     pub fn code_logits(&self, t: &Tape, rows: &Var, codes: &Var) -> Result<Var> {
         let (x, w) = self.head()?.factors(t, &self.params, rows, codes)?;
         ops::linear(t, &x, &w, None)

@@ -74,7 +74,7 @@ impl VisualHead {
     }
 
     /// The factors of the code logits: features `[N, D or C]` of `hidden` `[N, C]`, and the matrix `[K, D or C]`
-    /// they are multiplied with; `codes` is the codebook as tokens meet it.
+    /// they are multiplied with; `codes` is the codebook as activations.
     pub fn factors(&self, t: &Tape, p: &Params, hidden: &Var, codes: &Var) -> Result<(Var, Var)> {
         match self {
             VisualHead::Tied(fc1, fc2) => {

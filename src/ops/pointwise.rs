@@ -3,11 +3,11 @@
 use super::{S, expect, expect_rank};
 use crate::autograd::{Tape, Var};
 use crate::backend::{
-    Add, Cast, ChannelAffineBwd, ChannelAffineFwd, Fill, Rope, SwigluBwd, SwigluFwd, Unary, UnaryBwd,
+    Add, Cast, ChannelAffineBwd, ChannelAffineFwd, Fill, Role, Rope, SwigluBwd, SwigluFwd, Unary, UnaryBwd,
     UnaryFwd,
 };
 use crate::error::{Error, Result};
-use crate::tensor::{Dims, Tensor};
+use crate::tensor::{DType, Dims, Tensor};
 
 /// `y = f(x)`, any shape. Saves `x`.
 pub fn unary(tape: &Tape, x: &Var, f: Unary) -> Result<Var> {
@@ -129,7 +129,7 @@ pub fn concat_rows(tape: &Tape, parts: &[&Var]) -> Result<Var> {
         return Err(Error::arg("concat_rows", "parts", p.dims(), format!("{c} columns")));
     }
     let total = parts.iter().map(|p| p.dims().rows()).sum();
-    let y = tape.act([total, c])?;
+    let y = tape.like(first, [total, c])?;
     let mut at = 0;
     for p in parts {
         let n = p.dims().rows();
@@ -175,6 +175,23 @@ pub fn split_rows(tape: &Tape, x: &Var, counts: &[usize]) -> Result<Vec<Var>> {
             }
             at += k;
         }
+        g.give(&xs, dx)
+    }))
+}
+
+/// The same values rounded to `dtype`, and their gradient to the type of `x`. Saves nothing; `x` itself if it has that
+/// type.
+pub fn cast(tape: &Tape, x: &Var, dtype: DType) -> Result<Var> {
+    if x.value().dtype() == dtype {
+        return Ok(x.clone());
+    }
+    let y = Tensor::empty(tape.dev(), Role::Activation, dtype, x.dims())?;
+    tape.dev().cast(S, &Cast { x: x.value().view(), y: y.out() })?;
+    let xs = x.clone();
+    Ok(tape.op1(&[x], y, move |g, out| {
+        let Some(dy) = g.take_acc(out)? else { return Ok(()) };
+        let dx = g.like(&xs)?;
+        g.dev().cast(S, &Cast { x: dy.view(), y: dx.out() })?;
         g.give(&xs, dx)
     }))
 }

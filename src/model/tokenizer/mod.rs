@@ -6,11 +6,11 @@ mod encoder;
 mod lpips;
 
 use crate::autograd::{Tape, Var};
-use crate::config::{QuantizerConfig, QuantizerKind, Scores, TokenizerConfig};
+use crate::config::{Operands, QuantizerConfig, QuantizerKind, Scores, TokenizerConfig};
 use crate::error::{Error, Result};
 use crate::nn::{Conv2d, Init, Param, ParamBuilder, Params};
 use crate::ops::{self, Conv, Entropy, IbqOptions, Quantized};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 pub use discriminator::{Discriminator, DiscriminatorState};
 use encoder::{Decoder, Encoder};
 pub use lpips::Lpips;
@@ -73,7 +73,8 @@ impl Tokenizer {
     }
 
     /// Encodes groups of same-size images `[B, H, W, 3]`: `z` `[M, D]`, group after group, image by image, row
-    /// by row, and the grid of each group. With metric `l2norm` the rows of `z` are unit vectors.
+    /// by row, in the type of the quantizer's operands, and the grid of each group. With metric `l2norm` the rows of `z`
+    /// are unit vectors.
     pub fn encode(&self, t: &Tape, p: &Params, images: &[Var]) -> Result<(Var, Vec<Grid>)> {
         let s = self.downsampling;
         let (mut parts, mut grids) = (Vec::new(), Vec::new());
@@ -88,6 +89,7 @@ impl Tokenizer {
                 ));
             }
             let h = self.encoder.forward(t, p, x)?;
+            let h = ops::cast(t, &h, self.operands(t))?;
             let h = self.quant_conv.forward(t, p, &h)?;
             grids.push(Grid { images: d[0], h: d[1] / s, w: d[2] / s });
             let rows = [h.dims().rows(), h.dims().cols()];
@@ -104,14 +106,27 @@ impl Tokenizer {
         self.quantizer.kind == QuantizerKind::Ibq && self.quantizer.metric == Scores::L2norm
     }
 
-    /// The codes `[K, D]` as tokens meet them: unit vectors with metric `l2norm`.
+    /// The type in which tokens and codes meet.
+    fn operands(&self, t: &Tape) -> DType {
+        match self.quantizer.precision {
+            Operands::Act => t.precision().act,
+            Operands::F32 => t.precision().acc,
+        }
+    }
+
+    /// The codes `[K, D]` as tokens meet them, in the type of the quantizer's operands: unit vectors with metric `l2norm`.
     pub fn codes(&self, t: &Tape, p: &Params) -> Result<Var> {
-        let e = p.var(t, self.codebook)?;
+        let e = p.var_as(t, self.codebook, self.operands(t))?;
         if self.normalised() { ops::l2_norm(t, &e, NORM_EPS) } else { Ok(e) }
     }
 
-    /// Quantizes `z` `[M, D]` against `codes` `[K, D]`; `inv_count` is a device scalar, one over the tokens of all
-    /// ranks. Without `entropies` neither entropy is formed.
+    /// The codes `[K, D]` as decoder and language model read them: in the type of activations.
+    pub fn table(&self, t: &Tape, p: &Params) -> Result<Var> {
+        ops::cast(t, &self.codes(t, p)?, t.precision().act)
+    }
+
+    /// Quantizes `z` `[M, D]` against `codes` `[K, D]`, which are of one type; `zq` is an activation again. `inv_count` is a
+    /// device scalar, one over the tokens of all ranks. Without `entropies` neither entropy is formed.
     pub fn quantize(
         &self,
         t: &Tape,
@@ -124,10 +139,11 @@ impl Tokenizer {
         let (beta_commit, beta_code) = q.betas();
         let entropy = entropies.then_some(Entropy { temperature: q.temperature, eps: q.entropy_eps });
         let o = IbqOptions { entropy, beta_commit, beta_code };
-        match q.kind {
+        let q = match q.kind {
             QuantizerKind::Ibq => ops::ibq(t, z, codes, inv_count, o),
             QuantizerKind::Vq => ops::vq(t, z, codes, inv_count, o),
-        }
+        }?;
+        Ok(Quantized { zq: ops::cast(t, &q.zq, t.precision().act)?, ..q })
     }
 
     /// Decodes `zq` `[M, D]` into one `[B, H, W, 3]` a grid, unclamped.

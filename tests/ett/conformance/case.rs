@@ -263,6 +263,8 @@ pub struct Case {
     /// The smallest size that it is part of.
     pub size: Size,
     pub runs: Runs,
+    /// The shim takes it, as large as it is.
+    pub on_shim: bool,
     pub args: Box<Args>,
     pub call: Box<Call>,
 }
@@ -273,7 +275,8 @@ impl Case {
         args: impl Fn(&Draw) -> Vec<Arg> + 'static,
         call: impl Fn(&dyn Kernels, &Views) -> error::Result<()> + 'static,
     ) -> Self {
-        Case { what: what.into(), size: Size::Tiny, runs: EVERY, args: Box::new(args), call: Box::new(call) }
+        let (args, call) = (Box::new(args), Box::new(call));
+        Case { what: what.into(), size: Size::Tiny, runs: EVERY, on_shim: false, args, call }
     }
 
     /// From this size on.
@@ -283,6 +286,11 @@ impl Case {
             _ => self.runs,
         };
         Case { size, runs, ..self }
+    }
+
+    /// On the shim, too, though it is large.
+    pub fn on_shim(self) -> Self {
+        Case { on_shim: true, ..self }
     }
 
     /// With these scales and layouts.
