@@ -1,8 +1,9 @@
-//! The project's one comparator: how far computed numbers may be from known ones. Failures are sentences.
+//! The comparator of all numerical tests: measures how far computed numbers are from expected ones. Failures are
+//! sentences.
 
-use crate::tensor::DType;
+use crate::backend::DType;
 
-/// How far is too far. Errors are Euclidean norms of differences, relative to what was wanted.
+/// Error bounds. Errors are Euclidean norms of differences, relative to the wanted values.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Bounds {
     /// All values together.
@@ -11,13 +12,13 @@ pub struct Bounds {
     pub row: f64,
     /// One value, relative to the larger of its own magnitude and the rms of all values.
     pub element: f64,
-    /// Least norm of all values that errors are relative to: for values that are zero but for rounding.
+    /// Lower bound of the norm that errors are relative to, for values that are zero except for rounding.
     pub least: f64,
 }
 
 impl Bounds {
-    /// The table: for one kernel against an oracle on the same rounded inputs. The values are a few times
-    /// the rounding of each type (1.1e-16, 6e-8, 3.9e-3), with room for sums of some thousand terms.
+    /// The bounds for one kernel against an oracle on the same rounded inputs. They are a few times the rounding of
+    /// each type (1.1e-16, 6e-8, 3.9e-3), with room for sums of a few thousand terms.
     pub const fn of(dtype: DType) -> Self {
         match dtype {
             DType::F64 => Bounds { norm: 1e-12, row: 1e-11, element: 1e-10, least: 0.0 },
@@ -27,12 +28,12 @@ impl Bounds {
         }
     }
 
-    /// Only the norm of all values counts.
+    /// Bounds the norm of all values only.
     pub const fn norm(norm: f64) -> Self {
         Bounds { norm, row: f64::INFINITY, element: f64::INFINITY, least: 0.0 }
     }
 
-    /// The same bounds, `factor` times as wide: for several kernels in a row, or ill-conditioned ones.
+    /// The same bounds, `factor` times as wide: for several kernels in a row or ill-conditioned ones.
     pub const fn times(self, factor: f64) -> Self {
         Bounds {
             norm: self.norm * factor,
@@ -48,7 +49,7 @@ impl Bounds {
     }
 }
 
-/// Relative rounding error of a type: half the distance from 1 to the next number.
+/// Relative rounding error of a type: half the distance from 1 to the next larger number.
 pub const fn unit_roundoff(dtype: DType) -> f64 {
     match dtype {
         DType::F64 => f64::EPSILON / 2.0,
@@ -65,7 +66,7 @@ pub struct Errors {
     pub norm: f64,
     /// The worst row and its number.
     pub row: (f64, usize),
-    /// The worst value and its position.
+    /// The worst value and its index.
     pub element: (f64, usize),
 }
 
@@ -82,8 +83,8 @@ fn ratio(part: f64, whole: f64) -> f64 {
     if part == 0.0 { 0.0 } else { part / whole }
 }
 
-/// Errors of `got` against `want`, rows of `cols` values. Fails on different lengths and on values that are not
-/// finite, whichever side they are on.
+/// Errors of `got` against `want`, in rows of `cols` values. Fails if the lengths differ or either side has
+/// non-finite values.
 pub fn errors(what: &str, got: &[f64], want: &[f64], cols: usize, least: f64) -> Result<Errors, String> {
     if got.len() != want.len() {
         return Err(format!("{what}: got {} values, wanted {}", got.len(), want.len()));
@@ -92,7 +93,7 @@ pub fn errors(what: &str, got: &[f64], want: &[f64], cols: usize, least: f64) ->
         return Err(format!("{what}: {} values cannot be cut into rows of {cols}", got.len()));
     }
     if let Some(i) = want.iter().position(|v| !v.is_finite()) {
-        return Err(format!("{what}: the wanted value {i} is {}, nothing can be compared with it", want[i]));
+        return Err(format!("{what}: the wanted value {i} is {}, wanted a finite one", want[i]));
     }
     if let Some(i) = got.iter().position(|v| !v.is_finite()) {
         let n = got.iter().filter(|v| !v.is_finite()).count();
@@ -153,9 +154,9 @@ pub fn compare(what: &str, got: &[f64], want: &[f64], cols: usize, bounds: Bound
     Ok(e)
 }
 
-/// Fails if the error of `got` is more than twice that of `naive`, in norm and in the worst row. `naive` is the
-/// plain computation on the same rounded inputs, one rounding per output; errors below the rounding of
-/// `dtype`, the type of the outputs, count as that rounding.
+/// Fails if the error of `got` is more than twice that of `naive`, in norm or in the worst row. `naive` is the plain
+/// computation on the same rounded inputs with one rounding per output. Errors below the rounding of `dtype`, the
+/// type of the outputs, count as that rounding.
 pub fn no_worse_than(
     what: &str,
     got: &[f64],
@@ -195,7 +196,7 @@ pub fn indices(what: &str, got: &[i32], want: &[i32]) -> Result<(), String> {
     }
 }
 
-/// Fails unless the score of every chosen index is within `slack` of the best of its row; `scores` are rows of
+/// Fails unless the score of every chosen index is within `slack` of the best of its row; `scores` holds rows of
 /// `cols` exact scores. For choices that rounding may change.
 pub fn choices(what: &str, got: &[i32], scores: &[f64], cols: usize, slack: f64) -> Result<(), String> {
     if cols == 0 || scores.len() != got.len() * cols {

@@ -1,5 +1,5 @@
-//! The crate's one error type. Every message is one sentence that names what was got and what was
-//! wanted; where a remedy is known it follows as a hint.
+//! The crate's error type. Every message is one sentence that says what was got and what was wanted, followed by the
+//! remedy if one is known.
 
 use std::path::{Path, PathBuf};
 
@@ -10,61 +10,61 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A kernel or an op was given an argument that its contract forbids.
+    /// An argument of a kernel or an op violates its contract.
     #[error("{op}: argument `{arg}` is {got}, wanted {want}")]
     Argument {
         /// Name of the op or kernel.
         op: &'static str,
-        /// Name of the argument.
+        /// The argument's name.
         arg: &'static str,
-        /// What was given.
+        /// The given value.
         got: String,
-        /// What the contract asks for.
+        /// The values that the contract allows.
         want: String,
     },
     /// The device does not implement this case.
     #[error("{op}: {what} is not supported by {device}")]
     Unsupported {
-        /// Name of the op or kernel.
+        /// The op or kernel.
         op: &'static str,
-        /// The case that is missing.
+        /// The unsupported case.
         what: String,
-        /// The device that was asked.
+        /// The device.
         device: String,
     },
     /// An allocation failed.
     #[error(
-        "out of memory on {device}: {asked} were asked for as {role}, {free}; {held}; \
+        "out of memory on {device}: {asked} of {role} memory requested, {free}; {held}; \
          use a smaller batch, or see `--plan` for what a step needs"
     )]
     OutOfMemory {
-        /// The device that was asked.
+        /// The device.
         device: String,
         /// Role of the buffer.
         role: String,
-        /// Bytes asked for, with their unit.
+        /// Requested bytes, with their unit.
         asked: String,
-        /// What there was.
+        /// The memory that was free.
         free: String,
-        /// The largest roles at that moment.
+        /// The roles that held the most memory.
         held: String,
     },
-    /// A device cannot be used, or failed.
+    /// A device cannot be used or has failed.
     #[error("{device}: {what}")]
     Device {
         /// The device.
         device: String,
-        /// What is wrong and what would help.
+        /// What is wrong, and the remedy.
         what: String,
     },
-    /// A configuration value is impossible.
+    /// A configuration value is invalid.
     #[error("configuration: `{key}` is {got}, wanted {want}")]
     Config {
         /// Dotted key.
         key: String,
         /// The value found.
         got: String,
-        /// What is allowed.
+        /// The allowed values.
         want: String,
     },
     /// A weights file does not fit the model.
@@ -72,7 +72,7 @@ pub enum Error {
     Weights {
         /// The file.
         path: PathBuf,
-        /// What is wrong, tensor names included.
+        /// What is wrong, with the names of tensors.
         what: String,
     },
     /// A data set or one of its files cannot be used.
@@ -80,7 +80,7 @@ pub enum Error {
     Data {
         /// The file or folder.
         path: PathBuf,
-        /// What is wrong and what would be right.
+        /// What is wrong, and the remedy.
         what: String,
     },
     /// The operating system refused a file operation.
@@ -88,29 +88,29 @@ pub enum Error {
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// The system's answer.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// A signal asked for an end.
+    /// A signal asked the program to stop.
     #[error("interrupted")]
     Interrupted,
-    /// Training cannot go on.
+    /// Training cannot continue.
     #[error("training stopped: {0}")]
     Training(String),
 }
 
 impl Error {
-    /// An [`Error::Argument`] from anything printable.
+    /// An [`Error::Argument`]; `got` and `want` may be anything printable.
     pub fn arg(op: &'static str, arg: &'static str, got: impl ToString, want: impl ToString) -> Self {
         Error::Argument { op, arg, got: got.to_string(), want: want.to_string() }
     }
 
-    /// An [`Error::Device`] from anything printable.
+    /// An [`Error::Device`]; the arguments may be anything printable.
     pub fn device(device: impl ToString, what: impl ToString) -> Self {
         Error::Device { device: device.to_string(), what: what.to_string() }
     }
 
-    /// An [`Error::Config`] from anything printable.
+    /// An [`Error::Config`]; the arguments may be anything printable.
     pub fn config(key: impl ToString, got: impl ToString, want: impl ToString) -> Self {
         Error::Config { key: key.to_string(), got: got.to_string(), want: want.to_string() }
     }
@@ -125,7 +125,7 @@ impl Error {
         Error::Weights { path: path.as_ref().into(), what: what.to_string() }
     }
 
-    /// The message without the path that it begins with, to stand beside it.
+    /// The message without the path at its beginning, for use next to the path.
     pub fn reason(&self, path: &Path) -> String {
         let text = self.to_string();
         text.strip_prefix(&format!("{}: ", path.display())).unwrap_or(&text).into()

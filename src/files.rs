@@ -1,4 +1,5 @@
-//! Files that are whole or not there: written beside their place, synced to the disk, then renamed.
+//! Atomic writing of files: a file is written under a temporary name in the same folder, synced to disk, then
+//! renamed.
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter, ErrorKind, Read, Seek, SeekFrom, Write};
@@ -15,9 +16,9 @@ pub struct Written {
     pub crc32: u32,
 }
 
-/// A new file that counts and sums what is put into it.
+/// A new file; counts and checksums the bytes written to it.
 pub struct FileWriter {
-    /// What errors name.
+    /// The path in error messages.
     path: PathBuf,
     file: BufWriter<File>,
     bytes: u64,
@@ -30,13 +31,13 @@ impl FileWriter {
         Self::under(path, path)
     }
 
-    /// Creates or empties the file `at`, which errors call `path`.
+    /// Creates or empties the file `at`; error messages name `path`.
     fn under(at: &Path, path: &Path) -> Result<Self> {
         let file = BufWriter::with_capacity(1 << 20, File::create(at).map_err(Error::io(path))?);
         Ok(FileWriter { path: path.into(), file, bytes: 0, sum: crc32fast::Hasher::new() })
     }
 
-    /// The file's name.
+    /// The path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -49,42 +50,42 @@ impl FileWriter {
         Ok(())
     }
 
-    /// Waits until all of it is on the disk.
+    /// Waits until the file is on disk.
     pub fn finish(mut self) -> Result<Written> {
         self.file.flush().and_then(|()| self.file.get_ref().sync_all()).map_err(Error::io(&self.path))?;
         Ok(Written { bytes: self.bytes, crc32: self.sum.finalize() })
     }
 
-    /// Waits until all of it has left for a device or a pipe, which cannot be synced.
+    /// Flushes a device or a pipe, which cannot be synced.
     fn sent(mut self) -> Result<Written> {
         self.file.flush().map_err(Error::io(&self.path))?;
         Ok(Written { bytes: self.bytes, crc32: self.sum.finalize() })
     }
 }
 
-/// Writes a file and waits until it is on the disk. A file of this name is half written meanwhile; see [`replace`].
+/// Writes a file and waits until it is on disk. Until then, the file may be incomplete; [`replace`] avoids that.
 pub fn write_synced(path: &Path, bytes: &[u8]) -> Result<Written> {
     let mut file = FileWriter::create(path)?;
     file.put(bytes)?;
     file.finish()
 }
 
-/// Waits until the names in a folder are on the disk.
+/// Waits until the entries of a folder are on disk.
 pub fn sync_dir(path: &Path) -> Result<()> {
-    // Elsewhere folders cannot be opened, and renaming is as safe as it gets.
+    // On other systems folders cannot be opened for syncing.
     if !cfg!(unix) {
         return Ok(());
     }
     match File::open(path).and_then(|f| f.sync_all()) {
-        // File systems without names of their own, such as some network shares, refuse.
+        // Some file systems, such as network shares, do not support syncing folders.
         Err(e) if matches!(e.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported) => Ok(()),
         done => done.map_err(Error::io(path)),
     }
 }
 
-/// Where [`replace`] writes.
+/// The destination of [`replace`].
 enum Place {
-    /// A file that is there already, behind any links, or that is new.
+    /// A new file, or an existing one with links resolved.
     File(PathBuf),
     /// A device or a pipe, such as `/dev/stdout`.
     Stream,
@@ -93,7 +94,7 @@ enum Place {
 impl Place {
     fn of(path: &Path) -> Result<Self> {
         if path.file_name().is_none() {
-            return Err(Error::data(path, "is no file name; name a file to write"));
+            return Err(Error::data(path, "is not a file name; name a file to write"));
         }
         match std::fs::metadata(path) {
             Ok(m) if m.is_dir() => Err(Error::data(path, "is a folder; name a file to write")),
@@ -104,20 +105,20 @@ impl Place {
             Ok(_) => Ok(Place::Stream),
             Err(e) if e.kind() == ErrorKind::NotFound => match parent(path).is_dir() {
                 true => Ok(Place::File(path.into())),
-                false => Err(Error::data(path, "its folder is not there; make the folder first")),
+                false => Err(Error::data(path, "its folder does not exist; create it first")),
             },
             Err(e) => Err(Error::io(path)(e)),
         }
     }
 }
 
-/// The name under which a file is written until it is whole.
+/// The temporary name of a file until it is complete.
 fn part(to: &Path) -> PathBuf {
     to.with_file_name(format!(".{}.part", to.file_name().unwrap_or_default().to_string_lossy()))
 }
 
-/// Puts a file in the place of another, or none: at every moment the name stands for the whole old or the whole new
-/// one. What was begun is removed on an error. Devices and pipes are written to as they are.
+/// Creates or replaces a file atomically: at every moment, the name refers to the complete old file or the complete
+/// new one. On an error the temporary file is removed. Devices and pipes are written to directly.
 pub fn replace(path: &Path, fill: impl FnOnce(&mut FileWriter) -> Result<()>) -> Result<Written> {
     let to = match Place::of(path)? {
         Place::File(to) => to,
@@ -142,7 +143,7 @@ pub fn replace(path: &Path, fill: impl FnOnce(&mut FileWriter) -> Result<()>) ->
     Ok(written)
 }
 
-/// Fails if [`replace`] could not put a file there now: for programs that work long before they write.
+/// Fails if [`replace`] could not write this file now: for programs that work for a long time before they write.
 pub fn probe(path: &Path) -> Result<()> {
     let Place::File(to) = Place::of(path)? else { return Ok(()) };
     let part = part(&to);
@@ -150,7 +151,7 @@ pub fn probe(path: &Path) -> Result<()> {
     std::fs::remove_file(&part).map_err(Error::io(path))
 }
 
-/// The folder that a file lies in.
+/// The folder of a file.
 pub fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(p) if p != Path::new("") => p,
@@ -158,7 +159,7 @@ pub fn parent(path: &Path) -> &Path {
     }
 }
 
-/// Size and checksum of a file as it is on the disk.
+/// Size and checksum of a file on disk.
 pub fn checksum(path: &Path) -> Result<Written> {
     let mut file = File::open(path).map_err(Error::io(path))?;
     let (mut bytes, mut sum, mut buffer) = (0, crc32fast::Hasher::new(), vec![0; 1 << 20]);
@@ -175,13 +176,13 @@ pub fn checksum(path: &Path) -> Result<Written> {
     }
 }
 
-/// True if a write failed because the disk, a quota or the limit of a file's size is used up.
+/// True if a write failed because the disk is full, or a quota or the maximum file size is exceeded.
 pub fn is_full(e: &Error) -> bool {
     use ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
     matches!(e, Error::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded | FileTooLarge))
 }
 
-/// A file of lines that grows, such as `metrics.jsonl`.
+/// A file to which lines are appended, such as `metrics.jsonl`.
 pub struct Lines {
     path: PathBuf,
     file: BufWriter<File>,
@@ -189,8 +190,8 @@ pub struct Lines {
 }
 
 impl Lines {
-    /// Goes on after the first `bytes` bytes, what [`Lines::sync`] gave, 0 for a new file; lines after them are cut
-    /// off. If the file is shorter, or gone, its whole lines are kept and a warning says so.
+    /// Continues after the first `bytes` bytes, as returned by [`Lines::sync`] (0 for a new file); later lines are
+    /// cut off. If the file is shorter or missing, its complete lines are kept and a warning is logged.
     pub fn resume(path: &Path, bytes: u64) -> Result<Self> {
         let io = |e| Error::io(path)(e);
         let mut file = File::options();
@@ -198,7 +199,10 @@ impl Lines {
         let len = file.metadata().map_err(io)?.len();
         let mut keep = bytes;
         if len < bytes {
-            tracing::warn!("{}: holds {len} bytes, the checkpoint's run had written {bytes}", path.display());
+            tracing::warn!(
+                "{}: has {len} bytes, but had {bytes} at the checkpoint; lines are missing",
+                path.display()
+            );
             keep = whole_lines(&file).map_err(io)?;
         }
         file.set_len(keep).map_err(io)?;
@@ -206,21 +210,21 @@ impl Lines {
         Ok(Lines { path: path.into(), file: BufWriter::new(file), bytes: keep })
     }
 
-    /// Appends a line, given without its end.
+    /// Appends a line, given without its line break.
     pub fn push(&mut self, line: &str) -> Result<()> {
         writeln!(self.file, "{line}").map_err(Error::io(&self.path))?;
         self.bytes += line.len() as u64 + 1;
         Ok(())
     }
 
-    /// Waits until all lines are on the disk, and gives their length in bytes.
+    /// Waits until all lines are on disk and returns their length in bytes.
     pub fn sync(&mut self) -> Result<u64> {
         self.file.flush().and_then(|()| self.file.get_ref().sync_all()).map_err(Error::io(&self.path))?;
         Ok(self.bytes)
     }
 }
 
-/// Bytes up to the end of the last line.
+/// Bytes up to the end of the last complete line.
 fn whole_lines(file: &File) -> std::io::Result<u64> {
     let (mut at, mut end) = (0, 0);
     for byte in BufReader::new(file).bytes() {

@@ -1,17 +1,17 @@
-//! What the programs say, to readers who may have gone and on disks that may be full.
+//! Output of the programs, robust against closed pipes and full disks.
 
 use std::io::{self, IsTerminal, Write};
 
 use crate::error::{Error, Result};
 
-/// Standard output. Nothing that goes wrong with it stops a program that has more to do than to print.
+/// Standard output. An error of it does not stop a program that has more to do than to print.
 #[derive(Default)]
 pub struct Output {
     failed: Option<io::Error>,
 }
 
 impl Output {
-    /// Writes text at once; false if it, or something before it, could not be written.
+    /// Writes and flushes text; returns false if this or an earlier write failed.
     pub fn put(&mut self, text: &str) -> bool {
         if self.failed.is_none() {
             let mut out = io::stdout().lock();
@@ -25,7 +25,7 @@ impl Output {
         self.put(&format!("{}\n", text.as_ref()))
     }
 
-    /// Fails if something could not be written, unless its reader has gone, as `head` does.
+    /// Fails if a write failed, unless the reader closed the pipe, as `head` does.
     pub fn finish(self) -> Result<()> {
         match self.failed {
             Some(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Error::io("standard output")(e)),
@@ -34,7 +34,7 @@ impl Output {
     }
 }
 
-/// Standard error, where what cannot be written is lost.
+/// Standard error; write errors are ignored.
 struct Log;
 
 impl Write for Log {
@@ -48,7 +48,7 @@ impl Write for Log {
     }
 }
 
-/// Logs to standard error what `ETT_LOG` asks for, by default events of `level` and above.
+/// Logs to standard error the events selected by `ETT_LOG`, by default those of `level` and above.
 pub fn log(level: &str) {
     tracing_subscriber::fmt()
         .with_env_filter(
@@ -61,23 +61,24 @@ pub fn log(level: &str) {
         .init();
 }
 
-/// Says on standard error why a program has failed.
+/// Prints to standard error why a program failed.
 pub fn complain(e: &Error) {
     let _ = writeln!(Log, "error: {e}");
 }
 
-/// A model's words without what would move the cursor of a terminal; line breaks and tabs stay.
+/// The text of a model with control characters replaced, since they could move the terminal's cursor; line breaks and
+/// tabs stay.
 fn visible(text: &str) -> String {
     let shown = |c: char| if c.is_control() && !matches!(c, '\n' | '\t') { '\u{fffd}' } else { c };
     text.replace("\r\n", "\n").chars().map(shown).collect()
 }
 
-/// A model's words in one line.
+/// The text of a model in one line.
 pub fn one_line(text: &str) -> String {
     visible(text).split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// A model's words in lines, with at most one empty line between them and none around them.
+/// The text of a model in lines, with at most one empty line in a row and none at the start and end.
 pub fn paragraphs(text: &str) -> String {
     let text = visible(text);
     let mut lines: Vec<&str> = text.lines().map(str::trim_end).collect();

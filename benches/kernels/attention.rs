@@ -1,6 +1,5 @@
-use ett::backend::{AttentionBwd, AttentionFwd, Kernels, Stream};
+use ett::backend::{AttentionBwd, AttentionFwd, DType, Kernels, Stream};
 use ett::ops::Seqs;
-use ett::tensor::DType;
 
 use crate::common::{Bench, acc, call, normal, out};
 

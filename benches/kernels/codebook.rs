@@ -1,8 +1,9 @@
 use ett::backend::{
-    Cost, Cpu, IbqBwd, IbqCols, IbqLosses, IbqRows, Kernels, Metric, Nearest, Role, Stream, VqBwd, VqLosses,
+    Cost, Cpu, DType, IbqBwd, IbqCols, IbqLosses, IbqRows, Kernels, Metric, Nearest, Role, Stream, VqBwd,
+    VqLosses,
 };
 use ett::error::Result;
-use ett::tensor::{DType, Tensor};
+use ett::tensor::Tensor;
 
 use crate::common::{Bench, Check, acc, call, head, ids, normal, out, scaled};
 

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput};
-use ett::backend::{Args, Cost, Cpu, Kernels, Role};
+use ett::backend::{Args, Cost, Cpu, DType, Dims, Kernels, Role, to_bf16};
 use ett::compare::{Bounds, compare};
-use ett::data::Philox;
 use ett::error::{Error, Result};
-use ett::tensor::{DType, Dims, Tensor, to_bf16};
+use ett::rng::Philox;
+use ett::tensor::Tensor;
 use serde_json::json;
 
 /// Inputs are rotated through this many bytes: three times the largest L2 in use.

@@ -1,8 +1,7 @@
 use ett::backend::{
-    Conv2dBwdData, Conv2dBwdWeight, Conv2dFwd, Kernels, MaxPool2x2Bwd, MaxPool2x2Fwd, Stream, Upsample2xBwd,
-    Upsample2xFwd,
+    Conv2dBwdData, Conv2dBwdWeight, Conv2dFwd, DType, Kernels, MaxPool2x2Bwd, MaxPool2x2Fwd, Stream,
+    Upsample2xBwd, Upsample2xFwd,
 };
-use ett::tensor::DType;
 
 use crate::common::{Bench, acc, call, normal, out};
 

@@ -1,8 +1,8 @@
 use ett::backend::{
-    HingeBwd, HingeFwd, Kernels, L1Bwd, L1Fwd, LinearXentBwd, LinearXentFwd, LpipsBwd, LpipsFwd, Role,
+    DType, HingeBwd, HingeFwd, Kernels, L1Bwd, L1Fwd, LinearXentBwd, LinearXentFwd, LpipsBwd, LpipsFwd, Role,
     Sample, Stream, XentBwd, XentFwd,
 };
-use ett::tensor::{DType, Tensor};
+use ett::tensor::Tensor;
 
 use crate::common::{Bench, acc, call, ids, normal, out, scaled};
 

@@ -1,8 +1,8 @@
 use ett::backend::{
-    BatchNormBwd, BatchNormFwd, Cpu, GroupNormBwd, GroupNormFwd, Kernels, LayerNormBwd, LayerNormFwd,
+    BatchNormBwd, BatchNormFwd, Cpu, DType, GroupNormBwd, GroupNormFwd, Kernels, LayerNormBwd, LayerNormFwd,
     RmsNormBwd, RmsNormFwd, Role, Stream,
 };
-use ett::tensor::{DType, Tensor};
+use ett::tensor::Tensor;
 
 use crate::common::{Bench, Check, acc, call, head, normal, out, same};
 

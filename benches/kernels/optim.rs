@@ -1,5 +1,5 @@
-use ett::backend::{Adamw, Kernels, Slot, StepState, Stream, SumSquares};
-use ett::tensor::DType;
+use ett::backend::{Adamw, DType, Kernels, Slot, Stream, SumSquares};
+use ett::train::StepState;
 
 use crate::common::{Bench, call, normal, out};
 

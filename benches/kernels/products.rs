@@ -1,5 +1,4 @@
-use ett::backend::{Matmul, MatmulAcc, Stream};
-use ett::tensor::DType;
+use ett::backend::{DType, Matmul, MatmulAcc, Stream};
 
 use crate::common::{Bench, acc, call, normal, out};
 

@@ -4,10 +4,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use criterion::Throughput;
-use ett::backend::{Cpu, StepState};
+use ett::backend::Cpu;
 use ett::config::{Config, StageKind};
+use ett::feed::Batch;
 use ett::model::Ett;
-use ett::train::{Batch, Hyper, Optimizer, Stage, step};
+use ett::train::{Hyper, Optimizer, Stage, StepState, step};
 
 use crate::common::{Bench, normal};
 

@@ -1,5 +1,5 @@
-// attention.cuh: what the two directions of attention share: sequences of a flat batch, tiles for the tensor cores
-// (bf16, "mma") and tiles for plain multiply-adds (any type and head dimension, "simple").
+// attention.cuh: what the forward and the backward of attention share: sequences of a flat batch, tiles for tensor
+// cores (bf16, "mma") and tiles for plain multiply-adds (any type and head dimension, "simple").
 #pragma once
 
 #include <type_traits>
@@ -16,17 +16,17 @@ struct Batch {
     const int32_t* cu_q;
     const int32_t* cu_k;
     int64_t n_q, n_k, max_q, max_k;
-    int32_t seqs, heads, kv_heads, group, d, causal;  // group: query heads of one key/value head
+    int32_t seqs, heads, kv_heads, group, d, causal;  // group: query heads per key/value head
     Fault fault;
 };
 
-// Rows of a sequence.
+// The rows of a sequence.
 struct Span {
     int start, count;
 };
 
-// Rows of sequence `s`; none, and a fault, if its end is not within [start, min(n, start + longest)] or the first offset
-// is not 0. A start outside the batch is the fault of the sequence before.
+// The rows of sequence `s`. If its end is not in [start, min(n, start + longest)], or the first offset is not 0, this
+// is a fault and the sequence has no rows. A start outside the batch is reported as the end of the previous sequence.
 __device__ __forceinline__ Span span(const int32_t* cu, int s, int64_t n, int64_t longest, const Fault& fault, bool report) {
     const int64_t start = cu[s], end = cu[s + 1];
     const bool first = s > 0 || start == 0, begins = start >= 0 && start <= n, ends = end >= start && end <= n && end - start <= longest;
@@ -36,8 +36,8 @@ __device__ __forceinline__ Span span(const int32_t* cu, int s, int64_t n, int64_
     return Span{0, 0};
 }
 
-// Rows of slot `s` of a cache, `len[s]` from `start[s]` on; none, and a fault, if they are not all within the n rows, or
-// more than `longest`.
+// The rows of slot `s` of a cache: `len[s]` rows from `starts[s]` on. If they are not all among the n rows, or more
+// than `longest`, this is a fault and the slot has no rows.
 __device__ __forceinline__ Span slot(const int32_t* starts, const int32_t* len, int s, int64_t n, int64_t longest, const Fault& fault, bool report) {
     const int64_t start = starts[s], count = len[s];
     const bool begins = start >= 0 && start <= n;
@@ -47,7 +47,7 @@ __device__ __forceinline__ Span slot(const int32_t* starts, const int32_t* len, 
     return Span{0, 0};
 }
 
-// A sequence: its query and key rows, and the keys that a query sees.
+// A sequence: its query and key rows, and which keys a query attends to ("sees").
 struct Seq {
     Span q, k;
     bool causal;
@@ -64,7 +64,7 @@ struct Seq {
     __device__ __forceinline__ int first_query(int j) const { return causal ? max(0, j + q.count - k.count) : 0; }
 };
 
-// Where the padding begins.
+// The first padding row.
 __device__ __forceinline__ int64_t padding(const int32_t* cu, int seqs, int64_t n) { return min(n, max(int64_t(0), int64_t(cu[seqs]))); }
 
 // Zeroes rows [from, n) of `cols` columns; this block is number `part` of `parts`.
@@ -77,16 +77,16 @@ template <class T> __device__ __forceinline__ void clear_rows(T* p, int64_t ld, 
 }
 
 // ---- tiles for the tensor cores --------------------------------------------------------------------------
-// A tile of bf16 in shared memory has rows of DT elements, the head dimension rounded up with zeros, and 16 bytes
-// between them, so that the 8 rows that ldmatrix reads at once lie in different banks. A block has 4 warps; warp w
-// owns rows 16 w to 16 w + 15 of the block's 64.
+// A tile of bf16 in shared memory has rows of DT elements (the head dimension padded with zeros) and 16 bytes between
+// rows, so that the 8 rows that ldmatrix reads at once are in different banks. A block has 4 warps; warp w owns rows
+// 16 w to 16 w + 15 of the block's 64.
 
 inline constexpr int kMmaThreads = 128, kMmaRows = 64;
 
 template <int DT> inline constexpr int kTileStride = DT + 8;
 template <int DT> constexpr int tile_bytes(int rows) { return rows * kTileStride<DT> * 2; }
 
-// Starts the copy of ROWS rows of which the first `rows` exist, the others are 0.
+// Starts the copy of ROWS rows; only the first `rows` exist, the others become 0.
 template <int ROWS, int DT> __device__ __forceinline__ void load_tile(bf16* smem, const bf16* src, int64_t ld, int rows, int d) {
     constexpr int kPieces = DT / 8, kStep = kMmaThreads / kPieces;
     static_assert(ROWS % kStep == 0, "every thread copies the same number of pieces");
@@ -103,8 +103,8 @@ template <int ROWS, int DT> __device__ __forceinline__ void load_tile(bf16* smem
     }
 }
 
-// acc = a b^T for the warp's 16 rows at `a` and the NT * 8 rows at `b`: element e of acc[j] is in row lane / 4 + 8 * (e / 2),
-// column 8 * j + 2 * (lane % 4) + e % 2.
+// acc = a b^T for the warp's 16 rows at `a` and the NT * 8 rows at `b`: element e of acc[j] is in row
+// lane / 4 + 8 * (e / 2) and column 8 * j + 2 * (lane % 4) + e % 2.
 template <int NT, int DT> __device__ __forceinline__ void dot_rows(float (&acc)[NT][4], const bf16* a, const bf16* b) {
     const int lane = threadIdx.x % kWarp;
     const bf16* from_a = a + lane % 16 * kTileStride<DT> + lane / 16 * 8;
@@ -127,7 +127,7 @@ template <int NT, int DT> __device__ __forceinline__ void dot_rows(float (&acc)[
     }
 }
 
-// out += w x for the warp's 16 rows of weights (laid out as dot_rows leaves them, here rounded to bf16) and the NT * 8
+// out += w x for the warp's 16 rows of weights (in the layout of dot_rows' result; rounded to bf16 here) and the NT * 8
 // rows at `x`.
 template <int NT, int DT> __device__ __forceinline__ void add_rows(float (&out)[DT / 8][4], const float (&w)[NT][4], const bf16* x) {
     const int lane = threadIdx.x % kWarp;
@@ -146,7 +146,7 @@ template <int NT, int DT> __device__ __forceinline__ void add_rows(float (&out)[
     }
 }
 
-// Stores the warp's rows times `factor` (of rows lane / 4 and lane / 4 + 8); the first `rows` of them exist.
+// Stores the warp's rows times `factor` (for rows lane / 4 and lane / 4 + 8); only the first `rows` of them exist.
 template <int DT>
 __device__ __forceinline__ void store_rows(bf16* dst, int64_t ld, int rows, int d, const float (&out)[DT / 8][4], const float (&factor)[2]) {
     const int lane = threadIdx.x % kWarp;
@@ -164,7 +164,7 @@ __device__ __forceinline__ void store_rows(bf16* dst, int64_t ld, int rows, int 
     }
 }
 
-// The smallest tile width for head dimension d.
+// Calls f with the smallest tile width DT for head dimension d.
 template <class F> int32_t with_mma_width(int d, F f) {
     if (d <= 32) return f(std::integral_constant<int, 32>{});
     if (d <= 64) return f(std::integral_constant<int, 64>{});
@@ -172,14 +172,14 @@ template <class F> int32_t with_mma_width(int d, F f) {
 }
 
 // ---- tiles for plain multiply-adds -----------------------------------------------------------------------
-// A block of 16 x 16 threads makes tiles of I * 16 own rows and 64 other rows: thread (y, x) owns rows y + 16 i of
+// A block of 16 x 16 threads computes tiles of I * 16 own rows and 64 other rows: thread (y, x) owns rows y + 16 i of
 // scores and results, columns x + 16 j of scores, and columns 4 * (x + 16 c) + {0..3} of results. Shared memory holds
-// the weights and, one after the other, slices of what is multiplied, widened to float.
+// the weights and, one after the other, slices of the operands, converted to float.
 
 inline constexpr int kPlainThreads = 256, kPlainCols = 64;
 inline constexpr int kSliceCols = 32;  // head dimensions of a slice for dot products
 inline constexpr int kSliceRows = 16;  // rows of a slice for weighted sums
-inline constexpr int kSliceStride = kSliceCols + 4, kWeightStride = kPlainCols + 4;  // rows 16 bytes apart in the banks
+inline constexpr int kSliceStride = kSliceCols + 4, kWeightStride = kPlainCols + 4;  // +16 bytes: rows start in other banks
 
 // Floats of shared memory: weights, then slices.
 template <int I, int DT> constexpr int plain_floats() {
@@ -187,14 +187,14 @@ template <int I, int DT> constexpr int plain_floats() {
     return I * 16 * kWeightStride + (dot > sum ? dot : sum);
 }
 
-// Some rows of one head: `count` exist, those after them are 0.
+// Rows of one head: only the first `count` exist, the others count as 0.
 template <class T> struct Rows {
     const T* p;
     int64_t ld;
     int count;
 };
 
-// Four elements at p; the first `valid` exist, the others are 0. `vectors` says that four can be loaded at once.
+// Loads four elements at p; only the first `valid` exist, the others become 0. `vectors`: four can be loaded at once.
 template <class T> __device__ __forceinline__ void fetch4(float (&v)[4], const T* p, int valid, bool vectors) {
     if (valid >= 4 && vectors) {
         load<4>(v, p);
@@ -204,7 +204,7 @@ template <class T> __device__ __forceinline__ void fetch4(float (&v)[4], const T
     }
 }
 
-// Fills ROWS rows of COLS columns from (row, col) of x on.
+// Fills ROWS rows of COLS columns, beginning at (row, col) of x.
 template <int ROWS, int COLS, class T>
 __device__ __forceinline__ void fill_slice(float* smem, int stride, const Rows<T>& x, int row, int col, int d, bool vectors) {
     constexpr int kStep = kPlainThreads / (COLS / 4);
@@ -220,7 +220,7 @@ __device__ __forceinline__ void fill_slice(float* smem, int stride, const Rows<T
     }
 }
 
-// acc = a b^T. All threads have passed a barrier since `slices` was last read, and do so after this call.
+// acc = a b^T. All threads have passed a barrier since `slices` was last read; this function ends with a barrier.
 template <int I, class T>
 __device__ __forceinline__ void plain_dot(float (&acc)[I][4], const Rows<T>& a, const Rows<T>& b, int d, float* slices, bool vectors) {
     const int x = threadIdx.x % 16, y = threadIdx.x / 16;
@@ -248,27 +248,27 @@ __device__ __forceinline__ void plain_dot(float (&acc)[I][4], const Rows<T>& a, 
                     for (int e = 0; e < 4; ++e) acc[i][j] += va[i][e] * vb[e];
             }
         }
-        __syncthreads();  // the slices are read, the next ones may be written
+        __syncthreads();  // the slices have been read and may be overwritten
     }
 }
 
-// The thread's weight of own row y + 16 i and other row x + 16 j in shared memory.
+// The thread's weight in shared memory for own row y + 16 i and other row x + 16 j.
 __device__ __forceinline__ float& plain_weight(float* smem, int i, int j) {
     return smem[(threadIdx.x / 16 + 16 * i) * kWeightStride + threadIdx.x % 16 + 16 * j];
 }
 
-// out += weights rows, with weights that the threads have written since the last barrier. All have passed a barrier since
-// the slices behind the weights were last read, and do so after this call.
+// out += weights * rows. The threads may have written the weights since the last barrier. All threads have passed a
+// barrier since the slices, which follow the weights in `smem`, were last read; this function ends with a barrier.
 template <int I, int DT, class T>
 __device__ __forceinline__ void plain_sum(float (&out)[I][DT / 64][4], const Rows<T>& rows, int d, float* smem, bool vectors) {
     const int x = threadIdx.x % 16, y = threadIdx.x / 16;
     float* slice = smem + I * 16 * kWeightStride;
-    constexpr int kDepth = DT > 256 ? 1 : 4;  // rows at a time; more results leave fewer registers
+    constexpr int kDepth = DT > 256 ? 1 : 4;  // rows at a time; large DT leaves few registers
     const int count = min(rows.count, kPlainCols);
 #pragma unroll 1
     for (int r = 0; r < count; r += kSliceRows) {
         fill_slice<kSliceRows, DT>(slice, DT, rows, r, 0, d, vectors);
-        __syncthreads();  // the slice and, the first time, the weights are written
+        __syncthreads();  // the slice and, in the first iteration, the weights are visible
 #pragma unroll 1
         for (int k = 0; k < kSliceRows; k += kDepth) {
             float w[I][kDepth];
@@ -286,7 +286,7 @@ __device__ __forceinline__ void plain_sum(float (&out)[I][DT / 64][4], const Row
                         for (int f = 0; f < 4; ++f) out[i][c][f] += w[i][e] * v[f];
                 }
         }
-        __syncthreads();  // the slice is read, the next one may be written
+        __syncthreads();  // the slice has been read and may be overwritten
     }
 }
 
@@ -300,7 +300,7 @@ template <int DT, class T> __device__ __forceinline__ void plain_store(T* row, i
             if (4 * (x + 16 * c) + e < d) row[4 * (x + 16 * c) + e] = from_float<T>(out[c][e] * factor);
 }
 
-// The smallest tile for head dimension d: its width and I. Results take I * DT / 16 registers.
+// Calls f with the width DT of the smallest tile for head dimension d, and with I. Results take I * DT / 16 registers.
 template <class F> int32_t with_plain_tile(int d, F f) {
     if (d <= 64) return f(std::integral_constant<int, 64>{}, std::integral_constant<int, 4>{});
     if (d <= 128) return f(std::integral_constant<int, 128>{}, std::integral_constant<int, 4>{});
@@ -312,7 +312,7 @@ template <class F> int32_t with_plain_tile(int d, F f) {
 
 inline constexpr int64_t kMaxHeadDim = 512;
 
-// The arguments that forward and backward share.
+// Checks the arguments that forward and backward share.
 template <class A> bool check_shapes(Check& check, const A& a) {
     if (!check.act("q", a.q) || !check.view("k", a.k) || !check.range("heads", a.heads, 0, 65535) ||
         !check.range("kv_heads", a.kv_heads, 1, 65535))
@@ -341,7 +341,7 @@ template <class A> Batch batch_of(const A& a, const ett_launch* l) {
                  int32_t(a.heads), int32_t(a.kv_heads), int32_t(a.heads / a.kv_heads), int32_t(a.head_dim), a.causal != 0, fault_of(l)};
 }
 
-// Tiles of `size` rows in the longest sequence; one at least, which looks at the offsets.
+// Tiles of `size` rows in the longest sequence; at least one, since the first tile checks the offsets.
 inline int64_t tiles_of(int64_t max, int64_t n, int64_t size) { return std::max<int64_t>(1, ceil_div(std::min(max, n), size)); }
 
 // True if the rows of a head in `v` consist of whole pieces of `bytes`.

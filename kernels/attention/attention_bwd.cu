@@ -1,4 +1,4 @@
-// attention_bwd.cu: gradients of attention_fwd; the probabilities are computed again from lse.
+// attention_bwd.cu: gradients of attention_fwd; the probabilities are recomputed from lse.
 //
 //   p_ij = exp(scale q_i . k_j - lse_i),  dp_ij = dy_i . v_j,  delta_i = dy_i . y_i,  ds_ij = p_ij (dp_ij - delta_i)
 //   dq_i = scale sum_j ds_ij k_j,   dk_j = scale sum_i ds_ij q_i,   dv_j = sum_i p_ij dy_i
@@ -11,14 +11,15 @@
 // dq         N,heads*D      act  rows of any stride   out   0 in padding rows
 // dk, dv     Nk,kv_heads*D  act  rows of any stride   out   0 in padding rows
 //
-// Three steps: delta (and lse) of each row and head, which also clears the padding; dq by tiles of queries; dk and dv by
-// tiles of keys. Nothing is added up across blocks: two passes form the scores twice, but the sums keep their order.
-// A sequence whose offsets are wrong is a fault and counts as empty: its rows of dq, dk and dv are not written, and
-// those of the sequence on the other side get 0.
+// Three steps: delta (and lse) of each row and head, in a kernel that also clears the padding; dq by tiles of queries;
+// dk and dv by tiles of keys. The two passes compute the scores twice, but need no sums across blocks, so that the
+// order of every sum is fixed.
+// A sequence with wrong offsets is a fault and counts as empty: if its query offsets are wrong, its rows of dq are not
+// written and its rows of dk and dv are 0; if its key offsets are wrong, the reverse.
 // numerics: products and sums in f32; "mma" rounds p and ds to bf16 before they are multiplied, "simple" does not; one
 // rounding of each result. Bitwise repeatable.
 // limits: 1 <= D <= 512, heads < 65536.
-// work: 10 * heads * D * (pairs that are seen) FLOP, of which 14 (mma) or 16 (simple) are done;
+// work: 10 * heads * D * (visible pairs) FLOP ("mma" executes 14, "simple" 16 instead of 10);
 //       (4*N*heads + 4*Nk*kv_heads) * D * size bytes.
 // papers: FlashAttention-2 (2307.08691).
 #include "activation.cuh"
@@ -49,7 +50,7 @@ template <class T> struct Backward {
 
 constexpr int kRowThreads = 256, kRowWarps = kRowThreads / kWarp;
 
-// Writes lse and delta by heads, a warp a row and head; clears the padding.
+// Writes lse and delta, ordered by heads, with one warp per row and head; clears the padding.
 template <class T>
 __global__ void __launch_bounds__(kRowThreads)
 rows_kernel(const __grid_constant__ Backward<T> a, const T* y, int64_t ldy, const float* lse, int64_t ldlse, bool vectors) {
@@ -78,8 +79,9 @@ rows_kernel(const __grid_constant__ Backward<T> a, const T* y, int64_t ldy, cons
 }
 
 // ---- tensor cores ----------------------------------------------------------------------------------------
-// A block owns 64 rows (queries for dq, keys for dk and dv) and meets the others 32 at a time, two tiles in turns: while
-// one is multiplied the next arrives. 64 would leave dk and dv no registers: 128 accumulators and 2 * 32 scores.
+// A block owns 64 rows (queries for dq, keys for dk and dv) and processes the rows of the other side 32 at a time, in
+// two alternating tiles: while one is multiplied, the next is copied. With 64, the 128 accumulators of dk and dv and 2
+// * 32 scores would need too many registers.
 
 constexpr int kOther = 32;
 template <int DT> constexpr int mma_bytes() { return tile_bytes<DT>(2 * kMmaRows + 4 * kOther) + 4 * kOther * int(sizeof(float)); }
@@ -87,7 +89,7 @@ template <int DT> constexpr int mma_bytes() { return tile_bytes<DT>(2 * kMmaRows
 template <int DT> __global__ void __launch_bounds__(kMmaThreads, 3) mma_dq_kernel(const __grid_constant__ Backward<bf16> a) {
     ETT_DYNAMIC_SMEM(smem);
     const int tile = int(blockIdx.x) / a.b.seqs, s = int(blockIdx.x) % a.b.seqs, head = blockIdx.y, d = a.b.d;
-    // The heaviest tiles of a causal call come first.
+    // With a causal mask the tiles with the most keys come first.
     const int first = (a.b.causal ? a.tiles - 1 - tile : tile) * kMmaRows;
     const Seq seq(a.b, s, first == 0 && head == 0 && threadIdx.x == 0);
     if (first >= seq.q.count) return;
@@ -124,7 +126,7 @@ template <int DT> __global__ void __launch_bounds__(kMmaThreads, 3) mma_dq_kerne
     float dq[DT / 8][4] = {};
     for (int key = 0, stage = 0; key < keys; key += kOther, stage ^= 1) {
         cp_async_wait<0>();
-        __syncthreads();  // this tile has arrived, and all have used the one before
+        __syncthreads();  // this tile has arrived, and all threads are done with the previous one
         if (key + kOther < keys) load_kv(key + kOther, stage ^ 1);
         cp_async_commit();
         const bf16* const tile_k = smem_kv + 2 * stage * kTile;
@@ -141,14 +143,14 @@ template <int DT> __global__ void __launch_bounds__(kMmaThreads, 3) mma_dq_kerne
             }
         add_rows<kOther / 8, DT>(dq, s, tile_k);
     }
-    cp_async_wait<0>();  // if no key is seen, the queries are still on their way
+    cp_async_wait<0>();  // the copy of the queries is still pending if there was no key
     const int64_t to = start + warp * 16;
     store_rows<DT>(a.dq + to * a.lddq + int64_t(head) * d, a.lddq, queries - warp * 16, d, dq, scale);
 }
 
 template <int DT> __global__ void __launch_bounds__(kMmaThreads, 2) mma_dkv_kernel(const __grid_constant__ Backward<bf16> a) {
     ETT_DYNAMIC_SMEM(smem);
-    // In a causal call the first keys are seen most often.
+    // The first tiles come first: with a causal mask they have the most queries.
     const int s = int(blockIdx.x) % a.b.seqs, first = int(blockIdx.x) / a.b.seqs * kMmaRows, kv_head = blockIdx.y, d = a.b.d;
     const Seq seq(a.b, s, first == 0 && kv_head == 0 && threadIdx.x == 0);
     if (first >= seq.k.count) return;
@@ -172,7 +174,7 @@ template <int DT> __global__ void __launch_bounds__(kMmaThreads, 2) mma_dkv_kern
         load_tile<kOther, DT>(smem_q + 2 * stage * kTile, a.q + from * a.ldq + head * d, a.ldq, rows, d);
         load_tile<kOther, DT>(smem_q + (2 * stage + 1) * kTile, a.dy + from * a.lddy + head * d, a.lddy, rows, d);
         if (threadIdx.x < kOther) {
-            // Rows that are not there get probability 0.
+            // An infinite lse gives rows past the last one probability 0.
             const int i = threadIdx.x;
             smem_rows[2 * stage * kOther + i] = i < rows ? a.lse[head * a.b.n_q + from + i] : INFINITY;
             smem_rows[(2 * stage + 1) * kOther + i] = i < rows ? a.delta[head * a.b.n_q + from + i] : 0.f;
@@ -189,7 +191,7 @@ template <int DT> __global__ void __launch_bounds__(kMmaThreads, 2) mma_dkv_kern
     float dk[DT / 8][4] = {}, dv[DT / 8][4] = {};
     for (int step = 0, stage = 0; step < steps; ++step, stage ^= 1) {
         cp_async_wait<0>();
-        __syncthreads();  // this tile has arrived, and all have used the one before
+        __syncthreads();  // this tile has arrived, and all threads are done with the previous one
         if (step + 1 < steps) load_q(step + 1, stage ^ 1);
         cp_async_commit();
         const bf16* const tile_q = smem_q + 2 * stage * kTile;
@@ -213,7 +215,7 @@ template <int DT> __global__ void __launch_bounds__(kMmaThreads, 2) mma_dkv_kern
             for (int e = 0; e < 4; ++e) p[j][e] *= dp[j][e] - row[kOther + j * 8 + e % 2];
         add_rows<kOther / 8, DT>(dk, p, tile_q);
     }
-    cp_async_wait<0>();  // if no query sees a key, the keys are still on their way
+    cp_async_wait<0>();  // the copy of the keys is still pending if there was no query
     const int64_t to = start + warp * 16;
     store_rows<DT>(a.dk + to * a.lddk + int64_t(kv_head) * d, a.lddk, keys - warp * 16, d, dk, {a.scale, a.scale});
     store_rows<DT>(a.dv + to * a.lddv + int64_t(kv_head) * d, a.lddv, keys - warp * 16, d, dv, {1.f, 1.f});
@@ -228,8 +230,9 @@ template <class T> struct Side {
     int64_t ldx, ldg;
 };
 
-// A step with its own side, whose rows are summed for, and the other one. Block z = 0 makes the gradient of own x, z = 1
-// that of own g (dv): both at once would not fit the registers at D = 512, so dk and dv form the scores once more.
+// A step computes gradients of its own side by sums over the other side. Blocks with z = 0 compute the gradient of
+// own.x, those with z = 1 that of own.g (dv). Both at once would not fit the registers at D = 512, so dk and dv each
+// compute the scores.
 template <class T> struct Plain {
     Batch b;
     Side<T> own, other;
@@ -239,7 +242,7 @@ template <class T> struct Plain {
     const float* delta;
     float scale;
     int tiles;     // of own rows in the longest sequence
-    bool of_q;     // the own side are the queries
+    bool of_q;     // the own side is the queries
     bool vectors;  // four elements at a time
 };
 
@@ -257,7 +260,8 @@ template <class T, int DT, int I> __global__ void __launch_bounds__(kPlainThread
     float* const weights = smem_delta + kPlainCols;
     float* const slices = weights + I * 16 * kWeightStride;
     const int count = min(I * 16, own.count - first);
-    // Others that this tile meets: keys that its last query sees, or queries from the first that sees its first key.
+    // The rows of the other side: the keys that the tile's last query sees, or the queries from the first one that sees
+    // the tile's first key.
     const int begin = a.of_q ? 0 : seq.first_query(first), end = a.of_q ? seq.seen(first + count - 1) : other.count;
     const int heads = a.of_q ? 1 : a.b.group;
     const int64_t own_col = int64_t(blockIdx.y) * d;
@@ -270,7 +274,8 @@ template <class T, int DT, int I> __global__ void __launch_bounds__(kPlainThread
             auto other_rows = [&](const T* p, int64_t ld) { return Rows<T>{p + (other.start + at) * ld + other_col, ld, other.count - at}; };
             const int query_0 = a.of_q ? first : at, key_0 = a.of_q ? at : first;
             if (threadIdx.x < kPlainCols) {
-                // Queries that are not there have probability 0. The barriers of plain_dot make this visible.
+                // An infinite lse gives queries past the last one probability 0. The barriers of plain_dot make this
+                // visible.
                 const int query = query_0 + threadIdx.x;
                 const int64_t row = int64_t(head) * a.b.n_q + seq.q.start + query;
                 smem_lse[threadIdx.x] = query < seq.q.count ? a.lse[row] : INFINITY;
@@ -317,10 +322,10 @@ bool sound(Check& check, const ett_attention_bwd_args* s) {
     return check.ok();
 }
 
-// lse and delta, each.
+// Bytes of lse, and of delta.
 int64_t row_bytes(const ett_attention_bwd_args& a) { return round_up(numel(a.lse) * int64_t(sizeof(float)), 256); }
 
-// "mma" for heads of whole 16-byte pieces that are a multiple of 16 wide, up to 128.
+// "mma" requires rows of whole 16-byte pieces and D a multiple of 16, at most 128.
 bool can_use_mma(const ett_attention_bwd_args& a) {
     const bool pieces = wide(a.dy) && wide(a.q) && wide(a.k) && wide(a.v) && wide(a.dq) && wide(a.dk) && wide(a.dv);
     return a.q.dtype == ETT_BF16 && a.head_dim % 16 == 0 && a.head_dim <= 128 && pieces;
@@ -361,7 +366,7 @@ template <class T> int32_t enqueue_rows(const ett_attention_bwd_args& a, const e
                   data<const float>(a.lse), stride(a.lse), vectors);
 }
 
-// Enqueues the step whose own rows are the queries (or the keys) of `heads` heads.
+// Enqueues the step that owns the queries, or the one that owns the keys.
 template <class K, class F>
 int32_t enqueue(const ett_launch* l, K* kernel, F f, bool queries, int rows_of_tile, unsigned depth, int threads, size_t smem) {
     const int64_t n = queries ? f.b.n_q : f.b.n_k, heads = queries ? f.b.heads : f.b.kv_heads;

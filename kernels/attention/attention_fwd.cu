@@ -6,16 +6,16 @@
 // q          N,heads*D      act  rows of any stride   in
 // k, v       Nk,kv_heads*D  act  rows of any stride   in
 // cu_q, cu_k S+1            i32  contiguous           in    sequence s has rows [cu[s], cu[s+1])
-// len_k      S              i32  contiguous           in?   if present, its keys are rows [cu_k[s], cu_k[s] + len_k[s])
-// y          N,heads*D      act  rows of any stride   out   0 in padding rows (from cu_q[S] on) and where nothing is seen
+// len_k      S              i32  contiguous           in?   if present, the keys are rows [cu_k[s], cu_k[s] + len_k[s])
+// y          N,heads*D      act  rows of any stride   out   0 in padding rows (from cu_q[S] on) and where seen(i) is 0
 // lse        N,heads        f32  rows of any stride   out   0 in the same rows
 //
-// A sequence whose offsets are wrong is a fault and counts as empty: its keys are not seen, and if it is its queries'
-// offsets that are wrong, its rows of y and lse are not written.
-// numerics: scores, softmax and sums in f32; "mma" rounds exp(score - running maximum) to bf16 before it multiplies v,
-// "simple" does not; one rounding of y. Bitwise repeatable.
+// A sequence with wrong offsets is a fault and counts as empty: if its key offsets are wrong, its queries have no keys;
+// if its query offsets are wrong, its rows of y and lse are not written.
+// numerics: scores, softmax and sums in f32; "mma" rounds exp(score - running maximum) to bf16 before the product with
+// v, "simple" does not; one rounding of y. Bitwise repeatable.
 // limits: 1 <= D <= 512, heads < 65536.
-// work: 4 * heads * D * (pairs that are seen) FLOP; (2*N*heads + 2*Nk*kv_heads) * D * size bytes.
+// work: 4 * heads * D * (visible pairs) FLOP; (2*N*heads + 2*Nk*kv_heads) * D * size bytes.
 // papers: FlashAttention (2205.14135), FlashAttention-2 (2307.08691), grouped queries (2305.13245).
 #include "activation.cuh"
 #include "attention.cuh"
@@ -24,14 +24,15 @@ namespace ett {
 namespace attention {
 namespace {
 
-// Keys of a tile. Three blocks of 64 queries share a multiprocessor: 168 registers a thread, 51 KB of shared memory a
-// block. While a tile's keys are multiplied its values arrive, and the other way round.
+// Keys per tile. Three blocks of 64 queries share a multiprocessor: 168 registers a thread, 51 KB of shared memory a
+// block. While a tile's keys are multiplied its values are copied, and while its values are multiplied the next keys
+// are.
 constexpr int kKeys = 64;
-constexpr int kClearBlocks = 8;  // a head, for the padding
+constexpr int kClearBlocks = 8;  // blocks per head that clear the padding
 
 template <class T> struct Forward {
     Batch b;
-    const int32_t* len_k;  // null: keys without gaps
+    const int32_t* len_k;  // null: the keys of a sequence end where the next sequence begins
     const T* q;
     const T* k;
     const T* v;
@@ -43,7 +44,8 @@ template <class T> struct Forward {
     bool vectors;   // four elements at a time
 };
 
-// What a block does: a tile of queries of one sequence and head. The heaviest tiles of a causal call come first.
+// A block's job: a tile of queries of one sequence and head. With a causal mask the tiles with the most keys come
+// first.
 struct Job {
     int seq, tile;
 };
@@ -52,7 +54,7 @@ template <class T> __device__ __forceinline__ Job job_of(const Forward<T>& a) {
     return Job{int(blockIdx.x) % a.b.seqs, a.b.causal ? a.tiles - 1 - tile : tile};
 }
 
-// The last blocks of the grid: y and lse are 0 in the padding.
+// The last blocks of the grid set y and lse to 0 in the padding; returns true in these blocks.
 template <class T> __device__ __forceinline__ bool clear_padding(const Forward<T>& a) {
     const int64_t jobs = int64_t(a.tiles) * a.b.seqs, at = int64_t(blockIdx.x) - jobs;
     if (at < 0) return false;
@@ -67,8 +69,8 @@ template <class T> __device__ __forceinline__ bool clear_padding(const Forward<T
 template <class T> struct Running {
     float max = -INFINITY, sum = 0.f;
 
-    // Takes in the maximum of new scores; returns what they are to be lowered by, and the factor on what was summed up.
-    // While there are only masked scores both would be NaN.
+    // Updates the maximum with that of new scores. Returns the shift to subtract from the new scores; `factor` rescales
+    // the previous sums. The shift is 0 while all scores are -infinity (masked), since -infinity would give NaN.
     __device__ __forceinline__ float raise(float to, float& factor) {
         to = fmaxf(max, to);
         const float shift = to == -INFINITY ? 0.f : to;
@@ -76,8 +78,8 @@ template <class T> struct Running {
         max = to;
         return shift;
     }
-    // The log-sum-exp; sum becomes its reciprocal. A row that sees nothing has lse 0 and y 0, one whose scores are all
-    // -infinity (or NaN) has NaN.
+    // Returns the log-sum-exp and replaces `sum` by its reciprocal. lse and y are 0 for a row that sees no key, and NaN
+    // if all its scores are -infinity or NaN.
     __device__ __forceinline__ float finish(int seen) {
         if (seen > 0 && max == -INFINITY) sum = NAN;
         const float lse = seen == 0 ? 0.f : max + logf(sum);
@@ -116,7 +118,7 @@ template <int DT> __global__ void __launch_bounds__(kMmaThreads, 3) mma_kernel(c
     float out[DT / 8][4] = {};
     for (int key = 0; key < keys; key += kKeys) {
         cp_async_wait<0>();
-        __syncthreads();  // the keys (and queries) have arrived, and all have used the values of the tile before
+        __syncthreads();  // the keys (and queries) have arrived, and all threads are done with the previous values
         load_tile<kKeys, DT>(smem_v, v + key * a.ldv, a.ldv, seq.k.count - key, d);
         cp_async_commit();
 
@@ -151,18 +153,18 @@ template <int DT> __global__ void __launch_bounds__(kMmaThreads, 3) mma_kernel(c
         }
 
         cp_async_wait<0>();
-        __syncthreads();  // the values have arrived, and all have used the keys
+        __syncthreads();  // the values have arrived, and all threads are done with the keys
         if (key + kKeys < keys) load_tile<kKeys, DT>(smem_k, k + (key + kKeys) * a.ldk, a.ldk, seq.k.count - key - kKeys, d);
         cp_async_commit();
         add_rows<kKeys / 8, DT>(out, s, smem_v);
     }
-    cp_async_wait<0>();  // if no key is seen, the queries are still on their way
+    cp_async_wait<0>();  // the copy of the queries is still pending if there was no key
 
     float inverse[2];
     const int64_t to = seq.q.start + first + warp * 16;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        // Four lanes have summed up a row.
+        // Four lanes hold the partial sums of a row.
         row[r].sum += __shfl_xor_sync(kAllLanes, row[r].sum, 1);
         row[r].sum += __shfl_xor_sync(kAllLanes, row[r].sum, 2);
         const float lse = row[r].finish(seen[r]);
@@ -231,7 +233,7 @@ template <class T, int DT, int I> __global__ void __launch_bounds__(kPlainThread
     }
 }
 
-// "mma" for heads of whole 16-byte pieces that are a multiple of 16 wide, up to 128.
+// "mma" requires rows of whole 16-byte pieces and D a multiple of 16, at most 128.
 bool can_use_mma(const ett_attention_fwd_args& a) {
     const bool pieces = wide(a.q) && wide(a.k) && wide(a.v) && wide(a.y);
     return a.q.dtype == ETT_BF16 && a.head_dim % 16 == 0 && a.head_dim <= 128 && pieces;

@@ -1,4 +1,4 @@
-// bad.cuh: how many tokens no code can be chosen for.
+// bad.cuh: the number of tokens without a finite score.
 #pragma once
 
 #include "launch.cuh"
@@ -9,7 +9,7 @@ namespace codebook {
 
 inline constexpr int kBadThreads = 1024;
 
-// bad[0] += rows whose best score is not finite; one block, so that the sum has one order.
+// bad[0] += the number of rows whose best score is not finite; one block, so that the order of the sum is fixed.
 __global__ void __launch_bounds__(kBadThreads) static count_bad_kernel(const float* best, int64_t rows, float* bad) {
     __shared__ float smem[kBadThreads / kWarp];
     float count[1] = {0.f};

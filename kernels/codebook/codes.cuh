@@ -1,4 +1,4 @@
-// codes.cuh: what both quantizers do with the codes that their tokens have: copy them, measure how far they are, and add
+// codes.cuh: what both quantizers do with the codes of their tokens: copy them, sum the squared distances, and add
 // gradients to them.
 #pragma once
 
@@ -10,7 +10,7 @@ namespace codebook {
 
 inline constexpr int kCodeThreads = 256, kCodeWarps = kCodeThreads / kWarp;
 
-// Tokens, codes, and which code a token has. A number that is no code's is a fault; its token has none.
+// Tokens, codes, and the index of each token's code. An index out of bounds is a fault; its token has no code.
 template <class T> struct Codes {
     Matrix<const T> z, e;
     const int32_t* idx;
@@ -18,7 +18,7 @@ template <class T> struct Codes {
     Fault fault;
 
     __device__ __forceinline__ bool has_code(int64_t m) const { return idx[m] >= 0 && idx[m] < codes; }
-    // By one lane of those that look at a token.
+    // Reports the fault of token m, if it has one. Called by one lane per token.
     __device__ __forceinline__ void report(int64_t m) const {
         if (!has_code(m)) report_index(fault, m, idx[m], codes);
     }
@@ -30,9 +30,10 @@ template <class T, class A> Codes<T> codes_of(const A& a, const ett_launch* l) {
 
 // ---- values ----------------------------------------------------------------------------------------------
 
-inline constexpr int kLookUpRows = 32;  // tokens of a block
+inline constexpr int kLookUpRows = 32;  // tokens per block
 
-// zq = e[idx], 0 without a code; squares[block] = sum of |e - z|^2 over the block's tokens. N elements at a time.
+// zq = e[idx], or 0 for a token without a code; squares[block] = sum of |e - z|^2 over the block's tokens. N elements
+// at a time.
 template <class T, int N>
 __global__ void __launch_bounds__(kCodeThreads) static look_up_kernel(const __grid_constant__ Codes<T> a, const Matrix<T> zq, float* squares) {
     __shared__ float smem[kCodeWarps];
@@ -71,7 +72,7 @@ template <class T> int32_t launch_look_up(const char* op, const Codes<T>& c, con
     return wide(z) && wide(e) && wide(zq) ? go(look_up_kernel<T, kWide<T>>) : go(look_up_kernel<T, 1>);
 }
 
-// A loss from the sums of its blocks: out[0] = factor * times[0] * their sum; `times` may be null.
+// A loss from its partial sums: out[0] = factor * times[0] * sum of parts; a null `times` counts as 1.
 struct Total {
     const float* parts;
     int64_t count;
@@ -85,7 +86,7 @@ template <int N> struct Totals {
 
 inline constexpr int kTotalThreads = 1024;
 
-// A block a loss, so that every sum has one order.
+// One block per loss, so that the order of every sum is fixed.
 template <int N> __global__ void __launch_bounds__(kTotalThreads) static total_kernel(const __grid_constant__ Totals<N> a) {
     __shared__ float smem[kTotalThreads / kWarp];
     Total t = a.of[0];
@@ -100,7 +101,7 @@ template <int N> __global__ void __launch_bounds__(kTotalThreads) static total_k
 
 // ---- gradients -------------------------------------------------------------------------------------------
 
-// What a token adds to its code: g + factor * g_quant * inv_count * (e - z); g may be absent.
+// The gradient that a token adds to its code: g + factor * g_quant * inv_count * (e - z); g may be absent.
 template <class T> struct Scatter {
     Codes<T> c;
     Matrix<const T> g;
@@ -110,12 +111,12 @@ template <class T> struct Scatter {
     float factor;
 };
 
-inline constexpr int64_t kScatterTokens = 4096;  // looked through for others with the same code
+inline constexpr int64_t kScatterTokens = 4096;  // tokens per launch, which are scanned for equal codes
 inline constexpr int kScatterCols = 8, kScatterWindow = 4;
 
-// de[idx[m]] += what token m adds, for tokens [first, first + count), in ascending order of m whatever that of the threads: a
-// warp for each token and 256 columns goes through the tokens, and if none before its own has the same code, adds up what
-// all with that code add.
+// de[idx[m]] += the gradient of token m, for tokens [first, first + count), in ascending order of m, whatever the order
+// of the threads: there is one warp per token and 256 columns. If no earlier token has the same code, the warp scans
+// the tokens and adds the gradients of all that have this code.
 template <class T> __global__ void __launch_bounds__(kCodeThreads, 4) static scatter_kernel(const __grid_constant__ Scatter<T> a, int64_t first, int count) {
     const int lane = int(threadIdx.x) % kWarp, n = int(blockIdx.x) * kCodeWarps + int(threadIdx.x) / kWarp;
     if (n >= count || !a.c.has_code(first + n)) return;
@@ -162,7 +163,7 @@ template <class T> __global__ void __launch_bounds__(kCodeThreads, 4) static sca
     }
 }
 
-// For tokens [first, first + count).
+// Launches the scatter of tokens [first, first + count).
 template <class T> int32_t launch_scatter(const char* op, const Scatter<T>& s, int64_t first, int64_t count, const ett_launch* l) {
     int32_t status = ETT_OK;
     for (int64_t at = 0; at < count && status == ETT_OK; at += kScatterTokens) {
@@ -175,7 +176,7 @@ template <class T> int32_t launch_scatter(const char* op, const Scatter<T>& s, i
 
 // ---- arguments -------------------------------------------------------------------------------------------
 
-// z, e and idx.
+// Checks z, e, idx and inv_count.
 template <class A> bool check_codes(Check& check, const A& a) {
     return check.ok() && check.act("z", a.z) && check.type("e", a.e, a.z.dtype) && check.range("e", rows(a.e), 1, INT32_MAX) &&
            check.matrix("e", a.e, a.z.dtype, rows(a.e), cols(a.z)) && check.range("z", rows(a.z), 0, INT32_MAX) &&

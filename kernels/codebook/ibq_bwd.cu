@@ -1,17 +1,17 @@
-// ibq_bwd.cu: gradients of the IBQ quantizer; the scores are computed again, a chunk of tokens and codes at a time.
+// ibq_bwd.cu: gradients of the IBQ quantizer; the scores are recomputed, one chunk of tokens and codes at a time.
 //
 //   full_m = g_m + 2 w (e_t - z_m),  w = g_quant inv_count / D,  t = idx_m
 //   ds_mk = p_mk (full_m . (e_k - e_t) - delta_m) + q_mk (u_s (x_mk - xbar_m) + u_a (c_k - c_t - r_m)),  over all k, where
 //     p_mk = exp(s_mk - smax_m) / (1 + rest_p_m), 0 if rest_p / (1 + rest_p) < 1e-12;  x_mk = (s_mk - smax_m) / temperature
 //     q_mk = exp(x_mk) / (1 + rest_q_m);  u_s = -g_sample inv_count / temperature,  u_a = g_avg inv_count / temperature
 //     delta_m = sum_{k != t} p_mk full_m . (e_k - e_t),  r_m = sum_{k != t} q_mk (c_k - c_t)
-//     and of k = t the terms full . (e_k - e_t), x and c_k - c_t are exactly 0
+//     and for k = t the terms full . (e_k - e_t), x and c_k - c_t are exactly 0
 //   dz = ds e + 2 w (1 + beta_commit) (z - e_t),  de += ds^T z,  de_t += full_m + 2 w beta_code (e_t - z_m)
 //
 // z          M,D  act  rows of any stride   in
 // e          K,D  act  rows of any stride   in
-// idx        M    i32  contiguous           in    outside [0, K): a fault; then dz is 0, and nothing is added
-// smax       M    f32  contiguous           in    of ibq_rows
+// idx        M    i32  contiguous           in    outside [0, K): a fault; then dz is 0 and the token adds nothing to
+// de smax       M    f32  contiguous           in    of ibq_rows
 // rest_p     M    f32  contiguous           in    of ibq_rows
 // rest_q     M    f32  contiguous           in    of ibq_rows;   rest_q, xbar, c, g_sample and g_avg: all or none
 // xbar       M    f32  contiguous           in    of ibq_rows
@@ -24,17 +24,17 @@
 // dz         M,D  act  rows of any stride   out
 // de         K,D  f32  rows of any stride   added to; may be absent
 //
-// Steps, for each chunk of tokens: what is known of each of them; a sweep over the codes for delta and r, which marks the
-// tiles that have any weight; then, for each chunk of codes, ds is stored and multiplied by e and z; in the end dz is
-// rounded, and full is added to the rows of the codes. Every element of a sum has one owner and one order.
-// numerics: scores as scores.cuh forms them, with the bits that smax has; p, q, ds and all sums in f32; the best code stays
-// out of every sum that cancels (docs/quantizer.md). For its two products ds is cut into parts of bf16: two for bf16 (2^-18
-// of it are lost), three for f32 (nothing). bf16 rounds full before it meets e, as any activation; one rounding of dz.
-// Exponentials (2^-22). A weight below 2^-24 of rest_p and K, or of rest_q and K, counts as 0 where its whole tile, or eight
-// rows of it, have no larger one. Bitwise repeatable.
-// workspace: 60 MiB at most for D up to 512 and K up to 2^22, more for more codes: a byte for 128 tokens and 64 codes.
+// Steps, for each chunk of tokens: compute the constants of each token; sweep over the codes for delta and r, and mark
+// the tiles with any non-zero weight; for each chunk of codes, store ds and multiply it by e and z; finally round dz,
+// and add full to the rows of the codes. Every sum has a single owner and a fixed order.
+// numerics: scores as in scores.cuh, with the same bits as smax; p, q, ds and all sums in f32; the best code stays out
+// of every cancelling sum (docs/quantizer.md). For its two products ds is split into bf16 parts: two for bf16 (error
+// 2^-18), three for f32 (exact). With bf16, full is rounded before it is multiplied by e, like any activation; one
+// rounding of dz. Exponentials have an error of 2^-22. A weight below 2^-24 * rest_p / K (or 2^-24 * rest_q / K) counts
+// as 0 if its whole tile, or its eight rows of the tile, have no larger one. Bitwise repeatable.
+// workspace: at most 60 MiB for D up to 512 and K up to 2^22; beyond that a byte for every 128 tokens and 64 codes.
 // limits: D up to 512.
-// work: 8*M*K*D FLOP, of which bf16 does 16 and f32 72; two exponentials a score and sweep;
+// work: 8*M*K*D FLOP (bf16 executes 16*M*K*D, f32 72*M*K*D); two exponentials per score and sweep;
 //       (4*M*D + K*D)*size + 8*K*D bytes.
 // papers: IBQ (2412.02692).
 #include "codes.cuh"
@@ -46,25 +46,26 @@ namespace {
 
 constexpr char kOp[] = "ibq_bwd";
 
-// 64 x 32 scores and as many of g e^T for a warp, 128 accumulators a thread; two blocks of four warps to a multiprocessor.
+// 64 x 32 scores and 64 x 32 elements of g e^T per warp: 128 accumulators a thread; two blocks of four warps per
+// multiprocessor.
 template <int PARTS> using ScoreSweep = Sweep<128, 64, 64, 32, 3, PARTS, true, false>;
 constexpr int kScoreBlocks = 2;
 constexpr int64_t kTileTokens = 128, kTileCodes = 64;
-// The products of ds: as many elements of ds to a tile of the one as of the other, so that tiles without weight are skipped.
-// 64 accumulators a thread, three blocks to a multiprocessor.
+// The products of ds. Both use tiles of ds of the same size, so that tiles without weight can be skipped. 64
+// accumulators a thread, three blocks per multiprocessor.
 using ForZ = gemm::Tile<bf16, kTileTokens, 64, 32, 64, 32, 4, false, false, true>;
 using ForE = gemm::Tile<bf16, kTileCodes, 128, 32, 32, 64, 4, true, false, true>;
 constexpr int kProductBlocks = 3;
-constexpr int64_t kMostTokens = 4096, kMostCodes = 16384;  // of a chunk
+constexpr int64_t kMostTokens = 4096, kMostCodes = 16384;  // per chunk
 constexpr int kMostTiles = int(kMostCodes / kTileCodes);
 static_assert(kMostTokens / kTileTokens <= kMostTiles, "lists of tiles");
 
-constexpr float kNoRest = 1e-12f;  // where the soft term is defined as 0
+constexpr float kNoRest = 1e-12f;  // below this rest_p / (1 + rest_p) the soft term is defined as 0
 
-// What is known of a token. Exponents of q are those of 2.
+// The constants of a token. Exponents of q have base 2.
 struct alignas(16) Row {
     float max, inv_p;     // inv_p = 1 / (1 + rest_p), or 0
-    float least_p;        // differences of scores up to here have no weight
+    float least_p;        // p may count as 0 unless score - max is above this; least_q: the same for q
     float dp_best;        // full . e_t
     float delta, least_q, c_best, r;
     float sample, avg;    // u_s and u_a / (1 + rest_q)
@@ -87,14 +88,14 @@ template <class T> struct Tokens {
     const float* g_quant;
     const float* inv_count;
     float inv_t, to_q;    // 1 / temperature, log2(e) / temperature
-    int64_t first;        // of the chunk
-    int count, padded;    // tokens of the chunk, and with those that fill its last tile
+    int64_t first;        // first token of the chunk
+    int count, padded;    // tokens of the chunk, without and with those that fill up its last tile
     bf16* full;           // count, parts, part
     int64_t part;
     Row* rows;            // padded
 };
 
-// The token's part that does not need its full gradient.
+// The constants of a token that do not depend on its full gradient.
 template <class T> __device__ __forceinline__ Row known(const Tokens<T>& a, int64_t m) {
     const float log_k = log2f(float(a.c.codes)), rest = a.rest_p[m];
     Row r = {};
@@ -115,7 +116,7 @@ template <class T> __device__ __forceinline__ Row known(const Tokens<T>& a, int6
     return r;
 }
 
-// A warp a token: its row, and full as an operand of the sweeps.
+// One warp per token: computes its row, and full as an operand of the sweeps.
 template <class T, int PARTS> __global__ void __launch_bounds__(kCodeThreads) tokens_kernel(const __grid_constant__ Tokens<T> a) {
     const int lane = int(threadIdx.x) % kWarp, n = int(blockIdx.x) * kCodeWarps + int(threadIdx.x) / kWarp;
     if (n >= a.padded) return;
@@ -161,27 +162,27 @@ template <class T, int PARTS> __global__ void __launch_bounds__(kCodeThreads) to
 // ---- sweeps ----------------------------------------------------------------------------------------------
 
 struct Scores {
-    Operand z, g, e;     // of the chunks
+    Operand z, g, e;     // the rows of the chunks
     Row* rows;
     const float* c;      // of the chunk of codes
-    uint8_t* live;       // token tiles, ld_live: whether a tile has any weight; of the chunk of codes
+    uint8_t* live;       // token tiles, ld_live: whether a tile of the chunk of codes has any weight
     int64_t ld_live;
-    float* delta;        // parts, row_tiles * kTileTokens: without inv_p
-    float* r;            // the same, without 1 / (1 + rest_q)
+    float* delta;        // parts, row_tiles * kTileTokens: without the factor inv_p
+    float* r;            // the same, without the factor 1 / (1 + rest_q)
     bf16* ds;            // parts of ds, row_tiles * kTileTokens, ld_ds
     int64_t ld_ds, part_ds;
-    int32_t code0;       // of the chunk of codes
+    int32_t code0;       // first code of the chunk
     float to_q;
     int row_tiles, parts;
 };
 
-// The rows of the block's tokens. Visible after the next barrier.
+// Loads the rows of the block's tokens. They are visible after the next barrier.
 __device__ __forceinline__ void load_rows(Row* smem, const Row* from) {
     const float4* const p = reinterpret_cast<const float4*>(from);
     for (int i = int(threadIdx.x); i < kTileTokens * int(sizeof(Row) / 16); i += int(blockDim.x)) reinterpret_cast<float4*>(smem)[i] = p[i];
 }
 
-// Scores of codes that are not there: below all others.
+// Sets the scores of the columns past the last code to -infinity.
 template <class Tile> __device__ __forceinline__ void mask(gemm::Acc<Tile>& s, int64_t left) {
     if (left >= Tile::kCols) return;
 #pragma unroll
@@ -192,7 +193,7 @@ template <class Tile> __device__ __forceinline__ void mask(gemm::Acc<Tile>& s, i
     }
 }
 
-// delta and r.
+// Computes delta and r.
 template <class S, bool ENTROPY> __global__ void __launch_bounds__(S::kThreads, kScoreBlocks) expect_kernel(const __grid_constant__ Scores a) {
     using Tile = typename S::Tile;
     constexpr int kParts = Tile::kCols / Tile::kWarpCols;
@@ -213,7 +214,7 @@ template <class S, bool ENTROPY> __global__ void __launch_bounds__(S::kThreads, 
 #pragma unroll
         for (int i = 0; i < Tile::kAccRows; ++i) {
             const Row& row = smem_rows[Tile::row(i)];
-            // The best code stays out.
+            // Keep the best code out of the sums.
             const int at = row.best - a.code0 - int(code) - Tile::warp_col();
             if (__any_sync(kAllLanes, at >= 0 && at < Tile::kWarpCols)) {
                 live = true;
@@ -278,7 +279,8 @@ template <class S, bool ENTROPY> __global__ void __launch_bounds__(S::kThreads, 
 
 constexpr int kThreads = 256;
 
-// Adds the parts of a chunk of codes to the rows; `last`: none are behind. rest_q, of the chunk of tokens, and r may be null.
+// Adds the parts of a chunk of codes to the rows; `last`: this is the last chunk of codes. r and rest_q (of the chunk
+// of tokens) may be null.
 __global__ void __launch_bounds__(kThreads)
 join_kernel(Row* rows, const float* delta, const float* r, const float* rest_q, int padded, int count, int parts, bool last) {
     const int n = int(blockIdx.x) * kThreads + int(threadIdx.x);
@@ -293,8 +295,8 @@ join_kernel(Row* rows, const float* delta, const float* r, const float* rest_q, 
     rows[n].r = last && entropy ? sum[1] / (1.f + rest_q[n]) : sum[1];
 }
 
-// The tiles of a range that have weight, in order, by the first warp; their number. The whole block calls this; the list is
-// visible afterwards. `step`: from the mark of a tile to the next.
+// Lists the tiles of a range that have weight, in order, and returns their number. The first warp does the work; the
+// whole block calls this, and the list is visible afterwards. `step`: distance from the mark of one tile to the next.
 __device__ __forceinline__ int live_tiles(int (&list)[kMostTiles + 1], const uint8_t* live, int64_t step, const Consecutive& range) {
     if (threadIdx.x < kWarp) {
         const int lane = int(threadIdx.x);
@@ -312,7 +314,7 @@ __device__ __forceinline__ int live_tiles(int (&list)[kMostTiles + 1], const uin
     return list[kMostTiles];
 }
 
-// ds of the tiles that have weight, in PARTS parts.
+// Computes ds of the tiles that have weight, in PARTS parts.
 template <class S, bool ENTROPY, int PARTS> __global__ void __launch_bounds__(S::kThreads, kScoreBlocks) weights_kernel(const __grid_constant__ Scores a) {
     using Tile = typename S::Tile;
     __shared__ Row smem_rows[Tile::kRows];
@@ -358,7 +360,7 @@ template <class S, bool ENTROPY, int PARTS> __global__ void __launch_bounds__(S:
                 for (int j = 0; j < Tile::kAccCols; ++j)
                     if (at == Tile::col(j) - Tile::warp_col()) ds[j] = own;
             }
-            // Two lanes exchange pairs, so that each stores four neighbours.
+            // Two lanes exchange pairs, so that each stores four neighbouring elements.
             const bool odd = Tile::lane() % 2 != 0;
             bf16* const place = to + Tile::row(i) * a.ld_ds + Tile::lane() % 4 / 2 * 4 + (odd ? 8 : 0);
 #pragma unroll
@@ -382,20 +384,20 @@ template <class S, bool ENTROPY, int PARTS> __global__ void __launch_bounds__(S:
 // ---- products --------------------------------------------------------------------------------------------
 
 struct Products {
-    Operand ds, z, e;     // of the chunks
+    Operand ds, z, e;     // the rows of the chunks
     const uint8_t* live;  // token tiles, ld_live; of the chunk of codes
     int64_t ld_live;
     float* sums;          // splits, padded tokens, ld_sums: dz
     int64_t ld_sums;
-    float* de;            // of the chunk of codes; null if it is not wanted
+    float* de;            // of the chunk of codes; null: not computed
     int64_t ld_de;
     int64_t dim;          // D
-    bool pairs;           // of de
-    bool add;             // to sums
-    int row_tiles, code_tiles, splits, for_e;  // for_e: blocks that make de
+    bool pairs;           // two neighbours of de can be stored as one access
+    bool add;             // add to sums
+    int row_tiles, code_tiles, splits, for_e;  // for_e: number of blocks that compute de
 };
 
-// acc += op(a) b over the tiles of a list, DEPTH of the inner dimension each.
+// acc += op(a) b over the listed tiles, which have DEPTH of the inner dimension each.
 template <class Tile, int DEPTH, int PA, int PB>
 __device__ __forceinline__ void listed_product(gemm::Acc<Tile>& acc, const Operand& a, const Operand& b, const Listed& tiles, int64_t row0, int64_t col0,
                                                unsigned char* smem) {
@@ -420,7 +422,7 @@ __device__ __forceinline__ void listed_product(gemm::Acc<Tile>& acc, const Opera
     gemm::pipeline(acc, int64_t(tiles.count()) * kSteps * List::kCount, fill, smem);
 }
 
-// to = acc, or += acc, within `rows` and `cols`.
+// to = acc, or to += acc with `add`, within `rows` and `cols`.
 template <class Tile>
 __device__ __forceinline__ void put(gemm::Acc<Tile>& acc, float* to, int64_t ld, int64_t row0, int64_t col0, int64_t rows, int64_t cols, bool pairs, bool add) {
 #pragma unroll
@@ -446,7 +448,7 @@ __device__ __forceinline__ void put(gemm::Acc<Tile>& acc, float* to, int64_t ld,
     }
 }
 
-// de += ds^T z by the first blocks, sums (+)= ds e by the others. PARTS of ds, OTHERS of z and e.
+// The first blocks compute de += ds^T z, the others sums (+)= ds e. PARTS: parts of ds; OTHERS: parts of z and e.
 template <int PARTS, int OTHERS> __global__ void __launch_bounds__(ForZ::kThreads, kProductBlocks) products_kernel(const __grid_constant__ Products a) {
     static_assert(ForZ::kThreads == ForE::kThreads && ForZ::kSmem == ForE::kSmem, "both products in one launch");
     __shared__ int smem_tiles[kMostTiles + 1];
@@ -474,7 +476,7 @@ template <int PARTS, int OTHERS> __global__ void __launch_bounds__(ForZ::kThread
     }
 }
 
-// dz from the sums of the splits and the direct terms, a warp a token.
+// dz from the sums of the splits and the direct terms, one warp per token.
 template <class T> struct Finish {
     Codes<T> c;
     Matrix<T> dz;
@@ -505,21 +507,21 @@ template <class T> __global__ void __launch_bounds__(kCodeThreads) finish_kernel
 // ---- host ------------------------------------------------------------------------------------------------
 
 constexpr int64_t kBytes = 60 * kMiB;      // of the workspace
-constexpr int64_t kTokenBytes = 8 * kMiB;  // of it for tokens
+constexpr int64_t kTokenBytes = 8 * kMiB;  // of these, for tokens
 constexpr int64_t kMostSplits = 8;
 
 int64_t score_slots() { return int64_t(multiprocessors()) * kScoreBlocks; }
 
-// As many equal chunks of whole tiles as `most` rows make necessary.
+// Rows per chunk, in whole tiles: the fewest chunks of at most `most` rows, of equal size.
 int64_t equal_chunks(int64_t rows, int64_t most, int64_t tile) { return round_up(ceil_div(rows, ceil_div(rows, most)), tile); }
 
-// Chunks, and what the workspace holds.
+// The sizes of chunks and the layout of the workspace.
 struct Space {
     Pieces pieces;
     Packing z, e;
-    int64_t width;                   // of a row of sums, of a part of full
+    int64_t width;                   // elements of a row of sums, and of a part of full
     int64_t ds_parts, other_parts;
-    int64_t tokens, splits, codes;   // of a chunk
+    int64_t tokens, splits, codes;   // per chunk
     Row* token_rows;
     bf16* full;
     bf16* packed_z;
@@ -537,7 +539,7 @@ struct Space {
         width = round_up(d, 8);
         const int64_t token = 2 * other_parts * width + z.bytes, sum = 4 * width;
         tokens = equal_chunks(m, std::clamp(kTokenBytes / (token + sum) / kTileTokens * kTileTokens, kTileTokens, kMostTokens), kTileTokens);
-        // Few tokens meet many codes; then their sums over these are split, so that no block has more to do than others.
+        // With few tokens and many codes, the sums over the codes are split to balance the work of the blocks.
         splits = std::clamp<int64_t>(std::min(kBytes * 4 / 5 / (2 * ds_parts) / tokens, k) / tokens, 1, kMostSplits);
         token_rows = pieces.take<Row>(tokens);
         full = pieces.take<bf16>(tokens * other_parts * width);
@@ -576,7 +578,7 @@ bool sound(Check& check, const ett_ibq_bwd_args* a) {
     return check.ok();
 }
 
-// OTHERS: parts of z, e and full; PARTS: of ds.
+// OTHERS: parts of z, e and full; PARTS: parts of ds.
 template <class T, int OTHERS, int PARTS> class Backward {
     using S = ScoreSweep<OTHERS>;
 
@@ -608,7 +610,7 @@ template <class T, int OTHERS, int PARTS> class Backward {
         if (status_ == ETT_OK) status_ = zero(kOp, s_.live, size_t(row_tiles * code_tiles), l_);
         const Operand full = {{s_.full, count, s_.width, OTHERS * s_.width, true}, s_.width};
 
-        // delta and r. Codes that are not packed need no chunks.
+        // delta and r. Codes that need no packing are swept in one chunk.
         const int64_t all = s_.e.packed ? s_.codes : k_;
         for (int64_t code = 0; code < k_ && status_ == ETT_OK; code += all) {
             const int64_t n = std::min(all, k_ - code), parts = choose_parts(row_tiles, ceil_div(n, kTileCodes), score_slots());

@@ -1,4 +1,4 @@
-// ibq_cols.cu: how much of all tokens each code has at the temperature of the entropies, in one sweep.
+// ibq_cols.cu: the probability of each code summed over all tokens, at the temperature of the entropies, in one sweep.
 //
 //   col_k = sum_m q_mk,   q_mk = exp((z_m . e_k - smax_m) / temperature) / (1 + rest_q_m)
 //
@@ -6,15 +6,16 @@
 // e       K,D  act  rows of any stride   in
 // smax    M    f32  contiguous           in    of ibq_rows
 // rest_q  M    f32  contiguous           in    of ibq_rows
-// col     K    f32  contiguous           out   not divided by M, so that ranks can add theirs
+// col     K    f32  contiguous           out   not divided by M, so that those of several ranks can be added
 //
-// A block has a tile of codes and goes through a part of the tokens; a thread sums its own columns, which are joined in the
-// end. Parts are added in their order.
-// numerics: scores as scores.cuh forms them, with the bits that smax has; exponentials (2^-22) and sums in f32. A score of
-// NaN weighs 0. Exponentials that f32 holds as 0 are left out, eight rows at a time. Bitwise repeatable.
-// workspace: 4 bytes for each part of the tokens, for each of at most 2^20 codes; z and e in parts if they are packed, 16 MiB each at most.
+// A block has a tile of codes and sweeps a part of the tokens; a thread sums its own columns, and the threads' sums are
+// added at the end. Parts are added in order.
+// numerics: scores as in scores.cuh, with the same bits as smax; exponentials (2^-22) and sums in f32. A NaN score has
+// weight 0. Exponentials that underflow to 0 are skipped, eight rows at a time. Bitwise repeatable.
+// workspace: 4 bytes for each part of the tokens, for each of at most 2^20 codes; packed copies of z and e if they need
+// packing, at most 16 MiB each.
 // limits: D up to 512.
-// work: 2*M*K*D FLOP (f32: 12 are done), an exponential a score; (M + K)*D*size bytes.
+// work: 2*M*K*D FLOP (f32 executes 12*M*K*D), one exponential per score; (M + K)*D*size bytes.
 // papers: IBQ (2412.02692).
 #include "operands.cuh"
 
@@ -54,7 +55,7 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, kBlocks) cols_
 #pragma unroll
         for (int i = 0; i < Tile::kAccRows; ++i) {
             const int64_t row = row0 + Tile::row(i);
-            // Of tokens that are not there every score is infinitely far below.
+            // An infinite maximum gives the scores of rows past the last token weight 0.
             const float max = row < rows ? a.smax[row] : INFINITY;
             if (!__any_sync(kAllLanes, (row_max(acc, i) - max) * a.to_q > kZero)) continue;
             const float inv = row < rows ? 1.f / (1.f + a.rest_q[row]) : 0.f;
@@ -83,7 +84,7 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, kBlocks) cols_
 
 constexpr int kThreads = 256;
 
-// col = the parts of a chunk of tokens, with `add` on top of those before.
+// col = the sum of the parts of a chunk of tokens, or col += that sum with `add`.
 __global__ void __launch_bounds__(kThreads) add_parts_kernel(const float* parts, int count, float* col, int64_t codes, bool add) {
     const int64_t k = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (k >= codes) return;
@@ -99,11 +100,11 @@ constexpr int64_t kTileTokens = ColSweep<1>::Tile::kRows, kTileCodes = ColSweep<
 
 int64_t slots() { return int64_t(multiprocessors()) * kBlocks; }
 
-// Chunks, and what the workspace holds.
+// The sizes of chunks and the layout of the workspace.
 struct Space {
     Pieces pieces;
     Packing z, e;
-    int64_t tokens, codes;  // of a chunk
+    int64_t tokens, codes;  // per chunk
     bf16* packed_z;
     bf16* packed_e;
     float* parts;

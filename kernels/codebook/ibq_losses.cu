@@ -1,4 +1,4 @@
-// ibq_losses.cu: values of the IBQ quantizer from the codes and statistics of its sweeps.
+// ibq_losses.cu: quantized vectors and losses of the IBQ quantizer, from the codes and statistics of its sweeps.
 //
 //   zq_m = e_{idx_m},  quant = (1 + beta_commit + beta_code) * inv_count / D * sum_m |zq_m - z_m|^2
 //   sample = inv_count * sum_m (log(1 + rest_q_m) - xbar_m)
@@ -6,7 +6,7 @@
 //
 // z          M,D  act  rows of any stride   in
 // e          K,D  act  rows of any stride   in
-// idx        M    i32  contiguous           in    outside [0, K): a fault, then a row of zeros that is in no loss
+// idx        M    i32  contiguous           in    outside [0, K): a fault; then zq is 0 and quant ignores the token
 // rest_q     M    f32  contiguous           in    of ibq_rows;   rest_q, xbar, col, c, sample and avg: all or none
 // xbar       M    f32  contiguous           in    of ibq_rows
 // col        K    f32  contiguous           in    of ibq_cols, summed over ranks
@@ -17,8 +17,9 @@
 // sample     1    f32                       out
 // avg        1    f32                       out
 //
-// numerics: in f32; zq copies. Sums over blocks of tokens or codes, then over the blocks in a fixed order; bitwise repeatable.
-// workspace: 4 bytes for 32 tokens, 4 bytes for 4096 tokens and for 4096 codes.
+// numerics: f32; zq is a copy. Each loss is summed over blocks of tokens or codes, then over the blocks, in a fixed
+// order; bitwise repeatable.
+// workspace: 4 bytes per 32 tokens, 4 bytes per 4096 tokens and per 4096 codes.
 // work: (3*M*D*size + 8*M + 8*K) bytes.
 // papers: IBQ (2412.02692).
 #include "codes.cuh"
@@ -29,9 +30,9 @@ namespace codebook {
 namespace {
 
 constexpr char kOp[] = "ibq_losses";
-constexpr int kThreads = 256, kEach = 16, kBlock = kThreads * kEach;  // tokens or codes of a block
+constexpr int kThreads = 256, kEach = 16, kBlock = kThreads * kEach;  // kBlock: tokens or codes per block
 
-// parts[block] = the block's share of the sample entropy.
+// parts[block] = the block's part of the sample entropy.
 __global__ void __launch_bounds__(kThreads) sample_kernel(const float* rest_q, const float* xbar, int64_t tokens, float* parts) {
     __shared__ float smem[kThreads / kWarp];
     float sum[1] = {0.f};
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const float* rest_q, c
     if (threadIdx.x == 0) parts[blockIdx.x] = sum[0];
 }
 
-// c, and parts[block] = the block's share of -avg.
+// Computes c, and parts[block] = the block's part of -avg.
 __global__ void __launch_bounds__(kThreads) average_kernel(const float* col, const float* inv_count, float eps, int64_t codes, float* c, float* parts) {
     __shared__ float smem[kThreads / kWarp];
     const float inv = *inv_count;

@@ -9,19 +9,20 @@
 // smax    M    f32  contiguous           out   s_t
 // rest_p  M    f32  contiguous           out
 // rest_q  M    f32  contiguous           out   may be absent
-// xbar    M    f32  contiguous           out   absent if rest_q is
-// bad     1    f32                       added to: tokens whose s_t is not finite
+// xbar    M    f32  contiguous           out   present if rest_q is
+// bad     1    f32                       added to: the number of tokens whose s_t is not finite
 //
-// A score of NaN ranks below every number and weighs 0; a token without any number gets code 0. A block has a tile of tokens
-// and goes through a part of the codes. The best code so far stays out of the sums: when a better one comes the old one joins
-// them, and they move to the new origin (docs/quantizer.md). A thread holds the sums over its own columns; four lanes share a
-// row and its best code. Parts are joined in their order.
-// numerics: scores as scores.cuh forms them; sums and exponentials (2^-22) in f32, differences before the division by the
-// temperature; equal scores go to the smallest index. Exponentials that f32 holds as 0 are left out, eight rows at a time.
+// A NaN score ranks below every number and has weight 0; a token whose scores are all NaN gets code 0. A block has a
+// tile of tokens and sweeps a part of the codes. The best code so far is kept out of the sums; when a better one is
+// found, the old one is added to them and they are rescaled to the new maximum (docs/quantizer.md). A thread holds the
+// sums over its own columns; four lanes share a row and its best code. Parts are combined in order.
+// numerics: scores as in scores.cuh; sums and exponentials (2^-22) in f32; scores are subtracted before the division by
+// the temperature; ties go to the smallest index. Exponentials that underflow to 0 are skipped, eight rows at a time.
 // Bitwise repeatable.
-// workspace: 20 bytes, and 20 for each part of the codes, for each of at most 65,536 tokens; z and e in parts if they are packed, 16 MiB each at most.
+// workspace: 20 bytes, and 20 for each part of the codes, for each of at most 65,536 tokens; packed copies of z and e
+// if they need packing, at most 16 MiB each.
 // limits: D up to 512.
-// work: 2*M*K*D FLOP (f32: 12 are done), an exponential (with rest_q two) a score; (M + K)*D*size bytes.
+// work: 2*M*K*D FLOP (f32 executes 12*M*K*D), one exponential per score (two with rest_q); (M + K)*D*size bytes.
 // papers: IBQ (2412.02692).
 #include "bad.cuh"
 #include "operands.cuh"
@@ -32,18 +33,19 @@ namespace {
 
 constexpr char kOp[] = "ibq_rows";
 
-// 64 x 64 scores for a warp; two blocks of four warps to a multiprocessor, so that one forms products while the other looks
-// at its scores.
+// 64 x 64 scores per warp; two blocks of four warps per multiprocessor, so that one computes products while the other
+// processes its scores.
 template <int PARTS> using RowSweep = Sweep<128, 128, 64, 64, 3, PARTS, false, false>;
 constexpr int kBlocks = 2;
 
-// Statistics of a row over some codes; w = sum of 2^x x over the rest, x as an exponent of 2.
+// Statistics of a row over some codes: best score v and its code k, and w = sum of x * 2^x over the other codes, where
+// x is the exponent of base 2.
 struct Stats {
     float v, rest_p, rest_q, w;
     int32_t k;
 };
 
-// The same of many rows, each number for itself.
+// The statistics of many rows, as one array per member.
 struct StatsOf {
     float* v;
     float* rest_p;
@@ -58,11 +60,11 @@ struct StatsOf {
     }
 };
 
-// Over the codes of both. `to_q`: log2(e) / temperature.
+// Combines the statistics over two sets of codes. `to_q`: log2(e) / temperature.
 __device__ __forceinline__ Stats join(const Stats& a, const Stats& b, float to_q) {
     const bool second = b.v > a.v || (b.v == a.v && b.k < a.k);
     const float v = second ? b.v : a.v, other = second ? a.v : b.v, gap = other - v, x = above_floor(gap * to_q);
-    // The other best code joins the rest, if there is one.
+    // The other best code, if there is one, becomes one of the rest.
     const float one = other > -INFINITY ? 1.f : 0.f, p = exp2_approx(above_floor(gap * kLog2e)), q = exp2_approx(x);
     const float more_q = (second ? a.rest_q : b.rest_q) + one;
     Stats s;
@@ -90,7 +92,7 @@ template <class Tile, bool ENTROPY> struct Running {
         }
     }
 
-    // Takes in the scores of codes [code0, code0 + kCols), of which `codes` exist.
+    // Adds the scores of codes [code0, code0 + kCols); only the first `codes` of these exist.
     __device__ __forceinline__ void take(gemm::Acc<Tile>& acc, int32_t code0, int64_t codes, float to_q) {
         const int32_t mine = code0 + Tile::col(0);
         if (codes < Tile::kCols) {
@@ -106,7 +108,7 @@ template <class Tile, bool ENTROPY> struct Running {
             float top = row_max(acc, i);
             if (__any_sync(kAllLanes, top > v[i])) rise(acc, i, mine, to_q);
             top -= v[i];
-            // NaN, of a row without any number, is no reason either.
+            // Skips the row too if `top` is NaN, which means that all its scores are.
             if (!__any_sync(kAllLanes, top * kLog2e > kZero)) continue;
             float sum = 0.f;
 #pragma unroll
@@ -124,8 +126,8 @@ template <class Tile, bool ENTROPY> struct Running {
         }
     }
 
-    // The best code of row i among those so far and the tile's. If it is new, the sums move to it, the old one joins them, and
-    // its own score is taken out of the tile.
+    // Finds the best code of row i among the previous ones and those of the tile. If it is a new one, the old best code
+    // is added to the sums, the sums are rescaled to the new maximum, and its score is removed from the tile.
     __device__ __forceinline__ void rise(gemm::Acc<Tile>& acc, int i, int32_t mine, float to_q) {
         float best = v[i];
         int at = -1;
@@ -144,7 +146,7 @@ template <class Tile, bool ENTROPY> struct Running {
         }
         if (!(best > v[i])) return;
         const float gap = v[i] - best, x = above_floor(gap * to_q), p = exp2_approx(above_floor(gap * kLog2e));
-        // One of the four lanes counts the old best code, if there was one.
+        // Only one of the four lanes adds the old best code, if there is one.
         const float old = Tile::lane() % 4 == 0 && v[i] > -INFINITY ? 1.f : 0.f;
         rest_p[i] = (rest_p[i] + old) * p;
         if constexpr (ENTROPY) {
@@ -161,8 +163,8 @@ template <class Tile, bool ENTROPY> struct Running {
         }
     }
 
-    // Joins the lanes and warps that share rows; writes the statistics of the block's codes. `smem`: kRows * kCols / kWarpCols
-    // Stats.
+    // Combines the lanes and warps that share rows, and writes the statistics over the block's codes. `smem` holds
+    // kRows * kCols / kWarpCols Stats.
     __device__ __forceinline__ void finish(const StatsOf& out, int64_t row0, int64_t rows, float to_q, unsigned char* smem) {
         constexpr int kParts = Tile::kCols / Tile::kWarpCols;
         Stats* const all = reinterpret_cast<Stats*>(smem);
@@ -192,7 +194,7 @@ template <class Tile, bool ENTROPY> struct Running {
 struct Rows {
     Operand z, e;
     StatsOf out;     // parts, tokens
-    int32_t code0;   // of e
+    int32_t code0;   // index of the first code of e
     float to_q;
     int row_tiles, parts;
 };
@@ -219,7 +221,7 @@ template <class S, bool ENTROPY> __global__ void __launch_bounds__(S::kThreads, 
 
 constexpr int kThreads = 256;
 
-// What comes out, from the first token of a chunk on; rest_q and xbar may be null.
+// The outputs, beginning at the first token of a chunk; rest_q and xbar may be null.
 struct Outputs {
     int32_t* idx;
     float* smax;
@@ -228,7 +230,8 @@ struct Outputs {
     float* xbar;
 };
 
-// Joins the parts of a chunk of codes and those before it; `first`: there are none before; `last`: there are none behind.
+// Combines the parts of a chunk of codes with the previous chunks. `first`: there is no previous chunk; `last`: this is
+// the last one, so the outputs are written.
 __global__ void __launch_bounds__(kThreads)
 join_kernel(const StatsOf parts, int count, const StatsOf state, int64_t rows, float to_q, bool first, bool last, const Outputs out) {
     const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
@@ -252,11 +255,11 @@ constexpr int64_t kTileTokens = RowSweep<1>::Tile::kRows, kTileCodes = RowSweep<
 
 int64_t slots() { return int64_t(multiprocessors()) * kBlocks; }
 
-// Chunks, and what the workspace holds.
+// The sizes of chunks and the layout of the workspace.
 struct Space {
     Pieces pieces;
     Packing z, e;
-    int64_t tokens, codes;  // of a chunk
+    int64_t tokens, codes;  // per chunk
     bf16* packed_z;
     bf16* packed_e;
     StatsOf parts, state;

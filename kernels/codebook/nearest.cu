@@ -8,15 +8,16 @@
 // idx   M    i32  contiguous           out
 // bad   1    f32                       added to; may be absent
 //
-// A score of NaN ranks below every number; a token without any number gets code 0. The second score is -|z - e|^2 / 2 but for a
-// constant of the token. No scores are stored: a block has a tile of tokens, goes through a part of the codes and keeps the best
-// score and code of each row in registers; results of several parts are merged in their order.
-// "wide" and "narrow" (bf16): the tokens stay in shared memory, the codes stream past them without a gap between their tiles.
-// "simple": a product by gemm.cuh for each tile.
-// numerics: products and sums in f32, those of z . e in the order of D, so that a score does not depend on the implementation;
-// equal scores go to the smallest index. Bitwise repeatable, on any device.
-// workspace: 4 bytes a code for l2; 8 bytes a token and part if there are several parts or `bad` is present.
-// limits: "wide" takes D from 129 to 256, "narrow" what fits beside its stages into shared memory; both rows on multiples of 16 bytes.
+// A NaN score ranks below every number; a token whose scores are all NaN gets code 0. The l2 score is -|z - e|^2 / 2 up
+// to a constant of the token. Scores are not stored: a block has a tile of tokens, sweeps a part of the codes and keeps
+// the best score and code of each row in registers; the results of several parts are merged in order.
+// "wide" and "narrow" (bf16): the tokens stay in shared memory while the codes stream through it, without a pause
+// between tiles. "simple": one product of gemm.cuh per tile.
+// numerics: products and sums in f32, z . e summed in the order of D, so that a score does not depend on the
+// implementation; ties go to the smallest index. Bitwise repeatable, on any device.
+// workspace: 4 bytes a code for l2; 8 bytes per token and part if there are several parts or `bad` is present.
+// limits: "wide" requires D from 129 to 256, "narrow" a D that fits into shared memory besides its stages; both require
+// rows at multiples of 16 bytes.
 // work: 2*M*K*D FLOP; (M + K)*D*size + 4*M bytes.
 #include <array>
 
@@ -31,15 +32,16 @@ using gemm::Matrix;
 
 constexpr int kThreads = 256;  // of the small kernels
 
-// Where a block leaves the best codes of its rows: in idx if it has seen all codes, else in `v` and `k`.
+// Where a block writes the best codes of its rows: to idx if it has swept all codes, else with their scores to `k` and
+// `v`.
 struct Result {
     int32_t* idx;
     float* v;
     int32_t* k;
 };
 
-// The best code so far of each of a thread's rows, among the columns that its warp has seen: the same in the four
-// lanes that share the rows.
+// The best code so far of each of a thread's rows, among the columns of its warp; the same in the four lanes that share
+// the rows.
 template <class Tile> struct Best {
     float v[Tile::kAccRows];
     int32_t k[Tile::kAccRows];
@@ -52,7 +54,8 @@ template <class Tile> struct Best {
         }
     }
 
-    // Takes in the scores of codes [code0, code0 + kCols). `half`: |e|^2 / 2, null for the dot product.
+    // Updates the best codes with the scores of codes [code0, code0 + kCols). `half`: |e|^2 / 2, null for the dot
+    // product.
     template <bool L2> __device__ __forceinline__ void take(gemm::Acc<Tile>& acc, int32_t code0, int64_t codes, const float* half) {
         const int32_t mine = code0 + Tile::col(0);
         if constexpr (L2) {
@@ -67,7 +70,7 @@ template <class Tile> struct Best {
                 }
             }
         }
-        // Most tiles bring nothing better to any row of the warp, so first only the maxima.
+        // Most tiles have no better code for any row of the warp, so compare only the maxima first.
         float top[Tile::kAccRows];
         bool better = false;
 #pragma unroll
@@ -98,7 +101,7 @@ template <class Tile> struct Best {
         }
     }
 
-    // The best of the block's columns.  `smem`: kRows * kCols / kWarpCols * 8 bytes.
+    // Merges the warps and writes the best of the block's columns. `smem` holds kRows * kCols / kWarpCols * 8 bytes.
     __device__ __forceinline__ void finish(const Result& out, int64_t row0, int64_t rows, int64_t part, unsigned char* smem) {
         constexpr int kParts = Tile::kCols / Tile::kWarpCols;
         float* smem_v = reinterpret_cast<float*>(smem);
@@ -157,7 +160,8 @@ simple_kernel(const Matrix<typename Tile::Type> z, const Matrix<typename Tile::T
     best.finish(out, row0, z.rows, part, smem);
 }
 
-// Tokens that stay and codes that stream past them. STEPS stages to a tile, 0: found out at run time; BLOCKS on a multiprocessor.
+// Tokens stay in shared memory and codes stream through it. STEPS: stages per tile, 0: determined at run time; BLOCKS:
+// blocks per multiprocessor.
 template <int ROWS, int CODES, int DEPTH, int STAGES, int STEPS, int BLOCKS> struct Resident {
     using Tile = gemm::Tile<bf16, ROWS, CODES, DEPTH, 64, 64, 2, false, true>;
     static constexpr int kDepth = DEPTH, kStages = STAGES, kSteps = STEPS, kBlocks = BLOCKS, kThreads = Tile::kThreads;
@@ -179,7 +183,7 @@ resident_kernel(const Matrix<bf16> z, const Matrix<bf16> e, const float* half, c
     const int steps = S::kSteps > 0 ? S::kSteps : int((z.cols + S::kDepth - 1) / S::kDepth);
     unsigned char* const stages = smem + steps * Tile::kBytesA;
 
-    // Copies of codes run ahead: every thread has its place in the tile, and walks through the codes stage by stage.
+    // Copies of codes run ahead: every thread has a fixed place in the tile and advances through the codes by stages.
     const int my_row = int(threadIdx.x) / kPieces, my_col = int(threadIdx.x) % kPieces * 8;
     const smem_addr my_place = smem_address(stages + gemm::swizzled<kPieces>(my_row, my_col / 8));
     const bf16* from = e.p + (int64_t(range.first) * Tile::kCols + my_row) * e.ld + my_col;
@@ -229,7 +233,7 @@ resident_kernel(const Matrix<bf16> z, const Matrix<bf16> e, const float* half, c
             } else {
                 slot = slot + 1 == S::kStages ? 0 : slot + 1;
                 cp_async_wait<S::kStages - 2>();
-                __syncthreads();  // the next stage is visible; nobody reads this one any more
+                __syncthreads();  // the next stage is visible; no thread reads this one any more
                 fill();
                 fetch(last ? 0 : s + 1, 0);
             }
@@ -260,7 +264,7 @@ resident_kernel(const Matrix<bf16> z, const Matrix<bf16> e, const float* half, c
     best.finish(out, row0, z.rows, part, smem);
 }
 
-// half[k] = |e[k]|^2 / 2; a warp for a code.
+// half[k] = |e[k]|^2 / 2; one warp per code.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
 half_norm_kernel(const Matrix<T> e, float* half, int64_t padded) {
@@ -277,8 +281,8 @@ half_norm_kernel(const Matrix<T> e, float* half, int64_t padded) {
     }
 }
 
-// idx of all rows from the results of the parts; the first part wins a tie, its codes are the smallest. The best score
-// stays in the place of the first part.
+// idx of all rows from the results of the parts; the first part wins a tie, since its codes have the smallest indices.
+// The best score is left in the place of the first part.
 __global__ void __launch_bounds__(kThreads) combine_kernel(const Result from, int32_t* idx, int64_t rows, int parts) {
     const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (row >= rows) return;
@@ -295,11 +299,11 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const Result from, in
     from.v[row] = best;
 }
 
-// An implementation as the host sees it.
+// The host's description of an implementation.
 struct Kernel {
     Implementation is;
     int64_t rows, codes;  // of a block's tile
-    int64_t blocks;       // on a multiprocessor
+    int64_t blocks;       // per multiprocessor
     int64_t smem;
 };
 
@@ -307,7 +311,7 @@ int64_t parts_of(const Kernel& kernel, int64_t m, int64_t k) {
     return choose_parts(ceil_div(m, kernel.rows), ceil_div(k, kernel.codes), kernel.blocks * multiprocessors());
 }
 
-// Largest shared memory of a block.
+// The largest shared memory of a block.
 int64_t most_smem() {
     int device = 0, n = 0;
     if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&n, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
@@ -317,15 +321,15 @@ int64_t most_smem() {
     return n;
 }
 
-// 64 x 64 (f32: 64 x 32) products for a warp, as in matmul.cu.
+// 64 x 64 (f32: 64 x 32) products per warp, as in matmul.cu.
 using SimpleBf16 = gemm::Tile<bf16, 128, 128, 32, 64, 64, 4, false, true>;
 using SimpleF32 = gemm::Tile<float, 128, 64, 16, 64, 32, 3, false, true>;
-// Wide: eight warps and all shared memory of a multiprocessor, so that codes are read half as often and 16 KB under way hide
-// the way to the L2. Narrow: two blocks of four warps, for few tokens and for less shared memory.
+// Wide: eight warps and all shared memory of a multiprocessor, so that codes are read half as often and 16 KB in flight
+// hide the latency of the L2. Narrow: two blocks of four warps, for few tokens and for less shared memory.
 using Wide = Resident<256, 128, 128, 3, 2, 1>;
 using Narrow = Resident<128, 128, 64, 3, 0, 2>;
 
-// The implementations for a call, the best one first.
+// All implementations, with the best one for this call first.
 std::array<Kernel, 3> choose_nearest_config(const ett_nearest_args& a, int64_t smem) {
     const int64_t d = cols(a.z);
     const bool is_bf16 = a.z.dtype == ETT_BF16, pieces = is_bf16 && wide(a.z) && wide(a.e) && d > 0;
@@ -337,8 +341,8 @@ std::array<Kernel, 3> choose_nearest_config(const ett_nearest_args& a, int64_t s
     return rows(a.z) > n.rows ? std::array{w, n, s} : std::array{n, w, s};
 }
 
-// Workspace: half[codes, padded to whole tiles] for L2, then v[parts, M] and k[parts, M] if there are several parts or
-// the best scores are looked at.
+// The layout of the workspace: half[codes, padded to whole tiles] for L2, then v[parts, M] and k[parts, M] if there are
+// several parts or the best scores are needed for `bad`.
 struct Layout {
     int64_t half, v, k, bytes;
 };

@@ -1,8 +1,8 @@
-// operands.cuh: how tokens and codes become operands of the sweeps (scores.cuh): where they are, or packed as parts of bf16,
-// a chunk of them at a time.
+// operands.cuh: tokens and codes as operands of the sweeps (scores.cuh): used in place, or packed as bf16 parts, one
+// chunk at a time.
 //
-// Parts of f32 stand beside each other in packed rows. bf16 whose rows do not allow 16-byte copies is packed too, as one
-// part.
+// A packed row of f32 holds its parts side by side. bf16 with rows that do not allow 16-byte copies is packed too, as
+// one part.
 #pragma once
 
 #include "pieces.cuh"
@@ -13,11 +13,11 @@ namespace codebook {
 
 inline constexpr int64_t kMostDim = 512;
 
-// x as a sum of PARTS numbers of bf16: 1 rounds to nearest, 2 leave 2^-18 of x, 3 nothing. The first is not finite where x is
-// not.
+// Splits x into a sum of PARTS bf16 numbers. One part rounds to nearest, two parts have an error of 2^-18 of x, three
+// parts are exact. If x is not finite, neither is the first part.
 template <int PARTS> __device__ __forceinline__ void cut(float x, float (&part)[PARTS]) {
     if constexpr (PARTS == 3) {
-        // Truncated: what is left has eight bits less, and nothing overflows.
+        // Truncation removes eight bits from the rest each time, and cannot overflow.
         const bool finite = fabsf(x) <= 3.402823466e38f;
         part[0] = finite ? bits_to_float(float_to_bits(x) & 0xffff0000u) : x;
         const float rest = finite ? x - part[0] : 0.f;
@@ -48,7 +48,7 @@ template <int PARTS> __device__ __forceinline__ void pack_piece(bf16* row, int64
 
 inline constexpr int kPackThreads = 256;
 
-// Packs the rows of `from`; columns up to whole pieces of 8 are 0.
+// Packs the rows of `from`, padded with zeros to whole pieces of 8 columns.
 template <class T, int PARTS>
 __global__ void __launch_bounds__(kPackThreads) static pack_kernel(const gemm::Matrix<T> from, bf16* to, int64_t part) {
     const int64_t pieces = part / 8;
@@ -63,13 +63,13 @@ __global__ void __launch_bounds__(kPackThreads) static pack_kernel(const gemm::M
 
 // ---- host ------------------------------------------------------------------------------------------------
 
-// How an argument becomes an operand.
+// Whether and how an argument is packed.
 struct Packing {
     bool packed;
     int parts;      // 1 or 3
-    int64_t cols;   // of a part, as products see it
-    int64_t ld;     // of a packed row
-    int64_t bytes;  // of a packed row; 0 if it is not packed
+    int64_t cols;   // columns per part in the products
+    int64_t ld;     // elements of a packed row
+    int64_t bytes;  // bytes of a packed row; 0 if not packed
 
     explicit Packing(const ett_view& v)
         : packed(v.dtype != ETT_BF16 || !wide(v)),
@@ -78,11 +78,11 @@ struct Packing {
           ld(parts * cols),
           bytes(packed ? 2 * ld : 0) {}
 
-    // The operand of rows that are packed at `at`.
+    // The operand whose packed rows begin at `at`.
     Operand at(bf16* at, int64_t rows) const { return {{at, rows, cols, ld, true}, cols}; }
 };
 
-// Rows [first, first + count) of `v` as an operand: packed to `space`, or where they are.
+// Makes rows [first, first + count) of `v` an operand: packs them into `space`, or uses them in place.
 inline int32_t operand(const char* op, const ett_view& v, const Packing& p, int64_t first, int64_t count, bf16* space, Operand& out, const ett_launch* l) {
     if (!p.packed) {
         const gemm::Matrix<bf16> m = gemm::matrix<bf16>(v);
@@ -101,25 +101,25 @@ inline int32_t operand(const char* op, const ett_view& v, const Packing& p, int6
     return v.dtype == ETT_BF16 ? go(pack_kernel<bf16, 1>, bf16{}) : go(pack_kernel<float, 3>, float{});
 }
 
-// The unit of what is packed or stored at a time. On the shim small shapes have many chunks, too.
+// The unit of chunk sizes. On the shim it is smaller, so that small shapes have several chunks too.
 #ifdef ETT_SHIM
 inline constexpr int64_t kMiB = 1 << 10;
 #else
 inline constexpr int64_t kMiB = 1 << 20;
 #endif
-inline constexpr int64_t kPackBytes = 16 * kMiB;  // of an operand in parts
+inline constexpr int64_t kPackBytes = 16 * kMiB;  // of a packed operand, at most
 
-// Rows of a chunk: all, or as many whole tiles as `space` bytes hold.
+// Rows per chunk: all, or as many whole tiles as fit into `space` bytes.
 inline int64_t chunk_rows(int64_t rows, int64_t bytes_a_row, int64_t space, int64_t tile) {
     return bytes_a_row == 0 ? rows : std::min(rows, std::max(space / bytes_a_row / tile, int64_t(1)) * tile);
 }
 
-// Calls f with the number of parts of an operand's type.
+// Calls f with the number of parts for an element type, as a std::integral_constant.
 template <class F> auto with_parts(int32_t dtype, F f) {
     return dtype == ETT_BF16 ? f(std::integral_constant<int, 1>{}) : f(std::integral_constant<int, 3>{});
 }
 
-// z and e of a sweep.
+// Checks z and e of a sweep.
 inline bool check_operands(Check& check, const ett_view& z, const ett_view& e) {
     if (!check.act("z", z) || !check.type("e", e, z.dtype) || !check.range("e", rows(e), 1, INT32_MAX) ||
         !check.range("z", rows(z), 0, INT32_MAX) || !check.matrix("e", e, z.dtype, rows(e), cols(z)))

@@ -1,11 +1,11 @@
-// scores.cuh: how the sweeps of the IBQ quantizer form the scores S = z E^T, a tile at a time, by tensor cores.
+// scores.cuh: the scores S = z E^T in the sweeps of the IBQ quantizer, computed one tile at a time on tensor cores.
 //
-// Operands are matrices of bf16. f32 is cut into three of them, hi + mid + lo, which hold all of its 24 bits
-// (operands.cuh); of the nine products of two such numbers the six largest are summed, the smallest first, and what is
-// left out is below 2^-21 of |z| |e|.
+// Operands are matrices of bf16. f32 is split into three of them, hi + mid + lo, which hold all of its 24 bits
+// (operands.cuh). Of the nine products of two such numbers the six largest are summed, the smallest first; the omitted
+// ones are below 2^-21 of |z| |e|.
 //
-// A score has the same bits in every sweep: whatever the tiles, its products are summed in f32 in the order of the parts
-// and of D.
+// A score has the same bits in every sweep: whatever the tile sizes, its products are summed in f32 in the order of the
+// parts and of D.
 #pragma once
 
 #include "gemm.cuh"
@@ -18,15 +18,15 @@ inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // ---- exponentials ----------------------------------------------------------------------------------------
 
-// Exponents of 2 below kZero give 0 (exp2_approx flushes). Below kFloor they are taken as kFloor, so that an infinite one
-// times its exponential is 0; so are those of NaN.
+// 2^x is 0 for x below kZero (exp2_approx flushes). above_floor replaces exponents below kFloor, and NaN, by kFloor, so
+// that x * 2^x is 0 even for x = -infinity.
 inline constexpr float kZero = -127.f, kFloor = -1000.f;
 
 __device__ __forceinline__ float above_floor(float x) { return fmaxf(x, kFloor); }
 
 // ---- operands --------------------------------------------------------------------------------------------
 
-// Rows of `m.cols` elements in one or three parts, `part` elements from one to the next.
+// Rows of `m.cols` elements in one or three parts, which begin `part` elements apart.
 struct Operand {
     gemm::Matrix<bf16> m;
     int64_t part;
@@ -34,8 +34,8 @@ struct Operand {
     __device__ __forceinline__ gemm::Matrix<bf16> operator[](int i) const { return {m.p + i * part, m.rows, m.cols, m.ld, true}; }
 };
 
-// The products of parts that are summed: i of the first operand with j of the second, i + j < the larger number of parts,
-// in descending order of i + j.
+// The products of parts that are summed: part i of the first operand times part j of the second, for i + j < max(PA,
+// PB), in descending order of i + j.
 template <int PA, int PB> struct Terms {
     static constexpr int kMost = PA > PB ? PA : PB;
     static constexpr int count() {
@@ -44,7 +44,7 @@ template <int PA, int PB> struct Terms {
             for (int j = 0; j < PB; ++j) n += i + j < kMost;
         return n;
     }
-    // Four bits a term.
+    // The part numbers of all terms, four bits each.
     static constexpr uint32_t list(bool first) {
         uint32_t all = 0;
         int n = 0;
@@ -61,17 +61,17 @@ template <int PA, int PB> struct Terms {
 
 // ---- sweeps ----------------------------------------------------------------------------------------------
 
-// Tiles of ROWS tokens and COLS codes, cut among the warps. DUAL: two products with the same codes. ROWS_MOVE: the codes
-// stay and the tokens change from tile to tile, else the other way round.
+// Tiles of ROWS tokens and COLS codes, divided among the warps. DUAL: two products with the same codes. ROWS_MOVE: the
+// codes are fixed and the tokens change from tile to tile; else the reverse.
 template <int ROWS, int COLS, int WARP_ROWS, int WARP_COLS, int STAGES, int PARTS, bool DUAL, bool ROWS_MOVE> struct Sweep {
     using Tile = gemm::Tile<bf16, ROWS, COLS, 32, WARP_ROWS, WARP_COLS, STAGES, false, true, true>;
     using Products = Terms<PARTS, PARTS>;
     static constexpr bool kDual = DUAL, kRowsMove = ROWS_MOVE;
-    static constexpr int kTokens = DUAL ? 2 : 1;  // operands of tokens
+    static constexpr int kTokens = DUAL ? 2 : 1;  // operands with a row per token
     static constexpr int kStage = kTokens * Tile::kBytesA + Tile::kBytesB, kSmem = STAGES * kStage, kThreads = Tile::kThreads;
 };
 
-// Tiles [first, end), one after the other.
+// Tiles [first, end) in order.
 struct Consecutive {
     int first, end;
     __device__ __forceinline__ int count() const { return end - first; }
@@ -85,14 +85,15 @@ struct Listed {
     __device__ __forceinline__ int operator[](int i) const { return list[i]; }
 };
 
-// The scores of tile after tile. Copies run ahead of the products across the borders of tiles. `ORDER` says which tiles.
+// Computes the scores of one tile after the other. Copies run ahead of the products across the boundaries of tiles.
+// `Order` lists the tiles.
 template <class S, class Order> class Stream {
     using Tile = typename S::Tile;
     using Acc = gemm::Acc<Tile>;
 
   public:
-    // z, and with DUAL g beside it, meet e. `fixed`: the first row or column of what stays. The whole block calls this and
-    // everything below, for each tile of the order once.
+    // Multiplies z, and with DUAL also g, by e^T. `fixed`: the first row or column of the fixed operand. The whole
+    // block calls this, then `scores` once for each tile of the order, then `end`.
     __device__ __forceinline__ Stream(const Operand& z, const Operand& g, const Operand& e, int64_t fixed, const Order& order, unsigned char* smem)
         : z_(z), g_(g), e_(e), fixed_(fixed), order_(order), smem_(smem), steps_(int((z.m.cols + Tile::kDepth - 1) / Tile::kDepth)) {
 #pragma unroll 1
@@ -109,7 +110,7 @@ template <class S, class Order> class Stream {
         products(s, dp);
     }
 
-    // After the last tile; `smem` is free again after the next barrier.
+    // Called after the last tile; `smem` may be reused after the next barrier.
     __device__ __forceinline__ void end() { cp_async_wait<0>(); }
 
   private:
@@ -119,7 +120,7 @@ template <class S, class Order> class Stream {
 #pragma unroll 1
         for (int step = 0; step < steps_ * S::Products::kCount; ++step) {
             cp_async_wait<Tile::kStages - 2>();
-            __syncthreads();  // this stage has arrived; everybody is done with the one before
+            __syncthreads();  // this stage has arrived; all threads are done with the previous one
             fill();
             const smem_addr a = smem_address(smem_ + here_ * S::kStage), b = a + S::kTokens * Tile::kBytesA;
             here_ = here_ + 1 == Tile::kStages ? 0 : here_ + 1;
@@ -138,7 +139,7 @@ template <class S, class Order> class Stream {
         }
     }
 
-    // Starts the copies of the next step; past the last tile there are none.
+    // Starts the copies of the next step, none after the last tile.
     __device__ __forceinline__ void fill() {
         if (tile_ < order_.count()) {
             const int64_t moved = int64_t(order_[tile_]) * (S::kRowsMove ? Tile::kRows : Tile::kCols);
@@ -167,12 +168,12 @@ template <class S, class Order> class Stream {
     const int64_t fixed_;
     const Order& order_;
     unsigned char* const smem_;
-    const int steps_;                          // to a product of parts
-    int here_ = 0, next_ = 0;                  // slots: that is read, that is filled
+    const int steps_;                          // per product of parts
+    int here_ = 0, next_ = 0;                  // the slot to read and the slot to fill
     int step_ = 0, term_ = 0, tile_ = 0;       // of the next copy
 };
 
-// The largest number among a thread's scores of row i; NaN only if there is none.
+// The largest of a thread's scores of row i, ignoring NaN; NaN if all of them are.
 template <class Tile> __device__ __forceinline__ float row_max(gemm::Acc<Tile>& acc, int i) {
     float x[Tile::kAccCols];
 #pragma unroll
@@ -184,15 +185,15 @@ template <class Tile> __device__ __forceinline__ float row_max(gemm::Acc<Tile>& 
     return x[0];
 }
 
-// Part `part` of `parts` of so many tiles.
+// The tiles of part `part` of `parts`.
 __device__ __forceinline__ Consecutive part_of(int64_t tiles, int part, int parts) {
     return {int(tiles * part / parts), int(tiles * (part + 1) / parts)};
 }
 
 // ---- host ------------------------------------------------------------------------------------------------
 
-// In how many parts to cut `moving` tiles for each of `fixed` others: as many as bring the last block to its end soonest. A
-// block costs about two tiles more than its tiles.
+// The number of parts into which to divide the `moving` tiles for each of the `fixed` tiles: the one with which the
+// last block ends soonest. A block has a fixed cost of about two tiles.
 inline int64_t choose_parts(int64_t fixed, int64_t moving, int64_t slots) {
     int64_t parts = 1, least = INT64_MAX;
     for (int64_t p = 1; p <= std::min(moving, std::max<int64_t>(1, 2 * slots / std::max<int64_t>(fixed, 1))); ++p) {
@@ -201,7 +202,7 @@ inline int64_t choose_parts(int64_t fixed, int64_t moving, int64_t slots) {
     }
     return parts;
 }
-// The most rows that all parts of `rows`, in tiles of `tile`, may have together.
+// An upper bound for the rows of all parts together, for `rows` fixed rows in tiles of `tile`.
 inline int64_t most_rows(int64_t rows, int64_t tile, int64_t slots) { return std::max(round_up(rows, tile), 2 * slots * tile); }
 
 }  // namespace codebook

@@ -1,12 +1,12 @@
-// vq.cu: values and gradients of the plain quantizer, whose tokens have their nearest code.
+// vq.cu: quantized vectors, loss and gradients of the plain quantizer, which gives each token its nearest code.
 //
 //   zq_m = e_{idx_m},  quant = (beta_commit + beta_code) * inv_count / D * sum_m |zq_m - z_m|^2
 //   dz_m = g_m + w beta_commit (z_m - e_{idx_m}),  de_{idx_m} += w beta_code (e_{idx_m} - z_m),  w = 2 g_quant inv_count / D
 //
 // z          M,D  act  rows of any stride   in
 // e          K,D  act  rows of any stride   in
-// idx        M    i32  contiguous           in    outside [0, K): a fault; then zq is 0, dz is g, and nothing else is changed
-// inv_count  1    f32                       in    one over the tokens of all ranks
+// idx        M    i32  contiguous           in    outside [0, K): a fault; then zq is 0, dz is g, and the token adds
+// nothing inv_count  1    f32                       in    one over the tokens of all ranks
 // zq         M,D  act  rows of any stride   out
 // quant      1    f32                       out
 // g          M,D  act  rows of any stride   in    gradient of zq, which passes straight to z
@@ -14,11 +14,11 @@
 // dz         M,D  act  rows of any stride   out
 // de         K,D  f32  rows of any stride   added to; may be absent
 //
-// numerics: in f32, one rounding of dz; zq copies. The loss sums over blocks of 32 tokens, then over the blocks in a fixed
-// order; a row of de is summed in ascending order of its tokens, by one warp for 256 columns. Bitwise repeatable.
-// workspace: of vq_losses, 4 bytes for 32 tokens.
-// work: forward 3*M*D*size bytes; backward 4*M*D*size + (M*size + 8*U)*D bytes for U different codes, and a search for equal
-// codes among 4096 tokens at a time, 4 bytes each for each token.
+// numerics: f32, one rounding of dz; zq is a copy. The loss is summed over blocks of 32 tokens, then over the blocks in
+// a fixed order; one warp per 256 columns sums a row of de in ascending order of its tokens. Bitwise repeatable.
+// workspace: vq_losses 4 bytes per 32 tokens.
+// work: forward 3*M*D*size bytes; backward 4*M*D*size + (M*size + 8*U)*D bytes for U different codes, and a scan for
+// equal codes that reads, for each token, up to 4096 indices of 4 bytes.
 // papers: VQ-VAE (1711.00937).
 #include "codes.cuh"
 #include "pieces.cuh"
@@ -36,7 +36,7 @@ template <class T> struct Gradient {
     float factor;
 };
 
-// A warp a token, N elements at a time.
+// One warp per token, N elements at a time.
 template <class T, int N> __global__ void __launch_bounds__(kCodeThreads) tokens_kernel(const __grid_constant__ Gradient<T> a) {
     const int lane = int(threadIdx.x) % kWarp;
     const int64_t m = int64_t(blockIdx.x) * kCodeWarps + threadIdx.x / kWarp;

@@ -1,6 +1,6 @@
-// activation.cuh: activation functions and their derivatives of floats. T is the type they are rounded to in the end:
-// for bf16 the hardware's exponential and reciprocal are exact enough (relative error below 2^-19) and save half of
-// the instructions; for float they are the library's.
+// activation.cuh: activation functions and their derivatives, computed in float. T is the type that the result is
+// rounded to: for bf16 the hardware's approximate exponential and division are accurate enough (relative error below
+// 2^-19) and save half of the instructions; float uses the library functions.
 #pragma once
 
 #include "types.cuh"
@@ -30,7 +30,7 @@ template <class T> __device__ __forceinline__ float silu_slope(float x) {
     return s * (1.f + x * (1.f - s));
 }
 
-// The normal distribution function.
+// The cumulative distribution function of the standard normal distribution.
 __device__ __forceinline__ float normal(float x) { return 0.5f + 0.5f * erff(0.70710678f * x); }
 
 template <class T> __device__ __forceinline__ float gelu(float x) { return x * normal(x); }
@@ -38,7 +38,7 @@ template <class T> __device__ __forceinline__ float gelu_slope(float x) {
     return normal(x) + x * 0.39894228f * exponential<T>(-0.5f * x * x);
 }
 
-// The tanh form of GELU, as x * sigmoid(2u): sigmoid(2u), and the derivative of 2u.
+// The tanh form of GELU is x * sigmoid(2u). `gate` is sigmoid(2u), `slope` the derivative of 2u.
 template <class T> __device__ __forceinline__ void tanh_gate(float x, float& gate, float& slope) {
     constexpr float a = 1.59576912f, b = 0.044715f;  // a = 2 sqrt(2 / pi)
     const float square = x * x;
@@ -56,10 +56,10 @@ template <class T> __device__ __forceinline__ float gelu_tanh_slope(float x) {
     return gate + x * slope * gate * (1.f - gate);
 }
 
-// max(x, 0); NaN stays NaN.
+// max(x, 0); propagates NaN.
 __device__ __forceinline__ float relu(float x) { return x <= 0.f ? 0.f : x; }
 __device__ __forceinline__ float leaky_relu(float x, float slope) { return x > 0.f ? x : slope * x; }
-// `slope` at 0; also the derivative of relu, with slope 0.
+// The derivative of leaky_relu, `slope` at 0; with slope 0 the derivative of relu.
 __device__ __forceinline__ float leaky_relu_slope(float x, float slope) { return x > 0.f ? 1.f : slope; }
 
 }  // namespace ett

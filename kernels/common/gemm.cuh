@@ -1,7 +1,7 @@
-// gemm.cuh: one output tile of a matrix product, accumulated in registers, for all kernels that contain one.
+// gemm.cuh: one output tile of a matrix product, accumulated in registers, for all kernels that contain a product.
 //
-// A kernel names a Tile, which fixes type, sizes and transposes, and calls tile_product: every thread of the
-// block then holds its part of  op(a)[row0.., :] op(b)[:, col0..]  in an Acc, and does with it what it likes.
+// A kernel chooses a Tile, which fixes type, sizes and transposes, and calls tile_product. Every thread of the block
+// then holds its part of  op(a)[row0.., :] op(b)[:, col0..]  in an Acc and processes it further.
 //
 //     using Tile = gemm::Tile<bf16, 128, 128, 32, 64, 64, 3, false, true>;   // y = x w^T
 //     template <class Tile> __global__ void __launch_bounds__(Tile::kThreads)
@@ -15,18 +15,18 @@
 //     }
 //     launch(op, product<Tile>, grid, dim3(Tile::kThreads), Tile::kSmem, l, gemm::matrix<bf16>(view_a), ...);
 //
-// Who holds what, the same for both types, with lane = threadIdx.x % 32:
-//     row(i): i rises by 8 rows; lanes 4g .. 4g+3 of a warp hold the same rows (a sum or maximum over the columns
-//             of the warp's tile is one over j and then over __shfl_xor of 1 and 2).
+// Which elements a thread holds, for both types, with lane = threadIdx.x % 32:
+//     row(i): consecutive i are 8 rows apart; lanes 4g .. 4g+3 of a warp hold the same rows (reduce over the columns
+//             of the warp's tile first over j, then by __shfl_xor of 1 and 2).
 //     col(j): columns j and j + 1 (j even) are neighbours, the first of them even: they may be stored as a pair.
 //     The warp's tile begins at (warp_row(), warp_col()) of the block's; warps with the same warp_row() hold the
-//     other columns of the same rows. Elements outside the product hold no meaningful value.
+//     other columns of the same rows. Elements outside the product are unspecified.
 //
-// bf16: mma.sync m16n8k16, the products are exact and summed in f32. f32: fused multiply-adds; no TF32.
-// Sums run over the inner dimension in ascending order (pieces of 16 for bf16, inside which the tensor core's
-// order holds), so that a value does not depend on which tile of the same type it is in.
-// Operands: row-major, any stride, any size; those that allow it (wide) are copied by 16-byte cp.async, the others
-// element by element. The pipeline is STAGES deep; rows of shared memory are swizzled in pieces of 16 bytes.
+// bf16: mma.sync m16n8k16, whose products are exact and summed in f32. f32: fused multiply-adds; no TF32.
+// Sums run over the inner dimension in ascending order (for bf16 in pieces of 16, inside which the tensor core
+// determines the order), so that a value does not depend on which tile of the same type computes it.
+// Operands: row-major, any stride, any size. Those with aligned rows (`wide`) are copied by 16-byte cp.async, the
+// others element by element. The pipeline is STAGES deep; rows of shared memory are swizzled in pieces of 16 bytes.
 #pragma once
 
 #include "launch.cuh"
@@ -34,7 +34,8 @@
 namespace ett {
 namespace gemm {
 
-// A matrix as it lies in memory, before op. `vectors`: rows begin on and consist of whole pieces of 16 bytes.
+// A matrix in memory, before op is applied. `vectors`: all rows are 16-byte aligned and consist of whole 16-byte
+// pieces.
 template <class T> struct Matrix {
     const T* p;
     int64_t rows, cols, ld;
@@ -43,16 +44,16 @@ template <class T> struct Matrix {
 
 template <class T> Matrix<T> matrix(const ett_view& v) { return {data<const T>(v), rows(v), cols(v), stride(v), wide(v)}; }
 
-// Byte offset of 16-byte piece `piece` of row `row` in a tile of shared memory with PIECES to a row. Eight rows
-// at the same piece, and whole rows, fall on all banks evenly.
+// Byte offset of 16-byte piece `piece` of row `row` in a tile of shared memory with PIECES pieces per row. Accesses to
+// one piece of eight rows, and to whole rows, are free of bank conflicts.
 template <int PIECES> __device__ __forceinline__ int swizzled(int row, int piece) {
     static_assert(PIECES == 4 || PIECES % 8 == 0, "rows of 64 bytes or of whole lines of 128 bytes");
-    constexpr int kRows = PIECES == 4 ? 2 : 1;  // in a line
+    constexpr int kRows = PIECES == 4 ? 2 : 1;  // per line of 128 bytes
     return (row * PIECES + (piece ^ (row / kRows & (PIECES == 4 ? 3 : 7)))) * 16;
 }
 
-// Copies of tiles of ROWS x COLS elements out of a matrix, one after the other, by a block of THREADS threads: every
-// thread has a column of pieces in the tile. VECTORS: the matrix is known to have them.
+// Copies successive tiles of ROWS x COLS elements of a matrix by a block of THREADS threads; every thread copies a
+// column of pieces of the tile. VECTORS: `vectors` of the matrix is known to be true at compile time.
 template <class T, int ROWS, int COLS, int THREADS, bool VECTORS> class TileCopy {
   public:
     // The tile that begins at (row, col).
@@ -60,8 +61,8 @@ template <class T, int ROWS, int COLS, int THREADS, bool VECTORS> class TileCopy
         : p_(m.p + (row + my_row()) * m.ld + (col + my_piece() * kWide<T>)), ld_(m.ld), rows_(m.rows - row - my_row()),
           cols_(m.cols - col - my_piece() * kWide<T>), vectors_(m.vectors) {}
 
-    // Starts the copy into `smem`, zero outside the matrix. Visible to the block after cp_async_commit, cp_async_wait
-    // and a barrier.
+    // Starts the copy into `smem`, with zeros outside the matrix. The block sees the data after cp_async_commit,
+    // cp_async_wait and a barrier.
     __device__ __forceinline__ void start(unsigned char* smem) const {
         const T* from = p_;
         if (VECTORS || vectors_) {
@@ -84,7 +85,7 @@ template <class T, int ROWS, int COLS, int THREADS, bool VECTORS> class TileCopy
         }
     }
 
-    // On to the tile that begins so many rows or columns further.
+    // Moves on to the tile that begins n rows or columns further.
     __device__ __forceinline__ void advance_rows(int n) { p_ += n * ld_, rows_ -= n; }
     __device__ __forceinline__ void advance_cols(int n) { p_ += n, cols_ -= n; }
 
@@ -94,13 +95,14 @@ template <class T, int ROWS, int COLS, int THREADS, bool VECTORS> class TileCopy
     static __device__ __forceinline__ int my_row() { return int(threadIdx.x) / kPieces; }
     static __device__ __forceinline__ int my_piece() { return int(threadIdx.x) % kPieces; }
 
-    const T* p_;  // of this thread's first piece
-    int64_t ld_, rows_, cols_;  // of the matrix from there on
+    const T* p_;  // this thread's first piece
+    int64_t ld_, rows_, cols_;  // of the matrix, counted from there
     bool vectors_;
 };
 
-// Fragments of mma_bf16_16816 out of a tile with PIECES pieces to a row. TRANS: the tile is [depth][rows of the
-// product] (or columns), else [rows][depth]. First row `r`, column `c` and depth `k`: multiples of 16, so that ^ adds.
+// Loads fragments of mma_bf16_16816 from a tile with PIECES pieces per row. TRANS: the tile is stored as [depth][rows
+// or columns of the product], else as [rows or columns][depth]. The first row `r`, column `c` and depth `k` are
+// multiples of 16, so that ^ adds.
 template <bool TRANS, int PIECES> __device__ __forceinline__ void load_a(uint32_t (&a)[4], smem_addr tile, int r, int k) {
     const int lane = int(threadIdx.x) % 32;
     if constexpr (TRANS)
@@ -117,9 +119,9 @@ template <bool TRANS, int PIECES> __device__ __forceinline__ void load_b(uint32_
         ldmatrix_x4(b, tile + swizzled<PIECES>(c + lane % 8 + lane / 16 * 8, k / 8 ^ lane / 8 % 2));
 }
 
-// A block's tile of ROWS x COLS, cut among the warps into WARP_ROWS x WARP_COLS, DEPTH of the inner dimension in
-// each of STAGES stages. TA, TB: a is stored [depth, rows], b is stored [columns, depth]. VECTORS: for operands that
-// both have them only; a little faster than finding out.
+// A block's tile of ROWS x COLS, divided among the warps into WARP_ROWS x WARP_COLS, with DEPTH of the inner dimension
+// in each of STAGES stages. TA, TB: a is stored [depth, rows], b is stored [columns, depth]. VECTORS: only for operands
+// whose `vectors` are both true; saves the run-time check.
 template <class T, int ROWS, int COLS, int DEPTH, int WARP_ROWS, int WARP_COLS, int STAGES, bool TA, bool TB, bool VECTORS = false>
 struct Tile {
     using Type = T;
@@ -127,7 +129,7 @@ struct Tile {
     static constexpr int kRows = ROWS, kCols = COLS, kDepth = DEPTH, kWarpRows = WARP_ROWS, kWarpCols = WARP_COLS, kStages = STAGES;
     static constexpr int kThreads = ROWS / WARP_ROWS * (COLS / WARP_COLS) * 32;
     static constexpr int kAccRows = WARP_ROWS / 8, kAccCols = WARP_COLS / 4;
-    // Shape of the tiles as stored.
+    // Shapes of the tiles of a and b as stored.
     static constexpr int kRowsA = TA ? DEPTH : ROWS, kColsA = TA ? ROWS : DEPTH;
     static constexpr int kRowsB = TB ? COLS : DEPTH, kColsB = TB ? DEPTH : COLS;
     static constexpr int kBytesA = ROWS * DEPTH * int(sizeof(T)), kBytesB = COLS * DEPTH * int(sizeof(T));
@@ -147,7 +149,7 @@ struct Tile {
 
 // A thread's part of a tile.
 template <class Tile> struct Acc {
-    float c[Tile::kAccRows / 2][Tile::kAccCols / 2][4];  // as mma_bf16_16816 has them
+    float c[Tile::kAccRows / 2][Tile::kAccCols / 2][4];  // in the layout of mma_bf16_16816
 
     __device__ __forceinline__ float& at(int i, int j) { return c[i / 2][j / 2][i % 2 * 2 + j % 2]; }
     __device__ __forceinline__ void clear() {
@@ -158,11 +160,11 @@ template <class Tile> struct Acc {
     }
 };
 
-// What a warp holds of one step of 16 in depth.
+// A warp's fragments of one step of 16 in depth.
 template <class Tile> struct Fragments {
     uint32_t a[Tile::kWarpRows / 16][4], b[Tile::kWarpCols / 16][4];
 
-    // Of the stage at `tile_a`, `tile_b`.
+    // Loads them from depth `k` on from the stage at `tile_a`, `tile_b`.
     __device__ __forceinline__ void load(smem_addr tile_a, smem_addr tile_b, int k) {
 #pragma unroll
         for (int m = 0; m < Tile::kWarpRows / 16; ++m) load_a<Tile::kTa, Tile::kColsA / 8>(a[m], tile_a, Tile::warp_row() + m * 16, k);
@@ -171,7 +173,7 @@ template <class Tile> struct Fragments {
     }
 };
 
-// acc += a b of one step, by tensor cores.
+// acc += a b of one step, on tensor cores.
 template <class Tile> __device__ __forceinline__ void multiply(Acc<Tile>& acc, const Fragments<Tile>& f) {
 #pragma unroll
     for (int n = 0; n < Tile::kWarpCols / 8; ++n)
@@ -179,12 +181,13 @@ template <class Tile> __device__ __forceinline__ void multiply(Acc<Tile>& acc, c
         for (int m = 0; m < Tile::kWarpRows / 16; ++m) mma_bf16_16816(acc.c[m][n], f.a[m], f.b[n / 2][n % 2 * 2], f.b[n / 2][n % 2 * 2 + 1]);
 }
 
-// N neighbouring elements of a tile of floats with PIECES pieces to a row; N and `at` divide 4.
+// Loads N neighbouring elements of a tile of floats with PIECES pieces per row. N divides 4 and `at` is a multiple of
+// N.
 template <int N, int PIECES> __device__ __forceinline__ void load_floats(float (&out)[N], const float* tile, int row, int at) {
     load<N>(out, reinterpret_cast<const float*>(reinterpret_cast<const unsigned char*>(tile) + swizzled<PIECES>(row, at / 4)) + at % 4);
 }
 
-// acc += a b of one stage of floats, by fused multiply-adds: four steps of depth at a time.
+// acc += a b of one stage of floats, by fused multiply-adds, four elements of depth at a time.
 template <class Tile> __device__ __forceinline__ void multiply(Acc<Tile>& acc, const float* a, const float* b) {
     constexpr int kPiecesA = Tile::kColsA / 4, kPiecesB = Tile::kColsB / 4;
 #pragma unroll 1
@@ -229,21 +232,21 @@ template <class Tile> __device__ __forceinline__ void multiply(Acc<Tile>& acc, c
     }
 }
 
-// acc += the products of `steps` stages. `fill(slot)` starts the copies of the next stage to its place in `smem`, kStage
-// bytes for each slot, and commits them as one group; it is called kStages - 1 times more than there are steps, what it
-// copies then is not used. The whole block calls this, with the same arguments. `smem`: Tile::kSmem bytes on a multiple
-// of 128, free again after the next barrier that follows the call.
+// acc += the products of `steps` stages. `fill(slot)` starts the copies of the next stage to slot `slot` of `smem`,
+// which has kStage bytes for each slot, and commits them as one group. It is called more than `steps` times; the
+// surplus stages are not used. The whole block calls this function with the same arguments. `smem` has Tile::kSmem
+// bytes, is aligned to 128 bytes and may be reused after the first barrier that follows the call.
 template <class Tile, class Fill>
 __device__ __forceinline__ void pipeline(Acc<Tile>& acc, int64_t steps, Fill&& fill, unsigned char* smem) {
     using T = typename Tile::Type;
     static_assert(Tile::kSmem <= 163 * 1024, "shared memory of an sm_80 multiprocessor");
     constexpr int kStage = Tile::kBytesA + Tile::kBytesB;
-    __syncthreads();  // whatever the block read from this memory before, it is done with it
+    __syncthreads();  // the block no longer reads the previous contents of smem
 #pragma unroll 1
     for (int s = 0; s < Tile::kStages - 1; ++s) fill(s);
     int here = 0, before = Tile::kStages - 1;
     if constexpr (sizeof(T) == 2) {
-        // Fragments are loaded a step before their use, across the border of two stages too.
+        // Fragments are loaded one step before their use, also across the boundary of two stages.
         constexpr int kSteps = Tile::kDepth / 16;
         Fragments<Tile> f[2];
         auto load = [&](int step) {
@@ -264,7 +267,7 @@ __device__ __forceinline__ void pipeline(Acc<Tile>& acc, int64_t steps, Fill&& f
                 } else {
                     here = here + 1 == Tile::kStages ? 0 : here + 1;
                     cp_async_wait<Tile::kStages - 2>();
-                    __syncthreads();  // the next stage has arrived; everybody has loaded the last fragments of this one
+                    __syncthreads();  // the next stage has arrived; all threads have loaded this one's last fragments
                     fill(before);
                     before = here;
                     load(0);
@@ -276,7 +279,7 @@ __device__ __forceinline__ void pipeline(Acc<Tile>& acc, int64_t steps, Fill&& f
 #pragma unroll 1
         for (int64_t s = 0; s < steps; ++s) {
             cp_async_wait<Tile::kStages - 2>();
-            __syncthreads();  // everybody's part of this stage has arrived; everybody is done with the one before
+            __syncthreads();  // this stage has arrived for all threads; all threads are done with the previous one
             fill(before);
             const T* const stage = reinterpret_cast<const T*>(smem + here * kStage);
             multiply(acc, stage, stage + Tile::kBytesA / int(sizeof(T)));
@@ -284,11 +287,11 @@ __device__ __forceinline__ void pipeline(Acc<Tile>& acc, int64_t steps, Fill&& f
             here = here + 1 == Tile::kStages ? 0 : here + 1;
         }
     }
-    cp_async_wait<0>();  // of what is not used
+    cp_async_wait<0>();  // for the stages that are not used
 }
 
-// acc += op(a)[row0 .. row0 + kRows, :] op(b)[:, col0 .. col0 + kCols]; what lies outside a matrix counts as 0.
-// Called as pipeline is.
+// acc += op(a)[row0 .. row0 + kRows, :] op(b)[:, col0 .. col0 + kCols]; elements outside a matrix count as 0. The
+// requirements on the call and on `smem` are those of `pipeline`.
 template <class Tile>
 __device__ __forceinline__ void tile_product(Acc<Tile>& acc, const Matrix<typename Tile::Type>& a, const Matrix<typename Tile::Type>& b,
                                              int64_t row0, int64_t col0, unsigned char* smem) {
@@ -296,7 +299,7 @@ __device__ __forceinline__ void tile_product(Acc<Tile>& acc, const Matrix<typena
     const int64_t depth = Tile::kTa ? a.rows : a.cols;
     TileCopy<T, Tile::kRowsA, Tile::kColsA, Tile::kThreads, Tile::kVectors> copy_a(a, Tile::kTa ? 0 : row0, Tile::kTa ? row0 : 0);
     TileCopy<T, Tile::kRowsB, Tile::kColsB, Tile::kThreads, Tile::kVectors> copy_b(b, Tile::kTb ? col0 : 0, Tile::kTb ? 0 : col0);
-    // Past the end of the depth this fills with zeros.
+    // Beyond the depth of the operands this fills with zeros.
     auto fill = [&](int slot) {
         unsigned char* const stage = smem + slot * (Tile::kBytesA + Tile::kBytesB);
         copy_a.start(stage);

@@ -1,4 +1,4 @@
-// launch.cuh: what every launcher does on the host: look at its arguments, choose, launch, return a status.
+// launch.cuh: the host side of every launcher: check the arguments, choose an implementation, launch, return a status.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,7 +13,7 @@
 
 namespace ett {
 
-// Sizes of a view; of one that Check::view refuses they mean nothing, but may be asked for.
+// Sizes of a view. They may be computed before Check::view has accepted it, so the products wrap without overflowing.
 inline int64_t product(int64_t a, int64_t b) { return int64_t(uint64_t(a) * uint64_t(b)); }
 inline int64_t rows(const ett_view& v) {
     int64_t n = 1;
@@ -41,8 +41,8 @@ inline const char* dtype_name(int32_t dtype) {
 }
 inline bool is_float(int32_t dtype) { return dtype == ETT_F32 || dtype == ETT_BF16; }
 
-// True if all rows start on multiples of `bytes` and are made of whole pieces of that size: the condition for
-// vector loads. Absent views do not hinder.
+// True if all rows begin at multiples of `bytes` and consist of whole pieces of that size: the condition for vector
+// loads. True for absent views.
 inline bool wide(const ett_view& v, int64_t bytes = 16) {
     const int64_t size = dtype_size(v.dtype);
     return !present(v) || (reinterpret_cast<uintptr_t>(v.ptr) % bytes == 0 && stride(v) * size % bytes == 0 && cols(v) * size % bytes == 0);
@@ -51,13 +51,13 @@ inline bool wide(const ett_view& v, int64_t bytes = 16) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// An implementation of a kernel, and whether it can do the call at hand. One of them can do any.
+// An implementation of a kernel, and whether it supports the current call. Every kernel has one that supports all calls.
 struct Implementation {
     const char* name;
     bool able;
 };
 
-// Looks at the arguments of a call; the first thing found wrong stays. Use: checks, then `if (!check.ok()) return
+// Checks the arguments of a call and keeps the first error. Use: checks, then `if (!check.ok()) return
 // check.status();`.
 class Check {
   public:
@@ -79,7 +79,7 @@ class Check {
         if (!silent_) ett_fail(code, 0, op_, arg, got, want);
     }
 
-    // A present view of a sound shape, aligned to its elements. All other checks of a view do this first.
+    // The view is present, has a valid shape and is aligned to its elements. All other checks of a view do this first.
     bool view(const char* arg, const ett_view& v) {
         if (!ok()) return false;
         char got[96];
@@ -95,7 +95,7 @@ class Check {
         int64_t n = 1, bytes;
         for (int i = 0; i < v.rank; ++i) {
             if (v.dims[i] < 0) return wrong(arg, shape(v).text, "no negative dimension");
-            // Counted without those that are 0, so that no product of some of them wraps either.
+            // Dimensions of 0 are left out, so that no partial product overflows either.
             if (v.dims[i] > 0 && __builtin_mul_overflow(n, v.dims[i], &n)) return wrong(arg, shape(v).text, "fewer than 2^63 elements");
         }
         if (rows(v) > 1 && v.ld < cols(v)) {
@@ -116,13 +116,13 @@ class Check {
         return true;
     }
 
-    // A view of element type `dtype`.
+    // The view has element type `dtype`.
     bool type(const char* arg, const ett_view& v, int32_t dtype) {
         if (!view(arg, v)) return false;
         return v.dtype == dtype || wrong(arg, dtype_name(v.dtype), dtype_name(dtype));
     }
 
-    // f32 or bf16: what these kernels compute with (f64 is the CPU's).
+    // The view has an activation type, f32 or bf16 (only the CPU computes in f64).
     bool act(const char* arg, const ett_view& v) {
         if (!view(arg, v)) return false;
         if (v.dtype == ETT_F64) {
@@ -132,7 +132,7 @@ class Check {
         return is_float(v.dtype) || wrong(arg, dtype_name(v.dtype), "f32 or bf16");
     }
 
-    // A view of `dtype` with `rows` rows of `cols`; the shapes may differ otherwise.
+    // The view has element type `dtype` and n rows of c columns; its leading dimensions may be any that give n rows.
     bool matrix(const char* arg, const ett_view& v, int32_t dtype, int64_t n, int64_t c) {
         if (!type(arg, v, dtype)) return false;
         if (rows(v) == n && cols(v) == c) return true;
@@ -141,10 +141,10 @@ class Check {
         return wrong(arg, shape(v).text, want);
     }
 
-    // A view of rank 4: pictures, pixel by pixel.
+    // The view has rank 4: images [B, H, W, C].
     bool image(const char* arg, const ett_view& v) { return ok() && (v.rank == 4 || wrong(arg, shape(v).text, "of rank 4")); }
 
-    // A contiguous view of `dtype` with n elements in any shape.
+    // The view is contiguous and has n elements of type `dtype`, in any shape.
     bool vector(const char* arg, const ett_view& v, int32_t dtype, int64_t n) {
         if (!type(arg, v, dtype)) return false;
         char want[96];
@@ -153,7 +153,7 @@ class Check {
             return wrong(arg, shape(v).text, want);
         }
         if (!contiguous(v)) {
-            snprintf(want, sizeof want, "%lld elements without gaps", (long long)n);
+            snprintf(want, sizeof want, "%lld contiguous elements", (long long)n);
             char got[96];
             snprintf(got, sizeof got, "rows of %lld that begin %lld apart", (long long)cols(v), (long long)v.ld);
             return wrong(arg, got, want);
@@ -161,11 +161,12 @@ class Check {
         return true;
     }
 
-    // Optional arguments that are all present or all absent.
+    // An optional argument.
     struct Named {
         const char* name;
         const ett_view* view;
     };
+    // The arguments are all present or all absent.
     bool all_or_none(std::initializer_list<Named> args) {
         const Named& first = *args.begin();
         const char* words[] = {"absent", "present"};
@@ -178,10 +179,10 @@ class Check {
         return ok();
     }
 
-    // A plain condition on an argument.
+    // `right` holds.
     bool require(bool right, const char* arg, const char* got, const char* want) { return ok() && (right || wrong(arg, got, want)); }
 
-    // A number within [least, most].
+    // v is in [least, most].
     bool range(const char* arg, int64_t v, int64_t least, int64_t most) {
         if (!ok() || (v >= least && v <= most)) return ok();
         char got[96], want[96];
@@ -190,27 +191,27 @@ class Check {
         return wrong(arg, got, want);
     }
 
-    // Rows on multiples of `bytes`.
+    // All rows begin at multiples of `bytes` and consist of whole pieces of that size.
     bool aligned(const char* arg, const ett_view& v, int64_t bytes) {
         if (!ok() || wide(v, bytes)) return ok();
         char want[96];
-        snprintf(want, sizeof want, "rows that begin on multiples of %lld bytes and have whole pieces of that size", (long long)bytes);
+        snprintf(want, sizeof want, "rows that begin at multiples of %lld bytes and consist of whole pieces of that size", (long long)bytes);
         return wrong(arg, "misaligned", want);
     }
 
-    // The launch's workspace holds `bytes`.
+    // The launch's workspace is aligned and holds at least `bytes`.
     bool workspace(const ett_launch* l, int64_t bytes) {
         if (!ok() || bytes == 0) return ok();
         char got[96], want[96];
-        snprintf(want, sizeof want, "%lld bytes on a multiple of 256", (long long)bytes);
+        snprintf(want, sizeof want, "%lld bytes at an address that is a multiple of 256", (long long)bytes);
         if (!l->workspace) return wrong("launch.workspace", "null", want);
         if (l->workspace_bytes >= bytes && reinterpret_cast<uintptr_t>(l->workspace) % 256 == 0) return true;
-        snprintf(got, sizeof got, "%lld bytes at an address that is %lld past such a multiple", (long long)l->workspace_bytes,
+        snprintf(got, sizeof got, "%lld bytes at an address that is %lld modulo 256", (long long)l->workspace_bytes,
                  (long long)(reinterpret_cast<uintptr_t>(l->workspace) % 256));
         return wrong("launch.workspace", got, want);
     }
 
-    // The implementation that `l` forces, or the first of `all`, the best one first, that can do this call.
+    // The implementation that `l` forces, or else the first of `all` that supports this call; `all` begins with the best.
     const char* choose(const ett_launch* l, std::initializer_list<Implementation> all) {
         const Implementation* const best = std::find_if(all.begin(), all.end(), [](const Implementation& i) { return i.able; });
         if (!ok() || !l->force || !*l->force) return best->name;
@@ -252,8 +253,9 @@ class Check {
     bool silent_ = false;
 };
 
-// Enqueues `kernel`; ETT_OK or the noted error. A kernel gets 48 KB of shared memory, static and dynamic together, unless
-// it asks for more: here, since the static part (of at most 16 KB) is not known.
+// Enqueues `kernel`; returns ETT_OK, or records the error and returns its code. Without an attribute, CUDA limits
+// static and dynamic shared memory together to 48 KB. The static part is not known here but is at most 16 KB, so the
+// attribute is set for more than 32 KB of dynamic shared memory.
 template <class... P, class... A>
 int32_t launch(const char* op, void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, const ett_launch* l, const A&... args) {
 #ifdef ETT_SHIM
@@ -273,7 +275,7 @@ int32_t launch(const char* op, void (*kernel)(P...), dim3 grid, dim3 block, size
         e = cudaLaunchKernelEx(&config, kernel, P(args)...);
     }
     if (e == cudaSuccess) return ETT_OK;
-    (void)cudaGetLastError();  // the error is reported here, not by the next call
+    (void)cudaGetLastError();  // clear the error, so that the next call does not report it again
     return ett_fail(ETT_CUDA_ERROR, int32_t(e), op, "launch", cudaGetErrorName(e), cudaGetErrorString(e));
 #endif
 }
@@ -286,8 +288,8 @@ inline int32_t zero(const char* op, void* p, size_t bytes, const ett_launch* l) 
     return ett_fail(ETT_CUDA_ERROR, int32_t(e), op, "launch", cudaGetErrorName(e), cudaGetErrorString(e));
 }
 
-// An H100's multiprocessors and largest shared memory of a block: what workspace queries reckon with where there is no
-// GPU, so that a plan can be made there.
+// An H100's number of multiprocessors and largest shared memory of a block. Workspace queries assume them on a machine
+// without a GPU, so that a run can be planned there.
 constexpr int kPlannedMultiprocessors = 132, kPlannedSmem = 227 << 10;
 
 // Multiprocessors of the current device.
@@ -300,7 +302,7 @@ inline int multiprocessors() {
     return n;
 }
 
-// Calls f with a value of the C++ type of an activation: float or bf16.
+// Calls f with a value of the C++ type of an activation type: float or bf16.
 template <class F> auto with_act(int32_t dtype, F f) { return dtype == ETT_BF16 ? f(bf16{}) : f(float{}); }
 
 // The fault slot of a launch as a kernel argument.
@@ -310,7 +312,7 @@ struct Fault {
 };
 inline Fault fault_of(const ett_launch* l) { return Fault{l->fault, l->number}; }
 
-// Reports an index outside [0, limit); the first report stays.
+// Reports an index outside [0, limit); only the first report is kept.
 __device__ __forceinline__ void report_index(const Fault& f, int64_t where, int64_t value, int64_t limit) {
     if (f.slot && atomicCAS(&f.slot->kind, int(ETT_FAULT_NONE), int(ETT_FAULT_INDEX)) == int(ETT_FAULT_NONE)) {
         f.slot->launch = f.launch;
@@ -322,14 +324,14 @@ __device__ __forceinline__ void report_index(const Fault& f, int64_t where, int6
 
 }  // namespace ett
 
-// Dynamic shared memory of the block, 128-byte aligned: `ETT_DYNAMIC_SMEM(smem);` then `smem` is unsigned char*.
+// The block's dynamic shared memory, 128-byte aligned: `ETT_DYNAMIC_SMEM(smem);` declares `smem` as unsigned char*.
 #ifdef ETT_SHIM
 #define ETT_DYNAMIC_SMEM(name) unsigned char* const name = shim::dynamic_smem()
 #else
 #define ETT_DYNAMIC_SMEM(name) extern __shared__ __align__(128) unsigned char name[]
 #endif
 
-// ett_<op>_workspace of a kernel that needs none: 0, or -1 where `ett::sound`, which its launcher asks too, says no.
+// ett_<op>_workspace of a kernel without a workspace: 0, or -1 if `ett::sound`, the check of its launcher, fails.
 #define ETT_NO_WORKSPACE(op)                                               \
     extern "C" int64_t ett_##op##_workspace(const ett_##op##_args* args) { \
         ett::Check check(#op, args);                                       \

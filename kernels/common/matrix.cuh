@@ -1,4 +1,4 @@
-// matrix.cuh: a view as kernels see it.
+// matrix.cuh: a view as a kernel argument.
 #pragma once
 
 #include "launch.cuh"

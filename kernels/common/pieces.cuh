@@ -5,11 +5,11 @@
 
 namespace ett {
 
-// Pieces of the workspace, one after the other.
+// Takes pieces from the workspace, one after the other.
 class Pieces {
   public:
     explicit Pieces(void* start) : start_(static_cast<char*>(start)) {}
-    // `n` elements of T on a multiple of 256 bytes; null if there is no workspace yet.
+    // `n` elements of T at a multiple of 256 bytes. Null if `start` is null, for a query that only counts bytes.
     template <class T> T* take(int64_t n) {
         char* const p = start_ ? start_ + bytes_ : nullptr;
         bytes_ += round_up(n * int64_t(sizeof(T)), 256);

@@ -1,5 +1,5 @@
-// ptx.cuh: the only inline PTX of the portable kernels (sm_80 and newer). Each function has a model of what it
-// does for the shim, which runs a thread of the block as a fiber (kernels/shim).
+// ptx.cuh: all inline PTX of the portable kernels (sm_80 and newer). Each function has a model for the shim, which runs
+// every thread of a block as a fiber (kernels/shim).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -28,7 +28,7 @@ __host__ __device__ __forceinline__ uint32_t float_to_bits(float f) {
 #endif
 }
 
-// Two floats rounded to bf16 (nearest even) in one register, `lo` in the lower half.
+// Rounds two floats to bf16 (round half to even) and packs them into one register, `lo` in the lower half.
 __device__ __forceinline__ uint32_t pack_bf16x2(float lo, float hi) {
 #ifdef ETT_SHIM
     auto round = [](float f) -> uint32_t {
@@ -44,7 +44,7 @@ __device__ __forceinline__ uint32_t pack_bf16x2(float lo, float hi) {
 #endif
 }
 
-// 2^x, approximate (relative error 2^-22); 0 below the range.
+// 2^x, approximate (relative error 2^-22); flushes to 0 on underflow.
 __device__ __forceinline__ float exp2_approx(float x) {
 #ifdef ETT_SHIM
     return exp2f(x);
@@ -55,8 +55,8 @@ __device__ __forceinline__ float exp2_approx(float x) {
 #endif
 }
 
-// Stores 16 or 8 bytes to global memory, aligned to their number, as one access (the compiler splits some that it
-// moves).
+// Stores 16 or 8 bytes to global memory as one access, aligned to its size. (The compiler splits some vector stores
+// that it moves.)
 __device__ __forceinline__ void store_global_bytes(void* p, const uint32_t (&v)[4]) {
 #ifdef ETT_SHIM
     memcpy(p, v, sizeof v);
@@ -72,7 +72,7 @@ __device__ __forceinline__ void store_global_bytes(void* p, const uint32_t (&v)[
 #endif
 }
 
-// The address of shared memory as the 32-bit number that ldmatrix and cp.async take.
+// An address in shared memory as the 32-bit number that ldmatrix and cp.async take.
 #ifdef ETT_SHIM
 using smem_addr = char*;
 __device__ __forceinline__ smem_addr smem_address(const void* p) { return const_cast<char*>(static_cast<const char*>(p)); }
@@ -81,8 +81,8 @@ using smem_addr = uint32_t;
 __device__ __forceinline__ smem_addr smem_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 #endif
 
-// Starts a copy of 16 bytes from global to shared memory, both 16-byte aligned; the first `valid` bytes (0 or
-// 16 here) are read, the rest is zero. Past the L1.
+// Starts an asynchronous copy of 16 bytes from global to shared memory, both 16-byte aligned, bypassing the L1. If not
+// `valid`, nothing is read and the 16 bytes become zero.
 __device__ __forceinline__ void cp_async16(smem_addr dst, const void* src, bool valid) {
 #ifdef ETT_SHIM
     shim::async_copy(dst, src, 16, valid ? 16 : 0);
@@ -92,7 +92,7 @@ __device__ __forceinline__ void cp_async16(smem_addr dst, const void* src, bool 
 #endif
 }
 
-// Closes a group of this thread's copies.
+// Commits this thread's copies so far as a group.
 __device__ __forceinline__ void cp_async_commit() {
 #ifdef ETT_SHIM
     shim::async_commit();
@@ -101,7 +101,7 @@ __device__ __forceinline__ void cp_async_commit() {
 #endif
 }
 
-// Waits until at most N of this thread's newest groups are under way. Others see the data after a barrier.
+// Waits until at most the N newest groups of this thread are pending. Other threads see the data after a barrier.
 template <int N> __device__ __forceinline__ void cp_async_wait() {
 #ifdef ETT_SHIM
     shim::async_wait(N);
@@ -110,8 +110,8 @@ template <int N> __device__ __forceinline__ void cp_async_wait() {
 #endif
 }
 
-// Loads four 8x8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8 (16 bytes,
-// aligned); afterwards lane l holds elements (l / 4, 2 * (l % 4) + {0, 1}) of matrix i in d[i].
+// Loads four 8x8 matrices of 16-bit elements: lane l passes the address of row l % 8 of matrix l / 8 (16 bytes,
+// aligned) and receives elements (l / 4, 2 * (l % 4) + {0, 1}) of matrix i in d[i].
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], smem_addr row) {
 #ifdef ETT_SHIM
     shim::ldmatrix(d, row, false);
@@ -121,7 +121,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], smem_addr row) {
 #endif
 }
 
-// The same with every matrix transposed: lane l holds elements (2 * (l % 4) + {0, 1}, l / 4).
+// The same with every matrix transposed: lane l receives elements (2 * (l % 4) + {0, 1}, l / 4).
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&d)[4], smem_addr row) {
 #ifdef ETT_SHIM
     shim::ldmatrix(d, row, true);

@@ -8,22 +8,22 @@ namespace ett {
 inline constexpr int kWarp = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Sum over the warp; every lane gets it.
+// The sum over the warp, in every lane.
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
     for (int d = kWarp / 2; d > 0; d /= 2) v += __shfl_xor_sync(kAllLanes, v, d);
     return v;
 }
 
-// Maximum over the warp; every lane gets it.
+// The maximum over the warp, in every lane.
 __device__ __forceinline__ float warp_max(float v) {
 #pragma unroll
     for (int d = kWarp / 2; d > 0; d /= 2) v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, d));
     return v;
 }
 
-// Sums of N values over a block of THREADS threads; every thread gets them. `smem` holds N * THREADS / 32 floats
-// and may be used again after the next barrier that follows this call.
+// Sums N values over a block of THREADS threads; every thread gets the sums. `smem` holds N * THREADS / 32 floats and
+// may be reused after the first barrier that follows this call.
 template <int N, int THREADS> __device__ __forceinline__ void block_sum(float (&v)[N], float* smem) {
     static_assert(THREADS % kWarp == 0 && THREADS <= 1024, "a block of whole warps");
     constexpr int kWarps = THREADS / kWarp;

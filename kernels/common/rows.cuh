@@ -1,9 +1,9 @@
-// rows.cuh: kernels over the rows of a matrix, with a row in the registers of a team of threads.
+// rows.cuh: kernels over the rows of a matrix that hold a row in the registers of a team of threads.
 //
-// A row is cut into pieces of 16 bytes; thread x of a team of `threads` holds pieces x, x + threads, ..., VECS of them.
-// A team is a warp (then a block has several, which never wait for each other) or a block. The grid is as large as
-// what is resident and goes over the rows; a thread's pieces of the next rows are on their way to shared memory
-// (cp.async) while it computes. Each thread reads only what it copied itself, so that this needs no barrier.
+// A row is divided into pieces of 16 bytes; thread x of a team of `threads` holds the VECS pieces x, x + threads, ...
+// A team is a warp (then a block has several, which do not wait for each other) or a block. The grid has as many blocks
+// as are resident at once and strides over the rows. While a thread computes, its pieces of the next rows are copied to
+// shared memory (cp.async). Each thread reads only what it copied itself, so that this needs no barrier.
 #pragma once
 
 #include "matrix.cuh"
@@ -11,20 +11,20 @@
 
 namespace ett {
 
-inline constexpr int kAhead = 4;          // pieces of each input that a thread has under way
-inline constexpr int kTeamThreads = 512;  // of a team at most
+inline constexpr int kAhead = 4;          // pieces of each input that a thread has in flight
+inline constexpr int kTeamThreads = 512;  // maximum per team
 inline constexpr int kTeamWarps = kTeamThreads / kWarp;
-inline constexpr int kWarpTeams = 4;      // teams of a block if they are warps
+inline constexpr int kWarpTeams = 4;      // teams per block if a team is a warp
 
-// How rows are dealt to threads; all 0 if they are too wide, or less than a piece.
+// How rows are distributed over threads; all 0 if a row is too wide or shorter than a piece.
 struct RowsConfig {
-    int vecs;     // pieces of a thread
-    int threads;  // of a team
-    int teams;    // of a block
+    int vecs;     // pieces per thread
+    int threads;  // per team
+    int teams;    // per block
 };
 
-// Few threads with many pieces each (`most`: 4, or 2 where registers are short) need the least for a sum over the row;
-// but at most one in eight should be idle.
+// Few threads with many pieces each (at most `most`: 4, or 2 where registers are short) make the sum over a row
+// cheapest; but at most one thread in eight should be idle.
 inline RowsConfig choose_rows_config(int64_t pieces, int most = kAhead) {
     RowsConfig best{};
     for (int vecs = most; vecs > 0 && pieces > 0; vecs /= 2) {
@@ -35,7 +35,7 @@ inline RowsConfig choose_rows_config(int64_t pieces, int most = kAhead) {
     return best;
 }
 
-// Blocks for n rows where `resident` threads fit a multiprocessor.
+// Blocks for n rows if `resident` threads fit a multiprocessor.
 inline int64_t rows_blocks(const RowsConfig& c, int64_t n, int resident, int multiprocessors) {
     return std::min(ceil_div(n, c.teams), int64_t(multiprocessors) * std::max(1, resident / (c.threads * c.teams)));
 }
@@ -43,7 +43,7 @@ inline int64_t rows_blocks(const RowsConfig& c, int64_t n, int resident, int mul
 // Shared memory of a block that reads `inputs` matrices.
 inline size_t rows_smem(const RowsConfig& c, int inputs) { return size_t(c.threads) * size_t(c.teams * inputs * kAhead) * 16; }
 
-// Calls f with the number of pieces, MOST at most, as a std::integral_constant.
+// Calls f with the number of pieces per thread, at most MOST, as a std::integral_constant.
 template <int MOST = kAhead, class F> int32_t with_vecs(const RowsConfig& c, F f) {
     static_assert(MOST == 4 || MOST == 2, "the cases below");
     switch (c.vecs) {
@@ -53,14 +53,14 @@ template <int MOST = kAhead, class F> int32_t with_vecs(const RowsConfig& c, F f
     }
 }
 
-// The rows of a team, one after the other. Inputs may be absent, the last ones first.
+// Iterates over the rows of a team. Inputs at the end of `in` may be absent.
 template <class T, int VECS, int INPUTS> class Rows {
   public:
     static constexpr int N = kWide<T>;
-    static constexpr int kStages = kAhead / VECS;  // rows under way
+    static constexpr int kStages = kAhead / VECS;  // rows in flight
     using Piece = Vec<T, N>;
 
-    // `c` columns make whole pieces.
+    // `c` columns are whole pieces.
     __device__ __forceinline__ Rows(unsigned char* smem, const Matrix<const T> (&in)[INPUTS], int64_t n, int64_t c)
         : in_(in), n_(n), cols_(unsigned(c)) {
         int inputs = 0;
@@ -73,25 +73,25 @@ template <class T, int VECS, int INPUTS> class Rows {
         for (int s = 0; s < kStages; ++s) start(row_ + int64_t(s) * step_, s);
     }
 
-    // The row at hand, the one after it, and whether there is one at hand.
+    // The current row, the next one, and whether there is a current row.
     __device__ __forceinline__ int64_t row() const { return row_; }
     __device__ __forceinline__ int64_t next() const { return row_ + step_; }
     __device__ __forceinline__ bool more() const { return row_ < n_; }
 
-    // Whether piece v of this thread is within the row, and its first column.
+    // Whether piece v of this thread is inside the row, and its first column.
     __device__ __forceinline__ bool holds(int v) const { return column(v) < cols_; }
     __device__ __forceinline__ unsigned column(int v) const { return (unsigned(v) * blockDim.x + threadIdx.x) * N; }
 
-    // Waits for the row at hand.
+    // Waits for the copy of the current row.
     __device__ __forceinline__ void wait() const { cp_async_wait<kStages - 1>(); }
 
-    // The pieces of the row at hand of input i; zeros past its end.
+    // This thread's pieces of the current row of input i; zeros past the end of the row.
     __device__ __forceinline__ void take(int i, Piece (&out)[VECS]) const {
 #pragma unroll
         for (int v = 0; v < VECS; ++v) out[v] = load_vec<N>(reinterpret_cast<const T*>(smem_ + offset(i, stage_, v)));
     }
 
-    // Starts the copy of a later row to where the row at hand was, of which all is taken.
+    // Starts the copy of a later row into the stage of the current row, whose pieces have all been taken.
     __device__ __forceinline__ void refill() { start(row_ + int64_t(kStages) * step_, stage_); }
 
     // Goes on to the next row.
@@ -125,9 +125,8 @@ template <class T, int VECS, int INPUTS> class Rows {
     int stage_ = 0;
 };
 
-// Sums of N values over a team; every thread gets them. `smem` must be another one at the next call, but may be the
-// same at the call after that, since the barrier of the next call orders what is read here before what is written
-// then.
+// Sums N values over a team; every thread gets the sums. Consecutive calls need different `smem`; two buffers in turn
+// are enough, since the barrier of the next call separates the reads of this call from the writes of the one after it.
 template <int N> __device__ __forceinline__ void team_sum(float (&v)[N], float (&smem)[N][kTeamWarps]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) v[i] = warp_sum(v[i]);
@@ -147,12 +146,12 @@ template <int N> __device__ __forceinline__ void team_sum(float (&v)[N], float (
     }
 }
 
-// Sums of columns over the rows of a block, from the sums of its teams: added team after team, the last one gets the
-// total. `smem` holds VECS * N * 32 floats; all threads of the block call this, none has copies under way.
+// Adds the column sums of a block's teams, team after team; the last team gets the total. `smem` holds VECS * N * 32
+// floats. All threads of the block call this, with no copies in flight.
 template <int VECS, int N> __device__ __forceinline__ void join_teams(float (&sums)[VECS][N], float* smem) {
     if (blockDim.y == 1) return;
     for (unsigned t = 0; t < blockDim.y; ++t) {
-        __syncthreads();  // at first: nobody reads smem as something else any more; then: the sums so far are visible
+        __syncthreads();  // first: the previous contents of smem are no longer read; later: the sums so far are visible
         if (threadIdx.y != t) continue;
 #pragma unroll
         for (int v = 0; v < VECS; ++v)
@@ -165,7 +164,7 @@ template <int VECS, int N> __device__ __forceinline__ void join_teams(float (&su
     }
 }
 
-// Writes the block's sums of columns to its place among the partial sums, [blocks, OUTS, c].
+// Writes the block's column sums to `partials`, the block's part of the partial sums [blocks, OUTS, c].
 template <class T, int VECS, int INPUTS, int N>
 __device__ __forceinline__ void write_partials(const Rows<T, VECS, INPUTS>& rows, const float (&sums)[VECS][N], float* partials) {
     if (threadIdx.y + 1 != blockDim.y) return;
@@ -187,7 +186,7 @@ struct Partials {
     float* out[2];
 };
 
-// 32 columns a block; each of its 32 warps sums every 32nd row in order, then their sums are added in order.
+// A block has 32 columns; each of its 32 warps sums every 32nd row in order, then the warps' sums are added in order.
 __global__ void __launch_bounds__(1024) static sum_partials_kernel(const __grid_constant__ Partials a) {
     __shared__ float smem[kWarp][kWarp];
     const int64_t col = int64_t(blockIdx.x) * kWarp + threadIdx.x;
@@ -213,7 +212,7 @@ inline int32_t launch_sum_partials(const char* op, const Partials& p, const ett_
     return launch(op, sum_partials_kernel, grid, dim3(kWarp, kWarp), 0, l, p);
 }
 
-// Threads and blocks of the kernels that take any row, element by element, a block each.
+// Threads and blocks of the "plain" kernels, which accept any row and process it element by element, one block per row.
 inline int plain_threads(int64_t c) { return int(std::min<int64_t>(round_up(c, kWarp), 256)); }
 inline int64_t plain_blocks(int64_t n, int multiprocessors) { return std::min(n, int64_t(multiprocessors) * 8); }
 

@@ -1,5 +1,5 @@
-/* status.c: the status and the implementation of a thread's last launch, names of status codes, and the layout
-   that every caller of the library relies on. */
+/* status.c: the status and the implementation of a thread's last launch, the names of status codes, and assertions
+   on the struct layout that callers of the library rely on. */
 #include "status.h"
 
 #include <stdio.h>

@@ -1,4 +1,4 @@
-/* status.h: how launchers return. */
+/* status.h: how launchers record their result. */
 #ifndef ETT_STATUS_H
 #define ETT_STATUS_H
 
@@ -8,10 +8,10 @@
 extern "C" {
 #endif
 
-/* Notes why the calling thread's launch failed and returns `code`. Strings are cut to fit. */
+/* Records why the calling thread's launch failed and returns `code`. Strings are truncated to fit. */
 int32_t ett_fail(int32_t code, int32_t cuda_error, const char* op, const char* arg, const char* got, const char* want);
 
-/* Notes which implementation (a string literal) was launched and returns ETT_OK. */
+/* Records which implementation (a string literal) was launched and returns ETT_OK. */
 int32_t ett_done(const char* kernel);
 
 #ifdef __cplusplus

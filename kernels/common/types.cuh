@@ -1,4 +1,4 @@
-// types.cuh: element types and how they are read, written and rounded.
+// types.cuh: element types: loads, stores and rounding.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,15 +17,15 @@ struct bf16 {
 __host__ __device__ __forceinline__ float to_float(float v) { return v; }
 __host__ __device__ __forceinline__ float to_float(bf16 v) { return bits_to_float(uint32_t(v.bits) << 16); }
 
-// Rounds to nearest, ties to even; NaN stays NaN.
+// Rounds half to even; propagates NaN.
 template <class T> __device__ __forceinline__ T from_float(float v);
 template <> __device__ __forceinline__ float from_float<float>(float v) { return v; }
 template <> __device__ __forceinline__ bf16 from_float<bf16>(float v) { return bf16{uint16_t(pack_bf16x2(v, 0.f) & 0xffffu)}; }
 
-// The value after a trip through T.
+// The value rounded to T.
 template <class T> __device__ __forceinline__ float rounded(float v) { return to_float(from_float<T>(v)); }
 
-// N elements that move as one access. 16 bytes is the widest: Vec<bf16, 8>, Vec<float, 4>.
+// N elements that are loaded or stored as one access, of at most 16 bytes: Vec<bf16, 8>, Vec<float, 4>.
 template <class T, int N> struct alignas(sizeof(T) * N) Vec {
     static_assert(sizeof(T) * N <= 16, "an access moves at most 16 bytes");
     T v[N];
@@ -34,7 +34,7 @@ template <class T, int N> struct alignas(sizeof(T) * N) Vec {
 // Elements of T in a 16-byte access.
 template <class T> inline constexpr int kWide = 16 / int(sizeof(T));
 
-// The elements of a piece as floats. bf16 goes by twos, in 32-bit registers, here and in `pack`.
+// Converts the elements of a piece to float. Here and in `pack`, bf16 is converted in pairs, in 32-bit registers.
 template <int N, class T> __device__ __forceinline__ void unpack(float (&out)[N], const Vec<T, N>& v) {
     if constexpr (sizeof(T) == 2 && N % 2 == 0) {
         uint32_t two[N / 2];
@@ -50,7 +50,7 @@ template <int N, class T> __device__ __forceinline__ void unpack(float (&out)[N]
     }
 }
 
-// N floats rounded to T.
+// Rounds N floats to T.
 template <class T, int N> __device__ __forceinline__ Vec<T, N> pack(const float (&in)[N]) {
     Vec<T, N> v;
     if constexpr (sizeof(T) == 2 && N % 2 == 0) {
@@ -65,7 +65,7 @@ template <class T, int N> __device__ __forceinline__ Vec<T, N> pack(const float 
     return v;
 }
 
-// Loads N elements as one access. Through CUDA's own vectors, which the compiler does not take apart.
+// Loads N elements as one access, through CUDA's vector types, which the compiler does not split.
 template <int N, class T> __device__ __forceinline__ Vec<T, N> load_vec(const T* p) {
     using Word = std::conditional_t<sizeof(T) * N == 16, uint4, std::conditional_t<sizeof(T) * N == 8, uint2, Vec<T, N>>>;
     const Word w = *reinterpret_cast<const Word*>(p);
@@ -88,7 +88,7 @@ template <int N, class T> __device__ __forceinline__ void store_vec(T* p, const 
 // Loads N elements as floats.
 template <int N, class T> __device__ __forceinline__ void load(float (&out)[N], const T* p) { unpack(out, load_vec<N>(p)); }
 
-// Rounds and stores N elements; `store_global` to global memory only, as one access in any case.
+// Rounds and stores N elements. `store_global` is for global memory only and always makes one access.
 template <int N, class T> __device__ __forceinline__ void store(T* p, const float (&in)[N]) {
     *reinterpret_cast<Vec<T, N>*>(p) = pack<T>(in);
 }

@@ -1,6 +1,6 @@
-// walk.cuh: element-wise kernels. The grid walks over a matrix in pieces of N elements of a row; what happens to a
-// piece is an operation `Op`, an aggregate with
-//   using In;                              what it reads of a piece, in registers
+// walk.cuh: element-wise kernels. The grid strides over a matrix in pieces of N elements of a row and applies an
+// operation `Op` to each piece. `Op` is an aggregate with
+//   using In;                              the inputs of a piece, in registers
 //   In load(Place) const;                  only loads
 //   void finish(Place, const In&) const;   computes and stores
 // A thread loads two pieces before it finishes the first, so that more loads are in flight.
@@ -15,7 +15,7 @@ namespace ett {
 
 inline constexpr int kWalkThreads = 256;
 inline constexpr int kWalkTogether = 2;
-// Blocks for a multiprocessor: several times what is resident, so that it does not matter how many are.
+// Blocks per multiprocessor: several times the resident ones, so that their exact number hardly matters.
 inline constexpr int kWalkBlocks = 32;
 
 // A row and the column where a piece begins.
@@ -23,8 +23,7 @@ struct Place {
     int64_t row, at;
 };
 
-// The pieces of a matrix, and how far the whole grid moves at once: rows and pieces, so that no thread divides more
-// than once.
+// The pieces of a matrix, and the stride of the grid as rows and pieces, so that a thread divides only once.
 struct Walk {
     int64_t rows, pieces, step_rows, step_pieces;
 };
@@ -53,7 +52,7 @@ __global__ void __launch_bounds__(kWalkThreads) walk_kernel(const __grid_constan
     }
 }
 
-// N elements as they are in memory.
+// Loads N elements without conversion.
 template <int N, class T> __device__ __forceinline__ Vec<std::remove_const_t<T>, N> piece(const Matrix<T>& m, Place p) {
     return load_vec<N>(static_cast<const std::remove_const_t<T>*>(m.row(p.row) + p.at));
 }
@@ -62,20 +61,20 @@ template <int N, class T> __device__ __forceinline__ void put(const Matrix<T>& m
     store_global(m.row(p.row) + p.at, v);
 }
 
-// What is walked over.
+// The rows and columns that a grid strides over.
 struct Extent {
     int64_t rows, cols;
 };
 using Views = std::initializer_list<const ett_view*>;
 
-// The extent of views of one shape: a single row if none has gaps.
+// The extent of views of the same shape: a single row if all are contiguous.
 inline Extent extent(Views views) {
     const ett_view& first = **views.begin();
     const bool flat = std::all_of(views.begin(), views.end(), [](const ett_view* v) { return contiguous(*v); });
     return flat ? Extent{1, numel(first)} : Extent{rows(first), cols(first)};
 }
 
-// True if pieces of n elements cover the rows, aligned to their size in every view.
+// True if every row consists of whole pieces of n elements and all pieces are aligned to their size in every view.
 inline bool covers(const Extent& e, int n, Views views) {
     return e.cols % n == 0 && std::all_of(views.begin(), views.end(), [&](const ett_view* v) {
                return reinterpret_cast<uintptr_t>(v->ptr) % (n * dtype_size(v->dtype)) == 0 && (e.rows == 1 || v->ld % n == 0);
@@ -90,8 +89,8 @@ template <int N, class Op> int32_t launch_walk(const char* op, const ett_launch*
     return status == ETT_OK ? ett_done(kernel) : status;
 }
 
-// Walks over an extent that is not empty: "wide" in pieces of N elements if they cover the views, else "plain", one
-// by one. `make(n)` gives the operation for pieces of n, a std::integral_constant.
+// Launches the operation over a non-empty extent: "wide", in pieces of N elements, if they cover the views, else
+// "plain", element by element. `make(n)` returns the operation for pieces of n, a std::integral_constant.
 template <int N, class Make>
 int32_t walk(Check& check, const char* op, const ett_launch* l, const Extent& e, Views views, Make make) {
     const char* kernel = check.choose(l, {{"wide", covers(e, N, views)}, {"plain", true}});

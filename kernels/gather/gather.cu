@@ -1,17 +1,17 @@
 // gather.cu: rows of a table by index, y[n] = table[idx[n]], and the gradient of the table, dtable[idx[n]] += dy[n].
 //
 // table   R,C  act  rows of any stride   in
-// idx     N    i32  contiguous           in; negative: a row of zeros, no gradient; R or more: reported, then the same
+// idx     N    i32  contiguous           in; negative: a row of zeros, no gradient; R or more: a fault, then the same
 // y       N,C  act  rows of any stride   out
 // dy      N,C  act  rows of any stride   in
 // dtable  R,C  f32  rows of any stride   added to
 //
 // numerics: the forward copies. The gradient is summed in float32 in the order of n, whatever the order of the threads:
-// a first kernel finds how often each row of the table is asked for and by which n first; the warps of that first n
-// then search the indices behind it for the others, in order, until all are found, and add what belongs to them.
-// work: forward 2*N*C*size bytes; backward N*C*size + 8*U*C bytes for U different rows. The search reads 4 bytes for
-// each index between the first and the last n of a row; rows that are asked for once need none.
-// workspace: of the backward, 8 bytes a row of the table.
+// a first kernel counts how often each row of the table is indexed and finds the first n that does; the warps of that n
+// then scan the following indices in order until they have found all the others, and add their rows of dy.
+// work: forward 2*N*C*size bytes; backward N*C*size + 8*U*C bytes for U different rows. The scan reads 4 bytes for each
+// index between the first and the last n of a row; rows that are indexed only once need no scan.
+// workspace: backward 8 bytes per row of the table.
 #include "reduce.cuh"
 #include "walk.cuh"
 
@@ -36,21 +36,21 @@ template <class T, int N> struct GatherFwd {
 };
 
 constexpr int kThreads = 256;
-constexpr int kBlocks = 32;   // for a multiprocessor: several times what is resident
-constexpr int kWindow = 4;    // indices of a lane that are searched together
-constexpr int kTogether = 4;  // rows under way
+constexpr int kBlocks = 32;   // per multiprocessor: several times the resident ones
+constexpr int kWindow = 4;    // indices that a lane loads at once in the scan
+constexpr int kTogether = 4;  // rows in flight
 
 template <class T> struct GatherBwd {
     Matrix<const T> dy;
     const int32_t* idx;
     Matrix<float> dtable;
     int64_t n, rows, cols;
-    int32_t* count;  // R: how often a row is asked for
-    int32_t* first;  // R: N - n for the first n that asks for it
+    int32_t* count;  // R: how often a row is indexed
+    int32_t* first;  // R: N - n for the first n that indexes it
     Fault fault;
 };
 
-// Counts and first places; both are the same in any order of the threads.
+// Computes count and first; neither depends on the order of the threads.
 template <class T> __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__ GatherBwd<T> a) {
     for (int64_t n = int64_t(blockIdx.x) * kThreads + threadIdx.x; n < a.n; n += int64_t(gridDim.x) * kThreads) {
         const int32_t i = a.idx[n];
@@ -61,10 +61,10 @@ template <class T> __global__ void __launch_bounds__(kThreads) count_kernel(cons
     }
 }
 
-// Elements of a lane: pieces of 4, or a single one where rows are not aligned.
+// Pieces per lane: two of 4 elements, or one of a single element if rows are not aligned.
 template <int PIECE> inline constexpr int kPieces = PIECE == 1 ? 1 : 2;
 
-// Adds the lane's columns of row n of dy.
+// Loads the lane's columns of row n of dy.
 template <class T, int PIECE>
 __device__ __forceinline__ void fetch(const GatherBwd<T>& a, int64_t n, int64_t col, Vec<T, PIECE> (&out)[kPieces<PIECE>]) {
 #pragma unroll
@@ -84,7 +84,7 @@ __device__ __forceinline__ void add(float (&sum)[kPieces<PIECE>][PIECE], const V
     }
 }
 
-// A warp for each n and each tile of columns.
+// One warp per n and tile of columns.
 template <class T, int PIECE> __global__ void __launch_bounds__(kThreads) gather_bwd_kernel(const __grid_constant__ GatherBwd<T> a) {
     constexpr int kTile = kWarp * PIECE * kPieces<PIECE>;
     const int lane = int(threadIdx.x) % kWarp;

@@ -1,20 +1,21 @@
 /* ett_kernels.h: the C interface of the kernels.
  *
- * One argument struct and one launcher per kernel, in the order of the table in src/backend/contract.rs,
- * which a test of the crate compares with this file: names, fields, order and types are the same. The
- * launchers are implemented by the CUDA files, all that is not CUDA by common/status.c. Kernels that are not
- * implemented yet are listed in common/missing.c; they return ETT_UNSUPPORTED.
+ * One argument struct and one launcher per kernel, in the order of the table in src/backend/contract.rs. A
+ * test of the crate compares the two: names, fields, order and types are the same. The CUDA files implement
+ * the launchers, common/status.c the functions that need no CUDA. Kernels without an implementation are
+ * listed in common/missing.c; they return ETT_UNSUPPORTED.
  *
- * A launcher checks its arguments, enqueues its work on the stream and returns a status. It allocates
- * nothing, waits for nothing and prints nothing, so that it may be captured into a graph. Nothing to do (a
+ * A launcher checks its arguments, enqueues its work on the stream and returns a status. It allocates no
+ * memory, does not wait and prints nothing, so that it may be captured into a graph. An empty problem (a
  * dimension of 0) is ETT_OK. The argument structs are read before the launcher returns and may live on the
- * caller's stack; the memory behind its views must stay until the work is done. Work on one stream runs in
- * the order of the calls. Called again with the same input, a kernel gives the same bits.
+ * caller's stack; the memory behind its views must stay valid until the work is done. Work on one stream runs
+ * in the order of the calls. Kernels are deterministic: the same input gives the same bits.
  *
- * ett_<kernel>_workspace says how many bytes of scratch memory a call needs beside its arguments: 0 for
- * none, -1 where the launcher refuses the arguments (and says why). It reads the struct, not the memory behind
- * its views. Of a kernel that is not implemented yet it answers 0 whatever the arguments are, -1 for null.
- * A kernel with several implementations chooses by shape and device; ett_launch.force names another.
+ * ett_<kernel>_workspace returns the bytes of scratch memory that a call needs besides its arguments: 0 for
+ * none, -1 if the launcher would refuse the arguments (it reports why). It reads the argument struct, but not
+ * the memory behind its views. For a kernel without an implementation it returns 0, or -1 if args is null.
+ * A kernel with several implementations chooses one by shape and device; ett_launch.force overrides that. A
+ * name of no implementation is ETT_BAD_ARGUMENT, one that does not support the call ETT_UNSUPPORTED.
  *
  * Letters: B batch, T tokens of a sequence, N rows of a flat batch, C channels, O output channels, H heads
  * (or height), W width, D head or code dimension, K codes, M visual tokens, V vocabulary, F MLP width, S
@@ -23,7 +24,7 @@
  * Comments of the fields: "in" is only read, "out" is overwritten and never read, "add" is read and added
  * to, or updated in place; "?" marks an argument that may be absent. Then the shape in brackets and the
  * element type: "act" is the activation type of the run, "acc" its accumulator type, in which all sums are
- * formed: (act, acc) is (bf16, f32), (f32, f32) or (f64, f64). Truth values are int32_t, 0 or 1.
+ * formed: (act, acc) is (bf16, f32), (f32, f32) or (f64, f64). Booleans are int32_t, 0 or 1.
  *
  * Valid C99 and C++17. */
 #ifndef ETT_KERNELS_H
@@ -35,7 +36,7 @@
 extern "C" {
 #endif
 
-/* Raised by one when a struct or the meaning of a field changes. */
+/* Incremented when a struct or the meaning of a field changes. */
 #define ETT_ABI_VERSION 4
 
 /* The version that the library was built with; compare it with ETT_ABI_VERSION. */
@@ -48,25 +49,25 @@ typedef enum ett_status_code {
     ETT_OK = 0,            /* the work is enqueued */
     ETT_BAD_ARGUMENT = 1,  /* an argument is outside the contract; nothing was enqueued */
     ETT_UNSUPPORTED = 2,   /* within the contract, but not implemented here; nothing was enqueued */
-    ETT_CUDA_ERROR = 3     /* the CUDA runtime refused; the code is in ett_status.cuda_error */
+    ETT_CUDA_ERROR = 3     /* a CUDA runtime call failed; its code is in ett_status.cuda_error */
 } ett_status_code;
 
 /* The name of a code in lower case with spaces; "unknown status" for any other number. Never null. */
 const char* ett_status_name(int32_t code);
 
-/* Why a launcher did not return ETT_OK. Strings are UTF-8, cut to fit and always terminated; "" if there is
-   nothing to say. They read as one sentence: "<op>: argument `<arg>` is <got>, wanted <want>". */
+/* Why a launcher did not return ETT_OK. Strings are UTF-8, truncated to fit and always null-terminated; ""
+   before any failure. They read as one sentence: "<op>: argument `<arg>` is <got>, wanted <want>". */
 typedef struct ett_status {
     int32_t code;        /* ett_status_code */
     int32_t cuda_error;  /* cudaError_t; 0 unless code is ETT_CUDA_ERROR */
     char op[32];         /* the kernel, without the prefix ett_ */
-    char arg[32];        /* the argument, as its field is called */
-    char got[96];        /* what it is */
-    char want[96];       /* what the kernel asks for; the text of the error for ETT_CUDA_ERROR */
+    char arg[32];        /* the argument: the name of its field */
+    char got[96];        /* its value or shape; the name of the error for ETT_CUDA_ERROR */
+    char want[96];       /* what the kernel accepts; the text of the error for ETT_CUDA_ERROR */
 } ett_status;
 
-/* Copies the status of the calling thread's last launch that did not return ETT_OK. A launch that succeeds
-   leaves it as it is; code is ETT_OK if none has failed. */
+/* Copies the status of the calling thread's last failed launch. A successful launch does not change it; code
+   is ETT_OK if no launch has failed. */
 void ett_last_status(ett_status* status);
 
 /* ---- views --------------------------------------------------------------------------------------------- */
@@ -83,10 +84,10 @@ typedef enum ett_dtype {
     ETT_I32 = 3
 } ett_dtype;
 
-/* A tensor argument: dims[0..rank] elements, row-major. All dimensions but the last are rows, which begin ld
-   elements apart; the last is contiguous. ld is at least the last dimension wherever there is more than one
-   row: slices of the columns of a wider tensor are legal. A vector is one row. Dimensions from rank on are 1.
-   ptr null: the argument is absent, all else is ignored. */
+/* A tensor argument with dimensions dims[0..rank], row-major. The last dimension is contiguous; the others
+   together count rows, which begin ld elements apart. With more than one row, ld is at least the last
+   dimension: a view may be a slice of the columns of a wider tensor. A vector is one row. Dimensions from rank
+   on are 1. If ptr is null, the argument is absent and the other fields are ignored. */
 typedef struct ett_view {
     void* ptr;
     int32_t dtype;    /* ett_dtype */
@@ -97,8 +98,8 @@ typedef struct ett_view {
 
 /* ---- launches ------------------------------------------------------------------------------------------ */
 
-/* What a kernel found wrong with the data it read, such as an index outside its table: kernels cannot return
-   it, so the first one writes it here and carries on as if the element were absent. */
+/* A fault is an error in the data that a kernel reads, such as an index out of bounds. A launcher cannot
+   return it, so the kernel writes the first fault to ett_launch.fault and treats the element as absent. */
 typedef enum ett_fault_kind {
     ETT_FAULT_NONE = 0,
     ETT_FAULT_INDEX = 1    /* an index, target or offset outside its range */
@@ -106,25 +107,25 @@ typedef enum ett_fault_kind {
 
 /* In device memory, 8-byte aligned, zeroed by the caller. */
 typedef struct ett_fault {
-    int32_t kind;          /* ett_fault_kind; the first fault stays */
+    int32_t kind;          /* ett_fault_kind; later faults do not overwrite the first */
     int32_t launch;        /* ett_launch.number of the launch that found it */
     int64_t where;         /* the element, counted from the start of the argument */
-    int64_t value;         /* what it is */
-    int64_t limit;         /* values from 0 up to this, exclusive, are right */
+    int64_t value;         /* the value found */
+    int64_t limit;         /* valid values are 0 <= value < limit */
 } ett_fault;
 
-/* What surrounds a call. */
+/* How a kernel is launched: everything but its arguments. */
 typedef struct ett_launch {
     ett_stream stream;        /* where the work is enqueued; null: the default stream */
-    void* workspace;          /* device memory, 256-byte aligned; contents before and after are of no meaning */
-    int64_t workspace_bytes;  /* at least what ett_<kernel>_workspace says */
+    void* workspace;          /* device memory, 256-byte aligned; its contents are unspecified before and after */
+    int64_t workspace_bytes;  /* at least what ett_<kernel>_workspace returns */
     ett_fault* fault;         /* in device memory; null: faults are not reported */
-    int32_t number;           /* written into a fault */
+    int32_t number;           /* identifies the launch in a fault */
     const char* force;        /* the implementation to use, by name; null: the kernel chooses */
 } ett_launch;
 
-/* The implementation that the calling thread's last successful launch chose; "" before the first and for an
-   empty problem. A string literal. */
+/* The implementation that the calling thread's last successful launch used; "" before the first launch and
+   after an empty problem. A string literal. */
 const char* ett_last_kernel(void);
 
 /* ---- enumerations -------------------------------------------------------------------------------------- */
@@ -144,16 +145,16 @@ typedef struct ett_unary {
     double slope;  /* of ETT_UNARY_LEAKY_RELU; ignored by the others */
 } ett_unary;
 
-/* How a code is scored against a token; the larger the better. */
+/* How a code is scored against a token; the largest score is the best. */
 typedef enum ett_metric {
     ETT_METRIC_DOT = 0,  /* z . e */
     ETT_METRIC_L2 = 1    /* -|z - e|^2 */
 } ett_metric;
 
-/* Where values stand in the step state: one vector of ETT_STATE_LEN elements in device memory, of type
-   acc, that holds what changes from step to step, so that a captured graph replays with the values of the
-   new step. Row g of the first ETT_STATE_GROUPS rows belongs to parameter group g. Kernels that need a
-   single value get a view [1] on its place. */
+/* The layout of the step state, a vector of ETT_STATE_LEN elements of type acc in device memory. It holds the
+   values that change from step to step, so that a captured graph replays with those of the new step. It
+   begins with ETT_STATE_GROUPS rows; row g belongs to parameter group g. A kernel that needs a single value
+   gets a view [1] of its element. */
 enum {
     ETT_STATE_GROUPS = 16,     /* rows */
     ETT_STATE_STRIDE = 4,      /* elements of a row */
@@ -161,21 +162,21 @@ enum {
     ETT_STATE_BIAS1 = 1,       /* in a row: 1 / (1 - beta1^t) */
     ETT_STATE_BIAS2 = 2,       /* in a row: 1 / (1 - beta2^t) */
     ETT_STATE_CLIP = 3,        /* in a row: largest gradient norm; 0: no clipping */
-    ETT_STATE_WEIGHT = 64,     /* first of the weights of the losses: the gradient that each loss receives */
-    ETT_STATE_LOSSES = 16,     /* places for such weights */
-    ETT_STATE_INV_TOKENS = 80, /* one over the supervised text tokens of the whole batch */
-    ETT_STATE_INV_CODES = 81,  /* one over the supervised codes of the whole batch */
-    ETT_STATE_INV_PICTURES = 82, /* one over the pictures of the whole batch */
-    ETT_STATE_INV_ELEMENTS = 83, /* one over the elements (pixels times channels) of these pictures */
-    ETT_STATE_INV_PATCHES = 84, /* one over the patch logits that the discriminator gives of them */
-    ETT_STATE_INV_VISUAL = 85, /* one over the visual tokens of one part of the batch, over all ranks */
+    ETT_STATE_WEIGHT = 64,     /* the first loss weight; a loss's weight is the gradient that its backward receives */
+    ETT_STATE_LOSSES = 16,     /* elements for loss weights */
+    ETT_STATE_INV_TOKENS = 80, /* 1 / supervised text tokens of the whole batch */
+    ETT_STATE_INV_CODES = 81,  /* 1 / supervised codes of the whole batch */
+    ETT_STATE_INV_PICTURES = 82, /* 1 / pictures of the whole batch */
+    ETT_STATE_INV_ELEMENTS = 83, /* 1 / elements (pixels times channels) of these pictures */
+    ETT_STATE_INV_PATCHES = 84, /* 1 / patch logits that the discriminator computes for these pictures */
+    ETT_STATE_INV_VISUAL = 85, /* 1 / visual tokens of one part of the batch, over all ranks */
     ETT_STATE_LEN = 86
 };
 
 /* ---- products ------------------------------------------------------------------------------------------ */
 
-/* y = op(a) op(b) + bias, where op transposes if asked; op(a) is [N, C], op(b) is [C, O]. A linear layer
-   with weights [O, C] is ta = false, tb = true. */
+/* y = op(a) op(b) + bias, where op transposes if ta or tb is set; op(a) is [N, C], op(b) is [C, O]. A linear
+   layer with weights [O, C] is ta = false, tb = true. */
 typedef struct ett_matmul_args {
     ett_view a;             // in   [N, C], or [C, N] if ta; act
     ett_view b;             // in   [C, O], or [O, C] if tb; act
@@ -187,8 +188,8 @@ typedef struct ett_matmul_args {
 int64_t ett_matmul_workspace(const ett_matmul_args* args);
 int32_t ett_matmul(const ett_matmul_args* args, const ett_launch* launch);
 
-/* A linear layer and the tanh form of GELU in one: pre = x w^T + bias, y = gelu(pre). The function meets the
-   sum before or after it is rounded to act. */
+/* A linear layer fused with the tanh form of GELU: pre = x w^T + bias, y = gelu(pre). Whether GELU is applied
+   before or after pre is rounded to act depends on the implementation. */
 typedef struct ett_linear_gelu_args {
     ett_view x;             // in   [N, C]; act
     ett_view w;             // in   [O, C]; act
@@ -220,7 +221,7 @@ int32_t ett_col_sum(const ett_col_sum_args* args, const ett_launch* launch);
 
 /* ---- convolution --------------------------------------------------------------------------------------- */
 
-/* Two-dimensional convolution; padding at the bottom and right is whatever the size of y implies.
+/* Two-dimensional convolution; the size of y determines the padding at the bottom and on the right.
    y[b,i,j,o] = bias[o] + sum_{u,v,c} x[b, i*stride + u - pad_top, j*stride + v - pad_left, c] w[o,u,v,c]. */
 typedef struct ett_conv2d_fwd_args {
     ett_view x;             // in   [B, H, W, C]; act
@@ -259,7 +260,7 @@ typedef struct ett_conv2d_bwd_weight_args {
 int64_t ett_conv2d_bwd_weight_workspace(const ett_conv2d_bwd_weight_args* args);
 int32_t ett_conv2d_bwd_weight(const ett_conv2d_bwd_weight_args* args, const ett_launch* launch);
 
-/* y[b, i, j, c] = x[b, i/2, j/2, c]: nearest up-sampling by two. */
+/* y[b, i, j, c] = x[b, i/2, j/2, c]: nearest-neighbour upsampling by two. */
 typedef struct ett_upsample2x_fwd_args {
     ett_view x;             // in   [B, H, W, C]; act
     ett_view y;             // out  [B, 2H, 2W, C]; act
@@ -267,7 +268,7 @@ typedef struct ett_upsample2x_fwd_args {
 int64_t ett_upsample2x_fwd_workspace(const ett_upsample2x_fwd_args* args);
 int32_t ett_upsample2x_fwd(const ett_upsample2x_fwd_args* args, const ett_launch* launch);
 
-/* Gradient of upsample2x_fwd: sums of four. */
+/* Gradient of upsample2x_fwd: each element is the sum of four. */
 typedef struct ett_upsample2x_bwd_args {
     ett_view dy;            // in   [B, 2H, 2W, C]; act
     ett_view dx;            // out  [B, H, W, C]; act
@@ -283,7 +284,8 @@ typedef struct ett_max_pool2x2_fwd_args {
 int64_t ett_max_pool2x2_fwd_workspace(const ett_max_pool2x2_fwd_args* args);
 int32_t ett_max_pool2x2_fwd(const ett_max_pool2x2_fwd_args* args, const ett_launch* launch);
 
-/* Gradient of max_pool2x2_fwd; ties go to the first element in row order, dropped rows get 0. */
+/* Gradient of max_pool2x2_fwd; ties go to the first element in row-major order, dropped rows and columns get
+   0. */
 typedef struct ett_max_pool2x2_bwd_args {
     ett_view dy;            // in   [B, H/2, W/2, C]; act
     ett_view x;             // in   [B, H, W, C]; act
@@ -294,7 +296,7 @@ int32_t ett_max_pool2x2_bwd(const ett_max_pool2x2_bwd_args* args, const ett_laun
 
 /* ---- norms --------------------------------------------------------------------------------------------- */
 
-/* GroupNorm over G groups of channels, then SiLU if asked: y = f((x - mean) * rstd * w + b) with
+/* GroupNorm over G groups of channels with an optional SiLU: y = f((x - mean) * rstd * w + b) with
    rstd = 1 / sqrt(var + eps), biased variance, f = SiLU or the identity. */
 typedef struct ett_group_norm_fwd_args {
     ett_view x;             // in   [B, H, W, C]; act
@@ -325,8 +327,8 @@ typedef struct ett_group_norm_bwd_args {
 int64_t ett_group_norm_bwd_workspace(const ett_group_norm_bwd_args* args);
 int32_t ett_group_norm_bwd(const ett_group_norm_bwd_args* args, const ett_launch* launch);
 
-/* s = x + residual (or x), y = s * rstd * w with rstd = 1 / sqrt(mean(s^2) + eps); s * rstd is rounded to
-   act before it meets w. Statistics are taken of s as rounded to act. */
+/* s = x + residual (or x), y = s * rstd * w with rstd = 1 / sqrt(mean(s^2) + eps). s is rounded to act before
+   the statistics are computed, s * rstd before it is multiplied by w. */
 typedef struct ett_rms_norm_fwd_args {
     ett_view x;             // in   [N, C]; act
     ett_view residual;      // in?  [N, C]; act
@@ -339,10 +341,10 @@ typedef struct ett_rms_norm_fwd_args {
 int64_t ett_rms_norm_fwd_workspace(const ett_rms_norm_fwd_args* args);
 int32_t ett_rms_norm_fwd(const ett_rms_norm_fwd_args* args, const ett_launch* launch);
 
-/* Gradient of rms_norm_fwd for s: dx = d(norm)/ds . dy + dsum. It is the gradient of both summands. */
+/* Gradient of rms_norm_fwd for s: dx = d(norm)/ds . dy + dsum. It is the gradient of x and of residual. */
 typedef struct ett_rms_norm_bwd_args {
     ett_view dy;            // in   [N, C]; act
-    ett_view dsum;          // in?  [N, C]; act; gradient that reached the sum by other ways
+    ett_view dsum;          // in?  [N, C]; act; gradient of sum from its other uses
     ett_view x;             // in   [N, C]; act; s of the forward
     ett_view w;             // in   [C]; act
     ett_view rstd;          // in   [N]; acc
@@ -395,7 +397,7 @@ typedef struct ett_batch_norm_fwd_args {
 int64_t ett_batch_norm_fwd_workspace(const ett_batch_norm_fwd_args* args);
 int32_t ett_batch_norm_fwd(const ett_batch_norm_fwd_args* args, const ett_launch* launch);
 
-/* Gradient of batch_norm_fwd, through the statistics too. */
+/* Gradient of batch_norm_fwd, including the gradient through the statistics. */
 typedef struct ett_batch_norm_bwd_args {
     ett_view dy;            // in   [N, C]; act
     ett_view x;             // in   [N, C]; act
@@ -444,13 +446,13 @@ typedef struct ett_batch_norm_eval_bwd_args {
 int64_t ett_batch_norm_eval_bwd_workspace(const ett_batch_norm_eval_bwd_args* args);
 int32_t ett_batch_norm_eval_bwd(const ett_batch_norm_eval_bwd_args* args, const ett_launch* launch);
 
-/* running = (1 - momentum) * running + momentum * batch, the variance as the unbiased estimate. */
+/* running = (1 - momentum) * running + momentum * batch, with the unbiased estimate of the variance. */
 typedef struct ett_batch_norm_running_args {
     ett_view mean;          // in   [C]; acc
     ett_view var;           // in   [C]; acc; biased
     ett_view running_mean;  // add  [C]; acc; updated
     ett_view running_var;   // add  [C]; acc; updated
-    int64_t rows;           //      rows the statistics were taken over
+    int64_t rows;           //      rows that the statistics were computed from
     double momentum;        //      weight of the new value
 } ett_batch_norm_running_args;
 int64_t ett_batch_norm_running_workspace(const ett_batch_norm_running_args* args);
@@ -461,7 +463,7 @@ typedef struct ett_l2_norm_fwd_args {
     ett_view x;             // in   [N, D]; act
     ett_view y;             // out  [N, D]; act
     ett_view norm;          // out  [N]; acc; max(|x|, eps)
-    double eps;             //      least norm
+    double eps;             //      lower bound of the norm
 } ett_l2_norm_fwd_args;
 int64_t ett_l2_norm_fwd_workspace(const ett_l2_norm_fwd_args* args);
 int32_t ett_l2_norm_fwd(const ett_l2_norm_fwd_args* args, const ett_launch* launch);
@@ -569,16 +571,16 @@ typedef struct ett_swiglu_bwd_args {
 int64_t ett_swiglu_bwd_workspace(const ett_swiglu_bwd_args* args);
 int32_t ett_swiglu_bwd(const ett_swiglu_bwd_args* args, const ett_launch* launch);
 
-/* Rotary embedding, half-split: for the first heads heads of D columns, dimensions d and d + D/2 turn by
-   position * theta^(-2d/D); further columns are copied. The gradient is the inverse rotation. */
+/* Rotary embedding, half-split: in each of the first `heads` heads of D columns, dimensions d and d + D/2 are
+   rotated by position * theta^(-2d/D); further columns are copied. The gradient is the inverse rotation. */
 typedef struct ett_rope_args {
     ett_view x;             // in   [N, >= heads*D]; act
     ett_view position;      // in   [N]; i32
     ett_view y;             // out  same shape as x; act
     int64_t heads;          //      heads to rotate
     int64_t head_dim;       //      head dimension, even
-    double theta;           //      base of the angles; they are formed in float32 (float64 for the oracle)
-    int32_t inverse;        //      turn backwards
+    double theta;           //      base of the angles, which are computed in float32 (float64 for the oracle)
+    int32_t inverse;        //      rotate by the negative angles
 } ett_rope_args;
 int64_t ett_rope_workspace(const ett_rope_args* args);
 int32_t ett_rope(const ett_rope_args* args, const ett_launch* launch);
@@ -606,8 +608,8 @@ int32_t ett_gather_bwd(const ett_gather_bwd_args* args, const ett_launch* launch
 /* ---- attention ----------------------------------------------------------------------------------------- */
 
 /* Softmax attention over a flat batch of sequences; query head h reads key/value head h /
-   (heads/kv_heads). Causal masks align the ends: query i of T sees keys up to i + Tk - T. No row of k and
-   v but those of the sequences is looked at. */
+   (heads/kv_heads). A causal mask aligns the ends of queries and keys: query i of T attends to keys up to
+   i + Tk - T. Rows of k and v outside the sequences are not read. */
 typedef struct ett_attention_fwd_args {
     ett_view q;             // in   [N, heads*D]; act
     ett_view k;             // in   [Nk, kv_heads*D]; act
@@ -615,9 +617,9 @@ typedef struct ett_attention_fwd_args {
     ett_view cu_q;          // in   [S+1] sequence offsets into N; i32. Rows past the last offset are
                             //      padding: y is 0 there
     ett_view cu_k;          // in   [S+1] sequence offsets into Nk; i32
-    ett_view len_k;         // in?  [S] keys of each sequence, which then has rows [cu_k[s], cu_k[s] +
-                            //      len_k[s]) of k and v: a cache with room behind what is there; the last
-                            //      offset means nothing. i32
+    ett_view len_k;         // in?  [S] keys of each sequence; i32. Sequence s then has the rows [cu_k[s],
+                            //      cu_k[s] + len_k[s]) of k and v, as in a cache with free rows after each
+                            //      sequence, and the last offset of cu_k is ignored
     ett_view y;             // out  [N, heads*D]; act
     ett_view lse;           // out  [N, heads] log-sum-exp of the scaled scores; acc
     int64_t heads;          //      query heads
@@ -657,8 +659,8 @@ int32_t ett_attention_bwd(const ett_attention_bwd_args* args, const ett_launch* 
 
 /* ---- losses -------------------------------------------------------------------------------------------- */
 
-/* Cross-entropy of a linear layer without its logits: loss = scale * sum_n (lse_n - x_n . w[target_n])
-   over rows with target >= 0. Logits exist a tile at a time. */
+/* Cross-entropy of a linear layer that never stores its logits: loss = scale * sum_n (lse_n - x_n .
+   w[target_n]) over rows with target >= 0. Logits are computed one tile at a time. */
 typedef struct ett_linear_xent_fwd_args {
     ett_view x;             // in   [N, C]; act
     ett_view w;             // in   [V, C]; act
@@ -684,8 +686,8 @@ typedef struct ett_linear_xent_bwd_args {
 int64_t ett_linear_xent_bwd_workspace(const ett_linear_xent_bwd_args* args);
 int32_t ett_linear_xent_bwd(const ett_linear_xent_bwd_args* args, const ett_launch* launch);
 
-/* Cross-entropy of logits that are stored: loss += scale * sum_n weight_n (lse_n - logits[n, target_n]) over
-   rows with target >= 0, lse_n the log-sum-exp of row n. */
+/* Cross-entropy of stored logits: loss += scale * sum_n weight_n (lse_n - logits[n, target_n]) over rows with
+   target >= 0, where lse_n is the log-sum-exp of row n. */
 typedef struct ett_xent_fwd_args {
     ett_view logits;        // in   [N, V]; act
     ett_view target;        // in   [N]; i32; negative: the row is ignored
@@ -745,7 +747,7 @@ typedef struct ett_lpips_fwd_args {
 int64_t ett_lpips_fwd_workspace(const ett_lpips_fwd_args* args);
 int32_t ett_lpips_fwd(const ett_lpips_fwd_args* args, const ett_launch* launch);
 
-/* Gradient of lpips_fwd for f1; 0 where all of a pixel's features are 0. */
+/* Gradient of lpips_fwd for f1; 0 in pixels whose features are all 0. */
 typedef struct ett_lpips_bwd_args {
     ett_view f0;            // in   [P, C]; act
     ett_view f1;            // in   [P, C]; act
@@ -778,12 +780,12 @@ typedef struct ett_gan_generator_bwd_args {
 int64_t ett_gan_generator_bwd_workspace(const ett_gan_generator_bwd_args* args);
 int32_t ett_gan_generator_bwd(const ett_gan_generator_bwd_args* args, const ett_launch* launch);
 
-/* Hinge: loss += factor * scale * sum relu(1 - x) for real logits, relu(1 + x) for fake ones. */
+/* Hinge loss: loss += factor * scale * sum relu(1 - x) for real logits, relu(1 + x) for fake ones. */
 typedef struct ett_hinge_fwd_args {
     ett_view x;             // in   any shape; act
     ett_view scale;         // in   [1] factor on the sum, such as one over the patch logits of the whole batch; acc
     ett_view loss;          // add  [1]; acc
-    int32_t real;           //      real or fake
+    int32_t real;           //      1: the logits of real pictures, 0: of fake ones
     double factor;          //      constant factor on the sum
 } ett_hinge_fwd_args;
 int64_t ett_hinge_fwd_workspace(const ett_hinge_fwd_args* args);
@@ -801,7 +803,7 @@ typedef struct ett_hinge_bwd_args {
 int64_t ett_hinge_bwd_workspace(const ett_hinge_bwd_args* args);
 int32_t ett_hinge_bwd(const ett_hinge_bwd_args* args, const ett_launch* launch);
 
-/* New LeCAM averages: out = decay * ema + (1 - decay) * (mean(real), mean(fake)). */
+/* Updated LeCAM averages: out = decay * ema + (1 - decay) * (mean(real), mean(fake)). */
 typedef struct ett_lecam_update_args {
     ett_view real;          // in   any shape; act
     ett_view fake;          // in   any shape; act
@@ -812,11 +814,11 @@ typedef struct ett_lecam_update_args {
 int64_t ett_lecam_update_workspace(const ett_lecam_update_args* args);
 int32_t ett_lecam_update(const ett_lecam_update_args* args, const ett_launch* launch);
 
-/* LeCAM: loss += scale * (sum relu(real - ema[1])^2 + sum relu(ema[0] - fake)^2). */
+/* LeCAM regularizer: loss += scale * (sum relu(real - ema[1])^2 + sum relu(ema[0] - fake)^2). */
 typedef struct ett_lecam_fwd_args {
     ett_view real;          // in   any shape; act
     ett_view fake;          // in   any shape; act
-    ett_view ema;           // in   [2] averages that have taken in this batch; acc
+    ett_view ema;           // in   [2] averages that include this batch; acc
     ett_view scale;         // in   [1] factor on the sums: one over the patch logits of the whole batch; acc
     ett_view loss;          // add  [1]; acc
 } ett_lecam_fwd_args;
@@ -836,43 +838,44 @@ typedef struct ett_lecam_bwd_args {
 int64_t ett_lecam_bwd_workspace(const ett_lecam_bwd_args* args);
 int32_t ett_lecam_bwd(const ett_lecam_bwd_args* args, const ett_launch* launch);
 
-/* Draws an index from each row of logits, the same on every device (docs/sampling.md). With guidance the
-   logits are without + guidance * (logits - without). Temperature divides them, 0 takes the largest; top_k
-   keeps the largest ones, of equal ones the first, and top_p of those the largest that together reach this
-   share. The random number is that of draw position of sequence number, and position goes up by one, so that
-   a loop needs no value of the host. A row with NaN, or whose largest logit is not finite, gives -1. */
+/* Samples an index from each row of logits, the same one on every device (docs/sampling.md). If `without` is
+   present, the logits are without + guidance * (logits - without). They are divided by temperature; a
+   temperature of 0 takes the largest. top_k keeps the k largest, the first of equal ones; top_p keeps the
+   largest of these that together reach this probability. The random number depends on seed, number and
+   position; the kernel increments position, so that a decoding loop needs no value from the host. A row that
+   contains NaN, or whose largest logit is not finite, gives -1. */
 typedef struct ett_sample_args {
     ett_view logits;        // in   [B, V]; act
     ett_view without;       // in?  [B, V] logits without the prompt; act
     ett_view number;        // in   [B] numbers of the sequences; i32
-    ett_view position;      // add  [B] draws that were made of each; i32; updated
+    ett_view position;      // add  [B] samples already drawn for each sequence; i32; updated
     ett_view idx;           // out  [B]; i32
-    double temperature;     //      divides the logits; 0: the largest is taken
-    int64_t top_k;          //      how many can be drawn; 0: all
-    double top_p;           //      the share of the probability that can be drawn, above 0, at most 1
-    double guidance;        //      factor on the difference that the prompt makes; not looked at unless without is
-                            //      present
-    uint64_t seed;          //      seed of the draws
+    double temperature;     //      divides the logits; 0: take the largest
+    int64_t top_k;          //      number of candidates; 0: all
+    double top_p;           //      total probability of the candidates, above 0 and at most 1
+    double guidance;        //      factor on logits - without; ignored if without is absent
+    uint64_t seed;          //      seed of the random numbers
 } ett_sample_args;
 int64_t ett_sample_workspace(const ett_sample_args* args);
 int32_t ett_sample(const ett_sample_args* args, const ett_launch* launch);
 
 /* ---- quantizer (docs/quantizer.md) --------------------------------------------------------------------- */
 
-/* The best code of each token; ties to the smallest index, NaN below all numbers, an all-NaN row gives 0. */
+/* The best code of each token. Ties go to the smallest index; NaN ranks below all numbers; a row of NaN gives
+   0. */
 typedef struct ett_nearest_args {
     ett_view z;             // in   [M, D]; act
     ett_view e;             // in   [K, D]; act
     ett_view idx;           // out  [M]; i32
     ett_view bad;           // add? [1] count of rows without a finite score; acc
-    int32_t metric;         //      how codes are scored
+    int32_t metric;         //      ett_metric: how codes are scored
 } ett_nearest_args;
 int64_t ett_nearest_workspace(const ett_nearest_args* args);
 int32_t ett_nearest(const ett_nearest_args* args, const ett_launch* launch);
 
 /* Row statistics of S = z E^T, in one sweep over the codes. With t the best code and x_j = (S_j - S_t) /
    temperature: rest_p = sum_{j != t} exp(S_j - S_t), rest_q = sum_{j != t} exp(x_j), xbar = sum_j q_j x_j.
-   Without entropies rest_q and xbar are absent, and temperature is not looked at. */
+   Without entropies rest_q and xbar are absent and temperature is ignored. */
 typedef struct ett_ibq_rows_args {
     ett_view z;             // in   [M, D]; act
     ett_view e;             // in   [K, D]; act
@@ -887,7 +890,7 @@ typedef struct ett_ibq_rows_args {
 int64_t ett_ibq_rows_workspace(const ett_ibq_rows_args* args);
 int32_t ett_ibq_rows(const ett_ibq_rows_args* args, const ett_launch* launch);
 
-/* Undivided column sums sum_i q_ij, so that ranks can add theirs. */
+/* Column sums sum_i q_ij, not divided by the count, so that those of several ranks can be added. */
 typedef struct ett_ibq_cols_args {
     ett_view z;             // in   [M, D]; act
     ett_view e;             // in   [K, D]; act
@@ -901,8 +904,8 @@ int32_t ett_ibq_cols(const ett_ibq_cols_args* args, const ett_launch* launch);
 
 /* Values: zq = E[idx], quant = (1 + beta_commit + beta_code) * inv_count/D * sum (zq - z)^2, sample =
    inv_count * sum_i H_i, avg = -sum_j a_j log(a_j + eps) with a = col * inv_count, and c_j = -(log(a_j + eps)
-   + a_j / (a_j + eps)), the derivative of avg. Without entropies all of rest_q, xbar, col, c, sample and avg
-   are absent. */
+   + a_j / (a_j + eps)), the derivative of avg. Without entropies rest_q, xbar, col, c, sample and avg are all
+   absent. */
 typedef struct ett_ibq_losses_args {
     ett_view z;             // in   [M, D]; act
     ett_view e;             // in   [K, D]; act
@@ -925,7 +928,7 @@ int32_t ett_ibq_losses(const ett_ibq_losses_args* args, const ett_launch* launch
 
 /* The whole backward of the IBQ quantizer: soft path, hard scatter, both entropies and the direct terms of
    the quantization loss, with the best code kept out of every cancelling sum (docs/quantizer.md). Without
-   entropies all of rest_q, xbar, c, g_sample and g_avg are absent. */
+   entropies rest_q, xbar, c, g_sample and g_avg are all absent. */
 typedef struct ett_ibq_bwd_args {
     ett_view z;             // in   [M, D]; act
     ett_view e;             // in   [K, D]; act
@@ -963,7 +966,8 @@ typedef struct ett_vq_losses_args {
 int64_t ett_vq_losses_workspace(const ett_vq_losses_args* args);
 int32_t ett_vq_losses(const ett_vq_losses_args* args, const ett_launch* launch);
 
-/* Gradient of vq_losses: g passes straight to z; commitment to z, codebook term to e. */
+/* Gradient of vq_losses: g passes straight through to z; the commitment term goes to z, the codebook term to
+   e. */
 typedef struct ett_vq_bwd_args {
     ett_view z;             // in   [M, D]; act
     ett_view e;             // in   [K, D]; act
@@ -981,7 +985,7 @@ int32_t ett_vq_bwd(const ett_vq_bwd_args* args, const ett_launch* launch);
 
 /* ---- optimizer ----------------------------------------------------------------------------------------- */
 
-/* out[0] += sum x^2, out[1] += the number of non-finite elements (which are left out of the sum). */
+/* out[0] += the sum of x^2 over finite elements, out[1] += the number of non-finite elements. */
 typedef struct ett_sum_squares_args {
     ett_view x;             // in   [n]; acc
     ett_view out;           // add  [2]; acc
@@ -989,13 +993,13 @@ typedef struct ett_sum_squares_args {
 int64_t ett_sum_squares_workspace(const ett_sum_squares_args* args);
 int32_t ett_sum_squares(const ett_sum_squares_args* args, const ett_launch* launch);
 
-/* One AdamW step on a flat range, all in the accumulator type. With rate, bias1, bias2 and clip of row group
-   of the step state (bias = 1 / (1 - beta^t)):
+/* One AdamW step on a flat range, all in the accumulator type. rate, bias1, bias2 (bias = 1 / (1 - beta^t))
+   and clip come from row `group` of the step state:
      g = grad * (clip > 0 ? min(1, clip / (sqrt(norm[0]) + 1e-6)) : 1)
      m = beta1 * m + (1 - beta1) * g,   v = beta2 * v + (1 - beta2) * g^2
      master = master * (1 - rate * weight_decay) - rate * (m * bias1) / (sqrt(v * bias2) + eps)
      ema = ema_decay * ema + (1 - ema_decay) * master,   shadow = master rounded
-   If norm[1] > 0, the gradient was not finite and nothing changes. */
+   If norm[1] > 0, the gradient is not finite and the kernel changes nothing. */
 typedef struct ett_adamw_args {
     ett_view master;        // add  [n]; acc; updated
     ett_view grad;          // in   [n]; acc
@@ -1011,12 +1015,12 @@ typedef struct ett_adamw_args {
     double beta2;           //      decay of the second moment
     double eps;             //      added to the root of the second moment
     double weight_decay;    //      decoupled weight decay
-    double ema_decay;       //      decay of the average of the weights
+    double ema_decay;       //      decay of the moving average of the weights
 } ett_adamw_args;
 int64_t ett_adamw_workspace(const ett_adamw_args* args);
 int32_t ett_adamw(const ett_adamw_args* args, const ett_launch* launch);
 
-/* y = x if norm[1] > 0: takes back what a step did whose update is skipped. */
+/* y = x if norm[1] > 0: restores the values from before a step that is skipped. */
 typedef struct ett_restore_args {
     ett_view x;             // in   [n], the values before the step; acc or act
     ett_view norm;          // in   [2], as for adamw; acc

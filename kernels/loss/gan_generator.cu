@@ -1,13 +1,13 @@
-// gan_generator.cu: the generator's non-saturating loss, loss += scale * sum_b softplus(-m_b) with m_b the mean of the
-// patch logits of image b, and its gradient dx = -g * scale / P * sigmoid(-m_b).
+// gan_generator.cu: the generator's non-saturating loss, loss += scale * sum_b softplus(-m_b), where m_b is the mean of
+// the patch logits of image b, and its gradient dx = -g * scale / P * sigmoid(-m_b).
 //
 // x                B,P  act  rows of any stride   in
 // scale, g, loss   1    f32                       in, in, added to
 // dx               B,P  act  rows of any stride   out
 //
-// numerics: float32. A row is shared among blocks; each thread sums its pieces in order, a block its threads, a warp the
-// blocks of a row, a last block the rows; bitwise repeatable.
-// work: 1 FLOP an element; n*size bytes forward, 2 backward.   workspace: 4 bytes a block.
+// numerics: float32. Several blocks share a row; each thread sums its pieces in order, a block its threads, a warp the
+// blocks of a row, a last block the rows. Bitwise repeatable.
+// work: 1 FLOP an element; n*size bytes forward, 2 backward.   workspace: 4 bytes per block.
 // limits: rows have at least one logit.   papers: Generative Adversarial Networks (1406.2661).
 #include "matrix.cuh"
 #include "reduce.cuh"
@@ -18,9 +18,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kTogether = 4;  // pieces that a thread loads at once
-constexpr int kBlocks = 16;   // for a multiprocessor: several times what is resident
+constexpr int kBlocks = 16;   // per multiprocessor: several times the resident ones
 
-// Blocks of a row of p elements in pieces of n.
+// Blocks per row of p elements in pieces of n.
 int64_t choose_gan_generator_shares(int64_t b, int64_t p, int n, int multiprocessors) {
     const int64_t wanted = std::max<int64_t>(1, int64_t(multiprocessors) * kBlocks / std::max<int64_t>(1, b));
     return std::max<int64_t>(1, std::min(wanted, ceil_div(p / n, kThreads * kTogether)));
@@ -58,14 +58,14 @@ template <class T, int N> __global__ void __launch_bounds__(kThreads) sums_kerne
     if (threadIdx.x == 0) a.partials[blockIdx.x] = sum[0];
 }
 
-// Minus the mean of a row; all lanes of the warp call this and get it.
+// Minus the mean of a row, in every lane; all lanes of the warp call this.
 template <class T> __device__ __forceinline__ float minus_mean(const Rows<T>& a, int64_t row) {
     float sum = 0.f;
     for (int64_t s = threadIdx.x % kWarp; s < a.shares; s += kWarp) sum += a.partials[row * a.shares + s];
     return -(warp_sum(sum) / float(a.p));
 }
 
-// Each warp sums every 8th row in order, then the warps are added in order.
+// Each warp sums every 8th row in order, then the warps' sums are added in order.
 template <class T> __global__ void __launch_bounds__(kThreads) loss_kernel(const __grid_constant__ Rows<T> a) {
     constexpr int kWarps = kThreads / kWarp;
     __shared__ float smem[kWarps];
@@ -106,7 +106,7 @@ int64_t workspace(const ett_view& x) {
     return rows(x) * choose_gan_generator_shares(rows(x), cols(x), 1, multiprocessors()) * int64_t(sizeof(float));
 }
 
-// Sums of rows, then the loss or, with dx, its gradient.
+// Launches the sums of the rows, then the loss or, without `loss`, the gradient.
 template <class T> int32_t run(const char* op, bool is_wide, Rows<T> k, const ett_launch* l) {
     auto go = [&](auto n) {
         k.shares = choose_gan_generator_shares(k.b, k.p, n, multiprocessors());

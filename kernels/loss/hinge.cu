@@ -1,13 +1,13 @@
-// hinge.cu: loss += factor * scale * sum relu(1 + side * x) with side -1 for real logits and 1 for fake ones, and its
-// gradient dx = g * factor * scale * side where 1 + side * x > 0, else 0.
+// hinge.cu: loss += factor * scale * sum relu(1 + side * x), where side is -1 for real logits and 1 for fake ones, and
+// its gradient dx = g * factor * scale * side where 1 + side * x > 0, else 0.
 //
 // x                any shape  act  rows of any stride   in
 // scale, g, loss   1          f32                       in, in, added to
 // dx               any shape  act  rows of any stride   out
 //
-// numerics: float32; NaN stays NaN in the loss. Each thread sums its pieces in order, a block its threads, a last block
-// the blocks; bitwise repeatable.
-// work: 2 FLOP an element; n*size bytes forward, 2 backward.   workspace: of the forward 4 bytes a block.
+// numerics: float32; the loss propagates NaN. Each thread sums its pieces in order, a block its threads, a last block
+// the blocks. Bitwise repeatable.
+// work: 2 FLOP an element; n*size bytes forward, 2 backward.   workspace: forward 4 bytes per block.
 // papers: Geometric GAN (1705.02894).
 #include "sums.cuh"
 

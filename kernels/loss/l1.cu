@@ -4,9 +4,9 @@
 // scale, g, loss   1          f32                       in, in, added to
 // da               any shape  act  rows of any stride   out
 //
-// numerics: float32; NaN stays NaN. Each thread sums its pieces in order, a block its threads, a last block the blocks;
-// bitwise repeatable.
-// work: 3 FLOP an element; 2*n*size bytes forward, 3 backward.   workspace: of the forward 4 bytes a block.
+// numerics: float32; propagates NaN. Each thread sums its pieces in order, a block its threads, a last block the
+// blocks. Bitwise repeatable.
+// work: 3 FLOP an element; 2*n*size bytes forward, 3 backward.   workspace: forward 4 bytes per block.
 #include "sums.cuh"
 
 namespace ett {
@@ -46,7 +46,7 @@ template <class T, int N> struct Sign {
 #pragma unroll
         for (int j = 0; j < N; ++j) {
             const float d = x[j] - y[j];
-            // What is neither is 0 or NaN.
+            // If d is neither positive nor negative, it is 0 or NaN and passes through.
             x[j] = slope * (d > 0.f ? 1.f : d < 0.f ? -1.f : d);
         }
         put(da, p, x);

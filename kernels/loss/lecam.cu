@@ -1,6 +1,6 @@
-// lecam.cu: the LeCAM regularisation, whose averages e of real and fake logits are
-//   out = decay * e + (1 - decay) * (mean(real), mean(fake)),   where a mean is not finite e itself,
-// its loss, loss += scale * (sum relu(real - e[1])^2 + sum relu(e[0] - fake)^2), and the gradient, with constant averages:
+// lecam.cu: the LeCAM regularisation. Its moving averages e of real and fake logits are updated to
+//   out = decay * e + (1 - decay) * (mean(real), mean(fake)),   or to e itself where a mean is not finite.
+// Its loss is loss += scale * (sum relu(real - e[1])^2 + sum relu(e[0] - fake)^2), with the gradient (e is a constant)
 //   dreal = 2 * g * scale * relu(real - e[1]),   dfake = -2 * g * scale * relu(e[0] - fake).
 //
 // real, fake       any shapes      act  rows of any stride   in
@@ -8,10 +8,10 @@
 // scale, g, loss   1               f32                       in, in, added to
 // dreal, dfake     as real, fake   act  rows of any stride   out
 //
-// numerics: float32; NaN stays NaN. Each thread sums its pieces in order, a block its threads, a last block the blocks;
-// bitwise repeatable.
-// work: 2 to 6 FLOP an element; n*size bytes forward for n logits of both, 2 backward.
-// workspace: 4 bytes a block, none of the backward.   limits: means are of at least one logit.
+// numerics: float32; propagates NaN. Each thread sums its pieces in order, a block its threads, a last block the
+// blocks. Bitwise repeatable.
+// work: 2 to 6 FLOP an element; for n logits in all n*size bytes forward, 2 backward.
+// workspace: 4 bytes per block, none for the backward.   limits: the update needs at least one logit of each kind.
 // papers: LeCAM (2104.03310).
 #include "sums.cuh"
 
@@ -46,7 +46,7 @@ struct Averages {
     }
 };
 
-// How far a logit is beyond the other side's average `e`: side 1 for real logits, -1 for fake ones.
+// How far a logit exceeds the average `e` of the other kind; side is 1 for real logits, -1 for fake ones.
 __device__ __forceinline__ float beyond(float x, float e, float side) { return relu(side > 0.f ? x - e : e - x); }
 
 template <class T, int N> struct Squares {
@@ -106,13 +106,13 @@ bool sound(Check& check, const ett_lecam_bwd_args* a) {
            check.matrix("dfake", a->dfake, a->fake.dtype, rows(a->fake), cols(a->fake));
 }
 
-// The implementation for two walks: "wide" if pieces of n cover both.
+// The implementation for both matrices: "wide" if pieces of n cover both.
 const char* choose_both(Check& check, const ett_launch* l, int n, Views real, Views fake) {
     const bool both = covers(extent(real), n, real) && covers(extent(fake), n, fake);
     return check.choose(l, {{"wide", both}, {"plain", true}});
 }
 
-// Sums over both, then `f`. `make(n, is_real)` gives the operations.
+// Sums over both matrices, then applies `f`. `make(n, is_real)` returns the operation for pieces of n.
 template <class T, class Finish, class Make>
 int32_t sum_both(Check& check, const char* op, const ett_launch* l, const ett_view& real, const ett_view& fake, const Finish& f, Make make) {
     const char* kernel = choose_both(check, l, kWide<T>, {&real}, {&fake});

@@ -1,7 +1,7 @@
-// linear_xent.cuh: what the two directions of linear_xent share: the supervised rows, packed.
+// linear_xent.cuh: what the forward and the backward of linear_xent share: the supervised rows, packed.
 //
-// How many rows are supervised stands on the device only. The host launches for the most there can be; kernels read
-// the count and share out what there is among their blocks.
+// Only the device knows how many rows are supervised. The host launches enough blocks for all rows; the kernels read
+// the count and distribute the supervised rows over their blocks.
 #pragma once
 
 #include "activation.cuh"
@@ -12,7 +12,7 @@
 namespace ett {
 namespace xent {
 
-// 64 x 64 (f32: 64 x 32) products for a warp, as in matmul.cu.
+// 64 x 64 (f32: 64 x 32) products per warp, as in matmul.cu.
 template <class T, bool TA, bool TB> struct Tiles;
 template <bool TA, bool TB> struct Tiles<bf16, TA, TB> {
     using Type = gemm::Tile<bf16, 128, 128, 32, 64, 64, 4, TA, TB>;
@@ -20,10 +20,10 @@ template <bool TA, bool TB> struct Tiles<bf16, TA, TB> {
 template <bool TA, bool TB> struct Tiles<float, TA, TB> {
     using Type = gemm::Tile<float, 128, 64, 16, 64, 32, 3, TA, TB>;
 };
-// Rows of x, as columns of the transposed weights.
+// x w^T.
 template <class T> using Logits = typename Tiles<T, false, true>::Type;
 
-// The supervised rows: where they are in the batch, in ascending order, and their targets.
+// The supervised rows: their indices in the batch, in ascending order, and their targets.
 struct Rows {
     int* count;
     int* at;
@@ -32,8 +32,9 @@ struct Rows {
 
 constexpr int kSelectThreads = 1024;
 
-// Finds the supervised rows, by one block. `index`: where each row of the batch is among them, -1 if it is not; `lse`: 0
-// in the other rows; either may be null. A target beyond the vocabulary is a fault and counts as none.
+// Finds the supervised rows, with one block. `index` receives the position of each row of the batch among them, or -1;
+// `lse` receives 0 in the unsupervised rows; either may be null. A target outside the vocabulary is a fault, and its
+// row counts as unsupervised.
 static __global__ void __launch_bounds__(kSelectThreads)
 select_kernel(const int32_t* target, int64_t n, int64_t v, const Rows to, int* index, float* lse, const Fault fault) {
     __shared__ int smem_found[kSelectThreads / kWarp];
@@ -60,7 +61,7 @@ select_kernel(const int32_t* target, int64_t n, int64_t v, const Rows to, int* i
         }
         if (i < n && index) index[i] = t >= 0 ? before : -1;
         if (i < n && lse && t < 0) lse[i] = 0.f;
-        __syncthreads();  // the counts are read, the next ones may be written
+        __syncthreads();  // the counts have been read and may be overwritten
     }
     if (threadIdx.x == 0) *to.count = count;
 }
@@ -80,7 +81,7 @@ pack_kernel(const T* x, int64_t ldx, const Rows rows, T* packed, int64_t ld, int
 
 // ---- host ------------------------------------------------------------------------------------------------
 
-// The supervised rows and their x, packed so that rows begin on multiples of 16 bytes.
+// The supervised rows and their x, packed so that rows begin at multiples of 16 bytes.
 template <class T> struct Packed {
     Rows rows;
     T* x;
@@ -94,11 +95,11 @@ template <class T> struct Packed {
           cols(cols_of_x) {
         x = p.take<T>(n * ld);
     }
-    // With as many rows as there may be; kernels put in the true number.
+    // Has the largest possible number of rows; kernels replace it by the actual count.
     gemm::Matrix<T> matrix() const { return {x, n, cols, ld, ld == cols}; }
 };
 
-// x, w, target, scale and lse fit together.
+// Checks the types of x, w, target, scale and lse, and that their shapes match.
 template <class A> bool check_shapes(Check& check, const A& a) {
     if (!check.act("x", a.x) || !check.matrix("w", a.w, a.x.dtype, rows(a.w), cols(a.x)) ||
         !check.vector("target", a.target, ETT_I32, rows(a.x)) || !check.vector("scale", a.scale, ETT_F32, 1) ||
@@ -109,12 +110,12 @@ template <class A> bool check_shapes(Check& check, const A& a) {
            check.range("x", ceil_div(std::max(rows(a.x), rows(a.w)), 128) * ceil_div(cols(a.x), 64), 0, (1 << 30) / 16);
 }
 
-// Blocks of a kernel that shares out `items`: as many as a few rounds fill the device with.
+// Blocks of a kernel that distributes `items` over its blocks: at most `per_multiprocessor` per multiprocessor.
 inline dim3 blocks_for(int64_t items, int per_multiprocessor) {
     return dim3(unsigned(std::max<int64_t>(1, std::min(items, int64_t(multiprocessors()) * per_multiprocessor))));
 }
 
-// Enqueues the selection and the packing.
+// Enqueues the selection and packing of the supervised rows.
 template <class T, class A>
 int32_t pack(const char* op, const A& a, const Packed<T>& to, int* index, float* lse, const ett_launch* l) {
     const int32_t status = launch(op, select_kernel, dim3(1), dim3(kSelectThreads), 0, l, data<const int32_t>(a.target), to.n, rows(a.w),

@@ -1,4 +1,4 @@
-// linear_xent_bwd.cu: gradient of linear_xent_fwd; the logits are computed again, a piece of the vocabulary at a time.
+// linear_xent_bwd.cu: gradient of linear_xent_fwd; the logits are recomputed, one chunk of the vocabulary at a time.
 //
 //   dl_nv = g * scale * (exp(x_n . w_v - lse_n) - [v = target_n]),   dx = dl w,   dw += dl^T x,   over n with target_n >= 0
 //
@@ -11,13 +11,14 @@
 // dx      N,C  act  rows of any stride   out   0 in unsupervised rows
 // dw      V,C  f32  rows of any stride   added to; may be absent
 //
-// Steps: the supervised rows are found and packed; then, for each chunk of the vocabulary, dl is stored and multiplied
-// by w and x; dx is added up over the chunks and rounded in the end. The fewer rows are supervised the larger the chunks
-// may be. The device alone knows their size: the host launches for the smallest, those past the end do nothing.
+// Steps: the supervised rows are found and packed; for each chunk of the vocabulary, dl is stored and multiplied by w
+// and x; dx is summed over the chunks and rounded at the end. The fewer rows are supervised, the larger a chunk is.
+// Only the device knows its size, so the host launches as many chunks as the smallest size needs; surplus launches do
+// nothing.
 // numerics: products and sums in f32, dl rounded to act, one rounding of dx; bitwise repeatable, on any device. A target
-// beyond V is a fault and counts as -1.
-// workspace: x once more, a chunk of dl (64 MiB, more only if N > 262144 in bf16 or 131072 in f32), and the sums of dx in
-// f32 for the larger of N and 4096 rows.
+// of V or more is a fault and counts as -1.
+// workspace: a copy of x, a chunk of dl (64 MiB; more only if N > 262144 in bf16 or 131072 in f32), and the sums of dx
+// in f32 for max(N, 4096) rows.
 // work: 6*n*C*V FLOP for n supervised rows; (2*n*C + V*C) * size + 8*V*C bytes.
 // papers: Cut Your Losses (2411.09009).
 #include "linear_xent.cuh"
@@ -28,16 +29,18 @@ namespace {
 
 constexpr int64_t kChunkBytes = int64_t(64) << 20;
 constexpr int64_t kChunkTile = 128;  // chunks are whole tiles
-constexpr int64_t kSumRows = 4096;   // rows of sums at least
+constexpr int64_t kSumRows = 4096;   // least number of rows of sums
 constexpr int64_t kMostSplits = 16;
 
-// Elements of a row of dl; `capacity` of them fit, at least kChunkTile for every row.
+// Columns of dl in a chunk, such that `count` rows fit into `capacity` elements (capacity has room for kChunkTile
+// columns of every row).
 __host__ __device__ inline int64_t chunk_cols(int64_t capacity, int64_t count, int64_t v) {
     const int64_t most = (v + kChunkTile - 1) / kChunkTile * kChunkTile, fit = capacity / (count > 0 ? count : 1) / kChunkTile * kChunkTile;
     return fit < most ? fit : most;
 }
 
-// dx of few rows has few tiles. Its sum over a chunk is cut into so many, which are added up in the end.
+// With few rows, dx has few tiles. Its sum over a chunk is then divided into this many splits, which are added at the
+// end.
 __host__ __device__ inline int64_t split_count(int64_t sum_rows, int64_t count) {
     const int64_t fit = sum_rows / (count > 0 ? count : 1);
     return fit < 1 ? 1 : fit < kMostSplits ? fit : kMostSplits;
@@ -51,9 +54,9 @@ template <class T> struct Backward {
     const float* lse;
     T* dl;             // rows, chunk_cols
     float* sums;       // splits, rows, ld_sums: dx
-    float* dw;         // null if not wanted
+    float* dw;         // null: not computed
     int64_t lddw, ld_sums, capacity, sum_rows;
-    bool pairs;  // of dw
+    bool pairs;  // two neighbours of dw can be stored as one access
 };
 
 // Logit gradients of one chunk.
@@ -90,14 +93,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) logits_kernel(const __grid_
                     const float p = exponential<T>(acc.at(i, j + e) - lse);
                     two[e] = col + e < cols ? (p - (col + e == target ? 1.f : 0.f)) * factor : 0.f;
                 }
-                // Up to the end of the tile: the products read whole pieces.
+                // Writes up to the end of the tile, since the products read whole pieces.
                 store<2>(dl + col, two);
             }
         }
     }
 }
 
-// to = a b, or to += a b, for one tile; rows and cols are those of `to`.
+// to = a b, or to += a b if `add`, for one tile; `rows` and `cols` are the size of `to`.
 template <class Tile>
 __device__ __forceinline__ void product_to(float* to, int64_t ld, int rows, int cols, bool pairs, bool add, const gemm::Matrix<typename Tile::Type>& a,
                                            const gemm::Matrix<typename Tile::Type>& b, int row0, int col0, unsigned char* smem) {
@@ -127,7 +130,7 @@ __device__ __forceinline__ void product_to(float* to, int64_t ld, int rows, int 
     }
 }
 
-// For one chunk: sums (+)= dl w by the blocks with y = 0, dw += dl^T x by those with y = 1.
+// For one chunk: blocks with y = 0 compute sums (+)= dl w, blocks with y = 1 compute dw += dl^T x.
 template <class ForX, class ForW>
 __global__ void __launch_bounds__(ForX::kThreads, 2) grads_kernel(const __grid_constant__ Backward<typename ForX::Type> a, int64_t chunk) {
     using T = typename ForX::Type;
@@ -138,7 +141,7 @@ __global__ void __launch_bounds__(ForX::kThreads, 2) grads_kernel(const __grid_c
     if (count == 0 || begin >= a.w.rows) return;
     const int width = int(min(ld, a.w.rows - begin));
     if (blockIdx.y == 0) {
-        // A split of the chunk, a tile of rows, a tile of columns.
+        // An item is a split of the chunk, a tile of rows and a tile of columns.
         const int splits = int(split_count(a.sum_rows, count)), row_tiles = (count + ForX::kRows - 1) / ForX::kRows;
         const int split = int((ld + splits * kChunkTile - 1) / (splits * kChunkTile) * kChunkTile);
         for (int item = blockIdx.x; item < splits * row_tiles * col_tiles; item += gridDim.x) {
@@ -181,7 +184,7 @@ round_kernel(const int* count, const int* index, const float* sums, int64_t ld_s
     }
 }
 
-// What the workspace holds.
+// The layout of the workspace.
 template <class T> struct Space {
     Pieces pieces;
     Packed<T> packed;
@@ -200,7 +203,7 @@ template <class T> struct Space {
           index(pieces.take<int>(packed.n)),
           dl(pieces.take<T>(capacity)),
           sums(pieces.take<float>(sum_rows * ld_sums)) {}
-    // If all rows are supervised.
+    // The number of chunks if all rows are supervised.
     int64_t most_chunks() const { return v == 0 ? 0 : ceil_div(v, chunk_cols(capacity, packed.n, v)); }
 };
 
@@ -229,7 +232,7 @@ template <class T> int32_t run(const ett_linear_xent_bwd_args& a, const ett_laun
                         s.sum_rows,
                         wide(a.dw, 2 * sizeof(float))};
     const int64_t row_tiles = ceil_div(n, Tile::kRows), col_tiles = ceil_div(c, ForX::kCols);
-    // Of any number of rows: a chunk has at most `capacity` elements.
+    // An upper bound for any number of supervised rows: a chunk has at most `capacity` elements.
     const int64_t tiles = std::max(row_tiles * ceil_div(s.v, Tile::kCols), col_tiles * (ceil_div(s.v, ForW::kRows) + row_tiles * kMostSplits));
     for (int64_t chunk = 0; chunk < s.most_chunks(); ++chunk) {
         status = launch(kOp, logits_kernel<Tile>, blocks_for(tiles, 2), dim3(Tile::kThreads), Tile::kSmem, l, b, chunk);

@@ -1,4 +1,4 @@
-// linear_xent_fwd.cu: cross-entropy of a linear layer, whose logits exist one tile at a time, in registers.
+// linear_xent_fwd.cu: cross-entropy of a linear layer; its logits exist only one tile at a time, in registers.
 //
 //   lse_n = log sum_v exp(x_n . w_v),   loss = scale * sum_n (lse_n - x_n . w[target_n]),   over n with target_n >= 0
 //
@@ -9,11 +9,11 @@
 // lse     N    f32  contiguous           out   0 in unsupervised rows
 // loss    1    f32                       out   0 if no row is supervised
 //
-// Steps: the supervised rows are found and packed; blocks sweep parts of the vocabulary and keep, for each row, the
-// running maximum and sum of exponentials; the parts are joined; the losses are summed.
-// numerics: products, exponentials and sums in f32; bitwise repeatable, on any device. A target beyond V is a fault and
-// counts as -1.
-// workspace: x once more, and at most 2 KB a row.
+// Steps: the supervised rows are found and packed; blocks sweep parts of the vocabulary and keep the running maximum
+// and sum of exponentials of each row; the parts are combined; the losses are summed.
+// numerics: products, exponentials and sums in f32; bitwise repeatable, on any device. A target of V or more is a fault
+// and counts as -1.
+// workspace: a copy of x, and at most 2 KB per row.
 // work: 2*n*C*V FLOP for n supervised rows; (n*C + V*C) * size bytes.
 // papers: Cut Your Losses (2411.09009).
 #include "linear_xent.cuh"
@@ -22,10 +22,11 @@ namespace ett {
 namespace xent {
 namespace {
 
-// At most this many parts of the vocabulary: enough to share among the multiprocessors if a few tiles of rows are all.
+// The largest number of parts of the vocabulary: enough to occupy all multiprocessors with few tiles of rows.
 constexpr int64_t kMostParts = 128;
 
-// Maximum and sum of exponentials below it of some logits. Without any, or with none above -infinity: (-infinity, 0).
+// The maximum of some logits, and the sum of exp(logit - maximum). (-infinity, 0) if there are none, or none above
+// -infinity.
 struct Part {
     float max, sum;
 };
@@ -34,7 +35,7 @@ template <class T> __device__ __forceinline__ float below(float x, float max) { 
 
 template <class T> __device__ __forceinline__ Part join(const Part& a, const Part& b) {
     const float max = fmaxf(a.max, b.max);
-    // A NaN among the logits is in the sum, not in the maximum.
+    // fmaxf ignores NaN; a NaN logit is carried by the sum.
     return Part{max, a.sum * (a.max == max ? 1.f : below<T>(a.max, max)) + b.sum * (b.max == max ? 1.f : below<T>(b.max, max))};
 }
 
@@ -43,7 +44,7 @@ template <class T> struct Forward {
     Rows rows;
     float2* parts;      // rows, parts * warps side by side
     float* hit;         // rows: the logit of the target
-    int64_t part_cols;  // logits of a part: whole tiles
+    int64_t part_cols;  // logits per part: whole tiles
     int64_t part_count;
 };
 
@@ -57,11 +58,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) parts_kernel(const __grid_c
     const int count = *a.rows.count, row_tiles = (count + Tile::kRows - 1) / Tile::kRows;
     gemm::Matrix<T> x = a.x;
     x.rows = count;
-    // Blocks at work at the same time take the same part of w.
+    // Consecutive items have the same part of w, so that concurrent blocks share it in the L2.
     for (int64_t item = blockIdx.x; item < row_tiles * a.part_count; item += gridDim.x) {
         const int64_t part = item / row_tiles, begin = part * a.part_cols, end = min(a.w.rows, begin + a.part_cols);
         const int row0 = int(item - part * row_tiles) * Tile::kRows;
-        // What this thread has seen of its rows, each thread for itself. In registers they would be 16 too many.
+        // The thread's own running values for its rows. In registers they would need 16 too many.
         Part* const smem_of = reinterpret_cast<Part*>(smem + Tile::kSmem) + threadIdx.x;
 #pragma unroll
         for (int i = 0; i < Tile::kAccRows; ++i) smem_of[i * Tile::kThreads] = Part{-INFINITY, 0.f};
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) parts_kernel(const __grid_c
 
 constexpr int kJoinThreads = 256;
 
-// lse and loss of each supervised row, a warp a row.
+// lse and loss of each supervised row, one warp per row.
 template <class T>
 __global__ void __launch_bounds__(kJoinThreads)
 join_kernel(const Rows rows, const float2* parts, int64_t width, const float* hit, float* lse, float* losses) {
@@ -123,7 +124,7 @@ join_kernel(const Rows rows, const float2* parts, int64_t width, const float* hi
         for (int by = kWarp / 2; by > 0; by /= 2)
             all = join<T>(all, Part{__shfl_xor_sync(kAllLanes, all.max, by), __shfl_xor_sync(kAllLanes, all.sum, by)});
         if (lane == 0) {
-            // Without a logit above -infinity the probabilities are 0 / 0.
+            // With no logit above -infinity the probabilities are 0 / 0.
             const float value = all.max == -INFINITY ? NAN : all.max + logf(all.sum);
             lse[rows.at[row]] = value;
             losses[row] = value - hit[row];
@@ -131,7 +132,7 @@ join_kernel(const Rows rows, const float2* parts, int64_t width, const float* hi
     }
 }
 
-// loss = scale * sum of the losses, by one block. Without a row the scale may be anything.
+// loss = scale * sum of the losses, with one block. With no supervised row the loss is 0, whatever the scale.
 __global__ void __launch_bounds__(kJoinThreads) sum_kernel(const Rows rows, const float* losses, const float* scale, float* loss) {
     __shared__ float smem[kJoinThreads / kWarp];
     const int count = *rows.count;
@@ -141,15 +142,15 @@ __global__ void __launch_bounds__(kJoinThreads) sum_kernel(const Rows rows, cons
     if (threadIdx.x == 0) *loss = count > 0 ? *scale * sum[0] : 0.f;
 }
 
-// Logits of a part of the vocabulary: as few whole tiles as make at most kMostParts parts.
+// Logits per part of the vocabulary: the fewest whole tiles that give at most kMostParts parts.
 int64_t choose_linear_xent_part(int64_t v, int64_t tile) { return std::max<int64_t>(1, ceil_div(ceil_div(v, tile), kMostParts)) * tile; }
 
-// What the workspace holds.
+// The layout of the workspace.
 template <class T> struct Space {
     using Tile = Logits<T>;
     Pieces pieces;
     Packed<T> packed;
-    int64_t part_cols, part_count, width;  // width: parts of a row
+    int64_t part_cols, part_count, width;  // width: entries of `parts` per row
     float2* parts;
     float* hit;
     float* losses;

@@ -7,11 +7,11 @@
 // scale, g, loss   1    f32                       in, in, added to
 // df1              P,C  act  rows of any stride   out
 //
-// numerics: float32, one rounding of df1. Norms: a lane its elements, then its team of lanes. The loss: each lane sums
-// its own terms, a block its threads, a last block the blocks; bitwise repeatable.
+// numerics: float32, one rounding of df1. Norms: each lane sums its elements, then the team of lanes of the pixel is
+// summed. Loss: each lane sums its own terms, a block its threads, a last block the blocks. Bitwise repeatable.
 // work: 8 FLOP an element forward, 12 backward; 2*P*C*size bytes forward, 3 backward.
-// workspace: of the forward 4 bytes a block.
-// limits: "wide" wants rows of whole 16-byte pieces, at most 128 of them; "plain" takes all.
+// workspace: forward 4 bytes per block.
+// limits: "wide" requires rows of whole 16-byte pieces, at most 128 pieces; "plain" accepts any.
 // papers: LPIPS (1801.03924).
 #include "matrix.cuh"
 #include "reduce.cuh"
@@ -20,9 +20,9 @@ namespace ett {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kResident = 2;   // blocks of a multiprocessor that registers must allow
-constexpr int kBlocks = 16;    // for a multiprocessor: several times what is resident
-constexpr int kMostVecs = 4;   // pieces of a lane
+constexpr int kResident = 2;   // blocks per multiprocessor that the registers must allow
+constexpr int kBlocks = 16;    // per multiprocessor: several times the resident ones
+constexpr int kMostVecs = 4;   // pieces per lane, at most
 
 template <class T> struct Pixels {
     Matrix<const T> f0, f1;
@@ -32,10 +32,10 @@ template <class T> struct Pixels {
     float* partials;
     int64_t p, c;
     float eps, factor;
-    int lanes;  // of a pixel: a power of two
+    int lanes;  // per pixel: a power of two
 };
 
-// How a pixel is dealt to lanes: `vecs` pieces each; 0 if it is too wide.
+// How a pixel is distributed over lanes: `vecs` pieces each; `vecs` is 0 if the pixel is too wide.
 struct Team {
     int lanes, vecs;
 };
@@ -47,7 +47,7 @@ Team choose_lpips_team(int64_t pieces) {
     return {lanes, int64_t(lanes) * vecs < pieces ? 0 : vecs};
 }
 
-// Sums of N values over the lanes of a pixel; every one of them gets them.
+// Sums N values over the lanes of a pixel; every lane gets the sums.
 template <int N> __device__ __forceinline__ void lanes_sum(float (&v)[N], int lanes) {
     for (int d = lanes / 2; d > 0; d /= 2) {
 #pragma unroll
@@ -58,10 +58,10 @@ template <int N> __device__ __forceinline__ void lanes_sum(float (&v)[N], int la
 // Pixels that a lane has in registers at once.
 template <int VECS> inline constexpr int kTogether = VECS == 1 ? 2 : 1;
 
-// The pixels of a warp: kWarp / lanes side by side. All lanes go round together, for their sums.
+// The pixels of a warp: kWarp / lanes of them side by side. All lanes iterate together, as the warp's sums require.
 template <int VECS> struct Course {
     int64_t first, step;
-    int lane;  // of the pixel
+    int lane;  // within the pixel
 
     __device__ __forceinline__ Course(int lanes) {
         const int side = kWarp / lanes, in_warp = int(threadIdx.x) % kWarp;
@@ -71,12 +71,12 @@ template <int VECS> struct Course {
         step = int64_t(gridDim.x) * (kThreads / kWarp) * side;
         own = in_warp / lanes;
     }
-    // This lane's pixel of number u of the ones that begin at `base`.
+    // This lane's pixel in step u of those that begin at `base`.
     __device__ __forceinline__ int64_t pixel(int64_t base, int u) const { return base + u * step + own; }
     int own;
 };
 
-// What a lane holds of a pixel.
+// A lane's pieces of a pixel.
 template <class T, int VECS> struct Held {
     Vec<T, kWide<T>> f0[VECS], f1[VECS];
 };
@@ -196,7 +196,7 @@ template <class T, int VECS> __global__ void __launch_bounds__(kThreads, kReside
     }
 }
 
-// A warp a pixel.
+// The norms of both features of a pixel, with one warp per pixel.
 template <class T> __device__ __forceinline__ void plain_norms(const Pixels<T>& a, int64_t p, float (&norm)[2]) {
     norm[0] = norm[1] = 0.f;
     for (int64_t c = threadIdx.x % kWarp; c < a.c; c += kWarp) {
@@ -263,7 +263,7 @@ bool sound(Check& check, const ett_lpips_bwd_args* a) {
 
 Team team(const ett_view& f) { return choose_lpips_team(cols(f) * dtype_size(f.dtype) / 16); }
 
-// Blocks for pixels of `lanes` lanes each.
+// The number of blocks if each pixel has `lanes` lanes.
 int64_t blocks(const ett_view& f, int lanes) {
     return std::min(ceil_div(rows(f) * lanes, kThreads), int64_t(multiprocessors()) * kBlocks);
 }

@@ -1,11 +1,11 @@
-// sums.cuh: losses that are sums over all elements. The grid walks over a matrix in pieces of N elements; an operation
-// `Op`, an aggregate, has
-//   using In;                        what it reads of a piece, in registers
+// sums.cuh: losses that are sums over all elements. The grid strides over a matrix in pieces of N elements and sums the
+// terms of an operation `Op`, an aggregate with
+//   using In;                        the inputs of a piece, in registers
 //   In load(Place) const;            only loads
-//   float term(const In&) const;     what the piece adds
-// Each thread sums its pieces in order, a block its threads, a last block the blocks: the order depends on shapes and
-// the number of multiprocessors only. What is done with the sums is a second aggregate, `Finish`, with
-//   void finish(const float (&sums)[S]) const;   run by one thread
+//   float term(const In&) const;     the piece's term of the sum
+// Each thread sums its pieces in order, a block its threads, a last block the blocks: the order depends only on shapes
+// and the number of multiprocessors. One thread then passes the sums to a second aggregate, `Finish`, with
+//   void finish(const float (&sums)[S]) const;
 #pragma once
 
 #include "activation.cuh"
@@ -16,7 +16,7 @@ namespace ett {
 
 inline constexpr int kSumThreads = 256;
 inline constexpr int kSumTogether = 4;  // pieces that a thread loads at once
-inline constexpr int kSumBlocks = 16;   // for a multiprocessor: several times what is resident
+inline constexpr int kSumBlocks = 16;   // per multiprocessor: several times the resident ones
 
 template <int N, class Op>
 __global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant__ Op op, const __grid_constant__ Walk w, float* partials) {
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant_
     if (threadIdx.x == 0) partials[blockIdx.x] = sum[0];
 }
 
-// Partial sums: `blocks` of each of S sums, one after the other.
+// The partial sums of S sums, one after the other; sum s has blocks[s] of them.
 template <int S> struct Partial {
     const float* partials;
     int blocks[S];
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kSumThreads) finish_kernel(const __grid_consta
     if (threadIdx.x == 0) f.finish(sums);
 }
 
-// loss += scale * factor * (all sums together).
+// loss += scale * factor * (the total of the S sums).
 template <int S> struct AddLoss {
     float* loss;
     const float* scale;
@@ -84,7 +84,7 @@ template <int S> struct AddLoss {
 inline int64_t sum_blocks(const Extent& e, int n) {
     return std::min(ceil_div(e.rows * (e.cols / n), kSumThreads * kSumTogether), int64_t(multiprocessors()) * kSumBlocks);
 }
-// Bytes of the partial sums of a view of any implementation.
+// Bytes of the partial sums of a view, enough for either implementation.
 inline int64_t sum_bytes(const ett_view& v) {
     return std::min(ceil_div(numel(v), kSumThreads), int64_t(multiprocessors()) * kSumBlocks) * int64_t(sizeof(float));
 }
@@ -103,8 +103,8 @@ int32_t launch_finish(const char* op, const ett_launch* l, const float* partials
     return launch(op, finish_kernel<S, Finish>, dim3(1), dim3(kSumThreads), 0, l, p, f);
 }
 
-// One sum over an extent that is not empty: "wide" in pieces of N elements if they cover the views, else "plain".
-// `make(n)` gives the operation for pieces of n, a std::integral_constant.
+// Launches one sum over a non-empty extent: "wide", in pieces of N elements, if they cover the views, else "plain".
+// `make(n)` returns the operation for pieces of n, a std::integral_constant.
 template <int N, class Make>
 int32_t sum_loss(Check& check, const char* op, const ett_launch* l, const Extent& e, Views views, const AddLoss<1>& add, Make make) {
     const char* kernel = check.choose(l, {{"wide", covers(e, N, views)}, {"plain", true}});

@@ -1,20 +1,20 @@
-// xent.cu: cross-entropy of logits that are stored, over rows n with target_n >= 0:
+// xent.cu: cross-entropy of stored logits, over rows n with target_n >= 0 (linear_xent does without stored logits):
 //   lse_n = log sum_v exp(x_nv),   loss += scale * sum_n weight_n * (lse_n - x_n[target_n])
-// and its gradient dx_nv = g * scale * weight_n * (exp(x_nv - lse_n) - [v = target_n]). linear_xent needs no stored logits.
+// and its gradient dx_nv = g * scale * weight_n * (exp(x_nv - lse_n) - [v = target_n]).
 //
 // logits          N,V  act  rows of any stride   in
 // target          N    i32  contiguous           in    negative: the row is ignored
 // weight          N    f32  contiguous           in    1 if absent
 // scale, g, loss  1    f32                       in, in, added to
-// lse             N    f32  contiguous           out   0 in ignored rows; in of the backward
+// lse             N    f32  contiguous           out   0 in ignored rows; in for the backward
 // dlogits         N,V  act  rows of any stride   out   0 in ignored rows
 //
-// `dlogits` may be `logits` itself, with the same strides: a thread reads what it overwrites before it does. Any other
-// overlap of the two is wrong.
+// `dlogits` may be `logits` itself, with the same strides: a thread reads each element before it overwrites it. The two
+// must not overlap in any other way.
 // numerics: float32, one rounding of the gradient. Each thread keeps the maximum and the sum of exponentials of its
-// pieces, a block joins its threads; the losses of the rows are summed by a last block. Bitwise repeatable, on any device.
-// A target beyond V is a fault and counts as -1. A row of -infinity has that as its lse; NaN gives NaN.
-// work: 4 FLOP a logit; N*V*size bytes forward, 2 backward.   workspace: of the forward 8 bytes a row.
+// pieces, a block combines its threads, and a last block sums the losses of the rows. Bitwise repeatable, on any
+// device. A target of V or more is a fault and counts as -1. The lse of a row of -infinity is -infinity; NaN gives NaN.
+// work: 4 FLOP a logit; N*V*size bytes forward, 2 backward.   workspace: forward 8 bytes per row.
 #include <math.h>
 
 #include "sums.cuh"
@@ -22,8 +22,8 @@
 namespace ett {
 namespace {
 
-constexpr int kThreads = 512;  // of a row
-constexpr int kBlocks = 8;     // for a multiprocessor: twice what is resident
+constexpr int kThreads = 512;  // per row
+constexpr int kBlocks = 8;     // per multiprocessor: twice the resident ones
 constexpr int kTogether = 2;   // pieces that a thread loads at once
 
 // Targets and weights of rows.
@@ -33,7 +33,7 @@ struct Rows {
     int64_t n, v;
     Fault fault;
 
-    // The target of a row, or -1; `tell` reports one that is beyond V.
+    // The target of a row, or -1 if the row is ignored. `tell`: report a target of V or more as a fault.
     __device__ __forceinline__ int of(int64_t row, bool tell) const {
         const int t = target[row];
         if (t < v) return t < 0 ? -1 : t;
@@ -43,14 +43,15 @@ struct Rows {
     __device__ __forceinline__ float weigh(int64_t row) const { return weight ? weight[row] : 1.f; }
 };
 
-// Maximum of some logits and the sum of exponentials below it; (-infinity, 0) of none, or of none above -infinity.
+// The maximum of some logits, and the sum of exp(logit - maximum). (-infinity, 0) if there are none, or none above
+// -infinity.
 struct Part {
     float max, sum;
 };
 
 template <class T> __device__ __forceinline__ float below(float x, float max) { return max == -INFINITY ? 0.f : exponential<T>(x - max); }
 
-// A NaN among the logits is in the sum, not in the maximum.
+// fmaxf ignores NaN; a NaN logit is carried by the sum.
 template <class T> __device__ __forceinline__ void join(Part& a, const Part& b) {
     const float max = fmaxf(a.max, b.max);
     a = {max, a.sum * below<T>(a.max, max) + b.sum * below<T>(b.max, max)};
@@ -62,7 +63,7 @@ template <class T, int N> __device__ __forceinline__ void take(Part& part, const
     Part here{f[0], 0.f};
 #pragma unroll
     for (int j = 1; j < N; ++j) here.max = fmaxf(here.max, f[j]);
-    // A NaN, which the maximum leaves out, has to reach the sum even below -infinity.
+    // The maximum ignores NaN, so NaN has to reach the sum here, even if the maximum is -infinity.
 #pragma unroll
     for (int j = 0; j < N; ++j) here.sum += f[j] == f[j] ? below<T>(f[j], here.max) : f[j];
     if (here.max != here.max) here.max = -INFINITY;
@@ -73,7 +74,7 @@ template <class T> struct Forward {
     Matrix<const T> logits;
     Rows rows;
     float* lse;
-    float* losses;  // [2, N]: weighted losses, and 1 for each supervised row
+    float* losses;  // [2, N]: weighted losses, and 1 for each row that counts
 };
 
 template <class T, int N> __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const __grid_constant__ Forward<T> a) {
@@ -99,7 +100,7 @@ template <class T, int N> __global__ void __launch_bounds__(kThreads, 2) forward
 #pragma unroll
         for (int d = kWarp / 2; d > 0; d /= 2)
             join<T>(part, Part{__shfl_down_sync(kAllLanes, part.max, d), __shfl_down_sync(kAllLanes, part.sum, d)});
-        __syncthreads();  // the row before is read
+        __syncthreads();  // smem of the previous row has been read
         if (threadIdx.x % kWarp == 0) smem[threadIdx.x / kWarp] = part;
         __syncthreads();  // the warps' parts are visible
         if (threadIdx.x != 0) continue;
@@ -111,7 +112,7 @@ template <class T, int N> __global__ void __launch_bounds__(kThreads, 2) forward
     }
 }
 
-// loss += scale * sum, unless no row is supervised: then the scale may be anything.
+// loss += scale * sum; with no supervised row the loss does not change, whatever the scale.
 struct AddSupervised {
     float* loss;
     const float* scale;

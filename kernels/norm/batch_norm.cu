@@ -1,23 +1,22 @@
-// batch_norm.cu: y = f(xhat * w + b) with xhat = (x - mean) * rstd, rstd = 1 / sqrt(var + eps) channel by channel, f
+// batch_norm.cu: y = f(xhat * w + b) with xhat = (x - mean) * rstd, rstd = 1 / sqrt(var + eps) per channel, f =
 // LeakyReLU; with the statistics of the batch (fwd, bwd) or with given ones (eval). The gradient:
 //   g = dy * f'(xhat * w + b),   dx = rstd * (g * w - mean(g * w) - xhat * mean(g * w * xhat)), or rstd * g * w with
 //   given statistics,   dw += sum_n g * xhat,   db += sum_n g.
-// running: running = (1 - momentum) * running + momentum * batch, for the variance times N / (N - 1); a channel whose
-// batch value is not finite keeps its old one.
+// running: running = (1 - momentum) * running + momentum * batch, where the batch's variance is multiplied by N / (N -
+// 1). If the batch's value of a channel is not finite, the running value does not change.
 //
 // x, dy      N,C  act  rows of any stride   in
 // w, b       C    act  contiguous           in
 // y, dx      N,C  act  rows of any stride   out
-// mean, var  C    f32  contiguous           out; in of the backward, of eval and of running; the variance is biased
+// mean, var  C    f32  contiguous           out; in for the backward, eval and running; the variance is biased
 // dw, db     C    f32  contiguous           added to; may be absent
 // running_mean, running_var  C  f32  contiguous  updated
 //
-// numerics and determinism: as group_norm.cu, of which this is the case of one image with as many groups as channels.
-// work: 8 FLOP an element forward, 16 backward; 3*N*C*size bytes forward (2 of eval), 5 backward (3 of eval without dw
-// and db).
-// workspace: of the forward 8*C bytes a chunk, of which there are at most twelve a multiprocessor; of the backward 16*C
-// bytes more.
-// limits: slope 1 is no LeakyReLU; "wide" wants rows of whole 16-byte pieces, "plain" takes all.
+// numerics and determinism: as in group_norm.cu; this is its case of one image with one channel per group.
+// work: 8 FLOP an element forward, 16 backward; 3*N*C*size bytes forward (2 for eval), 5 backward (3 for eval without
+// dw and db).
+// workspace: forward 8*C bytes per chunk, with at most twelve chunks per multiprocessor; backward 16*C bytes more.
+// limits: slope 1 means no LeakyReLU; "wide" requires rows of whole 16-byte pieces, "plain" accepts any.
 // papers: Batch Normalization (1502.03167).
 #include "channels.cuh"
 
@@ -28,7 +27,7 @@ constexpr int kRunningThreads = 256;
 
 channels::Planes planes(const ett_view& x) { return {1, rows(x), cols(x), cols(x)}; }
 
-// What every one of these kernels has.
+// Checks the arguments that all these kernels share.
 bool shaped(Check& check, const ett_view& x, const ett_view& w, const ett_view& b, const ett_view& mean, const ett_view& var) {
     if (!check.ok() || !check.act("x", x)) return false;
     const int64_t c = cols(x);
@@ -56,7 +55,7 @@ template <class T, class A> channels::Scale<T> scale_of(const A* a) {
     return {data<const T>(a->w), data<const T>(a->b), data<const float>(a->mean), data<const float>(a->var), float(a->eps), true};
 }
 
-// Both forwards; `own`: with the statistics of the batch, which are written first.
+// fwd and eval_fwd; `own`: compute the statistics of the batch first.
 template <class A> int32_t forward(const char* op, const A* a, const ett_launch* l, bool own) {
     Check check(op, a, l);
     if (!sound_forward(check, a)) return check.status();
@@ -76,7 +75,7 @@ template <class A> int32_t forward(const char* op, const A* a, const ett_launch*
     return status == ETT_OK ? ett_done(kernel) : status;
 }
 
-// Both backwards; `through`: the statistics are those of the batch.
+// bwd and eval_bwd; `through`: the statistics are those of the batch, so the gradient passes through them.
 template <class A> int64_t backward_workspace(const A* a) {
     return numel(a->x) == 0 ? 0 : channels::backward_bytes(planes(a->x), a->x.dtype);
 }
@@ -99,7 +98,7 @@ template <class A> int32_t backward(const char* op, const A* a, const ett_launch
 struct Running {
     const float* batch[2];
     float* running[2];
-    float factor[2];  // on the batch's value
+    float factor[2];  // of the batch's values
     float keep;
     int64_t c;
 };
@@ -176,7 +175,7 @@ extern "C" int32_t ett_batch_norm_running(const ett_batch_norm_running_args* a, 
     if (!check.ok()) return check.status();
     const int64_t c = numel(a->mean);
     if (c == 0) return ett_done("");
-    // A single row has no unbiased estimate; its variance is 0 anyway.
+    // A single row has no unbiased estimate; its variance is 0 in any case.
     const double unbiased = double(a->rows) / double(std::max<int64_t>(a->rows - 1, 1));
     const Running k{{data<const float>(a->mean), data<const float>(a->var)},
                     {data<float>(a->running_mean), data<float>(a->running_var)},

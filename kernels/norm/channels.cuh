@@ -1,10 +1,10 @@
-// channels.cuh: norms whose statistics are taken over pixels, group by group of channels: GroupNorm, and BatchNorm as a
-// GroupNorm of one image whose groups are its channels.
+// channels.cuh: norms with statistics over the pixels of each group of channels: GroupNorm, and BatchNorm as a
+// GroupNorm of one image with one channel per group.
 //
-// An image of P pixels is cut into chunks and its channels into tiles; a block takes a tile of a chunk. A thread has one
-// 16-byte piece of the channels and every few pixels of the chunk, kTogether of which it loads at once, so that what
-// belongs to a channel stays in registers. What blocks found is joined by further kernels, in the order of the chunks:
-// the bits depend on shapes and the number of multiprocessors only.
+// The P pixels of an image are divided into chunks and its channels into tiles; a block processes one tile of one
+// chunk. A thread has one 16-byte piece of the channels and strides over the pixels of the chunk, loading kTogether of
+// them at once, so that per-channel values stay in registers. Further kernels combine the results of the blocks in the
+// order of the chunks: the bits depend only on shapes and the number of multiprocessors.
 #pragma once
 
 #include <math.h>
@@ -18,17 +18,17 @@ namespace channels {
 
 constexpr int kThreads = 256;
 constexpr int kTogether = 4;   // pixels that a thread loads at once
-constexpr int kTile = 32;      // pieces of a tile at most
-constexpr int kResident = 3;   // blocks of a multiprocessor in the forward, by registers; the backward has 2
-constexpr int kBlocks = 12;    // for a multiprocessor: several times what is resident
-constexpr int kJoin = 128;     // threads that join the statistics of a group
+constexpr int kTile = 32;      // pieces per tile, at most
+constexpr int kResident = 3;   // blocks per multiprocessor in the forward, limited by registers; 2 in the backward
+constexpr int kBlocks = 12;    // per multiprocessor: several times the resident ones
+constexpr int kJoin = 128;     // threads that combine the statistics of a group
 
-// Activations behind the norm, and their derivatives.
+// Activations after the norm, and their derivatives.
 struct Silu {
     template <class T> __device__ __forceinline__ float value(float v) const { return silu<T>(v); }
     template <class T> __device__ __forceinline__ float slope(float v) const { return silu_slope<T>(v); }
 };
-// With slope 1: none.
+// Slope 1: no activation.
 struct Leaky {
     float below;
     template <class T> __device__ __forceinline__ float value(float v) const { return leaky_relu(v, below); }
@@ -42,13 +42,14 @@ struct Planes {
     __host__ __device__ int64_t width() const { return c / g; }
 };
 
-// How images are dealt to blocks: tiles of `side` pieces, of which `tiles` make a row, in chunks of `chunk` pixels.
+// How images are distributed over blocks: `tiles` tiles of `side` pieces cover the channels, `chunks` chunks of `chunk`
+// pixels the image; `lanes` threads of a block have the same channels.
 struct Tiling {
     int side, lanes, tiles;
     int64_t chunks, chunk;
 };
 
-// For pieces of n channels.
+// The tiling for pieces of n channels.
 inline Tiling choose_tiling(const Planes& s, int n, int multiprocessors) {
     const int64_t pieces = ceil_div(s.c, n), tiles = ceil_div(pieces, kTile), side = ceil_div(pieces, tiles), lanes = kThreads / side;
     const int64_t wanted = std::max<int64_t>(1, int64_t(multiprocessors) * kBlocks / std::max<int64_t>(1, s.b * tiles));
@@ -59,13 +60,13 @@ inline Tiling choose_tiling(const Planes& s, int n, int multiprocessors) {
 
 inline int64_t blocks(const Planes& s, const Tiling& t) { return s.b * t.chunks * t.tiles; }
 
-// The part of a block and of a thread.
+// What a block and a thread work on.
 template <int N> struct Part {
-    int64_t image, index;         // of the chunk among those of all images
+    int64_t image, index;         // the image; the index of the chunk among those of all images
     int64_t first, end;           // pixels of the chunk, counted over all images
-    int64_t channel;              // the thread's first one
-    int lane;                     // the first of its pixels
-    bool works;                   // whether it has channels at all
+    int64_t channel;              // the thread's first channel
+    int lane;                     // the thread's first pixel in the chunk
+    bool works;                   // whether the thread has any channels
 
     __device__ Part(const Planes& s, const Tiling& t) {
         const int64_t item = blockIdx.x, tile = item % t.tiles;
@@ -80,11 +81,11 @@ template <int N> struct Part {
     }
 };
 
-// Number, mean and sum of squares about it of some values.
+// Count and mean of some values, and their sum of squared differences from the mean.
 struct Moments {
     float n, mean, squares;
 
-    // Those of both; the order matters to the last bits (Chan et al.).
+    // Combines the moments of two sets (Chan et al.). Rounding depends on the order of the calls.
     __device__ __forceinline__ void join(const Moments& o) {
         if (o.n == 0.f) return;
         const float all = n + o.n, share = o.n / all, d = o.mean - mean;
@@ -98,10 +99,10 @@ template <class T> struct Statistics {
     Matrix<const T> x;
     Planes shape;
     Tiling tiling;
-    float* partials;  // [B * chunks, 2, C]: means and sums of squares about them
+    float* partials;  // [B * chunks, 2, C]: means and sums of squared differences from them
 };
 
-// Joins U pixels, whose own mean is taken first, so that squares are of differences only.
+// Adds U pixels to the moments. Their own mean is computed first, so that only differences from a mean are squared.
 template <int U, int N, class T>
 __device__ __forceinline__ void take(const Vec<T, N> (&v)[U], float& n, float (&mean)[N], float (&squares)[N]) {
     const float all = n + float(U), share = float(U) / all, weight = n * share;
@@ -175,12 +176,13 @@ struct Join {
     int64_t chunks, chunk;
     float *mean, *spread;  // [B, G]
     float eps;
-    bool is_var;           // what `spread` is: the variance, or 1 / sqrt(variance + eps)
+    bool is_var;           // `spread` is the variance; else 1 / sqrt(variance + eps)
 };
 
 __device__ __forceinline__ float rstd_of(float var, float eps) { return 1.f / sqrtf(var + eps); }
 
-// One block a group of an image: each thread joins every kJoin-th partial in order, then lane by lane, warp by warp.
+// One block per group of an image: each thread combines every kJoin-th partial in order; the lanes of a warp and then
+// the warps are combined in a fixed order.
 __global__ void __launch_bounds__(kJoin) static join_kernel(const __grid_constant__ Join a) {
     __shared__ Moments smem[kJoin / kWarp];
     const int64_t image = blockIdx.x / a.shape.g, group = blockIdx.x % a.shape.g, width = a.shape.width(), c = a.shape.c;
@@ -197,13 +199,13 @@ __global__ void __launch_bounds__(kJoin) static join_kernel(const __grid_constan
     __syncthreads();  // the warps' values are visible
     if (threadIdx.x != 0) return;
     for (int w = 1; w < kJoin / kWarp; ++w) all.join(smem[w]);
-    // Without pixels: 0 / 0.
+    // NaN (0 / 0) if there are no pixels.
     const float var = all.squares / all.n;
     a.mean[blockIdx.x] = all.n > 0.f ? all.mean : var;
     a.spread[blockIdx.x] = a.is_var ? var : rstd_of(var, a.eps);
 }
 
-// What the values of a channel are normalised with.
+// The parameters and statistics that normalise a channel.
 template <class T> struct Scale {
     const T *w, *b;              // [C]
     const float *mean, *spread;  // [B, G]
@@ -270,7 +272,7 @@ template <class T> struct Backward {
     Tiling tiling;
 };
 
-// Loads kTogether pixels of dy and x; what is past the end stays.
+// Loads kTogether pixels of dy and x; leaves those past the end of the chunk unchanged.
 template <class T, int N>
 __device__ __forceinline__ void load_both(const Backward<T>& a, const Part<N>& part, int64_t pixel, Vec<T, N> (&dy)[kTogether],
                                           Vec<T, N> (&x)[kTogether]) {
@@ -283,7 +285,7 @@ __device__ __forceinline__ void load_both(const Backward<T>& a, const Part<N>& p
     }
 }
 
-// With xhat = (x - mean) * rstd and g = dy * f'(xhat * w + b).
+// Sums g and g * xhat per channel, with xhat = (x - mean) * rstd and g = dy * f'(xhat * w + b).
 template <class T, int N, class F>
 __global__ void __launch_bounds__(kThreads, 2) sums_kernel(const __grid_constant__ Backward<T> a, const F f) {
     __shared__ float smem[2][kThreads * N];
@@ -331,14 +333,14 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(const __grid_constant
     out[a.shape.c] = sums[1];
 }
 
-// sums[row][i] = sum over k of partials[row * chunks + k][i], row by row of n values.
+// sums[row][i] = sum over k of partials[row * chunks + k][i], for rows of n values.
 struct SumChunks {
     const float* partials;
     float* sums;
     int64_t chunks, n;
 };
 
-// 32 values a block; each of its 32 warps sums every 32nd chunk in order, then their sums are added in order.
+// A block has 32 values; each of its 32 warps sums every 32nd chunk in order, then the warps' sums are added in order.
 __global__ void __launch_bounds__(1024) static sum_chunks_kernel(const __grid_constant__ SumChunks a) {
     __shared__ float smem[kWarp][kWarp];
     const int64_t tiles = (a.n + kWarp - 1) / kWarp, row = blockIdx.x / tiles, at = (blockIdx.x - row * tiles) * kWarp + threadIdx.x;
@@ -357,16 +359,16 @@ __global__ void __launch_bounds__(1024) static sum_chunks_kernel(const __grid_co
     a.sums[row * a.n + at] = total;
 }
 
-// From the sums of g and of g * xhat, [B, 2, C]: the means over pixels and channels of a group of w times what was
-// summed, [B, 2, G], and the gradients dw += sum_b of g * xhat, db += sum_b of g.
+// From the sums of g and of g * xhat, [B, 2, C]: the means of w * g and of w * g * xhat over the pixels and channels of
+// each group, [B, 2, G], and the gradients dw += sum of g * xhat, db += sum of g over the images.
 template <class T> struct Means {
     const float* sums;
     const T* w;
-    float *means, *dw, *db;  // null: not wanted
+    float *means, *dw, *db;  // null: not computed
     Planes shape;
 };
 
-// One warp a group of an image, then one a piece of 32 channels of dw and db.
+// One warp per group of an image, then one warp per 32 channels of dw and db.
 template <class T> __global__ void __launch_bounds__(kThreads) means_kernel(const __grid_constant__ Means<T> a) {
     const Planes& s = a.shape;
     const int64_t warp = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
@@ -400,7 +402,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) means_kernel(cons
     if (a.db) a.db[channel] += db;
 }
 
-// dx = rstd * (g * w - mean of g * w - xhat * mean of g * w * xhat).
+// dx = rstd * (g * w - mean(g * w) - xhat * mean(g * w * xhat)).
 template <class T, int N, class F> __global__ void __launch_bounds__(kThreads, 2) dx_kernel(const __grid_constant__ Backward<T> a, const F f) {
     const Part<N> part(a.shape, a.tiling);
     if (!part.works) return;
@@ -441,26 +443,26 @@ template <class T, int N, class F> __global__ void __launch_bounds__(kThreads, 2
 inline constexpr const char* kWideName = "wide";
 inline constexpr const char* kPlainName = "plain";
 
-// Bytes of the partials of a call, whichever implementation is taken.
+// Bytes of the partials of a call, enough for either implementation.
 inline int64_t partials_bytes(const Planes& s, int32_t dtype) {
     const int m = multiprocessors();
     const int64_t chunks = std::max(choose_tiling(s, 1, m).chunks, choose_tiling(s, int(16 / dtype_size(dtype)), m).chunks);
     return s.b * chunks * 2 * s.c * int64_t(sizeof(float));
 }
-// Of the backward: partials, sums and means.
+// Bytes of the workspace of the backward: partials, sums and means.
 inline int64_t backward_bytes(const Planes& s, int32_t dtype) {
     return partials_bytes(s, dtype) + s.b * 2 * (s.c + s.g) * int64_t(sizeof(float));
 }
 
-// Blocks are numbered in 31 bits.
+// True if the number of blocks fits in 31 bits.
 inline bool fits(const Planes& s) { return s.b * ceil_div(s.c, kTile) < (int64_t(1) << 30); }
 
-// Calls f with the elements of a piece as a std::integral_constant.
+// Calls f with the number of elements per piece as a std::integral_constant.
 template <class T, class F> int32_t with_pieces(bool is_wide, F f) {
     return is_wide ? f(std::integral_constant<int, kWide<T>>{}) : f(std::integral_constant<int, 1>{});
 }
 
-// Mean and spread of the groups of x.
+// Computes mean and spread of the groups of x.
 template <class T>
 int32_t launch_statistics(const char* op, bool is_wide, const Planes& s, const ett_view& x, const ett_view& mean, const ett_view& spread, bool is_var,
                           double eps, const ett_launch* l) {

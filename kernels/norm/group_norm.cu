@@ -1,22 +1,22 @@
 // group_norm.cu: y = f(xhat * w + b) with xhat = (x - mean) * rstd, rstd = 1 / sqrt(var + eps), mean and biased variance
-// of each image over its pixels and the C / G channels of a group, f SiLU or nothing; and its gradient
+// of each image over its pixels and the C / G channels of a group, f = SiLU or the identity; and its gradient
 //   g = dy * f'(xhat * w + b),   dx = rstd * (g * w - mean(g * w) - xhat * mean(g * w * xhat)),
 //   dw += sum_{b,h,w} g * xhat,   db += sum_{b,h,w} g.
 //
 // x, dy       B,H,W,C  act  pixels of any stride   in
 // w, b        C        act  contiguous             in
 // y, dx       B,H,W,C  act  pixels of any stride   out
-// mean, rstd  B,G      f32  contiguous             out; in of the backward
+// mean, rstd  B,G      f32  contiguous             out; in for the backward
 // dw, db      C        f32  contiguous             added to; may be absent
 //
-// numerics: float32, one rounding an output. Statistics are joined from means and sums of squares about them (Chan et
-// al.), of four pixels at first, so that a mean of any number of standard deviations costs no more than its rounding;
-// NaN if there are no pixels. Sums: a thread its pixels in order, a block its threads, a kernel the chunks of an image,
-// another one the channels of a group: bitwise repeatable.
+// numerics: float32, one rounding per output. Statistics are combined from means and sums of squared differences from
+// them (Chan et al.), starting with four pixels, so that a mean of many standard deviations costs no accuracy beyond
+// its own rounding; NaN if there are no pixels. Order of sums: each thread its pixels in order, a block its threads,
+// one kernel the chunks of an image, another one the channels of a group. Bitwise repeatable.
 // work: 8 FLOP an element forward, 16 backward; 3*n*size bytes forward (x is read twice), 5 backward.
-// workspace: of the forward 8*C bytes a chunk, of which there are at most twelve a multiprocessor (one an image at
-// least); of the backward 8*(C + G) bytes an image more.
-// limits: any C and G that divides it; "wide" wants pixels of whole 16-byte pieces, "plain" takes all.
+// workspace: forward 8*C bytes per chunk, with at most twelve chunks per multiprocessor (but at least one per image);
+// backward 8*(C + G) bytes per image more.
+// limits: any C, any G that divides C; "wide" requires pixels of whole 16-byte pieces, "plain" accepts any.
 // papers: Group Normalization (1803.08494).
 #include "channels.cuh"
 
@@ -64,7 +64,7 @@ int64_t workspace(const ett_group_norm_bwd_args* a) {
     return numel(a->x) == 0 ? 0 : channels::backward_bytes(planes(a->x, a->mean), a->x.dtype);
 }
 
-// Calls go with the activation.
+// Calls go with the activation as its argument.
 template <class F> int32_t with_activation(bool silu, F go) { return silu ? go(channels::Silu{}) : go(channels::Leaky{1.f}); }
 
 }  // namespace

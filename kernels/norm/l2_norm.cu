@@ -1,17 +1,17 @@
-// l2_norm.cu: y = x / norm with norm = max(|x|, eps) row by row, and its gradient: dx = (dy - y (y . dy)) / norm, or
+// l2_norm.cu: y = x / norm with norm = max(|x|, eps) for each row, and its gradient: dx = (dy - y (y . dy)) / norm, or
 // dy / norm where the norm was raised to eps.
 //
 // x       N,D  act         rows of any stride   in
 // dy      N,D  act or f32  rows of any stride   in
 // y       N,D  act         rows of any stride   out
-// norm    N    f32         contiguous           out; in of the backward
+// norm    N    f32         contiguous           out; in for the backward
 // dx      N,D  act         rows of any stride   out        \ exactly one
 // dx_acc  N,D  f32         rows of any stride   added to   / of them is present
 //
-// numerics: float32, one rounding an output; a lane of the row's warp sums its elements, then the warp its lanes, so
-// that the bits depend on D only.
+// numerics: float32, one rounding per output; each lane of a row's warp sums its elements, then the warp sums its
+// lanes, so that the bits depend on D only.
 // work: 3 FLOP an element forward, 5 backward; each operand is moved once (dx_acc: twice).
-// limits: "wide" wants rows of whole pieces of 4 elements, at most 256 of them; "plain" takes all.
+// limits: "wide" requires rows of whole pieces of 4 elements, at most 256 pieces; "plain" accepts any.
 #include <math.h>
 
 #include "matrix.cuh"
@@ -21,8 +21,8 @@ namespace ett {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRows = kThreads / kWarp;  // of a block at a time: a warp a row
-constexpr int kBlocks = 32;              // for a multiprocessor: several times what is resident
+constexpr int kRows = kThreads / kWarp;  // per block at a time: one warp per row
+constexpr int kBlocks = 32;              // per multiprocessor: several times the resident ones
 constexpr int kPiece = 4;                // elements: 16 bytes of the widest type
 
 template <class T> struct Forward {
@@ -44,12 +44,12 @@ template <class T, class D> struct Backward {
     float eps;
 };
 
-// The lane's place.
+// The lane, and the rows of its warp.
 __device__ __forceinline__ int lane() { return int(threadIdx.x) % kWarp; }
 __device__ __forceinline__ int64_t first_row() { return int64_t(blockIdx.x) * kRows + threadIdx.x / kWarp; }
 __device__ __forceinline__ int64_t row_step() { return int64_t(gridDim.x) * kRows; }
 
-// PIECES: what a lane holds of a row.
+// PIECES: pieces of a row per lane.
 template <class T, int PIECES> __global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant__ Forward<T> a) {
     for (int64_t row = first_row(); row < a.n; row += row_step()) {
         float x[PIECES][kPiece] = {};
@@ -142,10 +142,10 @@ template <class T, class D> __global__ void __launch_bounds__(kThreads) backward
     }
 }
 
-// Pieces of a lane for rows of d elements: 2 or 8; 0 if the rows are too wide.
+// Pieces per lane for rows of d elements: 2 or 8; 0 if the rows are too wide.
 int choose_l2_norm_pieces(int64_t d) { return d <= 2 * kWarp * kPiece ? 2 : d <= 8 * kWarp * kPiece ? 8 : 0; }
 
-// True if rows are made of aligned pieces.
+// True if rows consist of whole, aligned pieces.
 bool has_pieces(const ett_view& v) { return wide(v, kPiece * dtype_size(v.dtype)); }
 
 dim3 grid_of(int64_t n) { return dim3(unsigned(std::min(ceil_div(n, kRows), int64_t(multiprocessors()) * kBlocks))); }

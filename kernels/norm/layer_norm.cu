@@ -5,17 +5,17 @@
 // x, dy       N,C  act  rows of any stride   in
 // w, b        C    act  contiguous           in
 // y, dx       N,C  act  rows of any stride   out
-// mean, rstd  N    f32  contiguous           out; in of the backward
+// mean, rstd  N    f32  contiguous           out; in for the backward
 // dw, db      C    f32  contiguous           added to; may be absent
 //
-// numerics: float32, one rounding an output; the variance is the mean square of x - mean, in a second pass over the
-// registers. Sums over a row: a thread its own elements, then its warp, then the team. dw and db: each team its rows
-// in order, a block its teams, a last kernel the blocks, so that the bits depend on N, C and the number of
-// multiprocessors only.
+// numerics: float32, one rounding per output; the variance is the mean square of x - mean, computed in a second pass
+// over the registers. Sums over a row: each thread its own elements, then the warp, then the team. Sums of dw and db:
+// each team its rows in order, a block its teams, a last kernel the blocks. The bits depend only on N, C and the number
+// of multiprocessors.
 // work: 6 FLOP an element forward, 10 backward; 2*N*C*size bytes forward, 3 backward.
-// limits: "wide" wants rows of whole 16-byte pieces, at most 2048 of them (1024 in the backward of bf16); "plain" takes
-// all.
-// workspace: of the backward with dw or db, 2*C floats a block.
+// limits: "wide" requires rows of whole 16-byte pieces, at most 2048 pieces (1024 in the backward of bf16); "plain"
+// accepts any.
+// workspace: backward with dw or db: 2*C floats per block.
 #include <math.h>
 
 #include "rows.cuh"
@@ -23,9 +23,10 @@
 namespace ett {
 namespace {
 
-// Threads that fit a multiprocessor: by __launch_bounds__ the forward has at most 64 registers a thread, the backward 128.
+// Threads that fit a multiprocessor: __launch_bounds__ limits the forward to 64 registers a thread, the backward to
+// 128.
 constexpr int kForwardThreads = 1024, kBackwardThreads = 512;
-// Pieces of a thread in the backward: it keeps two sums for each of their elements, which is 16 elements at most.
+// Pieces per thread in the backward, which keeps two sums for each of their elements: 16 elements at most.
 template <class T> constexpr int kBackwardVecs = sizeof(T) == 2 ? 2 : 4;
 
 template <class T> struct Forward {
@@ -45,7 +46,7 @@ template <class T> struct Backward {
     const float* mean;
     const float* rstd;
     Matrix<T> dx;
-    float* partials;  // of dw and db, [blocks, 2, C]; null: not wanted
+    float* partials;  // of dw and db, [blocks, 2, C]; null: not computed
     int64_t n, c;
 };
 
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kTeamThreads, kBackwardThreads / kTeamThreads)
             load(w, a.w + rows.column(v));
 #pragma unroll
             for (int j = 0; j < N; ++j) {
-                // d is rounded, never part of a fused multiply-add: d - mean(d) then vanishes where it should.
+                // d is rounded, not fused into a multiply-add, so that d - mean(d) vanishes where d is constant.
                 const float xhat = (f[j] - mean) * rstd, d = __fmul_rn(g[j], w[j]);
                 dw[v][j] += g[j] * xhat;
                 db[v][j] += g[j];

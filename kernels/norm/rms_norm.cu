@@ -4,15 +4,16 @@
 // x, residual, dy, dsum  N,C  act  rows of any stride   in; residual and dsum may be absent
 // w                      C    act  contiguous           in
 // sum, y, dx             N,C  act  rows of any stride   out; sum is present if residual is
-// rstd                   N    f32  contiguous           out; in of the backward
+// rstd                   N    f32  contiguous           out; in for the backward
 // dw                     C    f32  contiguous           added to; may be absent
 //
-// numerics: float32. s is rounded to act before statistics are taken of it, s * rstd before it meets w (and in dw).
-// Sums over a row: a thread its own elements, then its warp, then the team. dw: each team its rows in order, a block its
-// teams, a last kernel the blocks, so that the bits depend on N, C and the number of multiprocessors only.
+// numerics: float32. s is rounded to act before the statistics are computed, s * rstd before it is multiplied by w (or,
+// in dw, by dy). Sums over a row: each thread its own elements, then the warp, then the team. Sums of dw: each team its
+// rows in order, a block its teams, a last kernel the blocks. The bits depend only on N, C and the number of
+// multiprocessors.
 // work: 4 FLOP an element forward, 8 backward; 2*N*C*size bytes forward (4 with residual), 3 backward (4 with dsum).
-// limits: "wide" wants rows of whole 16-byte pieces, at most 2048 of them; "plain" takes all.
-// workspace: of the backward with dw, C floats a block.
+// limits: "wide" requires rows of whole 16-byte pieces, at most 2048 pieces; "plain" accepts any.
+// workspace: backward with dw: C floats per block.
 #include <math.h>
 
 #include "rows.cuh"
@@ -20,7 +21,8 @@
 namespace ett {
 namespace {
 
-// Threads that fit a multiprocessor: by __launch_bounds__ the forward has at most 64 registers a thread, the backward 128.
+// Threads that fit a multiprocessor: __launch_bounds__ limits the forward to 64 registers a thread, the backward to
+// 128.
 constexpr int kForwardThreads = 1024, kBackwardThreads = 512;
 
 template <class T> struct Forward {
@@ -37,7 +39,7 @@ template <class T> struct Backward {
     const T* w;
     const float* rstd;
     Matrix<T> dx;
-    float* partials;  // of dw, [blocks, C]; null: not wanted
+    float* partials;  // of dw, [blocks, C]; null: not computed
     int64_t n, c;
 };
 

@@ -1,10 +1,10 @@
-// adamw.cu: one AdamW step on a flat range of parameters. With rate, bias1, bias2 and clip of the group's row of the
-// step state, which lives in device memory so that a recorded launch replays with the values of the new step:
+// adamw.cu: one AdamW step on a flat range of parameters. rate, bias1, bias2 and clip come from the group's row of the
+// step state, which is in device memory so that a recorded launch replays with the values of the new step:
 //   g = grad * (clip > 0 ? min(1, clip / (sqrt(norm[0]) + 1e-6)) : 1)
 //   m = beta1 * m + (1 - beta1) * g,   v = beta2 * v + (1 - beta2) * g^2
 //   master = master * (1 - rate * weight_decay) - rate * (m * bias1) / (sqrt(v * bias2) + eps)
 //   ema = ema_decay * ema + (1 - ema_decay) * master,   shadow = master rounded
-// If norm[1] > 0, a gradient was not finite and nothing changes.
+// If norm[1] > 0, the gradient is not finite and the kernel changes nothing.
 //
 // grad          n              f32          contiguous   in
 // master, m, v  n              f32          contiguous   updated
@@ -21,8 +21,8 @@ namespace ett {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocks = 12;  // for a multiprocessor: twice what is resident, so that fast ones may take more
-constexpr int kPiece = 4;    // elements of a thread at a time
+constexpr int kBlocks = 12;  // per multiprocessor: twice the resident ones, so that fast multiprocessors can run more
+constexpr int kPiece = 4;    // elements per thread at a time
 
 template <class T> struct Adamw {
     float* master;
@@ -37,12 +37,12 @@ template <class T> struct Adamw {
     float beta1, beta2, rest1, rest2, eps, weight_decay, decay, rest;
 };
 
-// The numbers of the step, from the step state.
+// The values of this step.
 struct Step {
     float rate, keep, clip, bias1, bias2;
 };
 
-// The elements from i to i + N.
+// Updates the elements from i to i + N.
 template <int N, class T> __device__ __forceinline__ void update(const Adamw<T>& a, const Step& s, int64_t i) {
     float p[N], g[N], m[N], v[N], e[N] = {};
     load(p, a.master + i);
@@ -73,7 +73,7 @@ template <class T, int N> __global__ void __launch_bounds__(kThreads) adamw_kern
     const int64_t n = bad > 0.f ? 0 : a.n;
     const int64_t first = int64_t(blockIdx.x) * kThreads + threadIdx.x, step = int64_t(gridDim.x) * kThreads;
     for (int64_t i = first; i < n / N; i += step) update<N>(a, s, i * N);
-    // What is left of the last piece.
+    // The elements after the last whole piece.
     if (first < n % N) update<1>(a, s, n / N * N + first);
 }
 

@@ -1,19 +1,19 @@
-// restore.cu: y = x if norm[1] > 0, else nothing: takes back what a step did whose update is skipped.
+// restore.cu: y = x if norm[1] > 0, else nothing: restores the values from before a step that is skipped.
 //
 // x     n  f32 or bf16   contiguous   in
 // norm  2  f32           contiguous   in
 // y     n  type of x     contiguous   updated
 //
-// numerics: bits are copied.   work: 2 elements of memory each if anything is taken back, else 8 bytes a block.
+// numerics: bits are copied.   work: one read and one write per element if the step is skipped, else 8 bytes per block.
 #include "launch.cuh"
 
 namespace ett {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocks = 8;  // for a multiprocessor
+constexpr int kBlocks = 8;  // per multiprocessor
 
-// PIECE is 1 where x or y is not aligned.
+// PIECE is 1 if x or y is not aligned.
 template <class T, int PIECE> __global__ void __launch_bounds__(kThreads) restore_kernel(const T* x, const float* norm, T* y, int64_t n) {
     if (!(norm[1] > 0.f)) return;
     const int64_t first = int64_t(blockIdx.x) * kThreads + threadIdx.x, step = int64_t(gridDim.x) * kThreads, pieces = n / PIECE;

@@ -1,11 +1,11 @@
-// sum_squares.cu: out[0] += sum x^2 over the finite elements, out[1] += the number of the others.
+// sum_squares.cu: out[0] += sum x^2 over the finite elements, out[1] += the number of non-finite elements.
 //
 // x    n  f32  contiguous   in
 // out  2  f32  contiguous   added to
 //
 // numerics: float32. Each thread sums every kThreads-th piece of its block's part in four sums, a block its threads,
-// a last block the blocks: the order is fixed by n and the number of multiprocessors; bitwise repeatable.
-// work: 2 FLOP and 4 bytes an element.   workspace: 8 bytes a block.
+// a last block the blocks. The order depends only on n and the number of multiprocessors: bitwise repeatable.
+// work: 2 FLOP and 4 bytes an element.   workspace: 8 bytes per block.
 #include "launch.cuh"
 #include "reduce.cuh"
 
@@ -13,9 +13,9 @@ namespace ett {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocks = 16;   // for a multiprocessor: twice what is resident
+constexpr int kBlocks = 16;   // per multiprocessor: twice the resident ones
 constexpr int kPiece = 4;     // elements of a 16-byte load
-constexpr int kTogether = 4;  // loads of a thread under way
+constexpr int kTogether = 4;  // loads of a thread in flight
 
 // Blocks of the first kernel.
 int64_t choose_sum_squares_blocks(int64_t n, int multiprocessors) {
@@ -28,7 +28,7 @@ __device__ __forceinline__ void take(float v, float& squares, float& bad) {
     bad += finite ? 0.f : 1.f;
 }
 
-// partials[b] = sum and count of block b. PIECE is 1 where x is not aligned.
+// partials[b] = sum and count of block b. PIECE is 1 if x is not aligned.
 template <int PIECE>
 __global__ void __launch_bounds__(kThreads) sum_squares_kernel(const float* x, int64_t n, float2* partials) {
     __shared__ float smem[2 * kThreads / kWarp];
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) sum_squares_kernel(const float* x, i
 #pragma unroll
             for (int j = 0; j < PIECE; ++j) take(v[k][j], squares[j], bad);
     }
-    // What is left of the last piece.
+    // The elements after the last whole piece.
     if (first < n % PIECE) take(x[pieces * PIECE + first], squares[0], bad);
     float sums[2] = {0.f, bad};
 #pragma unroll

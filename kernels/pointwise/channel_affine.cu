@@ -1,18 +1,18 @@
-// channel_affine.cu: y = (x - shift) / scale and dx = dy / scale, channel by channel.
+// channel_affine.cu: y = (x - shift) / scale and dx = dy / scale, with a shift and a scale per channel.
 //
 // x, dy         N,C  act  rows of any stride   in
 // shift, scale  C    act  contiguous           in
 // y, dx         N,C  act  rows of any stride   out; may be x or dy themselves
 //
 // numerics: float32, one rounding; bitwise repeatable.   work: 2*N*C FLOP, 2*N*C*size bytes.
-// C is 3 where it matters, so that pieces go over the ends of rows wherever rows follow each other without gaps.
+// Large inputs have C = 3, so in contiguous views a piece may span the end of a row.
 #include "activation.cuh"
 #include "walk.cuh"
 
 namespace ett {
 namespace {
 
-// shift null: none.
+// shift null: no shift.
 template <class T, int N> struct Affine {
     Matrix<const T> x;
     const T* shift;

@@ -1,10 +1,12 @@
-// convert.cu: kernels between element types: cast, y = x rounded to the type of y; accumulate, y += x.
+// convert.cu: kernels with different element types for input and output: cast, y = x rounded to the type of y;
+// accumulate, y += x.
 //
 // x      N,C  f32 or bf16  rows of any stride   in
 // y      N,C  f32 or bf16  rows of any stride   out (cast), added to (accumulate)
 //
 // numerics: sums in float32, one rounding; bitwise repeatable.
-// work: N*C FLOP (accumulate); each element of x is read once, of y written once and, by accumulate, read once.
+// work: N*C FLOP (accumulate); each element of x is read once, each element of y is written once (and read once by
+// accumulate).
 #include "walk.cuh"
 
 namespace ett {
@@ -42,10 +44,10 @@ template <class X, class Y, int N> struct CastOp {
     }
 };
 
-// Elements of pieces that hold at most 16 bytes of either type.
+// Elements per piece, such that a piece of either type has at most 16 bytes.
 template <class X, class Y> inline constexpr int kBoth = kWide<X> < kWide<Y> ? kWide<X> : kWide<Y>;
 
-// Calls f with a value of either type.
+// Calls f with a value of the type of x and one of the type of y.
 template <class F> int32_t with_types(const ett_view& x, const ett_view& y, F f) {
     return with_act(x.dtype, [&](auto u) { return with_act(y.dtype, [&](auto v) { return f(u, v); }); });
 }

@@ -2,13 +2,13 @@
 //
 // y      N,C  any type  rows of any stride   out
 //
-// numerics: the value is rounded once (to bf16 through float32; to i32 towards zero).   work: N*C*size bytes.
+// numerics: the value is rounded once (to bf16 by way of float32; to i32 towards zero).   work: N*C*size bytes.
 #include "walk.cuh"
 
 namespace ett {
 namespace {
 
-// V is T, or float where T is bf16.
+// V is T, or float if T is bf16.
 template <class T, class V, int N> struct FillOp {
     Matrix<T> y;
     V value;
@@ -28,7 +28,7 @@ template <class T, class V, int N> struct FillOp {
     }
 };
 
-// As Rust converts: towards zero, saturating, 0 for NaN.
+// Converts as Rust's `as` does: rounds towards zero, saturates, 0 for NaN.
 int32_t to_int(double v) {
     if (v != v) return 0;
     return v >= 2147483647. ? INT32_MAX : v <= -2147483648. ? INT32_MIN : int32_t(v);

@@ -1,13 +1,13 @@
-// rope.cu: rotary embedding, half-split. In each of the first H heads of a row, dimensions d and d + D/2 turn by the
-// angle position * theta^(-2d/D); further columns are copied.
+// rope.cu: rotary embedding, half-split. In each of the first H heads of a row, dimensions d and d + D/2 are rotated by
+// the angle position * theta^(-2d/D); further columns are copied.
 //
 // x         N, >= H*D  act  rows of any stride   in
 // position  N          i32  contiguous           in
 // y         N, >= H*D  act  rows of any stride   out; may be x itself
 //
-// numerics: frequencies are formed in double on the host and rounded to float32; an angle is the float32 product of
-// position and frequency; its sine and cosine are exact to float32 at any size of the angle, since it is reduced in
-// double. The rotation is float32, one rounding an output; bitwise repeatable.
+// numerics: frequencies are computed in double on the host and rounded to float32; an angle is the float32 product of
+// position and frequency. Its sine and cosine have float32 accuracy for angles of any size, since the argument is
+// reduced in double. The rotation is float32, one rounding per output; bitwise repeatable.
 // work: 6 FLOP a pair, D/2 sines and cosines a row; 2*N*cols*size + 4*N bytes.   limits: D even, at most 512.
 #include <math.h>
 
@@ -18,9 +18,9 @@ namespace ett {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kRows = kThreads / kWarp;  // of a block at a time: a warp turns a row, all its heads by the same angles
-constexpr int kBlocks = 16;              // for a multiprocessor
-constexpr int kHalf = 256;               // D/2 at most
+constexpr int kRows = kThreads / kWarp;  // per block at a time: a warp rotates a row, all heads by the same angles
+constexpr int kBlocks = 16;              // per multiprocessor
+constexpr int kHalf = 256;               // maximum of D/2
 
 template <class T> struct Rope {
     Matrix<const T> x;
@@ -28,13 +28,13 @@ template <class T> struct Rope {
     Matrix<T> y;
     int64_t n, cols;
     int32_t heads, half;  // half: D/2
-    float sign;           // of the sines
+    float sign;           // factor on the sines: -1 for the inverse rotation
     float frequency[kHalf];
 };
 
 // Sine and cosine of an angle in radians.
 __device__ __forceinline__ void sine_cosine(float angle, float& sine, float& cosine) {
-    // In half turns, and then what is left of the nearest quarter turn: at most an eighth of a turn.
+    // The angle in half turns, less the nearest multiple of a quarter turn: the rest is at most an eighth of a turn.
     const double turns = double(angle) * 0.31830988618379067154, quarters = rint(2. * turns);
     const float rest = float(turns - 0.5 * quarters), s = sinpif(rest), c = cospif(rest);
     const long long quadrant = (long long)(quarters);

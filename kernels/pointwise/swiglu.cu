@@ -1,11 +1,11 @@
-// swiglu.cu: y = silu(gate) * up, with gate and up side by side in one matrix, and its gradient.
+// swiglu.cu: y = silu(gate) * up and its gradient; gate and up are the left and right halves of one matrix.
 //
 // gate_up   N,2F  act  rows of any stride, gate first   in
 // y         N,F   act  rows of any stride               out
 // dy        N,F   act  rows of any stride               in
 // dgate_up  N,2F  act  rows of any stride               out; may be gate_up itself
 //
-// numerics: float32, one rounding an output; bitwise repeatable.
+// numerics: float32, one rounding per output; bitwise repeatable.
 // work: 3*N*F*size bytes and about 5 FLOP an output forward, 5*N*F*size bytes and 10 FLOP backward.
 #include "activation.cuh"
 #include "walk.cuh"

@@ -1,4 +1,4 @@
-// unary.cu: y = f(x) and dx = dy * f'(x), with f SiLU, GELU (exact or in its tanh form), ReLU or LeakyReLU.
+// unary.cu: y = f(x) and dx = dy * f'(x), where f is SiLU, GELU (exact or in its tanh form), ReLU or LeakyReLU.
 //
 // x, dy  N,C  act  rows of any stride   in
 // y, dx  N,C  act  rows of any stride   out; may be an input itself
@@ -77,7 +77,7 @@ bool sound(Check& check, const ett_unary_bwd_args* a) {
            check.matrix("dx", a->dx, a->dy.dtype, rows(a->dy), cols(a->dy)) && check_function(check, a->f);
 }
 
-// The slope as kernels take it: 0 for all but LeakyReLU.
+// The slope passed to the kernels: 0 for all functions but LeakyReLU.
 float slope(const ett_unary& f) { return f.kind == ETT_UNARY_LEAKY_RELU ? float(f.slope) : 0.f; }
 
 }  // namespace

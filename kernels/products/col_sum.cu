@@ -3,9 +3,9 @@
 // x   N,C  act  rows of any stride   in
 // y   C    f32  contiguous           added to
 //
-// numerics: sums in f32. A block adds up a part of the rows, each of its warps every eighth of them in ascending order,
-// then the warps' sums in order; the parts' sums are added in order, and then to y. The parts depend on the shape and
-// the number of multiprocessors only: bitwise repeatable.
+// numerics: sums in f32. A block sums a part of the rows: each of its warps sums every eighth row in ascending order,
+// then the warps' sums are added in order. The sums of the parts are added in order and then to y. The parts depend
+// only on the shape and the number of multiprocessors: bitwise repeatable.
 // work: N*C additions; N*C*size + 8*C bytes.   floor: the bytes.   limits: none beyond memory.
 #include "launch.cuh"
 #include "reduce.cuh"
@@ -14,13 +14,13 @@ namespace ett {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-// Rows in flight per thread: 16 bytes of each, by 2048 threads of a multiprocessor, are more than memory's latency needs.
+// Rows in flight per thread: 16 bytes of each, times 2048 threads of a multiprocessor, hide the latency of memory.
 constexpr int kAtOnce = 4;
-// A part has at least so many rows, a few for each thread.
+// A part has at least this many rows, a few for each thread.
 constexpr int64_t kLeastRows = kWarps * kAtOnce * 2;
 
-// Every thread adds up V neighbouring columns of the rows [part * rows_per_part, ..); a block 32 * V columns. Writes
-// partial[part, c], or adds to y if partial is null.
+// Every thread sums V neighbouring columns of the rows of its part, which begins at part * rows_per_part; a block has
+// 32 * V columns. Writes partial[part, c], or adds to y if partial is null.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
 col_sum_kernel(const T* x, int64_t n, int64_t c, int64_t ld, int64_t col_blocks, int64_t rows_per_part, float* partial, float* y) {
@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(kThreads) col_sum_parts_kernel(const float* pa
     y[col] += s;
 }
 
-// In how many parts to cut N rows, so that the parts and the blocks of `width` columns give every multiprocessor its
-// eight blocks twice.
+// The number of parts of the N rows: parts times blocks of `width` columns give every multiprocessor twice the eight
+// blocks that are resident.
 int64_t choose_col_sum_parts(int64_t n, int64_t c, int64_t width, int multiprocessors) {
     const int64_t wanted = ceil_div(int64_t(multiprocessors) * 16, ceil_div(c, width));
     return std::max<int64_t>(1, std::min(wanted, n / kLeastRows));

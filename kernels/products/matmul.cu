@@ -1,5 +1,5 @@
-// matmul.cu: y = op(a) op(b) + bias, and y += op(a) op(b); op transposes if asked. linear_gelu: pre = x w^T + bias and
-// y = gelu(pre) in the tanh form (arXiv 1606.08415); x is a, w is b transposed.
+// matmul.cu: y = op(a) op(b) + bias, and y += op(a) op(b); op transposes if ta or tb is set. linear_gelu: pre = x w^T +
+// bias and y = gelu(pre) in the tanh form (arXiv 1606.08415); x is a, w is b transposed.
 //
 // a     N,C or C,N if ta  act  rows of any stride   in
 // b     C,O or O,C if tb  act  rows of any stride   in
@@ -7,10 +7,11 @@
 // pre   N,O               act  rows of any stride   out; linear_gelu only
 // y     N,O               act  rows of any stride   out;  matmul_acc: f32, added to
 //
-// numerics: products summed in f32 in ascending order of C (f32: fused multiply-adds, no TF32), then the bias or the
-// old y is added and the result rounded once; gelu is that of the sum before rounding. Bitwise repeatable.
-// limits: none beyond memory.   work: 2*N*C*O FLOP; (N*C + C*O + N*O)*size bytes (linear_gelu: N*O*size more). Operands whose rows do not consist of whole pieces of 16 bytes are
-// copied element by element, which is several times slower.
+// numerics: products are summed in f32 in ascending order of C (f32: fused multiply-adds, no TF32), then the bias or
+// the old y is added and the result is rounded once; gelu is applied before rounding. Bitwise repeatable.
+// work: 2*N*C*O FLOP; (N*C + C*O + N*O)*size bytes (linear_gelu: N*O*size more).
+// limits: none beyond memory. Operands whose rows are not whole 16-byte pieces are copied element by element, which is
+// several times slower.
 #include "activation.cuh"
 #include "gemm.cuh"
 
@@ -19,9 +20,9 @@ namespace {
 
 using gemm::Matrix;
 
-// Large: 64 x 64 (f32: 64 x 32) for a warp is the most that its registers hold, and the least traffic from shared
-// memory; two (f32: three) blocks of 4 warps fill the registers of a multiprocessor, and while one waits at a barrier
-// the other computes. Small: more blocks, for products that would leave multiprocessors without one.
+// Large: 64 x 64 (f32: 64 x 32) per warp is the most that its registers hold, and needs the least traffic from shared
+// memory; two (f32: three) blocks of 4 warps fill the registers of a multiprocessor, and while one block waits at a
+// barrier another computes. Small: more blocks, for products with fewer large tiles than multiprocessors.
 template <class T, bool TA, bool TB> struct Tiles;
 template <bool TA, bool TB> struct Tiles<bf16, TA, TB> {
     using Large = gemm::Tile<bf16, 128, 128, 32, 64, 64, 4, TA, TB, true>;
@@ -32,19 +33,20 @@ template <bool TA, bool TB> struct Tiles<float, TA, TB> {
     using Small = gemm::Tile<float, 64, 64, 16, 32, 32, 3, TA, TB>;
 };
 
-// Tiles side by side in a column of this many rows run together, so that they find each other's operands in the L2.
+// Blocks take tiles in groups of this many rows of tiles, column by column, so that blocks that run at the same time
+// share their operands in the L2.
 constexpr int64_t kGroup = 8;
 
-// Where the sums go.
+// Where the results go. One of y and y_acc is null.
 template <class T> struct Output {
-    T* y;          // overwritten, or
-    float* y_acc;  // added to: one of the two is not null
-    T* pre;        // if not null, the sums go here and their GELU to y
+    T* y;          // overwritten
+    float* y_acc;  // added to
+    T* pre;        // if not null, receives the sums, and y their GELU
     int64_t ld, ld_pre;
-    bool pairs;    // two neighbours are one access
+    bool pairs;    // two neighbours can be stored as one access
 };
 
-// Stores the first, or both, of two neighbours.
+// Stores two neighbours; `one` and `two` tell which of them are inside the matrix.
 template <class T> __device__ __forceinline__ void write_two(T* p, const float (&v)[2], bool pairs, bool one, bool two) {
     if (pairs && two) {
         store<2>(p, v);
@@ -102,7 +104,7 @@ matmul_kernel(const Matrix<typename Tile::Type> a, const Matrix<typename Tile::T
     }
 }
 
-// Large tiles once they give every multiprocessor one.
+// Large tiles if there are at least as many as multiprocessors.
 bool prefers_large(int64_t rows, int64_t cols, int32_t dtype, int multiprocessors) {
     const int64_t tile_cols = dtype == ETT_BF16 ? Tiles<bf16, false, false>::Large::kCols : Tiles<float, false, false>::Large::kCols;
     return ceil_div(rows, 128) * ceil_div(cols, tile_cols) >= multiprocessors;
@@ -111,7 +113,7 @@ bool prefers_large(int64_t rows, int64_t cols, int32_t dtype, int multiprocessor
 struct Product {
     const ett_view *a, *b, *bias, *y, *pre;  // bias and pre: null if absent
     bool ta, tb;
-    bool add;  // to y, which is f32
+    bool add;  // add to y, which is f32
 };
 
 int32_t run(const char* op, Check& check, const Product& p, const ett_launch* l) {
@@ -146,7 +148,7 @@ int32_t run(const char* op, Check& check, const Product& p, const ett_launch* l)
     });
 }
 
-// a, b and y fit together; y has type `out`, or that of a if that is -1.
+// Checks that the shapes and types of a, b and y match; y has type `out`, or the type of a if `out` is -1.
 template <class Args> bool fits(Check& check, const Args* s, int32_t out) {
     if (!check.ok() || !check.act("a", s->a) || !check.type("b", s->b, s->a.dtype)) return false;
     const int64_t n = s->ta ? cols(s->a) : rows(s->a), c = s->ta ? rows(s->a) : cols(s->a);

@@ -1,41 +1,42 @@
-// resample.cu: up-sampling and pooling by two.
+// resample.cu: upsampling and pooling by two.
 //   upsample2x_fwd   y[b, i, j] = x[b, i/2, j/2]
 //   upsample2x_bwd   dx[b, i, j] = (dy[b, 2i, 2j] + dy[b, 2i, 2j+1]) + (dy[b, 2i+1, 2j] + dy[b, 2i+1, 2j+1])
-//   max_pool2x2_fwd  y[b, i, j] = the largest of x[b, 2i..2i+2, 2j..2j+2]; an odd last line or column is dropped
-//   max_pool2x2_bwd  dx = dy where that one is, 0 elsewhere; of equal ones it is the first in row order, of NaNs the last
+//   max_pool2x2_fwd  y[b, i, j] = max(x[b, 2i..2i+2, 2j..2j+2]); an odd last line or column is dropped
+//   max_pool2x2_bwd  dx = dy at the maximum, 0 elsewhere; ties go to the first in row-major order, among NaNs the last
+//   wins
 //
 // upsample2x   coarse x, dx  B,H,W,C    fine y, dy     B,2H,2W,C   act  pixels of any stride  in, out
 // max_pool2x2  fine x, dx    B,H,W,C    coarse y, dy   B,H/2,W/2,C act  pixels of any stride  in, out
 //
-// numerics: sums of four in float32, one rounding; all else is copied. Bitwise repeatable.
-// work: 5/4 of the fine image's bytes, 9/4 in the gradient of the pool.
-// limits: "wide" wants pixels of whole 16-byte pieces; "plain" takes all. There are less than 2^31 lines, of less than
-// 2^31 elements each.
+// numerics: sums of four in float32, one rounding; the other kernels copy. Bitwise repeatable.
+// work: 5/4 of the fine image's bytes, 9/4 in max_pool2x2_bwd.
+// limits: "wide" requires pixels of whole 16-byte pieces; "plain" accepts any. Fewer than 2^31 lines of fewer than 2^31
+// elements each.
 #include "walk.cuh"
 
 namespace ett {
 namespace {
 
-// Lines of W coarse pixels, H to an image; fine ones have `fine_w` pixels and there are `fine_h` of them.
+// A coarse image has h lines of w pixels with c channels, a fine image fine_h lines of fine_w pixels.
 struct Lines {
     unsigned h, w, c, fine_h, fine_w;
 };
 
-// A coarse pixel, the first of its fine ones, and a channel.
+// A coarse pixel, the first of its four fine pixels, and a channel.
 struct Window {
     int64_t coarse, fine;
-    unsigned i, j, at;
-    int64_t line;  // pixels to the next fine line
+    unsigned i, j, at;  // line and column of the coarse pixel; the channel
+    int64_t line;       // pixels from one fine line to the next
 };
 
-// Of element `p.at` of line `p.row` of the walk, whose images have h lines of pixels.
+// The window of element `p.at` of line `p.row`, where lines are counted over all images.
 __device__ __forceinline__ Window window(const Lines& s, Place p) {
     const unsigned at = unsigned(p.at), j = at / s.c;
     const unsigned row = unsigned(p.row), image = row / s.h, i = row - image * s.h;
     return {p.row * s.w + j, (int64_t(image) * s.fine_h + 2 * i) * s.fine_w + 2 * j, i, j, at - j * s.c, int64_t(s.fine_w)};
 }
 
-// The four fine pieces of a window: two of a line, two of the next one.
+// The four fine pieces of a window: two of one line, two of the next.
 template <class T, int N> struct Four {
     Vec<T, N> v[4];
 };
@@ -81,10 +82,10 @@ template <class T, int N> struct UpsampleBwd {
     }
 };
 
-// True if b replaces a as the maximum: the first of equals stays, NaN wins.
+// True if b replaces a as the maximum: of equal values the first stays; NaN replaces everything.
 __device__ __forceinline__ bool beats(float b, float a) { return b > a || b != b; }
 
-// The place of the largest of four.
+// The index of the largest of four.
 __device__ __forceinline__ int largest(const float (&v)[4]) {
     const int upper = beats(v[1], v[0]) ? 1 : 0, lower = beats(v[3], v[2]) ? 3 : 2;
     return beats(lower == 3 ? v[3] : v[2], upper == 1 ? v[1] : v[0]) ? lower : upper;
@@ -112,17 +113,17 @@ template <class T, int N> struct PoolFwd {
     }
 };
 
-// Walks over windows that may be cut off at the bottom and at the right, where there is no coarse pixel.
+// Also processes the incomplete windows at the bottom and on the right, which have no coarse pixel.
 template <class T, int N> struct PoolBwd {
     Matrix<const T> dy, x;
     Matrix<T> dx;
-    Lines s;  // h and w count windows that are cut off too
+    Lines s;  // h and w include incomplete windows
 
     struct In {
         Vec<T, N> dy;
         Four<T, N> x;
     };
-    // The coarse pixel, or -1.
+    // The coarse pixel, or -1 if the window is incomplete.
     __device__ __forceinline__ int64_t coarse(Place p, const Window& w) const {
         if (w.i >= s.fine_h / 2 || w.j >= s.fine_w / 2) return -1;
         return (int64_t(unsigned(p.row) / s.h) * (s.fine_h / 2) + w.i) * (s.fine_w / 2) + w.j;
@@ -161,8 +162,8 @@ template <class T, int N> struct PoolBwd {
     }
 };
 
-// Views of rank 4 of one type: a fine image and the coarse one with half its height and width; `even`: those of the fine
-// one have to be even.
+// Checks that the two views have rank 4, the same type, and that `coarse` has half the height and width of `fine`;
+// `even`: the height and width of `fine` must be even.
 bool halves(Check& check, const char* fine_name, const ett_view& fine, const char* coarse_name, const ett_view& coarse, bool even) {
     if (!check.ok() || !check.act(fine_name, fine) || !check.image(fine_name, fine)) return false;
     if (even && !check.require(fine.dims[1] % 2 == 0 && fine.dims[2] % 2 == 0, fine_name, "of an odd height or width", "an even height and width"))
@@ -179,7 +180,7 @@ bool halves(Check& check, const char* fine_name, const ett_view& fine, const cha
                          "less than 2^31 of both");
 }
 
-// Walks over `h` lines of `w` windows an image.
+// Launches the operation over `h` lines of `w` windows per image.
 template <class Make>
 int32_t resample(Check& check, const char* op, const ett_launch* l, const ett_view& fine, int64_t h, int64_t w, Views views, Make make) {
     const bool pieces = std::all_of(views.begin(), views.end(), [](const ett_view* v) { return wide(*v); });

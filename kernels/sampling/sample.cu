@@ -1,21 +1,23 @@
-// sample.cu: draws an index from each row of logits, bit for bit as the CPU does (docs/sampling.md):
+// sample.cu: samples an index from each row of logits, with the same bits as the CPU (docs/sampling.md):
 //   l = without + guidance * (logits - without), or logits;   w_i = floor(2^42 * e^((l_i - max l) / temperature) + 1/2);
-//   only the top_k largest l, of equal ones the first, and of those only the largest that together reach
-//   ceil(top_p * sum w) keep their weight; the result is the first index at which the running sum of the weights exceeds
-//   floor(r * sum w / 2^64), r the first 64 bits of Philox4x32-10 (key seed, counter position and purpose and number).
-// With temperature 0: the largest l, of equal ones the first. -1 if a logit is NaN or the largest is not finite.
+//   top_k keeps the weights of the k largest l, the first of equal ones; of these, top_p keeps the largest that
+//   together
+//   reach ceil(top_p * sum w). The result is the first index at which the running sum of the weights exceeds
+//   floor(r * sum w / 2^64), where r is the first 64 bits of Philox4x32-10 (key: seed; counter: position, purpose,
+// number). With temperature 0: the largest l, the first of equal ones. -1 if a logit is NaN or the largest is not
+// finite.
 //
-// logits, without  B,V  act  rows of any stride   in    the second may be absent
+// logits, without  B,V  act  rows of any stride   in    without may be absent
 // number           B    i32  contiguous           in
-// position         B    i32  contiguous           one more than before
+// position         B    i32  contiguous           incremented
 // idx              B    i32  contiguous           out
 //
-// Steps, all by one block a row: the largest logit; the weights, into the workspace; for top-k and top-p a search for the
-// last logit that is kept, ten bits of the distance to the largest at a time, by the weights (or counts) of each of 1024
-// ranges; the search for the index.
-// numerics: float64 without fused operations, as the CPU does them; weights are whole numbers, so that their sums, and
-// atomic ones too, have no order.
-// work: some 30 FLOP in float64 a logit, and for each search up to seven passes over logits and weights.
+// Steps, with one block per row: find the largest logit; write the weights to the workspace; for top-k and top-p, find
+// the last logit to keep by a radix search over the distance to the largest logit, ten bits at a time, with the total
+// weight (or count) of each of 1024 ranges; find the index.
+// numerics: float64 without fused operations, like the CPU; weights are integers, so that their sums, atomic ones
+// included, do not depend on the order.
+// work: about 30 FLOP in float64 a logit, and for each search up to seven passes over logits and weights.
 // workspace: 8 bytes a logit.   limits: V at most 2^21.
 // papers: Philox (SC 2011), top-p (1904.09751), guidance (2207.12598).
 #include "launch.cuh"
@@ -29,9 +31,9 @@ using u64 = unsigned long long;
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kDigit = 10;  // bits of a pass of the search: a range for each thread
+constexpr int kDigit = 10;  // bits per pass of the search: one range per thread
 constexpr int64_t kMost = int64_t(1) << 21;
-constexpr uint32_t kPurpose = 5;          // of random numbers: sampling
+constexpr uint32_t kPurpose = 5;          // the random numbers' purpose: sampling
 static_assert(kThreads == 1 << kDigit && kWarps == kWarp, "one thread a range, one lane a warp");
 
 template <class T> struct Draw {
@@ -61,10 +63,10 @@ __device__ __forceinline__ u64 philox(u64 seed, uint32_t high, uint32_t number, 
     return u64(c[0]) | u64(c[1]) << 32;
 }
 
-// floor(2^42 * e^x + 1/2) for x <= 0, by the operations of the CPU's `weight`, one rounding each.
+// floor(2^42 * e^x + 1/2) for x <= 0, with the operations of the CPU's `weight`, each rounded once.
 __device__ __forceinline__ u64 weight(double x) {
     if (x < -30.0) return 0;
-    constexpr double kRound = 6755399441055744.0;  // adding and taking away this rounds to an integer
+    constexpr double kRound = 6755399441055744.0;  // adding and subtracting this rounds to an integer
     const double n = __dsub_rn(__dadd_rn(__dmul_rn(x, 1.4426950408889634), kRound), kRound);
     const double r = __dsub_rn(__dsub_rn(x, __dmul_rn(n, 0.6931471803691238)), __dmul_rn(n, 1.9082149292705877e-10));
     // 1/13! to 1/0!.
@@ -74,12 +76,12 @@ __device__ __forceinline__ u64 weight(double x) {
     double p = kInverse[0];
 #pragma unroll
     for (int i = 1; i < 14; ++i) p = __dadd_rn(__dmul_rn(p, r), kInverse[i]);
-    // Times 2^(n + 42): exact.
+    // Multiplying by 2^(n + 42) is exact.
     const double two = __longlong_as_double(((long long)(1023 + 42) + (long long)n) << 52);
     return u64(__dadd_rn(__dmul_rn(p, two), 0.5));
 }
 
-// A larger number for a larger logit, which is no NaN; the zeros are equal.
+// Maps a logit, which is not NaN, to an integer with the same order; 0 and -0 are equal.
 __device__ __forceinline__ u64 order(double l) {
     const u64 bits = u64(__double_as_longlong(__dadd_rn(l, 0.0)));
     return bits >> 63 ? ~bits : bits | (u64(1) << 63);
@@ -92,11 +94,11 @@ template <class T> __device__ __forceinline__ double logit(const Draw<T>& a, int
     return __dadd_rn(u, __dmul_rn(a.guidance, __dsub_rn(c, u)));
 }
 
-// Sum over the block; every thread gets it. All threads call it; `smem` may be used again after the next barrier.
+// The sum over the block, in every thread. All threads call this; `smem` may be reused after the next barrier.
 __device__ __forceinline__ u64 block_sum(u64 v, u64 (&smem)[kWarps]) {
 #pragma unroll
     for (int d = kWarp / 2; d > 0; d /= 2) v += __shfl_xor_sync(kAllLanes, v, d);
-    __syncthreads();  // what was there is read
+    __syncthreads();  // the previous contents of smem have been read
     if (threadIdx.x % kWarp == 0) smem[threadIdx.x / kWarp] = v;
     __syncthreads();  // the warps' sums are visible
     v = smem[threadIdx.x % kWarp];
@@ -105,7 +107,7 @@ __device__ __forceinline__ u64 block_sum(u64 v, u64 (&smem)[kWarps]) {
     return v;
 }
 
-// Sum over the lanes up to this one.
+// The sum over the lanes up to and including this one.
 __device__ __forceinline__ u64 warp_scan(u64 v) {
     const int lane = int(threadIdx.x) % kWarp;
 #pragma unroll
@@ -116,11 +118,11 @@ __device__ __forceinline__ u64 warp_scan(u64 v) {
     return v;
 }
 
-// Sum over the threads up to this one; as block_sum.
+// The sum over the threads up to and including this one; called like block_sum.
 __device__ __forceinline__ u64 block_scan(u64 v, u64 (&smem)[kWarps]) {
     const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
     v = warp_scan(v);
-    __syncthreads();  // what was there is read
+    __syncthreads();  // the previous contents of smem have been read
     if (lane == kWarp - 1) smem[warp] = v;
     __syncthreads();  // the warps' sums are visible
     const u64 warps = warp_scan(smem[lane]);
@@ -133,15 +135,16 @@ struct Shared {
     u64 sums[kWarps];
     double largest[kWarps];
     int at[kWarps];
-    u64 found[2];  // of a search: the range, and what is before it
+    u64 found[2];  // of a pass of the search: the range, and the total before it
 };
 
-// Takes the weights from all logits but the largest ones that together reach `wanted` of what `by_weight` says: weights
-// or, without, 1 each. `first` is the order of the largest, `bits` the length of the largest distance from it. A thread
-// reads and writes only weights of its own. All threads of the block call this, `wanted` is at most what there is.
+// Sets the weights of all logits to 0 except for the largest ones, as many as reach a total of `wanted`: of their
+// weights with `by_weight`, else of their number. `wanted` is at most the total of all. `first` is the order of the
+// largest logit, `bits` the number of bits of the largest distance from it. A thread reads and writes only its own
+// weights. All threads of the block call this.
 template <class T>
 __device__ __forceinline__ void keep(const Draw<T>& a, int64_t row, u64* w, bool by_weight, u64 wanted, u64 first, int bits, Shared& s) {
-    // The distance of the last one that is kept, from its upper bits to its lower ones.
+    // The distance of the last logit to keep, found from the upper bits to the lower ones.
     u64 prefix = 0;
     for (int shift = bits; shift > 0;) {
         const int digit = shift < kDigit ? shift : kDigit, lower = shift - digit;
@@ -150,7 +153,7 @@ __device__ __forceinline__ void keep(const Draw<T>& a, int64_t row, u64* w, bool
         for (int64_t i = threadIdx.x; i < a.v; i += kThreads) {
             if (w[i] == 0) continue;
             const u64 distance = first - order(logit(a, row, i));
-            // The bits above belong to the prefix; at first there are none.
+            // The bits above this digit must equal the prefix; the first digit has none above it.
             if (shift < bits && distance >> shift != prefix) continue;
             atomicAdd(&s.bins[(distance >> lower) & ((u64(1) << digit) - 1)], by_weight ? w[i] : u64(1));
         }
@@ -164,9 +167,9 @@ __device__ __forceinline__ void keep(const Draw<T>& a, int64_t row, u64* w, bool
         prefix = prefix << digit | s.found[0];
         wanted -= s.found[1];
         shift = lower;
-        __syncthreads();  // it is read
+        __syncthreads();  // s.found has been read
     }
-    // Of those at this very distance the first ones, as many as it takes: their weights are equal.
+    // Of the logits at exactly this distance, which have equal weights, keep as many of the first as needed.
     u64 before = 0;
     for (int64_t base = 0; base < a.v; base += kThreads) {
         const int64_t i = base + threadIdx.x;
@@ -184,7 +187,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) sample_kernel(con
     const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
     u64* w = a.weights + row * a.v;
 
-    // The largest logit and where it is first, or -1 if there is NaN. -2: none yet.
+    // The largest logit and its first index; -1 if there is a NaN, -2 if this thread has no logit yet.
     double most = -INFINITY;
     int at = -2;
     for (int64_t i = threadIdx.x; i < a.v; i += kThreads) {
@@ -216,7 +219,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) sample_kernel(con
     for (int k = 0; k < kWarps; ++k) better(s.largest[k], s.at[k]);
 
     const int32_t position = a.position[row];
-    __syncthreads();  // everyone has read the position
+    __syncthreads();  // all threads have read the position
     if (threadIdx.x == 0) a.position[row] = int32_t(uint32_t(position) + 1u);
     const bool none = at < 0 || !(fabs(most) < INFINITY);
     if (none || a.temperature == 0.0) {
@@ -224,7 +227,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) sample_kernel(con
         return;
     }
 
-    // Weights, their sum and number, and the largest distance of one from the largest logit.
+    // The weights, the sum and number of those above 0, and their largest distance from the largest logit.
     const u64 first = order(most);
     u64 sum = 0, count = 0, far = 0;
     for (int64_t i = threadIdx.x; i < a.v; i += kThreads) {
@@ -247,10 +250,10 @@ template <class T> __global__ void __launch_bounds__(kThreads) sample_kernel(con
         bits = other > bits ? other : bits;
     }
     if (lane == 0) s.at[warp] = bits;
-    __syncthreads();  // the warps' lengths are visible, the sums are read
+    __syncthreads();  // the warps' numbers of bits are visible, the sums have been read
     for (int k = 0; k < kWarps; ++k) bits = s.at[k] > bits ? s.at[k] : bits;
 
-    // Top-k, then top-p: one loop, so that the search is compiled once and fits its registers.
+    // Top-k, then top-p, as one loop, so that the search is compiled only once and fits the registers.
 #pragma unroll 1
     for (int by_weight = 0; by_weight < 2; ++by_weight) {
         u64 wanted = u64(a.top_k);
@@ -268,7 +271,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) sample_kernel(con
     }
     __syncthreads();  // other threads' weights are visible
 
-    // The warps' parts of the row; the one with the index then looks through its own.
+    // Each warp sums its part of the row; the warp whose part contains the index then searches it.
     const u64 target = __umul64hi(philox(a.seed, kPurpose, uint32_t(a.number[row]), uint32_t(position)), sum);
     const int64_t part = (a.v + kWarps - 1) / kWarps, begin = warp * part, end = begin + part < a.v ? begin + part : a.v;
     u64 own = 0;

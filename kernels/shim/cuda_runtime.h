@@ -1,7 +1,7 @@
-// cuda_runtime.h of the shim: enough of CUDA C++ to compile the portable kernels with the host compiler and run
-// them on the CPU, under sanitizers. Blocks run one after the other; each thread of a block is a fiber that gives
-// way at barriers and warp operations. What it cannot show: races that the order of the fibers hides (ETT_SHIM_ORDER
-// = reverse turns that order round), and everything of sm_90.
+// cuda_runtime.h of the shim: enough of CUDA C++ to compile the portable kernels with the host compiler and run them on
+// the CPU under sanitizers. Blocks run one after the other; each thread of a block is a fiber that yields at barriers
+// and warp operations. The shim does not detect races that the order of the fibers hides (ETT_SHIM_ORDER=reverse
+// reverses that order), and does not support sm_90 instructions.
 #pragma once
 
 #include <math.h>
@@ -43,26 +43,27 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 
 namespace shim {
 
-// Of the thread that runs now.
+// Of the running thread.
 extern uint3 thread_index, block_index;
 extern dim3 block_size, grid_size;
 
-// Runs `thread` for every thread of every block. One launch at a time in the whole process.
+// Runs `thread` for every thread of every block. A process runs one launch at a time.
 void launch(const char* op, dim3 grid, dim3 block, size_t smem, const std::function<void()>& thread);
 
-// The block's dynamic shared memory: exactly the bytes asked for, so that an address sanitizer sees their ends;
-// every byte is 0xff when a block starts.
+// The block's dynamic shared memory: exactly the requested bytes, so that the address sanitizer finds accesses beyond
+// its end. Every byte is 0xff when a block starts.
 unsigned char* dynamic_smem();
 
-// All threads of the block must arrive; one that returned before is an error.
+// Waits for all threads of the block. It is an error if one of them has already returned.
 void block_barrier();
 
-// All lanes of the warp must arrive at the same `what`. Each deposits up to 64 bytes and gets what all 32 did.
+// A warp operation: all lanes of the warp must arrive at the same `what`. Each deposits up to 64 bytes and gets those
+// of all 32 lanes.
 struct Slot { alignas(16) unsigned char bytes[64]; };
 const Slot* exchange(const char* what, unsigned mask, const void* in, size_t bytes);
 int lane();
 
-// cp.async: a copy happens when it is waited for; until then its target holds 0xff.
+// cp.async: the copy is done when it is waited for; until then its target holds 0xff.
 void async_copy(char* dst, const void* src, int bytes, int valid);
 void async_commit();
 void async_wait(int pending);
@@ -90,7 +91,7 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) { shim::exchange("__syncwarp
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
-// Segments of `width` lanes, as the hardware defines them.
+// Shuffles within segments of `width` lanes, as the hardware defines them.
 template <class T> T __shfl_sync(unsigned mask, T v, int from, int width = 32) {
     return shim::shuffle("__shfl_sync", mask, v, (shim::lane() & ~(width - 1)) | (from & (width - 1)));
 }
@@ -171,8 +172,8 @@ inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorInvalidValue
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* d) { *d = 0; return cudaSuccess; }
-// A small chip of the Ampere generation: loops over a persistent grid go round more than once. Its blocks may have
-// as much shared memory as the launch allows, so that all portable kernels run.
+// Reports a small GPU of compute capability 8 with 3 multiprocessors, so that grid-stride loops iterate more than once.
+// Blocks may have as much shared memory as `launch` allows, so that all portable kernels run.
 inline cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr a, int) {
     *v = a == cudaDevAttrMultiProcessorCount ? 3 : a == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 227 * 1024 : 8;
     return cudaSuccess;

@@ -39,7 +39,7 @@ struct Fiber {
     uint3 index{};
     int number = 0;
     bool done = true;
-    std::vector<std::vector<Copy>> groups;  // cp.async; the last one is open
+    std::vector<std::vector<Copy>> groups;  // of cp.async; the last one is not committed yet
 };
 
 struct Warp {
@@ -83,7 +83,7 @@ void fiber_main() {
     (*body)();
     if (!current->groups.empty())
         for (auto& g : current->groups)
-            if (!g.empty()) die("a thread ended with a copy that nobody waited for", "cp.async");
+            if (!g.empty()) die("a thread returned without waiting for its copies", "cp.async");
     current->done = true;
     alive -= 1;
     progress = true;
@@ -130,7 +130,7 @@ void run_block(bool reverse) {
             Fiber& f = fibers[reverse ? threads - 1 - i : i];
             if (!f.done) resume(f);
         }
-        if (!progress) die("threads wait for each other for ever", arrived ? "__syncthreads" : "warp operation");
+        if (!progress) die("deadlock: all threads wait", arrived ? "__syncthreads" : "warp operation");
     }
 }
 
@@ -147,8 +147,8 @@ void launch(const char* op, dim3 grid, dim3 block, size_t smem, const std::funct
     std::lock_guard<std::mutex> lock(one_launch);
     op_name = op;
     threads = int(block.x * block.y * block.z);
-    if (threads % 32 != 0 || threads > 1024) die("a block of 32 to 1024 threads in whole warps is wanted", "launch");
-    if (grid.y > 65535 || grid.z > 65535 || grid.x == 0 || grid.y == 0 || grid.z == 0) die("the grid is not legal", "launch");
+    if (threads % 32 != 0 || threads > 1024) die("the block is not 32 to 1024 threads in whole warps", "launch");
+    if (grid.y > 65535 || grid.z > 65535 || grid.x == 0 || grid.y == 0 || grid.z == 0) die("invalid grid dimensions", "launch");
     if (smem > 227 * 1024) die("more shared memory than a multiprocessor has", "launch");
     if (fibers.size() < size_t(threads)) fibers.resize(size_t(threads));
     warps.resize(size_t(threads / 32));
@@ -172,7 +172,7 @@ unsigned char* dynamic_smem() { return smem_block; }
 int lane() { return current->number % 32; }
 
 void block_barrier() {
-    if (alive != threads) die("a thread waits at a barrier that another has left for good", "__syncthreads");
+    if (alive != threads) die("a thread waits at a barrier after another thread has returned", "__syncthreads");
     const unsigned mine = generation;
     progress = true;
     if (++arrived == threads) {
@@ -184,13 +184,13 @@ void block_barrier() {
 }
 
 const Slot* exchange(const char* what, unsigned mask, const void* in, size_t bytes) {
-    if (mask != 0xffffffffu) die("warp operations of all lanes only", what);
+    if (mask != 0xffffffffu) die("the mask does not contain all lanes", what);
     Warp& w = warps[size_t(current->number / 32)];
     const unsigned mine = w.generation;
     Slot* slots = w.slots[mine & 1];
     if (bytes) memcpy(slots[lane()].bytes, in, bytes);
     if (w.arrived == 0) w.what = what;
-    if (strcmp(w.what, what) != 0) die("lanes of one warp meet at different operations", what);
+    if (strcmp(w.what, what) != 0) die("lanes of one warp call different warp operations", what);
     progress = true;
     if (++w.arrived == 32) {
         w.arrived = 0;
@@ -215,7 +215,7 @@ void async_commit() {
 
 void async_wait(int pending) {
     auto& g = current->groups;
-    // The open group is not one of those that are waited for, unless it was committed.
+    // The last group is not committed and is never waited for.
     while (int(g.size()) - 1 > pending) {
         perform(g.front());
         g.erase(g.begin());

@@ -1,12 +1,12 @@
-//! Reverse-mode differentiation over a tape of ops. Nothing here knows a device.
+//! Reverse-mode differentiation over a tape of ops, independent of the device.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::backend::{Accumulate, Add, Cast, Kernels, Role, Stream};
+use crate::backend::{Accumulate, Add, Cast, DType, Dims, Kernels, Precision, Role, Stream};
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Dims, Precision, Tensor};
+use crate::tensor::Tensor;
 
 /// A value on a tape.
 #[derive(Clone, Debug)]
@@ -27,7 +27,7 @@ impl Var {
         self.value.dims()
     }
 
-    /// True if a gradient flows to it.
+    /// True if a gradient flows to this value.
     pub fn needs_grad(&self) -> bool {
         self.grad
     }
@@ -50,7 +50,7 @@ struct Inner {
     nodes: Vec<Node>,
     next: usize,
     targets: HashMap<usize, Tensor>,
-    /// A weight that is being trained was used, recorded or not.
+    /// Whether a weight that is being trained was used; set whether or not the tape records.
     trains: bool,
 }
 
@@ -69,12 +69,12 @@ impl Tape {
         Tape { dev, prec, recording: true, recomputing: false, inner: RefCell::default() }
     }
 
-    /// If `yes`, the tape keeps only the inputs of each [`Tape::block`] for the backward.
+    /// If `yes`, the tape keeps only the inputs of each [`Tape::block`] for the backward pass.
     pub fn recomputing(self, yes: bool) -> Self {
         Tape { recomputing: yes, ..self }
     }
 
-    /// A tape that saves nothing: for evaluation.
+    /// A tape that saves nothing, for evaluation.
     pub fn inference(dev: Arc<dyn Kernels>, prec: Precision) -> Self {
         Tape { recording: false, ..Self::new(dev, prec) }
     }
@@ -84,7 +84,7 @@ impl Tape {
         &*self.dev
     }
 
-    /// The device, to keep.
+    /// The device, as a shared handle.
     pub fn device(&self) -> Arc<dyn Kernels> {
         self.dev.clone()
     }
@@ -120,17 +120,17 @@ impl Tape {
         Var { id: inner.next, value, grad: grad && self.recording }
     }
 
-    /// A value that no gradient flows to.
+    /// A value that receives no gradient.
     pub fn constant(&self, value: Tensor) -> Var {
         self.var(value, false)
     }
 
-    /// A value whose gradient can be taken from [`Grads`] after the backward.
+    /// A value whose gradient can be taken from [`Grads`] after the backward pass.
     pub fn leaf(&self, value: Tensor) -> Var {
         self.var(value, true)
     }
 
-    /// A weight: its gradient is added to `grad` (accumulator type, same element count), if there is one.
+    /// A weight: its gradient is added to `grad` (accumulator type, same element count), if given.
     pub fn weight(&self, value: Tensor, grad: Option<Tensor>) -> Var {
         let v = self.var(value, grad.is_some());
         self.inner.borrow_mut().trains |= grad.is_some();
@@ -145,8 +145,8 @@ impl Tape {
         self.inner.borrow().targets.contains_key(&v.id)
     }
 
-    /// Records an op. `backward` gets the outputs as it finds them on the tape; it is dropped, with all it
-    /// saved, when no input needs a gradient.
+    /// Records an op. `backward` is called with the outputs as they are on the tape. If no input needs a gradient,
+    /// `backward` and everything it saved are dropped.
     pub fn op(
         &self,
         inputs: &[&Var],
@@ -182,8 +182,8 @@ impl Tape {
         out.into_iter().next().unwrap_or_else(|| unreachable!("an op of one output has one"))
     }
 
-    /// A part of a model, `f` of `inputs`. On a tape that recomputes, nothing inside is kept: the backward runs `f`
-    /// again, which gives the same bits since a forward is pure. Without that it is `f` itself.
+    /// Runs a part of a model, `f` of `inputs`. A recomputing tape keeps nothing of the inside: the backward pass
+    /// runs `f` again, with the same bits because a forward pass is pure. Other tapes just run `f`.
     pub fn block(
         &self,
         inputs: &[&Var],
@@ -217,8 +217,8 @@ impl Tape {
         }))
     }
 
-    /// Runs the tape backwards from `seeds` (a value and the gradient it receives). Each node's saved values
-    /// are freed as soon as it has run. Gradients of leaves stay in the result.
+    /// Runs the tape backwards from `seeds` (values and the gradients they receive). The saved values of a node are
+    /// freed as soon as it has run. Gradients of leaves stay in the result.
     pub fn backward(self, seeds: &[(&Var, &Tensor)]) -> Result<Grads> {
         let inner = self.inner.into_inner();
         let mut grads =
@@ -287,7 +287,7 @@ impl Grads {
         let sum = match old {
             None => g,
             Some(old) => {
-                // A new tensor: what an op gave may still be in use elsewhere.
+                // Into a new tensor, because an op may still use the one that it gave.
                 let sum = self.empty(g.dims(), g.dtype())?;
                 let a = Add { a: old.view(), b: g.view(), y: sum.out() };
                 self.dev.add(Stream::COMPUTE, &a)?;
@@ -298,7 +298,7 @@ impl Grads {
         Ok(())
     }
 
-    /// Where kernels add the gradient of a weight-like input; `None` if it needs none.
+    /// The tensor to which kernels add the gradient of a weight-like input; `None` if the input needs no gradient.
     pub fn target(&mut self, of: &Var) -> Result<Option<Tensor>> {
         if !of.grad {
             return Ok(None);
@@ -313,7 +313,7 @@ impl Grads {
         Ok(slot.acc.clone())
     }
 
-    /// Takes the gradient of a value, in the type of the value; `None` if nothing reached it.
+    /// Takes the gradient of a value, in the type of the value; `None` if no gradient reached it.
     pub fn take(&mut self, of: &Var) -> Result<Option<Tensor>> {
         let Some(slot) = self.slots.remove(&of.id) else { return Ok(None) };
         match (slot.value, slot.acc) {
@@ -331,7 +331,7 @@ impl Grads {
         }
     }
 
-    /// Takes the gradient of a weight-like value in the accumulator type, for ops that pass it on unrounded.
+    /// Takes the gradient of a weight-like value in the accumulator type, for ops that pass it on without rounding.
     pub fn take_acc(&mut self, of: &Var) -> Result<Option<Tensor>> {
         match self.slots.get(&of.id) {
             Some(SlotGrad { value: None, acc: Some(_) }) => Ok(self.slots.remove(&of.id).and_then(|s| s.acc)),

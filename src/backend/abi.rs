@@ -23,9 +23,8 @@ pub fn version() -> i32 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{KERNELS, Metric, Slot, Unary};
+    use super::super::{DType, KERNELS, Metric, Slot, Unary};
     use super::*;
-    use crate::tensor::DType;
 
     const HEADER: &str = include_str!("../../kernels/include/ett_kernels.h");
 

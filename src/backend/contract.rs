@@ -2,7 +2,7 @@
 //! header. Letters: B batch, T tokens of a sequence, N rows of a flat batch, C channels, H heads, D head
 //! or code dimension, K codes, M visual tokens, V vocabulary, F MLP width, S sequences, G groups.
 //!
-//! `act` tensors hold the run's activation type, `acc` its accumulator type ([`crate::tensor::Precision`]);
+//! `act` tensors hold the run's activation type, `acc` its accumulator type ([`super::Precision`]);
 //! sums are formed in `acc`. Every kernel gives the same bits when called again with the same input.
 
 use super::{Acc, Access, Args, Cost, Device, Field, In, Out, Stream};
@@ -628,7 +628,7 @@ attention: attention_bwd(AttentionBwd<'a>) flop |s| attention_flop(5, s.max_q, s
 // ---- losses --------------------------------------------------------------------------------------------
 /// Cross-entropy of a linear layer without its logits: `loss = scale * sum_n (lse_n - x_n . w[target_n])`
 /// over rows with `target >= 0`. Logits exist a tile at a time.
-xent: linear_xent_fwd(LinearXentFwd<'a>) flop |s| 2 * s.x.dims.numel() * s.w.dims.rows() => {
+loss: linear_xent_fwd(LinearXentFwd<'a>) flop |s| 2 * s.x.dims.numel() * s.w.dims.rows() => {
     /// `[N, C]`; act.
     x: In<'a>,
     /// `[V, C]`; act.
@@ -643,7 +643,7 @@ xent: linear_xent_fwd(LinearXentFwd<'a>) flop |s| 2 * s.x.dims.numel() * s.w.dim
     loss: Out<'a>,
 }
 /// Gradient of `linear_xent_fwd`; logits are recomputed tile by tile.
-xent: linear_xent_bwd(LinearXentBwd<'a>) flop |s| 6 * s.x.dims.numel() * s.w.dims.rows() => {
+loss: linear_xent_bwd(LinearXentBwd<'a>) flop |s| 6 * s.x.dims.numel() * s.w.dims.rows() => {
     /// `[N, C]`; act.
     x: In<'a>,
     /// `[V, C]`; act.
@@ -663,7 +663,7 @@ xent: linear_xent_bwd(LinearXentBwd<'a>) flop |s| 6 * s.x.dims.numel() * s.w.dim
 }
 /// Cross-entropy of logits that are stored: `loss += scale * sum_n weight_n (lse_n - logits[n, target_n])` over rows
 /// with `target >= 0`, `lse_n` the log-sum-exp of row n.
-xent: xent_fwd(XentFwd<'a>) flop |s| 4 * s.logits.dims.numel() => {
+loss: xent_fwd(XentFwd<'a>) flop |s| 4 * s.logits.dims.numel() => {
     /// `[N, V]`; act.
     logits: In<'a>,
     /// `[N]`; i32; negative: the row is ignored.
@@ -678,7 +678,7 @@ xent: xent_fwd(XentFwd<'a>) flop |s| 4 * s.logits.dims.numel() => {
     loss: Acc<'a>,
 }
 /// Gradient of `xent_fwd`: `dlogits = g * scale * weight_n * (softmax - onehot)`.
-xent: xent_bwd(XentBwd<'a>) flop |s| 4 * s.logits.dims.numel() => {
+loss: xent_bwd(XentBwd<'a>) flop |s| 4 * s.logits.dims.numel() => {
     /// `[N, V]`; act.
     logits: In<'a>,
     /// `[N]`; i32.
@@ -695,7 +695,7 @@ xent: xent_bwd(XentBwd<'a>) flop |s| 4 * s.logits.dims.numel() => {
     dlogits: Out<'a>,
 }
 /// `loss += scale * sum |a - b|`.
-losses: l1_fwd(L1Fwd<'a>) flop |s| 3 * s.a.dims.numel() => {
+loss: l1_fwd(L1Fwd<'a>) flop |s| 3 * s.a.dims.numel() => {
     /// Any shape; act.
     a: In<'a>,
     /// Same shape; act.
@@ -706,7 +706,7 @@ losses: l1_fwd(L1Fwd<'a>) flop |s| 3 * s.a.dims.numel() => {
     loss: Acc<'a>,
 }
 /// `da = g * scale * sign(a - b)`, 0 where equal.
-losses: l1_bwd(L1Bwd<'a>) flop |s| 3 * s.a.dims.numel() => {
+loss: l1_bwd(L1Bwd<'a>) flop |s| 3 * s.a.dims.numel() => {
     /// Any shape; act.
     a: In<'a>,
     /// Same shape; act.
@@ -720,7 +720,7 @@ losses: l1_bwd(L1Bwd<'a>) flop |s| 3 * s.a.dims.numel() => {
 }
 /// One layer of LPIPS: `loss += factor * scale * sum_p sum_c w[c] (n0 - n1)^2` over pixels p, with
 /// `n = f / (sqrt(sum_c f^2) + eps)`.
-losses: lpips_fwd(LpipsFwd<'a>) flop |s| 8 * s.f0.dims.numel() => {
+loss: lpips_fwd(LpipsFwd<'a>) flop |s| 8 * s.f0.dims.numel() => {
     /// `[P, C]` features of the reference; act.
     f0: In<'a>,
     /// `[P, C]` features of the reconstruction; act.
@@ -737,7 +737,7 @@ losses: lpips_fwd(LpipsFwd<'a>) flop |s| 8 * s.f0.dims.numel() => {
     factor: f64,
 }
 /// Gradient of `lpips_fwd` for `f1`; 0 where all of a pixel's features are 0.
-losses: lpips_bwd(LpipsBwd<'a>) flop |s| 12 * s.f0.dims.numel() => {
+loss: lpips_bwd(LpipsBwd<'a>) flop |s| 12 * s.f0.dims.numel() => {
     /// `[P, C]`; act.
     f0: In<'a>,
     /// `[P, C]`; act.
@@ -756,7 +756,7 @@ losses: lpips_bwd(LpipsBwd<'a>) flop |s| 12 * s.f0.dims.numel() => {
     factor: f64,
 }
 /// Generator's adversarial loss: `loss += scale * sum_b softplus(-mean_p x[b, p])`.
-losses: gan_generator_fwd(GanGeneratorFwd<'a>) flop |s| s.x.dims.numel() => {
+loss: gan_generator_fwd(GanGeneratorFwd<'a>) flop |s| s.x.dims.numel() => {
     /// `[B, P]` patch logits of each image; act.
     x: In<'a>,
     /// `[1]` factor on the sum, such as one over the pictures of the whole batch; acc.
@@ -765,7 +765,7 @@ losses: gan_generator_fwd(GanGeneratorFwd<'a>) flop |s| s.x.dims.numel() => {
     loss: Acc<'a>,
 }
 /// Gradient of `gan_generator_fwd`.
-losses: gan_generator_bwd(GanGeneratorBwd<'a>) flop |s| 2 * s.x.dims.numel() => {
+loss: gan_generator_bwd(GanGeneratorBwd<'a>) flop |s| 2 * s.x.dims.numel() => {
     /// `[B, P]`; act.
     x: In<'a>,
     /// `[1]`; acc; as in the forward.
@@ -776,7 +776,7 @@ losses: gan_generator_bwd(GanGeneratorBwd<'a>) flop |s| 2 * s.x.dims.numel() => 
     dx: Out<'a>,
 }
 /// Hinge: `loss += factor * scale * sum relu(1 - x)` for real logits, `relu(1 + x)` for fake ones.
-losses: hinge_fwd(HingeFwd<'a>) flop |s| 2 * s.x.dims.numel() => {
+loss: hinge_fwd(HingeFwd<'a>) flop |s| 2 * s.x.dims.numel() => {
     /// Any shape; act.
     x: In<'a>,
     /// `[1]` factor on the sum, such as one over the patch logits of the whole batch; acc.
@@ -789,7 +789,7 @@ losses: hinge_fwd(HingeFwd<'a>) flop |s| 2 * s.x.dims.numel() => {
     factor: f64,
 }
 /// Gradient of `hinge_fwd`; 0 at the kink.
-losses: hinge_bwd(HingeBwd<'a>) flop |s| 2 * s.x.dims.numel() => {
+loss: hinge_bwd(HingeBwd<'a>) flop |s| 2 * s.x.dims.numel() => {
     /// Any shape; act.
     x: In<'a>,
     /// `[1]`; acc; as in the forward.
@@ -805,7 +805,7 @@ losses: hinge_bwd(HingeBwd<'a>) flop |s| 2 * s.x.dims.numel() => {
 }
 /// New LeCAM averages: `out = decay * ema + (1 - decay) * (mean(real), mean(fake))`. An average whose new value
 /// is not finite keeps its old one.
-losses: lecam_update(LecamUpdate<'a>) flop |s| 2 * s.real.dims.numel() => {
+loss: lecam_update(LecamUpdate<'a>) flop |s| 2 * s.real.dims.numel() => {
     /// Any shape; act.
     real: In<'a>,
     /// Any shape; act.
@@ -818,7 +818,7 @@ losses: lecam_update(LecamUpdate<'a>) flop |s| 2 * s.real.dims.numel() => {
     decay: f64,
 }
 /// LeCAM: `loss += scale * (sum relu(real - ema[1])^2 + sum relu(ema[0] - fake)^2)`.
-losses: lecam_fwd(LecamFwd<'a>) flop |s| 6 * s.real.dims.numel() => {
+loss: lecam_fwd(LecamFwd<'a>) flop |s| 6 * s.real.dims.numel() => {
     /// Any shape; act.
     real: In<'a>,
     /// Any shape; act.
@@ -831,7 +831,7 @@ losses: lecam_fwd(LecamFwd<'a>) flop |s| 6 * s.real.dims.numel() => {
     loss: Acc<'a>,
 }
 /// Gradient of `lecam_fwd`; the averages are constants.
-losses: lecam_bwd(LecamBwd<'a>) flop |s| 6 * s.real.dims.numel() => {
+loss: lecam_bwd(LecamBwd<'a>) flop |s| 6 * s.real.dims.numel() => {
     /// Any shape; act.
     real: In<'a>,
     /// Any shape; act.

@@ -8,19 +8,22 @@ pub mod abi;
 mod contract;
 pub mod cpu;
 pub mod cuda;
+mod dims;
+mod dtype;
 mod plan;
-mod state;
+mod slot;
 
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Dims};
 pub use contract::*;
 pub use cpu::{Cpu, KernelTime};
 #[cfg(ett_cuda)]
 pub use cuda::Cuda;
+pub use dims::Dims;
+pub use dtype::{DType, Element, Precision, to_bf16};
 pub use plan::{KernelCount, Plan, Target};
-pub use state::{Slot, StepState};
+pub use slot::Slot;
 
 /// What a buffer is for; memory is reported by role.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -9,13 +9,16 @@ use clap::{Args, Parser, Subcommand};
 use ett::backend::{self, Cpu, Kernels, Target};
 use ett::config::Config;
 use ett::error::{Error, Result};
+use ett::eval::HeldOut;
+use ett::io::{run_config, written};
 use ett::terminal::{self, Output};
 use ett::train::{self, Ending, Finished, RunOptions};
+use ett::{interrupt, report};
 
-/// Train ETT (End-to-End Vision Tokenizer Tuning): a vision tokenizer, a language model, and the training that tunes
-/// the one through the other.
+/// Train ETT (End-to-End Vision Tokenizer Tuning): a vision tokenizer and a language model, with the tokenizer tuned
+/// through the language model's loss.
 ///
-/// Without a command, the demo: all stages on built-in pictures in a few minutes, into runs/demo.
+/// Without a command, run the demo: all stages on built-in pictures in a few minutes, written to runs/demo.
 #[derive(Parser)]
 #[command(version, after_help = EXIT)]
 struct Cli {
@@ -23,13 +26,13 @@ struct Cli {
     command: Option<Command>,
 }
 
-const EXIT: &str = "Exit status: 0 done, or interrupted (Ctrl-C, SIGTERM) and saved; 1 failed, with the reason on \
-                    standard error; 2 wrong command line; 130 interrupted twice, or before the first step: \
+const EXIT: &str = "Exit status: 0 success, or interrupted (Ctrl-C, SIGTERM) and saved; 1 failure, with the reason on \
+                    standard error; 2 invalid command line; 130 interrupted twice or before the first step, with \
                     nothing saved.";
 
 #[derive(Args)]
 struct Common {
-    /// auto (a GPU if it has all kernels that the run needs, else the CPU), cpu, cuda or cuda:N.
+    /// auto (a GPU if it has all kernels that the run needs, otherwise the CPU), cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]
     device: String,
     /// No progress bars.
@@ -50,31 +53,32 @@ enum Command {
         /// Weights to start from (safetensors, public names).
         #[arg(long)]
         init: Option<PathBuf>,
-        /// Change a configuration value: --set train.seed=2, --set stage.0.steps=100. Paths are relative to the
-        /// working directory, those in the file to the file's folder.
+        /// Change a configuration value: --set train.seed=2, --set stage.0.steps=100. Paths given here are relative
+        /// to the working directory, those in the file to the file's folder.
         #[arg(long = "set", value_name = "KEY=VALUE")]
         set: Vec<String>,
         #[command(flatten)]
         common: Common,
-        /// Print sizes, memory by role, operations and the largest batch of each stage on --device, and train nothing;
-        /// a GPU that is named need not be there.
+        /// Instead of training, print sizes, memory by role, operations and the largest batch of each stage on
+        /// --device; a GPU named there need not be present.
         #[arg(long)]
         plan: bool,
-        /// With --plan: memory to fill, such as 80GiB; default: what the device has free.
+        /// With --plan: memory to fill, such as 80GiB; default: the device's free memory.
         #[arg(long, requires = "plan")]
         memory: Option<String>,
-        /// Print where the time went, kernel by kernel, after the run (CPU).
+        /// After the run, print the time spent in each kernel (CPU only).
         #[arg(long)]
         profile: bool,
     },
-    /// Go on with an interrupted run from its last checkpoint; if only the evaluation is left, do that.
+    /// Continue an interrupted run from its last checkpoint; if only the evaluation is left, run it.
     Resume {
         /// The run folder.
         run: PathBuf,
         #[command(flatten)]
         common: Common,
     },
-    /// Run one semantic-stage step on given weights and a given batch and write everything down (docs/check.md).
+    /// Run one semantic-stage step on given weights and a given batch, and write all results to a file
+    /// (docs/check.md).
     Check {
         /// Configuration file (TOML).
         #[arg(long)]
@@ -85,7 +89,7 @@ enum Command {
         /// Batch (safetensors: input.image, input.text).
         #[arg(long)]
         batch: PathBuf,
-        /// Where losses, activations, gradients and updated weights go (safetensors).
+        /// Output file for losses, activations, gradients and updated weights (safetensors).
         #[arg(long)]
         dump: PathBuf,
         /// f64, f32 or bf16.
@@ -124,10 +128,11 @@ fn run(command: Option<Command>) -> Result<()> {
             let cfg = Config::load(&config, &set)?;
             let name = config
                 .file_stem()
-                .ok_or_else(|| Error::data(&config, "has no file name to call the run by; give --out"))?;
+                .ok_or_else(|| Error::data(&config, "has no file name to name the run after; give --out"))?;
             let out = out.unwrap_or_else(|| PathBuf::from("runs").join(name));
-            let o = RunOptions { out: &out, init: init.as_deref(), quiet: common.quiet };
-            train::interrupt::install()?;
+            let o =
+                RunOptions { out: &out, init: init.as_deref(), quiet: common.quiet, evaluation: &HeldOut };
+            interrupt::install()?;
             if !profile {
                 done(&out, &train::run(&cfg, device(&common.device, &cfg)?, &o)?);
                 return Ok(());
@@ -137,14 +142,14 @@ fn run(command: Option<Command>) -> Result<()> {
             }
             let dev = Arc::new(Cpu::new(cfg.train.threads)?.profiled());
             let finished = train::run(&cfg, dev.clone(), &o)?;
-            Output::default().put(&train::profile_table(&dev));
+            Output::default().put(&report::profile_table(&dev));
             done(&out, &finished);
             Ok(())
         }
         Some(Command::Resume { run, common }) => {
-            train::interrupt::install()?;
-            let cfg = train::run_config(&run)?;
-            done(&run, &train::resume(&run, device(&common.device, &cfg)?, common.quiet)?);
+            interrupt::install()?;
+            let cfg = run_config(&run)?;
+            done(&run, &train::resume(&run, device(&common.device, &cfg)?, common.quiet, &HeldOut)?);
             Ok(())
         }
         Some(Command::Check { config, weights, batch, dump, dtype, device }) => {
@@ -155,23 +160,23 @@ fn run(command: Option<Command>) -> Result<()> {
     }
 }
 
-/// All stages on built-in pictures, in the next free folder.
+/// Runs all stages on built-in pictures in the next free folder.
 fn demo() -> Result<()> {
     let cfg = Config::demo()?;
     let out = free("demo")?;
     let intro = "The demo (configs/demo.toml) trains all stages on built-in pictures, into";
     Output::default().line(format!("{intro} {}.", out.display()));
-    train::interrupt::install()?;
-    let o = RunOptions { out: &out, init: None, quiet: false };
+    interrupt::install()?;
+    let o = RunOptions { out: &out, init: None, quiet: false, evaluation: &HeldOut };
     let finished = device("auto", &cfg).and_then(|dev| train::run(&cfg, dev, &o)).inspect_err(|_| {
-        // If the run has left nothing in it.
+        // Removes the folder only if the run has left it empty.
         let _ = std::fs::remove_dir(&out);
     })?;
     done(&out, &finished);
     Ok(())
 }
 
-/// Makes the first folder runs/NAME, runs/NAME-2 and so on that is not there.
+/// Creates the first of the folders runs/NAME, runs/NAME-2 and so on that does not exist.
 fn free(name: &str) -> Result<PathBuf> {
     let runs = Path::new("runs");
     std::fs::create_dir_all(runs).map_err(Error::io(runs))?;
@@ -193,7 +198,7 @@ fn device(name: &str, cfg: &Config) -> Result<Arc<dyn Kernels>> {
     }
 }
 
-/// What to plan for, and, if asked for, the memory that it has free. A device that is named need not be there.
+/// The target of a plan and, if `free`, the free memory of its device. A device given by name need not be present.
 fn planned(name: &str, cfg: &Config, free: bool) -> Result<(Target, Option<u64>)> {
     if name == "auto" {
         let (target, dev) = train::choose_device(cfg)?;
@@ -206,13 +211,13 @@ fn planned(name: &str, cfg: &Config, free: bool) -> Result<(Target, Option<u64>)
     match backend::open(name, cfg.train.threads) {
         Ok(dev) => Ok((target, dev.available())),
         Err(e) => {
-            tracing::info!("no largest batch without --memory ({e})");
+            tracing::info!("the plan leaves out the largest batch; give --memory ({e})");
             Ok((target, None))
         }
     }
 }
 
-/// Says how a run ended. What it has trained is on the disk by now, so that it does not matter if nobody hears it.
+/// Prints how a run ended. The results are on disk by now, so that failing to print them does no harm.
 fn done(out: &Path, finished: &Finished) {
     let mut text = Output::default();
     text.put(&finished.table());
@@ -231,7 +236,7 @@ fn done(out: &Path, finished: &Finished) {
         Ending::Whole => {}
     }
     text.line(format!("written to {}:", out.display()));
-    for (file, what) in train::written(out) {
+    for (file, what) in written(out) {
         text.line(format!("  {file:<22} {what}"));
     }
 }

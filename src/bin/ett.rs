@@ -7,19 +7,19 @@ use clap::{Args, Parser, Subcommand};
 use ett::backend;
 use ett::data::{Format, Image, Skipped, grid, pictures, read_text, save, trimmed};
 use ett::error::{Error, Result};
-use ett::eval::{psnr, ssim};
+use ett::eval::{evaluate_run, psnr, ssim};
 use ett::files;
 use ett::infer::{Sampling, Trained};
+use ett::io::{Skill, inspect};
 use ett::terminal::{self, Output, one_line, paragraphs};
-use ett::train::Skill;
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Use a model trained by ett-train: reconstruct, describe, question, draw and evaluate.
+/// Use a model trained by ett-train: reconstruct, describe, ask, draw and evaluate.
 #[derive(Parser)]
 #[command(
     version,
-    after_help = "Exit status: 0 done; 1 failed, with the reason on standard error, of several pictures after all others \
-                  were done; 2 wrong command line."
+    after_help = "Exit status: 0 success; 1 failure, with the reason on standard error (with several pictures, after all \
+                  others are done); 2 invalid command line."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -31,7 +31,7 @@ struct Model {
     /// Folder of a run, or one of its checkpoints.
     #[arg(long)]
     run: PathBuf,
-    /// Use the averages of the tokenizer's weights (of runs that kept them).
+    /// Use the averages of the tokenizer's weights (only for runs that kept them).
     #[arg(long)]
     ema: bool,
     /// CPU threads; 0: one per core.
@@ -43,7 +43,7 @@ struct Model {
 }
 
 impl Model {
-    /// The model, with a warning if no stage has taught it what it is asked for.
+    /// Opens the model and warns if no stage has trained it for `skill`.
     fn open(&self, skill: Option<Skill>) -> Result<Trained> {
         let model = Trained::open(&self.run, backend::open(&self.device, self.threads)?, self.ema)?;
         if let Some(what) = skill.and_then(|skill| model.lacks(skill)) {
@@ -55,20 +55,20 @@ impl Model {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Encode and decode pictures; write each beside its reconstruction.
+    /// Encode and decode pictures; write originals and reconstructions side by side.
     Reconstruct {
         #[command(flatten)]
         model: Model,
         /// PNG, JPEG or WebP files, or folders of them.
         #[arg(required = true)]
         images: Vec<PathBuf>,
-        /// The picture to write (.png, .jpg or .webp): one row a picture, original left, reconstruction right.
+        /// Output picture (.png, .jpg or .webp), one row per picture: original left, reconstruction right.
         #[arg(long, default_value = "reconstruction.png")]
         out: PathBuf,
-        /// A folder for the reconstructions alone, one PNG each.
+        /// Folder for the reconstructions alone, one PNG each.
         #[arg(long, value_name = "FOLDER")]
         each: Option<PathBuf>,
-        /// Longest side in pixels; larger pictures are made smaller.
+        /// Longest side in pixels; larger pictures are scaled down.
         #[arg(long, default_value_t = 512, allow_negative_numbers = true)]
         max_side: usize,
     },
@@ -89,53 +89,53 @@ enum Command {
         /// The question.
         question: String,
     },
-    /// Draw pictures; write them as a sheet with a row a prompt.
+    /// Draw pictures; write them as a sheet with one row per prompt.
     Generate {
         #[command(flatten)]
         model: Model,
         /// What to draw.
         #[arg(required_unless_present = "file")]
         prompts: Vec<String>,
-        /// File with more prompts, one a line.
+        /// File with more prompts, one per line.
         #[arg(long = "prompts", value_name = "FILE")]
         file: Option<PathBuf>,
-        /// The picture to write (.png, .jpg or .webp).
+        /// Output picture (.png, .jpg or .webp).
         #[arg(long, default_value = "generated.png")]
         out: PathBuf,
-        /// Pictures a prompt.
+        /// Pictures per prompt.
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..), allow_negative_numbers = true)]
         count: u16,
-        /// Divides the logits: below 1 the likely becomes likelier, 0 always takes the best code.
+        /// Divisor of the logits: below 1 makes likely codes more likely; 0 always takes the most likely one.
         #[arg(long, default_value_t = Sampling::default().temperature, allow_negative_numbers = true)]
         temperature: f64,
-        /// Choose among this many of the best codes; 0: all.
+        /// Sample from this many of the most likely codes; 0: all.
         #[arg(long, default_value_t = Sampling::default().top_k, allow_negative_numbers = true)]
         top_k: usize,
-        /// Choose among the best codes that together have this probability.
+        /// Of those, sample from the most likely that together have this probability.
         #[arg(long, default_value_t = Sampling::default().top_p, allow_negative_numbers = true)]
         top_p: f64,
-        /// How much the prompt counts: 1 as in training, more overstates it.
+        /// Classifier-free guidance: 1 as in training; higher values exaggerate the prompt.
         #[arg(long, default_value_t = Sampling::default().guidance, allow_negative_numbers = true)]
         guidance: f64,
-        /// Seed of the draws.
+        /// Seed of the random numbers.
         #[arg(long, default_value_t = Sampling::default().seed, allow_negative_numbers = true)]
         seed: u64,
     },
-    /// Evaluate on held-out pictures: PSNR, SSIM, LPIPS or what stands in for it, codebook use, captions, answers, codes.
+    /// Evaluate on held-out pictures: PSNR, SSIM, LPIPS (or its stand-in), codebook use, captions, answers, codes.
     Eval {
         #[command(flatten)]
         model: Model,
-        /// A folder of pictures; default: the run's own held-out ones.
+        /// Folder of pictures; default: the run's held-out ones.
         #[arg(long)]
         data: Option<PathBuf>,
-        /// How many pictures; default: the run's data.eval_samples.
+        /// Number of pictures; default: the run's data.eval_samples.
         #[arg(long, allow_negative_numbers = true)]
         samples: Option<usize>,
         /// Folder for eval.json and pictures; default: eval in the run folder.
         #[arg(long)]
         out: Option<PathBuf>,
     },
-    /// Say what a run folder, a checkpoint or a safetensors file holds.
+    /// Show the contents of a run folder, a checkpoint or a safetensors file.
     Inspect {
         /// Folder or file.
         path: PathBuf,
@@ -145,7 +145,7 @@ enum Command {
     },
 }
 
-/// Pictures of a sheet.
+/// Maximum number of pictures on a sheet.
 const SHOWN: usize = 64;
 
 fn main() -> ExitCode {
@@ -160,7 +160,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Fails if a picture could not be written there, before there is any work in it.
+/// Fails if a picture could not be written to this path; called before the work starts.
 fn writable(out: &Path) -> Result<()> {
     Format::of(out)?;
     files::probe(out)
@@ -175,7 +175,7 @@ fn run(command: Command) -> Result<()> {
                 std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
             }
             let model = model.open(Some(Skill::Reconstruct))?;
-            // Only what is shown is kept.
+            // Only the pictures on the sheet are kept in memory.
             let mut pairs = Vec::new();
             let done = one_by_one(
                 &images,
@@ -189,7 +189,7 @@ fn run(command: Command) -> Result<()> {
                     if pairs.len() < SHOWN {
                         pairs.push((original, rec));
                     }
-                    // The pictures are written, whoever reads of them.
+                    // A failure to print is ignored: the pictures are the result.
                     say.line(format!("{}: PSNR {psnr:.2} dB, SSIM {ssim:.4}", path.display()));
                     Ok(true)
                 },
@@ -208,13 +208,14 @@ fn run(command: Command) -> Result<()> {
         }
         Command::Eval { model, data, samples, out } => {
             let out = out.unwrap_or_else(|| model.run.join("eval"));
-            for (name, value) in model.open(None)?.evaluate(data.as_deref(), samples, &out)?.rows() {
+            let mut trained = model.open(None)?;
+            for (name, value) in evaluate_run(&mut trained, data.as_deref(), samples, &out)?.rows() {
                 say.line(format!("  {name:<46} {value}"));
             }
             say.line(format!("written to {}", out.display()));
         }
         Command::Inspect { path, tensors } => {
-            say.put(&ett::train::inspect(&path, tensors)?);
+            say.put(&inspect(&path, tensors)?);
         }
         Command::Caption { model, images } => {
             let model = model.open(Some(Skill::Caption))?;
@@ -247,7 +248,7 @@ fn run(command: Command) -> Result<()> {
                 let text = read_text(&path)?;
                 prompts.extend(text.lines().filter(|l| !trimmed(l).is_empty()).map(String::from));
                 if prompts.is_empty() {
-                    return Err(Error::data(&path, "holds no prompt; write one a line"));
+                    return Err(Error::data(&path, "holds no prompt; write one per line"));
                 }
             }
             let count = usize::from(count);
@@ -258,7 +259,7 @@ fn run(command: Command) -> Result<()> {
                 bar.set_position(done as u64);
             })?;
             bar.finish_and_clear();
-            // A single picture is written as it is, ready to be described.
+            // A single picture is written without a margin, so that it can be passed to other commands.
             let sheet = match &images[..] {
                 [one] => one.clone(),
                 all => grid(&all.chunks(count).map(|row| row.iter().collect()).collect::<Vec<_>>(), 2)?,
@@ -270,14 +271,14 @@ fn run(command: Command) -> Result<()> {
     say.finish()
 }
 
-/// What became of the pictures of a command line.
+/// Number of pictures of a command line, and those that were skipped.
 struct Done {
     pictures: usize,
     skipped: Skipped,
 }
 
 impl Done {
-    /// Fails if some could not be used.
+    /// Fails if some pictures could not be used.
     fn complain(self, given: &[PathBuf]) -> Result<()> {
         match (self.skipped.count, given.first()) {
             (0, _) | (_, None) => Ok(()),
@@ -290,8 +291,8 @@ impl Done {
     }
 }
 
-/// Decodes the pictures of files and folders one after another, shows each to the model and gives the outcome to `put`,
-/// which says whether to go on. Pictures that cannot be used are left out.
+/// Decodes the pictures of files and folders one by one, applies `model` to each and passes the outcome to `put`,
+/// which returns whether to continue. Pictures that cannot be used are skipped.
 fn one_by_one<T>(
     given: &[PathBuf],
     model: impl Fn(&Image) -> Result<T>,
@@ -309,7 +310,7 @@ fn one_by_one<T>(
                     break;
                 }
             }
-            // Of the picture, not of the model.
+            // Errors of the picture, not of the model.
             Err(e @ (Error::Data { .. } | Error::Io { .. } | Error::Argument { arg: "image", .. })) => {
                 done.skipped.add(path, e.reason(path));
             }

@@ -1,4 +1,4 @@
-//! The pictures of a data set at training size, in memory as far as they fit.
+//! The pictures of a data set at training size, held in memory up to a limit.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,43 +11,43 @@ use serde::Serialize;
 use super::draw::Drawing;
 use super::folder::Sample;
 use super::image::{Crop, Image, cut, fit_shorter};
-use super::rng::Philox;
 use crate::error::{Error, Result};
+use crate::rng::Philox;
 
-/// How many pictures are decoded before the memory in use is looked at again.
+/// Pictures decoded between two checks of the memory in use.
 const CHUNK: usize = 256;
 const NAMED: usize = 5;
-/// How often loading says how far it is.
+/// Time between two progress messages while loading.
 const TOLD: Duration = Duration::from_secs(5);
 
-/// How pictures are brought to training size.
+/// How pictures are brought to the training size.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoadOptions {
     /// Side of the square pictures, in pixels.
     pub size: usize,
-    /// Which square is cut out.
+    /// Which square is cropped.
     pub crop: Crop,
-    /// Mirrors half of the pictures left to right.
+    /// Mirrors a random half of the pictures left to right.
     pub flip: bool,
-    /// Most bytes of pictures kept in memory; the rest is decoded again at each use.
+    /// Limit of the memory for pictures, in bytes; the remaining pictures are decoded again at each use.
     pub memory: u64,
-    /// Most pictures: the first ones that can be used.
+    /// Maximum number of pictures: the first usable ones are taken.
     pub most: usize,
 }
 
 impl LoadOptions {
-    /// Central squares of `size`, not mirrored, all of them, up to 4 GiB in memory.
+    /// Central squares of `size` pixels, not mirrored; all pictures, up to 4 GiB of them in memory.
     pub fn new(size: usize) -> Self {
         LoadOptions { size, crop: Crop::Centre, flip: false, memory: 4 << 30, most: usize::MAX }
     }
 }
 
-/// What could not be used.
+/// Files and lines that could not be used.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Skipped {
     /// How many.
     pub count: usize,
-    /// The first five in the order of the data set, each with the reason.
+    /// The first five in the order of the data set, each with its reason.
     pub first: Vec<(PathBuf, String)>,
 }
 
@@ -72,7 +72,7 @@ impl Skipped {
     }
 }
 
-/// What [`ImageSet::get`] gives.
+/// A picture returned by [`ImageSet::get`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct Drawn {
     /// Index of the sample in its data set.
@@ -81,16 +81,15 @@ pub struct Drawn {
     pub image: Image,
 }
 
-/// The pictures of a data set at training size, three bytes a pixel.
+/// The pictures of a data set at training size, three bytes per pixel.
 ///
-/// Pictures that cannot be used are left out. Whether a picture is in memory or decoded at each use
-/// makes no difference to its values.
+/// Unusable pictures are left out. A picture has the same values whether it is held in memory or decoded at each use.
 #[derive(Debug)]
 pub struct ImageSet {
     root: PathBuf,
     options: LoadOptions,
     entries: Vec<Entry>,
-    /// Samples that were looked at.
+    /// Samples examined so far.
     total: usize,
     bytes: u64,
     bad: Mutex<BTreeMap<usize, (PathBuf, String)>>,
@@ -108,7 +107,7 @@ enum Picture {
     OnDisk(PathBuf),
 }
 
-/// A picture whose shorter side has the training size; cut to the square already if the cut is fixed.
+/// A picture whose shorter side has the training size; already cropped to the square if the crop is fixed.
 #[derive(Debug)]
 struct Small {
     height: u32,
@@ -117,9 +116,9 @@ struct Small {
 }
 
 impl ImageSet {
-    /// Decodes the pictures of `samples` on all cores, in their order, until the memory allowed is used
-    /// up; those after that are decoded when they are asked for. Unusable ones are skipped and counted;
-    /// it is an error, about `root`, if they are more than half.
+    /// Decodes the pictures of `samples` on all cores, in their order, until the memory limit is reached; the
+    /// pictures after that are decoded when they are requested. Unusable pictures are skipped and counted; if they
+    /// are more than half, an error about `root` is returned.
     pub fn load(root: &Path, samples: &[Sample], options: LoadOptions) -> Result<Self> {
         let mut entries = Vec::new();
         let mut bad = BTreeMap::new();
@@ -129,7 +128,7 @@ impl ImageSet {
         }
         let (mut total, mut told) = (0, Instant::now());
         while total < samples.len() && entries.len() < options.most {
-            // What is on disk costs nothing, and nobody knows yet how much of it can be used.
+            // Pictures left on disk take no memory, and the number of usable ones among them is not known yet.
             let chunk = match full {
                 true => total..samples.len(),
                 false => total..samples.len().min(total + CHUNK.min(options.most - entries.len())),
@@ -153,7 +152,7 @@ impl ImageSet {
                 let path = &samples[sample].image;
                 match small {
                     Ok(small) => {
-                        // Once one does not fit, decoding the rest now would be for nothing.
+                        // After the first picture that does not fit, decoding the others now would be wasted.
                         full |= bytes + small.rgb.len() as u64 > options.memory;
                         let picture = match full {
                             true => Picture::OnDisk(path.clone()),
@@ -178,8 +177,8 @@ impl ImageSet {
         Ok(set)
     }
 
-    /// Draws pictures `0..n` on all cores and keeps them all in memory; with them come their samples. `name` stands
-    /// for them in messages, where that of a folder would.
+    /// Generates pictures `0..n` on all cores, keeps all of them in memory, and returns them with their samples.
+    /// Messages use `name` in place of a folder.
     pub fn draw(
         name: &Path,
         n: usize,
@@ -215,7 +214,7 @@ impl ImageSet {
         self.bytes
     }
 
-    /// How many pictures are decoded at each use.
+    /// The number of pictures that are decoded at each use.
     pub fn on_disk(&self) -> usize {
         self.entries.iter().filter(|e| matches!(e.picture, Picture::OnDisk(_))).count()
     }
@@ -225,30 +224,30 @@ impl ImageSet {
         self.entries.get(index).map(|e| e.sample)
     }
 
-    /// What was skipped so far: at loading, and since then among the pictures decoded at each use.
+    /// Pictures skipped so far: while loading, and since then while decoding at each use.
     pub fn skipped(&self) -> Skipped {
         let bad = self.bad.lock().unwrap_or_else(PoisonError::into_inner);
         Skipped { count: bad.len(), first: bad.values().take(NAMED).cloned().collect() }
     }
 
-    /// Picture `index` of `0..len()`, cut and mirrored with random numbers from `rng`.
+    /// Picture `index` of `0..len()`, cropped and mirrored with random numbers from `rng`.
     ///
-    /// If it has to be decoded now and cannot be, it is counted as skipped and the next one that can be
-    /// used takes its place; [`Drawn::sample`] tells which it was.
+    /// If the picture has to be decoded now and cannot be, it is counted as skipped and the next usable one takes its
+    /// place; [`Drawn::sample`] tells which one was used.
     pub fn get(&self, index: usize, rng: &mut Philox) -> Result<Drawn> {
         let others = (index.saturating_add(1)..self.len()).chain(0..index.min(self.len()));
         self.first(std::iter::once(index).chain(others), rng)
     }
 
-    /// As [`ImageSet::get`] the first picture of `indices` that can be used.
+    /// Like [`ImageSet::get`], for the first usable picture of `indices`.
     pub fn first(&self, indices: impl IntoIterator<Item = usize>, rng: &mut Philox) -> Result<Drawn> {
         self.find(&mut indices.into_iter(), rng)?.ok_or_else(|| {
-            let what = "none of the pictures asked for can be used; put them back or correct the folder";
+            let what = "none of the requested pictures can be used; put them back or correct the folder";
             Error::data(&self.root, what)
         })
     }
 
-    /// The first `n` pictures that can be used, or as many as there are, each once.
+    /// The first `n` usable pictures, each once, or all of them if there are fewer.
     pub fn take(&self, n: usize, rng: &mut Philox) -> Result<Vec<Drawn>> {
         let (mut left, mut all) = (0..self.len(), Vec::new());
         while all.len() < n {
@@ -258,7 +257,7 @@ impl ImageSet {
         Ok(all)
     }
 
-    /// The first picture of `indices` that can be used, if there is one.
+    /// The first usable picture of `indices`, if there is one.
     fn find(&self, indices: &mut dyn Iterator<Item = usize>, rng: &mut Philox) -> Result<Option<Drawn>> {
         let LoadOptions { size, crop, flip, .. } = self.options;
         for index in indices {
@@ -315,7 +314,7 @@ impl Picture {
 
 impl Small {
     fn open(path: &Path, size: usize, crop: Crop) -> Result<Self> {
-        // Opening a pipe would wait for whoever writes into it.
+        // Opening a pipe would block until another process writes to it.
         match std::fs::metadata(path).map_err(Error::io(path))?.file_type() {
             kind if kind.is_file() || kind.is_dir() => Self::new(Image::open(path)?, size, crop),
             _ => Err(Error::data(path, "this is a device or a pipe, not a picture")),
@@ -346,7 +345,7 @@ mod tests {
     use crate::data::save_png;
     use crate::data::scratch::Scratch;
 
-    /// `n` pictures of different sizes, of which those in `broken` are no pictures.
+    /// Writes `n` pictures of different sizes; the files listed in `broken` are not pictures.
     fn folder(dir: &Scratch, n: usize, broken: &[usize]) -> Folder {
         for i in 0..n {
             let name = format!("{i:03}.png");

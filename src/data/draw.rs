@@ -1,24 +1,24 @@
-//! Pictures drawn by the program: what scenes and words share.
+//! Generated pictures: what scenes and words share.
 
 use font8x8::{BASIC_FONTS, UnicodeFonts};
 
 use super::folder::Sample;
 use super::image::Image;
-use super::rng::{Philox, Purpose};
+use crate::rng::{Philox, Purpose};
 
-/// Samples a side of a pixel, for smooth edges.
+/// Samples along each side of a pixel, for smooth edges.
 const FINE: usize = 4;
-/// One in so many is held out.
+/// One in this many is held out.
 const HELD_OUT: u32 = 6;
 /// Rows and columns of a letter.
 pub(super) const LETTER: usize = 8;
 
-/// Which part of the built-in data.
+/// A part of the built-in data: training or held out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Split {
     /// To train on.
     Train,
-    /// Held out: what these pictures show occurs in no training picture.
+    /// Held out: the combinations or words of these pictures occur in no training picture.
     Test,
 }
 
@@ -30,7 +30,7 @@ impl Split {
         }
     }
 
-    /// The part that a kind of picture belongs to, by a fixed hash of its number.
+    /// The part that a combination or word belongs to, by a fixed hash of its number.
     pub(super) fn of(number: u64) -> Self {
         match Philox::at(0, (Purpose::Split as u64) << 32, number)[0] % HELD_OUT {
             0 => Split::Test,
@@ -38,7 +38,7 @@ impl Split {
         }
     }
 
-    /// The random numbers of picture `index`.
+    /// The random number stream of picture `index`.
     pub(super) fn rng(self, seed: u64, index: usize) -> Philox {
         let purpose = match self {
             Split::Train => Purpose::TrainPicture,
@@ -48,12 +48,12 @@ impl Split {
     }
 }
 
-/// A built-in picture and what is said about it.
+/// A built-in picture and its texts.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Drawing {
     /// The picture.
     pub image: Image,
-    /// Caption, drawing prompt, questions; `image` is a name as `scenes/train/17`.
+    /// Caption, drawing prompt and questions; `image` is a name such as `scenes/train/17`.
     pub sample: Sample,
 }
 
@@ -130,29 +130,31 @@ impl Colour {
         }
     }
 
-    /// Whether thin strokes are clear on a dark background; those of other colours are on a light one.
+    /// Whether thin strokes are legible on a dark background; strokes of the other colours are legible on a light
+    /// one.
     pub fn light(self) -> bool {
         matches!(self, Colour::Green | Colour::Yellow | Colour::Cyan)
     }
 
-    /// One of its shades.
+    /// A random shade of the colour.
     pub fn shade(self, rng: &mut Philox) -> Rgb {
         let brightness = around(rng, 0.1);
         self.rgb().map(|c| ((1.0 + brightness) * c + around(rng, 0.03)).clamp(0.0, 1.0))
     }
 }
 
-/// A grey that is far from every colour: dark, or light.
+/// A dark or light grey, far from every colour.
 pub(super) fn background(rng: &mut Philox, dark: bool) -> Rgb {
     let grey = if dark { 0.1 } else { 0.9 } + around(rng, 0.05);
     [grey; 3].map(|c| c + around(rng, 0.015))
 }
 
-/// Middle grey, from which colours differ by their hue: on black, say, all of them are first of all brighter, and a
-/// tokenizer is long content with that. It is the same everywhere, so that no codes are spent on shades of nothing.
+/// Middle grey: the colours differ from it mainly in hue. On black, all of them would differ mainly in brightness,
+/// and a tokenizer would long be satisfied with reproducing that. The grey is uniform so that no codes are spent on
+/// shades of the background.
 pub(super) const MIDDLE_GREY: Rgb = [0.5; 3];
 
-/// Uniform within `range` of 0.
+/// Uniform in `[-range, range)`.
 pub(super) fn around(rng: &mut Philox, range: f64) -> f64 {
     (2.0 * rng.uniform() - 1.0) * range
 }
@@ -168,7 +170,8 @@ pub(super) fn pick_other<T: Copy + PartialEq>(rng: &mut Philox, items: &[T], not
     pick(rng, &others)
 }
 
-/// A question whose answer is yes as often as no: `ask(item)`, about `truth` or about one of the others.
+/// A question whose answer is yes or no with equal probability: `ask(item)`, about `truth` or about one of the other
+/// items.
 pub(super) fn yes_or_no<T: Copy + PartialEq>(
     rng: &mut Philox,
     items: &[T],
@@ -181,7 +184,7 @@ pub(super) fn yes_or_no<T: Copy + PartialEq>(
     }
 }
 
-/// A square picture in the making; lengths in pixels.
+/// A square picture being drawn; lengths are in pixels.
 pub(super) struct Canvas {
     size: usize,
     rgb: Vec<Rgb>,
@@ -192,7 +195,7 @@ impl Canvas {
         Canvas { size, rgb: vec![background; size * size] }
     }
 
-    /// Draws a shape around (x, y); what lies outside of the picture is cut off.
+    /// Draws a shape around (x, y), clipped to the picture.
     pub fn shape(&mut self, shape: Shape, (x, y): (f64, f64), radius: f64, colour: Rgb) {
         let range = |c: f64| {
             let clamped = |v: f64| v.clamp(0.0, self.size as f64) as usize;
@@ -214,7 +217,7 @@ impl Canvas {
         }
     }
 
-    /// Writes `word` with its top left corner at (left, top), every dot of a letter `scale` pixels a side.
+    /// Writes `word` with its top left corner at (left, top); each dot of a letter is `scale` pixels a side.
     pub fn word(&mut self, word: &str, (left, top): (usize, usize), scale: usize, colour: Rgb) {
         for (i, letter) in word.chars().enumerate() {
             let rows = BASIC_FONTS.get(letter).unwrap_or_default();

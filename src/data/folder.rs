@@ -1,4 +1,4 @@
-//! Folder data sets: pictures in a folder, with captions and questions where there are any.
+//! Folder data sets: pictures in a folder, optionally with captions and questions.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -8,37 +8,39 @@ use std::path::{Component, Path, PathBuf};
 use serde::Deserialize;
 use unicode_normalization::UnicodeNormalization;
 
-use super::cache::Skipped;
+use super::cache::{ImageSet, Skipped};
 use super::plain::{read_text, trimmed};
+use super::source::{DataSet, DataSource, Wanted};
 use crate::error::{Error, Result};
 
-/// What says which pictures a folder holds, the first that there is.
+/// Metadata files that list the pictures of a folder, in order of precedence.
 const METADATA: [&str; 2] = ["metadata.jsonl", "metadata.csv"];
-/// Names of pictures. Some are of formats that are not read: they are told like other broken pictures.
+/// Extensions of picture files. Some of these formats cannot be decoded: such files are reported like broken
+/// pictures.
 const EXTENSIONS: [&str; 22] = [
     "png", "apng", "jpg", "jpeg", "jpe", "jfif", "jif", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif",
     "heic", "heif", "jxl", "jp2", "tga", "ppm", "pgm", "pnm",
 ];
-/// Folders inside folders beyond this depth are taken for a loop of links.
+/// Maximum nesting of folders; anything deeper is taken for a loop of links.
 const MAX_DEPTH: usize = 32;
 const WANTED: &str = "wanted {\"file_name\": \"...\", \"text\": \"...\", \"prompt\": \"...\", \"qa\": [[\"question\", \
                       \"answer\"]]} with all but file_name optional";
 
-/// One picture and what is said about it.
+/// One picture and its texts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sample {
     /// The picture's file, or the name of a built-in picture.
     pub image: PathBuf,
     /// Its caption.
     pub caption: Option<String>,
-    /// What to draw, where that is not said as the caption says it.
+    /// What to draw, if it is worded differently from the caption.
     pub prompt: Option<String>,
     /// Questions about it, each with its answer.
     pub qa: Vec<(String, String)>,
 }
 
 impl Sample {
-    /// What a model is told to draw: the prompt, or else the caption.
+    /// The text from which a model draws the picture: the prompt, or else the caption.
     pub fn drawing_prompt(&self) -> Option<&str> {
         self.prompt.as_deref().or(self.caption.as_deref())
     }
@@ -52,22 +54,60 @@ impl Sample {
 /// {"file_name": "images/0.png", "text": "a blue circle", "prompt": "draw a blue circle", "qa": [["what color is it?", "blue"]]}
 /// ```
 ///
-/// `text`, `prompt` and `qa` may be absent, `file_name` is relative to the metadata's folder and stays inside it,
-/// other keys are ignored. A `metadata.csv` with the columns `file_name`, `text` and `prompt` does the same. A folder
-/// without either holds every file in it that is named like a picture, sorted by name; a `.txt` file of the same stem
-/// is the picture's caption. Folders inside are read likewise, by their own metadata if they have one; names that
-/// begin with a dot are passed over.
+/// `text`, `prompt` and `qa` are optional. `file_name` is relative to the folder of the metadata and must stay inside
+/// it. Other keys are ignored. A `metadata.csv` with the columns `file_name`, `text` and `prompt` works the same way.
+/// A folder without metadata holds every file with the extension of a picture, sorted by name; a `.txt` file of the
+/// same stem is the picture's caption. Subfolders are read likewise, by their own metadata if they have any; names
+/// that begin with a dot are skipped.
 ///
-/// Whether a picture is there and can be used is not looked at: [`super::ImageSet::load`] does. A name is found in
-/// whichever way its accents are composed, and with backslashes for slashes.
+/// Listing does not check whether a picture exists and can be decoded; [`super::ImageSet::load`] does. A file name
+/// matches in any Unicode normalization of its accents, and backslashes match slashes.
 #[derive(Debug, Clone)]
 pub struct Folder {
     /// The folder.
     pub root: PathBuf,
-    /// Its samples, in an order that depends on names and metadata alone.
+    /// Its samples, in an order that depends on names and metadata only.
     pub samples: Vec<Sample>,
-    /// Files and lines that are no part of it, with the reasons.
+    /// Files and lines that are not part of the data set, with the reasons.
     pub ignored: Skipped,
+}
+
+/// Pictures of folders.
+pub(super) struct FromFolder;
+
+impl DataSource for FromFolder {
+    fn name(&self) -> &'static str {
+        "folder"
+    }
+
+    fn smallest_drawn(&self) -> Option<usize> {
+        None
+    }
+
+    fn open(&self, part: &Wanted) -> Result<DataSet> {
+        let path = part.folder.unwrap_or(Path::new(""));
+        let Folder { root, samples, ignored } = Folder::open(path)?;
+        if ignored.count > 0 {
+            tracing::warn!("{}: {} are ignored: {}", path.display(), ignored.count, ignored.names());
+        }
+        let images = ImageSet::load(&root, &samples, part.options.clone())?;
+        let skipped = images.skipped();
+        if skipped.count > 0 {
+            let of = samples.len();
+            let names = skipped.names();
+            tracing::warn!("{}: {} of {of} pictures are skipped: {names}", path.display(), skipped.count);
+        }
+        if images.on_disk() > 0 {
+            tracing::info!(
+                "{}: {} pictures are kept in memory ({} MiB), {} are decoded at each use; data.cache_mib changes this",
+                path.display(),
+                images.len() - images.on_disk(),
+                images.bytes() >> 20,
+                images.on_disk()
+            );
+        }
+        Ok(DataSet { root, samples, images })
+    }
 }
 
 #[derive(Default, Deserialize)]
@@ -113,7 +153,7 @@ impl Folder {
     }
 }
 
-/// The pictures that `paths` name: files as they are, folders as [`Folder::open`] lists them.
+/// The pictures that `paths` name: files as they are, folders as listed by [`Folder::open`].
 pub fn pictures(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut all = Vec::new();
     for path in paths {
@@ -125,12 +165,12 @@ pub fn pictures(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     Ok(all)
 }
 
-/// What a folder holds, as far as it has been read.
+/// What has been found in a folder so far.
 #[derive(Default)]
 struct Found {
     samples: Vec<Sample>,
     ignored: Skipped,
-    /// Captions that are no text.
+    /// Caption files that are not text.
     unreadable: Vec<(PathBuf, String)>,
 }
 
@@ -155,7 +195,7 @@ impl Found {
         }
     }
 
-    /// A folder without metadata.
+    /// Reads a folder without metadata.
     fn plain(&mut self, folder: &Path, depth: usize) -> Result<()> {
         let mut paths = Vec::new();
         for entry in fs::read_dir(folder).map_err(Error::io(folder))? {
@@ -177,14 +217,14 @@ impl Found {
             } else if has_extension(&path, &["txt"]) {
                 captions.push(path);
             } else {
-                self.ignored.add(&path, "it is not named like a picture");
+                self.ignored.add(&path, "its name does not end like that of a picture");
             }
         }
         let mut stems: Vec<PathBuf> =
             self.samples[first..].iter().map(|s| s.image.with_extension("txt")).collect();
         stems.sort();
         for path in captions.iter().filter(|p| stems.binary_search(p).is_err()) {
-            self.ignored.add(path, "there is no picture of this name");
+            self.ignored.add(path, "there is no picture with this stem");
         }
         Ok(())
     }
@@ -207,7 +247,7 @@ impl Found {
                 continue;
             }
             let line = parse(text).map_err(|e| {
-                // serde counts lines inside the one line that it was given.
+                // serde_json counts lines within the single line that it was given.
                 let reason = e.to_string();
                 let reason = reason.split(" at line ").next().unwrap_or_default();
                 let what = format!("line {}: {reason} (column {}); {WANTED}", i + 1, e.column());
@@ -256,7 +296,7 @@ impl Found {
         Ok(())
     }
 
-    /// A line of metadata.
+    /// Adds the sample of one line of metadata.
     fn line(
         &mut self,
         folder: &Path,
@@ -291,7 +331,7 @@ fn has_extension(path: &Path, known: &[&str]) -> bool {
     path.extension().is_some_and(|e| known.iter().any(|known| e.eq_ignore_ascii_case(known)))
 }
 
-/// A text without the blanks around it, if anything is left.
+/// The text without surrounding whitespace, unless it is empty.
 fn said(text: Option<String>) -> Option<String> {
     text.map(|t| trimmed(&t).to_string()).filter(|t| !t.is_empty())
 }
@@ -301,7 +341,7 @@ fn is_inside(name: &str) -> bool {
     !name.is_empty() && !name.contains('\0') && Path::new(name).components().all(inside)
 }
 
-/// A line of JSON, also as Python writes numbers that are none.
+/// Parses a line of JSON, accepting the NaN and infinities that Python writes.
 fn parse(text: &str) -> serde_json::Result<Line> {
     serde_json::from_str(text).or_else(|e| match without_nan(text) {
         Some(text) => serde_json::from_str(&text),
@@ -309,14 +349,14 @@ fn parse(text: &str) -> serde_json::Result<Line> {
     })
 }
 
-/// The text with `null` for NaN and the infinities outside strings, if there are any.
+/// The text with NaN and infinities outside strings replaced by `null`; `None` if there are none.
 fn without_nan(text: &str) -> Option<String> {
     let (mut out, mut rest, mut quoted, mut found) = (String::new(), text, false, false);
     while let Some(c) = rest.chars().next() {
         let name = ["NaN", "Infinity", "-Infinity"].into_iter().find(|n| !quoted && rest.starts_with(n));
         let taken = match (name, c) {
             (Some(name), _) => name.len(),
-            // What follows is part of the string, a quote too.
+            // The escaped character belongs to the string, even if it is a quote.
             (None, '\\') => 1 + rest[1..].chars().next().map_or(0, char::len_utf8),
             (None, c) => c.len_utf8(),
         };
@@ -328,15 +368,15 @@ fn without_nan(text: &str) -> Option<String> {
     found.then_some(out)
 }
 
-/// Finds files by names that may be written otherwise than in their folder.
+/// Finds files whose names may be spelled differently in the metadata and in the file system.
 #[derive(Default)]
 struct Names {
-    /// Of folders in which a name was missed: their names, accents composed.
+    /// The names in each folder where a lookup failed, keyed by their composed form (NFC).
     listed: HashMap<PathBuf, HashMap<String, OsString>>,
 }
 
 impl Names {
-    /// The file that `name` means in `folder`; if there is none, where it should be.
+    /// The file that `name` refers to in `folder`; if there is none, the path where it was expected.
     fn find(&mut self, folder: &Path, name: &str) -> PathBuf {
         let direct = folder.join(name);
         if is_there(&direct) {
@@ -358,7 +398,7 @@ impl Names {
         at
     }
 
-    /// The name in `folder` that reads like `part`.
+    /// The name in `folder` that equals `part` after composition (NFC).
     fn composed(&mut self, folder: &Path, part: &str) -> Option<&OsString> {
         if !self.listed.contains_key(folder) {
             let entries = fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.file_name());
@@ -369,7 +409,7 @@ impl Names {
     }
 }
 
-/// True if there is a file, a folder or a link, even one that leads nowhere.
+/// True for a file, a folder or a link, even a dangling one.
 fn is_there(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok()
 }
@@ -421,7 +461,7 @@ mod tests {
         }
         dir.write("a.txt", "ein Kreis, größer\n".as_bytes());
         dir.write("sub/c.txt", b" \n");
-        // A folder of its own metadata inside.
+        // A subfolder with its own metadata.
         dir.write("z/f.png", b"");
         dir.write("z/g.png", b"");
         dir.write("z/metadata.jsonl", b"{\"file_name\": \"g.png\", \"text\": \"g\"}\n");
@@ -546,7 +586,7 @@ mod tests {
             dir.write("metadata.csv", csv.as_bytes());
             assert!(error(&dir).contains(want), "{}", error(&dir));
         }
-        // Lines go before a table.
+        // JSON lines take precedence over a table.
         dir.write(JSONL, b"{\"file_name\": \"c.png\"}");
         let folder = Folder::open(dir.root()).unwrap();
         assert_eq!((folder.samples.len(), folder.ignored.count), (1, 1));

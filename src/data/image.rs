@@ -1,4 +1,4 @@
-//! Pictures on the host: decoding, resizing, cropping, saving.
+//! Pictures on the host: decoding, resizing and cropping.
 
 use std::fs::File;
 use std::io::{Cursor, Read};
@@ -9,17 +9,16 @@ use fast_image_resize::images::{Image as Target, ImageRef as Source};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
 
 use super::jpeg;
-use super::rng::Philox;
 use crate::error::{Error, Result};
+use crate::rng::Philox;
 
 /// Longest side that is decoded, in pixels.
 const MAX_SIDE: u32 = 16384;
-/// Most bytes that a decoder may hold, its output included: 89 million RGB pixels. No file may be larger.
+/// Maximum memory of a decoder in bytes, its output included: 89 million RGB pixels. Also the maximum file size.
 const MAX_BYTES: u64 = 256 << 20;
-/// Bytes that tell a format.
+/// Bytes from which a format is recognised.
 const MAGIC: u64 = 64;
-/// A longer side beyond this many shorter sides is refused: fitted by its shorter side, such a strip
-/// would grow without bound.
+/// Maximum aspect ratio. A longer strip, fitted by its shorter side, would grow without bound.
 const MAX_ASPECT: usize = 64;
 
 /// An RGB picture, values in [-1, 1] (black to white).
@@ -37,10 +36,10 @@ pub struct Image {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Deserialize, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Crop {
-    /// The middle one.
+    /// The crop in the middle.
     #[default]
     Centre,
-    /// A uniformly random one, for training.
+    /// A uniformly random crop, for training.
     Random,
 }
 
@@ -50,12 +49,13 @@ impl Image {
         Image { height, width, pixels: vec![value; height * width * 3] }
     }
 
-    /// Decodes a PNG, JPEG or WebP file; the format is told by its content, not by its name. EXIF
-    /// orientation is applied, transparency is flattened on white, 16-bit values are rounded to 8 bits;
-    /// of an animation the first frame is taken.
+    /// Decodes a PNG, JPEG or WebP file; the format is recognised by the content, not by the name. EXIF orientation
+    /// is applied, transparency is flattened onto white, and 16-bit values are rounded to 8 bits. Of an animation,
+    /// the first frame is taken.
     ///
-    /// Pictures with a side over 16384 pixels, or that need more than 256 MiB to decode, are refused, and so are files
-    /// that are cut or have holes, as far as their format lets it be known: a WebP with losses has no checksum.
+    /// Pictures with a side over 16384 pixels, or that need more than 256 MiB to decode, are refused. So are files
+    /// that are truncated or have holes, as far as their format allows this to be detected: a lossy WebP has no
+    /// checksum.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let bytes = read(path)?;
@@ -73,7 +73,7 @@ impl Image {
             ImageError::Limits(_) => too_large(path),
             e => broken(&e),
         })?;
-        // The decoders of these two are lenient.
+        // The decoders of these two formats accept incomplete files.
         match format {
             ImageFormat::Jpeg => jpeg::check(&bytes).map_err(|why| broken(&why))?,
             ImageFormat::WebP => whole_riff(&bytes).map_err(|why| broken(&why))?,
@@ -86,9 +86,9 @@ impl Image {
         Ok(image)
     }
 
-    /// Values rounded to bytes, [-1, 1] to 0 to 255; others are clamped, NaN is black.
+    /// Values rounded to bytes, [-1, 1] to 0 to 255; values outside are clamped and NaN becomes black.
     pub fn to_u8(&self) -> Vec<u8> {
-        // `as` saturates and takes NaN to 0.
+        // `as` saturates and converts NaN to 0.
         self.pixels.iter().map(|&x| ((x + 1.0) * 127.5).round() as u8).collect()
     }
 
@@ -118,7 +118,7 @@ fn unit(byte: f32) -> f32 {
     byte / 127.5 - 1.0
 }
 
-/// The bytes of a picture's file; of a file that is none, its beginning.
+/// The bytes of a picture file; only the beginning if the file is not a picture.
 fn read(path: &Path) -> Result<Vec<u8>> {
     let io = |e| Error::io(path)(e);
     let file = File::open(path).map_err(io)?;
@@ -136,7 +136,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     }
 }
 
-/// The format that a file's first bytes tell, if it is one that is read; otherwise what is wrong.
+/// The format given by the first bytes of a file, if it can be decoded; otherwise what is wrong.
 fn format(bytes: &[u8]) -> std::result::Result<ImageFormat, String> {
     match ::image::guess_format(bytes) {
         Ok(format @ (ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP)) => Ok(format),
@@ -151,11 +151,11 @@ fn format(bytes: &[u8]) -> std::result::Result<ImageFormat, String> {
 
 fn too_large(path: &Path) -> Error {
     let most = MAX_BYTES >> 20;
-    let what = format!("this picture is too large, sides up to {MAX_SIDE} pixels and {most} MiB are decoded");
+    let what = format!("this picture is too large; the limits are {MAX_SIDE} pixels per side and {most} MiB");
     Error::data(path, what)
 }
 
-/// Fails if a RIFF file, which names its size, is shorter.
+/// Fails if a RIFF file is shorter than the size in its header.
 fn whole_riff(bytes: &[u8]) -> std::result::Result<(), String> {
     let size = bytes.get(4..8).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes);
     let (got, want) = (bytes.len() as u64, u64::from(size) + 8);
@@ -194,8 +194,8 @@ fn flatten(image: DynamicImage) -> Image {
     Image { height, width, pixels }
 }
 
-/// A `size` x `size` picture for training: the shorter side is resized to `size` (antialiased bicubic),
-/// then a square is cut out. With `flip`, half of the pictures are mirrored left to right.
+/// A `size` x `size` picture for training: the shorter side is resized to `size` (antialiased bicubic), then a square
+/// is cropped. With `flip`, a random half of the pictures is mirrored left to right.
 ///
 /// Random numbers are drawn from `rng` for [`Crop::Random`] and for `flip` only.
 pub fn fit(image: &Image, size: usize, crop: Crop, flip: bool, rng: &mut Philox) -> Result<Image> {
@@ -212,7 +212,7 @@ pub(super) fn fit_shorter(image: &Image, size: usize) -> Result<Option<Image>> {
     let (short, long) = (image.height.min(image.width), image.height.max(image.width));
     if long > MAX_ASPECT * short {
         let got = format!("{}x{}", image.height, image.width);
-        let want = format!("a picture at most {MAX_ASPECT} times as long as it is wide");
+        let want = format!("a picture whose longer side is at most {MAX_ASPECT} times the shorter");
         return Err(Error::arg("fit", "image", got, want));
     }
     if short == size {
@@ -222,7 +222,7 @@ pub(super) fn fit_shorter(image: &Image, size: usize) -> Result<Option<Image>> {
     resize(image, scaled(image.height), scaled(image.width)).map(Some)
 }
 
-/// A square of side `size` out of a picture that holds one.
+/// Crops a square of side `size` from a picture that is at least that large.
 pub(super) fn cut(image: &Image, size: usize, crop: Crop, flip: bool, rng: &mut Philox) -> Image {
     let (spare_y, spare_x) = (image.height - size, image.width - size);
     let (top, left) = match crop {
@@ -242,8 +242,8 @@ pub(super) fn cut(image: &Image, size: usize, crop: Crop, flip: bool, rng: &mut 
     Image { height: size, width: size, pixels }
 }
 
-/// The whole picture at nearly its own aspect ratio: scaled down so that no side is over `max_side`
-/// (never up, but for rounding), each side rounded to a multiple of `multiple`.
+/// The whole picture at nearly its own aspect ratio: scaled down so that no side exceeds `max_side` (never up, except
+/// by rounding), with each side rounded to a multiple of `multiple`.
 pub fn fit_multiple(image: &Image, max_side: usize, multiple: usize) -> Result<Image> {
     image.check("fit_multiple")?;
     if !(1..=MAX_SIDE as usize).contains(&multiple) {
@@ -275,7 +275,7 @@ fn resize(image: &Image, height: usize, width: usize) -> Result<Image> {
     let bytes = bytemuck::cast_slice_mut(&mut out.pixels);
     let mut target = Target::from_slice_u8(width as u32, height as u32, bytes, PixelType::F32x3)
         .map_err(|e| failed(&e))?;
-    // Convolution widens the filter when it shrinks a picture: that is the antialiasing.
+    // Convolution widens the filter when it shrinks a picture, which gives the antialiasing.
     let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom));
     Resizer::new().resize(&source, &mut target, &options).map_err(|e| failed(&e))?;
     // Bicubic overshoots at edges.
@@ -283,8 +283,8 @@ fn resize(image: &Image, height: usize, width: usize) -> Result<Image> {
     Ok(out)
 }
 
-/// Pictures laid out in rows, `gap` white pixels around and between them. A row is as high as its
-/// highest picture, a column as wide as its widest; smaller pictures stand at the top left of their cell.
+/// Pictures laid out in rows, with `gap` white pixels around and between them. A row is as high as its highest
+/// picture, a column as wide as its widest; smaller pictures are placed at the top left of their cell.
 pub fn grid(rows: &[Vec<&Image>], gap: usize) -> Result<Image> {
     for image in rows.iter().flatten() {
         image.check("grid")?;
@@ -324,7 +324,7 @@ mod tests {
         Philox::new(1, 0)
     }
 
-    /// A picture whose every pixel differs from its neighbours.
+    /// A picture in which every pixel differs from its neighbours.
     fn ramp(height: usize, width: usize) -> Image {
         let rgb: Vec<u8> = (0..height * width * 3).map(|i| (i * 37 % 256) as u8).collect();
         Image::from_u8(height, width, &rgb).unwrap()
@@ -409,7 +409,7 @@ mod tests {
         assert!(text("half.png").contains("cannot be decoded"), "{}", text("half.png"));
         ::image::RgbImage::new(MAX_SIDE + 1, 1).save(dir.path("wide.png")).unwrap();
         assert!(text("wide.png").contains("too large"), "{}", text("wide.png"));
-        // A header that promises 16384 x 16384 pixels is refused before anything is allocated.
+        // A header that declares 16384 x 16384 pixels is refused before anything is allocated.
         let mut bomb = whole[..33].to_vec();
         bomb[16..24].copy_from_slice(&[0, 0, 0x40, 0, 0, 0, 0x40, 0]);
         let crc = crc32(&bomb[12..29]);
@@ -431,7 +431,7 @@ mod tests {
             ("restart.jpg", include_bytes!("../../tests/pictures/restart.jpg").to_vec(), true),
             ("cmyk.jpg", include_bytes!("../../tests/pictures/cmyk.jpg").to_vec(), true),
             ("a.png", std::fs::read(dir.path("a.png")).unwrap(), true),
-            // Neither kind has a checksum.
+            // Neither lossless nor lossy WebP has a checksum.
             ("a.webp", std::fs::read(dir.path("a.webp")).unwrap(), false),
             ("lossy.webp", include_bytes!("../../tests/pictures/lossy.webp").to_vec(), false),
         ];
@@ -537,7 +537,7 @@ mod tests {
 
     #[test]
     fn shrinking_is_antialiased() {
-        // Columns of one pixel, black and white: without a widened filter they would alias.
+        // Black and white columns, each one pixel wide: without a widened filter they would alias.
         let pixels = (0..64 * 64 * 3).map(|i| if i / 3 % 2 == 0 { -1.0 } else { 1.0 }).collect();
         let image = Image { height: 64, width: 64, pixels };
         let small = fit(&image, 8, Crop::Centre, false, &mut rng()).unwrap();

@@ -1,18 +1,18 @@
-//! Whether the compressed data of a JPEG are whole (ITU-T T.81). Decoders fill what is missing with grey and say
-//! nothing, so every Huffman code is read once more here, without computing a pixel.
+//! Checks that the compressed data of a JPEG are complete (ITU-T T.81). Decoders silently fill missing data with
+//! grey, so every Huffman code is read once more here, without computing a pixel.
 
-/// Bytes beyond a scan's last block that are taken for padding. Some cameras write a few.
+/// Extra bytes after the last block of a scan that are accepted as padding. Some cameras write a few.
 const PADDING: usize = 8;
 /// Bits of a code that are looked up at once; longer codes are searched.
 const LOOKUP: u32 = 9;
 
-/// Fails if the first picture in `bytes`, a JPEG, does not reach its end marker, or if its data are not exactly its
-/// blocks. Files that are coded in other ways than baseline, extended or progressive Huffman are not looked at.
+/// Fails if the first picture in `bytes`, a JPEG, does not reach its end marker, or if its data do not match its
+/// blocks exactly. Only baseline, extended and progressive Huffman coding is checked; other files pass.
 pub(super) fn check(bytes: &[u8]) -> Result<(), String> {
     Jpeg::default().read(bytes)
 }
 
-/// What is known of a picture from its headers and scans so far.
+/// What the headers and scans read so far say about a picture.
 #[derive(Default)]
 struct Jpeg {
     tables: [[Option<Huffman>; 4]; 2],
@@ -28,19 +28,19 @@ struct Component {
     id: u8,
     /// Blocks of an MCU: columns and rows.
     sampling: (usize, usize),
-    /// Blocks that the picture covers, columns and rows; these are what a scan of this component alone holds.
+    /// Blocks that the picture covers, columns and rows; a scan of this component alone holds exactly these.
     blocks: (usize, usize),
     /// Blocks in a row of whole MCUs.
     stride: usize,
-    /// For each block, the coefficients that are not zero, by their place in the zigzag order. Later progressive scans
-    /// hold a bit for each of them.
+    /// For each block, a bit mask of the non-zero coefficients in zigzag order. Later progressive scans hold one bit
+    /// for each of them.
     nonzero: Vec<u64>,
     seen: bool,
 }
 
 /// A scan's parameters.
 struct Scan {
-    /// Component, DC table and AC table.
+    /// Component, DC table and AC table of each component of the scan.
     of: Vec<(usize, usize, usize)>,
     /// First and last coefficient.
     band: (usize, usize),
@@ -64,7 +64,7 @@ impl Jpeg {
             match marker {
                 0xC0..=0xC2 => self.frame(body, marker == 0xC2).ok_or("its frame header is broken")?,
                 0xC3 | 0xC5..=0xC7 | 0xC9..=0xCB | 0xCD..=0xCF => return Ok(()),
-                0xC4 => self.huffman(body).ok_or("a table of its codes is broken")?,
+                0xC4 => self.huffman(body).ok_or("a Huffman table is broken")?,
                 0xDD => self.restart_interval = number(body).ok_or("its restart interval is broken")?,
                 0xDA => {
                     let scan = self.scan(body).ok_or("a scan's header is broken")?;
@@ -136,7 +136,7 @@ impl Jpeg {
             true => (usize::from(first), usize::from(last)),
             false => (0, 63),
         };
-        // Of several components only the mean values can be together in a progressive scan.
+        // In a progressive scan, only DC coefficients can be interleaved.
         let together = !self.progressive || of.len() == 1 || band == (0, 0);
         let mixed = self.progressive && band.0 == 0 && band.1 > 0;
         (!of.is_empty() && together && !mixed && band.0 <= band.1 && band.1 < 64).then_some(Scan {
@@ -146,7 +146,7 @@ impl Jpeg {
         })
     }
 
-    /// Reads a scan's data from `at` on; where they end.
+    /// Reads the data of a scan from `at` and returns where they end.
     fn data(&mut self, bytes: &[u8], at: usize, scan: &Scan) -> Result<usize, String> {
         let (columns, rows) = match scan.of[..] {
             [(alone, ..)] => self.components[alone].blocks,
@@ -166,12 +166,12 @@ impl Jpeg {
                 (bits, run) = (Bits { bytes, at: next, buffer: 0, held: 0 }, 0);
             }
             self.mcu(&mut bits, scan, (mcu % columns, mcu / columns), &mut run)
-                .ok_or_else(|| format!("its data break off or are broken after {mcu} of {total} units"))?;
+                .ok_or_else(|| format!("its data end early or are broken after {mcu} of {total} units"))?;
         }
         bits.end()
     }
 
-    /// Reads the blocks of an MCU; nothing if the data end before, or cannot be.
+    /// Reads the blocks of an MCU; `None` if the data end early or are invalid.
     fn mcu(&mut self, bits: &mut Bits, scan: &Scan, at: (usize, usize), run: &mut usize) -> Option<()> {
         for &(component, dc, ac) in &scan.of {
             let c = &mut self.components[component];
@@ -198,7 +198,7 @@ impl Jpeg {
 
 const CUT: &str = "it ends before its end marker";
 
-/// The marker at or after `at`, and where it ends.
+/// The next marker at or after `at`, and the position after it.
 fn marker(bytes: &[u8], mut at: usize) -> Result<(u8, usize), String> {
     loop {
         match (bytes.get(at), bytes.get(at + 1)) {
@@ -237,7 +237,7 @@ fn baseline(bits: &mut Bits, dc: &Huffman, ac: &Huffman) -> Option<()> {
     Some(())
 }
 
-/// A band of coefficients for the first time. `run` counts blocks to come without any.
+/// First scan of a band of coefficients. `run` counts the blocks still to come that have none.
 fn first(
     bits: &mut Bits,
     ac: &Huffman,
@@ -270,7 +270,7 @@ fn first(
     Some(())
 }
 
-/// One bit more of a band's coefficients.
+/// Refinement scan: one more bit of the coefficients of a band.
 fn refine(
     bits: &mut Bits,
     ac: &Huffman,
@@ -290,7 +290,7 @@ fn refine(
             }
             _ => bits.skip(1)?,
         }
-        // Each coefficient that is passed has its bit here; zeros are counted.
+        // Each non-zero coefficient that is passed has a bit here; zeros are counted.
         while k <= band.1 {
             if *nonzero >> k & 1 == 1 {
                 bits.skip(1)?;
@@ -317,17 +317,17 @@ fn refine(
     Some(())
 }
 
-/// A table of prefix codes.
+/// A table of Huffman codes.
 struct Huffman {
-    /// Length and symbol of the code that a word of [`LOOKUP`] bits begins with; length 0: none so short.
+    /// Length and symbol of the code that begins a word of [`LOOKUP`] bits; length 0 if the code is longer.
     short: Vec<(u8, u8)>,
-    /// For each length from 1: the code after the last one, and what to add to a code for the place of its symbol.
+    /// For each length from 1: one past the last code, and the offset from a code to the index of its symbol.
     ends: [(i32, i32); 16],
     symbols: Vec<u8>,
 }
 
 impl Huffman {
-    /// `counts` of codes by length from 1, and their symbols in order.
+    /// `counts` holds the number of codes of each length from 1; `symbols` are in the order of the codes.
     fn new(counts: &[u8], symbols: &[u8]) -> Option<Self> {
         let mut table =
             Huffman { short: vec![(0, 0); 1 << LOOKUP], ends: [(0, 0); 16], symbols: symbols.into() };
@@ -355,15 +355,15 @@ impl Huffman {
 /// The bits of a scan up to its next marker.
 struct Bits<'a> {
     bytes: &'a [u8],
-    /// The next byte.
+    /// Position of the next byte.
     at: usize,
-    /// Its lowest `held` bits are still to be read.
+    /// Its lowest `held` bits have not been read yet.
     buffer: u64,
     held: u32,
 }
 
 impl Bits<'_> {
-    /// Takes bytes in, up to the next marker.
+    /// Fills the buffer, stopping at the next marker.
     fn fill(&mut self) {
         while self.held <= 56 {
             let stuffed = match (self.bytes.get(self.at), self.bytes.get(self.at + 1)) {
@@ -413,7 +413,7 @@ impl Bits<'_> {
         None
     }
 
-    /// Where the next marker is; fails if more than padding lies before it.
+    /// The position of the next marker; fails if more than padding lies before it.
     fn end(&self) -> Result<usize, String> {
         let mut at = self.at;
         while !matches!((self.bytes.get(at), self.bytes.get(at + 1)), (Some(0xFF), Some(1..))) {
@@ -424,7 +424,7 @@ impl Bits<'_> {
         }
         match at - self.at + self.held as usize / 8 {
             0..=PADDING => Ok(at),
-            more => Err(format!("{more} bytes of its data belong to no block")),
+            more => Err(format!("{more} bytes follow the last block of a scan")),
         }
     }
 }
@@ -432,10 +432,10 @@ impl Bits<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::Philox;
+    use crate::rng::Philox;
 
-    /// Baseline with halved colours, progressive, both with restarts, without halving and with codes of its own, grey,
-    /// and four inks; written by libjpeg-turbo.
+    /// Baseline with subsampled chroma, progressive, both with restart markers, without subsampling and with its own
+    /// Huffman codes, grey, and CMYK; written by libjpeg-turbo.
     const PICTURES: [(&str, &[u8]); 7] = [
         ("baseline", include_bytes!("../../tests/pictures/baseline.jpg")),
         ("progressive", include_bytes!("../../tests/pictures/progressive.jpg")),
@@ -461,7 +461,7 @@ mod tests {
                 [&[0xFF, 0xE1], &(thumbnail.len() as u16 + 2).to_be_bytes()[..], thumbnail].concat();
             let with = [&jpeg[..2], &segment, &jpeg[2..], &[0; 40], b"\xff\xd8more"].concat();
             assert_eq!(check(&with), Ok(()), "{name}");
-            // Markers may be preceded by any number of FF.
+            // A marker may be preceded by any number of FF bytes.
             let end = jpeg.len() - 2;
             let filled = [&jpeg[..end], &[0xFF; 5], &jpeg[end..]].concat();
             assert_eq!(check(&filled), Ok(()), "{name}");
@@ -473,7 +473,8 @@ mod tests {
         for (name, jpeg) in PICTURES {
             for length in 0..jpeg.len() {
                 assert!(check(&jpeg[..length]).is_err(), "{name} cut to {length} of {}", jpeg.len());
-                // Closed again, as some programs do. After a whole progressive scan that is a picture too.
+                // With an end marker appended, as some programs do. Cut after a whole progressive scan, that is a
+                // complete picture.
                 let closed = [&jpeg[..length], &[0xFF, 0xD9]].concat();
                 let refused = check(&closed).is_err();
                 assert!(
@@ -509,7 +510,8 @@ mod tests {
                 for _ in 0..1 + rng.below(4) {
                     changed[rng.below(jpeg.len())] = rng.u32() as u8;
                 }
-                // Either is right, and sizes that do not fit in memory are refused by the decoder before.
+                // Either result is right. Sizes that do not fit in memory are refused by the decoder before this
+                // check.
                 if !huge(&changed) {
                     let _ = check(&changed);
                 }
@@ -517,7 +519,7 @@ mod tests {
         }
     }
 
-    /// Whether a frame header promises more pixels than tests should hold.
+    /// Whether a frame header declares more pixels than a test should allocate.
     fn huge(jpeg: &[u8]) -> bool {
         jpeg.windows(9).any(|w| {
             let pixels = || number(&w[5..]).unwrap_or(0) * number(&w[7..]).unwrap_or(0);

@@ -6,8 +6,8 @@ use crate::error::{Error, Result};
 
 const MARK: char = '\u{feff}';
 
-/// The text of a file without its byte order mark: UTF-8, or UTF-16 where the mark says so. What is no text is named
-/// by its line.
+/// The text of a file without its byte order mark: UTF-16 if the mark says so, UTF-8 otherwise. The error names the
+/// first line that is not text.
 pub fn read_text(path: &Path) -> Result<String> {
     let bytes = std::fs::read(path).map_err(Error::io(path))?;
     let wrong = |before: &[u8], what: &str| {
@@ -27,19 +27,19 @@ pub fn read_text(path: &Path) -> Result<String> {
         })?,
     };
     if let Some(at) = text.find('\0') {
-        return Err(wrong(&text.as_bytes()[..at], "this holds a NUL byte, which no text has"));
+        return Err(wrong(&text.as_bytes()[..at], "this holds a NUL byte, so it is not text"));
     }
     Ok(text.strip_prefix(MARK).map(String::from).unwrap_or(text))
 }
 
-/// UTF-16 of whole letters.
+/// Decodes UTF-16; `None` if it is invalid or ends within a unit.
 fn wide(bytes: &[u8], unit: fn([u8; 2]) -> u16) -> Option<String> {
     let (units, rest) = bytes.as_chunks();
     let units: Vec<u16> = units.iter().map(|&b| unit(b)).collect();
     String::from_utf16(&units).ok().filter(|_| rest.is_empty())
 }
 
-/// Text without blanks and byte order marks around it.
+/// The text without surrounding whitespace and byte order marks.
 pub fn trimmed(text: &str) -> &str {
     text.trim_matches(|c: char| c.is_whitespace() || c == MARK)
 }

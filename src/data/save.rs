@@ -1,4 +1,4 @@
-//! Pictures as files.
+//! Writing pictures to files.
 
 use std::io::Cursor;
 use std::path::Path;
@@ -10,22 +10,22 @@ use super::image::Image;
 use crate::error::{Error, Result};
 use crate::files;
 
-/// Of JPEGs, from 1 to 100.
+/// Quality of JPEGs, from 1 to 100.
 const QUALITY: u8 = 95;
 
-/// A format that pictures are written in, 8 bits a channel.
+/// A format in which pictures are written, 8 bits a channel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
-    /// Without loss.
+    /// Lossless.
     Png,
-    /// With a little loss.
+    /// Slightly lossy.
     Jpeg,
-    /// Without loss.
+    /// Lossless.
     WebP,
 }
 
 impl Format {
-    /// The format that a file's name asks for: PNG without an ending.
+    /// The format given by the extension of a file name; PNG if there is none.
     pub fn of(path: &Path) -> Result<Self> {
         let Some(ending) = path.extension() else { return Ok(Format::Png) };
         match ending.to_string_lossy().to_ascii_lowercase().as_str() {
@@ -40,8 +40,8 @@ impl Format {
     }
 }
 
-/// Writes a picture in the format of the file's ending, see [`Format::of`] and [`files::replace`]; values outside
-/// [-1, 1] are clamped.
+/// Writes a picture in the format given by the file's extension (see [`Format::of`] and [`files::replace`]); values
+/// outside [-1, 1] are clamped.
 pub fn save(path: impl AsRef<Path>, image: &Image) -> Result<()> {
     let path = path.as_ref();
     write(path, image, Format::of(path)?)

@@ -4,13 +4,14 @@ use std::path::PathBuf;
 
 use super::draw::{Canvas, Colour, Drawing, MIDDLE_GREY, Shape, Split, around, pick, yes_or_no};
 use super::folder::Sample;
-use super::rng::Philox;
+use super::source::{DRAWN, DataSet, DataSource, Wanted};
 use crate::error::{Error, Result};
+use crate::rng::Philox;
 
 /// Smallest side at which the shapes can be told apart, in pixels.
 const MIN_SIZE: usize = 16;
 const COUNTS: [&str; 3] = ["one", "two", "three"];
-/// How far shapes stray from their place, as a share of the side.
+/// Maximum displacement of shapes from their place, as a share of the side.
 const STRAY: f64 = 0.03;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,7 +71,7 @@ impl Place {
         }
     }
 
-    /// Its middle, as shares of the side from the left and from the top.
+    /// Its centre, as shares of the side from the left and from the top.
     fn middle(self) -> (f64, f64) {
         match self {
             Place::Left => (0.2, 0.5),
@@ -81,7 +82,7 @@ impl Place {
         }
     }
 
-    /// Whether shapes stand one below the other.
+    /// Whether several shapes are stacked vertically.
     fn upright(self) -> bool {
         matches!(self, Place::Left | Place::Right)
     }
@@ -98,7 +99,7 @@ struct Combination {
 }
 
 impl Combination {
-    /// All 720, each with its part of the data.
+    /// All 720 combinations, each with its part of the data.
     fn all() -> impl Iterator<Item = (Self, Split)> {
         let (shapes, colours, sizes) = (Shape::ALL.len(), Colour::ALL.len(), Size::ALL.len());
         (0..shapes * colours * sizes * COUNTS.len() * Place::ALL.len()).map(move |number| {
@@ -131,7 +132,7 @@ impl Combination {
         format!("{number} {size} {colour} {shape}{plural} {}", place.phrase())
     }
 
-    /// Every kind of question once, in random order.
+    /// One question of every kind, in random order.
     fn questions(&self, rng: &mut Philox) -> Vec<(String, String)> {
         let open = [
             ("what color?", self.colour.name()),
@@ -147,12 +148,12 @@ impl Combination {
         all
     }
 
-    /// The middles of the shapes and their radius, as shares of the side.
+    /// The centres of the shapes and their radius, as shares of the side.
     fn layout(&self, rng: &mut Philox) -> (Vec<(f64, f64)>, f64) {
         let radius = self.size.radius();
         let pitch = 2.05 * radius + 0.025;
         let half = radius + (self.count - 1) as f64 * pitch / 2.0;
-        // Along the row there is more room for fewer shapes.
+        // Fewer shapes leave more room along the row.
         let along = around(rng, (2.0 * STRAY).min(0.5 - half));
         let across = around(rng, STRAY);
         let (x, y) = self.place.middle();
@@ -167,11 +168,11 @@ impl Combination {
     }
 }
 
-/// Pictures of one to three equal shapes: circles, squares, triangles or crosses in six colours, two sizes and
-/// five places, on grey.
+/// Pictures of one to three equal shapes: circles, squares, triangles or crosses in six colours, two sizes and five
+/// places, on grey.
 ///
-/// Of the 720 combinations about one in six is held out, by a fixed hash: it occurs in test pictures only, though
-/// each of its values occurs in training. Place and shade vary a little from picture to picture.
+/// About one in six of the 720 combinations is held out, by a fixed hash: it occurs in test pictures only, though
+/// each of its attributes occurs in training. Place and shade vary a little from picture to picture.
 #[derive(Debug, Clone)]
 pub struct Scenes {
     size: usize,
@@ -180,8 +181,26 @@ pub struct Scenes {
     test: Vec<Combination>,
 }
 
+/// [`Scenes`] as a source of data.
+pub(super) struct FromScenes;
+
+impl DataSource for FromScenes {
+    fn name(&self) -> &'static str {
+        "scenes"
+    }
+
+    fn smallest_drawn(&self) -> Option<usize> {
+        Some(MIN_SIZE)
+    }
+
+    fn open(&self, part: &Wanted) -> Result<DataSet> {
+        let all = Scenes::new(part.options.size, DRAWN)?;
+        DataSet::drawn(self.name(), part, |i| all.get(part.split, i))
+    }
+}
+
 impl Scenes {
-    /// Scenes of `size` pixels a side, at least 16; 32 are plenty.
+    /// Scenes of `size` pixels per side, at least 16; 32 is plenty.
     pub fn new(size: usize, seed: u64) -> Result<Self> {
         if size < MIN_SIZE {
             return Err(Error::arg("Scenes::new", "size", size, format!("{MIN_SIZE} or more pixels")));
@@ -190,7 +209,7 @@ impl Scenes {
         Ok(Scenes { size, seed, train: part(Split::Train), test: part(Split::Test) })
     }
 
-    /// Picture `index` of a part of the data, the same whenever it is asked for; pictures repeat after 2^32.
+    /// Picture `index` of a part of the data, the same at every call; pictures repeat after 2^32.
     pub fn get(&self, split: Split, index: usize) -> Drawing {
         let (combination, canvas, rng) = self.draw(split, index);
         let caption = combination.caption();

@@ -1,4 +1,4 @@
-//! Text to token ids and back.
+//! Conversion between text and token ids.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,7 +11,7 @@ use tokenizers::models::ModelWrapper;
 use super::plain::read_text;
 use crate::error::{Error, Result};
 
-/// A special token. User text never encodes to one; they are put in by id.
+/// A special token. Text never encodes to one; special tokens are inserted by id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Special {
     /// `<|endoftext|>`: ends a text.
@@ -27,7 +27,7 @@ pub enum Special {
 }
 
 impl Special {
-    /// All special tokens in the order of their ids among bytes.
+    /// All special tokens, in the order of their ids in the byte tokenizer.
     pub const ALL: [Special; 5] =
         [Special::EndOfText, Special::ImStart, Special::ImEnd, Special::VisionStart, Special::VisionEnd];
 
@@ -49,11 +49,11 @@ const BYTES: i32 = 256;
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub enum TextTokenizer {
-    /// One token a byte of UTF-8, ids 0 to 255; then the special tokens in the order of
-    /// [`Special::ALL`], 256 to 260; then padding up to a vocabulary of 264.
+    /// One token per byte of UTF-8, ids 0 to 255, followed by the special tokens in the order of [`Special::ALL`],
+    /// 256 to 260, and padding up to a vocabulary of 264.
     #[default]
     Bytes,
-    /// What a `tokenizer.json` of Hugging Face says.
+    /// The tokenizer of a Hugging Face `tokenizer.json`.
     File(Arc<TokenizerFile>),
 }
 
@@ -63,16 +63,16 @@ pub struct TokenizerFile {
     inner: Tokenizer,
     /// Ids of [`Special::ALL`].
     special: [i32; Special::ALL.len()],
-    /// These and all other tokens that the file calls special.
+    /// Names of these and of all other tokens that the file marks as special.
     names: BTreeMap<i32, String>,
     vocabulary: usize,
 }
 
 impl TextTokenizer {
-    /// The tokenizer of a `tokenizer.json` of Hugging Face, bytes without one.
+    /// Opens a Hugging Face `tokenizer.json`; without a path, the byte tokenizer.
     ///
-    /// The file has to have all of [`Special::ALL`] as special tokens and to give the same ids whenever it is asked;
-    /// truncation and padding that it may ask for are left out.
+    /// The file must have all of [`Special::ALL`] as special tokens and encode deterministically. Its settings for
+    /// truncation and padding are ignored.
     pub fn open(path: Option<&Path>) -> Result<Self> {
         match path {
             None => Ok(TextTokenizer::Bytes),
@@ -80,7 +80,7 @@ impl TextTokenizer {
         }
     }
 
-    /// Rows of the embedding table, V: all ids are below it. Padded to a multiple of 8.
+    /// Rows of the embedding table, V, a multiple of 8; all ids are below it.
     pub fn vocabulary(&self) -> usize {
         match self {
             TextTokenizer::Bytes => (BYTES as usize + Special::ALL.len()).next_multiple_of(8),
@@ -96,7 +96,7 @@ impl TextTokenizer {
         }
     }
 
-    /// The ids of `text`. Names of special tokens in it are ordinary text.
+    /// The ids of `text`. Names of special tokens in the text are encoded as ordinary text.
     pub fn encode(&self, text: &str) -> Result<Vec<i32>> {
         match self {
             TextTokenizer::Bytes => Ok(text.bytes().map(i32::from).collect()),
@@ -104,13 +104,12 @@ impl TextTokenizer {
         }
     }
 
-    /// The text of `ids`, without special tokens and ids outside the vocabulary. Bytes that are not
-    /// UTF-8 become U+FFFD.
+    /// The text of `ids`, without special tokens and ids outside the vocabulary. Invalid UTF-8 becomes U+FFFD.
     pub fn decode(&self, ids: &[i32]) -> String {
         self.plain(&ids.iter().copied().filter(|&id| self.is_text(id)).collect::<Vec<_>>())
     }
 
-    /// The text of `ids` with special tokens by name; ids that mean nothing are shown as `<|id 263|>`.
+    /// The text of `ids` with special tokens by name; unknown ids are shown as `<|id 263|>`.
     pub fn decode_visible(&self, ids: &[i32]) -> String {
         let runs = ids.chunk_by(|&a, &b| self.is_text(a) == self.is_text(b));
         runs.map(|run| match self.is_text(run[0]) {
@@ -156,7 +155,7 @@ impl TextTokenizer {
     }
 }
 
-/// The part of the file that says which ids added tokens have.
+/// The part of the file that gives the ids of added tokens.
 #[derive(Deserialize)]
 struct Ids {
     #[serde(default)]
@@ -200,11 +199,11 @@ impl TokenizerFile {
         if i32::try_from(largest).is_err() {
             return Err(Error::data(path, format!("this tokenizer has the id {largest}, wanted below 2^31")));
         }
-        // The library numbers added tokens itself, whatever the file says.
+        // The library numbers added tokens itself and ignores the ids in the file.
         let file: Ids = serde_json::from_str(&text).map_err(|e| Error::data(path, e))?;
         if let Some(t) = file.added_tokens.iter().find(|t| inner.token_to_id(&t.content) != Some(t.id)) {
             let got = inner.token_to_id(&t.content).map_or("none".into(), |id| id.to_string());
-            let what = format!("gives {} the id {}, where the ids before leave {got}", t.content, t.id);
+            let what = format!("gives {} the id {}, which the library numbers {got}", t.content, t.id);
             return Err(Error::data(
                 path,
                 format!("this tokenizer {what}; number added tokens without gaps"),
@@ -246,7 +245,7 @@ mod tests {
     use super::*;
     use crate::data::scratch::Scratch;
 
-    /// Bytes with three merges that make ` red` one token, and special tokens after them.
+    /// Bytes with three merges that make ` red` one token, followed by the special tokens.
     fn small() -> Value {
         let mut letters: Vec<String> = ByteLevel::alphabet().iter().map(|c| c.to_string()).collect();
         letters.sort();
@@ -345,7 +344,7 @@ mod tests {
         let t = open(&dir, &small()).unwrap();
         assert_eq!(t.vocabulary(), 272);
         assert_eq!(Special::ALL.map(|s| t.special(s)), [259, 260, 261, 262, 263]);
-        // The file would cut texts to two tokens.
+        // The file asks for truncation to two tokens.
         assert_eq!(t.encode(" red red red").unwrap(), [258, 258, 258]);
         let ids = [262, 258, 264, 257, 266, -1, 265, 259];
         assert_eq!(t.decode(&ids), " redred<tool>");
@@ -353,7 +352,7 @@ mod tests {
             t.decode_visible(&ids),
             "<|vision_start|> red<|object|>red<|id 266|><|id -1|><tool><|endoftext|>"
         );
-        // Half a letter.
+        // The first byte of a two-byte character.
         let half = &t.encode("é").unwrap()[..1];
         assert_eq!(t.decode(half), "\u{fffd}");
     }

@@ -4,12 +4,13 @@ use std::path::PathBuf;
 
 use super::draw::{Canvas, Colour, Drawing, LETTER, Shape, Split, background, pick, pick_other, yes_or_no};
 use super::folder::Sample;
-use super::rng::Philox;
+use super::source::{DRAWN, DataSet, DataSource, Wanted};
 use crate::error::{Error, Result};
+use crate::rng::Philox;
 
-/// Smallest side that the longest words fit in, in pixels.
+/// Smallest side in which the longest words fit, in pixels.
 const MIN_SIZE: usize = 48;
-/// What stays free around everything, as a share of the side.
+/// The side divided by this is the margin left free on each side.
 const MARGIN: usize = 24;
 
 /// Common words of three to five letters.
@@ -49,10 +50,10 @@ const WORDS: &str = "\
     watch water wave week well west wet whale wheat wheel white whole wide wife wild win wind wing wire \
     wise wish wolf wood wool word work world worm write yard year young zebra zero";
 
-/// Pictures of one word, in some with a shape above or below it.
+/// Pictures of one word, some with a shape above or below it.
 ///
-/// About one word in six is held out, by a fixed hash: it occurs in test pictures only. Letters come from a
-/// bitmap font, every dot one or more whole pixels; place, size and shade vary.
+/// About one word in six is held out, by a fixed hash: it occurs in test pictures only. Letters come from a bitmap
+/// font, each dot being a square of whole pixels; place, size and shade vary.
 #[derive(Debug, Clone)]
 pub struct Words {
     size: usize,
@@ -77,7 +78,7 @@ impl Shown {
         }
     }
 
-    /// Every kind of question that the picture can answer once, in random order.
+    /// One question of every kind that the picture can answer, in random order.
     fn questions(&self, rng: &mut Philox) -> Vec<(String, String)> {
         let mut all: Vec<(String, String)> = vec![
             ("what does it say?".into(), self.word.into()),
@@ -93,7 +94,7 @@ impl Shown {
     }
 
     fn draw(&self, size: usize, rng: &mut Philox) -> Canvas {
-        // Thin strokes in a light colour need a dark background, and the other way round.
+        // Thin strokes in a light colour need a dark background, and vice versa.
         let mut canvas = Canvas::new(size, background(rng, self.colour.light()));
         let margin = size / MARGIN;
         let free = size - 2 * margin;
@@ -104,7 +105,7 @@ impl Shown {
         let top = match self.beside {
             None => margin + rng.below(free - height + 1),
             Some((shape, colour)) => {
-                // The word in one half, the shape in the other.
+                // The word is in one half, the shape in the other.
                 let half = size / 2 - margin;
                 let radius = size as f64 * (0.15 + 0.04 * rng.uniform());
                 let middle =
@@ -123,19 +124,37 @@ impl Shown {
     }
 }
 
+/// [`Words`] as a source of data.
+pub(super) struct FromWords;
+
+impl DataSource for FromWords {
+    fn name(&self) -> &'static str {
+        "words"
+    }
+
+    fn smallest_drawn(&self) -> Option<usize> {
+        Some(MIN_SIZE)
+    }
+
+    fn open(&self, part: &Wanted) -> Result<DataSet> {
+        let all = Words::new(part.options.size, DRAWN)?;
+        DataSet::drawn(self.name(), part, |i| all.get(part.split, i))
+    }
+}
+
 impl Words {
-    /// Words in pictures of `size` pixels a side, at least 48; 64 are plenty.
+    /// Words in pictures of `size` pixels per side, at least 48; 64 is plenty.
     pub fn new(size: usize, seed: u64) -> Result<Self> {
         if size < MIN_SIZE {
             return Err(Error::arg("Words::new", "size", size, format!("{MIN_SIZE} or more pixels")));
         }
-        // A word's letters are its number, so that it keeps its part when the list changes.
+        // The number of a word is made of its letters, so that the word keeps its part when the list changes.
         let number = |word: &str| word.bytes().fold(0, |n, letter| n << 8 | u64::from(letter));
         let part = |split| WORDS.split_whitespace().filter(|w| Split::of(number(w)) == split).collect();
         Ok(Words { size, seed, train: part(Split::Train), test: part(Split::Test) })
     }
 
-    /// Picture `index` of a part of the data, the same whenever it is asked for; pictures repeat after 2^32.
+    /// Picture `index` of a part of the data, the same at every call; pictures repeat after 2^32.
     pub fn get(&self, split: Split, index: usize) -> Drawing {
         let mut rng = split.rng(self.seed, index);
         let words = match split {
@@ -206,8 +225,8 @@ mod tests {
         assert!(train.is_disjoint(&test));
     }
 
-    /// The word as it stands in the picture, read by comparing with the font: whatever the place, every dot of it
-    /// is there and nothing of it is cut off.
+    /// Reads the word in the picture by comparing with the font: wherever it is placed, all of its dots are present
+    /// and none is cut off.
     #[test]
     fn words_can_be_read() {
         for size in [48, 64, 100] {

@@ -1,168 +1,82 @@
-//! Held-out results: reconstruction, captions, answers and drawn codes, each against what the same weights give when
-//! they are shown another picture or prompt.
+//! Held-out results: reconstruction, captions, answers and drawn codes, compared with those of the same weights for
+//! the picture or prompt of another sample.
 
+mod closing;
 mod ssim;
 
 use std::collections::{BTreeMap, HashMap};
-
-use serde::Serialize;
+use std::path::Path;
 
 use crate::autograd::Tape;
 use crate::backend::Role;
 use crate::config::StageKind;
-use crate::data::{Drawn, Image, Philox, Skipped};
+use crate::data::{DataSet, Drawn, Image, Source};
 use crate::error::{Error, Result};
-use crate::infer::{Seen, reconstruct};
+use crate::feed::{Template, images_to_device};
+use crate::infer::{Seen, Trained, reconstruct};
+use crate::interrupt;
 use crate::model::{Ett, Part};
+use crate::report::{Codes, Evaluation, Pair, QuestionType, Report, code_usage};
+use crate::rng::Philox;
 use crate::tensor::Tensor;
-use crate::train::feed::{DataSet, images_to_device};
-use crate::train::{Template, code_usage, interrupt};
+pub use closing::closing;
 pub use ssim::ssim;
 
-/// Samples of one forward.
+/// Samples per forward pass.
 const BATCH: usize = 64;
-/// Questions asked about one picture.
+/// Maximum number of questions per picture.
 const QUESTIONS: usize = 8;
-/// Question types that are reported, and how often one has to be asked.
+/// Maximum number of reported question types, and how often a type has to be asked to be reported.
 const TYPES: usize = 12;
 const TYPE_ASKED: usize = 8;
-/// Pictures that an evaluation during training looks at.
+/// Pictures in an evaluation during training.
 const DURING: usize = 64;
 
-/// A number with the model's own picture (or prompt) and with that of another sample.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
-pub struct Pair {
-    /// Shown what belongs to it.
-    pub seen: f64,
-    /// Shown another.
-    pub other: f64,
-}
+/// The evaluation of this module, for use by a run.
+pub struct HeldOut;
 
-/// Answers to one question, asked about many pictures.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct QuestionType {
-    /// The question.
-    pub question: String,
-    /// How often it was asked.
-    pub asked: usize,
-    /// Share answered exactly.
-    pub accuracy: Pair,
-    /// Share of the most frequent right answer.
-    pub most_frequent: f64,
-}
+impl Evaluation for HeldOut {
+    fn check(&self, test: &DataSet, samples: usize) -> Result<()> {
+        check(test, samples)
+    }
 
-/// Nats a code of drawn pictures, teacher-forced.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Codes {
-    /// With the picture's own prompt and with another's.
-    pub loss: Pair,
-    /// Entropy of the held-out codes themselves: the least that knowing only how often each occurs can give.
-    pub unigram: f64,
-}
+    fn during(
+        &self,
+        model: &mut Ett,
+        test: &DataSet,
+        template: &Template,
+        stage: StageKind,
+    ) -> Result<BTreeMap<&'static str, f64>> {
+        during(model, test, template, stage)
+    }
 
-/// Results on held-out samples, with the settings they were taken under. What could not be measured is left out.
-#[derive(Debug, Clone, Serialize)]
-pub struct Report {
-    /// Where the pictures come from.
-    pub data: String,
-    /// Pictures looked at.
-    pub pictures: usize,
-    /// Pictures on the way to these that could not be used.
-    pub skipped: Skipped,
-    /// Side of the pictures.
-    pub size: usize,
-    /// How they were brought to it, and what was done with reconstructions.
-    pub resize: &'static str,
-    /// What made the reconstructions and their codes: the weights, or their averages where a run keeps them, as IBQ's
-    /// recipe has it. All else is said by the weights that were trained together.
-    pub reconstructed_by: &'static str,
-    /// Mean squared error of reconstructions, clamped, pixels in [-1, 1].
-    pub mse: f64,
-    /// The same of the mean of these pictures.
-    pub mse_mean_image: f64,
-    /// Peak signal-to-noise ratio in dB, the mean over pictures.
-    pub psnr: f64,
-    /// Structural similarity, the mean over pictures.
-    pub ssim: f64,
-    /// Perceptual distance, the mean over pictures.
-    pub perceptual: f64,
-    /// What it was measured with.
-    pub perceptual_by: String,
-    /// Distinct codes used.
-    pub codes_used: usize,
-    /// Exponential of the entropy of the codes.
-    pub code_perplexity: f64,
-    /// Captions looked at.
-    pub captions: usize,
-    /// Nats a caption token, the end token included.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub caption_loss: Option<Pair>,
-    /// Questions asked.
-    pub questions: usize,
-    /// Share answered exactly, greedily.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub accuracy: Option<Pair>,
-    /// Of the questions whose answer is yes or no.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub accuracy_yes_no: Option<Pair>,
-    /// Of all others.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub accuracy_open: Option<Pair>,
-    /// The questions asked most often.
-    pub types: Vec<QuestionType>,
-    /// Of a model that draws, where there are prompts.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub codes: Option<Codes>,
-}
-
-impl Report {
-    /// Names and values for a table.
-    pub fn rows(&self) -> Vec<(String, String)> {
-        let mut rows = Vec::new();
-        let mut row = |name: &str, value: String| rows.push((name.to_string(), value));
-        let pair = |p: &Pair, other: &str| format!("{:.4}   {other}: {:.4}", p.seen, p.other);
-        row(
-            "held-out pictures",
-            match self.skipped.count {
-                0 => self.pictures.to_string(),
-                n => format!("{} ({n} skipped: {})", self.pictures, self.skipped.names()),
-            },
-        );
-        row("reconstructions by", self.reconstructed_by.into());
-        match self.mse_mean_image > 0.0 {
-            true => row("reconstruction MSE (share of the mean image's)", {
-                format!("{:.5} ({:.3})", self.mse, self.mse / self.mse_mean_image)
-            }),
-            // The pictures are equal.
-            false => row("reconstruction MSE", format!("{:.5}", self.mse)),
-        }
-        row("PSNR, SSIM", format!("{:.2} dB, {:.4}", self.psnr, self.ssim));
-        row(&self.perceptual_by, format!("{:.4}", self.perceptual));
-        row("codes used (perplexity)", format!("{} ({:.1})", self.codes_used, self.code_perplexity));
-        for (name, measured) in [
-            ("caption loss, nats a token", &self.caption_loss),
-            ("answers exactly right", &self.accuracy),
-            ("  yes or no", &self.accuracy_yes_no),
-            ("  all others", &self.accuracy_open),
-        ] {
-            if let Some(p) = measured {
-                row(name, pair(p, "another picture"));
-            }
-        }
-        for t in &self.types {
-            let most =
-                format!("{}   most frequent: {:.4}", pair(&t.accuracy, "another picture"), t.most_frequent);
-            row(&format!("  \"{}\"", t.question), most);
-        }
-        if let Some(c) = &self.codes {
-            let value = format!("{}   unigram: {:.4}", pair(&c.loss, "another prompt"), c.unigram);
-            row("code loss, nats a code", value);
-        }
-        rows
+    fn closing(&self, model: &mut Ett, test: &DataSet, template: &Template, out: &Path) -> Result<Report> {
+        closing(model, test, template, out)
     }
 }
 
-/// Fails if `n` of these pictures cannot be evaluated on: each is compared with another one.
+/// Evaluates a finished run on the first `samples` pictures of the folder `data`, or of the run's own held-out set,
+/// and writes results and pictures into `out`; see [`closing`].
+pub fn evaluate_run(
+    trained: &mut Trained,
+    data: Option<&Path>,
+    samples: Option<usize>,
+    out: &Path,
+) -> Result<Report> {
+    let cfg = &mut trained.model.cfg.data;
+    if let Some(folder) = data {
+        (cfg.source, cfg.test) = (Source::Folder, Some(folder.into()));
+    }
+    cfg.eval_samples = samples.unwrap_or(cfg.eval_samples);
+    let test = DataSet::test(cfg)?.ok_or_else(|| {
+        Error::config("data.test", "empty", "held-out pictures in the run's configuration, or --data FOLDER")
+    })?;
+    trained.keep_averages()?;
+    std::fs::create_dir_all(out).map_err(Error::io(out))?;
+    closing(&mut trained.model, &test, &trained.template, out)
+}
+
+/// Fails unless `n` pictures can be evaluated: each is compared with another one, so there must be at least two.
 pub fn check(test: &DataSet, n: usize) -> Result<()> {
     if n < 2 {
         let want = "2 or more, since pictures are compared with one another, or no held-out pictures";
@@ -179,12 +93,15 @@ pub fn check(test: &DataSet, n: usize) -> Result<()> {
     }
 }
 
-/// The first `n` held-out pictures that can be used, or all.
+/// The first `n` usable held-out pictures, or all of them.
 pub fn held_out(test: &DataSet, n: usize) -> Result<Vec<Drawn>> {
     check(test, n)?;
     let drawn = test.images.take(n, &mut Philox::new(0, 0))?;
     match drawn.len() {
-        0 | 1 => Err(Error::data(&test.root, "has fewer than two pictures to evaluate on")),
+        0 | 1 => Err(Error::data(
+            &test.root,
+            "has fewer than two usable pictures, wanted 2 or more to evaluate on",
+        )),
         _ => Ok(drawn),
     }
 }
@@ -237,8 +154,8 @@ fn has_averages(model: &Ett) -> bool {
     (0..model.params.groups().len()).any(|g| model.params.ema(g).is_some())
 }
 
-/// Calls `f` with the averages of weights in the place of the weights, where they are kept. The weights are back
-/// afterwards, bit for bit.
+/// Calls `f` with the averages in place of the weights, if they are kept. Afterwards the weights are restored bit for
+/// bit.
 pub fn with_averages<T>(model: &mut Ett, f: impl FnOnce(&Ett) -> Result<T>) -> Result<T> {
     if !has_averages(model) {
         return f(model);
@@ -249,7 +166,7 @@ pub fn with_averages<T>(model: &mut Ett, f: impl FnOnce(&Ett) -> Result<T>) -> R
     result
 }
 
-/// A short evaluation during a stage, of what the stage trains.
+/// A short evaluation during a stage, restricted to what the stage trains.
 pub fn during(
     model: &mut Ett,
     test: &DataSet,
@@ -284,29 +201,30 @@ pub fn during(
     Ok(all)
 }
 
-/// Of a sum and the number of its terms, if there are any.
+/// The mean for a sum and its number of terms; `None` without terms.
 fn mean((sum, n): (f64, usize)) -> Option<f64> {
     (n > 0).then(|| sum / n as f64)
 }
 
-/// Fails between two batches if the run is to stop. An evaluation during training is a single batch, and ends.
+/// Fails if the run was interrupted, except before the first batch. An evaluation during training is a single batch,
+/// so it always completes.
 fn go_on(done: usize) -> Result<()> {
     if done > 0 { interrupt::check() } else { Ok(()) }
 }
 
-/// Mean squared error of the mean of these pictures.
+/// Mean squared error of the mean image as the reconstruction of each of these pictures.
 fn mean_image_error(drawn: &[Drawn]) -> f64 {
     let n = drawn.len() as f64;
     let mut mean = vec![0.0; drawn.first().map_or(0, |d| d.image.pixels.len())];
     for d in drawn {
         mean.iter_mut().zip(&d.image.pixels).for_each(|(m, &v)| *m += v as f64);
     }
-    // Divided last, the mean of equal pictures is exactly each of them.
+    // Because the division comes last, the mean of equal pictures equals them exactly.
     mean.iter_mut().for_each(|m| *m /= n);
     drawn.iter().map(|d| squared_error(&d.image, mean.iter().copied()) / n).sum()
 }
 
-/// How well pictures survive the tokenizer.
+/// Quality of reconstructions.
 struct Pixels {
     mse: f64,
     psnr: f64,
@@ -340,7 +258,7 @@ impl Pixels {
     }
 }
 
-/// Sum over pictures of the model's perceptual distance.
+/// The model's perceptual distance, summed over pictures.
 fn distance(model: &Ett, a: &[Image], b: &[Image]) -> Result<f64> {
     let t = Tape::inference(model.params.device().clone(), model.params.precision());
     let (x, y) = (images_to_device(model, a)?.0, images_to_device(model, b)?.0);
@@ -358,7 +276,7 @@ fn decibels(error: f64) -> f64 {
     10.0 * (4.0 / error.max(1e-12)).log10()
 }
 
-/// Peak signal-to-noise ratio of two pictures of one size, in dB.
+/// Peak signal-to-noise ratio of two pictures of equal size, in dB.
 pub fn psnr(a: &Image, b: &Image) -> f64 {
     decibels(squared_error(a, b.pixels.iter().map(|&v| v as f64)))
 }
@@ -367,7 +285,7 @@ fn squared_error(a: &Image, b: impl Iterator<Item = f64>) -> f64 {
     a.pixels.iter().zip(b).map(|(&x, y)| (x as f64 - y).powi(2)).sum::<f64>() / a.pixels.len() as f64
 }
 
-/// A question, its answer, and whether the model gave it.
+/// A question, its answer, and whether the model answered it right.
 struct Asked {
     question: String,
     answer: String,
@@ -380,7 +298,7 @@ impl Asked {
     }
 }
 
-/// The share that was answered right, if anything was asked.
+/// The share of right answers; `None` without questions.
 fn share<'a>(asked: impl Iterator<Item = &'a Asked>) -> Option<f64> {
     let (mut n, mut right) = (0usize, 0usize);
     for a in asked {
@@ -389,7 +307,7 @@ fn share<'a>(asked: impl Iterator<Item = &'a Asked>) -> Option<f64> {
     mean((right as f64, n))
 }
 
-/// Both lists hold the same questions in the same order.
+/// Both lists must hold the same questions in the same order.
 fn question_types(seen: &[Asked], other: &[Asked]) -> Vec<QuestionType> {
     let mut by_text = BTreeMap::<&str, Vec<usize>>::new();
     for (i, a) in seen.iter().enumerate().filter(|(_, a)| !a.yes_no()) {
@@ -415,7 +333,7 @@ fn question_types(seen: &[Asked], other: &[Asked]) -> Vec<QuestionType> {
         .collect()
 }
 
-/// Captions and answers of samples, each beside the picture `shift` samples on.
+/// Captions and answers of samples, each given the picture `shift` samples ahead.
 #[derive(Default)]
 struct Language {
     captions: usize,
@@ -425,7 +343,7 @@ struct Language {
 }
 
 impl Language {
-    /// Nats a caption token.
+    /// Nats per caption token.
     fn loss(&self) -> Option<f64> {
         mean((self.nats, self.tokens))
     }
@@ -475,7 +393,7 @@ fn codes(
     Ok(loss.map(|loss| Codes { loss, unigram: perplexity.ln() }))
 }
 
-/// Nats of the codes of pictures, each after the prompt of the sample `shift` samples on, and their number.
+/// Nats of the codes of pictures, each given the prompt of the sample `shift` samples ahead, and their number.
 fn code_nats(
     model: &Ett,
     test: &DataSet,

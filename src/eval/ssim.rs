@@ -10,12 +10,12 @@ const RANGE: f64 = 2.0;
 const C1: f64 = (0.01 * RANGE) * (0.01 * RANGE);
 const C2: f64 = (0.03 * RANGE) * (0.03 * RANGE);
 
-/// Structural similarity (Wang et al., "Image quality assessment: from error visibility to structural
-/// similarity", 2004): 1 for equal pictures, lower the less alike they are, at least -1.
+/// Structural similarity (Wang et al., "Image quality assessment: from error visibility to structural similarity",
+/// 2004): 1 for equal pictures, lower for less similar ones, at least -1.
 ///
 /// Windows are 11x11, Gaussian with a standard deviation of 1.5 pixels, and lie inside the picture; in smaller
-/// pictures they have the largest odd side that fits. The mean over windows and colours. Pictures are `[H, W, 3]`,
-/// of one size.
+/// pictures they have the largest odd side that fits. The result is the mean over windows and colours. Pictures are
+/// `[H, W, 3]`, of equal size.
 pub fn ssim(a: &Image, b: &Image) -> Result<f64> {
     let size = |i: &Image| format!("{}x{} with {} values", i.height, i.width, i.pixels.len());
     if (a.height, a.width, a.pixels.len()) != (b.height, b.width, b.pixels.len()) {
@@ -51,7 +51,7 @@ pub fn ssim(a: &Image, b: &Image) -> Result<f64> {
     Ok(sum / windows as f64)
 }
 
-/// One side of the window for pictures whose shorter side is `side`; its values add up to 1.
+/// One dimension of the window for pictures whose shorter side is `side`; its values add up to 1.
 fn gaussian(side: usize) -> Vec<f64> {
     let n = if side >= WINDOW { WINDOW } else { side - usize::from(side.is_multiple_of(2)) };
     let at = |i: usize| {
@@ -82,7 +82,7 @@ fn filter(plane: &[f64], width: usize, window: &[f64]) -> Vec<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::Philox;
+    use crate::rng::Philox;
 
     fn random(seed: u64, height: usize, width: usize) -> Image {
         let mut rng = Philox::new(seed, 0);

@@ -1,15 +1,15 @@
-//! Sequences that a model goes on with, a position at a time, over a cache of keys and values.
+//! Sequences that a model continues one position at a time, with a cache of keys and values.
 
 use crate::autograd::{Tape, Var};
 use crate::backend::Role;
 use crate::error::{Error, Result};
+use crate::feed::Batch;
 use crate::model::tokenizer::Grid;
 use crate::model::{Cache, Ett, Part};
 use crate::ops;
 use crate::tensor::Tensor;
-use crate::train::Batch;
 
-/// S sequences side by side, and what the model makes of them so far.
+/// S sequences and the model's state after their last positions.
 pub struct Continued<'a> {
     model: &'a Ett,
     tape: &'a Tape,
@@ -18,8 +18,8 @@ pub struct Continued<'a> {
 }
 
 impl<'a> Continued<'a> {
-    /// Reads prompts, of any lengths above 0, over pictures whose visual rows `[M, C]` and grids are given; `more`
-    /// positions at most can follow. `tape` is one of inference.
+    /// Processes non-empty prompts of any lengths over pictures with the given visual rows `[M, C]` and grids; at
+    /// most `more` positions can follow. `tape` must be an inference tape.
     pub fn new(
         model: &'a Ett,
         tape: &'a Tape,
@@ -37,20 +37,20 @@ impl<'a> Continued<'a> {
         Ok(Continued { model, tape, cache, hidden })
     }
 
-    /// Hidden states `[S, C]` that predict what comes next.
+    /// Hidden states `[S, C]` that predict the next position.
     pub fn hidden(&self) -> &Var {
         &self.hidden
     }
 
-    /// Goes on with a token of the vocabulary in each sequence, `ids` `[S]` i32.
+    /// Appends a token of the vocabulary to each sequence, `ids` `[S]` i32.
     pub fn tokens(&mut self, ids: &Tensor) -> Result<()> {
         self.expect("ids", ids, 1)?;
         let x = self.model.text_rows(self.tape, ids)?;
         self.push(&x)
     }
 
-    /// Goes on with a visual token in each sequence: rows `idx` `[S]` i32 of the codes `[K, D]`. With `copies` n, `idx` is
-    /// `[S / n]` and sequence s goes on with row `s % (S / n)` of it.
+    /// Appends a visual token to each sequence: rows `idx` `[S]` i32 of the codes `[K, D]`. With `copies` = n, `idx`
+    /// is `[S / n]` and sequence s gets row `s % (S / n)` of it.
     pub fn codes(&mut self, idx: &Tensor, codes: &Var, copies: usize) -> Result<()> {
         self.expect("idx", idx, copies)?;
         let x = self.model.visual_rows(self.tape, &ops::gather(self.tape, codes, idx)?, idx)?;
@@ -67,7 +67,7 @@ impl<'a> Continued<'a> {
         let (n, want) = (ids.dims().numel(), self.cache.sequences());
         if n * copies != want {
             let each =
-                if copies == 1 { "one a sequence".into() } else { format!("one for {copies} sequences") };
+                if copies == 1 { "one per sequence".into() } else { format!("one for {copies} sequences") };
             return Err(Error::arg("continue", arg, n, format!("{}, {each}", want / copies.max(1))));
         }
         Ok(())

@@ -1,21 +1,21 @@
-//! Pictures from prompts: codes one by one, then the tokenizer's decoder.
+//! Pictures from prompts: codes are sampled one by one, then decoded by the tokenizer.
 
 use super::continued::{Continued, indices};
 use super::{Sampling, pictures};
 use crate::autograd::Tape;
 use crate::data::Image;
 use crate::error::{Error, Result};
+use crate::interrupt;
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Part};
 use crate::ops;
-use crate::train::interrupt;
 
-/// Pictures drawn side by side, which bounds the cache.
+/// Pictures drawn at a time, which bounds the size of the cache.
 const BATCH: usize = 16;
 
-/// Draws a picture of `grid` (rows, columns) codes for each prompt, text alone; `start` is the id of
-/// `<|vision_start|>`, which follows it. `progress` hears how many codes there are and are to be. Picture i follows
-/// from the model, its prompt, `s` and i alone, up to rounding.
+/// Draws a picture of `grid` (rows, columns) codes for each prompt, which holds text only; `start` is the id of
+/// `<|vision_start|>`, which is appended to the prompt. `progress` is called with the number of codes drawn and the
+/// total. Picture i is a function of the model, its prompt, `s` and i only, up to rounding.
 pub fn draw(
     model: &Ett,
     prompts: &[Vec<Part>],
@@ -53,7 +53,7 @@ pub fn draw_codes(
         let mut sequences: Vec<Vec<Part>> =
             batch.iter().map(|prompt| prompt.iter().chain([&begin]).cloned().collect()).collect();
         if s.is_guided() {
-            // As in training where the prompt was dropped.
+            // As in training when the prompt is dropped.
             sequences.resize(2 * batch.len(), vec![begin]);
         }
         let mut sequences = Continued::new(model, &t, &sequences, None, n - 1)?;
@@ -77,7 +77,7 @@ pub fn draw_codes(
     Ok(all)
 }
 
-/// The pictures (clamped) that codes stand for, row by row of `grid` (rows, columns).
+/// The clamped pictures of codes, given row by row of `grid` (rows, columns).
 pub fn decode_codes(model: &Ett, codes: &[Vec<i32>], grid: (usize, usize)) -> Result<Vec<Image>> {
     if let Some(c) = codes.iter().find(|c| c.len() != grid.0 * grid.1) {
         return Err(Error::arg(

@@ -1,4 +1,4 @@
-//! A trained model in use: reconstructions, captions, answers, drawings.
+//! Use of a trained model: reconstructions, captions, answers and drawings.
 
 mod continued;
 mod draw;
@@ -9,45 +9,41 @@ use std::sync::Arc;
 
 use crate::autograd::{Tape, Var};
 use crate::backend::{Kernels, Role};
-use crate::config::Source;
-use crate::data::{Crop, Image, Philox, Special, fit, fit_multiple, trimmed};
+use crate::data::{Crop, Image, Special, fit, fit_multiple, trimmed};
 use crate::error::{Error, Result};
-use crate::eval::Report;
+use crate::feed::{Batch, Template, images_to_device};
+use crate::interrupt;
+use crate::io::weights::{TensorFile, load_averages, read_file, set_weights};
+use crate::io::{Checkpoints, EMA, History, Skill, WEIGHTS, load_weights, run_config};
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Packed, Part};
-use crate::nn::Copy;
 use crate::ops;
+use crate::rng::Philox;
 use crate::tensor::Tensor;
-use crate::train::feed::{DataSet, images_to_device};
-use crate::train::weights::{TensorFile, read_file, set_weights};
-use crate::train::{
-    Batch, Checkpoints, EMA, History, Skill, Template, WEIGHTS, evaluate, interrupt, load_weights,
-    run_config, text,
-};
 pub use continued::Continued;
 use continued::indices;
 pub use draw::{decode_codes, draw, draw_codes};
 pub use sample::Sampling;
 
-/// Rows of logits that are there at once.
+/// Rows of logits held at a time.
 const ROWS: usize = 1024;
 
-/// Most tokens of a caption or an answer.
+/// Maximum number of tokens of a caption or an answer.
 const MAX_TOKENS: usize = 128;
 
-/// A finished run, ready for use.
+/// A trained model, ready for use.
 pub struct Trained {
     /// The model.
     pub model: Ett,
-    template: Template,
+    pub(crate) template: Template,
     history: Option<History>,
-    /// Averages of weights that the run kept and that are not in use.
+    /// File of the averages of weights, if the run kept them and they are not in use.
     averages: Option<PathBuf>,
 }
 
 impl Trained {
-    /// Loads the model of a run folder or a checkpoint; of a run that has not ended, its last checkpoint. With `ema`,
-    /// averages of weights take the place of weights where the run kept them.
+    /// Loads the model of a run folder or a checkpoint; for an unfinished run, its last checkpoint. With `ema`, the
+    /// averages replace the weights of the groups for which the run kept them.
     pub fn open(run: &Path, dev: Arc<dyn Kernels>, ema: bool) -> Result<Self> {
         let folder = match run.join(WEIGHTS).exists() {
             true => run.to_path_buf(),
@@ -59,7 +55,7 @@ impl Trained {
             })?,
         };
         let cfg = run_config(&folder)?;
-        let (template, text) = text(&cfg)?;
+        let (template, text) = Template::of(&cfg)?;
         let weights = folder.join(WEIGHTS);
         let history = History::of(&TensorFile::open(&weights)?);
         if let Some(history) = &history {
@@ -81,48 +77,19 @@ impl Trained {
         Ok(Trained { model, template, history, averages })
     }
 
-    /// Brings the run's averages beside the weights, for an evaluation as training makes it.
-    fn keep_averages(&mut self) -> Result<()> {
+    /// Loads the run's averages in addition to the weights, for an evaluation as during training.
+    pub(crate) fn keep_averages(&mut self) -> Result<()> {
         let Some(path) = self.averages.take() else { return Ok(()) };
-        let averages = read_file(&path)?;
-        let params = &mut self.model.params;
-        let groups: Vec<String> = params
-            .groups()
-            .into_iter()
-            .filter(|g| params.names().any(|(name, of, _)| of == *g && averages.contains_key(name)))
-            .map(String::from)
-            .collect();
-        params.average(&groups.iter().map(String::as_str).collect::<Vec<_>>())?;
-        averages.iter().try_for_each(|(name, t)| params.write_public(name, Copy::Ema, t))
+        load_averages(&mut self.model.params, &path)
     }
 
-    /// What to say if the model is asked for what no stage has taught it; `None` if one has, or if the weights do not
-    /// say.
+    /// A warning if no stage has trained the model for this skill; `None` if one has, or if the weights hold no
+    /// history.
     pub fn lacks(&self, skill: Skill) -> Option<String> {
         self.history.as_ref()?.lacks(skill)
     }
 
-    /// Evaluates on the first `samples` pictures of `data`, a folder, or of the run's own held-out ones, and writes
-    /// results and pictures into `out`; see [`crate::train::evaluate`].
-    pub fn evaluate(&mut self, data: Option<&Path>, samples: Option<usize>, out: &Path) -> Result<Report> {
-        let cfg = &mut self.model.cfg.data;
-        if let Some(folder) = data {
-            (cfg.source, cfg.test) = (Source::Folder, Some(folder.into()));
-        }
-        cfg.eval_samples = samples.unwrap_or(cfg.eval_samples);
-        let test = DataSet::test(cfg)?.ok_or_else(|| {
-            Error::config(
-                "data.test",
-                "empty",
-                "held-out pictures in the run's configuration, or --data FOLDER",
-            )
-        })?;
-        self.keep_averages()?;
-        std::fs::create_dir_all(out).map_err(Error::io(out))?;
-        evaluate(&mut self.model, &test, &self.template, out)
-    }
-
-    /// A picture as training saw it: shorter side resized, centre crop.
+    /// The picture as in training: shorter side resized, centre crop.
     fn square(&self, image: &Image) -> Result<Image> {
         fit(image, self.model.cfg.data.size, Crop::Centre, false, &mut Philox::new(0, 0))
     }
@@ -134,8 +101,8 @@ impl Trained {
         Ok(text.decode(&said.concat()))
     }
 
-    /// What a user says as training would have it: without blanks and byte order marks around it. Fails if it would be
-    /// cut.
+    /// A user's text as training would see it: without surrounding whitespace and byte order marks. Fails if it is
+    /// longer than the limit, where training would truncate it.
     fn whole<'a>(&self, what: &'static str, text: &'a str) -> Result<&'a str> {
         let text = trimmed(text);
         if self.template.is_cut(text)? {
@@ -157,7 +124,7 @@ impl Trained {
         self.say(image, &self.template.question(Some(0), question)?, Special::ImEnd)
     }
 
-    /// Draws a picture of the size of training for each prompt; see [`draw`].
+    /// Draws a picture of the training size for each prompt; see [`draw`].
     pub fn draw(
         &self,
         prompts: &[String],
@@ -174,8 +141,8 @@ impl Trained {
         draw(&self.model, &prompts, start, (side, side), s, progress)
     }
 
-    /// The picture at the nearest size the tokenizer takes, and its reconstruction; the longer side is at most
-    /// `max_side`.
+    /// The picture resized to the nearest size that the tokenizer takes, with the longer side at most `max_side`, and
+    /// its reconstruction.
     pub fn reconstruct(&self, image: &Image, max_side: usize) -> Result<(Image, Image)> {
         let least = self.model.cfg.tokenizer.downsampling();
         let fitted = fit_multiple(image, max_side, least)?;
@@ -187,7 +154,7 @@ impl Trained {
     }
 }
 
-/// Pictures as the language model reads them.
+/// Pictures encoded for the language model.
 pub struct Seen<'a> {
     model: &'a Ett,
     tape: Tape,
@@ -197,7 +164,7 @@ pub struct Seen<'a> {
 }
 
 impl<'a> Seen<'a> {
-    /// Encodes pictures of one size.
+    /// Encodes pictures of equal size.
     pub fn new(model: &'a Ett, images: &[Image]) -> Result<Self> {
         let tape = Tape::inference(model.params.device().clone(), model.params.precision());
         let (zq, idx, grids) = encode(model, &tape, images)?;
@@ -205,7 +172,7 @@ impl<'a> Seen<'a> {
         Ok(Seen { model, tape, visual, idx, grids })
     }
 
-    /// No pictures: for text alone.
+    /// Without pictures, for text only.
     pub fn nothing(model: &'a Ett) -> Result<Self> {
         let tape = Tape::inference(model.params.device().clone(), model.params.precision());
         let dims = [0, model.cfg.llm.width];
@@ -214,14 +181,14 @@ impl<'a> Seen<'a> {
         Ok(Seen { model, tape, visual: empty, idx, grids: vec![] })
     }
 
-    /// The hidden states that predict the supervised tokens of `sequences`, and the batch they belong to.
+    /// The hidden states that predict the supervised tokens of `sequences`, and their batch.
     fn selected(&self, sequences: &[Vec<Part>]) -> Result<(Var, Packed)> {
         let packed = Batch::pack(self.model, sequences, &self.grids, 1)?;
         let hidden = self.model.hidden(&self.tape, Some(&self.visual), &packed)?;
         Ok((ops::gather(&self.tape, &hidden, &packed.select)?, packed))
     }
 
-    /// Nats of all supervised tokens together, and their number.
+    /// Total nats of all supervised tokens, and their number.
     pub fn nats(&self, sequences: &[Vec<Part>]) -> Result<(f64, usize)> {
         if sequences.is_empty() {
             return Ok((0.0, 0));
@@ -239,7 +206,7 @@ impl<'a> Seen<'a> {
         Ok((nats, packed.tokens))
     }
 
-    /// Nats of all codes that `sequences` predict together, and their number.
+    /// Total nats of all codes that `sequences` predict, and their number.
     pub fn code_nats(&self, sequences: &[Vec<Part>]) -> Result<(f64, usize)> {
         if sequences.is_empty() {
             return Ok((0.0, 0));
@@ -253,7 +220,7 @@ impl<'a> Seen<'a> {
         Ok((loss.value().to_f64(self.tape.dev())?[0], packed.code_rows.len()))
     }
 
-    /// The most likely token after each supervised position's predecessor, sequence by sequence.
+    /// The most likely token at each supervised position, sequence by sequence.
     fn likeliest(&self, sequences: &[Vec<Part>]) -> Result<(Vec<i32>, Packed)> {
         let (rows, packed) = self.selected(sequences)?;
         let logits = self.model.text_logits(&self.tape, &rows)?;
@@ -262,8 +229,8 @@ impl<'a> Seen<'a> {
         Ok((best.to_host::<i32>(self.tape.dev())?, packed))
     }
 
-    /// For each sequence, whether every supervised token is the most likely one: exactly those that greedy decoding
-    /// would complete as they are.
+    /// For each sequence, whether every supervised token is the most likely one, that is, whether greedy decoding
+    /// would produce exactly these tokens.
     pub fn exact(&self, sequences: &[Vec<Part>]) -> Result<Vec<bool>> {
         if sequences.is_empty() {
             return Ok(vec![]);
@@ -290,7 +257,7 @@ impl<'a> Seen<'a> {
         let (t, visual) = (&self.tape, Some((&self.visual, &self.grids[..])));
         let mut sequences = Continued::new(self.model, t, prompts, visual, max - 1)?;
         let mut open = vec![true; prompts.len()];
-        // The best follows from no draw.
+        // Greedy choices use no random numbers.
         let none = indices(t, &vec![0; prompts.len()])?;
         for i in 0..max {
             interrupt::check()?;
@@ -304,7 +271,7 @@ impl<'a> Seen<'a> {
             if i + 1 == max || !open.contains(&true) {
                 break;
             }
-            // What is ended goes on unheard.
+            // Sequences that have ended are continued too, but their tokens are ignored.
             sequences.tokens(&best)?;
         }
         Ok(said)
@@ -321,14 +288,14 @@ fn encode(model: &Ett, t: &Tape, images: &[Image]) -> Result<(Var, Tensor, Vec<G
         return Err(Error::arg(
             "encode",
             "images",
-            format!("encoded into {bad} tokens without a finite score of any code"),
-            "weights of the encoder and the codebook that are finite numbers",
+            format!("encoded into {bad} tokens without a finite score for any code"),
+            "finite weights of the encoder and the codebook",
         ));
     }
     Ok((zq, idx, grids))
 }
 
-/// Reconstructions (clamped) and codes of pictures of one size.
+/// Clamped reconstructions and codes of pictures of equal size.
 pub fn reconstruct(model: &Ett, images: &[Image]) -> Result<(Vec<Image>, Vec<i32>)> {
     let dev = model.params.device().clone();
     let t = Tape::inference(dev.clone(), model.params.precision());
@@ -336,7 +303,7 @@ pub fn reconstruct(model: &Ett, images: &[Image]) -> Result<(Vec<Image>, Vec<i32
     Ok((pictures(model, &t, &zq, &grids)?, idx.to_host::<i32>(&*dev)?))
 }
 
-/// The pictures (clamped) that `zq` `[M, D]` decode to.
+/// The clamped pictures decoded from `zq` `[M, D]`.
 fn pictures(model: &Ett, t: &Tape, zq: &Var, grids: &[Grid]) -> Result<Vec<Image>> {
     let mut out = Vec::new();
     for (rec, g) in model.tokenizer.decode(t, &model.params, zq, grids)?.iter().zip(grids) {

@@ -1,36 +1,37 @@
-//! How the next token or code is chosen.
+//! Sampling of the next token or code.
 
-use crate::backend::{Kernels, Role, Sample, Stream};
+use crate::backend::{DType, Kernels, Role, Sample, Stream};
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
-/// How the next token or code is chosen from logits (docs/sampling.md).
+/// How the next token or code is sampled from logits (docs/sampling.md).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampling {
-    /// Divides the logits; 0 always takes the best.
+    /// Divisor of the logits; 0 always takes the most likely index.
     pub temperature: f64,
-    /// Only this many of the best can be chosen; 0: all.
+    /// Only this many of the most likely indices can be chosen; 0: all.
     pub top_k: usize,
-    /// Of those only the best that together reach this probability, above 0, at most 1.
+    /// Of those, only the most likely ones that together reach this probability, above 0 and at most 1.
     pub top_p: f64,
-    /// Seed of the draws.
+    /// Seed of the random numbers.
     pub seed: u64,
-    /// g of `u + g (c - u)`, c and u the logits with the prompt and without (arXiv 2207.12598); 1: with it only.
+    /// Classifier-free guidance: g of `u + g (c - u)`, where c and u are the logits with and without the prompt
+    /// (arXiv 2207.12598); 1 uses c only.
     pub guidance: f64,
 }
 
 impl Default for Sampling {
-    /// The paper's (arXiv 2505.10562): all codes, at their probabilities; guidance 3.
+    /// The paper's settings (arXiv 2505.10562): all codes, with their probabilities, and guidance 3.
     fn default() -> Self {
         Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, seed: 1, guidance: 3.0 }
     }
 }
 
 impl Sampling {
-    /// Always the best.
+    /// Always takes the most likely index.
     pub const GREEDY: Sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0, guidance: 1.0 };
 
-    /// Fails on values that nothing can be sampled with.
+    /// Fails on invalid values.
     pub fn check(&self) -> Result<()> {
         if !(self.temperature.is_finite() && self.temperature >= 0.0) {
             return Err(Error::config("temperature", self.temperature, "a finite number, 0 or more"));
@@ -44,14 +45,14 @@ impl Sampling {
         Ok(())
     }
 
-    /// True if sequences without the prompt are needed beside those with it.
+    /// True if logits of sequences without the prompt are needed in addition.
     pub fn is_guided(&self) -> bool {
         self.guidance != 1.0
     }
 
-    /// Chooses an index for each of B sequences, `[B]` i32, on the device: `logits` `[B, V]`, or `[2B, V]` with those
-    /// without the prompt behind them; `number` and `position` `[B]` i32 name the draws, and positions go up by one. An
-    /// index is -1 if nothing can be chosen; [`Sampling::chosen`] reads and looks.
+    /// Chooses an index for each of B sequences, `[B]` i32, on the device. `logits` are `[B, V]`, or `[2B, V]` with
+    /// those without the prompt last. `number` and `position` `[B]` i32 identify the random numbers; positions are
+    /// increased by one. An index is -1 if the logits allow no choice; [`Sampling::chosen`] checks for it.
     pub fn choose(
         &self,
         dev: &dyn Kernels,
@@ -83,7 +84,7 @@ impl Sampling {
         Ok(idx)
     }
 
-    /// What [`Sampling::choose`] chose, on the host. Fails if there was nothing to choose from.
+    /// Copies the result of [`Sampling::choose`] to the host. Fails if an index is -1.
     pub fn chosen(dev: &dyn Kernels, idx: &Tensor) -> Result<Vec<i32>> {
         let idx = idx.to_host::<i32>(dev)?;
         match idx.iter().position(|&i| i < 0) {
@@ -91,8 +92,8 @@ impl Sampling {
             Some(n) => Err(Error::arg(
                 "sample",
                 "logits",
-                format!("of NaN, or without a finite largest one, in row {n}"),
-                "numbers of which the largest is finite",
+                format!("row {n} with NaN or without a finite maximum"),
+                "rows without NaN and with a finite maximum",
             )),
         }
     }
@@ -139,7 +140,7 @@ mod tests {
     fn rows_without_the_prompt_stand_behind_those_with_it() {
         let dev = Cpu::poisoned(1).unwrap();
         let int = |v: &[i32]| Tensor::from_host(&dev, Role::Input, v, [v.len()]).unwrap();
-        // With: the first is best; the difference that the prompt makes says the second.
+        // With the prompt, the first index is best; the difference that the prompt makes favours the second.
         let rows = [[1.0, 0.9], [0.0, 2.0], [1.0, 0.0], [0.0, 2.0]];
         let logits = Tensor::from_f64(&dev, Role::Input, DType::F64, rows.as_flattened(), [4, 2]).unwrap();
         let best = |guidance| {

@@ -1,26 +1,22 @@
-//! The whole model: what ETT (arXiv 2505.10562) trains, in one place.
+//! The whole model that ETT (arXiv 2505.10562) trains.
 
 use std::sync::Arc;
 
 use super::tokenizer::{Discriminator, DiscriminatorState, Lpips, Tokenizer};
 use super::{Keys, Llm, Packed, Projector, VisualHead};
 use crate::autograd::{Tape, Var};
-use crate::backend::{Kernels, Metric, Nearest, Role, Stream};
+use crate::backend::{DType, Kernels, Metric, Nearest, Role, Stream};
 use crate::config::{Arm, Config, QuantizerKind};
 use crate::error::{Error, Result};
 use crate::nn::{Init, Param, ParamBuilder, Params};
 use crate::ops;
-use crate::tensor::{DType, Tensor};
-
-/// Parameter groups, in order: what a stage trains or freezes as a whole.
-pub const GROUPS: [&str; 8] =
-    ["encoder", "decoder", "discriminator", "lpips", "llm", "projector", "visual_embed", "visual_head"];
+use crate::tensor::Tensor;
 
 /// How visual tokens enter the language model.
 pub enum VisualInput {
     /// Codebook embeddings through the projector (arms `embed` and `ett`).
     Projector(Projector),
-    /// An embedding table `[K, C]` for the indices (arm `index`).
+    /// An embedding table `[K, C]` indexed by code (arm `index`).
     Table(Param),
 }
 
@@ -34,13 +30,13 @@ pub struct Ett {
     pub tokenizer: Tokenizer,
     /// PatchGAN.
     pub discriminator: Discriminator,
-    /// What the discriminator carries from step to step.
+    /// State of the discriminator that is carried from step to step.
     pub discriminator_state: DiscriminatorState,
     /// Perceptual loss.
     pub lpips: Lpips,
     /// Language model.
     pub llm: Llm,
-    /// Visual tokens' way into it.
+    /// Maps visual tokens to the language model's input.
     pub visual_input: VisualInput,
     /// Head that predicts codes.
     pub visual_head: Option<VisualHead>,
@@ -86,16 +82,8 @@ impl Ett {
         })
     }
 
-    /// The group through which visual tokens enter the language model.
-    pub fn input_group(&self) -> &'static str {
-        match self.visual_input {
-            VisualInput::Projector(_) => "projector",
-            VisualInput::Table(_) => "visual_embed",
-        }
-    }
-
-    /// The codes of a frozen tokenizer: `zq` `[M, D]` and `idx` `[M]` of `z` `[M, D]`, no losses; and `[1]`, how many
-    /// tokens have no finite score.
+    /// Looks up the codes of a frozen tokenizer: `zq` `[M, D]` and `idx` `[M]` for `z` `[M, D]`, without losses, and
+    /// `[1]`, the number of tokens without a finite score.
     pub fn look_up(&self, t: &Tape, z: &Var, codes: &Var) -> Result<(Var, Tensor, Tensor)> {
         let idx = Tensor::empty(t.dev(), Role::Activation, DType::I32, [z.dims()[0]])?;
         let metric = match self.cfg.quantizer.kind {
@@ -109,7 +97,7 @@ impl Ett {
         Ok((ops::cast(t, &zq, t.precision().act)?, idx, bad))
     }
 
-    /// Visual tokens as the language model reads them, `[M, C]`, from `zq` `[M, D]` and `idx` `[M]`.
+    /// The language model's input for visual tokens, `[M, C]`, from `zq` `[M, D]` and `idx` `[M]`.
     pub fn visual_rows(&self, t: &Tape, zq: &Var, idx: &Tensor) -> Result<Var> {
         match &self.visual_input {
             VisualInput::Projector(p) => p.forward(t, &self.params, zq),
@@ -117,12 +105,12 @@ impl Ett {
         }
     }
 
-    /// What the language model reads of text, `[N, C]`, from `ids` `[N]` i32; zeros where an id is negative.
+    /// The language model's input for text, `[N, C]`, from `ids` `[N]` i32; zeros where an id is negative.
     pub fn text_rows(&self, t: &Tape, ids: &Tensor) -> Result<Var> {
         ops::gather(t, &self.llm.embedding(t, &self.params)?, ids)
     }
 
-    /// What the language model reads of a packed batch over visual rows `[M, C]`: `[N, C]`.
+    /// The language model's input for a packed batch, `[N, C]`; `visual` holds the visual rows `[M, C]`.
     pub fn input_rows(&self, t: &Tape, visual: Option<&Var>, b: &Packed) -> Result<Var> {
         let x = self.text_rows(t, &b.text)?;
         match visual {
@@ -131,14 +119,14 @@ impl Ett {
         }
     }
 
-    /// Hidden states `[N, C]` of a packed batch over visual rows `[M, C]`.
+    /// Hidden states `[N, C]` of a packed batch; `visual` holds the visual rows `[M, C]`.
     pub fn hidden(&self, t: &Tape, visual: Option<&Var>, b: &Packed) -> Result<Var> {
         let x = self.input_rows(t, visual, b)?;
         self.llm.forward(t, &self.params, &x, &b.position, Keys::Batch(&b.seqs))
     }
 
-    /// The hidden states that predict supervised tokens, `[n, C]`, and their mean cross-entropy; `inv_tokens`
-    /// is a device scalar, one over the supervised tokens of the whole batch.
+    /// The hidden states that predict supervised tokens, `[n, C]`, and their mean cross-entropy. `inv_tokens` is a
+    /// device scalar, the reciprocal of the number of supervised tokens of the whole batch.
     pub fn text_loss(&self, t: &Tape, hidden: &Var, b: &Packed, inv_tokens: &Tensor) -> Result<(Var, Var)> {
         let rows = ops::gather(t, hidden, &b.select)?;
         let embed = self.llm.embedding(t, &self.params)?;
@@ -146,8 +134,8 @@ impl Ett {
         Ok((rows, loss))
     }
 
-    /// Mean cross-entropy of the codes that a packed batch predicts; `idx` `[M]` on the host, `inv_codes` a
-    /// device scalar, one over the supervised codes of the whole batch.
+    /// Mean cross-entropy of the codes that a packed batch predicts. `idx` `[M]` is on the host; `inv_codes` is a
+    /// device scalar, the reciprocal of the number of supervised codes of the whole batch.
     pub fn code_loss(
         &self,
         t: &Tape,
@@ -173,7 +161,8 @@ impl Ett {
         self.visual_head.as_ref().ok_or_else(none)
     }
 
-    /// Logits `[n, K]` of the code that follows hidden states `[n, C]`; `codes` `[K, D]` as activations.
+    /// Logits `[n, K]` of the codes that follow hidden states `[n, C]`; `codes` `[K, D]` as returned by
+    /// [`Tokenizer::table`].
     pub fn code_logits(&self, t: &Tape, rows: &Var, codes: &Var) -> Result<Var> {
         let (x, w) = self.head()?.factors(t, &self.params, rows, codes)?;
         ops::linear(t, &x, &w, None)

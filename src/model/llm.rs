@@ -19,7 +19,7 @@ struct Block {
 }
 
 impl Block {
-    /// The sum so far and its norm, `[N, C]` both, through the block; `next` is the norm after it.
+    /// Runs the block on the residual sum so far and its norm, both `[N, C]`; `next` is the norm after the block.
     #[allow(clippy::too_many_arguments)]
     fn run(
         &self,
@@ -41,19 +41,19 @@ impl Block {
     }
 }
 
-/// Where attention finds keys and values.
+/// Source of the keys and values of attention.
 #[derive(Clone, Copy)]
 pub enum Keys<'a> {
-    /// In the batch: sequences as a whole.
+    /// The batch itself, which holds whole sequences.
     Batch(&'a Seqs),
-    /// The same, and they are kept as the prompts of a cache.
+    /// The same, and they are stored in a cache as its prompts.
     Kept(&'a Seqs, &'a Cache),
-    /// In a cache, where those of the batch, one row a sequence, are put first.
+    /// A cache, into which those of the batch, one row per sequence, are stored first.
     Cached(&'a Cache),
 }
 
 impl Keys<'_> {
-    /// Attention of layer `layer`, of `qkv` `[N, (query + 2 kv) D]`.
+    /// Attention of layer `layer` for `qkv` `[N, (query + 2 kv) D]`.
     fn attention(self, t: &Tape, layer: usize, qkv: &Var, h: Heads) -> Result<Var> {
         match self {
             Keys::Batch(seqs) => ops::attention(t, qkv, seqs, h),
@@ -71,18 +71,18 @@ impl Keys<'_> {
     }
 }
 
-/// Keys and values of all positions of S sequences so far. Each has a slot of as many columns as it may get positions;
-/// prompts end at the same column of all slots, so that what a step adds is one column.
+/// Keys and values of all positions of S sequences so far. Each sequence has a slot with a column for every position
+/// it may reach. Prompts end at the same column of all slots, so that a decoding step writes a single column.
 pub struct Cache {
-    /// `[S, columns * 2 kv D]` a layer: key and value of a position side by side.
+    /// `[S, columns * 2 kv D]` per layer: key and value of a position side by side.
     layers: Vec<Tensor>,
-    /// Key and value of a position, 2 kv D.
+    /// Size of the key and value of a position, 2 kv D.
     width: usize,
-    /// Positions of each sequence.
+    /// Length of each sequence.
     lengths: Vec<usize>,
     /// Columns in use.
     columns: usize,
-    /// One query a sequence.
+    /// One query per sequence.
     queries: Seqs,
     slots: Slots,
 }
@@ -103,12 +103,12 @@ impl Cache {
         Ok(Cache { layers, width, lengths: prompts, columns, queries, slots })
     }
 
-    /// S.
+    /// The number of sequences, S.
     pub fn sequences(&self) -> usize {
         self.lengths.len()
     }
 
-    /// Makes room for one more position of every sequence.
+    /// Adds a column for the next position of every sequence.
     fn advance(&mut self, dev: &dyn Kernels) -> Result<()> {
         if self.columns == self.slots.max {
             let got = format!("full, with {} columns", self.columns);
@@ -119,7 +119,7 @@ impl Cache {
         self.slots.set(dev, &self.lengths)
     }
 
-    /// Copies the keys and values of whole sequences.
+    /// Copies the keys and values of whole sequences into the cache.
     fn keep_prompts(&self, dev: &dyn Kernels, layer: usize, qkv: &Tensor, h: Heads) -> Result<()> {
         let kv = qkv.columns(h.query * h.dim, self.width)?;
         let mut at = 0;
@@ -132,7 +132,7 @@ impl Cache {
         Ok(())
     }
 
-    /// Copies the keys and values of one position of every sequence.
+    /// Copies the keys and values of one position of every sequence into the cache.
     fn keep_column(&self, dev: &dyn Kernels, layer: usize, qkv: &Tensor, h: Heads) -> Result<()> {
         let x = qkv.columns(h.query * h.dim, self.width)?;
         let y = self.layers[layer].columns((self.columns - 1) * self.width, self.width)?;
@@ -140,7 +140,7 @@ impl Cache {
     }
 }
 
-/// Embedding, blocks, final norm; the head is the embedding again.
+/// Embedding, blocks and final norm; the output head is tied to the embedding.
 pub struct Llm {
     embed: Param,
     blocks: Vec<Block>,
@@ -176,12 +176,12 @@ impl Llm {
         Llm { embed, blocks, norm, cfg: cfg.clone() }
     }
 
-    /// The embedding `[V, C]`, which is also the head.
+    /// The embedding `[V, C]`, which is also the output head.
     pub fn embedding(&self, t: &Tape, p: &Params) -> Result<Var> {
         p.var(t, self.embed)
     }
 
-    /// `x` `[N, C]` through all blocks and the final norm: `[N, C]`. `position` `[N]` i32.
+    /// Applies all blocks and the final norm to `x` `[N, C]`: `[N, C]`. `position` is `[N]` i32.
     pub fn forward(&self, t: &Tape, p: &Params, x: &Var, position: &Tensor, keys: Keys) -> Result<Var> {
         let cfg = &self.cfg;
         let rotary =
@@ -207,7 +207,7 @@ impl Llm {
                         block.run(t, &p, [&hy[0], &hy[1]], next, &position, rotary, attend)
                     })?
                 }
-                // A cache is for inference, which computes nothing again.
+                // Caches are for inference only, where nothing is recomputed.
                 keys => {
                     let attend = |qkv: &Var| keys.attention(t, i, qkv, heads);
                     block.run(t, p, [&h, &y], next, position, rotary, attend)?
@@ -218,8 +218,8 @@ impl Llm {
         Ok(y)
     }
 
-    /// [`Llm::forward`] of whole prompts on an inference tape, and the cache from which [`Llm::decode`] goes on for up
-    /// to `more` positions. Waits for the device.
+    /// [`Llm::forward`] of whole prompts on an inference tape. Also returns the cache from which [`Llm::decode`]
+    /// continues for up to `more` positions. Waits for the device.
     pub fn prefill(
         &self,
         t: &Tape,
@@ -235,7 +235,7 @@ impl Llm {
         Ok((self.forward(t, p, x, position, Keys::Kept(seqs, &cache))?, cache))
     }
 
-    /// One more position of every sequence of a cache: `x` `[S, C]` to `[S, C]`.
+    /// Decodes one more position of every sequence in a cache: `x` `[S, C]` to `[S, C]`.
     pub fn decode(&self, t: &Tape, p: &Params, x: &Var, cache: &mut Cache) -> Result<Var> {
         if x.dims().rows() != cache.sequences() {
             return Err(Error::arg("decode", "x", x.dims(), format!("{} rows", cache.sequences())));

@@ -1,12 +1,14 @@
-//! The model: vision tokenizer, its losses, projector, language model, and all of it together.
+//! The model: vision tokenizer and its losses, projector, language model, and [`Ett`], which holds all of them.
 
 mod ett;
 mod llm;
+mod modules;
 mod pack;
 mod projector;
 pub mod tokenizer;
 
-pub use ett::{Ett, GROUPS, VisualInput};
+pub use ett::{Ett, VisualInput};
 pub use llm::{Cache, Keys, Llm};
-pub use pack::{Packed, Part, Rows};
+pub use modules::{Carried, MODULES, Module, TrainedBy, tuned};
+pub use pack::{FlatBatch, Packed, Part};
 pub use projector::{Projector, VisualHead};

@@ -1,4 +1,4 @@
-//! Flat batches for the language model: sequences one after another, visual tokens and text side by side.
+//! Flat batches for the language model: sequences are concatenated, visual tokens and text in the same rows.
 
 use std::ops::Range;
 
@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::ops::Seqs;
 use crate::tensor::Tensor;
 
-/// A run of a sequence.
+/// A contiguous part of a sequence.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Part {
     /// Text tokens; supervised ones are predicted from the position before them.
@@ -19,17 +19,17 @@ pub enum Part {
     },
     /// The visual tokens of an image of the batch, row by row.
     Image(usize),
-    /// The same, each predicted from the position before it.
+    /// The same, with each token predicted from the position before it.
     Codes(usize),
 }
 
 impl Part {
-    /// Text that is only read.
+    /// Text that is not predicted.
     pub fn context(ids: Vec<i32>) -> Self {
         Part::Tokens { ids, supervised: false }
     }
 
-    /// Text to learn.
+    /// Text that is predicted.
     pub fn target(ids: Vec<i32>) -> Self {
         Part::Tokens { ids, supervised: true }
     }
@@ -37,7 +37,7 @@ impl Part {
 
 /// A flat batch of N rows, on the host.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Rows {
+pub struct FlatBatch {
     text: Vec<i32>,
     visual: Vec<i32>,
     position: Vec<i32>,
@@ -50,11 +50,11 @@ pub struct Rows {
     rows: usize,
 }
 
-impl Rows {
-    /// Lays out `sequences`; image `i` occupies the visual rows `images[i]`. Row counts are rounded up to a
-    /// multiple of `pad`, so that few distinct shapes occur.
+impl FlatBatch {
+    /// Lays out `sequences`; image `i` occupies the visual rows `images[i]`. Row counts are rounded up to a multiple
+    /// of `pad`, which keeps the number of distinct shapes small.
     pub fn new(sequences: &[Vec<Part>], images: &[Range<usize>], pad: usize) -> Result<Self> {
-        let mut b = Rows::default();
+        let mut b = FlatBatch::default();
         for parts in sequences {
             let start = b.text.len();
             for part in parts {
@@ -104,41 +104,41 @@ impl Rows {
 
 /// A flat batch of N rows, on the device.
 pub struct Packed {
-    /// `[N]` i32 vocabulary id of each row; -1: none.
+    /// `[N]` i32 vocabulary id of each row, or -1.
     pub text: Tensor,
-    /// `[N]` i32 visual row of each row; -1: none.
+    /// `[N]` i32 visual row of each row, or -1.
     pub visual: Tensor,
-    /// `[N]` i32 positions, counting from 0 in each sequence.
+    /// `[N]` i32 positions, starting from 0 in each sequence.
     pub position: Tensor,
     /// Sequence offsets.
     pub seqs: Seqs,
-    /// `[n]` i32 rows that predict a supervised token; -1: padding.
+    /// `[n]` i32 rows that predict a supervised token, padded with -1.
     pub select: Tensor,
-    /// `[n]` i32 the token each predicts; -1: padding.
+    /// `[n]` i32 the tokens they predict, padded with -1.
     pub target: Tensor,
-    /// Supervised text tokens.
+    /// Number of supervised text tokens.
     pub tokens: usize,
     /// Rows that predict a code.
     pub code_rows: Vec<i32>,
-    /// The visual row whose code each predicts.
+    /// For each of them, the visual row whose code it predicts.
     pub code_of: Vec<usize>,
-    /// Rows with content.
+    /// Number of rows without the padding.
     pub rows: usize,
 }
 
 impl Packed {
-    /// [`Rows::new`], sent to the device.
+    /// Lays out a batch as [`FlatBatch::new`] does and uploads it.
     pub fn new(
         dev: &dyn Kernels,
         sequences: &[Vec<Part>],
         images: &[Range<usize>],
         pad: usize,
     ) -> Result<Self> {
-        Self::upload(dev, &Rows::new(sequences, images, pad)?)
+        Self::upload(dev, &FlatBatch::new(sequences, images, pad)?)
     }
 
-    /// A batch on the device.
-    pub fn upload(dev: &dyn Kernels, b: &Rows) -> Result<Self> {
+    /// Uploads a batch.
+    pub fn upload(dev: &dyn Kernels, b: &FlatBatch) -> Result<Self> {
         let put = |v: &[i32]| Tensor::from_host(dev, Role::Input, v, [v.len()]);
         Ok(Packed {
             text: put(&b.text)?,
@@ -154,9 +154,10 @@ impl Packed {
         })
     }
 
-    /// Overwrites this batch where it lies, for a recorded step that reads it: what the step was recorded for has
-    /// to fit, so row counts, the number of sequences and the number of codes stay, and no sequence is longer.
-    pub fn refill(&mut self, dev: &dyn Kernels, b: &Rows) -> Result<()> {
+    /// Overwrites this batch in place, for a recorded step that reads it. The shapes of the recording have to fit:
+    /// row counts, the number of sequences and the number of codes stay the same, and no sequence is longer than the
+    /// longest before.
+    pub fn refill(&mut self, dev: &dyn Kernels, b: &FlatBatch) -> Result<()> {
         let shape = |n: usize, m: usize, s: usize, c: usize| {
             format!("{n} rows, {m} targets, {s} sequences, {c} codes")
         };
@@ -203,14 +204,14 @@ mod tests {
         assert_eq!((p.tokens, p.rows), (3, 11));
         assert_eq!((&p.code_rows[..], &p.code_of[..]), (&[8, 9][..], &[0, 1][..]));
         assert!(Packed::new(&dev, &[vec![Part::Image(2)]], &[0..2, 2..5], 1).is_err());
-        // Refilled, it is the batch that a new one would be, at the same addresses.
+        // A refilled batch equals a new one and keeps its addresses.
         let (mut p, at) = (p, Packed::new(&dev, &seqs, &[0..2, 2..5], 8)?.text.dims());
         let other = [
             vec![Part::context(vec![1]), Part::Image(0), Part::target(vec![3])],
             vec![Part::target(vec![5, 6, 2])],
             vec![Part::context(vec![8]), Part::Codes(0)],
         ];
-        let rows = Rows::new(&other, &[0..2, 2..5], 8)?;
+        let rows = FlatBatch::new(&other, &[0..2, 2..5], 8)?;
         let address = p.text.view().addr();
         p.refill(&dev, &rows)?;
         let fresh = Packed::upload(&dev, &rows)?;
@@ -220,9 +221,10 @@ mod tests {
         }
         assert_eq!((p.tokens, p.rows), (fresh.tokens, fresh.rows));
         let longer = [other.concat(), vec![Part::target(vec![1])], vec![Part::Image(0)]];
-        let e = p.refill(&dev, &Rows::new(&longer, &[0..2, 2..5], 8)?).expect_err("one sequence is longer");
+        let e =
+            p.refill(&dev, &FlatBatch::new(&longer, &[0..2, 2..5], 8)?).expect_err("one sequence is longer");
         assert!(e.to_string().contains("lengths"), "{e}");
-        let fewer = Rows::new(&other[..2], &[0..2, 2..5], 8)?;
+        let fewer = FlatBatch::new(&other[..2], &[0..2, 2..5], 8)?;
         assert!(p.refill(&dev, &fewer).is_err(), "two sequences are not three");
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! From codebook embeddings to the language model's width, and back to codes.
+//! The projector from codebook embeddings to the language model's width, and the head that predicts codes.
 
 use crate::autograd::{Tape, Var};
 use crate::backend::Unary;
@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::nn::{Init, LayerNorm, Linear, ParamBuilder, Params};
 use crate::ops;
 
-/// `fc2(gelu(fc1(x)))`, D to C to C, with an optional LayerNorm before.
+/// `fc2(gelu(fc1(x)))`, D to C to C, with an optional LayerNorm in front.
 pub struct Projector {
     norm: Option<LayerNorm>,
     fc1: Linear,
@@ -54,7 +54,7 @@ pub enum VisualHead {
 }
 
 impl VisualHead {
-    /// Registers `visual_head.*` in group `visual_head`, unless the configuration has no head.
+    /// Registers `visual_head.*` in group `visual_head`; `None` if the configuration has no head.
     pub fn new(b: &mut ParamBuilder, cfg: &Config) -> Option<Self> {
         b.group("visual_head");
         let (k, d, c) = (cfg.quantizer.codes, cfg.quantizer.dim, cfg.llm.width);
@@ -73,8 +73,8 @@ impl VisualHead {
         }
     }
 
-    /// The factors of the code logits: features `[N, D or C]` of `hidden` `[N, C]`, and the matrix `[K, D or C]`
-    /// they are multiplied with; `codes` is the codebook as activations.
+    /// The factors of the code logits: features `[N, D or C]` of `hidden` `[N, C]`, and the matrix `[K, D or C]` to
+    /// multiply them with. `codes` is the codebook as returned by [`super::tokenizer::Tokenizer::table`].
     pub fn factors(&self, t: &Tape, p: &Params, hidden: &Var, codes: &Var) -> Result<(Var, Var)> {
         match self {
             VisualHead::Tied(fc1, fc2) => {

@@ -1,4 +1,4 @@
-//! Layers: parameters with a forward. Construction registers the parameters under their public names.
+//! Layers: parameters with a forward pass. Constructors register the parameters under their public names.
 
 use super::{Init, Param, ParamBuilder, Params};
 use crate::autograd::{Tape, Var};
@@ -13,14 +13,14 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// Weights `[O, I]` and, if asked, bias `[O]` under `name.weight`, `name.bias`.
+    /// Weights `[O, I]` and, if `bias` is given, a bias `[O]` under `name.weight`, `name.bias`.
     pub fn new(b: &mut ParamBuilder, name: &str, i: usize, o: usize, bias: Option<Init>, init: Init) -> Self {
         let w = b.add(&format!("{name}.weight"), [o, i], init);
         let b = bias.map(|init| b.add(&format!("{name}.bias"), [o], init));
         Linear { w, b }
     }
 
-    /// Several public linear layers with the same input as one: `names` with their output widths.
+    /// Several public linear layers with the same input as one layer; `names` holds their names and output widths.
     pub fn stacked(
         b: &mut ParamBuilder,
         names: &[(String, usize)],
@@ -44,7 +44,7 @@ impl Linear {
         ops::linear(tape, x, &w, b.as_ref())
     }
 
-    /// [`Linear::forward`] and the tanh form of GELU.
+    /// [`Linear::forward`] followed by the tanh form of GELU.
     pub fn forward_gelu(&self, tape: &Tape, p: &Params, x: &Var) -> Result<Var> {
         let w = p.var(tape, self.w)?;
         let b = self.b.map(|b| p.var(tape, b)).transpose()?;
@@ -52,7 +52,7 @@ impl Linear {
     }
 }
 
-/// Two-dimensional convolution with bias.
+/// Two-dimensional convolution with an optional bias.
 #[derive(Debug, Clone, Copy)]
 pub struct Conv2d {
     w: Param,
@@ -61,13 +61,13 @@ pub struct Conv2d {
 }
 
 impl Conv2d {
-    /// Weights `[O, k, k, I]` and bias `[O]` under `name.weight`, `name.bias`; kaiming-uniform.
+    /// Weights `[O, k, k, I]` and bias `[O]` under `name.weight`, `name.bias`, initialised Kaiming-uniform.
     pub fn new(b: &mut ParamBuilder, name: &str, i: usize, o: usize, k: usize, conv: Conv) -> Self {
         let init = Init::kaiming(i * k * k);
         Self::with_init(b, name, i, o, k, conv, init, Some(init))
     }
 
-    /// Like [`Conv2d::new`] with its own initial values, and without a bias if `bias` is `None`.
+    /// Like [`Conv2d::new`] with other initial values, and without a bias if `bias` is `None`.
     #[allow(clippy::too_many_arguments)]
     pub fn with_init(
         b: &mut ParamBuilder,
@@ -117,7 +117,7 @@ impl GroupNorm {
         GroupNorm { w, b, groups, eps }
     }
 
-    /// Normalises `x` `[B, H, W, C]`, then applies SiLU if asked.
+    /// Normalises `x` `[B, H, W, C]`, then applies SiLU if `silu`.
     pub fn forward(&self, tape: &Tape, p: &Params, x: &Var, silu: bool) -> Result<Var> {
         let (w, b) = (p.var(tape, self.w)?, p.var(tape, self.b)?);
         ops::group_norm(tape, x, &w, &b, self.groups, self.eps, silu)

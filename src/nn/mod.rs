@@ -4,4 +4,4 @@ mod layers;
 mod params;
 
 pub use layers::{Conv2d, GroupNorm, LayerNorm, Linear, RmsNorm};
-pub use params::{Copy, HostTensor, Init, Param, ParamBuilder, Params, Training};
+pub use params::{HostTensor, Init, Param, ParamBuilder, Params, Stored, Training};

@@ -1,19 +1,19 @@
-//! Parameters in flat groups: one range each for masters, gradients, moments, averages and the copy that
-//! products read. An optimizer, a norm or a reduction is then one call on a range.
+//! Parameters in flat groups. Each group has one contiguous range for its master weights, gradients, moments,
+//! averages, and the copy that products read, so that an optimizer, a norm or a reduction is one call on a range.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use crate::autograd::{Tape, Var};
-use crate::backend::{Cast, Fill, Kernels, Role, Stream};
-use crate::data::Philox;
+use crate::backend::{Cast, DType, Dims, Fill, Kernels, Precision, Role, Stream};
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Dims, Precision, Tensor};
+use crate::rng::Philox;
+use crate::tensor::Tensor;
 
 /// Items start at multiples of this many elements: 256 bytes in the smallest type.
 const ALIGN: usize = 128;
 
-/// A parameter: a place in a [`Params`].
+/// A parameter: its position in a [`Params`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Param {
     group: usize,
@@ -23,13 +23,13 @@ pub struct Param {
 /// How initial values are drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Init {
-    /// The same value everywhere.
+    /// One value for all elements.
     Constant(f64),
     /// Normal with this mean and standard deviation.
     Normal(f64, f64),
     /// Uniform in `[-bound, bound]`.
     Uniform(f64),
-    /// Normal around 0 with this standard deviation, the same for every seed: features that stand in for
+    /// Normal with mean 0 and this standard deviation, the same for every seed: for features that stand in for
     /// pretrained ones.
     Fixed(f64),
     /// These values.
@@ -37,19 +37,19 @@ pub enum Init {
 }
 
 impl Init {
-    /// Kaiming-uniform with a = sqrt 5, the framework default of linear and convolution layers: uniform with
-    /// bound `1 / sqrt(fan_in)`, for weights and biases alike.
+    /// Kaiming-uniform with a = sqrt 5, PyTorch's default for linear and convolution layers: uniform with bound
+    /// `1 / sqrt(fan_in)`, for weights and biases alike.
     pub fn kaiming(fan_in: usize) -> Self {
         Init::Uniform(1.0 / (fan_in.max(1) as f64).sqrt())
     }
 }
 
-/// A name in public weight files and the rows of the item that it stands for.
+/// A name in public weight files and the rows of the item that it names.
 #[derive(Debug, Clone)]
 struct Public {
     name: String,
     rows: Range<usize>,
-    /// Shape in files. Convolutions live as OHWI and are stored as OIHW.
+    /// Shape in files. Convolutions are OHWI in memory and OIHW in files.
     dims: Vec<usize>,
     oihw: bool,
 }
@@ -67,7 +67,7 @@ struct Group {
     len: usize,
 }
 
-/// Collects parameters before memory is taken for them.
+/// Collects parameters before memory is allocated for them.
 #[derive(Default)]
 pub struct ParamBuilder {
     groups: Vec<Group>,
@@ -79,18 +79,18 @@ impl ParamBuilder {
         Self::default()
     }
 
-    /// Starts a group; what is added next belongs to it.
+    /// Starts a group; parameters added afterwards belong to it.
     pub fn group(&mut self, name: &str) {
         self.groups.push(Group { name: name.into(), items: Vec::new(), len: 0 });
     }
 
-    /// Adds a parameter under one public name, stored as it is.
+    /// Adds a parameter under one public name, with the same shape in files.
     pub fn add(&mut self, name: &str, dims: impl Into<Dims>, init: Init) -> Param {
         let dims = dims.into();
         self.shaped(name, dims, dims.as_slice(), init)
     }
 
-    /// Adds a parameter whose files give it another shape.
+    /// Adds a parameter that has another shape in files.
     pub fn shaped(&mut self, name: &str, dims: impl Into<Dims>, public: &[usize], init: Init) -> Param {
         let dims = dims.into();
         let rows = 0..dims.as_slice().first().copied().unwrap_or(1);
@@ -104,8 +104,8 @@ impl ParamBuilder {
         self.push([o, k, k, i].into(), init, publics)
     }
 
-    /// Adds one item for several public tensors of equal row width, stacked by rows: `parts` are names and
-    /// row counts, `tail` the dimensions after the first in files.
+    /// Adds one item for several public tensors of equal row width, stacked by rows. `parts` holds names and row
+    /// counts, `tail` the dimensions after the first in files.
     pub fn stacked(
         &mut self,
         parts: &[(String, usize)],
@@ -134,15 +134,15 @@ impl ParamBuilder {
         let group = self.groups.len() - 1;
         let g = &mut self.groups[group];
         let offset = g.len;
-        // A length that wraps is one that no tensor has: `build` says so.
+        // A saturated length cannot be allocated; `build` reports it.
         let len = dims.numel().checked_next_multiple_of(ALIGN).unwrap_or(usize::MAX);
         g.len = g.len.saturating_add(len);
         g.items.push(Item { dims, offset, init, publics });
         Param { group, item: g.items.len() - 1 }
     }
 
-    /// Takes memory and draws initial values: each from (seed, public name), so that adding a layer changes
-    /// no other layer's start.
+    /// Allocates memory and draws initial values, each from (seed, public name), so that adding a layer changes the
+    /// initial values of no other layer.
     pub fn build(self, dev: Arc<dyn Kernels>, prec: Precision, seed: u64) -> Result<Params> {
         let mut groups = Vec::new();
         for layout in self.groups {
@@ -173,7 +173,7 @@ impl ParamBuilder {
 /// Gradient and moments of a group that is being trained.
 #[derive(Clone)]
 pub struct Training {
-    /// Gradients, accumulated; accumulator type.
+    /// Accumulated gradients, in the accumulator type.
     pub grad: Tensor,
     /// First moment.
     pub m: Tensor,
@@ -190,14 +190,14 @@ struct Store {
     ema: Option<Tensor>,
 }
 
-/// Which copy of the parameters is meant.
+/// One of the tensors kept per parameter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Copy {
+pub enum Stored {
     /// Master weights.
     Master,
     /// Gradients of the groups that are being trained.
     Gradient,
-    /// Averages of the weights, where they are kept.
+    /// Averages of the weights, for groups that have them.
     Ema,
     /// First moments of the groups that are being trained.
     Moment1,
@@ -265,7 +265,7 @@ impl Params {
         self.dev.cast(Stream::COMPUTE, &Cast { x: t.view(), y: to.out() })
     }
 
-    /// Rounds the masters into the copies that products read.
+    /// Rounds the master weights into the copies that products read.
     pub fn refresh(&self) -> Result<()> {
         for g in &self.groups {
             if let Some(s) = &g.shadow {
@@ -275,7 +275,7 @@ impl Params {
         Ok(())
     }
 
-    /// The device they live on.
+    /// The device that holds the parameters.
     pub fn device(&self) -> &Arc<dyn Kernels> {
         &self.dev
     }
@@ -295,12 +295,12 @@ impl Params {
         self.groups.iter().position(|g| g.layout.name == name)
     }
 
-    /// Parameters in a group, padding left out.
+    /// Number of parameters in a group, without padding.
     pub fn count(&self, group: usize) -> usize {
         self.groups[group].layout.items.iter().map(|i| i.dims.numel()).sum()
     }
 
-    /// Takes memory for gradients and moments of these groups, zeroed, and frees those of all others.
+    /// Allocates zeroed gradients and moments for these groups and frees those of all others.
     pub fn train(&mut self, groups: &[&str]) -> Result<()> {
         for g in &mut self.groups {
             g.train = None;
@@ -317,7 +317,7 @@ impl Params {
         Ok(())
     }
 
-    /// Starts averages of these groups from the live weights; groups that have one already keep it.
+    /// Starts averages of these groups from the current weights; existing averages are kept.
     pub fn average(&mut self, groups: &[&str]) -> Result<()> {
         for g in &mut self.groups {
             if groups.contains(&g.layout.name.as_str()) && g.ema.is_none() {
@@ -336,7 +336,7 @@ impl Params {
         }
     }
 
-    /// Exchanges weights and averages of every group that has one, for an evaluation; call again to undo.
+    /// Swaps weights and averages of every group that has averages, for an evaluation; call again to undo.
     pub fn swap_averages(&mut self) -> Result<()> {
         for g in &mut self.groups {
             if let Some(ema) = &mut g.ema {
@@ -346,17 +346,17 @@ impl Params {
         self.refresh()
     }
 
-    /// What an optimizer needs of a group; `None` if it is frozen.
+    /// Gradients and moments of a group; `None` if it is frozen.
     pub fn training(&self, group: usize) -> Option<&Training> {
         self.groups[group].train.as_ref()
     }
 
-    /// Master range of a group, accumulator type.
+    /// Master weights of a group, in the accumulator type.
     pub fn master(&self, group: usize) -> &Tensor {
         &self.groups[group].master
     }
 
-    /// The copy that products read, if it differs from the masters.
+    /// The copy that products read, if it differs from the master weights.
     pub fn shadow(&self, group: usize) -> Option<&Tensor> {
         self.groups[group].shadow.as_ref()
     }
@@ -366,7 +366,7 @@ impl Params {
         self.groups[group].ema.as_ref()
     }
 
-    /// Every tensor that an optimizer step changes in a group: master weights, moments, averages, and the copy that
+    /// Every tensor of a group that an optimizer step changes: master weights, moments, averages, and the copy that
     /// products read.
     pub fn stepped(&self, group: usize) -> Vec<&Tensor> {
         let g = &self.groups[group];
@@ -382,7 +382,7 @@ impl Params {
         Ok(())
     }
 
-    /// A parameter on a tape, in the type that products read.
+    /// A parameter as a value on a tape, in the type that products read.
     pub fn var(&self, tape: &Tape, p: Param) -> Result<Var> {
         self.var_as(tape, p, self.precision().act)
     }
@@ -402,7 +402,7 @@ impl Params {
         Ok(tape.weight(value, grad))
     }
 
-    /// A parameter on a tape that no gradient reaches.
+    /// A parameter as a value on a tape that no gradient reaches.
     pub fn frozen(&self, tape: &Tape, p: Param) -> Result<Var> {
         Ok(self.var(tape, p)?.detach())
     }
@@ -422,25 +422,25 @@ impl Params {
         })
     }
 
-    fn source<'a>(&'a self, g: &'a Store, copy: Copy) -> Option<&'a Tensor> {
-        match copy {
-            Copy::Master => Some(&g.master),
-            Copy::Gradient => g.train.as_ref().map(|t| &t.grad),
-            Copy::Ema => g.ema.as_ref(),
-            Copy::Moment1 => g.train.as_ref().map(|t| &t.m),
-            Copy::Moment2 => g.train.as_ref().map(|t| &t.v),
+    fn source<'a>(&'a self, g: &'a Store, stored: Stored) -> Option<&'a Tensor> {
+        match stored {
+            Stored::Master => Some(&g.master),
+            Stored::Gradient => g.train.as_ref().map(|t| &t.grad),
+            Stored::Ema => g.ema.as_ref(),
+            Stored::Moment1 => g.train.as_ref().map(|t| &t.m),
+            Stored::Moment2 => g.train.as_ref().map(|t| &t.v),
         }
     }
 
-    /// True if a group has this copy.
-    pub fn has(&self, group: &str, copy: Copy) -> bool {
-        self.groups.iter().any(|g| g.layout.name == group && self.source(g, copy).is_some())
+    /// True if a group has these values.
+    pub fn has(&self, group: &str, stored: Stored) -> bool {
+        self.groups.iter().any(|g| g.layout.name == group && self.source(g, stored).is_some())
     }
 
-    /// A public tensor in the layout of files; `None` for unknown names and copies that do not exist.
-    pub fn read(&self, name: &str, copy: Copy) -> Result<Option<HostTensor>> {
+    /// A public tensor in the layout of files; `None` for an unknown name or a copy that does not exist.
+    pub fn read(&self, name: &str, stored: Stored) -> Result<Option<HostTensor>> {
         let Some((g, item, p)) = self.find(name) else { return Ok(None) };
-        let Some(from) = self.source(g, copy) else { return Ok(None) };
+        let Some(from) = self.source(g, stored) else { return Ok(None) };
         let n: usize = p.dims.iter().product();
         let row = n / p.rows.len().max(1);
         let values = from.range(item.offset + p.rows.start * row, n)?.to_f64(&*self.dev)?;
@@ -448,13 +448,18 @@ impl Params {
         Ok(Some(HostTensor { dims: p.dims.clone(), values }))
     }
 
-    /// Overwrites one copy of a public tensor. Call [`Params::refresh`] after the last master.
-    pub fn write_public(&self, name: &str, copy: Copy, t: &HostTensor) -> Result<()> {
+    /// Overwrites one copy of a public tensor. After writing master weights, call [`Params::refresh`].
+    pub fn write_public(&self, name: &str, stored: Stored, t: &HostTensor) -> Result<()> {
         let Some((g, item, p)) = self.find(name) else {
             return Err(Error::arg("write_public", "name", name, "a parameter of this model"));
         };
-        let Some(to) = self.source(g, copy) else {
-            return Err(Error::arg("write_public", "copy", format!("{copy:?}"), "one that the group has"));
+        let Some(to) = self.source(g, stored) else {
+            return Err(Error::arg(
+                "write_public",
+                "stored",
+                format!("{stored:?}"),
+                "one that the group has",
+            ));
         };
         if t.dims != p.dims {
             return Err(Error::arg(
@@ -474,7 +479,7 @@ impl Params {
     }
 }
 
-/// Between OIHW (files) and OHWI (memory); `dims` are OIHW.
+/// Converts between OIHW (files) and OHWI (memory); `dims` are OIHW.
 fn permute(v: &[f64], dims: &[usize], to_oihw: bool) -> Vec<f64> {
     let (o, i, hw) = (dims[0], dims[1], dims[2] * dims[3]);
     let mut out = vec![0.0; v.len()];

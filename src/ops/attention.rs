@@ -2,22 +2,22 @@
 
 use super::{S, expect_rank};
 use crate::autograd::{Tape, Var};
-use crate::backend::{AttentionBwd, AttentionFwd, Kernels, Role, Stream};
+use crate::backend::{AttentionBwd, AttentionFwd, DType, Kernels, Role, Stream};
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
-/// Where the sequences of a flat batch begin and end.
+/// Offsets of the sequences of a flat batch.
 #[derive(Clone, Debug)]
 pub struct Seqs {
     /// `[S+1]` i32 offsets.
     pub cu: Tensor,
-    /// Longest sequence.
+    /// Length of the longest sequence.
     pub max: usize,
     /// Rows up to the last offset.
     pub total: usize,
 }
 
-/// A row number as kernels read it.
+/// A row number in the type that kernels read.
 fn row(n: usize) -> Result<i32> {
     i32::try_from(n).map_err(|_| Error::arg("Seqs", "lengths", n, "fewer than 2^31 rows"))
 }
@@ -40,7 +40,8 @@ impl Seqs {
         Ok(Seqs { cu, max, total: lengths.iter().sum() })
     }
 
-    /// Other sequences at the same place: as many, none longer than the longest was.
+    /// Overwrites the offsets in place: the number of sequences stays the same, and none is longer than the longest
+    /// of [`Seqs::new`].
     pub fn refill(&mut self, dev: &dyn Kernels, lengths: &[usize]) -> Result<()> {
         let (n, max) = (self.cu.dims().numel() - 1, lengths.iter().copied().max().unwrap_or(0));
         if lengths.len() != n || max > self.max {
@@ -62,14 +63,14 @@ pub struct Heads {
     pub kv: usize,
     /// Head dimension D.
     pub dim: usize,
-    /// Factor on the scores.
+    /// Factor of the scores.
     pub scale: f64,
     /// Mask the future.
     pub causal: bool,
 }
 
-/// `qkv` `[N, (query + 2 kv) D]`: queries, keys, values side by side; returns `[N, query * D]`. Saves `qkv`,
-/// the output and one number a row and head.
+/// `qkv` `[N, (query + 2 kv) D]` holds queries, keys and values side by side; returns `[N, query * D]`. Saves `qkv`,
+/// the output and one number per row and head.
 pub fn attention(tape: &Tape, qkv: &Var, seqs: &Seqs, h: Heads) -> Result<Var> {
     expect_rank("attention", "qkv", qkv, 2)?;
     let n = qkv.dims()[0];
@@ -140,23 +141,23 @@ pub fn attention(tape: &Tape, qkv: &Var, seqs: &Seqs, h: Heads) -> Result<Var> {
     }))
 }
 
-/// Where the keys of sequences lie in a cache.
+/// Positions of the keys of sequences in a cache.
 #[derive(Clone, Debug)]
 pub struct Slots {
-    /// `[S+1]` i32 rows where they begin; the last means nothing.
+    /// `[S+1]` i32 first row of each sequence; kernels ignore the last element.
     pub start: Tensor,
-    /// `[S]` i32 keys of each.
+    /// `[S]` i32 number of keys of each sequence.
     pub len: Tensor,
-    /// Most keys of a sequence, now or later.
+    /// Maximum number of keys of a sequence, now or later.
     pub max: usize,
-    /// `[S]` i32 positions of the last keys, which is one less than `len`.
+    /// `[S]` i32 positions of the last keys, `len - 1`.
     pub position: Tensor,
-    /// Both of them, one after the other.
+    /// `len` and `position` in one tensor.
     both: Tensor,
 }
 
 impl Slots {
-    /// Slots of `max` rows one after another; the keys of sequence s begin `offsets[s]` rows into its slot.
+    /// Consecutive slots of `max` rows; the keys of sequence s begin `offsets[s]` rows into its slot.
     pub fn new(dev: &dyn Kernels, offsets: &[usize], max: usize) -> Result<Self> {
         let n = offsets.len();
         let ends = offsets
@@ -169,7 +170,7 @@ impl Slots {
         Ok(Slots { start, len: both.range(0, n)?, max, position: both.range(n, n)?, both })
     }
 
-    /// Writes how many keys there are, in one copy.
+    /// Sets the number of keys of each sequence, in one copy to the device.
     pub fn set(&self, dev: &dyn Kernels, lengths: &[usize]) -> Result<()> {
         let len = lengths.iter().map(|&n| row(n)).collect::<Result<Vec<_>>>()?;
         let both: Vec<i32> = len.iter().copied().chain(len.iter().map(|n| n - 1)).collect();
@@ -177,8 +178,8 @@ impl Slots {
     }
 }
 
-/// Attention to keys and values in a cache, `[rows, 2 kv D]`, side by side; of `qkv` `[N, (query + 2 kv) D]` only the
-/// queries are read. Returns `[N, query * D]`. For inference tapes: it has no backward.
+/// Attention to keys and values side by side in a cache, `[rows, 2 kv D]`; of `qkv` `[N, (query + 2 kv) D]` only the
+/// queries are read. Returns `[N, query * D]`. For inference tapes only: it has no backward pass.
 pub fn cached_attention(
     tape: &Tape,
     qkv: &Var,

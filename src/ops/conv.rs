@@ -20,7 +20,7 @@ pub struct Conv {
 }
 
 impl Conv {
-    /// Stride 1, the size of the input kept: padding `k / 2` for an odd kernel `k`.
+    /// Stride 1, with the padding `k / 2` that keeps the size of the input for an odd kernel size `k`.
     pub fn same(kernel: usize) -> Self {
         Conv { stride: 1, before: kernel / 2, after: kernel / 2 }
     }
@@ -102,7 +102,7 @@ pub fn conv2d(tape: &Tape, x: &Var, w: &Var, b: Option<&Var>, conv: Conv) -> Res
     }))
 }
 
-/// Nearest up-sampling by two: `[B, H, W, C]` to `[B, 2H, 2W, C]`. Saves nothing.
+/// Nearest-neighbour upsampling by two: `[B, H, W, C]` to `[B, 2H, 2W, C]`. Saves nothing.
 pub fn upsample2x(tape: &Tape, x: &Var) -> Result<Var> {
     expect_rank("upsample2x", "x", x, 4)?;
     let d = x.dims();
@@ -117,7 +117,7 @@ pub fn upsample2x(tape: &Tape, x: &Var) -> Result<Var> {
     }))
 }
 
-/// 2x2 maximum: `[B, H, W, C]` to `[B, H/2, W/2, C]`. Saves `x`.
+/// 2x2 max pooling: `[B, H, W, C]` to `[B, H/2, W/2, C]`. Saves `x`.
 pub fn max_pool2x2(tape: &Tape, x: &Var) -> Result<Var> {
     expect_rank("max_pool2x2", "x", x, 4)?;
     let d = x.dims();

@@ -1,4 +1,4 @@
-//! Losses. Each returns one number in the accumulator type; its weight is the gradient it is seeded with.
+//! Losses. Each returns one number in the accumulator type; its weight is the gradient that seeds the backward pass.
 
 use super::{S, expect};
 use crate::autograd::{Tape, Var};
@@ -9,8 +9,8 @@ use crate::backend::{
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
-/// Cross-entropy of a linear layer without its logits, summed over rows with `target >= 0` and multiplied by
-/// the device scalar `scale`: `x` `[N, C]`, `w` `[V, C]`, `target` `[N]` i32. Saves `x` and one number a row.
+/// Cross-entropy of a linear layer without storing its logits, summed over rows with `target >= 0` and multiplied by
+/// the device scalar `scale`: `x` `[N, C]`, `w` `[V, C]`, `target` `[N]` i32. Saves `x` and one number per row.
 pub fn linear_cross_entropy(tape: &Tape, x: &Var, w: &Var, target: &Tensor, scale: &Tensor) -> Result<Var> {
     let n = x.dims().rows();
     expect("linear_cross_entropy", "w", w, &[w.dims().rows(), x.dims().cols()])?;
@@ -47,9 +47,9 @@ pub fn linear_cross_entropy(tape: &Tape, x: &Var, w: &Var, target: &Tensor, scal
     }))
 }
 
-/// Cross-entropy of logits `[N, V]`, summed over rows with `target >= 0`, each times its `weight` `[N]` (1 without), and
-/// multiplied by the device scalar `scale`: `target` `[N]` i32. Saves `logits` and one number a row. Training goes without
-/// stored logits: [`linear_cross_entropy`].
+/// Cross-entropy of logits `[N, V]`, summed over rows with `target >= 0`, each multiplied by its `weight` `[N]` (1 if
+/// `None`), and multiplied by the device scalar `scale`; `target` is `[N]` i32. Saves `logits` and one number per
+/// row. For training, [`linear_cross_entropy`] avoids storing the logits.
 pub fn cross_entropy(
     tape: &Tape,
     logits: &Var,
@@ -85,8 +85,8 @@ pub fn cross_entropy(
     }))
 }
 
-/// `scale * sum |a - b|`; the gradient goes to `a`. `scale` is a device scalar, one over the elements of the whole
-/// batch. Saves both.
+/// `scale * sum |a - b|`; only `a` receives a gradient. `scale` is a device scalar, the reciprocal of the number of
+/// elements of the whole batch. Saves both.
 pub fn l1(tape: &Tape, a: &Var, b: &Var, scale: &Tensor) -> Result<Var> {
     expect("l1", "b", b, a.dims().as_slice())?;
     let loss = tape.zero_stat([1])?;
@@ -108,9 +108,10 @@ pub fn l1(tape: &Tape, a: &Var, b: &Var, scale: &Tensor) -> Result<Var> {
     }))
 }
 
-/// One layer of LPIPS: `factor * scale * sum_p sum_c w[c] (n0 - n1)^2` of features `f0`, `f1` `[B, H, W, C]`, each
-/// pixel divided by its norm plus `eps`; the gradient goes to `f1`. `scale` is a device scalar, one over the pictures of
-/// the whole batch, `factor` one over the pixels of a picture. Saves both.
+/// One layer of LPIPS: `factor * scale * sum_p sum_c w[c] (n0 - n1)^2` of features `f0`, `f1` `[B, H, W, C]`, where
+/// `n0`, `n1` are the features of each pixel divided by their norm plus `eps`; only `f1` receives a gradient. `scale`
+/// is a device scalar, the reciprocal of the number of pictures of the whole batch; `factor` is the reciprocal of the
+/// number of pixels of a picture. Saves both.
 pub fn lpips_layer(
     tape: &Tape,
     f0: &Var,
@@ -152,8 +153,8 @@ pub fn lpips_layer(
     }))
 }
 
-/// Non-saturating generator loss of patch logits `x` `[B, P]`: `scale * sum_b softplus(-mean_p x)`. `scale` is a device
-/// scalar, one over the pictures of the whole batch. Saves `x`.
+/// Non-saturating generator loss of patch logits `x` `[B, P]`: `scale * sum_b softplus(-mean_p x)`. `scale` is a
+/// device scalar, the reciprocal of the number of pictures of the whole batch. Saves `x`.
 pub fn gan_generator(tape: &Tape, x: &Var, scale: &Tensor) -> Result<Var> {
     let loss = tape.zero_stat([1])?;
     let a = GanGeneratorFwd { x: x.value().view(), scale: scale.view(), loss: loss.acc() };
@@ -168,8 +169,8 @@ pub fn gan_generator(tape: &Tape, x: &Var, scale: &Tensor) -> Result<Var> {
     }))
 }
 
-/// Hinge loss of patch logits of any shape: `factor * scale * sum relu(1 - x)` if `real`, else of `relu(1 + x)`. `scale`
-/// is a device scalar, one over the logits of the whole batch. Saves `x`.
+/// Hinge loss of patch logits of any shape: `factor * scale * sum relu(1 - x)` if `real`, otherwise with
+/// `relu(1 + x)`. `scale` is a device scalar, the reciprocal of the number of logits of the whole batch. Saves `x`.
 pub fn hinge(tape: &Tape, x: &Var, real: bool, scale: &Tensor, factor: f64) -> Result<Var> {
     let loss = tape.zero_stat([1])?;
     let a = HingeFwd { x: x.value().view(), scale: scale.view(), loss: loss.acc(), real, factor };
@@ -184,8 +185,8 @@ pub fn hinge(tape: &Tape, x: &Var, real: bool, scale: &Tensor, factor: f64) -> R
     }))
 }
 
-/// LeCAM regulariser of real and fake patch logits against the averages `ema` `[2]`. `scale` is a device scalar, one over
-/// the real logits of the whole batch. Saves the logits.
+/// LeCAM regulariser of real and fake patch logits against the averages `ema` `[2]`. `scale` is a device scalar, the
+/// reciprocal of the number of real logits of the whole batch. Saves the logits.
 pub fn lecam(tape: &Tape, real: &Var, fake: &Var, ema: &Tensor, scale: &Tensor) -> Result<Var> {
     let loss = tape.zero_stat([1])?;
     let a = LecamFwd {

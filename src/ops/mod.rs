@@ -1,5 +1,5 @@
-//! Differentiable ops: one file per family, each op checks its shapes, runs a kernel, and says what it saves
-//! for the backward.
+//! Differentiable ops, one file per family. Each op checks its shapes, runs a kernel, and documents what it saves for
+//! the backward pass.
 
 mod attention;
 mod conv;

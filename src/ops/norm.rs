@@ -9,7 +9,7 @@ use crate::backend::{
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
-/// GroupNorm, then SiLU if asked: `x` `[B, H, W, C]`, `w`, `b` `[C]`. Saves `x` and statistics `[B, G]`.
+/// GroupNorm, then SiLU if `silu`: `x` `[B, H, W, C]`, `w`, `b` `[C]`. Saves `x` and statistics `[B, G]`.
 pub fn group_norm(
     tape: &Tape,
     x: &Var,
@@ -61,7 +61,7 @@ pub fn group_norm(
     }))
 }
 
-/// RMSNorm: `x` `[N, C]`, `w` `[C]`. Saves `x` and one number a row.
+/// RMSNorm: `x` `[N, C]`, `w` `[C]`. Saves `x` and one number per row.
 pub fn rms_norm(tape: &Tape, x: &Var, w: &Var, eps: f64) -> Result<Var> {
     expect_rank("rms_norm", "x", x, 2)?;
     expect("rms_norm", "w", w, &[x.dims()[1]])?;
@@ -143,7 +143,7 @@ pub fn add_rms_norm(tape: &Tape, x: &Var, residual: &Var, w: &Var, eps: f64) -> 
     }
 }
 
-/// LayerNorm over the last dimension: `x` `[N, C]`, `w`, `b` `[C]`. Saves `x` and two numbers a row.
+/// LayerNorm over the last dimension: `x` `[N, C]`, `w`, `b` `[C]`. Saves `x` and two numbers per row.
 pub fn layer_norm(tape: &Tape, x: &Var, w: &Var, b: &Var, eps: f64) -> Result<Var> {
     expect_rank("layer_norm", "x", x, 2)?;
     expect("layer_norm", "w", w, &[x.dims()[1]])?;
@@ -187,7 +187,7 @@ pub struct BatchStats {
     pub mean: Tensor,
     /// `[C]`, biased.
     pub var: Tensor,
-    /// Pixels they were taken over.
+    /// Number of pixels behind the statistics.
     pub rows: usize,
 }
 
@@ -236,8 +236,8 @@ pub fn batch_norm(tape: &Tape, x: &Var, w: &Var, b: &Var, eps: f64, slope: f64) 
     Ok((y, stats))
 }
 
-/// BatchNorm with given statistics `mean`, `var` `[C]`, such as the running ones, then LeakyReLU: `x` `[B, H, W, C]`, `w`,
-/// `b` `[C]`. Saves `x`.
+/// BatchNorm with given statistics `mean`, `var` `[C]`, such as the running ones, then LeakyReLU: `x` `[B, H, W, C]`,
+/// `w`, `b` `[C]`. Saves `x`.
 pub fn batch_norm_eval(
     tape: &Tape,
     x: &Var,
@@ -284,8 +284,8 @@ pub fn batch_norm_eval(
     }))
 }
 
-/// Rows divided by `max(norm, eps)`: `x` `[N, D]`. If `x` is a weight its gradient stays in the accumulator
-/// type. Saves `x` and one number a row.
+/// Rows divided by `max(norm, eps)`: `x` `[N, D]`. If `x` is a weight, its gradient stays in the accumulator type.
+/// Saves `x` and one number per row.
 pub fn l2_norm(tape: &Tape, x: &Var, eps: f64) -> Result<Var> {
     expect_rank("l2_norm", "x", x, 2)?;
     let (y, norm) = (tape.like(x, x.dims())?, tape.stat([x.dims()[0]])?);

@@ -1,13 +1,13 @@
-//! Element-wise ops, rotary embedding, and joining or cutting rows.
+//! Element-wise ops, rotary embedding, and concatenating or splitting rows.
 
 use super::{S, expect, expect_rank};
 use crate::autograd::{Tape, Var};
 use crate::backend::{
-    Add, Cast, ChannelAffineBwd, ChannelAffineFwd, Fill, Role, Rope, SwigluBwd, SwigluFwd, Unary, UnaryBwd,
-    UnaryFwd,
+    Add, Cast, ChannelAffineBwd, ChannelAffineFwd, DType, Dims, Fill, Role, Rope, SwigluBwd, SwigluFwd,
+    Unary, UnaryBwd, UnaryFwd,
 };
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Dims, Tensor};
+use crate::tensor::Tensor;
 
 /// `y = f(x)`, any shape. Saves `x`.
 pub fn unary(tape: &Tape, x: &Var, f: Unary) -> Result<Var> {
@@ -75,14 +75,14 @@ pub fn swiglu(tape: &Tape, gate_up: &Var) -> Result<Var> {
     }))
 }
 
-/// Rotary embedding: heads that turn, their dimension, and the base of the angles.
+/// Rotary embedding: the number of rotated heads, their dimension, and the base of the angles.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Rotary {
-    /// Leading heads of `D` columns that turn; further columns are copied.
+    /// Leading heads of `D` columns that are rotated; further columns are copied.
     pub heads: usize,
-    /// D, even.
+    /// Head dimension D, even.
     pub head_dim: usize,
-    /// Base.
+    /// Base of the angles.
     pub theta: f64,
 }
 
@@ -94,7 +94,7 @@ impl Rotary {
     }
 }
 
-/// Turns the leading heads of `x` `[N, >= heads*D]` by `position` `[N]` i32. Saves `position`.
+/// Rotates the leading heads of `x` `[N, >= heads*D]` by `position` `[N]` i32. Saves `position`.
 pub fn rope(tape: &Tape, x: &Var, position: &Tensor, r: Rotary) -> Result<Var> {
     expect_rank("rope", "x", x, 2)?;
     let (n, c) = (x.dims()[0], x.dims()[1]);
@@ -119,7 +119,7 @@ pub fn rope(tape: &Tape, x: &Var, position: &Tensor, r: Rotary) -> Result<Var> {
     }))
 }
 
-/// The rows of all `parts` (`[n_i, C]` or more dimensions, equal C) one after another: `[sum n_i, C]`.
+/// Concatenates the rows of all `parts` (`[n_i, C]` or more dimensions, equal C): `[sum n_i, C]`.
 pub fn concat_rows(tape: &Tape, parts: &[&Var]) -> Result<Var> {
     let Some(first) = parts.first() else {
         return Err(Error::arg("concat_rows", "parts", "empty", "at least one"));
@@ -149,7 +149,7 @@ pub fn concat_rows(tape: &Tape, parts: &[&Var]) -> Result<Var> {
     }))
 }
 
-/// Cuts `x` `[N, C]` into runs of rows that add up to N. The parts are views.
+/// Splits the rows of `x` `[N, C]` into runs of `counts` rows, which must add up to N. The parts are views.
 pub fn split_rows(tape: &Tape, x: &Var, counts: &[usize]) -> Result<Vec<Var>> {
     expect_rank("split_rows", "x", x, 2)?;
     let (n, c) = (x.dims()[0], x.dims()[1]);
@@ -179,8 +179,8 @@ pub fn split_rows(tape: &Tape, x: &Var, counts: &[usize]) -> Result<Vec<Var>> {
     }))
 }
 
-/// The same values rounded to `dtype`, and their gradient to the type of `x`. Saves nothing; `x` itself if it has that
-/// type.
+/// The values of `x` rounded to `dtype`; their gradient is rounded to the type of `x`. Returns `x` itself if it has type
+/// `dtype`. Saves nothing.
 pub fn cast(tape: &Tape, x: &Var, dtype: DType) -> Result<Var> {
     if x.value().dtype() == dtype {
         return Ok(x.clone());
@@ -196,7 +196,7 @@ pub fn cast(tape: &Tape, x: &Var, dtype: DType) -> Result<Var> {
     }))
 }
 
-/// The same values under another shape. Saves nothing and copies nothing.
+/// The same values with another shape. Saves nothing and copies nothing.
 pub fn reshape(tape: &Tape, x: &Var, dims: impl Into<Dims>) -> Result<Var> {
     let y = x.value().reshape(dims)?;
     let xs = x.clone();

@@ -33,8 +33,8 @@ pub fn linear(tape: &Tape, x: &Var, w: &Var, b: Option<&Var>) -> Result<Var> {
     }))
 }
 
-/// `y = gelu(x w^T + b)` in the tanh form of GELU, shapes as in [`linear`]: one kernel where the device has it. Saves
-/// `x` and the sum.
+/// `y = gelu(x w^T + b)` in the tanh form of GELU, shapes as in [`linear`]: a single kernel if the device has it.
+/// Saves `x` and the sum.
 pub fn linear_gelu(tape: &Tape, x: &Var, w: &Var, b: Option<&Var>) -> Result<Var> {
     let (n, c, o) = (x.dims().rows(), x.dims().cols(), w.dims().rows());
     expect("linear_gelu", "w", w, &[o, c])?;
@@ -63,7 +63,7 @@ pub fn linear_gelu(tape: &Tape, x: &Var, w: &Var, b: Option<&Var>) -> Result<Var
     }))
 }
 
-/// Gradients of `x w^T + b` for all that want one, from the gradient `dy` `[N, O]` of the sum.
+/// Gradients of `x w^T + b` for the inputs that need them, from the gradient `dy` `[N, O]` of the sum.
 fn linear_backward(g: &mut Grads, dy: &Tensor, x: &Var, w: &Var, b: Option<&Var>) -> Result<()> {
     if let Some(dw) = g.target(w)? {
         let a = MatmulAcc { a: dy.view(), b: x.value().view(), ta: true, tb: false, y: dw.acc() };

@@ -2,14 +2,14 @@
 
 use super::{S, expect_rank};
 use crate::autograd::{Tape, Var};
-use crate::backend::{IbqBwd, IbqCols, IbqLosses, IbqRows, Metric, Nearest, Role, VqBwd, VqLosses};
+use crate::backend::{DType, IbqBwd, IbqCols, IbqLosses, IbqRows, Metric, Nearest, Role, VqBwd, VqLosses};
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
-/// Which entropies the run needs.
+/// Options of the entropies.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Entropy {
-    /// T.
+    /// Temperature T.
     pub temperature: f64,
     /// Added inside the logarithm of the average entropy.
     pub eps: f64,
@@ -18,7 +18,7 @@ pub struct Entropy {
 /// Options of the IBQ quantizer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct IbqOptions {
-    /// Entropy loss; `None`: neither entropy is formed.
+    /// Entropy options; with `None`, neither entropy is computed.
     pub entropy: Option<Entropy>,
     /// Weight of the commitment term.
     pub beta_commit: f64,
@@ -26,18 +26,18 @@ pub struct IbqOptions {
     pub beta_code: f64,
 }
 
-/// What the sweep over the codes leaves of each token, all `[M]`, accumulator type.
+/// Statistics of each token from the sweep over the codes, all `[M]`, accumulator type.
 #[derive(Clone)]
 pub struct RowStatistics {
     /// Score of the best code.
     pub smax: Tensor,
     /// `sum_{j != t} exp(S_j - S_t)`.
     pub rest_p: Tensor,
-    /// Of the entropies.
+    /// Statistics of the entropies.
     pub entropy: Option<EntropyStatistics>,
 }
 
-/// What the entropies need of each token, both `[M]`, accumulator type.
+/// Statistics of each token for the entropies, both `[M]`, accumulator type.
 #[derive(Clone)]
 pub struct EntropyStatistics {
     /// `sum_{j != t} exp((S_j - S_t) / T)`.
@@ -46,7 +46,7 @@ pub struct EntropyStatistics {
     pub xbar: Tensor,
 }
 
-/// What a quantizer returns.
+/// Result of a quantizer.
 pub struct Quantized {
     /// `[M, D]`, in the type of the tokens.
     pub zq: Var,
@@ -60,7 +60,7 @@ pub struct Quantized {
     pub avg: Option<Var>,
     /// Row statistics; `None` for `vq`.
     pub rows: Option<RowStatistics>,
-    /// Tokens without a finite score, `[1]`.
+    /// Number of tokens without a finite score, `[1]`.
     pub bad: Tensor,
 }
 
@@ -80,8 +80,9 @@ fn or_zero(tape_zero: &Tensor, g: Option<Tensor>) -> Tensor {
     g.unwrap_or_else(|| tape_zero.clone())
 }
 
-/// Index-backpropagation quantizer: `z` `[M, D]`, `e` `[K, D]` of one type, which `zq` has, too; `inv_count` is a device scalar, one over the tokens of
-/// all ranks. Saves `z`, five numbers a token and one a code; without entropies three a token.
+/// Index-backpropagation quantizer: `z` `[M, D]`, `e` `[K, D]`, both of the type that `zq` gets. `inv_count` is a device
+/// scalar, the reciprocal of the number of tokens of all ranks. Saves `z`, five numbers per token and one per code;
+/// without entropies, three per token.
 pub fn ibq(tape: &Tape, z: &Var, e: &Var, inv_count: &Tensor, o: IbqOptions) -> Result<Quantized> {
     let (m, k, d) = check("ibq", z, e)?;
     let idx = Tensor::empty(tape.dev(), Role::Activation, DType::I32, [m])?;
@@ -201,8 +202,8 @@ pub fn ibq(tape: &Tape, z: &Var, e: &Var, inv_count: &Tensor, o: IbqOptions) -> 
     Ok(Quantized { zq, idx, quant, sample, avg, rows: Some(rows), bad })
 }
 
-/// The plain VQ baseline: nearest code by distance, straight-through gradient; `inv_count` is a device scalar, one over
-/// the tokens of all ranks. Saves `z` and indices.
+/// The plain VQ baseline: nearest code by distance, straight-through gradient. `inv_count` is a device scalar, the
+/// reciprocal of the number of tokens of all ranks. Saves `z` and the indices.
 pub fn vq(tape: &Tape, z: &Var, e: &Var, inv_count: &Tensor, o: IbqOptions) -> Result<Quantized> {
     let (m, _, d) = check("vq", z, e)?;
     let idx = Tensor::empty(tape.dev(), Role::Activation, DType::I32, [m])?;

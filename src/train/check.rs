@@ -1,21 +1,25 @@
-//! `ett-train check`: one semantic-stage step on given weights and a given batch, everything written down.
+//! `ett-train check`: runs one semantic-stage step on given weights and a given batch, and writes all results to a
+//! file.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use super::weights::{FileType, read_file, set_weights, write_file};
-use super::{Batch, Counts, Hyper, Loss, Optimizer, Outcome, Stage, step};
+use super::StepState;
+use super::update::Update;
+use super::{Counts, Loss, Outcome, Stage, step};
 use crate::autograd::Tape;
-use crate::backend::{Kernels, Role, StepState};
-use crate::config::{Config, StageKind};
+use crate::backend::{DType, Kernels, Role};
+use crate::config::{Config, ScheduleKind, StageConfig, StageKind};
 use crate::error::{Error, Result};
+use crate::feed::Batch;
 use crate::files;
+use crate::io::weights::{FileType, read_file, set_weights, write_file};
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Part};
-use crate::nn::{Copy, HostTensor};
-use crate::tensor::{DType, Tensor};
+use crate::nn::{HostTensor, Stored};
+use crate::tensor::Tensor;
 
-/// Runs the step and writes `dump`. Layouts and names are in docs/check.md.
+/// Runs the step and writes `dump`. Shapes and names are documented in docs/check.md.
 pub fn check(cfg: &Config, dev: Arc<dyn Kernels>, weights: &Path, batch: &Path, dump: &Path) -> Result<()> {
     files::probe(dump)?;
     let mut model = Ett::new(cfg, dev.clone())?;
@@ -39,28 +43,22 @@ pub fn check(cfg: &Config, dev: Arc<dyn Kernels>, weights: &Path, batch: &Path, 
     let packed = Batch::pack(&model, &sequences, &grids, 1)?;
     let batch = Batch { images: vec![pixels], packed: Some(packed) };
 
-    let mut state = StepState::new(&*dev, prec.acc)?;
-    stage.recipe.weights(&model, &mut state, 1);
     let parts = [batch];
-    Counts::new(&model, &parts, b * l, 0).set(&mut state);
-    let t = &cfg.train;
-    let hyper = |betas| Hyper { betas, eps: t.adam_eps, weight_decay: 0.0, ema_decay: 0.0, clip: 0.0 };
-    let mut main = Optimizer::new(&model.params, &stage.groups, hyper(t.betas))?;
-    main.prepare(&mut state, t.lr);
-    let disc = match stage.discriminator {
-        true => {
-            let mut d = Optimizer::new(&model.params, &["discriminator"], hyper(t.disc_betas))?;
-            d.prepare(&mut state, t.lr);
-            Some(d)
-        }
-        false => None,
+    // The gradients are written as computed, so there is no clipping; there is no weight decay either.
+    let stage_cfg = StageConfig {
+        schedule: ScheduleKind::Constant,
+        clip: Some(0.0),
+        weight_decay: Some(0.0),
+        ..StageConfig::new(StageKind::Semantic, 1, b)
     };
-    state.send(&*dev)?;
-    // Logits are those of the step's own weights: the head is copied before the update.
-    let head = model.params.read("model.embed_tokens.weight", Copy::Master)?;
-    let out = step(&mut model, &stage.recipe, &parts, &state, &main, disc.as_ref())?;
+    let mut update = Update::new(&model, &stage_cfg, &stage)?;
+    update.prepare(&model, &stage_cfg, &Counts::new(&model, &parts, b * l, 0), 0)?;
+    let Update { state, main, disc, .. } = &update;
+    // Logits are computed with the weights of the step, so the head is copied before the update.
+    let head = model.params.read("model.embed_tokens.weight", Stored::Master)?;
+    let out = step(&mut model, &stage.recipe, &parts, state, main, disc.as_ref())?;
 
-    let mut entries = losses(&model, &stage, &state, &out)?;
+    let mut entries = losses(&model, &stage, state, &out)?;
     entries.extend(activations(&model, &out, head, [b, l], &*dev)?);
     let trained = stage.trained();
     let names: Vec<String> = model
@@ -69,9 +67,9 @@ pub fn check(cfg: &Config, dev: Arc<dyn Kernels>, weights: &Path, batch: &Path, 
         .filter(|(_, group, _)| trained.contains(group))
         .map(|(name, _, _)| name.to_string())
         .collect();
-    for (prefix, copy) in [("grad", Copy::Gradient), ("after", Copy::Master)] {
+    for (prefix, stored) in [("grad", Stored::Gradient), ("after", Stored::Master)] {
         for name in &names {
-            if let Some(v) = model.params.read(name, copy)? {
+            if let Some(v) = model.params.read(name, stored)? {
                 entries.push((format!("{prefix}.{name}"), v, FileType::F64));
             }
         }
@@ -91,7 +89,7 @@ fn read_batch(path: &Path) -> Result<(HostTensor, HostTensor)> {
     let image = take("input.image", 4, "[B, H, W, 3]")?;
     let text = take("input.text", 2, "[B, L]")?;
     if image.dims[0] != text.dims[0] {
-        let what = format!("{} images but {} texts, wanted one text an image", image.dims[0], text.dims[0]);
+        let what = format!("{} images but {} texts, wanted one text per image", image.dims[0], text.dims[0]);
         return Err(Error::weights(path, what));
     }
     match file.keys().next() {

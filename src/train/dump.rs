@@ -1,16 +1,16 @@
-//! The inputs of a step whose loss or gradient was not finite, for the person who looks for the reason.
+//! Dumps the inputs of a step with a non-finite loss or gradient, for finding the cause.
 
 use std::path::{Path, PathBuf};
 
-use super::Batch;
-use super::weights::{FileType, write_file};
-use crate::backend::Kernels;
+use crate::backend::{DType, Kernels};
 use crate::error::Result;
+use crate::feed::Batch;
+use crate::io::weights::{FileType, write_file};
 use crate::nn::HostTensor;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
-/// Writes `nonfinite-STAGE-STEP.safetensors` with the pictures and sequences of each part of the batch, `part.0.image.0`
-/// and so on; `None` if the run wrote one before.
+/// Writes `nonfinite-STAGE-STEP.safetensors` with the pictures and sequences of each part of the batch,
+/// `part.0.image.0` and so on. Returns `None` if the run has already written one.
 pub(super) fn dump(
     out: &Path,
     stage: &str,

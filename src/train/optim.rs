@@ -1,6 +1,7 @@
-//! AdamW over flat groups, and the schedule of its rate.
+//! AdamW over flat groups, and the learning rate schedule.
 
-use crate::backend::{Accumulate, Adamw, Cast, Fill, Role, Slot, StepState, Stream, SumSquares};
+use super::StepState;
+use crate::backend::{Accumulate, Adamw, Cast, Fill, Role, Slot, Stream, SumSquares};
 use crate::config::ScheduleKind;
 use crate::error::{Error, Result};
 use crate::nn::Params;
@@ -9,30 +10,30 @@ use crate::tensor::Tensor;
 /// Constants of an optimizer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Hyper {
-    /// Decays of the moments, of groups without their own.
+    /// Decay rates of the moments, for groups without their own.
     pub betas: [f64; 2],
-    /// Added to the root of the second moment.
+    /// Added to the square root of the second moment.
     pub eps: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
-    /// Decay of the averages of the weights.
+    /// Decay rate of the averages of the weights.
     pub ema_decay: f64,
-    /// Largest gradient norm; 0: no clipping.
+    /// Maximum gradient norm; 0: no clipping.
     pub clip: f64,
 }
 
-/// What a parameter group has of its own.
+/// Settings of a single parameter group.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Own {
-    /// Its rate as a multiple of the optimizer's.
+    /// Learning rate as a multiple of the optimizer's.
     pub scale: f64,
-    /// Decays of its moments.
+    /// Decay rates of the moments.
     pub betas: [f64; 2],
-    /// Added to the root of its second moment.
+    /// Added to the square root of the second moment.
     pub eps: f64,
-    /// Its decoupled weight decay.
+    /// Decoupled weight decay.
     pub weight_decay: f64,
-    /// Largest norm of its own gradient; `None`: it is clipped with the others, by the norm over all of them.
+    /// Maximum norm of the group's own gradient; `None`: clipped with the other groups, by their common norm.
     pub clip: Option<f64>,
 }
 
@@ -40,11 +41,12 @@ pub struct Own {
 struct Member {
     group: usize,
     own: Own,
-    /// Row of the norms that its gradient is summed in.
+    /// Row of the norms to which its squared gradient is added.
     norm: usize,
 }
 
-/// One optimizer over some groups: they share its step count, and its gradient norm unless they have a clip of their own.
+/// An optimizer over some groups. They share the step count, and the gradient norm except for groups with a clip of
+/// their own.
 pub struct Optimizer {
     members: Vec<Member>,
     hyper: Hyper,
@@ -54,7 +56,7 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
-    /// An optimizer that has made no step. The groups' moments are those of [`Params::train`].
+    /// An optimizer without steps. The moments are those of [`Params::train`].
     pub fn new(params: &Params, groups: &[&str], hyper: Hyper) -> Result<Self> {
         let Hyper { betas, eps, weight_decay, .. } = hyper;
         let own = Own { scale: 1.0, betas, eps, weight_decay, clip: None };
@@ -74,7 +76,7 @@ impl Optimizer {
         Tensor::zeros(&**params.device(), Role::Input, params.precision().acc, [rows, 2])
     }
 
-    /// Gives one group a rate, decays and a clip of its own.
+    /// Gives a group its own learning rate, decay rates and clip.
     pub fn set_group(&mut self, params: &Params, name: &str, own: Own) -> Result<()> {
         let group = params.group(name);
         let rows = self.norm.dims()[0];
@@ -89,22 +91,22 @@ impl Optimizer {
         Ok(())
     }
 
-    /// Steps made so far, skipped ones left out.
+    /// Number of steps so far, without skipped ones.
     pub fn steps(&self) -> u64 {
         self.steps
     }
 
-    /// Goes on as after `steps` steps.
+    /// Continues after `steps` steps.
     pub fn resume(&mut self, steps: u64) {
         self.steps = steps;
     }
 
-    /// Takes back the count of a step whose update was skipped.
+    /// Undoes the count of a step whose update was skipped.
     pub fn skip(&mut self) {
         self.steps = self.steps.saturating_sub(1);
     }
 
-    /// Writes what the next step needs into the step state: rate, bias corrections, clip.
+    /// Writes the learning rate, bias corrections and clip of the next step into the step state.
     pub fn prepare(&mut self, state: &mut StepState, rate: f64) {
         self.steps += 1;
         let t = i32::try_from(self.steps).unwrap_or(i32::MAX);
@@ -137,8 +139,8 @@ impl Optimizer {
                 dev.sum_squares(s, &SumSquares { x: t.grad.view(), out: row(m.norm)?.acc() })?;
             }
         }
-        // Of the losses only the count of those that are not finite is used. All counts are added up and stand in every
-        // row, so that the groups are updated or skipped together.
+        // Of the losses, only the count of non-finite ones is used. All counts are added up and written to every row,
+        // so that all groups are updated or skipped together.
         for loss in losses {
             dev.sum_squares(s, &SumSquares { x: loss.view(), out: self.bad.acc() })?;
         }
@@ -176,14 +178,16 @@ impl Optimizer {
         Ok(())
     }
 
-    /// Of the last step, `[n, 2]`: squared gradient norms, first of the groups that are clipped together, then of each
-    /// that has a clip of its own; and in every row the count of what was not finite.
+    /// Norms of the last step, `[n, 2]`. The first column holds squared gradient norms: in row 0 of the groups that
+    /// are clipped together, then of each group with a clip of its own. The second column holds the count of
+    /// non-finite values in every row.
     pub fn norm(&self) -> &Tensor {
         &self.norm
     }
 }
 
-/// The rate of step `step` (from 0) of `steps`: a linear rise over the first `warmup` of them, then `kind`.
+/// The learning rate of step `step` (from 0) of `steps`: a linear warm-up over the fraction `warmup` of them, then
+/// `kind`.
 pub fn schedule(kind: ScheduleKind, peak: f64, warmup: f64, step: usize, steps: usize) -> f64 {
     let rise = (warmup * steps as f64).ceil();
     let s = step as f64;

@@ -1,48 +1,50 @@
-//! `--plan`: one step of each stage on the device that only counts.
+//! `--plan`: runs one step of each stage on the device that only counts.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::sync::Arc;
 
-use super::feed::PAD;
-use super::{Batch, Hyper, Optimizer, Stage, TokenizerMode, start_averages, step};
-use crate::backend::{self, Device, KernelCount, Kernels, Memory, Plan, Role, StepState, Target};
+use super::stages::start_averages;
+use super::update::Update;
+use super::{Stage, TokenizerMode, step};
+use crate::backend::{self, Device, KernelCount, Kernels, Memory, Plan, Role, Target};
 use crate::config::{Config, DataConfig, StageConfig, StageKind};
 use crate::error::{Error, Result};
+use crate::feed::{Batch, PAD};
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Part};
 use crate::tensor::Tensor;
 
-/// Where the search for the largest batch ends.
+/// Upper limit of the search for the largest batch.
 const MAX_BATCH: usize = 65536;
 
-/// What one step of a stage takes.
+/// Resources of one step of a stage.
 #[derive(Debug, Clone)]
 pub struct StagePlan {
     /// The stage.
     pub kind: StageKind,
-    /// Samples.
+    /// Samples per batch.
     pub batch: usize,
-    /// Parameters by group, with whether the stage trains them.
+    /// Number of parameters by group, and whether the stage trains them.
     pub parameters: Vec<(String, usize, bool)>,
-    /// Operations of one step.
+    /// Floating-point operations of one step.
     pub flop: u64,
     /// Kernel launches of one step.
     pub launches: u64,
     /// The kernels launched.
     pub kernels: BTreeMap<&'static str, KernelCount>,
-    /// Bytes by role.
+    /// Memory in bytes, by role.
     pub memory: Memory,
     /// The largest single buffer of each role.
     pub largest: [u64; 7],
 }
 
-/// Plans a stage that follows no other: builds the model on [`Plan`] and runs one step of it.
+/// Plans a stage without earlier stages: builds the model on [`Plan`] and runs one step of it.
 pub fn plan_stage(cfg: &Config, stage_cfg: &StageConfig, target: Target) -> Result<StagePlan> {
     plan_after(cfg, &[], stage_cfg, target)
 }
 
-/// Plans a stage that follows others, whose averages are kept.
+/// Plans a stage after earlier stages, whose averages are kept.
 fn plan_after(
     cfg: &Config,
     before: &[StageConfig],
@@ -63,13 +65,7 @@ fn plan_after(
     let parts: Vec<Batch> = (0..stage_cfg.accumulate)
         .map(|_| part(&cfg.data_of(stage_cfg), &model, &stage, batch / stage_cfg.accumulate))
         .collect::<Result<_>>()?;
-    let state = StepState::new(&*dev, model.params.precision().acc)?;
-    let h = Hyper { betas: cfg.train.betas, eps: 1e-8, weight_decay: 0.0, ema_decay: 0.0, clip: 1.0 };
-    let main = Optimizer::new(&model.params, &stage.groups, h)?;
-    let disc = match stage.discriminator {
-        true => Some(Optimizer::new(&model.params, &["discriminator"], h)?),
-        false => None,
-    };
+    let Update { state, main, disc, .. } = Update::new(&model, stage_cfg, &stage)?;
     dev.reset_kernels();
     step(&mut model, &stage.recipe, &parts, &state, &main, disc.as_ref())?;
     let parameters = model
@@ -93,7 +89,7 @@ fn plan_after(
     })
 }
 
-/// A part of a batch as a stage reads it: `n` pictures of the configured size, with texts of the configured length.
+/// One part of a batch of a stage: `n` pictures of the configured size, with texts of the configured length.
 fn part(data: &DataConfig, model: &Ett, stage: &Stage, n: usize) -> Result<Batch> {
     let dev = &**model.params.device();
     let size = data.size;
@@ -124,7 +120,7 @@ fn part(data: &DataConfig, model: &Ett, stage: &Stage, n: usize) -> Result<Batch
     Ok(Batch { images, packed })
 }
 
-/// The largest batch of a stage that follows no other, made in one part, whose step takes at most `bytes`; 0 if none
+/// The largest batch of a stage without earlier stages, in one part, whose step takes at most `bytes`; 0 if none
 /// does.
 pub fn largest_batch(cfg: &Config, stage: &StageConfig, target: Target, bytes: u64) -> Result<usize> {
     largest_after(cfg, &[], stage, target, bytes)
@@ -144,7 +140,7 @@ fn largest_after(
     if peak(1)? > bytes {
         return Ok(0);
     }
-    // Memory grows with the batch: the first size that does not fit, then by halves.
+    // Memory grows with the batch: doubles the batch until it does not fit, then bisects.
     let (mut fits, mut not) = (1, 2);
     while peak(not)? <= bytes {
         (fits, not) = (not, 2 * not);
@@ -162,7 +158,7 @@ fn largest_after(
     Ok(fits)
 }
 
-/// Bytes of `80GiB`, `24 GB`, `512MiB` or a plain number.
+/// The bytes of `80GiB`, `24 GB`, `512MiB` or a plain number.
 pub fn parse_memory(text: &str) -> Result<u64> {
     let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
     let unit = match text[digits.len()..].trim() {
@@ -179,7 +175,7 @@ pub fn parse_memory(text: &str) -> Result<u64> {
     }
 }
 
-/// The first device of `cuda` and `cpu` that can run every stage of a configuration, and what a plan for it counts.
+/// The first of `cuda` and `cpu` that can run every stage of a configuration, and the target of a plan for it.
 pub fn choose_device(cfg: &Config) -> Result<(Target, Arc<dyn Kernels>)> {
     let open = |name| Ok((Target::named(name, cfg.train.threads)?, backend::open(name, cfg.train.threads)?));
     let (target, gpu) = match open("cuda") {
@@ -206,7 +202,7 @@ pub fn choose_device(cfg: &Config) -> Result<(Target, Arc<dyn Kernels>)> {
     }
     let names: Vec<&str> = missing.into_iter().collect();
     tracing::info!(
-        "on the CPU: {} does not have {} of the kernels that this run needs yet ({})",
+        "on the CPU: {} lacks {} of the kernels that this run needs ({})",
         gpu.name(),
         names.len(),
         names.join(", ")
@@ -218,8 +214,8 @@ fn gib(bytes: u64) -> f64 {
     bytes as f64 / (1u64 << 30) as f64
 }
 
-/// The plan of every stage of a configuration (of the semantic stage if it names none) on `target`, as text; with
-/// `memory` in bytes also the largest batch that fits.
+/// The plan of every stage of a configuration on `target`, as text; of the semantic stage if it has none. With
+/// `memory` in bytes, it includes the largest batch that fits.
 pub fn plan(cfg: &Config, target: Target, memory: Option<u64>) -> Result<String> {
     let semantic = StageConfig::new(StageKind::Semantic, 1, 1);
     let stages = if cfg.stage.is_empty() { std::slice::from_ref(&semantic) } else { &cfg.stage[..] };
@@ -250,7 +246,7 @@ pub fn plan(cfg: &Config, target: Target, memory: Option<u64>) -> Result<String>
         let _ = writeln!(out, "  {:<14} {:>10.3} GiB", "all", gib(p.memory.peak));
         let _ = writeln!(
             out,
-            "  {:.3} TFLOP and {} launches a step, {:.3} TFLOP a sample",
+            "  {:.3} TFLOP and {} launches per step, {:.3} TFLOP per sample",
             p.flop as f64 / 1e12,
             p.launches,
             p.flop as f64 / 1e12 / p.batch as f64

@@ -1,10 +1,9 @@
-//! The stages: what each trains, what it computes, and what the language model reads in it.
+//! The stages: what each computes, and which modules it trains.
 
 use super::{Recipe, TokenizerMode};
-use crate::config::{Arm, StageConfig, StageKind};
-use crate::data::{Special, TextTokenizer};
+use crate::config::{StageConfig, StageKind};
 use crate::error::{Error, Result};
-use crate::model::{Ett, Part};
+use crate::model::{Ett, MODULES, TrainedBy, tuned};
 
 /// A stage of a model: recipe and trained groups.
 #[derive(Debug, Clone, PartialEq)]
@@ -27,35 +26,25 @@ impl Stage {
 
     /// The recipe of `kind` under the model's arm and alpha (arXiv 2505.10562, section 3).
     pub fn new(kind: StageKind, model: &Ett) -> Result<Self> {
-        let (arm, loss) = (model.cfg.train.arm, &model.cfg.loss);
-        let (tokenizer, text) = match (kind, arm) {
-            (StageKind::Tokenizer, _) => (TokenizerMode::Trained(1.0), false),
-            (StageKind::Text, _) => (TokenizerMode::Off, true),
-            (StageKind::Semantic, Arm::Ett) => (TokenizerMode::Trained(loss.alpha), true),
-            (StageKind::Align | StageKind::Semantic | StageKind::Chat, _) => (TokenizerMode::Frozen, true),
-            (StageKind::Gen, _) => (TokenizerMode::Frozen, false),
+        let cfg = &model.cfg;
+        let tokenizer = match (tuned(kind, cfg), kind) {
+            (Some(alpha), _) => TokenizerMode::Trained(alpha),
+            (None, StageKind::Text) => TokenizerMode::Off,
+            (None, _) => TokenizerMode::Frozen,
         };
-        let codes = kind == StageKind::Gen;
-        let mut groups = match kind {
-            StageKind::Tokenizer => vec![],
-            StageKind::Text => vec!["llm"],
-            StageKind::Align => vec![model.input_group()],
-            StageKind::Semantic | StageKind::Chat => vec!["llm", model.input_group()],
-            StageKind::Gen => vec!["llm", model.input_group(), "visual_head"],
-        };
-        let mut discriminator = false;
-        if let TokenizerMode::Trained(alpha) = tokenizer {
-            groups.push("encoder");
-            if alpha > 0.0 {
-                groups.push("decoder");
-                discriminator = loss.gan > 0.0;
-            }
-        }
+        let text = !matches!(kind, StageKind::Tokenizer | StageKind::Gen);
+        let trained = |by: TrainedBy| MODULES.iter().filter(move |m| m.by == by && m.is_trained(kind, cfg));
+        let groups: Vec<_> = trained(TrainedBy::Main).map(|m| m.group).collect();
         if groups.is_empty() {
             return Err(Error::config("stage.kind", kind.name(), "a stage that trains something"));
         }
-        let recipe = Recipe { tokenizer, text, codes };
-        Ok(Stage { recipe, groups, discriminator })
+        let discriminator = trained(TrainedBy::Discriminator).next().is_some();
+        Ok(Stage { recipe: Recipe { tokenizer, text, codes: kind == StageKind::Gen }, groups, discriminator })
+    }
+
+    /// Whether its batches have pictures.
+    pub fn reads_pictures(&self) -> bool {
+        self.recipe.tokenizer != TokenizerMode::Off
     }
 
     /// All trained groups, the discriminator included.
@@ -70,7 +59,8 @@ impl Stage {
 
 /// Of the groups that a stage trains, those whose weights are averaged if it keeps averages.
 pub fn averaged<'a>(trained: &[&'a str]) -> Vec<&'a str> {
-    trained.iter().copied().filter(|g| ["encoder", "decoder", "discriminator"].contains(g)).collect()
+    let is_averaged = |group: &&str| MODULES.iter().any(|m| m.group == *group && m.averaged);
+    trained.iter().copied().filter(is_averaged).collect()
 }
 
 /// Starts the averages of a stage that trains these groups, if it keeps any. Averages outlast stages that leave their
@@ -81,150 +71,4 @@ pub(super) fn start_averages(model: &mut Ett, trained: &[&str], ema: bool) -> Re
         model.params.average(&averaged(trained))?;
     }
     Ok(())
-}
-
-/// How text and pictures are laid out as sequences; text is ChatML.
-pub struct Template {
-    text: TextTokenizer,
-    most: usize,
-}
-
-impl Template {
-    /// The layout over a text tokenizer; texts are cut after `max_text_tokens`.
-    pub fn new(text: TextTokenizer, max_text_tokens: usize) -> Self {
-        Template { text, most: max_text_tokens }
-    }
-
-    /// The text tokenizer.
-    pub fn tokenizer(&self) -> &TextTokenizer {
-        &self.text
-    }
-
-    /// Most tokens of a text.
-    pub fn max_text_tokens(&self) -> usize {
-        self.most
-    }
-
-    /// Whether a text is cut.
-    pub fn is_cut(&self, text: &str) -> Result<bool> {
-        // A token is a byte or more.
-        Ok(text.len() > self.most && self.text.encode(text)?.len() > self.most)
-    }
-
-    /// A text as tokens, cut if it is too long, and `end` after it unless it was: it does not end there.
-    fn encode(&self, text: &str, end: Option<Special>) -> Result<Vec<i32>> {
-        let mut ids = self.text.encode(text)?;
-        match ids.len() > self.most {
-            true => ids.truncate(self.most),
-            false => ids.extend(end.map(|end| self.special(end))),
-        }
-        Ok(ids)
-    }
-
-    /// The token that ends a caption.
-    pub fn end_of_text(&self) -> i32 {
-        self.special(Special::EndOfText)
-    }
-
-    /// The token that ends an answer.
-    pub fn end_of_turn(&self) -> i32 {
-        self.special(Special::ImEnd)
-    }
-
-    fn special(&self, s: Special) -> i32 {
-        self.text.special(s)
-    }
-
-    /// `<|vision_start|>` image `<|vision_end|>`: what precedes a caption.
-    pub fn picture(&self, image: usize) -> Vec<Part> {
-        vec![
-            Part::context(vec![self.special(Special::VisionStart)]),
-            Part::Image(image),
-            Part::context(vec![self.special(Special::VisionEnd)]),
-        ]
-    }
-
-    /// A picture and its caption.
-    pub fn caption(&self, image: usize, caption: &str) -> Result<Vec<Part>> {
-        let mut parts = self.picture(image);
-        parts.push(Part::target(self.encode(caption, Some(Special::EndOfText))?));
-        Ok(parts)
-    }
-
-    /// A user's turn with a picture and a question, up to where the answer begins.
-    pub fn question(&self, image: Option<usize>, question: &str) -> Result<Vec<Part>> {
-        let mut open = vec![self.special(Special::ImStart)];
-        open.extend(self.text.encode("user\n")?);
-        let mut parts = vec![Part::context(open)];
-        if let Some(image) = image {
-            parts.extend(self.picture(image));
-        }
-        let mut close = self.encode(question, None)?;
-        close.push(self.special(Special::ImEnd));
-        close.extend(self.text.encode("\n")?);
-        close.push(self.special(Special::ImStart));
-        close.extend(self.text.encode("assistant\n")?);
-        parts.push(Part::context(close));
-        Ok(parts)
-    }
-
-    /// What is learnt of an answer: its text and the end of the turn.
-    pub fn answer(&self, answer: &str) -> Result<Vec<i32>> {
-        self.encode(answer, Some(Special::ImEnd))
-    }
-
-    /// A question about a picture and its answer.
-    pub fn chat(&self, image: usize, question: &str, answer: &str) -> Result<Vec<Part>> {
-        let mut parts = self.question(Some(image), question)?;
-        parts.push(Part::target(self.answer(answer)?));
-        Ok(parts)
-    }
-
-    /// What precedes `<|vision_start|>` where a picture is to be drawn: the text of the prompt.
-    pub fn drawing(&self, prompt: &str) -> Result<Vec<i32>> {
-        self.encode(prompt, None)
-    }
-
-    /// The token that begins a picture.
-    pub fn begin_picture(&self) -> i32 {
-        self.special(Special::VisionStart)
-    }
-
-    /// A prompt and its picture, every code learnt; without a prompt, any picture.
-    pub fn drawn(&self, image: usize, prompt: Option<&str>) -> Result<Vec<Part>> {
-        let mut ids = self.drawing(prompt.unwrap_or_default())?;
-        ids.push(self.begin_picture());
-        Ok(vec![Part::context(ids), Part::Codes(image)])
-    }
-
-    /// A caption without its picture, every token learnt.
-    pub fn text_caption(&self, caption: &str) -> Result<Vec<Part>> {
-        Ok(vec![Part::target(self.encode(caption, Some(Special::EndOfText))?)])
-    }
-
-    /// A question and its answer without the picture, every token learnt.
-    pub fn text_chat(&self, question: &str, answer: &str) -> Result<Vec<Part>> {
-        let mut ids = Vec::new();
-        for part in self.question(None, question)? {
-            if let Part::Tokens { ids: more, .. } = part {
-                ids.extend(more);
-            }
-        }
-        ids.extend(self.answer(answer)?);
-        Ok(vec![Part::target(ids)])
-    }
-
-    /// A sequence as a person reads it: special tokens by name, pictures as `<image 0>`, supervised text in
-    /// `[[ ]]`.
-    pub fn show(&self, parts: &[Part]) -> String {
-        parts
-            .iter()
-            .map(|p| match p {
-                Part::Tokens { ids, supervised: true } => format!("[[{}]]", self.text.decode_visible(ids)),
-                Part::Tokens { ids, .. } => self.text.decode_visible(ids),
-                Part::Image(i) => format!("<image {i}>"),
-                Part::Codes(i) => format!("[[<image {i}>]]"),
-            })
-            .collect()
-    }
 }

@@ -1,20 +1,19 @@
-//! One training step of any stage: forward, discriminator first, backward, optimizers.
-
-use std::ops::Range;
+//! One training step of any stage: forward, discriminator update, backward, optimizers.
 
 use super::Optimizer;
+use super::StepState;
 use crate::autograd::{Tape, Var};
-use crate::backend::{Cast, Kernels, Restore, Role, Slot, StepState, Stream};
+use crate::backend::{Cast, Kernels, Restore, Role, Slot, Stream};
 use crate::error::{Error, Result};
-use crate::model::tokenizer::Grid;
-use crate::model::{Ett, Packed, Part};
+use crate::feed::Batch;
+use crate::model::{Carried, Ett, MODULES, TrainedBy};
 use crate::ops::{self, BatchStats};
 use crate::tensor::Tensor;
 
 /// The losses, in the order of their weights in the step state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Loss {
-    /// Cross-entropy of text, a token.
+    /// Cross-entropy of text, per token.
     Cap,
     /// Mean absolute error of the reconstruction.
     Rec,
@@ -24,15 +23,15 @@ pub enum Loss {
     Gan,
     /// Quantization.
     Quant,
-    /// Mean entropy of a token's code distribution: lowered.
+    /// Mean entropy of a token's code distribution, which is minimised.
     EntSample,
-    /// Entropy of the average code distribution: raised.
+    /// Entropy of the average code distribution, which is maximised.
     EntAvg,
     /// Discriminator's hinge loss.
     DHinge,
     /// Discriminator's regulariser.
     DLecam,
-    /// Cross-entropy of codes, a code.
+    /// Cross-entropy of codes, per code.
     Code,
 }
 
@@ -67,13 +66,13 @@ impl Loss {
         }
     }
 
-    /// Its place among the weights of the step state.
+    /// Its slot among the loss weights of the step state.
     pub fn slot(self) -> Slot {
         Slot::Weight(self as usize)
     }
 
-    /// True if it is a mean over one part of the batch; the others are means over the whole batch. The average entropy
-    /// is no sum over tokens, and the quantizer has one count for all its losses.
+    /// True if the loss is a mean over one part of the batch; the others are means over the whole batch. The average
+    /// entropy is not a sum over tokens, and the quantizer uses a single count for all its losses.
     fn of_a_part(self) -> bool {
         matches!(self, Loss::Quant | Loss::EntSample | Loss::EntAvg)
     }
@@ -83,25 +82,25 @@ impl Loss {
     }
 }
 
-/// What a stage does with the tokenizer.
+/// How a stage uses the tokenizer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum TokenizerMode {
     /// Not used.
     Off,
-    /// Only its codes are looked up.
+    /// Its codes are looked up; nothing of it is trained.
     Frozen,
-    /// Trained; its own losses count with this weight, and 0 turns the decoder off.
+    /// Trained; its own losses are multiplied by this weight, and 0 turns the decoder off.
     Trained(f64),
 }
 
-/// What a stage computes.
+/// The computation of a stage.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Recipe {
     /// Tokenizer.
     pub tokenizer: TokenizerMode,
-    /// Text loss.
+    /// Whether there is a text loss.
     pub text: bool,
-    /// Code loss.
+    /// Whether there is a code loss.
     pub codes: bool,
 }
 
@@ -130,40 +129,18 @@ impl Recipe {
         }
     }
 
-    /// True if reconstructions are made and judged.
+    /// True if the stage computes reconstructions and their losses.
     fn reconstructs(&self) -> bool {
         matches!(self.tokenizer, TokenizerMode::Trained(alpha) if alpha > 0.0)
     }
 }
 
-/// A batch on the device, or one of the equal parts of one.
-pub struct Batch {
-    /// Images `[B, H, W, 3]` in [-1, 1], one tensor a size.
-    pub images: Vec<Tensor>,
-    /// Sequences over these images.
-    pub packed: Option<Packed>,
-}
-
-impl Batch {
-    /// Packs sequences over images of these grids (see [`Packed::new`]).
-    pub fn pack(model: &Ett, sequences: &[Vec<Part>], grids: &[Grid], pad: usize) -> Result<Packed> {
-        let mut rows: Vec<Range<usize>> = Vec::new();
-        for g in grids {
-            for _ in 0..g.images {
-                let start = rows.last().map_or(0, |r| r.end);
-                rows.push(start..start + g.h * g.w);
-            }
-        }
-        Packed::new(&**model.params.device(), sequences, &rows, pad)
-    }
-}
-
-/// What a step leaves behind; activations are those of the batch's last part.
+/// Results of a step; activations are those of the last part of the batch.
 #[derive(Default)]
 pub struct Outcome {
     /// Terms of each loss; a loss is the sum of its terms.
     pub terms: Vec<(Loss, Tensor)>,
-    /// Parts of the batch.
+    /// Number of parts of the batch.
     pub parts: usize,
     /// Quantizer input `[M, D]`.
     pub z: Option<Tensor>,
@@ -171,18 +148,18 @@ pub struct Outcome {
     pub idx: Vec<Tensor>,
     /// Quantizer output `[M, D]`.
     pub zq: Option<Tensor>,
-    /// Reconstructions, one tensor a size.
+    /// Reconstructions, one tensor per size.
     pub rec: Vec<Tensor>,
     /// Hidden states that predict supervised tokens, `[n, C]`.
     pub selected: Option<Tensor>,
-    /// Tokens without a finite score, `[1]` of each pass through the quantizer.
+    /// Number of tokens without a finite score, `[1]` for each pass through the quantizer.
     pub bad: Vec<Tensor>,
-    /// Passes that the discriminator's running statistics had taken in before the step.
+    /// Number of passes in the discriminator's running statistics before the step.
     pub batches_before: u64,
 }
 
 impl Outcome {
-    /// The value of a loss; 0 if the step had none. Waits for the device.
+    /// The value of a loss; 0 if the step does not have it. Waits for the device.
     pub fn value(&self, model: &Ett, loss: Loss) -> Result<f64> {
         let mut sum = 0.0;
         for (_, t) in self.terms.iter().filter(|(l, _)| *l == loss) {
@@ -191,7 +168,7 @@ impl Outcome {
         Ok(if loss.of_a_part() { sum / self.parts.max(1) as f64 } else { sum })
     }
 
-    /// Tokens without a finite score in the whole step. Waits for the device.
+    /// Number of tokens without a finite score in the whole step. Waits for the device.
     pub fn unscored(&self, model: &Ett) -> Result<usize> {
         let mut sum = 0.0;
         for t in &self.bad {
@@ -205,7 +182,7 @@ impl Outcome {
     }
 }
 
-/// What the losses of a batch are means over.
+/// The denominators of the losses of a batch.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Supervised text tokens of the whole batch, on all ranks.
@@ -216,15 +193,15 @@ pub struct Counts {
     pub pictures: usize,
     /// Elements (pixels times channels) of these pictures.
     pub elements: usize,
-    /// Patch logits that the discriminator gives of them.
+    /// Patch logits of the discriminator for these pictures.
     pub patches: usize,
     /// Visual tokens of one part of the batch, on all ranks.
     pub visual: usize,
 }
 
 impl Counts {
-    /// Counts of a batch of equal parts, of which every rank has a like share; supervised `tokens` and `codes` are given
-    /// for the whole batch.
+    /// Counts of a batch of equal parts, of which every rank has an equal share; supervised `tokens` and `codes` are
+    /// those of the whole batch.
     pub fn new(model: &Ett, parts: &[Batch], tokens: usize, codes: usize) -> Self {
         let ranks = model.params.device().collectives().ranks();
         let mut all = Counts { tokens, codes, ..Counts::default() };
@@ -243,7 +220,7 @@ impl Counts {
         all
     }
 
-    /// Writes them into the step state.
+    /// Writes their reciprocals into the step state.
     pub fn set(&self, state: &mut StepState) {
         for (slot, n) in [
             (Slot::InvTokens, self.tokens),
@@ -258,15 +235,19 @@ impl Counts {
     }
 }
 
-/// The discriminator as it was before a step: it is stepped before it is known whether the step counts.
+/// A copy of the discriminator before a step: it is updated before it is known whether the step will be skipped.
 struct Before(Vec<(Tensor, Tensor)>);
 
 impl Before {
     fn new(model: &Ett) -> Result<Self> {
         let dev = &**model.params.device();
-        let group = model.params.group("discriminator").into_iter();
-        let live = group.flat_map(|g| model.params.stepped(g));
-        let live = live.chain(model.discriminator.carried(&model.discriminator_state));
+        let early = MODULES.iter().filter(|m| m.by == TrainedBy::Discriminator);
+        let groups = early.filter_map(|m| model.params.group(m.group));
+        let live = groups.flat_map(|g| model.params.stepped(g));
+        let live = live.chain(model.carried().into_iter().filter_map(|(_, carried)| match carried {
+            Carried::Tensor(t) => Some(t),
+            Carried::Count(_) => None,
+        }));
         let copy = |x: &Tensor| {
             let kept = Tensor::empty(dev, Role::Activation, x.dtype(), x.dims())?;
             dev.cast(Stream::COMPUTE, &Cast { x: x.view(), y: kept.out() })?;
@@ -275,7 +256,7 @@ impl Before {
         Ok(Before(live.map(copy).collect::<Result<_>>()?))
     }
 
-    /// Brings it back if `norm` counts anything that is not finite.
+    /// Restores the discriminator if `norm` counts non-finite values.
     fn restore_if_skipped(&self, dev: &dyn Kernels, norm: &Tensor) -> Result<()> {
         for (kept, live) in &self.0 {
             let a = Restore { x: kept.view(), norm: norm.view(), y: live.acc() };
@@ -286,8 +267,9 @@ impl Before {
 }
 
 /// Runs one step over the parts of a batch, one after another. `main` trains the recipe's groups, `disc` the
-/// discriminator; gradients start from zero. The step state must have been sent, with the weights for as many parts and
-/// the counts of this batch. If any loss, gradient or score is not finite, nothing of the model changes.
+/// discriminator; gradients start from zero. The step state must have been sent to the device, with the loss weights
+/// for this number of parts and the counts of this batch. If any loss, gradient or score is not finite, the model
+/// does not change.
 pub fn step(
     model: &mut Ett,
     recipe: &Recipe,
@@ -301,8 +283,8 @@ pub fn step(
     let mut out = Outcome { parts: parts.len(), batches_before, ..Outcome::default() };
     let disc = disc.filter(|_| recipe.reconstructs());
     let before = disc.map(|_| Before::new(model)).transpose()?;
-    // The generator is judged by the discriminator that has seen the whole batch: with several parts it gets
-    // reconstructions of its own, made without a backward.
+    // The generator is judged by the discriminator that has been updated with the whole batch. With several parts,
+    // the discriminator therefore gets reconstructions of its own, computed without a backward pass.
     let first = match disc {
         Some(disc) if parts.len() > 1 => {
             for part in parts {
@@ -326,7 +308,7 @@ pub fn step(
     Ok(out)
 }
 
-/// Reconstructions of the pictures of a part, as training makes them.
+/// Reconstructions of the pictures of a part, without recording a tape.
 fn reconstruct(model: &Ett, part: &Batch, out: &mut Outcome) -> Result<Vec<Tensor>> {
     let t = Tape::inference(model.params.device().clone(), model.params.precision());
     let images: Vec<Var> = part.images.iter().map(|x| t.constant(x.clone())).collect();
@@ -337,8 +319,8 @@ fn reconstruct(model: &Ett, part: &Batch, out: &mut Outcome) -> Result<Vec<Tenso
     Ok(rec.iter().map(|r| r.value().clone()).collect())
 }
 
-/// Forward and backward of a part. `judged`: the adversarial loss is formed; `first` is the discriminator's optimizer
-/// if it has to be stepped before that.
+/// Forward and backward pass of a part. If `judged`, there is an adversarial loss; `first` is the discriminator's
+/// optimizer if the discriminator has to be updated before that.
 fn generator_part(
     model: &mut Ett,
     recipe: &Recipe,
@@ -425,7 +407,7 @@ fn backward(t: Tape, losses: Vec<(Loss, Var)>, state: &StepState, out: &mut Outc
     Ok(())
 }
 
-/// Mean absolute error, perceptual distance, and the judgement of the discriminator.
+/// Mean absolute error, perceptual distance, and the adversarial loss.
 fn reconstruction_losses(
     model: &mut Ett,
     t: &Tape,
@@ -455,7 +437,7 @@ fn reconstruction_losses(
     model.discriminator.commit(&*dev, &mut model.discriminator_state, &passes)
 }
 
-/// The discriminator's losses on real images and reconstructions, and their gradients.
+/// The discriminator's losses for real images and reconstructions, and their gradients.
 fn discriminator_part(
     model: &mut Ett,
     images: &[Tensor],

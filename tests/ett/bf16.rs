@@ -1,19 +1,21 @@
-//! The gradients of the whole model in bf16 against those in f64, on the same rounded weights and pictures, where no
-//! rounding changes the choice of a code: every gradient behind a changed choice would be another one.
+//! The gradients of the whole model in bf16 against those in f64, for the same rounded weights and pictures. The
+//! inputs are made such that rounding changes the choice of no code, because a changed choice would change every
+//! gradient behind it.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use ett::autograd::Tape;
+use ett::backend::DType;
 use ett::compare::{Bounds, compare};
-use ett::config::{Arm, Config, Operands, QuantizerKind, Scores};
+use ett::config::{Arm, Config, Operands, QuantizerKind, QuantizerMetric};
 use ett::error::Result;
+use ett::io::save_weights;
+use ett::io::weights::{FileType, read_file, write_file};
 use ett::model::Ett;
-use ett::nn::{Copy, HostTensor};
+use ett::nn::{HostTensor, Stored};
 use ett::ops;
-use ett::tensor::DType;
-use ett::train::weights::{FileType, read_file, write_file};
-use ett::train::{check, save_weights};
+use ett::train::check;
 
 use crate::common::{Outcome, Scratch, cpu, ids, norm, normal, scaled, tensor};
 use crate::training::small;
@@ -23,19 +25,19 @@ type Tensors = BTreeMap<String, HostTensor>;
 const CODEBOOK: &str = "quantize.embedding.weight";
 
 const DIM: usize = 8;
-/// How far the gradients of a part may be from those in f64, relative. Rounding takes up to 0.17 of the discriminator's,
-/// whose BatchNorm sees few values, and less of all others; what is off by a factor of two is off by 0.4 at least.
+/// Relative bound of the gradients of a part against f64. Rounding takes up to 0.17 of the discriminator's gradients,
+/// whose BatchNorm sees few values, and less of all others; an error by a factor of two is at least 0.4.
 const BOUND: f64 = 0.25;
-/// `[B, H, W, 3]`: 36 tokens a picture.
+/// `[B, H, W, 3]`: 36 tokens per picture.
 const PICTURES: [usize; 4] = [2, 24, 24, 3];
 const CODES: usize = 4;
 
-/// What is trained, and through which quantizer.
+/// The trained arm and its quantizer.
 #[derive(Debug, Clone, Copy)]
 struct Case {
     arm: Arm,
     kind: QuantizerKind,
-    metric: Scores,
+    metric: QuantizerMetric,
     operands: Operands,
     alpha: f64,
 }
@@ -43,46 +45,46 @@ struct Case {
 const DOT: Case = Case {
     arm: Arm::Ett,
     kind: QuantizerKind::Ibq,
-    metric: Scores::Dot,
+    metric: QuantizerMetric::Dot,
     operands: Operands::Act,
     alpha: 1.0,
 };
 const CASES: [Case; 9] = [
     DOT,
-    Case { metric: Scores::L2norm, ..DOT },
+    Case { metric: QuantizerMetric::L2norm, ..DOT },
     Case { kind: QuantizerKind::Vq, ..DOT },
     Case { alpha: 0.0, ..DOT },
     Case { arm: Arm::Embed, ..DOT },
     Case { arm: Arm::Index, ..DOT },
     Case { operands: Operands::F32, ..DOT },
-    Case { operands: Operands::F32, metric: Scores::L2norm, ..DOT },
+    Case { operands: Operands::F32, metric: QuantizerMetric::L2norm, ..DOT },
     Case { operands: Operands::F32, kind: QuantizerKind::Vq, ..DOT },
 ];
 
 fn config(case: Case, precision: &str) -> Config {
     let mut cfg = small(precision);
-    // Wide enough that an average over channels is one.
+    // Wide enough for averages over channels to be averages.
     let t = &mut cfg.tokenizer;
     (t.ch, t.z_channels, t.norm_groups) = (16, 16, 4);
     let q = &mut cfg.quantizer;
     (q.kind, q.metric, q.codes, q.dim) = (case.kind, case.metric, CODES, DIM);
     q.precision = case.operands;
-    // A score's rounding error is not to be multiplied by a hundred.
+    // At the default temperature, the rounding error of a score would be multiplied by a hundred.
     q.temperature = 0.5;
     cfg.lpips.widths = [16; 5];
     cfg.discriminator.ndf = 8;
     let l = &mut cfg.llm;
     (l.width, l.head_dim, l.mlp) = (64, 16, 96);
     (cfg.train.arm, cfg.loss.alpha) = (case.arm, case.alpha);
-    // The discriminator is stepped first: by the sign of every gradient.
+    // The discriminator is stepped first, by the sign of every gradient.
     cfg.train.lr = 1e-6;
-    // Behind these two lie kinks and norms of few values, whose gradients bf16 blurs more than any other's: they take
-    // part, but do not hide the rest.
+    // These two losses have kinks and norms of few values, whose gradients lose the most precision in bf16. Their
+    // weights are small so that they take part without hiding the other losses.
     (cfg.loss.gan, cfg.loss.lpips, cfg.loss.rec) = (0.001, 0.005, 20.0);
     cfg
 }
 
-/// Inputs of a step on disk.
+/// The input files of a step.
 struct Step {
     scratch: Scratch,
 }
@@ -91,7 +93,7 @@ impl Step {
     fn new(case: Case) -> std::result::Result<Self, Box<dyn std::error::Error>> {
         let step = Step { scratch: Scratch::new() };
         let [b, h, w, c] = PICTURES;
-        // Two tones: a reconstruction, whatever it is, stays on one side of each.
+        // Pixels of two values only: any reconstruction stays on one side of each.
         let tone = |i: usize| {
             let (x, y, n) = (i / c % w, i / c / w % h, i / c / w / h);
             let wave =
@@ -104,7 +106,7 @@ impl Step {
         step.write("batch", [("input.image".into(), image), ("input.text".into(), text)].into())?;
 
         let model = Ett::new(&config(case, "f32"), cpu(2))?;
-        save_weights(&model.params, &step.path("weights"), Copy::Master)?;
+        save_weights(&model.params, &step.path("weights"), Stored::Master)?;
         let mut weights = read_file(&step.path("weights"))?;
         let values = weights.values_mut().flat_map(|t| &mut t.values);
         values.for_each(|v| *v = DType::Bf16.rounded(*v));
@@ -139,15 +141,15 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(x, y)| x * y).sum()
 }
 
-/// Codes whose cells the tokens keep away from, and how far: a token has to move by this part of its length before it
-/// has another code.
+/// Codes whose decision boundaries are far from the tokens, and their margin: the fraction of its length by which a
+/// token has to move to change its code.
 fn codes(case: Case, z: &[f64]) -> (f64, Vec<f64>) {
     let length = norm(z) / (z.len() as f64 / DIM as f64).sqrt();
     let scale = match case.kind {
         QuantizerKind::Ibq => 2.0 / length,
         QuantizerKind::Vq => length / (DIM as f64).sqrt(),
     };
-    let unit = case.kind == QuantizerKind::Ibq && case.metric == Scores::L2norm;
+    let unit = case.kind == QuantizerKind::Ibq && case.metric == QuantizerMetric::L2norm;
     let margin = |e: &[f64]| {
         let code = |j: usize| -> Vec<f64> {
             let e = &e[j * DIM..][..DIM];
@@ -183,7 +185,7 @@ fn module(name: &str) -> String {
     layer.split('.').take(3).collect::<Vec<_>>().join(".")
 }
 
-/// The gradients of each part, one after another.
+/// The gradients of each part, concatenated.
 fn gradients(dump: &Tensors) -> BTreeMap<String, Vec<f64>> {
     let mut all = BTreeMap::<String, Vec<f64>>::new();
     for (name, t) in dump {
@@ -194,7 +196,7 @@ fn gradients(dump: &Tensors) -> BTreeMap<String, Vec<f64>> {
     all
 }
 
-/// Fails unless the gradients of every part are those wanted but for what bf16 does to them; the worst error.
+/// Fails unless the gradients of every part agree up to the errors of bf16; returns the worst error.
 fn agree(what: &str, got: &Tensors, want: &Tensors) -> std::result::Result<f64, String> {
     let (got, want) = (gradients(got), gradients(want));
     if !got.keys().eq(want.keys()) {
@@ -217,7 +219,7 @@ fn gradients_in_bf16_are_those_of_f64() -> Outcome {
         let (want, got) = (step.run(&config(case, "f64"))?, step.run(&config(case, "bf16"))?);
         assert_eq!(
             got["act.ind"], want["act.ind"],
-            "{what}: a code was chosen otherwise, which proves nothing"
+            "{what}: the choice of a code differs, so that gradients cannot be compared"
         );
         let worst = agree(&what, &got, &want)?;
         println!("{what}: off by at most {worst:.3}");
@@ -225,12 +227,13 @@ fn gradients_in_bf16_are_those_of_f64() -> Outcome {
     Ok(())
 }
 
-/// Tokens and codes of a step in bf16: not rounded with `quantizer.precision = "f32"`, and read rounded by all others.
+/// With `quantizer.precision = "f32"` tokens and codes of a bf16 step are not rounded before they are compared.
 #[test]
 fn operands_in_f32_are_not_rounded() -> Outcome {
     let kept = |v: &[f64], dtype: DType| v.iter().all(|&v| dtype.rounded(v) == v);
-    for (operands, metric) in
-        [Operands::Act, Operands::F32].into_iter().flat_map(|o| [Scores::Dot, Scores::L2norm].map(|m| (o, m)))
+    for (operands, metric) in [Operands::Act, Operands::F32]
+        .into_iter()
+        .flat_map(|o| [QuantizerMetric::Dot, QuantizerMetric::L2norm].map(|m| (o, m)))
     {
         let mut cfg = config(Case { operands, metric, ..DOT }, "bf16");
         cfg.train.arm = Arm::Ett;
@@ -260,7 +263,7 @@ fn operands_in_f32_are_not_rounded() -> Outcome {
     Ok(())
 }
 
-/// The test of the test: what would be wrong is found, in every part of the model, and for every loss.
+/// Tests the test: wrong gradients are found in every part of the model and for every loss.
 #[test]
 fn wrong_gradients_are_not_those_of_f64() -> Outcome {
     let step = Step::new(DOT)?;
@@ -287,7 +290,7 @@ fn wrong_gradients_are_not_those_of_f64() -> Outcome {
     let mut missing = got.clone();
     missing.retain(|name, _| !name.starts_with("grad.model.norm"));
     assert!(agree("missing", &missing, &want).is_err());
-    // Without one of the losses, everything else as it is.
+    // Leaves out one of the losses.
     type Change = fn(&mut Config);
     let losses: [(&str, Change); 3] = [
         ("rec", |c| c.loss.rec = 0.0),

@@ -1,5 +1,5 @@
-//! The Rust side of the C interface, `src/backend/cuda/ffi.rs`, and the C compiler. That the file is what bindgen makes of
-//! the header is a test of tools/bindings.
+//! The Rust side of the C interface, `src/backend/cuda/ffi.rs`, against the C compiler. A test of tools/bindings
+//! checks that bindgen makes this file from the header.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -19,8 +19,8 @@ fn checked_in() -> String {
     fs::read_to_string(root().join(BINDINGS)).expect("the bindings are checked in")
 }
 
-/// What the bindings say about a C expression: every size, alignment, offset and constant. That the Rust structs are
-/// so is asserted in the bindings themselves.
+/// The sizes, alignments, offsets and constants that the bindings contain, as C expressions with their values. The
+/// bindings themselves assert that the Rust structs have them.
 fn claims(bindings: &str) -> Vec<(String, String)> {
     let mut claims = Vec::new();
     for statement in bindings.split(';') {
@@ -41,7 +41,7 @@ fn claims(bindings: &str) -> Vec<(String, String)> {
         } else {
             let field = what.strip_prefix("Offset of field: ").expect("one of three assertions");
             let (name, field) = field.split_once("::").expect("a struct and its field");
-            // Names that are words of Rust end in an underscore there.
+            // Names that are Rust keywords end in an underscore in the bindings.
             format!("offsetof({name}, {})", field.strip_suffix('_').unwrap_or(field))
         };
         claims.push((c, value));

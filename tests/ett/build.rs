@@ -1,4 +1,4 @@
-//! The part of the build that judges CUDA compilers' output and finds headers.
+//! The part of the build that checks the output of CUDA compilers and finds headers.
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -1,10 +1,10 @@
-//! The built-in data as training sees it.
+//! The built-in data, as training uses it.
 
 use std::collections::BTreeSet;
 
-use ett::config::{DataConfig, Source, StageKind};
-use ett::data::{Crop, Philox};
-use ett::train::feed::DataSet;
+use ett::config::{DataConfig, StageKind};
+use ett::data::{Crop, DataSet, Source};
+use ett::rng::Philox;
 
 use crate::common::Outcome;
 
@@ -28,7 +28,7 @@ fn built_in_data_is_like_a_folder_and_the_same_every_time() -> Outcome {
             data.samples.iter().filter_map(|s| s.drawing_prompt().map(String::from)).collect()
         };
         assert!(captions(&train).is_disjoint(&captions(&test)) && captions(&test).len() > 10);
-        // More pictures are those and others; a random square of a square is itself.
+        // A larger set begins with the same pictures; a random crop of a square picture is the picture itself.
         let more = DataSet::train(&DataConfig { train_samples: 70, crop: Crop::Random, ..cfg.clone() })?;
         assert_eq!(more.samples[..60], train.samples);
         for i in [0, 59] {

@@ -1,4 +1,4 @@
-//! Checkpoints bring everything back bit for bit, say what is wrong with them, and survive full disks and killed runs.
+//! Checkpoints restore everything bit for bit, report damage, and survive full disks and killed runs.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -8,22 +8,22 @@ use ett::config::{Config, Operands, StageKind};
 use ett::error::Result;
 use ett::files::{Lines, probe, replace, write_synced};
 use ett::infer::Trained;
-use ett::nn::Copy;
-use ett::train::{
-    Checkpoints, Fingerprint, History, Optimizer, Progress, Skill, Texts, checkpoint, interrupt,
-};
+use ett::interrupt;
+use ett::io::{Checkpoints, Fingerprint, History, Progress, Skill, Texts, checkpoints};
+use ett::nn::Stored;
+use ett::train::{Optimizer, checkpoint};
 
-use ett::train::weights::TensorFile;
+use ett::io::weights::TensorFile;
 
 use crate::common::{Outcome, Scratch, cpu};
 use crate::training::{Bits, Run, batch, bits, small};
 
-/// Set in the process that a test starts of itself.
+/// Set in the child process that a test starts.
 const INSIDE: &str = "ETT_TEST_CHECKPOINT";
-/// Bytes that its files may have.
+/// Maximum size of files in the child process, in bytes.
 const LIMIT: &str = "ETT_TEST_FILE_LIMIT";
 
-/// A run of the semantic stage, with discriminator and averages, after some steps.
+/// A run of the semantic stage with discriminator and averages, after `steps` steps.
 fn run_of(cfg: &Config, steps: usize) -> Result<Run> {
     let mut run = Run::new(cfg, cpu(2), StageKind::Semantic, 1e-3)?;
     run.model.params.average(&["encoder", "decoder", "discriminator"])?;
@@ -44,7 +44,7 @@ fn optimizers(run: &Run) -> Vec<&Optimizer> {
 }
 
 fn save(run: &Run, to: &Checkpoints, total: usize) -> Result<PathBuf> {
-    to.save(&run.model, &optimizers(run), &Progress { total, ..Progress::default() })
+    checkpoint::save(to, &run.model, &optimizers(run), &Progress { total, ..Progress::default() })
 }
 
 fn load(run: &mut Run, folder: &Path) -> Result<()> {
@@ -52,9 +52,12 @@ fn load(run: &mut Run, folder: &Path) -> Result<()> {
     checkpoint::load(folder, &mut run.model, &mut optimizers)
 }
 
-/// Weights, averages, moments and what the discriminator carries.
+/// Weights, averages, moments and the discriminator's state.
 fn everything(run: &Run) -> Result<Vec<Bits>> {
-    [Copy::Master, Copy::Ema, Copy::Moment1, Copy::Moment2].map(|c| bits(&run.model, c)).into_iter().collect()
+    [Stored::Master, Stored::Ema, Stored::Moment1, Stored::Moment2]
+        .map(|c| bits(&run.model, c))
+        .into_iter()
+        .collect()
 }
 
 fn refused<T>(result: Result<T>) -> String {
@@ -100,7 +103,7 @@ fn everything_comes_back_bit_for_bit() -> Outcome {
             tokenizer: Some(b"the file of a tokenizer"[..].into()),
         };
         let to = Checkpoints::new(&scratch.path("run"), 3);
-        let folder = to.save(&whole.model, &optimizers(&whole), &progress)?;
+        let folder = checkpoint::save(&to, &whole.model, &optimizers(&whole), &progress)?;
         assert_eq!(folder, scratch.path("run/checkpoints/step-00000120"));
         let files = [
             "config.toml",
@@ -111,11 +114,11 @@ fn everything_comes_back_bit_for_bit() -> Outcome {
             "training.safetensors",
         ];
         assert_eq!(names(&folder), files);
-        assert_eq!(checkpoint::progress(&folder)?, progress);
+        assert_eq!(checkpoints::progress(&folder)?, progress);
         let weights = TensorFile::open(&folder.join("model.safetensors"))?;
         assert_eq!(History::of(&weights), Some(progress.history));
 
-        // Into a run that has gone elsewhere.
+        // Into a run that has diverged.
         cfg.train.seed += 1;
         let mut other = run_of(&cfg, 1)?;
         other.model.params.average(&["llm"])?;
@@ -148,8 +151,8 @@ fn names_are_public_and_the_folder_is_a_model() -> Outcome {
     assert_eq!(training.read("loss.lecam_ema")?.dims, [2]);
     let trained = Trained::open(&folder, cpu(1), false)?;
     assert!(
-        bits(&trained.model, Copy::Master)?["model.norm.weight"]
-            == bits(&run.model, Copy::Master)?["model.norm.weight"]
+        bits(&trained.model, Stored::Master)?["model.norm.weight"]
+            == bits(&run.model, Stored::Master)?["model.norm.weight"]
     );
     Ok(())
 }
@@ -159,12 +162,16 @@ fn averages_outlast_stages_that_do_not_train_them() -> Outcome {
     let scratch = Scratch::new();
     let mut run = run_of(&small("f32"), 1)?;
     run.model.params.train(&["llm"])?;
-    let want = bits(&run.model, Copy::Ema)?;
-    let folder =
-        Checkpoints::new(&scratch.path("run"), 1).save(&run.model, &[&run.main], &Progress::default())?;
+    let want = bits(&run.model, Stored::Ema)?;
+    let folder = checkpoint::save(
+        &Checkpoints::new(&scratch.path("run"), 1),
+        &run.model,
+        &[&run.main],
+        &Progress::default(),
+    )?;
     let mut other = Run::new(&small("f32"), cpu(1), StageKind::Text, 1e-3)?;
     load(&mut other, &folder)?;
-    assert!(bits(&other.model, Copy::Ema)? == want);
+    assert!(bits(&other.model, Stored::Ema)? == want);
     Ok(())
 }
 
@@ -195,7 +202,7 @@ fn checkpoints_of_other_training_are_refused() -> Outcome {
         text,
         &[
             "it trained the groups",
-            "now trained are [\"llm\"]",
+            "this run trains [\"llm\"]",
             "it had 2 optimizers, now 1",
             "unknown `moment1.",
         ],
@@ -252,7 +259,7 @@ fn damage_is_named_and_nothing_loaded() -> Outcome {
         damaged(&file, Some(&[]))?;
         damaged(&file, Some(&good[..good.len() - 1]))?;
         damaged(&file, Some(&[&good[..], &[0]].concat()))?;
-        // Every byte of the small file, some of the others.
+        // Every byte of the small file, some bytes of the others.
         let step = if file == "state.json" { 1 } else { 1 + good.len() / 9 };
         for at in (0..good.len()).step_by(step).chain([good.len() - 1]) {
             let mut bad = good.clone();
@@ -274,7 +281,7 @@ fn other_formats_are_refused() -> Outcome {
     let state = "{\"format\": 2}";
     let text = format!("{{\"crc32\": \"{:08x}\",\n\"state\": {state}}}\n", crc32fast::hash(state.as_bytes()));
     std::fs::write(folder.join("state.json"), text)?;
-    let e = refused(checkpoint::progress(&folder));
+    let e = refused(checkpoints::progress(&folder));
     assert!(e.contains("has the format 2, wanted 1"), "{e}");
     Ok(())
 }
@@ -292,13 +299,13 @@ fn the_newest_are_kept() -> Outcome {
         assert_eq!(Checkpoints::latest(&at)?, Some(folder));
     }
     assert_eq!(names(&all), ["latest", "step-00000006", "step-00000008"]);
-    // A run that goes on from an earlier one: the later ones are no longer its own.
+    // A run that continues from an earlier checkpoint removes the later ones.
     std::fs::write(all.join("latest"), "step-00000006\n")?;
     std::fs::create_dir(all.join(".step-00000007.part"))?;
     std::fs::write(all.join(".latest.part"), "step-")?;
     save(&run, &to, 7)?;
     assert_eq!(names(&all), ["latest", "step-00000006", "step-00000007"]);
-    // At least the latest itself.
+    // The latest checkpoint itself is always kept.
     save(&run, &Checkpoints::new(&at, 0), 9)?;
     assert_eq!(names(&all), ["latest", "step-00000009"]);
     Ok(())
@@ -316,11 +323,11 @@ fn the_latest_is_found_whatever_a_killed_run_left() -> Outcome {
         save(&run, &to, total)?;
     }
     let latest = || Checkpoints::latest(&at);
-    // Killed between the renaming of the folder and of `latest`.
+    // Killed between renaming the folder and renaming `latest`.
     std::fs::write(all.join("latest"), "step-00000006\n")?;
     assert_eq!(latest()?, Some(folder(6)));
-    // Killed between the two renamings of a checkpoint that replaces one of the same step. Who asks may be beside a run
-    // that is about to do the second one.
+    // Killed between the two renames of a checkpoint that replaces one of the same step. The reader must not repair
+    // it, since another run may be about to do the second rename.
     let part = all.join(".step-00000006.part");
     std::fs::rename(folder(6), &part)?;
     assert_eq!(latest()?, Some(part.clone()));
@@ -332,7 +339,7 @@ fn the_latest_is_found_whatever_a_killed_run_left() -> Outcome {
     }
     std::fs::remove_file(all.join("latest"))?;
     assert_eq!(latest()?, Some(folder(8)));
-    // Not whole: one misses a file, one was cut short.
+    // Incomplete checkpoints: one lacks a file, one has a truncated file.
     std::fs::write(all.join("latest"), "step-00000008\n")?;
     std::fs::remove_file(folder(8).join("config.toml"))?;
     assert_eq!(latest()?, Some(folder(6)));
@@ -342,11 +349,11 @@ fn the_latest_is_found_whatever_a_killed_run_left() -> Outcome {
     std::fs::write(folder(4).join("state.json"), b"{")?;
     std::fs::remove_dir_all(folder(2))?;
     let e = refused(latest());
-    assert!(e.contains("no whole checkpoint"), "{e}");
+    assert!(e.contains("no complete checkpoint"), "{e}");
     Ok(())
 }
 
-/// A test of this file in a process of its own, after some commands of a shell.
+/// Runs a test of this file in a process of its own, after some shell commands.
 fn inside(test: &str, first: &str, run: &Path, limit: &str) -> std::io::Result<Output> {
     Command::new("sh")
         .args(["-c", &format!("{first} exec \"$0\" \"$@\"")])
@@ -361,7 +368,7 @@ fn inner() -> Option<PathBuf> {
     std::env::var_os(INSIDE).map(PathBuf::from)
 }
 
-/// Saves until the disk is full, then looks at what is left.
+/// Saves until the disk is full, then checks what is left.
 fn fill_the_disk(at: &Path) -> Outcome {
     let run = run_of(&small("f32"), 1)?;
     let to = Checkpoints::new(at, 100);
@@ -369,10 +376,10 @@ fn fill_the_disk(at: &Path) -> Outcome {
     println!("{e}");
     let last = Checkpoints::latest(at)?.ok_or("a checkpoint was saved before")?;
     assert!(e.contains("the disk is full"), "{e}");
-    assert!(e.contains(&format!("the last checkpoint, {}, is whole", last.display())), "{e}");
+    assert!(e.contains(&format!("the last checkpoint, {}, is complete", last.display())), "{e}");
     assert!(
         names(&at.join("checkpoints")).iter().all(|n| !n.ends_with(".part")),
-        "what was begun is removed"
+        "the unfinished checkpoint is removed"
     );
     let mut other = run_of(&small("f32"), 0)?;
     load(&mut other, &last)?;
@@ -385,14 +392,14 @@ fn fill_the_disk(at: &Path) -> Outcome {
     Ok(())
 }
 
-/// A limit of the size of files in place of a full disk: met at the weights, and at the moments.
+/// A limit of the file size in place of a full disk, exceeded at the weights and at the moments.
 #[cfg(unix)]
 #[test]
 fn a_full_disk_spoils_nothing() -> Outcome {
     if let Some(run) = inner() {
         let bytes = std::env::var(LIMIT)?.parse()?;
         let limit = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
-        // SAFETY: plain calls of the system; without the signal, writing past the limit is an error.
+        // SAFETY: plain system calls; with the signal ignored, writing past the limit is an error.
         let set = unsafe {
             libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
             libc::setrlimit(libc::RLIMIT_FSIZE, &limit)
@@ -409,7 +416,7 @@ fn a_full_disk_spoils_nothing() -> Outcome {
         let out = inside("a_full_disk_spoils_nothing", "", &at, &bytes.to_string())?;
         let text = String::from_utf8_lossy(&out.stdout);
         assert!(out.status.success(), "{text}{}", String::from_utf8_lossy(&out.stderr));
-        assert!(text.contains("step-00000001, is whole") && text.contains(file), "{text}");
+        assert!(text.contains("step-00000001, is complete") && text.contains(file), "{text}");
     }
     Ok(())
 }
@@ -423,7 +430,7 @@ fn a_full_file_system_spoils_nothing() -> Outcome {
     let scratch = Scratch::new();
     let at = scratch.path("run");
     std::fs::create_dir(&at)?;
-    // In a mount namespace of its own: the shell starts itself anew in it.
+    // In a mount namespace of its own, in which the shell runs itself again.
     let first = format!(
         "exec unshare --mount sh -c 'mount -t tmpfs -o size=8m none {} && exec \"$0\" \"$@\"' \"$0\" \"$@\";",
         at.display()
@@ -450,14 +457,14 @@ fn files_are_replaced_where_links_point_and_only_where_they_can_be() -> Outcome 
     }
     #[cfg(target_os = "linux")]
     {
-        // A device stays one, and says that it is full.
+        // A device stays a device, and reports that it is full.
         let full = Path::new("/dev/full");
         probe(full)?;
         assert!(ett::files::is_full(&replace(full, |file| file.put(&[0; 100])).expect_err("full")));
         assert!(!full.metadata()?.is_file());
     }
     for (path, what) in [
-        (scratch.path("absent/a"), "absent/a: its folder is not there"),
+        (scratch.path("absent/a"), "absent/a: its folder does not exist"),
         (scratch.path(""), "is a folder; name a file"),
         (a.join("b"), "a/b: "),
     ] {
@@ -486,7 +493,7 @@ fn metrics_are_cut_back_to_the_checkpoint() -> Outcome {
     assert_eq!(lines.sync()?, 8);
     assert_eq!(std::fs::read_to_string(&path)?, "one\ntwo\n");
     drop(lines);
-    // Shorter than it was: whole lines stay.
+    // Shorter than at the checkpoint: complete lines stay.
     std::fs::write(&path, "one\ntw")?;
     let mut lines = Lines::resume(&path, 8)?;
     lines.push("three")?;
@@ -508,9 +515,9 @@ fn the_first_signal_asks_and_the_second_ends() -> Outcome {
         }
         return Ok(());
     };
-    // A signal to this process; true if within the time a run is asked to stop.
+    // Sends a signal to this process; true if the run is asked to stop within `ms` milliseconds.
     let raise = |signal, ms| {
-        // SAFETY: sends a signal.
+        // SAFETY: sends a signal to this process.
         unsafe { libc::kill(libc::getpid(), signal) };
         let start = Instant::now();
         while !interrupt::requested() && start.elapsed() < Duration::from_millis(ms) {

@@ -1,28 +1,28 @@
-//! What the tests share.
+//! Helpers shared by the tests.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use ett::backend::cuda::Shim;
-use ett::backend::{Cpu, Kernels, Role};
-use ett::data::Philox;
-use ett::tensor::{DType, Dims, Tensor};
+use ett::backend::{Cpu, DType, Dims, Kernels, Role};
+use ett::rng::Philox;
+use ett::tensor::Tensor;
 
-/// Tests fail with the sentence of whatever went wrong.
+/// The result of a test; it fails with the message of the error.
 pub type Outcome = Result<(), Box<dyn std::error::Error>>;
 
-/// A CPU whose memory is poisoned.
+/// A CPU device with poisoned memory.
 pub fn cpu(threads: usize) -> Arc<dyn Kernels> {
     Arc::new(Cpu::poisoned(threads).expect("threads can be started"))
 }
 
-/// The first GPU, its memory poisoned; no GPU is a failure.
+/// The first GPU, with poisoned memory; fails if there is none.
 pub fn gpu() -> Arc<dyn Kernels> {
     gpu_forcing(&std::env::var("ETT_FORCE").unwrap_or_default())
 }
 
-/// The same with other implementations, `op=kernel,op=kernel`.
+/// The same with forced implementations, `op=kernel,op=kernel`.
 #[cfg(ett_cuda)]
 pub fn gpu_forcing(force: &str) -> Arc<dyn Kernels> {
     use ett::backend::cuda::{Cuda, Options};
@@ -30,18 +30,18 @@ pub fn gpu_forcing(force: &str) -> Arc<dyn Kernels> {
     Arc::new(Cuda::with(0, &options).expect("a GPU"))
 }
 
-/// Built without CUDA: asked for a GPU, tests fail.
+/// Without CUDA, tests that ask for a GPU fail.
 #[cfg(not(ett_cuda))]
 pub fn gpu_forcing(_force: &str) -> Arc<dyn Kernels> {
     ett::backend::open("cuda", 0).expect("a GPU")
 }
 
-/// The kernels compiled for the CPU; `tools/shim-test` builds them and says where they are.
+/// The kernels compiled for the CPU; `tools/shim-test` builds them and sets `ETT_SHIM`.
 pub fn shim() -> Arc<dyn Kernels> {
     shim_forcing(&std::env::var("ETT_FORCE").unwrap_or_default())
 }
 
-/// The same with other implementations, `op=kernel,op=kernel`.
+/// The same with forced implementations, `op=kernel,op=kernel`.
 pub fn shim_forcing(force: &str) -> Arc<dyn Kernels> {
     Arc::new(open_shim(force))
 }
@@ -56,7 +56,7 @@ pub fn shim_path() -> String {
     std::env::var("ETT_SHIM").expect("ETT_SHIM names libett_shim.so: use tools/shim-test")
 }
 
-/// `n` normal numbers, the same every time.
+/// `n` standard normal numbers, the same at every call.
 pub fn normal(seed: u64, n: usize) -> Vec<f64> {
     let mut rng = Philox::new(seed, 77);
     (0..n).map(|_| rng.normal()).collect()
@@ -67,8 +67,8 @@ pub fn scaled(seed: u64, n: usize, scale: f64) -> Vec<f64> {
     normal(seed, n).into_iter().map(|v| scale * v).collect()
 }
 
-/// Distinct numbers in random order, at least `gap` apart and from 0, about `n * gap / 2` at most: for
-/// functions with kinks.
+/// Distinct numbers in random order, at least `gap` apart from each other and from 0, up to about `n * gap / 2` in
+/// magnitude: for functions with kinks.
 pub fn spread(seed: u64, n: usize, gap: f64) -> Vec<f64> {
     let mut v: Vec<f64> = (0..n).map(|i| gap * (i as f64 - n as f64 / 2.0 + 0.37)).collect();
     Philox::new(seed, 78).shuffle(&mut v);
@@ -91,7 +91,7 @@ pub fn int(dev: &dyn Kernels, values: &[i32]) -> Tensor {
     Tensor::from_host(dev, Role::Input, values, [values.len()]).expect("values fit their shape")
 }
 
-/// Values as `dtype` holds them.
+/// Values after rounding to `dtype`.
 pub fn rounded(dtype: DType, values: &[f64]) -> Vec<f64> {
     values.iter().map(|&v| dtype.rounded(v)).collect()
 }
@@ -101,13 +101,13 @@ pub fn norm(v: &[f64]) -> f64 {
     v.iter().map(|x| x * x).sum::<f64>().sqrt()
 }
 
-/// The fixtures' folder, in the package or where a bundle for a GPU machine was unpacked.
+/// The folder of the fixtures, in the package or where a bundle for a GPU machine was unpacked.
 pub fn fixtures() -> PathBuf {
     let package = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or(env!("CARGO_MANIFEST_DIR").into());
     Path::new(&package).join("tests/fixtures")
 }
 
-/// A folder that lives as long as this value.
+/// A temporary folder that is removed when this value is dropped.
 pub struct Scratch(PathBuf);
 
 impl Scratch {

@@ -1,7 +1,7 @@
-//! The comparator's own tests: each damage to otherwise perfect data must be seen, in every precision.
+//! Tests of the comparator: each kind of damage to perfect data must be detected, in every precision.
 
+use ett::backend::DType;
 use ett::compare::{Bounds, choices, compare, indices, no_worse_than};
-use ett::tensor::DType;
 
 use crate::common::{Outcome, normal, rounded};
 
@@ -9,7 +9,7 @@ const FLOATS: [DType; 3] = [DType::F64, DType::F32, DType::Bf16];
 const ROWS: usize = 301;
 const COLS: usize = 257;
 
-/// Damages perfect data and expects a refusal that says `word`.
+/// Damages perfect data and expects an error that contains `word`.
 fn rejects(word: &str, damage: impl Fn(&mut Vec<f64>)) {
     for dtype in FLOATS {
         let want = rounded(dtype, &normal(1, ROWS * COLS));
@@ -28,7 +28,7 @@ fn comparator_rejects_a_zeroed_row() {
 
 #[test]
 fn comparator_rejects_a_flipped_tile() {
-    // Transposed in place: the same values, and the same norm.
+    // Transposed in place: the same values and the same norm.
     rejects("off by", |v| {
         for i in 0..16 {
             for j in 0..i {
@@ -36,7 +36,7 @@ fn comparator_rejects_a_flipped_tile() {
             }
         }
     });
-    // The other sign.
+    // With the opposite sign.
     rejects("off by", |v| {
         for i in 64..80 {
             v[i * COLS + 32..i * COLS + 48].iter_mut().for_each(|x| *x = -*x);
@@ -46,7 +46,7 @@ fn comparator_rejects_a_flipped_tile() {
 
 #[test]
 fn comparator_rejects_a_dropped_tail() {
-    // The last column of every row, the last row's last values, and the very last value.
+    // The last column of every row, the last values of the last row, and the very last value.
     rejects("off by", |v| v.iter_mut().skip(COLS - 1).step_by(COLS).for_each(|x| *x = 0.0));
     rejects("row 300", |v| v[ROWS * COLS - 7..].fill(0.0));
     rejects("row 300", |v| v[ROWS * COLS - 1] = 0.0);
@@ -55,7 +55,7 @@ fn comparator_rejects_a_dropped_tail() {
 
 #[test]
 fn comparator_rejects_one_wrong_index() {
-    // One row that was gathered from, or scattered to, its neighbour's place.
+    // One row that was gathered from its neighbour's position.
     rejects("row 12 ", |v| v.copy_within(13 * COLS..14 * COLS, 12 * COLS));
     let want: Vec<i32> = (0..1000).collect();
     let mut got = want.clone();
@@ -70,10 +70,10 @@ fn comparator_rejects_nan() {
     rejects("row 4, column 9: NaN", |v| v[4 * COLS + 9] = f64::NAN);
     rejects("not finite", |v| v[0] = f64::INFINITY);
     rejects("not finite", |v| v.fill(f64::NAN));
-    // NaN is never what was wanted, not even where it was got.
+    // NaN never equals a wanted NaN.
     let nan = [f64::NAN];
     assert!(compare("nan", &nan, &nan, 1, Bounds::of(DType::F32)).is_err());
-    // Nor does an infinite bound let it through.
+    // An infinite bound does not accept NaN either.
     assert!(compare("nan", &nan, &[1.0], 1, Bounds::norm(f64::INFINITY)).is_err());
 }
 
@@ -113,7 +113,7 @@ fn comparator_knows_twice_naive() -> Outcome {
     no_worse_than("as good", &noisy(1.5e-4), &naive, &want, COLS, DType::F32)?;
     no_worse_than("perfect", &want, &naive, &want, COLS, DType::F32)?;
     assert!(no_worse_than("worse", &noisy(3e-4), &naive, &want, COLS, DType::F32).is_err());
-    // A naive computation without any error does not ask for the impossible.
+    // A naive computation without any error does not make the bound zero.
     no_worse_than("rounded", &rounded(DType::Bf16, &want), &want, &want, COLS, DType::Bf16)?;
     // One bad row is enough.
     let mut got = naive.clone();

@@ -1,4 +1,4 @@
-//! The configurations that come with the project, and how wrong ones are named.
+//! The configurations in the repository, and the errors of wrong ones.
 
 use std::path::{Path, PathBuf};
 

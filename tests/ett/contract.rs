@@ -1,23 +1,22 @@
-//! What kernels and tensors say of arguments that the contract forbids: one sentence that names the argument. The
-//! rules are those of any device: [`refusals`] tries them all. The conformance driver spoils each argument of each kernel
-//! besides; here are the numbers, the data and what does not fit in ways of its own.
+//! The errors of kernels and tensors for arguments that violate the contract: one sentence that names the argument.
+//! The rules hold for any device: [`refusals`] tests all of them. The conformance driver changes the shape and type
+//! of each argument of each kernel; this file covers numbers, data and special cases.
 
 use std::cell::RefCell;
 use std::sync::Arc;
 
 use ett::backend::{
-    Add, AttentionFwd, Cast, Conv2dFwd, GatherFwd, GroupNormFwd, IbqRows, In, Kernels, LinearXentFwd, Matmul,
-    MatmulAcc, RmsNormFwd, Role, Rope, Stream, SwigluFwd, UnaryFwd,
+    Add, AttentionFwd, Cast, Conv2dFwd, DType, Dims, GatherFwd, GroupNormFwd, IbqRows, In, KERNELS, Kernels,
+    LinearXentFwd, Matmul, MatmulAcc, RmsNormFwd, Role, Rope, Stream, SwigluFwd, Unary, UnaryFwd,
 };
-use ett::backend::{KERNELS, Unary};
 use ett::error::{Error, Result};
-use ett::tensor::{DType, Dims, Tensor};
+use ett::tensor::Tensor;
 
 use crate::common::{cpu, int, tensor};
 
 const S: Stream = Stream::COMPUTE;
 
-/// A device, tensors on it, and the kernels that it turned out to lack.
+/// A device, and the kernels that it turned out to lack.
 struct Subject {
     dev: Arc<dyn Kernels>,
     missing: RefCell<Vec<&'static str>>,
@@ -28,7 +27,7 @@ impl Subject {
         Subject { dev, missing: RefCell::default() }
     }
 
-    /// Waits for what was called: kernels tell what they found in the data with the next values that are read.
+    /// Waits for earlier calls: kernels report errors in the data with the next values that are read.
     fn done(&self) -> Result<()> {
         self.f32([1]).to_f64(&*self.dev).map(|_| ())
     }
@@ -59,7 +58,7 @@ impl Subject {
         }
     }
 
-    /// The same for what stands in the data, which a device may find after the call.
+    /// The same for errors in the data, which a device may report after the call.
     fn refuses_data(&self, result: Result<()>, op: &str, args: &[&str]) {
         self.refuses(result.and_then(|()| self.done()), op, args);
     }
@@ -74,7 +73,7 @@ impl Subject {
     }
 }
 
-/// Everything here on `dev`; the kernels that it lacks.
+/// Runs all checks on `dev` and returns the kernels that it lacks.
 pub fn refusals(dev: Arc<dyn Kernels>) -> Vec<&'static str> {
     let subject = Subject::new(dev);
     for part in [products, convolutions_and_norms, pointwise, over_rows, tensors] {
@@ -86,7 +85,7 @@ pub fn refusals(dev: Arc<dyn Kernels>) -> Vec<&'static str> {
     missing
 }
 
-/// One part on the CPU, which has all kernels.
+/// Runs one part on the CPU, which has all kernels.
 fn on_cpu(part: fn(&Subject)) {
     let subject = Subject::new(cpu(1));
     part(&subject);
@@ -246,7 +245,7 @@ fn over_rows(m: &Subject) {
         let (q, k) = (m.f32([4, q]), m.f32([4, 2 * kv_heads]));
         let (y, lse, cu) = (m.f32(q.dims()), m.f32([4, heads]), int(&**dev, cu));
         let len = len.map(|len| int(&**dev, len));
-        // Queries of sequences without gaps, one each, if the keys are slots of a cache.
+        // If the keys are slots of a cache: one query per sequence, without gaps.
         let one: Vec<i32> = (0..cu.dims().numel() as i32).collect();
         let one = int(&**dev, &one);
         let (q, k, cu, cu_q) = (q.view(), k.view(), cu.view(), one.view());
@@ -275,12 +274,12 @@ fn over_rows(m: &Subject) {
     m.refuses_data(attention(2, 1, &[0, 1, 5], 4), "attention_fwd", &["cu_q", "cu_k"]);
     m.refuses_data(attention(2, 1, &[0, 3, 1], 4), "attention_fwd", &["cu_q", "cu_k"]);
     m.refuses(attention(2, 1, &[0, 1, 4], 6), "attention_fwd", &["q"]);
-    // Slots may lie anywhere, and the last offset means nothing.
+    // Slots may lie anywhere, and the last offset is ignored.
     m.accepts(cached(2, 1, &[3, 0, -1], Some(&[1, 2]), 4));
     m.accepts(cached(2, 1, &[4, 0, 9], Some(&[0, 4]), 4));
     m.refuses(cached(2, 1, &[3, 0, -1], Some(&[1]), 4), "attention_fwd", &["len_k"]);
     m.refuses(cached(2, 1, &[3, 0, -1], Some(&[1, 2, 0]), 4), "attention_fwd", &["len_k"]);
-    // Devices may call everything that says where sequences lie by the name of one of them.
+    // A device may report any wrong sequence offset or length under the name of one of these arguments.
     let places = ["cu_q", "cu_k", "len_k"];
     for (starts, len) in [
         ([3, 0, 0], [2, 1]),
@@ -323,11 +322,11 @@ fn tensors(m: &Subject) {
     m.refuses(none(Tensor::from_host(&**dev, Role::Input, &[1f32; 3], [2, 2])), "from_host", &["values"]);
     m.refuses(t.to_host::<f64>(&**dev).map(|_| ()), "to_host", &["T"]);
     m.refuses(dev.copy_in(S, &[0; 7], t.out()), "copy_in", &["src"]);
-    // Sums that wrap.
+    // Sums that overflow.
     m.refuses(none(t.rows(usize::MAX, 2)), "rows", &["start + n"]);
     m.refuses(none(t.columns(2, usize::MAX)), "columns", &["start + n"]);
     m.refuses(none(t.range(usize::MAX, usize::MAX)), "range", &["start + n"]);
-    // Sizes that wrap: 2^60 x 4 elements of 4 bytes to none, (2^63 + 3) x 2 x 4 to three rows of four.
+    // Sizes that overflow: 2^60 x 4 elements of 4 bytes wrap to 0 bytes, (2^63 + 3) x 2 x 4 elements to 24.
     for dims in [[1 << 60, 4, 1], [(1 << 63) + 3, 2, 4], [usize::MAX; 3]] {
         m.refuses(none(Tensor::empty(&**dev, Role::Input, DType::F32, dims)), "empty", &["dims"]);
         m.refuses(none(t.reshape(dims)), "reshape", &["dims"]);

@@ -1,22 +1,22 @@
-//! What becomes of a folder of pictures: what a stage can use of it, what an evaluation measures, and what the program
-//! does with pictures that are broken.
+//! Folders of pictures: what a stage can use of them, what an evaluation measures, and how the programs treat broken
+//! pictures.
 
 use std::fs;
 use std::io::Write;
 use std::process::{Command, Output};
 use std::sync::{Arc, Mutex};
 
-use ett::config::{Config, Source, StageConfig, StageKind, VisualHeadKind};
-use ett::data::{Image, Special, TextTokenizer, save_png};
-use ett::eval;
+use ett::config::{Config, StageConfig, StageKind, VisualHeadKind};
+use ett::data::{DataSet, Image, Source, Special, TextTokenizer, save_png};
+use ett::eval::{self, HeldOut};
+use ett::feed::{Feed, Template};
 use ett::infer::{Sampling, Trained};
 use ett::model::{Ett, Part};
-use ett::train::feed::{DataSet, Feed};
-use ett::train::{self, RunOptions, Stage, Template};
+use ett::train::{self, RunOptions, Stage};
 
 use crate::common::{Outcome, Scratch, cpu};
 
-/// The smallest model that has every part, over the pictures of `dir`.
+/// The smallest model with every part, for the pictures of `dir`.
 fn config(dir: &Scratch) -> Config {
     let mut c = Config::default();
     (c.tokenizer.ch, c.tokenizer.ch_mult, c.tokenizer.norm_groups) = (8, vec![1, 2, 2], 4);
@@ -33,7 +33,7 @@ fn config(dir: &Scratch) -> Config {
     c
 }
 
-/// A folder `data` of pictures that differ, `i.png`, with these keys beside their names in its metadata.
+/// Makes a folder `data` of distinct pictures, `i.png`, with these metadata keys beside their names.
 fn folder(dir: &Scratch, lines: &[serde_json::Value]) -> Outcome {
     fs::create_dir_all(dir.path("data"))?;
     let mut text = String::new();
@@ -69,7 +69,7 @@ impl Write for Log {
     }
 }
 
-/// What is logged on this thread meanwhile.
+/// Runs `what`; also returns what this thread logged meanwhile.
 fn logged<T>(what: impl FnOnce() -> T) -> (T, String) {
     let log = Log::default();
     let to = log.clone();
@@ -108,7 +108,14 @@ fn stages_say_how_many_pictures_they_can_use() -> Outcome {
     let start = |data: &DataSet, kind: StageKind| {
         let cfg = stage(kind);
         logged(|| {
-            let feed = Feed::new(data, &template, &cfg, &Stage::of(&cfg, &model)?, &model.cfg.train, 0)?;
+            let feed = Feed::new(
+                data,
+                &template,
+                &cfg,
+                Stage::of(&cfg, &model)?.reads_pictures(),
+                &model.cfg.train,
+                0,
+            )?;
             feed.batch(&model, 0).map(|fed| fed.sequences)
         })
     };
@@ -124,7 +131,7 @@ fn stages_say_how_many_pictures_they_can_use() -> Outcome {
         assert!(log.contains(want) && !log.contains("WARN"), "{kind:?}: {log}");
     }
 
-    // Prompts alone are enough to draw from, and nothing else.
+    // Prompts alone are enough to learn to draw, and are used for nothing else.
     let prompts = |i: usize| serde_json::json!({"prompt": format!("draw {i}")});
     folder(&dir, &(0..10).map(prompts).collect::<Vec<_>>())?;
     let data = DataSet::train(&c.data)?;
@@ -147,7 +154,7 @@ fn long_texts_are_cut_and_counted() -> Outcome {
     let template = Template::new(TextTokenizer::Bytes, 10);
     let end = |s: Special| template.tokenizer().special(s);
     let (ten, eleven) = ("abcdefghij", "abcdefghijk");
-    // What ends where it is cut does not end there.
+    // A text that is cut has no end token.
     let whole = [template.tokenizer().encode(ten)?, vec![end(Special::EndOfText)]].concat();
     assert_eq!(ids(&template.text_caption(ten)?), whole);
     assert_eq!(ids(&template.text_caption(eleven)?), whole[..10]);
@@ -179,10 +186,10 @@ fn long_texts_are_cut_and_counted() -> Outcome {
     ] {
         let cfg = stage(kind);
         let (fed, log) = logged(|| {
-            Feed::new(&data, &template, &cfg, &Stage::of(&cfg, &model)?, &model.cfg.train, 0)?
+            Feed::new(&data, &template, &cfg, Stage::of(&cfg, &model)?.reads_pictures(), &model.cfg.train, 0)?
                 .batch(&model, 0)
         });
-        // A picture has 16 codes; a question and its answer have the marks of two turns around them.
+        // A picture has 16 codes; the tokens of two chat turns surround a question and its answer.
         assert!(fed?.rows <= 2 * (16 + 2 * 64 + 40), "{kind:?}");
         let want = format!("stage {}: {cut} texts are longer than data.max_text_tokens = 64", kind.name());
         assert_eq!(log.contains(&want), cut > 0, "{kind:?}: {log}");
@@ -202,7 +209,7 @@ fn what_was_not_measured_is_left_out() -> Outcome {
         let test = DataSet::test(&c.data)?.ok_or("a test folder")?;
         let out = dir.path("out");
         fs::create_dir_all(&out)?;
-        let table = train::evaluate(&mut model, &test, &template, &out)?.rows();
+        let table = eval::closing(&mut model, &test, &template, &out)?.rows();
         let json: serde_json::Value = serde_json::from_slice(&fs::read(out.join("eval.json"))?)?;
         let keys: Vec<&str> = ["caption_loss", "accuracy", "accuracy_yes_no", "accuracy_open", "codes"]
             .into_iter()
@@ -228,20 +235,20 @@ fn what_was_not_measured_is_left_out() -> Outcome {
         let (table, got, measured) = evaluate(&lines)?;
         assert_eq!((got.as_str(), measured.as_str()), (keys, during));
         let has = |row: &str| table.iter().any(|(name, _)| name.trim() == row);
-        assert_eq!(has("caption loss, nats a token"), keys.contains("caption_loss"));
+        assert_eq!(has("caption loss, nats per token"), keys.contains("caption_loss"));
         assert_eq!(has("answers exactly right"), keys.contains("accuracy"));
         assert_eq!(has("yes or no"), keys.contains("yes_no"));
         assert_eq!(has("all others"), keys.contains("open"));
-        assert_eq!(has("code loss, nats a code"), keys.contains("codes"));
+        assert_eq!(has("code loss, nats per code"), keys.contains("codes"));
     }
 
-    // Of equal pictures there is no share of the mean image's error.
+    // Identical pictures have no variance to compare the reconstruction error with.
     folder(&dir, &[bare(), bare(), bare()])?;
     for i in [1, 2] {
         fs::copy(dir.path("data/00.png"), dir.path(&format!("data/0{i}.png")))?;
     }
     let test = DataSet::test(&c.data)?.ok_or("a test folder")?;
-    let table = train::evaluate(&mut model, &test, &template, &dir.path("out"))?.rows();
+    let table = eval::closing(&mut model, &test, &template, &dir.path("out"))?.rows();
     assert!(table.iter().any(|(name, _)| name == "reconstruction MSE"), "{table:?}");
     assert!(table.iter().all(|(_, value)| !value.contains("inf") && !value.contains("NaN")), "{table:?}");
     Ok(())
@@ -251,7 +258,7 @@ fn what_was_not_measured_is_left_out() -> Outcome {
 fn evaluations_look_at_the_first_usable_pictures_and_say_what_they_left_out() -> Outcome {
     let dir = Scratch::new();
     folder(&dir, &vec![serde_json::json!({}); 12])?;
-    // More than half of all, but not of those that are looked at.
+    // More than half of all pictures, but not of those that are examined.
     broken(&dir, &[0, 2, 5, 6, 7, 8, 9, 10, 11])?;
     let mut c = config(&dir);
     c.data.eval_samples = 3;
@@ -288,11 +295,11 @@ fn the_program_goes_on_after_broken_pictures_and_fails_at_the_end() -> Outcome {
     folder(&dir, &vec![serde_json::json!({"text": "a cat", "qa": [["what?", "a cat"]]}); 12])?;
     let mut c = config(&dir);
     c.stage = vec![stage(StageKind::Tokenizer), stage(StageKind::Gen)];
-    // Too small for the discriminator.
+    // The pictures are too small for the discriminator.
     c.loss.gan = 0.0;
     (c.data.eval_samples, c.data.max_text_tokens) = (3, 20);
     let run = dir.path("run");
-    train::run(&c, cpu(1), &RunOptions { out: &run, init: None, quiet: true })?;
+    train::run(&c, cpu(1), &RunOptions { out: &run, init: None, quiet: true, evaluation: &HeldOut })?;
     broken(&dir, &[1, 4])?;
     let (data, sheet) = (dir.path("data"), dir.path("sheet.png"));
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -314,7 +321,7 @@ fn the_program_goes_on_after_broken_pictures_and_fails_at_the_end() -> Outcome {
     let (out, err) = (text(&told.stdout), text(&told.stderr));
     assert_eq!((told.status.code(), out.matches("PSNR").count()), (Some(1), 10), "{out}{err}");
     assert!(err.contains(&complaint) && out.contains("10 of 12 pictures beside their"), "{out}{err}");
-    // A gap of 2 pixels around rows of 16.
+    // Gaps of 2 pixels between and around rows of 16.
     assert_eq!(Image::open(&sheet)?.height, 10 * 18 + 2);
 
     fs::remove_file(&sheet)?;

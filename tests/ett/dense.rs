@@ -1,16 +1,16 @@
-//! The IBQ quantizer as the paper writes it, dense and in f64: every matrix of tokens x codes exists, nothing
-//! is rearranged against cancellation. Written from the formulas, not from the kernels.
+//! The IBQ quantizer as the paper defines it, dense and in f64: every matrix of tokens x codes is stored, and nothing
+//! is rearranged to avoid cancellation. Written from the formulas, not from the kernels.
 
 use std::sync::Arc;
 
 use ett::autograd::Tape;
-use ett::backend::{Kernels, Role};
+use ett::backend::{DType, Kernels, Precision, Role};
 use ett::ops::{self, Entropy, IbqOptions};
-use ett::tensor::{DType, Precision, Tensor};
+use ett::tensor::Tensor;
 
 use crate::common::{normal, rounded, tensor};
 
-/// Inputs of a quantizer and the gradients its outputs receive.
+/// Inputs of a quantizer, and the gradients of its outputs.
 #[derive(Clone)]
 pub struct Problem {
     pub m: usize,
@@ -20,13 +20,13 @@ pub struct Problem {
     pub z: Vec<f64>,
     /// `[K, D]`.
     pub e: Vec<f64>,
-    /// `[M, D]`: what reaches `zq`.
+    /// `[M, D]`: the gradient of `zq`.
     pub g: Vec<f64>,
     pub temperature: f64,
     pub eps: f64,
     pub beta_commit: f64,
     pub beta_code: f64,
-    /// What reaches the losses: quant, sample, avg.
+    /// The gradients of the losses: quant, sample, avg.
     pub w: [f64; 3],
 }
 
@@ -50,7 +50,7 @@ impl Problem {
         }
     }
 
-    /// The same on inputs as this precision stores them.
+    /// The same with the inputs rounded to this precision.
     pub fn rounded(mut self, prec: Precision) -> Self {
         for v in [&mut self.z, &mut self.e, &mut self.g] {
             *v = rounded(prec.act, v);
@@ -72,7 +72,7 @@ impl Problem {
     }
 }
 
-/// What a quantizer gives.
+/// Results of a quantizer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Answer {
     pub idx: Vec<i32>,
@@ -85,7 +85,7 @@ pub struct Answer {
     pub losses: [f64; 3],
     pub dz: Vec<f64>,
     pub de: Vec<f64>,
-    /// Tokens without a finite score; the kernels' only.
+    /// Tokens without a finite score; set by the kernels only.
     pub bad: f64,
 }
 
@@ -93,7 +93,7 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(x, y)| x * y).sum()
 }
 
-/// `a b^T` of rows of `d`.
+/// `a b^T` for rows of `d` values.
 fn times_transposed(a: &[f64], b: &[f64], d: usize) -> Vec<f64> {
     a.chunks(d).flat_map(|x| b.chunks(d).map(move |y| dot(x, y))).collect()
 }
@@ -173,7 +173,7 @@ pub fn dense(p: &Problem) -> Answer {
     }
 }
 
-/// The same by the op. `de` starts from zero in the accumulator type, as a trained codebook's gradient does.
+/// The same by the op. `de` starts from zero in the accumulator type, like the gradient of a trained codebook.
 pub fn kernels(dev: &Arc<dyn Kernels>, prec: Precision, p: &Problem) -> ett::error::Result<Answer> {
     kernels_on(dev, prec, prec.act, p)
 }

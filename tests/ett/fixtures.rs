@@ -1,4 +1,4 @@
-//! One semantic-stage step against the PyTorch twin (tests/oracle), and what `check` says of wrong files.
+//! One semantic-stage step against the PyTorch twin (tests/oracle), and the errors of `check` for wrong files.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -7,10 +7,10 @@ use std::sync::Arc;
 use ett::backend::Plan;
 use ett::compare::{Bounds, compare};
 use ett::config::Config;
+use ett::io::weights::{FileType, read_file, write_file};
 use ett::model::Ett;
 use ett::nn::HostTensor;
 use ett::train::check;
-use ett::train::weights::{FileType, read_file, write_file};
 use sha2::{Digest, Sha256};
 
 use crate::common::{Outcome, Scratch, cpu, fixtures, norm};
@@ -78,8 +78,8 @@ fn files_are_the_ones_listed() -> Outcome {
     Ok(())
 }
 
-/// `|a - b| <= 1e-9 max(|b|, 1e-6 n)` for every tensor, n the largest gradient norm of its module. n matters
-/// for one kind of tensor: the gradient of `k.bias` in the tokenizer's attention is zero but for rounding.
+/// `|a - b| <= 1e-9 max(|b|, 1e-6 n)` for every tensor, where n is the largest gradient norm of its module. n matters
+/// for one kind of tensor only: the gradient of `k.bias` in the tokenizer's attention is zero up to rounding.
 fn agrees_in_f64(case: &str) -> Outcome {
     let want = read_file(&fixtures().join(case).join("expected.safetensors"))?;
     let got = dump(case, "f64", None, None)?;
@@ -138,14 +138,14 @@ fn index_agrees_in_f64() -> Outcome {
     agrees_in_f64("index")
 }
 
-/// How loosely another precision agrees: norms, relative; a loss to 1 or more.
+/// Bounds for the lower precisions: relative norms; for losses, relative to at least 1.
 struct Loose {
     losses: f64,
     /// Encoder output.
     z: f64,
-    /// What comes after the choice of codes.
+    /// Activations after the choice of codes.
     later: f64,
-    /// The gradient of a whole module, if it is compared.
+    /// The gradient of a whole module; `None` if it is not compared.
     gradients: Option<f64>,
     /// Share of indices that may differ.
     indices: f64,
@@ -170,7 +170,7 @@ fn agrees_loosely(precision: &str, b: Loose) -> Outcome {
                 a.extend(&g.values);
                 b.extend(&w.values);
             } else {
-                // `after` follows from the gradients.
+                // The updated weights (`after`) follow from the gradients.
                 let (bound, least) = match &**name {
                     "act.z" => (b.z, 0.0),
                     n if n.starts_with("act.") => (b.later, 0.0),
@@ -196,15 +196,15 @@ fn f32_agrees_loosely() -> Outcome {
     agrees_loosely("f32", b)
 }
 
-/// These widths are tiny (groups of two channels, four to twelve a layer) and some codes nearly coincide: one
-/// rounding in 256 flips some indices, and every gradient behind a flipped index is another one. So no gradient is
-/// compared here: `bf16` does it where no index flips.
+/// These widths are tiny (groups of two channels, four to twelve per layer) and some codes nearly coincide: a
+/// rounding error of 1/256 changes some indices, and with an index every gradient behind it. So no gradient is
+/// compared here; the tests in `bf16` do that with inputs for which no index changes.
 #[test]
 fn bf16_agrees_loosely() -> Outcome {
     agrees_loosely("bf16", Loose { losses: 0.15, z: 4e-2, later: 0.5, gradients: None, indices: 0.1 })
 }
 
-/// A file of a case, changed.
+/// A file of a case with a change.
 fn changed(scratch: &Scratch, file: &str, change: impl FnOnce(&mut Tensors)) -> ett::error::Result<PathBuf> {
     let mut tensors = read_file(&fixtures().join("alpha0").join(file))?;
     change(&mut tensors);
@@ -248,7 +248,7 @@ fn wrong_weights_are_named() -> Outcome {
             }),
             &["`encoder.conv_in.bias` is [5], wanted [4]"],
         ),
-        // The right number of values in the wrong shape is wrong too.
+        // The right number of values in the wrong shape is an error too.
         (
             Box::new(|t| {
                 t.insert("encoder.conv_in.weight".into(), zeros(&[4, 3, 3, 3]));
@@ -256,7 +256,7 @@ fn wrong_weights_are_named() -> Outcome {
             }),
             &["`quantize.embedding.weight` is [6, 24], wanted [24, 6]"],
         ),
-        // All that is wrong is said at once.
+        // All errors are reported at once.
         (
             Box::new(move |t| {
                 t.remove("model.norm.weight");
@@ -307,7 +307,7 @@ fn wrong_batches_are_named() -> Outcome {
     })?;
     let e = dump("alpha0", "f64", None, Some(&path)).expect_err("id 40 of 40 is an error").to_string();
     assert!(e.contains("40"), "{e}");
-    // Not a safetensors file, and none at all.
+    // A file that is not safetensors, and a missing one.
     let broken = scratch.path("broken.safetensors");
     std::fs::write(&broken, b"not tensors")?;
     for path in [broken, scratch.path("absent.safetensors")] {

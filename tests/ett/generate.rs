@@ -1,4 +1,4 @@
-//! Generation through the cache of keys and values against whole sequences, run again for every token.
+//! Generation with the key/value cache against recomputing the whole sequence for every token.
 
 use std::process::Command;
 use std::slice;
@@ -7,30 +7,30 @@ use std::sync::Arc;
 use ett::autograd::{Tape, Var};
 use ett::backend::{Kernels, Role};
 use ett::compare::{Bounds, compare};
-use ett::config::{Arm, Config, Scores, VisualHeadKind};
+use ett::config::{Arm, Config, QuantizerMetric, VisualHeadKind};
 use ett::data::{Image, Special, TextTokenizer};
 use ett::error::{Error, Result};
+use ett::feed::{Batch, images_to_device};
 use ett::infer::{Continued, Sampling, Seen, Trained, decode_codes, draw, draw_codes};
+use ett::io::save_weights;
 use ett::model::tokenizer::Grid;
 use ett::model::{Ett, Packed, Part};
-use ett::nn::Copy;
+use ett::nn::Stored;
 use ett::ops;
 use ett::tensor::Tensor;
-use ett::train::feed::images_to_device;
-use ett::train::{Batch, save_weights};
 
 use crate::common::{Outcome, Scratch, cpu, gpu, ids, int, scaled, shim};
 
 const CODES: usize = 24;
 const VOCAB: usize = 264;
 const START: i32 = 259;
-const ARMS: [(Arm, VisualHeadKind, Scores); 3] = [
-    (Arm::Index, VisualHeadKind::Linear, Scores::Dot),
-    (Arm::Embed, VisualHeadKind::Tied, Scores::L2norm),
-    (Arm::Ett, VisualHeadKind::Tied, Scores::Dot),
+const ARMS: [(Arm, VisualHeadKind, QuantizerMetric); 3] = [
+    (Arm::Index, VisualHeadKind::Linear, QuantizerMetric::Dot),
+    (Arm::Embed, VisualHeadKind::Tied, QuantizerMetric::L2norm),
+    (Arm::Ett, VisualHeadKind::Tied, QuantizerMetric::Dot),
 ];
 
-fn config(precision: &str, (arm, head, metric): (Arm, VisualHeadKind, Scores)) -> Config {
+fn config(precision: &str, (arm, head, metric): (Arm, VisualHeadKind, QuantizerMetric)) -> Config {
     let mut c = Config::default();
     let t = &mut c.tokenizer;
     (t.ch, t.ch_mult, t.num_res_blocks, t.z_channels, t.norm_groups) = (8, vec![1, 1], 1, 8, 4);
@@ -40,14 +40,18 @@ fn config(precision: &str, (arm, head, metric): (Arm, VisualHeadKind, Scores)) -
     let l = &mut c.llm;
     (l.vocab, l.width, l.layers, l.mlp) = (VOCAB, 32, 2, 48);
     (l.heads, l.kv_heads, l.head_dim) = (4, 2, 16);
-    // Large enough that what is said depends on what was said.
+    // Large enough for the output to depend on the input.
     l.init_std = 0.3;
     c.visual_head.kind = head;
     (c.train.arm, c.train.precision, c.data.size) = (arm, precision.into(), 4);
     c
 }
 
-fn model(dev: Arc<dyn Kernels>, precision: &str, kind: (Arm, VisualHeadKind, Scores)) -> Result<Ett> {
+fn model(
+    dev: Arc<dyn Kernels>,
+    precision: &str,
+    kind: (Arm, VisualHeadKind, QuantizerMetric),
+) -> Result<Ett> {
     Ett::new(&config(precision, kind), dev)
 }
 
@@ -55,7 +59,7 @@ fn tape(model: &Ett) -> Tape {
     Tape::inference(model.params.device().clone(), model.params.precision())
 }
 
-/// Prompts of several lengths, the second as short as can be.
+/// Prompts of several lengths; the second has the minimum length.
 fn texts() -> Vec<Vec<Part>> {
     [9, 1, 4, 17].iter().map(|&n| vec![Part::context(ids(n as u64, n, 256))]).collect()
 }
@@ -69,7 +73,7 @@ fn images() -> Vec<Image> {
     vec![picture(1), picture(2)]
 }
 
-/// Their visual rows.
+/// The visual rows of the pictures.
 fn visual(model: &Ett, t: &Tape) -> Result<(Var, Vec<Grid>)> {
     let (x, _) = images_to_device(model, &images())?;
     let (z, grids) = model.tokenizer.encode(t, &model.params, &[t.constant(x)])?;
@@ -77,7 +81,7 @@ fn visual(model: &Ett, t: &Tape) -> Result<(Var, Vec<Grid>)> {
     Ok((model.visual_rows(t, &zq, &idx)?, grids))
 }
 
-/// Prompts with pictures in them, and one without.
+/// Prompts with pictures, and one without.
 fn seen() -> Vec<Vec<Part>> {
     let text = |seed, n| Part::context(ids(seed, n, 256));
     vec![
@@ -88,7 +92,7 @@ fn seen() -> Vec<Vec<Part>> {
     ]
 }
 
-/// Hidden states `[S, C]` after the last position of whole sequences.
+/// Hidden states `[S, C]` at the last position of whole sequences.
 fn last(model: &Ett, t: &Tape, visual: Option<&Var>, b: &Packed) -> Result<Var> {
     let hidden = model.hidden(t, visual, b)?;
     let ends = b.seqs.cu.to_host::<i32>(t.dev())?;
@@ -96,13 +100,14 @@ fn last(model: &Ett, t: &Tape, visual: Option<&Var>, b: &Packed) -> Result<Var> 
     ops::gather(t, &hidden, &int(t.dev(), &rows))
 }
 
-/// A position that all sequences go on with.
+/// The next position of all sequences.
 enum Next {
     Tokens(Vec<i32>),
     Codes(Vec<i32>),
 }
 
-/// Goes on with tokens and codes in turn, and compares hidden states with those of whole sequences on the same device.
+/// Continues with tokens and codes in turn, and compares the hidden states with those of whole sequences on the same
+/// device.
 fn cache_agrees(dev: Arc<dyn Kernels>, precision: &str, bound: f64, steps: u64) -> Outcome {
     for kind in ARMS {
         let model = model(dev.clone(), precision, kind)?;
@@ -111,7 +116,7 @@ fn cache_agrees(dev: Arc<dyn Kernels>, precision: &str, bound: f64, steps: u64) 
         let mut prompts = texts();
         let n = prompts.len();
         let mut cached = Continued::new(&model, &t, &prompts, None, steps as usize)?;
-        // The codes so far, which are rows of one visual tensor.
+        // The codes so far; they are rows of one visual tensor.
         let mut drawn: Vec<i32> = Vec::new();
         for step in 0..=steps {
             let pictures: Vec<_> = (0..drawn.len()).map(|i| i..i + 1).collect();
@@ -182,7 +187,7 @@ fn gpu_cache_agrees() -> Outcome {
     cache_agrees(gpu(), "bf16", 3e-2, 9)
 }
 
-/// Greedy decoding, the whole sequence for every token.
+/// Greedy decoding that recomputes the whole sequence for every token.
 fn complete(model: &Ett, prompt: &[Part], stop: i32, max: usize) -> Result<Vec<i32>> {
     let t = tape(model);
     let (visual, grids) = visual(model, &t)?;
@@ -215,7 +220,7 @@ fn text_through_the_cache_is_that_of_whole_sequences() -> Outcome {
         for (p, want) in prompts.iter().zip(&want) {
             assert_eq!(read.complete_all(slice::from_ref(p), never, 12)?, slice::from_ref(want), "alone");
         }
-        // Sequences end one after another, the others go on.
+        // Sequences end at different steps; the others continue.
         let stop = want[1][4];
         let stopped = read.complete_all(&prompts, stop, 12)?;
         for (s, w) in stopped.iter().zip(&want) {
@@ -235,7 +240,7 @@ fn text_through_the_cache_is_that_of_whole_sequences() -> Outcome {
     Ok(())
 }
 
-/// The codes of picture `number`, the whole sequence for every code.
+/// The codes of picture `number`, recomputing the whole sequence for every code.
 fn codes(model: &Ett, prompt: &[Part], number: u32, n: usize, s: &Sampling) -> Result<Vec<i32>> {
     let t = tape(model);
     let table = model.tokenizer.codes(&t, &model.params)?;
@@ -287,7 +292,7 @@ fn codes_through_the_cache_are_those_of_whole_sequences() -> Outcome {
             assert_eq!(got, want, "{precision}, {kind:?}, {s:?}");
             assert!(want[0] != want[1] && want[1] != want[2], "prompts change nothing: {want:?}");
             assert_eq!(heard, (1..=8).map(|i| (5 * i, 40)).collect::<Vec<_>>());
-            // What is drawn beside a picture changes nothing.
+            // The other pictures of a batch change nothing.
             assert_eq!(draw_codes(&model, &prompts[..2], START, 8, &s, &mut silent)?, want[..2]);
         }
         let other = Sampling { seed: 4, ..plain };
@@ -300,7 +305,7 @@ fn codes_through_the_cache_are_those_of_whole_sequences() -> Outcome {
 #[test]
 fn pictures_of_many_prompts_are_those_of_each() -> Outcome {
     let model = model(cpu(2), "f32", ARMS[2])?;
-    // More than are drawn side by side; the last ones have numbers of their own.
+    // More than fit in one batch; the numbers of the pictures continue across batches.
     let prompts: Vec<Vec<Part>> =
         (0..18).map(|i| vec![Part::context(ids(i, 1 + i as usize % 5, 256))]).collect();
     let s = Sampling::default();
@@ -311,7 +316,7 @@ fn pictures_of_many_prompts_are_those_of_each() -> Outcome {
     for i in [0, 15, 16, 17] {
         let alone = codes(&model, &prompts[i], i as u32, 6, &s)?;
         assert_eq!(together[i], alone, "picture {i}");
-        // Products of other shapes round otherwise.
+        // Products of other shapes round differently.
         let pixels = |i: &Image| i.pixels.iter().map(|&v| f64::from(v)).collect::<Vec<_>>();
         let decoded = decode_codes(&model, &[alone], (3, 2))?;
         let bounds = Bounds { norm: 1e-5, row: 1e-4, element: 1e-3, least: 0.0 };
@@ -330,7 +335,7 @@ fn what_cannot_be_drawn_is_an_error() -> Outcome {
         Err(e) => assert!(e.to_string().contains(what), "{e}"),
         Ok(_) => panic!("drawn, though {what}"),
     };
-    let headless = model(cpu(1), "f32", (Arm::Ett, VisualHeadKind::None, Scores::Dot))?;
+    let headless = model(cpu(1), "f32", (Arm::Ett, VisualHeadKind::None, QuantizerMetric::Dot))?;
     let s = Sampling::default();
     says(draw(&headless, &texts(), START, (2, 2), &s, &mut silent), "`visual_head.kind` is none");
     let model = model(cpu(1), "f32", ARMS[2])?;
@@ -361,7 +366,7 @@ fn a_finished_run_draws_from_the_command_line() -> Outcome {
     let dir = Scratch::new();
     let cfg = config("f32", ARMS[2]);
     let trained = Ett::new(&cfg, cpu(1))?;
-    save_weights(&trained.params, &dir.path("model.safetensors"), Copy::Master)?;
+    save_weights(&trained.params, &dir.path("model.safetensors"), Stored::Master)?;
     std::fs::write(dir.path("config.toml"), toml::to_string(&cfg)?)?;
     std::fs::write(dir.path("prompts.txt"), "a dark square\n\na light one\n")?;
     let run = |more: &[&str]| {
@@ -375,7 +380,7 @@ fn a_finished_run_draws_from_the_command_line() -> Outcome {
         .chain([&*sheet.display().to_string()])
         .collect::<Vec<_>>());
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
-    // Three rows of two pictures of 4 x 4, two pixels around each.
+    // Three rows of two pictures of 4 x 4 pixels, with gaps of two pixels.
     let image = Image::open(&sheet)?;
     assert_eq!((image.height, image.width), (3 * 6 + 2, 2 * 6 + 2));
     // The same as the library draws.

@@ -1,11 +1,11 @@
-//! What a GPU does as a device: memory, copies, order, errors. Kernels are in `conformance`.
+//! The GPU as a device: memory, copies, ordering and errors. Its kernels are tested in `conformance`.
 
 use ett::autograd::Tape;
-use ett::backend::{Add, Fill, GatherFwd, Kernels, Role, Stream};
+use ett::backend::{Add, DType, Fill, GatherFwd, Kernels, Precision, Role, Stream};
 use ett::compare::{Bounds, compare};
 use ett::error::{Error, Result};
 use ett::ops::{self, Entropy, IbqOptions};
-use ett::tensor::{DType, Precision, Tensor};
+use ett::tensor::Tensor;
 
 use crate::common::{Outcome, cpu, gpu, ids, int, norm, normal, rounded, scaled, shim, tensor};
 
@@ -48,15 +48,16 @@ fn too_much_memory_is_a_sentence() -> Outcome {
     assert!(matches!(e, Error::OutOfMemory { .. }), "{e}");
     let text = e.to_string();
     println!("{text}");
-    for part in ["1048576.0 GiB were asked for as activation", "are free", "moment 12.0 MiB", "--plan"] {
+    for part in ["1048576.0 GiB of activation memory requested", "are free", "moment 12.0 MiB", "--plan"] {
         assert!(text.contains(part), "{text}");
     }
-    // The device goes on.
+    // The device remains usable.
     assert_eq!(held.range(0, 4)?.to_f64(&*dev)?, [0.0; 4]);
     Ok(())
 }
 
-/// Values survive the trip whatever their size and stride, and a value may be asked for long after it was overwritten.
+/// Values survive a round trip for any size and stride, and a pending read returns the value even if it was
+/// overwritten since.
 #[test]
 #[ignore = "needs a GPU"]
 fn copies_and_pending_reads() -> Outcome {
@@ -81,7 +82,7 @@ fn copies_and_pending_reads() -> Outcome {
     Ok(())
 }
 
-/// Batches copied on the other stream, used after an order, their memory reused at once.
+/// Batches are copied on the other stream and used after an `order`, and their memory is reused at once.
 #[test]
 #[ignore = "needs a GPU"]
 fn copies_on_the_other_stream_are_ordered() -> Outcome {
@@ -106,21 +107,21 @@ fn copies_on_the_other_stream_are_ordered() -> Outcome {
     Ok(())
 }
 
-/// A batch may be dropped while its copy is under way. Its memory was given to the next batch after the compute stream's
-/// work alone: the copy then overwrote what a kernel had written there meanwhile, and the values of the dropped batch came
-/// back instead of the new one's.
+/// A batch may be dropped while its copy is in progress. Once, its memory was given to the next batch after waiting
+/// for the compute stream only: the copy then overwrote what a kernel had written there, so that the next batch had
+/// values of the dropped one.
 #[test]
 #[ignore = "needs a GPU"]
 fn memory_of_a_copy_under_way_is_not_reused_before_its_end() -> Outcome {
     let dev = gpu();
-    // One piece of pinned memory: enqueued at once, and far slower to copy than to fill.
+    // A single piece of pinned memory: enqueued at once, and far slower to copy than to fill.
     let n = 8 << 20;
     let old = vec![1f32; n];
     let load = Tensor::zeros(&*dev, Role::Activation, DType::F32, [64 << 20])?;
     for i in 0..10 {
         let batch = Tensor::empty(&*dev, Role::Input, DType::F32, [n])?;
         let at = batch.view().addr();
-        // The copy starts together with what the compute stream is given after this work.
+        // The copy starts together with the next work of the compute stream.
         for _ in 0..10 {
             dev.fill(S, &Fill { y: load.out(), value: 0.0 })?;
         }
@@ -132,13 +133,13 @@ fn memory_of_a_copy_under_way_is_not_reused_before_its_end() -> Outcome {
         dev.fill(S, &Fill { y: next.out(), value: 2.0 })?;
         dev.synchronize()?;
         let wrong = next.to_host::<f32>(&*dev)?.iter().filter(|v| **v != 2.0).count();
-        assert_eq!(wrong, 0, "round {i}: the copy of a batch that is gone wrote {wrong} of {n} values");
+        assert_eq!(wrong, 0, "round {i}: the copy of a dropped batch overwrote {wrong} of {n} values");
     }
     Ok(())
 }
 
-/// The same through a recording, which takes the block from the device while the copy into it is under way: its replay
-/// waited for nothing but the compute stream.
+/// The same with a recording, which takes the block from the device while it is being copied to. Once, the replay
+/// waited for the compute stream only.
 #[test]
 #[ignore = "needs a GPU"]
 fn a_recording_does_not_reuse_memory_of_a_copy_under_way_either() -> Outcome {
@@ -166,8 +167,8 @@ fn a_recording_does_not_reuse_memory_of_a_copy_under_way_either() -> Outcome {
     Ok(())
 }
 
-/// A batch of the device dropped within a recording: the event that was recorded then belonged to the recording, so that
-/// the next batch in its place could not be ordered by it (an error of the driver).
+/// A batch of the device is dropped during a recording. Once, the event recorded then belonged to the recording, so
+/// that ordering the next batch in the same memory was an error of the driver.
 #[test]
 #[ignore = "needs a GPU"]
 fn a_batch_may_be_dropped_within_a_recording() -> Outcome {
@@ -192,10 +193,10 @@ fn a_batch_may_be_dropped_within_a_recording() -> Outcome {
     Ok(())
 }
 
-/// A recording that needs what the device holds free. Before, it did not look there and was out of memory; and where it
-/// had a free block of its own, it waited for the whole device, which CUDA forbids within a recording (the recording was
-/// lost), and gave that block to the driver, although its launches go on writing there. In a process of its own, as it
-/// takes most of the memory.
+/// A recording that needs memory which the device holds free. Once, the recording did not look there and ran out of
+/// memory. If it had a free block of its own, it waited for the whole device, which CUDA forbids during a recording
+/// (the recording was lost), and returned that block to the driver although its launches still wrote there. The test
+/// takes most of the memory, so it runs in a process of its own.
 #[test]
 #[ignore = "needs a GPU"]
 fn a_recording_can_use_what_the_device_holds_free() -> Outcome {
@@ -218,7 +219,8 @@ fn a_recording_can_use_what_the_device_holds_free() -> Outcome {
     let x = tensor(&*dev, DType::F32, &[1.0; 64], [64]);
     let free = dev.available().ok_or("a GPU knows")? as usize;
     let most = free / 10 * 7;
-    // (a) As large as the device's free block, (b) of other sizes, for which that block has to go back to the driver.
+    // One part: as large as the device's free block. Two parts: other sizes, for which that block has to be returned
+    // to the driver.
     for parts in [1, 2] {
         let held = dev.alloc(Role::Activation, most)?;
         let at = held.addr();
@@ -229,7 +231,7 @@ fn a_recording_can_use_what_the_device_holds_free() -> Outcome {
                 let once = add(&*dev, &x, &x)?;
                 once_at = once.view().addr();
                 y = Some(add(&*dev, &once, &x)?);
-                // A free block of the recording's own.
+                // A free block that belongs to the recording.
                 drop(once);
                 for _ in 0..parts {
                     large.push(dev.alloc(Role::Activation, most / parts - (parts - 1) * (16 << 20))?);
@@ -241,7 +243,7 @@ fn a_recording_can_use_what_the_device_holds_free() -> Outcome {
         let y = y.ok_or("the work ran once")?;
         for value in [3.0, 5.0] {
             dev.fill(S, &Fill { y: x.out(), value })?;
-            // Memory taken meanwhile is not what the recording writes, in the middle of its launches neither.
+            // The recording does not write to memory allocated since, not even in the middle of its launches.
             let others: Vec<Tensor> = (0..8)
                 .map(|_| Tensor::zeros(&*dev, Role::Activation, DType::F32, [64]))
                 .collect::<Result<_>>()?;
@@ -252,11 +254,11 @@ fn a_recording_can_use_what_the_device_holds_free() -> Outcome {
                 assert_eq!(t.to_f64(&*dev)?, [0.0; 64]);
             }
         }
-        // What the recording took comes back with its end.
+        // Dropping the recording returns its memory.
         drop((recording, large, y));
         drop(dev.alloc(Role::Activation, most)?);
     }
-    // More than there is, is a sentence within a recording too, and the device goes on.
+    // Asking for too much memory is an error during a recording too, and the device remains usable.
     let e = dev.record(&mut || dev.alloc(Role::Activation, 1 << 50).map(drop)).err().ok_or("a pebibyte")?;
     assert!(matches!(e, Error::OutOfMemory { .. }), "{e}");
     dev.fill(S, &Fill { y: x.out(), value: 1.0 })?;
@@ -306,13 +308,13 @@ fn recordings_refuse_what_they_cannot_hold() -> Outcome {
     let y = y.ok_or("the work ran once")?;
     for value in [3.0, 5.0] {
         dev.fill(S, &Fill { y: x.out(), value })?;
-        // Memory taken meanwhile is not what the recording writes.
+        // The recording does not write to memory allocated since.
         let other = Tensor::zeros(&*dev, Role::Activation, DType::F32, [64])?;
         recording.replay()?;
         assert_eq!(y.to_f64(&*dev)?, [3.0 * value; 64]);
         assert_eq!(other.to_f64(&*dev)?, [0.0; 64]);
     }
-    // An error within leaves the device usable.
+    // An error during a recording leaves the device usable.
     let wrong = tensor(&*dev, DType::F32, &[1.0; 63], [63]);
     assert!(dev.record(&mut || add(&*dev, &x, &wrong).map(|_| ())).is_err());
     assert_eq!(add(&*dev, &x, &x)?.to_f64(&*dev)?, [10.0; 64]);
@@ -338,7 +340,7 @@ fn forced_kernels_are_used_or_refused() -> Outcome {
     Ok(())
 }
 
-/// Memory that is none, for a kernel that has to fail.
+/// An invalid address, for a kernel that has to fail.
 #[cfg(ett_cuda)]
 struct Nowhere;
 #[cfg(ett_cuda)]
@@ -346,8 +348,8 @@ impl ett::backend::Reclaim for Nowhere {
     unsafe fn reclaim(&self, _addr: u64, _bytes: usize, _role: Role) {}
 }
 
-/// With `ETT_SYNC=1` an error of the GPU names the kernel that made it. The test fails a GPU for good, so that it does
-/// so in a process of its own.
+/// With `ETT_SYNC=1`, the error of a GPU names the kernel that caused it. The test leaves the GPU unusable for its
+/// process, so it runs in a process of its own.
 #[cfg(ett_cuda)]
 #[test]
 #[ignore = "needs a GPU"]
@@ -366,9 +368,9 @@ fn sync_blames_the_kernel() -> Outcome {
     }
     let dev = Cuda::with(0, &Options::from_env())?;
     let x = tensor(&dev, DType::F32, &[1.0; 64], [64]);
-    // An address far from everything.
-    // SAFETY: the host does not follow it, and the GPU stops there: that is what is tested, and the last that this
-    // process does with the GPU.
+    // An address far from any allocation.
+    // SAFETY: the host does not access it. The access stops the GPU, which is what the test is about, and the process
+    // does not use the GPU afterwards.
     let wild = unsafe { Buffer::new(1 << 45, 256, Role::Activation, std::sync::Arc::new(Nowhere)) };
     let a = In::new(&wild, 0, DType::F32, [64], 64)?;
     add(&dev, &x, &x)?;
@@ -376,7 +378,7 @@ fn sync_blames_the_kernel() -> Outcome {
     let e = dev.add(S, &Add { a, b: x.view(), y: y.out() }).expect_err("no memory is there").to_string();
     assert!(e.contains("add (") && e.contains("failed"), "{e}");
     println!("blamed: {e}");
-    // What is left of the GPU cannot be given back in order.
+    // The GPU can no longer free its memory in order.
     std::process::exit(0)
 }
 

@@ -1,18 +1,18 @@
-//! Every op against finite differences in f64, through the tape: all inputs, random cotangents. Then what the
-//! tape promises about gradients.
+//! Every op against finite differences in f64, through the tape: all inputs, with random cotangents. Then the tape's
+//! guarantees about gradients.
 
 use ett::autograd::{Tape, Var};
-use ett::backend::{Role, Unary};
+use ett::backend::{DType, Dims, Precision, Role, Unary};
 use ett::compare::{Bounds, compare};
 use ett::error::{Error, Result};
 use ett::ops::{self, Conv, Entropy, Heads, IbqOptions, Rotary, Seqs};
-use ett::tensor::{DType, Dims, Precision, Tensor};
+use ett::tensor::Tensor;
 
 use crate::common::{Outcome, cpu, ids, int, norm, normal, scaled, spread, tensor};
 use crate::dense::{Problem, dense, kernels};
 
 const P: Precision = Precision::F64;
-/// The stencil below has an error of h^4 / 30 times the fifth derivative, and rounding of 2e-16 / h.
+/// The stencil below has an error of h^4 / 30 times the fifth derivative, and rounding errors of 2e-16 / h.
 const H: f64 = 1e-3;
 const BOUNDS: Bounds = Bounds { norm: 1e-8, row: 1e-7, element: 1e-6, least: 0.0 };
 
@@ -41,8 +41,8 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(x, y)| x * y).sum()
 }
 
-/// Checks every gradient of `f` at `inputs`: as values, as weights whose gradient is added to what is there,
-/// and each alone.
+/// Checks every gradient of `f` at `inputs`: of values, of weights, whose gradient is added to what is there, and of
+/// each input alone.
 fn check(name: &str, inputs: &[Input], f: impl Fn(&Tape, &[Var]) -> Result<Vec<Var>>) -> Outcome {
     let dev = cpu(2);
     let value = |i: &Input| tensor(&*dev, DType::F64, &i.values, i.dims);
@@ -107,7 +107,7 @@ fn check(name: &str, inputs: &[Input], f: impl Fn(&Tape, &[Var]) -> Result<Vec<V
         compare(&format!("{what} as a weight"), weight, got, 1, Bounds::norm(1e-13).least(1e-2))?;
         assert_eq!(analytic(As::Only(i))?[i].as_ref(), Some(got), "{what} alone");
 
-        // One by one where there are few; otherwise some of them, and some random directions.
+        // All elements one by one if there are few; otherwise some of them, and some random directions.
         let n = x.values.len();
         let mut directions: Vec<Vec<(usize, f64)>> = match n <= 128 {
             true => (0..n).map(|j| vec![(j, 1.0)]).collect(),
@@ -129,7 +129,7 @@ fn check(name: &str, inputs: &[Input], f: impl Fn(&Tape, &[Var]) -> Result<Vec<V
             want.push((8.0 * (at(H)? - at(-H)?) - (at(2.0 * H)? - at(-2.0 * H)?)) / (12.0 * H));
             have.push(direction.iter().map(|&(j, v)| got[j] * v).sum::<f64>());
         }
-        // Rounding of the objective is all there is where a gradient is zero.
+        // Where a gradient is zero, the difference is only the rounding of the objective.
         compare(&what, &have, &want, 1, BOUNDS.least(1e-3))?;
     }
     Ok(())
@@ -234,7 +234,7 @@ fn batch_norm() -> Outcome {
         let c = dims[3];
         let norm =
             |t: &Tape, v: &[Var], slope: f64| Ok(ops::batch_norm(t, &v[0], &v[1], &v[2], 1e-2, slope)?.0);
-        // Nothing near LeakyReLU's kink.
+        // Inputs without values near LeakyReLU's kink.
         let inputs = (0..)
             .map(|s| [random(3 * s, dims), random(3 * s + 1, [c]), random(3 * s + 2, [c])])
             .find(|inputs| {
@@ -254,7 +254,7 @@ fn batch_norm() -> Outcome {
 
 #[test]
 fn l2_norm() -> Outcome {
-    // The third row is shorter than eps and is divided by it; a zero row too.
+    // The third row is shorter than eps, so it is divided by eps; so is a zero row.
     for (n, d) in [(5, 4), (4, 1), (4, 65)] {
         let mut x = normal(1, n * d);
         for (r, scale) in [(0, 3.0), (1, 2.0), (2, 1e-2), (3, 0.0)] {
@@ -300,7 +300,7 @@ fn pointwise() -> Outcome {
 
 #[test]
 fn rope() -> Outcome {
-    // Positions that jump and repeat; columns behind the rotating heads are copied.
+    // Positions that jump and repeat; columns after the rotated heads are copied.
     for (heads, head_dim, cols) in [(2, 4, 8), (3, 6, 24), (1, 2, 2)] {
         let r = Rotary { heads, head_dim, theta: 100.0 };
         check1("rope", &[random(1, [4, cols])], |t, v| ops::rope(t, &v[0], &int(t.dev(), &[0, 7, 1, 7]), r))?;
@@ -320,7 +320,7 @@ fn rows() -> Outcome {
         let y = ops::reshape(t, &v[0], [2, 3, 2, 2])?;
         ops::unary(t, &y, Unary::Gelu)
     })?;
-    // Index -1 gives zeros; index 1 twice, index 4 never.
+    // Index -1 gives zeros; index 1 occurs twice, index 4 never.
     let idx = [1, -1, 0, 3, 1, -1, 2];
     check1("gather", &[random(1, [5, 3])], |t, v| ops::gather(t, &v[0], &int(t.dev(), &idx)))?;
     check1("gather, nothing", &[random(1, [2, 3])], |t, v| ops::gather(t, &v[0], &int(t.dev(), &[-1, -1])))
@@ -404,7 +404,7 @@ fn image_losses() -> Outcome {
     let a = b.iter().zip(spread(2, 36, 0.05)).map(|(b, d)| b + d).collect();
     check1("l1", &[grad(a, dims), fixed(b, dims)], |t, v| ops::l1(t, &v[0], &v[1], &scalar(t, 0.3)))?;
 
-    // Features as ReLU leaves them, one pixel of the reference all zero.
+    // Features as ReLU leaves them; one pixel of the reference is all zero.
     let features = |seed: u64| -> Vec<f64> { normal(seed, 36).iter().map(|v| v.max(0.0)).collect() };
     let (mut f0, mut f1) = (features(3), features(4));
     f0[6..9].fill(0.0);
@@ -418,7 +418,7 @@ fn image_losses() -> Outcome {
     let inputs = [fixed(f0, dims), grad(f1.clone(), dims), w];
     check1("lpips_layer", &inputs, lpips)?;
 
-    // A pixel of the reconstruction that is all zero has no derivative; its gradient is 0, as are no others.
+    // At an all-zero pixel of the reconstruction there is no derivative; its gradient is 0, and no other is.
     f1[15..18].fill(0.0);
     let t = Tape::new(cpu(2), P);
     let put = |v: &[f64], d: Dims| tensor(t.dev(), DType::F64, v, d);
@@ -500,7 +500,7 @@ fn vq() -> Outcome {
 
 #[test]
 fn ibq_entropies() -> Outcome {
-    // True derivatives of z and the codes: nothing of the straight-through path is in them.
+    // True derivatives of z and the codes, without the straight-through path.
     for (m, k, d, temperature) in [(4, 5, 3, 0.5), (1, 2, 1, 1.0), (3, 1, 2, 1.0), (66, 70, 5, 0.8)] {
         let inputs = [random(1, [m, d]), random(2, [k, d])];
         check("ibq, both entropies", &inputs, |t, v| {
@@ -518,7 +518,7 @@ fn ibq_entropies() -> Outcome {
 
 #[test]
 fn ibq_against_the_dense_closed_form() -> Outcome {
-    // The straight-through gradient is not the derivative of the value: it is compared with the formulas.
+    // The straight-through gradient is not the derivative of the value, so it is compared with the formulas.
     let dev = cpu(2);
     for (m, k, d) in [(1, 1, 1), (4, 5, 3), (17, 33, 8), (70, 130, 6)] {
         for (beta_commit, beta_code) in [(1.0, 0.25), (0.25, 1.0)] {
@@ -526,7 +526,7 @@ fn ibq_against_the_dense_closed_form() -> Outcome {
                 let p = Problem { beta_commit, beta_code, w, ..Problem::new(m, k, d, 1.5, 7) };
                 let (got, want) = (kernels(&dev, P, &p)?, dense(&p));
                 let what = |s: &str| format!("ibq {m}x{k}x{d}, weights {w:?}, {s}");
-                // The dense form itself cancels: 1e-15 over the smallest 1 - p.
+                // The dense form itself cancels: its error is 1e-15 over the smallest 1 - p.
                 let bounds = Bounds::of(DType::F64).times(20.0).least(1e-3);
                 compare(&what("dz"), &got.dz, &want.dz, d, bounds)?;
                 compare(&what("de"), &got.de, &want.de, d, bounds)?;
@@ -551,7 +551,7 @@ fn values_used_twice_add_up() -> Outcome {
         let y = ops::linear(t, &v[0], &v[1], None)?;
         ops::linear(t, &y, &v[1], None)
     })?;
-    // As the language model's embedding: a table, and a head; and a value besides.
+    // Like the language model's embedding: used as a table, as a head, and as a plain value.
     check("a table that is a head too", &[w], |t, v| {
         let x = ops::gather(t, &v[0], &int(t.dev(), &[2, 0, -1]))?;
         let scale = tensor(t.dev(), DType::F64, &[1.0], [1]);
@@ -594,7 +594,7 @@ fn tapes_refuse_and_forget() -> Outcome {
         _ => panic!("a seed of the wrong size is an error"),
     }
 
-    // A tape for evaluation keeps nothing, and no gradient flows.
+    // An inference tape keeps nothing, and no gradient flows.
     let live = dev.memory().total();
     let t = Tape::inference(dev.clone(), P);
     let x = t.leaf(tensor(&*dev, DType::F64, &normal(1, 1000), [1000]));
@@ -605,7 +605,7 @@ fn tapes_refuse_and_forget() -> Outcome {
     assert!(!y.needs_grad());
     assert_eq!(dev.memory().total() - live, 2 * 8000, "only the first and the last value are held");
 
-    // What a node saved is freed as soon as it has run backwards.
+    // The saved values of a node are freed as soon as it has run backwards.
     let t = Tape::new(dev.clone(), P);
     let x = t.leaf(tensor(&*dev, DType::F64, &normal(1, 1000), [1000]));
     let mut y = x.clone();

@@ -1,5 +1,5 @@
-//! Runs of the real program that are killed, interrupted and resumed: every one ends in the bits of a run that never
-//! stopped.
+//! Runs of the real program that are killed, interrupted and resumed: each ends in the same bits as a run that was
+//! never stopped.
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -7,22 +7,23 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use ett::data::Philox;
-use ett::train::Checkpoints;
+use ett::io::Checkpoints;
+use ett::rng::Philox;
 
 use crate::common::{Outcome, Scratch};
 use crate::run::pictures;
 
-/// Kills of the long test. Each phase of saving has one; the others come at any time.
+/// Kills of the long test: one at each phase of saving, the others at random times.
 const KILLS: usize = 20;
-/// Set it to what a failed test printed to repeat its kills.
+/// Set to the seed printed by a failed test to repeat its kills.
 const SEED: &str = "ETT_KILL_SEED";
-/// Milliseconds at each phase of saving while a program waits to be killed there.
+/// Milliseconds that a program waits in each phase of saving, to be killed there.
 const PAUSE: u64 = 60;
-/// Longer than any run here.
+/// Longer than any run in this file.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Three stages with all that a checkpoint holds: a discriminator, averages that are kept and averages that outlast.
+/// Three stages with everything that a checkpoint holds: a discriminator, averages, and averages that a later stage
+/// does not train.
 const CONFIG: &str = r#"
 [tokenizer]
 ch = 8
@@ -69,7 +70,7 @@ steps = 4
 batch = 2
 "#;
 
-/// What a run leaves behind that another has to equal.
+/// The results that two runs must have in common.
 #[derive(PartialEq)]
 struct Result {
     weights: Vec<u8>,
@@ -77,7 +78,7 @@ struct Result {
     lines: Vec<serde_json::Value>,
 }
 
-/// A configuration and where its runs go.
+/// A configuration and the folder of its runs.
 struct Place {
     scratch: Scratch,
 }
@@ -109,7 +110,7 @@ impl Place {
         Ok(Running::new(&args, pause)?)
     }
 
-    /// Takes the run to its end.
+    /// Runs or resumes to the end.
     fn finish(&self) -> std::result::Result<Result, Box<dyn std::error::Error>> {
         let mut running = self.start(0)?;
         let status = running.wait();
@@ -123,7 +124,7 @@ impl Place {
         for line in std::fs::read_to_string(out.join("metrics.jsonl"))?.lines() {
             let mut line: serde_json::Value = serde_json::from_str(line)?;
             let fields = line.as_object_mut().ok_or("a line is an object")?;
-            // What depends on the machine and the process.
+            // These fields depend on the machine and the process.
             fields.retain(|key, _| !["images_per_s", "tokens_per_s", "memory_mib"].contains(&key.as_str()));
             lines.push(line);
         }
@@ -144,7 +145,7 @@ fn assert_same(got: &Result, want: &Result, what: &str) {
     assert!(got.averages == want.averages, "{what}: other averages");
 }
 
-/// The program at work. It is killed with this value.
+/// The running program; it is killed when this value is dropped.
 struct Running {
     child: Child,
     lines: Receiver<String>,
@@ -173,7 +174,7 @@ impl Running {
         Ok(Running { child, lines, seen: vec![] })
     }
 
-    /// Waits for the `nth` line with `what` in it; false if the program ends before.
+    /// Waits for the `nth` line that contains `what`; false if the program ends first.
     fn saw(&mut self, what: &str, nth: usize) -> bool {
         let mut left = nth;
         while left > 0 {
@@ -202,7 +203,7 @@ impl Running {
         }
     }
 
-    /// SIGKILL; true if the program had not ended by itself.
+    /// Sends SIGKILL; true if the program had not ended by itself.
     fn kill(&mut self) -> bool {
         let _ = self.child.kill();
         self.wait().code().is_none()
@@ -222,7 +223,7 @@ impl Drop for Running {
     }
 }
 
-/// What follows the checkpoint's name in a line of the log.
+/// The text after the checkpoint's name in a line of the log.
 fn phase(line: &str) -> Option<String> {
     let (_, rest) = line.split_once("step-")?;
     rest.split_once(": ").map(|(_, phase)| phase.to_string())
@@ -251,7 +252,7 @@ fn killed_runs_end_in_the_same_bits() -> Outcome {
     assert_eq!(want.lines.len(), 14);
     std::fs::remove_dir_all(place.out())?;
 
-    // The phases of one save, in order; then kills at each of them and at any time.
+    // The phases of one save, in order; then kills at each of them and at random times.
     let first = said.lines().filter(|l| l.contains("step-00000002:"));
     let phases: Vec<String> = first.filter_map(phase).collect();
     assert!(phases.len() >= 8, "{said}");
@@ -267,7 +268,7 @@ fn killed_runs_end_in_the_same_bits() -> Outcome {
                 loop {
                     let mut running = place.start(PAUSE)?;
                     if !running.saw(&format!(": {phase}"), nth) {
-                        // The run has ended before; the next one is a new one and saves often enough.
+                        // The run ended before the kill; the next one starts anew and saves often enough.
                         assert!(running.wait().success(), "{}", running.said());
                         assert_same(&place.result()?, &want, &format!("{SEED}={seed} {log:?}"));
                         std::fs::remove_dir_all(place.out())?;
@@ -294,13 +295,13 @@ fn killed_runs_end_in_the_same_bits() -> Outcome {
                 }
             }
         }
-        // Killed after its weights were saved: the run is trained, and has nothing to be resumed for.
+        // Killed after its weights were saved: training is complete, and there is nothing to resume.
         if place.out().join("model.safetensors").exists() {
             log.push("trained".into());
             assert_same(&place.result()?, &want, &format!("{SEED}={seed} {log:?}"));
             std::fs::remove_dir_all(place.out())?;
         }
-        // Sometimes to the end, otherwise the next kill hits the resumed run.
+        // Sometimes the run continues to its end; otherwise the next kill hits the resumed run.
         if rng.below(3) == 0 {
             log.push("to the end".into());
             assert_same(&place.finish()?, &want, &format!("{SEED}={seed} {log:?}"));
@@ -325,13 +326,13 @@ fn interrupted_runs_save_and_go_on() -> Outcome {
         let status = running.wait();
         let said = running.said();
         assert!(status.code() == Some(0), "{status}: {said}");
-        // Stopped after the step under way, between two of the usual saves.
+        // Stopped after the current step, between two of the usual saves.
         let saved = Checkpoints::latest(&place.out())?.ok_or("a checkpoint")?;
         assert!(saved.ends_with("step-00000003"), "{said}");
         assert!(!place.out().join("model.safetensors").exists(), "the run has not ended");
         assert_same(&place.finish()?, &want, at);
     }
-    // Twice: at once, and what was saved before is there.
+    // Interrupted twice: the program ends at once, and the earlier checkpoint is still there.
     std::fs::remove_dir_all(place.out())?;
     let mut running = place.start(PAUSE)?;
     assert!(running.saw("step-00000004: begun", 1));
@@ -344,7 +345,7 @@ fn interrupted_runs_save_and_go_on() -> Outcome {
     Ok(())
 }
 
-/// What the program says of a run that it does not resume.
+/// The program's error for a run that it does not resume.
 fn refused(out: &Path) -> std::io::Result<String> {
     let mut running = Running::new(&["resume".as_ref(), out.as_ref()], 0)?;
     let status = running.wait();
@@ -358,10 +359,10 @@ fn refused(out: &Path) -> std::io::Result<String> {
 fn what_cannot_be_resumed_is_said() -> Outcome {
     let place = Place::new()?;
     let out = place.out();
-    assert!(refused(&out)?.contains("config.toml"), "a folder that is not there");
+    assert!(refused(&out)?.contains("config.toml"), "the folder does not exist");
     std::fs::create_dir(&out)?;
     std::fs::copy(place.scratch.path("config.toml"), out.join("config.toml"))?;
-    // Resuming and starting say the same of a run that ended before it had saved anything.
+    // Resuming and starting give the same error for a run that ended before its first checkpoint.
     assert!(refused(&out)?.contains("ended before its first; remove the folder"));
     let config = place.scratch.path("config.toml");
     let args = ["run".as_ref(), "--config".as_ref(), config.as_ref(), "--out".as_ref(), out.as_ref()];
@@ -388,9 +389,9 @@ fn what_cannot_be_resumed_is_said() -> Outcome {
         let whole = std::fs::canonicalize(&out)?;
         assert!(said.contains(&format!("go on with `ett-train resume {}`", whole.display())), "{said}");
     }
-    // Killed between the two renamings of a checkpoint.
+    // Killed between the two renames of a checkpoint.
     std::fs::rename(&checkpoint, checkpoint.with_file_name(".step-00000004.part"))?;
-    // What changes no bit may change.
+    // Settings that change no bit may be changed.
     std::fs::write(out.join("config.toml"), config.replacen("threads = 1", "threads = 2", 1))?;
     let done = place.finish()?;
     assert!(refused(&out)?.contains("finished run"));

@@ -1,4 +1,4 @@
-//! The integration tests: one binary for all of them.
+//! The integration tests, in a single binary.
 
 mod bf16;
 mod bindings;
@@ -25,10 +25,11 @@ mod quantizer;
 mod ranks;
 mod reference;
 mod robust;
+mod rooms;
 mod run;
 mod slice;
 mod training;
 
-/// Counts what the process holds, so that no allocation hides from the memory test.
+/// Counts the heap of the process, so that the memory test sees every allocation.
 #[global_allocator]
 static HEAP: memory::Counting = memory::Counting;

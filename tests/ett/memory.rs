@@ -1,4 +1,4 @@
-//! Nothing of size tokens x codes is stored: measured on the process's heap, in a process of its own.
+//! Nothing of size tokens x codes is stored: measured on the heap, in a process of its own.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::process::Command;
@@ -6,13 +6,13 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 
 use ett::autograd::Tape;
-use ett::backend::{Cpu, Device, Role};
+use ett::backend::{Cpu, DType, Device, Precision, Role};
 use ett::ops::{self, Entropy, IbqOptions};
-use ett::tensor::{DType, Precision, Tensor};
+use ett::tensor::Tensor;
 
 use crate::common::{Outcome, normal};
 
-/// The system's allocator, counting bytes held, the most held so far, and all that were ever asked for.
+/// The system's allocator, which also counts the bytes held, their peak, and all bytes ever allocated.
 pub struct Counting;
 
 static LIVE: AtomicUsize = AtomicUsize::new(0);
@@ -25,28 +25,28 @@ fn grew(bytes: usize) {
     TOTAL.fetch_add(bytes, Relaxed);
 }
 
-// SAFETY: every call goes to the system's allocator as it came.
+// SAFETY: every call is forwarded unchanged to the system's allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         grew(layout.size());
-        // SAFETY: the caller's word is passed on.
+        // SAFETY: the caller upholds the contract.
         unsafe { System.alloc(layout) }
     }
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         grew(layout.size());
-        // SAFETY: the caller's word is passed on.
+        // SAFETY: the caller upholds the contract.
         unsafe { System.alloc_zeroed(layout) }
     }
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
         LIVE.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: the caller's word is passed on.
+        // SAFETY: the caller upholds the contract.
         unsafe { System.dealloc(at, layout) }
     }
     unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        // The old block and the new one may both exist for a moment.
+        // The old and the new block may both exist for a moment.
         grew(size);
         LIVE.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: the caller's word is passed on.
+        // SAFETY: the caller upholds the contract.
         unsafe { System.realloc(at, layout, size) }
     }
 }
@@ -55,7 +55,7 @@ const M: usize = 4096;
 const K: usize = 131_072;
 const D: usize = 32;
 const LIMIT: u64 = 64 << 20;
-/// Set in the process that measures.
+/// Set in the child process that measures.
 const INSIDE: &str = "ETT_TEST_MEASURE_MEMORY";
 
 #[test]
@@ -94,7 +94,7 @@ fn measure() -> Outcome {
 
     let device = cpu.memory();
     let held = device.total();
-    assert_eq!(device.peak, held, "what is held before is the most so far");
+    assert_eq!(device.peak, held, "before the step, the peak is the memory held");
     let heap = LIVE.load(Relaxed);
     PEAK.store(heap, Relaxed);
     let asked_for = TOTAL.load(Relaxed);
@@ -118,10 +118,10 @@ fn measure() -> Outcome {
     let on_heap = (PEAK.load(Relaxed) - heap) as u64;
     let on_device = cpu.memory().peak - held;
     let in_all = TOTAL.load(Relaxed) - asked_for;
-    // dz is a gradient, but it was taken in between: it counts here, and there is room for it.
+    // dz is a gradient but was allocated during the measurement, so it counts; the limit has room for it.
     println!(
         "{M} x {K} x {D}: {:.1} MiB on the heap, {:.1} MiB by the device's count, beyond inputs and gradients; \
-         {:.1} MiB of the heap were asked for in all; forward {forward:.1} s, backward {:.1} s",
+         {:.1} MiB allocated in total; forward {forward:.1} s, backward {:.1} s",
         on_heap as f64 / (1 << 20) as f64,
         on_device as f64 / (1 << 20) as f64,
         in_all as f64 / (1 << 20) as f64,
@@ -130,9 +130,9 @@ fn measure() -> Outcome {
     for (what, bytes) in [("heap", on_heap), ("device", on_device)] {
         assert!(bytes < LIMIT, "{what}: {bytes} bytes beyond inputs and gradients, wanted below {LIMIT}");
     }
-    // Nor does it come and go, a piece at a time: every block that the process asked for counts once here.
-    assert!((in_all as u64) < LIMIT, "{in_all} bytes were asked for in all, wanted below {LIMIT}");
-    // The counting works: what is known to be allocated was seen.
+    // Nor is such memory allocated and freed in pieces: every allocation of the process counts here.
+    assert!((in_all as u64) < LIMIT, "{in_all} bytes were allocated in total, wanted below {LIMIT}");
+    // Checks the counting: allocations that are known to occur were counted.
     assert!(on_device >= (M * D * 4 + 2 * K * 4) as u64 && on_heap >= on_device && in_all as u64 >= on_heap);
     let sound = |t: &Tensor| -> ett::error::Result<bool> {
         let v = t.to_f64(&*cpu)?;

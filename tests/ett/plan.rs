@@ -1,14 +1,16 @@
-//! The paper's sizes, on the device that only counts.
+//! Plans of the paper's sizes, on the device that only counts.
 
 use std::sync::Arc;
 
-use ett::backend::{Cpu, Device, Kernels, Memory, Plan, Role, Slot, StepState, Target};
+use ett::backend::{Cpu, Device, Kernels, Memory, Plan, Role, Slot, Target};
 use ett::config::{Config, StageConfig, StageKind, VisualHeadKind};
 use ett::error::Result;
+use ett::eval::HeldOut;
+use ett::feed::Batch;
 use ett::model::tokenizer::Grid;
 use ett::model::{Ett, Part};
 use ett::train::{
-    self, Batch, Hyper, Optimizer, RunOptions, Stage, StagePlan, TokenizerMode, averaged, largest_batch,
+    self, Hyper, Optimizer, RunOptions, Stage, StagePlan, StepState, TokenizerMode, averaged, largest_batch,
     parse_memory, plan, plan_stage, step,
 };
 
@@ -50,16 +52,16 @@ fn parameter_counts_are_the_papers() -> Outcome {
     assert_eq!(count("quantize."), 33_554_432);
     assert_eq!(count("quant_conv.") + count("post_quant_conv."), 131_584);
     assert_eq!(count("model."), 1_543_714_304);
-    // VGG16's convolutions, its heads, and the scaling.
+    // VGG16's convolutions, the LPIPS heads, and the scaling layer.
     assert_eq!(count("loss.perceptual_loss."), 14_714_688 + 1472 + 6);
     let group = |name: &str| model.params.group(name).map(|g| model.params.count(g)).unwrap_or(0);
     assert_eq!(group("encoder") + group("decoder"), 140_342_147);
     assert_eq!(group("llm"), 1_543_714_304);
     // D x C + C + C x C + C.
     assert_eq!(group("projector"), 256 * 1536 + 1536 + 1536 * 1536 + 1536);
-    // 4x4 convolutions 3-64-128-256-512-1, BatchNorm after the middle three, biases on the first and the last.
+    // 4x4 convolutions 3-64-128-256-512-1, BatchNorm after the middle three, biases in the first and the last.
     assert_eq!(group("discriminator"), 2_765_633);
-    // Nothing but masters (4 bytes) and their copies (2) is held, and a step state's worth of inputs.
+    // Only master weights (4 bytes), their copies (2 bytes) and less than 4 MiB of inputs are held.
     let all: usize = (0..model.params.groups().len()).map(|g| model.params.count(g)).sum();
     let weights = dev.memory().live[Role::Weight as usize];
     assert!(
@@ -77,21 +79,21 @@ fn bytes(p: &StagePlan, role: Role) -> u64 {
 fn a_semantic_step_costs_what_the_paper_sizes_imply() -> Outcome {
     let cfg = paper();
     let p = plan_stage(&cfg, &StageConfig::new(StageKind::Semantic, 1, 1), CPU)?;
-    // 18.4 TFLOP an image is the products of a step, forward and backward. What differs here: norms and
-    // point-wise kernels are counted too, and recomputed probabilities and logits (attention, quantizer, head).
+    // 18.4 TFLOP per image is the cost of a step's products, forward and backward. The bounds allow for norms,
+    // point-wise kernels and recomputed probabilities and logits (attention, quantizer, head), which are counted too.
     let tflop = p.flop as f64 / 1e12;
     assert!((16.56..=20.24).contains(&tflop), "{tflop:.2} TFLOP");
     for role in [Role::Weight, Role::Gradient, Role::Moment, Role::Activation, Role::Input] {
         assert!(bytes(&p, role) > 0, "{role}");
     }
-    // Gradients 4 and moments 8 bytes a trained parameter.
+    // Gradients take 4 and moments 8 bytes per trained parameter.
     let trained: usize = p.parameters.iter().filter(|(_, _, t)| *t).map(|(_, n, _)| n).sum();
     assert!(bytes(&p, Role::Gradient) >= 4 * trained as u64 && bytes(&p, Role::Moment) >= 8 * trained as u64);
     assert!(bytes(&p, Role::Moment) == 2 * bytes(&p, Role::Gradient));
     assert_eq!(p.memory.at_peak.iter().sum::<u64>(), p.memory.peak);
 
-    // Nothing of size tokens x codes or tokens x vocabulary, in any role that grows with the batch: the
-    // largest is a picture at 128 channels.
+    // No role that grows with the batch has a tensor of size tokens x codes or tokens x vocabulary: the largest is a
+    // picture with 128 channels.
     let element = 2;
     let codes = 1024 * cfg.quantizer.codes as u64 * element;
     let vocabulary = (1024 + 128) * cfg.llm.vocab as u64 * element;
@@ -101,7 +103,7 @@ fn a_semantic_step_costs_what_the_paper_sizes_imply() -> Outcome {
     assert_eq!(largest(Role::Activation), picture);
     assert!(picture < codes && picture < vocabulary);
     assert!(largest(Role::Input) < supervised);
-    // Nor in the workspaces of those that form scores and logits, a tile at a time.
+    // Nor do the workspaces of the kernels that form scores and logits a tile at a time.
     for (kernel, bound) in [
         ("ibq_rows", codes),
         ("ibq_cols", codes),
@@ -114,7 +116,7 @@ fn a_semantic_step_costs_what_the_paper_sizes_imply() -> Outcome {
     }
     assert!(largest(Role::Workspace) >= p.kernels["linear_xent_bwd"].workspace);
 
-    // The same with four images: activations grow with the batch, all else stays.
+    // With four images, activations grow with the batch and everything else stays the same.
     let four = plan_stage(&cfg, &StageConfig::new(StageKind::Semantic, 1, 4), CPU)?;
     assert_eq!(four.largest[Role::Activation as usize], 4 * picture);
     for role in [Role::Weight, Role::Gradient, Role::Moment] {
@@ -122,7 +124,7 @@ fn a_semantic_step_costs_what_the_paper_sizes_imply() -> Outcome {
     }
     let ratio = bytes(&four, Role::Activation) as f64 / bytes(&p, Role::Activation) as f64;
     assert!((3.0..=4.0).contains(&ratio), "{ratio}");
-    // But for the optimizer's 12 operations a parameter, FLOP grow with the batch.
+    // Except for the optimizer's 12 operations per parameter, FLOP grow with the batch.
     let ratio = four.flop as f64 / p.flop as f64;
     assert!((3.95..=4.01).contains(&ratio), "{ratio}");
     Ok(())
@@ -130,8 +132,8 @@ fn a_semantic_step_costs_what_the_paper_sizes_imply() -> Outcome {
 
 #[test]
 fn logits_exist_at_no_batch_size() -> Outcome {
-    // Small pictures and a wide output: a buffer of tokens x codes, or of supervised tokens x vocabulary, would
-    // be the largest by far.
+    // Small pictures and a large codebook and vocabulary: a buffer of tokens x codes, or of supervised tokens x
+    // vocabulary, would be the largest by far.
     let mut cfg = paper();
     (cfg.data.size, cfg.data.text_tokens) = (128, 512);
     cfg.tokenizer.ch = 32;
@@ -159,7 +161,7 @@ fn every_stage_can_be_planned() -> Outcome {
     let (tokenizer, text) = (flop(StageKind::Tokenizer)?, flop(StageKind::Text)?);
     let (align, chat) = (flop(StageKind::Align)?, flop(StageKind::Chat)?);
     assert!(text < align && align < chat && chat < semantic && tokenizer < semantic);
-    // Tokenizer plus language model is the semantic stage, but for the text without its picture.
+    // The semantic stage is the tokenizer stage plus a language model step no larger than that of the chat stage.
     assert!(semantic < tokenizer + chat, "{semantic} {tokenizer} {chat}");
     let text = plan(&cfg, CPU, None)?;
     for word in [
@@ -232,7 +234,7 @@ fn averages_of_earlier_stages_are_counted() -> Outcome {
         line.split_whitespace().nth(1)?.parse().ok()
     };
     let of_stages: Vec<_> = text.split("stage ").skip(1).map(ema).collect();
-    // Encoder, decoder and discriminator, 4 bytes a weight.
+    // Encoder, decoder and discriminator, 4 bytes per weight.
     let want = (4 * (140_342_147 + 2_765_633)) as f64 / (1u64 << 30) as f64;
     assert!(of_stages.len() == 2 && of_stages.iter().flatten().all(|e| (e - want).abs() < 0.01), "{text}");
     assert_eq!(bytes(&plan_stage(&cfg, &cfg.stage[1], CPU)?, Role::Ema), 0);
@@ -249,7 +251,7 @@ fn a_gpu_can_be_planned_for_where_its_kernels_are() -> Outcome {
         Ok(target) => {
             let p = plan_stage(&paper(), &StageConfig::new(StageKind::Semantic, 1, 1), target)?;
             assert!(p.kernels["linear_xent_bwd"].workspace > 0);
-            // cuBLASLt's is always held.
+            // The workspace of cuBLASLt is always held.
             assert!(bytes(&p, Role::Workspace) >= 32 << 20);
         }
         Err(e) => assert!(!cfg!(ett_cuda) && e.to_string().contains("tools/setup-cuda"), "{e}"),
@@ -257,7 +259,7 @@ fn a_gpu_can_be_planned_for_where_its_kernels_are() -> Outcome {
     Ok(())
 }
 
-/// A batch as a plan has it: pictures of the configured size, texts of the configured length.
+/// A batch of the shape that a plan assumes: pictures of the configured size, texts of the configured length.
 fn batch(model: &Ett, stage: &Stage, n: usize) -> Result<Batch> {
     let (dev, cfg) = (&**model.params.device(), &model.cfg);
     let size = cfg.data.size;
@@ -283,7 +285,7 @@ fn batch(model: &Ett, stage: &Stage, n: usize) -> Result<Batch> {
     Ok(Batch { images, packed })
 }
 
-/// What a step of a stage took on a device.
+/// Memory that a step of a stage took on a device.
 fn measured(cfg: &Config, stage_cfg: &StageConfig, dev: Arc<dyn Kernels>) -> Result<Memory> {
     let mut model = Ett::new(cfg, dev.clone())?;
     let stage = Stage::of(stage_cfg, &model)?;
@@ -315,7 +317,7 @@ fn measured(cfg: &Config, stage_cfg: &StageConfig, dev: Arc<dyn Kernels>) -> Res
     Ok(dev.memory())
 }
 
-/// A small model of all parts, with more pictures and words than weights.
+/// A small model with all parts, and with more pictures and text than weights.
 fn tiny(precision: &str) -> Config {
     let mut cfg = small(precision);
     cfg.data.text_tokens = 30;
@@ -323,7 +325,7 @@ fn tiny(precision: &str) -> Config {
     cfg
 }
 
-/// Stages, precisions, threads and ways to save memory.
+/// Stages, precisions, numbers of threads and ways to save memory.
 fn variants() -> Vec<(Config, StageConfig, usize)> {
     let mut all = Vec::new();
     for precision in ["f32", "bf16"] {
@@ -350,7 +352,7 @@ fn a_step_takes_what_the_plan_says() -> Outcome {
         let what = named(&cfg, &stage, threads);
         let planned = plan_stage(&cfg, &stage, Target::Cpu { threads })?.memory;
         let measured = measured(&cfg, &stage, cpu(threads))?;
-        // The same calls on the same shapes: not a byte apart.
+        // The same calls with the same shapes: equal to the byte.
         assert_eq!((planned.peak, planned.at_peak), (measured.peak, measured.at_peak), "{what}");
         assert_eq!(planned.at_peak.iter().sum::<u64>(), planned.peak, "{what}");
     }
@@ -376,7 +378,7 @@ fn the_largest_batch_runs_in_its_memory_and_the_next_does_not() -> Outcome {
     Ok(())
 }
 
-/// What a run holds beside a step: nothing that counts. Its texts are not of one length.
+/// A run holds nothing that counts beyond a step. Its texts differ in length.
 #[test]
 fn a_run_takes_what_the_plan_says() -> Outcome {
     let dir = Scratch::new();
@@ -391,7 +393,11 @@ fn a_run_takes_what_the_plan_says() -> Outcome {
         cfg.stage = vec![StageConfig { lr: Some(1e-4), ..StageConfig::new(kind, 2, 8) }];
         let dev = Arc::new(Cpu::new(2)?);
         let out = dir.path(kind.name());
-        train::run(&cfg, dev.clone(), &RunOptions { out: &out, init: None, quiet: true })?;
+        train::run(
+            &cfg,
+            dev.clone(),
+            &RunOptions { out: &out, init: None, quiet: true, evaluation: &HeldOut },
+        )?;
         let measured = dev.memory().peak as f64;
         let planned = plan_stage(&cfg, &cfg.stage[0], Target::Cpu { threads: 2 })?.memory.peak as f64;
         let ratio = planned / measured;

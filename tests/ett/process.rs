@@ -1,5 +1,5 @@
-//! The programs as people use them: several at once, streams that nobody reads, disks that are full, folders that were
-//! moved, and the words with which they refuse.
+//! The programs as people use them: several at once, output streams without readers, full disks, moved folders, and
+//! the errors of invalid use.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use ett::config::Config;
 use ett::data::Special;
-use ett::train::Checkpoints;
+use ett::io::Checkpoints;
 use serde_json::json;
 
 use crate::common::{Outcome, Scratch};
@@ -17,10 +17,10 @@ use crate::run::pictures;
 
 const TRAIN: &str = env!("CARGO_BIN_EXE_ett-train");
 const USE: &str = env!("CARGO_BIN_EXE_ett");
-/// Longer than anything here.
+/// Longer than any run in this file.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// The smallest model that can do everything, on `data` beside the configuration's folder.
+/// The smallest model with all skills, for `data` beside the configuration's folder.
 const MODEL: &str = r#"
 [tokenizer]
 ch = 8
@@ -59,7 +59,7 @@ fn stages(kinds: &[&str], steps: usize) -> String {
     kinds.iter().map(stage).collect()
 }
 
-/// Data, a configuration in a folder of its own, and where its runs go.
+/// Data, a configuration in a folder of its own, and the folders of its runs.
 struct Place {
     scratch: Scratch,
 }
@@ -81,7 +81,7 @@ impl Place {
         self.path(name).display().to_string()
     }
 
-    /// `ett-train run` into `out`, with more arguments.
+    /// `ett-train run` into `out`, with additional arguments.
     fn run(&self, out: &str, more: &[&str]) -> Command {
         let mut command = Command::new(TRAIN);
         command.args(["run", "--device", "cpu", "--quiet", "--config"]).arg(self.path("configs/tiny.toml"));
@@ -95,14 +95,14 @@ impl Place {
         command
     }
 
-    /// `ett COMMAND --run OUT`, with more arguments.
+    /// `ett COMMAND --run OUT`, with additional arguments.
     fn ett(&self, command: &str, out: &str, more: &[&str]) -> Command {
         let mut ett = Command::new(USE);
         ett.args([command, "--threads", "1", "--run"]).arg(self.path(out)).args(more).stdin(Stdio::null());
         ett
     }
 
-    /// A run that was killed after its first checkpoint.
+    /// Starts a run and kills it after its first checkpoint.
     fn killed(&self, out: &str) -> Outcome {
         let mut running = Running::new(self.run(out, &[]).env("ETT_SAVE_PAUSE", "60"))?;
         running.saw("step-00000002: latest replaced");
@@ -116,14 +116,14 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// What a program says that succeeds: standard output, standard error.
+/// Standard output and standard error of a program that has to succeed.
 fn done(command: &mut Command) -> Result<(String, String), std::io::Error> {
     let Output { status, stdout, stderr } = command.output()?;
     assert!(status.success(), "{status}: {}{}", text(&stdout), text(&stderr));
     Ok((text(&stdout), text(&stderr)))
 }
 
-/// The sentence of a program that fails.
+/// The error message of a program that has to fail.
 fn refused(command: &mut Command) -> Result<String, std::io::Error> {
     let Output { status, stdout, stderr } = command.output()?;
     let said = text(&stderr);
@@ -131,7 +131,7 @@ fn refused(command: &mut Command) -> Result<String, std::io::Error> {
     Ok(said.lines().find(|l| l.starts_with("error: ")).unwrap_or_else(|| panic!("{said}")).to_string())
 }
 
-/// A program at work whose standard error is read. It is killed with this value.
+/// A running program whose standard error is read; it is killed when this value is dropped.
 struct Running {
     child: Child,
     lines: BufReader<std::process::ChildStderr>,
@@ -146,7 +146,7 @@ impl Running {
         Ok(Running { child, lines, seen: String::new() })
     }
 
-    /// Waits for a line with `what` in it.
+    /// Waits for a line that contains `what`.
     fn saw(&mut self, what: &str) {
         loop {
             let from = self.seen.len();
@@ -158,7 +158,7 @@ impl Running {
         }
     }
 
-    /// Waits for the end: exit status, standard output and standard error.
+    /// Waits for the end and returns exit status, standard output and standard error.
     fn end(mut self) -> (Option<i32>, String, String) {
         let start = Instant::now();
         while self.child.try_wait().expect("a child can be waited for").is_none() {
@@ -198,14 +198,14 @@ fn a_run_folder_belongs_to_one_process() -> Outcome {
         let said = refused(&mut other)?;
         assert!(said.contains(&format!("out: is in use by process {id}; wait for it to end")), "{said}");
     }
-    // A lock that a dead process has left is no hindrance.
+    // The lock of a dead process does not matter.
     first.child.kill()?;
     first.child.wait()?;
     done(&mut place.resume("out"))?;
     assert_eq!(fs::read_to_string(place.path("out/metrics.jsonl"))?.lines().count(), 6);
     let said = refused(&mut place.resume("out"))?;
     assert!(said.contains("holds a finished run"), "{said}");
-    // Started at the same time, in a folder that is not there.
+    // Two runs started at the same time, in a folder that does not exist.
     for name in ["a", "b", "c"] {
         let start = || Running::new(place.run(name, &[]).env("ETT_SAVE_PAUSE", "40"));
         let both = [start()?, start()?].map(Running::end);
@@ -217,7 +217,7 @@ fn a_run_folder_belongs_to_one_process() -> Outcome {
         assert!(metrics.lines().count() == 6, "{metrics}");
         metrics.lines().try_for_each(|l| serde_json::from_str::<serde_json::Value>(l).map(drop))?;
     }
-    // What does not begin leaves nothing behind.
+    // A run that fails before it begins leaves nothing behind.
     assert!(
         refused(place.run("d", &["--set", "data.eval_samples=0"]).arg("--init=absent"))?.contains("absent")
     );
@@ -225,7 +225,7 @@ fn a_run_folder_belongs_to_one_process() -> Outcome {
     Ok(())
 }
 
-/// A pipe whose reader has gone.
+/// A pipe whose reader has closed it.
 fn unread() -> std::io::Result<Stdio> {
     std::io::pipe().map(|(_, writer)| writer.into())
 }
@@ -249,7 +249,7 @@ fn streams_that_nobody_reads_stop_no_training() -> Outcome {
         let caption = place.ett("caption", name, &[&place.text("data/0.png"), &place.text("data/1.png")]);
         for mut command in [plan, inspect, caption] {
             let Output { status, stderr, .. } = command.stdout(stream()?).env("ETT_LOG", "error").output()?;
-            // `head` is no failure, a full disk is one.
+            // A pipe closed by `head` is no failure, a full disk is one.
             let (want, said) = if name == "full" { (1, "error: standard output: ") } else { (0, "") };
             assert_eq!(status.code(), Some(want), "{name} {command:?}: {}", text(&stderr));
             assert!(
@@ -263,7 +263,7 @@ fn streams_that_nobody_reads_stop_no_training() -> Outcome {
         assert_eq!(what.code(), Some(2), "an argument twice");
         assert_eq!(place.resume(name).stderr(stream()?).status()?.code(), Some(1));
     }
-    // Interrupted when its readers have gone.
+    // Interrupted while its output has no reader.
     let mut command = place.run("interrupted", &["--set", "stage.0.steps=100000"]);
     let mut child = command.stdout(unread()?).stderr(unread()?).spawn()?;
     let start = Instant::now();
@@ -287,7 +287,7 @@ fn pictures_are_written_whole_or_refused_before_the_work() -> Outcome {
     assert!(fs::read(&jpeg)?.starts_with(b"\xff\xd8\xff"), "a JPEG by its name");
     let said = refused(&mut place.ett("generate", "out", &["a", "--out", "/dev/full"]))?;
     assert!(said.contains("/dev/full: No space left"), "{said}");
-    // A limit of the size of files in place of a full disk.
+    // A limit of the file size in place of a full disk.
     fs::write(&sheet, "the older one")?;
     let (picture, each) = (place.text("data/0.png"), place.text("each"));
     let limited = |args: &[&str]| {
@@ -302,9 +302,9 @@ fn pictures_are_written_whole_or_refused_before_the_work() -> Outcome {
         assert_eq!(fs::read(&sheet)?, b"the older one");
     }
     assert!(!place.path(".sheet.png.part").exists());
-    // There is no such run, but before that there is nowhere to write.
+    // The run does not exist, but the output path is checked first.
     for (out, what) in [
-        ("absent/a.png", "absent/a.png: its folder is not there; make the folder first"),
+        ("absent/a.png", "absent/a.png: its folder does not exist; create it first"),
         ("a.gif", "a.gif: pictures are written as .png, .jpg, .jpeg or .webp"),
         ("data", "data: is a folder; name a file"),
     ] {
@@ -315,7 +315,7 @@ fn pictures_are_written_whole_or_refused_before_the_work() -> Outcome {
     }
     done(&mut place.ett("reconstruct", "out", &[&picture, "--out", &sheet, "--each", &each]))?;
     assert!(place.path("each/00000-0.png").exists());
-    // Numbers below 0 are values, not options.
+    // Negative numbers are values, not options.
     done(&mut place.ett("generate", "out", &["a", "--guidance", "-5", "--out", &sheet]))?;
     let said = refused(&mut place.ett("generate", "out", &["a", "--temperature", "-1", "--out", &sheet]))?;
     assert!(said.contains("`temperature` is -1"), "{said}");
@@ -325,7 +325,7 @@ fn pictures_are_written_whole_or_refused_before_the_work() -> Outcome {
     Ok(())
 }
 
-/// A tokenizer of bytes whose ids are shuffled by `turn`.
+/// A tokenizer of bytes whose ids are rotated by `turn`.
 fn tokenizer(turn: usize) -> String {
     let letters = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet();
     let mut letters: Vec<String> = letters.into_iter().map(String::from).collect();
@@ -359,12 +359,12 @@ fn a_run_owns_its_text_tokenizer() -> Outcome {
         config.replace("[data]", "[data]\ntokenizer = \"text.json\""),
     )?;
     place.killed("out")?;
-    // Another one, of equal size, at that path; then none.
+    // Another tokenizer of equal size at the original path; then none.
     fs::write(&file, tokenizer(1))?;
     assert_eq!(fs::read(place.path("out/tokenizer.json"))?, tokenizer(0).as_bytes());
     done(&mut place.resume("out"))?;
     fs::remove_file(&file)?;
-    // From elsewhere, after the folder was moved.
+    // From another working directory, after the folder was moved.
     fs::rename(place.path("out"), place.path("moved"))?;
     let picture = place.text("data/0.png");
     let caption = |out: &str| place.ett("caption", out, &[&picture]);
@@ -375,9 +375,12 @@ fn a_run_owns_its_text_tokenizer() -> Outcome {
         fs::write(place.path("moved/tokenizer.json"), &bytes)?;
         let said = refused(&mut caption("moved"))?;
         assert!(said.contains("moved/tokenizer.json: "), "{said}");
-        assert!(said.contains("is another one") || said.contains("lacks <|im_end|>"), "{said}");
+        assert!(
+            said.contains("is not the one of the weights") || said.contains("lacks <|im_end|>"),
+            "{said}"
+        );
     }
-    // A vocabulary that the model does not have.
+    // A vocabulary that does not fit the model.
     fs::write(place.path("moved/tokenizer.json"), tokenizer(0).replace(":260,", ":560,"))?;
     refused(&mut caption("moved"))?;
     Ok(())
@@ -393,7 +396,7 @@ fn resumed_runs_know_their_data_wherever_it_lies() -> Outcome {
     let config = place.path("out/config.toml");
     let text = fs::read_to_string(&config)?;
     fs::write(&config, text.replace("../data", "../elsewhere"))?;
-    // The same name is not the same data.
+    // The same name with other data.
     let metadata = place.path("elsewhere/metadata.jsonl");
     let lines = fs::read_to_string(&metadata)?;
     let fewer: Vec<&str> = lines.lines().take(6).collect();
@@ -401,9 +404,9 @@ fn resumed_runs_know_their_data_wherever_it_lies() -> Outcome {
     turned.reverse();
     for (now, what) in [
         (fewer.join("\n"), "9 pictures then, 6 now"),
-        (turned.join("\n"), "other pictures, or another order; other captions"),
-        (lines.replacen("a dark", "a Dark", 1), "on: other captions, or another order; put"),
-        (lines.replacen("light?", "Light?", 1), "on: other questions, or another order; put"),
+        (turned.join("\n"), "different pictures, or a different order; different captions"),
+        (lines.replacen("a dark", "a Dark", 1), "on: different captions, or a different order; put"),
+        (lines.replacen("light?", "Light?", 1), "on: different questions, or a different order; put"),
         (lines.replacen("\"text\"", "\"prompt\": \"draw\", \"text\"", 1), "0 prompts then, 1 now"),
     ] {
         fs::write(&metadata, &now)?;
@@ -426,7 +429,7 @@ fn relative_paths_mean_the_place_of_the_configuration() -> Outcome {
     done(place.run("out", &[]).current_dir("/"))?;
     let config = Config::load(&place.path("out/config.toml"), &[])?;
     assert!(config.data.train.is_absolute() && config.data.train.join("0.png").exists());
-    // On the command line they mean the working directory.
+    // On the command line, they are relative to the working directory.
     let set = ["--set", "data.train=data", "--set", "data.test=configs/../data"];
     done(place.run("other", &set).current_dir(place.path("")))?;
     let config = Config::load(&place.path("other/config.toml"), &[])?;
@@ -463,7 +466,7 @@ fn what_evaluation_needs_is_asked_for_before_training() -> Outcome {
 #[test]
 fn an_evaluation_that_fails_loses_nothing() -> Outcome {
     let place = Place::new(&stages(&["tokenizer"], 1))?;
-    // Results cannot be written here.
+    // Results cannot be written to this path.
     fs::create_dir_all(place.path("out/eval.json"))?;
     let test = format!("data.test={}", place.text("data"));
     let (said, log) = done(&mut place.run("out", &["--set", &test]))?;
@@ -498,7 +501,7 @@ fn an_interrupted_evaluation_ends_soon_and_is_done_later() -> Outcome {
         "{said}"
     );
     assert!(place.path("out/model.safetensors").exists() && !place.path("out/eval.json").exists());
-    // The rest of it takes longer here than a test should.
+    // The full evaluation takes too long for a test, so the rest uses fewer samples.
     let config = place.path("out/config.toml");
     let text = fs::read_to_string(&config)?;
     fs::write(&config, text.replace("eval_samples = 512", "eval_samples = 4"))?;
@@ -522,7 +525,7 @@ fn a_signal_before_the_first_step_ends_the_program() -> Outcome {
     let (code, _, log) = running.end();
     assert_eq!(code, Some(130), "{log}");
     assert!(log.contains("interrupted before the first step: there is nothing to save"), "{log}");
-    // The folder can be used.
+    // The folder can still be used.
     done(&mut place.run("out", &[]))?;
     Ok(())
 }
@@ -552,7 +555,7 @@ fn what_no_stage_has_taught_is_said() -> Outcome {
     warns("first", "caption", "to describe pictures")?;
     warns("first", "ask", "to answer questions")?;
     warns("first", "generate", "to draw")?;
-    // What the weights have learnt in another run counts.
+    // Skills that the weights were trained for in an earlier run count.
     let config = fs::read_to_string(place.path("configs/tiny.toml"))?;
     fs::write(
         place.path("configs/tiny.toml"),

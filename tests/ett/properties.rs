@@ -1,17 +1,14 @@
-//! Shapes and texts that nobody thought of: ops give the documented shape or an error, on the CPU and in a plan, and
-//! nothing panics.
+//! Random shapes and texts: ops return the documented shape or an error, on the CPU and in a plan, and nothing
+//! panics.
 
 use std::sync::Arc;
 
 use ett::autograd::{Tape, Var};
-use ett::backend::{Kernels, Plan, Target, Unary};
-use ett::config::{
-    Config, DataConfig, GroupConfig, Source, StageConfig, StageData, StageKind, VisualHeadKind,
-};
-use ett::data::Crop;
+use ett::backend::{DType, Kernels, Plan, Precision, Target, Unary};
+use ett::config::{Config, DataConfig, GroupConfig, StageConfig, StageData, StageKind, VisualHeadKind};
+use ett::data::{Crop, Source};
 use ett::error::Result;
 use ett::ops::{self, Conv, Entropy, Heads, IbqOptions, Rotary, Seqs};
-use ett::tensor::{DType, Precision};
 use ett::train::plan_stage;
 use proptest::prelude::*;
 use proptest::test_runner::{Config as Cases, RngAlgorithm, TestRng, TestRunner};
@@ -21,7 +18,7 @@ use crate::common::{Outcome, Scratch, cpu, int, normal, tensor};
 type Checked = std::result::Result<(), TestCaseError>;
 
 thread_local! {
-    /// Ops that ran forward and backward, and calls that had to be refused.
+    /// Number of ops that ran forward and backward, and of calls that had to be refused.
     static SEEN: std::cell::Cell<[u32; 2]> = const { std::cell::Cell::new([0; 2]) };
 }
 
@@ -31,7 +28,8 @@ fn seen(which: usize) {
     SEEN.set(seen);
 }
 
-/// [`cases`] of calls that [`holds`] judges: a good part of them has to fit and run, and some must not.
+/// [`cases`] of calls checked by [`holds`]: at least a third has to be valid and run, and at least an eighth has to
+/// be refused.
 fn calls<S: Strategy>(count: u32, of: S, check: impl Fn(S::Value) -> Checked) {
     SEEN.set([0; 2]);
     cases(count, of, check);
@@ -42,7 +40,7 @@ fn calls<S: Strategy>(count: u32, of: S, check: impl Fn(S::Value) -> Checked) {
     );
 }
 
-/// The same cases every time.
+/// Runs the same random cases every time.
 fn cases<S: Strategy>(count: u32, of: S, check: impl Fn(S::Value) -> Checked) {
     let config = Cases { cases: count, failure_persistence: None, ..Cases::default() };
     let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
@@ -55,12 +53,12 @@ fn any_shape() -> impl Strategy<Value = Shape> {
     prop::collection::vec(0..6usize, 0..=4)
 }
 
-/// This shape, now and then another.
+/// Usually this shape, sometimes another.
 fn mostly(shape: Shape) -> impl Strategy<Value = Shape> {
     prop_oneof![5 => Just(shape), 1 => any_shape()]
 }
 
-/// A tape with the tensors that an op of the test takes, all of which want gradients.
+/// A tape and the tensors that an op under test takes, all of which need gradients.
 struct Bench {
     tape: Tape,
     seed: std::cell::Cell<u64>,
@@ -70,13 +68,14 @@ impl Bench {
     fn leaf(&self, shape: &[usize]) -> Var {
         self.seed.set(self.seed.get() + 1);
         let values = normal(self.seed.get(), shape.iter().product());
-        let dims = ett::tensor::Dims::from_slice(shape).expect("at most four dimensions");
+        let dims = ett::backend::Dims::from_slice(shape).expect("at most four dimensions");
         self.tape.leaf(tensor(self.tape.dev(), DType::F32, &values, dims))
     }
 }
 
-/// Runs an op on both devices, forward and backward. What it returns has `want`'s shapes, its inputs' gradients have
-/// the inputs' shapes; without `want` it is an error. Empty tensors may be refused.
+/// Runs an op on both devices, forward and backward. The outputs must have the shapes `want`, and the gradients of
+/// the inputs must have the shapes of the inputs. With `None` the op must return an error. Empty tensors may be
+/// refused.
 fn holds(want: Option<Vec<Shape>>, op: impl Fn(&Bench) -> Result<(Vec<Var>, Vec<Var>)>) -> Checked {
     let devices: [Arc<dyn Kernels>; 2] = [cpu(1), Arc::new(Plan::new())];
     for dev in devices {
@@ -256,7 +255,7 @@ fn rows_by_index() {
         .prop_flat_map(|(r, c)| (mostly(vec![r, c]), prop::collection::vec(-1..r.max(1) as i32, 0..7)));
     calls(96, shapes, |(table, idx)| {
         let inside = |i: &i32| *i < table.first().copied().unwrap_or(0) as i32;
-        // An index outside of the table is found with the next value that is read: see the conformance tests.
+        // An index outside of the table is reported with the next value that is read: see the conformance tests.
         prop_assume!(idx.iter().all(inside));
         holds((table.len() == 2).then(|| vec![vec![idx.len(), table[1]]]), |t| {
             let x = t.leaf(&table);
@@ -412,7 +411,7 @@ fn any_override_is_taken_or_refused_in_words() -> Outcome {
     Ok(())
 }
 
-/// The smallest model that has every part, with every key that may be left out.
+/// The smallest model with every part, and a value for every optional key.
 fn every_key() -> Config {
     let mut c = Config::default();
     (c.tokenizer.ch, c.tokenizer.ch_mult, c.tokenizer.norm_groups) = (8, vec![1, 2], 4);
@@ -458,7 +457,8 @@ fn every_key() -> Config {
     c
 }
 
-/// Every place of a value in a configuration as JSON, where absent values are null; parts of lists one by one.
+/// The paths of all values in a configuration as JSON, where absent values are null; lists contribute themselves and
+/// their elements.
 fn leaves(v: &serde_json::Value, at: Vec<String>, all: &mut Vec<Vec<String>>) {
     let below = |k: String| [at.clone(), vec![k]].concat();
     match v {
@@ -471,7 +471,7 @@ fn leaves(v: &serde_json::Value, at: Vec<String>, all: &mut Vec<Vec<String>>) {
     }
 }
 
-/// The place itself; what is absent on the way is made.
+/// The value at a path; missing tables on the way are inserted.
 fn place<'a>(v: &'a mut toml::Value, at: &[String]) -> &'a mut toml::Value {
     let Some((first, rest)) = at.split_first() else { return v };
     let next = match v {
@@ -482,7 +482,7 @@ fn place<'a>(v: &'a mut toml::Value, at: &[String]) -> &'a mut toml::Value {
     place(next, rest)
 }
 
-/// What nobody means to write.
+/// Extreme values that no one writes on purpose.
 fn extreme() -> impl Strategy<Value = toml::Value> {
     use toml::Value::*;
     let whole = [
@@ -526,7 +526,7 @@ fn extreme() -> impl Strategy<Value = toml::Value> {
     ]
 }
 
-/// Loads `every_key` with some values replaced. An error is one line that names one of the keys.
+/// Loads `every_key` with some values replaced. An error must be one line that names one of the keys.
 fn replaced(
     path: &std::path::Path,
     changes: &[(&Vec<String>, toml::Value)],
@@ -548,8 +548,8 @@ fn replaced(
     Ok(None)
 }
 
-/// Every key of the configuration, those to come too, with values that nobody means: a configuration, which can be
-/// planned, or a sentence that names the key.
+/// Every key of the configuration, including future ones, with extreme values: the result is a configuration that can
+/// be planned, or a sentence that names the key.
 #[test]
 fn any_value_of_any_key_is_taken_or_refused_by_name() -> Outcome {
     let dir = Scratch::new();
@@ -566,7 +566,7 @@ fn any_value_of_any_key_is_taken_or_refused_by_name() -> Outcome {
             v if v.is_f64() => [f64::NAN, f64::INFINITY, -1.0, f64::MAX].map(toml::Value::Float).to_vec(),
             _ => vec![],
         };
-        // The seed of a run is any number.
+        // Any number is a valid seed of a run.
         if now.is_u64() && key[1] != "seed" {
             wrong.push(toml::Value::Integer(i64::MAX));
         }
@@ -579,7 +579,7 @@ fn any_value_of_any_key_is_taken_or_refused_by_name() -> Outcome {
 
     let change = || (prop::sample::select(keys.clone()), extreme());
     cases(1500, prop::collection::vec(change(), 1..4), |changes| {
-        // Parts of a list first: the list itself may become another.
+        // Elements of a list first, because the list itself may be replaced.
         let mut changes: Vec<_> = changes.iter().map(|(at, v)| (at, v.clone())).collect();
         changes.sort_by_key(|(at, _)| std::cmp::Reverse(at.len()));
         let Some(c) = replaced(&path, &changes)? else { return Ok(()) };

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use ett::backend::{Kernels, Metric, Nearest, Role, Stream};
+use ett::backend::{DType, Kernels, Metric, Nearest, Precision, Role, Stream};
 use ett::compare::{Bounds, choices, compare, indices};
-use ett::tensor::{DType, Precision, Tensor};
+use ett::tensor::Tensor;
 
 use crate::common::{Outcome, cpu, gpu, ids, norm, normal, rounded, scaled, shim, tensor};
 use crate::dense::{Answer, Problem, dense, kernels, kernels_on};
@@ -12,9 +12,9 @@ use crate::dense::{Answer, Problem, dense, kernels, kernels_on};
 const PRECISIONS: [Precision; 3] = [Precision::F64, Precision::F32, Precision::BF16];
 const SIZES: [usize; 6] = [1, 63, 64, 65, 1000, 1025];
 
-/// Compares everything. Scores carry a rounding error of about their size times that of the accumulator, which
-/// exponentials turn into a relative error: `wide` says how many times the bounds of one product that is.
-/// Losses and gradients that cancel to nothing are judged on the scale of one token's.
+/// Compares all results. Scores have a rounding error of about their size times that of the accumulator type, which
+/// exponentials turn into a relative error; `wide` is the resulting factor on the bounds of one product. Losses and
+/// gradients that cancel are compared relative to those of one token.
 fn agree(what: &str, prec: Precision, p: &Problem, got: &Answer, want: &Answer, wide: f64) -> Outcome {
     let (acc, act) = (Bounds::of(prec.acc).times(wide), Bounds::of(prec.act));
     let spread = want.smax.iter().fold(1.0, |a: f64, b| a.max(b.abs()));
@@ -47,7 +47,8 @@ fn sweep(shapes: impl Iterator<Item = [usize; 3]>) -> Outcome {
     for [m, k, d] in shapes {
         for prec in PRECISIONS {
             let what = format!("{m}x{k}x{d} in {}", prec.act);
-            // Two codes may have equal scores after rounding: numbers for which every token has a single answer.
+            // Two codes may have equal scores after rounding: looks for numbers for which every token has a unique
+            // best code.
             let seeds = (0..100).map(|s| (m + 10 * k + 100 * d + 1_000_000 * s) as u64);
             let p = seeds
                 .map(|seed| Problem::new(m, k, d, 1.0, seed).rounded(prec))
@@ -59,7 +60,7 @@ fn sweep(shapes: impl Iterator<Item = [usize; 3]>) -> Outcome {
     Ok(())
 }
 
-/// True if the best and the second score of every token differ by more than `gap`.
+/// True if the best and the second-best score of every token differ by more than `gap`.
 fn well_separated(p: &Problem, gap: f64) -> bool {
     p.scores().chunks(p.k).all(|row| {
         let best = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -93,7 +94,7 @@ fn both_placements_of_beta_and_the_paper_temperature() -> Outcome {
     for (beta_commit, beta_code) in [(1.0, 0.25), (0.25, 1.0), (0.0, 0.0)] {
         for w in [[0.0; 3], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.25, 0.0125, -0.0125]] {
             for prec in PRECISIONS {
-                // Scores spread by 0.05, so q at T = 0.01 is neither flat nor one-hot.
+                // Scores with a standard deviation of 0.05, so that q at T = 0.01 is neither flat nor one-hot.
                 let p = Problem {
                     beta_commit,
                     beta_code,
@@ -103,7 +104,7 @@ fn both_placements_of_beta_and_the_paper_temperature() -> Outcome {
                 };
                 let p = p.rounded(prec);
                 let what = format!("betas {beta_commit} {beta_code}, weights {w:?}, {}", prec.act);
-                // T multiplies rounding by a hundred.
+                // T = 0.01 multiplies rounding errors by a hundred.
                 agree(&what, prec, &p, &kernels(&dev, prec, &p)?, &dense(&p), 300.0)?;
             }
         }
@@ -111,8 +112,8 @@ fn both_placements_of_beta_and_the_paper_temperature() -> Outcome {
     Ok(())
 }
 
-/// Tokens whose best code has probability `p_top` at temperature 1: each points at some code and is stretched
-/// until its softmax is as peaked as asked for.
+/// Tokens whose best code has probability `p_top` at temperature 1: each token points at some code and is scaled
+/// until its softmax is as peaked as required.
 fn peaked(p_top: f64, prec: Precision) -> Problem {
     let (m, k, d) = (67, 1000, 32);
     let mut p = Problem { w: [0.0; 3], ..Problem::new(m, k, d, 1.0, 11) };
@@ -124,7 +125,7 @@ fn peaked(p_top: f64, prec: Precision) -> Problem {
         let scores: Vec<f64> =
             p.e.chunks(d).map(|e| e.iter().zip(&direction).map(|(a, b)| a * b).sum()).collect();
         let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        // 1 - p falls as the token is stretched. `rest` is (1 - p) / p, exact for p close to 1 too.
+        // 1 - p falls as the token is scaled up. `rest` is (1 - p) / p, which is exact even for p close to 1.
         let rest = |stretch: f64| -> f64 {
             scores.iter().filter(|&&s| s != top).map(|s| (stretch * (s - top)).exp()).sum()
         };
@@ -139,21 +140,21 @@ fn peaked(p_top: f64, prec: Precision) -> Problem {
     p.rounded(prec)
 }
 
-/// The table's bounds for gradients of a softmax whose best code has probability `p_top`. A rounding error of a score,
-/// some tens in size, is a relative error of its probability; the dense form, on the other side, cancels down to 1 - p.
+/// The bounds for gradients of a softmax whose best code has probability `p_top`. A rounding error of a score of
+/// magnitude 10 to 100 is a relative error of its probability; the dense form cancels down to 1 - p.
 fn soft(dtype: DType, p_top: f64) -> Bounds {
     Bounds::of(dtype).times(match dtype {
         DType::F64 => 60.0 + 0.02 / (1.0 - p_top),
         DType::F32 => 60.0,
-        // What is rounded to bf16 has been formed in f32.
+        // Values in bf16 were computed in f32.
         _ => 1.0,
     })
 }
 
-/// The soft gradients alone: the losses have no weight, and what remains in dE beside the soft part is the
-/// scatter of g into the chosen codes' rows, where the soft part is far below one rounding of g. Rows of codes
-/// that no token chose hold the soft part and nothing else, so dE is compared there. The chosen code's own dS
-/// is in dz, which sums all of them. Codes are chosen from the first half, so at least half the rows are left.
+/// The soft gradients alone. The losses have no weight, so that dE consists of the soft part and the scatter of g
+/// into the rows of the chosen codes, where the soft part is far below one rounding of g. Rows of codes that no token
+/// chose contain only the soft part, so dE is compared there. The chosen code's own dS is part of dz, which sums over
+/// all codes. Codes are chosen from the first half, so at least half of the rows remain.
 fn peaked_softmax(dev: &Arc<dyn Kernels>, precisions: &[Precision]) -> Outcome {
     for &prec in precisions {
         for p_top in [0.03, 0.5, 0.9, 0.99, 0.999, 0.9999, 1.0 - 1e-7] {
@@ -171,11 +172,11 @@ fn peaked_softmax(dev: &Arc<dyn Kernels>, precisions: &[Precision]) -> Outcome {
             let rows = |v: &[f64]| -> Vec<f64> {
                 unchosen.iter().flat_map(|&j| v[j * p.d..(j + 1) * p.d].to_vec()).collect()
             };
-            // The whole, and the worst token: every one is as peaked as the others.
+            // All values together, and the worst token: every token is as peaked as the others.
             let dz = compare(&format!("{what}, soft dz"), &got.dz, &want.dz, p.d, soft(prec.act, p_top))?;
             let de = soft(prec.acc, p_top);
             let de = compare(&format!("{what}, soft dE"), &rows(&got.de), &rows(&want.de), p.d, de)?;
-            // With the scatter, every row of dE to the accumulator's precision.
+            // With the scatter, every row of dE agrees to the accumulator's precision.
             let whole = Bounds::of(prec.acc).times(10.0);
             compare(&format!("{what}, whole dE"), &got.de, &want.de, p.d, whole)?;
             println!("{what}: dz off by {:.1e}, dE by {:.1e}", dz.norm, de.norm);
@@ -207,7 +208,7 @@ fn peaked_q(dev: &Arc<dyn Kernels>, precisions: &[Precision]) -> Outcome {
         for p_top in [0.5, 0.99, 0.9999, 1.0 - 1e-7] {
             for w in [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]] {
                 let mut p = Problem { temperature: 0.01, w, ..peaked(p_top, prec) };
-                // A hundredth of the score: exact powers of two only, so that nothing is rounded again.
+                // About a hundredth of the score, by a power of two so that nothing is rounded again.
                 p.z.iter_mut().for_each(|v| *v /= 128.0);
                 p.temperature = 1.0 / 128.0;
                 p.g.fill(0.0);
@@ -321,7 +322,7 @@ fn nearest(dev: &dyn Kernels, dtype: DType, z: &[f64], e: &[f64], d: usize, metr
     idx.to_host(dev).expect("indices")
 }
 
-/// Indices by every way to get them.
+/// Indices by every kernel that computes them.
 fn every_way(dtype: DType, z: &[f64], e: &[f64], d: usize, want: &[i32]) -> Outcome {
     let dev = cpu(2);
     indices("nearest by dot", &nearest(&*dev, dtype, z, e, d, Metric::Dot), want)?;
@@ -337,7 +338,7 @@ fn ties_go_to_the_smallest_index() -> Outcome {
     for prec in PRECISIONS {
         for k in [1, 2, 64, 65, 1000, 1025, 3000] {
             let d = 3;
-            // All scores are zero; then all equal; then only the last two codes tie.
+            // All scores zero; all scores equal; only the last two codes tied.
             every_way(prec.act, &[0.0; 6], &normal(1, k * d), d, &[0, 0])?;
             every_way(prec.act, &[1.0, -2.0, 0.5, 3.0, 0.0, 1.0], &[0.25, 0.5, -1.0].repeat(k), d, &[0, 0])?;
             let mut e = vec![0.0; k * d];
@@ -353,7 +354,7 @@ fn ties_go_to_the_smallest_index() -> Outcome {
 fn duplicate_codes_share_their_probability() -> Outcome {
     let dev = cpu(2);
     for prec in PRECISIONS {
-        // Every code twice, far apart in the codebook: the first is chosen, p_top is below a half.
+        // Every code occurs twice, far apart in the codebook: the first one is chosen, and p_top is below one half.
         let mut p = Problem::new(67, 600, 5, 4.0, 3);
         let half = p.e.len() / 2;
         p.e.copy_within(..half, half);
@@ -368,7 +369,7 @@ fn duplicate_codes_share_their_probability() -> Outcome {
 #[test]
 fn a_code_finds_itself() -> Outcome {
     let (k, d) = (2000, 16);
-    // By distance any code does, by dot product unit vectors do.
+    // With the distance this holds for any codes, with the dot product for unit vectors.
     let e = normal(1, k * d);
     let unit: Vec<f64> =
         e.chunks(d).flat_map(|r| r.iter().map(|v| v / norm(r)).collect::<Vec<_>>()).collect();
@@ -419,7 +420,7 @@ fn k_131072_exactly() -> Outcome {
     let (m, k, d) = (6, 131_072, 8);
     let dev = cpu(2);
     let mut p = Problem::new(m, k, d, 1.0, 9);
-    // The best codes sit at both ends, at a tile's edge and in the middle; token 4's is there twice.
+    // The best codes are at both ends, at the edge of a tile and in the middle; the code of token 4 occurs twice.
     let places = [0, k - 1, 1023, 65_536, 1024, k - 2];
     for (i, &j) in places.iter().enumerate() {
         let z = p.z[i * d..(i + 1) * d].to_vec();
@@ -449,7 +450,7 @@ fn nan_ranks_below_all_numbers() -> Outcome {
     for prec in PRECISIONS {
         let good = Problem::new(m, k, d, 1.0, 4).rounded(prec);
         let sound = kernels(&dev, prec, &good)?;
-        // A token with one NaN has no score: index 0, counted, and its neighbours see nothing of it.
+        // A token with a NaN has no score: it gets index 0 and is counted, and its neighbours are not affected.
         let mut p = good.clone();
         for row in [0, 65] {
             p.z[row * d + 1] = f64::NAN;
@@ -470,11 +471,11 @@ fn nan_ranks_below_all_numbers() -> Outcome {
             let idx = nearest(&*dev, prec.act, &p.z, &p.e, d, metric);
             assert_eq!((idx[0], idx[65]), (0, 0), "{metric:?}");
         }
-        // A token whose best score is infinite has no finite one.
+        // A token whose best score is infinite has no finite score.
         let mut p = good.clone();
         p.z[3 * d] = f64::INFINITY;
         assert_eq!(kernels(&dev, prec, &p)?.bad, 1.0);
-        // A code with a NaN is never chosen, wherever it stands.
+        // A code with a NaN is never chosen, wherever it is.
         let mut p = good.clone();
         let dead = [0, 3, 64, 199];
         for j in dead {
@@ -492,7 +493,7 @@ fn nan_ranks_below_all_numbers() -> Outcome {
         let got = kernels(&dev, prec, &p)?;
         indices("codes with NaN", &got.idx, &want)?;
         assert_eq!(got.bad, 0.0);
-        // Nothing but NaN.
+        // All codes are NaN.
         let mut p = good.clone();
         p.e.fill(f64::NAN);
         let got = kernels(&dev, prec, &p)?;
@@ -522,7 +523,7 @@ fn the_same_bits_on_one_and_two_threads_and_again() -> Outcome {
 
 #[test]
 fn gradients_are_added_to_what_is_there() -> Outcome {
-    // The codebook's gradient accumulates: over micro-batches, and over a second use of the codebook.
+    // The codebook's gradient accumulates, over micro-batches and over a second use of the codebook.
     use ett::autograd::Tape;
     use ett::ops::{self, Entropy, IbqOptions};
     let dev = cpu(2);

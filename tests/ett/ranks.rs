@@ -1,4 +1,4 @@
-//! Rank arithmetic: what is summed over ranks is divided by the counts of all of them.
+//! Arithmetic of ranks: sums over ranks are divided by the counts of all ranks.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use ett::train::Loss;
 use crate::common::{Outcome, cpu};
 use crate::training::{Run, batch, small};
 
-/// One of two ranks whose other one holds the same pictures: sums over ranks double.
+/// One of two ranks; the other one holds the same pictures, so that sums over ranks double.
 struct Twin(Arc<dyn Kernels>);
 
 impl Collectives for Twin {
@@ -84,12 +84,13 @@ fn two_ranks_with_the_same_pictures_make_the_step_of_one() -> Outcome {
         let one = losses(cpu(2), 1)?;
         let two = losses(Arc::new(Twin(cpu(2))), 2)?;
         for (i, loss) in Loss::ALL.into_iter().enumerate() {
-            // A rank's share is half, but for the entropy of the average over both, which each of them forms whole.
+            // The share of a rank is one half, except for the entropy of the average, which each rank computes over
+            // both.
             let share = if loss == Loss::EntAvg { 1.0 } else { 0.5 };
             let (a, b) = (share * one.0[i], two.0[i]);
             assert!((a - b).abs() <= 1e-12 * a.abs(), "{} {}: {b}, wanted {a}", kind.name(), loss.name());
         }
-        // Gradients of both ranks add up to that of one.
+        // The gradients of both ranks add up to that of a single one.
         let largest = one.1.iter().fold(0.0f64, |m, v| m.max(v.abs()));
         for (a, b) in one.1.iter().zip(&two.1) {
             assert!((a - 2.0 * b).abs() <= 1e-9 * largest, "{}: {b}, wanted half of {a}", kind.name());

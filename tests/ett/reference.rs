@@ -1,4 +1,4 @@
-//! The page of all configuration keys, `docs/configuration.md`, is what the source says.
+//! The page of all configuration keys, `docs/configuration.md`, agrees with the source.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -10,21 +10,21 @@ use ett::config::{Config, StageConfig};
 use crate::common::Outcome;
 
 const PAGE: &str = "docs/configuration.md";
-/// Where the types of configuration values are.
-const SOURCES: [&str; 2] = ["src/config.rs", "src/data/image.rs"];
+/// Source files of the types of configuration values.
+const SOURCES: [&str; 3] = ["src/config.rs", "src/data/image.rs", "src/data/source.rs"];
 const AGAIN: &str = "ETT_WRITE_REFERENCE=1 cargo test --release --test ett reference";
 
 /// A field of a struct or a variant of an enum.
 #[derive(Debug, Default, PartialEq)]
 struct Item {
     name: String,
-    /// Nothing for a variant.
+    /// Empty for a variant.
     ty: String,
     doc: String,
     attributes: String,
 }
 
-/// The public structs and enums of a source file by name, with their items; structs are formatted by rustfmt.
+/// The public structs and enums of a source file by name, with their items. The source is formatted by rustfmt.
 fn types(source: &str) -> BTreeMap<String, Vec<Item>> {
     let mut all = BTreeMap::new();
     let mut inside: Option<(String, Vec<Item>)> = None;
@@ -57,7 +57,7 @@ fn types(source: &str) -> BTreeMap<String, Vec<Item>> {
     all
 }
 
-/// A variant's name in files, by the `rename_all` of its enum.
+/// The name of a variant in files, by the `rename_all` of its enum.
 fn renamed(variant: &str, attributes: &str) -> String {
     let separator = if attributes.contains("snake_case") {
         "_"
@@ -78,7 +78,7 @@ fn renamed(variant: &str, attributes: &str) -> String {
     out
 }
 
-/// A stage's defaults: what is there when only what has to be is given, with the keys that have to be.
+/// The defaults of a stage when only the required keys are given, and the required keys.
 fn stage_defaults(all: &BTreeMap<String, Vec<Item>>) -> Result<toml::Table, Box<dyn std::error::Error>> {
     let mut given = toml::Table::new();
     for item in &all["StageConfig"] {
@@ -115,10 +115,10 @@ fn page(all: &BTreeMap<String, Vec<Item>>) -> Result<String, Box<dyn std::error:
     let stage = stage_defaults(all)?;
     let mut out = format!(
         "# Configuration\n\n\
-         A run is one TOML file. Keys that it leaves out have the defaults below, unknown keys are errors, and\n\
-         `--set section.key=value` overrides single ones (`--set stage.0.steps=10` in a list). Relative paths in the\n\
-         file are relative to its folder, those of `--set` to the working directory.\n\n\
-         This page is made from the comments in `src/config.rs`:\n\n```\n{AGAIN}\n```\n"
+         A TOML file configures a run. Omitted keys have the defaults below, and unknown keys are errors.\n\
+         `--set section.key=value` overrides a key (`--set stage.0.steps=10` in a list). Relative paths in the file are\n\
+         relative to its folder, those of `--set` to the working directory.\n\n\
+         This page is generated from the comments in `src/config.rs`:\n\n```\n{AGAIN}\n```\n"
     );
     for section in &all["Config"] {
         let (name, list) = (&section.name, section.ty.strip_prefix("Vec<").and_then(|t| t.strip_suffix('>')));
@@ -140,7 +140,7 @@ fn page(all: &BTreeMap<String, Vec<Item>>) -> Result<String, Box<dyn std::error:
     Ok(out)
 }
 
-/// The table of a section, and those of the sections inside whose names are free.
+/// The table of a section, followed by those of its subsections with user-defined names.
 fn table(
     out: &mut String,
     all: &BTreeMap<String, Vec<Item>>,
@@ -180,7 +180,7 @@ fn table(
 
 fn documented(key: &str, item: &Item) -> Result<(), String> {
     match item.doc.is_empty() {
-        true => Err(format!("{key} has no comment in the source; say there what it means")),
+        true => Err(format!("{key} has no comment in the source; add one that says what it means")),
         false => Ok(()),
     }
 }

@@ -1,25 +1,31 @@
-//! Files that are broken, missing or in the way: errors that name them, never a panic, and nothing half done.
+//! Broken, missing and obstructing files: errors name them, nothing panics, and nothing is left half done.
 
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use ett::backend::{Cpu, Device, Fill, Kernels, Plan, Role, Stream};
-use ett::config::{Config, Source, StageConfig, StageKind};
-use ett::data::{Folder, Image, ImageSet, LoadOptions, Philox, Scenes, Split, TextTokenizer, save_png};
+use ett::backend::{Cpu, DType, Device, Fill, Kernels, Plan, Role, Stream};
+use ett::config::{Config, StageConfig, StageKind};
+use ett::data::{
+    DataSet, Folder, Image, ImageSet, LoadOptions, Scenes, Source, Split, TextTokenizer, save_png,
+};
 use ett::error::Result;
+use ett::eval::{self, HeldOut};
+use ett::feed::{Feed, Template};
+use ett::io::weights::TensorFile;
+use ett::io::{load_weights, save_weights};
 use ett::model::Ett;
-use ett::nn::Copy;
-use ett::tensor::{DType, Tensor};
-use ett::train::feed::{DataSet, Feed};
-use ett::train::weights::TensorFile;
-use ett::train::{self, RunOptions, Stage, Template, load_weights, plots, save_weights};
+use ett::nn::Stored;
+use ett::report::plots;
+use ett::rng::Philox;
+use ett::tensor::Tensor;
+use ett::train::{self, RunOptions, Stage};
 
 use rayon::prelude::*;
 
 use crate::common::{Outcome, Scratch, cpu};
 
-/// The smallest model that has every part.
+/// The smallest model with every part.
 fn config() -> Config {
     let mut c = Config::default();
     (c.tokenizer.ch, c.tokenizer.ch_mult, c.tokenizer.norm_groups) = (8, vec![1, 2], 4);
@@ -39,7 +45,7 @@ fn stage(kind: StageKind) -> StageConfig {
     toml::from_str(&text).expect("a stage")
 }
 
-/// What an error says; it has to name `path` first.
+/// The message of an error, which has to begin with `path`.
 fn said<T>(result: Result<T>, path: &Path) -> String {
     let Err(e) = result else { panic!("{} was accepted", path.display()) };
     let e = e.to_string();
@@ -53,15 +59,15 @@ fn broken_weights_are_named_and_change_nothing() -> Outcome {
     let path = dir.path("model.safetensors");
     let model = Ett::new(&config(), cpu(1))?;
     let all = || -> Result<Vec<_>> {
-        model.params.names().map(|(name, ..)| model.params.read(name, Copy::Master)).collect()
+        model.params.names().map(|(name, ..)| model.params.read(name, Stored::Master)).collect()
     };
-    save_weights(&model.params, &path, Copy::Master)?;
+    save_weights(&model.params, &path, Stored::Master)?;
     let (before, bytes) = (all()?, fs::read(&path)?);
     let header = 8 + u64::from_le_bytes(bytes[..8].try_into()?) as usize;
     let refuse = |bytes: &[u8], what: &str| -> Outcome {
         fs::write(&path, bytes)?;
         let e = said(load_weights(&model.params, &path), &path);
-        assert!(e.contains("not a whole safetensors file") || e.contains("does not fit"), "{what}: {e}");
+        assert!(e.contains("not a complete safetensors file") || e.contains("does not fit"), "{what}: {e}");
         assert!(all()? == before, "{what}: weights were changed");
         Ok(())
     };
@@ -69,7 +75,7 @@ fn broken_weights_are_named_and_change_nothing() -> Outcome {
         refuse(&bytes[..length], &format!("cut to {length} bytes"))?;
     }
     refuse(&[&bytes[..], b"more"].concat(), "lengthened")?;
-    // A flipped bit of the values is another value: the file has no checksum. One of the header is found.
+    // A flipped bit of the values goes unnoticed, as the file has no checksum; one in the header is found.
     let mut rng = Philox::new(1, 0);
     for _ in 0..300 {
         let (at, bit) = (rng.below(header), rng.below(8));
@@ -87,7 +93,7 @@ fn broken_weights_are_named_and_change_nothing() -> Outcome {
         let file = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[0; 16]].concat();
         refuse(&file, header)?;
     }
-    // The last values of the file are a tensor's.
+    // The last bytes of the file belong to a tensor.
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let mut holed = bytes.clone();
         let end = holed.len();
@@ -132,7 +138,7 @@ fn wrong_configurations_are_named_with_line_and_key() -> Outcome {
     fs::write(&path, "[train]\nlr = \"fast\"\n")?;
     let e = said(Config::load(&path, &["train.seed=3".into()]), &path);
     assert!(e.contains("train.lr"), "{e}");
-    // What the file is not to blame for.
+    // Errors that are not caused by the file.
     fs::write(&path, "[train]\nlr = 1.0\n")?;
     for (set, quoted) in [
         ("data.train=2024", "is put in quotes: 'data.train=\"2024\"'"),
@@ -154,7 +160,8 @@ fn wrong_configurations_are_named_with_line_and_key() -> Outcome {
     Ok(())
 }
 
-/// Sizes whose product wraps: 2^60 rows of 4 columns of 4 bytes are none. It ended in a segmentation fault.
+/// Sizes whose product overflows: 2^60 rows of 4 columns of 4 bytes wrap to 0 bytes, which once caused a segmentation
+/// fault.
 #[test]
 fn sizes_that_wrap_are_a_sentence() -> Outcome {
     let dir = Scratch::new();
@@ -172,10 +179,10 @@ fn sizes_that_wrap_are_a_sentence() -> Outcome {
     };
     let e = ended(&["llm.vocab=1152921504606846976", "llm.width=4"])?;
     assert_eq!(e, "error: configuration: `llm.vocab` is 1152921504606846976, wanted 1 to 2147483647\n");
-    // Threads that the system starts, but with which no step is ever reached.
+    // More threads than allowed, though the system could start them.
     let e = ended(&["train.threads=20000"])?;
     assert_eq!(e, "error: configuration: `train.threads` is 20000, wanted 0 to 1024\n");
-    // Each is possible, but not all of them.
+    // Each value is possible, but not all of them together.
     let e = ended(&[
         "llm.vocab=2147483647",
         "llm.width=65536",
@@ -214,7 +221,7 @@ fn wrong_metadata_is_named_with_its_line() -> Outcome {
     Ok(())
 }
 
-/// Ten pictures of scenes with captions, of which every second has no question.
+/// Ten pictures of scenes with captions; every second one has no question.
 fn pictures(dir: &Scratch) -> Outcome {
     let scenes = Scenes::new(32, 1)?;
     let mut lines = String::new();
@@ -278,9 +285,9 @@ fn pictures_that_vanish_in_training_are_replaced_by_others_of_their_kind() -> Ou
     let template = Template::new(TextTokenizer::Bytes, 1024);
     let chat = Stage::new(StageKind::Chat, &model)?;
     let cfg = stage(StageKind::Chat);
-    let feed = Feed::new(&data, &template, &cfg, &chat, &model.cfg.train, 0)?;
+    let feed = Feed::new(&data, &template, &cfg, chat.reads_pictures(), &model.cfg.train, 0)?;
 
-    // Each of these is followed by one without a question, which has no place in this stage.
+    // Each of these is followed by a picture without a question, which this stage cannot use.
     for name in ["0.png", "4.png"] {
         fs::remove_file(dir.path(name))?;
     }
@@ -289,13 +296,13 @@ fn pictures_that_vanish_in_training_are_replaced_by_others_of_their_kind() -> Ou
         assert_eq!(fed.sequences.len(), 4);
     }
     assert_eq!(data.images.skipped().count, 2);
-    // Then all of them, with their folder.
+    // Then all pictures are removed, with their folder.
     fs::remove_dir_all(dir.path(""))?;
     let Err(e) = (0..10).try_for_each(|step| feed.batch(&model, step).map(drop)) else {
         panic!("a folder that is gone was trained on")
     };
     let e = e.to_string();
-    assert!(e.contains("none of the pictures asked for") || e.contains("more than half"), "{e}");
+    assert!(e.contains("none of the requested pictures") || e.contains("more than half"), "{e}");
     let mut c = config();
     (c.data.source, c.data.train) = (Source::Folder, dir.path("gone"));
     let Err(e) = DataSet::train(&c.data) else { panic!("a folder that is gone was opened") };
@@ -323,21 +330,21 @@ fn what_cannot_be_written_is_named() -> Outcome {
             assert!(e.to_string().contains(&*below.to_string_lossy()), "{what}: {e}");
         };
         let out = below.join("run");
-        let o = RunOptions { out: &out, init: None, quiet: true };
+        let o = RunOptions { out: &out, init: None, quiet: true, evaluation: &HeldOut };
         named(train::run(&c, cpu(1), &o).map(drop), "a run");
-        named(save_weights(&model.params, &below.join("model.safetensors"), Copy::Master), "weights");
+        named(save_weights(&model.params, &below.join("model.safetensors"), Stored::Master), "weights");
         named(save_png(below.join("a.png"), &picture), "a picture");
         named(plots::loss_curves(&metrics, &below.join("a.png")), "curves");
         named(plots::labelled_grid(&[vec![(picture.clone(), "a".into())]], &below.join("a.png")), "a grid");
         let test = DataSet::test(&c.data)?.ok_or("built-in data")?;
         let template = Template::new(TextTokenizer::Bytes, 1024);
-        named(train::evaluate(&mut model, &test, &template, &below).map(drop), "an evaluation");
+        named(eval::closing(&mut model, &test, &template, &below).map(drop), "an evaluation");
     }
     assert_eq!(fs::read(&file)?, b"in the way");
     Ok(())
 }
 
-/// Threads that use one tensor take turns: what is read is what one call has written.
+/// Threads that use one tensor take turns: a read returns the values written by a single call.
 #[test]
 fn calls_of_several_threads_take_turns() -> Outcome {
     const N: usize = 1 << 18;
@@ -365,7 +372,7 @@ fn calls_of_several_threads_take_turns() -> Outcome {
     Ok(())
 }
 
-/// Calls from the threads of another pool, each of which may take up a second one while its first is under way.
+/// Calls from the threads of another pool, each of which may start a second call while its first is in progress.
 #[test]
 fn calls_from_another_pool_of_threads_end() -> Outcome {
     let dev = Cpu::new(2)?;

@@ -1,14 +1,16 @@
-//! A whole run on pictures written here: files, refusals, reproducibility, and the trained model in use.
+//! A complete run on pictures generated here: files, refusals, reproducibility, and the use of the trained model.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ett::backend::Cpu;
-use ett::config::{Arm, Config, Source, StageConfig, StageData, StageKind, VisualHeadKind};
-use ett::data::{Image, save_png};
+use ett::config::{Arm, Config, StageConfig, StageData, StageKind, VisualHeadKind};
+use ett::data::{Image, Source, save_png};
+use ett::eval::{HeldOut, evaluate_run};
 use ett::infer::Trained;
+use ett::io;
 use ett::model::Ett;
-use ett::nn::Copy;
+use ett::nn::Stored;
 use ett::train::{self, RunOptions};
 
 struct Folder(PathBuf);
@@ -85,7 +87,7 @@ fn config(data: &Path) -> Config {
 }
 
 fn run(c: &Config, out: &Path) -> ett::error::Result<train::Finished> {
-    let o = RunOptions { out, init: None, quiet: true };
+    let o = RunOptions { out, init: None, quiet: true, evaluation: &HeldOut };
     train::run(c, Arc::new(Cpu::poisoned(c.train.threads)?), &o)
 }
 
@@ -132,8 +134,8 @@ fn a_run_leaves_its_files_and_a_model_that_can_be_used() {
     let light = &report.types;
     assert!(light.is_empty(), "yes and no are not types: {light:?}");
 
-    // The averages that the semantic stage kept outlast the chat stage, which leaves the tokenizer alone.
-    for (file, _) in train::written(&out).into_iter().chain([("ema.safetensors", ""), ("config.toml", "")]) {
+    // The averages kept by the semantic stage survive the chat stage, which does not train the tokenizer.
+    for (file, _) in io::written(&out).into_iter().chain([("ema.safetensors", ""), ("config.toml", "")]) {
         assert!(out.join(file).is_file(), "{file} is missing");
     }
 
@@ -141,21 +143,22 @@ fn a_run_leaves_its_files_and_a_model_that_can_be_used() {
     assert!(e.to_string().contains("holds a finished run"), "{e}");
 
     let cpu = Arc::new(Cpu::poisoned(1).expect("a thread"));
-    // Averages in the place of weights; a checkpoint as a run; folders as pictures.
+    // Averages in place of the weights; a checkpoint used as a run; folders as pictures.
     let averaged = Trained::open(&out, cpu.clone(), true).expect("the run kept averages");
     let plain = Trained::open(&out, cpu.clone(), false).expect("the run loads");
     let weight = |t: &Trained, name: &str| {
-        t.model.params.read(name, Copy::Master).expect("readable").expect("a weight").values
+        t.model.params.read(name, Stored::Master).expect("readable").expect("a weight").values
     };
     for (name, differs) in [("encoder.conv_in.weight", true), ("model.norm.weight", false)] {
         assert_eq!(weight(&averaged, name) != weight(&plain, name), differs, "{name}");
     }
-    let last = train::Checkpoints::latest(&out).expect("readable").expect("a checkpoint");
+    let last = io::Checkpoints::latest(&out).expect("readable").expect("a checkpoint");
     let mut trained = Trained::open(&last, cpu.clone(), false).expect("a checkpoint can be used");
-    let again = trained.evaluate(Some(&dir.0.join("data")), Some(4), &dir.0.join("again")).expect("results");
+    let again = evaluate_run(&mut trained, Some(&dir.0.join("data")), Some(4), &dir.0.join("again"))
+        .expect("results");
     assert_eq!((again.pictures, again.data), (4, dir.0.join("data").display().to_string()));
     assert!(dir.0.join("again/eval.json").is_file() && dir.0.join("again/drawings.png").is_file());
-    let text = train::inspect(&out, false).expect("a run folder");
+    let text = io::inspect(&out, false).expect("a run folder");
     for part in [
         "arm Ett, f32 precision",
         "finished; last checkpoint",
@@ -165,14 +168,13 @@ fn a_run_leaves_its_files_and_a_model_that_can_be_used() {
     ] {
         assert!(text.contains(part), "{part} in {text}");
     }
-    let text = train::inspect(&last, false).expect("a checkpoint");
+    let text = io::inspect(&last, false).expect("a checkpoint");
     assert!(text.contains("checkpoint after 12 steps: stage 5 (gen), 2 steps done in it"), "{text}");
-    let text = train::inspect(&out.join("model.safetensors"), true).expect("a weights file");
+    let text = io::inspect(&out.join("model.safetensors"), true).expect("a weights file");
     assert!(text.contains("encoder.conv_in.weight") && text.contains("F32 [8, 3, 3, 3]"), "{text}");
-    assert!(train::inspect(&dir.0.join("nothing"), false).is_err());
+    assert!(io::inspect(&dir.0.join("nothing"), false).is_err());
     assert!(
-        train::inspect(&dir.0.join("data"), false)
-            .is_err_and(|e| e.to_string().contains("model.safetensors"))
+        io::inspect(&dir.0.join("data"), false).is_err_and(|e| e.to_string().contains("model.safetensors"))
     );
     let trained = plain;
     let image = Image::open(dir.0.join("data/0.png")).expect("a picture");
@@ -235,13 +237,14 @@ fn numbers_that_are_not_finite_are_skipped_dumped_once_and_then_stop_the_run() {
     let mut c = config(&dir.0.join("data"));
     c.stage = vec![StageConfig::new(StageKind::Align, 30, 3)];
     let model = Ett::new(&c, Arc::new(Cpu::poisoned(1).expect("a thread"))).expect("a model");
-    let mut norm = model.params.read("model.norm.weight", Copy::Master).expect("readable").expect("a weight");
-    // Finite, as weights have to be, but nothing that follows from them is.
+    let mut norm =
+        model.params.read("model.norm.weight", Stored::Master).expect("readable").expect("a weight");
+    // Finite, as weights have to be, but everything computed from them overflows.
     norm.values.fill(3e38);
-    model.params.write_public("model.norm.weight", Copy::Master, &norm).expect("a weight");
+    model.params.write_public("model.norm.weight", Stored::Master, &norm).expect("a weight");
     let (init, out) = (dir.0.join("nan.safetensors"), dir.0.join("out"));
-    train::save_weights(&model.params, &init, Copy::Master).expect("weights");
-    let o = RunOptions { out: &out, init: Some(&init), quiet: true };
+    io::save_weights(&model.params, &init, Stored::Master).expect("weights");
+    let o = RunOptions { out: &out, init: Some(&init), quiet: true, evaluation: &HeldOut };
     let Err(e) = train::run(&c, Arc::new(Cpu::poisoned(1).expect("a thread")), &o) else {
         panic!("a model of NaN was trained")
     };
@@ -255,7 +258,7 @@ fn numbers_that_are_not_finite_are_skipped_dumped_once_and_then_stop_the_run() {
         .filter(|n| n.starts_with("nonfinite-"))
         .collect();
     assert_eq!(files, ["nonfinite-align-0.safetensors"]);
-    let inputs = train::weights::read_file(&out.join(&files[0])).expect("the inputs of step 0");
+    let inputs = io::weights::read_file(&out.join(&files[0])).expect("the inputs of step 0");
     assert_eq!(inputs["part.0.image.0"].dims, [3, 32, 32, 3]);
     assert!(
         inputs.contains_key("part.0.text") && inputs.contains_key("part.0.target"),
@@ -279,10 +282,10 @@ fn a_stage_reads_data_of_its_own() {
     };
     let out = dir.0.join("out");
     let done = run(&c, &out).expect("the run ends");
-    // The closing evaluation looks at the run's own pictures.
+    // The closing evaluation uses the run's own pictures.
     let report = done.report.expect("a held-out folder was named");
     assert_eq!((report.pictures, report.size, report.captions), (8, 32, 8));
-    // With the same pictures in all stages the weights are others.
+    // With the same pictures in all stages the weights differ.
     let plain = Config {
         stage: c.stage.iter().map(|s| StageConfig { data: StageData::default(), ..s.clone() }).collect(),
         ..c.clone()
@@ -318,13 +321,13 @@ fn reconstructions_are_evaluated_with_the_averages() {
     let dev = || Arc::new(Cpu::new(1).expect("a thread"));
     let mse = |ema: bool| {
         let mut trained = Trained::open(&out, dev(), ema).expect("a run");
-        trained.evaluate(None, None, &dir.0.join("eval")).expect("an evaluation")
+        evaluate_run(&mut trained, None, None, &dir.0.join("eval")).expect("an evaluation")
     };
-    // As training saw it: the averages beside the weights; and the averages in the place of the weights.
+    // As during training, with the averages beside the weights; and with the averages in place of the weights.
     let (beside, instead) = (mse(false), mse(true));
     assert_eq!((beside.mse, beside.reconstructed_by), (report.mse, report.reconstructed_by));
     assert_eq!((instead.mse, instead.reconstructed_by), (report.mse, "the weights"));
-    // The weights alone give another number, and evaluating has left them as they were.
+    // The weights alone give another number, so evaluating has left them unchanged.
     std::fs::remove_file(out.join("ema.safetensors")).expect("averages were kept");
     let live = mse(false);
     assert!(live.reconstructed_by == "the weights" && live.mse != report.mse);

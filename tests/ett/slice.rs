@@ -1,16 +1,17 @@
-//! A two-layer language model learns text through the same code on every device: losses close to the CPU's, a recorded
-//! step bitwise equal to a launched one, and a resumed run bitwise equal to one that never stopped.
+//! A two-layer language model learns text through the same code on every device: losses are close to the CPU's, a
+//! recorded step is bitwise equal to a launched one, and a resumed run is bitwise equal to an uninterrupted one.
 
 use std::sync::Arc;
 
-use ett::backend::{Kernels, StepState};
+use ett::backend::Kernels;
 use ett::config::{Config, ScheduleKind, StageKind};
 use ett::error::Result;
-use ett::model::{Ett, Packed, Part, Rows};
-use ett::nn::Copy;
+use ett::feed::Batch;
+use ett::io::{Checkpoints, Progress};
+use ett::model::{Ett, FlatBatch, Packed, Part};
+use ett::nn::Stored;
 use ett::train::{
-    Batch, Checkpoints, Counts, Hyper, Loss, Optimizer, Outcome as Step, Progress, Recipe, Stage, checkpoint,
-    schedule, step,
+    Counts, Hyper, Loss, Optimizer, Outcome as Step, Recipe, Stage, StepState, checkpoint, schedule, step,
 };
 
 use crate::common::{Outcome, Scratch, cpu, gpu, ids, shim};
@@ -42,7 +43,7 @@ const SMALL: Sizes = Sizes {
     rate: 3e-3,
     lengths: &[17, 33, 8, 64, 2],
 };
-/// As wide as tiles of the kernels, heads as in Qwen2.5.
+/// As wide as tiles of the kernels, with heads as in Qwen2.5.
 const WIDE: Sizes = Sizes {
     vocab: 1031,
     width: 512,
@@ -64,26 +65,26 @@ struct Trainer {
     batch: Batch,
 }
 
-/// The batch of a step: sequences of the same lengths, other words. The first half of each sequence is read only.
-fn rows(sizes: &Sizes, step: usize) -> Result<Rows> {
+/// The batch of a step: sequences of the same lengths with other words. The first half of each sequence is context.
+fn rows(sizes: &Sizes, step: usize) -> Result<FlatBatch> {
     let sequences: Vec<Vec<Part>> = sizes
         .lengths
         .iter()
         .enumerate()
         .map(|(i, &n)| {
-            // A few words that come back, so that there is something to learn.
+            // Few distinct words, so that there is something to learn.
             let words = ids((step * 100 + i) as u64, n, sizes.vocab.min(24));
             let (read, learnt) = words.split_at(n / 2);
             vec![Part::context(read.to_vec()), Part::target(learnt.to_vec())]
         })
         .collect();
-    Rows::new(&sequences, &[], 16)
+    FlatBatch::new(&sequences, &[], 16)
 }
 
 impl Trainer {
     fn new(dev: Arc<dyn Kernels>, precision: &str, sizes: Sizes) -> Result<Self> {
         let mut cfg = Config::default();
-        // The parts that stay untouched are made small.
+        // The parts that are not used are small.
         let t = &mut cfg.tokenizer;
         (t.ch, t.ch_mult, t.num_res_blocks, t.z_channels, t.norm_groups) = (8, vec![1, 1], 1, 8, 2);
         (cfg.quantizer.codes, cfg.quantizer.dim) = (16, 8);
@@ -107,7 +108,7 @@ impl Trainer {
         Ok(Trainer { model, recipe: stage.recipe, state, main, sizes, batch })
     }
 
-    /// What changes with the step: rate, counts, words.
+    /// Sets the values that change with the step: rate, counts, words.
     fn prepare(&mut self, at: usize) -> Result<()> {
         let dev = self.model.params.device().clone();
         self.main.prepare(&mut self.state, schedule(ScheduleKind::Cosine, self.sizes.rate, 0.2, at, STEPS));
@@ -138,7 +139,7 @@ impl Trainer {
     /// Weights, averages and moments.
     fn everything(&self) -> Result<Vec<f64>> {
         let mut all = Vec::new();
-        for copy in [Copy::Master, Copy::Ema, Copy::Moment1, Copy::Moment2] {
+        for copy in [Stored::Master, Stored::Ema, Stored::Moment1, Stored::Moment2] {
             for (name, _, _) in self.model.params.names() {
                 all.extend(self.model.params.read(name, copy)?.into_iter().flat_map(|t| t.values));
             }
@@ -151,8 +152,8 @@ fn bits(v: &[f64]) -> Vec<u64> {
     v.iter().map(|x| x.to_bits()).collect()
 }
 
-/// The losses of a device follow the CPU's within `bound`, relative; or they are as close to those in f64 as the CPU's
-/// in the same precision are: training makes small differences large, on the CPU too.
+/// The losses of a device agree with the CPU's within the relative `bound`, or are as close to those in f64 as the
+/// CPU's in the same precision: training amplifies small differences, on the CPU too.
 fn follows_the_cpu(
     dev: Arc<dyn Kernels>,
     precision: &str,
@@ -182,7 +183,7 @@ fn follows_the_cpu(
     Ok(())
 }
 
-/// Saving, and going on from the checkpoint in a new model, changes no bit.
+/// Saving and resuming from the checkpoint in a new model changes no bit.
 fn resumes_bitwise(
     dev: &dyn Fn() -> Arc<dyn Kernels>,
     precision: &str,
@@ -195,7 +196,7 @@ fn resumes_bitwise(
     let mut got = first.steps(0, steps / 2)?;
     let scratch = Scratch::new();
     let checkpoints = Checkpoints::new(&scratch.path("run"), 1);
-    let folder = checkpoints.save(&first.model, &[&first.main], &Progress::default())?;
+    let folder = checkpoint::save(&checkpoints, &first.model, &[&first.main], &Progress::default())?;
     drop(first);
     let mut second = Trainer::new(dev(), precision, sizes)?;
     checkpoint::load(&folder, &mut second.model, &mut [&mut second.main])?;
@@ -239,7 +240,7 @@ fn gpu_resumes_bitwise() -> Outcome {
     Ok(())
 }
 
-/// One recorded step replayed for every batch and rate.
+/// One recorded step, replayed for every batch and rate.
 #[test]
 #[ignore = "needs a GPU"]
 fn gpu_recorded_steps_are_bitwise_launched_ones() -> Outcome {

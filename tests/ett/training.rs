@@ -4,26 +4,28 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ett::autograd::{Tape, Var};
-use ett::backend::{Kernels, Role, StepState};
+use ett::backend::{DType, Kernels, Role};
 use ett::compare::{Bounds, compare};
-use ett::config::{Arm, Config, Scores, StageKind, VisualHeadKind};
+use ett::config::{Arm, Config, QuantizerMetric, StageKind, VisualHeadKind};
 use ett::error::Result;
+use ett::feed::Batch;
+use ett::io::{load_weights, save_weights};
 use ett::model::tokenizer::Grid;
-use ett::model::{Ett, Part};
-use ett::nn::Copy;
-use ett::tensor::{DType, Tensor};
+use ett::model::{Carried, Ett, Part};
+use ett::nn::Stored;
+use ett::tensor::Tensor;
 use ett::train::{
-    Batch, Counts, Hyper, Loss, Optimizer, Outcome as Step, Own, Recipe, Stage, TokenizerMode, load_weights,
-    save_weights, schedule, step,
+    Counts, Hyper, Loss, Optimizer, Outcome as Step, Own, Recipe, Stage, StepState, TokenizerMode, schedule,
+    step,
 };
 
 use crate::common::{Outcome, Scratch, cpu, ids, tensor};
 
 const VOCAB: usize = 40;
-/// Pixels a token.
+/// Pixels per side of a token.
 const S: usize = 4;
 
-/// A model of all parts.
+/// A model with all parts.
 pub fn small(precision: &str) -> Config {
     let mut cfg = Config::default();
     let t = &mut cfg.tokenizer;
@@ -56,7 +58,7 @@ fn pixels(seed: u64, [b, h, w]: [usize; 3]) -> Vec<f64> {
     v
 }
 
-/// A batch of some sizes: a start token, the picture, a text of its own.
+/// A batch of pictures of some sizes; each sequence has a start token, the picture, and its own text.
 pub fn batch(model: &Ett, sizes: &[[usize; 3]], kind: StageKind) -> Result<Batch> {
     let dev = &**model.params.device();
     let act = model.params.precision().act;
@@ -81,7 +83,7 @@ pub fn batch(model: &Ett, sizes: &[[usize; 3]], kind: StageKind) -> Result<Batch
     Ok(Batch { images, packed })
 }
 
-/// A stage under way.
+/// A stage in progress.
 pub struct Run {
     pub model: Ett,
     recipe: Recipe,
@@ -120,7 +122,7 @@ impl Run {
         self.step_of_ranks(parts, 1)
     }
 
-    /// The step of one of some ranks that hold as many tokens each.
+    /// The step of one of `ranks` ranks that hold equally many tokens.
     pub fn step_of_ranks(&mut self, parts: &[Batch], ranks: usize) -> Result<Step> {
         self.recipe.weights(&self.model, &mut self.state, parts.len());
         self.main.prepare(&mut self.state, self.rate);
@@ -142,12 +144,12 @@ impl Run {
 
 pub type Bits = BTreeMap<String, Vec<u64>>;
 
-/// The bits of every tensor of a copy of the parameters, and of what the discriminator carries.
-pub fn bits(model: &Ett, copy: Copy) -> Result<Bits> {
+/// The bits of every tensor of a copy of the parameters, and of the discriminator's state.
+pub fn bits(model: &Ett, stored: Stored) -> Result<Bits> {
     let raw = |v: Vec<f64>| v.into_iter().map(f64::to_bits).collect::<Vec<_>>();
     let mut all = BTreeMap::new();
     for (name, _, _) in model.params.names() {
-        if let Some(t) = model.params.read(name, copy)? {
+        if let Some(t) = model.params.read(name, stored)? {
             all.insert(name.to_string(), raw(t.values));
         }
     }
@@ -194,11 +196,11 @@ fn stages_train_their_groups_and_freeze_the_rest() -> Outcome {
             let what = format!("{}, {arm:?}, alpha {alpha}, gan {gan}, {precision}", kind.name());
             let mut run = Run::new(&cfg, cpu(2), kind, 1e-3)?;
             let batch = batch(&run.model, &[[2, 32, 32]], kind)?;
-            let before = bits(&run.model, Copy::Master)?;
+            let before = bits(&run.model, Stored::Master)?;
             for _ in 0..2 {
                 run.step(&batch)?;
             }
-            let after = bits(&run.model, Copy::Master)?;
+            let after = bits(&run.model, Stored::Master)?;
             let mut moved = BTreeSet::new();
             for (name, old) in &before {
                 let group = group_of(&run.model, name);
@@ -207,7 +209,7 @@ fn stages_train_their_groups_and_freeze_the_rest() -> Outcome {
                 if changed {
                     moved.insert(group);
                 } else if trained.contains(&&*group) {
-                    // A bias of keys moves nothing; codes enter nothing but the quantizer.
+                    // A bias of keys has no effect; codes are used by the quantizer only.
                     assert!(name.ends_with(".k.bias"), "{what}: trained `{name}` has not changed");
                 }
             }
@@ -217,7 +219,7 @@ fn stages_train_their_groups_and_freeze_the_rest() -> Outcome {
     Ok(())
 }
 
-/// Three steps' losses and everything they leave.
+/// The losses of three steps and the resulting weights and averages.
 fn three_steps(cfg: &Config, threads: usize) -> Result<(Vec<u64>, Bits, Bits)> {
     let mut run = Run::new(cfg, cpu(threads), StageKind::Semantic, 1e-3)?;
     run.model.params.average(&["encoder", "decoder", "discriminator"])?;
@@ -229,14 +231,14 @@ fn three_steps(cfg: &Config, threads: usize) -> Result<(Vec<u64>, Bits, Bits)> {
             losses.push(run.value(&out, loss)?.to_bits());
         }
     }
-    Ok((losses, bits(&run.model, Copy::Master)?, bits(&run.model, Copy::Ema)?))
+    Ok((losses, bits(&run.model, Stored::Master)?, bits(&run.model, Stored::Ema)?))
 }
 
 #[test]
 fn one_and_two_threads_give_the_same_bits() -> Outcome {
     for precision in ["f32", "bf16"] {
         let mut cfg = small(precision);
-        // Large enough to be cut into several blocks.
+        // Large enough to be split into several blocks.
         cfg.quantizer.codes = 1500;
         let one = three_steps(&cfg, 1)?;
         for threads in [2, 2, 3] {
@@ -246,11 +248,12 @@ fn one_and_two_threads_give_the_same_bits() -> Outcome {
     Ok(())
 }
 
-/// Memorising is to leave nothing: the caption is known, the pictures are there but for a tenth of their contrast, the
-/// tokens lie on their codes. Without the discriminator, whose part of the loss has no end.
+/// Memorising one batch drives the losses to nearly nothing: the caption is predicted, the pictures are reconstructed
+/// up to a tenth of their contrast, and the tokens coincide with their codes. The discriminator is left out, since
+/// its loss does not converge.
 #[test]
 fn one_batch_can_be_learnt_by_heart() -> Outcome {
-    for metric in [Scores::Dot, Scores::L2norm] {
+    for metric in [QuantizerMetric::Dot, QuantizerMetric::L2norm] {
         let mut cfg = small("f32");
         cfg.quantizer.metric = metric;
         cfg.loss.gan = 0.0;
@@ -282,11 +285,11 @@ fn one_batch_can_be_learnt_by_heart() -> Outcome {
     Ok(())
 }
 
-/// The order of tokens: group after group, image by image. (Row by row within an image: the fixture of a
+/// The order of tokens is by group, then by image. (The order by row within an image is tested by the fixture with a
 /// picture that is not square.)
 #[test]
 fn mixed_sizes_are_encoded_and_decoded_as_each_alone() -> Outcome {
-    for metric in [Scores::Dot, Scores::L2norm] {
+    for metric in [QuantizerMetric::Dot, QuantizerMetric::L2norm] {
         let mut cfg = small("f64");
         cfg.quantizer.metric = metric;
         let model = Ett::new(&cfg, cpu(2))?;
@@ -339,7 +342,7 @@ fn a_mixed_batch_is_the_average_of_its_parts() -> Outcome {
         assert_eq!(out.rec.len(), sizes.len());
         Loss::ALL.into_iter().map(|l| Ok((l, run.value(&out, l)?))).collect()
     };
-    // `batch` draws the second size's pictures from another seed: alone, they follow a size of their own.
+    // `batch` draws the pictures of the second size with another seed; `second_alone` uses the same one.
     let both = losses(&[[2, 32, 32], [1, 32, 48]])?;
     let (first, second) = (losses(&[[2, 32, 32]])?, second_alone(&cfg)?);
     let tokens = [128.0, 96.0];
@@ -367,7 +370,7 @@ fn second_alone(cfg: &Config) -> Result<BTreeMap<Loss, f64>> {
 
 #[test]
 fn two_groups_of_one_size_are_one_batch() -> Outcome {
-    // BatchNorm takes its statistics a group; without the discriminator nothing tells the groups apart.
+    // BatchNorm takes its statistics per group; without the discriminator, nothing distinguishes the groups.
     let mut cfg = small("f64");
     cfg.loss.gan = 0.0;
     let gradients = |split: bool| -> Result<BTreeMap<String, Vec<f64>>> {
@@ -382,7 +385,7 @@ fn two_groups_of_one_size_are_one_batch() -> Outcome {
         let p = &run.model.params;
         let mut all = BTreeMap::new();
         for (name, _, _) in p.names() {
-            if let Some(t) = p.read(name, Copy::Gradient)? {
+            if let Some(t) = p.read(name, Stored::Gradient)? {
                 all.insert(name.to_string(), t.values);
             }
         }
@@ -401,48 +404,48 @@ fn averages_follow_the_weights() -> Outcome {
     let mut run = Run::new(&small("f64"), cpu(2), StageKind::Semantic, 1e-2)?;
     run.model.params.average(&["encoder", "discriminator"])?;
     let batch = batch(&run.model, &[[2, 32, 32]], StageKind::Semantic)?;
-    let read = |run: &Run, copy: Copy| -> Result<BTreeMap<String, Vec<f64>>> {
+    let read = |run: &Run, stored: Stored| -> Result<BTreeMap<String, Vec<f64>>> {
         let p = &run.model.params;
         let mut all = BTreeMap::new();
         for (name, _, _) in p.names() {
-            if let Some(t) = p.read(name, copy)? {
+            if let Some(t) = p.read(name, stored)? {
                 all.insert(name.to_string(), t.values);
             }
         }
         Ok(all)
     };
     assert!(
-        read(&run, Copy::Ema)?
+        read(&run, Stored::Ema)?
             .keys()
             .all(|n| ["encoder", "discriminator"].contains(&&*group_of(&run.model, n)))
     );
-    let mut want = read(&run, Copy::Ema)?;
-    let start = read(&run, Copy::Master)?;
+    let mut want = read(&run, Stored::Ema)?;
+    let start = read(&run, Stored::Master)?;
     assert!(want.iter().all(|(n, v)| *v == start[n]), "averages start from the weights");
     for _ in 0..3 {
         run.step(&batch)?;
-        let live = read(&run, Copy::Master)?;
+        let live = read(&run, Stored::Master)?;
         for (name, v) in &mut want {
             v.iter_mut().zip(&live[name]).for_each(|(e, w)| *e = 0.9 * *e + 0.1 * w);
         }
     }
-    let got = read(&run, Copy::Ema)?;
+    let got = read(&run, Stored::Ema)?;
     assert_eq!(got.len(), want.len());
     for (name, want) in &want {
         compare(name, &got[name], want, 1, Bounds::of(DType::F64).least(1e-6))?;
         assert!(*want != start[name] || name.ends_with(".k.bias"), "{name} has moved");
     }
-    // Exchanged for an evaluation and back.
-    let live = bits(&run.model, Copy::Master)?;
+    // Swapped for an evaluation and back.
+    let live = bits(&run.model, Stored::Master)?;
     run.model.params.swap_averages()?;
-    assert!(read(&run, Copy::Master)?.iter().all(|(n, v)| got.get(n).is_none_or(|g| g == v)));
+    assert!(read(&run, Stored::Master)?.iter().all(|(n, v)| got.get(n).is_none_or(|g| g == v)));
     run.model.params.swap_averages()?;
-    assert!(bits(&run.model, Copy::Master)? == live);
+    assert!(bits(&run.model, Stored::Master)? == live);
     Ok(())
 }
 
-/// The bits of all that a step may change: weights, what products read of them, moments, averages, and what the
-/// discriminator carries.
+/// The bits of everything that a step may change: weights, the copies that products read, moments, averages, and the
+/// discriminator's state.
 fn everything(run: &Run) -> Result<Vec<Vec<u64>>> {
     let (p, dev) = (&run.model.params, &**run.model.params.device());
     let mut all = vec![vec![run.model.discriminator_state.batches]];
@@ -451,16 +454,19 @@ fn everything(run: &Run) -> Result<Vec<Vec<u64>>> {
         Ok(())
     };
     (0..p.groups().len()).flat_map(|g| p.stepped(g)).try_for_each(&mut put)?;
-    run.model.discriminator.carried(&run.model.discriminator_state).into_iter().try_for_each(&mut put)?;
+    run.model.carried().iter().try_for_each(|(_, carried)| match carried {
+        Carried::Tensor(t) => put(t),
+        Carried::Count(_) => Ok(()),
+    })?;
     Ok(all)
 }
 
-/// Makes a step on a batch that spoils it, which has to change nothing, and then a good one.
+/// Makes a step on a batch with a non-finite value, which has to change nothing, and then a step on a good batch.
 fn is_skipped(run: &mut Run, bad: &[Batch], good: &[Batch], what: &str) -> Result<Step> {
     let dev = run.model.params.device().clone();
     let before = everything(run)?;
     let out = run.step_in_parts(bad)?;
-    assert!(run.main.norm().to_f64(&*dev)?[1] > 0.0, "{what}: what is not finite is counted");
+    assert!(run.main.norm().to_f64(&*dev)?[1] > 0.0, "{what}: non-finite values are counted");
     run.model.discriminator_state.batches = out.batches_before;
     assert!(everything(run)? == before, "{what}: a step that is skipped changes nothing");
     run.step_in_parts(good)?;
@@ -470,7 +476,7 @@ fn is_skipped(run: &mut Run, bad: &[Batch], good: &[Batch], what: &str) -> Resul
     Ok(out)
 }
 
-/// A batch like [`batch`]'s whose first picture has one value that is not finite.
+/// A batch like that of [`batch`] whose first picture has one non-finite value.
 fn spoiled(model: &Ett, kind: StageKind) -> Result<Batch> {
     let mut bad = batch(model, &[[2, 32, 32]], kind)?;
     let mut values = pixels(0, [2, 32, 32]);
@@ -509,7 +515,7 @@ fn a_picture_that_is_not_finite_skips_the_step() -> Outcome {
 
 #[test]
 fn a_frozen_tokenizer_that_gives_no_codes_skips_the_step() -> Outcome {
-    // Its code would be 0 and the loss finite.
+    // The code of a non-finite token would be 0, and the loss finite.
     for kind in [StageKind::Align, StageKind::Chat] {
         let mut run = Run::new(&small("f32"), cpu(2), kind, 1e-3)?;
         let good = [batch(&run.model, &[[2, 32, 32]], kind)?];
@@ -523,15 +529,15 @@ fn a_frozen_tokenizer_that_gives_no_codes_skips_the_step() -> Outcome {
 
 #[test]
 fn a_language_model_that_is_not_finite_takes_the_discriminators_step_back() -> Outcome {
-    // The discriminator has been stepped when the caption loss is formed.
+    // The discriminator is stepped before the caption loss is computed.
     let mut run = Run::new(&small("f32"), cpu(2), StageKind::Semantic, 1e-3)?;
     let data = [batch(&run.model, &[[2, 32, 32]], StageKind::Semantic)?];
     run.step_in_parts(&data)?;
     let name = "model.norm.weight";
-    let kept = run.model.params.read(name, Copy::Master)?.ok_or("a weight")?;
+    let kept = run.model.params.read(name, Stored::Master)?.ok_or("a weight")?;
     let mut broken = kept.clone();
     broken.values[0] = f64::NAN;
-    run.model.params.write_public(name, Copy::Master, &broken)?;
+    run.model.params.write_public(name, Stored::Master, &broken)?;
     let before = everything(&run)?;
     let out = run.step_in_parts(&data)?;
     assert!(run.value(&out, Loss::Cap)?.is_nan() && run.value(&out, Loss::DHinge)?.is_finite());
@@ -542,7 +548,7 @@ fn a_language_model_that_is_not_finite_takes_the_discriminators_step_back() -> O
 
 #[test]
 fn the_entropies_are_left_out_where_nothing_asks_for_them() -> Outcome {
-    // At alpha 0, and with weight 0: no sweep over the columns, and the same update of everything else.
+    // At alpha 0 or weight 0 there is no sweep over the columns, and everything else is updated in the same way.
     let mut cfg = small("f64");
     (cfg.loss.alpha, cfg.loss.entropy) = (0.0, 0.05);
     let plan = |cfg: &Config, kind| -> Result<Vec<&'static str>> {
@@ -584,13 +590,13 @@ fn visual_heads_learn_codes() -> Outcome {
         let recipe = Recipe { tokenizer: TokenizerMode::Frozen, text: false, codes: true };
         let mut run = Run::with(model, recipe, &["llm", "projector", "visual_head"], false, 1e-2)?;
         let mut batch = batch(&run.model, &[[2, 32, 32]], StageKind::Align)?;
-        // A prompt of its own for each picture; every code is predicted, the first from the prompt.
+        // Each picture has its own prompt; every code is predicted, the first from the prompt.
         let sequences: Vec<Vec<Part>> =
             (0..2).map(|i| vec![Part::context(vec![i + 2]), Part::Codes(i as usize)]).collect();
         let packed = Batch::pack(&run.model, &sequences, &[Grid { images: 2, h: 8, w: 8 }], 8)?;
         assert_eq!((packed.code_rows.len(), packed.tokens), (128, 0));
         batch.packed = Some(packed);
-        let before = bits(&run.model, Copy::Master)?;
+        let before = bits(&run.model, Stored::Master)?;
         let first = run.step(&batch)?;
         let first = run.value(&first, Loss::Code)?;
         for step in 0..240 {
@@ -602,15 +608,15 @@ fn visual_heads_learn_codes() -> Outcome {
         let last = run.step(&batch)?;
         let last = run.value(&last, Loss::Code)?;
         println!("{kind:?}: {first} to {last}, uniform {}", (48f64).ln());
-        assert!(first > 3.0 && last < 0.02, "{kind:?}: {first} to {last}, wanted the codes learnt by heart");
-        let after = bits(&run.model, Copy::Master)?;
+        assert!(first > 3.0 && last < 0.02, "{kind:?}: {first} to {last}, wanted the codes memorised");
+        let after = bits(&run.model, Stored::Master)?;
         for (name, old) in &before {
             if name.starts_with("quantize.") || name.starts_with("encoder.") {
                 assert!(after[name] == *old, "{name} is frozen");
             }
         }
     }
-    // Without a head there is nothing to predict them with.
+    // Without a head, codes cannot be predicted.
     let model = Ett::new(&small("f32"), cpu(2))?;
     let recipe = Recipe { tokenizer: TokenizerMode::Frozen, text: false, codes: true };
     let mut run = Run::with(model, recipe, &["llm"], false, 1e-2)?;
@@ -622,7 +628,7 @@ fn visual_heads_learn_codes() -> Outcome {
 
 #[test]
 fn steps_after_the_first_hold_no_more_memory() -> Outcome {
-    // One thread: how much scratch two threads hold at once depends on how they meet.
+    // A single thread: with two, the scratch memory held at once depends on timing.
     let mut run = Run::new(&small("bf16"), cpu(1), StageKind::Semantic, 1e-3)?;
     let dev = run.model.params.device().clone();
     let batch = batch(&run.model, &[[2, 32, 32]], StageKind::Semantic)?;
@@ -644,12 +650,15 @@ fn weights_survive_a_file() -> Outcome {
         let mut cfg = small(precision);
         (cfg.train.arm, cfg.projector.norm) = (arm, true);
         let model = Ett::new(&cfg, cpu(2))?;
-        save_weights(&model.params, &path, Copy::Master)?;
+        save_weights(&model.params, &path, Stored::Master)?;
         cfg.train.seed = 99;
         let other = Ett::new(&cfg, cpu(2))?;
-        assert!(bits(&other, Copy::Master)? != bits(&model, Copy::Master)?, "another seed is another start");
+        assert!(
+            bits(&other, Stored::Master)? != bits(&model, Stored::Master)?,
+            "another seed is another start"
+        );
         load_weights(&other.params, &path)?;
-        assert!(bits(&other, Copy::Master)? == bits(&model, Copy::Master)?, "{precision}");
+        assert!(bits(&other, Stored::Master)? == bits(&model, Stored::Master)?, "{precision}");
         let dev = other.params.device();
         for g in 0..other.params.groups().len() {
             if let Some(s) = other.params.shadow(g) {
@@ -666,11 +675,11 @@ fn weights_survive_a_file() -> Outcome {
 
 #[test]
 fn adding_a_part_changes_no_other_start() -> Outcome {
-    // Initial values hang on the seed and the name alone.
+    // Initial values depend on the seed and the name only.
     let start = |change: fn(&mut Config)| -> Result<Bits> {
         let mut cfg = small("f32");
         change(&mut cfg);
-        bits(&Ett::new(&cfg, cpu(1))?, Copy::Master)
+        bits(&Ett::new(&cfg, cpu(1))?, Stored::Master)
     };
     let plain = start(|_| {})?;
     let more = start(|c| {
@@ -689,7 +698,7 @@ fn steps_say_what_is_missing() -> Outcome {
     b.packed = None;
     let e = run.step(&b).err().ok_or("no sequences is an error")?.to_string();
     assert!(e.contains("batch.packed"), "{e}");
-    // Pictures whose sides the down-sampling does not divide.
+    // Pictures whose sides are not multiples of the downsampling factor.
     let dev = run.model.params.device().clone();
     b = batch(&run.model, &[[1, 32, 32]], StageKind::Semantic)?;
     b.images = vec![Tensor::zeros(&*dev, Role::Input, DType::F32, [1, 32, 30, 3])?];
@@ -699,7 +708,7 @@ fn steps_say_what_is_missing() -> Outcome {
     Ok(())
 }
 
-/// Gradients of a step over these parts, in order of names, and its losses.
+/// Gradients of a step over these parts, in the order of names, and its losses.
 fn gradients_of(cfg: &Config, kind: StageKind, parts: usize, copies: bool) -> Result<(Vec<f64>, Vec<f64>)> {
     let mut run = Run::new(cfg, cpu(2), kind, 1e-3)?;
     let dev = run.model.params.device().clone();
@@ -727,7 +736,7 @@ fn gradients_of(cfg: &Config, kind: StageKind, parts: usize, copies: bool) -> Re
     let out = run.step_in_parts(&batches)?;
     let mut all = Vec::new();
     for (name, _, _) in run.model.params.names() {
-        all.extend(run.model.params.read(name, Copy::Gradient)?.into_iter().flat_map(|t| t.values));
+        all.extend(run.model.params.read(name, Stored::Gradient)?.into_iter().flat_map(|t| t.values));
     }
     let losses = Loss::ALL.into_iter().map(|l| run.value(&out, l)).collect::<Result<_>>()?;
     Ok((all, losses))
@@ -735,7 +744,7 @@ fn gradients_of(cfg: &Config, kind: StageKind, parts: usize, copies: bool) -> Re
 
 #[test]
 fn a_batch_in_parts_is_the_batch() -> Outcome {
-    // Without what is taken over a part: BatchNorm and the average entropy.
+    // Without the losses that depend on the parts: BatchNorm's statistics and the average entropy.
     let mut cfg = small("f64");
     (cfg.loss.gan, cfg.loss.entropy) = (0.0, 0.0);
     let (whole, losses) = gradients_of(&cfg, StageKind::Semantic, 1, false)?;
@@ -748,7 +757,7 @@ fn a_batch_in_parts_is_the_batch() -> Outcome {
             assert!(mean_of_entropies || (a - b).abs() <= 1e-10 * b.abs().max(1.0), "{l:?}: {a} {b}");
         }
     }
-    // With everything, equal parts: their statistics are those of each.
+    // With all losses but equal parts, whose statistics are those of each part.
     let mut cfg = small("f64");
     cfg.loss.lecam = 0.0;
     for kind in [StageKind::Tokenizer, StageKind::Semantic] {
@@ -775,7 +784,7 @@ fn recomputed_blocks_give_the_same_bits() -> Outcome {
             let data = batch(&run.model, &[[2, 32, 32]], kind)?;
             run.step(&data)?;
             run.step(&data)?;
-            Ok((bits(&run.model, Copy::Master)?, run.model.params.device().memory().peak))
+            Ok((bits(&run.model, Stored::Master)?, run.model.params.device().memory().peak))
         };
         let ((kept, memory), (again, less)) = (train(false)?, train(true)?);
         assert!(kept == again, "{precision} {kind:?}: other bits");
@@ -794,7 +803,7 @@ fn groups_have_constants_of_their_own() -> Outcome {
         run.step(&data)?;
         run.step(&data)?;
         let mut groups = BTreeMap::<String, Bits>::new();
-        for (name, b) in bits(&run.model, Copy::Master)? {
+        for (name, b) in bits(&run.model, Stored::Master)? {
             let group = if name.starts_with("discriminator state") {
                 "state".into()
             } else {
@@ -807,7 +816,7 @@ fn groups_have_constants_of_their_own() -> Outcome {
     let (same, fixed) = (train(usual)?, train(Own { scale: 0.0, ..usual })?);
     let fresh = Run::new(&small("f32"), cpu(2), StageKind::Semantic, 1e-3)?;
     for (name, b) in &fixed["projector"] {
-        assert!(bits(&fresh.model, Copy::Master)?[name] == *b, "{name} moves at rate 0");
+        assert!(bits(&fresh.model, Stored::Master)?[name] == *b, "{name} moves at rate 0");
     }
     for other in [
         Own { scale: 0.0, ..usual },
@@ -818,7 +827,7 @@ fn groups_have_constants_of_their_own() -> Outcome {
     ] {
         assert!(same["projector"] != train(other)?["projector"], "{other:?}");
     }
-    // A first step does not depend on what other groups do; the second sees a projector that has moved.
+    // A first step does not depend on the other groups; the second sees a projector that has changed.
     assert!(same["llm"] != fixed["llm"]);
     let mut run = Run::new(&small("f32"), cpu(1), StageKind::Align, 1e-3)?;
     let e = run.main.set_group(&run.model.params, "llm", usual).expect_err("llm is frozen").to_string();
@@ -859,12 +868,12 @@ fn a_non_finite_loss_skips_the_update() -> Outcome {
     let data = batch(&run.model, &[[2, 32, 32]], StageKind::Semantic)?;
     run.step(&data)?;
     let dev = run.model.params.device().clone();
-    let before = bits(&run.model, Copy::Master)?;
+    let before = bits(&run.model, Stored::Master)?;
     for (value, count) in [(f64::NAN, 1.0), (f64::INFINITY, 1.0), (1.0, 0.0)] {
         let losses = [tensor(&*dev, DType::F32, &[2.0], [1]), tensor(&*dev, DType::F32, &[value], [1])];
         run.main.apply(&run.model.params, &run.state, losses.iter(), [].iter())?;
         assert_eq!(run.main.norm().to_f64(&*dev)?[1], count, "{value}");
-        assert_eq!(bits(&run.model, Copy::Master)? == before, count > 0.0, "{value}");
+        assert_eq!(bits(&run.model, Stored::Master)? == before, count > 0.0, "{value}");
     }
     Ok(())
 }

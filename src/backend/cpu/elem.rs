@@ -3,7 +3,7 @@
 use half::bf16;
 use num_traits::Float;
 
-use crate::tensor::Element;
+use crate::backend::Element;
 
 /// A stored float and the type its sums are formed in.
 pub(crate) trait Elem: Element {

@@ -72,7 +72,7 @@ fn bwd<E: Elem>(a: &GatherBwd) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing_b::*;
+    use super::super::testing::args::*;
     use super::*;
 
     fn args(n: usize, r: usize, c: usize) -> Vec<Arg> {

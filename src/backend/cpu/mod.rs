@@ -10,7 +10,7 @@ mod elem;
 mod gather;
 mod gemm;
 mod lanes;
-mod losses;
+mod loss;
 mod norm;
 mod optim;
 mod pointwise;
@@ -20,11 +20,8 @@ mod resample;
 mod sample;
 #[cfg(test)]
 mod testing;
-#[cfg(test)]
-mod testing_b;
 mod views;
 mod workspace;
-mod xent;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;

@@ -203,9 +203,8 @@ fn pool_bwd<T: Elem>(s: &MaxPool2x2Bwd) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::*;
+    use super::super::testing::run::*;
     use super::*;
-    use crate::tensor::Precision;
 
     /// Calls `f` with the fine and the coarse position of every fine pixel that has a coarse one.
     fn each([b, h, w, c]: [usize; 4], mut f: impl FnMut(usize, usize)) {

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::workspace::{per_thread, together};
 use super::*;
-use crate::data::{Philox, Purpose};
+use crate::rng::{Philox, Purpose};
 
 /// The weight of the largest logit: as many steps has a probability at most.
 const ONE: f64 = (1u64 << 42) as f64;
@@ -202,7 +202,7 @@ const INVERSE_FACTORIALS: [f64; 14] = [
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing_b::*;
+    use super::super::testing::args::*;
     use super::*;
 
     const ALL: Choice = Choice { temperature: 1.0, top_k: 0, top_p: 1.0 };

@@ -9,27 +9,28 @@ use rayon::prelude::*;
 
 use super::workspace::{acc_size, block, is_narrow, per_thread};
 use super::{Elem, PerThread, Real, Scratch, Workspace};
-use crate::backend::{In, check_view};
+use crate::backend::{DType, Dims, Element, In, check_view};
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Element};
 
 /// Runs `$body` with `$t` as the Rust type of a float dtype.
 macro_rules! by_dtype {
     ($op:expr, $dtype:expr, $t:ident => $body:expr) => {
         match $dtype {
-            $crate::tensor::DType::F64 => {
+            $crate::backend::DType::F64 => {
                 type $t = f64;
                 $body
             }
-            $crate::tensor::DType::F32 => {
+            $crate::backend::DType::F32 => {
                 type $t = f32;
                 $body
             }
-            $crate::tensor::DType::Bf16 => {
+            $crate::backend::DType::Bf16 => {
                 type $t = half::bf16;
                 $body
             }
-            $crate::tensor::DType::I32 => Err($crate::error::Error::arg($op, "dtype", "i32", "a float type")),
+            $crate::backend::DType::I32 => {
+                Err($crate::error::Error::arg($op, "dtype", "i32", "a float type"))
+            }
         }
     };
 }
@@ -271,12 +272,7 @@ pub(crate) fn expect_rows(
 }
 
 /// Fails unless the view has this shape.
-pub(crate) fn expect_dims(
-    op: &'static str,
-    arg: &'static str,
-    v: &In,
-    want: impl Into<crate::tensor::Dims>,
-) -> Result<()> {
+pub(crate) fn expect_dims(op: &'static str, arg: &'static str, v: &In, want: impl Into<Dims>) -> Result<()> {
     let want = want.into();
     if v.dims != want {
         return Err(Error::arg(op, arg, v.dims, want));

@@ -12,9 +12,8 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, PoisonError};
 
 use super::pool::Reserved;
-use crate::backend::In;
+use crate::backend::{DType, Element, In};
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Element};
 
 /// Blocks of a workspace start on multiples of this.
 const ALIGN: usize = 256;
@@ -64,7 +63,7 @@ pub(crate) fn wide(x: &In) -> usize {
 /// The queries of kernels that take no workspace.
 macro_rules! no_workspace {
     ($($kernel:ident($args:ident)),* $(,)?) => { pastey::paste! {
-        $(pub(super) fn [<$kernel _workspace>](_a: &crate::backend::$args, _threads: usize) -> usize {
+        $(pub(crate) fn [<$kernel _workspace>](_a: &crate::backend::$args, _threads: usize) -> usize {
             0
         })*
     } };

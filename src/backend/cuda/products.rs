@@ -10,7 +10,7 @@ use cudarc::cublaslt::sys;
 use cudarc::cublaslt::sys::cublasLtMatmulDescAttributes_t as Desc;
 
 use super::ffi;
-use crate::tensor::DType;
+use crate::backend::DType;
 
 /// Scratch memory that algorithms may use: what the library's authors advise for Hopper.
 pub(super) const WORKSPACE: usize = 32 << 20;

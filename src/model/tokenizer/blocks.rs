@@ -10,7 +10,7 @@ fn one(outs: Vec<Var>) -> Result<Var> {
     Ok(outs.into_iter().next().unwrap_or_else(|| unreachable!("a block of one output has one")))
 }
 
-/// GroupNorm, SiLU, conv3x3, twice, plus the input (through a 1x1 convolution where the width changes).
+/// Twice GroupNorm, SiLU and a 3x3 convolution, plus the input (through a 1x1 convolution if the width changes).
 #[derive(Clone)]
 pub(super) struct ResBlock {
     norm1: GroupNorm,
@@ -50,7 +50,7 @@ impl ResBlock {
     }
 }
 
-/// One head of full attention over the positions of each image, plus the input.
+/// Single-head full attention over the positions of each image, plus the input.
 #[derive(Clone)]
 pub(super) struct AttnBlock {
     norm: GroupNorm,
@@ -89,7 +89,7 @@ impl AttnBlock {
     }
 }
 
-/// Residual, attention, residual: the middle of encoder and decoder.
+/// Residual, attention, residual: the middle of the encoder and the decoder.
 pub(super) struct Middle {
     block_1: ResBlock,
     attn_1: AttnBlock,
@@ -112,7 +112,7 @@ impl Middle {
     }
 }
 
-/// The blocks of one level and, at the lowest, an attention block after each.
+/// The residual blocks of one resolution; at the lowest one each is followed by an attention block.
 pub(super) struct Level {
     blocks: Vec<ResBlock>,
     attn: Vec<AttnBlock>,

@@ -1,13 +1,14 @@
-//! PatchGAN (arXiv 1611.07004) with the state its training carries: BatchNorm's running statistics and
-//! LeCAM's averages (arXiv 2104.03310).
+//! PatchGAN (arXiv 1611.07004) and the state of its training: BatchNorm's running statistics and LeCAM's averages
+//! (arXiv 2104.03310).
 
 use crate::autograd::{Tape, Var};
-use crate::backend::{BatchNormRunning, Cast, Kernels, LecamUpdate, Role, Stream, Unary};
+use crate::backend::{BatchNormRunning, Cast, DType, Kernels, LecamUpdate, Role, Stream, Unary};
 use crate::config::DiscriminatorConfig;
 use crate::error::Result;
+use crate::model::Carried;
 use crate::nn::{Conv2d, Init, Param, ParamBuilder, Params};
 use crate::ops::{self, BatchStats, Conv};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 const CONV: Conv = Conv { stride: 2, before: 1, after: 1 };
 const LAST: Conv = Conv { stride: 1, before: 1, after: 1 };
@@ -18,7 +19,7 @@ struct Normed {
     b: Param,
 }
 
-/// Five 4x4 convolutions that judge overlapping patches.
+/// Five 4x4 convolutions that classify overlapping patches.
 pub struct Discriminator {
     first: Conv2d,
     normed: Vec<Normed>,
@@ -27,25 +28,44 @@ pub struct Discriminator {
     cfg: DiscriminatorConfig,
 }
 
-/// What the discriminator's training carries from step to step beside its weights.
+/// State that the discriminator's training carries from step to step, besides the weights.
 pub struct DiscriminatorState {
     /// Running mean and variance of each BatchNorm, `[C]`; accumulator type.
     pub running: Vec<(Tensor, Tensor)>,
-    /// Passes taken into the running statistics.
+    /// Number of passes in the running statistics.
     pub batches: u64,
     /// Averages of the mean real and fake logits, `[2]`; accumulator type.
     pub lecam: Tensor,
 }
 
+impl DiscriminatorState {
+    /// All of it, under the names that PyTorch gives it.
+    pub(crate) fn carried(&self) -> Vec<(String, Carried<'_>)> {
+        let mut all = vec![("loss.lecam_ema".to_string(), Carried::Tensor(&self.lecam))];
+        for (i, (mean, var)) in self.running.iter().enumerate() {
+            // The BatchNorms are layers 3, 6 and 9.
+            let name = |what: &str| format!("{}.{what}", layer(3 + 3 * i));
+            all.push((name("running_mean"), Carried::Tensor(mean)));
+            all.push((name("running_var"), Carried::Tensor(var)));
+            all.push((name("num_batches_tracked"), Carried::Count(self.batches)));
+        }
+        all
+    }
+}
+
+/// The public name of a layer.
+fn layer(i: usize) -> String {
+    format!("loss.discriminator.main.{i}")
+}
+
 impl Discriminator {
-    /// Registers all in group `discriminator`.
+    /// Registers all parameters in group `discriminator`.
     pub fn new(b: &mut ParamBuilder, cfg: &DiscriminatorConfig) -> Self {
         b.group("discriminator");
-        let name = |i: usize| format!("loss.discriminator.main.{i}");
         let init = Init::Normal(0.0, 0.02);
         let n = cfg.ndf;
         let biased = |b: &mut ParamBuilder, i: usize, from: usize, to: usize, conv: Conv| {
-            Conv2d::with_init(b, &name(i), from, to, 4, conv, init, Some(Init::kaiming(from * 16)))
+            Conv2d::with_init(b, &layer(i), from, to, 4, conv, init, Some(Init::kaiming(from * 16)))
         };
         let widths = [2 * n, 4 * n, 8 * n];
         let first = biased(b, 0, 3, n, CONV);
@@ -54,9 +74,9 @@ impl Discriminator {
         for (l, &to) in widths.iter().enumerate() {
             let conv = if l == 2 { LAST } else { CONV };
             normed.push(Normed {
-                conv: Conv2d::with_init(b, &name(2 + 3 * l), from, to, 4, conv, init, None),
-                w: b.add(&format!("{}.weight", name(3 + 3 * l)), [to], Init::Normal(1.0, 0.02)),
-                b: b.add(&format!("{}.bias", name(3 + 3 * l)), [to], Init::Constant(0.0)),
+                conv: Conv2d::with_init(b, &layer(2 + 3 * l), from, to, 4, conv, init, None),
+                w: b.add(&format!("{}.weight", layer(3 + 3 * l)), [to], Init::Normal(1.0, 0.02)),
+                b: b.add(&format!("{}.bias", layer(3 + 3 * l)), [to], Init::Constant(0.0)),
             });
             from = to;
         }
@@ -64,7 +84,7 @@ impl Discriminator {
         Discriminator { first, normed, last, widths, cfg: cfg.clone() }
     }
 
-    /// Patch logits `[B, h, w, 1]` of `x` `[B, H, W, 3]`, with this pass's BatchNorm statistics. If `frozen`,
+    /// Patch logits `[B, h, w, 1]` of `x` `[B, H, W, 3]`, with the BatchNorm statistics of this pass. If `frozen`,
     /// gradients reach `x` but not the weights.
     pub fn forward(&self, t: &Tape, p: &Params, x: &Var, frozen: bool) -> Result<(Var, Vec<BatchStats>)> {
         let slope = self.cfg.slope;
@@ -83,7 +103,7 @@ impl Discriminator {
         Ok((self.last.apply(t, p, &h, frozen)?, stats))
     }
 
-    /// Patch logits of a picture of `h` by `w` pixels; 0 if it is too small.
+    /// Number of patch logits of a picture of `h` by `w` pixels; 0 if it is too small.
     pub fn patches(&self, h: usize, w: usize) -> usize {
         let convs = [CONV, CONV, CONV, LAST, LAST];
         let side = |n: usize| {
@@ -95,12 +115,6 @@ impl Discriminator {
         side(h) * side(w)
     }
 
-    /// The tensors of its state, for a step that may have to be taken back.
-    pub fn carried<'a>(&self, s: &'a DiscriminatorState) -> Vec<&'a Tensor> {
-        let running = s.running.iter().flat_map(|(mean, var)| [mean, var]);
-        running.chain([&s.lecam]).collect()
-    }
-
     /// The state of an untrained discriminator: mean 0, variance 1, averages 0.
     pub fn state(&self, dev: &dyn Kernels, acc: DType) -> Result<DiscriminatorState> {
         let filled = |n: usize, v: f64| Tensor::from_f64(dev, Role::Weight, acc, &vec![v; n], [n]);
@@ -109,7 +123,7 @@ impl Discriminator {
         Ok(DiscriminatorState { running, batches: 0, lecam: filled(2, 0.0)? })
     }
 
-    /// LeCAM's averages after taking in these logits; the state itself is left as it is.
+    /// LeCAM's averages updated with these logits; the state itself does not change.
     pub fn lecam_after(&self, t: &Tape, s: &DiscriminatorState, real: &Var, fake: &Var) -> Result<Tensor> {
         let out = t.stat([2])?;
         let a = LecamUpdate {
@@ -123,7 +137,7 @@ impl Discriminator {
         Ok(out)
     }
 
-    /// Takes the statistics of passes, in order, into the running ones.
+    /// Updates the running statistics with the statistics of `passes`, in order.
     pub fn commit(
         &self,
         dev: &dyn Kernels,

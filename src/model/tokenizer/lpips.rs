@@ -1,4 +1,4 @@
-//! LPIPS (arXiv 1801.03924): distances of VGG16 features, unit-normalised, weighed by learned heads.
+//! LPIPS (arXiv 1801.03924): distances between unit-normalised VGG16 features, weighted by learned heads.
 
 use crate::autograd::{Tape, Var};
 use crate::backend::Unary;
@@ -21,8 +21,8 @@ pub struct Lpips {
 }
 
 impl Lpips {
-    /// Registers VGG16 and heads in group `lpips`. Until weights are loaded the features are random from a
-    /// fixed seed and the heads 1.
+    /// Registers VGG16 and the heads in group `lpips`. Until weights are loaded, the features are random from a fixed
+    /// seed and the heads are 1.
     pub fn new(b: &mut ParamBuilder, cfg: &LpipsConfig) -> Self {
         b.group("lpips");
         let mut slices = Vec::new();
@@ -71,8 +71,8 @@ impl Lpips {
         Ok(out)
     }
 
-    /// The distance of `fake` from `real`, both `[B, H, W, 3]`, summed over images and multiplied by the device scalar
-    /// `scale`, one over the images of the whole batch: one term a layer.
+    /// The distance of `fake` from `real`, both `[B, H, W, 3]`, summed over images and multiplied by the device
+    /// scalar `scale`, the reciprocal of the number of images of the whole batch. Returns one term per layer.
     pub fn distance(&self, t: &Tape, p: &Params, real: &Var, fake: &Var, scale: &Tensor) -> Result<Vec<Var>> {
         let f0 = self.features(t, p, &real.detach())?;
         let f1 = self.features(t, p, fake)?;

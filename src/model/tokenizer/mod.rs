@@ -1,4 +1,4 @@
-//! The vision tokenizer: encoder, quantizer, decoder, and what its losses need.
+//! The vision tokenizer: encoder, quantizer and decoder, and the networks of its losses.
 
 mod blocks;
 mod discriminator;
@@ -6,31 +6,32 @@ mod encoder;
 mod lpips;
 
 use crate::autograd::{Tape, Var};
-use crate::config::{Operands, QuantizerConfig, QuantizerKind, Scores, TokenizerConfig};
+use crate::backend::DType;
+use crate::config::{Operands, QuantizerConfig, QuantizerKind, QuantizerMetric, TokenizerConfig};
 use crate::error::{Error, Result};
 use crate::nn::{Conv2d, Init, Param, ParamBuilder, Params};
 use crate::ops::{self, Conv, Entropy, IbqOptions, Quantized};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 pub use discriminator::{Discriminator, DiscriminatorState};
 use encoder::{Decoder, Encoder};
 pub use lpips::Lpips;
 
-/// Least norm of a normalised row.
+/// Lower bound of the norm by which rows are divided.
 const NORM_EPS: f64 = 1e-12;
 
-/// Images of one size and the tokens they became.
+/// The token grid of a group of images of one size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Grid {
-    /// B.
+    /// Number of images, B.
     pub images: usize,
     /// Rows of tokens.
     pub h: usize,
-    /// Tokens a row.
+    /// Tokens per row.
     pub w: usize,
 }
 
 impl Grid {
-    /// Tokens of all its images.
+    /// Number of tokens of all its images.
     pub fn tokens(&self) -> usize {
         self.images * self.h * self.w
     }
@@ -72,9 +73,9 @@ impl Tokenizer {
         }
     }
 
-    /// Encodes groups of same-size images `[B, H, W, 3]`: `z` `[M, D]`, group after group, image by image, row
-    /// by row, in the type of the quantizer's operands, and the grid of each group. With metric `l2norm` the rows of `z`
-    /// are unit vectors.
+    /// Encodes groups of images of equal size `[B, H, W, 3]` into `z` `[M, D]`, ordered by group, image and row, and
+    /// the grid of each group. `z` has the type that `quantizer.precision` asks for. With metric `l2norm` its rows are
+    /// unit vectors.
     pub fn encode(&self, t: &Tape, p: &Params, images: &[Var]) -> Result<(Var, Vec<Grid>)> {
         let s = self.downsampling;
         let (mut parts, mut grids) = (Vec::new(), Vec::new());
@@ -103,10 +104,10 @@ impl Tokenizer {
     }
 
     fn normalised(&self) -> bool {
-        self.quantizer.kind == QuantizerKind::Ibq && self.quantizer.metric == Scores::L2norm
+        self.quantizer.kind == QuantizerKind::Ibq && self.quantizer.metric == QuantizerMetric::L2norm
     }
 
-    /// The type in which tokens and codes meet.
+    /// The type of the quantizer's tokens and codes.
     fn operands(&self, t: &Tape) -> DType {
         match self.quantizer.precision {
             Operands::Act => t.precision().act,
@@ -114,19 +115,20 @@ impl Tokenizer {
         }
     }
 
-    /// The codes `[K, D]` as tokens meet them, in the type of the quantizer's operands: unit vectors with metric `l2norm`.
+    /// The codes `[K, D]` that tokens are compared with, in the type of the tokens: unit vectors with metric `l2norm`.
     pub fn codes(&self, t: &Tape, p: &Params) -> Result<Var> {
         let e = p.var_as(t, self.codebook, self.operands(t))?;
         if self.normalised() { ops::l2_norm(t, &e, NORM_EPS) } else { Ok(e) }
     }
 
-    /// The codes `[K, D]` as decoder and language model read them: in the type of activations.
+    /// The codes `[K, D]` for decoder and language model, in the type of activations.
     pub fn table(&self, t: &Tape, p: &Params) -> Result<Var> {
         ops::cast(t, &self.codes(t, p)?, t.precision().act)
     }
 
-    /// Quantizes `z` `[M, D]` against `codes` `[K, D]`, which are of one type; `zq` is an activation again. `inv_count` is a
-    /// device scalar, one over the tokens of all ranks. Without `entropies` neither entropy is formed.
+    /// Quantizes `z` `[M, D]` against `codes` `[K, D]`, which have the same type; `zq` has the type of activations.
+    /// `inv_count` is a device scalar, the reciprocal of the number of tokens of all ranks. Without `entropies` neither
+    /// entropy is computed.
     pub fn quantize(
         &self,
         t: &Tape,
@@ -146,7 +148,7 @@ impl Tokenizer {
         Ok(Quantized { zq: ops::cast(t, &q.zq, t.precision().act)?, ..q })
     }
 
-    /// Decodes `zq` `[M, D]` into one `[B, H, W, 3]` a grid, unclamped.
+    /// Decodes `zq` `[M, D]` into one tensor `[B, H, W, 3]` per grid, not clamped.
     pub fn decode(&self, t: &Tape, p: &Params, zq: &Var, grids: &[Grid]) -> Result<Vec<Var>> {
         let parts = match grids {
             [_] => vec![zq.clone()],

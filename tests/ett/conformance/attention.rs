@@ -1,9 +1,8 @@
 //! Attention over flat batches.
 
-use ett::backend::{AttentionBwd, AttentionFwd, Cpu, Kernels, Stream};
+use ett::backend::{AttentionBwd, AttentionFwd, Cpu, DType, Kernels, Precision, Stream};
 use ett::compare::errors;
 use ett::error::Result;
-use ett::tensor::{DType, Precision};
 
 use super::Size;
 use super::case::{Arg, Case, Draw, Judge, Near, Type, Views, acc, act, int, near, out, round};
@@ -20,11 +19,11 @@ struct Batch {
     kv_heads: usize,
     head_dim: usize,
     causal: bool,
-    /// Rows that belong to no sequence, of queries and of keys.
+    /// Query rows and key rows that belong to no sequence.
     padding: (usize, usize),
-    /// Factor on the queries, to make the softmax peaked.
+    /// Factor of the queries, to make the softmax peaked.
     boost: f64,
-    /// Keys lie in slots of a cache that are this much longer than the longest sequence.
+    /// For keys in the slots of a cache: how much longer a slot is than the longest sequence.
     room: Option<usize>,
 }
 
@@ -50,7 +49,7 @@ impl Batch {
         };
         rows + self.padding.1
     }
-    /// Where each sequence's keys begin in the cache: slots from the last to the first, keys anywhere in them.
+    /// The start of each sequence's keys in the cache: slots from last to first, with keys anywhere in them.
     fn starts(&self, room: usize) -> Vec<usize> {
         let slot = self.longest().1 + room;
         let place = |(s, seq): (usize, &(usize, usize))| {
@@ -92,7 +91,7 @@ impl Batch {
         self.boost * d.scale * d.scale
     }
 
-    /// An error of a score, some roundings of its size, is a relative error of its probability.
+    /// The error of a score, a few roundings of its size, is a relative error of its probability.
     fn near(&self, d: &Draw) -> Near {
         near().conditioning(1.0 + 4.0 * self.spread(d))
     }
@@ -108,7 +107,7 @@ impl Batch {
         match self.room {
             None => args.push(int("cu_k", self.offsets(|s| s.1))),
             Some(room) => {
-                // The last offset means nothing.
+                // The last offset is ignored.
                 let starts = self.starts(room).into_iter().map(|s| s as i32).chain([-1]);
                 args.push(int("cu_k", starts.collect()));
                 args.push(int("len_k", self.seqs.iter().map(|s| s.1 as i32).collect()));
@@ -117,7 +116,7 @@ impl Batch {
         args
     }
 
-    /// Keys or values, NaN in rows of a cache that belong to no sequence.
+    /// Keys or values, with NaN in the rows of a cache that belong to no sequence.
     fn keys(&self, mut values: Vec<f64>) -> Vec<f64> {
         let Some(room) = self.room else { return values };
         let mut used = vec![false; self.nk()];
@@ -136,7 +135,7 @@ impl Batch {
         let n = self.n();
         let near = self.near(d);
         [
-            // Probabilities may be rounded to act, for tensor cores, and so is the result.
+            // Probabilities may be rounded to act for tensor cores, and the result is rounded as well.
             out("y", Type::Act, [n, self.width()], near.roundings(1.5)),
             out("lse", Type::Acc, [n, self.heads], near.size(self.spread(d).max(1.0))),
         ]
@@ -200,16 +199,16 @@ impl Batch {
         let args = move |d: &Draw| {
             let (n, nk, width, kv_width) = (self.n(), self.nk(), self.width(), self.kv_width());
             let mut args = self.inputs(d);
-            // What the forward saved.
+            // The results of the forward kernel.
             let mut call = args.clone();
             call.extend(self.results(d));
             let mut saved = d.forward(call, move |dev, v| self.forward(dev, v));
             let mut take = |name| saved.remove(name).expect("a result of the forward");
-            // Probabilities and the gradients of scores may be rounded to act, and so is the result.
-            // One rounding of the product of scores and one of the result; the first rows of a causal sequence see few
-            // keys and are larger than the rms that single values are measured by.
+            // Probabilities and the gradients of scores may be rounded to act, and the result is rounded as well: one
+            // rounding of the product of scores and one of the result. The first rows of a causal sequence see few
+            // keys and are larger than the rms by which single values are measured.
             let near = self.near(d).roundings(2.5);
-            // A score's gradient, p (dp - delta), is nothing where one key takes all.
+            // The gradient of a score, p (dp - delta), vanishes if one key has all of the probability.
             let score = d.scale * d.scale / (self.longest().1.max(1) as f64).sqrt();
             args.extend([
                 act("dy", [n, width], d.normal(n * width)),
@@ -237,7 +236,7 @@ fn cases(of: fn(Batch) -> Case) -> Vec<Case> {
     let small = [
         Batch { seqs: &[(1, 1)], ..BATCH },
         Batch { seqs: MIXED, padding: (2, 3), ..BATCH },
-        // More queries than keys: the first see nothing.
+        // More queries than keys: the first queries see no key.
         Batch { seqs: SHORT, padding: (1, 0), ..BATCH },
         Batch { seqs: SHORT, causal: false, padding: (0, 2), ..BATCH },
         Batch { seqs: &[(31, 31), (33, 33)], heads: 3, kv_heads: 3, head_dim: 32, ..BATCH },
@@ -272,7 +271,7 @@ const QWEN: Batch = Batch { heads: 12, kv_heads: 2, head_dim: 128, ..BATCH };
 /// Rows that see two keys next to rows that see a thousand.
 const LONG: Batch = Batch { seqs: &[(1031, 1031)], ..QWEN };
 
-/// Keys in slots of a cache, among rows that are NaN: prompts, and one query a sequence.
+/// Keys in the slots of a cache, among rows of NaN: prompts, and one query per sequence.
 fn cached() -> Vec<Case> {
     const EDGES: &[(usize, usize)] = &[(1, 1), (1, 63), (1, 64), (1, 65), (1, 0)];
     let first = Batch { seqs: &[(1, 7), (1, 3)], room: Some(2), ..BATCH };
@@ -300,7 +299,7 @@ pub fn bwd() -> Vec<Case> {
     cases(Batch::bwd)
 }
 
-/// N 10, Nk 11, 6 heads and 2 for keys, of 64, three sequences.
+/// N 10, Nk 11, 6 query heads and 2 key heads of 64, three sequences.
 const SAMPLE: Batch =
     Batch { seqs: &[(2, 3), (3, 3), (4, 4)], heads: 6, kv_heads: 2, padding: (1, 1), ..BATCH };
 

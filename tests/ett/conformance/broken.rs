@@ -1,20 +1,19 @@
-//! The driver's own tests: a device that is the CPU but for one fault, each of which has to be told.
+//! Tests of the driver: a device that is the CPU except for one fault, which the driver has to report.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use ett::backend::*;
 use ett::error::{Error, Result};
-use ett::tensor::{DType, Precision};
 
 use super::{Report, Size, reject, run};
 
-/// What is wrong with the device.
+/// The fault of the device.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Fault {
     None,
-    /// The last row of an output stays as it was.
+    /// The last row of an output is not written.
     RowUnwritten,
-    /// The last value of an output stays as it was.
+    /// The last value of an output is not written.
     ValueUnwritten,
     /// A value after the last row is written.
     AfterEnd,
@@ -24,29 +23,29 @@ enum Fault {
     IntoGap,
     /// An input is written.
     IntoInput,
-    /// Every other call gives one value that is off by its last bit.
+    /// Every other call gives one value whose last bit differs.
     Unsteady,
-    /// One index is another than that of the best code.
+    /// One index is not that of the best code.
     WrongIndex,
-    /// What is to be added to is overwritten.
+    /// An output is overwritten instead of added to.
     NotAdded,
     /// A row is a copy of another.
     WrongRow,
-    /// All values are off by some hundred roundings.
+    /// All values are off by a few hundred roundings.
     Inexact,
-    /// NaN where there should be a number.
+    /// NaN in place of a number.
     Nan,
-    /// The kernel is not there.
+    /// The kernel is missing.
     Missing,
-    /// Not there for an odd number of columns.
+    /// The kernel does not support an odd number of columns.
     Partial,
     /// Rows that do not begin on multiples of 16 bytes are refused.
     Aligned,
-    /// The arguments that are right are refused.
+    /// Valid arguments are refused.
     Strict,
-    /// Arguments that are wrong are accepted.
+    /// Invalid arguments are accepted.
     Lax,
-    /// Arguments are refused by another name.
+    /// The error names the wrong argument.
     Misnamed,
     /// Arguments are refused after something was written.
     TooLate,
@@ -64,12 +63,12 @@ struct Broken {
 struct Bytes<'a>(In<'a>);
 
 impl<'a> Bytes<'a> {
-    /// `values` elements from `at` elements after the first one.
+    /// `values` elements, starting `at` elements after the first one.
     fn at(&self, at: i64, values: usize) -> &'a mut [u8] {
         let size = self.0.dtype.size();
         let address = self.0.addr() as i64 + at * size as i64;
-        // SAFETY: inside the buffers of the driver, whose guard bands are on both sides; nothing else looks at them
-        // during a call, and no slice is used after another that overlaps it was made.
+        // SAFETY: inside the buffers of the driver, which have guard bands on both sides. Nothing else accesses them
+        // during a call, and no slice is used after an overlapping one was made.
         unsafe { std::slice::from_raw_parts_mut(address as *mut u8, values * size) }
     }
 
@@ -95,7 +94,7 @@ impl Broken {
         Broken { cpu, fault, calls: AtomicUsize::new(0) }
     }
 
-    /// Runs a kernel of the CPU and breaks something before or after.
+    /// Runs a kernel of the CPU and applies the fault before or after it.
     fn call(&self, a: &dyn Args, work: &dyn Fn() -> Result<()>) -> Result<()> {
         let views = a.views();
         let first = |access: Access| views.iter().find(|v| v.1 == access).map(|v| Bytes(v.2));
@@ -205,12 +204,12 @@ macro_rules! delegate {
 }
 ett::kernel_table!(delegate);
 
-/// Runs one kernel of a broken device.
+/// Tests one kernel of a broken device.
 fn report(fault: Fault, kernel: &str, prec: Precision) -> Report {
     run(&Broken::new(fault), prec, Size::Tiny, Some(&[kernel]))
 }
 
-/// Expects a failure that says all of `words`, in both precisions.
+/// Expects a failure whose message contains all of `words`, in both precisions.
 fn tells(fault: Fault, kernel: &str, words: &[&str]) {
     for prec in [Precision::F32, Precision::BF16] {
         let found = report(fault, kernel, prec);
@@ -225,7 +224,7 @@ fn tells(fault: Fault, kernel: &str, words: &[&str]) {
     }
 }
 
-/// Kernels of different kinds of outputs.
+/// Kernels with different kinds of outputs.
 const SOME: [&str; 5] = ["add", "matmul", "rms_norm_fwd", "attention_bwd", "gather_fwd"];
 
 #[test]
@@ -242,7 +241,7 @@ fn what_is_not_written_is_told() {
         tells(Fault::ValueUnwritten, kernel, &["1 of ", "not written", "scale 1, dense"]);
     }
     tells(Fault::RowUnwritten, "nearest", &["20 of 20 values of `idx` were not written"]);
-    // What is added to is not poisoned: the value itself is wrong.
+    // Outputs that are added to are not poisoned: their value is wrong.
     tells(Fault::RowUnwritten, "matmul_acc", &["`y`", "off by"]);
 }
 
@@ -305,7 +304,7 @@ fn what_is_missing_is_listed() {
 fn refusals_are_told_unless_they_are_allowed() {
     tells(Fault::Strict, "add", &["it was refused", "argument `a`"]);
     tells(Fault::Aligned, "add", &["it was refused", "misaligned", "one element in"]);
-    // The tokens and the codes of `nearest` may have to be aligned; the indices may not.
+    // `nearest` may require aligned tokens and codes, but not aligned indices.
     let found = report(Fault::Aligned, "nearest", Precision::F32);
     let told = found.failures.iter().all(|f| f.contains("argument `idx`"));
     assert!(!found.failures.is_empty() && told, "{:#?}", found.failures);

@@ -1,14 +1,13 @@
-//! What is tested: one call of a kernel, its arguments, what it is tried with and how its outputs are judged.
+//! Test cases: one call of a kernel, its arguments, the scales and layouts to try, and how its outputs are judged.
 
 use std::collections::HashMap;
 
 use rayon::prelude::*;
 
-use ett::backend::{Acc, Buffer, In, Kernels, Out};
+use ett::backend::{Acc, Buffer, DType, Dims, In, Kernels, Out, Precision};
 use ett::compare::Bounds;
-use ett::data::Philox;
 use ett::error;
-use ett::tensor::{DType, Dims, Precision};
+use ett::rng::Philox;
 
 use super::Size;
 use super::place::compute;
@@ -20,7 +19,7 @@ pub enum Type {
     Act,
     /// The accumulator type of the run.
     Acc,
-    /// This type; in the oracle f64 stands for every float.
+    /// This type; in the oracle, f64 stands for every float type.
     Is(DType),
 }
 
@@ -36,14 +35,14 @@ impl Type {
     }
 }
 
-/// What an argument holds before the call.
+/// Content of an argument before the call.
 #[derive(Clone)]
 pub enum Content {
-    /// Only read.
+    /// An input.
     In(Vec<f64>),
-    /// Overwritten: poison.
+    /// An output that is overwritten; starts poisoned.
     Out,
-    /// Read and written.
+    /// An output that is added to or updated.
     Add(Vec<f64>),
 }
 
@@ -55,7 +54,7 @@ pub struct Arg {
     pub dims: Dims,
     pub content: Content,
     pub judge: Judge,
-    /// Rows follow each other without gaps in every layout.
+    /// Whether rows have no gaps in any layout.
     pub dense: bool,
 }
 
@@ -64,7 +63,7 @@ impl Arg {
         Arg { name, ty, dims: dims.into(), content, judge, dense: false }
     }
 
-    /// No gaps between the rows of this argument.
+    /// Keeps the rows of this argument without gaps.
     pub fn dense(self) -> Self {
         Arg { dense: true, ..self }
     }
@@ -107,7 +106,7 @@ pub fn out(name: &'static str, ty: Type, dims: impl Into<Dims>, judge: impl Into
     Arg::new(name, ty, dims, Content::Out, judge.into())
 }
 
-/// An output that is added to, or updated.
+/// An output that is added to or updated.
 pub fn add(
     name: &'static str,
     ty: Type,
@@ -118,14 +117,14 @@ pub fn add(
     Arg::new(name, ty, dims, Content::Add(start), judge.into())
 }
 
-/// How an output is compared with the oracle's.
+/// How an output is compared with that of the oracle.
 #[derive(Clone)]
 pub enum Judge {
     /// By the comparator.
     Near(Near),
-    /// The oracle's value rounded to the type, bit by bit.
+    /// The oracle's value rounded to the type must match bit by bit.
     Exact,
-    /// By a function of this case.
+    /// By a function of the case.
     By(fn(&Seen) -> Result<(), String>),
 }
 
@@ -135,8 +134,7 @@ impl From<Near> for Judge {
     }
 }
 
-/// How near is near enough: the comparator's bounds for the output's type, and what this kernel needs beyond
-/// them.
+/// The tolerance of an output: the comparator's bounds for its type, plus what this kernel needs.
 #[derive(Debug, Clone, Copy)]
 pub struct Near {
     roundings: f64,
@@ -146,29 +144,29 @@ pub struct Near {
     specials: bool,
 }
 
-/// The comparator's bounds as they are.
+/// The comparator's bounds unchanged.
 pub fn near() -> Near {
     Near { roundings: 1.0, conditioning: 0.0, size: 0.0, coarse: false, specials: false }
 }
 
 impl Near {
-    /// The bounds of the output's type this many times: as many roundings to it on the way.
+    /// Multiplies the bounds of the output's type: the number of roundings to it on the way.
     pub fn roundings(self, roundings: f64) -> Self {
         Near { roundings, ..self }
     }
-    /// How many times rounding errors of the accumulator are amplified: added to the bounds, times those of f32.
+    /// How much rounding errors of the accumulator are amplified: adds this many times the bounds of f32.
     pub fn conditioning(self, conditioning: f64) -> Self {
         Near { conditioning, ..self }
     }
-    /// Typical size of a value: errors are relative to at least this, for outputs that may cancel to nothing.
+    /// Typical size of a value: errors are relative to at least this, for outputs that may cancel.
     pub fn size(self, size: f64) -> Self {
         Near { size, ..self }
     }
-    /// The bounds of the activation type also where the output is wider: it follows a rounding to act.
+    /// Uses the bounds of the activation type for a wider output that follows a rounding to it.
     pub fn coarse(self) -> Self {
         Near { coarse: true, ..self }
     }
-    /// NaN and infinities may be wanted, and have to be where they are wanted.
+    /// Allows NaN and infinities, which have to be where the oracle has them.
     pub fn specials(self) -> Self {
         Near { specials: true, ..self }
     }
@@ -189,21 +187,22 @@ impl Near {
         }
     }
 
-    /// Whether twice the error of the naive computation is the limit too: for results in bf16, where one rounding
-    /// is most of the error. In f32 the naive order of a sum, which is the CPU's, may by luck be the best one.
+    /// Whether the error must also be at most twice that of the naive computation: for results in bf16, where one
+    /// rounding is most of the error. In f32 the naive order of a sum, which is the CPU's, may happen to be the best
+    /// one.
     pub fn naive(&self, dtype: DType, want: &[f64]) -> bool {
         let (n, square) = (want.len() as f64, want.iter().map(|v| v * v).sum::<f64>());
         dtype == DType::Bf16 && want.len() >= 64 && square > 0.25 * self.size * self.size * n
     }
 }
 
-/// What a judging function sees.
+/// Input of a judging function.
 pub struct Seen<'a> {
     pub what: &'a str,
     pub got: &'a [f64],
-    /// The oracle's.
+    /// The output of the oracle.
     pub want: &'a [f64],
-    /// All arguments as they were rounded.
+    /// All arguments, rounded to their types.
     pub args: &'a [Arg],
     pub oracle: &'a dyn Kernels,
 }
@@ -215,14 +214,14 @@ impl Seen<'_> {
     }
 }
 
-/// How arguments lie in memory. All have guard bands on both sides.
+/// Memory layout of arguments. All have guard bands on both sides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
     /// Rows without gaps, from a multiple of 256 bytes.
     Dense,
     /// Columns of a wider tensor whose rows begin on multiples of 16 bytes.
     Gapped,
-    /// One element into the buffer, without gaps.
+    /// Starting one element into the buffer, without gaps.
     Shifted,
     /// Columns of a wider tensor whose rows begin anywhere.
     Odd,
@@ -239,7 +238,7 @@ impl std::fmt::Display for Layout {
     }
 }
 
-/// Scales of the inputs, each with the layouts it is tried in.
+/// Scales of the inputs, each with the layouts to try.
 pub type Runs = &'static [(f64, &'static [Layout])];
 pub const EVERY: Runs = &[
     (1.0, &[Layout::Dense, Layout::Gapped, Layout::Shifted, Layout::Odd]),
@@ -249,21 +248,21 @@ pub const EVERY: Runs = &[
 ];
 /// For large cases.
 pub const LIGHT: Runs = &[(1.0, &[Layout::Dense]), (30.0, &[Layout::Gapped])];
-/// For named cases, whose values are what matters.
+/// For named cases, which are about particular values.
 pub const ONCE: Runs = &[(1.0, &[Layout::Dense])];
-/// The sanitizers': the vector path and the plain one.
+/// For the sanitizers: the vector path and the scalar one.
 pub const SANITIZER: Runs = &[(1.0, &[Layout::Dense, Layout::Odd])];
 
 type Args = dyn Fn(&Draw) -> Vec<Arg>;
 type Call = dyn Fn(&dyn Kernels, &Views) -> error::Result<()>;
 
-/// A call and what it is tried with.
+/// A call, and the runs to make of it.
 pub struct Case {
     pub what: String,
-    /// The smallest size that it is part of.
+    /// The smallest size that includes it.
     pub size: Size,
     pub runs: Runs,
-    /// The shim takes it, as large as it is.
+    /// Runs on the shim whatever its size.
     pub on_shim: bool,
     pub args: Box<Args>,
     pub call: Box<Call>,
@@ -279,7 +278,7 @@ impl Case {
         Case { what: what.into(), size: Size::Tiny, runs: EVERY, on_shim: false, args, call }
     }
 
-    /// From this size on.
+    /// Includes the case from this size on.
     pub fn from(self, size: Size) -> Self {
         let runs = match size {
             Size::Full => LIGHT,
@@ -288,17 +287,17 @@ impl Case {
         Case { size, runs, ..self }
     }
 
-    /// On the shim, too, though it is large.
+    /// Runs on the shim, too, although it is large.
     pub fn on_shim(self) -> Self {
         Case { on_shim: true, ..self }
     }
 
-    /// With these scales and layouts.
+    /// Uses these scales and layouts.
     pub fn runs(self, runs: Runs) -> Self {
         Case { runs, ..self }
     }
 
-    /// One run, for the sake of its values.
+    /// Runs once, for its particular values.
     pub fn named(self, name: &str) -> Self {
         let what = format!("{}, {name}", self.what);
         Case { what, runs: ONCE, ..self }
@@ -316,7 +315,7 @@ pub struct Draw<'a> {
 
 impl<'a> Draw<'a> {
     pub fn new(oracle: &'a dyn Kernels, prec: Precision, scale: f64, text: &str) -> Self {
-        // FNV-1a: a case keeps its numbers when others are added.
+        // FNV-1a of the text: a case keeps its numbers when others are added.
         let hash = |h: u64, b: &u8| (h ^ u64::from(*b)).wrapping_mul(0x100_0000_01b3);
         let seed =
             text.as_bytes().iter().chain(&scale.to_bits().to_le_bytes()).fold(0xcbf2_9ce4_8422_2325, hash);
@@ -353,12 +352,12 @@ impl<'a> Draw<'a> {
         (0..n).map(|_| rng.below(below) as i32).collect()
     }
 
-    /// Values as activations hold them.
+    /// Values rounded to the activation type.
     pub fn rounded(&self, values: &[f64]) -> Vec<f64> {
         values.iter().map(|&v| self.prec.act.rounded(v)).collect()
     }
 
-    /// What the oracle gives for arguments rounded to their types: outputs of a forward for its backward.
+    /// The oracle's outputs for arguments rounded to their types: results of a forward kernel for its backward.
     pub fn forward(
         &self,
         mut args: Vec<Arg>,
@@ -371,7 +370,7 @@ impl<'a> Draw<'a> {
     }
 }
 
-/// Rounds what arguments hold to their types.
+/// Rounds the values of arguments to their types.
 pub fn round(args: &mut [Arg], p: Precision) {
     for a in args {
         if let Content::In(v) | Content::Add(v) = &mut a.content {
@@ -390,7 +389,7 @@ pub struct Views<'a> {
 }
 
 impl<'a> Views<'a> {
-    /// A view of a whole buffer: `off` elements in, rows `ld` elements apart.
+    /// A view into a buffer: starts at element `off`, with rows `ld` elements apart.
     pub fn view(buf: &'a Buffer, dtype: DType, dims: Dims, off: usize, ld: usize) -> In<'a> {
         let v = In::new(buf, (off * dtype.size()) as u64, dtype, dims, ld as i64);
         v.unwrap_or_else(|e| panic!("a driver that places arguments outside of their buffers: {e}"))

@@ -1,9 +1,8 @@
 //! The nearest code.
 
-use ett::backend::{Kernels, Matmul, Metric, Nearest, Stream};
+use ett::backend::{DType, Kernels, Matmul, Metric, Nearest, Precision, Stream};
 use ett::compare::{choices, indices};
 use ett::error;
-use ett::tensor::{DType, Precision};
 
 use super::Size;
 use super::case::{Case, Draw, Judge, ONCE, Seen, Type, Views, act, add, out};
@@ -22,7 +21,7 @@ fn case(shape: Shape, metric: Metric, judge: Judge, data: fn(&Draw, Shape) -> [V
             let [z, e] = data(d, shape);
             let idx = out("idx", Type::Is(DType::I32), [m], judge.clone());
             let mut args = vec![act("z", [m, dim], z), act("e", [k, dim], e), idx];
-            // Without the count, too: some implementations then finish in another way.
+            // Also without the count, for which some implementations finish in another way.
             if !m.is_multiple_of(2) {
                 args.push(add("bad", Type::Acc, [1], vec![3.0], Judge::Exact));
             }
@@ -51,9 +50,9 @@ fn by_distance(seen: &Seen) -> Result<(), String> {
     by_score(seen, Metric::L2)
 }
 
-/// A choice whose exact score is the best but for what rounding in f32 does to scores.
+/// A choice whose exact score is the best, up to the rounding of scores in f32.
 fn by_score(seen: &Seen, metric: Metric) -> Result<(), String> {
-    /// Of |z| |e|: a sum of some hundred products in f32 is off by less.
+    /// Relative to |z| |e|: a sum of a few hundred products in f32 has a smaller error.
     const SLACK: f64 = 2e-6;
     let (z, e) = (seen.input("z"), seen.input("e"));
     let (k, dim) = (e.dims.rows(), z.dims.cols());
@@ -61,7 +60,7 @@ fn by_score(seen: &Seen, metric: Metric) -> Result<(), String> {
     let half = |row: &[f64]| 0.5 * row.iter().map(|v| v * v).sum::<f64>();
     let halves: Vec<f64> = e.chunks(dim).map(half).collect();
     let longest = (2.0 * halves.iter().copied().fold(0.0, f64::max)).sqrt();
-    // Some rows at a time: all scores may be a lot of memory.
+    // A few rows at a time, because all scores may take a lot of memory.
     let rows = ((16 << 20) / k).max(1);
     for (i, (z, got)) in z.chunks(rows * dim).zip(seen.got.chunks(rows)).enumerate() {
         let mut scores = scores(seen.oracle, z, e, dim).map_err(|e| format!("{}: {e}", seen.what))?;
@@ -95,12 +94,12 @@ fn scores(oracle: &dyn Kernels, z: &[f64], e: &[f64], dim: usize) -> error::Resu
 
 // ---- data ----------------------------------------------------------------------------------------------
 
-/// Tokens and codes at random.
+/// Random tokens and codes.
 fn random(d: &Draw, [m, k, dim]: Shape) -> [Vec<f64>; 2] {
     [d.normal(m * dim), d.normal(k * dim)]
 }
 
-/// Codes of length 1 in many dimensions, and tokens next to some of them: every other code is far off.
+/// Codes of length 1 in many dimensions, and tokens close to some of them: every other code is far away.
 fn separated(d: &Draw, [m, k, dim]: Shape) -> [Vec<f64>; 2] {
     let mut e = d.unit(k * dim);
     for code in e.chunks_mut(dim) {
@@ -122,7 +121,7 @@ fn separated(d: &Draw, [m, k, dim]: Shape) -> [Vec<f64>; 2] {
     [z, e]
 }
 
-/// Every code finds itself.
+/// Every code is its own nearest.
 fn itself(d: &Draw, shape @ [m, k, _]: Shape) -> [Vec<f64>; 2] {
     assert_eq!(m, k);
     let [_, e] = separated(d, shape);
@@ -135,7 +134,7 @@ fn is_itself(seen: &Seen) -> Result<(), String> {
     indices(seen.what, &got, &want)
 }
 
-/// One code many times, in every part of the codebook; the first of them is right. Others have twins.
+/// One code at many places of the codebook, of which the first is right; other codes occur twice.
 fn duplicates(d: &Draw, shape @ [m, k, dim]: Shape) -> [Vec<f64>; 2] {
     let [_, mut e] = separated(d, shape);
     let first = k / 7;
@@ -145,15 +144,15 @@ fn duplicates(d: &Draw, shape @ [m, k, dim]: Shape) -> [Vec<f64>; 2] {
     for j in (1..k).filter(|j| j % 31 == 7) {
         e.copy_within((j - 1) * dim..j * dim, j * dim);
     }
-    // Tokens are codes: the twins, and those in between.
+    // Tokens are codes: some of those that occur twice, and some between them.
     let z = (0..m).flat_map(|i| e[(i * 3 % k) * dim..][..dim].to_vec()).collect();
     [z, e]
 }
 
-/// A token of NaN gets code 0, so does one with a single NaN; a code with NaN is nobody's.
+/// A token of NaN gets code 0, as does a token with a single NaN; a code with NaN is never chosen.
 fn with_nan(d: &Draw, shape @ [m, k, dim]: Shape) -> [Vec<f64>; 2] {
     let [mut z, mut e] = separated(d, shape);
-    // This token is nearest to the code that is spoiled, the next to its neighbour.
+    // This token is nearest to the code that becomes NaN, the next one to that code's neighbour.
     z[2 * dim..3 * dim].copy_from_slice(&e[(k - 2) * dim..(k - 1) * dim]);
     e[(k - 2) * dim + dim / 2] = f64::NAN;
     e[dim..2 * dim].fill(f64::NAN);
@@ -162,12 +161,12 @@ fn with_nan(d: &Draw, shape @ [m, k, dim]: Shape) -> [Vec<f64>; 2] {
     [z, e]
 }
 
-/// No code can be scored: 0 for everybody.
+/// No code has a score: every token gets 0.
 fn only_nan(d: &Draw, [m, k, dim]: Shape) -> [Vec<f64>; 2] {
     [d.unit(m * dim), vec![f64::NAN; k * dim]]
 }
 
-/// All scores are equal, -0 and 0 among them.
+/// All scores are equal, among them -0 and 0.
 fn all_equal(_: &Draw, [m, k, dim]: Shape) -> [Vec<f64>; 2] {
     let sign = |i: usize| if i.is_multiple_of(3) { -0.0 } else { 0.0 };
     [vec![1.0; m * dim], (0..k * dim).map(sign).collect()]
@@ -201,7 +200,7 @@ pub fn nearest() -> Vec<Case> {
     let mut all: Vec<Case> = first.collect();
     all.extend(small.into_iter().flat_map(random));
     all.extend(large.into_iter().flat_map(random).map(|c| c.from(Size::Full)));
-    // All indices of 17 bits; the last code is looked for.
+    // Needs indices of 17 bits; the last code has to be found.
     all.extend(named("K = 131072, well separated", [3, 131_072, 64], separated, equal).into_iter().take(1));
     let separated_at = |shape| named("well separated", shape, separated, equal);
     all.extend([[65, 257, 64], [129, 1031, 96], [33, 300, 256]].into_iter().flat_map(separated_at));

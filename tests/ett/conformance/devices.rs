@@ -1,9 +1,8 @@
-//! The devices that are tried: the shim, at small shapes, and a GPU, at the model's.
+//! The devices under test: the shim, with small shapes, and a GPU, with those of the model.
 
 use std::sync::Arc;
 
-use ett::backend::Kernels;
-use ett::tensor::Precision;
+use ett::backend::{Kernels, Precision};
 
 use super::{Size, UNCOVERED, reject, run};
 use crate::common::{gpu, gpu_forcing, open_shim, shim, shim_forcing};
@@ -11,10 +10,11 @@ use crate::contract::refusals;
 
 const BOTH: [Precision; 2] = [Precision::F32, Precision::BF16];
 
-/// What the CUDA kernels refuse: head dimensions above 512, codes whose dimension is no multiple of 8 up to 512.
+/// Cases that the CUDA kernels refuse: head dimensions above 512, and codes whose dimension is not a multiple of 8 up
+/// to 512.
 const LIMITS: [&str; 3] = ["attention_fwd: head_dim", "attention_bwd: head_dim", "nearest: `z`"];
 
-/// Every implementation that a kernel does not choose by itself everywhere, and calls that it cannot do.
+/// Every implementation that is not the default for all shapes.
 const FORCED: [(&str, &str); 28] = [
     ("matmul", "large"),
     ("matmul", "small"),
@@ -49,13 +49,13 @@ const FORCED: [(&str, &str); 28] = [
 fn forced(with: fn(&str) -> Arc<dyn Kernels>, prec: Precision, size: Size) {
     for (op, kernel) in FORCED {
         let dev = with(&format!("{op}={kernel}"));
-        // Some calls are not for this implementation, but not all.
+        // An implementation may refuse some calls, but not all.
         let not_for_it = format!("{op}: the implementation `{kernel}`");
         run(&*dev, prec, size, Some(&[op])).expect(&[&LIMITS[..], &[&not_for_it]].concat());
     }
 }
 
-/// The numbers and the data that the contract forbids.
+/// Numbers and data that violate the contract.
 fn refuses(dev: Arc<dyn Kernels>) {
     let missing = refusals(dev);
     assert!(missing.iter().all(|name| UNCOVERED.contains(name)), "the device lacks {missing:?}");
@@ -120,7 +120,7 @@ fn gpu_refuses_wrong_arguments() {
     refuses(gpu());
 }
 
-/// One smallest case of every instantiation, for compute-sanitizer.
+/// One minimal case of every instantiation, for compute-sanitizer.
 #[test]
 #[ignore = "needs a GPU"]
 fn gpu_sanitizer() {

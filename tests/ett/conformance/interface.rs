@@ -3,9 +3,8 @@
 use std::ffi::{CStr, c_char, c_void};
 
 use ett::backend::cuda::ffi;
-use ett::backend::{Cpu, KERNELS, Kernels};
+use ett::backend::{Cpu, KERNELS, Kernels, Precision};
 use ett::error::Error;
-use ett::tensor::Precision;
 
 use super::case::{Draw, Layout, round};
 use super::place::{Placed, views};

@@ -24,24 +24,24 @@ fn text([n, c]: [usize; 2]) -> String {
     format!("[{n}, {c}]")
 }
 
-/// One over the elements.
+/// The reciprocal of the number of elements.
 fn mean(n: usize) -> f64 {
     1.0 / n.max(1) as f64
 }
 
-/// A loss that has a value already.
+/// A loss that already has a value.
 fn loss(near: Near) -> Arg {
     add("loss", Type::Acc, [1], vec![0.25], near)
 }
 
-/// The factor on the sum, and the gradient of the loss such that their product is 1.5.
+/// The factor of the sum, and the gradient of the loss, such that their product is 1.5.
 fn scale_and_g(scale: f64) -> [Arg; 2] {
     [acc("scale", [1], vec![scale]), acc("g", [1], vec![1.5 / scale])]
 }
 
 // ---- L1 ------------------------------------------------------------------------------------------------
 
-/// `a` and `b`, equal in some places.
+/// `a` and `b`, with equal values at some positions.
 fn pair(d: &Draw, dims: [usize; 2]) -> [Arg; 2] {
     let (a, mut b) = (d.normal(dims[0] * dims[1]), d.normal(dims[0] * dims[1]));
     b.iter_mut().zip(&a).step_by(5).for_each(|(b, a)| *b = *a);
@@ -97,7 +97,7 @@ pub fn l1_bwd_sample() -> Case {
 const LPIPS_EPS: f64 = 1e-10;
 const FACTOR: f64 = 0.5;
 
-/// P and C: pixels of every number of lanes and pieces.
+/// P and C, covering all ways to distribute channels over lanes and chunks.
 fn pixels() -> impl Iterator<Item = (Size, [usize; 2])> {
     let first = [[20, 64], [7, 264], [3, 520], [6, 13]].map(|s| (Size::Sanitizer, s));
     let small: [[usize; 2]; 11] =
@@ -106,7 +106,7 @@ fn pixels() -> impl Iterator<Item = (Size, [usize; 2])> {
     first.into_iter().chain(small.map(|s| (Size::Tiny, s))).chain(large.map(|s| (Size::Full, s)))
 }
 
-/// Features, of which some pixels are 0, and weights.
+/// Features, with some pixels 0, and weights.
 fn features(d: &Draw, [p, c]: [usize; 2]) -> Vec<Arg> {
     let (mut f0, mut f1) = (d.normal(p * c), d.normal(p * c));
     if p > 2 {
@@ -154,7 +154,8 @@ fn lpips_bwd_case(dims: [usize; 2]) -> Case {
         move |d| {
             let mut args = features(d, dims);
             args.extend(scale_and_g(mean(dims[0])));
-            // The gradient is that of a unit vector: what is along the features cancels, all of it for one channel.
+            // The gradient of a unit vector: the part along the features cancels, which is all of it for a single
+            // channel.
             let size = 1.0 / (d.scale * dims[1] as f64);
             args.push(out("df1", Type::Act, dims, near().size(size).conditioning(4.0)));
             args
@@ -185,7 +186,7 @@ pub fn lpips_bwd_sample() -> Case {
 
 // ---- adversarial losses --------------------------------------------------------------------------------
 
-/// An error of a mean logit is a relative error of what becomes of it.
+/// The error of a mean logit is a relative error of the results.
 fn of_means(d: &Draw) -> Near {
     near().conditioning(2.0 + 4.0 * d.scale)
 }
@@ -284,7 +285,7 @@ pub fn hinge_bwd_sample() -> Case {
 
 // ---- LeCAM ---------------------------------------------------------------------------------------------
 
-/// Logits of both kinds, in other shapes, and their averages.
+/// Real and fake logits of different shapes, and their averages.
 fn logits(d: &Draw, dims: [usize; 2]) -> Vec<Arg> {
     let [n, c] = dims;
     let fake = [n + 1, c];
@@ -295,7 +296,7 @@ fn logits(d: &Draw, dims: [usize; 2]) -> Vec<Arg> {
     ]
 }
 
-/// `bad`: a logit of the real ones that is no number.
+/// `bad`: a non-finite value for one of the real logits.
 fn lecam_update_case(dims: [usize; 2], bad: Option<f64>) -> Case {
     Case::new(
         text(dims),
@@ -304,7 +305,7 @@ fn lecam_update_case(dims: [usize; 2], bad: Option<f64>) -> Case {
             if let (Some(bad), super::case::Content::In(real)) = (bad, &mut args[0].content) {
                 real[dims[0] * dims[1] / 2] = bad;
             }
-            // Means may cancel to nothing.
+            // Means may cancel.
             args.push(out("out", Type::Acc, [2], near().size(d.scale)));
             args
         },
@@ -356,7 +357,7 @@ fn lecam_bwd_case(dims: [usize; 2]) -> Case {
         move |d| {
             let mut args = logits(d, dims);
             args.extend(scale_and_g(mean(dims[0] * dims[1])));
-            // A logit next to the average.
+            // A logit may be close to the average.
             let near = near().size(d.scale);
             args.push(out("dreal", Type::Act, dims, near));
             args.push(out("dfake", Type::Act, [dims[0] + 1, dims[1]], near));

@@ -1,13 +1,12 @@
 //! Conformance: every kernel of a device against the CPU in f64, on the same rounded inputs.
 //!
-//! A call is judged by the project's comparator; its outputs lie in larger buffers with guard bands, some in
-//! columns of wider tensors, some off their natural alignment, and start poisoned, or from random values if they are
-//! added to. Everything outside of them has to stay as it was, everything inside has to be written, and the call
-//! repeated has to give the same bits.
+//! The project's comparator judges each call. Outputs lie in larger buffers with guard bands, some as columns of
+//! wider tensors, some off their natural alignment. They start poisoned, or with random values if the kernel adds to
+//! them. The memory around them must not change, every value must be written, and a repeated call must give the same
+//! bits.
 //!
-//! To add a device: a `#[test]` that calls [`run`] with it and [`Report::expect`] with the kernels that it may
-//! lack, and one that calls [`reject::run`]. To add a kernel: a row in [`TABLE`] and its cases in the module of
-//! its kind.
+//! To add a device: a `#[test]` that calls [`run`] with it and [`Report::expect`] with the kernels that it may lack,
+//! and one that calls [`reject::run`]. To add a kernel: a row in [`TABLE`] and its cases in the module of its kind.
 
 mod attention;
 mod broken;
@@ -33,20 +32,19 @@ use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
-use ett::backend::{Access, Cpu, KERNELS, Kernels};
+use ett::backend::{Access, Cpu, KERNELS, Kernels, Precision};
 use ett::compare::{compare, no_worse_than};
 use ett::error::Error;
-use ett::tensor::Precision;
 
 use case::{Arg, Case, Draw, Judge, Layout, ONCE, SANITIZER, Seen, round};
 use place::{Placed, compute, views};
 
-/// How much is tried; each size contains the ones before it.
+/// Amount of testing; each size contains the ones before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Size {
-    /// One smallest case of each kind, for tools that slow everything down.
+    /// One minimal case of each kind, for tools that slow everything down.
     Sanitizer,
-    /// The small ones among the small shapes, once each, for a device that takes milliseconds for a launch.
+    /// Small cases among the small shapes, once each, for a device on which a launch takes milliseconds.
     Shim,
     /// Small shapes around the edges of tiles, three times each.
     Tiny,
@@ -57,15 +55,15 @@ pub enum Size {
 /// A row of the table.
 pub struct Kernel {
     pub name: &'static str,
-    /// All cases of all sizes.
+    /// The cases of all sizes.
     pub cases: fn() -> Vec<Case>,
-    /// A small call with another number for each letter of the shapes, which [`reject`] spoils.
+    /// A small call with a distinct number for each letter of the shapes, whose arguments [`reject`] damages.
     pub sample: fn() -> Case,
-    /// What [`reject`] may change in the sample without making it wrong: "x rows", "x cols" or "x type".
+    /// Changes that [`reject`] may make to the sample without making it invalid: "x rows", "x cols" or "x type".
     pub free: &'static [&'static str],
     /// Arguments that a device may refuse unless their rows begin on multiples of 16 bytes.
     pub aligned: &'static [&'static str],
-    /// The CPU takes arguments without gaps only.
+    /// Whether the CPU takes arguments without gaps only.
     pub flat_on_cpu: bool,
 }
 
@@ -85,10 +83,10 @@ impl Kernel {
     }
 }
 
-/// Real and fake logits need not have one shape.
+/// Real and fake logits need not have the same shape.
 const LOGITS: &[&str] = &["real rows", "real cols", "fake rows", "fake cols"];
 
-/// The kernels that are covered.
+/// The covered kernels.
 pub const TABLE: &[Kernel] = &[
     kernel("matmul", products::matmul, products::matmul_sample),
     kernel("linear_gelu", products::linear_gelu, products::linear_gelu_sample),
@@ -157,20 +155,20 @@ pub const TABLE: &[Kernel] = &[
     kernel("restore", optim::restore, optim::restore_sample),
 ];
 
-/// What a run found.
+/// Results of a run.
 pub struct Report {
     device: String,
-    /// Calls that were judged, without repetitions.
+    /// Number of calls that were judged, without repetitions.
     pub calls: usize,
-    /// A sentence for each.
+    /// One sentence for each failure.
     pub failures: Vec<String>,
-    /// What the device said it does not support, by kernel.
+    /// The cases that the device does not support, by kernel.
     unsupported: BTreeMap<&'static str, Vec<String>>,
-    /// Kernels that it called.
+    /// Kernels of which at least one call was supported.
     called: BTreeSet<&'static str>,
-    /// Kernels that the run was about.
+    /// Kernels that the run was to test.
     asked: Vec<&'static str>,
-    /// Seconds of the device, repetitions and copies included, and of the oracle.
+    /// Seconds of the device, including repetitions and copies, and of the oracle.
     times: BTreeMap<&'static str, [f64; 2]>,
 }
 
@@ -187,13 +185,14 @@ impl Report {
         }
     }
 
-    /// Kernels that the device does not have at all.
+    /// Kernels that the device lacks entirely.
     pub fn missing(&self) -> Vec<&'static str> {
         self.unsupported.keys().copied().filter(|name| !self.called.contains(name)).collect()
     }
 
-    /// The failures, some of each kernel, and what is unsupported but not listed: `kernel`, if the device may lack all of it, or
-    /// `kernel: words`, if it may lack cases whose refusal says these words.
+    /// The failures, up to a maximum per kernel, and the unsupported calls that `unsupported` does not list. An entry
+    /// is `kernel`, if the device may lack all of it, or `kernel: words`, if it may lack cases whose error contains
+    /// these words.
     pub fn complaints(&self, unsupported: &[&str]) -> Vec<String> {
         let mut all = Vec::new();
         for kernel in TABLE {
@@ -225,14 +224,14 @@ impl Report {
         all
     }
 
-    /// Panics if there is anything to complain of; `unsupported` as in [`Report::complaints`].
+    /// Panics if there are complaints; `unsupported` is as in [`Report::complaints`].
     pub fn expect(&self, unsupported: &[&str]) {
         println!("{self}");
         let all = self.complaints(unsupported);
         assert!(all.is_empty(), "{}: {} failures\n{}", self.device, self.failures.len(), all.join("\n"));
     }
 
-    /// Notes what a device refused; true if it is a lack of support.
+    /// Records an error of the device; true if it means that the call is not supported.
     fn unsupported(&mut self, kernel: &'static str, e: &Error) -> bool {
         let is = matches!(e, Error::Unsupported { .. });
         if is {
@@ -267,13 +266,13 @@ impl std::fmt::Display for Report {
     }
 }
 
-/// Elements of all arguments of a case that the shim takes.
+/// Maximum number of elements of all arguments of a case for the shim.
 const SHIM: usize = 3000;
 
-/// Failures of one kernel that are told; the others mostly say the same.
+/// Maximum number of failures reported per kernel; the others are mostly the same.
 const TOLD: usize = 8;
 
-/// Tries the kernels of the table, or those named in `only`, on `dev` in one precision.
+/// Tests the kernels of the table, or those named in `only`, on `dev` in one precision.
 pub fn run(dev: &dyn Kernels, prec: Precision, size: Size, only: Option<&[&str]>) -> Report {
     let oracle = Cpu::new(0).expect("threads can be started");
     let mut report = Report::new(dev);
@@ -301,10 +300,10 @@ struct Trial<'a> {
     scale: f64,
 }
 
-/// What is right.
+/// The expected outputs.
 struct Answer {
     want: Vec<Vec<f64>>,
-    /// The same in the precision of the run, if anything is compared with it.
+    /// The same in the precision of the run, if an output is compared with it.
     naive: Option<Vec<Vec<f64>>>,
 }
 
@@ -323,7 +322,7 @@ impl Trial<'_> {
         }
         let answer = OnceCell::new();
         let mut oracle_seconds = start.elapsed().as_secs_f64();
-        // Kernels whose CPU form takes no strides.
+        // Kernels whose CPU version takes no strides.
         let flat = self.kernel.flat_on_cpu && self.dev.name().starts_with("cpu (");
         for &layout in layouts.iter().filter(|l| !flat || matches!(l, Layout::Dense | Layout::Shifted)) {
             let what =
@@ -360,8 +359,8 @@ impl Trial<'_> {
         report.times.entry(name).or_default()[1] += oracle_seconds;
     }
 
-    /// Calls the kernel again and again; the outputs if there is nothing to be said against them but their values,
-    /// nothing if the device refuses this alignment and may.
+    /// Calls the kernel repeatedly. Returns the outputs if everything but their values is in order, or `None` if the
+    /// device refuses this alignment and is allowed to.
     fn call(&self, args: &[Arg], layout: Layout) -> Result<Option<Vec<Vec<f64>>>, Trouble> {
         let dev = self.dev;
         let placed: Vec<Placed> =
@@ -391,7 +390,7 @@ impl Trial<'_> {
         Ok(Some(outputs().zip(&first).map(|(p, memory)| p.values(memory)).collect()))
     }
 
-    /// Calls of one layout; fewer where the copies of the outputs would take longer than the calls.
+    /// Number of calls for one layout; fewer if copying the outputs would take longer than the calls.
     fn repetitions(&self, bytes: usize) -> usize {
         match self.size {
             Size::Sanitizer | Size::Shim => 1,
@@ -413,7 +412,7 @@ impl Trial<'_> {
         Ok(Answer { want, naive })
     }
 
-    /// What is wrong with the values of the outputs.
+    /// Errors in the values of the outputs.
     fn judge(&self, what: &str, args: &[Arg], answer: &Answer, got: &[Vec<f64>]) -> Vec<String> {
         let outputs = args.iter().filter(|a| a.is_output()).enumerate();
         let judged = outputs.map(|(i, a)| {
@@ -458,7 +457,7 @@ impl Trial<'_> {
     }
 }
 
-/// Fails unless all values are the same, NaN included.
+/// Fails unless all values have the same bits; any two NaN count as equal.
 fn same_bits(what: &str, got: &[f64], want: &[f64], cols: usize) -> Result<(), String> {
     let same = |(a, b): (&f64, &f64)| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
     match got.iter().zip(want).position(|pair| !same(pair)) {
@@ -470,7 +469,7 @@ fn same_bits(what: &str, got: &[f64], want: &[f64], cols: usize) -> Result<(), S
     }
 }
 
-/// Both with 0 for NaN and infinities, which have to be at the same places.
+/// Replaces NaN and infinities by 0 in both; they must be at the same positions.
 fn without_specials(
     what: &str,
     got: &[f64],
@@ -484,11 +483,11 @@ fn without_specials(
     Ok((none(got), none(want)))
 }
 
-/// Why a call did not give outputs.
+/// Why a call gave no outputs.
 enum Trouble {
     /// The device returned an error.
     Refused(Error),
-    /// Something is wrong with the memory it left.
+    /// The memory was not left as required.
     Wrong(String),
 }
 
@@ -519,7 +518,7 @@ fn cpu_bf16() {
     cpu(Precision::BF16);
 }
 
-/// Kernels that no case covers yet.
+/// Kernels without cases.
 const UNCOVERED: &[&str] = &["conv2d_fwd", "conv2d_bwd_data", "conv2d_bwd_weight"];
 
 #[test]

@@ -1,4 +1,4 @@
-//! Norms over rows, and over pixels by groups of channels.
+//! Norms over rows, and over pixels per group of channels.
 
 use ett::backend::{
     BatchNormBwd, BatchNormEvalBwd, BatchNormEvalFwd, BatchNormFwd, BatchNormRunning, GroupNormBwd,
@@ -11,8 +11,8 @@ use super::case::{Case, Draw, Near, Type, acc, act, add, near, out};
 const S: Stream = Stream::COMPUTE;
 const EPS: f64 = 1e-6;
 
-/// N and C. Many rows of one or two columns are left out: among them are some whose norm is next to nothing, where
-/// every computation in f32 fails.
+/// N and C. Shapes with many rows of one or two columns are left out: some of their rows have a norm close to zero,
+/// for which every computation in f32 fails.
 const SMALL: [(usize, usize); 18] = [
     (1, 1),
     (3, 1),
@@ -36,7 +36,7 @@ const SMALL: [(usize, usize); 18] = [
 const LARGE: [(usize, usize); 6] =
     [(257, 1536), (4099, 256), (65, 8960), (1031, 127), (33, 8961), (3, 16384)];
 
-/// All shapes, numbered, so that what is optional may be present by turns.
+/// All shapes, numbered so that optional arguments alternate.
 fn shapes() -> impl Iterator<Item = (Size, usize, [usize; 2])> {
     let first = [(Size::Sanitizer, (5, 64)), (Size::Sanitizer, (6, 64))].into_iter();
     let small = SMALL.into_iter().map(|shape| (Size::Tiny, shape));
@@ -54,9 +54,9 @@ fn rms_fwd_case([n, c]: [usize; 2], residual: bool) -> Case {
     Case::new(
         text([n, c], residual, " with residual"),
         move |d| {
-            // The sum, what meets the weight, and the result are rounded.
+            // The sum, the factor of the weight, and the result are rounded.
             let y = near().roundings(if residual { 2.0 } else { 1.5 });
-            // Statistics are of the sum as rounded, which the oracle does not round.
+            // Statistics are those of the rounded sum, which the oracle does not round.
             let rstd = if residual { near().coarse() } else { near() };
             let mut args = vec![act("x", [n, c], d.normal(n * c))];
             if residual {
@@ -93,7 +93,8 @@ pub fn rms_fwd_sample() -> Case {
     rms_fwd_case([3, 4], true)
 }
 
-/// Root mean square, or standard deviation if `centred`, inverted, as the forward leaves it for the backward.
+/// Means, and inverse root mean squares (standard deviations if `centred`), as the forward kernel computes them for
+/// the backward.
 fn statistics(d: &Draw, x: &[f64], c: usize, centred: bool) -> (Vec<f64>, Vec<f64>) {
     let x = d.rounded(x);
     let of = |row: &[f64]| {
@@ -104,13 +105,13 @@ fn statistics(d: &Draw, x: &[f64], c: usize, centred: bool) -> (Vec<f64>, Vec<f6
     x.chunks(c).map(of).unzip()
 }
 
-/// `dx` of a norm: a gradient over the size of the input, both of the run's scale. Rows of one or two values cancel
-/// to nothing.
+/// `dx` of a norm: a gradient divided by the size of the input, both of the run's scale. Rows of one or two values
+/// cancel.
 fn dx_of(conditioning: f64) -> Near {
     near().size(1.0).conditioning(conditioning)
 }
 
-/// Sums over `n` rows of gradients of the run's scale.
+/// Size of sums over `n` rows of gradients of the run's scale.
 fn summed(d: &Draw, n: usize) -> f64 {
     d.scale * (n as f64).sqrt()
 }
@@ -132,7 +133,7 @@ fn rms_bwd_case([n, c]: [usize; 2], dsum: bool, dw: bool) -> Case {
                 out("dx", Type::Act, [n, c], dx_of(2.0)),
             ]);
             if dw {
-                // What multiplies dy was rounded to act in the forward, and is so here.
+                // The factor of dy was rounded to act in the forward, and is rounded here as well.
                 let size = summed(d, n);
                 args.push(add("dw", Type::Acc, [c], d.times(size, c), near().size(size).coarse()));
             }
@@ -163,7 +164,7 @@ pub fn rms_bwd_sample() -> Case {
 
 // ---- LayerNorm -----------------------------------------------------------------------------------------
 
-/// `x - mean` loses what the two have in common: a few roundings of x.
+/// `x - mean` cancels: its error is a few roundings of x.
 const CENTRING: f64 = 4.0;
 
 /// `offset`: the mean of all values, in standard deviations.
@@ -199,7 +200,7 @@ fn layer_fwd_case([n, c]: [usize; 2], offset: f64) -> Case {
 
 pub fn layer_fwd() -> Vec<Case> {
     let all = shapes().map(|(size, _, shape)| layer_fwd_case(shape, 0.0).from(size));
-    // The mean of the squares less the square of the mean would be off by 100^2 roundings.
+    // The mean of the squares minus the square of the mean would be off by 100^2 roundings.
     let far = layer_fwd_case([5, 384], 100.0).named("mean of 100 standard deviations");
     all.chain([far]).collect()
 }
@@ -259,7 +260,7 @@ pub fn layer_bwd_sample() -> Case {
 
 // ---- L2 norm -------------------------------------------------------------------------------------------
 
-/// Every third row is smaller than `least`, if that is not next to nothing, and the last row is 0.
+/// Every third row is shorter than `least`, unless that is close to zero, and the last row is 0.
 fn l2_input(d: &Draw, n: usize, c: usize, least: f64) -> Vec<f64> {
     let mut x = d.normal(n * c);
     let size = d.scale * (c as f64).sqrt();
@@ -300,7 +301,7 @@ pub fn l2_fwd_sample() -> Case {
 
 /// `dy` and the result in the activation or the accumulator type.
 fn l2_bwd_case([n, c]: [usize; 2], dy: Type, result: Type) -> Case {
-    // A number of every type: a raised norm is eps itself, in the oracle too.
+    // Exact in every type: the norm of a short row is eps itself, in the oracle too.
     const EPS: f64 = 0.0625;
     let of = |t| if t == Type::Act { "act" } else { "acc" };
     Case::new(
@@ -351,10 +352,10 @@ pub fn l2_bwd_sample() -> Case {
 
 // ---- GroupNorm -----------------------------------------------------------------------------------------
 
-/// B, H, W, C and G, numbered, so that SiLU and what is optional may be there by turns. Groups of a few values only are
-/// left out, but for those of a single one.
+/// B, H, W, C and G, numbered so that SiLU and optional arguments alternate. Groups of a few values are left out,
+/// except those of a single one.
 fn pictures() -> impl Iterator<Item = (Size, usize, [usize; 5])> {
-    // Several chunks of an image, the last one short, with threads that have no pixel of it.
+    // Several chunks per image; the last one is short and leaves threads without a pixel.
     let first = [[1, 20, 15, 64, 16], [2, 3, 5, 16, 4], [2, 3, 5, 13, 1]].map(|s| (Size::Sanitizer, s));
     let small: [[usize; 5]; 10] = [
         [1, 1, 1, 1, 1],
@@ -364,7 +365,7 @@ fn pictures() -> impl Iterator<Item = (Size, usize, [usize; 5])> {
         [1, 4, 4, 33, 11],
         [1, 4, 4, 40, 5],
         [2, 5, 3, 32, 32],
-        // More channels than a tile has.
+        // More channels than a tile holds.
         [1, 1, 2, 264, 8],
         [0, 4, 4, 8, 2],
         [3, 0, 4, 8, 2],
@@ -392,7 +393,7 @@ fn group_fwd_case(shape: [usize; 5], silu: bool, offset: f64) -> Case {
         move |d| {
             let x = d.unit(b * h * w * c).iter().map(|v| d.scale * (v + offset)).collect();
             let lost = near().conditioning(CENTRING + offset / 4.0);
-            // Without pixels statistics are NaN.
+            // Without pixels, statistics are NaN.
             let of = |near: Near| if h * w == 0 { near.specials() } else { near };
             vec![
                 act("x", [b, h, w, c], x),
@@ -421,7 +422,7 @@ fn group_fwd_case(shape: [usize; 5], silu: bool, offset: f64) -> Case {
 
 pub fn group_fwd() -> Vec<Case> {
     let all = pictures().map(|(size, i, shape)| group_fwd_case(shape, i % 2 == 0, 0.0).from(size));
-    // The mean of the squares less the square of the mean would be off by 1000^2 roundings.
+    // The mean of the squares minus the square of the mean would be off by 1000^2 roundings.
     let far = |shape| group_fwd_case(shape, false, 1000.0).named("mean of 1000 standard deviations");
     all.chain([far([1, 20, 15, 16, 4]), far([2, 7, 9, 3, 1])]).collect()
 }
@@ -430,7 +431,7 @@ pub fn group_fwd_sample() -> Case {
     group_fwd_case([2, 5, 7, 6, 3], true, 0.0)
 }
 
-/// Means and inverse standard deviations `[B, G]`, as the forward leaves them.
+/// Means and inverse standard deviations `[B, G]`, as the forward kernel computes them.
 fn group_statistics(d: &Draw, x: &[f64], [b, h, w, c, g]: [usize; 5]) -> (Vec<f64>, Vec<f64>) {
     let x = d.rounded(x);
     let (pixels, width) = (h * w, c / g);
@@ -454,7 +455,7 @@ fn group_bwd_case(shape: [usize; 5], silu: bool, dw: bool, db: bool) -> Case {
             let n = b * h * w;
             let x = d.normal(n * c);
             let (mean, rstd) = group_statistics(d, &x, shape);
-            // What is left of a group of one value is the rounding of terms of this size.
+            // For a group of one value, only the rounding of terms of this size remains.
             let terms = rstd.iter().map(|r| d.scale * r).fold(1.0, f64::max);
             let mut args = vec![
                 act("dy", [b, h, w, c], d.normal(n * c)),
@@ -486,7 +487,7 @@ fn group_bwd_case(shape: [usize; 5], silu: bool, dw: bool, db: bool) -> Case {
     )
 }
 
-/// `dw` and `db`, sums over `n` rows, if they are wanted.
+/// `dw` and `db`, sums over `n` rows, if requested.
 fn channel_gradients(
     d: &Draw,
     n: usize,
@@ -516,7 +517,7 @@ pub fn group_bwd_sample() -> Case {
 
 const BATCH_EPS: f64 = 1e-5;
 
-/// N and C, numbered. Few rows are left out, but for a single one and none.
+/// N and C, numbered. Few rows are left out, except one and none.
 fn batches() -> impl Iterator<Item = (Size, usize, [usize; 2])> {
     let first = [[300, 64], [33, 24], [33, 13]].map(|s| (Size::Sanitizer, s));
     let small: [[usize; 2]; 7] = [[1, 8], [9, 3], [40, 16], [17, 33], [64, 1], [3, 264], [0, 8]];
@@ -525,7 +526,7 @@ fn batches() -> impl Iterator<Item = (Size, usize, [usize; 2])> {
     all.enumerate().map(|(i, (size, shape))| (size, i, shape))
 }
 
-/// LeakyReLU and nothing by turns.
+/// With and without LeakyReLU alternately.
 fn slope(i: usize) -> f64 {
     [0.2, 1.0][i % 2]
 }
@@ -535,7 +536,7 @@ fn batch_fwd_case([n, c]: [usize; 2], slope: f64, offset: f64) -> Case {
         format!("[{n}, {c}], slope {slope}"),
         move |d| {
             let x = d.unit(n * c).iter().map(|v| d.scale * (v + offset)).collect();
-            // Three rows may have next to no variance.
+            // Three rows may have almost no variance.
             let lost = near().conditioning(CENTRING + offset / 4.0 + if n == 3 { 400.0 } else { 0.0 });
             let of = |near: Near| if n == 0 { near.specials() } else { near };
             vec![
@@ -573,7 +574,7 @@ pub fn batch_fwd_sample() -> Case {
     batch_fwd_case([3, 4], 0.2, 0.0)
 }
 
-/// Inputs of both backwards: with the statistics of the batch, or with others, which are `given`.
+/// Inputs of both backward kernels: with the statistics of the batch, or with other statistics if `given`.
 fn batch_bwd_args(d: &Draw, [n, c]: [usize; 2], given: bool, dw: bool, db: bool) -> Vec<super::case::Arg> {
     let x = d.normal(n * c);
     let rows = d.rounded(&x);
@@ -700,7 +701,7 @@ fn batch_eval_bwd_case(shape: [usize; 2], slope: f64, dw: bool, db: bool) -> Cas
 }
 
 pub fn batch_eval_bwd() -> Vec<Case> {
-    // Sometimes without both, where the sums are left out.
+    // Sometimes without both, in which case the sums are not computed.
     let case = |(size, i, shape)| batch_eval_bwd_case(shape, slope(i), i % 3 != 1, i % 6 != 1).from(size);
     batches().map(case).collect()
 }
@@ -715,7 +716,7 @@ fn batch_running_case(c: usize, rows: usize) -> Case {
         format!("[{c}], {rows} rows"),
         move |d| {
             let (mut mean, mut var) = given_statistics(d, c);
-            // These keep what they had.
+            // Statistics of these channels must not change.
             for (i, bad) in [(3, f64::NAN), (5, f64::INFINITY), (6, f64::NEG_INFINITY)] {
                 if i < c {
                     (mean[i], var[c - 1 - i]) = (bad, bad);

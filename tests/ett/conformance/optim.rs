@@ -17,7 +17,7 @@ fn sizes() -> impl Iterator<Item = (Size, usize)> {
 
 // ---- gradient norms ------------------------------------------------------------------------------------
 
-/// The sum within rounding of a long sum of positive numbers; the count exactly.
+/// The sum up to the rounding of a long sum of positive numbers, and the exact count.
 fn sum_and_count(seen: &Seen) -> Result<(), String> {
     const ROUNDING: f64 = 1e-5;
     let (got, want) = (seen.got, seen.want);
@@ -60,11 +60,11 @@ pub fn sum_squares_sample() -> Case {
 struct Step {
     n: usize,
     group: usize,
-    /// Largest norm, in norms of the gradient; 0: none.
+    /// Maximum norm, as a multiple of the gradient's norm; 0: none.
     clip: f64,
     ema: bool,
     shadow: bool,
-    /// Values of the gradient that were not finite.
+    /// Number of non-finite values of the gradient.
     bad: f64,
 }
 
@@ -80,7 +80,7 @@ impl Step {
         let (n, scale) = (self.n, d.scale);
         let grad = d.normal(n);
         let norm = crate::common::norm(&grad);
-        // Nothing but what the group may read.
+        // NaN except for the slots that the group may read.
         let mut state = vec![f64::NAN; Slot::LEN];
         for (slot, value) in [
             (Slot::Rate(self.group), 0.01 * scale),
@@ -90,7 +90,7 @@ impl Step {
         ] {
             state[slot.index()] = value;
         }
-        // A step on a gradient that is not finite changes nothing, not even the last bit.
+        // A step on a non-finite gradient changes nothing, not even the last bit.
         let judge = || if self.bad > 0.0 { Judge::Exact } else { near().size(0.1 * scale).into() };
         let squares = |d: &Draw| d.times(scale, n).into_iter().map(|v| v * v).collect::<Vec<_>>();
         let moment = |judge: Judge| match judge {

@@ -1,21 +1,21 @@
-//! Arguments in device memory: inside larger buffers with guard bands, poisoned, and looked at afterwards.
+//! Arguments in device memory: in larger buffers with guard bands, poisoned before the call and checked afterwards.
 
 use rayon::prelude::*;
 
-use ett::backend::{Access, Buffer, In, Kernels, Out, Role, Stream};
+use ett::backend::{Access, Buffer, DType, In, Kernels, Out, Precision, Role, Stream, to_bf16};
 use ett::error;
-use ett::tensor::{DType, Precision, to_bf16};
 
 use super::case::{Arg, Content, Layout, Views};
 
 const S: Stream = Stream::COMPUTE;
-/// Bytes before and after the rows; keeps their alignment.
+/// Bytes before and after the rows, a multiple of the alignment.
 const GUARD: usize = 256;
-/// What surrounds the rows, two bytes at a time: NaN in every float type, far outside any table as an index.
+/// Content of the guard bands, two bytes at a time: NaN in every float type, and out of bounds for any table as an
+/// index.
 const BAND: [u8; 2] = 0x7FC1u16.to_le_bytes();
-/// What outputs hold before the call: NaN in every float type, -1 in i32.
+/// Content of outputs before the call: NaN in every float type.
 const POISON: u8 = 0xFF;
-/// The same of indices, where all bits set are -1, a value.
+/// The same for indices, because -1 (all bits set) is a valid one.
 const POISONED_INDEX: u8 = 0x7F;
 
 fn poison(dtype: DType) -> u8 {
@@ -31,8 +31,8 @@ pub struct Placed {
     cols: usize,
     off: usize,
     ld: usize,
-    dims: ett::tensor::Dims,
-    /// The whole buffer before the call.
+    dims: ett::backend::Dims,
+    /// Content of the whole buffer before the call.
     image: Vec<u8>,
     buf: Buffer,
 }
@@ -72,12 +72,12 @@ impl Placed {
         Ok(placed)
     }
 
-    /// Makes the buffer what it was before the call.
+    /// Restores the buffer to its content before the call.
     pub fn restore(&self, dev: &dyn Kernels) -> error::Result<()> {
         dev.copy_in(S, &self.image, Out(self.whole()))
     }
 
-    /// The whole buffer now. Waits for the device.
+    /// Current content of the whole buffer. Waits for the device.
     pub fn read(&self, dev: &dyn Kernels) -> error::Result<Vec<u8>> {
         dev.read_later(S, self.whole())?.wait()
     }
@@ -87,12 +87,12 @@ impl Placed {
         Views::view(&self.buf, self.dtype, [n].into(), 0, n)
     }
 
-    /// The argument.
+    /// A view of the argument.
     pub fn view(&self) -> In<'_> {
         Views::view(&self.buf, self.dtype, self.dims, self.off, self.ld)
     }
 
-    /// True if all rows begin on multiples of 16 bytes and are made of whole pieces of that size.
+    /// True if all rows begin on multiples of 16 bytes and their size is a multiple of 16 bytes.
     pub fn is_wide(&self) -> bool {
         [self.off, self.ld, self.cols].iter().all(|n| (n * self.dtype.size()).is_multiple_of(16))
     }
@@ -103,12 +103,12 @@ impl Placed {
         at..at + self.cols * size
     }
 
-    /// The values of the argument in what was read.
+    /// The values of the argument in memory that was read back.
     pub fn values(&self, memory: &[u8]) -> Vec<f64> {
         (0..self.rows).into_par_iter().flat_map_iter(|r| decode(self.dtype, &memory[self.row(r)])).collect()
     }
 
-    /// Fails if anything changed outside of an output's rows, or if an output was not written.
+    /// Fails if memory outside of an output's rows changed, or if an output was not written.
     pub fn check(&self, memory: &[u8]) -> Result<(), String> {
         let name = self.name;
         if memory.len() != self.image.len() {
@@ -143,7 +143,7 @@ impl Placed {
         Ok(())
     }
 
-    /// Fails if anything changed at all.
+    /// Fails if anything in the buffer changed.
     pub fn untouched(&self, memory: &[u8]) -> Result<(), String> {
         match first_difference(memory, &self.image) {
             None => Ok(()),
@@ -170,14 +170,14 @@ impl Placed {
         ))
     }
 
-    /// The value that a byte belongs to.
+    /// The index of the value that contains a byte.
     fn index(&self, byte: usize) -> Option<usize> {
         let at = (byte / self.dtype.size()).checked_sub(self.off)?;
         let (r, c) = (at.checked_div(self.ld)?, at % self.ld);
         (r < self.rows && c < self.cols).then_some(r * self.cols + c)
     }
 
-    /// Where a byte is, for messages.
+    /// The position of a byte, for messages.
     fn place(&self, byte: usize) -> String {
         let at = byte / self.dtype.size();
         match (self.index(byte), at.checked_sub(self.off)) {
@@ -221,7 +221,7 @@ fn decode(dtype: DType, bytes: &[u8]) -> Vec<f64> {
     }
 }
 
-/// Runs a call on a device that is trusted and returns its outputs.
+/// Runs a call on a trusted device and returns its outputs.
 pub fn compute(
     dev: &dyn Kernels,
     p: Precision,

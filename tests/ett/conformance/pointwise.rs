@@ -1,10 +1,9 @@
 //! Element-wise kernels and those over channels.
 
 use ett::backend::{
-    Accumulate, Add, Cast, ChannelAffineBwd, ChannelAffineFwd, Fill, Stream, SwigluBwd, SwigluFwd, Unary,
-    UnaryBwd, UnaryFwd,
+    Accumulate, Add, Cast, ChannelAffineBwd, ChannelAffineFwd, DType, Dims, Fill, Stream, SwigluBwd,
+    SwigluFwd, Unary, UnaryBwd, UnaryFwd,
 };
-use ett::tensor::{DType, Dims};
 
 use super::Size;
 use super::case::{Case, Draw, Judge, Type, act, add as add_to, input, near, out};
@@ -39,7 +38,7 @@ fn shapes() -> Vec<(Size, Dims)> {
     all.chain(large.into_iter().map(|d| (Size::Full, d))).collect()
 }
 
-/// N and C of kernels that know rows.
+/// N and C for kernels that work on rows.
 fn rows() -> impl Iterator<Item = (Size, [usize; 2])> {
     shapes().into_iter().map(|(size, d)| (size, [d.rows(), d.cols()]))
 }
@@ -48,14 +47,14 @@ fn rows() -> impl Iterator<Item = (Size, [usize; 2])> {
 
 const FUNCTIONS: [Unary; 5] = [Unary::Silu, Unary::Gelu, Unary::GeluTanh, Unary::Relu, Unary::LeakyRelu(0.2)];
 
-/// Values with some zeros among them, where functions have their kinks.
+/// Values with some zeros, where functions have kinks.
 fn with_zeros(d: &Draw, n: usize) -> Vec<f64> {
     let mut x = d.normal(n);
     x.iter_mut().skip(2).step_by(7).for_each(|v| *v = 0.0);
     x
 }
 
-/// Functions of e^x and erf in f32: a few times the rounding of one operation.
+/// Amplification of rounding errors by e^x and erf in f32: a few roundings.
 const FUNCTION: f64 = 1.0;
 
 fn unary_fwd_case(dims: Dims, f: Unary) -> Case {
@@ -85,7 +84,7 @@ fn unary_bwd_case(dims: Dims, f: Unary) -> Case {
     )
 }
 
-/// Every function on the first shapes, then one after the other.
+/// Every function on the first shapes, then one function per shape.
 fn unary(case: fn(Dims, Unary) -> Case) -> Vec<Case> {
     let of = |(i, (size, dims)): (usize, (Size, Dims))| {
         let every = i < 4;
@@ -95,7 +94,7 @@ fn unary(case: fn(Dims, Unary) -> Case) -> Vec<Case> {
     shapes().into_iter().enumerate().flat_map(of).collect()
 }
 
-/// NaN stays NaN, and the rectifiers keep infinities: what diverges in training has to be seen.
+/// NaN stays NaN, and the rectifiers keep infinities: divergence in training has to show.
 fn special(f: Unary) -> Case {
     let values: &[f64] = match f {
         Unary::Silu | Unary::Gelu | Unary::GeluTanh => &[f64::NAN, 1.0, -1.0],
@@ -151,7 +150,7 @@ pub fn add_sample() -> Case {
     add_case([3, 4].into())
 }
 
-/// Types of two arguments that may differ; both of the run first.
+/// Types of two arguments that may differ, beginning with the activation type for both.
 const PAIRS: [[Type; 2]; 5] = [
     [Type::Act, Type::Act],
     [Type::Is(DType::Bf16), Type::Is(DType::F32)],
@@ -168,7 +167,7 @@ fn name(t: Type) -> &'static str {
     }
 }
 
-/// Every pair of types on the first shapes, then one after the other.
+/// Every pair of types on the first shapes, then one pair per shape.
 fn pairs(case: fn([usize; 2], [Type; 2]) -> Case) -> Vec<Case> {
     let of = |(i, (size, dims)): (usize, (Size, [usize; 2]))| {
         let chosen = PAIRS.into_iter().enumerate().filter(move |(j, _)| i < 2 || i % 5 == *j);
@@ -204,7 +203,7 @@ fn cast_case(dims: [usize; 2], [x, y]: [Type; 2]) -> Case {
     )
 }
 
-/// To bf16, what is hard to round: ties, both ways; the largest numbers; numbers below the least normal one.
+/// Values that are hard to round to bf16: ties in both directions, the largest numbers, and subnormal numbers.
 fn hard_to_round() -> Case {
     let ties = [0x3F80_8000u32, 0x3F81_8000, 0x3F80_7FFF, 0x3F80_8001, 0xBF80_8000, 0xBF81_8000];
     let ends = [0x7F7F_FFFFu32, 0xFF7F_FFFF, 0x7F7F_7FFF, 0x0000_8000, 0x0001_8000, 0x0000_0001, 0x8000_0000];
@@ -250,7 +249,7 @@ pub fn fill_sample() -> Case {
 
 // ---- channels ------------------------------------------------------------------------------------------
 
-/// Divisors away from 0.
+/// Divisors that are not close to 0.
 fn divisors(d: &Draw, n: usize) -> Vec<f64> {
     d.unit(n).into_iter().map(|v| v + 0.5f64.copysign(v)).collect()
 }

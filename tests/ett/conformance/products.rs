@@ -1,7 +1,6 @@
 //! Products and sums of columns.
 
-use ett::backend::{ColSum, LinearGelu, Matmul, MatmulAcc, Stream};
-use ett::tensor::DType;
+use ett::backend::{ColSum, DType, LinearGelu, Matmul, MatmulAcc, Stream};
 
 use super::Size;
 use super::case::{Case, Draw, LIGHT, Near, Type, act, add, near, out};
@@ -38,12 +37,12 @@ const LARGE: [Shape; 6] = [
     [1, 1536, 2048],
 ];
 
-/// All shapes, with the ways to transpose and a bias (or not) in turn; the sanitizers get every way.
+/// All shapes, with alternating transpositions and bias; the sanitizers get every combination of transpositions.
 fn shapes() -> impl Iterator<Item = (Size, Shape, [bool; 3])> {
     const WAYS: [(bool, bool); 4] = [(false, true), (false, false), (true, false), (true, true)];
     let sanitizer = WAYS.into_iter().map(|(ta, tb)| (Size::Sanitizer, [16, 32, 24], [ta, tb, true]));
     let small = SMALL.into_iter().enumerate().flat_map(|(i, shape)| {
-        // The linear layer's own way with every shape, the others by turns.
+        // The transposition of linear layers with every shape, the others alternately.
         [WAYS[0], WAYS[1 + i % 3]].map(|(ta, tb)| (Size::Tiny, shape, [ta, tb, i % 2 == 0]))
     });
     let large = LARGE.into_iter().enumerate().flat_map(|(i, shape)| {
@@ -61,13 +60,13 @@ fn dims(rows: usize, cols: usize, transposed: bool) -> [usize; 2] {
     if transposed { [cols, rows] } else { [rows, cols] }
 }
 
-/// Sums of `terms` products of two operands of the run's scale.
+/// Size of sums of `terms` products of two operands of the run's scale.
 fn sum_of(d: &Draw, terms: usize) -> f64 {
     d.scale * d.scale * (terms as f64).sqrt()
 }
 
-/// Tensor cores add bf16 products into f32 sums that are cut, not rounded: the error grows with the length of the
-/// sum. The factor is what 16 products a cut give, with some room.
+/// Tensor cores add bf16 products to f32 sums that are truncated, not rounded, so the error grows with the length of
+/// the sum. The factor corresponds to one truncation per 16 products, with some room.
 fn cut(near: Near, d: &Draw, terms: usize) -> Near {
     if d.prec.act == DType::Bf16 { near.conditioning(terms as f64 / 128.0) } else { near }
 }
@@ -151,7 +150,7 @@ fn matmul_acc_case([n, c, o]: Shape, [ta, tb, _]: [bool; 3]) -> Case {
 }
 
 pub fn matmul_acc() -> Vec<Case> {
-    // Weight gradients are [C, N] transposed x [N, O]: sums over all tokens.
+    // Weight gradients are transposed [C, N] x [N, O]: sums over all tokens.
     let gradients = [[1536, 4099, 256], [256, 1031, 8960], [896, 2048, 128]];
     let gradients = gradients.map(|shape| matmul_acc_case(shape, [true, false, false]).from(Size::Full));
     let all = shapes().map(|(size, shape, how)| matmul_acc_case(shape, how).from(size));

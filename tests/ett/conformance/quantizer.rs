@@ -2,8 +2,7 @@
 
 use std::collections::HashMap;
 
-use ett::backend::{IbqBwd, IbqCols, IbqLosses, IbqRows, Stream, VqBwd, VqLosses};
-use ett::tensor::DType;
+use ett::backend::{DType, IbqBwd, IbqCols, IbqLosses, IbqRows, Stream, VqBwd, VqLosses};
 
 use super::Size;
 use super::case::{Arg, Case, Draw, Judge, Near, Type, acc, act, add, input, int, near, out};
@@ -20,21 +19,21 @@ type Shape = [usize; 3];
 /// Tokens and codes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Data {
-    /// Scores are normal, times the scale of the run.
+    /// Normal scores, multiplied by the scale of the run.
     Random,
-    /// Tokens point at codes, at some again and again: the best code has nearly all of the weight.
+    /// Tokens point at codes, several at the same ones: the best code has nearly all of the probability.
     Sure,
     /// The same codes in every part of the codebook; tokens are codes.
     Duplicates,
     /// All scores are zero.
     Equal,
-    /// Tokens of 1e-4: all codes are nearly as good.
+    /// Tokens of size 1e-4: all codes have nearly the same score.
     Flat,
     /// Tokens and codes of length 1, as with `l2norm`.
     Unit,
-    /// One code is a thousand times as long as the others.
+    /// One code is a thousand times longer than the others.
     Huge,
-    /// Tokens and codes that are not numbers. Values only.
+    /// Tokens and codes with NaN; for the values only, not the gradients.
     Nan,
 }
 
@@ -51,7 +50,7 @@ fn problem(shape: Shape) -> Problem {
     Problem { shape, data: Data::Random, temperature: 0.4, entropies: true, de: true }
 }
 
-/// Statistics of a forward, by name.
+/// Statistics of a forward kernel, by name.
 type Stats = HashMap<&'static str, Vec<f64>>;
 
 impl Problem {
@@ -109,7 +108,7 @@ impl Problem {
         vec![act("z", [m, dim], z), act("e", [k, dim], e)]
     }
 
-    /// Some roundings of a score, divided by the temperature, are a relative error of an exponential.
+    /// A few roundings of a score, divided by the temperature, are a relative error of an exponential.
     fn near(&self, d: &Draw) -> Near {
         let size = match self.data {
             Data::Random | Data::Nan | Data::Equal | Data::Flat => d.scale,
@@ -129,13 +128,13 @@ impl Problem {
             move |d| {
                 let mut args = self.inputs(d);
                 let near = self.near(d).size(1e-3);
-                // Rounding cannot change the choice among codes that are equal.
+                // Rounding cannot change the choice among equal codes.
                 let judge = match self.data {
                     Data::Random | Data::Sure | Data::Huge | Data::Flat | Data::Unit => Judge::By(by_dot),
                     Data::Duplicates | Data::Equal | Data::Nan => Judge::By(equal),
                 };
                 args.push(out("idx", Type::Is(DType::I32), [m], judge));
-                // The score of a token without any number is infinitely small.
+                // The score of a token without a number is minus infinity.
                 args.push(out("smax", Type::Acc, [m], near.size(d.scale).specials()));
                 args.push(out("rest_p", Type::Acc, [m], near));
                 if self.entropies {
@@ -188,7 +187,7 @@ impl Problem {
         )
     }
 
-    /// What the sweeps leave, by the oracle, of inputs as the run rounds them.
+    /// The oracle's statistics of the inputs as rounded in the run.
     fn stats(&self, d: &Draw, inputs: &[Arg]) -> Stats {
         let [m, k, _] = self.shape;
         let mut args = inputs[..2].to_vec();
@@ -223,7 +222,7 @@ impl Problem {
                 }
                 args.push(acc("inv_count", [1], vec![1.0 / m.max(1) as f64]));
                 args.push(out("zq", Type::Act, [m, dim], Judge::Exact));
-                // Thousands of squares added one after the other in f32, by the CPU.
+                // The CPU adds thousands of squares one by one in f32.
                 let near = near().conditioning(10.0);
                 args.push(out("quant", Type::Acc, [1], near));
                 if self.entropies {
@@ -282,7 +281,7 @@ impl Problem {
                 args.push(acc("inv_count", [1], vec![inv]));
                 args.push(act("g", [m, dim], d.times(1.0, m * dim)));
                 args.push(acc("g_quant", [1], vec![0.2 * dim as f64 / inv]));
-                // bf16 rounds what zq received before it meets the codes, as any activation.
+                // In bf16, the gradient of zq is rounded before it is multiplied with the codes, like any activation.
                 let near = self.near(d).roundings(1.5).coarse().size(0.3);
                 args.push(out("dz", Type::Act, [m, dim], near).dense());
                 if self.de {
@@ -317,7 +316,7 @@ impl Problem {
     }
 }
 
-/// The derivative of the average entropy by each share.
+/// The derivative of the average entropy with respect to each share.
 fn slopes(col: &[f64], inv: f64) -> Vec<f64> {
     let slope = |share: f64| -((share + EPS).ln() + share / (share + EPS));
     col.iter().map(|n| slope(n * inv)).collect()
@@ -325,8 +324,7 @@ fn slopes(col: &[f64], inv: f64) -> Vec<f64> {
 
 // ---- cases ---------------------------------------------------------------------------------------------
 
-/// Tails of tiles in all three dimensions, and several chunks of tokens and codes: on the shim, and with the large
-/// ones on a GPU.
+/// Partial tiles in all three dimensions, and several chunks of tokens and codes. The large shapes run on a GPU only.
 fn shapes() -> Vec<(Size, Shape)> {
     let small: [Shape; 13] = [
         [1, 1, 1],
@@ -368,7 +366,7 @@ fn edges(of: fn(Problem) -> Case) -> impl Iterator<Item = Case> {
     MANY.into_iter().chain(WIDE).map(move |shape| of(problem(shape)).named("edge").on_shim())
 }
 
-/// The same without entropies, for kernels that can do without.
+/// The same without entropies, for kernels that support it.
 fn bare(of: fn(Problem) -> Case) -> Vec<Case> {
     let bare = |shape| Problem { entropies: false, ..problem(shape) };
     let shapes = [[20, 41, 16], [5, 129, 16], [129, 300, 24]];
@@ -414,7 +412,7 @@ pub fn bwd_sample() -> Case {
 
 // ---- plain VQ ------------------------------------------------------------------------------------------
 
-/// z, e, idx and inv_count; few codes have most of the tokens.
+/// z, e, idx and inv_count; a few codes have most of the tokens.
 fn vq_inputs(d: &Draw, [m, k, dim]: Shape) -> Vec<Arg> {
     let few = d.ids(m, k.div_ceil(4));
     let idx = d.ids(m, k).into_iter().zip(few).enumerate();
@@ -434,7 +432,7 @@ fn vq_losses_case(shape: Shape) -> Case {
         move |d| {
             let mut args = vq_inputs(d, shape);
             args.push(out("zq", Type::Act, [m, dim], Judge::Exact));
-            // Thousands of squares added one after the other in f32, by the CPU.
+            // The CPU adds thousands of squares one by one in f32.
             args.push(out("quant", Type::Acc, [1], near().conditioning(10.0)));
             args
         },
@@ -464,7 +462,7 @@ fn vq_bwd_case(shape: Shape, de: bool) -> Case {
             args.push(acc("g_quant", [1], vec![0.7 * (m * dim) as f64]));
             args.push(out("dz", Type::Act, [m, dim], near().conditioning(1.0).size(d.scale)).dense());
             if de {
-                // Sums of many tokens that cancel.
+                // Sums over many tokens, which cancel.
                 let near = near().conditioning(3.0).size(d.scale);
                 args.push(add("de", Type::Acc, [k, dim], d.normal(k * dim), near).dense());
             }

@@ -1,36 +1,35 @@
-//! What kernels say of arguments that the contract forbids: every argument of a small call that is right is spoiled
-//! in every way, and each time the device has to name it and to touch nothing.
+//! The errors of kernels for arguments that violate the contract: every argument of a small valid call is damaged in
+//! every way, and each time the device has to name it and write nothing.
 
 use std::sync::Arc;
 
-use ett::backend::{Buffer, Cpu, Extent, In, KERNELS, Kernels, Reclaim, Role};
+use ett::backend::{Buffer, Cpu, DType, Dims, Extent, In, KERNELS, Kernels, Precision, Reclaim, Role};
 use ett::error::{Error, Result};
-use ett::tensor::{DType, Dims, Precision};
 
 use super::case::{Arg, Draw, Layout, Type, Views, round};
 use super::place::{Placed, views};
 use super::{Kernel, Report, TABLE};
 
-/// Memory that is nowhere.
+/// Memory that does not exist.
 struct Nowhere;
 
 impl Reclaim for Nowhere {
     unsafe fn reclaim(&self, _addr: u64, _bytes: usize, _role: Role) {}
 }
 
-/// What is done to an argument.
+/// The damage of an argument.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Damage {
     Null,
-    /// It begins where its buffer ends.
+    /// Begins at the end of its buffer.
     Outside,
-    /// It begins inside an element.
+    /// Begins inside an element.
     Misaligned,
     /// Rows overlap.
     Overlapping,
-    /// Twice 2^63 rows more, which wraps to what is right.
+    /// Twice 2^63 more rows, which overflows to a valid size.
     Wrapping,
-    /// Rows so far apart that their distance in bytes wraps.
+    /// Rows so far apart that their distance in bytes overflows.
     Far,
     Type(DType),
     /// One row, or one column, less.
@@ -53,7 +52,7 @@ impl Damage {
         }
     }
 
-    /// What can be done to an argument, and is wrong for this kernel.
+    /// All kinds of damage that make this argument invalid for the kernel.
     fn all(kernel: &Kernel, arg: &Arg, p: Precision) -> Vec<Damage> {
         let free = |what: &str| kernel.free.contains(&&*format!("{} {what}", arg.name));
         let mut all = vec![Damage::Null, Damage::Outside, Damage::Misaligned];
@@ -63,7 +62,7 @@ impl Damage {
             DType::F32 => vec![DType::I32, DType::Bf16],
             _ => vec![DType::I32, DType::F32],
         };
-        // Where any float will do, an index will not; where the type is free altogether, only `fill` does.
+        // If any float type is allowed, an index type is not; only `fill` takes any type.
         let float = |t: &DType| *t != DType::I32 || kernel.name == "fill";
         all.extend(types.into_iter().filter(|t| !(free("type") && float(t))).map(Damage::Type));
         if arg.dims.rank() > 1 {
@@ -90,25 +89,25 @@ impl Damage {
             Damage::Cols if dims.rank() == 1 => dims = [cols - 1].into(),
             Damage::Cols => dims = [rows, cols - 1].into(),
         }
-        // SAFETY: the device checks views itself: that is what is tested, and conformance asks it of every device.
+        // SAFETY: devices check views themselves, which this tests and conformance requires of every device.
         unsafe { In::unchecked(buf, off, dtype, dims, ld) }
     }
 
-    /// Whether the device's C query has to see it, which knows no buffers: it answers -1 then.
+    /// Whether the C query, which does not know the buffers, has to answer -1.
     fn is_seen_by_queries(self, kernel: &Kernel, arg: &Arg) -> bool {
         match self {
             Damage::Outside => false,
-            // No memory is how an optional argument is left out.
+            // A null pointer means that an optional argument is absent.
             Damage::Null => !field(kernel.name, arg.name).is_some_and(|ty| ty.contains("Option")),
             _ => true,
         }
     }
 
-    /// Whether `blamed` may be named for this damage of `arg`: of two arguments that do not fit each other either is
-    /// right.
+    /// Whether an error about `blamed` explains this damage of `arg`: if two arguments do not fit each other, either
+    /// may be named.
     fn explains(self, kernel: &str, args: &[Arg], arg: &Arg, blamed: &str) -> bool {
         let Some(other) = args.iter().find(|a| a.name == blamed) else {
-            // Not a tensor: a count that the shapes do not fit, or the type as such.
+            // Not a tensor: a count that does not fit the shapes, or the type as such.
             return match self {
                 Damage::Rows | Damage::Cols => is_number(kernel, blamed),
                 Damage::Type(_) => blamed == "dtype",
@@ -131,12 +130,12 @@ fn field(kernel: &str, name: &str) -> Option<&'static str> {
     fields.iter().find(|(n, _)| *n == name).map(|(_, ty)| *ty)
 }
 
-/// True if a kernel's argument of this name is no tensor.
+/// True if the kernel's argument of this name is not a tensor.
 fn is_number(kernel: &str, name: &str) -> bool {
     field(kernel, name).is_some_and(|ty| !["In", "Out", "Acc"].iter().any(|t| ty.contains(t)))
 }
 
-/// Spoils the arguments of every kernel of the table, or of those in `only`.
+/// Damages the arguments of every kernel of the table, or of those in `only`.
 pub fn run(dev: &dyn Kernels, prec: Precision, only: Option<&[&str]>) -> Report {
     run_asking(dev, prec, only, None)
 }
@@ -180,7 +179,7 @@ fn spoil(
     }
     let restore = || placed.iter().try_for_each(|p| p.restore(dev));
     restore()?;
-    // SAFETY: no bytes.
+    // SAFETY: the buffer has no bytes.
     let nowhere = unsafe { Buffer::new(0, 0, Role::Input, Arc::new(Nowhere)) };
     for (i, arg) in args.iter().enumerate() {
         for damage in Damage::all(kernel, arg, prec) {

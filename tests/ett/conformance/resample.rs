@@ -1,4 +1,4 @@
-//! Up-sampling and pooling by two.
+//! Upsampling and pooling by two.
 
 use ett::backend::{MaxPool2x2Bwd, MaxPool2x2Fwd, Stream, Upsample2xBwd, Upsample2xFwd};
 
@@ -53,7 +53,7 @@ fn up_bwd_case(coarse: [usize; 4]) -> Case {
     Case::new(
         text(coarse),
         move |d| {
-            // Four values may cancel.
+            // The sum of four values may cancel.
             let dx = out("dx", Type::Act, coarse, near().size(d.scale));
             vec![act("dy", fine(coarse), d.normal(numel(fine(coarse)))), dx]
         },
@@ -69,12 +69,12 @@ pub fn up_bwd_sample() -> Case {
     up_bwd_case([2, 3, 5, 7])
 }
 
-/// Values of which many are equal.
+/// Values with many ties.
 fn with_ties(d: &Draw, n: usize) -> Vec<f64> {
     d.unit(n).iter().map(|v| d.scale * (2.0 * v).round()).collect()
 }
 
-/// The fine image has a line, or a column, more than twice the coarse one's.
+/// Dimensions of a fine image with up to one row and one column more than twice the coarse image.
 fn odd([b, h, w, c]: [usize; 4], more: [usize; 2]) -> [usize; 4] {
     [b, 2 * h + more[0], 2 * w + more[1], c]
 }
@@ -88,7 +88,7 @@ fn pool_fwd_case(coarse: [usize; 4], more: [usize; 2]) -> Case {
     )
 }
 
-/// Even and odd sizes by turns; of the small ones also images without a whole window.
+/// Alternately even and odd sizes; among the small ones also images without a complete window.
 fn pools(case: fn([usize; 4], [usize; 2]) -> Case) -> Vec<Case> {
     let more = |i: usize| [[0, 0], [1, 0], [0, 1], [1, 1]][i % 4];
     let all = shapes().enumerate().map(|(i, (size, shape))| case(shape, more(i)).from(size));

@@ -1,4 +1,4 @@
-//! Rows by position and by index.
+//! Operations on rows by position and by index.
 
 use ett::backend::{GatherBwd, GatherFwd, Rope, Stream};
 
@@ -9,8 +9,8 @@ const S: Stream = Stream::COMPUTE;
 
 // ---- rotary embedding ----------------------------------------------------------------------------------
 
-/// Angles are position times frequency in f32: off by some of its roundings of the angle, which the largest
-/// position bounds; every position up to here costs this much of a rounding.
+/// Error per position: angles are position times frequency in f32, so their error is a few roundings of the angle,
+/// which the largest position bounds.
 const ANGLE: f64 = 0.1;
 
 #[derive(Clone, Copy)]
@@ -18,9 +18,9 @@ struct Turn {
     n: usize,
     heads: usize,
     head_dim: usize,
-    /// Columns after the heads, to be copied.
+    /// Columns after the heads, which are copied.
     extra: usize,
-    /// The last position; the others lie below it.
+    /// The last position; the others are smaller.
     last: i32,
     theta: f64,
     inverse: bool,
@@ -51,7 +51,7 @@ impl Turn {
         Case::new(
             self.text(),
             move |d| {
-                // Half of a pair may be turned away to nothing.
+                // A rotation may turn one half of a pair to zero.
                 let near = near().size(0.5 * d.scale).conditioning(1.0 + ANGLE * f64::from(last));
                 vec![
                     act("x", [n, c], d.normal(n * c)),
@@ -66,7 +66,7 @@ impl Turn {
         )
     }
 
-    /// There and back: the same angles twice, whatever their error.
+    /// A rotation and its inverse: the same angles twice, with the same error.
     fn undone(self) -> Case {
         let Turn { n, heads, head_dim, theta, .. } = self;
         let c = self.cols();
@@ -126,7 +126,7 @@ pub fn rope_sample() -> Case {
 
 // ---- rows of tables ------------------------------------------------------------------------------------
 
-/// Rows that are gathered, rows of the table, columns.
+/// Number of gathered rows, rows of the table, columns.
 type Shape = [usize; 3];
 
 fn shapes() -> impl Iterator<Item = (Size, Shape)> {
@@ -177,7 +177,7 @@ fn gather_fwd_case(shape: Shape) -> Case {
     )
 }
 
-/// Rows are copied: the scale of their values is of no matter.
+/// Rows are copied, so the scale of their values does not matter.
 const COPIED: Runs = &[EVERY[0]];
 const COPIED_LARGE: Runs = &[(1.0, &[Layout::Dense, Layout::Odd])];
 
@@ -186,7 +186,7 @@ pub fn gather_fwd() -> Vec<Case> {
     shapes().map(|(size, shape)| gather_fwd_case(shape).from(size).runs(runs(size))).collect()
 }
 
-/// The sample's indices stay below the smallest table that is tried.
+/// Indices below the smallest size of the table that is tried.
 fn plain_indices(case: Case, n: usize) -> Case {
     let args = case.args;
     let args = move |d: &Draw| {
@@ -221,7 +221,7 @@ fn gather_bwd_case(shape: Shape) -> Case {
     )
 }
 
-/// Repeated rows are added in the order of n: the bits are those of a plain loop in f32.
+/// Repeated rows are added in the order of n: the bits equal those of a plain loop in f32.
 fn in_order() -> Case {
     const N: usize = 500;
     Case::new(

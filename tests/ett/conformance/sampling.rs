@@ -1,14 +1,13 @@
-//! Sampling: the index of every device is that of the CPU, which computes in f64 in any case.
+//! Sampling: every device gives the same index as the CPU, because all of them compute in f64.
 
-use ett::backend::{Sample, Stream};
-use ett::tensor::DType;
+use ett::backend::{DType, Sample, Stream};
 
 use super::Size;
 use super::case::{Case, Judge, Type, act, add, int, out};
 
 const S: Stream = Stream::COMPUTE;
 
-/// What can be drawn.
+/// Parameters of sampling.
 #[derive(Debug, Clone, Copy)]
 struct How {
     temperature: f64,
@@ -23,7 +22,7 @@ const TOP_K: How = How { top_k: 7, ..ALL };
 const TOP_P: How = How { top_p: 0.8, temperature: 0.7, ..ALL };
 const EVERYTHING: How = How { temperature: 1.3, top_k: 40, top_p: 0.9, guidance: 3.0 };
 
-/// Numbers as they are, and what is done to them.
+/// Changes the logits of a case.
 type Change = fn(&mut Vec<f64>, usize);
 
 fn case([b, v]: [usize; 2], how: How, change: Change) -> Case {
@@ -82,7 +81,7 @@ pub fn cases() -> Vec<Case> {
     let ties: Change = |l, _| l.iter_mut().for_each(|l| *l = (2.0 * *l).round());
     let zeros: Change = |l, _| l.iter_mut().enumerate().for_each(|(i, l)| *l = [-0.0, 0.0][i % 2]);
     let far: Change = |l, _| l.iter_mut().for_each(|l| *l *= 1e30);
-    // One row of each kind: NaN, nothing finite, infinite, some that cannot be, as they are.
+    // Rows with a NaN, with nothing finite, with an infinity, with some impossible values, and unchanged.
     let bad: Change = |l, v| {
         l[v / 2] = f64::NAN;
         l[v..2 * v].fill(f64::NEG_INFINITY);

@@ -1,10 +1,9 @@
-//! The CPU's workspaces: a launch takes what the kernel's query says, before anything is written.
+//! The CPU's workspaces: a launch allocates what the kernel's query returns, before anything is written.
 
 use std::collections::BTreeSet;
 
-use ett::backend::{Access, Cpu, Device, Kernels, Plan, Target};
+use ett::backend::{Access, Cpu, Device, Kernels, Plan, Precision, Target};
 use ett::error::{Error, Result};
-use ett::tensor::Precision;
 
 use super::case::{Arg, Case, Draw, Layout, round};
 use super::place::{Placed, views};
@@ -14,9 +13,9 @@ fn place(dev: &dyn Kernels, prec: Precision, args: &[Arg], layout: Layout) -> Re
     args.iter().map(|a| Placed::new(dev, prec, a, layout)).collect()
 }
 
-/// Bytes of workspace of one call, after a look at what happens where there is one byte less.
+/// Bytes of workspace of one call; also checks that the call fails cleanly if one byte is missing.
 fn workspace(threads: usize, prec: Precision, case: &Case, args: &[Arg], layout: Layout) -> Result<u64> {
-    // Poisoned: such a device refuses a kernel that takes more than its query says, or far less.
+    // Poisoned: such a device refuses a kernel that uses more than its query returns, or far less.
     let dev = Cpu::poisoned(threads)?;
     let placed = place(&dev, prec, args, layout)?;
     let held = dev.memory().total();
@@ -93,7 +92,7 @@ fn queries_of_the_cpu_are_what_its_kernels_take() -> Result<()> {
     Ok(())
 }
 
-/// Inputs only: what a plan is shown holds no data.
+/// Inputs only, because tensors of a plan hold no data.
 #[test]
 fn a_plan_follows_no_address() -> Result<()> {
     let oracle = Cpu::new(0)?;
@@ -103,7 +102,7 @@ fn a_plan_follows_no_address() -> Result<()> {
         round(&mut args, Precision::F32);
         let plan = Plan::new();
         let placed = place(&plan, Precision::F32, &args, Layout::Dense)?;
-        // The first addresses of a process are never mapped: whoever follows one dies.
+        // The first addresses of a process are never mapped, so following one crashes.
         for p in placed.iter().filter(|p| p.access == Access::Read) {
             assert!((1..1 << 40).contains(&p.view().addr()), "`{}`", p.name);
         }

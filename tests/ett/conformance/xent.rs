@@ -1,4 +1,4 @@
-//! Cross-entropy of a linear layer, and of logits that are stored.
+//! Cross-entropy of a linear layer and of stored logits.
 
 use ett::backend::{LinearXentBwd, LinearXentFwd, Stream, XentBwd, XentFwd};
 
@@ -10,7 +10,7 @@ const S: Stream = Stream::COMPUTE;
 /// Which rows have a target.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Targets {
-    /// Two of three.
+    /// Two thirds of the rows.
     Most,
     None,
     One,
@@ -39,7 +39,7 @@ fn shapes() -> impl Iterator<Item = (Size, Shape)> {
     first.chain(small.map(|s| (Size::Tiny, s))).chain(large.map(|s| (Size::Full, s)))
 }
 
-/// The problem of one run: logits are normal times the run's scale, or times 20 if `peaked`.
+/// The data of one run: logits are normal times the run's scale, or times 20 if `peaked`.
 #[derive(Clone, Copy)]
 struct Problem {
     shape: Shape,
@@ -57,7 +57,7 @@ impl Problem {
         if self.peaked { 20.0 } else { d.scale }
     }
 
-    /// An error of a logit, some roundings of its size, is a relative error of its probability.
+    /// The error of a logit, a few roundings of its size, is a relative error of its probability.
     fn near(&self, d: &Draw) -> Near {
         near().conditioning(2.0 + 4.0 * self.spread(d))
     }
@@ -87,7 +87,7 @@ impl Problem {
             act("x", [n, c], d.times(self.spread(d), n * c)),
             act("w", [v, c], d.times((c as f64).powf(-0.5), v * c)),
             int("target", target),
-            // Infinite without a target: it must not matter.
+            // Infinite if there is no target, which must not matter.
             acc("scale", [1], vec![1.0 / count as f64]),
         ]
     }
@@ -125,7 +125,7 @@ impl Problem {
                 let mut args = self.inputs(d);
                 let lse = self.lse(d, &args);
                 let targets = args[2].values().expect("the targets").iter();
-                // Times the scale, 1.5 for every row.
+                // Multiplied by the scale: 1.5 for every row.
                 let g = 1.5 * targets.filter(|&&t| t >= 0.0).count().max(1) as f64;
                 // Gradients of logits may be rounded to act, for tensor cores.
                 let near = self.near(d).roundings(1.5).coarse();
@@ -156,7 +156,7 @@ impl Problem {
         )
     }
 
-    /// What the forward leaves for the backward.
+    /// The result of the forward kernel for the backward.
     fn lse(&self, d: &Draw, inputs: &[super::case::Arg]) -> Vec<f64> {
         let mut call = inputs.to_vec();
         call.push(out("lse", Type::Acc, [self.shape[0]], near()));
@@ -216,7 +216,7 @@ impl Stored {
         format!("[{}, {}]{}", self.shape[0], self.shape[1], if self.weighted { ", weighted" } else { "" })
     }
 
-    /// As a problem whose target and spread are the same.
+    /// A problem with the same targets and spread.
     fn problem(&self) -> Problem {
         let [n, v] = self.shape;
         Problem { shape: [n, 1, v], targets: self.targets, peaked: self.peaked }
@@ -232,12 +232,12 @@ impl Stored {
         if self.weighted {
             args.push(acc("weight", [n], d.unit(n).iter().map(|w| w.abs()).collect()));
         }
-        // Infinite without a target: it must not matter.
+        // Infinite if there is no target, which must not matter.
         args.push(acc("scale", [1], vec![1.0 / count as f64]));
         args
     }
 
-    /// The exponent of a logit is off by a rounding of its size.
+    /// The exponent of a logit has an error of one rounding of its size.
     fn near(&self, d: &Draw) -> Near {
         near().conditioning(2.0 + 4.0 * self.problem().spread(d))
     }
@@ -267,7 +267,7 @@ impl Stored {
         )
     }
 
-    /// With `in_place` the gradient is written over the logits.
+    /// If `in_place`, the gradient overwrites the logits.
     fn bwd(self, in_place: bool) -> Case {
         let [n, v] = self.shape;
         Case::new(
@@ -279,7 +279,7 @@ impl Stored {
                 call.push(add("loss", Type::Acc, [1], vec![0.0], near()));
                 let lse = d.forward(call, self.fwd().call).remove("lse").expect("a result of the forward");
                 let targets = args[1].values().expect("the targets").iter();
-                // Times the scale, 1.5 for every row.
+                // Multiplied by the scale: 1.5 for every row.
                 let g = 1.5 * targets.filter(|&&t| t >= 0.0).count().max(1) as f64;
                 args.extend([acc("lse", [n], lse), acc("g", [1], vec![g])]);
                 if in_place {

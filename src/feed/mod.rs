@@ -1,0 +1,12 @@
+//! From data to batches: data sets as configurations name them, the sequences that the language model reads, the batches
+//! of a stage, and their way to the device.
+
+mod batches;
+mod data_set;
+mod device;
+mod template;
+
+pub use batches::{Fed, Feed};
+pub(crate) use device::PAD;
+pub use device::{Batch, images_to_device};
+pub use template::Template;

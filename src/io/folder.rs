@@ -1,0 +1,95 @@
+//! The run folder: the names of its files, its configuration, and what to say of a folder that is not a run's.
+
+use std::path::{Path, PathBuf};
+
+use super::checkpoints::{self, Checkpoints};
+use crate::config::Config;
+use crate::error::{Error, Result};
+
+/// Weights of a run, under the public names.
+pub const WEIGHTS: &str = "model.safetensors";
+/// Averages of the tokenizer's weights, where a stage kept them.
+pub const EMA: &str = "ema.safetensors";
+/// The configuration of a run.
+pub const CONFIG: &str = "config.toml";
+/// The run's own copy of its text tokenizer, unless that is bytes.
+pub const TOKENIZER: &str = "tokenizer.json";
+/// What each step wrote down.
+pub const METRICS: &str = "metrics.jsonl";
+/// The held-out results, written last.
+pub const REPORT: &str = "eval.json";
+
+/// The configuration of a run folder.
+pub fn run_config(out: &Path) -> Result<Config> {
+    let path = out.join(CONFIG);
+    if !path.exists() {
+        refuse_part(out)?;
+        let what = format!("holds no {CONFIG}; name the folder of a run of ett-train");
+        return Err(Error::data(out, what));
+    }
+    Config::load(&path, &[])
+}
+
+/// The files for people in the folder of a finished run, with what they are.
+pub fn written(out: &Path) -> Vec<(&'static str, &'static str)> {
+    [
+        ("losses.png", "curves of every loss"),
+        ("reconstructions.png", "held-out pictures above their reconstructions"),
+        ("held-out.md", "captions and answers beside the truth"),
+        ("drawings.png", "pictures drawn for held-out prompts"),
+        (REPORT, "the held-out results above, with their settings"),
+        (METRICS, "one line a step"),
+        (WEIGHTS, "the weights; `ett --run` uses this folder"),
+    ]
+    .into_iter()
+    .filter(|(file, _)| out.join(file).exists())
+    .collect()
+}
+
+/// Fails if `out` holds a run already, and says what can be done.
+pub(crate) fn refuse_used(out: &Path) -> Result<()> {
+    if out.join(WEIGHTS).exists() {
+        let what = "holds a finished run already; name another folder with --out, or remove it";
+        return Err(Error::data(out, what));
+    }
+    if Checkpoints::latest(out)?.is_some() {
+        let what = format!(
+            "holds a run that has not ended; go on with `ett-train resume {}`, name another folder with --out, or \
+             remove it",
+            out.display()
+        );
+        return Err(Error::data(out, what));
+    }
+    if out.join(CONFIG).exists() || out.join(METRICS).exists() {
+        let what = "holds a run that ended before its first checkpoint; remove the folder, or name another one \
+                    with --out";
+        return Err(Error::data(out, what));
+    }
+    Ok(())
+}
+
+/// The text of a configuration file next to the run's own copy of the text tokenizer.
+pub fn config_text(cfg: &Config) -> Result<String> {
+    let mut cfg = cfg.clone();
+    cfg.data.tokenizer = cfg.data.tokenizer.map(|_| TOKENIZER.into());
+    toml::to_string(&cfg).map_err(|e| Error::config("configuration", e, "values TOML can hold"))
+}
+
+/// Fails if a folder is not a run's but a checkpoint's, or that of all of them.
+pub(crate) fn refuse_part(folder: &Path) -> Result<()> {
+    match run_of(folder) {
+        None => Ok(()),
+        Some(run) => {
+            let what = format!("is part of a run; go on with `ett-train resume {}`", run.display());
+            Err(Error::data(folder, what))
+        }
+    }
+}
+
+/// The run that a checkpoint, or the folder of all of them, belongs to.
+fn run_of(folder: &Path) -> Option<PathBuf> {
+    let whole = std::fs::canonicalize(folder).ok()?;
+    let all = if folder.join(checkpoints::STATE).exists() { whole.parent()? } else { &whole };
+    let run = all.parent().filter(|run| run.join(CONFIG).exists())?;
+    all.ends_with(checkpoints::CHECKPOINTS).then(|| run.to_path_buf())
+}

@@ -1,0 +1,113 @@
+//! Describes the contents of a weights file, a checkpoint or a run folder as text.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::Path;
+
+use super::weights::TensorFile;
+use super::{CONFIG, Checkpoints, EMA, History, WEIGHTS, checkpoints, run_config};
+use crate::backend::size;
+use crate::error::{Error, Result};
+
+/// Describes a safetensors file (parameters by module, or every tensor if `all`), a checkpoint or a run folder.
+pub fn inspect(path: &Path, all: bool) -> Result<String> {
+    if path.is_file() {
+        return file(path, all);
+    }
+    if !path.is_dir() {
+        return Err(Error::data(path, "there is no such file or folder; correct the path"));
+    }
+    let mut out = String::new();
+    if path.join(CONFIG).exists() {
+        out += &settings(path)?;
+    }
+    // Writing to a String cannot fail.
+    if path.join(checkpoints::STATE).exists() {
+        let p = checkpoints::progress(path)?;
+        let _ = writeln!(
+            out,
+            "checkpoint after {} steps: stage {} ({}), {} steps done in it, {} updates skipped",
+            p.total, p.stage, p.stage_name, p.step, p.skipped
+        );
+        for (stage, seconds) in &p.seconds {
+            let _ = writeln!(out, "  {stage:<12} {seconds:>8.1} s");
+        }
+    } else if let Some(last) = Checkpoints::latest(path)? {
+        let p = checkpoints::progress(&last)?;
+        let state = if path.join(WEIGHTS).exists() { "finished" } else { "not finished" };
+        let _ = writeln!(
+            out,
+            "{state}; last checkpoint {} after {} steps, in stage {} ({})",
+            last.display(),
+            p.total,
+            p.stage,
+            p.stage_name
+        );
+    }
+    for name in [WEIGHTS, EMA] {
+        let at = path.join(name);
+        if at.exists() {
+            out += &file(&at, all)?;
+        }
+    }
+    match out.is_empty() {
+        true => Err(Error::data(
+            path,
+            format!("holds neither {CONFIG} nor {WEIGHTS}; name a run or a checkpoint"),
+        )),
+        false => Ok(out),
+    }
+}
+
+fn settings(folder: &Path) -> Result<String> {
+    let c = run_config(folder)?;
+    let (t, q, l) = (&c.tokenizer, &c.quantizer, &c.llm);
+    let stages: Vec<&str> = c.stage.iter().map(|s| s.kind.name()).collect();
+    Ok(format!(
+        "arm {:?}, {} precision, seed {}; stages {}\n\
+         tokenizer {} channels x {:?}, one token per {s}x{s} pixels; {} codes of {} dimensions\n\
+         language model of {} layers, width {}, {} heads ({} of keys and values) of {}, vocabulary {}\n",
+        c.train.arm,
+        c.train.precision,
+        c.train.seed,
+        stages.join(", "),
+        t.ch,
+        t.ch_mult,
+        q.codes,
+        q.dim,
+        l.layers,
+        l.width,
+        l.heads,
+        l.kv_heads,
+        l.head_dim,
+        l.vocab,
+        s = t.downsampling()
+    ))
+}
+
+fn file(path: &Path, all: bool) -> Result<String> {
+    let weights = TensorFile::open(path)?;
+    let tensors = weights.tensors();
+    let bytes = std::fs::metadata(path).map_err(Error::io(path))?.len();
+    let count = |dims: &[usize]| dims.iter().product::<usize>();
+    let total: usize = tensors.values().map(|(_, dims)| count(dims)).sum();
+    let mut out = format!("{}: {} tensors, {total} values, {}\n", path.display(), tensors.len(), size(bytes));
+    if let Some(history) = History::of(&weights) {
+        let _ = writeln!(out, "  trained to {}", history.words());
+    }
+    if all {
+        for (name, (dtype, dims)) in &tensors {
+            let _ = writeln!(out, "  {name:<64} {dtype:?} {dims:?}");
+        }
+        return Ok(out);
+    }
+    let mut modules = BTreeMap::<&str, (usize, usize)>::new();
+    for (name, (_, dims)) in &tensors {
+        let module = modules.entry(name.split('.').next().unwrap_or(name)).or_default();
+        *module = (module.0 + 1, module.1 + count(dims));
+    }
+    for (name, (n, values)) in modules {
+        let _ = writeln!(out, "  {name:<20} {n:>5} tensors {values:>14} values");
+    }
+    Ok(out)
+}

@@ -1,0 +1,19 @@
+//! Files of a run: weights and their history, the run folder and its lock, checkpoints and the progress that they
+//! record.
+
+pub mod checkpoints;
+mod fingerprint;
+mod folder;
+mod history;
+mod inspect;
+mod lock;
+pub mod weights;
+
+pub use checkpoints::{Checkpoints, Progress};
+pub use fingerprint::{Fingerprint, Texts};
+pub use folder::{CONFIG, EMA, METRICS, REPORT, TOKENIZER, WEIGHTS, config_text, run_config, written};
+pub(crate) use folder::{refuse_part, refuse_used};
+pub use history::{History, Skill};
+pub use inspect::inspect;
+pub(crate) use lock::Lock;
+pub use weights::{load_weights, save_weights, save_weights_of};

@@ -1,0 +1,12 @@
+//! Output for people: metrics of a run, held-out results, plots and tables.
+
+mod metrics;
+pub mod plots;
+mod profile;
+mod results;
+mod sharpness;
+
+pub(crate) use metrics::{Line, Smooth, Usage, code_usage};
+pub use profile::profile_table;
+pub use results::{Codes, Evaluation, Pair, QuestionType, Report};
+pub(crate) use sharpness::Sharpness;

@@ -1,0 +1,252 @@
+//! The stages of a run one after another over one model, and the evaluation at the end.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::checkpoint;
+use super::running::{Inputs, Running};
+use super::{Ending, Finished};
+use crate::backend::Kernels;
+use crate::config::{Config, DataConfig};
+use crate::data::DataSet;
+use crate::error::{Error, Result};
+use crate::feed::Template;
+use crate::files::Lines;
+use crate::interrupt;
+use crate::io::weights::{TensorFile, load_averages};
+use crate::io::{
+    Checkpoints, EMA, Fingerprint, History, METRICS, Progress, REPORT, WEIGHTS, checkpoints, load_weights,
+    save_weights, save_weights_of,
+};
+use crate::model::Ett;
+use crate::nn::Stored;
+use crate::report::{Evaluation, Report, plots};
+
+/// The data sets of a run: stages that read the same share them.
+struct Sets {
+    /// What is read, to train on (unless only the closing evaluation looks at it) and held out.
+    all: Vec<(DataConfig, Option<DataSet>, Option<DataSet>)>,
+}
+
+impl Sets {
+    /// Everything that the stages read, and what the closing evaluation looks at.
+    fn open(cfg: &Config, evaluation: &dyn Evaluation) -> Result<Self> {
+        let mut sets = Sets { all: Vec::new() };
+        let stages = cfg.stage.iter().map(|s| (cfg.data_of(s), true));
+        for (data, trains) in stages.chain([(cfg.data.clone(), false)]) {
+            if sets.find(&data).is_some() {
+                continue;
+            }
+            let train = if trains { Some(DataSet::train(&data)?) } else { None };
+            let test = DataSet::test(&data)?;
+            if let Some(test) = &test {
+                evaluation.check(test, data.eval_samples)?;
+            }
+            sets.all.push((data, train, test));
+        }
+        Ok(sets)
+    }
+
+    /// Only what the closing evaluation looks at.
+    fn held_out(cfg: &Config) -> Result<Self> {
+        Ok(Sets { all: vec![(cfg.data.clone(), None, DataSet::test(&cfg.data)?)] })
+    }
+
+    fn find(&self, data: &DataConfig) -> Option<&(DataConfig, Option<DataSet>, Option<DataSet>)> {
+        self.all.iter().find(|(have, ..)| have == data)
+    }
+
+    /// What to train on.
+    fn train(&self, data: &DataConfig) -> Result<&DataSet> {
+        self.find(data)
+            .and_then(|(_, train, _)| train.as_ref())
+            .ok_or_else(|| Error::config("data.train", "another", "the data of a stage of this run"))
+    }
+
+    /// What is held out.
+    fn test(&self, data: &DataConfig) -> Option<&DataSet> {
+        self.find(data).and_then(|(.., test)| test.as_ref())
+    }
+
+    /// Of everything that is trained on.
+    fn fingerprints(&self) -> Vec<Fingerprint> {
+        self.all.iter().filter_map(|(_, train, _)| train.as_ref()).map(DataSet::fingerprint).collect()
+    }
+}
+
+/// A run under way.
+pub(super) struct Session<'a> {
+    pub cfg: Config,
+    pub model: Ett,
+    pub progress: Progress,
+    sets: Sets,
+    template: Template,
+    out: PathBuf,
+    quiet: bool,
+    evaluation: &'a dyn Evaluation,
+}
+
+impl<'a> Session<'a> {
+    /// A run before its first step, with fresh weights.
+    pub fn new(
+        cfg: &Config,
+        dev: Arc<dyn Kernels>,
+        out: &Path,
+        quiet: bool,
+        evaluation: &'a dyn Evaluation,
+    ) -> Result<Self> {
+        let (template, text) = Template::of(cfg)?;
+        let tokenizer = match &cfg.data.tokenizer {
+            Some(path) => Some(std::fs::read(path).map_err(Error::io(path))?.into()),
+            None => None,
+        };
+        let sets = Sets::open(cfg, evaluation)?;
+        let model = Ett::new(cfg, dev)?;
+        let progress = Progress {
+            data: sets.fingerprints(),
+            history: History::new(text),
+            tokenizer,
+            ..Progress::default()
+        };
+        Ok(Session { cfg: cfg.clone(), model, progress, sets, template, out: out.into(), quiet, evaluation })
+    }
+
+    /// A run whose weights are trained and saved, but not evaluated.
+    pub fn trained(
+        cfg: &Config,
+        dev: Arc<dyn Kernels>,
+        out: &Path,
+        evaluation: &'a dyn Evaluation,
+    ) -> Result<Self> {
+        if !cfg.data.has_test() || out.join(REPORT).is_file() {
+            return Err(Error::data(out, "holds a finished run, which has nothing left to do"));
+        }
+        tracing::info!("{}: all stages are trained, only the evaluation is left", out.display());
+        let weights = out.join(WEIGHTS);
+        let (template, text) = Template::of(cfg)?;
+        if let Some(history) = History::of(&TensorFile::open(&weights)?) {
+            history.check_text(&text, cfg, out)?;
+        }
+        let mut model = Ett::new(cfg, dev)?;
+        load_weights(&model.params, &weights)?;
+        let averages = out.join(EMA);
+        if averages.exists() {
+            load_averages(&mut model.params, &averages)?;
+        }
+        let progress = match Checkpoints::latest(out)? {
+            Some(last) => checkpoints::progress(&last)?,
+            None => Progress::default(),
+        };
+        let sets = Sets::held_out(cfg)?;
+        Ok(Session {
+            cfg: cfg.clone(),
+            model,
+            progress,
+            sets,
+            template,
+            out: out.into(),
+            quiet: true,
+            evaluation,
+        })
+    }
+
+    /// Trains all stages, or what is left of them after a checkpoint, and evaluates the model.
+    pub fn go(mut self, from: Option<&Path>) -> Result<Finished> {
+        if let Some(folder) = from {
+            self.take_up(folder)?;
+        }
+        if let Some(at) = self.train(from)? {
+            return Ok(self.finished(None, Ending::Saved(at)));
+        }
+        self.save_weights()?;
+        let (report, ending) = ended(self.evaluate()).unwrap_or_else(|e| {
+            tracing::warn!("the weights are saved, but the evaluation failed: {e}");
+            (None, Ending::Unevaluated { interrupted: false })
+        });
+        Ok(self.finished(report, ending))
+    }
+
+    /// Goes on from a checkpoint, if it fits the data and the text tokenizer.
+    fn take_up(&mut self, folder: &Path) -> Result<()> {
+        let now = std::mem::replace(&mut self.progress, checkpoints::progress(folder)?);
+        checkpoint::check_data(folder, &self.progress.data, &now.data)?;
+        self.progress.history.check_text(&now.history.text, &self.cfg, folder)?;
+        tracing::info!(
+            "going on from {}: stage {}, {} steps done",
+            folder.display(),
+            self.progress.stage_name,
+            self.progress.step
+        );
+        Ok(())
+    }
+
+    /// Trains the stages that are left. Returns the checkpoint that was saved if the run was interrupted.
+    fn train(&mut self, mut from: Option<&Path>) -> Result<Option<PathBuf>> {
+        let mut metrics = Lines::resume(&self.out.join(METRICS), self.progress.metrics)?;
+        for (number, stage) in self.cfg.stage.iter().enumerate().skip(self.progress.stage) {
+            let data = self.cfg.data_of(stage);
+            let running = Running::begin(
+                Inputs {
+                    all: &self.cfg,
+                    data: self.sets.train(&data)?,
+                    test: self.sets.test(&data),
+                    template: &self.template,
+                    out: &self.out,
+                    quiet: self.quiet,
+                    evaluation: self.evaluation,
+                },
+                stage,
+                number,
+                &mut self.model,
+                &mut self.progress,
+                &mut metrics,
+                from.take(),
+            )?;
+            if let Some(at) = running.train()? {
+                return Ok(Some(at));
+            }
+        }
+        self.model.params.train(&[])?;
+        Ok(None)
+    }
+
+    /// Writes the trained weights, and their averages where stages kept them.
+    fn save_weights(&self) -> Result<()> {
+        let (params, history) = (&self.model.params, &self.progress.history);
+        let explain = |e| Checkpoints::new(&self.out, 1).explain(e);
+        if (0..params.groups().len()).any(|g| params.ema(g).is_some()) {
+            save_weights(params, &self.out.join(EMA), Stored::Ema).map_err(explain)?;
+        }
+        // Last, since it marks the run as trained; whatever happens from here on loses nothing.
+        save_weights_of(params, &self.out.join(WEIGHTS), Stored::Master, history).map_err(explain)
+    }
+
+    /// Evaluates the model, of a run that has nothing else left to do.
+    pub fn only_evaluate(mut self) -> Result<Finished> {
+        let (report, ending) = ended(self.evaluate())?;
+        Ok(self.finished(report, ending))
+    }
+
+    /// Plots the losses and evaluates the trained model; `None` without held-out data.
+    fn evaluate(&mut self) -> Result<Option<Report>> {
+        interrupt::enter(interrupt::Phase::Closing);
+        plots::plot(&self.out.join(METRICS), &self.out);
+        let Some(test) = self.sets.test(&self.cfg.data) else { return Ok(None) };
+        interrupt::check()?;
+        tracing::info!("evaluating on held-out pictures of {}", test.root.display());
+        self.evaluation.closing(&mut self.model, test, &self.template, &self.out).map(Some)
+    }
+
+    fn finished(self, report: Option<Report>, ending: Ending) -> Finished {
+        Finished { model: self.model, report, seconds: self.progress.seconds, ending }
+    }
+}
+
+/// How a run ends whose evaluation gave this: an interrupted one is no error.
+fn ended(evaluated: Result<Option<Report>>) -> Result<(Option<Report>, Ending)> {
+    match evaluated {
+        Ok(report) => Ok((report, Ending::Whole)),
+        Err(Error::Interrupted) => Ok((None, Ending::Unevaluated { interrupted: true })),
+        Err(e) => Err(e),
+    }
+}
