@@ -239,7 +239,7 @@ mod tests {
         );
         assert_eq!(
             status(2, "`wide`, which cannot do this call", "plain"),
-            "add: the implementation `wide`, which ETT_FORCE names, for this call (it can use plain) is not supported by shim"
+            "add: the implementation `wide` requested by ETT_FORCE (available for this call: plain) is not supported by shim"
         );
     }
 

@@ -105,7 +105,7 @@ fn shim_names_of_no_implementation_are_refused() -> Outcome {
                     let refused = format!("`{one}`, which cannot do this call");
                     assert_eq!([arg, got], ["launch.force".to_string(), refused], "{name}");
                     assert!(!names(&want).contains(one) && all.contains(&names(&want)[0]), "{name}: {want}");
-                    let sentence = format!("{name}: the implementation `{one}`, which ETT_FORCE names");
+                    let sentence = format!("{name}: the implementation `{one}` requested by ETT_FORCE");
                     assert!(e.to_string().starts_with(&sentence), "{e}");
                 }
                 Err(e) => return Err(e.into()),
