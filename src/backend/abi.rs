@@ -1,21 +1,21 @@
-//! The C interface of the kernels, `kernels/include/ett_kernels.h`: the part that every build has. The header
-//! mirrors [`super::KERNELS`] and the enumerations beside it; a test here compares them.
+//! The part of the kernels' C interface, `kernels/include/ett_kernels.h`, that every build contains. The header mirrors
+//! [`super::KERNELS`] and its enumerations; a test here compares them.
 
 use std::ffi::{CStr, c_char};
 
-// SAFETY: as the header declares them; a test here compares the header with the contract.
+// SAFETY: the declarations are those of the header.
 unsafe extern "C" {
     fn ett_status_name(code: i32) -> *const c_char;
     fn ett_abi_version() -> i32;
 }
 
-/// The name of a launcher's status code; "unknown status" for a number that is none.
+/// The name of a launcher's status code; "unknown status" for any other number.
 pub fn status_name(code: i32) -> &'static str {
     // SAFETY: the C function returns a string literal for every number.
     unsafe { CStr::from_ptr(ett_status_name(code)) }.to_str().unwrap_or("unknown status")
 }
 
-/// The version of the interface that the library was built with.
+/// The interface version of the linked library.
 pub fn version() -> i32 {
     // SAFETY: it takes nothing and returns a constant.
     unsafe { ett_abi_version() }

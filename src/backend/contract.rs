@@ -487,7 +487,7 @@ attention: attention_bwd(AttentionBwd<'a>) flop |s| attention_flop(5, s.max_q, s
 // ---- losses --------------------------------------------------------------------------------------------
 /// Cross-entropy of a linear layer without its logits: `loss = scale * sum_n (lse_n - x_n . w[target_n])`
 /// over rows with `target >= 0`. Logits exist a tile at a time.
-xent: linear_xent_fwd(LinearXentFwd<'a>) flop |s| 2 * s.x.dims.numel() * s.w.dims.rows() => {
+loss: linear_xent_fwd(LinearXentFwd<'a>) flop |s| 2 * s.x.dims.numel() * s.w.dims.rows() => {
     x: In<'a> = "[N, C]; act",
     w: In<'a> = "[V, C]; act",
     /// -1: not supervised.
@@ -499,7 +499,7 @@ xent: linear_xent_fwd(LinearXentFwd<'a>) flop |s| 2 * s.x.dims.numel() * s.w.dim
     loss: Out<'a> = "[1]; acc",
 }
 /// Gradient of `linear_xent_fwd`; logits are recomputed tile by tile.
-xent: linear_xent_bwd(LinearXentBwd<'a>) flop |s| 6 * s.x.dims.numel() * s.w.dims.rows() => {
+loss: linear_xent_bwd(LinearXentBwd<'a>) flop |s| 6 * s.x.dims.numel() * s.w.dims.rows() => {
     x: In<'a> = "[N, C]; act",
     w: In<'a> = "[V, C]; act",
     target: In<'a> = "[N]; i32; values below V",
@@ -513,7 +513,7 @@ xent: linear_xent_bwd(LinearXentBwd<'a>) flop |s| 6 * s.x.dims.numel() * s.w.dim
 }
 /// Cross-entropy of logits that are stored: `loss += scale * sum_n weight_n (lse_n - logits[n, target_n])` over rows
 /// with `target >= 0`, `lse_n` the log-sum-exp of row n.
-xent: xent_fwd(XentFwd<'a>) flop |s| 4 * s.logits.dims.numel() => {
+loss: xent_fwd(XentFwd<'a>) flop |s| 4 * s.logits.dims.numel() => {
     logits: In<'a> = "[N, V]; act",
     /// Negative: the row is ignored.
     target: In<'a> = "[N]; i32; values below V",
@@ -526,7 +526,7 @@ xent: xent_fwd(XentFwd<'a>) flop |s| 4 * s.logits.dims.numel() => {
     loss: Acc<'a> = "[1]; acc",
 }
 /// Gradient of `xent_fwd`: `dlogits = g * scale * weight_n * (softmax - onehot)`.
-xent: xent_bwd(XentBwd<'a>) flop |s| 4 * s.logits.dims.numel() => {
+loss: xent_bwd(XentBwd<'a>) flop |s| 4 * s.logits.dims.numel() => {
     logits: In<'a> = "[N, V]; act",
     target: In<'a> = "[N]; i32; values below V",
     /// As in the forward.
@@ -540,7 +540,7 @@ xent: xent_bwd(XentBwd<'a>) flop |s| 4 * s.logits.dims.numel() => {
     dlogits: Out<'a> = "[N, V]; act; may be logits",
 }
 /// `loss += scale * sum |a - b|`.
-losses: l1_fwd(L1Fwd<'a>) flop |s| 3 * s.a.dims.numel() => {
+loss: l1_fwd(L1Fwd<'a>) flop |s| 3 * s.a.dims.numel() => {
     a: In<'a> = "[..]; act",
     b: In<'a> = "[..]; act",
     /// Factor on the sum, such as one over the elements of the whole batch.
@@ -548,7 +548,7 @@ losses: l1_fwd(L1Fwd<'a>) flop |s| 3 * s.a.dims.numel() => {
     loss: Acc<'a> = "[1]; acc",
 }
 /// `da = g * scale * sign(a - b)`, 0 where equal.
-losses: l1_bwd(L1Bwd<'a>) flop |s| 3 * s.a.dims.numel() => {
+loss: l1_bwd(L1Bwd<'a>) flop |s| 3 * s.a.dims.numel() => {
     a: In<'a> = "[..]; act",
     b: In<'a> = "[..]; act",
     /// As in the forward.
@@ -558,7 +558,7 @@ losses: l1_bwd(L1Bwd<'a>) flop |s| 3 * s.a.dims.numel() => {
 }
 /// One layer of LPIPS: `loss += factor * scale * sum_p sum_c w[c] (n0 - n1)^2` over pixels p, with
 /// `n = f / (sqrt(sum_c f^2) + eps)`.
-losses: lpips_fwd(LpipsFwd<'a>) flop |s| 8 * s.f0.dims.numel() => {
+loss: lpips_fwd(LpipsFwd<'a>) flop |s| 8 * s.f0.dims.numel() => {
     /// Features of the reference.
     f0: In<'a> = "[P, C]; act",
     /// Features of the reconstruction.
@@ -573,7 +573,7 @@ losses: lpips_fwd(LpipsFwd<'a>) flop |s| 8 * s.f0.dims.numel() => {
     factor: f64,
 }
 /// Gradient of `lpips_fwd` for `f1`; 0 where all of a pixel's features are 0.
-losses: lpips_bwd(LpipsBwd<'a>) flop |s| 12 * s.f0.dims.numel() => {
+loss: lpips_bwd(LpipsBwd<'a>) flop |s| 12 * s.f0.dims.numel() => {
     f0: In<'a> = "[P, C]; act",
     f1: In<'a> = "[P, C]; act",
     w: In<'a> = "[C]; act",
@@ -587,7 +587,7 @@ losses: lpips_bwd(LpipsBwd<'a>) flop |s| 12 * s.f0.dims.numel() => {
     factor: f64,
 }
 /// Generator's adversarial loss: `loss += scale * sum_b softplus(-mean_p x[b, p])`.
-losses: gan_generator_fwd(GanGeneratorFwd<'a>) flop |s| s.x.dims.numel() => {
+loss: gan_generator_fwd(GanGeneratorFwd<'a>) flop |s| s.x.dims.numel() => {
     /// Patch logits of each image.
     x: In<'a> = "[B, P]; act; P at least 1",
     /// Factor on the sum, such as one over the pictures of the whole batch.
@@ -595,7 +595,7 @@ losses: gan_generator_fwd(GanGeneratorFwd<'a>) flop |s| s.x.dims.numel() => {
     loss: Acc<'a> = "[1]; acc",
 }
 /// Gradient of `gan_generator_fwd`.
-losses: gan_generator_bwd(GanGeneratorBwd<'a>) flop |s| 2 * s.x.dims.numel() => {
+loss: gan_generator_bwd(GanGeneratorBwd<'a>) flop |s| 2 * s.x.dims.numel() => {
     x: In<'a> = "[B, P]; act; P at least 1",
     /// As in the forward.
     scale: In<'a> = "[1]; acc",
@@ -603,7 +603,7 @@ losses: gan_generator_bwd(GanGeneratorBwd<'a>) flop |s| 2 * s.x.dims.numel() => 
     dx: Out<'a> = "[B, P]; act",
 }
 /// Hinge: `loss += factor * scale * sum relu(1 - x)` for real logits, `relu(1 + x)` for fake ones.
-losses: hinge_fwd(HingeFwd<'a>) flop |s| 2 * s.x.dims.numel() => {
+loss: hinge_fwd(HingeFwd<'a>) flop |s| 2 * s.x.dims.numel() => {
     x: In<'a> = "[..]; act",
     /// Factor on the sum, such as one over the patch logits of the whole batch.
     scale: In<'a> = "[1]; acc",
@@ -614,7 +614,7 @@ losses: hinge_fwd(HingeFwd<'a>) flop |s| 2 * s.x.dims.numel() => {
     factor: f64,
 }
 /// Gradient of `hinge_fwd`; 0 at the kink.
-losses: hinge_bwd(HingeBwd<'a>) flop |s| 2 * s.x.dims.numel() => {
+loss: hinge_bwd(HingeBwd<'a>) flop |s| 2 * s.x.dims.numel() => {
     x: In<'a> = "[..]; act",
     /// As in the forward.
     scale: In<'a> = "[1]; acc",
@@ -627,7 +627,7 @@ losses: hinge_bwd(HingeBwd<'a>) flop |s| 2 * s.x.dims.numel() => {
 }
 /// New LeCAM averages: `out = decay * ema + (1 - decay) * (mean(real), mean(fake))`. An average whose new value
 /// is not finite keeps its old one.
-losses: lecam_update(LecamUpdate<'a>) flop |s| 2 * s.real.dims.numel() => {
+loss: lecam_update(LecamUpdate<'a>) flop |s| 2 * s.real.dims.numel() => {
     /// Any shape.
     real: In<'a> = "[R, P]; act; R at least 1; P at least 1",
     /// Any shape.
@@ -639,7 +639,7 @@ losses: lecam_update(LecamUpdate<'a>) flop |s| 2 * s.real.dims.numel() => {
     decay: f64,
 }
 /// LeCAM: `loss += scale * (sum relu(real - ema[1])^2 + sum relu(ema[0] - fake)^2)`.
-losses: lecam_fwd(LecamFwd<'a>) flop |s| 6 * s.real.dims.numel() => {
+loss: lecam_fwd(LecamFwd<'a>) flop |s| 6 * s.real.dims.numel() => {
     /// Any shape.
     real: In<'a> = "[R, P]; act",
     /// Any shape.
@@ -651,7 +651,7 @@ losses: lecam_fwd(LecamFwd<'a>) flop |s| 6 * s.real.dims.numel() => {
     loss: Acc<'a> = "[1]; acc",
 }
 /// Gradient of `lecam_fwd`; the averages are constants.
-losses: lecam_bwd(LecamBwd<'a>) flop |s| 6 * s.real.dims.numel() => {
+loss: lecam_bwd(LecamBwd<'a>) flop |s| 6 * s.real.dims.numel() => {
     /// Any shape.
     real: In<'a> = "[R, P]; act",
     /// Any shape.

@@ -1,4 +1,4 @@
-//! A device without data: it runs the same step as another device and counts bytes by role, operations and launches.
+//! A device without data: it accepts the same step as another device and counts bytes by role, operations and launches.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -6,22 +6,22 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::*;
 use crate::error::Result;
 
-/// The device that a plan is for: each kernel takes the workspace that this device's query says. It need not be there.
+/// The device that a plan is for, which need not be present. Kernels take as much workspace as on this device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {
     /// The CPU.
     Cpu {
-        /// Threads that kernels run on.
+        /// Number of threads.
         threads: usize,
     },
-    /// A GPU: the one in this machine, else an H100.
+    /// A GPU: the one in this machine, or else an H100.
     #[cfg(ett_cuda)]
     Cuda,
 }
 
 impl Target {
-    /// The target for a device's name, as [`super::open`] takes it. An error in a build without CUDA kernels if the name
-    /// is a GPU's: only the kernels themselves know what they take.
+    /// The target for a device name as accepted by [`super::open`]. Fails for GPUs in a build without CUDA kernels,
+    /// since only the kernels know the sizes of their workspaces.
     pub fn named(name: &str, threads: usize) -> Result<Self> {
         match Named::parse(name)? {
             Named::Cpu => Ok(Target::Cpu { threads: Cpu::new(threads)?.threads() }),
@@ -32,7 +32,7 @@ impl Target {
         }
     }
 
-    /// What the device holds from the start.
+    /// The memory that the device holds permanently.
     fn held(self) -> Vec<(Role, usize)> {
         match self {
             Target::Cpu { .. } => vec![],
@@ -58,7 +58,7 @@ impl std::fmt::Display for Target {
 pub struct KernelCount {
     /// Launches.
     pub calls: u64,
-    /// Operations and least bytes over all launches.
+    /// Operations and minimal memory traffic of all launches.
     pub cost: Cost,
     /// The largest workspace of a launch, in bytes.
     pub workspace: u64,
@@ -93,7 +93,7 @@ pub struct Plan {
     state: Arc<Counter>,
 }
 
-/// Addresses start here: none is null, which is what an absent argument looks like to a query.
+/// The first address. It is not null, since queries take null for an absent argument.
 const FIRST: u64 = 256;
 
 impl Plan {
@@ -111,22 +111,22 @@ impl Plan {
         Plan { id: DeviceId::unique(), target, state: Arc::new(Counter(Mutex::new(state))) }
     }
 
-    /// The device that it is for.
+    /// The device that the plan is for.
     pub fn target(&self) -> Target {
         self.target
     }
 
-    /// What ran so far, by kernel name.
+    /// The counts so far, by kernel name.
     pub fn kernels(&self) -> BTreeMap<&'static str, KernelCount> {
         self.state.lock().kernels.clone()
     }
 
-    /// Forgets the kernels counted so far; memory stays.
+    /// Resets the counts of kernels, but not of memory.
     pub fn reset_kernels(&self) {
         self.state.lock().kernels.clear();
     }
 
-    /// Operations of everything that ran so far.
+    /// Total operations of the kernels counted so far.
     pub fn flop(&self) -> u64 {
         self.state.lock().kernels.values().map(|k| k.cost.flop).sum()
     }
@@ -198,7 +198,7 @@ impl Device for Plan {
                 device: self.name(),
                 role: role.to_string(),
                 asked: size(bytes as u64),
-                free: "no device has that much".into(),
+                free: "more than any device has".into(),
                 held: s.memory.largest(),
             });
         }

@@ -25,6 +25,7 @@ mod quantizer;
 mod ranks;
 mod reference;
 mod robust;
+mod rooms;
 mod run;
 mod slice;
 mod training;

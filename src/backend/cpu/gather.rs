@@ -1,4 +1,4 @@
-//! Rows of tables by index: embeddings and their gradients.
+//! Table look-ups by row index: embeddings and their gradients.
 
 use rayon::prelude::*;
 
@@ -18,7 +18,7 @@ pub(super) fn gather_bwd(_ws: &Workspace, a: &GatherBwd) -> Result<()> {
     by_dtype!("gather_bwd", a.dy.dtype, E => bwd::<E>(a))
 }
 
-/// The indices, none of them beyond the table's last row.
+/// The indices, checked against the number of rows of the table.
 fn indices<'a>(op: &'static str, idx: &In<'a>, n: usize, rows: usize) -> Result<&'a [i32]> {
     expect(op, "idx", idx, n)?;
     let idx = flat::<i32>(op, "idx", idx)?;
@@ -36,7 +36,7 @@ fn fwd<E: Elem>(a: &GatherFwd) -> Result<()> {
     let idx = indices(op, &a.idx, y.rows, table.rows)?;
     par_for(y.rows, ROWS, |r| {
         for n in r {
-            // SAFETY: chunks do not overlap: one thread a row.
+            // SAFETY: chunks do not overlap, so that each row belongs to one thread.
             let y = unsafe { y.row(n) };
             match usize::try_from(idx[n]) {
                 Ok(i) => y.copy_from_slice(table.row(i)),
@@ -54,12 +54,12 @@ fn bwd<E: Elem>(a: &GatherBwd) -> Result<()> {
     expect_rows(op, "dtable", &a.dtable.0, dtable.rows, dy.cols)?;
     let idx = indices(op, &a.idx, dy.rows, dtable.rows)?;
 
-    // The sort is stable: each row of the table meets its n in their order, on one thread.
+    // The sort is stable, so that one thread adds the gradients of a row of the table in a fixed order.
     let mut order: Vec<usize> = (0..idx.len()).filter(|&n| idx[n] >= 0).collect();
     order.sort_by_key(|&n| idx[n]);
     let runs: Vec<&[usize]> = order.chunk_by(|&m, &n| idx[m] == idx[n]).collect();
     runs.par_iter().with_min_len(ROWS / 8).for_each(|run| {
-        // SAFETY: `indices` checked them, and each row of the table has one run.
+        // SAFETY: `indices` checked the range, and each row of the table has one run.
         let out = unsafe { dtable.row(idx[run[0]] as usize) };
         for &n in *run {
             for (o, &d) in out.iter_mut().zip(dy.row(n)) {
@@ -72,7 +72,7 @@ fn bwd<E: Elem>(a: &GatherBwd) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing_b::*;
+    use super::super::testing::args::*;
     use super::*;
 
     fn args(n: usize, r: usize, c: usize) -> Vec<Arg> {

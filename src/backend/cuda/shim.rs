@@ -1,8 +1,9 @@
-//! The C interface on the CPU: the library that `make -C kernels shim` builds from the CUDA sources.
+//! The C interface on the CPU, through the library that `make -C kernels shim` builds from the CUDA sources.
 
 use std::alloc::Layout;
-use std::ffi::{c_char, c_void};
+use std::ffi::{CStr, c_char, c_void};
 use std::path::Path;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::call::{self, ToC};
@@ -13,15 +14,18 @@ use crate::error::{Error, Result};
 type Query = unsafe extern "C" fn(*const c_void) -> i64;
 type Launcher = unsafe extern "C" fn(*const c_void, *const ffi::ett_launch) -> i32;
 
-/// The CUDA kernels compiled for the host: slow, for tests. Every buffer is a heap block of exactly its size and
-/// starts as NaN (-1 for indices), so that an address sanitizer and a look at the output find what a kernel did
-/// wrong.
+/// The CUDA kernels compiled for the host: slow, for tests. Every buffer is a heap block of exactly its size, so that
+/// an address sanitizer finds accesses out of bounds, and is filled with NaN (-1 for indices), so that tests find
+/// outputs that were not written. A query that answers -1 where its launcher accepts the arguments, or a size where it
+/// refuses them, is an error.
 pub struct Shim {
     library: libloading::Library,
     heap: Arc<Heap>,
     fault: Buffer,
     forced: Vec<(&'static str, std::ffi::CString)>,
-    /// Held while memory that is handed out is read or written: one call at a time, as on the CPU.
+    /// What the last query answered.
+    queried: AtomicI64,
+    /// Held while buffers are read or written: one call at a time, as on the CPU.
     turn: Mutex<()>,
 }
 
@@ -30,7 +34,7 @@ struct Heap {
     memory: Mutex<Memory>,
 }
 
-/// The alignment that the contract promises.
+/// `bytes` bytes with the alignment that the contract promises; `None` if they overflow.
 fn layout(bytes: usize) -> Option<Layout> {
     Layout::from_size_align(bytes.max(1), 256).ok()
 }
@@ -58,11 +62,11 @@ impl Shim {
         // SAFETY: just taken, of this size.
         unsafe { std::ptr::write_bytes(fault.addr() as *mut u8, 0, fault.bytes()) };
         let forced = call::forced(force)?;
-        Ok(Shim { library, heap, fault, forced, turn: Mutex::default() })
+        Ok(Shim { library, heap, fault, forced, queried: AtomicI64::new(0), turn: Mutex::default() })
     }
 
     fn take(heap: &Arc<Heap>, role: Role, bytes: usize) -> Result<Buffer> {
-        // Null if there is no memory.
+        // Null if the allocation fails.
         let at = match layout(bytes) {
             // SAFETY: the size is not zero.
             Some(layout) => unsafe { std::alloc::alloc(layout) },
@@ -74,7 +78,7 @@ impl Shim {
                 device: "shim".into(),
                 role: role.to_string(),
                 asked: size(bytes as u64),
-                free: "the system gave none".into(),
+                free: "the system has no more".into(),
                 held: memory.largest(),
             });
         }
@@ -91,23 +95,29 @@ impl Shim {
     /// `F` is the type that the header gives this function.
     unsafe fn symbol<F: Copy>(&self, name: &str) -> Result<F> {
         let symbol = format!("ett_{name}");
-        // SAFETY: as the caller says.
+        // SAFETY: the caller guarantees the type.
         let f = unsafe { self.library.get::<F>(symbol.as_bytes()) };
         f.map(|f| *f).map_err(|e| {
-            Error::device("shim", format!("the library has no `{symbol}` ({e}): build it again"))
+            Error::device(
+                "shim",
+                format!("the library has no `{symbol}` ({e}); rebuild it with tools/shim-test"),
+            )
         })
     }
 
     fn launch<A: Args + ToC>(&self, a: &A) -> Result<()> {
         let name = a.kernel();
-        check::call(self.heap.id, a)?;
         let _turn = self.turn();
         let c = a.to_c();
         let c = std::ptr::from_ref(&c).cast::<c_void>();
-        // SAFETY: so the header declares all queries, but for the type that the pointer is to.
+        // SAFETY: the type of all queries in the header, except for the type of the struct behind the pointer.
         let query: Query = unsafe { self.symbol(&format!("{name}_workspace"))? };
-        // SAFETY: the struct is the one that this kernel's functions take.
+        // Before the views are looked at, so that the query is asked about wrong ones, too.
+        // SAFETY: the struct is the one that this kernel's functions take, and no view's memory is read.
         let bytes = unsafe { query(c) };
+        self.queried.store(bytes, Ordering::Relaxed);
+        // The launchers check the rest themselves, which is tested here.
+        check::memory(self.heap.id, a)?;
         let workspace = match usize::try_from(bytes) {
             Ok(bytes) if bytes > 0 => Some(Self::take(&self.heap, Role::Workspace, bytes)?),
             _ => None,
@@ -124,21 +134,31 @@ impl Shim {
                 .find(|(op, _)| *op == name)
                 .map_or(std::ptr::null(), |(_, k)| k.as_ptr()),
         };
-        // SAFETY: so the header declares all launchers, but for the type that the pointer is to.
+        // SAFETY: the type of all launchers in the header, except for the type of the struct behind the pointer.
         let run: Launcher = unsafe { self.symbol(name)? };
-        // SAFETY: the struct is the one that this kernel takes; its views were checked, the workspace is as large as the
-        // query said, and nothing else runs meanwhile.
+        // SAFETY: the struct is the one that this kernel takes; its views were checked, the workspace has the size that
+        // the query returned, and nothing else runs meanwhile.
         let code = unsafe { run(c, &launch) };
         // SAFETY: a struct of numbers.
         let mut last = unsafe { std::mem::zeroed::<ffi::ett_status>() };
-        // SAFETY: so the header declares it.
+        // SAFETY: its type in the header.
         let status: unsafe extern "C" fn(*mut ffi::ett_status) = unsafe { self.symbol("last_status")? };
         // SAFETY: it writes the struct.
         unsafe { status(&mut last) };
+        // SAFETY: an array that ends with a zero.
+        let arg = unsafe { CStr::from_ptr(last.arg.as_ptr()) }.to_bytes();
+        let refused = matches!(code, 1 | 2) && arg != b"args" && !arg.starts_with(b"launch");
+        if refused != (bytes < 0) {
+            let (refused, arg) = (if refused { "refused" } else { "took" }, String::from_utf8_lossy(arg));
+            let what = format!(
+                "the query of {name} answered {bytes}, but the launcher {refused} its arguments ({arg})"
+            );
+            return Err(Error::device("shim", what));
+        }
         call::check(name, "shim", code, &last)?;
-        // Launches are done when they return, so a fault can be told at once.
+        // Launches are synchronous, so that a fault can be reported immediately.
         let slot = self.fault.addr() as *mut ffi::ett_fault;
-        // SAFETY: the buffer is one fault long, and launches alone use it, in their turn.
+        // SAFETY: the buffer is one fault long, and only launches use it, one at a time.
         let found = std::mem::take(unsafe { &mut *slot });
         call::fault(&found).map_or(Ok(()), Err)
     }
@@ -148,11 +168,16 @@ impl Shim {
         self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What the query of the last call answered, which was asked before anything else was looked at.
+    pub fn last_query(&self) -> i64 {
+        self.queried.load(Ordering::Relaxed)
+    }
+
     /// The implementation that this thread's last launch chose.
     pub fn last_kernel(&self) -> Result<&'static str> {
-        // SAFETY: so the header declares it.
+        // SAFETY: its type in the header.
         let f: unsafe extern "C" fn() -> *const c_char = unsafe { self.symbol("last_kernel")? };
-        // SAFETY: it takes nothing and gives null or a string literal.
+        // SAFETY: it takes nothing and returns null or a string literal.
         Ok(unsafe { call::kernel_name(f()) })
     }
 }

@@ -1,12 +1,9 @@
-//! What the tests of kernels share: arguments in three precisions, a comparison with loops in f64, bits
-//! across thread counts, finite differences.
+//! Arguments in three precisions, a comparison with loops in f64, bits across thread counts, finite differences.
 
-pub(super) use super::testing::Tensor;
-use super::testing::{DIFFERENCES, bounds};
-use super::*;
+use super::super::*;
+use super::{DIFFERENCES, bounds};
+pub(in super::super) use super::{S, Tensor};
 use crate::compare::compare;
-
-pub(crate) const S: Stream = Stream::COMPUTE;
 
 #[derive(Clone, Copy)]
 enum Kind {

@@ -1,58 +1,16 @@
-//! Gradient norms and AdamW.
+//! One step of AdamW.
 
 use num_traits::Float;
 use rayon::prelude::*;
 
-use super::workspace::no_workspace;
 use super::*;
+use crate::backend::cpu::workspace::no_workspace;
 
-no_workspace!(sum_squares(SumSquares), adamw(Adamw), restore(Restore));
+no_workspace!(adamw(Adamw));
 
-/// Elements that one task handles.
-const CHUNK: usize = 16384;
-
-pub(super) fn sum_squares(_ws: &Workspace, a: &SumSquares) -> Result<()> {
-    by_dtype!("sum_squares", a.x.dtype, E => squares::<<E as Elem>::Acc>(a))
-}
-
-pub(super) fn adamw(_ws: &Workspace, a: &Adamw) -> Result<()> {
+pub(crate) fn adamw(_ws: &Workspace, a: &Adamw) -> Result<()> {
     let dtype = a.shadow.map_or(a.master.0.dtype, |s| s.0.dtype);
     by_dtype!("adamw", dtype, E => step::<E>(a))
-}
-
-pub(super) fn restore(_ws: &Workspace, a: &Restore) -> Result<()> {
-    match a.norm.dtype {
-        DType::F64 => taken_back::<f64>(a),
-        _ => taken_back::<f32>(a),
-    }
-}
-
-fn taken_back<R: Real + Element>(a: &Restore) -> Result<()> {
-    let op = "restore";
-    let norm = flat::<R>(op, "norm", &a.norm)?;
-    expect(op, "norm", &a.norm, 2)?;
-    expect(op, "y", &a.y.0, a.x.dims.numel())?;
-    if a.y.0.dtype != a.x.dtype {
-        return Err(Error::arg(op, "y", a.y.0.dtype, a.x.dtype));
-    }
-    let (from, to) = (bytes(op, "x", &a.x)?, bytes_mut(op, "y", &a.y.0)?);
-    if norm[1] > R::of(0.0) {
-        to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| to.copy_from_slice(from));
-    }
-    Ok(())
-}
-
-fn squares<R: Real>(a: &SumSquares) -> Result<()> {
-    let op = "sum_squares";
-    let x = flat::<R>(op, "x", &a.x)?;
-    expect(op, "out", &a.out.0, 2)?;
-    let out = flat_mut::<R>(op, "out", &a.out.0)?;
-    out[0] +=
-        par_sum(x.len(), CHUNK, |r| lanes::sum(&x[r], |v: R| if v.is_finite() { v * v } else { R::zero() }));
-    out[1] += par_sum(x.len(), CHUNK, |r| {
-        lanes::sum(&x[r], |v: R| if v.is_finite() { R::zero() } else { R::one() })
-    });
-    Ok(())
 }
 
 /// The numbers of a step, read from the step state and rounded once.
@@ -186,14 +144,19 @@ fn average<E: Elem>(decay: E::Acc, rest: E::Acc, c: &mut Chunk<E>) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing_b::*;
     use super::*;
+    use crate::backend::cpu::testing::args::*;
 
     const GROUP: usize = 3;
+
     const RATE: f64 = 1e-3;
+
     const BETAS: (f64, f64) = (0.9, 0.95);
+
     const EPS: f64 = 1e-8;
+
     const DECAY: f64 = 0.01;
+
     const EMA: f64 = 0.99;
 
     /// master, two gradients, m, v, ema, the states of two steps, norm.
@@ -295,28 +258,5 @@ mod tests {
         assert!(two_steps(&dev, Precision::BF16, &t, wrong).is_err());
         let f64s = out(&dev, DType::F64, [7]);
         assert!(two_steps(&dev, Precision::F64, &t, f64s).is_err());
-    }
-
-    #[test]
-    fn squares_leave_out_what_is_not_finite() {
-        for n in [1, 17, 2 * CHUNK + 5] {
-            let args = [acc([n], normal(1, n)), acc([2], vec![0.5, 1.0])];
-            let naive = |v: &[Vec<f64>]| vec![vec![0.5 + v[0].iter().map(|x| x * x).sum::<f64>(), 1.0]];
-            let run = |dev: &Cpu, _: Precision, t: &[Tensor]| {
-                dev.sum_squares(S, &SumSquares { x: t[0].view(), out: t[1].acc() })?;
-                Ok(vec![t[1].clone()])
-            };
-            check(&args, naive, run);
-        }
-        let bad = vec![3.0, f64::NAN, f64::INFINITY, 4.0, f64::NEG_INFINITY];
-        let args = [acc([5], bad), acc([2], vec![0.0, 0.0])];
-        check(
-            &args,
-            |_| vec![vec![25.0, 3.0]],
-            |dev, _, t| {
-                dev.sum_squares(S, &SumSquares { x: t[0].view(), out: t[1].acc() })?;
-                Ok(vec![t[1].clone()])
-            },
-        );
     }
 }

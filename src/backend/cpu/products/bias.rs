@@ -1,0 +1,16 @@
+//! Biases of products.
+
+use super::*;
+
+/// A bias of `n` elements, if there is one.
+pub(crate) fn bias<'a, T: Elem>(op: &'static str, v: Option<&In<'a>>, n: usize) -> Result<Option<&'a [T]>> {
+    let Some(v) = v else { return Ok(None) };
+    expect(op, "bias", v, n)?;
+    flat(op, "bias", v).map(Some)
+}
+
+/// Fills the rows of `y` with the bias, if there is one, for a product to be added to.
+pub(crate) fn start_from_bias<T: Elem>(bias: Option<&[T]>, y: &mut [T::Acc]) {
+    let Some(bias) = bias.filter(|b| !b.is_empty()) else { return };
+    y.chunks_mut(bias.len()).for_each(|y| widen(bias, y));
+}
