@@ -142,10 +142,13 @@ impl<'c> Call<'c> {
     }
 
     fn numbers(&mut self) -> Result<()> {
-        for (field, value) in self.fields() {
-            if let (Value::Count(n), Some(i)) = (value, self.symbol(field.name)) {
-                self.sizes[i] = Some(n);
-            }
+        // Counts are the first symbols, in the order of the fields.
+        let counts = self.values.iter().filter_map(|v| match v {
+            Value::Count(n) => Some(*n),
+            _ => None,
+        });
+        for (size, n) in self.sizes.iter_mut().zip(counts) {
+            *size = Some(n);
         }
         for (field, value) in self.fields() {
             let looked_at = field.presence.is_none_or(|p| self.is_there(p.of));
@@ -167,10 +170,6 @@ impl<'c> Call<'c> {
             }
         }
         Ok(())
-    }
-
-    fn symbol(&self, name: &str) -> Option<usize> {
-        self.spec.symbols.iter().position(|s| *s == name)
     }
 
     fn elements(&self) -> Result<()> {
