@@ -1,11 +1,11 @@
-//! Sums and means over all elements, in chunks, and where losses are added.
+//! Sums and means over all elements, in fixed chunks, and the addition to a loss.
 
 use super::*;
 
-/// Elements that one task handles.
+/// Number of elements per task.
 pub(super) const CHUNK: usize = 16384;
 
-/// Adds to a loss.
+/// Adds `value` to a loss.
 pub(super) fn add_loss<R: Real>(op: &'static str, loss: &Acc, value: R) -> Result<()> {
     expect(op, "loss", &loss.0, 1)?;
     flat_mut::<R>(op, "loss", &loss.0)?[0] += value;
@@ -17,7 +17,7 @@ pub(super) fn total<E: Elem>(x: &[E], f: impl Fn(E::Acc) -> E::Acc + Sync) -> E:
     par_sum(x.len(), CHUNK, |r| lanes::sum(&x[r], |x: E| f(x.up())))
 }
 
-/// Mean of `f` over all elements, of which there must be some.
+/// Mean of `f` over all elements; fails without elements.
 pub(super) fn mean<E: Elem>(
     op: &'static str,
     arg: &'static str,

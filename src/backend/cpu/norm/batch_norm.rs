@@ -1,4 +1,5 @@
-//! Batch norm of rows, with LeakyReLU behind it: of the batch, with given statistics, and the running ones.
+//! Batch norm of rows, followed by LeakyReLU: with the statistics of the batch, with given statistics, and the update
+//! of running statistics.
 
 use super::channels::{Backward, Planes, normalize, statistics};
 use super::*;
@@ -152,7 +153,7 @@ fn batch_running<R: Real>(s: &BatchNormRunning) -> Result<()> {
     const OP: &str = "batch_norm_running";
     let c = s.mean.dims.numel();
     let momentum = R::of(s.momentum);
-    // A single row has no unbiased estimate; its variance is 0 anyway.
+    // A single row has no unbiased estimate of its variance, which is 0 then.
     let unbiased = R::of(s.rows as f64 / s.rows.saturating_sub(1).max(1) as f64);
     let mean =
         (vector_mut::<R>(OP, "running_mean", &s.running_mean.0, c)?, vector::<R>(OP, "mean", &s.mean, c)?);

@@ -1,4 +1,4 @@
-//! Norms: of groups of channels (`channels`), of rows (`rows`).
+//! Norms over groups of channels (`channels`) and over rows (`rows`).
 
 mod batch_norm;
 #[cfg(test)]
@@ -27,7 +27,7 @@ fn vector<'a, T: Element>(op: &'static str, arg: &'static str, v: &In<'a>, n: us
     flat(op, arg, v)
 }
 
-/// A vector of `n` elements to write.
+/// A vector of `n` elements, mutably.
 #[allow(clippy::mut_from_ref)]
 fn vector_mut<'a, T: Element>(
     op: &'static str,
@@ -39,7 +39,7 @@ fn vector_mut<'a, T: Element>(
     flat_mut(op, arg, v)
 }
 
-/// A gradient of `n` elements, if it is wanted.
+/// A gradient of `n` elements, if the argument is present.
 fn sums_out<'a, R: Real>(
     op: &'static str,
     arg: &'static str,
