@@ -98,6 +98,16 @@ pub enum QuantizerMetric {
     L2norm,
 }
 
+/// The type of the quantizer's tokens and codes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Operands {
+    /// The type of all activations.
+    Act,
+    /// float32 in a bf16 run: tokens and codes are not rounded.
+    F32,
+}
+
 /// The quantization term that beta is the weight of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -120,6 +130,8 @@ pub struct QuantizerConfig {
     pub dim: usize,
     /// `dot` or `l2norm`; `vq` always compares by distance.
     pub metric: QuantizerMetric,
+    /// Type of tokens and codes: `act` (as all activations) or `f32` (float32 in a bf16 run).
+    pub precision: Operands,
     /// Weight of one quantization term.
     pub beta: f64,
     /// That term: `codebook` or `commitment`; with `vq` always the commitment term.
@@ -139,6 +151,7 @@ impl Default for QuantizerConfig {
             codes: 131_072,
             dim: 256,
             metric: QuantizerMetric::Dot,
+            precision: Operands::Act,
             beta: 0.25,
             beta_on: BetaOn::Codebook,
             temperature: 0.01,

@@ -1,4 +1,5 @@
-/* missing.c: kernels of the interface that have no CUDA implementation yet. */
+/* missing.c: kernels of the interface that have no CUDA implementation yet. Their queries return 0 for
+   any arguments, so that a step that needs these kernels can be planned. */
 #include "status.h"
 
 #define MISSING(op)                                                                                              \

@@ -12,8 +12,10 @@
  * in the order of the calls. Kernels are deterministic: the same input gives the same bits.
  *
  * ett_<kernel>_workspace returns the bytes of scratch memory that a call needs besides its arguments: 0 for
- * none, -1 if an argument is wrong (the launcher then reports which). It reads shapes and types, not data.
- * A kernel with several implementations chooses one by shape and device; ett_launch.force overrides that.
+ * none, -1 if the launcher would refuse the arguments (it reports why). It reads the argument struct, but not
+ * the memory behind its views. For a kernel without an implementation it returns 0, or -1 if args is null.
+ * A kernel with several implementations chooses one by shape and device; ett_launch.force overrides that. A
+ * name of no implementation is ETT_BAD_ARGUMENT, one that does not support the call ETT_UNSUPPORTED.
  *
  * Letters: B batch, T tokens of a sequence, N rows of a flat batch, C channels, O output channels, H heads
  * (or height), W width, D head or code dimension, K codes, M visual tokens, V vocabulary, F MLP width, S

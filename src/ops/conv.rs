@@ -49,7 +49,7 @@ pub fn conv2d(tape: &Tape, x: &Var, w: &Var, b: Option<&Var>, conv: Conv) -> Res
         let want = format!("at least the kernel, {}x{}, less its padding", wd[1], wd[2]);
         return Err(Error::arg("conv2d", "x", format!("{}x{} pixels", xd[1], xd[2]), want));
     };
-    let y = tape.act([xd[0], h, wide, wd[0]])?;
+    let y = tape.like(x, [xd[0], h, wide, wd[0]])?;
     tape.dev().conv2d_fwd(
         S,
         &Conv2dFwd {
@@ -86,7 +86,7 @@ pub fn conv2d(tape: &Tape, x: &Var, w: &Var, b: Option<&Var>, conv: Conv) -> Res
             g.dev().col_sum(S, &ColSum { x: rows.view(), y: db.acc() })?;
         }
         if xs.needs_grad() {
-            let dx = g.act(xs.dims())?;
+            let dx = g.like(&xs)?;
             let a = Conv2dBwdData {
                 dy: dy.view(),
                 w: ws.value().view(),

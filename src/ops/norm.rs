@@ -288,14 +288,14 @@ pub fn batch_norm_eval(
 /// Saves `x` and one number per row.
 pub fn l2_norm(tape: &Tape, x: &Var, eps: f64) -> Result<Var> {
     expect_rank("l2_norm", "x", x, 2)?;
-    let (y, norm) = (tape.act(x.dims())?, tape.stat([x.dims()[0]])?);
+    let (y, norm) = (tape.like(x, x.dims())?, tape.stat([x.dims()[0]])?);
     tape.dev().l2_norm_fwd(S, &L2NormFwd { x: x.value().view(), y: y.out(), norm: norm.out(), eps })?;
     let xs = x.clone();
     let weight = tape.is_weight(x);
     Ok(tape.op1(&[x], y, move |g, out| {
         let Some(dy) = g.take_acc(out)? else { return Ok(()) };
         let acc = if weight { g.target(&xs)? } else { None };
-        let dx = if acc.is_none() { Some(g.act(xs.dims())?) } else { None };
+        let dx = if acc.is_none() { Some(g.like(&xs)?) } else { None };
         let a = L2NormBwd {
             dy: dy.view(),
             x: xs.value().view(),

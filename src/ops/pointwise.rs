@@ -3,8 +3,8 @@
 use super::{S, expect, expect_rank};
 use crate::autograd::{Tape, Var};
 use crate::backend::{
-    Add, Cast, ChannelAffineBwd, ChannelAffineFwd, Dims, Fill, Rope, SwigluBwd, SwigluFwd, Unary, UnaryBwd,
-    UnaryFwd,
+    Add, Cast, ChannelAffineBwd, ChannelAffineFwd, DType, Dims, Fill, Role, Rope, SwigluBwd, SwigluFwd,
+    Unary, UnaryBwd, UnaryFwd,
 };
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -129,7 +129,7 @@ pub fn concat_rows(tape: &Tape, parts: &[&Var]) -> Result<Var> {
         return Err(Error::arg("concat_rows", "parts", p.dims(), format!("{c} columns")));
     }
     let total = parts.iter().map(|p| p.dims().rows()).sum();
-    let y = tape.act([total, c])?;
+    let y = tape.like(first, [total, c])?;
     let mut at = 0;
     for p in parts {
         let n = p.dims().rows();
@@ -175,6 +175,23 @@ pub fn split_rows(tape: &Tape, x: &Var, counts: &[usize]) -> Result<Vec<Var>> {
             }
             at += k;
         }
+        g.give(&xs, dx)
+    }))
+}
+
+/// The values of `x` rounded to `dtype`; their gradient is rounded to the type of `x`. Returns `x` itself if it has type
+/// `dtype`. Saves nothing.
+pub fn cast(tape: &Tape, x: &Var, dtype: DType) -> Result<Var> {
+    if x.value().dtype() == dtype {
+        return Ok(x.clone());
+    }
+    let y = Tensor::empty(tape.dev(), Role::Activation, dtype, x.dims())?;
+    tape.dev().cast(S, &Cast { x: x.value().view(), y: y.out() })?;
+    let xs = x.clone();
+    Ok(tape.op1(&[x], y, move |g, out| {
+        let Some(dy) = g.take_acc(out)? else { return Ok(()) };
+        let dx = g.like(&xs)?;
+        g.dev().cast(S, &Cast { x: dy.view(), y: dx.out() })?;
         g.give(&xs, dx)
     }))
 }

@@ -136,13 +136,19 @@ pub(super) fn check(kernel: &'static str, device: &str, code: i32, last: &ffi::e
         String::from_utf8_lossy(&bytes).into_owned()
     };
     let (arg, got, want) = (text(&last.arg), text(&last.got), text(&last.want));
+    // Of a name that is forced: the name itself, which the launcher quotes.
+    let name = got.split('`').nth(1).unwrap_or(&got);
     match code {
         0 => Ok(()),
+        1 if arg == "launch.force" => {
+            let want = format!("an implementation of {kernel}: {want}");
+            Err(Error::config("ETT_FORCE", format!("{kernel}={name}"), want))
+        }
         1 => Err(Error::Argument { op: kernel, arg: argument(kernel, &arg), got, want }),
         2 if arg == "launch.force" => Err(Error::Unsupported {
             op: kernel,
             what: format!(
-                "the implementation `{got}` requested by ETT_FORCE (available for this call: {want})"
+                "the implementation `{name}` requested by ETT_FORCE (available for this call: {want})"
             ),
             device: device.into(),
         }),
@@ -212,6 +218,29 @@ mod tests {
             let e = forced(text).expect_err(text).to_string();
             assert!(e.contains("ETT_FORCE") && e.contains(want), "{e}");
         }
+    }
+
+    #[test]
+    fn a_forced_name_is_refused_in_a_sentence() {
+        let status = |code, got: &str, want: &str| {
+            // SAFETY: a struct of numbers.
+            let mut s = unsafe { std::mem::zeroed::<ffi::ett_status>() };
+            let put = |to: &mut [c_char], from: &str| {
+                to.iter_mut().zip(from.bytes()).for_each(|(to, b)| *to = b as c_char);
+            };
+            put(&mut s.arg, "launch.force");
+            put(&mut s.got, got);
+            put(&mut s.want, want);
+            check("add", "shim", code, &s).expect_err("a code that is not 0").to_string()
+        };
+        assert_eq!(
+            status(1, "`fast`, the name of no implementation", "one of wide, plain"),
+            "configuration: `ETT_FORCE` is add=fast, wanted an implementation of add: one of wide, plain"
+        );
+        assert_eq!(
+            status(2, "`wide`, which cannot do this call", "plain"),
+            "add: the implementation `wide` requested by ETT_FORCE (available for this call: plain) is not supported by shim"
+        );
     }
 
     #[test]

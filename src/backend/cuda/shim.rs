@@ -1,8 +1,9 @@
 //! The C interface on the CPU, through the library that `make -C kernels shim` builds from the CUDA sources.
 
 use std::alloc::Layout;
-use std::ffi::{c_char, c_void};
+use std::ffi::{CStr, c_char, c_void};
 use std::path::Path;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::call::{self, ToC};
@@ -15,12 +16,15 @@ type Launcher = unsafe extern "C" fn(*const c_void, *const ffi::ett_launch) -> i
 
 /// The CUDA kernels compiled for the host: slow, for tests. Every buffer is a heap block of exactly its size, so that
 /// an address sanitizer finds accesses out of bounds, and is filled with NaN (-1 for indices), so that tests find
-/// outputs that were not written.
+/// outputs that were not written. A query that answers -1 where its launcher accepts the arguments, or a size where it
+/// refuses them, is an error.
 pub struct Shim {
     library: libloading::Library,
     heap: Arc<Heap>,
     fault: Buffer,
     forced: Vec<(&'static str, std::ffi::CString)>,
+    /// What the last query answered.
+    queried: AtomicI64,
     /// Held while buffers are read or written: one call at a time, as on the CPU.
     turn: Mutex<()>,
 }
@@ -58,7 +62,7 @@ impl Shim {
         // SAFETY: just taken, of this size.
         unsafe { std::ptr::write_bytes(fault.addr() as *mut u8, 0, fault.bytes()) };
         let forced = call::forced(force)?;
-        Ok(Shim { library, heap, fault, forced, turn: Mutex::default() })
+        Ok(Shim { library, heap, fault, forced, queried: AtomicI64::new(0), turn: Mutex::default() })
     }
 
     fn take(heap: &Arc<Heap>, role: Role, bytes: usize) -> Result<Buffer> {
@@ -104,15 +108,17 @@ impl Shim {
     fn launch<A: Args + ToC>(&self, a: &A) -> Result<()> {
         let name = a.kernel();
         let _turn = self.turn();
-        for (arg, _, v) in a.views() {
-            check_view(name, arg, &v)?;
-        }
         let c = a.to_c();
         let c = std::ptr::from_ref(&c).cast::<c_void>();
         // SAFETY: the type of all queries in the header, except for the type of the struct behind the pointer.
         let query: Query = unsafe { self.symbol(&format!("{name}_workspace"))? };
-        // SAFETY: the struct is the one that this kernel's functions take.
+        // Before the views are looked at, so that the query is asked about wrong ones, too.
+        // SAFETY: the struct is the one that this kernel's functions take, and no view's memory is read.
         let bytes = unsafe { query(c) };
+        self.queried.store(bytes, Ordering::Relaxed);
+        for (arg, _, v) in a.views() {
+            check_view(name, arg, &v)?;
+        }
         let workspace = match usize::try_from(bytes) {
             Ok(bytes) if bytes > 0 => Some(Self::take(&self.heap, Role::Workspace, bytes)?),
             _ => None,
@@ -140,6 +146,16 @@ impl Shim {
         let status: unsafe extern "C" fn(*mut ffi::ett_status) = unsafe { self.symbol("last_status")? };
         // SAFETY: it writes the struct.
         unsafe { status(&mut last) };
+        // SAFETY: an array that ends with a zero.
+        let arg = unsafe { CStr::from_ptr(last.arg.as_ptr()) }.to_bytes();
+        let refused = matches!(code, 1 | 2) && arg != b"args" && !arg.starts_with(b"launch");
+        if refused != (bytes < 0) {
+            let (refused, arg) = (if refused { "refused" } else { "took" }, String::from_utf8_lossy(arg));
+            let what = format!(
+                "the query of {name} answered {bytes}, but the launcher {refused} its arguments ({arg})"
+            );
+            return Err(Error::device("shim", what));
+        }
         call::check(name, "shim", code, &last)?;
         // Launches are synchronous, so that a fault can be reported immediately.
         let slot = self.fault.addr() as *mut ffi::ett_fault;
@@ -151,6 +167,11 @@ impl Shim {
     /// Waits for the calls of other threads.
     fn turn(&self) -> MutexGuard<'_, ()> {
         self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the query of the last call answered, which was asked before anything else was looked at.
+    pub fn last_query(&self) -> i64 {
+        self.queried.load(Ordering::Relaxed)
     }
 
     /// The implementation that this thread's last launch chose.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use ett::backend::{Kernels, Precision};
 
 use super::{Size, UNCOVERED, reject, run};
-use crate::common::{gpu, gpu_forcing, shim, shim_forcing};
+use crate::common::{gpu, gpu_forcing, open_shim, shim, shim_forcing};
 use crate::contract::refusals;
 
 const BOTH: [Precision; 2] = [Precision::F32, Precision::BF16];
@@ -84,8 +84,9 @@ fn shim_forced() {
 #[test]
 #[ignore = "needs the shim"]
 fn shim_refuses_wrong_arguments() {
+    let dev = open_shim("");
     for prec in BOTH {
-        reject::run(&*shim(), prec, None).expect(UNCOVERED);
+        reject::run_asking(&dev, prec, None, Some(&|| dev.last_query())).expect(UNCOVERED);
     }
     refuses(shim());
 }

@@ -93,6 +93,16 @@ impl Damage {
         unsafe { In::unchecked(buf, off, dtype, dims, ld) }
     }
 
+    /// Whether the C query, which does not know the buffers, has to answer -1.
+    fn is_seen_by_queries(self, kernel: &Kernel, arg: &Arg) -> bool {
+        match self {
+            Damage::Outside => false,
+            // A null pointer means that an optional argument is absent.
+            Damage::Null => !field(kernel.name, arg.name).is_some_and(|ty| ty.contains("Option")),
+            _ => true,
+        }
+    }
+
     /// Whether an error about `blamed` explains this damage of `arg`: if two arguments do not fit each other, either
     /// may be named.
     fn explains(self, kernel: &str, args: &[Arg], arg: &Arg, blamed: &str) -> bool {
@@ -114,17 +124,32 @@ impl Damage {
     }
 }
 
+/// The type of a kernel's argument.
+fn field(kernel: &str, name: &str) -> Option<&'static str> {
+    let fields = KERNELS.iter().find(|(k, _)| *k == kernel).map_or(&[][..], |(_, fields)| fields);
+    fields.iter().find(|(n, _)| *n == name).map(|(_, ty)| *ty)
+}
+
 /// True if the kernel's argument of this name is not a tensor.
 fn is_number(kernel: &str, name: &str) -> bool {
-    let fields = KERNELS.iter().find(|(k, _)| *k == kernel).map_or(&[][..], |(_, fields)| fields);
-    fields.iter().any(|(n, ty)| *n == name && !["In", "Out", "Acc"].iter().any(|t| ty.contains(t)))
+    field(kernel, name).is_some_and(|ty| !["In", "Out", "Acc"].iter().any(|t| ty.contains(t)))
 }
 
 /// Damages the arguments of every kernel of the table, or of those in `only`.
 pub fn run(dev: &dyn Kernels, prec: Precision, only: Option<&[&str]>) -> Report {
+    run_asking(dev, prec, only, None)
+}
+
+/// The same; `query` tells what the C query of the last call's kernel answered.
+pub fn run_asking(
+    dev: &dyn Kernels,
+    prec: Precision,
+    only: Option<&[&str]>,
+    query: Option<&dyn Fn() -> i64>,
+) -> Report {
     let mut report = Report::new(dev);
     for kernel in TABLE.iter().filter(|k| only.is_none_or(|names| names.contains(&k.name))) {
-        if let Err(e) = spoil(dev, prec, kernel, &mut report) {
+        if let Err(e) = spoil(dev, prec, kernel, query, &mut report) {
             let what = format!("{} in {}", kernel.name, prec.act);
             if !report.unsupported(kernel.name, &e) {
                 report.failures.push(format!("{what}: the call that is right was refused: {e}"));
@@ -134,7 +159,13 @@ pub fn run(dev: &dyn Kernels, prec: Precision, only: Option<&[&str]>) -> Report 
     report
 }
 
-fn spoil(dev: &dyn Kernels, prec: Precision, kernel: &Kernel, report: &mut Report) -> Result<()> {
+fn spoil(
+    dev: &dyn Kernels,
+    prec: Precision,
+    kernel: &Kernel,
+    query: Option<&dyn Fn() -> i64>,
+    report: &mut Report,
+) -> Result<()> {
     let case = (kernel.sample)();
     let oracle = Cpu::new(1)?;
     let mut args = (case.args)(&Draw::new(&oracle, prec, 1.0, kernel.name));
@@ -142,6 +173,10 @@ fn spoil(dev: &dyn Kernels, prec: Precision, kernel: &Kernel, report: &mut Repor
     let placed: Vec<Placed> =
         args.iter().map(|a| Placed::new(dev, prec, a, Layout::Dense)).collect::<Result<_>>()?;
     (case.call)(dev, &views(&placed))?;
+    if let Some(answer) = query.map(|query| query()).filter(|&answer| answer < 0) {
+        let what = format!("{} in {}", kernel.name, prec.act);
+        report.failures.push(format!("{what}: the query says {answer} of arguments that are right"));
+    }
     let restore = || placed.iter().try_for_each(|p| p.restore(dev));
     restore()?;
     // SAFETY: the buffer has no bytes.
@@ -152,7 +187,14 @@ fn spoil(dev: &dyn Kernels, prec: Precision, kernel: &Kernel, report: &mut Repor
             all[i].1 = damage.apply(all[i].1, &nowhere);
             let what = format!("{} in {}: `{}` {}", kernel.name, prec.act, arg.name, damage.text());
             report.supported(kernel.name);
-            match (case.call)(dev, &Views { all }) {
+            let outcome = (case.call)(dev, &Views { all });
+            if let Some(answer) =
+                query.filter(|_| damage.is_seen_by_queries(kernel, arg)).map(|query| query())
+                && answer != -1
+            {
+                report.failures.push(format!("{what}: the query says {answer}, wanted -1"));
+            }
+            match outcome {
                 Ok(()) => {
                     report.failures.push(format!("{what} was accepted"));
                     restore()?;
