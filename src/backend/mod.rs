@@ -5,6 +5,7 @@
 //! and counts memory and operations. Ops, models and training only use `&dyn Kernels`.
 
 pub mod abi;
+pub(crate) mod check;
 mod contract;
 pub mod cpu;
 pub mod cuda;
@@ -12,8 +13,10 @@ mod dims;
 mod dtype;
 mod plan;
 mod slot;
+pub mod spec;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
 pub use contract::*;
@@ -24,6 +27,7 @@ pub use dims::Dims;
 pub use dtype::{DType, Element, Precision, to_bf16};
 pub use plan::{KernelCount, Plan, Target};
 pub use slot::Slot;
+use spec::{KernelSpec, Kind};
 
 /// The purpose of a buffer; memory is reported by role.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -82,6 +86,18 @@ impl Stream {
     pub const COPY: Stream = Stream(1);
 }
 
+/// Identifies a device within the process, since a device can only use its own memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceId(u64);
+
+impl DeviceId {
+    /// An identifier that no other device has.
+    pub fn unique() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        DeviceId(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
 /// Frees memory when a [`Buffer`] is dropped.
 pub trait Reclaim: Send + Sync {
     /// Frees memory that [`Device::alloc`] returned.
@@ -96,18 +112,25 @@ pub struct Buffer {
     addr: u64,
     bytes: usize,
     role: Role,
+    device: DeviceId,
     owner: Arc<dyn Reclaim>,
 }
 
 impl Buffer {
-    /// For devices: wraps an allocation.
+    /// For devices: wraps an allocation of `device`.
     ///
     /// # Safety
-    /// Kernels follow the address. From `addr`, a multiple of 256, the device may read and write `bytes` bytes, which
+    /// Kernels of `device` follow the address. From `addr`, a multiple of 256, it may read and write `bytes` bytes, which
     /// hold some value, until the buffer is dropped and `owner` takes them back; nothing else uses them. On a device
     /// without data, and with 0 bytes, any address will do.
-    pub unsafe fn new(addr: u64, bytes: usize, role: Role, owner: Arc<dyn Reclaim>) -> Self {
-        Buffer { addr, bytes, role, owner }
+    pub unsafe fn new(
+        addr: u64,
+        bytes: usize,
+        role: Role,
+        device: DeviceId,
+        owner: Arc<dyn Reclaim>,
+    ) -> Self {
+        Buffer { addr, bytes, role, device, owner }
     }
 
     /// The device address; 0 on a device without data.
@@ -118,6 +141,11 @@ impl Buffer {
     /// Size in bytes.
     pub fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// The device whose memory it is.
+    pub fn device(&self) -> DeviceId {
+        self.device
     }
 }
 
@@ -162,7 +190,7 @@ impl<'a> In<'a> {
     /// exceeds the buffer, if `off` is not a multiple of the element size, or if rows overlap.
     pub fn new(buf: &'a Buffer, off: u64, dtype: DType, dims: impl Into<Dims>, ld: i64) -> Result<Self> {
         let v = In { buf, off, extent: Extent { dtype, dims: dims.into(), ld } };
-        check_view("view", "extent", &v)?;
+        check::extent("view", "extent", &v)?;
         Ok(v)
     }
 
@@ -177,7 +205,7 @@ impl<'a> In<'a> {
     /// A contiguous view with another shape of as many elements; errors name argument `arg` of `op`.
     pub(crate) fn reshape(&self, op: &'static str, arg: &'static str, dims: impl Into<Dims>) -> Result<Self> {
         let dims = dims.into();
-        check_view(op, arg, self)?;
+        check::extent(op, arg, self)?;
         if !self.is_contiguous() {
             return Err(Error::arg(op, arg, format!("strided by {}", self.ld), "contiguous"));
         }
@@ -261,6 +289,8 @@ pub trait Collectives {
 pub trait Device: Send + Sync {
     /// Name for messages.
     fn name(&self) -> String;
+    /// The identifier of this device. It accepts only tensors in its own memory.
+    fn id(&self) -> DeviceId;
     /// Whether the device stores data; initial values need not be computed for one that does not.
     fn has_data(&self) -> bool {
         true
@@ -371,44 +401,97 @@ pub struct Cost {
 
 /// Arguments of a kernel, as the devices that only look at them see them.
 pub trait Args {
-    /// The kernel's name, equal to the C launcher's without its prefix.
-    fn kernel(&self) -> &'static str;
+    /// The kernel's row of the table.
+    fn spec(&self) -> &'static KernelSpec;
+    /// Calls `f` with all arguments, in the order of the row.
+    fn with_values(&self, f: &mut dyn FnMut(&[Value]) -> Result<()>) -> Result<()>;
     /// Name, access and extent of every tensor argument that is present.
     fn views(&self) -> Vec<(&'static str, Access, In<'_>)>;
     /// Operations and least bytes.
     fn cost(&self) -> Cost;
+    /// The kernel's name, equal to the C launcher's without its prefix.
+    fn kernel(&self) -> &'static str {
+        self.spec().name
+    }
+}
+
+/// An argument as checks see it.
+#[derive(Clone, Copy)]
+pub enum Value<'a> {
+    /// A tensor that may be absent, and is.
+    Absent,
+    /// A tensor, and how it is touched.
+    Tensor(Access, &'a In<'a>),
+    /// A count.
+    Count(usize),
+    /// A truth value.
+    Flag(bool),
+    /// A number.
+    Real(f64),
+    /// What checks do not look at.
+    Other,
 }
 
 /// A type that may stand in a kernel's arguments.
 pub(crate) trait Field {
-    fn view(&self) -> Option<(Access, In<'_>)> {
-        None
+    const KIND: Kind;
+    fn value(&self) -> Value<'_> {
+        Value::Other
     }
 }
+
+const fn tensor(access: Access) -> Kind {
+    Kind::Tensor { access, optional: false }
+}
+
 impl Field for In<'_> {
-    fn view(&self) -> Option<(Access, In<'_>)> {
-        Some((Access::Read, *self))
+    const KIND: Kind = tensor(Access::Read);
+    fn value(&self) -> Value<'_> {
+        Value::Tensor(Access::Read, self)
     }
 }
 impl Field for Out<'_> {
-    fn view(&self) -> Option<(Access, In<'_>)> {
-        Some((Access::Write, self.0))
+    const KIND: Kind = tensor(Access::Write);
+    fn value(&self) -> Value<'_> {
+        Value::Tensor(Access::Write, &self.0)
     }
 }
 impl Field for Acc<'_> {
-    fn view(&self) -> Option<(Access, In<'_>)> {
-        Some((Access::Accumulate, self.0))
+    const KIND: Kind = tensor(Access::Accumulate);
+    fn value(&self) -> Value<'_> {
+        Value::Tensor(Access::Accumulate, &self.0)
     }
 }
 impl<T: Field> Field for Option<T> {
-    fn view(&self) -> Option<(Access, In<'_>)> {
-        self.as_ref().and_then(Field::view)
+    const KIND: Kind = match T::KIND {
+        Kind::Tensor { access, .. } => Kind::Tensor { access, optional: true },
+        _ => panic!("only a tensor may be absent"),
+    };
+    fn value(&self) -> Value<'_> {
+        self.as_ref().map_or(Value::Absent, Field::value)
     }
 }
-impl Field for f64 {}
-impl Field for usize {}
-impl Field for u64 {}
-impl Field for bool {}
+impl Field for f64 {
+    const KIND: Kind = Kind::Real;
+    fn value(&self) -> Value<'_> {
+        Value::Real(*self)
+    }
+}
+impl Field for usize {
+    const KIND: Kind = Kind::Count;
+    fn value(&self) -> Value<'_> {
+        Value::Count(*self)
+    }
+}
+impl Field for u64 {
+    const KIND: Kind = Kind::Seed;
+}
+impl Field for bool {
+    const KIND: Kind = Kind::Flag;
+    fn value(&self) -> Value<'_> {
+        Value::Flag(*self)
+    }
+}
 
 /// A device as named on the command line.
 enum Named {
@@ -451,34 +534,4 @@ fn open_cuda(ordinal: usize) -> Result<Arc<dyn Kernels>> {
 #[cfg(not(ett_cuda))]
 fn open_cuda(_ordinal: usize) -> Result<Arc<dyn Kernels>> {
     Err(no_cuda())
-}
-
-/// Checks that a view lies inside its buffer; devices call this before following an address.
-pub(crate) fn check_view(op: &'static str, arg: &'static str, v: &In) -> Result<()> {
-    let text = || format!("{} {}", v.dims, v.dtype);
-    if v.dims.bytes(v.dtype).is_none() {
-        return Err(Error::arg(op, arg, text(), "a tensor that can be addressed: fewer elements"));
-    }
-    let size = v.dtype.size() as u64;
-    if !v.off.is_multiple_of(size) {
-        let want = format!("at a multiple of {size} bytes");
-        return Err(Error::arg(op, arg, format!("at byte {}", v.off), want));
-    }
-    let (rows, cols) = (v.dims.rows() as u64, v.dims.cols() as u64);
-    if rows == 0 || cols == 0 {
-        return Ok(());
-    }
-    if v.ld < cols as i64 && rows > 1 {
-        return Err(Error::arg(op, arg, format!("row stride {}", v.ld), format!("at least {cols}")));
-    }
-    // Of a single row the stride means nothing.
-    let ld = if rows > 1 { v.ld as u64 } else { 0 };
-    let elements = (rows - 1).checked_mul(ld).and_then(|n| n.checked_add(cols));
-    let end = elements.and_then(|n| n.checked_mul(size)).and_then(|n| n.checked_add(v.off));
-    if end.is_none_or(|end| end > v.buf.bytes as u64) {
-        let at = end.map_or("beyond all addresses".into(), |end| format!("at byte {end}"));
-        let want = format!("inside its buffer of {} bytes", v.buf.bytes);
-        return Err(Error::arg(op, arg, format!("{} ending {at}", text()), want));
-    }
-    Ok(())
 }

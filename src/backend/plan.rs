@@ -88,6 +88,7 @@ impl Reclaim for Counter {
 
 /// The planning device.
 pub struct Plan {
+    id: DeviceId,
     target: Target,
     state: Arc<Counter>,
 }
@@ -107,7 +108,7 @@ impl Plan {
         for (role, bytes) in target.held() {
             state.memory.add(role, bytes);
         }
-        Plan { target, state: Arc::new(Counter(Mutex::new(state))) }
+        Plan { id: DeviceId::unique(), target, state: Arc::new(Counter(Mutex::new(state))) }
     }
 
     /// The device that the plan is for.
@@ -135,10 +136,7 @@ impl Plan {
         self.state.lock().largest
     }
 
-    fn record(&self, a: &dyn Args, workspace: usize) -> Result<()> {
-        for (name, _, v) in a.views() {
-            check_view(a.kernel(), name, &v)?;
-        }
+    fn record(&self, a: &dyn Args, workspace: usize) {
         let mut s = self.state.lock();
         s.memory.add(Role::Workspace, workspace);
         s.memory.sub(Role::Workspace, workspace);
@@ -150,7 +148,6 @@ impl Plan {
         k.workspace = k.workspace.max(workspace as u64);
         k.cost.flop += cost.flop;
         k.cost.bytes += cost.bytes;
-        Ok(())
     }
 }
 
@@ -168,19 +165,25 @@ impl Collectives for Plan {
         0
     }
     fn all_reduce(&self, _s: Stream, x: Acc) -> Result<()> {
-        check_view("all_reduce", "x", &x.0)
+        check::view(self.id, "all_reduce", "x", &x.0)
     }
-    fn reduce_scatter(&self, _s: Stream, _x: In, _y: Out) -> Result<()> {
-        Ok(())
+    fn reduce_scatter(&self, s: Stream, x: In, y: Out) -> Result<()> {
+        self.all_gather(s, x, y)
     }
-    fn all_gather(&self, _s: Stream, _x: In, _y: Out) -> Result<()> {
-        Ok(())
+    fn all_gather(&self, _s: Stream, x: In, y: Out) -> Result<()> {
+        check::view(self.id, "all_gather", "x", &x)?;
+        check::view(self.id, "all_gather", "y", &y.0)?;
+        check::apart("all_gather", ("x", &x), ("y", &y.0))
     }
 }
 
 impl Device for Plan {
     fn name(&self) -> String {
         "plan".into()
+    }
+
+    fn id(&self) -> DeviceId {
+        self.id
     }
 
     fn has_data(&self) -> bool {
@@ -206,11 +209,11 @@ impl Device for Plan {
         s.next += bytes.next_multiple_of(256) as u64;
         drop(s);
         // SAFETY: a device without data.
-        Ok(unsafe { Buffer::new(addr, bytes, role, self.state.clone()) })
+        Ok(unsafe { Buffer::new(addr, bytes, role, self.id, self.state.clone()) })
     }
 
     fn copy_in(&self, _s: Stream, src: &[u8], dst: Out) -> Result<()> {
-        check_view("copy_in", "dst", &dst.0)?;
+        check::view(self.id, "copy_in", "dst", &dst.0)?;
         if src.len() as u64 != dst.0.bytes() {
             return Err(Error::arg("copy_in", "src", src.len(), format!("{} bytes", dst.0.bytes())));
         }
@@ -218,6 +221,7 @@ impl Device for Plan {
     }
 
     fn read_later(&self, _s: Stream, src: In) -> Result<Pending> {
+        check::view(self.id, "read_later", "src", &src)?;
         let n = src.bytes() as usize;
         Ok(Pending::new(move || Ok(vec![0; n])))
     }
@@ -232,17 +236,17 @@ impl Device for Plan {
 }
 
 macro_rules! impl_plan {
-    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => {
-        $($(#[$fdoc:meta])* $field:ident: $ty:ty,)*
-    })*) => {
+    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => $fields:tt)*) => {
         impl Kernels for Plan {
             $(fn $name(&self, _s: Stream, a: &$args<'_>) -> Result<()> {
+                check::call(self.id, a)?;
                 let workspace = match self.target {
                     Target::Cpu { threads } => cpu::Query::workspace(a, threads),
                     #[cfg(ett_cuda)]
                     Target::Cuda => cuda::Query::workspace(a)?,
                 };
-                self.record(a, workspace)
+                self.record(a, workspace);
+                Ok(())
             })*
         }
     };

@@ -355,7 +355,7 @@ impl ett::backend::Reclaim for Nowhere {
 #[ignore = "needs a GPU"]
 fn sync_blames_the_kernel() -> Outcome {
     use ett::backend::cuda::{Cuda, Options};
-    use ett::backend::{Buffer, In};
+    use ett::backend::{Buffer, Device, In};
     const CHILD: &str = "ETT_TEST_SYNC_CHILD";
     if std::env::var_os(CHILD).is_none() {
         let out = std::process::Command::new(std::env::current_exe()?)
@@ -371,7 +371,7 @@ fn sync_blames_the_kernel() -> Outcome {
     // An address far from any allocation.
     // SAFETY: the host does not access it. The access stops the GPU, which is what the test is about, and the process
     // does not use the GPU afterwards.
-    let wild = unsafe { Buffer::new(1 << 45, 256, Role::Activation, std::sync::Arc::new(Nowhere)) };
+    let wild = unsafe { Buffer::new(1 << 45, 256, Role::Activation, dev.id(), std::sync::Arc::new(Nowhere)) };
     let a = In::new(&wild, 0, DType::F32, [64], 64)?;
     add(&dev, &x, &x)?;
     let y = Tensor::empty(&dev, Role::Activation, DType::F32, [64])?;

@@ -38,6 +38,7 @@ pub(crate) use workspace::{PerThread, Scratch, Workspace};
 
 /// The CPU as a device. It runs one call at a time; calls from other threads wait.
 pub struct Cpu {
+    id: DeviceId,
     threads: rayon::ThreadPool,
     pool: Arc<Pool>,
     /// Held while buffers are read or written: kernels take `&self`, and tensors share buffers, so that two threads
@@ -81,7 +82,8 @@ impl Cpu {
             .num_threads(threads)
             .build()
             .map_err(|e| Error::arg("Cpu::new", "threads", e, "a number of threads the system can start"))?;
-        Ok(Cpu { threads, pool: Arc::new(Pool::new(poison)), turn: Mutex::default(), profile: None })
+        let pool = Arc::new(Pool::new(poison));
+        Ok(Cpu { id: DeviceId::unique(), threads, pool, turn: Mutex::default(), profile: None })
     }
 
     /// Times every kernel from now on. Matrix products are timed for the whole process: profile one device at a time.
@@ -133,9 +135,7 @@ impl Cpu {
     fn launch<A: Query>(&self, a: &A, kernel: impl FnOnce(&Workspace) -> Result<()> + Send) -> Result<()> {
         let name = a.kernel();
         // Before any size is formed from them.
-        for (arg, _, v) in a.views() {
-            check_view(name, arg, &v)?;
-        }
+        check::call(self.id, a)?;
         let threads = self.threads();
         let bytes = a.workspace(threads);
         let (start, before) = (Instant::now(), gemm::NANOS.load(Ordering::Relaxed));
@@ -181,12 +181,15 @@ impl Collectives for Cpu {
         0
     }
     fn all_reduce(&self, _s: Stream, x: Acc) -> Result<()> {
-        check_view("all_reduce", "x", &x.0)
+        check::view(self.id, "all_reduce", "x", &x.0)
     }
     fn reduce_scatter(&self, s: Stream, x: In, y: Out) -> Result<()> {
         self.all_gather(s, x, y)
     }
     fn all_gather(&self, _s: Stream, x: In, y: Out) -> Result<()> {
+        check::view(self.id, "all_gather", "x", &x)?;
+        check::view(self.id, "all_gather", "y", &y.0)?;
+        check::apart("all_gather", ("x", &x), ("y", &y.0))?;
         let _turn = self.turn();
         let from = bytes("all_gather", "x", &x)?;
         let to = bytes_mut("all_gather", "y", &y.0)?;
@@ -203,13 +206,18 @@ impl Device for Cpu {
         format!("cpu ({} threads)", self.threads.current_num_threads())
     }
 
+    fn id(&self) -> DeviceId {
+        self.id
+    }
+
     fn alloc(&self, role: Role, bytes: usize) -> Result<Buffer> {
         let addr = self.pool.take(role, bytes).ok_or_else(|| self.out_of_memory(role, bytes))?;
         // SAFETY: the block comes from the pool, and is returned to it when the buffer is dropped.
-        Ok(unsafe { Buffer::new(addr, bytes, role, self.pool.clone()) })
+        Ok(unsafe { Buffer::new(addr, bytes, role, self.id, self.pool.clone()) })
     }
 
     fn copy_in(&self, _s: Stream, src: &[u8], dst: Out) -> Result<()> {
+        check::view(self.id, "copy_in", "dst", &dst.0)?;
         let _turn = self.turn();
         let to = bytes_mut("copy_in", "dst", &dst.0)?;
         if to.len() != src.len() {
@@ -220,6 +228,7 @@ impl Device for Cpu {
     }
 
     fn read_later(&self, _s: Stream, src: In) -> Result<Pending> {
+        check::view(self.id, "read_later", "src", &src)?;
         let _turn = self.turn();
         let v = packed("read_later", "src", &src)?;
         Ok(Pending::new(move || Ok(v)))
@@ -241,9 +250,7 @@ impl Device for Cpu {
 }
 
 macro_rules! impl_cpu {
-    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => {
-        $($(#[$fdoc:meta])* $field:ident: $ty:ty,)*
-    })*) => { pastey::paste! {
+    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => $fields:tt)*) => { pastey::paste! {
         $(impl Query for $args<'_> {
             fn workspace(&self, threads: usize) -> usize {
                 $module::[<$name _workspace>](self, threads)

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::workspace::{acc_size, block, is_narrow, per_thread};
 use super::{Elem, PerThread, Real, Scratch, Workspace};
-use crate::backend::{DType, Dims, Element, In, check_view};
+use crate::backend::{DType, Dims, Element, In, check};
 use crate::error::{Error, Result};
 
 /// Runs `$body` with `$t` as the Rust type of a float dtype.
@@ -44,7 +44,7 @@ fn check_dtype(op: &'static str, arg: &'static str, v: &In, want: DType) -> Resu
 }
 
 fn check_flat(op: &'static str, arg: &'static str, v: &In) -> Result<()> {
-    check_view(op, arg, v)?;
+    check::extent(op, arg, v)?;
     if !v.is_contiguous() {
         return Err(Error::arg(op, arg, format!("strided by {}", v.ld), "contiguous"));
     }
@@ -217,7 +217,7 @@ impl<'a, T> RowsMut<'a, T> {
 /// A strided input.
 pub(crate) fn rows<'a, T: Element>(op: &'static str, arg: &'static str, v: &In<'a>) -> Result<Rows<'a, T>> {
     check_dtype(op, arg, v, T::DTYPE)?;
-    check_view(op, arg, v)?;
+    check::extent(op, arg, v)?;
     let (rows, cols) = (v.dims.rows(), v.dims.cols());
     let ld = stride(v);
     let n = if rows == 0 { 0 } else { (rows - 1) * ld + cols };
@@ -233,7 +233,7 @@ pub(crate) fn rows_mut<'a, T: Element>(
     v: &In<'a>,
 ) -> Result<RowsMut<'a, T>> {
     check_dtype(op, arg, v, T::DTYPE)?;
-    check_view(op, arg, v)?;
+    check::extent(op, arg, v)?;
     let (rows, cols) = (v.dims.rows(), v.dims.cols());
     let at = if rows * cols == 0 { NonNull::dangling().as_ptr() } else { v.addr() as *mut T };
     Ok(RowsMut { rows, cols, ld: stride(v), at, of: PhantomData })

@@ -6,11 +6,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys};
 
-use crate::backend::{Memory, Reclaim, Role, size};
+use crate::backend::{DeviceId, Memory, Reclaim, Role, size};
 use crate::error::{Error, Result};
 
 /// The context and its streams, shared by everything that outlives a call.
 pub(super) struct Gpu {
+    pub(super) id: DeviceId,
     pub(super) name: String,
     pub(super) context: Arc<CudaContext>,
     /// Runs kernels.
@@ -30,7 +31,8 @@ impl Gpu {
     pub(super) fn new(name: String, context: Arc<CudaContext>) -> std::result::Result<Self, DriverError> {
         let [compute, copy, taking] = [context.new_stream()?, context.new_stream()?, context.new_stream()?];
         let (recording, memory) = (Mutex::default(), Mutex::default());
-        Ok(Gpu { name, context, compute, copy, taking, recording, memory })
+        let id = DeviceId::unique();
+        Ok(Gpu { id, name, context, compute, copy, taking, recording, memory })
     }
 
     /// A driver error during `what`.
@@ -120,6 +122,11 @@ impl Arena {
     /// The arena of a recording.
     pub(super) fn of_recording(device: Arc<Arena>) -> Self {
         Arena { gpu: device.gpu.clone(), blocks: Mutex::default(), device: Some(device) }
+    }
+
+    /// The device whose memory it gives.
+    pub(super) fn device(&self) -> DeviceId {
+        self.gpu.id
     }
 
     fn blocks(&self) -> MutexGuard<'_, Blocks> {

@@ -3,7 +3,7 @@
 use std::ffi::{CStr, c_char};
 
 use super::ffi;
-use crate::backend::{Acc, In, KERNELS, Metric, Out, Unary, contract};
+use crate::backend::{Acc, In, KERNELS, Metric, Out, Unary, contract, spec};
 use crate::error::{Error, Result};
 
 /// A type with a counterpart in the C argument structs.
@@ -105,7 +105,7 @@ impl ToC for Unary {
 
 macro_rules! impl_to_c {
     ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => {
-        $($(#[$fdoc:meta])* $field:ident: $ty:ty,)*
+        $($(#[$fdoc:meta])* $field:ident: $ty:ty $(= $text:literal)?,)*
     })*) => { pastey::paste! {
         $(impl ToC for contract::$args<'_> {
             type C = ffi::[<ett_ $name _args>];
@@ -119,14 +119,14 @@ contract::kernel_table!(impl_to_c);
 
 /// The index of a kernel in the contract, which identifies it in faults.
 pub(super) fn number(kernel: &str) -> i32 {
-    KERNELS.iter().position(|(name, _)| *name == kernel).map_or(-1, |i| i as i32)
+    KERNELS.iter().position(|k| k.name == kernel).map_or(-1, |i| i as i32)
 }
 
 /// `s` as a static string if it names an argument of `kernel` or a part of the launch, otherwise "arguments".
 fn argument(kernel: &str, s: &str) -> &'static str {
-    let fields = KERNELS.iter().find(|(name, _)| *name == kernel).map_or(&[][..], |(_, fields)| fields);
+    let fields = spec::kernel(kernel).map_or(&[][..], |k| k.fields);
     let launch = ["launch.workspace", "launch.force", "launch", "args"];
-    fields.iter().map(|(name, _)| *name).chain(launch).find(|name| *name == s).unwrap_or("arguments")
+    fields.iter().map(|f| f.name).chain(launch).find(|name| *name == s).unwrap_or("arguments")
 }
 
 /// Converts the status of a launcher; `last` is the struct written by `ett_last_status`.
@@ -178,16 +178,11 @@ pub(super) fn fault(f: &ffi::ett_fault) -> Option<Error> {
     if f.kind == 0 {
         return None;
     }
-    let kernel =
-        usize::try_from(f.launch).ok().and_then(|i| KERNELS.get(i)).map_or("kernel", |(name, _)| *name);
-    let arg = match kernel {
-        "gather_fwd" | "gather_bwd" => "idx",
-        "linear_xent_fwd" | "linear_xent_bwd" => "target",
-        "attention_fwd" | "attention_bwd" => "cu_q",
-        _ => "index",
-    };
+    let kernel = usize::try_from(f.launch).ok().and_then(|i| KERNELS.get(i));
+    let (op, arg) =
+        (kernel.map_or("kernel", |k| k.name), kernel.and_then(|k| k.indices()).map_or("index", |f| f.name));
     let got = format!("{} at element {}", f.value, f.where_);
-    Some(Error::arg(kernel, arg, got, format!("below {}", f.limit)))
+    Some(Error::arg(op, arg, got, format!("below {}", f.limit)))
 }
 
 /// Parses the implementations requested by `ETT_FORCE`: `op=kernel`, separated by commas.
@@ -196,12 +191,9 @@ pub(super) fn forced(text: &str) -> Result<Vec<(&'static str, std::ffi::CString)
     for part in text.split(',').map(str::trim).filter(|p| !p.is_empty()) {
         let bad = |want: &str| Error::config("ETT_FORCE", part, want);
         let (op, kernel) = part.split_once('=').ok_or_else(|| bad("op=kernel"))?;
-        let op = KERNELS
-            .iter()
-            .find(|(name, _)| *name == op)
-            .ok_or_else(|| bad("the name of a kernel of the contract before the ="))?;
+        let op = spec::kernel(op).ok_or_else(|| bad("the name of a kernel of the contract before the ="))?;
         let kernel = std::ffi::CString::new(kernel).map_err(|_| bad("a name without zero bytes"))?;
-        all.push((op.0, kernel));
+        all.push((op.name, kernel));
     }
     Ok(all)
 }

@@ -192,8 +192,9 @@ impl Cuda {
     /// Copies bytes from one contiguous view to another of the same size with the driver's copy, the reference for
     /// memory bandwidth.
     pub fn copy(&self, x: In, y: Out) -> Result<()> {
-        check_view("copy", "x", &x)?;
-        check_view("copy", "y", &y.0)?;
+        check::view(self.gpu.id, "copy", "x", &x)?;
+        check::view(self.gpu.id, "copy", "y", &y.0)?;
+        check::apart("copy", ("x", &x), ("y", &y.0))?;
         if x.bytes() != y.0.bytes() || !x.is_contiguous() || !y.0.is_contiguous() {
             return Err(Error::arg("copy", "y", y.0.dims, format!("{} contiguous bytes", x.bytes())));
         }
@@ -239,9 +240,7 @@ impl Cuda {
                 "the compute stream, since the other one only copies",
             ));
         }
-        for (arg, _, v) in a.views() {
-            check_view(name, arg, &v)?;
-        }
+        check::call(self.gpu.id, a)?;
         self.gpu.context.bind_to_thread().map_err(|e| self.gpu.error(name, e))?;
         let c = a.to_c();
         // SAFETY: the struct is what the query and the launcher take; both only read it.
@@ -365,7 +364,7 @@ impl Cuda {
 fn buffer(arena: &Arc<Arena>, role: Role, bytes: usize) -> Result<Buffer> {
     let addr = arena.take(role, bytes)?;
     // SAFETY: a block of at least this size, used only by this buffer until it is returned to the arena.
-    Ok(unsafe { Buffer::new(addr, bytes, role, arena.clone()) })
+    Ok(unsafe { Buffer::new(addr, bytes, role, arena.device(), arena.clone()) })
 }
 
 /// One GPU is one rank.
@@ -377,7 +376,7 @@ impl Collectives for Cuda {
         0
     }
     fn all_reduce(&self, _s: Stream, x: Acc) -> Result<()> {
-        check_view("all_reduce", "x", &x.0)
+        check::view(self.gpu.id, "all_reduce", "x", &x.0)
     }
     fn reduce_scatter(&self, s: Stream, x: In, y: Out) -> Result<()> {
         self.all_gather(s, x, y)
@@ -395,6 +394,10 @@ impl Device for Cuda {
         }
     }
 
+    fn id(&self) -> DeviceId {
+        self.gpu.id
+    }
+
     fn alloc(&self, role: Role, bytes: usize) -> Result<Buffer> {
         let arena = self.arena.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let buffer = buffer(&arena, role, bytes)?;
@@ -409,7 +412,7 @@ impl Device for Cuda {
     }
 
     fn copy_in(&self, s: Stream, src: &[u8], dst: Out) -> Result<()> {
-        check_view("copy_in", "dst", &dst.0)?;
+        check::view(self.gpu.id, "copy_in", "dst", &dst.0)?;
         if dst.0.bytes() != src.len() as u64 || !dst.0.is_contiguous() {
             return Err(Error::arg(
                 "copy_in",
@@ -426,7 +429,7 @@ impl Device for Cuda {
     }
 
     fn read_later(&self, s: Stream, src: In) -> Result<Pending> {
-        check_view("read_later", "src", &src)?;
+        check::view(self.gpu.id, "read_later", "src", &src)?;
         self.not_recording("read_later", "src", "a copy to the host")?;
         self.gpu.context.bind_to_thread().map_err(|e| self.gpu.error("read_later", e))?;
         let pending = self.pinned.read_later(self.stream(s), src, self.fault.addr());
@@ -468,9 +471,7 @@ impl Device for Cuda {
 }
 
 macro_rules! impl_cuda {
-    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => {
-        $($(#[$fdoc:meta])* $field:ident: $ty:ty,)*
-    })*) => { pastey::paste! {
+    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => $fields:tt)*) => { pastey::paste! {
         $(impl Query for $args<'_> {
             fn workspace(&self) -> Result<usize> {
                 let c = self.to_c();

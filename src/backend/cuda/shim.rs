@@ -29,8 +29,8 @@ pub struct Shim {
     turn: Mutex<()>,
 }
 
-#[derive(Default)]
 struct Heap {
+    id: DeviceId,
     memory: Mutex<Memory>,
 }
 
@@ -57,7 +57,7 @@ impl Shim {
             let what = format!("cannot be loaded ({e}); build it with tools/shim-test");
             Error::device(path.display(), what)
         })?;
-        let heap = Arc::new(Heap::default());
+        let heap = Arc::new(Heap { id: DeviceId::unique(), memory: Mutex::default() });
         let fault = Self::take(&heap, Role::Input, size_of::<ffi::ett_fault>())?;
         // SAFETY: just taken, of this size.
         unsafe { std::ptr::write_bytes(fault.addr() as *mut u8, 0, fault.bytes()) };
@@ -86,7 +86,7 @@ impl Shim {
         unsafe { std::ptr::write_bytes(at, 0xff, bytes) };
         memory.add(role, bytes);
         // SAFETY: the block was just allocated, with an alignment of 256, and the heap takes it back.
-        Ok(unsafe { Buffer::new(at as u64, bytes, role, heap.clone()) })
+        Ok(unsafe { Buffer::new(at as u64, bytes, role, heap.id, heap.clone()) })
     }
 
     /// The function `ett_<name>`.
@@ -112,13 +112,12 @@ impl Shim {
         let c = std::ptr::from_ref(&c).cast::<c_void>();
         // SAFETY: the type of all queries in the header, except for the type of the struct behind the pointer.
         let query: Query = unsafe { self.symbol(&format!("{name}_workspace"))? };
-        // Before the views are looked at, so that the query is asked about wrong ones, too.
+        // Before anything is checked, so that the query is also asked about wrong arguments.
         // SAFETY: the struct is the one that this kernel's functions take, and no view's memory is read.
         let bytes = unsafe { query(c) };
         self.queried.store(bytes, Ordering::Relaxed);
-        for (arg, _, v) in a.views() {
-            check_view(name, arg, &v)?;
-        }
+        // The launcher judges the rest itself, since its checks are what is tested here.
+        check::memory(self.heap.id, a)?;
         let workspace = match usize::try_from(bytes) {
             Ok(bytes) if bytes > 0 => Some(Self::take(&self.heap, Role::Workspace, bytes)?),
             _ => None,
@@ -157,6 +156,8 @@ impl Shim {
             return Err(Error::device("shim", what));
         }
         call::check(name, "shim", code, &last)?;
+        // What the launcher accepts, the table has to allow.
+        check::call(self.heap.id, a)?;
         // Launches are synchronous, so that a fault can be reported immediately.
         let slot = self.fault.addr() as *mut ffi::ett_fault;
         // SAFETY: the buffer is one fault long, and only launches use it, one at a time.
@@ -183,9 +184,7 @@ impl Shim {
     }
 }
 
-struct OneRank;
-
-impl Collectives for OneRank {
+impl Collectives for Shim {
     fn ranks(&self) -> usize {
         1
     }
@@ -193,7 +192,7 @@ impl Collectives for OneRank {
         0
     }
     fn all_reduce(&self, _s: Stream, x: Acc) -> Result<()> {
-        check_view("all_reduce", "x", &x.0)
+        check::view(self.heap.id, "all_reduce", "x", &x.0)
     }
     fn reduce_scatter(&self, _s: Stream, _x: In, _y: Out) -> Result<()> {
         Err(Error::Unsupported { op: "reduce_scatter", what: "a collective".into(), device: "shim".into() })
@@ -208,13 +207,17 @@ impl Device for Shim {
         "shim".into()
     }
 
+    fn id(&self) -> DeviceId {
+        self.heap.id
+    }
+
     fn alloc(&self, role: Role, bytes: usize) -> Result<Buffer> {
         Self::take(&self.heap, role, bytes)
     }
 
     fn copy_in(&self, _s: Stream, src: &[u8], dst: Out) -> Result<()> {
         let _turn = self.turn();
-        check_view("copy_in", "dst", &dst.0)?;
+        check::view(self.heap.id, "copy_in", "dst", &dst.0)?;
         if dst.0.bytes() != src.len() as u64 || !dst.0.is_contiguous() {
             return Err(Error::arg(
                 "copy_in",
@@ -223,26 +226,26 @@ impl Device for Shim {
                 format!("{} contiguous bytes", dst.0.bytes()),
             ));
         }
-        // SAFETY: in bounds by check_view and of the source's length; nobody can hold a reference into a buffer.
+        // SAFETY: in bounds by the check of the view and of the source's length; nobody can hold a reference into a buffer.
         unsafe { std::ptr::copy_nonoverlapping(src.as_ptr(), dst.0.addr() as *mut u8, src.len()) };
         Ok(())
     }
 
     fn read_later(&self, _s: Stream, src: In) -> Result<Pending> {
         let _turn = self.turn();
-        check_view("read_later", "src", &src)?;
+        check::view(self.heap.id, "read_later", "src", &src)?;
         let (rows, width) = (src.dims.rows(), src.dims.cols() * src.dtype.size());
         let mut v = Vec::with_capacity(rows * width);
         for r in 0..if width == 0 { 0 } else { rows } {
             let at = src.addr() + r as u64 * src.ld as u64 * src.dtype.size() as u64;
-            // SAFETY: not empty, in bounds by check_view; blocks are initialised when they are taken, and this is the only call.
+            // SAFETY: not empty, in bounds by the check of the view; blocks are initialised when they are taken, and this is the only call.
             v.extend_from_slice(unsafe { std::slice::from_raw_parts(at as *const u8, width) });
         }
         Ok(Pending::new(move || Ok(v)))
     }
 
     fn collectives(&self) -> &dyn Collectives {
-        &OneRank
+        self
     }
 
     fn memory(&self) -> Memory {
@@ -251,9 +254,7 @@ impl Device for Shim {
 }
 
 macro_rules! impl_shim {
-    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => {
-        $($(#[$fdoc:meta])* $field:ident: $ty:ty,)*
-    })*) => {
+    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => $fields:tt)*) => {
         impl Kernels for Shim {
             $(fn $name(&self, _s: Stream, a: &$args<'_>) -> Result<()> {
                 self.launch(a)
