@@ -16,8 +16,8 @@ pub(crate) fn call(device: DeviceId, a: &dyn Args) -> Result<()> {
     a.with_values(&mut |values| Call { spec, values, sizes: [None; SYMBOLS] }.check(device))
 }
 
-/// Checks only what a call could otherwise corrupt: its views belong to the device and lie inside their buffers, and its
-/// outputs overlap nothing.
+/// Checks only the memory of a call: that views belong to the device and lie inside their buffers, and that outputs overlap
+/// nothing.
 pub(crate) fn memory(device: DeviceId, a: &dyn Args) -> Result<()> {
     let spec = a.spec();
     a.with_values(&mut |values| {

@@ -86,12 +86,12 @@ impl Stream {
     pub const COPY: Stream = Stream(1);
 }
 
-/// Identifies a device within the process, since a device can only use its own memory.
+/// Identifies a device of this process. A device only accesses its own memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeviceId(u64);
 
 impl DeviceId {
-    /// An identifier that no other device has.
+    /// An identity that no other device has.
     pub fn unique() -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         DeviceId(NEXT.fetch_add(1, Ordering::Relaxed))
@@ -289,7 +289,7 @@ pub trait Collectives {
 pub trait Device: Send + Sync {
     /// Name for messages.
     fn name(&self) -> String;
-    /// The identifier of this device. It accepts only tensors in its own memory.
+    /// The identity that its buffers carry: tensors of other devices are refused.
     fn id(&self) -> DeviceId;
     /// Whether the device stores data; initial values need not be computed for one that does not.
     fn has_data(&self) -> bool {

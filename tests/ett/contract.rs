@@ -163,15 +163,16 @@ fn convolutions_and_norms(m: &Subject) {
     m.refuses(conv([2, 3, 3, 6], [1, 4, 4, 3]), "conv2d_fwd", &["y", "w"]);
     m.refuses(conv([2, 3, 3, 6], [2, 4, 4, 2]), "conv2d_fwd", &["y"]);
     let norm = |c: usize, groups: usize| {
-        let (w, y, s) = (m.f32([c]), m.f32([1, 4, 4, 6]), m.f32([1, groups]));
-        let (view, out) = (w.view(), s.out());
+        let (w, y) = (m.f32([c]), m.f32([1, 4, 4, 6]));
+        let (mean, rstd) = (m.f32([1, groups]), m.f32([1, groups]));
+        let view = w.view();
         let a = GroupNormFwd {
             x: x.view(),
             w: view,
             b: view,
             y: y.out(),
-            mean: out,
-            rstd: out,
+            mean: mean.out(),
+            rstd: rstd.out(),
             eps: 1e-6,
             silu: false,
         };
@@ -288,17 +289,17 @@ fn over_rows(m: &Subject) {
     ] {
         m.refuses_data(cached(2, 1, &starts, Some(&len), 4), "attention_fwd", &places);
     }
-    let (z, e, one) = (m.f32([2, 3]), m.f32([5, 4]), m.f32([2]));
-    let idx = int(&**dev, &[0, 0]);
+    let (z, e, bad) = (m.f32([2, 3]), m.f32([5, 4]), m.f32([1]));
+    let (idx, stats) = (int(&**dev, &[0, 0]), [(); 4].map(|()| m.f32([2])));
     let a = IbqRows {
         z: z.view(),
         e: e.view(),
         idx: idx.out(),
-        smax: one.out(),
-        rest_p: one.out(),
-        rest_q: Some(one.out()),
-        xbar: Some(one.out()),
-        bad: one.acc(),
+        smax: stats[0].out(),
+        rest_p: stats[1].out(),
+        rest_q: Some(stats[2].out()),
+        xbar: Some(stats[3].out()),
+        bad: bad.acc(),
         temperature: 1.0,
     };
     m.refuses(dev.ibq_rows(S, &a), "ibq_rows", &["e"]);

@@ -112,11 +112,11 @@ impl Shim {
         let c = std::ptr::from_ref(&c).cast::<c_void>();
         // SAFETY: the type of all queries in the header, except for the type of the struct behind the pointer.
         let query: Query = unsafe { self.symbol(&format!("{name}_workspace"))? };
-        // Before anything is checked, so that the query is also asked about wrong arguments.
+        // Before the views are looked at, so that the query is asked about wrong ones, too.
         // SAFETY: the struct is the one that this kernel's functions take, and no view's memory is read.
         let bytes = unsafe { query(c) };
         self.queried.store(bytes, Ordering::Relaxed);
-        // The launcher judges the rest itself, since its checks are what is tested here.
+        // The launchers check the rest themselves, which is tested here.
         check::memory(self.heap.id, a)?;
         let workspace = match usize::try_from(bytes) {
             Ok(bytes) if bytes > 0 => Some(Self::take(&self.heap, Role::Workspace, bytes)?),
@@ -156,8 +156,6 @@ impl Shim {
             return Err(Error::device("shim", what));
         }
         call::check(name, "shim", code, &last)?;
-        // What the launcher accepts, the table has to allow.
-        check::call(self.heap.id, a)?;
         // Launches are synchronous, so that a fault can be reported immediately.
         let slot = self.fault.addr() as *mut ffi::ett_fault;
         // SAFETY: the buffer is one fault long, and only launches use it, one at a time.

@@ -40,7 +40,7 @@ fn last_status(library: &libloading::Library) -> Result<[String; 3], libloading:
 #[ignore = "needs the shim"]
 fn shim_null_arguments_are_wrong() -> Outcome {
     let library = library()?;
-    for name in KERNELS.iter().map(|kernel| kernel.name) {
+    for name in KERNELS.iter().map(|k| k.name) {
         // SAFETY: so the header declares them, but for the types that the pointers are to.
         let query = unsafe { library.get::<Query>(format!("ett_{name}_workspace").as_bytes())? };
         // SAFETY: as above.

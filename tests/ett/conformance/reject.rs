@@ -100,7 +100,7 @@ impl Damage {
             Damage::Outside => false,
             // A null pointer means that an optional argument is absent.
             Damage::Null => {
-                let kind = spec.field(arg.name).map(|field| field.kind);
+                let kind = spec.field(arg.name).map(|f| f.kind);
                 !matches!(kind, Some(Kind::Tensor { optional: true, .. }))
             }
             _ => true,
