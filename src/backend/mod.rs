@@ -143,7 +143,7 @@ impl Buffer {
         self.bytes
     }
 
-    /// The device whose memory it is.
+    /// The device that the memory belongs to.
     pub fn device(&self) -> DeviceId {
         self.device
     }
