@@ -263,10 +263,6 @@ pub trait Device: Send + Sync {
     fn has_data(&self) -> bool {
         true
     }
-    /// Kernels that it does not have yet.
-    fn missing(&self) -> Vec<&'static str> {
-        Vec::new()
-    }
     /// Bytes that could be taken now, if the device knows.
     fn available(&self) -> Option<u64> {
         None
