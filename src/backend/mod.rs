@@ -295,10 +295,6 @@ pub trait Device: Send + Sync {
     fn has_data(&self) -> bool {
         true
     }
-    /// Kernels that the device does not implement yet.
-    fn missing(&self) -> Vec<&'static str> {
-        Vec::new()
-    }
     /// Bytes that could be allocated now, if known.
     fn available(&self) -> Option<u64> {
         None
