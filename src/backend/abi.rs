@@ -197,7 +197,6 @@ mod tests {
             ("another shape", "// out  [N, C]; act", "// out  [N, D]; act"),
             ("another element type", "// out  [B, G]; acc; without", "// out  [B, G]; act; without"),
             ("a rule left out", "; without gaps; G divides C", "; without gaps"),
-            ("a rule of its own", "// add  [C]; acc\n", "// add  [C]; acc; without gaps\n"),
             ("another rule of a number", "head dimension; even; at least 2", "head dimension; at least 2"),
             ("a missing field", "    double theta; ", "    // double theta; "),
             ("a new field", "    double theta; ", "    double theta2;  // new\n    double theta; "),

@@ -192,7 +192,7 @@ impl<'c> Call<'c> {
                 }
                 Elements::Acc => {
                     let fits = acc.map_or(sums(own) == Some(own), |a| a == own);
-                    acc = acc.or(Some(own));
+                    acc = acc.or(Some(own).filter(|_| fits));
                     fits
                 }
                 Elements::I32 => own == DType::I32,
@@ -324,7 +324,7 @@ impl<'c> Call<'c> {
         let right = self.size_text(&rule.right);
         // The error names an argument that is a number itself; a size of a tensor has to be named here.
         let of = match rule.left.plain().map(|s| self.spec.symbols[s as usize]) {
-            Some(name) if self.spec.field(name).is_none() => format!("{name} "),
+            Some(name) if self.spec.field(name).is_none() => format!("with {name} "),
             _ => String::new(),
         };
         match rule.relation {
@@ -550,7 +550,7 @@ mod tests {
             p.rope(S, &Rope { x, position, y, heads, head_dim, theta: 1e4, inverse: false })
         };
         assert!(rope(2, 4).is_ok() && rope(1, 4).is_ok() && rope(0, 4).is_ok());
-        assert_eq!(refusal(rope(3, 4)), "rope: argument `x` is [3, 8], wanted C at least 12");
+        assert_eq!(refusal(rope(3, 4)), "rope: argument `x` is [3, 8], wanted with C at least 12");
         assert_eq!(refusal(rope(1, 3)), "rope: argument `head_dim` is 3, wanted even");
         assert_eq!(refusal(rope(1, 0)), "rope: argument `head_dim` is 0, wanted at least 2");
         assert!(rope(usize::MAX, 2).is_err());
@@ -563,7 +563,7 @@ mod tests {
             p.group_norm_fwd(S, &GroupNormFwd { x, w, b: w, y, mean, rstd, eps: 1e-6, silu: false })
         };
         assert!(norm(3).is_ok());
-        let want = "group_norm_fwd: argument `mean` is [1, 4], wanted G a divisor of 6";
+        let want = "group_norm_fwd: argument `mean` is [1, 4], wanted with G a divisor of 6";
         assert_eq!(refusal(norm(4)), want);
         assert!(norm(0).is_err());
 

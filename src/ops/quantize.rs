@@ -3,7 +3,7 @@
 use super::{S, expect_rank};
 use crate::autograd::{Tape, Var};
 use crate::backend::{DType, IbqBwd, IbqCols, IbqLosses, IbqRows, Metric, Nearest, Role, VqBwd, VqLosses};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::tensor::Tensor;
 
 /// Options of the entropies.
@@ -67,12 +67,6 @@ pub struct Quantized {
 fn check(op: &'static str, z: &Var, e: &Var) -> Result<(usize, usize, usize)> {
     expect_rank(op, "z", z, 2)?;
     expect_rank(op, "e", e, 2)?;
-    if z.dims()[1] != e.dims()[1] {
-        return Err(Error::arg(op, "e", e.dims(), format!("codes of {} dimensions", z.dims()[1])));
-    }
-    if e.dims()[0] == 0 {
-        return Err(Error::arg(op, "e", e.dims(), "at least one code"));
-    }
     Ok((z.dims()[0], e.dims()[0], z.dims()[1]))
 }
 

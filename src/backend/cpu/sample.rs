@@ -27,23 +27,13 @@ fn draw<E: Elem>(ws: &Workspace, a: &Sample) -> Result<()> {
     const OP: &str = "sample";
     let logits = rows::<E>(OP, "logits", &a.logits)?;
     let without = match &a.without {
-        Some(v) => {
-            expect_rows(OP, "without", v, logits.rows, logits.cols)?;
-            Some(rows::<E>(OP, "without", v)?)
-        }
+        Some(v) => Some(rows::<E>(OP, "without", v)?),
         None => None,
     };
-    for (arg, v) in [("number", &a.number), ("position", &a.position.0), ("idx", &a.idx.0)] {
-        expect(OP, arg, v, logits.rows)?;
-    }
     let number = flat::<i32>(OP, "number", &a.number)?;
     let (position, idx) =
         (flat_mut::<i32>(OP, "position", &a.position.0)?, flat_mut::<i32>(OP, "idx", &a.idx.0)?);
     let choice = Choice { temperature: a.temperature, top_k: a.top_k, top_p: a.top_p };
-    choice.check()?;
-    if a.without.is_some() && !a.guidance.is_finite() {
-        return Err(Error::arg(OP, "guidance", a.guidance, "a finite number"));
-    }
     if logits.cols > MOST {
         return Err(Error::arg(OP, "logits", logits.cols, format!("at most {MOST} columns")));
     }
@@ -83,16 +73,6 @@ struct Choice {
 }
 
 impl Choice {
-    fn check(&self) -> Result<()> {
-        if !(self.temperature.is_finite() && self.temperature >= 0.0) {
-            return Err(Error::arg("sample", "temperature", self.temperature, "a finite number, 0 or more"));
-        }
-        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
-            return Err(Error::arg("sample", "top_p", self.top_p, "a number above 0, at most 1"));
-        }
-        Ok(())
-    }
-
     /// Computes the weights `w` of logits `l`, 0 for those that cannot be chosen. Weights are integers, which f64
     /// represents exactly. Returns false if the row is empty or contains NaN, or if its maximum is not finite. `kept`
     /// is scratch.

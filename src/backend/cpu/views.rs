@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::workspace::{acc_size, block, is_narrow, per_thread};
 use super::{Elem, PerThread, Real, Scratch, Workspace};
-use crate::backend::{DType, Dims, Element, In, check};
+use crate::backend::{DType, Element, In, check};
 use crate::error::{Error, Result};
 
 /// Runs `$body` with `$t` as the Rust type of a float dtype.
@@ -246,39 +246,7 @@ fn stride(v: &In) -> usize {
 
 /// A one-element input.
 pub(crate) fn scalar<T: Element>(op: &'static str, arg: &'static str, v: &In) -> Result<T> {
-    expect(op, arg, v, 1)?;
     Ok(flat::<T>(op, arg, v)?[0])
-}
-
-/// Fails unless the view has `n` elements.
-pub(crate) fn expect(op: &'static str, arg: &'static str, v: &In, n: usize) -> Result<()> {
-    if v.dims.numel() != n {
-        return Err(Error::arg(op, arg, v.dims, format!("{n} elements")));
-    }
-    Ok(())
-}
-
-/// Fails unless the view has `rows` rows of `cols` elements.
-pub(crate) fn expect_rows(
-    op: &'static str,
-    arg: &'static str,
-    v: &In,
-    rows: usize,
-    cols: usize,
-) -> Result<()> {
-    if (v.dims.rows(), v.dims.cols()) != (rows, cols) {
-        return Err(Error::arg(op, arg, v.dims, format!("{rows} rows of {cols}")));
-    }
-    Ok(())
-}
-
-/// Fails unless the view has this shape.
-pub(crate) fn expect_dims(op: &'static str, arg: &'static str, v: &In, want: impl Into<Dims>) -> Result<()> {
-    let want = want.into();
-    if v.dims != want {
-        return Err(Error::arg(op, arg, v.dims, want));
-    }
-    Ok(())
 }
 
 /// The dimensions `[B, H, W, C]` of an image.

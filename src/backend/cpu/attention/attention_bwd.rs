@@ -28,11 +28,6 @@ struct Saved<'a, R> {
 fn bwd<E: Elem>(ws: &Workspace, a: &AttentionBwd) -> Result<()> {
     let op = "attention_bwd";
     let shape = Shape::new(op, &forward_of(a))?;
-    for (arg, v, like) in
-        [("dy", &a.dy, &a.q), ("dq", &a.dq.0, &a.q), ("dk", &a.dk.0, &a.k), ("dv", &a.dv.0, &a.v)]
-    {
-        expect_rows(op, arg, v, like.dims.rows(), like.dims.cols())?;
-    }
     let dy = Wide::new(ws, rows::<E>(op, "dy", &a.dy)?)?;
     let q = Wide::new(ws, rows::<E>(op, "q", &a.q)?)?;
     let k = Wide::new(ws, rows::<E>(op, "k", &a.k)?)?;

@@ -6,8 +6,7 @@ use super::scores::{ROWS, Sweep};
 use super::*;
 
 /// The code index of each token, checked against the number of codes.
-pub(super) fn indices<'a>(op: &'static str, v: &In<'a>, m: usize, k: usize) -> Result<&'a [i32]> {
-    expect(op, "idx", v, m)?;
+pub(super) fn indices<'a>(op: &'static str, v: &In<'a>, k: usize) -> Result<&'a [i32]> {
     let idx = flat::<i32>(op, "idx", v)?;
     match idx.iter().find(|&&i| i < 0 || i as usize >= k) {
         Some(i) => Err(Error::arg(op, "idx", format!("{i} for a token"), format!("0 to {}", k - 1))),
@@ -18,9 +17,6 @@ pub(super) fn indices<'a>(op: &'static str, v: &In<'a>, m: usize, k: usize) -> R
 /// Writes `zq = E[idx]` and returns the sum of squared distances.
 pub(super) fn look_up<E: Elem>(op: &'static str, sweep: &Sweep<E>, idx: &[i32], zq: &Out) -> Result<E::Acc> {
     let out = rows_mut::<E>(op, "zq", &zq.0)?;
-    if out.rows != idx.len() || out.cols != sweep.d {
-        return Err(Error::arg(op, "zq", zq.0.dims, format!("[{}, {}]", idx.len(), sweep.d)));
-    }
     Ok(par_sum(idx.len(), ROWS, |r| {
         let mut sum = E::Acc::zero();
         for i in r {

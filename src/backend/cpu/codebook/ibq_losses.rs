@@ -18,25 +18,10 @@ fn ibq_losses_of<E: Elem>(_ws: &Workspace, a: &IbqLosses) -> Result<()> {
     const OP: &str = "ibq_losses";
     let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
     let (m, k) = (sweep.z.rows, sweep.e.rows);
-    let idx = indices(OP, &a.idx, m, k)?;
+    let idx = indices(OP, &a.idx, k)?;
     let inv = scalar::<E::Acc>(OP, "inv_count", &a.inv_count)?;
     let quant = one_mut::<E::Acc>(OP, "quant", &a.quant.0)?;
-    expect_rows(OP, "zq", &a.zq.0, m, sweep.d)?;
-    rows_mut::<E>(OP, "zq", &a.zq.0)?;
-    let entropies = all_or_none(
-        OP,
-        &[
-            ("rest_q", a.rest_q.is_some()),
-            ("xbar", a.xbar.is_some()),
-            ("col", a.col.is_some()),
-            ("c", a.c.is_some()),
-            ("sample", a.sample.is_some()),
-            ("avg", a.avg.is_some()),
-        ],
-    )?;
-    if entropies {
-        ibq_entropies::<E>(a, m, k, inv)?;
-    }
+    ibq_entropies::<E>(a, m, inv)?;
     let squares = look_up(OP, &sweep, idx, &a.zq)?;
     let weight = (1.0 + a.beta_commit + a.beta_code) / sweep.d as f64;
     *quant = squares * inv * E::Acc::of(weight);
@@ -44,13 +29,10 @@ fn ibq_losses_of<E: Elem>(_ws: &Workspace, a: &IbqLosses) -> Result<()> {
 }
 
 /// Both entropies and the derivative of the second, if their arguments are present.
-fn ibq_entropies<E: Elem>(a: &IbqLosses, m: usize, k: usize, inv: E::Acc) -> Result<()> {
+fn ibq_entropies<E: Elem>(a: &IbqLosses, m: usize, inv: E::Acc) -> Result<()> {
     const OP: &str = "ibq_losses";
     let (Some(rest_q), Some(xbar), Some(col)) = (&a.rest_q, &a.xbar, &a.col) else { return Ok(()) };
     let (Some(c), Some(sample), Some(avg)) = (&a.c, &a.sample, &a.avg) else { return Ok(()) };
-    for (name, v, n) in [("rest_q", rest_q, m), ("xbar", xbar, m), ("col", col, k), ("c", &c.0, k)] {
-        expect(OP, name, v, n)?;
-    }
     let rest_q = flat::<E::Acc>(OP, "rest_q", rest_q)?;
     let xbar = flat::<E::Acc>(OP, "xbar", xbar)?;
     let col = flat::<E::Acc>(OP, "col", col)?;

@@ -82,7 +82,7 @@ fn pieces<'a, R>(v: &'a mut [R], blocks: &[Range<usize>]) -> Vec<&'a mut [R]> {
 }
 
 pub(crate) fn ibq_rows(ws: &Workspace, a: &IbqRows) -> Result<()> {
-    match all_or_none("ibq_rows", &[("rest_q", a.rest_q.is_some()), ("xbar", a.xbar.is_some())])? {
+    match a.rest_q.is_some() {
         true => by_dtype!("ibq_rows", a.z.dtype, E => ibq_rows_of::<E, true>(ws, a)),
         false => by_dtype!("ibq_rows", a.z.dtype, E => ibq_rows_of::<E, false>(ws, a)),
     }
@@ -92,19 +92,12 @@ fn ibq_rows_of<E: Elem, const ENTROPY: bool>(ws: &Workspace, a: &IbqRows) -> Res
     const OP: &str = "ibq_rows";
     let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
     let m = sweep.z.rows;
-    for (name, v) in [("idx", &a.idx), ("smax", &a.smax), ("rest_p", &a.rest_p)] {
-        expect(OP, name, &v.0, m)?;
-    }
     let idx = flat_mut::<i32>(OP, "idx", &a.idx.0)?;
     let smax = flat_mut::<E::Acc>(OP, "smax", &a.smax.0)?;
     let rest_p = flat_mut::<E::Acc>(OP, "rest_p", &a.rest_p.0)?;
     let bad = one_mut::<E::Acc>(OP, "bad", &a.bad.0)?;
     let (rest_q, xbar) = match (&a.rest_q, &a.xbar) {
-        (Some(rest_q), Some(xbar)) => {
-            expect(OP, "rest_q", &rest_q.0, m)?;
-            expect(OP, "xbar", &xbar.0, m)?;
-            (flat_mut(OP, "rest_q", &rest_q.0)?, flat_mut(OP, "xbar", &xbar.0)?)
-        }
+        (Some(rest_q), Some(xbar)) => (flat_mut(OP, "rest_q", &rest_q.0)?, flat_mut(OP, "xbar", &xbar.0)?),
         _ => (&mut [][..], &mut [][..]),
     };
     let inv_t = E::Acc::of(1.0 / a.temperature);

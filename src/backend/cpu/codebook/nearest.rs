@@ -20,7 +20,6 @@ pub(crate) fn nearest(ws: &Workspace, a: &Nearest) -> Result<()> {
 
 fn nearest_of<E: Elem>(ws: &Workspace, a: &Nearest) -> Result<()> {
     let sweep = Sweep::<E>::new("nearest", &a.z, &a.e)?;
-    expect("nearest", "idx", &a.idx.0, sweep.z.rows)?;
     let bad = a.bad.as_ref().map(|bad| one_mut::<E::Acc>("nearest", "bad", &bad.0)).transpose()?;
     let idx = flat_mut::<i32>("nearest", "idx", &a.idx.0)?;
     // -|z - e|^2 / 2 = z . e - |e|^2 / 2 - |z|^2 / 2; the last term is the same for all codes.

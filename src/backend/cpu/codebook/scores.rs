@@ -48,11 +48,8 @@ pub(super) struct Tile<'a, R> {
 impl<'a, E: Elem> Sweep<'a, E> {
     pub(super) fn new(op: &'static str, z: &In<'a>, e: &In<'a>) -> Result<Self> {
         let (z, e) = (rows::<E>(op, "z", z)?, rows::<E>(op, "e", e)?);
-        if z.cols != e.cols {
-            return Err(Error::arg(op, "e", format!("codes of {} dimensions", e.cols), z.cols));
-        }
-        if e.rows == 0 || e.rows > i32::MAX as usize {
-            return Err(Error::arg(op, "e", format!("{} codes", e.rows), "1 to 2^31 - 1"));
+        if e.rows > i32::MAX as usize {
+            return Err(Error::arg(op, "e", format!("{} codes", e.rows), "at most 2^31 - 1"));
         }
         Ok(Sweep { z, e, d: z.cols, cols: tile_cols(e.rows) })
     }

@@ -16,7 +16,7 @@ pub(crate) fn vq_losses(ws: &Workspace, a: &VqLosses) -> Result<()> {
 fn vq_losses_of<E: Elem>(_ws: &Workspace, a: &VqLosses) -> Result<()> {
     const OP: &str = "vq_losses";
     let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
-    let idx = indices(OP, &a.idx, sweep.z.rows, sweep.e.rows)?;
+    let idx = indices(OP, &a.idx, sweep.e.rows)?;
     let inv = scalar::<E::Acc>(OP, "inv_count", &a.inv_count)?;
     let quant = one_mut::<E::Acc>(OP, "quant", &a.quant.0)?;
     let squares = look_up(OP, &sweep, idx, &a.zq)?;
@@ -33,19 +33,11 @@ fn vq_bwd_of<E: Elem>(_ws: &Workspace, a: &VqBwd) -> Result<()> {
     const OP: &str = "vq_bwd";
     let sweep = Sweep::<E>::new(OP, &a.z, &a.e)?;
     let (m, k, d) = (sweep.z.rows, sweep.e.rows, sweep.d);
-    let idx = indices(OP, &a.idx, m, k)?;
-    expect(OP, "g", &a.g, m * d)?;
-    expect(OP, "dz", &a.dz.0, m * d)?;
+    let idx = indices(OP, &a.idx, k)?;
     let g = rows::<E>(OP, "g", &a.g)?;
     let dz = flat_mut::<E>(OP, "dz", &a.dz.0)?;
     // Checked before anything is written.
-    let de = match &a.de {
-        Some(de) => {
-            expect(OP, "de", &de.0, k * d)?;
-            Some(flat_mut::<E::Acc>(OP, "de", &de.0)?)
-        }
-        None => None,
-    };
+    let de = a.de.as_ref().map(|de| flat_mut::<E::Acc>(OP, "de", &de.0)).transpose()?;
     let inv = scalar::<E::Acc>(OP, "inv_count", &a.inv_count)?;
     let w = scalar::<E::Acc>(OP, "g_quant", &a.g_quant)? * inv * E::Acc::of(2.0 / d.max(1) as f64);
     let (commit, code) = (w * E::Acc::of(a.beta_commit), w * E::Acc::of(a.beta_code));

@@ -17,24 +17,6 @@ pub(super) use conv2d_bwd_data::*;
 pub(super) use conv2d_bwd_weight::*;
 pub(super) use conv2d_fwd::*;
 
-/// Checks `x [B, H, W, C]`, `w [O, kh, kw, C]`, `y [B, H', W', O]` against each other.
-fn check_shapes(
-    op: &'static str,
-    x: (&'static str, &In),
-    w: &In,
-    y: (&'static str, &In),
-    stride: usize,
-) -> Result<()> {
-    let ([b, _, _, c], [o, kh, kw, _], [_, ho, wo, _]) =
-        (image(op, x.0, x.1)?, image(op, "w", w)?, image(op, y.0, y.1)?);
-    expect_dims(op, "w", w, [o, kh, kw, c])?;
-    expect_dims(op, y.0, y.1, [b, ho, wo, o])?;
-    if stride == 0 {
-        return Err(Error::arg(op, "stride", stride, "at least 1"));
-    }
-    Ok(())
-}
-
 /// The shape of a column matrix: row `p` contains the pixels under all taps of a kernel at position `p` of a grid.
 #[derive(Clone, Copy)]
 struct Geometry {

@@ -15,10 +15,9 @@ by_act! {
 }
 
 fn lecam_averages<E: Elem>(op: &'static str, a: &LecamUpdate) -> Result<()> {
-    let real = mean(op, "real", flat::<E>(op, "real", &a.real)?, |x| x)?;
-    let fake = mean(op, "fake", flat::<E>(op, "fake", &a.fake)?, |x| x)?;
-    let ema = like::<E::Acc>(op, "ema", &a.ema, 2)?;
-    expect(op, "out", &a.out.0, 2)?;
+    let real = mean(flat::<E>(op, "real", &a.real)?, |x| x);
+    let fake = mean(flat::<E>(op, "fake", &a.fake)?, |x| x);
+    let ema = flat::<E::Acc>(op, "ema", &a.ema)?;
     let out = flat_mut::<E::Acc>(op, "out", &a.out.0)?;
     let (decay, rest) = (E::Acc::of(a.decay), E::Acc::of(1.0 - a.decay));
     for (out, (&old, new)) in out.iter_mut().zip(ema.iter().zip([real, fake])) {
@@ -28,7 +27,7 @@ fn lecam_averages<E: Elem>(op: &'static str, a: &LecamUpdate) -> Result<()> {
 }
 
 fn lecam<E: Elem>(op: &'static str, a: &LecamFwd) -> Result<()> {
-    let ema = like::<E::Acc>(op, "ema", &a.ema, 2)?;
+    let ema = flat::<E::Acc>(op, "ema", &a.ema)?;
     let sq = |x: E::Acc| relu(x) * relu(x);
     let real = total(flat::<E>(op, "real", &a.real)?, |x| sq(x - ema[1]));
     let fake = total(flat::<E>(op, "fake", &a.fake)?, |x| sq(ema[0] - x));
@@ -37,10 +36,8 @@ fn lecam<E: Elem>(op: &'static str, a: &LecamFwd) -> Result<()> {
 
 fn lecam_grad<E: Elem>(op: &'static str, a: &LecamBwd) -> Result<()> {
     let (real, fake) = (flat::<E>(op, "real", &a.real)?, flat::<E>(op, "fake", &a.fake)?);
-    let ema = like::<E::Acc>(op, "ema", &a.ema, 2)?;
+    let ema = flat::<E::Acc>(op, "ema", &a.ema)?;
     let g = scalar::<E::Acc>(op, "g", &a.g)? * scalar::<E::Acc>(op, "scale", &a.scale)? * E::Acc::of(2.0);
-    expect(op, "dreal", &a.dreal.0, real.len())?;
-    expect(op, "dfake", &a.dfake.0, fake.len())?;
     let (dreal, dfake) = (flat_mut::<E>(op, "dreal", &a.dreal.0)?, flat_mut::<E>(op, "dfake", &a.dfake.0)?);
     map(dreal, real, |x| g * relu(x - ema[1]));
     map(dfake, fake, |x| -g * relu(ema[0] - x));

@@ -81,10 +81,6 @@ pub(super) struct Packed<'a, E: Elem> {
 impl<'a, E: Elem> Packed<'a, E> {
     pub(super) fn new(ws: &'a Workspace, op: &'static str, x: &In, w: &In<'a>, target: &In) -> Result<Self> {
         let (x, w) = (rows::<E>(op, "x", x)?, rows::<E>(op, "w", w)?);
-        if w.cols != x.cols {
-            return Err(Error::arg(op, "w", format!("{} columns", w.cols), format!("{} columns", x.cols)));
-        }
-        expect(op, "target", target, x.rows)?;
         let target = flat::<i32>(op, "target", target)?;
         if let Some(t) = target.iter().find(|&&t| t >= 0 && t as usize >= w.rows) {
             return Err(Error::arg(op, "target", t, format!("less than the {} rows of w", w.rows)));

@@ -36,8 +36,7 @@ fn inverse_norm<E: Elem>(f: &[E], eps: E::Acc) -> (E::Acc, E::Acc) {
 impl<'a, E: Elem> Features<'a, E> {
     fn new(op: &'static str, f0: &In<'a>, f1: &In<'a>, w: &In<'a>, eps: f64) -> Result<Self> {
         let x = rows::<E>(op, "f0", f0)?;
-        expect_rows(op, "f1", f1, x.rows, x.cols)?;
-        let w = like::<E>(op, "w", w, x.cols)?.iter().map(|w| w.up()).collect();
+        let w = flat::<E>(op, "w", w)?.iter().map(|w| w.up()).collect();
         Ok(Features { f0: x, f1: rows(op, "f1", f1)?, w, eps: E::Acc::of(eps) })
     }
 
@@ -79,7 +78,6 @@ fn lpips<E: Elem>(op: &'static str, a: &LpipsFwd) -> Result<()> {
 
 fn lpips_grad<E: Elem>(op: &'static str, a: &LpipsBwd) -> Result<()> {
     let f = Features::<E>::new(op, &a.f0, &a.f1, &a.w, a.eps)?;
-    expect_rows(op, "df1", &a.df1.0, f.f1.rows, f.f1.cols)?;
     let df1 = rows_mut::<E>(op, "df1", &a.df1.0)?;
     let scale = scalar::<E::Acc>(op, "scale", &a.scale)? * E::Acc::of(2.0 * a.factor);
     let g = scalar::<E::Acc>(op, "g", &a.g)? * scale;

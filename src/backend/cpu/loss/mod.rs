@@ -35,12 +35,6 @@ macro_rules! by_act {
 }
 use by_act;
 
-/// A contiguous input with as many elements as another argument.
-fn like<'a, E: Elem>(op: &'static str, arg: &'static str, v: &In<'a>, n: usize) -> Result<&'a [E]> {
-    expect(op, arg, v, n)?;
-    flat(op, arg, v)
-}
-
 /// `y = f(x)` in parallel.
 fn map<E: Elem>(y: &mut [E], x: &[E], f: impl Fn(E::Acc) -> E::Acc + Sync) {
     y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| {

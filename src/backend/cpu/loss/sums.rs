@@ -7,7 +7,6 @@ pub(super) const CHUNK: usize = 16384;
 
 /// Adds `value` to a loss.
 pub(super) fn add_loss<R: Real>(op: &'static str, loss: &Acc, value: R) -> Result<()> {
-    expect(op, "loss", &loss.0, 1)?;
     flat_mut::<R>(op, "loss", &loss.0)?[0] += value;
     Ok(())
 }
@@ -17,15 +16,7 @@ pub(super) fn total<E: Elem>(x: &[E], f: impl Fn(E::Acc) -> E::Acc + Sync) -> E:
     par_sum(x.len(), CHUNK, |r| lanes::sum(&x[r], |x: E| f(x.up())))
 }
 
-/// Mean of `f` over all elements; fails without elements.
-pub(super) fn mean<E: Elem>(
-    op: &'static str,
-    arg: &'static str,
-    x: &[E],
-    f: impl Fn(E::Acc) -> E::Acc + Sync,
-) -> Result<E::Acc> {
-    if x.is_empty() {
-        return Err(Error::arg(op, arg, "empty", "at least one element to average"));
-    }
-    Ok(total(x, f) / E::Acc::of(x.len() as f64))
+/// Mean of `f` over all elements, of which there must be some.
+pub(super) fn mean<E: Elem>(x: &[E], f: impl Fn(E::Acc) -> E::Acc + Sync) -> E::Acc {
+    total(x, f) / E::Acc::of(x.len() as f64)
 }

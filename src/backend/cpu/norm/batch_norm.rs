@@ -9,22 +9,22 @@ use crate::backend::cpu::workspace::{acc_size, block, no_workspace, together};
 no_workspace!(batch_norm_running(BatchNormRunning));
 
 pub(crate) fn batch_norm_fwd_workspace(a: &BatchNormFwd, _threads: usize) -> usize {
-    let Ok(at) = Planes::of_rows("", &a.x, &a.mean.0, &a.var.0) else { return 0 };
+    let at = Planes::of_rows(&a.x);
     let normalize = together([block(acc_size(a.x.dtype), at.c), at.normalize_bytes(a.x.dtype)]);
     at.statistics_bytes(a.x.dtype).max(normalize)
 }
 
 pub(crate) fn batch_norm_bwd_workspace(a: &BatchNormBwd, _threads: usize) -> usize {
-    Planes::of_rows("", &a.x, &a.mean, &a.var).map_or(0, |at| at.backward_bytes(a.x.dtype))
+    Planes::of_rows(&a.x).backward_bytes(a.x.dtype)
 }
 
 pub(crate) fn batch_norm_eval_fwd_workspace(a: &BatchNormEvalFwd, _threads: usize) -> usize {
-    let Ok(at) = Planes::of_rows("", &a.x, &a.mean, &a.var) else { return 0 };
+    let at = Planes::of_rows(&a.x);
     together([at.spread_bytes(a.x.dtype), at.normalize_bytes(a.x.dtype)])
 }
 
 pub(crate) fn batch_norm_eval_bwd_workspace(a: &BatchNormEvalBwd, _threads: usize) -> usize {
-    Planes::of_rows("", &a.x, &a.mean, &a.var).map_or(0, |at| at.backward_bytes(a.x.dtype))
+    Planes::of_rows(&a.x).backward_bytes(a.x.dtype)
 }
 
 pub(crate) fn batch_norm_fwd(ws: &Workspace, s: &BatchNormFwd) -> Result<()> {
@@ -49,10 +49,9 @@ pub(crate) fn batch_norm_running(_ws: &Workspace, s: &BatchNormRunning) -> Resul
 
 fn batch_fwd<T: Elem>(ws: &Workspace, s: &BatchNormFwd) -> Result<()> {
     const OP: &str = "batch_norm_fwd";
-    let at = Planes::of_rows(OP, &s.x, &s.mean.0, &s.var.0)?;
-    expect_rows(OP, "y", &s.y.0, at.p, at.c)?;
+    let at = Planes::of_rows(&s.x);
     let (x, y) = (flat::<T>(OP, "x", &s.x)?, flat_mut::<T>(OP, "y", &s.y.0)?);
-    let (w, b) = (vector::<T>(OP, "w", &s.w, at.c)?, vector::<T>(OP, "b", &s.b, at.c)?);
+    let (w, b) = (flat::<T>(OP, "w", &s.w)?, flat::<T>(OP, "b", &s.b)?);
     let mean = flat_mut::<T::Acc>(OP, "mean", &s.mean.0)?;
     let var = flat_mut::<T::Acc>(OP, "var", &s.var.0)?;
     statistics(ws, x, at, mean, var)?;
@@ -72,22 +71,20 @@ fn batch_fwd<T: Elem>(ws: &Workspace, s: &BatchNormFwd) -> Result<()> {
 
 fn batch_bwd<T: Elem>(ws: &Workspace, s: &BatchNormBwd) -> Result<()> {
     const OP: &str = "batch_norm_bwd";
-    let at = Planes::of_rows(OP, &s.x, &s.mean, &s.var)?;
-    expect_rows(OP, "dy", &s.dy, at.p, at.c)?;
-    expect_rows(OP, "dx", &s.dx.0, at.p, at.c)?;
+    let at = Planes::of_rows(&s.x);
     let mut scale = at.spread(ws, flat::<T::Acc>(OP, "var", &s.var)?)?;
     scale.iter_mut().for_each(|v| *v = rstd(*v, s.eps));
     let back = Backward {
         dy: flat::<T>(OP, "dy", &s.dy)?,
         x: flat(OP, "x", &s.x)?,
-        w: vector(OP, "w", &s.w, at.c)?,
-        b: vector(OP, "b", &s.b, at.c)?,
+        w: flat(OP, "w", &s.w)?,
+        b: flat(OP, "b", &s.b)?,
         at,
         mean: at.spread(ws, flat(OP, "mean", &s.mean)?)?,
         rstd: scale,
         through: true,
     };
-    let (dw, db) = (sums_out(OP, "dw", &s.dw, at.c)?, sums_out(OP, "db", &s.db, at.c)?);
+    let (dw, db) = (sums_out(OP, "dw", &s.dw)?, sums_out(OP, "db", &s.db)?);
     let (dx, slope) = (flat_mut(OP, "dx", &s.dx.0)?, T::Acc::of(s.slope));
     back.run(
         ws,
@@ -101,10 +98,9 @@ fn batch_bwd<T: Elem>(ws: &Workspace, s: &BatchNormBwd) -> Result<()> {
 
 fn batch_eval_fwd<T: Elem>(ws: &Workspace, s: &BatchNormEvalFwd) -> Result<()> {
     const OP: &str = "batch_norm_eval_fwd";
-    let at = Planes::of_rows(OP, &s.x, &s.mean, &s.var)?;
-    expect_rows(OP, "y", &s.y.0, at.p, at.c)?;
+    let at = Planes::of_rows(&s.x);
     let (x, y) = (flat::<T>(OP, "x", &s.x)?, flat_mut::<T>(OP, "y", &s.y.0)?);
-    let (w, b) = (vector::<T>(OP, "w", &s.w, at.c)?, vector::<T>(OP, "b", &s.b, at.c)?);
+    let (w, b) = (flat::<T>(OP, "w", &s.w)?, flat::<T>(OP, "b", &s.b)?);
     let mean = flat::<T::Acc>(OP, "mean", &s.mean)?;
     let mut scale = at.spread(ws, flat::<T::Acc>(OP, "var", &s.var)?)?;
     scale.iter_mut().for_each(|v| *v = rstd(*v, s.eps));
@@ -122,22 +118,20 @@ fn batch_eval_fwd<T: Elem>(ws: &Workspace, s: &BatchNormEvalFwd) -> Result<()> {
 
 fn batch_eval_bwd<T: Elem>(ws: &Workspace, s: &BatchNormEvalBwd) -> Result<()> {
     const OP: &str = "batch_norm_eval_bwd";
-    let at = Planes::of_rows(OP, &s.x, &s.mean, &s.var)?;
-    expect_rows(OP, "dy", &s.dy, at.p, at.c)?;
-    expect_rows(OP, "dx", &s.dx.0, at.p, at.c)?;
+    let at = Planes::of_rows(&s.x);
     let mut scale = at.spread(ws, flat::<T::Acc>(OP, "var", &s.var)?)?;
     scale.iter_mut().for_each(|v| *v = rstd(*v, s.eps));
     let back = Backward {
         dy: flat::<T>(OP, "dy", &s.dy)?,
         x: flat(OP, "x", &s.x)?,
-        w: vector(OP, "w", &s.w, at.c)?,
-        b: vector(OP, "b", &s.b, at.c)?,
+        w: flat(OP, "w", &s.w)?,
+        b: flat(OP, "b", &s.b)?,
         at,
         mean: at.spread(ws, flat(OP, "mean", &s.mean)?)?,
         rstd: scale,
         through: false,
     };
-    let (dw, db) = (sums_out(OP, "dw", &s.dw, at.c)?, sums_out(OP, "db", &s.db, at.c)?);
+    let (dw, db) = (sums_out(OP, "dw", &s.dw)?, sums_out(OP, "db", &s.db)?);
     let (dx, slope) = (flat_mut(OP, "dx", &s.dx.0)?, T::Acc::of(s.slope));
     back.run(
         ws,
@@ -151,13 +145,11 @@ fn batch_eval_bwd<T: Elem>(ws: &Workspace, s: &BatchNormEvalBwd) -> Result<()> {
 
 fn batch_running<R: Real>(s: &BatchNormRunning) -> Result<()> {
     const OP: &str = "batch_norm_running";
-    let c = s.mean.dims.numel();
     let momentum = R::of(s.momentum);
     // A single row has no unbiased estimate of its variance, which is 0 then.
     let unbiased = R::of(s.rows as f64 / s.rows.saturating_sub(1).max(1) as f64);
-    let mean =
-        (vector_mut::<R>(OP, "running_mean", &s.running_mean.0, c)?, vector::<R>(OP, "mean", &s.mean, c)?);
-    let var = (vector_mut::<R>(OP, "running_var", &s.running_var.0, c)?, vector::<R>(OP, "var", &s.var, c)?);
+    let mean = (flat_mut::<R>(OP, "running_mean", &s.running_mean.0)?, flat::<R>(OP, "mean", &s.mean)?);
+    let var = (flat_mut::<R>(OP, "running_var", &s.running_var.0)?, flat::<R>(OP, "var", &s.var)?);
     for ((to, batch), factor) in [(mean, R::one()), (var, unbiased)] {
         for (to, v) in to.iter_mut().zip(batch) {
             if v.is_finite() {

@@ -7,12 +7,12 @@ use super::*;
 use crate::backend::cpu::pointwise::{silu, silu_slope};
 
 pub(crate) fn group_norm_fwd_workspace(a: &GroupNormFwd, _threads: usize) -> usize {
-    let at = Planes::of_groups("", &a.x, &a.mean.0, &a.rstd.0);
+    let at = Planes::of_groups("", &a.x, &a.mean.0);
     at.map_or(0, |at| at.statistics_bytes(a.x.dtype).max(at.normalize_bytes(a.x.dtype)))
 }
 
 pub(crate) fn group_norm_bwd_workspace(a: &GroupNormBwd, _threads: usize) -> usize {
-    Planes::of_groups("", &a.x, &a.mean, &a.rstd).map_or(0, |at| at.backward_bytes(a.x.dtype))
+    Planes::of_groups("", &a.x, &a.mean).map_or(0, |at| at.backward_bytes(a.x.dtype))
 }
 
 pub(crate) fn group_norm_fwd(ws: &Workspace, s: &GroupNormFwd) -> Result<()> {
@@ -25,10 +25,9 @@ pub(crate) fn group_norm_bwd(ws: &Workspace, s: &GroupNormBwd) -> Result<()> {
 
 fn group_fwd<T: Elem>(ws: &Workspace, s: &GroupNormFwd) -> Result<()> {
     const OP: &str = "group_norm_fwd";
-    let at = Planes::of_groups(OP, &s.x, &s.mean.0, &s.rstd.0)?;
-    expect_dims(OP, "y", &s.y.0, s.x.dims)?;
+    let at = Planes::of_groups(OP, &s.x, &s.mean.0)?;
     let (x, y) = (flat::<T>(OP, "x", &s.x)?, flat_mut::<T>(OP, "y", &s.y.0)?);
-    let (w, b) = (vector::<T>(OP, "w", &s.w, at.c)?, vector::<T>(OP, "b", &s.b, at.c)?);
+    let (w, b) = (flat::<T>(OP, "w", &s.w)?, flat::<T>(OP, "b", &s.b)?);
     let mean = flat_mut::<T::Acc>(OP, "mean", &s.mean.0)?;
     let scale = flat_mut::<T::Acc>(OP, "rstd", &s.rstd.0)?;
     statistics(ws, x, at, mean, scale)?;
@@ -50,20 +49,18 @@ fn group_fwd<T: Elem>(ws: &Workspace, s: &GroupNormFwd) -> Result<()> {
 
 fn group_bwd<T: Elem>(ws: &Workspace, s: &GroupNormBwd) -> Result<()> {
     const OP: &str = "group_norm_bwd";
-    let at = Planes::of_groups(OP, &s.x, &s.mean, &s.rstd)?;
-    expect_dims(OP, "dy", &s.dy, s.x.dims)?;
-    expect_dims(OP, "dx", &s.dx.0, s.x.dims)?;
+    let at = Planes::of_groups(OP, &s.x, &s.mean)?;
     let back = Backward {
         dy: flat::<T>(OP, "dy", &s.dy)?,
         x: flat(OP, "x", &s.x)?,
-        w: vector(OP, "w", &s.w, at.c)?,
-        b: vector(OP, "b", &s.b, at.c)?,
+        w: flat(OP, "w", &s.w)?,
+        b: flat(OP, "b", &s.b)?,
         at,
         mean: at.spread(ws, flat(OP, "mean", &s.mean)?)?,
         rstd: at.spread(ws, flat(OP, "rstd", &s.rstd)?)?,
         through: true,
     };
-    let (dw, db) = (sums_out(OP, "dw", &s.dw, at.c)?, sums_out(OP, "db", &s.db, at.c)?);
+    let (dw, db) = (sums_out(OP, "dw", &s.dw)?, sums_out(OP, "db", &s.db)?);
     let dx = flat_mut(OP, "dx", &s.dx.0)?;
     if s.silu {
         back.run(ws, dx, dw, db, silu_slope)
@@ -169,7 +166,7 @@ mod tests {
         let (xv, wv) = (x.view(), w.view());
         let (mean, rstd, eps, silu) = (s.out(), s.out(), 1e-6, true);
         let a = GroupNormFwd { x: xv, w: wv, b: wv, y: x.out(), mean, rstd, eps, silu };
-        let want = "group_norm_fwd: argument `mean` is [1, 4], wanted a number of groups that divides 6";
+        let want = "group_norm_fwd: argument `mean` is [1, 4], wanted with G a divisor of 6";
         assert_eq!(r.cpu.group_norm_fwd(S, &a).unwrap_err().to_string(), want);
     }
 }

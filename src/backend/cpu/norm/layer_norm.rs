@@ -22,10 +22,9 @@ pub(crate) fn layer_norm_bwd(ws: &Workspace, s: &LayerNormBwd) -> Result<()> {
 fn layer_fwd<T: Elem>(ws: &Workspace, s: &LayerNormFwd) -> Result<()> {
     const OP: &str = "layer_norm_fwd";
     let (x, y) = (rows::<T>(OP, "x", &s.x)?, rows_mut::<T>(OP, "y", &s.y.0)?);
-    expect_rows(OP, "y", &s.y.0, x.rows, x.cols)?;
-    let (w, b) = (vector::<T>(OP, "w", &s.w, x.cols)?, vector::<T>(OP, "b", &s.b, x.cols)?);
-    let means = per_row::<T::Acc>(OP, "mean", &s.mean.0, x.rows)?;
-    let rstds = per_row::<T::Acc>(OP, "rstd", &s.rstd.0, x.rows)?;
+    let (w, b) = (flat::<T>(OP, "w", &s.w)?, flat::<T>(OP, "b", &s.b)?);
+    let means = per_row::<T::Acc>(OP, "mean", &s.mean.0)?;
+    let rstds = per_row::<T::Acc>(OP, "rstd", &s.rstd.0)?;
     let n = T::Acc::of(x.cols as f64);
     par_rows_with(
         ws,
@@ -49,19 +48,16 @@ fn layer_fwd<T: Elem>(ws: &Workspace, s: &LayerNormFwd) -> Result<()> {
 fn layer_bwd<T: Elem>(ws: &Workspace, s: &LayerNormBwd) -> Result<()> {
     const OP: &str = "layer_norm_bwd";
     let x = rows::<T>(OP, "x", &s.x)?;
-    for (arg, v) in [("dy", &s.dy), ("dx", &s.dx.0)] {
-        expect_rows(OP, arg, v, x.rows, x.cols)?;
-    }
     let back = RowsBackward {
         dy: rows(OP, "dy", &s.dy)?,
         dsum: None,
         x,
-        w: vector(OP, "w", &s.w, x.cols)?,
-        mean: Some(vector(OP, "mean", &s.mean, x.rows)?),
-        rstd: vector(OP, "rstd", &s.rstd, x.rows)?,
+        w: flat(OP, "w", &s.w)?,
+        mean: Some(flat(OP, "mean", &s.mean)?),
+        rstd: flat(OP, "rstd", &s.rstd)?,
         dx: rows_mut(OP, "dx", &s.dx.0)?,
     };
-    let (dw, db) = (sums_out(OP, "dw", &s.dw, x.cols)?, sums_out(OP, "db", &s.db, x.cols)?);
+    let (dw, db) = (sums_out(OP, "dw", &s.dw)?, sums_out(OP, "db", &s.db)?);
     let sums = back.run(ws)?;
     for (to, sums) in [(dw, &sums[..x.cols]), (db, &sums[x.cols..])] {
         if let Some(to) = to {

@@ -5,15 +5,13 @@ use num_traits::Zero;
 use super::*;
 use crate::backend::cpu::workspace::{acc_size, block, per_thread, together};
 
-/// An output with one value for each of `n` rows, as rows of one column, written by the thread of the row.
+/// One value for each row, to be written by the row's thread.
 pub(super) fn per_row<'a, R: Real>(
     op: &'static str,
     arg: &'static str,
     v: &In<'a>,
-    n: usize,
 ) -> Result<RowsMut<'a, R>> {
-    vector_mut::<R>(op, arg, v, n)?;
-    rows_mut(op, arg, &v.reshape(op, arg, [n, 1])?)
+    rows_mut(op, arg, &v.reshape(op, arg, [v.dims.numel(), 1])?)
 }
 
 /// Runs `f` on every row, with `cols` elements of scratch for each chunk of rows.

@@ -56,6 +56,6 @@ mod tests {
         }
         let (x, y) = (r.idx(&[1]), r.out([1]));
         let e = r.cpu.cast(S, &Cast { x: x.view(), y: y.out() }).unwrap_err();
-        assert_eq!(e.to_string(), "cast: argument `dtype` is i32, wanted a float type");
+        assert_eq!(e.to_string(), "cast: argument `x` is i32, wanted a float type");
     }
 }

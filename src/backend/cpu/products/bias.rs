@@ -2,10 +2,9 @@
 
 use super::*;
 
-/// A bias of `n` elements, if there is one.
-pub(crate) fn bias<'a, T: Elem>(op: &'static str, v: Option<&In<'a>>, n: usize) -> Result<Option<&'a [T]>> {
+/// The bias, if there is one.
+pub(crate) fn bias<'a, T: Elem>(op: &'static str, v: Option<&In<'a>>) -> Result<Option<&'a [T]>> {
     let Some(v) = v else { return Ok(None) };
-    expect(op, "bias", v, n)?;
     flat(op, "bias", v).map(Some)
 }
 
