@@ -123,8 +123,7 @@ fn fwd_case(s: Shape, bias: bool) -> Case {
     Case::new(
         s.text() + with,
         move |d| {
-            let mut args =
-                vec![act("x", s.x, d.normal(numel(s.x))), act("w", s.w(), d.normal(numel(s.w())))];
+            let mut args = vec![act("x", s.x, d.normal(numel(s.x))), act("w", s.w(), d.normal(numel(s.w())))];
             if bias {
                 args.push(act("bias", [s.outputs], d.normal(s.outputs)));
             }
