@@ -52,9 +52,11 @@ template <> struct Tiles<float> {
 
 // Resident blocks that share the registers: 8 warps with 128 accumulators a thread or 64 of f32 sums, 12 with 64, 16 with
 // 32.
-template <class Tile> constexpr int kAccs = Tile::kAccRows * Tile::kAccCols;
-template <class Tile>
-constexpr int kBlocks = (kAccs<Tile> == 128 || (kAccs<Tile> == 64 && sizeof(typename Tile::Type) == 4) ? 256 : kAccs<Tile> == 64 ? 384 : 512) / Tile::kThreads;
+template <class Tile> constexpr int resident() {
+    constexpr int kAccs = Tile::kAccRows * Tile::kAccCols;
+    constexpr bool kMany = kAccs == 128 || (kAccs == 64 && sizeof(typename Tile::Type) == 4);
+    return (kMany ? 256 : kAccs == 64 ? 384 : 512) / Tile::kThreads;
+}
 
 // One phase: the convolution of a grid of positions. Position (i, j) writes the pixel (first_y + i*out_step, first_x +
 // j*out_step).
@@ -88,7 +90,7 @@ template <class T> struct Product {
 // Blocks take the phases in turn, and of each phase the tiles of the same positions one after the other, so that blocks
 // that run at the same time share pixels in the L2.
 template <class Tile, bool VECTORS>
-__global__ void __launch_bounds__(Tile::kThreads, kBlocks<Tile>) conv_kernel(const __grid_constant__ Product<typename Tile::Type> p) {
+__global__ void __launch_bounds__(Tile::kThreads, resident<Tile>()) conv_kernel(const __grid_constant__ Product<typename Tile::Type> p) {
     using T = typename Tile::Type;
     constexpr int kPieces = Tile::kCols / kWide<T>, kAtOnce = Tile::kThreads / kPieces;
     static_assert(Tile::kRows * Tile::kCols * int(sizeof(T)) <= Tile::kSmem, "the results fit into the stages");
@@ -161,7 +163,8 @@ constexpr int kMostOutputs = 8;
 
 // Multiplies a region of kSide x kSide pixels by the weights of all taps and outputs, then adds for each position in it
 // the products of its taps.
-template <class Tile> __global__ void __launch_bounds__(Tile::kThreads, 256 / Tile::kThreads) few_kernel(const __grid_constant__ Product<typename Tile::Type> p) {
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 256 / Tile::kThreads) few_kernel(const __grid_constant__ Product<typename Tile::Type> p) {
     using T = typename Tile::Type;
     constexpr int kPieces = Tile::kDepth / kWide<T>, kAtOnce = Tile::kThreads / kPieces;
     constexpr int kLine = Tile::kRows + 4;  // the warp's stores to eight pixels of four pairs of products meet all banks
@@ -246,7 +249,8 @@ __host__ __device__ inline int taps_before(int n, int first, int step) {
 // Where the transposed weights of the taps of a phase begin, in elements. `rows` of them have `depth` elements a tap; what
 // the padding of the rows takes is less than two pieces a row.
 template <class T> __host__ __device__ int64_t phase_begin(int taps_y, int taps_x, int first_y, int first_x, int step, int rows, int depth) {
-    const int64_t taps = int64_t(taps_before(taps_y, first_y, step)) * taps_x + int64_t(taps_of(taps_y, first_y, step)) * taps_before(taps_x, first_x, step);
+    const int64_t above = int64_t(taps_before(taps_y, first_y, step)) * taps_x;
+    const int64_t taps = above + int64_t(taps_of(taps_y, first_y, step)) * taps_before(taps_x, first_x, step);
     const int64_t phases = int64_t(first_y) * (step < taps_x ? step : taps_x) + first_x;
     return padded<T>(taps * rows * depth) + phases * rows * 2 * kWide<T>;
 }
@@ -461,7 +465,8 @@ extern "C" int32_t ett_conv2d_bwd_data(const ett_conv2d_bwd_data_args* a, const 
         for (int64_t x = 0; x < std::min<int64_t>(step, wd); ++x) {
             const int first_y = int((y + a->pad_top) % step), first_x = int((x + a->pad_left) % step);
             const int64_t ny = taps_of(taps_y, first_y, step), nx = taps_of(taps_x, first_x, step);
-            const int64_t at_y = (y + a->pad_top - first_y) / step - std::max<int64_t>(ny - 1, 0), at_x = (x + a->pad_left - first_x) / step - std::max<int64_t>(nx - 1, 0);
+            const int64_t at_y = (y + a->pad_top - first_y) / step - std::max<int64_t>(ny - 1, 0);
+            const int64_t at_x = (x + a->pad_left - first_x) / step - std::max<int64_t>(nx - 1, 0);
             layouts[count++] = {grid_of(a->dy, ceil_div(h - y, step), ceil_div(wd - x, step), {ny, nx, 1, at_y, at_x}),
                                 ny * nx > 0 ? begin(first_y, first_x) : 0, int(y), int(x)};
             const bool last = y + 1 == std::min<int64_t>(step, h) && x + 1 == std::min<int64_t>(step, wd);
