@@ -21,7 +21,7 @@
 //
 // numerics: products are summed in f32 (f32: fused multiply-adds, no TF32) in ascending order of taps and channels ("few":
 // channels, then taps), then the bias is added and the result is rounded once. Bitwise repeatable.
-// workspace: conv2d_fwd: a copy of w if its rows have gaps; conv2d_bwd_data: a copy of w.
+// workspace: a copy of w, with O rows padded to 16 bytes; none for conv2d_fwd if w has this form.
 // work: 2*B*H'*W'*O*kh*kw*C FLOP; (B*H*W*C + O*kh*kw*C + B*H'*W'*O) * size bytes.
 // limits: coordinates below 2^28, fewer than 2^31 pixels; fewer than 2^31 elements in kh lines.
 #include "gather.cuh"
@@ -32,37 +32,42 @@ namespace conv {
 namespace {
 
 // Large as in matmul.cu. Medium: for up to 64 outputs. Small: more blocks, for convolutions with fewer large tiles than
-// multiprocessors. Plain: half the rows of accumulators, so that twice as many warps hide the latency of the loads, and
-// few stages, since with few channels there is one step. Few: regions of 256 pixels.
+// multiprocessors. Plain: few accumulators a thread, so that 16 warps hide the latency of the loads, and few stages, since
+// with few channels there is one step. Few: regions of 256 pixels.
 template <class T> struct Tiles;
 template <> struct Tiles<bf16> {
     using Large = gemm::Tile<bf16, 128, 128, 32, 64, 64, 4, false, true, true>;
     using Medium = gemm::Tile<bf16, 128, 64, 32, 64, 32, 4, false, true, true>;
     using Small = gemm::Tile<bf16, 64, 64, 32, 32, 32, 4, false, true, true>;
-    using Plain = gemm::Tile<bf16, 64, 128, 32, 32, 32, 2, false, true>;
+    using Plain = gemm::Tile<bf16, 64, 128, 32, 32, 32, 2, false, true, true>;
     template <int COLS> using Few = gemm::Tile<bf16, 256, COLS, 32, 2048 / COLS, COLS, 4, false, true, true>;
 };
 template <> struct Tiles<float> {
     using Large = gemm::Tile<float, 128, 64, 16, 64, 32, 3, false, true, true>;
     using Medium = Large;
     using Small = gemm::Tile<float, 64, 64, 16, 32, 32, 3, false, true, true>;
-    using Plain = gemm::Tile<float, 64, 64, 16, 32, 32, 2, false, true>;
+    using Plain = gemm::Tile<float, 64, 64, 16, 32, 32, 2, false, true, true>;
     template <int COLS> using Few = gemm::Tile<float, 256, COLS, 16, 2048 / COLS, COLS, 4, false, true, true>;
 };
 
 // Resident blocks that share the registers: 8 warps with 128 accumulators a thread or 64 of f32 sums, 12 with 64, 16 with
 // 32.
-template <class Tile> constexpr int kAccs = Tile::kAccRows * Tile::kAccCols;
-template <class Tile>
-constexpr int kBlocks = (kAccs<Tile> == 128 || (kAccs<Tile> == 64 && sizeof(typename Tile::Type) == 4) ? 256 : kAccs<Tile> == 64 ? 384 : 512) / Tile::kThreads;
+template <class Tile> constexpr int resident() {
+    constexpr int kAccs = Tile::kAccRows * Tile::kAccCols;
+    constexpr bool kMany = kAccs == 128 || (kAccs == 64 && sizeof(typename Tile::Type) == 4);
+    return (kMany ? 256 : kAccs == 64 ? 384 : 512) / Tile::kThreads;
+}
 
 // One phase: the convolution of a grid of positions. Position (i, j) writes the pixel (first_y + i*out_step, first_x +
 // j*out_step).
 template <class T> struct Phase {
     Grid grid;
-    const T* w;  // O, taps, C without gaps
+    const T* w;  // O rows of taps, C, each padded to whole 16-byte pieces
     int first_y, first_x;
 };
+
+// Elements of a padded row.
+template <class T> __host__ __device__ int64_t padded(int64_t depth) { return (depth + kWide<T> - 1) / kWide<T> * kWide<T>; }
 
 constexpr int kPhases = 4;  // of one launch
 
@@ -72,7 +77,7 @@ template <class T> struct Product {
     T* y;
     int64_t ld;  // of y
     int outputs, out_h, out_w, out_step, phases;
-    bool wide_w, wide_y;  // rows of w and y are whole 16-byte pieces
+    bool wide_y;  // pixels of y are whole 16-byte pieces
     Phase<T> phase[kPhases];
 
     // The pixel of y that position `at` writes.
@@ -85,7 +90,7 @@ template <class T> struct Product {
 // Blocks take the phases in turn, and of each phase the tiles of the same positions one after the other, so that blocks
 // that run at the same time share pixels in the L2.
 template <class Tile, bool VECTORS>
-__global__ void __launch_bounds__(Tile::kThreads, kBlocks<Tile>) conv_kernel(const __grid_constant__ Product<typename Tile::Type> p) {
+__global__ void __launch_bounds__(Tile::kThreads, resident<Tile>()) conv_kernel(const __grid_constant__ Product<typename Tile::Type> p) {
     using T = typename Tile::Type;
     constexpr int kPieces = Tile::kCols / kWide<T>, kAtOnce = Tile::kThreads / kPieces;
     static_assert(Tile::kRows * Tile::kCols * int(sizeof(T)) <= Tile::kSmem, "the results fit into the stages");
@@ -102,13 +107,13 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocks<Tile>) conv_kernel(con
     acc.clear();
     const int64_t depth = g.depth();
     if (depth > 0) {
-        const gemm::Matrix<T> w{phase.w, p.outputs, depth, depth, p.wide_w};
+        const gemm::Matrix<T> w{phase.w, p.outputs, depth, padded<T>(depth), true};
         FixedRows<T, Tile::kRows, Tile::kDepth, Tile::kThreads, VECTORS> copy_x(g, p.x, row0);
-        gemm::TileCopy<T, Tile::kCols, Tile::kDepth, Tile::kThreads, VECTORS> copy_w(w, col0, 0);
+        gemm::TileCopy<T, Tile::kCols, Tile::kDepth, Tile::kThreads, true> copy_w(w, col0, 0);
         auto fill = [&](int slot) {
             unsigned char* const stage = smem + slot * (Tile::kBytesA + Tile::kBytesB);
-            copy_x.start(stage);
             copy_w.start(stage + Tile::kBytesA);
+            copy_x.start(stage);
             cp_async_commit();
             copy_w.advance_cols(Tile::kDepth);
         };
@@ -158,7 +163,8 @@ constexpr int kMostOutputs = 8;
 
 // Multiplies a region of kSide x kSide pixels by the weights of all taps and outputs, then adds for each position in it
 // the products of its taps.
-template <class Tile> __global__ void __launch_bounds__(Tile::kThreads, 256 / Tile::kThreads) few_kernel(const __grid_constant__ Product<typename Tile::Type> p) {
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 256 / Tile::kThreads) few_kernel(const __grid_constant__ Product<typename Tile::Type> p) {
     using T = typename Tile::Type;
     constexpr int kPieces = Tile::kDepth / kWide<T>, kAtOnce = Tile::kThreads / kPieces;
     constexpr int kLine = Tile::kRows + 4;  // the warp's stores to eight pixels of four pairs of products meet all banks
@@ -224,10 +230,12 @@ template <class Tile> __global__ void __launch_bounds__(Tile::kThreads, 256 / Ti
 
 constexpr int kPackThreads = 256;
 
-// packed[r, c] = w[r, c], without gaps.
-template <class T> __global__ void __launch_bounds__(kPackThreads) pack_kernel(const T* w, int64_t ld, int64_t n, int64_t c, T* packed) {
+// packed[o, (taps, c)] = w[o, (taps, c)], with zeros in the padding. n: elements of `packed`.
+template <class T> __global__ void __launch_bounds__(kPackThreads) pack_kernel(const T* w, int64_t ld, int64_t n, int64_t depth, int64_t c, T* packed) {
     const int64_t at = int64_t(blockIdx.x) * kPackThreads + threadIdx.x;
-    if (at < n) packed[at] = w[at / c * ld + at % c];
+    if (at >= n) return;
+    const int64_t row = at / padded<T>(depth), k = at - row * padded<T>(depth), from = row * depth + k;
+    packed[at] = k < depth ? w[from / c * ld + from % c] : T{};
 }
 
 // Taps `first`, first + step, ... of n.
@@ -238,14 +246,23 @@ __host__ __device__ inline int taps_before(int n, int first, int step) {
     return first * whole + (first < rest ? first : rest);
 }
 
-// Where the transposed weights of the taps of a phase begin, in taps.
-__host__ __device__ inline int64_t phase_begin(int taps_y, int taps_x, int first_y, int first_x, int step) {
-    return int64_t(taps_before(taps_y, first_y, step)) * taps_x + int64_t(taps_of(taps_y, first_y, step)) * taps_before(taps_x, first_x, step);
+// Where the transposed weights of the taps of a phase begin, in elements. `rows` of them have `depth` elements a tap; what
+// the padding of the rows takes is less than two pieces a row.
+template <class T> __host__ __device__ int64_t phase_begin(int taps_y, int taps_x, int first_y, int first_x, int step, int rows, int depth) {
+    const int64_t above = int64_t(taps_before(taps_y, first_y, step)) * taps_x;
+    const int64_t taps = above + int64_t(taps_of(taps_y, first_y, step)) * taps_before(taps_x, first_x, step);
+    const int64_t phases = int64_t(first_y) * (step < taps_x ? step : taps_x) + first_x;
+    return padded<T>(taps * rows * depth) + phases * rows * 2 * kWide<T>;
+}
+// The end of all of them.
+template <class T> int64_t phases_end(int taps_y, int taps_x, int step, int rows, int depth) {
+    return padded<T>(int64_t(taps_y) * taps_x * rows * depth) + int64_t(std::min(step, taps_y)) * std::min(step, taps_x) * rows * 2 * kWide<T>;
 }
 
 constexpr int kTransposed = 32, kTransposeRows = 8;  // sides of a tile, rows at once
 
-// Phase by phase: transposed[c, (u', v'), o] = w[o, (u, v), c], where u', v' count the taps of the phase backwards.
+// Phase by phase: transposed[c, (u', v'), o] = w[o, (u, v), c], where u', v' count the taps of the phase backwards; zeros in
+// the padding of rows.
 template <class T>
 __global__ void __launch_bounds__(kTransposed * kTransposeRows)
 transpose_kernel(const T* w, int64_t ld, int outputs, int taps_y, int taps_x, int channels, int step, T* transposed) {
@@ -259,11 +276,14 @@ transpose_kernel(const T* w, int64_t ld, int outputs, int taps_y, int taps_x, in
     __syncthreads();  // the tile has arrived
     const int u = tap / taps_x, v = tap - u * taps_x, first_y = u % step, first_x = v % step;
     const int phase_y = taps_of(taps_y, first_y, step), phase_x = taps_of(taps_x, first_x, step);
-    const int64_t at = (phase_y - 1 - u / step) * phase_x + (phase_x - 1 - v / step);
-    T* const to = transposed + phase_begin(taps_y, taps_x, first_y, first_x, step) * channels * outputs;
-    for (int r = row; r < kTransposed; r += kTransposeRows)
-        if (c0 + r < channels && o0 + lane < outputs)
-            to[(int64_t(c0 + r) * phase_y * phase_x + at) * outputs + o0 + lane] = smem_tile[lane][r];
+    const int64_t at = (phase_y - 1 - u / step) * phase_x + (phase_x - 1 - v / step), depth = int64_t(phase_y) * phase_x * outputs;
+    const bool pad = u < step && v < step && o0 == 0 && lane < padded<T>(depth) - depth;  // once a phase
+    T* const to = transposed + phase_begin<T>(taps_y, taps_x, first_y, first_x, step, channels, outputs);
+    for (int r = row; r < kTransposed && c0 + r < channels; r += kTransposeRows) {
+        T* const line = to + (c0 + r) * padded<T>(depth);
+        if (o0 + lane < outputs) line[at * outputs + o0 + lane] = smem_tile[lane][r];
+        if (pad) line[depth + lane] = T{};
+    }
 }
 
 // ---- host ------------------------------------------------------------------------------------------------
@@ -284,11 +304,11 @@ struct Layout {
     int first_y, first_x;
 };
 
-// y = convolution of x by w, phase by phase.
+// y = convolution of x by w, padded weights, phase by phase.
 int32_t run(const char* op, Check& check, const ett_view& x, const void* w, const ett_view* bias, const ett_view& y, int64_t out_step,
             const Layout* layouts, int64_t count, const ett_launch* l) {
     const int64_t o = cols(y);
-    const bool vectors = wide(x) && reinterpret_cast<uintptr_t>(w) % 16 == 0;
+    const bool vectors = wide(x);
     bool few = vectors && o <= kMostOutputs;
     int64_t positions = 0, most_taps = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -311,7 +331,7 @@ int32_t run(const char* op, Check& check, const ett_view& x, const void* w, cons
             p.ld = stride(y);
             p.outputs = int(o), p.out_h = int(y.dims[1]), p.out_w = int(y.dims[2]), p.out_step = int(out_step);
             p.phases = int(std::min<int64_t>(count - first, kPhases));
-            p.wide_w = vectors, p.wide_y = wide(y);
+            p.wide_y = wide(y);
             for (int i = 0; i < p.phases; ++i) {
                 const Layout& at = layouts[first + i];
                 p.phase[i] = {at.grid, static_cast<const T*>(w) + at.w, at.first_y, at.first_x};
@@ -356,10 +376,27 @@ bool sound(Check& check, const ett_conv2d_bwd_data_args* a) {
     return check.ok() && check_shapes(check, {"dx", a->dx}, {"w", a->w}, a->dy.dtype, {"dy", a->dy}, a->stride, a->pad_top, a->pad_left);
 }
 
-// Bytes of a copy of the weights.
-int64_t bytes_of(const ett_view& w) { return round_up(numel(w) * dtype_size(w.dtype), 256); }
-int64_t bytes_of(const ett_conv2d_fwd_args* a) { return numel(a->y) == 0 || contiguous(a->w) ? 0 : bytes_of(a->w); }
-int64_t bytes_of(const ett_conv2d_bwd_data_args* a) { return numel(a->dx) == 0 ? 0 : bytes_of(a->w); }
+// Elements of the padded copy of w.
+int64_t packed_size(const ett_view& w) {
+    const int64_t depth = w.dims[1] * w.dims[2] * w.dims[3];
+    return with_act(w.dtype, [&](auto t) { return w.dims[0] * padded<decltype(t)>(depth); });
+}
+// True if w itself has the form of the copy.
+bool is_packed(const ett_view& w) {
+    return contiguous(w) && reinterpret_cast<uintptr_t>(w.ptr) % 16 == 0 && w.dims[1] * w.dims[2] * w.dims[3] * dtype_size(w.dtype) % 16 == 0;
+}
+
+int64_t bytes_of(const ett_conv2d_fwd_args* a) {
+    return numel(a->y) == 0 || numel(a->w) == 0 || is_packed(a->w) ? 0 : packed_size(a->w) * dtype_size(a->w.dtype);
+}
+int64_t bytes_of(const ett_conv2d_bwd_data_args* a) {
+    if (numel(a->dx) == 0 || numel(a->w) == 0) return 0;
+    const int64_t* d = a->w.dims;
+    return with_act(a->w.dtype, [&](auto t) {
+        using T = decltype(t);
+        return phases_end<T>(int(d[1]), int(d[2]), int(a->stride), int(d[3]), int(d[0])) * int64_t(sizeof(T));
+    });
+}
 
 template <class A> int64_t workspace_of(const char* op, const A* a) {
     Check check(op, a);
@@ -386,8 +423,9 @@ extern "C" int32_t ett_conv2d_fwd(const ett_conv2d_fwd_args* a, const ett_launch
         w = l->workspace;
         const int32_t status = with_act(a->w.dtype, [&](auto t) {
             using T = decltype(t);
-            return launch(op, pack_kernel<T>, dim3(unsigned(ceil_div(numel(a->w), kPackThreads))), dim3(kPackThreads), 0, l, data<const T>(a->w),
-                          stride(a->w), numel(a->w), cols(a->w), static_cast<T*>(l->workspace));
+            const int64_t n = packed_size(a->w), depth = numel(a->w) / a->w.dims[0];
+            return launch(op, pack_kernel<T>, dim3(unsigned(ceil_div(n, kPackThreads))), dim3(kPackThreads), 0, l, data<const T>(a->w), stride(a->w),
+                          n, depth, cols(a->w), static_cast<T*>(l->workspace));
         });
         if (status != ETT_OK) return status;
     }
@@ -418,15 +456,19 @@ extern "C" int32_t ett_conv2d_bwd_data(const ett_conv2d_bwd_data_args* a, const 
     // Pixels of rows y, y + stride, ... meet the taps of rows first, first + stride, ...; the last of these lies on row
     // at_y of dy.
     const int64_t h = a->dx.dims[1], wd = a->dx.dims[2];
+    const auto begin = [&](int first_y, int first_x) {
+        return with_act(a->w.dtype, [&](auto t) { return phase_begin<decltype(t)>(taps_y, taps_x, first_y, first_x, step, c, o); });
+    };
     Layout layouts[kPhases];
     int64_t count = 0;
     for (int64_t y = 0; y < std::min<int64_t>(step, h); ++y) {
         for (int64_t x = 0; x < std::min<int64_t>(step, wd); ++x) {
             const int first_y = int((y + a->pad_top) % step), first_x = int((x + a->pad_left) % step);
             const int64_t ny = taps_of(taps_y, first_y, step), nx = taps_of(taps_x, first_x, step);
-            const int64_t at_y = (y + a->pad_top - first_y) / step - std::max<int64_t>(ny - 1, 0), at_x = (x + a->pad_left - first_x) / step - std::max<int64_t>(nx - 1, 0);
+            const int64_t at_y = (y + a->pad_top - first_y) / step - std::max<int64_t>(ny - 1, 0);
+            const int64_t at_x = (x + a->pad_left - first_x) / step - std::max<int64_t>(nx - 1, 0);
             layouts[count++] = {grid_of(a->dy, ceil_div(h - y, step), ceil_div(wd - x, step), {ny, nx, 1, at_y, at_x}),
-                                phase_begin(taps_y, taps_x, first_y, first_x, step) * c * o, int(y), int(x)};
+                                ny * nx > 0 ? begin(first_y, first_x) : 0, int(y), int(x)};
             const bool last = y + 1 == std::min<int64_t>(step, h) && x + 1 == std::min<int64_t>(step, wd);
             if (count < kPhases && !last) continue;
             const int32_t status = run(op, check, a->dy, l->workspace, nullptr, a->dx, step, layouts, count, l);

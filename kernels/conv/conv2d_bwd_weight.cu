@@ -122,8 +122,10 @@ __global__ void __launch_bounds__(kAddThreads) add_kernel(const __grid_constant_
 #pragma unroll
     for (int w = 0; w < kAddWarps; ++w) sum += smem_sum[w][lane];
     const int inner = p.exchanged ? p.outputs : p.channels, tap = col / inner, in_tap = col - tap * inner;
-    float* const to = p.exchanged ? p.dw + (int64_t(in_tap) * p.taps + p.taps - 1 - tap) * p.ld_dw + row : p.dw + (row * p.taps + tap) * p.ld_dw + in_tap;
-    *to += sum;
+    if (p.exchanged)
+        p.dw[(int64_t(in_tap) * p.taps + p.taps - 1 - tap) * p.ld_dw + row] += sum;
+    else
+        p.dw[(row * p.taps + tap) * p.ld_dw + in_tap] += sum;
 }
 
 // ---- host ------------------------------------------------------------------------------------------------
@@ -165,7 +167,8 @@ Sizes sizes_of(const ett_conv2d_bwd_weight_args* a, const char* kernel) {
     if (strcmp(kernel, "large") == 0) return {d[0], taps * d[3], rows(a->dy), 128, a->x.dtype == ETT_BF16 ? 128 : 64, depth, 2};
     const bool exchanged = strcmp(kernel, "exchanged") == 0;
     const int64_t cols = taps * (exchanged ? d[0] : d[3]);
-    return {exchanged ? d[3] : d[0], cols, exchanged ? rows(a->x) : rows(a->dy), cols <= 32 ? 128 : 64, cols <= 32 ? 32 : 64, depth, cols <= 32 ? 4 : 3};
+    const int64_t out = exchanged ? d[3] : d[0], positions = exchanged ? rows(a->x) : rows(a->dy);
+    return cols <= 32 ? Sizes{out, cols, positions, 128, 32, depth, 4} : Sizes{out, cols, positions, 64, 64, depth, 3};
 }
 
 bool sound(Check& check, const ett_conv2d_bwd_weight_args* a) {

@@ -133,12 +133,13 @@ template <class T, int ROWS, int COLS, int THREADS, bool VECTORS> class FixedRow
             for (int r = 0; r < kEach; ++r)
                 cp_async16(to + gemm::swizzled<kPieces>(my_row() + r * kAtOnce, my_piece()), g_.pixels(from, pixel_[r] + column_.shift),
                            g_.inside(y_[r] + column_.u, x_[r] + column_.v));
-        } else {
+        } else if (column_.u < kNever) {
             const Columns<T, kWide<T>> columns(g_, column_);
 #pragma unroll
-            for (int r = 0; r < kEach; ++r)
-                *reinterpret_cast<Vec<T, kWide<T>>*>(smem + gemm::swizzled<kPieces>(my_row() + r * kAtOnce, my_piece())) =
-                    columns.load(g_, g_.pixels(image_, pixel_[r]), y_[r], x_[r]);
+            for (int r = 0; r < kEach; ++r) put(smem, r, columns.load(g_, g_.pixels(image_, pixel_[r]), y_[r], x_[r]));
+        } else {
+#pragma unroll
+            for (int r = 0; r < kEach; ++r) put(smem, r, Vec<T, kWide<T>>{});
         }
         column_.advance(g_, COLS);
     }
@@ -148,6 +149,9 @@ template <class T, int ROWS, int COLS, int THREADS, bool VECTORS> class FixedRow
     static_assert(THREADS % kPieces == 0 && ROWS % kAtOnce == 0, "every thread copies equally much");
     static __device__ __forceinline__ int my_row() { return int(threadIdx.x) / kPieces; }
     static __device__ __forceinline__ int my_piece() { return int(threadIdx.x) % kPieces; }
+    static __device__ __forceinline__ void put(unsigned char* smem, int r, const Vec<T, kWide<T>>& v) {
+        *reinterpret_cast<Vec<T, kWide<T>>*>(smem + gemm::swizzled<kPieces>(my_row() + r * kAtOnce, my_piece())) = v;
+    }
 
     const Grid& g_;
     const T* image_;
