@@ -46,18 +46,64 @@ fn resample(b: &mut Bench) {
     });
 }
 
+/// A convolution of `x [B, H, W, C]` to `[B, H', W', O]`.
+struct Conv {
+    x: [usize; 4],
+    outputs: usize,
+    taps: usize,
+    to: usize,
+    stride: usize,
+    pad: usize,
+}
+
+impl Conv {
+    /// With as many positions as pixels.
+    fn same(n: usize, size: usize, channels: usize, outputs: usize, taps: usize) -> Self {
+        Conv { x: [n, size, size, channels], outputs, taps, to: size, stride: 1, pad: taps / 2 }
+    }
+
+    fn name(&self) -> String {
+        let ([n, h, w, c], k) = (self.x, self.taps);
+        let outputs = if self.outputs == c { String::new() } else { format!(" to {}", self.outputs) };
+        let stride = if self.stride == 1 { String::new() } else { format!(" stride {}", self.stride) };
+        format!("{n}x{h}x{w}x{c}{outputs} {k}x{k}{stride}")
+    }
+}
+
+/// The layers of the tokenizer and its discriminator at 256 pixels, and the largest at 512; small ones on the CPU.
+fn shapes(gpu: bool) -> Vec<Conv> {
+    if !gpu {
+        return [[8, 64, 16], [8, 32, 64], [2, 16, 256]]
+            .map(|[n, size, ch]| Conv::same(n, size, ch, ch, 3))
+            .into_iter()
+            .collect();
+    }
+    vec![
+        Conv::same(8, 256, 128, 128, 3),
+        Conv::same(8, 512, 128, 128, 3),
+        Conv::same(8, 64, 512, 512, 3),
+        Conv::same(8, 16, 512, 512, 3),
+        // The first and the last layer.
+        Conv::same(8, 256, 3, 128, 3),
+        Conv::same(8, 256, 128, 3, 3),
+        Conv::same(8, 64, 256, 512, 1),
+        // Down-sampling with one-sided padding, and the discriminator's first and second layer.
+        Conv { x: [8, 256, 256, 128], outputs: 128, taps: 3, to: 128, stride: 2, pad: 0 },
+        Conv { x: [8, 256, 256, 3], outputs: 64, taps: 4, to: 128, stride: 2, pad: 1 },
+        Conv { x: [8, 128, 128, 64], outputs: 128, taps: 4, to: 64, stride: 2, pad: 1 },
+    ]
+}
+
 pub fn benches(b: &mut Bench) {
     resample(b);
-    let shapes: &[[usize; 3]] =
-        if b.gpu { &[[8, 256, 128]] } else { &[[8, 64, 16], [8, 32, 64], [2, 16, 256]] };
     let dtype = if b.gpu { DType::Bf16 } else { DType::F32 };
-    let (stride, pad_top, pad_left) = (1, 1, 1);
-    for &[n, size, ch] in shapes {
-        let (image, kernel) = ([n, size, size, ch], [ch, 3, 3, ch]);
-        let shape = format!("{n}x{size}x{size}x{ch} 3x3");
+    for of in shapes(b.gpu) {
+        let Conv { x: image, outputs, taps, to, stride, pad } = of;
+        let (kernel, result) = ([outputs, taps, taps, image[3]], [image[0], to, to, outputs]);
+        let (shape, pad_top, pad_left) = (of.name(), pad, pad);
         b.kernel("conv2d_fwd", &shape, dtype, &|dev, seed| {
             let (x, w, y) =
-                (normal(dev, dtype, image, seed)?, normal(dev, dtype, kernel, 2)?, out(dev, dtype, image)?);
+                (normal(dev, dtype, image, seed)?, normal(dev, dtype, kernel, 2)?, out(dev, dtype, result)?);
             let run = move |dev: &dyn Kernels| {
                 let (x, w, y) = (x.view(), w.view(), y.out());
                 let a = Conv2dFwd { x, w, bias: None, y, stride, pad_top, pad_left };
@@ -67,7 +113,7 @@ pub fn benches(b: &mut Bench) {
         });
         b.kernel("conv2d_bwd_data", &shape, dtype, &|dev, seed| {
             let (dy, w, dx) =
-                (normal(dev, dtype, image, seed)?, normal(dev, dtype, kernel, 2)?, out(dev, dtype, image)?);
+                (normal(dev, dtype, result, seed)?, normal(dev, dtype, kernel, 2)?, out(dev, dtype, image)?);
             let run = move |dev: &dyn Kernels| {
                 let (dy, w, dx) = (dy.view(), w.view(), dx.out());
                 let a = Conv2dBwdData { dy, w, dx, stride, pad_top, pad_left };
@@ -75,15 +121,18 @@ pub fn benches(b: &mut Bench) {
             };
             Ok((Box::new(run), None))
         });
-        b.kernel("conv2d_bwd_weight", &shape, dtype, &|dev, seed| {
-            let (x, dy) = (normal(dev, dtype, image, seed)?, normal(dev, dtype, image, seed + 100)?);
-            let dw = out(dev, acc(dtype), kernel)?;
-            let run = move |dev: &dyn Kernels| {
-                let (x, dy, dw) = (x.view(), dy.view(), dw.acc());
-                let a = Conv2dBwdWeight { x, dy, dw, db: None, stride, pad_top, pad_left };
-                call(&a, |a| dev.conv2d_bwd_weight(Stream::COMPUTE, a))
-            };
-            Ok((Box::new(run), None))
-        });
+        for bias in [false, true] {
+            let with = if bias { " + bias" } else { "" };
+            b.kernel("conv2d_bwd_weight", &format!("{shape}{with}"), dtype, &|dev, seed| {
+                let (x, dy) = (normal(dev, dtype, image, seed)?, normal(dev, dtype, result, seed + 100)?);
+                let (dw, db) = (out(dev, acc(dtype), kernel)?, out(dev, acc(dtype), [outputs])?);
+                let run = move |dev: &dyn Kernels| {
+                    let (x, dy, dw, db) = (x.view(), dy.view(), dw.acc(), bias.then(|| db.acc()));
+                    let a = Conv2dBwdWeight { x, dy, dw, db, stride, pad_top, pad_left };
+                    call(&a, |a| dev.conv2d_bwd_weight(Stream::COMPUTE, a))
+                };
+                Ok((Box::new(run), None))
+            });
+        }
     }
 }

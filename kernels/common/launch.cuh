@@ -213,8 +213,11 @@ class Check {
 
     // The implementation that `l` forces, or else the first of `all` that supports this call; `all` begins with the best.
     const char* choose(const ett_launch* l, std::initializer_list<Implementation> all) {
-        const Implementation* const best = std::find_if(all.begin(), all.end(), [](const Implementation& i) { return i.able; });
-        if (!ok() || !l->force || !*l->force) return best->name;
+        return choose(l, std::find_if(all.begin(), all.end(), [](const Implementation& i) { return i.able; })->name, all);
+    }
+    // The same with another default, `best`, than the first that supports the call.
+    const char* choose(const ett_launch* l, const char* best, std::initializer_list<Implementation> all) {
+        if (!ok() || !l->force || !*l->force) return best;
         const Implementation* const named =
             std::find_if(all.begin(), all.end(), [&](const Implementation& i) { return strcmp(i.name, l->force) == 0; });
         const bool known = named != all.end();
@@ -229,7 +232,7 @@ class Check {
         snprintf(got, sizeof got, known ? "`%.40s`, which cannot do this call" : "`%.40s`, the name of no implementation", l->force);
         snprintf(want, sizeof want, "%s%s", count > 1 ? "one of " : "", names);
         fail(known ? ETT_UNSUPPORTED : ETT_BAD_ARGUMENT, "launch.force", got, want);
-        return best->name;
+        return best;
     }
 
   private:

@@ -2,8 +2,7 @@
  *
  * One argument struct and one launcher per kernel, in the order of the table in src/backend/contract.rs. A
  * test of the crate compares the two: names, fields, order and types are the same. The CUDA files implement
- * the launchers, common/status.c the functions that need no CUDA. Kernels without an implementation are
- * listed in common/missing.c; they return ETT_UNSUPPORTED.
+ * the launchers, common/status.c the functions that need no CUDA.
  *
  * A launcher checks its arguments, enqueues its work on the stream and returns a status. It allocates no
  * memory, does not wait and prints nothing, so that it may be captured into a graph. An empty problem (a

@@ -36,7 +36,7 @@ mod tests {
         fields: Vec<Field>,
     }
 
-    /// Name, C type and, for views, the access that its comment states; the rest of the comment.
+    /// Name, C type, the access stated in the comment of a view, and the rest of the comment.
     #[derive(Debug, PartialEq)]
     struct Field {
         name: String,
@@ -46,8 +46,8 @@ mod tests {
     }
 
     impl Field {
-        /// Whether the header says of an argument what the table does: a comment begins with the rules of a tensor and
-        /// ends with those of a number.
+        /// Whether the header agrees with the table: the comment must start with the rules of a tensor, or end with
+        /// those of a number.
         fn says(&self, want: &FieldSpec) -> bool {
             let text = want.text;
             *self == Field { comment: self.comment.clone(), ..in_c(want) }

@@ -1,6 +1,7 @@
-//! What every device does with a call before anything else: it holds the arguments against the table of kernels. Views
-//! belong to the device and lie inside their buffers; what has to be there is there; numbers, element types and shapes
-//! are those of [`super::spec`]; outputs overlap nothing. The first thing found wrong is the error.
+//! The checks of arguments against the table of kernels, which every device makes before anything else in a call. Views
+//! must belong to the device and lie inside their buffers; required tensors must be present; numbers, element types and
+//! shapes must satisfy the rules of [`super::spec`]; outputs must not overlap other arguments. The first violation is
+//! returned as the error.
 
 use std::fmt::Write;
 
@@ -16,8 +17,8 @@ pub(crate) fn call(device: DeviceId, a: &dyn Args) -> Result<()> {
     a.with_values(&mut |values| Call { spec, values, sizes: [None; SYMBOLS] }.check(device))
 }
 
-/// Checks only the memory of a call: that views belong to the device and lie inside their buffers, and that outputs overlap
-/// nothing.
+/// Checks only the memory of a call: that views belong to the device and lie inside their buffers, and that outputs do
+/// not overlap other arguments.
 pub(crate) fn memory(device: DeviceId, a: &dyn Args) -> Result<()> {
     let spec = a.spec();
     a.with_values(&mut |values| {
@@ -27,20 +28,21 @@ pub(crate) fn memory(device: DeviceId, a: &dyn Args) -> Result<()> {
     })
 }
 
-/// Checks that a view belongs to a device and lies inside its buffer: before following an address.
+/// Checks that a view belongs to a device and lies inside its buffer, so that its address can be dereferenced.
 pub(crate) fn view(device: DeviceId, op: &'static str, arg: &'static str, v: &In) -> Result<()> {
     if v.buffer().device() != device {
-        let want = "memory of the device that it is given to (a tensor goes to another one over the host)";
+        let want = "memory of the device that runs the call; copy the tensor through the host";
         return Err(Error::arg(op, arg, "memory of another device", want));
     }
     extent(op, arg, v)
 }
 
-/// Checks that a view lies inside its buffer, in whole elements, and that its rows do not overlap.
+/// Checks that a view lies inside its buffer, starts at a multiple of the element size, and has rows that do not
+/// overlap.
 pub(crate) fn extent(op: &'static str, arg: &'static str, v: &In) -> Result<()> {
     let text = || format!("{} {}", v.dims, v.dtype);
     if v.dims.bytes(v.dtype).is_none() {
-        return Err(Error::arg(op, arg, text(), "a tensor that can be addressed: fewer elements"));
+        return Err(Error::arg(op, arg, text(), "fewer elements, so that they can be addressed"));
     }
     let size = v.dtype.size() as u64;
     if !v.off.is_multiple_of(size) {
@@ -54,19 +56,19 @@ pub(crate) fn extent(op: &'static str, arg: &'static str, v: &In) -> Result<()> 
     if v.ld < cols as i64 && rows > 1 {
         return Err(Error::arg(op, arg, format!("row stride {}", v.ld), format!("at least {cols}")));
     }
-    // Of a single row the stride means nothing.
+    // The stride of a single row is not used.
     let ld = if rows > 1 { v.ld as u64 } else { 0 };
     let elements = (rows - 1).checked_mul(ld).and_then(|n| n.checked_add(cols));
     let end = elements.and_then(|n| n.checked_mul(size)).and_then(|n| n.checked_add(v.off));
     if end.is_none_or(|end| end > v.buf.bytes as u64) {
-        let at = end.map_or("beyond all addresses".into(), |end| format!("at byte {end}"));
+        let at = end.map_or("beyond the address range".into(), |end| format!("at byte {end}"));
         let want = format!("inside its buffer of {} bytes", v.buf.bytes);
         return Err(Error::arg(op, arg, format!("{} ending {at}", text()), want));
     }
     Ok(())
 }
 
-/// Checks that an output overlaps an input nowhere.
+/// Checks that an output does not overlap an input.
 pub(crate) fn apart(op: &'static str, input: (&'static str, &In), output: (&'static str, &In)) -> Result<()> {
     match overlap(input.1, output.1) {
         true => Err(overlapping(op, output.0, input.0, "")),
@@ -75,10 +77,10 @@ pub(crate) fn apart(op: &'static str, input: (&'static str, &In), output: (&'sta
 }
 
 fn overlapping(op: &'static str, arg: &'static str, other: &str, but: &str) -> Error {
-    Error::arg(op, arg, format!("memory that `{other}` lies in too"), format!("memory of its own{but}"))
+    Error::arg(op, arg, format!("memory shared with `{other}`"), format!("memory of its own{but}"))
 }
 
-/// A call, and the sizes that its letters stand for so far.
+/// A call, and the values of its symbols so far.
 struct Call<'c> {
     spec: &'static KernelSpec,
     values: &'c [Value<'c>],
@@ -99,12 +101,12 @@ impl<'c> Call<'c> {
         self.tensors().try_for_each(|(field, v)| view(device, self.spec.name, field.name, v))
     }
 
-    /// Every argument with what the table says of it.
+    /// Every argument with its rules.
     fn fields(&self) -> impl Iterator<Item = (&'static FieldSpec, Value<'c>)> + use<'c> {
         self.spec.fields.iter().zip(self.values.iter().copied())
     }
 
-    /// The tensors that are there.
+    /// The tensors that are present.
     fn tensors(&self) -> impl Iterator<Item = (&'static FieldSpec, &'c In<'c>)> + use<'c> {
         self.fields().filter_map(|(field, value)| match value {
             Value::Tensor(_, v) => Some((field, v)),
@@ -247,7 +249,7 @@ impl<'c> Call<'c> {
     }
 
     fn shapes(&mut self) -> Result<()> {
-        // Letters alone say what they stand for; sizes that are made of them can be held against that afterwards.
+        // Sizes that are single letters define the letters; the other sizes are checked afterwards.
         for plain in [true, false] {
             for (field, t, v) in self.specs() {
                 let shape = self.shape(t);
@@ -280,7 +282,7 @@ impl<'c> Call<'c> {
         }
     }
 
-    /// Whether a size is what the table says; if a letter has no value yet, this gives it one.
+    /// Whether a size has the value of `expr`. A letter without a value is defined by the size.
     fn fits(&mut self, expr: &Expr, size: usize) -> bool {
         if let Some(want) = self.value(expr) {
             return size == want;
@@ -294,7 +296,7 @@ impl<'c> Call<'c> {
         }
     }
 
-    /// The value of a size; `None` if a letter has none. What is too large for any tensor is `usize::MAX`.
+    /// The value of a size, saturating at `usize::MAX`; `None` if a letter has no value.
     fn value(&self, expr: &Expr) -> Option<usize> {
         let product =
             expr.symbols().try_fold(expr.times, |n, s| Some(n.saturating_mul(self.sizes[s as usize]?)))?;
@@ -316,10 +318,10 @@ impl<'c> Call<'c> {
         }
     }
 
-    /// What a rule asks for, in words.
+    /// A rule in words.
     fn want(&self, rule: &Rule) -> String {
         let right = self.size_text(&rule.right);
-        // The number itself is what is told; of a tensor's sizes it has to be said which.
+        // The error names an argument that is a number itself; a size of a tensor has to be named here.
         let of = match rule.left.plain().map(|s| self.spec.symbols[s as usize]) {
             Some(name) if self.spec.field(name).is_none() => format!("with {name} "),
             _ => String::new(),
@@ -335,7 +337,7 @@ impl<'c> Call<'c> {
         }
     }
 
-    /// A size as its value, or in letters while it has none.
+    /// A size as a number if it has a value, otherwise in letters.
     fn size_text(&self, expr: &Expr) -> String {
         if let Some(n) = self.value(expr) {
             return n.to_string();
@@ -368,7 +370,7 @@ impl<'c> Call<'c> {
             let Value::Tensor(Access::Write | Access::Accumulate, v) = value else { continue };
             for (k, other) in self.values.iter().enumerate() {
                 let Value::Tensor(access, w) = other else { continue };
-                // Of two outputs the later one is told.
+                // Of two overlapping outputs, the error names the later one.
                 if k == i || (k > i && *access != Access::Read) || !overlap(v, w) {
                     continue;
                 }
@@ -376,7 +378,7 @@ impl<'c> Call<'c> {
                 if may_be.is_some() && identical(v, w) {
                     continue;
                 }
-                let but = if may_be.is_some() { ", or just the same elements" } else { "" };
+                let but = if may_be.is_some() { ", or exactly the same elements" } else { "" };
                 return Err(overlapping(self.spec.name, field.name, self.name(k as u8), but));
             }
         }
@@ -384,7 +386,7 @@ impl<'c> Call<'c> {
     }
 }
 
-/// The type that sums of this one are formed in, if it is a float type.
+/// The accumulator type of a float type; `None` for integers.
 fn sums(t: DType) -> Option<DType> {
     match t {
         DType::F64 => Some(DType::F64),
@@ -404,7 +406,7 @@ fn number(relation: Relation, left: f64, right: f64) -> bool {
     }
 }
 
-/// The sizes that a tensor has for a shape of the table; `None` if it has other dimensions.
+/// The sizes of a tensor in the form of a shape of the table; `None` if the number of dimensions differs.
 fn sizes(shape: &Shape, dims: Dims) -> Option<[usize; 4]> {
     match shape.rank() {
         1 => Some([dims.numel(), 1, 1, 1]),
@@ -418,14 +420,14 @@ fn sizes(shape: &Shape, dims: Dims) -> Option<[usize; 4]> {
     }
 }
 
-/// Whether two views are of the very same elements.
+/// Whether two views have exactly the same elements.
 fn identical(a: &In, b: &In) -> bool {
     let rows = a.dims.rows();
     (a.addr(), a.dtype, rows, a.dims.cols()) == (b.addr(), b.dtype, b.dims.rows(), b.dims.cols())
         && (rows <= 1 || a.ld == b.ld)
 }
 
-/// Where the rows of a view lie, in bytes.
+/// The rows of a view, as addresses and sizes in bytes.
 #[derive(Clone, Copy)]
 struct Rows {
     start: i128,
@@ -449,10 +451,10 @@ impl Rows {
         self.start + if self.rows > 1 { (self.rows - 1) * self.stride } else { 0 } + self.width
     }
 
-    /// Whether rows `stride` apart of both share a byte; of a single row its stride means nothing.
+    /// Whether any rows share a byte, if `stride` is the row stride of both; the stride of a single row is not used.
     fn meet(&self, other: &Rows, stride: i128) -> bool {
-        // Row i of this one begins `(i - j) stride - ahead` after row j of the other. They meet if that is less than the
-        // other's width, and more than this one's below it.
+        // Row i of this view starts `(i - j) stride - ahead` bytes after row j of the other. They overlap if this is
+        // less than the width of the other's rows and greater than minus the width of this one's.
         let ahead = other.start - self.start;
         let first = (ahead - self.width).div_euclid(stride) + 1;
         let least = first.max(1 - other.rows);
@@ -628,7 +630,7 @@ mod tests {
         assert_eq!(refusal(restore(F64, F32, F64)), "restore: argument `x` is f64, wanted bf16 or f32");
         assert_eq!(refusal(restore(F32, Bf16, F32)), "restore: argument `norm` is bf16, wanted f32 or f64");
 
-        // The accumulator's type comes first, the activation's much later.
+        // The accumulator type must be that of the activation type.
         let sums = |x: DType, y: DType| {
             let (x, y) = (of(&p, x, [2, 4]), of(&p, y, [4]));
             p.col_sum(S, &ColSum { x: x.view(), y: y.acc() })
@@ -694,7 +696,7 @@ mod tests {
     fn devices_take_their_own_memory_only() {
         let (plan, other) = (Plan::new(), Plan::new());
         let (one, two) = (Cpu::new(1).expect("a thread"), Cpu::new(1).expect("a thread"));
-        let words = "memory of another device, wanted memory of the device that it is given to";
+        let words = "memory of another device, wanted memory of the device that runs the call";
         let devices: [&dyn Kernels; 4] = [&plan, &other, &one, &two];
         for (i, dev) in devices.iter().enumerate() {
             let (x, y) = (f32(*dev, [2, 4]), f32(*dev, [2, 4]));
@@ -731,12 +733,12 @@ mod tests {
         let part = |start| all.columns(start, 4).expect("four columns");
         let add =
             |a: &Tensor, b: &Tensor, y: &Tensor| p.add(S, &Add { a: a.view(), b: b.view(), y: y.out() });
-        // Inputs may be the same; columns side by side share nothing.
+        // Inputs may be the same; adjacent columns do not overlap.
         assert!(add(&part(0), &part(0), &part(4)).is_ok());
         assert!(add(&part(0), &part(8), &part(4)).is_ok());
         assert!(add(&part(4), &part(8), &part(0)).is_ok());
         let e = refusal(add(&part(0), &part(5), &part(4)));
-        assert_eq!(e, "add: argument `y` is memory that `b` lies in too, wanted memory of its own");
+        assert_eq!(e, "add: argument `y` is memory shared with `b`, wanted memory of its own");
         assert!(add(&part(4), &part(0), &part(4)).is_err());
         // Two outputs: the later one is named.
         let (x, w) = (f32(&p, [2, 4]), f32(&p, [4]));
@@ -747,15 +749,15 @@ mod tests {
         let e = refusal(p.layer_norm_fwd(S, &a));
         assert_eq!(
             e,
-            "layer_norm_fwd: argument `rstd` is memory that `mean` lies in too, wanted memory of its own"
+            "layer_norm_fwd: argument `rstd` is memory shared with `mean`, wanted memory of its own"
         );
         let e = refusal(p.col_sum(S, &ColSum { x: x.view(), y: x.rows(1, 1).expect("a row").acc() }));
-        assert!(e.contains("`y` is memory that `x` lies in too"), "{e}");
-        // Empty tensors lie nowhere.
+        assert!(e.contains("`y` is memory shared with `x`"), "{e}");
+        // Empty tensors do not overlap anything.
         let none = f32(&p, [0, 4]);
         assert!(add(&none, &none, &none).is_ok());
         let e = refusal(p.collectives().all_gather(S, x.view(), x.out()));
-        assert_eq!(e, "all_gather: argument `y` is memory that `x` lies in too, wanted memory of its own");
+        assert_eq!(e, "all_gather: argument `y` is memory shared with `x`, wanted memory of its own");
     }
 
     #[test]
@@ -779,11 +781,11 @@ mod tests {
         let part = |start| all.columns(start, 4).expect("four columns");
         assert!(bwd(&part(2), &part(2)).is_ok() && bwd(&part(0), &part(4)).is_ok());
         let e = refusal(bwd(&part(2), &part(3)));
-        let want = "memory that `logits` lies in too, wanted memory of its own, or just the same elements";
+        let want = "memory shared with `logits`, wanted memory of its own, or exactly the same elements";
         assert_eq!(e, format!("xent_bwd: argument `dlogits` is {want}"));
     }
 
-    /// Against bytes one by one.
+    /// Compares with sets of bytes.
     #[test]
     fn overlaps_are_exact() {
         let p = Plan::new();
@@ -819,7 +821,7 @@ mod tests {
         assert!(apart > 100 && together > 100, "{apart}, {together}");
     }
 
-    /// The letters of all kernels: each tensor has a shape, and every size of a shape can be given a value.
+    /// Every tensor of every kernel has a shape, and every symbol in a shape has a name.
     #[test]
     fn every_tensor_of_the_table_has_rules() {
         for kernel in KERNELS {

@@ -1,19 +1,20 @@
-//! The table of kernels: every function a device must compute, with its arguments in the order of the C
+//! The table of kernels: every function that a device implements, with its arguments in the order of the C
 //! header. Letters: B batch, T tokens of a sequence, N rows of a flat batch, C channels, H heads, D head
 //! or code dimension, K codes, M visual tokens, V vocabulary, F MLP width, S sequences, G groups.
 //!
-//! The text beside a field says its shape, type and what else a call has to keep to; [`super::spec`] has its grammar. It is
-//! data: documentation, the checks of every device, what the conformance driver damages and the test of the header come
-//! from it. An output overlaps no other argument of its call, unless its text says that it may be one.
+//! The text after a field gives its shape, its element type and the other rules of a call, in the grammar of
+//! [`super::spec`]. The documentation of the field, the checks of every device, the wrong calls of the conformance
+//! tests and the test of the header are all generated from this text. An output must not overlap any other argument of
+//! its call, unless its text allows it to be the same tensor.
 //!
 //! `act` tensors hold the run's activation type, `acc` its accumulator type ([`super::Precision`]);
-//! sums are formed in `acc`. Every kernel gives the same bits when called again with the same input.
+//! sums are accumulated in `acc`. Calling a kernel again with the same input gives the same bits.
 
 use super::spec::{self, FieldSpec, KernelSpec, Kind};
 use super::{Acc, Access, Args, Cost, Device, Field, In, Out, Stream, Value};
 use crate::error::Result;
 
-/// Element-wise functions.
+/// Elementwise functions.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Unary {
     /// x * sigmoid(x).
@@ -24,14 +25,14 @@ pub enum Unary {
     GeluTanh,
     /// max(x, 0); derivative 0 at 0.
     Relu,
-    /// x if x > 0, else slope * x.
+    /// x if x > 0, otherwise slope * x.
     LeakyRelu(f64),
 }
 impl Field for Unary {
     const KIND: Kind = Kind::Unary;
 }
 
-/// How a code is scored against a token.
+/// The score of a code for a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Metric {
     /// z . e, larger is better.
@@ -43,15 +44,15 @@ impl Field for Metric {
     const KIND: Kind = Kind::Metric;
 }
 
-/// Calls `$cb!` with the table of kernels, for whatever has to be written once a kernel.
+/// Calls `$cb!` with the table of kernels, to generate code for every kernel.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! kernel_table {
     ($cb:ident) => {
         $cb! {
 // ---- products ------------------------------------------------------------------------------------------
-/// `y = op(a) op(b) + bias`, where `op` transposes if asked; `op(a)` is `[N, C]`, `op(b)` is `[C, O]`.
-/// A linear layer with weights `[O, C]` is `ta = false, tb = true`.
+/// `y = op(a) op(b) + bias`, where `op` transposes `a` if `ta`, and `b` if `tb`; `op(a)` is `[N, C]`, `op(b)` is
+/// `[C, O]`. A linear layer with weights `[O, C]` has `ta = false, tb = true`.
 products: matmul(Matmul<'a>) flop |s| 2 * s.y.0.dims.numel() * inner(&s.a, s.ta) => {
     a: In<'a> = "[N, C], or [C, N] if ta; act",
     b: In<'a> = "[C, O], or [O, C] if tb; act",
@@ -62,8 +63,8 @@ products: matmul(Matmul<'a>) flop |s| 2 * s.y.0.dims.numel() * inner(&s.a, s.ta)
     bias: Option<In<'a>> = "[O]; act",
     y: Out<'a> = "[N, O]; act",
 }
-/// A linear layer and the tanh form of GELU in one: `pre = x w^T + bias`, `y = gelu(pre)`. The function meets the
-/// sum before or after it is rounded to act.
+/// A linear layer followed by the tanh form of GELU: `pre = x w^T + bias`, `y = gelu(pre)`. A device may compute `y`
+/// from `pre` before or after it is rounded to act.
 products: linear_gelu(LinearGelu<'a>) flop |s| 2 * s.x.dims.numel() * s.w.dims.rows() => {
     x: In<'a> = "[N, C]; act",
     w: In<'a> = "[O, C]; act",
@@ -71,7 +72,7 @@ products: linear_gelu(LinearGelu<'a>) flop |s| 2 * s.x.dims.numel() * s.w.dims.r
     pre: Out<'a> = "[N, O]; act",
     y: Out<'a> = "[N, O]; act",
 }
-/// `y += op(a) op(b)` in the accumulator type: weight gradients.
+/// `y += op(a) op(b)` in the accumulator type, for weight gradients.
 products: matmul_acc(MatmulAcc<'a>) flop |s| 2 * s.y.0.dims.numel() * inner(&s.a, s.ta) => {
     a: In<'a> = "[N, C], or [C, N] if ta; act",
     b: In<'a> = "[C, O], or [O, C] if tb; act",
@@ -81,28 +82,28 @@ products: matmul_acc(MatmulAcc<'a>) flop |s| 2 * s.y.0.dims.numel() * inner(&s.a
     tb: bool,
     y: Acc<'a> = "[N, O]; acc",
 }
-/// `y[c] += sum_n x[n, c]`: bias gradients.
+/// `y[c] += sum_n x[n, c]`, for bias gradients.
 products: col_sum(ColSum<'a>) flop |s| s.x.dims.numel() => {
     x: In<'a> = "[N, C]; act",
     y: Acc<'a> = "[C]; acc",
 }
 
 // ---- convolution ---------------------------------------------------------------------------------------
-/// Two-dimensional convolution; padding at the bottom and right is whatever the size of `y` implies.
+/// Two-dimensional convolution with zero padding; the padding at the bottom and right follows from the size of `y`.
 /// `y[b,i,j,o] = bias[o] + sum_{u,v,c} x[b, i*stride + u - pad_top, j*stride + v - pad_left, c] w[o,u,v,c]`.
 conv: conv2d_fwd(Conv2dFwd<'a>) flop |s| 2 * s.y.0.dims.rows() * s.w.dims.numel() => {
     x: In<'a> = "[B, H, W, C]; act",
     w: In<'a> = "[O, kh, kw, C]; act",
     bias: Option<In<'a>> = "[O]; act",
     y: Out<'a> = "[B, H', W', O]; act",
-    /// Step between outputs.
+    /// Distance between the inputs of adjacent outputs.
     stride: usize = "at least 1",
     /// Zero rows above.
     pad_top: usize,
     /// Zero columns to the left.
     pad_left: usize,
 }
-/// Gradient of `conv2d_fwd` for its input.
+/// Gradient of `conv2d_fwd` with respect to its input.
 conv: conv2d_bwd_data(Conv2dBwdData<'a>) flop |s| 2 * s.dy.dims.rows() * s.w.dims.numel() => {
     dy: In<'a> = "[B, H', W', O]; act",
     w: In<'a> = "[O, kh, kw, C]; act",
@@ -114,7 +115,7 @@ conv: conv2d_bwd_data(Conv2dBwdData<'a>) flop |s| 2 * s.dy.dims.rows() * s.w.dim
     /// As in the forward.
     pad_left: usize,
 }
-/// Gradient of `conv2d_fwd` for weights and bias.
+/// Gradient of `conv2d_fwd` with respect to weights and bias.
 conv: conv2d_bwd_weight(Conv2dBwdWeight<'a>) flop |s| 2 * s.dy.dims.rows() * s.dw.0.dims.numel() => {
     x: In<'a> = "[B, H, W, C]; act",
     dy: In<'a> = "[B, H', W', O]; act",
@@ -127,22 +128,23 @@ conv: conv2d_bwd_weight(Conv2dBwdWeight<'a>) flop |s| 2 * s.dy.dims.rows() * s.d
     /// As in the forward.
     pad_left: usize,
 }
-/// `y[b, i, j, c] = x[b, i/2, j/2, c]`: nearest up-sampling by two.
+/// `y[b, i, j, c] = x[b, i/2, j/2, c]`: nearest-neighbour upsampling by a factor of two.
 resample: upsample2x_fwd(Upsample2xFwd<'a>) flop |s| s.y.0.dims.numel() => {
     x: In<'a> = "[B, H, W, C]; act",
     y: Out<'a> = "[B, 2H, 2W, C]; act",
 }
-/// Gradient of `upsample2x_fwd`: sums of four.
+/// Gradient of `upsample2x_fwd`: each element of `dx` is the sum of four elements of `dy`.
 resample: upsample2x_bwd(Upsample2xBwd<'a>) flop |s| s.dy.dims.numel() => {
     dy: In<'a> = "[B, 2H, 2W, C]; act",
     dx: Out<'a> = "[B, H, W, C]; act",
 }
-/// 2x2 maximum, stride 2; an odd last row or column is dropped.
+/// Maximum over 2x2 windows with stride 2; the last row or column of an odd size is ignored.
 resample: max_pool2x2_fwd(MaxPool2x2Fwd<'a>) flop |s| s.x.dims.numel() => {
     x: In<'a> = "[B, H, W, C]; act",
     y: Out<'a> = "[B, H/2, W/2, C]; act",
 }
-/// Gradient of `max_pool2x2_fwd`; ties go to the first element in row order, dropped rows get 0.
+/// Gradient of `max_pool2x2_fwd`. Of equal maxima, the first in row order gets the gradient; ignored rows and columns
+/// get 0.
 resample: max_pool2x2_bwd(MaxPool2x2Bwd<'a>) flop |s| s.x.dims.numel() => {
     dy: In<'a> = "[B, H/2, W/2, C]; act",
     x: In<'a> = "[B, H, W, C]; act",
@@ -150,8 +152,8 @@ resample: max_pool2x2_bwd(MaxPool2x2Bwd<'a>) flop |s| s.x.dims.numel() => {
 }
 
 // ---- norms ---------------------------------------------------------------------------------------------
-/// GroupNorm over `G` groups of channels, then SiLU if asked.
-/// `y = act((x - mean) * rstd * w + b)`, `rstd = 1 / sqrt(var + eps)`, biased variance.
+/// GroupNorm over `G` groups of channels, followed by SiLU if `silu`: `y = f((x - mean) * rstd * w + b)` with
+/// `rstd = 1 / sqrt(var + eps)` and the biased variance.
 norm: group_norm_fwd(GroupNormFwd<'a>) flop |s| 8 * s.x.dims.numel() => {
     x: In<'a> = "[B, H, W, C]; act",
     w: In<'a> = "[C]; act",
@@ -175,11 +177,11 @@ norm: group_norm_bwd(GroupNormBwd<'a>) flop |s| 16 * s.x.dims.numel() => {
     dx: Out<'a> = "[B, H, W, C]; act",
     dw: Option<Acc<'a>> = "[C]; acc",
     db: Option<Acc<'a>> = "[C]; acc",
-    /// SiLU was applied.
+    /// Whether SiLU was applied.
     silu: bool,
 }
-/// `s = x + residual` (or `x`), `y = s * rstd * w` with `rstd = 1 / sqrt(mean(s^2) + eps)`; `s * rstd` is
-/// rounded to act before it meets `w`. Statistics are taken of `s` as rounded to act.
+/// `y = s * rstd * w` with `rstd = 1 / sqrt(mean(s^2) + eps)`, where `s = x + residual`, or `x` without a residual. `s`
+/// is rounded to act before `rstd` is computed, and `s * rstd` before it is multiplied by `w`.
 norm: rms_norm_fwd(RmsNormFwd<'a>) flop |s| 4 * s.x.dims.numel() => {
     x: In<'a> = "[N, C]; act",
     residual: Option<In<'a>> = "[N, C]; act",
@@ -191,7 +193,7 @@ norm: rms_norm_fwd(RmsNormFwd<'a>) flop |s| 4 * s.x.dims.numel() => {
     /// Added to the mean square.
     eps: f64,
 }
-/// Gradient of `rms_norm_fwd` for `s`: `dx = d(norm)/ds . dy + dsum`. It is the gradient of both summands.
+/// Gradient of `rms_norm_fwd` with respect to `s`, and therefore to both summands: `dx = (dy/ds)^T dy + dsum`.
 norm: rms_norm_bwd(RmsNormBwd<'a>) flop |s| 8 * s.x.dims.numel() => {
     dy: In<'a> = "[N, C]; act",
     /// Gradient of `sum` from its other uses.
@@ -203,7 +205,8 @@ norm: rms_norm_bwd(RmsNormBwd<'a>) flop |s| 8 * s.x.dims.numel() => {
     dx: Out<'a> = "[N, C]; act",
     dw: Option<Acc<'a>> = "[C]; acc",
 }
-/// LayerNorm over the last dimension, biased variance.
+/// LayerNorm over the last dimension: `y = (x - mean) * rstd * w + b` with `rstd = 1 / sqrt(var + eps)` and the biased
+/// variance.
 norm: layer_norm_fwd(LayerNormFwd<'a>) flop |s| 6 * s.x.dims.numel() => {
     x: In<'a> = "[N, C]; act",
     w: In<'a> = "[C]; act",
@@ -225,7 +228,7 @@ norm: layer_norm_bwd(LayerNormBwd<'a>) flop |s| 10 * s.x.dims.numel() => {
     dw: Option<Acc<'a>> = "[C]; acc",
     db: Option<Acc<'a>> = "[C]; acc",
 }
-/// BatchNorm with the statistics of this batch, then LeakyReLU (`slope` 1: none).
+/// BatchNorm with the statistics of this batch, followed by LeakyReLU (none with `slope` 1).
 norm: batch_norm_fwd(BatchNormFwd<'a>) flop |s| 8 * s.x.dims.numel() => {
     /// Rows are all pixels of the batch.
     x: In<'a> = "[N, C]; act",
@@ -240,7 +243,7 @@ norm: batch_norm_fwd(BatchNormFwd<'a>) flop |s| 8 * s.x.dims.numel() => {
     /// Slope below zero.
     slope: f64,
 }
-/// Gradient of `batch_norm_fwd`, through the statistics too.
+/// Gradient of `batch_norm_fwd`, including the path through the statistics.
 norm: batch_norm_bwd(BatchNormBwd<'a>) flop |s| 16 * s.x.dims.numel() => {
     dy: In<'a> = "[N, C]; act",
     x: In<'a> = "[N, C]; act",
@@ -257,7 +260,7 @@ norm: batch_norm_bwd(BatchNormBwd<'a>) flop |s| 16 * s.x.dims.numel() => {
     /// As in the forward.
     slope: f64,
 }
-/// BatchNorm with given statistics, such as the running ones, then LeakyReLU (`slope` 1: none):
+/// BatchNorm with given statistics, such as the running ones, followed by LeakyReLU (none with `slope` 1):
 /// `y = leaky((x - mean) * rstd * w + b)` with `rstd = 1 / sqrt(var + eps)`.
 norm: batch_norm_eval_fwd(BatchNormEvalFwd<'a>) flop |s| 6 * s.x.dims.numel() => {
     x: In<'a> = "[N, C]; act",
@@ -287,8 +290,8 @@ norm: batch_norm_eval_bwd(BatchNormEvalBwd<'a>) flop |s| 10 * s.x.dims.numel() =
     /// As in the forward.
     slope: f64,
 }
-/// `running = (1 - momentum) * running + momentum * batch`, the variance as the unbiased estimate. A channel
-/// whose batch value is not finite keeps its old one.
+/// `running = (1 - momentum) * running + momentum * batch`, with the unbiased estimate of the variance. A running value
+/// does not change if the batch value is non-finite.
 norm: batch_norm_running(BatchNormRunning<'a>) flop |s| 4 * s.mean.dims.numel() => {
     mean: In<'a> = "[C]; acc",
     /// Biased.
@@ -297,21 +300,21 @@ norm: batch_norm_running(BatchNormRunning<'a>) flop |s| 4 * s.mean.dims.numel() 
     running_mean: Acc<'a> = "[C]; acc",
     /// Updated.
     running_var: Acc<'a> = "[C]; acc",
-    /// Rows the statistics were taken over.
+    /// Number of rows that the statistics were computed from.
     rows: usize,
     /// Weight of the new value.
     momentum: f64,
 }
-/// `y = x / max(|x|, eps)` row by row.
+/// `y = x / max(|x|, eps)` for every row.
 norm: l2_norm_fwd(L2NormFwd<'a>) flop |s| 3 * s.x.dims.numel() => {
     x: In<'a> = "[N, D]; act",
     y: Out<'a> = "[N, D]; act",
     /// `max(|x|, eps)`.
     norm: Out<'a> = "[N]; acc",
-    /// Least norm.
+    /// Lower bound of the norm.
     eps: f64,
 }
-/// Gradient of `l2_norm_fwd`: `(dy - y (y . dy)) / norm`, or `dy / norm` where the norm was raised to eps.
+/// Gradient of `l2_norm_fwd`: `(dy - y (y . dy)) / norm`, or `dy / norm` for rows whose norm is at most eps.
 /// Exactly one of `dx` and `dx_acc` is present.
 norm: l2_norm_bwd(L2NormBwd<'a>) flop |s| 5 * s.x.dims.numel() => {
     dy: In<'a> = "[N, D]; act or acc",
@@ -361,7 +364,7 @@ pointwise: fill(Fill<'a>) flop |_s| 0 => {
     /// The value.
     value: f64,
 }
-/// `y = (x - shift) / scale`, channel by channel.
+/// `y = (x - shift) / scale` for every channel.
 pointwise: channel_affine_fwd(ChannelAffineFwd<'a>) flop |s| 2 * s.x.dims.numel() => {
     x: In<'a> = "[N, C]; act",
     shift: In<'a> = "[C]; act",
@@ -386,8 +389,9 @@ pointwise: swiglu_bwd(SwigluBwd<'a>) flop |s| 10 * s.dy.dims.numel() => {
     gate_up: In<'a> = "[N, 2F]; act",
     dgate_up: Out<'a> = "[N, 2F]; act",
 }
-/// Rotary embedding, half-split: for the first `heads` heads of `D` columns, dimensions `d` and `d + D/2`
-/// turn by `position * theta^(-2d/D)`; further columns are copied. The gradient is the inverse rotation.
+/// Rotary embedding of split halves: in each of the first `heads` heads of `D` columns, dimensions `d` and `d + D/2`
+/// are rotated by the angle `position * theta^(-2d/D)`; the remaining columns are copied. The gradient is the inverse
+/// rotation.
 pointwise: rope(Rope<'a>) flop |s| 3 * s.x.dims.numel() => {
     x: In<'a> = "[N, C]; act; C at least heads*head_dim",
     position: In<'a> = "[N]; i32",
@@ -396,9 +400,9 @@ pointwise: rope(Rope<'a>) flop |s| 3 * s.x.dims.numel() => {
     heads: usize,
     /// Head dimension.
     head_dim: usize = "even; at least 2",
-    /// Base of the angles; they are formed in float32 (float64 for the oracle).
+    /// Base of the angles, which are computed in f32 (in f64 by the reference implementation).
     theta: f64,
-    /// Turn backwards.
+    /// Rotate backwards.
     inverse: bool,
 }
 
@@ -409,7 +413,7 @@ gather: gather_fwd(GatherFwd<'a>) flop |_s| 0 => {
     idx: In<'a> = "[N]; i32; values below R",
     y: Out<'a> = "[N, C]; act",
 }
-/// `dtable[idx[n]] += dy[n]`, in the order of n; negative indices are skipped.
+/// `dtable[idx[n]] += dy[n]`, in the order of `n`; negative indices are skipped.
 gather: gather_bwd(GatherBwd<'a>) flop |s| s.dy.dims.numel() => {
     dy: In<'a> = "[N, C]; act",
     idx: In<'a> = "[N]; i32; values below R",
@@ -417,9 +421,9 @@ gather: gather_bwd(GatherBwd<'a>) flop |s| s.dy.dims.numel() => {
 }
 
 // ---- attention -----------------------------------------------------------------------------------------
-/// Softmax attention over a flat batch of sequences; query head h reads key/value head `h / (heads/kv_heads)`.
-/// Causal masks align the ends: query i of T sees keys up to `i + Tk - T`. No row of `k` and `v` but those of the
-/// sequences is looked at.
+/// Softmax attention over a flat batch of sequences; query head `h` uses key/value head `h / (heads/kv_heads)`. A
+/// causal mask aligns the ends of queries and keys: query `i` of `T` attends to keys `0` to `i + Tk - T`. Rows of `k`
+/// and `v` outside of the sequences are not read.
 attention: attention_fwd(AttentionFwd<'a>) flop |s| attention_flop(2, s.max_q, s.max_k, s.cu_q, s.heads, s.head_dim, s.causal) => {
     q: In<'a> = "[N, heads*head_dim]; act",
     k: In<'a> = "[Nk, kv_heads*head_dim]; act",
@@ -428,8 +432,8 @@ attention: attention_fwd(AttentionFwd<'a>) flop |s| attention_flop(2, s.max_q, s
     cu_q: In<'a> = "[S+1]; i32; values at most N",
     /// Sequence offsets into Nk.
     cu_k: In<'a> = "[S+1]; i32",
-    /// Keys of each sequence. Sequence s then has the rows `[cu_k[s], cu_k[s] + len_k[s])` of `k` and `v`, as in a cache
-    /// with free rows after each sequence, and the last offset of `cu_k` is ignored.
+    /// Keys of each sequence. Sequence s then has the rows `[cu_k[s], cu_k[s] + len_k[s])` of `k` and `v`, as in a
+    /// cache with free rows after each sequence, and the last offset of `cu_k` is ignored.
     len_k: Option<In<'a>> = "[S]; i32",
     y: Out<'a> = "[N, heads*head_dim]; act",
     /// Log-sum-exp of the scaled scores.
@@ -446,10 +450,10 @@ attention: attention_fwd(AttentionFwd<'a>) flop |s| attention_flop(2, s.max_q, s
     max_k: usize,
     /// Factor on the scores.
     scale: f64,
-    /// Mask the future.
+    /// Use a causal mask.
     causal: bool,
 }
-/// Gradient of `attention_fwd`; probabilities are recomputed from `lse`.
+/// Gradient of `attention_fwd`; the probabilities are recomputed from `lse`.
 attention: attention_bwd(AttentionBwd<'a>) flop |s| attention_flop(5, s.max_q, s.max_k, s.cu_q, s.heads, s.head_dim, s.causal) => {
     dy: In<'a> = "[N, heads*head_dim]; act",
     q: In<'a> = "[N, heads*head_dim]; act",
@@ -485,12 +489,12 @@ attention: attention_bwd(AttentionBwd<'a>) flop |s| attention_flop(5, s.max_q, s
 }
 
 // ---- losses --------------------------------------------------------------------------------------------
-/// Cross-entropy of a linear layer without its logits: `loss = scale * sum_n (lse_n - x_n . w[target_n])`
-/// over rows with `target >= 0`. Logits exist a tile at a time.
+/// Cross-entropy of a linear layer: `loss = scale * sum_n (lse_n - x_n . w[target_n])` over rows with `target >= 0`,
+/// where `lse_n` is the log-sum-exp of the logits `x_n . w`. Logits are computed tile by tile and not stored.
 loss: linear_xent_fwd(LinearXentFwd<'a>) flop |s| 2 * s.x.dims.numel() * s.w.dims.rows() => {
     x: In<'a> = "[N, C]; act",
     w: In<'a> = "[V, C]; act",
-    /// -1: not supervised.
+    /// Negative in unsupervised rows.
     target: In<'a> = "[N]; i32; values below V",
     /// One over the supervised rows of the whole batch.
     scale: In<'a> = "[1]; acc",
@@ -498,7 +502,7 @@ loss: linear_xent_fwd(LinearXentFwd<'a>) flop |s| 2 * s.x.dims.numel() * s.w.dim
     lse: Out<'a> = "[N]; acc",
     loss: Out<'a> = "[1]; acc",
 }
-/// Gradient of `linear_xent_fwd`; logits are recomputed tile by tile.
+/// Gradient of `linear_xent_fwd`; the logits are recomputed tile by tile.
 loss: linear_xent_bwd(LinearXentBwd<'a>) flop |s| 6 * s.x.dims.numel() * s.w.dims.rows() => {
     x: In<'a> = "[N, C]; act",
     w: In<'a> = "[V, C]; act",
@@ -511,11 +515,11 @@ loss: linear_xent_bwd(LinearXentBwd<'a>) flop |s| 6 * s.x.dims.numel() * s.w.dim
     dx: Out<'a> = "[N, C]; act",
     dw: Option<Acc<'a>> = "[V, C]; acc",
 }
-/// Cross-entropy of logits that are stored: `loss += scale * sum_n weight_n (lse_n - logits[n, target_n])` over rows
-/// with `target >= 0`, `lse_n` the log-sum-exp of row n.
+/// Cross-entropy of stored logits: `loss += scale * sum_n weight_n (lse_n - logits[n, target_n])` over rows with
+/// `target >= 0`, where `lse_n` is the log-sum-exp of row `n`.
 loss: xent_fwd(XentFwd<'a>) flop |s| 4 * s.logits.dims.numel() => {
     logits: In<'a> = "[N, V]; act",
-    /// Negative: the row is ignored.
+    /// Negative in ignored rows.
     target: In<'a> = "[N]; i32; values below V",
     /// Weights of the rows, 1 if absent.
     weight: Option<In<'a>> = "[N]; acc",
@@ -547,7 +551,7 @@ loss: l1_fwd(L1Fwd<'a>) flop |s| 3 * s.a.dims.numel() => {
     scale: In<'a> = "[1]; acc",
     loss: Acc<'a> = "[1]; acc",
 }
-/// `da = g * scale * sign(a - b)`, 0 where equal.
+/// `da = g * scale * sign(a - b)`, with 0 where `a` equals `b`.
 loss: l1_bwd(L1Bwd<'a>) flop |s| 3 * s.a.dims.numel() => {
     a: In<'a> = "[..]; act",
     b: In<'a> = "[..]; act",
@@ -572,7 +576,7 @@ loss: lpips_fwd(LpipsFwd<'a>) flop |s| 8 * s.f0.dims.numel() => {
     /// Constant factor on the sum, such as one over the pixels of a picture.
     factor: f64,
 }
-/// Gradient of `lpips_fwd` for `f1`; 0 where all of a pixel's features are 0.
+/// Gradient of `lpips_fwd` with respect to `f1`; 0 for pixels whose features in `f1` are all 0.
 loss: lpips_bwd(LpipsBwd<'a>) flop |s| 12 * s.f0.dims.numel() => {
     f0: In<'a> = "[P, C]; act",
     f1: In<'a> = "[P, C]; act",
@@ -586,7 +590,7 @@ loss: lpips_bwd(LpipsBwd<'a>) flop |s| 12 * s.f0.dims.numel() => {
     /// As in the forward.
     factor: f64,
 }
-/// Generator's adversarial loss: `loss += scale * sum_b softplus(-mean_p x[b, p])`.
+/// The generator's adversarial loss: `loss += scale * sum_b softplus(-mean_p x[b, p])`.
 loss: gan_generator_fwd(GanGeneratorFwd<'a>) flop |s| s.x.dims.numel() => {
     /// Patch logits of each image.
     x: In<'a> = "[B, P]; act; P at least 1",
@@ -602,13 +606,14 @@ loss: gan_generator_bwd(GanGeneratorBwd<'a>) flop |s| 2 * s.x.dims.numel() => {
     g: In<'a> = "[1]; acc",
     dx: Out<'a> = "[B, P]; act",
 }
-/// Hinge: `loss += factor * scale * sum relu(1 - x)` for real logits, `relu(1 + x)` for fake ones.
+/// The discriminator's hinge loss: `loss += factor * scale * sum relu(1 - x)` for real logits, with `relu(1 + x)` for
+/// fake ones.
 loss: hinge_fwd(HingeFwd<'a>) flop |s| 2 * s.x.dims.numel() => {
     x: In<'a> = "[..]; act",
     /// Factor on the sum, such as one over the patch logits of the whole batch.
     scale: In<'a> = "[1]; acc",
     loss: Acc<'a> = "[1]; acc",
-    /// Real or fake.
+    /// Whether the logits are those of real pictures.
     real: bool,
     /// Constant factor on the sum.
     factor: f64,
@@ -625,8 +630,8 @@ loss: hinge_bwd(HingeBwd<'a>) flop |s| 2 * s.x.dims.numel() => {
     /// As in the forward.
     factor: f64,
 }
-/// New LeCAM averages: `out = decay * ema + (1 - decay) * (mean(real), mean(fake))`. An average whose new value
-/// is not finite keeps its old one.
+/// Update of the LeCAM averages: `out = decay * ema + (1 - decay) * (mean(real), mean(fake))`. An average does not
+/// change if the mean is non-finite.
 loss: lecam_update(LecamUpdate<'a>) flop |s| 2 * s.real.dims.numel() => {
     /// Any shape.
     real: In<'a> = "[R, P]; act; R at least 1; P at least 1",
@@ -638,7 +643,7 @@ loss: lecam_update(LecamUpdate<'a>) flop |s| 2 * s.real.dims.numel() => {
     /// Weight of the old value.
     decay: f64,
 }
-/// LeCAM: `loss += scale * (sum relu(real - ema[1])^2 + sum relu(ema[0] - fake)^2)`.
+/// LeCAM regularization: `loss += scale * (sum relu(real - ema[1])^2 + sum relu(ema[0] - fake)^2)`.
 loss: lecam_fwd(LecamFwd<'a>) flop |s| 6 * s.real.dims.numel() => {
     /// Any shape.
     real: In<'a> = "[R, P]; act",
@@ -665,11 +670,12 @@ loss: lecam_bwd(LecamBwd<'a>) flop |s| 6 * s.real.dims.numel() => {
 }
 
 // ---- sampling (docs/sampling.md) -----------------------------------------------------------------------
-/// Draws an index from each row of logits, the same on every device (docs/sampling.md). With guidance the logits are
-/// `without + guidance * (logits - without)`. Temperature divides them, 0 takes the largest; `top_k` keeps the largest
-/// ones, of equal ones the first, and `top_p` of those the largest that together reach this share. The random number is
-/// that of draw `position` of sequence `number`, and `position` goes up by one, so that a loop needs no value of the
-/// host. A row with NaN, or whose largest logit is not finite, gives -1.
+/// Draws an index from each row of logits; the result is the same on every device (docs/sampling.md). With guidance,
+/// the logits are `without + guidance * (logits - without)`. They are divided by `temperature`; 0 chooses the largest
+/// one. `top_k` keeps that many of the largest logits, the first ones among equals. `top_p` then keeps the fewest of
+/// the largest ones that together have at least this share of the remaining probability. The random number is
+/// determined by `seed`, `number` and `position`; `position` is then incremented, so that a loop of draws needs no
+/// values from the host. The index is -1 for a row that contains NaN or whose maximum is not finite.
 sample: sample(Sample<'a>) flop |s| 32 * s.logits.dims.numel() => {
     logits: In<'a> = "[B, V]; act",
     /// Logits without the prompt.
@@ -692,23 +698,25 @@ sample: sample(Sample<'a>) flop |s| 32 * s.logits.dims.numel() => {
 }
 
 // ---- quantizer (docs/quantizer.md) ---------------------------------------------------------------------
-/// The best code of each token; ties to the smallest index, NaN below all numbers, an all-NaN row gives 0.
+/// The best code of each token. Ties go to the smallest index. NaN scores are lower than all others; if all scores of a
+/// row are NaN, the index is 0.
 codebook: nearest(Nearest<'a>) flop |s| 2 * s.z.dims.numel() * s.e.dims.rows() => {
     z: In<'a> = "[M, D]; act",
     e: In<'a> = "[K, D]; act; K at least 1",
     idx: Out<'a> = "[M]; i32",
     /// Count of rows without a finite score.
     bad: Option<Acc<'a>> = "[1]; acc",
-    /// How codes are scored.
+    /// The score of a code.
     metric: Metric,
 }
-/// Row statistics of `S = z E^T`, in one sweep over the codes. With `t` the best code and
-/// `x_j = (S_j - S_t) / temperature`: `rest_p = sum_{j != t} exp(S_j - S_t)`, `rest_q = sum_{j != t} exp(x_j)`,
-/// `xbar = sum_j q_j x_j`. Without entropies `rest_q` and `xbar` are absent, and `temperature` is not looked at.
+/// Row statistics of the scores `S = z E^T`, in one sweep over the codes. With `t` the best code and
+/// `x_j = (S_j - S_t) / temperature`: `rest_p = sum_{j != t} exp(S_j - S_t)`, `rest_q = sum_{j != t} exp(x_j)` and
+/// `xbar = sum_j q_j x_j` with `q = softmax(x)`. Without entropies, `rest_q` and `xbar` are absent and `temperature` is
+/// ignored.
 codebook: ibq_rows(IbqRows<'a>) flop |s| 2 * s.z.dims.numel() * s.e.dims.rows() => {
     z: In<'a> = "[M, D]; act",
     e: In<'a> = "[K, D]; act; K at least 1",
-    /// As `nearest` with the dot product.
+    /// The best code, as in `nearest` with the dot product.
     idx: Out<'a> = "[M]; i32",
     /// Score of the best code.
     smax: Out<'a> = "[M]; acc",
@@ -717,23 +725,25 @@ codebook: ibq_rows(IbqRows<'a>) flop |s| 2 * s.z.dims.numel() * s.e.dims.rows() 
     xbar: Option<Out<'a>> = "[M]; acc; with rest_q",
     /// Count of rows without a finite score.
     bad: Acc<'a> = "[1]; acc",
-    /// T of the entropies.
+    /// Temperature of the entropies.
     temperature: f64 = "above 0; if rest_q",
 }
-/// Undivided column sums `sum_i q_ij`, so that ranks can add theirs.
+/// Column sums `sum_i q_ij` over tokens. They are not divided by the number of tokens, so that they can be summed over
+/// ranks.
 codebook: ibq_cols(IbqCols<'a>) flop |s| 2 * s.z.dims.numel() * s.e.dims.rows() => {
     z: In<'a> = "[M, D]; act",
     e: In<'a> = "[K, D]; act; K at least 1",
     smax: In<'a> = "[M]; acc",
     rest_q: In<'a> = "[M]; acc",
     col: Out<'a> = "[K]; acc",
-    /// T of the entropies.
+    /// Temperature of the entropies.
     temperature: f64 = "above 0",
 }
-/// Values: `zq = E[idx]`, `quant = (1 + beta_commit + beta_code) * inv_count/D * sum (zq - z)^2`,
-/// `sample = inv_count * sum_i H_i`, `avg = -sum_j a_j log(a_j + eps)` with `a = col * inv_count`, and
-/// `c_j = -(log(a_j + eps) + a_j / (a_j + eps))`, the derivative of `avg`. Without entropies all of `rest_q`, `xbar`,
-/// `col`, `c`, `sample` and `avg` are absent.
+/// Outputs of the IBQ quantizer: `zq = E[idx]`; the quantization loss
+/// `quant = (1 + beta_commit + beta_code) * inv_count/D * sum (zq - z)^2`; the mean entropy of the tokens,
+/// `sample = inv_count * sum_i H_i`; the entropy of the average, `avg = -sum_j a_j log(a_j + eps)` with
+/// `a = col * inv_count`; and its derivative `c_j = -(log(a_j + eps) + a_j / (a_j + eps))`. Without entropies,
+/// `rest_q`, `xbar`, `col`, `c`, `sample` and `avg` are absent.
 codebook: ibq_losses(IbqLosses<'a>) flop |s| 4 * s.z.dims.numel() + 8 * s.col.map_or(0, |c| c.dims.numel()) => {
     z: In<'a> = "[M, D]; act",
     e: In<'a> = "[K, D]; act; K at least 1",
@@ -756,9 +766,9 @@ codebook: ibq_losses(IbqLosses<'a>) flop |s| 4 * s.z.dims.numel() + 8 * s.col.ma
     /// Weight of the codebook term.
     beta_code: f64,
 }
-/// The whole backward of the IBQ quantizer: soft path, hard scatter, both entropies and the direct terms of
-/// the quantization loss, with the best code kept out of every cancelling sum (docs/quantizer.md). Without entropies
-/// all of `rest_q`, `xbar`, `c`, `g_sample` and `g_avg` are absent.
+/// The backward pass of the IBQ quantizer: the soft path, the scatter of gradients to the best codes, both entropies
+/// and the direct terms of the quantization loss. The best code is left out of every sum in which its terms would
+/// cancel (docs/quantizer.md). Without entropies, `rest_q`, `xbar`, `c`, `g_sample` and `g_avg` are absent.
 codebook: ibq_bwd(IbqBwd<'a>) flop |s| 16 * s.z.dims.numel() * s.e.dims.rows() => {
     z: In<'a> = "[M, D]; act",
     e: In<'a> = "[K, D]; act; K at least 1",
@@ -770,7 +780,7 @@ codebook: ibq_bwd(IbqBwd<'a>) flop |s| 16 * s.z.dims.numel() * s.e.dims.rows() =
     c: Option<In<'a>> = "[K]; acc; with rest_q",
     /// One over the tokens of all ranks.
     inv_count: In<'a> = "[1]; acc",
-    /// Gradient that reached `zq` from the decoder and the projector.
+    /// Gradient of `zq` from the decoder and the projector.
     g: In<'a> = "[M, D]; act",
     /// Gradient of `quant`.
     g_quant: In<'a> = "[1]; acc",
@@ -780,14 +790,14 @@ codebook: ibq_bwd(IbqBwd<'a>) flop |s| 16 * s.z.dims.numel() * s.e.dims.rows() =
     g_avg: Option<In<'a>> = "[1]; acc; with rest_q",
     dz: Out<'a> = "[M, D]; act",
     de: Option<Acc<'a>> = "[K, D]; acc",
-    /// T of the entropies.
+    /// Temperature of the entropies.
     temperature: f64 = "above 0; if rest_q",
     /// Weight of the commitment term.
     beta_commit: f64,
     /// Weight of the codebook term.
     beta_code: f64,
 }
-/// The plain VQ baseline: `zq = E[idx]`, `quant = (beta_commit + beta_code) * inv_count/D * sum (zq - z)^2`.
+/// The plain VQ quantizer: `zq = E[idx]`, `quant = (beta_commit + beta_code) * inv_count/D * sum (zq - z)^2`.
 codebook: vq_losses(VqLosses<'a>) flop |s| 4 * s.z.dims.numel() => {
     z: In<'a> = "[M, D]; act",
     e: In<'a> = "[K, D]; act; K at least 1",
@@ -801,7 +811,8 @@ codebook: vq_losses(VqLosses<'a>) flop |s| 4 * s.z.dims.numel() => {
     /// Weight of the codebook term.
     beta_code: f64,
 }
-/// Gradient of `vq_losses`: `g` passes straight to `z`; commitment to `z`, codebook term to `e`.
+/// Gradient of `vq_losses`. `dz` is `g` (straight-through) plus the gradient of the commitment term; the gradient of
+/// the codebook term is added to `de`.
 codebook: vq_bwd(VqBwd<'a>) flop |s| 6 * s.z.dims.numel() => {
     z: In<'a> = "[M, D]; act",
     e: In<'a> = "[K, D]; act; K at least 1",
@@ -819,14 +830,15 @@ codebook: vq_bwd(VqBwd<'a>) flop |s| 6 * s.z.dims.numel() => {
 }
 
 // ---- optimizer -----------------------------------------------------------------------------------------
-/// `out[0] += sum x^2`, `out[1] +=` the number of non-finite elements (which are left out of the sum).
+/// Adds the sum of `x^2` over finite elements to `out[0]`, and the number of non-finite elements to `out[1]`.
 optim: sum_squares(SumSquares<'a>) flop |s| 2 * s.x.dims.numel() => {
     x: In<'a> = "[n]; acc",
     out: Acc<'a> = "[2]; acc",
 }
-/// One AdamW step on a flat range, all in the accumulator type; see [`super::Slot`] for what it reads from
-/// the step state. The gradient is scaled by `min(1, clip / (sqrt(norm[0]) + 1e-6))` if `clip > 0`. If
-/// `norm[1] > 0` nothing changes. `ema = decay * ema + (1 - decay) * master`, `shadow = master` rounded.
+/// One AdamW step on a flat range, in the accumulator type, with learning rate, bias corrections and clip from the step
+/// state (see [`super::Slot`]). If `clip > 0`, the gradient is scaled by `min(1, clip / (sqrt(norm[0]) + 1e-6))`. Then
+/// `ema = ema_decay * ema + (1 - ema_decay) * master`, and `shadow` is `master` rounded to act. Nothing changes if
+/// `norm[1] > 0`.
 optim: adamw(Adamw<'a>) flop |s| 12 * s.grad.dims.numel() => {
     /// Updated.
     master: Acc<'a> = "[n]; acc",
@@ -855,7 +867,7 @@ optim: adamw(Adamw<'a>) flop |s| 12 * s.grad.dims.numel() => {
     /// Decay of the average of the weights.
     ema_decay: f64,
 }
-/// `y = x` if `norm[1] > 0`: takes back what a step did whose update is skipped.
+/// `y = x` if `norm[1] > 0`: undoes the changes of a step that is skipped.
 optim: restore(Restore<'a>) flop |_s| 0 => {
     /// The values before the step.
     x: In<'a> = "[n]; act or acc",
@@ -917,9 +929,9 @@ macro_rules! define_contract {
             }
         )*
 
-        /// Every kernel of the model. A call is ordered after earlier calls on the same stream; it neither
-        /// allocates device memory nor waits. What the table says of the arguments is checked before anything else, and
-        /// that the tensors are this device's.
+        /// All kernels. A call is ordered after earlier calls on the same stream. It neither allocates device memory
+        /// nor waits for the device. Before anything else, a device checks that the tensors are its own and that the
+        /// arguments satisfy the rules of the table.
         pub trait Kernels: Device {
             $(
                 $(#[$doc])*
@@ -937,8 +949,8 @@ fn inner(a: &In, transposed: bool) -> usize {
     if transposed { a.dims.rows() } else { a.dims.cols() }
 }
 
-/// `n` products of T x Tk x D per head, half of them masked if causal. Sequence lengths live on the device,
-/// so the longest stands for all: an upper bound.
+/// An upper bound of the operations of attention: `n` products of T x Tk x D per head, half of them masked if causal.
+/// All sequences count with the maximum length, since their lengths are on the device.
 fn attention_flop(n: usize, tq: usize, tk: usize, cu: In, heads: usize, d: usize, causal: bool) -> usize {
     let seqs = cu.dims.numel().saturating_sub(1);
     2 * n * seqs * heads * d * tq * tk / if causal { 2 } else { 1 }

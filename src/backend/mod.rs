@@ -120,9 +120,9 @@ impl Buffer {
     /// For devices: wraps an allocation of `device`.
     ///
     /// # Safety
-    /// Kernels of `device` follow the address. From `addr`, a multiple of 256, it may read and write `bytes` bytes, which
-    /// hold some value, until the buffer is dropped and `owner` takes them back; nothing else uses them. On a device
-    /// without data, and with 0 bytes, any address will do.
+    /// Kernels of `device` dereference the address. `addr` is a multiple of 256, and the `bytes` bytes from there on
+    /// are initialised and can be read and written by the device, and by nothing else, until the buffer is dropped and
+    /// `owner` frees them. With 0 bytes, or on a device without data, any address is valid.
     pub unsafe fn new(
         addr: u64,
         bytes: usize,
@@ -143,7 +143,7 @@ impl Buffer {
         self.bytes
     }
 
-    /// The device whose memory it is.
+    /// The device that the memory belongs to.
     pub fn device(&self) -> DeviceId {
         self.device
     }
@@ -289,15 +289,11 @@ pub trait Collectives {
 pub trait Device: Send + Sync {
     /// Name for messages.
     fn name(&self) -> String;
-    /// The identity that its buffers carry: tensors of other devices are refused.
+    /// The identity of this device, which is stored in its buffers. Tensors of other devices are refused.
     fn id(&self) -> DeviceId;
     /// Whether the device stores data; initial values need not be computed for one that does not.
     fn has_data(&self) -> bool {
         true
-    }
-    /// Kernels that the device does not implement yet.
-    fn missing(&self) -> Vec<&'static str> {
-        Vec::new()
     }
     /// Bytes that could be allocated now, if known.
     fn available(&self) -> Option<u64> {
@@ -399,15 +395,15 @@ pub struct Cost {
     pub bytes: u64,
 }
 
-/// Arguments of a kernel, as the devices that only look at them see them.
+/// Arguments of a kernel, in a form that is independent of the kernel.
 pub trait Args {
     /// The kernel's row of the table.
     fn spec(&self) -> &'static KernelSpec;
     /// Calls `f` with all arguments, in the order of the row.
     fn with_values(&self, f: &mut dyn FnMut(&[Value]) -> Result<()>) -> Result<()>;
-    /// Name, access and extent of every tensor argument that is present.
+    /// Name, access and view of every tensor argument that is present.
     fn views(&self) -> Vec<(&'static str, Access, In<'_>)>;
-    /// Operations and least bytes.
+    /// Operations and minimal memory traffic.
     fn cost(&self) -> Cost;
     /// The kernel's name, equal to the C launcher's without its prefix.
     fn kernel(&self) -> &'static str {
@@ -415,24 +411,24 @@ pub trait Args {
     }
 }
 
-/// An argument as checks see it.
+/// An argument of a kernel, for checks.
 #[derive(Clone, Copy)]
 pub enum Value<'a> {
-    /// A tensor that may be absent, and is.
+    /// An optional tensor that is absent.
     Absent,
-    /// A tensor, and how it is touched.
+    /// A tensor and its access.
     Tensor(Access, &'a In<'a>),
-    /// A count.
+    /// A `usize`.
     Count(usize),
-    /// A truth value.
+    /// A `bool`.
     Flag(bool),
-    /// A number.
+    /// An `f64`.
     Real(f64),
-    /// What checks do not look at.
+    /// An argument without rules.
     Other,
 }
 
-/// A type that may stand in a kernel's arguments.
+/// A type of kernel arguments.
 pub(crate) trait Field {
     const KIND: Kind;
     fn value(&self) -> Value<'_> {

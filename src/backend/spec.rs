@@ -1,38 +1,41 @@
-//! What the table of kernels says of arguments, as data. The text beside a field of the table, such as
-//! `[N, C]; act; with residual`, becomes a [`FieldSpec`] when the crate is compiled; [`super::check`] holds calls against it.
+//! The rules for arguments in the table of kernels, as data. The text after a field of the table, such as
+//! `[N, C]; act; with residual`, is compiled to a [`FieldSpec`] together with the crate; [`super::check`] checks calls
+//! against it.
 //!
-//! Of a tensor, separated by semicolons:
-//! - its shape. `[N, C]`: rows of any stride in any number of dimensions; `[C]`: a vector, elements without gaps in any
-//!   shape; `[B, H, W, C]`: these dimensions; `[..]`: rows as `[N, C]`, of the same shape as the others of the call that
-//!   say so. A size is `N`, `2H`, `H/2`, `S+1` or `heads*head_dim`, of letters, which are the same number all over a call,
-//!   and of the call's own numbers. `[N, C], or [C, N] if ta` depends on a truth value;
+//! The rules of a tensor are separated by semicolons:
+//! - its shape. `[N, C]`: rows with any stride, in any number of dimensions; `[C]`: a vector of contiguous elements, in
+//! any number of dimensions; `[B, H, W, C]`: exactly these dimensions; `[..]`: as `[N, C]`, with the same shape as all
+//! other tensors of the call with `[..]`. A size is `N`, `2H`, `H/2`, `S+1` or `heads*head_dim`, where a letter stands
+//! for the same number in the whole call, and other names are arguments of the call. `[N, C], or [C, N] if ta` depends
+//! on a `bool`;
 //! - its element type: `act`, `acc`, `act or acc`, `i32`, `any float`, `any type`, or `type of x`;
-//! - `without gaps`: rows follow each other;
-//! - `with x` (there exactly if `x` is) or `unless x` (there exactly if `x` is not), for what may be absent;
-//! - `may be x`: this output may be the input `x` itself, with the same strides. No other output overlaps anything;
-//! - `values below R`, `values at most N`: indices or offsets, which kernels report as faults if they are not;
-//! - rules of sizes: `G divides C`, `C at least heads*head_dim`.
+//! - `without gaps`: the tensor is contiguous;
+//! - `with x` (present if and only if `x` is) or `unless x` (present if and only if `x` is absent), for optional
+//! tensors;
+//! - `may be x`: this output may be the input `x` itself, with the same strides. No other output may overlap anything;
+//! - `values below R`, `values at most N`: limits of indices or offsets. Kernels report values beyond them as faults;
+//! - rules for sizes: `G divides C`, `C at least heads*head_dim`.
 //!
-//! Of a number: `at least 1`, `above 0`, `at most 1`, `below 16`, `even`, `finite`, `divides heads`, and `if x`: it is not
-//! looked at unless `x` is there.
+//! The rules of a number are `at least 1`, `above 0`, `at most 1`, `below 16`, `even`, `finite`, `divides heads`, and
+//! `if x`: the number is ignored unless `x` is present.
 
 use super::Access;
 
-/// Letters and counts of a kernel, at most.
+/// Maximum number of letters and counts of a kernel.
 pub(super) const SYMBOLS: usize = 16;
-/// Arguments of a kernel, at most.
+/// Maximum number of arguments of a kernel.
 const FIELDS: usize = 24;
 /// No symbol.
 const NONE: u8 = u8::MAX;
 
-/// What kind of value a field holds.
+/// The type of a field.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// A tensor.
     Tensor {
-        /// How it is touched.
+        /// How the kernel accesses it.
         access: Access,
-        /// It may be absent.
+        /// Whether it may be absent.
         optional: bool,
     },
     /// A `usize`.
@@ -67,7 +70,7 @@ impl Expr {
         Expr { times: 1, symbols: [i, NONE], over: 1, plus: 0 }
     }
 
-    /// The symbol, if that is all there is.
+    /// The symbol, if the size is a single symbol.
     pub(super) const fn plain(&self) -> Option<u8> {
         match self {
             Expr { times: 1, symbols: [i, NONE], over: 1, plus: 0 } if *i != NONE => Some(*i),
@@ -75,7 +78,7 @@ impl Expr {
         }
     }
 
-    /// The symbol of `S+1`.
+    /// The symbol, if the size is a single symbol plus a constant, such as `S+1`.
     pub(super) const fn successor(&self) -> Option<u8> {
         match self {
             Expr { times: 1, symbols: [i, NONE], over: 1, .. } if *i != NONE => Some(*i),
@@ -83,13 +86,13 @@ impl Expr {
         }
     }
 
-    /// Symbols that it is made of.
+    /// The symbols in the size.
     pub fn symbols(&self) -> impl Iterator<Item = u8> {
         self.symbols.into_iter().filter(|&s| s != NONE)
     }
 }
 
-/// Sizes of a tensor: one of a vector, two of rows, else all dimensions.
+/// The sizes of a tensor: one for a vector, two for rows, otherwise all dimensions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Shape {
     rank: u8,
@@ -121,34 +124,35 @@ pub enum Elements {
     Float,
     /// Any type.
     Any,
-    /// That of another argument, by its place.
+    /// The type of the argument with this index.
     Like(u8),
 }
 
-/// What the table says of a tensor.
+/// The rules of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TensorSpec {
     pub(super) shape: Shape,
-    /// The shape if the truth value at this place is set.
+    /// The shape if the `bool` argument with this index is true.
     pub(super) otherwise: Option<(Shape, u8)>,
     /// Element type.
     pub elements: Elements,
-    /// Rows follow each other.
+    /// Whether it must be contiguous.
     pub(super) dense: bool,
-    /// The input that this output may be.
+    /// Index of the input that this output may be.
     pub(super) may_be: Option<u8>,
-    /// Its values are indices into something.
+    /// Whether its values are indices or offsets with a limit.
     values: bool,
 }
 
 impl TensorSpec {
-    /// Its sizes, unless a truth value says otherwise: one of a vector, two of rows, else all dimensions.
+    /// Its sizes, unless a `bool` argument selects the other shape: one for a vector, two for rows, otherwise all
+    /// dimensions.
     pub fn sizes(&self) -> &[Expr] {
         self.shape.sizes()
     }
 }
 
-/// How two numbers have to stand to each other, or what one has to be.
+/// A relation between two numbers, or a property of one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Relation {
     AtLeast,
@@ -160,7 +164,7 @@ pub(super) enum Relation {
     Finite,
 }
 
-/// A rule of numbers.
+/// A rule for numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Rule {
     pub(super) left: Expr,
@@ -168,25 +172,25 @@ pub(super) struct Rule {
     pub(super) right: Expr,
 }
 
-/// An argument that depends on whether another one is there.
+/// A dependence on the presence of another argument.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Presence {
-    /// The place of the other one.
+    /// Index of the other argument.
     pub(super) of: u8,
-    /// There if that one is, or if it is not.
+    /// Whether the presence must be the same, or the opposite.
     pub(super) same: bool,
 }
 
-/// What the table says of an argument.
+/// The rules of an argument.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FieldSpec {
     /// The field of the argument struct.
     pub name: &'static str,
-    /// What it holds.
+    /// Its type.
     pub kind: Kind,
-    /// The rules as the table has them; empty if there are none.
+    /// The text of the rules in the table; empty without rules.
     pub text: &'static str,
-    /// Of a tensor.
+    /// The rules of a tensor.
     pub tensor: Option<TensorSpec>,
     pub(super) rules: [Option<Rule>; 3],
     pub(super) presence: Option<Presence>,
@@ -199,7 +203,7 @@ pub struct KernelSpec {
     pub name: &'static str,
     /// Its arguments, in the order of the C header.
     pub fields: &'static [FieldSpec],
-    /// Letters and counts, as sizes number them.
+    /// The names of symbols (letters and counts), by their index in sizes.
     pub symbols: [&'static str; SYMBOLS],
 }
 
@@ -209,7 +213,7 @@ impl KernelSpec {
         self.fields.iter().find(|f| f.name == name)
     }
 
-    /// The tensor whose values can be wrong: what a fault is about.
+    /// The argument with limited values, which faults refer to.
     pub fn indices(&self) -> Option<&'static FieldSpec> {
         self.fields.iter().find(|f| f.tensor.is_some_and(|t| t.values))
     }
@@ -220,28 +224,28 @@ pub fn kernel(name: &str) -> Option<&'static KernelSpec> {
     super::KERNELS.iter().copied().find(|k| k.name == name)
 }
 
-/// A field as it stands in the table.
+/// A field of the table before compilation.
 pub(super) struct Raw {
     pub(super) name: &'static str,
     pub(super) kind: Kind,
     pub(super) text: &'static str,
 }
 
-/// The specs of all fields of a kernel, in the first `n` places.
+/// The rules of all fields of a kernel, in the first `n` elements.
 pub(super) struct Compiled {
     pub(super) fields: [FieldSpec; FIELDS],
     pub(super) n: usize,
     pub(super) symbols: [&'static str; SYMBOLS],
 }
 
-/// Reads the texts of a kernel's fields. A mistake in one of them stops the compiler.
+/// Compiles the texts of a kernel's fields. A mistake in a text is a compile-time error.
 pub(super) const fn compile(raw: &[Raw]) -> Compiled {
     assert!(raw.len() <= FIELDS, "a kernel with too many arguments");
     let none =
         FieldSpec { name: "", kind: Kind::Seed, text: "", tensor: None, rules: [None; 3], presence: None };
     let mut all = Compiled { fields: [none; FIELDS], n: raw.len(), symbols: [""; SYMBOLS] };
     let mut reader = Reader { text: b"", at: 0, raw, symbols: [""; SYMBOLS], bound: [false; SYMBOLS] };
-    // Counts come first: their values are known from the start.
+    // Counts come first, since their values are always known.
     let mut i = 0;
     while i < raw.len() {
         if matches!(raw[i].kind, Kind::Count) {
@@ -258,11 +262,11 @@ pub(super) const fn compile(raw: &[Raw]) -> Compiled {
         let mut field = FieldSpec { name, kind, text, ..none };
         if let Kind::Tensor { optional, .. } = kind {
             field.tensor = Some(reader.tensor(!optional));
-            assert!(reader.done() || reader.eat(";"), "words that nobody understands");
+            assert!(reader.done() || reader.eat(";"), "unexpected text after a rule, expected `;`");
         }
         while !reader.done() {
             reader.segment(&mut field);
-            assert!(reader.done() || reader.eat(";"), "words that nobody understands");
+            assert!(reader.done() || reader.eat(";"), "unexpected text after a rule, expected `;`");
         }
         all.fields[i] = field;
         i += 1;
@@ -271,7 +275,7 @@ pub(super) const fn compile(raw: &[Raw]) -> Compiled {
     while s < SYMBOLS {
         assert!(
             reader.bound[s] || reader.symbols[s].is_empty(),
-            "a letter that no required tensor gives a value"
+            "a letter without a value from a required tensor"
         );
         s += 1;
     }
@@ -284,7 +288,7 @@ struct Reader<'r> {
     at: usize,
     raw: &'r [Raw],
     symbols: [&'static str; SYMBOLS],
-    /// Symbols that a call surely gives a value.
+    /// Symbols that have a value in every call.
     bound: [bool; SYMBOLS],
 }
 
@@ -319,7 +323,7 @@ impl Reader<'_> {
         if self.at < self.text.len() { self.text[self.at] } else { 0 }
     }
 
-    /// Takes these words if they are next.
+    /// Consumes these words if they are next.
     const fn eat(&mut self, words: &str) -> bool {
         self.skip();
         let words = words.as_bytes();
@@ -337,7 +341,7 @@ impl Reader<'_> {
     }
 
     const fn expect(&mut self, words: &str) {
-        assert!(self.eat(words), "something else was to be expected");
+        assert!(self.eat(words), "unexpected text");
     }
 
     const fn int(&mut self) -> Option<usize> {
@@ -353,7 +357,7 @@ impl Reader<'_> {
     const fn name(&mut self) -> &'static str {
         self.skip();
         let start = self.at;
-        assert!(self.peek().is_ascii_alphabetic(), "a name was to be expected");
+        assert!(self.peek().is_ascii_alphabetic(), "expected a name");
         while in_name(self.peek()) {
             self.at += 1;
         }
@@ -365,7 +369,7 @@ impl Reader<'_> {
         }
     }
 
-    /// The place of the argument that is named next.
+    /// Consumes the name of an argument and returns its index.
     const fn field(&mut self) -> u8 {
         let name = self.name();
         let mut i = 0;
@@ -391,7 +395,7 @@ impl Reader<'_> {
                 e.symbols[1] = self.intern(name);
             }
         } else {
-            assert!(self.at > 0 && self.text[self.at - 1].is_ascii_digit(), "a size was to be expected");
+            assert!(self.at > 0 && self.text[self.at - 1].is_ascii_digit(), "expected a size");
         }
         if self.eat("/") {
             e.over = self.must_int();
@@ -406,7 +410,7 @@ impl Reader<'_> {
     const fn must_int(&mut self) -> usize {
         match self.int() {
             Some(n) => n,
-            None => panic!("a number was to be expected"),
+            None => panic!("expected a number"),
         }
     }
 
@@ -419,7 +423,7 @@ impl Reader<'_> {
             shape.dims[1] = Expr::symbol(self.intern("columns"));
         } else {
             loop {
-                assert!(shape.rank < 4, "a shape of more than four sizes");
+                assert!(shape.rank < 4, "a shape with more than four sizes");
                 shape.dims[shape.rank as usize] = self.expr();
                 shape.rank += 1;
                 if !self.eat(",") {
@@ -438,7 +442,7 @@ impl Reader<'_> {
         shape
     }
 
-    /// Shape and element type.
+    /// Consumes the shape and the element type of a tensor.
     const fn tensor(&mut self, required: bool) -> TensorSpec {
         let shape = self.shape(required);
         let mut otherwise = None;
@@ -446,7 +450,7 @@ impl Reader<'_> {
             let other = self.shape(required);
             self.expect("if");
             let flag = self.field();
-            assert!(matches!(self.raw[flag as usize].kind, Kind::Flag), "not a truth value");
+            assert!(matches!(self.raw[flag as usize].kind, Kind::Flag), "expected a bool argument");
             otherwise = Some((other, flag));
         }
         self.expect(";");
@@ -469,7 +473,7 @@ impl Reader<'_> {
         TensorSpec { shape, otherwise, elements, dense: false, may_be: None, values: false }
     }
 
-    /// One of the other rules.
+    /// Consumes one of the other rules.
     const fn segment(&mut self, field: &mut FieldSpec) {
         if let Some(tensor) = &mut field.tensor {
             if self.eat("without gaps") {
@@ -479,20 +483,26 @@ impl Reader<'_> {
             if self.eat("may be") {
                 assert!(
                     matches!(field.kind, Kind::Tensor { access: Access::Write, .. }),
-                    "only what is written may"
+                    "only an output may be an input"
                 );
                 tensor.may_be = Some(self.field());
                 return;
             }
             if self.eat("values") {
-                assert!(self.eat("below") || self.eat("at most"), "values below or at most something");
+                assert!(
+                    self.eat("below") || self.eat("at most"),
+                    "expected `values below` or `values at most`"
+                );
                 self.expr();
                 tensor.values = true;
                 return;
             }
             let (with, unless) = (self.eat("with"), self.eat("unless"));
             if with || unless {
-                assert!(matches!(field.kind, Kind::Tensor { optional: true, .. }), "it cannot be absent");
+                assert!(
+                    matches!(field.kind, Kind::Tensor { optional: true, .. }),
+                    "a required tensor cannot be absent"
+                );
                 field.presence = Some(Presence { of: self.field(), same: with });
                 return;
             }
@@ -524,7 +534,7 @@ impl Reader<'_> {
         };
         let whole =
             !matches!(relation, Relation::Even | Relation::Divides) || !matches!(field.kind, Kind::Real);
-        assert!(whole, "a rule of whole numbers");
+        assert!(whole, "a rule for integers only");
         let right = if unary { Expr::number(0) } else { self.expr() };
         let mut i = 0;
         while field.rules[i].is_some() {

@@ -153,7 +153,7 @@ impl ParamBuilder {
                     "build",
                     "params",
                     got,
-                    "tensors that can be addressed: fewer elements",
+                    "fewer elements, so that they can be addressed",
                 ));
             }
             let master = Tensor::empty(&*dev, Role::Weight, prec.acc, [layout.len])?;

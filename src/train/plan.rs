@@ -1,6 +1,6 @@
 //! `--plan`: runs one step of each stage on the device that only counts.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::Arc;
 
@@ -185,10 +185,9 @@ pub fn choose_device(cfg: &Config) -> Result<(Target, Arc<dyn Kernels>)> {
             return open("cpu");
         }
     };
-    let mut missing = BTreeSet::new();
     for s in &cfg.stage {
         match plan_stage(cfg, &StageConfig { batch: 1, accumulate: 1, ..s.clone() }, target) {
-            Ok(p) => missing.extend(p.kernels.into_keys().filter(|k| gpu.missing().contains(k))),
+            Ok(_) => {}
             Err(e @ Error::Unsupported { .. }) => {
                 tracing::info!("on the CPU ({e})");
                 return open("cpu");
@@ -196,18 +195,8 @@ pub fn choose_device(cfg: &Config) -> Result<(Target, Arc<dyn Kernels>)> {
             Err(e) => return Err(e),
         }
     }
-    if missing.is_empty() {
-        tracing::info!("on {}", gpu.name());
-        return Ok((target, gpu));
-    }
-    let names: Vec<&str> = missing.into_iter().collect();
-    tracing::info!(
-        "on the CPU: {} lacks {} of the kernels that this run needs ({})",
-        gpu.name(),
-        names.len(),
-        names.join(", ")
-    );
-    open("cpu")
+    tracing::info!("on {}", gpu.name());
+    Ok((target, gpu))
 }
 
 fn gib(bytes: u64) -> f64 {

@@ -124,7 +124,7 @@ impl Arena {
         Arena { gpu: device.gpu.clone(), blocks: Mutex::default(), device: Some(device) }
     }
 
-    /// The device whose memory it gives.
+    /// The device that the memory belongs to.
     pub(super) fn device(&self) -> DeviceId {
         self.gpu.id
     }

@@ -457,10 +457,6 @@ impl Device for Cuda {
         self
     }
 
-    fn missing(&self) -> Vec<&'static str> {
-        super::missing()
-    }
-
     fn available(&self) -> Option<u64> {
         self.gpu.context.mem_get_info().ok().map(|(free, _)| free as u64)
     }

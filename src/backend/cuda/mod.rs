@@ -26,9 +26,3 @@ pub use device::{Cuda, Options};
 #[cfg(ett_cuda)]
 pub(super) use device::{Query, held};
 pub use shim::Shim;
-
-/// Kernels of the interface that have no CUDA implementation yet, as listed in `missing.c`.
-pub fn missing() -> Vec<&'static str> {
-    let refused = include_str!("../../../kernels/common/missing.c").lines();
-    refused.filter_map(|l| l.strip_prefix("MISSING(")?.strip_suffix(')')).collect()
-}

@@ -112,11 +112,11 @@ impl Shim {
         let c = std::ptr::from_ref(&c).cast::<c_void>();
         // SAFETY: the type of all queries in the header, except for the type of the struct behind the pointer.
         let query: Query = unsafe { self.symbol(&format!("{name}_workspace"))? };
-        // Before the views are looked at, so that the query is asked about wrong ones, too.
+        // Called before the views are checked, so that tests can call the query with invalid views too.
         // SAFETY: the struct is the one that this kernel's functions take, and no view's memory is read.
         let bytes = unsafe { query(c) };
         self.queried.store(bytes, Ordering::Relaxed);
-        // The launchers check the rest themselves, which is tested here.
+        // Only memory is checked here: this device tests the checks that launchers make themselves.
         check::memory(self.heap.id, a)?;
         let workspace = match usize::try_from(bytes) {
             Ok(bytes) if bytes > 0 => Some(Self::take(&self.heap, Role::Workspace, bytes)?),
@@ -224,7 +224,7 @@ impl Device for Shim {
                 format!("{} contiguous bytes", dst.0.bytes()),
             ));
         }
-        // SAFETY: in bounds by the check of the view and of the source's length; nobody can hold a reference into a buffer.
+        // SAFETY: the view was checked and has the length of the source; there are no references into buffers.
         unsafe { std::ptr::copy_nonoverlapping(src.as_ptr(), dst.0.addr() as *mut u8, src.len()) };
         Ok(())
     }
@@ -236,7 +236,8 @@ impl Device for Shim {
         let mut v = Vec::with_capacity(rows * width);
         for r in 0..if width == 0 { 0 } else { rows } {
             let at = src.addr() + r as u64 * src.ld as u64 * src.dtype.size() as u64;
-            // SAFETY: not empty, in bounds by the check of the view; blocks are initialised when they are taken, and this is the only call.
+            // SAFETY: not empty, and in bounds since the view was checked; blocks are initialised when they are
+            // allocated, and no other call runs meanwhile.
             v.extend_from_slice(unsafe { std::slice::from_raw_parts(at as *const u8, width) });
         }
         Ok(Pending::new(move || Ok(v)))

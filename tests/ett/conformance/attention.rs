@@ -204,10 +204,11 @@ impl Batch {
             call.extend(self.results(d));
             let mut saved = d.forward(call, move |dev, v| self.forward(dev, v));
             let mut take = |name| saved.remove(name).expect("a result of the forward");
-            // Probabilities and the gradients of scores may be rounded to act, and the result is rounded as well: one
-            // rounding of the product of scores and one of the result. The first rows of a causal sequence see few
-            // keys and are larger than the rms by which single values are measured.
-            let near = self.near(d).roundings(2.5);
+            // Probabilities and the gradients of scores may be rounded to act, and the result is rounded as well. The
+            // first rows of a causal sequence see few keys and are larger than the rms by which single values are
+            // measured: there the naive computation in bf16 is off by 6.6e-2 of it in dq, 4.9e-2 in dk and 2.9e-2 in
+            // dv. The bounds are 7.6e-2 and, for dv, 5.7e-2; a test below compares them with twice the naive error.
+            let (near, near_v) = (self.near(d).roundings(2.5), self.near(d).roundings(1.9));
             // The gradient of a score, p (dp - delta), vanishes if one key has all of the probability.
             let score = d.scale * d.scale / (self.longest().1.max(1) as f64).sqrt();
             args.extend([
@@ -216,7 +217,7 @@ impl Batch {
                 acc("lse", [n, self.heads], take("lse")),
                 out("dq", Type::Act, [n, width], near.size(score * d.scale)),
                 out("dk", Type::Act, [nk, kv_width], near.size(score * d.scale * self.boost)),
-                out("dv", Type::Act, [nk, kv_width], near),
+                out("dv", Type::Act, [nk, kv_width], near_v),
             ]);
             args
         };
@@ -313,9 +314,8 @@ pub fn bwd_sample() -> Case {
 
 // ---- the bound of gradients in bf16 --------------------------------------------------------------------
 
-/// Gradients as a plain program in bf16 forms them from what the forward saved: probabilities and the gradients of scores
-/// are rounded before they are multiplied, sums are exact, results are rounded. Values are those of the arguments `q`,
-/// `k`, `v`, `y`, `dy` and `lse` of one sequence.
+/// Gradients of one causal sequence by the naive computation in bf16: probabilities and the gradients of scores are
+/// rounded before they are multiplied, sums are exact, results are rounded. `arg` returns the values of an argument.
 fn naive_backward(b: &Batch, arg: &dyn Fn(&str) -> Vec<f64>) -> [Vec<f64>; 3] {
     let round = |v: f64| DType::Bf16.rounded(v);
     let (n, d, width, kv_width) = (b.n(), b.head_dim, b.width(), b.kv_width());
@@ -342,8 +342,8 @@ fn naive_backward(b: &Batch, arg: &dyn Fn(&str) -> Vec<f64>) -> [Vec<f64>; 3] {
     [dq, dk, dv].map(|v| v.into_iter().map(round).collect())
 }
 
-/// The bound of single values is at most twice the error of the plain program where that is largest: in the first rows of
-/// a causal sequence, which see few keys, next to an rms over rows that see a thousand.
+/// The bound of single values is at most twice the largest error of the naive computation, which is in the first rows of a
+/// causal sequence: they see few keys, while most rows that the rms is taken of see hundreds.
 #[test]
 fn single_gradients_in_bf16_are_bound_by_twice_the_naive_error() -> Result<()> {
     let oracle = Cpu::new(0)?;
@@ -358,14 +358,12 @@ fn single_gradients_in_bf16_are_bound_by_twice_the_naive_error() -> Result<()> {
         a.values().expect("an input").clone()
     };
     let naive = naive_backward(&batch, &arg);
-    let mut worst = 0.0;
     for (a, (want, naive)) in args.iter().filter(|a| a.is_output()).zip(want.iter().zip(&naive)) {
         let e = errors(a.name, naive, want, a.dims.cols(), 0.0).expect("finite numbers");
-        println!("{}: norm {:.2e}, row {:.2e}, element {:.2e}", a.name, e.norm, e.row.0, e.element.0);
-        worst = f64::max(worst, e.element.0);
         let Judge::Near(near) = &a.judge else { panic!("gradients are compared by the comparator") };
         let bound = near.bounds(DType::Bf16, Precision::BF16, want.len()).element;
-        println!("{}: bound {bound:.2e}", a.name);
+        println!("{}: off by {:.2e} at most, bound {bound:.2e}", a.name, e.element.0);
+        assert!(bound <= 2.0 * e.element.0, "{}: bound {bound:.2e}, naive error {:.2e}", a.name, e.element.0);
     }
     Ok(())
 }

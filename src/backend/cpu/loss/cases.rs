@@ -1,4 +1,4 @@
-//! Sizes and checks that the tests of the losses share.
+//! Sizes and checks shared by the tests of the losses.
 
 use super::*;
 use crate::backend::cpu::testing::args::*;
@@ -10,14 +10,15 @@ pub(super) fn read_loss(dev: &Cpu, loss: &Tensor) -> Result<f64> {
     Ok(loss.to_f64(dev)?[0])
 }
 
-/// Moves values away from a kink that finite differences would straddle.
+/// Moves values away from a kink, where finite differences are wrong.
 pub(super) fn clear_of(kink: f64, mut v: Vec<f64>) -> Vec<f64> {
     v.iter_mut().filter(|x| (**x - kink).abs() < 0.01).for_each(|x| *x = kink + 0.02);
     v
 }
 
-/// Checks a loss and its gradients for `wrt` at all sizes; gradients of large ones against f64 only.
-/// The last three arguments are the loss, which has a value already, the gradient it receives, and the scale.
+/// Checks a loss and its gradients for the arguments `wrt` at all sizes. Gradients are compared with f64, and with
+/// finite differences if the size is small. The last three arguments are appended here: the loss, with an initial
+/// value, its gradient, and the scale.
 pub(super) fn check_loss(
     args: impl Fn(usize, usize) -> Vec<Arg>,
     wrt: &[usize],

@@ -11,7 +11,7 @@ by_act! {
     gan_generator_bwd(GanGeneratorBwd) by x => generator_grad;
 }
 
-/// Minus the mean logit of each image.
+/// The negative mean logit of each image.
 fn minus_means<E: Elem>(op: &'static str, x: &In) -> Result<Vec<E::Acc>> {
     let x = rows::<E>(op, "x", x)?;
     Ok((0..x.rows).map(|b| -mean(x.row(b), |v| v)).collect())
@@ -38,7 +38,7 @@ fn generator_grad<E: Elem>(op: &'static str, a: &GanGeneratorBwd) -> Result<()> 
     let g = scalar::<E::Acc>(op, "g", &a.g)? * scale;
     par_for(dx.rows, 1, |r| {
         for b in r {
-            // SAFETY: chunks do not overlap: one thread a row.
+            // SAFETY: chunks do not overlap, so that each row belongs to one thread.
             unsafe { dx.row(b) }.fill(E::down(-g * sigmoid(means[b])));
         }
     });

@@ -13,7 +13,7 @@ by_act! {
     hinge_bwd(HingeBwd) by x => hinge_grad;
 }
 
-/// Real logits are wanted above 1, fake ones below -1: `relu(1 + side * x)`.
+/// The sign in `relu(1 + side * x)`, which is 0 for real logits above 1 and for fake logits below -1.
 fn side<R: Real>(real: bool) -> R {
     if real { -R::one() } else { R::one() }
 }

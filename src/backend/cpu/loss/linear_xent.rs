@@ -1,5 +1,5 @@
-//! Cross-entropy of a linear layer. Logits exist for one tile of rows and vocabulary at a time; rows without
-//! a target take no part.
+//! Cross-entropy of a linear layer. Each task stores the logits of only one tile of rows and vocabulary at a time; rows
+//! without a target are skipped.
 
 use std::ops::Range;
 
@@ -10,14 +10,15 @@ use crate::backend::cpu::workspace::is_narrow;
 
 /// Rows of a tile.
 pub(super) const ROWS: usize = 256;
-/// Vocabulary of a tile.
+/// Vocabulary entries of a tile.
 pub(super) const VOCAB: usize = 2048;
-/// Partial gradients of a block of rows: each takes the tiles of its part of the vocabulary in order.
+/// Maximum number of shares of the vocabulary in the backward pass. Each has its own partial gradient of a block of
+/// rows, to which its tiles are added in order.
 const PARTS: usize = 16;
-/// Elements that are noted of a row and a tile.
+/// Number of statistics of a row and a tile.
 pub(super) const NOTES: usize = 3;
 
-/// What a call takes at most: every row may be supervised.
+/// Upper bounds of the sizes of a call, if every row is supervised.
 pub(super) struct Most {
     pub(super) rows: usize,
     pub(super) cols: usize,
@@ -35,24 +36,24 @@ impl Most {
         self.rows.saturating_mul(self.cols)
     }
 
-    /// Pairs of a tile of the vocabulary and a block of rows.
+    /// Number of pairs of a tile of the vocabulary and a block of rows.
     pub(super) fn tiles(&self) -> usize {
         self.vocab.div_ceil(VOCAB).saturating_mul(self.rows.div_ceil(ROWS))
     }
 
-    /// Elements of what the forward notes of each row and tile.
+    /// Elements of the statistics of the forward pass, [`NOTES`] per row and tile of the vocabulary.
     pub(super) fn notes(&self) -> usize {
         self.vocab.div_ceil(VOCAB).saturating_mul(self.rows).saturating_mul(NOTES)
     }
 
-    /// Elements of the widened weights and of the logits of a tile.
+    /// Elements of the converted weights and of the logits of a tile.
     pub(super) fn parts(&self) -> [usize; 2] {
         let vocab = VOCAB.min(self.vocab);
         let weights = if is_narrow(self.act) { vocab.saturating_mul(self.cols) } else { 0 };
         [weights, ROWS.min(self.rows) * vocab]
     }
 
-    /// Vocabulary of a share of the backward.
+    /// Vocabulary entries of a share in the backward pass.
     pub(super) fn share(&self) -> usize {
         self.vocab.div_ceil(PARTS).max(ROWS)
     }
@@ -61,15 +62,15 @@ impl Most {
         self.vocab.div_ceil(self.share())
     }
 
-    /// Elements of the gradients of a block of rows, share by share.
+    /// Elements of the partial gradients of a block of rows, for all shares.
     pub(super) fn partial(&self) -> usize {
         self.shares().saturating_mul(ROWS.min(self.rows)).saturating_mul(self.cols)
     }
 }
 
-/// The supervised rows of a call, packed.
+/// The supervised rows of a call, packed into a contiguous matrix.
 pub(super) struct Packed<'a, E: Elem> {
-    /// Where they are in the batch.
+    /// Their indices in the batch.
     pub(super) at: Vec<usize>,
     pub(super) target: Vec<usize>,
     /// `[at.len(), C]`.
@@ -105,7 +106,7 @@ impl<'a, E: Elem> Packed<'a, E> {
         Mat::new(&self.x[r.start * c..r.end * c], r.len(), c, c)
     }
 
-    /// Rows `v` of the weights, widened into `buf` unless they are stored wide.
+    /// Rows `v` of the weights, converted into `buf` unless they are stored in the accumulator type.
     pub(super) fn weights<'b>(&'b self, v: &Range<usize>, buf: &'b mut [E::Acc]) -> Mat<'b, E::Acc> {
         let (c, ld) = (self.cols(), self.w.ld);
         if E::DTYPE == E::Acc::DTYPE {
@@ -126,14 +127,14 @@ mod tests {
     use super::*;
     use crate::backend::cpu::testing::args::*;
 
-    /// N, C, V and how many rows are supervised: one in so many.
+    /// N, C, V and `every`: each `every`-th row is supervised.
     type Case = (usize, usize, usize, usize);
 
     const SMALL: [Case; 3] = [(1, 1, 1, 1), (7, 3, 13, 1), (11, 5, 31, 3)];
 
     const LARGE: [Case; 2] = [(2 * ROWS + 3, 7, VOCAB + 5, 2), (37, 3, PARTS * VOCAB + 1234, 5)];
 
-    /// x, w, target, scale, g and the dw that is added to.
+    /// x, w, target, scale, g and dw.
     fn args((n, c, v, every): Case) -> Vec<Arg> {
         let target = (0..n).map(|i| if i % every == 0 { (i * 7919 % v) as f64 } else { -1.0 }).collect();
         vec![

@@ -22,7 +22,7 @@ pub(crate) fn linear_xent_bwd(ws: &Workspace, a: &LinearXentBwd) -> Result<()> {
     by_dtype!("linear_xent_bwd", a.x.dtype, E => bwd::<E>(ws, a))
 }
 
-/// Rows `v` of the gradient of the weights, if wanted, and the part they contribute to `dx`.
+/// Rows `v` of the gradient of the weights, if it is computed, and the contribution of these rows to `dx`.
 struct Share<'a, R> {
     v: Range<usize>,
     dw: Option<&'a mut [R]>,
@@ -67,7 +67,7 @@ fn bwd<E: Elem>(ws: &Workspace, a: &LinearXentBwd) -> Result<()> {
         tasks.into_par_iter().for_each(|share| share_bwd(&scratch, &p, &r, &lse, g, share));
         par_for(r.len(), 16, |rows| {
             for i in rows {
-                // SAFETY: packed rows are distinct rows of dx: one thread a row.
+                // SAFETY: packed rows are distinct rows of dx, so that each row belongs to one thread.
                 let out = unsafe { dx.row(p.at[r.start + i]) };
                 add_parts(out, partial.chunks(r.len() * c).map(|part| &part[i * c..(i + 1) * c]));
             }
@@ -76,7 +76,7 @@ fn bwd<E: Elem>(ws: &Workspace, a: &LinearXentBwd) -> Result<()> {
     Ok(())
 }
 
-/// `out = sum of parts`, rounded once.
+/// `out` = sum of `parts`, rounded once.
 fn add_parts<'a, E: Elem>(out: &mut [E], mut parts: impl Iterator<Item = &'a [E::Acc]>) {
     let mut sum = parts.next().map_or_else(|| vec![E::Acc::zero(); out.len()], <[_]>::to_vec);
     for part in parts {
@@ -89,7 +89,7 @@ fn add_parts<'a, E: Elem>(out: &mut [E], mut parts: impl Iterator<Item = &'a [E:
     }
 }
 
-/// Gradients of a block of rows from one part of the vocabulary: `dx` overwritten, `dw` added to.
+/// Gradients of a block of rows from one share of the vocabulary. Overwrites `dx` and adds to `dw`.
 fn share_bwd<E: Elem>(
     scratch: &PerThread<E::Acc, 2>,
     p: &Packed<E>,
@@ -114,7 +114,7 @@ fn share_bwd<E: Elem>(
     }
 }
 
-/// From logits to `g (softmax - onehot)`.
+/// Replaces logits by their gradients `g (softmax - onehot)`.
 fn logit_gradients<R: Real>(logits: &mut [R], v: &Range<usize>, target: &[usize], lse: &[R], g: R) {
     pulp::Arch::new().dispatch(|| {
         for ((l, t), &lse) in logits.chunks_mut(v.len()).zip(target).zip(lse) {

@@ -19,8 +19,8 @@ pub(crate) fn linear_xent_fwd(ws: &Workspace, a: &LinearXentFwd) -> Result<()> {
     by_dtype!("linear_xent_fwd", a.x.dtype, E => fwd::<E>(ws, a))
 }
 
-/// What one tile says of a row: the largest logit, the sum of exponentials below it, and the logit of the
-/// row's target if it is in the tile, else 0; kept as [`NOTES`] elements.
+/// The statistics of a row in one tile: the largest logit, the sum of exponentials relative to it, and the logit of the
+/// row's target if it is in the tile, otherwise 0. Stored as [`NOTES`] elements.
 #[derive(Clone, Copy)]
 struct Part<R> {
     max: R,
@@ -74,12 +74,12 @@ fn fwd<E: Elem>(ws: &Workspace, a: &LinearXentFwd) -> Result<()> {
         lse[at] = all.max + all.sum.ln();
         losses.push(lse[at] - all.hit);
     }
-    // Without a supervised row the scale may be anything.
+    // Without supervised rows the scale, one over their number, may be infinite.
     loss[0] = if losses.is_empty() { E::Acc::zero() } else { scale * lanes::sum(&losses, |l| l) };
     Ok(())
 }
 
-/// Notes what a tile says of its rows.
+/// Computes the statistics of the rows in a tile.
 fn tile_fwd<E: Elem>(
     scratch: &PerThread<E::Acc, 2>,
     p: &Packed<E>,

@@ -13,7 +13,7 @@ by_act! {
     lpips_bwd(LpipsBwd) by f1 => lpips_grad;
 }
 
-/// Pixels that one task handles.
+/// Number of pixels per task.
 fn pixels(cols: usize) -> usize {
     CHUNK.div_ceil(cols.max(1))
 }
@@ -21,12 +21,12 @@ fn pixels(cols: usize) -> usize {
 struct Features<'a, E: Elem> {
     f0: Rows<'a, E>,
     f1: Rows<'a, E>,
-    /// The weights, widened.
+    /// The weights in the accumulator type.
     w: Vec<E::Acc>,
     eps: E::Acc,
 }
 
-/// One over the padded norm of a pixel's features, and the norm.
+/// `1 / (|f| + eps)` for the features of a pixel, and the norm `|f|`.
 #[inline(always)]
 fn inverse_norm<E: Elem>(f: &[E], eps: E::Acc) -> (E::Acc, E::Acc) {
     let norm = lanes::sum(f, |x: E| x.up() * x.up()).sqrt();
@@ -84,7 +84,7 @@ fn lpips_grad<E: Elem>(op: &'static str, a: &LpipsBwd) -> Result<()> {
     par_for(df1.rows, pixels(df1.cols), |r| {
         let mut t = vec![E::Acc::zero(); f.w.len()];
         for p in r {
-            // SAFETY: chunks do not overlap: one thread a row.
+            // SAFETY: chunks do not overlap, so that each row belongs to one thread.
             let df1 = unsafe { df1.row(p) };
             f.gradient(p, g, df1, &mut t);
         }
@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn lpips_and_its_gradient() {
-        // Large, so that the one channel of the smallest case has a gradient.
+        // Large, so that the smallest case, with a single channel, has a gradient.
         const EPS: f64 = 0.05;
         check_loss(
             |p, c| {

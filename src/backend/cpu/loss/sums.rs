@@ -1,11 +1,11 @@
-//! Sums and means over all elements, in chunks, and where losses are added.
+//! Sums and means over all elements, in fixed chunks, and the addition to a loss.
 
 use super::*;
 
-/// Elements that one task handles.
+/// Number of elements per task.
 pub(super) const CHUNK: usize = 16384;
 
-/// Adds to a loss.
+/// Adds `value` to a loss.
 pub(super) fn add_loss<R: Real>(op: &'static str, loss: &Acc, value: R) -> Result<()> {
     flat_mut::<R>(op, "loss", &loss.0)?[0] += value;
     Ok(())

@@ -19,7 +19,7 @@ pub(crate) fn xent_bwd(_ws: &Workspace, a: &XentBwd) -> Result<()> {
     by_dtype!("xent_bwd", a.logits.dtype, E => stored_bwd::<E>(a))
 }
 
-/// Targets and weights of rows of stored logits.
+/// Targets and weights of the rows.
 struct Wanted<'a, R> {
     target: &'a [i32],
     weight: Option<&'a [R]>,
@@ -36,14 +36,14 @@ impl<'a, R: Real> Wanted<'a, R> {
         Ok(Wanted { target, weight: weight.transpose()? })
     }
 
-    /// Target and weight of row `n`, unless it is ignored.
+    /// Target and weight of row `n`; `None` if it has no target.
     fn of(&self, n: usize) -> Option<(usize, R)> {
         let t = usize::try_from(self.target[n]).ok()?;
         Some((t, self.weight.map_or(R::one(), |w| w[n])))
     }
 }
 
-/// Log-sum-exp of a row; -infinity if all logits are.
+/// Log-sum-exp of a row; -inf if all logits are -inf.
 fn log_sum_exp<E: Elem>(row: &[E]) -> E::Acc {
     let largest = |a: E::Acc, x: &E| if x.up() > a { x.up() } else { a };
     let max = row.iter().fold(E::Acc::neg_infinity(), largest);
@@ -63,7 +63,7 @@ fn stored_fwd<E: Elem>(a: &XentFwd) -> Result<()> {
     });
     let of_row = |n: usize| wanted.of(n).map(|(t, weight)| weight * (lse[n] - logits.row(n)[t].up()));
     let sum = par_sum(logits.rows, ROWS, |r| r.filter_map(of_row).sum());
-    // Without a supervised row the scale may be anything.
+    // Without supervised rows the scale, one over their number, may be infinite.
     if wanted.target.iter().any(|&t| t >= 0) {
         loss[0] += scale * sum;
     }
@@ -93,7 +93,7 @@ fn stored_bwd<E: Elem>(a: &XentBwd) -> Result<()> {
                 E::down(g * weight * ((x.up() - lse[n]).exp() - hit))
             };
             if in_place {
-                // The logits are looked at through `out` only.
+                // In place: the logits may only be read through `out`.
                 out.iter_mut().enumerate().for_each(|(i, d)| *d = gradient(i, *d));
             } else {
                 out.iter_mut().zip(logits.row(n)).enumerate().for_each(|(i, (d, x))| *d = gradient(i, *x));
@@ -108,7 +108,7 @@ mod tests {
     use super::*;
     use crate::backend::cpu::testing::args::*;
 
-    /// Logits, target, weight, scale, g and the loss that is added to; every third row is ignored.
+    /// Logits, target, weight, scale, g and the initial loss; every third row has no target.
     fn stored(n: usize, v: usize) -> Vec<Arg> {
         let target = (0..n).map(|i| if i % 3 == 1 { -1.0 } else { (i * 7919 % v) as f64 }).collect();
         vec![
@@ -137,7 +137,7 @@ mod tests {
         Ok(vec![lse, t[5].clone()])
     }
 
-    /// The gradient, elsewhere and in place.
+    /// The gradient, in a separate tensor and in place.
     fn stored_backward(dev: &Cpu, p: Precision, t: &[Tensor], weight: bool) -> Result<Vec<Tensor>> {
         let lse = &stored_forward(dev, p, t, weight)?[0];
         let (n, v) = (t[0].dims().rows(), t[0].dims().cols());
@@ -192,7 +192,7 @@ mod tests {
             change(&mut args);
             stored_forward(&dev, Precision::F32, &tensors(&dev, Precision::F32, &args), false)
         };
-        // Nothing supervised leaves the loss, whatever the scale.
+        // Without supervised rows the loss is unchanged for any scale.
         let none = run(|a| {
             a[1].2.fill(-7.0);
             a[3].2[0] = f64::INFINITY;

@@ -1,4 +1,5 @@
-//! Batch norm of rows, with LeakyReLU behind it: of the batch, with given statistics, and the running ones.
+//! Batch norm of rows, followed by LeakyReLU: with the statistics of the batch, with given statistics, and the update
+//! of running statistics.
 
 use super::channels::{Backward, Planes, normalize, statistics};
 use super::*;
@@ -145,7 +146,7 @@ fn batch_eval_bwd<T: Elem>(ws: &Workspace, s: &BatchNormEvalBwd) -> Result<()> {
 fn batch_running<R: Real>(s: &BatchNormRunning) -> Result<()> {
     const OP: &str = "batch_norm_running";
     let momentum = R::of(s.momentum);
-    // A single row has no unbiased estimate; its variance is 0 anyway.
+    // A single row has no unbiased estimate of its variance, which is 0 then.
     let unbiased = R::of(s.rows as f64 / s.rows.saturating_sub(1).max(1) as f64);
     let mean = (flat_mut::<R>(OP, "running_mean", &s.running_mean.0)?, flat::<R>(OP, "mean", &s.mean)?);
     let var = (flat_mut::<R>(OP, "running_var", &s.running_var.0)?, flat::<R>(OP, "var", &s.var)?);

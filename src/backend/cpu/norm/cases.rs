@@ -1,4 +1,4 @@
-//! Numbers and shapes that the tests of the norms share.
+//! Values and shapes shared by the tests of the norms.
 
 use super::*;
 use crate::backend::cpu::testing::run::*;
@@ -9,10 +9,10 @@ pub(super) fn mean_var(v: impl Iterator<Item = f64> + Clone) -> (f64, f64) {
     (mean, v.map(|x| (x - mean).powi(2)).sum::<f64>() / n)
 }
 
-/// Inputs away from zero mean, so that a one-pass variance would show.
+/// Inputs with a mean far from zero, which reveals errors of a one-pass variance.
 pub(super) fn shifted(n: usize, seed: u64) -> Vec<f64> {
     values(n, seed).iter().map(|x| DType::Bf16.rounded(x + 3.0)).collect()
 }
 
-/// Shapes of the norms over rows: more rows than one partial sum holds, odd widths.
+/// Shapes for norms over rows: more rows than one partial sum covers, and odd widths.
 pub(super) const ROWS: [[usize; 2]; 4] = [[1, 1], [7, 5], [150, 67], [3, 1031]];

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::*;
 use crate::backend::cpu::workspace::{acc_size, block, together};
 
-/// Images of `b` times `p` pixels of `c` channels in `g` groups; pixels are taken in fixed chunks.
+/// `b` images of `p` pixels with `c` channels in `g` groups; pixels are processed in fixed chunks.
 #[derive(Clone, Copy)]
 pub(super) struct Planes {
     pub(super) b: usize,
@@ -17,14 +17,14 @@ pub(super) struct Planes {
 }
 
 impl Planes {
-    /// From an image and its `[B, G]` statistics.
+    /// The sizes of images with `[B, G]` statistics.
     pub(super) fn of_groups(op: &'static str, x: &In, mean: &In) -> Result<Self> {
         let [b, h, w, c] = image(op, "x", x)?;
         let g = mean.dims.cols();
         Ok(Planes { b, p: h * w, c, g })
     }
 
-    /// From rows.
+    /// The sizes of rows with `[C]` statistics.
     pub(super) fn of_rows(x: &In) -> Self {
         let (p, c) = (x.dims.rows(), x.dims.cols());
         Planes { b: 1, p, c, g: c }
@@ -35,7 +35,7 @@ impl Planes {
         self.c / self.g.max(1)
     }
 
-    /// Pixels of a chunk: enough that its statistics are small beside it, few enough for the cache.
+    /// Pixels of a chunk: large enough that its statistics are comparatively small, small enough for the cache.
     pub(super) fn chunk(&self) -> usize {
         (4 * CHUNK / self.c.max(1)).clamp(16, 1024)
     }
@@ -45,14 +45,14 @@ impl Planes {
         self.p.div_ceil(self.chunk())
     }
 
-    /// Image and elements of chunk `i` of all images.
+    /// The image and the range of elements of chunk `i` among the chunks of all images.
     pub(super) fn at(&self, i: usize) -> (usize, std::ops::Range<usize>) {
         let (b, k) = (i / self.chunks(), i % self.chunks());
         let pixel = |k: usize| (b * self.p + (k * self.chunk()).min(self.p)) * self.c;
         (b, pixel(k)..pixel(k + 1))
     }
 
-    /// Runs `f` on every chunk: its number, its image, its elements of `y`.
+    /// Calls `f` with the index, the image and the elements of `y` of every chunk.
     fn par_chunks<T: Elem>(&self, y: &mut [T], f: impl Fn(usize, usize, &mut [T]) + Sync) {
         if y.is_empty() {
             return;
@@ -65,7 +65,7 @@ impl Planes {
         });
     }
 
-    /// `[B, G]` values as `[B, C]`.
+    /// Repeats `[B, G]` values for every channel of their group, as `[B, C]`.
     pub(super) fn spread<'w, R: Real>(&self, ws: &'w Workspace, v: &[R]) -> Result<Scratch<'w, R>> {
         let mut s = ws.scratch::<R>(self.b * self.c)?;
         for (i, s) in s.iter_mut().enumerate() {
@@ -74,7 +74,7 @@ impl Planes {
         Ok(s)
     }
 
-    /// Bytes of a value for every channel of every image.
+    /// Bytes of one value for every channel of every image.
     pub(super) fn spread_bytes(&self, dtype: DType) -> usize {
         block(acc_size(dtype), self.b.saturating_mul(self.c))
     }
@@ -84,17 +84,17 @@ impl Planes {
         self.b.saturating_mul(self.chunks()).saturating_mul(2).saturating_mul(self.c)
     }
 
-    /// Bytes of [`statistics`].
+    /// Bytes of workspace of [`statistics`].
     pub(super) fn statistics_bytes(&self, dtype: DType) -> usize {
         block(acc_size(dtype), self.chunk_values())
     }
 
-    /// Bytes of [`normalize`].
+    /// Bytes of workspace of [`normalize`].
     pub(super) fn normalize_bytes(&self, dtype: DType) -> usize {
         together([self.spread_bytes(dtype), self.spread_bytes(dtype)])
     }
 
-    /// Bytes of [`Backward`] and what it runs with.
+    /// Bytes of workspace of [`Backward`] and [`Backward::run`].
     pub(super) fn backward_bytes(&self, dtype: DType) -> usize {
         let sums = block(acc_size(dtype), self.b.saturating_mul(2).saturating_mul(self.c));
         let sums = if self.p == 0 { 0 } else { together([self.statistics_bytes(dtype), sums]) };
@@ -102,7 +102,7 @@ impl Planes {
     }
 }
 
-/// Mean and biased variance `[B, G]`: of every chunk in two passes, chunks joined in order (Chan et al.).
+/// Mean and biased variance `[B, G]`: computed in two passes for every chunk, and combined in order (Chan et al.).
 pub(super) fn statistics<T: Elem>(
     ws: &Workspace,
     x: &[T],
@@ -112,7 +112,7 @@ pub(super) fn statistics<T: Elem>(
 ) -> Result<()> {
     let mut parts = ws.scratch::<T::Acc>(at.chunk_values())?;
     if parts.is_empty() {
-        // No pixels: 0 / 0.
+        // Without pixels the mean is 0 / 0.
         mean.fill(T::Acc::nan());
         var.fill(T::Acc::nan());
         return Ok(());
@@ -134,7 +134,7 @@ pub(super) fn statistics<T: Elem>(
     Ok(())
 }
 
-/// The mean of every group, at its channels; the sum of squares about it, channel by channel.
+/// The mean of every group, repeated for its channels, and the sum of squared deviations from it for every channel.
 #[inline(always)]
 fn chunk_statistics<T: Elem>(x: &[T], at: Planes, mean: &mut [T::Acc], squares: &mut [T::Acc]) {
     mean.fill(T::Acc::zero());
@@ -157,7 +157,7 @@ fn chunk_statistics<T: Elem>(x: &[T], at: Planes, mean: &mut [T::Acc], squares: 
     }
 }
 
-/// Mean and sum of squares of group `g` over the chunks of an image.
+/// Mean and sum of squared deviations of group `g`, combined over the chunks of an image.
 fn join<R: Real>(parts: &[R], at: Planes, g: usize) -> (R, R) {
     let (mut n, mut mean, mut squares) = (R::zero(), R::zero(), R::zero());
     for (k, part) in parts.chunks(2 * at.c).enumerate() {
@@ -202,7 +202,7 @@ pub(super) fn normalize<T: Elem>(
     Ok(())
 }
 
-/// What the backward of a norm over groups reads.
+/// Inputs of the backward pass of a norm over groups.
 pub(super) struct Backward<'a, T: Elem> {
     pub(super) dy: &'a [T],
     pub(super) x: &'a [T],
@@ -213,7 +213,7 @@ pub(super) struct Backward<'a, T: Elem> {
     pub(super) mean: Scratch<'a, T::Acc>,
     /// `[B, C]`.
     pub(super) rstd: Scratch<'a, T::Acc>,
-    /// Whether the gradient passes through the statistics; else they are constants.
+    /// Whether the gradient passes through the statistics; otherwise they are constants.
     pub(super) through: bool,
 }
 
@@ -252,8 +252,8 @@ impl<T: Elem> Backward<'_, T> {
         Ok(())
     }
 
-    /// `[B, 2, C]` sums of `g` and of `g * xhat`, where `xhat` are the normalised values and `g` is the
-    /// gradient behind the activation.
+    /// `[B, 2, C]` sums of `g` and of `g * xhat`, where `xhat` are the normalised values and `g` is the gradient with
+    /// respect to the input of the activation.
     pub(super) fn sums<'w>(
         &self,
         ws: &'w Workspace,
@@ -300,7 +300,7 @@ impl<T: Elem> Backward<'_, T> {
         }
     }
 
-    /// Turns sums over pixels into means over pixels and channels of `w` times what was summed.
+    /// Replaces sums over pixels by means over the pixels and channels of each group, weighted with `w`.
     fn group_means(&self, sums: &mut [T::Acc]) {
         let n = T::Acc::of((self.at.p * self.at.width()) as f64);
         for (sums, w) in sums.chunks_mut(self.at.width()).zip(self.w.chunks(self.at.width())) {

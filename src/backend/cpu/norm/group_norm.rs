@@ -1,4 +1,4 @@
-//! Group norm of images, with SiLU behind it or not.
+//! Group norm of images, optionally followed by SiLU.
 
 use num_traits::One;
 

@@ -121,7 +121,7 @@ mod tests {
     #[test]
     fn l2_norm_matches_loops_and_differences() {
         for shape @ [n, c] in ROWS {
-            // Every third row is shorter than eps.
+            // Every third row has a norm below eps.
             let mut x = values(n * c, 1);
             x.iter_mut().enumerate().for_each(|(i, x)| *x *= if i / c % 3 == 2 { 1.0 / 256.0 } else { 1.0 });
             let (dy, before) = (values(n * c, 2), values(n * c, 3));

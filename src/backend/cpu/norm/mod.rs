@@ -1,4 +1,4 @@
-//! Norms: of groups of channels (`channels`), of rows (`rows`).
+//! Norms over groups of channels (`channels`) and over rows (`rows`).
 
 mod batch_norm;
 #[cfg(test)]

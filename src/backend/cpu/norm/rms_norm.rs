@@ -1,4 +1,4 @@
-//! RMS norm of rows, with a residual that is added first.
+//! RMS norm of rows, optionally after adding a residual.
 
 use super::rows::{RowsBackward, par_rows_with, per_row, rows_backward_bytes, rows_with_bytes};
 use super::*;
@@ -55,7 +55,7 @@ fn rms_fwd<T: Elem>(ws: &Workspace, s: &RmsNormFwd) -> Result<()> {
     )
 }
 
-/// `sum = a + b`, rounded; `wide` is `sum` widened.
+/// `sum = a + b`, rounded; `wide` is the rounded sum in the accumulator type.
 #[inline(always)]
 fn add_rounded<T: Elem>(a: &[T], b: &[T], sum: &mut [T], wide: &mut [T::Acc]) {
     for (((sum, wide), a), b) in sum.iter_mut().zip(wide).zip(a).zip(b) {
@@ -102,7 +102,7 @@ mod tests {
     #[test]
     fn rms_norm_matches_loops_and_differences() {
         for shape @ [n, c] in ROWS {
-            // Summands whose sums are numbers of bf16: statistics are taken of the sum as it is stored.
+            // Summands with sums that bf16 represents exactly, since statistics are computed from the stored sum.
             let coarse = |seed| -> Vec<f64> {
                 let v = values(n * c, seed);
                 v.iter().map(|x| (8.0 * x).round().clamp(-32.0, 32.0) / 8.0).collect()
@@ -115,7 +115,7 @@ mod tests {
                 .collect();
             let y = (0..n * c).map(|i| sum[i] * rstd[i / c] * v[2][i % c]).collect();
             check(&[y, sum.clone(), rstd.clone()], |r| rms_forward(r, shape, &v).into());
-            // From here on the sum is an input: rounded.
+            // For the backward pass the sum is an input, and is rounded.
             let sum: Vec<f64> = sum.iter().map(|x| DType::Bf16.rounded(*x)).collect();
             let at = [sum.clone(), vec![0.0; n * c], v[2].clone()];
             let r = Run::f64();
@@ -136,7 +136,7 @@ mod tests {
                 inner(&r.get(&y), &v[3]) + inner(&r.get(&sum), &v[4])
             });
             check(&grads[..1], |r| backward(r)[..1].to_vec());
-            // What the weights multiply is rounded to act first.
+            // The normalised values are rounded to `act` before they are multiplied by the weights.
             for p in [Precision::F64, Precision::F32, Precision::BF16] {
                 let mut dw = vec![0.0; c];
                 for (i, (dy, x)) in v[3].iter().zip(&sum).enumerate() {

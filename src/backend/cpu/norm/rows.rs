@@ -1,4 +1,4 @@
-//! Norms over rows, for RMS, layer and l2 norms.
+//! Common code of RMS, layer and l2 norms, which are over rows.
 
 use num_traits::Zero;
 
@@ -33,19 +33,19 @@ pub(super) fn par_rows_with<R: Real>(
     Ok(())
 }
 
-/// Bytes of [`par_rows_with`] on the rows of `x`.
+/// Bytes of workspace of [`par_rows_with`] on the rows of `x`.
 pub(super) fn rows_with_bytes(x: &In, threads: usize, cols: usize) -> usize {
     per_thread(threads, acc_size(x.dtype), x.dims.rows().div_ceil(chunk_rows(cols)), [cols])
 }
 
-/// Bytes of [`RowsBackward::run`].
+/// Bytes of workspace of [`RowsBackward::run`].
 pub(super) fn rows_backward_bytes(x: &In, threads: usize) -> usize {
     let (size, rows, n) = (acc_size(x.dtype), x.dims.rows(), x.dims.cols().saturating_mul(2));
     let locals = per_thread(threads, size, reduce_chunks(rows), [n]);
     together([block(size, n), locals, reduce_bytes(size, rows, n)])
 }
 
-/// What the backward of a norm over rows reads; without means it is an RMS norm.
+/// Arguments of the backward pass of a norm over rows; without means it is an RMS norm.
 pub(super) struct RowsBackward<'a, T: Elem> {
     pub(super) dy: Rows<'a, T>,
     pub(super) dsum: Option<Rows<'a, T>>,
@@ -57,7 +57,7 @@ pub(super) struct RowsBackward<'a, T: Elem> {
 }
 
 impl<T: Elem> RowsBackward<'_, T> {
-    /// Writes `dx`; returns the gradients of weight and bias.
+    /// Writes `dx` and returns the gradients of weight and bias.
     pub(super) fn run<'w>(&self, ws: &'w Workspace) -> Result<Scratch<'w, T::Acc>> {
         let c = self.x.cols;
         let mut sums = ws.scratch::<T::Acc>(2 * c)?;
@@ -94,7 +94,7 @@ impl<T: Elem> RowsBackward<'_, T> {
         let c = self.x.cols;
         let (xhat, d, dw, db) = (&xhat[..c], &mut d[..c], &mut dw[..c], &mut db[..c]);
         let (dy, w) = (&self.dy.row(i)[..c], &self.w[..c]);
-        // The RMS norm rounds what it multiplies with the weight.
+        // The RMS norm rounds the normalised values before it multiplies them by the weight.
         let rounds = self.mean.is_none();
         for k in 0..c {
             let dy = dy[k].up();
@@ -104,14 +104,14 @@ impl<T: Elem> RowsBackward<'_, T> {
         }
     }
 
-    /// `rstd * (d - mean(d) - xhat * mean(d * xhat)) + dsum`, the first mean only if there are means.
+    /// `dx = rstd * (d - mean(d) - xhat * mean(d * xhat)) + dsum`, without `mean(d)` for an RMS norm.
     #[inline(always)]
     fn row_dx(&self, i: usize, xhat: &[T::Acc], d: &[T::Acc]) {
         let n = T::Acc::of(self.x.cols as f64);
         let of_d = if self.mean.is_some() { sum(d) / n } else { T::Acc::zero() };
         let (of_dx, rstd) = (dot(d, xhat) / n, self.rstd[i]);
         let value = |d: T::Acc, xhat: T::Acc| rstd * (d - of_d - xhat * of_dx);
-        // SAFETY: chunks do not share rows, and this one's thread is the caller.
+        // SAFETY: chunks do not share rows, and the caller runs on the thread of this chunk.
         let dx = unsafe { self.dx.row(i) }.iter_mut().zip(d.iter().zip(xhat));
         match self.dsum {
             None => dx.for_each(|(dx, (d, xhat))| *dx = T::down(value(*d, *xhat))),

@@ -13,12 +13,12 @@ pub(crate) fn adamw(_ws: &Workspace, a: &Adamw) -> Result<()> {
     by_dtype!("adamw", dtype, E => step::<E>(a))
 }
 
-/// The numbers of a step, read from the step state and rounded once.
+/// The scalars of a step, computed from the step state.
 struct Step<R> {
     rate: R,
-    /// Factor of the weight decay.
+    /// Factor of the weights for weight decay.
     keep: R,
-    /// Factor on the gradient.
+    /// Factor of the gradient for clipping.
     clip: R,
     bias1: R,
     bias2: R,
@@ -48,12 +48,12 @@ impl<R: Real> Step<R> {
     }
 }
 
-/// `min(1, limit / (sqrt(norm) + 1e-6))`, 1 without a limit.
+/// `min(1, limit / (sqrt(norm) + 1e-6))`; 1 if `limit` is 0.
 fn clip<R: Real>(limit: R, norm: R) -> R {
     if limit > R::zero() { (limit / (norm.sqrt() + R::of(1e-6))).min(R::one()) } else { R::one() }
 }
 
-/// The same range of every tensor of a step.
+/// One range of elements in all tensors of a step.
 struct Chunk<'a, E: Elem> {
     master: &'a mut [E::Acc],
     grad: &'a [E::Acc],
@@ -114,7 +114,7 @@ fn update<E: Elem>(s: &Step<E::Acc>, c: &mut Chunk<E>) {
     }
 }
 
-/// The average of the weights and their rounded copy.
+/// Updates the average of the weights and their rounded copy.
 #[inline(always)]
 fn average<E: Elem>(decay: E::Acc, rest: E::Acc, c: &mut Chunk<E>) {
     if let Some(ema) = &mut c.ema {
@@ -146,7 +146,7 @@ mod tests {
 
     const EMA: f64 = 0.99;
 
-    /// master, two gradients, m, v, ema, the states of two steps, norm.
+    /// master, the gradients of two steps, m, v, ema, the step states of two steps, norm.
     fn args(n: usize, clip: f64, bad: f64) -> Vec<Arg> {
         let vector = |v: Vec<f64>| acc([n], v);
         let state = |t: i32| {
@@ -170,7 +170,7 @@ mod tests {
         ]
     }
 
-    /// Two steps; master, m, v, ema and shadow.
+    /// Runs two steps; returns master, m, v, ema and shadow.
     fn two_steps(dev: &Cpu, p: Precision, t: &[Tensor], shadow: Tensor) -> Result<Vec<Tensor>> {
         for i in 0..2 {
             let a = Adamw {

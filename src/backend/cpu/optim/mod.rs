@@ -1,4 +1,4 @@
-//! Gradient norms and AdamW.
+//! Gradient norms, AdamW, and undoing a skipped step.
 
 mod adamw;
 mod restore;
@@ -9,5 +9,5 @@ pub(super) use adamw::*;
 pub(super) use restore::*;
 pub(super) use sum_squares::*;
 
-/// Elements that one task handles.
+/// Number of elements per task.
 const CHUNK: usize = 16384;

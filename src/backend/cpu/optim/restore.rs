@@ -1,4 +1,4 @@
-//! Takes back what a step did whose update is skipped.
+//! Undoes the changes of a step that is skipped.
 
 use rayon::prelude::*;
 

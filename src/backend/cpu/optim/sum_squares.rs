@@ -1,4 +1,4 @@
-//! Squared norms of gradients, and the number of elements that are not finite.
+//! Squared norms of gradients, and the number of non-finite elements.
 
 use super::*;
 use crate::backend::cpu::workspace::no_workspace;

@@ -1,4 +1,4 @@
-//! Channels shifted and scaled.
+//! Shift and scale of channels.
 
 use super::*;
 use crate::backend::cpu::workspace::no_workspace;

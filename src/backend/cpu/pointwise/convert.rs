@@ -1,4 +1,4 @@
-//! Copies and sums in another type.
+//! Copies to another type, and sums in another type.
 
 use super::*;
 use crate::backend::cpu::workspace::no_workspace;

@@ -23,7 +23,7 @@ pub(super) use rope::*;
 pub(super) use swiglu::*;
 pub(super) use unary::*;
 
-/// Calls `f` with the elements of `x` and `y`: in flat chunks if both are contiguous, else row by row.
+/// Calls `f` with the elements of `x` and `y`: in flat chunks if both are contiguous, otherwise row by row.
 fn map<X: Elem, Y: Elem>(
     op: &'static str,
     x: &In,
@@ -52,7 +52,7 @@ fn map<X: Elem, Y: Elem>(
     Ok(())
 }
 
-/// `y = f(a, b)`, element by element, as `map` does.
+/// `y = f(a, b)`, element by element, in the chunks of `map`.
 fn map2<T: Elem>(
     op: &'static str,
     (arg_a, a): (&'static str, &In),

@@ -1,4 +1,4 @@
-//! What the tests of elementwise kernels compare with.
+//! Reference implementations for the tests of elementwise kernels.
 
 use super::*;
 

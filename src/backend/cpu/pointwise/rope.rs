@@ -38,7 +38,7 @@ fn rope_of<T: Elem>(s: &Rope) -> Result<()> {
     Ok(())
 }
 
-/// Turns the pairs (k, k + D/2) of one head by the angles of `turn`, given as (cos, sin).
+/// Rotates the pairs (k, k + D/2) of one head by the angles of `turn`, given as (cos, sin).
 fn rotate<T: Elem>(x: &[T], y: &mut [T], turn: &[(T::Acc, T::Acc)]) {
     let half = turn.len();
     let ((x0, x1), (y0, y1)) = (x.split_at(half), y.split_at_mut(half));

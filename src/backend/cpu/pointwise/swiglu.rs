@@ -1,4 +1,4 @@
-//! SwiGLU of gate and up projections that lie side by side.
+//! SwiGLU of gate and up projections in adjacent columns.
 
 use super::activation::{silu, silu_slope};
 use super::*;

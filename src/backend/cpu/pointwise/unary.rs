@@ -1,4 +1,4 @@
-//! Functions of one tensor.
+//! Activation functions as kernels.
 
 use num_traits::{One, Zero};
 
@@ -25,7 +25,7 @@ fn unary_fwd_of<T: Elem>(s: &UnaryFwd) -> Result<()> {
             |x| x * normal(x),
         ),
         Unary::GeluTanh => unary_map::<T>(s, gelu_tanh),
-        // Not `leaky(x, 0)`, which would give -inf * 0.
+        // Not `leaky(x, 0)`, which gives NaN for -inf.
         Unary::Relu => unary_map::<T>(
             s,
             #[inline(always)]
@@ -112,7 +112,7 @@ mod tests {
             for (n, c) in [(1, 1), (67, 31), (1, 40_001)] {
                 let (x, dy) = (values(n * c, 1), values(n * c, 2));
                 let slope = |x: f64| match f {
-                    // The functions with a kink: exactly.
+                    // Functions with a kink: the exact derivative.
                     Unary::Relu => (x > 0.0) as i32 as f64,
                     Unary::LeakyRelu(slope) => {
                         if x > 0.0 {
@@ -121,7 +121,7 @@ mod tests {
                             slope
                         }
                     }
-                    // The smooth ones: by five points.
+                    // Smooth functions: central differences of sixth order.
                     _ => {
                         let (d, h) = (|h: f64| naive(f, x + h) - naive(f, x - h), 1e-2);
                         (45.0 * d(h) - 9.0 * d(2.0 * h) + d(3.0 * h)) / (60.0 * h)
@@ -135,7 +135,7 @@ mod tests {
                     let (dyt, out) = (r.columns(n, c, &dy), r.out([n, c]));
                     let s = UnaryBwd { dy: dyt.view(), x: xt.view(), dx: out.out(), f };
                     r.cpu.unary_bwd(S, &s).unwrap();
-                    // The stencil's own error is far below f32's.
+                    // The error of the differences is far below the rounding of f32.
                     let bounds = Bounds { norm: 1e-9, row: 1e-9, element: 1e-8, least: 0.0 };
                     let bounds = if r.p == Precision::F64 { bounds } else { Bounds::of(r.p.act) };
                     compare(&format!("slope of {f:?} in {}", r.p.act), &r.get(&out), &dx, c, bounds).unwrap();

@@ -1,4 +1,4 @@
-//! Matrix products, with a bias or added to what is there, and with GELU behind them.
+//! Matrix products: with an optional bias, accumulated, and followed by GELU.
 
 use super::bias::{bias, start_from_bias};
 use super::*;
@@ -59,7 +59,7 @@ pub(crate) fn linear_gelu(ws: &Workspace, s: &LinearGelu) -> Result<()> {
     })
 }
 
-/// The product before the function.
+/// The matrix product before the GELU.
 fn sums_of<'a>(s: &LinearGelu<'a>) -> Matmul<'a> {
     Matmul { a: s.x, b: s.w, ta: false, tb: true, bias: s.bias, y: s.pre }
 }

@@ -1,4 +1,4 @@
-//! A device, a precision and tensors on it: numbers, runs in every precision, comparisons.
+//! A device with a precision, for tests: values, tensors, runs in every precision, comparisons.
 
 use super::super::Cpu;
 use super::{DIFFERENCES, bounds};
@@ -6,7 +6,7 @@ pub(in super::super) use super::{S, Tensor};
 use crate::backend::{DType, Dims, Precision, Role};
 use crate::compare::compare;
 
-/// `n` roughly normal numbers that every float type represents exactly.
+/// `n` roughly normally distributed numbers that every float type represents exactly.
 pub(crate) fn values(n: usize, seed: u64) -> Vec<f64> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) + 1;
     let mut uniform = || {
@@ -60,7 +60,7 @@ impl Run {
         Tensor::empty(&self.cpu, Role::Activation, self.p.acc, dims).unwrap()
     }
 
-    /// Activations `[rows, cols]` as columns of a wider tensor that is NaN elsewhere.
+    /// Activations `[rows, cols]` as columns of a wider tensor, which is NaN elsewhere.
     pub(crate) fn columns(&self, rows: usize, cols: usize, v: &[f64]) -> Tensor {
         let mut wide = vec![f64::NAN; rows * (cols + 5)];
         for (w, v) in wide.chunks_mut(cols + 5).zip(v.chunks(cols)) {
@@ -80,7 +80,7 @@ impl Run {
     }
 }
 
-/// Compares what tensors hold with `want` by the table for their types.
+/// Compares tensors with `want`, with the bounds for their types.
 pub(crate) fn compare_all(r: &Run, got: &[Tensor], want: &[Vec<f64>]) {
     assert_eq!(got.len(), want.len(), "number of outputs");
     for (i, (t, want)) in got.iter().zip(want).enumerate() {
@@ -97,7 +97,7 @@ pub(crate) fn check(want: &[Vec<f64>], f: impl Fn(&Run) -> Vec<Tensor>) {
         compare_all(&two, &got, want);
         let bits = |v: &[Vec<f64>]| v.concat().iter().map(|x| x.to_bits()).collect::<Vec<_>>();
         let same = bits(&two.values(&got)) == bits(&one.values(&f(&one)));
-        assert!(same, "one thread gives other bits in {}", p.act);
+        assert!(same, "outputs in {} depend on the number of threads", p.act);
     }
 }
 
@@ -123,7 +123,7 @@ pub(crate) fn check_gradients(inputs: &[&[f64]], grads: &[&[f64]], forward: impl
     }
 }
 
-/// Sum of products.
+/// The dot product.
 pub(crate) fn inner(a: &[f64], b: &[f64]) -> f64 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).map(|(a, b)| a * b).sum()

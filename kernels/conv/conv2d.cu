@@ -1,0 +1,478 @@
+// conv2d.cu: two-dimensional convolution and its gradient for the input, as products with a column matrix that is
+// gathered tile by tile (gather.cuh).
+//
+//   conv2d_fwd       y[b,i,j,o] = bias[o] + sum_{u,v,c} x[b, i*stride + u - pad_top, j*stride + v - pad_left, c] w[o,u,v,c]
+//   conv2d_bwd_data  dx = gradient of y for x
+//
+// x, dx  B,H,W,C    act  pixels of any stride  in, out
+// w      O,kh,kw,C  act  rows of any stride    in
+// bias   O          act  contiguous            in, may be absent
+// y, dy  B,H',W',O  act  pixels of any stride  out, in
+//
+// Pixels outside of the image count as 0; how far y reaches over it at the bottom and on the right is up to H' and W'.
+// The data gradient is a convolution of dy for each of stride^2 phases: the pixels whose row and column leave the same
+// remainders meet the same taps of w, and no zero is multiplied. Its weights, taps reversed and O innermost, are
+// transposed into the workspace.
+//
+// "large", "medium", "small": products of positions, O and kh*kw*C; pixels are copied by 16-byte cp.async. "plain" copies
+// them element by element, for C = 3 and for any other layout. "few" is for few outputs (O = 3): every tap's product with
+// the pixels of a region is computed before the taps are shifted and added, so that a pixel is read once rather than
+// once a tap.
+//
+// numerics: products are summed in f32 (f32: fused multiply-adds, no TF32) in ascending order of taps and channels ("few":
+// channels, then taps), then the bias is added and the result is rounded once. Bitwise repeatable.
+// workspace: a copy of w, with O rows padded to 16 bytes; none for conv2d_fwd if w has this form.
+// work: 2*B*H'*W'*O*kh*kw*C FLOP; (B*H*W*C + O*kh*kw*C + B*H'*W'*O) * size bytes.
+// limits: coordinates below 2^28, fewer than 2^31 pixels; fewer than 2^31 elements in kh lines.
+#include "gather.cuh"
+#include "pieces.cuh"
+
+namespace ett {
+namespace conv {
+namespace {
+
+// Large as in matmul.cu. Medium: for up to 64 outputs. Small: more blocks, for convolutions with fewer large tiles than
+// multiprocessors. Plain: few accumulators a thread, so that 16 warps hide the latency of the loads, and few stages, since
+// with few channels there is one step. Few: regions of 256 pixels.
+template <class T> struct Tiles;
+template <> struct Tiles<bf16> {
+    using Large = gemm::Tile<bf16, 128, 128, 32, 64, 64, 4, false, true, true>;
+    using Medium = gemm::Tile<bf16, 128, 64, 32, 64, 32, 4, false, true, true>;
+    using Small = gemm::Tile<bf16, 64, 64, 32, 32, 32, 4, false, true, true>;
+    using Plain = gemm::Tile<bf16, 64, 128, 32, 32, 32, 2, false, true, true>;
+    template <int COLS> using Few = gemm::Tile<bf16, 256, COLS, 32, 2048 / COLS, COLS, 4, false, true, true>;
+};
+template <> struct Tiles<float> {
+    using Large = gemm::Tile<float, 128, 64, 16, 64, 32, 3, false, true, true>;
+    using Medium = Large;
+    using Small = gemm::Tile<float, 64, 64, 16, 32, 32, 3, false, true, true>;
+    using Plain = gemm::Tile<float, 64, 64, 16, 32, 32, 2, false, true, true>;
+    template <int COLS> using Few = gemm::Tile<float, 256, COLS, 16, 2048 / COLS, COLS, 4, false, true, true>;
+};
+
+// Resident blocks that share the registers: 8 warps with 128 accumulators a thread or 64 of f32 sums, 12 with 64, 16 with
+// 32.
+template <class Tile> constexpr int resident() {
+    constexpr int kAccs = Tile::kAccRows * Tile::kAccCols;
+    constexpr bool kMany = kAccs == 128 || (kAccs == 64 && sizeof(typename Tile::Type) == 4);
+    return (kMany ? 256 : kAccs == 64 ? 384 : 512) / Tile::kThreads;
+}
+
+// One phase: the convolution of a grid of positions. Position (i, j) writes the pixel (first_y + i*out_step, first_x +
+// j*out_step).
+template <class T> struct Phase {
+    Grid grid;
+    const T* w;  // O rows of taps, C, each padded to whole 16-byte pieces
+    int first_y, first_x;
+};
+
+// Elements of a padded row.
+template <class T> __host__ __device__ int64_t padded(int64_t depth) { return (depth + kWide<T> - 1) / kWide<T> * kWide<T>; }
+
+constexpr int kPhases = 4;  // of one launch
+
+template <class T> struct Product {
+    const T* x;
+    const T* bias;  // may be null
+    T* y;
+    int64_t ld;  // of y
+    int outputs, out_h, out_w, out_step, phases;
+    bool wide_y;  // pixels of y are whole 16-byte pieces
+    Phase<T> phase[kPhases];
+
+    // The pixel of y that position `at` writes.
+    __device__ __forceinline__ int pixel(const Phase<T>& p, int at) const {
+        const int line = at / p.grid.cols, image = line / p.grid.rows;
+        return (image * out_h + (line - image * p.grid.rows) * out_step + p.first_y) * out_w + (at - line * p.grid.cols) * out_step + p.first_x;
+    }
+};
+
+// Blocks take the phases in turn, and of each phase the tiles of the same positions one after the other, so that blocks
+// that run at the same time share pixels in the L2.
+template <class Tile, bool VECTORS>
+__global__ void __launch_bounds__(Tile::kThreads, resident<Tile>()) conv_kernel(const __grid_constant__ Product<typename Tile::Type> p) {
+    using T = typename Tile::Type;
+    constexpr int kPieces = Tile::kCols / kWide<T>, kAtOnce = Tile::kThreads / kPieces;
+    static_assert(Tile::kRows * Tile::kCols * int(sizeof(T)) <= Tile::kSmem, "the results fit into the stages");
+    ETT_DYNAMIC_SMEM(smem);
+    __shared__ int smem_pixel[Tile::kRows];
+    const int tile = int(blockIdx.x) / p.phases, col_tiles = (p.outputs + Tile::kCols - 1) / Tile::kCols;
+    const Phase<T>& phase = p.phase[int(blockIdx.x) - tile * p.phases];
+    const Grid& g = phase.grid;
+    const int64_t row0 = int64_t(tile / col_tiles) * Tile::kRows;
+    const int col0 = tile % col_tiles * Tile::kCols;
+    if (row0 >= g.positions) return;
+
+    gemm::Acc<Tile> acc;
+    acc.clear();
+    const int64_t depth = g.depth();
+    if (depth > 0) {
+        const gemm::Matrix<T> w{phase.w, p.outputs, depth, padded<T>(depth), true};
+        FixedRows<T, Tile::kRows, Tile::kDepth, Tile::kThreads, VECTORS> copy_x(g, p.x, row0);
+        gemm::TileCopy<T, Tile::kCols, Tile::kDepth, Tile::kThreads, true> copy_w(w, col0, 0);
+        auto fill = [&](int slot) {
+            unsigned char* const stage = smem + slot * (Tile::kBytesA + Tile::kBytesB);
+            copy_w.start(stage + Tile::kBytesA);
+            copy_x.start(stage);
+            cp_async_commit();
+            copy_w.advance_cols(Tile::kDepth);
+        };
+        gemm::pipeline(acc, (depth + Tile::kDepth - 1) / Tile::kDepth, fill, smem);
+    }
+
+    for (int r = int(threadIdx.x); r < Tile::kRows; r += Tile::kThreads)
+        smem_pixel[r] = row0 + r < g.positions ? p.pixel(phase, int(row0) + r) : -1;
+    __syncthreads();  // the pixels are visible; all warps are done with the stages
+    const bool wide = p.wide_y;
+#pragma unroll
+    for (int j = 0; j < Tile::kAccCols; j += 2) {
+        const int col = col0 + Tile::col(j);
+        const bool one = col < p.outputs, two = col + 1 < p.outputs;
+        const float bias0 = p.bias && one ? to_float(p.bias[col]) : 0.f, bias1 = p.bias && two ? to_float(p.bias[col + 1]) : 0.f;
+#pragma unroll
+        for (int i = 0; i < Tile::kAccRows; ++i) {
+            const float v[2] = {acc.at(i, j) + bias0, acc.at(i, j + 1) + bias1};
+            if (wide) {
+                const int at = gemm::swizzled<kPieces>(Tile::row(i), Tile::col(j) / kWide<T>) + Tile::col(j) % kWide<T> * int(sizeof(T));
+                store<2>(reinterpret_cast<T*>(smem + at), v);
+            } else {
+                const int pixel = smem_pixel[Tile::row(i)];
+                T* const to = p.y + int64_t(pixel) * p.ld + col;
+                if (pixel >= 0 && one) to[0] = from_float<T>(v[0]);
+                if (pixel >= 0 && two) to[1] = from_float<T>(v[1]);
+            }
+        }
+    }
+    if (!wide) return;
+    __syncthreads();  // the results are visible
+    const int piece = int(threadIdx.x) % kPieces, col = col0 + piece * kWide<T>;
+    if (col >= p.outputs) return;
+#pragma unroll 4
+    for (int r = int(threadIdx.x) / kPieces; r < Tile::kRows; r += kAtOnce) {
+        const int pixel = smem_pixel[r];
+        if (pixel >= 0)
+            store_vec(p.y + int64_t(pixel) * p.ld + col, load_vec<kWide<T>>(reinterpret_cast<const T*>(smem + gemm::swizzled<kPieces>(r, piece))));
+    }
+}
+
+// ---- few outputs -----------------------------------------------------------------------------------------
+
+constexpr int kSide = 16;       // of a region of pixels
+constexpr int kMostTaps = 8;    // rows and columns of taps, so that at least 9 x 9 positions of a region are complete
+constexpr int kMostOutputs = 8;
+
+// Multiplies a region of kSide x kSide pixels by the weights of all taps and outputs, then adds for each position in it
+// the products of its taps.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 256 / Tile::kThreads) few_kernel(const __grid_constant__ Product<typename Tile::Type> p) {
+    using T = typename Tile::Type;
+    constexpr int kPieces = Tile::kDepth / kWide<T>, kAtOnce = Tile::kThreads / kPieces;
+    constexpr int kLine = Tile::kRows + 4;  // the warp's stores to eight pixels of four pairs of products meet all banks
+    static_assert(Tile::kRows == kSide * kSide && kAtOnce % kSide == 0 && Tile::kRows % kAtOnce == 0, "threads copy whole lines");
+    static_assert(Tile::kCols * kLine * 4 <= Tile::kSmem, "the products fit into the stages");
+    ETT_DYNAMIC_SMEM(smem);
+    const int tile = int(blockIdx.x) / p.phases;
+    const Phase<T>& phase = p.phase[int(blockIdx.x) - tile * p.phases];
+    const Grid& g = phase.grid;
+    if (g.positions == 0) return;
+    const int rows = kSide + 1 - max(g.taps_y, 1), cols = kSide + 1 - max(g.taps_x, 1);  // positions of a region
+    const int across = (g.cols + cols - 1) / cols, down = (g.rows + rows - 1) / rows;
+    const int image = tile / (across * down), in_image = tile - image * (across * down);
+    if (image >= g.positions / (g.rows * g.cols)) return;
+    const int row0 = in_image / across * rows, col0 = in_image % across * cols, taps = g.taps_y * g.taps_x;
+
+    gemm::Acc<Tile> acc;
+    acc.clear();
+    if (g.depth() > 0) {
+        const int at = int(threadIdx.x) / kPieces, piece = int(threadIdx.x) % kPieces;
+        const int y = row0 + g.at_y + at / kSide, x = col0 + g.at_x + at % kSide;
+        int c = piece * kWide<T>;
+        const T* from = p.x + c;
+        const int pixel = (image * g.h + y) * g.w + x;
+        const gemm::Matrix<T> w{phase.w, int64_t(p.outputs) * taps, g.c, g.c, true};
+        gemm::TileCopy<T, Tile::kCols, Tile::kDepth, Tile::kThreads, true> copy_w(w, 0, 0);
+        auto fill = [&](int slot) {
+            unsigned char* const stage = smem + slot * (Tile::kBytesA + Tile::kBytesB);
+#pragma unroll
+            for (int r = 0; r < Tile::kRows / kAtOnce; ++r)
+                cp_async16(smem_address(stage) + gemm::swizzled<kPieces>(at + r * kAtOnce, piece), g.pixels(from, pixel + r * (kAtOnce / kSide) * g.w),
+                           (c < g.c) & g.inside(y + r * (kAtOnce / kSide), x));
+            copy_w.start(stage + Tile::kBytesA);
+            cp_async_commit();
+            copy_w.advance_cols(Tile::kDepth);
+            from += Tile::kDepth;
+            c += Tile::kDepth;
+        };
+        gemm::pipeline(acc, (g.c + Tile::kDepth - 1) / Tile::kDepth, fill, smem);
+    }
+
+    float* const smem_products = reinterpret_cast<float*>(smem);  // [O, taps][pixel]
+    __syncthreads();  // all warps are done with the stages
+#pragma unroll
+    for (int j = 0; j < Tile::kAccCols; ++j)
+#pragma unroll
+        for (int i = 0; i < Tile::kAccRows; ++i) smem_products[Tile::col(j) * kLine + Tile::row(i)] = acc.at(i, j);
+    __syncthreads();  // the products are visible
+    for (int n = int(threadIdx.x); n < rows * cols * p.outputs; n += Tile::kThreads) {
+        const int at = n / p.outputs, o = n - at * p.outputs, i = at / cols, j = at - i * cols;
+        if (row0 + i >= g.rows || col0 + j >= g.cols) continue;
+        const float* from = smem_products + o * taps * kLine + i * kSide + j;
+        float sum = 0.f;
+        for (int u = 0; u < g.taps_y; ++u, from += kSide)
+            for (int v = 0; v < g.taps_x; ++v) sum += from[(u * g.taps_x + v) * kLine + v];
+        if (p.bias) sum += to_float(p.bias[o]);
+        const int64_t pixel = (int64_t(image) * p.out_h + (row0 + i) * p.out_step + phase.first_y) * p.out_w + (col0 + j) * p.out_step + phase.first_x;
+        p.y[pixel * p.ld + o] = from_float<T>(sum);
+    }
+}
+
+// ---- weights ---------------------------------------------------------------------------------------------
+
+constexpr int kPackThreads = 256;
+
+// packed[o, (taps, c)] = w[o, (taps, c)], with zeros in the padding. n: elements of `packed`.
+template <class T> __global__ void __launch_bounds__(kPackThreads) pack_kernel(const T* w, int64_t ld, int64_t n, int64_t depth, int64_t c, T* packed) {
+    const int64_t at = int64_t(blockIdx.x) * kPackThreads + threadIdx.x;
+    if (at >= n) return;
+    const int64_t row = at / padded<T>(depth), k = at - row * padded<T>(depth), from = row * depth + k;
+    packed[at] = k < depth ? w[from / c * ld + from % c] : T{};
+}
+
+// Taps `first`, first + step, ... of n.
+__host__ __device__ inline int taps_of(int n, int first, int step) { return first < n ? (n - first + step - 1) / step : 0; }
+// How many taps come before those in order: of smaller `first`.
+__host__ __device__ inline int taps_before(int n, int first, int step) {
+    const int whole = n / step, rest = n % step;
+    return first * whole + (first < rest ? first : rest);
+}
+
+// Where the transposed weights of the taps of a phase begin, in elements. `rows` of them have `depth` elements a tap; what
+// the padding of the rows takes is less than two pieces a row.
+template <class T> __host__ __device__ int64_t phase_begin(int taps_y, int taps_x, int first_y, int first_x, int step, int rows, int depth) {
+    const int64_t above = int64_t(taps_before(taps_y, first_y, step)) * taps_x;
+    const int64_t taps = above + int64_t(taps_of(taps_y, first_y, step)) * taps_before(taps_x, first_x, step);
+    const int64_t phases = int64_t(first_y) * (step < taps_x ? step : taps_x) + first_x;
+    return padded<T>(taps * rows * depth) + phases * rows * 2 * kWide<T>;
+}
+// The end of all of them.
+template <class T> int64_t phases_end(int taps_y, int taps_x, int step, int rows, int depth) {
+    return padded<T>(int64_t(taps_y) * taps_x * rows * depth) + int64_t(std::min(step, taps_y)) * std::min(step, taps_x) * rows * 2 * kWide<T>;
+}
+
+constexpr int kTransposed = 32, kTransposeRows = 8;  // sides of a tile, rows at once
+
+// Phase by phase: transposed[c, (u', v'), o] = w[o, (u, v), c], where u', v' count the taps of the phase backwards; zeros in
+// the padding of rows.
+template <class T>
+__global__ void __launch_bounds__(kTransposed * kTransposeRows)
+transpose_kernel(const T* w, int64_t ld, int outputs, int taps_y, int taps_x, int channels, int step, T* transposed) {
+    __shared__ T smem_tile[kTransposed][kTransposed + 2];
+    const int lane = int(threadIdx.x) % kTransposed, row = int(threadIdx.x) / kTransposed;
+    const int taps = taps_y * taps_x, across = (channels + kTransposed - 1) / kTransposed;
+    const int tap = int(blockIdx.x % unsigned(taps)), tile = int(blockIdx.x / unsigned(taps));
+    const int o0 = tile / across * kTransposed, c0 = tile % across * kTransposed;
+    for (int r = row; r < kTransposed; r += kTransposeRows)
+        if (o0 + r < outputs && c0 + lane < channels) smem_tile[r][lane] = w[(int64_t(o0 + r) * taps + tap) * ld + c0 + lane];
+    __syncthreads();  // the tile has arrived
+    const int u = tap / taps_x, v = tap - u * taps_x, first_y = u % step, first_x = v % step;
+    const int phase_y = taps_of(taps_y, first_y, step), phase_x = taps_of(taps_x, first_x, step);
+    const int64_t at = (phase_y - 1 - u / step) * phase_x + (phase_x - 1 - v / step), depth = int64_t(phase_y) * phase_x * outputs;
+    const bool pad = u < step && v < step && o0 == 0 && lane < padded<T>(depth) - depth;  // once a phase
+    T* const to = transposed + phase_begin<T>(taps_y, taps_x, first_y, first_x, step, channels, outputs);
+    for (int r = row; r < kTransposed && c0 + r < channels; r += kTransposeRows) {
+        T* const line = to + (c0 + r) * padded<T>(depth);
+        if (o0 + lane < outputs) line[at * outputs + o0 + lane] = smem_tile[lane][r];
+        if (pad) line[depth + lane] = T{};
+    }
+}
+
+// ---- host ------------------------------------------------------------------------------------------------
+
+// `positions`: of all phases. `few`: few_kernel supports the call.
+const char* choose_conv2d_config(int64_t positions, int64_t outputs, bool vectors, bool few, int32_t dtype, int multiprocessors) {
+    if (few) return "few";
+    if (!vectors) return "plain";
+    const bool narrow = outputs <= 64;
+    const int64_t cols = narrow || dtype != ETT_BF16 ? 64 : 128;
+    return ceil_div(positions, 128) * ceil_div(outputs, cols) < multiprocessors ? "small" : narrow ? "medium" : "large";
+}
+
+// The phases of a launch, and where their weights lie.
+struct Layout {
+    Grid grid;
+    int64_t w;  // elements
+    int first_y, first_x;
+};
+
+// y = convolution of x by w, padded weights, phase by phase.
+int32_t run(const char* op, Check& check, const ett_view& x, const void* w, const ett_view* bias, const ett_view& y, int64_t out_step,
+            const Layout* layouts, int64_t count, const ett_launch* l) {
+    const int64_t o = cols(y);
+    const bool vectors = wide(x);
+    bool few = vectors && o <= kMostOutputs;
+    int64_t positions = 0, most_taps = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const Grid& g = layouts[i].grid;
+        few = few && g.step == 1 && g.taps_y <= kMostTaps && g.taps_x <= kMostTaps && g.taps_y * g.taps_x * o <= 64;
+        positions += g.positions;
+        most_taps = std::max<int64_t>(most_taps, int64_t(g.taps_y) * g.taps_x);
+    }
+    const char* best = choose_conv2d_config(positions, o, vectors, few, x.dtype, multiprocessors());
+    const char* kernel =
+        check.choose(l, best, {{"few", few}, {"large", vectors}, {"medium", vectors}, {"small", vectors}, {"plain", true}});
+    if (!check.ok()) return check.status();
+    return with_act(x.dtype, [&](auto t) {
+        using T = decltype(t);
+        for (int64_t first = 0; first < count; first += kPhases) {
+            Product<T> p{};
+            p.x = data<const T>(x), p.bias = bias ? data<const T>(*bias) : nullptr, p.y = data<T>(y);
+            p.ld = stride(y);
+            p.outputs = int(o), p.out_h = int(y.dims[1]), p.out_w = int(y.dims[2]), p.out_step = int(out_step);
+            p.phases = int(std::min<int64_t>(count - first, kPhases));
+            p.wide_y = wide(y);
+            for (int i = 0; i < p.phases; ++i) {
+                const Layout& at = layouts[first + i];
+                p.phase[i] = {at.grid, static_cast<const T*>(w) + at.w, at.first_y, at.first_x};
+            }
+            auto go = [&](auto k, int threads, int smem, auto tiles_of) {
+                int64_t tiles = 0;
+                for (int i = 0; i < p.phases; ++i) tiles = std::max<int64_t>(tiles, tiles_of(p.phase[i].grid));
+                if (!check.range(op, tiles * p.phases, 0, INT32_MAX)) return check.status();
+                return tiles == 0 ? ETT_OK : launch(op, k, dim3(unsigned(tiles * p.phases)), dim3(threads), smem, l, p);
+            };
+            auto product = [&](auto tile, auto pieces) {
+                using Tile = decltype(tile);
+                return go(conv_kernel<Tile, decltype(pieces)::value>, Tile::kThreads, Tile::kSmem,
+                          [&](const Grid& g) { return ceil_div(g.positions, Tile::kRows) * ceil_div(o, Tile::kCols); });
+            };
+            auto regions = [&](auto tile) {
+                using Tile = decltype(tile);
+                return go(few_kernel<Tile>, Tile::kThreads, Tile::kSmem, [&](const Grid& g) {
+                    const int64_t down = kSide + 1 - std::max(g.taps_y, 1), across = kSide + 1 - std::max(g.taps_x, 1);
+                    return y.dims[0] * ceil_div(g.rows, down) * ceil_div(g.cols, across);
+                });
+            };
+            using Sizes = Tiles<T>;
+            const auto is = [&](const char* name) { return strcmp(kernel, name) == 0; };
+            const int32_t status = is("large")    ? product(typename Sizes::Large{}, std::true_type{})
+                                   : is("medium") ? product(typename Sizes::Medium{}, std::true_type{})
+                                   : is("small")  ? product(typename Sizes::Small{}, std::true_type{})
+                                   : is("plain")  ? product(typename Sizes::Plain{}, std::false_type{})
+                                   : most_taps * o <= 32 ? regions(typename Sizes::template Few<32>{})
+                                                         : regions(typename Sizes::template Few<64>{});
+            if (status != ETT_OK) return status;
+        }
+        return ett_done(kernel);
+    });
+}
+
+bool sound(Check& check, const ett_conv2d_fwd_args* a) {
+    return check.ok() && check_shapes(check, {"x", a->x}, {"w", a->w}, a->x.dtype, {"y", a->y}, a->stride, a->pad_top, a->pad_left) &&
+           (!present(a->bias) || check.vector("bias", a->bias, a->x.dtype, a->w.dims[0]));
+}
+bool sound(Check& check, const ett_conv2d_bwd_data_args* a) {
+    return check.ok() && check_shapes(check, {"dx", a->dx}, {"w", a->w}, a->dy.dtype, {"dy", a->dy}, a->stride, a->pad_top, a->pad_left);
+}
+
+// Elements of the padded copy of w.
+int64_t packed_size(const ett_view& w) {
+    const int64_t depth = w.dims[1] * w.dims[2] * w.dims[3];
+    return with_act(w.dtype, [&](auto t) { return w.dims[0] * padded<decltype(t)>(depth); });
+}
+// True if w itself has the form of the copy.
+bool is_packed(const ett_view& w) {
+    return contiguous(w) && reinterpret_cast<uintptr_t>(w.ptr) % 16 == 0 && w.dims[1] * w.dims[2] * w.dims[3] * dtype_size(w.dtype) % 16 == 0;
+}
+
+int64_t bytes_of(const ett_conv2d_fwd_args* a) {
+    return numel(a->y) == 0 || numel(a->w) == 0 || is_packed(a->w) ? 0 : packed_size(a->w) * dtype_size(a->w.dtype);
+}
+int64_t bytes_of(const ett_conv2d_bwd_data_args* a) {
+    if (numel(a->dx) == 0 || numel(a->w) == 0) return 0;
+    const int64_t* d = a->w.dims;
+    return with_act(a->w.dtype, [&](auto t) {
+        using T = decltype(t);
+        return phases_end<T>(int(d[1]), int(d[2]), int(a->stride), int(d[3]), int(d[0])) * int64_t(sizeof(T));
+    });
+}
+
+template <class A> int64_t workspace_of(const char* op, const A* a) {
+    Check check(op, a);
+    return sound(check, a) ? bytes_of(a) : -1;
+}
+
+}  // namespace
+}  // namespace conv
+}  // namespace ett
+
+extern "C" int64_t ett_conv2d_fwd_workspace(const ett_conv2d_fwd_args* a) { return ett::conv::workspace_of("conv2d_fwd", a); }
+extern "C" int64_t ett_conv2d_bwd_data_workspace(const ett_conv2d_bwd_data_args* a) { return ett::conv::workspace_of("conv2d_bwd_data", a); }
+
+extern "C" int32_t ett_conv2d_fwd(const ett_conv2d_fwd_args* a, const ett_launch* l) {
+    using namespace ett;
+    using namespace ett::conv;
+    const char* const op = "conv2d_fwd";
+    Check check(op, a, l);
+    if (!sound(check, a)) return check.status();
+    if (numel(a->y) == 0) return ett_done("");
+    if (!check.workspace(l, bytes_of(a))) return check.status();
+    const void* w = a->w.ptr;
+    if (bytes_of(a) > 0) {
+        w = l->workspace;
+        const int32_t status = with_act(a->w.dtype, [&](auto t) {
+            using T = decltype(t);
+            const int64_t n = packed_size(a->w), depth = numel(a->w) / a->w.dims[0];
+            return launch(op, pack_kernel<T>, dim3(unsigned(ceil_div(n, kPackThreads))), dim3(kPackThreads), 0, l, data<const T>(a->w), stride(a->w),
+                          n, depth, cols(a->w), static_cast<T*>(l->workspace));
+        });
+        if (status != ETT_OK) return status;
+    }
+    const Taps taps{a->w.dims[1], a->w.dims[2], a->stride, -a->pad_top, -a->pad_left};
+    const Layout whole{grid_of(a->x, a->y.dims[1], a->y.dims[2], taps), 0, 0, 0};
+    return run(op, check, a->x, w, present(a->bias) ? &a->bias : nullptr, a->y, 1, &whole, 1, l);
+}
+
+extern "C" int32_t ett_conv2d_bwd_data(const ett_conv2d_bwd_data_args* a, const ett_launch* l) {
+    using namespace ett;
+    using namespace ett::conv;
+    const char* const op = "conv2d_bwd_data";
+    Check check(op, a, l);
+    if (!sound(check, a)) return check.status();
+    if (numel(a->dx) == 0) return ett_done("");
+    if (!check.workspace(l, bytes_of(a))) return check.status();
+    const int o = int(a->w.dims[0]), taps_y = int(a->w.dims[1]), taps_x = int(a->w.dims[2]), c = int(a->w.dims[3]), step = int(a->stride);
+    if (numel(a->w) > 0) {
+        const int64_t tiles = ceil_div(o, kTransposed) * ceil_div(c, kTransposed);
+        if (!check.range("w", tiles * taps_y * taps_x, 0, INT32_MAX)) return check.status();
+        const int32_t status = with_act(a->w.dtype, [&](auto t) {
+            using T = decltype(t);
+            return launch(op, transpose_kernel<T>, dim3(unsigned(tiles * taps_y * taps_x)), dim3(kTransposed * kTransposeRows), 0, l,
+                          data<const T>(a->w), stride(a->w), o, taps_y, taps_x, c, step, static_cast<T*>(l->workspace));
+        });
+        if (status != ETT_OK) return status;
+    }
+    // Pixels of rows y, y + stride, ... meet the taps of rows first, first + stride, ...; the last of these lies on row
+    // at_y of dy.
+    const int64_t h = a->dx.dims[1], wd = a->dx.dims[2];
+    const auto begin = [&](int first_y, int first_x) {
+        return with_act(a->w.dtype, [&](auto t) { return phase_begin<decltype(t)>(taps_y, taps_x, first_y, first_x, step, c, o); });
+    };
+    Layout layouts[kPhases];
+    int64_t count = 0;
+    for (int64_t y = 0; y < std::min<int64_t>(step, h); ++y) {
+        for (int64_t x = 0; x < std::min<int64_t>(step, wd); ++x) {
+            const int first_y = int((y + a->pad_top) % step), first_x = int((x + a->pad_left) % step);
+            const int64_t ny = taps_of(taps_y, first_y, step), nx = taps_of(taps_x, first_x, step);
+            const int64_t at_y = (y + a->pad_top - first_y) / step - std::max<int64_t>(ny - 1, 0);
+            const int64_t at_x = (x + a->pad_left - first_x) / step - std::max<int64_t>(nx - 1, 0);
+            layouts[count++] = {grid_of(a->dy, ceil_div(h - y, step), ceil_div(wd - x, step), {ny, nx, 1, at_y, at_x}),
+                                ny * nx > 0 ? begin(first_y, first_x) : 0, int(y), int(x)};
+            const bool last = y + 1 == std::min<int64_t>(step, h) && x + 1 == std::min<int64_t>(step, wd);
+            if (count < kPhases && !last) continue;
+            const int32_t status = run(op, check, a->dy, l->workspace, nullptr, a->dx, step, layouts, count, l);
+            if (status != ETT_OK) return status;
+            count = 0;
+        }
+    }
+    return ETT_OK;
+}
