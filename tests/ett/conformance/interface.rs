@@ -72,6 +72,15 @@ fn names(want: &str) -> Vec<String> {
     want.trim_start_matches("one of ").split(", ").map(str::to_string).collect()
 }
 
+/// The implementations of a kernel, by the error of a device on which another name is forced.
+pub fn implementations(dev: &dyn Kernels, kernel: &Kernel) -> Vec<String> {
+    let start = format!("an implementation of {}: ", kernel.name);
+    match call(dev, kernel) {
+        Err(Error::Config { want, .. }) if want.starts_with(&start) => names(&want[start.len()..]),
+        other => panic!("{}: another name of an implementation gave {other:?}", kernel.name),
+    }
+}
+
 #[test]
 #[ignore = "needs the shim"]
 fn shim_names_of_no_implementation_are_refused() -> Outcome {
