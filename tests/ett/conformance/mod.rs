@@ -269,7 +269,11 @@ const TOLD: usize = 8;
 pub fn run(dev: &dyn Kernels, prec: Precision, size: Size, only: Option<&[&str]>) -> Report {
     let oracle = Cpu::new(0).expect("threads can be started");
     let mut report = Report::new(dev);
-    for kernel in TABLE.iter().filter(|k| only.is_none_or(|names| names.contains(&k.name))) {
+    // For a look at some kernels alone.
+    let asked = std::env::var("ETT_TEST_KERNELS").ok();
+    let asked = |name: &str| asked.as_ref().is_none_or(|all| all.split(',').any(|one| one == name));
+    let wanted = |k: &&Kernel| only.is_none_or(|names| names.contains(&k.name)) && asked(k.name);
+    for kernel in TABLE.iter().filter(wanted) {
         report.asked.push(kernel.name);
         let most = if size == Size::Shim { Size::Tiny } else { size };
         for case in (kernel.cases)().iter().filter(|c| c.size <= most) {
