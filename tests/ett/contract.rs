@@ -261,8 +261,8 @@ fn over_rows(m: &Subject) {
     // Slots may lie anywhere, and the last offset is ignored.
     m.accepts(cached(2, 1, &[3, 0, -1], Some(&[1, 2]), 4));
     m.accepts(cached(2, 1, &[4, 0, 9], Some(&[0, 4]), 4));
-    m.refuses(cached(2, 1, &[3, 0, -1], Some(&[1]), 4), "attention_fwd", &["len_k"]);
-    m.refuses(cached(2, 1, &[3, 0, -1], Some(&[1, 2, 0]), 4), "attention_fwd", &["len_k"]);
+    m.refuses(cached(2, 1, &[3, 0, -1], Some(&[1]), 4), "attention_fwd", &["len_k", "cu_q", "cu_k"]);
+    m.refuses(cached(2, 1, &[3, 0, -1], Some(&[1, 2, 0]), 4), "attention_fwd", &["len_k", "cu_q", "cu_k"]);
     // A device may report any wrong sequence offset or length under the name of one of these arguments.
     let places = ["cu_q", "cu_k", "len_k"];
     for (starts, len) in [

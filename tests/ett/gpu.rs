@@ -2,7 +2,7 @@
 
 use ett::autograd::Tape;
 use ett::backend::{Add, DType, Fill, GatherFwd, Kernels, Precision, Role, Stream};
-use ett::compare::{Bounds, compare};
+use ett::compare::{Bounds, compare, no_worse_than};
 use ett::error::{Error, Result};
 use ett::ops::{self, Entropy, IbqOptions};
 use ett::tensor::Tensor;
@@ -504,16 +504,23 @@ fn quantizer_and_losses_agree(dev: std::sync::Arc<dyn Kernels>, x: &Inputs) -> O
             ..*x
         };
         let want = quantized(&cpu(0), Precision::F64, DType::F64, codes, &held)?;
+        let naive = quantized(&cpu(0), prec, operands, codes, &held)?;
         let got = quantized(&dev, prec, operands, codes, &held)?;
-        for ((name, got, cols), (_, want, _)) in got.iter().zip(&want) {
+        for (((name, got, cols), (_, want, _)), (_, naive, _)) in got.iter().zip(&want).zip(&naive) {
             let what = format!("{name} in {} with {codes:?} of {operands}", prec.act);
             if matches!(*name, "idx" | "bad") {
                 assert_eq!(got, want, "{what}");
                 continue;
             }
-            // zq is rounded to act, so are the gradients that five losses add up to.
-            let bounds = Bounds::of(prec.act).times(3.0);
-            let e = compare(&what, got, want, *cols, bounds)?;
+            let e = match *name {
+                // In bf16, rounded gradients of several losses are added up, and rounded directions scored: the error is
+                // that of the plain computation.
+                "dz" | "de" if prec == Precision::BF16 => {
+                    no_worse_than(&what, got, naive, want, *cols, prec.act)?
+                }
+                // zq is rounded to act.
+                _ => compare(&what, got, want, *cols, Bounds::of(prec.act).times(3.0))?,
+            };
             println!("{what}: off by {:.1e}", e.norm);
         }
     }
