@@ -1,17 +1,17 @@
 //! The rules for arguments in the table of kernels, as data. The text after a field of the table, such as
-//! `[N, C]; act; with residual`, is compiled to a [`FieldSpec`] together with the crate; [`super::check`] checks calls
+//! `[N, C]; act; with residual`, is compiled to a [`FieldSpec`] together with the crate; `super::check` checks calls
 //! against it.
 //!
 //! The rules of a tensor are separated by semicolons:
 //! - its shape. `[N, C]`: rows with any stride, in any number of dimensions; `[C]`: a vector of contiguous elements, in
-//! any number of dimensions; `[B, H, W, C]`: exactly these dimensions; `[..]`: as `[N, C]`, with the same shape as all
-//! other tensors of the call with `[..]`. A size is `N`, `2H`, `H/2`, `S+1` or `heads*head_dim`, where a letter stands
-//! for the same number in the whole call, and other names are arguments of the call. `[N, C], or [C, N] if ta` depends
-//! on a `bool`;
+//!   any number of dimensions; `[B, H, W, C]`: exactly these dimensions; `[..]`: as `[N, C]`, with the same shape as all
+//!   other tensors of the call with `[..]`. A size is `N`, `2H`, `H/2`, `S+1` or `heads*head_dim`, where a letter stands
+//!   for the same number in the whole call, and other names are arguments of the call. `[N, C], or [C, N] if ta` depends
+//!   on a `bool`;
 //! - its element type: `act`, `acc`, `act or acc`, `i32`, `any float`, `any type`, or `type of x`;
 //! - `without gaps`: the tensor is contiguous;
 //! - `with x` (present if and only if `x` is) or `unless x` (present if and only if `x` is absent), for optional
-//! tensors;
+//!   tensors;
 //! - `may be x`: this output may be the input `x` itself, with the same strides. No other output may overlap anything;
 //! - `values below R`, `values at most N`: limits of indices or offsets. Kernels report values beyond them as faults;
 //! - rules for sizes: `G divides C`, `C at least heads*head_dim`.

@@ -4,9 +4,10 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use ett::autograd::Tape;
-use ett::backend::DType;
+use ett::backend::{DType, Kernels};
 use ett::compare::{Bounds, compare};
 use ett::config::{Arm, Config, Operands, QuantizerKind, QuantizerMetric};
 use ett::error::Result;
@@ -17,7 +18,7 @@ use ett::nn::{HostTensor, Stored};
 use ett::ops;
 use ett::train::check;
 
-use crate::common::{Outcome, Scratch, cpu, ids, norm, normal, scaled, tensor};
+use crate::common::{Outcome, Scratch, cpu, gpu, ids, norm, normal, scaled, tensor};
 use crate::training::small;
 
 type Tensors = BTreeMap<String, HostTensor>;
@@ -131,8 +132,12 @@ impl Step {
     }
 
     fn run(&self, cfg: &Config) -> Result<Tensors> {
+        self.run_on(cpu(2), cfg)
+    }
+
+    fn run_on(&self, dev: Arc<dyn Kernels>, cfg: &Config) -> Result<Tensors> {
         let out = self.path(&cfg.train.precision);
-        check(cfg, cpu(2), &self.path("weights"), &self.path("batch"), &out)?;
+        check(cfg, dev, &self.path("weights"), &self.path("batch"), &out)?;
         read_file(&out)
     }
 }
@@ -196,8 +201,8 @@ fn gradients(dump: &Tensors) -> BTreeMap<String, Vec<f64>> {
     all
 }
 
-/// Fails unless the gradients of every part agree up to the errors of bf16; returns the worst error.
-fn agree(what: &str, got: &Tensors, want: &Tensors) -> std::result::Result<f64, String> {
+/// Fails unless the gradients of every part agree up to `bound`; returns the worst error.
+fn agree(what: &str, got: &Tensors, want: &Tensors, bound: f64) -> std::result::Result<f64, String> {
     let (got, want) = (gradients(got), gradients(want));
     if !got.keys().eq(want.keys()) {
         return Err(format!("{what}: gradients of {:?}, wanted {:?}", got.keys(), want.keys()));
@@ -205,26 +210,44 @@ fn agree(what: &str, got: &Tensors, want: &Tensors) -> std::result::Result<f64, 
     let mut worst = 0.0;
     for (name, w) in &want {
         let e =
-            compare(&format!("{what}, gradients of {name}"), &got[name], w, w.len(), Bounds::norm(BOUND))?;
+            compare(&format!("{what}, gradients of {name}"), &got[name], w, w.len(), Bounds::norm(bound))?;
         worst = f64::max(worst, e.norm);
     }
     Ok(worst)
 }
 
-#[test]
-fn gradients_in_bf16_are_those_of_f64() -> Outcome {
+/// The gradients on a device against those of the CPU in f64.
+fn gradients_agree(dev: &Arc<dyn Kernels>, precision: &str, bound: f64) -> Outcome {
     for case in CASES {
         let what = format!("{case:?}");
         let step = Step::new(case)?;
-        let (want, got) = (step.run(&config(case, "f64"))?, step.run(&config(case, "bf16"))?);
+        let (want, got) =
+            (step.run(&config(case, "f64"))?, step.run_on(dev.clone(), &config(case, precision))?);
         assert_eq!(
             got["act.ind"], want["act.ind"],
             "{what}: the choice of a code differs, so that gradients cannot be compared"
         );
-        let worst = agree(&what, &got, &want)?;
-        println!("{what}: off by at most {worst:.3}");
+        let worst = agree(&what, &got, &want, bound)?;
+        println!("{what} in {precision}: off by at most {worst:.1e}");
     }
     Ok(())
+}
+
+#[test]
+fn gradients_in_bf16_are_those_of_f64() -> Outcome {
+    gradients_agree(&cpu(2), "bf16", BOUND)
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn gpu_gradients_in_f32_are_those_of_f64() -> Outcome {
+    gradients_agree(&gpu(), "f32", 1e-3)
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn gpu_gradients_in_bf16_are_those_of_f64() -> Outcome {
+    gradients_agree(&gpu(), "bf16", BOUND)
 }
 
 /// With `quantizer.precision = "f32"` tokens and codes of a bf16 step are not rounded before they are compared.
@@ -278,7 +301,7 @@ fn wrong_gradients_are_not_those_of_f64() -> Outcome {
                 spoil(&mut t.values);
             }
         }
-        agree("spoilt", &got, &want)
+        agree("spoilt", &got, &want, BOUND)
     };
     for part in parts.keys().map(String::as_str).chain([""]) {
         for (what, factor) in [("zero", 0.0), ("doubled", 2.0), ("halved", 0.5), ("of the other sign", -1.0)]
@@ -289,7 +312,7 @@ fn wrong_gradients_are_not_those_of_f64() -> Outcome {
     }
     let mut missing = got.clone();
     missing.retain(|name, _| !name.starts_with("grad.model.norm"));
-    assert!(agree("missing", &missing, &want).is_err());
+    assert!(agree("missing", &missing, &want, BOUND).is_err());
     // Leaves out one of the losses.
     type Change = fn(&mut Config);
     let losses: [(&str, Change); 3] = [
@@ -300,7 +323,7 @@ fn wrong_gradients_are_not_those_of_f64() -> Outcome {
     for (loss, change) in losses {
         let mut cfg = config(DOT, "f64");
         change(&mut cfg);
-        let found = agree("a loss less", &step.run(&cfg)?, &want);
+        let found = agree("a loss less", &step.run(&cfg)?, &want, BOUND);
         println!("{loss}: {found:?}");
         assert!(found.is_err(), "without the loss `{loss}` the gradients pass");
     }
