@@ -1,13 +1,13 @@
-//! Compiles the kernels: the C files always, the CUDA files where there is a CUDA compiler.
+//! Compiles the kernels: the C files always, the CUDA files if there is a CUDA compiler.
 //!
 //! | variable | meaning |
 //! | --- | --- |
-//! | `ETT_CUDA` | `require`: no CUDA compiler is an error; `off`: none is looked for |
-//! | `NVCC`, `CUDA_HOME` | the compiler, or where CUDA lives |
-//! | `ETT_CUDA_ARCHS` | compute capabilities to compile for, by default `80 90a`; PTX of 80 is always there |
+//! | `ETT_CUDA` | `require`: a missing CUDA compiler is an error; `off`: do not search for one |
+//! | `NVCC`, `CUDA_HOME` | the compiler, or the folder of CUDA |
+//! | `ETT_CUDA_ARCHS` | compute capabilities to compile for, by default `80 90a`; PTX of 80 is always included |
 //!
-//! With CUDA, the cfg `ett_cuda` is set, and a program links everything it needs but the driver, which it looks for
-//! when it runs.
+//! With CUDA, the cfg `ett_cuda` is set, and a program links everything that it needs except the driver, which it loads
+//! at run time.
 
 #[path = "build/cuda.rs"]
 mod cuda;
@@ -15,7 +15,7 @@ mod cuda;
 use std::path::{Path, PathBuf};
 use std::{env, fs, process};
 
-/// A problem in one sentence, on a line of its own after what a compiler said.
+/// The error is one sentence, on a line of its own after any output of a compiler.
 type Result<T> = std::result::Result<T, String>;
 
 fn main() {
@@ -50,7 +50,7 @@ fn build() -> Result<()> {
     }
     cc.try_compile("ett_kernels").map_err(|e| format!("{e}\nthe C files of the kernels do not compile"))?;
 
-    // After the archive that needs them.
+    // After the archive, which needs them.
     if let Some(toolkit) = &toolkit {
         println!("cargo::rustc-cfg=ett_cuda");
         println!("cargo::rustc-link-search=native={}", toolkit.lib.display());
@@ -62,8 +62,8 @@ fn build() -> Result<()> {
     Ok(())
 }
 
-/// The folders of `kernels`, all watched but those that are not part of the library: `build` belongs to the Makefile,
-/// `shim` to the tests. A new folder is noticed with the change of the header or of `common` that comes with it.
+/// The folders of `kernels` that belong to the library; cargo watches them. `build` belongs to the Makefile and `shim`
+/// to the tests. Cargo notices a new folder by the change of the header or of `common` that comes with it.
 fn folders(kernels: &Path) -> Result<Vec<PathBuf>> {
     println!("cargo::rerun-if-changed=kernels/Makefile");
     let mut all = entries(kernels)?;
@@ -80,7 +80,7 @@ fn files(folder: &Path, extension: &str) -> Result<Vec<PathBuf>> {
     Ok(all)
 }
 
-/// What a folder holds, in order of name.
+/// The entries of a folder, sorted by name.
 fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     let unreadable = |e| format!("{} cannot be read: {e}", folder.display());
     let mut all = Vec::new();

@@ -1,5 +1,5 @@
-//! Compiles CUDA files, one object each, as many at once as cargo may run. Objects are kept under a hash of all that
-//! decides what is in them, since times of files mean nothing in a fresh checkout.
+//! Compiles CUDA files to one object each, as many at once as cargo allows. Objects are cached under a hash of
+//! everything that they depend on, since file times mean nothing in a fresh checkout.
 
 use std::collections::BTreeSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -11,20 +11,20 @@ use std::{env, fs, thread};
 
 use super::Result;
 
-/// An object that no build used for so long is deleted.
+/// An object that no build has used for this long is deleted.
 const KEEP: Duration = Duration::from_secs(14 * 24 * 3600);
 
-/// A CUDA compiler and what belongs to it.
+/// A CUDA compiler and its library.
 pub struct Toolkit {
     nvcc: PathBuf,
-    /// What nvcc and its host compiler say about themselves.
+    /// The versions that nvcc and its host compiler print.
     version: String,
-    /// Where libcudart_static.a is.
+    /// The folder of libcudart_static.a.
     pub lib: PathBuf,
 }
 
 impl Toolkit {
-    /// The toolkit that the environment asks for, or the first one found; `None` where CUDA is off or there is none.
+    /// The toolkit that the environment names, or the first one found; `None` if CUDA is off or there is none.
     pub fn find() -> Result<Option<Toolkit>> {
         let required = match variable("ETT_CUDA").as_deref() {
             None => false,
@@ -37,10 +37,10 @@ impl Toolkit {
         }
         let none = "there is no CUDA compiler in NVCC, CUDA_HOME, .cuda, PATH, /usr/local/cuda or /opt/cuda";
         if required {
-            return Err(format!("{none}, and ETT_CUDA=require wants one: tools/setup-cuda fetches it"));
+            return Err(format!("{none}, but ETT_CUDA=require needs one: tools/setup-cuda fetches it"));
         }
         println!(
-            "cargo::warning={none}: built for the CPU only (tools/setup-cuda fetches one, ETT_CUDA=off is silent)"
+            "cargo::warning={none}: built for the CPU only (tools/setup-cuda fetches one, ETT_CUDA=off hides this)"
         );
         Ok(None)
     }
@@ -50,7 +50,7 @@ impl Toolkit {
         let host = variable("NVCC_CCBIN").unwrap_or_else(|| "g++".into());
         let version =
             said(Command::new(&nvcc).arg("--version"))? + &said(Command::new(host).arg("--version"))?;
-        // The folder above bin: as it is called, and as it is where links are followed.
+        // The folder above bin: as named, and with links resolved.
         let real = fs::canonicalize(&nvcc).unwrap_or_else(|_| nvcc.clone());
         let homes = [&nvcc, &real].map(|p| p.parent().and_then(Path::parent).map(Path::to_path_buf));
         for home in homes.into_iter().flatten() {
@@ -60,11 +60,14 @@ impl Toolkit {
                 }
             }
         }
-        Err(format!("{} has no libcudart_static.a beside it: its CUDA is not complete", nvcc.display()))
+        Err(format!(
+            "{} has no libcudart_static.a near it: this CUDA installation is incomplete",
+            nvcc.display()
+        ))
     }
 }
 
-/// The value of a variable; cargo comes back here when it changes. Empty is not set.
+/// The value of an environment variable; cargo reruns this script when it changes. Empty counts as unset.
 fn variable(name: &str) -> Option<String> {
     println!("cargo::rerun-if-env-changed={name}");
     env::var(name).ok().filter(|v| !v.is_empty())
@@ -78,11 +81,11 @@ fn locate() -> Result<Option<PathBuf>> {
     folders.extend(env::current_dir().map(|root| root.join(".cuda/nvidia/cu13/bin")));
     let path: Vec<PathBuf> = env::split_paths(&env::var_os("PATH").unwrap_or_default()).collect();
     if let Some(nvcc) = named {
-        // A name without a folder is looked for as a shell does.
+        // A name without a folder is searched for in PATH, as a shell does.
         let mut places = if nvcc.components().count() > 1 { vec![PathBuf::new()] } else { path };
         places.retain(|p| p.join(&nvcc).is_file());
         let first = places.first().map(|p| Some(p.join(&nvcc)));
-        return first.ok_or_else(|| format!("NVCC is `{}`, which is no file", nvcc.display()));
+        return first.ok_or_else(|| format!("NVCC is `{}`, wanted an existing file", nvcc.display()));
     }
     folders.extend(path);
     folders.extend(["/usr/local/cuda/bin", "/opt/cuda/bin"].map(PathBuf::from));
@@ -97,8 +100,8 @@ fn said(command: &mut Command) -> Result<String> {
     if out.status.success() { Ok(text.into()) } else { Err(format!("{text}\n`{name}` failed")) }
 }
 
-/// Compiles `sources`, paths within `kernels`; the objects in the same order. Whatever compilers warn about and kernels
-/// that spill or need a stack are errors.
+/// Compiles `sources`, which are paths inside `kernels`, and returns the objects in the same order. Compiler warnings,
+/// and kernels that spill registers or need a stack, are errors.
 pub fn compile(toolkit: &Toolkit, kernels: &Path, sources: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut flags = makefile_flags(kernels)?;
     let archs = variable("ETT_CUDA_ARCHS").unwrap_or_else(|| "80 90a".into());
@@ -109,7 +112,7 @@ pub fn compile(toolkit: &Toolkit, kernels: &Path, sources: &[PathBuf]) -> Result
     (&flags, &toolkit.version, variable("NVCC_PREPEND_FLAGS"), variable("NVCC_APPEND_FLAGS"))
         .hash(&mut common);
 
-    // One for all profiles: OUT_DIR is <target>/<profile>/build/<package>/out.
+    // One cache for all profiles: OUT_DIR is <target>/<profile>/build/<package>/out.
     let out = PathBuf::from(env::var("OUT_DIR").map_err(|e| e.to_string())?);
     let cache = out.ancestors().nth(4).unwrap_or(&out).join("ett-kernels-cache");
     fs::create_dir_all(&cache).map_err(|e| format!("{} cannot be made: {e}", cache.display()))?;
@@ -127,7 +130,7 @@ pub fn compile(toolkit: &Toolkit, kernels: &Path, sources: &[PathBuf]) -> Result
         let name = name.display().to_string().replace('/', "-");
         let object = cache.join(format!("{name}-{:016x}.o", hash.finish()));
         if object.exists() {
-            // Used today.
+            // Mark it as used today.
             let file = fs::File::options().append(true).open(&object);
             let _ = file.and_then(|f| f.set_modified(SystemTime::now()));
         } else {
@@ -136,7 +139,7 @@ pub fn compile(toolkit: &Toolkit, kernels: &Path, sources: &[PathBuf]) -> Result
         objects.push(object);
     }
 
-    // The longest first, so that the last one to start is a short one.
+    // The largest first, so that the last one to start is quick.
     missing.sort_by_key(|(source, _)| std::cmp::Reverse(fs::metadata(source).map_or(0, |m| m.len())));
     let cores = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1).max(1);
     let workers = cores.min(missing.len());
@@ -144,7 +147,7 @@ pub fn compile(toolkit: &Toolkit, kernels: &Path, sources: &[PathBuf]) -> Result
     let work = || {
         let mut errors = String::new();
         while let Some((source, object)) = missing.get(next.fetch_add(1, Ordering::Relaxed)) {
-            // Cores that have no file of their own compile for the other architectures.
+            // Spare cores compile for several architectures at once.
             if let Err(e) = compile_one(toolkit, &flags, cores / workers, kernels, source, object) {
                 errors += &e;
             }
@@ -160,7 +163,7 @@ pub fn compile(toolkit: &Toolkit, kernels: &Path, sources: &[PathBuf]) -> Result
     });
     if !errors.is_empty() {
         return Err(format!(
-            "{errors}\nCUDA files do not compile cleanly: what the compiler said is under stderr"
+            "{errors}\nCUDA files do not compile without errors and warnings: stderr has the compiler's output"
         ));
     }
     write_list(&cache, kernels, sources, &objects)?;
@@ -168,7 +171,7 @@ pub fn compile(toolkit: &Toolkit, kernels: &Path, sources: &[PathBuf]) -> Result
     Ok(objects)
 }
 
-/// The flags of the Makefile, which are the only ones, but for the architectures. nvcc runs in the Makefile's folder.
+/// The compiler flags, from the Makefile, without the architectures. nvcc runs in the Makefile's folder.
 fn makefile_flags(kernels: &Path) -> Result<Vec<String>> {
     let makefile =
         fs::read_to_string(kernels.join("Makefile")).map_err(|e| format!("kernels/Makefile: {e}"))?;
@@ -179,8 +182,8 @@ fn makefile_flags(kernels: &Path) -> Result<Vec<String>> {
     Ok(flags.ok_or(wanted)?.split_whitespace().map(String::from).collect())
 }
 
-/// A file and all it includes from `folders` and from beside the including file, directly or not. What is found
-/// nowhere belongs to CUDA or the system.
+/// A file and everything that it includes, directly or indirectly, from `folders` or from the folder of the including
+/// file. Includes that are not found there belong to CUDA or the system.
 pub fn with_headers(source: &Path, folders: &[&Path]) -> BTreeSet<PathBuf> {
     let mut all = BTreeSet::new();
     let mut open = vec![source.to_path_buf()];
@@ -228,15 +231,15 @@ fn compile_one(
     result.map_err(|e| format!("kernels/{within}:\n{}\n", e.trim_end()))
 }
 
-/// What is wrong with an object that nvcc made, from what it said with `-Xptxas -v`: warnings of all its parts, advice
-/// on performance (C75xx), kernels that spill or need a stack. Empty if nothing is.
+/// The problems of an object, from nvcc's output with `-Xptxas -v`: warnings of all its parts, performance advice
+/// (C75xx), and kernels that spill registers or need a stack. Empty if there are none.
 pub fn complaints(log: &str) -> String {
     let mut wrong = Vec::new();
     let mut function = "";
     for line in log.lines().filter(|l| !l.trim().is_empty()) {
         let info = line.starts_with("ptxas info");
         if let Some((_, name)) = line.split_once("Compiling entry function ") {
-            function = name; // and for which architecture
+            function = name; // includes the architecture
         } else if line.contains(" bytes stack frame, ") {
             if line.trim() != "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" {
                 wrong.extend([function, line]);
@@ -248,7 +251,7 @@ pub fn complaints(log: &str) -> String {
     wrong.join("\n")
 }
 
-/// Says which objects the last build took, for tools/kernel-code.
+/// Lists the objects of the last build, for tools/kernel-code.
 fn write_list(cache: &Path, kernels: &Path, sources: &[PathBuf], objects: &[PathBuf]) -> Result<()> {
     let mut list = format!("{}\n", kernels.display());
     for (source, object) in sources.iter().zip(objects) {
@@ -259,7 +262,7 @@ fn write_list(cache: &Path, kernels: &Path, sources: &[PathBuf], objects: &[Path
     fs::write(&file, list).map_err(|e| format!("{} cannot be written: {e}", file.display()))
 }
 
-/// Deletes objects that were not used for long, with their logs.
+/// Deletes objects that have not been used for a long time, with their logs.
 fn forget(cache: &Path) {
     for entry in fs::read_dir(cache).into_iter().flatten().flatten() {
         let path = entry.path();

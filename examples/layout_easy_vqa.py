@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Lays the easy-vqa 1.0 wheel out as folder data sets: TARGET/{train,test}/{metadata.jsonl,images/*.png}.
+"""Converts the easy-vqa 1.0 wheel to folder data sets: TARGET/{train,test}/{metadata.jsonl,images/*.png}.
 
-The package has questions and answers but no captions. A caption is what the answers of the picture
-itself say, nothing is read off the pixels:
+The package has questions and answers but no captions. A caption is derived from the questions and answers
+about its picture, not from the pixels:
 
   - an answer to "what shape ..." or "what color ..." names the shape or the colour;
-  - a question names them too: "what color is the circle?" is asked of circles only;
-  - "is there a red shape?" yes, and "is there not a red shape?" no, say the same;
-  - when all shapes (or colours) but one are denied, it is the one that is left.
+  - a question names them too: "what color is the circle?" is asked about circles only;
+  - "is there a red shape?" yes, and "is there not a red shape?" no, both mean red;
+  - if all shapes (or colours) but one are denied, it is the remaining one.
 
-Shape and colour give "a red circle", one of them alone "a circle" or "a red shape", neither no caption.
+With shape and colour the caption is "a red circle", with one of them "a circle" or "a red shape"; with neither there is
+no caption.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import zipfile
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 THING = r"(?P<thing>\w+(?: shape)?)"
-# (form, what "yes" says about the thing; None for a question that asks "what")
+# (form, whether "yes" means that the thing is present; None for a question that asks "what")
 FORMS = [
     (re.compile(form.replace("THING", THING) + r"\?"), yes)
     for form, yes in [
@@ -44,7 +45,7 @@ FORMS = [
 
 
 class Facts:
-    """What is known about one picture: the shapes and colours it can still have."""
+    """The facts known about a picture: the shapes and colours that are still possible."""
 
     def __init__(self):
         self.left = {SHAPES: set(SHAPES), COLOURS: set(COLOURS)}
@@ -121,7 +122,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("wheel", help="easy_vqa-1.0-py3-none-any.whl")
     parser.add_argument("target", help="folder to make")
-    parser.add_argument("--sha256", help="refuse a wheel with another checksum")
+    parser.add_argument("--sha256", help="fail if the wheel has another checksum")
     args = parser.parse_args()
     with open(args.wheel, "rb") as file:
         found = hashlib.sha256(file.read()).hexdigest()
@@ -131,14 +132,14 @@ def main():
         licence = wheel.read("easy_vqa-1.0.dist-info/LICENSE").decode()
         print(licence.strip(), end="\n\n")
         for split in ("train", "test"):
-            # Laid out beside the target and renamed, so that a broken run leaves no half data set.
+            # Written to a temporary folder and renamed, so that an interrupted run leaves no partial data set.
             final = os.path.join(args.target, split)
             part = final + ".part"
             if os.path.isfile(os.path.join(final, "metadata.jsonl")):
-                print(f"{final} is there already")
+                print(f"{final} exists already")
                 continue
             if os.path.exists(final):
-                sys.exit(f"{final} is there and is not this data set; choose another target or remove it")
+                sys.exit(f"{final} exists and is not this data set; choose another target or remove it")
             shutil.rmtree(part, ignore_errors=True)
             lay_out(wheel, split, part)
             os.rename(part, final)

@@ -1,5 +1,5 @@
-//! The configuration of a model and its training: one TOML file. Every key has the paper's value as its
-//! default; unknown keys are errors. Relative paths in it are relative to the file's folder.
+//! The configuration of a model and its training, a TOML file. Every key has the paper's value as its default; unknown
+//! keys are errors. Relative paths in the file are relative to its folder.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
@@ -26,15 +26,15 @@ pub struct Config {
     pub discriminator: DiscriminatorConfig,
     /// Language model.
     pub llm: LlmConfig,
-    /// From codebook to language model.
+    /// Maps codebook embeddings to the language model.
     pub projector: ProjectorConfig,
     /// Head that predicts codes.
     pub visual_head: VisualHeadConfig,
     /// Weights of the losses.
     pub loss: LossConfig,
-    /// What all stages share.
+    /// Settings of all stages.
     pub train: TrainConfig,
-    /// Where the pictures are.
+    /// Training and held-out pictures.
     pub data: DataConfig,
     /// The stages of a run, in order.
     pub stage: Vec<StageConfig>,
@@ -46,9 +46,9 @@ pub struct Config {
 pub struct TokenizerConfig {
     /// Channels at full resolution.
     pub ch: usize,
-    /// Channel factors, one a level; each level after the first halves the resolution.
+    /// Channel factors, one per level; each level after the first halves the resolution.
     pub ch_mult: Vec<usize>,
-    /// Residual blocks a level in the encoder; the decoder has one more.
+    /// Residual blocks per level in the encoder; the decoder has one more.
     pub num_res_blocks: usize,
     /// Channels between the encoder and `quant_conv`.
     pub z_channels: usize,
@@ -72,7 +72,7 @@ impl Default for TokenizerConfig {
 }
 
 impl TokenizerConfig {
-    /// Pixels a side that one token stands for.
+    /// Side in pixels of the square that one token represents.
     pub fn downsampling(&self) -> usize {
         1 << self.ch_mult.len().saturating_sub(1)
     }
@@ -88,7 +88,7 @@ pub enum QuantizerKind {
     Vq,
 }
 
-/// How tokens and codes are compared by IBQ.
+/// How IBQ scores codes against tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum QuantizerMetric {
@@ -98,13 +98,23 @@ pub enum QuantizerMetric {
     L2norm,
 }
 
-/// Which quantization term beta weighs.
+/// The type of the quantizer's tokens and codes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Operands {
+    /// The type of all activations.
+    Act,
+    /// float32 in a bf16 run: tokens and codes are not rounded.
+    F32,
+}
+
+/// The quantization term that beta is the weight of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BetaOn {
-    /// The codebook term, as IBQ's code.
+    /// The codebook term, as in IBQ's code.
     Codebook,
-    /// The commitment term, as IBQ's paper.
+    /// The commitment term, as in IBQ's paper.
     Commitment,
 }
 
@@ -114,21 +124,23 @@ pub enum BetaOn {
 pub struct QuantizerConfig {
     /// `ibq` or `vq`.
     pub kind: QuantizerKind,
-    /// K.
+    /// Number of codes, K.
     pub codes: usize,
-    /// D.
+    /// Dimensions of a code, D.
     pub dim: usize,
     /// `dot` or `l2norm`; `vq` always compares by distance.
     pub metric: QuantizerMetric,
+    /// Type of tokens and codes: `act` (as all activations) or `f32` (float32 in a bf16 run).
+    pub precision: Operands,
     /// Weight of one quantization term.
     pub beta: f64,
-    /// The term: `codebook` or `commitment`. `vq` puts it on the commitment term.
+    /// That term: `codebook` or `commitment`; with `vq` always the commitment term.
     pub beta_on: BetaOn,
-    /// T of the entropy loss.
+    /// Temperature T of the entropy loss.
     pub temperature: f64,
     /// Added inside the logarithm of the average entropy.
     pub entropy_eps: f64,
-    /// Standard deviation of the initial codes of `ibq`; `vq` starts uniform in +-1/K.
+    /// Standard deviation of the initial codes of `ibq`; those of `vq` are uniform in +-1/K.
     pub init_scale: f64,
 }
 
@@ -139,6 +151,7 @@ impl Default for QuantizerConfig {
             codes: 131_072,
             dim: 256,
             metric: QuantizerMetric::Dot,
+            precision: Operands::Act,
             beta: 0.25,
             beta_on: BetaOn::Codebook,
             temperature: 0.01,
@@ -162,10 +175,10 @@ impl QuantizerConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LpipsConfig {
-    /// Channels of the five blocks; VGG16's unless the features are random.
+    /// Channels of the five blocks; only random features can differ from VGG16's.
     pub widths: [usize; 5],
-    /// Safetensors file with `net.slice*` and `lin*` tensors; without one the features are random, from a
-    /// fixed seed. A run reads it once: afterwards they are among its own weights.
+    /// Safetensors file with `net.slice*` and `lin*` tensors; without one the features are random, from a fixed seed. A
+    /// run reads the file once and then stores the tensors with its own weights.
     pub weights: Option<PathBuf>,
     /// Added to the norm of the features.
     pub eps: f64,
@@ -203,9 +216,9 @@ impl Default for DiscriminatorConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LlmConfig {
-    /// V.
+    /// Vocabulary size, V.
     pub vocab: usize,
-    /// C.
+    /// Width, C.
     pub width: usize,
     /// Blocks.
     pub layers: usize,
@@ -213,9 +226,9 @@ pub struct LlmConfig {
     pub heads: usize,
     /// Key/value heads.
     pub kv_heads: usize,
-    /// D of a head.
+    /// Dimensions of a head, D.
     pub head_dim: usize,
-    /// F.
+    /// Width of the MLP, F.
     pub mlp: usize,
     /// Added to the mean square of RMSNorm.
     pub rms_eps: f64,
@@ -248,9 +261,9 @@ impl Default for LlmConfig {
 pub struct ProjectorConfig {
     /// LayerNorm before the first layer.
     pub norm: bool,
-    /// Added to its variance.
+    /// Added to the variance of that LayerNorm.
     pub norm_eps: f64,
-    /// Which form of GELU stands between the layers.
+    /// Form of GELU between the layers.
     pub gelu: Gelu,
 }
 
@@ -258,9 +271,9 @@ pub struct ProjectorConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Gelu {
-    /// x times the normal distribution function.
+    /// x times the cumulative normal distribution function.
     Exact,
-    /// The tanh form, which the product's own kernel can end with.
+    /// The tanh form, which can be fused with the matrix product.
     Tanh,
 }
 
@@ -270,11 +283,11 @@ impl Default for ProjectorConfig {
     }
 }
 
-/// Which head predicts codes.
+/// The head that predicts codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum VisualHeadKind {
-    /// None: the model does not draw.
+    /// No head: the model cannot draw.
     None,
     /// A small MLP to D, then dot products with the codebook.
     Tied,
@@ -300,7 +313,7 @@ impl Default for VisualHeadConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LossConfig {
-    /// Weight of the tokenizer's losses beside the caption loss; 0 turns the decoder off.
+    /// Weight of the tokenizer's losses, relative to the caption loss; 0 turns the decoder off.
     pub alpha: f64,
     /// Mean absolute error.
     pub rec: f64,
@@ -310,9 +323,9 @@ pub struct LossConfig {
     pub lpips: f64,
     /// Adversarial loss; 0 turns the discriminator off.
     pub gan: f64,
-    /// Sample entropy less average entropy; 0 turns both off.
+    /// Sample entropy minus average entropy; 0 turns both off.
     pub entropy: f64,
-    /// LeCAM, beside the hinge loss.
+    /// LeCAM, relative to the discriminator's hinge loss.
     pub lecam: f64,
 }
 
@@ -326,54 +339,53 @@ impl Default for LossConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Arm {
-    /// The language model learns its own embeddings of the indices; frozen tokenizer.
+    /// The language model learns its own embeddings of the indices; the tokenizer is frozen.
     Index,
-    /// Codebook embeddings through the projector; frozen tokenizer.
+    /// Codebook embeddings through the projector; the tokenizer is frozen.
     Embed,
-    /// Codebook embeddings, tuned tokenizer.
+    /// Codebook embeddings through the projector; the tokenizer is trained.
     Ett,
 }
 
-/// `[train]`: what all stages share.
+/// `[train]`: settings of all stages.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
     /// Arm of the ablation.
     pub arm: Arm,
-    /// Peak learning rate where a stage names none.
+    /// Peak learning rate of stages without their own.
     pub lr: f64,
     /// Adam's decays.
     pub betas: [f64; 2],
-    /// Adam's decays of the discriminator.
+    /// Adam's decays for the discriminator.
     pub disc_betas: [f64; 2],
     /// Added to the root of Adam's second moment.
     pub adam_eps: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
-    /// Largest gradient norm; 0: no clipping.
+    /// Gradient clipping norm; 0: no clipping.
     pub clip: f64,
-    /// Share of a stage's steps in which the rate rises.
+    /// Warm-up: share of a stage's steps in which the learning rate rises.
     pub warmup: f64,
-    /// Decay of the averages of the tokenizer's weights.
+    /// Decay of the moving averages of the tokenizer's weights.
     pub ema_decay: f64,
-    /// Probability that a gen stage leaves a prompt out, for classifier-free guidance.
+    /// Probability that a gen stage omits a prompt, for classifier-free guidance.
     pub prompt_dropout: f64,
-    /// Seed of everything.
+    /// Seed of all random numbers.
     pub seed: u64,
     /// `f64`, `f32` or `bf16`.
     pub precision: String,
     /// CPU threads, at most 1024; 0: one per core.
     pub threads: usize,
-    /// Keep only the inputs of each block for the backward and compute the rest again: less memory, the same
-    /// bits.
+    /// Save only the inputs of each block for the backward and recompute the rest: less memory, the same bits.
     pub recompute: bool,
     /// Steps between checkpoints; 0: only at the end of each stage.
     pub save_every: usize,
-    /// Checkpoints that are kept.
+    /// Number of checkpoints to keep.
     pub keep: usize,
     /// Steps between evaluations on held-out pictures during a stage; 0: none.
     pub eval_every: usize,
-    /// Tokens over which the use of the codebook is counted.
+    /// Number of latest tokens over which codebook use is measured.
     pub usage_window: usize,
 }
 
@@ -408,32 +420,33 @@ impl Default for TrainConfig {
 pub struct DataConfig {
     /// `folder`, `scenes` or `words`.
     pub source: Source,
-    /// Folder to train on.
+    /// Folder of training pictures.
     pub train: PathBuf,
     /// Folder of held-out pictures.
     pub test: Option<PathBuf>,
-    /// Built-in pictures to train on.
+    /// Number of built-in training pictures.
     pub train_samples: usize,
-    /// Built-in pictures held out; 0: none.
+    /// Number of built-in held-out pictures; 0: none.
     pub test_samples: usize,
-    /// Pixels a side: the shorter side is resized to it (antialiased bicubic), then cropped.
+    /// Side of the pictures in pixels: the shorter side is resized to it (antialiased bicubic), then the picture is
+    /// cropped to a square.
     pub size: usize,
     /// `centre` or `random`.
     pub crop: Crop,
-    /// Mirror half of the pictures; not those built in, which say where things are.
+    /// Mirror half of the pictures; not allowed for built-in pictures, whose captions say where things are.
     pub flip: bool,
-    /// A `tokenizer.json` of Hugging Face with the special tokens of Qwen2.5; without one every byte is a token. A run
+    /// A Hugging Face `tokenizer.json` with the special tokens of Qwen2.5; without one every byte is a token. A run
     /// keeps a copy.
     pub tokenizer: Option<PathBuf>,
-    /// Text tokens a sample that `--plan` assumes.
+    /// Text tokens per sample that `--plan` assumes.
     pub text_tokens: usize,
-    /// Most tokens of a caption, a prompt, a question or an answer. Longer ones are cut, and counted when a stage
-    /// begins.
+    /// Maximum tokens of a caption, a prompt, a question or an answer. Longer texts are cut; a stage reports their
+    /// number when it begins.
     pub max_text_tokens: usize,
-    /// Most MiB of pictures that are kept in memory, at the size of training and a byte a colour; the others are
-    /// decoded again at each use.
+    /// Maximum MiB of pictures that are cached in memory, at training size and one byte per channel; the others are
+    /// decoded at each use.
     pub cache_mib: usize,
-    /// Held-out samples that are evaluated, the first ones that can be used.
+    /// Number of held-out samples to evaluate, the first usable ones.
     pub eval_samples: usize,
 }
 
@@ -458,7 +471,7 @@ impl Default for DataConfig {
 }
 
 impl DataConfig {
-    /// The part of the data that is trained on, or held out.
+    /// What to load for the training set or the held-out set.
     pub(crate) fn part(&self, split: Split) -> Wanted<'_> {
         let memory = (self.cache_mib as u64).saturating_mul(1 << 20);
         let options = LoadOptions { memory, ..LoadOptions::new(self.size) };
@@ -483,7 +496,8 @@ impl DataConfig {
         self.source.has(&self.part(Split::Test))
     }
 
-    /// Fails on values that do not go with the source, named after their section; [`Config::check`] looks at the rest.
+    /// Fails on values that the source does not support, with keys named by `section`; [`Config::check`] checks the
+    /// rest.
     fn check(&self, section: &str) -> Result<()> {
         let Some(smallest) = self.source.smallest_drawn() else { return Ok(()) };
         let source = self.source.name();
@@ -503,21 +517,21 @@ impl DataConfig {
     }
 }
 
-/// The recipes.
+/// The kinds of stages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum StageKind {
-    /// Tokenizer and discriminator on L_vq.
+    /// Trains tokenizer and discriminator on L_vq.
     Tokenizer,
-    /// The language model on text alone.
+    /// Trains the language model on text alone.
     Text,
-    /// The projector on captions, all else frozen.
+    /// Trains the projector on captions; everything else is frozen.
     Align,
-    /// ETT proper: everything on L_cap + alpha L_vq.
+    /// ETT proper: trains everything on L_cap + alpha L_vq.
     Semantic,
-    /// Projector and language model on answers; frozen tokenizer.
+    /// Trains projector and language model on answers; the tokenizer is frozen.
     Chat,
-    /// Projector, language model and visual head on the codes of pictures; frozen tokenizer.
+    /// Trains projector, language model and visual head on the codes of pictures; the tokenizer is frozen.
     Gen,
 }
 
@@ -535,13 +549,13 @@ impl StageKind {
     }
 }
 
-/// How the rate falls after the warm-up.
+/// The learning rate after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ScheduleKind {
-    /// Half a cosine to 0.
+    /// Falls along half a cosine to 0.
     Cosine,
-    /// Not at all.
+    /// Stays constant.
     Constant,
 }
 
@@ -549,41 +563,42 @@ pub enum ScheduleKind {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StageConfig {
-    /// Recipe.
+    /// What the stage trains and on which loss.
     pub kind: StageKind,
     /// Optimizer steps.
     pub steps: usize,
-    /// Samples a step.
+    /// Samples per step.
     pub batch: usize,
-    /// Peak learning rate; `train.lr` if left out.
+    /// Peak learning rate; `train.lr` if omitted.
     pub lr: Option<f64>,
-    /// Adam's decays; `train.betas` if left out, for the discriminator `train.disc_betas`.
+    /// Adam's decays; if omitted `train.betas`, for the discriminator `train.disc_betas`.
     pub betas: Option<[f64; 2]>,
-    /// Parameter groups with a rate or decays of their own: `groups.projector.lr = 1e-3`.
+    /// Parameter groups with their own learning rate, decays, clipping or weight decay: `groups.projector.lr = 1e-3`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub groups: BTreeMap<String, GroupConfig>,
-    /// `cosine` or `constant`.
+    /// Learning rate after the warm-up: `cosine` or `constant`.
     #[serde(default = "cosine")]
     pub schedule: ScheduleKind,
-    /// Share of the steps in which the rate rises; if left out `train.warmup`, or 0 where the schedule is `constant`.
+    /// Share of the steps in which the learning rate rises; if omitted `train.warmup`, or 0 if the schedule is
+    /// `constant`.
     pub warmup: Option<f64>,
-    /// Largest gradient norm, 0: no clipping; `train.clip` if left out.
+    /// Gradient clipping norm, 0: no clipping; `train.clip` if omitted.
     pub clip: Option<f64>,
-    /// Decoupled weight decay; `train.weight_decay` if left out.
+    /// Decoupled weight decay; `train.weight_decay` if omitted.
     pub weight_decay: Option<f64>,
-    /// Added to the root of Adam's second moment; `train.adam_eps` if left out.
+    /// Added to the root of Adam's second moment; `train.adam_eps` if omitted.
     pub adam_eps: Option<f64>,
-    /// Keep averages of the tokenizer's weights; reconstructions are then evaluated with them.
+    /// Keep moving averages of the tokenizer's weights; reconstructions are then evaluated with them.
     #[serde(default)]
     pub ema: bool,
-    /// Parts that a batch is split into, one after another, to save memory; divides `batch`. Batch statistics
-    /// (BatchNorm, LeCAM, the average entropy of the codes) are those of a part.
+    /// Gradient accumulation: number of parts that a batch is split into to save memory; divides `batch`. Batch
+    /// statistics (BatchNorm, LeCAM, the average entropy of the codes) are computed per part.
     #[serde(default = "one")]
     pub accumulate: usize,
-    /// Share of captions among the samples of a chat or gen stage, so that describing is not forgotten.
+    /// Share of captions among the samples of a chat or gen stage, so that the model does not forget to describe.
     #[serde(default)]
     pub captions: f64,
-    /// Share of questions among the samples of a gen stage, so that answering is not forgotten.
+    /// Share of questions among the samples of a gen stage, so that the model does not forget to answer.
     #[serde(default)]
     pub answers: f64,
     /// Keys of `[data]` that differ in this stage: `data = { size = 256, train = "other" }`.
@@ -591,24 +606,24 @@ pub struct StageConfig {
     pub data: StageData,
 }
 
-/// `[stage.groups.NAME]`: a parameter group of a stage that differs from the others.
+/// `[stage.groups.NAME]`: the settings of a parameter group that differ from those of the stage.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GroupConfig {
-    /// Peak learning rate; the stage's if left out.
+    /// Peak learning rate; the stage's if omitted.
     pub lr: Option<f64>,
-    /// Adam's decays; the stage's if left out.
+    /// Adam's decays; the stage's if omitted.
     pub betas: Option<[f64; 2]>,
-    /// Largest norm of this group's own gradient, 0: no clipping; if left out the group is clipped with the others, by
-    /// the norm over all of them.
+    /// Clipping norm of this group's own gradient, 0: no clipping; if omitted, the group is clipped together with the
+    /// others, by the norm over all of them.
     pub clip: Option<f64>,
-    /// Decoupled weight decay; the stage's if left out.
+    /// Decoupled weight decay; the stage's if omitted.
     pub weight_decay: Option<f64>,
-    /// Added to the root of Adam's second moment; the stage's if left out.
+    /// Added to the root of Adam's second moment; the stage's if omitted.
     pub adam_eps: Option<f64>,
 }
 
-/// `[stage.data]`: what a stage's pictures have of their own; what is left out is as in `[data]`.
+/// `[stage.data]`: the keys of `[data]` that differ in a stage; omitted keys are as in `[data]`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StageData {
@@ -637,7 +652,7 @@ impl StageData {
         *self == Self::default()
     }
 
-    /// `all` with what differs here.
+    /// `all` with the keys that are set here replaced.
     fn over(&self, all: &DataConfig) -> DataConfig {
         DataConfig {
             source: self.source.unwrap_or(all.source),
@@ -658,7 +673,7 @@ impl StageData {
 }
 
 impl StageConfig {
-    /// A stage with the defaults of all optional keys.
+    /// A stage with default values for all optional keys.
     pub fn new(kind: StageKind, steps: usize, batch: usize) -> Self {
         StageConfig {
             kind,
@@ -680,7 +695,7 @@ impl StageConfig {
         }
     }
 
-    /// Share of the steps in which the rate rises.
+    /// Share of the steps in which the learning rate rises.
     pub fn warmup(&self, train: &TrainConfig) -> f64 {
         self.warmup.unwrap_or(match self.schedule {
             ScheduleKind::Cosine => train.warmup,
@@ -738,7 +753,7 @@ impl Config {
         Ok(config)
     }
 
-    /// What a stage reads: `[data]` with what the stage has of its own.
+    /// The data of a stage: `[data]` with the stage's own keys.
     pub fn data_of(&self, stage: &StageConfig) -> DataConfig {
         stage.data.over(&self.data)
     }
@@ -749,8 +764,8 @@ impl Config {
             .ok_or_else(|| Error::config("train.precision", &self.train.precision, "f64, f32 or bf16"))
     }
 
-    /// Fails on values that no model can have, and on sizes that no machine can: every number has its range, so that
-    /// no product of them that is a size wraps.
+    /// Fails on values that no model can have, and on sizes that no machine can hold. Every number has a range, chosen
+    /// so that sizes, which are products of several, do not overflow.
     pub fn check(&self) -> Result<()> {
         let (t, q, d, llm) = (&self.tokenizer, &self.quantizer, &self.discriminator, &self.llm);
         let (loss, train, data) = (&self.loss, &self.train, &self.data);
@@ -865,7 +880,7 @@ impl Config {
         data.check(section)
     }
 
-    /// The same for the stage that errors call `at`.
+    /// Checks a stage; errors name its keys by the prefix `at`.
     fn check_stage(&self, at: &str, s: &StageConfig) -> Result<()> {
         let key = |name: &str| format!("{at}.{name}");
         count(&key("steps"), s.steps, 0..=MAX_COUNT)?;
@@ -914,7 +929,7 @@ impl Config {
         self.countable(&format!("{} of {}", key("batch"), s.batch), &data, s.batch)
     }
 
-    /// Fails if a step of `batch` samples takes more operations than a device counts.
+    /// Fails if a step of `batch` samples takes more operations than a device can count.
     fn countable(&self, what: &str, data: &DataConfig, batch: usize) -> Result<()> {
         const MOST: f64 = (1u64 << 62) as f64;
         for (keys, each) in self.operations(data) {
@@ -927,7 +942,7 @@ impl Config {
         Ok(())
     }
 
-    /// Floating-point operations of a step for one sample, rounded up generously, with the keys that they follow from.
+    /// Floating-point operations of a step for one sample, rounded up generously, with the keys that determine them.
     fn operations(&self, data: &DataConfig) -> [(&'static str, f64); 3] {
         let (t, q, llm) = (&self.tokenizer, &self.quantizer, &self.llm);
         let f = |n: usize| n as f64;
@@ -935,7 +950,7 @@ impl Config {
         let tokens = (side / f(t.downsampling())).powi(2);
         let mult = t.ch_mult.iter().copied().max().unwrap_or(1);
         let width = f((t.ch * mult).max(t.z_channels));
-        // Nine taps, three passes, a multiply-add counts two; three passes of the discriminator, two of VGG16.
+        // Nine taps, three passes, two operations per multiply-add; three passes of the discriminator, two of VGG16.
         let vgg = self.lpips.widths.iter().map(|&w| 6.0 * 9.0 * f(w).powi(2)).sum::<f64>();
         let blocks = f(t.ch_mult.len() * (4 * t.num_res_blocks + 8));
         let convolutions =
@@ -961,24 +976,24 @@ impl Config {
     }
 }
 
-/// Widths of layers; an MLP may be some times wider.
+/// Width of a layer; an MLP may be 16 times as wide.
 const MAX_WIDTH: usize = 1 << 16;
-/// What 32-bit indices reach.
+/// The largest 32-bit index.
 const MAX_INDEX: usize = i32::MAX as usize;
 /// Steps, samples.
 const MAX_COUNT: usize = u32::MAX as usize;
-/// Pixels a side.
+/// Side of a picture in pixels.
 const MAX_SIDE: usize = 1 << 14;
-/// Text tokens a sample.
+/// Text tokens per sample.
 const MAX_TOKENS: usize = 1 << 20;
-/// Samples a step.
+/// Samples per step.
 const MAX_BATCH: usize = 1 << 20;
 
-/// A range of numbers, and how it is called.
+/// A range of numbers, and its description in errors.
 type Allowed = (RangeInclusive<f64>, &'static str);
-/// What keeps a division or a logarithm from 0: not 0 in single precision either.
+/// A constant that prevents a division by 0 or a logarithm of 0; in single precision it must not be 0 either.
 const EPS: Allowed = (1e-30..=1.0, "a number from 1e-30 to 1");
-/// A factor, both ways.
+/// A factor that enlarges or shrinks.
 const SCALE: Allowed = (1e-12..=1e12, "a number from 1e-12 to 1e12");
 const AMOUNT: Allowed = (0.0..=1e9, "a number from 0 to 1e9");
 const SHARE: Allowed = (0.0..=1.0, "a share from 0 to 1");
@@ -998,7 +1013,7 @@ fn number(key: &str, v: f64, (allowed, text): Allowed) -> Result<()> {
     }
 }
 
-/// What is wrong with a configuration, on one line; `text` is the file that was read, if it was read as it is.
+/// Describes an error of a configuration in one line; `text` is the file, unless overrides changed its contents.
 fn explain(text: Option<&str>, e: &toml::de::Error) -> String {
     let line = |s: &str| s.split_whitespace().collect::<Vec<_>>().join(" ");
     let Some((text, span)) = text.zip(e.span()) else { return line(&e.to_string()) };
@@ -1007,15 +1022,15 @@ fn explain(text: Option<&str>, e: &toml::de::Error) -> String {
     format!("TOML line {}, `{at}`: {}", number + 1, line(e.message()))
 }
 
-/// Keys of paths.
+/// Keys with paths as values.
 const PATHS: [&str; 4] = ["data.train", "data.test", "data.tokenizer", "lpips.weights"];
 
-/// A path that is relative to the folder `base`, from the root.
+/// The absolute form of a path that is relative to the folder `base`.
 fn absolute(base: &Path, path: &Path) -> Result<PathBuf> {
     std::path::absolute(base.join(path)).map_err(Error::io(path))
 }
 
-/// The error of the override that makes a file wrong which is right without it.
+/// If the file alone is valid: the error of the first override that makes it invalid.
 fn blame(text: &str, overrides: &[String]) -> Option<Error> {
     let mut table: toml::Table = toml::from_str(text).ok()?;
     let wrong = |table: &toml::Table| table.clone().try_into::<Config>().err();
@@ -1027,11 +1042,11 @@ fn blame(text: &str, overrides: &[String]) -> Option<Error> {
         Err(_) => None,
     })?;
     let (key, value) = assignment.split_once('=')?;
-    let mut want = format!("a key and a value that go together ({})", e.message());
-    // A text was wanted, but the value reads as something else.
+    let mut want = format!("a valid key and value ({})", e.message());
+    // A string was wanted, but TOML reads the value as another type.
     let wanted = e.message().strip_prefix("invalid type").and_then(|m| m.split_once("expected"));
     if wanted.is_some_and(|(_, wanted)| wanted.contains("string")) {
-        want += &format!("; a text that looks like something else is put in quotes: '{key}=\"{value}\"'");
+        want += &format!("; to pass this value as a string, quote it: '{key}=\"{value}\"'");
     }
     Some(Error::config("--set", assignment, want))
 }

@@ -1,4 +1,4 @@
-//! ETT, End-to-End Vision Tokenizer Tuning (arXiv 2505.10562): the whole model, its training and its use.
+//! ETT, End-to-End Vision Tokenizer Tuning (arXiv 2505.10562): the model, its training and its use.
 
 #![warn(missing_docs)]
 

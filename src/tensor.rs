@@ -25,7 +25,7 @@ impl Tensor {
                 "empty",
                 "dims",
                 format!("{dims} {dtype}"),
-                "a tensor that can be addressed: fewer elements",
+                "fewer elements, so that they can be addressed",
             )
         })?;
         let buf = Arc::new(dev.alloc(role, bytes)?);

@@ -44,7 +44,7 @@ pub fn benches(b: &mut Bench) {
             let (q, k) = (normal(dev, dtype, [n, wq], seed)?, normal(dev, dtype, [n, wk], seed + 100)?);
             let (v, dy) =
                 (normal(dev, dtype, [n, wk], seed + 200)?, normal(dev, dtype, [n, wq], seed + 300)?);
-            // Of a size that a forward's output and log-sum-exp have: probabilities stay within [0, 1] or so.
+            // Values of the size of a forward's output and log-sum-exp, so that probabilities are about [0, 1].
             let (y, lse) = (normal(dev, dtype, [n, wq], seed + 400)?, out(dev, acc(dtype), [n, heads])?);
             dev.fill(Stream::COMPUTE, &ett::backend::Fill { y: lse.out(), value: 8.0 })?;
             let (dq, dk, dv) =

@@ -37,7 +37,7 @@ pub fn benches(b: &mut Bench) {
             for kernel in ["ibq_rows", "ibq_cols", "ibq_losses", "ibq_bwd", "ibq"] {
                 b.kernel(kernel, &format!("M {m} K {k} D {d}"), dtype, &|dev, seed| {
                     let all = Ibq::new(dev, dtype, [m, k, d], seed)?;
-                    // What a kernel reads has to be there.
+                    // Compute the inputs of the later kernels.
                     all.forward(dev)?;
                     let run = move |dev: &dyn Kernels| match kernel {
                         "ibq_rows" => all.rows(dev),
@@ -123,7 +123,7 @@ struct Ibq {
 }
 
 impl Ibq {
-    /// Scores of a spread of 1, so that no code stands out: nothing can be skipped.
+    /// Scores with a spread of 1, so that no code stands out and no tile can be skipped.
     fn new(dev: &dyn Kernels, dtype: DType, [m, k, d]: [usize; 3], seed: u64) -> Result<Self> {
         let sum = acc(dtype);
         let (row, code, one) = (|| out(dev, sum, [m]), || out(dev, sum, [k]), || out(dev, sum, [1]));
@@ -229,7 +229,7 @@ impl Ibq {
     }
 }
 
-/// The first rows' codes score as well as the best that the CPU finds, up to rounding.
+/// Checks that the codes of the first rows score as well as the CPU's best codes, up to rounding.
 fn right_codes(
     dev: &dyn Kernels,
     z: &Tensor,

@@ -1,4 +1,4 @@
-//! What the benches share: random tensors, the clock, and the table that is written at the end.
+//! Common code of the benches: random tensors, timing, and the table of results.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -15,30 +15,30 @@ use serde_json::json;
 
 /// Inputs are rotated through this many bytes: three times the largest L2 in use.
 const ROTATE: u64 = 150 << 20;
-/// Launches in one recorded graph: hides what a launch costs the host.
+/// Launches in one recorded graph, which hides the launch overhead of the host.
 const BATCH: usize = 20;
 
-/// One set of tensors of a kernel call: calls the kernel on `dev` and says what the call costs at least.
+/// A kernel call with its own set of tensors: calls the kernel on `dev` and returns the minimum cost of the call.
 pub type Call = Box<dyn Fn(&dyn Kernels) -> Result<Cost>>;
-/// Compares what the call left with a reference.
+/// Compares the results of the call with a reference.
 pub type Check = Box<dyn Fn(&dyn Kernels) -> std::result::Result<(), String>>;
 
-/// Makes a set of tensors from a seed, and what looks at it.
+/// Makes a set of tensors from a seed, with the call and an optional check of its results.
 pub type Make<'a> = &'a dyn Fn(&dyn Kernels, u64) -> Result<(Call, Option<Check>)>;
 
-/// The rates that nothing exceeds, measured in the same run.
+/// The highest rates of this device, measured in the same run.
 #[derive(Default, Clone, Copy)]
 struct Ceilings {
-    /// Bytes read plus bytes written by a large copy, a second.
+    /// Bytes read plus bytes written per second by a large copy.
     copy: f64,
-    /// Operations of a large matrix product, a second.
+    /// Operations per second of a large matrix product.
     gemm: f64,
 }
 
 /// Device, criterion, and results so far.
 pub struct Bench {
     pub dev: Arc<dyn Kernels>,
-    /// True on a GPU: real sizes, device clock.
+    /// True on a GPU, which is timed at real sizes by its own clock.
     pub gpu: bool,
     criterion: Criterion,
     ceilings: Ceilings,
@@ -64,7 +64,7 @@ impl Bench {
                 cuda: Some(cuda),
             });
         }
-        eprintln!("no GPU: the CPU is timed, at small shapes");
+        eprintln!("no GPU: timing the CPU, at small shapes");
         Ok(Bench {
             dev: Arc::new(Cpu::new(0)?),
             gpu: false,
@@ -81,7 +81,7 @@ impl Bench {
         &mut self.criterion
     }
 
-    /// The time of `work` on the device's own clock.
+    /// The time of `work` by the device's own clock.
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
         #[cfg(ett_cuda)]
         if let Some(cuda) = &self.cuda {
@@ -92,7 +92,7 @@ impl Bench {
         Ok(start.elapsed())
     }
 
-    /// Measures what a copy and a matrix product reach here.
+    /// Measures the rates of a large copy and a large matrix product.
     pub fn ceilings(&mut self) -> Result<()> {
         let (bytes, n) = if self.gpu { (4u64 << 30, 8192) } else { (64 << 20, 1024) };
         let copy = self.copy_seconds(bytes)?;
@@ -143,8 +143,8 @@ impl Bench {
         self.best(&mut || self.dev.cast(ett::backend::Stream::COMPUTE, &cast))
     }
 
-    /// Benches one kernel call. `make` makes a set of tensors from a seed; `check` looks at what the first set's call
-    /// left, before anything is timed.
+    /// Benches one kernel call. `make` makes a set of tensors from a seed; the check of the first set runs before
+    /// anything is timed.
     pub fn kernel(&mut self, op: &'static str, shape: &str, dtype: DType, make: Make) {
         let name = format!("{op}/{shape} {dtype}");
         if let Err(e) = self.try_kernel(op, shape, dtype, make) {
@@ -185,7 +185,7 @@ impl Bench {
             0 => Throughput::Bytes(cost.bytes),
             flop => Throughput::Elements(flop),
         });
-        // The clock is borrowed while criterion is.
+        // `self` is borrowed by criterion here, so `self.time` cannot be called.
         #[cfg(ett_cuda)]
         let cuda = self.cuda.clone();
         let time = |work: &mut dyn FnMut() -> Result<()>| -> Result<Duration> {
@@ -227,7 +227,7 @@ impl Bench {
         let at = |q: f64| samples[((samples.len() - 1) as f64 * q).round() as usize];
         let (median, p20, p80) = (at(0.5), at(0.2), at(0.8));
         let (flops, rate) = (cost.flop as f64 / median, cost.bytes as f64 / median);
-        // Bound by whichever would take longer at its ceiling.
+        // The kernel is bound by the one that would take longer at its ceiling.
         let floors = (cost.flop as f64 / self.ceilings.gemm, cost.bytes as f64 / self.ceilings.copy);
         let (bound, of_ceiling) =
             if floors.0 > floors.1 { ("product", floors.0 / median) } else { ("copy", floors.1 / median) };
@@ -250,7 +250,7 @@ impl Bench {
         }));
     }
 
-    /// Prints the table, and writes `raw.json` and `summary.md` into the folder that `ETT_RECORD` names.
+    /// Prints the table, and writes `raw.json` and `summary.md` to the folder given by `ETT_RECORD`.
     pub fn finish(self) -> std::io::Result<()> {
         self.criterion.final_summary();
         let mut table = String::from(
@@ -302,7 +302,7 @@ impl Bench {
     }
 }
 
-/// Normal random values: a block of them, of a length that divides nothing, over and over.
+/// Normal random values: a block of them, repeated; its length shares no factor with the usual dimensions.
 pub fn normal(dev: &dyn Kernels, dtype: DType, dims: impl Into<Dims>, seed: u64) -> Result<Tensor> {
     scaled(dev, dtype, dims, seed, 1.0)
 }
@@ -325,7 +325,7 @@ pub fn scaled(
     };
     let t = Tensor::empty(dev, Role::Activation, dtype, dims)?;
     let flat = t.reshape([dims.numel()])?;
-    // A stretch of the block's copies at a time.
+    // Copies several repetitions of the block at a time.
     let copies = ((32 << 20) / bytes.len().max(1)).max(1);
     let stretch = bytes.repeat(copies.min(dims.numel().div_ceil(block.len().max(1))));
     let mut at = 0;
@@ -349,19 +349,19 @@ pub fn out(dev: &dyn Kernels, dtype: DType, dims: impl Into<Dims>) -> Result<Ten
     Tensor::zeros(dev, Role::Activation, dtype, dims)
 }
 
-/// The type of sums beside activations of `dtype`.
+/// The accumulator type for activations of `dtype`.
 pub fn acc(dtype: DType) -> DType {
     if dtype == DType::F64 { DType::F64 } else { DType::F32 }
 }
 
-/// The first `rows` rows of a tensor, moved to `to`.
+/// The first `rows` rows of a tensor, copied to the device `to`.
 pub fn head(dev: &dyn Kernels, to: &dyn Kernels, t: &Tensor, rows: usize, dtype: DType) -> Result<Tensor> {
     let rows = rows.min(t.dims().rows());
     let part = t.rows(0, rows)?;
     Tensor::from_f64(to, Role::Input, dtype, &part.to_f64(dev)?, part.dims())
 }
 
-/// Compares the first rows of `got` with what the CPU left in `want`.
+/// Compares the first rows of `got` with the CPU's result in `want`.
 pub fn same(
     what: &str,
     dev: &dyn Kernels,
@@ -376,7 +376,7 @@ pub fn same(
     compare(what, &got, &want_values, want.dims().cols(), Bounds::of(dtype).times(2.0)).map(|_| ())
 }
 
-/// The cost of a call, after it was made.
+/// Calls the kernel and returns the cost of the call.
 pub fn call<A: Args>(args: &A, run: impl FnOnce(&A) -> Result<()>) -> Result<Cost> {
     run(args)?;
     Ok(args.cost())

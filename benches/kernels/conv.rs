@@ -5,7 +5,7 @@ use ett::backend::{
 
 use crate::common::{Bench, acc, call, normal, out};
 
-/// Up-sampling and pooling by two.
+/// Upsampling and pooling by two.
 fn resample(b: &mut Bench) {
     let dtype = if b.gpu { DType::Bf16 } else { DType::F32 };
     let [n, size, ch] = if b.gpu { [8, 512, 128] } else { [8, 64, 16] };

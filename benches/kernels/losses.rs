@@ -127,7 +127,7 @@ fn pixels(b: &mut Bench) {
     }
 }
 
-/// Cross-entropy on stored logits, and draws from them.
+/// Cross-entropy on stored logits, and sampling from them.
 fn logits(b: &mut Bench) {
     let dtype = if b.gpu { DType::Bf16 } else { DType::F32 };
     let [n, v] = if b.gpu { [2048, 151_936] } else { [64, 8192] };

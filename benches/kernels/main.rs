@@ -1,5 +1,6 @@
-//! Benches of the kernels: on the first GPU at real sizes, by the device's clock; without one on the CPU, at small
-//! shapes. `ETT_RECORD=folder cargo bench` also writes the results there. One module a family, as in `src/ops`.
+//! Benches of the kernels: on the first GPU at real sizes, by the device's clock; without a GPU on the CPU, at small
+//! shapes. `ETT_RECORD=folder cargo bench` also writes the results to that folder. One module per family, as in
+//! `src/ops`.
 
 mod attention;
 mod codebook;
@@ -35,5 +36,5 @@ fn main() {
     losses::benches(&mut b);
     optim::benches(&mut b);
     step::benches(&mut b);
-    b.finish().expect("the folder that ETT_RECORD names can be written");
+    b.finish().expect("the folder given by ETT_RECORD can be written");
 }

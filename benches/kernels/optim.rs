@@ -21,7 +21,7 @@ pub fn benches(b: &mut Bench) {
         let shape = format!("{n}{}", if shadow { " + bf16 copy" } else { "" });
         b.kernel("adamw", &shape, dtype, &|dev, seed| {
             let (master, grad) = (normal(dev, dtype, [n], seed)?, normal(dev, dtype, [n], seed + 100)?);
-            // Second moments are positive; fill is as good as random, nothing branches on them.
+            // Second moments must not be negative; constant ones are as good as random, since nothing branches on them.
             let (m, v) = (normal(dev, dtype, [n], seed + 200)?, out(dev, dtype, [n])?);
             dev.fill(S, &ett::backend::Fill { y: v.out(), value: 0.7 })?;
             let copy = if shadow { Some(out(dev, DType::Bf16, [n])?) } else { None };

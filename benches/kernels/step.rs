@@ -13,11 +13,11 @@ use ett::train::{Hyper, Optimizer, Stage, StepState, step};
 use crate::common::{Bench, normal};
 
 pub fn benches(b: &mut Bench) {
-    // Its kernels are not all on the GPU yet.
+    // Some of its kernels are not on the GPU yet.
     if b.gpu {
         return;
     }
-    // In the package, or where a bundle for a GPU machine was unpacked.
+    // The folder of the package, or of an unpacked bundle on a GPU machine.
     let package = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or(env!("CARGO_MANIFEST_DIR").into());
     let path = Path::new(&package).join("configs/easy-vqa.toml");
     let cfg = Config::load(&path, &[]).expect("the configuration is whole");

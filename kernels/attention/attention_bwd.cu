@@ -310,19 +310,25 @@ template <class T, int DT, int I> __global__ void __launch_bounds__(kPlainThread
 
 // ---- launcher --------------------------------------------------------------------------------------------
 
-bool check_args(Check& check, const ett_attention_bwd_args& a) {
-    return check_shapes(check, a) && check.matrix("dy", a.dy, a.q.dtype, rows(a.q), cols(a.q)) &&
-           check.matrix("dq", a.dq, a.q.dtype, rows(a.q), cols(a.q)) && check.matrix("dk", a.dk, a.q.dtype, rows(a.k), cols(a.k)) &&
-           check.matrix("dv", a.dv, a.q.dtype, rows(a.k), cols(a.k));
+bool sound(Check& check, const ett_attention_bwd_args* s) {
+    if (!check.ok() || !check_shapes(check, *s)) return false;
+    const ett_attention_bwd_args& a = *s;
+    check.matrix("dy", a.dy, a.q.dtype, rows(a.q), cols(a.q));
+    check.matrix("dq", a.dq, a.q.dtype, rows(a.q), cols(a.q));
+    check.matrix("dk", a.dk, a.q.dtype, rows(a.k), cols(a.k));
+    check.matrix("dv", a.dv, a.q.dtype, rows(a.k), cols(a.k));
+    const int64_t longest = std::max(tiles_of(a.max_q, rows(a.q), 32), tiles_of(a.max_k, rows(a.k), 32));
+    if (numel(a.cu_q) > INT32_MAX / longest) check.fail(ETT_UNSUPPORTED, "cu_q", "too long for max_q and max_k", "fewer than 2^31 tiles");
+    return check.ok();
 }
 
 // Bytes of lse, and of delta.
 int64_t row_bytes(const ett_attention_bwd_args& a) { return round_up(numel(a.lse) * int64_t(sizeof(float)), 256); }
 
-// "mma" if all rows consist of whole 16-byte pieces and D is a multiple of 16, at most 128; else "simple".
-const char* choose_attention_bwd(const ett_attention_bwd_args& a) {
+// "mma" requires rows of whole 16-byte pieces and D a multiple of 16, at most 128.
+bool can_use_mma(const ett_attention_bwd_args& a) {
     const bool pieces = wide(a.dy) && wide(a.q) && wide(a.k) && wide(a.v) && wide(a.dq) && wide(a.dk) && wide(a.dv);
-    return a.q.dtype == ETT_BF16 && a.head_dim % 16 == 0 && a.head_dim <= 128 && pieces ? "mma" : "simple";
+    return a.q.dtype == ETT_BF16 && a.head_dim % 16 == 0 && a.head_dim <= 128 && pieces;
 }
 
 constexpr char kOp[] = "attention_bwd";
@@ -383,22 +389,17 @@ extern "C" int64_t ett_attention_bwd_workspace(const ett_attention_bwd_args* a) 
     using namespace ett;
     using namespace ett::attention;
     Check check(kOp, a);
-    return check.ok() && check_args(check, *a) ? 2 * row_bytes(*a) : -1;
+    return sound(check, a) ? 2 * row_bytes(*a) : -1;
 }
 
 extern "C" int32_t ett_attention_bwd(const ett_attention_bwd_args* a, const ett_launch* l) {
     using namespace ett;
     using namespace ett::attention;
     Check check(kOp, a, l);
-    if (!check.ok() || !check_args(check, *a)) return check.status();
+    if (!sound(check, a)) return check.status();
     if (numel(a->q) == 0 && numel(a->k) == 0) return ett_done("");
-    const char* const chosen = choose_attention_bwd(*a);
-    const char* names[] = {"simple", strcmp(chosen, "mma") == 0 ? "mma" : nullptr, nullptr};
-    const char* kernel = check.choose(l, chosen, names);
-    const int64_t longest = std::max(tiles_of(a->max_q, rows(a->q), 32), tiles_of(a->max_k, rows(a->k), 32));
+    const char* kernel = check.choose(l, {{"mma", can_use_mma(*a)}, {"simple", true}});
     check.workspace(l, 2 * row_bytes(*a));
-    if (check.ok() && longest * numel(a->cu_q) > INT32_MAX)
-        check.fail(ETT_UNSUPPORTED, "cu_q", "too long for max_q and max_k", "fewer than 2^31 tiles");
     if (!check.ok()) return check.status();
     int32_t status = with_act(a->q.dtype, [&](auto t) { return enqueue_rows<decltype(t)>(*a, l); });
     if (status != ETT_OK) return status;

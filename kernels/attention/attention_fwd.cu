@@ -233,10 +233,14 @@ template <class T, int DT, int I> __global__ void __launch_bounds__(kPlainThread
     }
 }
 
-// "mma" if all rows consist of whole 16-byte pieces and D is a multiple of 16, at most 128; else "simple".
-const char* choose_attention_fwd(const ett_attention_fwd_args& a) {
+// "mma" requires rows of whole 16-byte pieces and D a multiple of 16, at most 128.
+bool can_use_mma(const ett_attention_fwd_args& a) {
     const bool pieces = wide(a.q) && wide(a.k) && wide(a.v) && wide(a.y);
-    return a.q.dtype == ETT_BF16 && a.head_dim % 16 == 0 && a.head_dim <= 128 && pieces ? "mma" : "simple";
+    return a.q.dtype == ETT_BF16 && a.head_dim % 16 == 0 && a.head_dim <= 128 && pieces;
+}
+
+bool sound(Check& check, const ett_attention_fwd_args* a) {
+    return check.ok() && check_shapes(check, *a) && (!present(a->len_k) || check.vector("len_k", a->len_k, ETT_I32, numel(a->cu_q) - 1));
 }
 
 template <class T, class K>
@@ -255,18 +259,20 @@ int32_t enqueue(const ett_attention_fwd_args& a, const ett_launch* l, const char
 }  // namespace attention
 }  // namespace ett
 
-ETT_NO_WORKSPACE(attention_fwd)
+extern "C" int64_t ett_attention_fwd_workspace(const ett_attention_fwd_args* a) {
+    using namespace ett;
+    using namespace ett::attention;
+    Check check("attention_fwd", a);
+    return sound(check, a) ? 0 : -1;
+}
 
 extern "C" int32_t ett_attention_fwd(const ett_attention_fwd_args* a, const ett_launch* l) {
     using namespace ett;
     using namespace ett::attention;
     Check check("attention_fwd", a, l);
-    if (!check.ok() || !check_shapes(check, *a)) return check.status();
-    if (present(a->len_k) && !check.vector("len_k", a->len_k, ETT_I32, numel(a->cu_q) - 1)) return check.status();
+    if (!sound(check, a)) return check.status();
     if (numel(a->q) == 0) return ett_done("");
-    const char* const chosen = choose_attention_fwd(*a);
-    const char* names[] = {"simple", strcmp(chosen, "mma") == 0 ? "mma" : nullptr, nullptr};
-    const char* kernel = check.choose(l, chosen, names);
+    const char* kernel = check.choose(l, {{"mma", can_use_mma(*a)}, {"simple", true}});
     if (!check.ok()) return check.status();
     if (strcmp(kernel, "mma") == 0)
         return with_mma_width(int(a->head_dim), [&](auto dt) {

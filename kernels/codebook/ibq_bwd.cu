@@ -706,8 +706,7 @@ extern "C" int32_t ett_ibq_bwd(const ett_ibq_bwd_args* a, const ett_launch* l) {
     if (!sound(check, a)) return check.status();
     if (rows(a->z) == 0) return ett_done("");
     check.workspace(l, Space(*a, nullptr).pieces.bytes());
-    const char* names[] = {"chunks", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"chunks", true}});
     if (!check.ok()) return check.status();
     const int32_t status = a->z.dtype == ETT_BF16 ? Backward<bf16, 1, 2>(*a, l).run() : Backward<float, 3, 3>(*a, l).run();
     return status == ETT_OK ? ett_done(kernel) : status;

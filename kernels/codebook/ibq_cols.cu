@@ -172,8 +172,7 @@ extern "C" int32_t ett_ibq_cols(const ett_ibq_cols_args* a, const ett_launch* l)
         return status == ETT_OK ? ett_done("") : status;
     }
     check.workspace(l, Space(*a, nullptr).pieces.bytes());
-    const char* names[] = {"sweep", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"sweep", true}});
     if (!check.ok()) return check.status();
     return with_parts(a->z.dtype, [&](auto parts) { return run<parts>(*a, l, kernel); });
 }

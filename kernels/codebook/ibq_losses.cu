@@ -133,8 +133,7 @@ extern "C" int32_t ett_ibq_losses(const ett_ibq_losses_args* a, const ett_launch
     Check check(kOp, a, l);
     if (!sound(check, a)) return check.status();
     check.workspace(l, Space(*a, nullptr).pieces.bytes());
-    const char* names[] = {"rows", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"rows", true}});
     if (!check.ok()) return check.status();
     return with_act(a->z.dtype, [&](auto t) { return run<decltype(t)>(*a, l, kernel); });
 }

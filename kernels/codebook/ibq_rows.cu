@@ -349,8 +349,7 @@ extern "C" int32_t ett_ibq_rows(const ett_ibq_rows_args* a, const ett_launch* l)
     if (!sound(check, a)) return check.status();
     if (rows(a->z) == 0) return ett_done("");
     check.workspace(l, Space(*a, nullptr).pieces.bytes());
-    const char* names[] = {"sweep", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"sweep", true}});
     if (!check.ok()) return check.status();
     return with_parts(a->z.dtype, [&](auto parts) { return run<parts>(*a, l, kernel); });
 }

@@ -19,6 +19,8 @@
 // limits: "wide" requires D from 129 to 256, "narrow" a D that fits into shared memory besides its stages; both require
 // rows at multiples of 16 bytes.
 // work: 2*M*K*D FLOP; (M + K)*D*size + 4*M bytes.
+#include <array>
+
 #include "bad.cuh"
 #include "scores.cuh"
 
@@ -299,7 +301,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const Result from, in
 
 // The host's description of an implementation.
 struct Kernel {
-    const char* name;
+    Implementation is;
     int64_t rows, codes;  // of a block's tile
     int64_t blocks;       // per multiprocessor
     int64_t smem;
@@ -327,30 +329,16 @@ using SimpleF32 = gemm::Tile<float, 128, 64, 16, 64, 32, 3, false, true>;
 using Wide = Resident<256, 128, 128, 3, 2, 1>;
 using Narrow = Resident<128, 128, 64, 3, 0, 2>;
 
-// The implementations that support a call, the best one first; `names` is the list for Check::choose.
-struct Choice {
-    Kernel kernels[3];
-    const char* names[4] = {};
-};
-Choice choose_nearest_config(const ett_nearest_args& a, int64_t smem) {
-    Choice c = {};
-    int n = 0;
+// All implementations, with the best one for this call first.
+std::array<Kernel, 3> choose_nearest_config(const ett_nearest_args& a, int64_t smem) {
     const int64_t d = cols(a.z);
-    auto offer = [&](const Kernel& k) { c.kernels[n] = k, c.names[n++] = k.name; };
-    if (a.z.dtype == ETT_BF16) {
-        if (wide(a.z) && wide(a.e) && d > 0) {
-            const Kernel w = {"wide", Wide::Tile::kRows, Wide::Tile::kCols, Wide::kBlocks, Wide::smem(d)};
-            const Kernel m = {"narrow", Narrow::Tile::kRows, Narrow::Tile::kCols, Narrow::kBlocks, Narrow::smem(d)};
-            const bool wide_fits = w.smem <= smem && Wide::steps(d) == Wide::kSteps;
-            if (wide_fits && rows(a.z) > m.rows) offer(w);
-            if (m.smem <= smem) offer(m);
-            if (wide_fits && rows(a.z) <= m.rows) offer(w);
-        }
-        offer({"simple", SimpleBf16::kRows, SimpleBf16::kCols, 2, SimpleBf16::kSmem});
-    } else {
-        offer({"simple", SimpleF32::kRows, SimpleF32::kCols, 2, SimpleF32::kSmem});
-    }
-    return c;
+    const bool is_bf16 = a.z.dtype == ETT_BF16, pieces = is_bf16 && wide(a.z) && wide(a.e) && d > 0;
+    const bool wide_fits = pieces && Wide::smem(d) <= smem && Wide::steps(d) == Wide::kSteps;
+    const Kernel w = {{"wide", wide_fits}, Wide::Tile::kRows, Wide::Tile::kCols, Wide::kBlocks, Wide::smem(d)};
+    const Kernel n = {{"narrow", pieces && Narrow::smem(d) <= smem}, Narrow::Tile::kRows, Narrow::Tile::kCols, Narrow::kBlocks, Narrow::smem(d)};
+    const Kernel s = is_bf16 ? Kernel{{"simple", true}, SimpleBf16::kRows, SimpleBf16::kCols, 2, SimpleBf16::kSmem}
+                             : Kernel{{"simple", true}, SimpleF32::kRows, SimpleF32::kCols, 2, SimpleF32::kSmem};
+    return rows(a.z) > n.rows ? std::array{w, n, s} : std::array{n, w, s};
 }
 
 // The layout of the workspace: half[codes, padded to whole tiles] for L2, then v[parts, M] and k[parts, M] if there are
@@ -382,10 +370,9 @@ extern "C" int64_t ett_nearest_workspace(const ett_nearest_args* a) {
     using namespace ett::codebook;
     Check check("nearest", a);
     if (!sound(check, a)) return -1;
-    const Choice c = choose_nearest_config(*a, most_smem());
     int64_t most = 0;
-    for (int i = 0; c.names[i]; ++i)
-        most = std::max(most, layout_of(*a, c.kernels[i], parts_of(c.kernels[i], rows(a->z), rows(a->e))).bytes);
+    for (const Kernel& kernel : choose_nearest_config(*a, most_smem()))
+        if (kernel.is.able) most = std::max(most, layout_of(*a, kernel, parts_of(kernel, rows(a->z), rows(a->e))).bytes);
     return most;
 }
 
@@ -396,11 +383,11 @@ extern "C" int32_t ett_nearest(const ett_nearest_args* a, const ett_launch* l) {
     if (!sound(check, a)) return check.status();
     const int64_t m = rows(a->z), k = rows(a->e);
     if (m == 0) return ett_done("");
-    const Choice c = choose_nearest_config(*a, most_smem());
-    const char* name = check.choose(l, c.names[0], c.names);
+    const std::array<Kernel, 3> all = choose_nearest_config(*a, most_smem());
+    const char* name = check.choose(l, {all[0].is, all[1].is, all[2].is});
     if (!check.ok()) return check.status();
-    const Kernel* kernel = c.kernels;
-    while (strcmp(kernel->name, name) != 0) ++kernel;
+    const Kernel* kernel = all.data();
+    while (strcmp(kernel->is.name, name) != 0) ++kernel;
     const int64_t parts = parts_of(*kernel, m, k), row_tiles = ceil_div(m, kernel->rows);
     const Layout at = layout_of(*a, *kernel, parts);
     if (!check.workspace(l, at.bytes)) return check.status();

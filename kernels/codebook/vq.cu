@@ -101,8 +101,7 @@ extern "C" int32_t ett_vq_losses(const ett_vq_losses_args* a, const ett_launch* 
     Check check("vq_losses", a, l);
     if (!sound(check, a)) return check.status();
     check.workspace(l, workspace_bytes(*a));
-    const char* names[] = {"rows", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"rows", true}});
     if (!check.ok()) return check.status();
     float* const squares = static_cast<float*>(l->workspace);
     return with_act(a->z.dtype, [&](auto t) {
@@ -130,8 +129,7 @@ extern "C" int32_t ett_vq_bwd(const ett_vq_bwd_args* a, const ett_launch* l) {
     if (!sound(check, a)) return check.status();
     if (rows(a->z) == 0) return ett_done("");
     const bool wide_rows = wide(a->z) && wide(a->e) && wide(a->g) && wide(a->dz);
-    const char* names[] = {wide_rows ? "wide" : "plain", "plain", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"wide", wide_rows}, {"plain", true}});
     if (!check.ok()) return check.status();
     return with_act(a->z.dtype, [&](auto t) { return run<decltype(t)>(*a, l, kernel); });
 }

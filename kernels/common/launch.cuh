@@ -13,13 +13,15 @@
 
 namespace ett {
 
+// Sizes of a view. They may be computed before Check::view has accepted it, so the products wrap without overflowing.
+inline int64_t product(int64_t a, int64_t b) { return int64_t(uint64_t(a) * uint64_t(b)); }
 inline int64_t rows(const ett_view& v) {
     int64_t n = 1;
-    for (int i = 0; i + 1 < v.rank; ++i) n *= v.dims[i];
+    for (int i = 0; i < std::min(v.rank, 4) - 1; ++i) n = product(n, v.dims[i]);
     return n;
 }
-inline int64_t cols(const ett_view& v) { return v.rank == 0 ? 1 : v.dims[v.rank - 1]; }
-inline int64_t numel(const ett_view& v) { return rows(v) * cols(v); }
+inline int64_t cols(const ett_view& v) { return v.rank >= 1 && v.rank <= 4 ? v.dims[v.rank - 1] : 1; }
+inline int64_t numel(const ett_view& v) { return product(rows(v), cols(v)); }
 inline bool present(const ett_view& v) { return v.ptr != nullptr; }
 // Elements from one row to the next; a view of one row has no stride of its own.
 inline int64_t stride(const ett_view& v) { return rows(v) > 1 ? v.ld : cols(v); }
@@ -48,6 +50,12 @@ inline bool wide(const ett_view& v, int64_t bytes = 16) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// An implementation of a kernel, and whether it supports the current call. Every kernel has one that supports all calls.
+struct Implementation {
+    const char* name;
+    bool able;
+};
 
 // Checks the arguments of a call and keeps the first error. Use: checks, then `if (!check.ok()) return
 // check.status();`.
@@ -84,8 +92,12 @@ class Check {
             snprintf(got, sizeof got, "of element type %d", v.dtype);
             return wrong(arg, got, "one of ett_dtype");
         }
-        for (int i = 0; i < v.rank; ++i)
+        int64_t n = 1, bytes;
+        for (int i = 0; i < v.rank; ++i) {
             if (v.dims[i] < 0) return wrong(arg, shape(v).text, "no negative dimension");
+            // Dimensions of 0 are left out, so that no partial product overflows either.
+            if (v.dims[i] > 0 && __builtin_mul_overflow(n, v.dims[i], &n)) return wrong(arg, shape(v).text, "fewer than 2^63 elements");
+        }
         if (rows(v) > 1 && v.ld < cols(v)) {
             snprintf(got, sizeof got, "a view with row stride %lld", (long long)v.ld);
             char want[96];
@@ -93,6 +105,10 @@ class Check {
             return wrong(arg, got, want);
         }
         const int64_t size = dtype_size(v.dtype);
+        if (__builtin_mul_overflow(rows(v), stride(v), &bytes) || __builtin_mul_overflow(bytes, size, &bytes)) {
+            snprintf(got, sizeof got, "%lld rows that begin %lld elements apart", (long long)rows(v), (long long)stride(v));
+            return wrong(arg, got, "fewer than 2^63 bytes");
+        }
         if (reinterpret_cast<uintptr_t>(v.ptr) % size != 0) {
             snprintf(got, sizeof got, "at an address that is not a multiple of %lld", (long long)size);
             return wrong(arg, got, "aligned to its elements");
@@ -195,18 +211,28 @@ class Check {
         return wrong("launch.workspace", got, want);
     }
 
-    // The implementation that `l` forces, or else `chosen`. `names` lists the ones that support this call and ends with
-    // null.
-    const char* choose(const ett_launch* l, const char* chosen, const char* const* names) {
-        if (!ok() || !l->force || !*l->force) return chosen;
-        char all[96] = "";
-        for (const char* const* n = names; *n; ++n) {
-            if (strcmp(*n, l->force) == 0) return *n;
-            const size_t at = strlen(all);
-            snprintf(all + at, sizeof all - at, "%s%s", at ? ", " : "", *n);
+    // The implementation that `l` forces, or else the first of `all` that supports this call; `all` begins with the best.
+    const char* choose(const ett_launch* l, std::initializer_list<Implementation> all) {
+        return choose(l, std::find_if(all.begin(), all.end(), [](const Implementation& i) { return i.able; })->name, all);
+    }
+    // The same with another default, `best`, than the first that supports the call.
+    const char* choose(const ett_launch* l, const char* best, std::initializer_list<Implementation> all) {
+        if (!ok() || !l->force || !*l->force) return best;
+        const Implementation* const named =
+            std::find_if(all.begin(), all.end(), [&](const Implementation& i) { return strcmp(i.name, l->force) == 0; });
+        const bool known = named != all.end();
+        if (known && named->able) return named->name;
+        char got[96], names[64] = "", want[96];
+        int count = 0;
+        for (const Implementation& i : all) {
+            if (known && !i.able) continue;
+            const size_t at = strlen(names);
+            snprintf(names + at, sizeof names - at, "%s%s", count++ ? ", " : "", i.name);
         }
-        fail(ETT_UNSUPPORTED, "launch.force", l->force, all);
-        return chosen;
+        snprintf(got, sizeof got, known ? "`%.40s`, which cannot do this call" : "`%.40s`, the name of no implementation", l->force);
+        snprintf(want, sizeof want, "%s%s", count > 1 ? "one of " : "", names);
+        fail(known ? ETT_UNSUPPORTED : ETT_BAD_ARGUMENT, "launch.force", got, want);
+        return best;
     }
 
   private:
@@ -308,6 +334,9 @@ __device__ __forceinline__ void report_index(const Fault& f, int64_t where, int6
 #define ETT_DYNAMIC_SMEM(name) extern __shared__ __align__(128) unsigned char name[]
 #endif
 
-// ett_<op>_workspace of a kernel without a workspace.
-#define ETT_NO_WORKSPACE(op) \
-    extern "C" int64_t ett_##op##_workspace(const ett_##op##_args* args) { return args ? 0 : -1; }
+// ett_<op>_workspace of a kernel without a workspace: 0, or -1 if `ett::sound`, the check of its launcher, fails.
+#define ETT_NO_WORKSPACE(op)                                               \
+    extern "C" int64_t ett_##op##_workspace(const ett_##op##_args* args) { \
+        ett::Check check(#op, args);                                       \
+        return ett::sound(check, args) ? 0 : -1;                           \
+    }

@@ -93,8 +93,7 @@ template <int N, class Op> int32_t launch_walk(const char* op, const ett_launch*
 // "plain", element by element. `make(n)` returns the operation for pieces of n, a std::integral_constant.
 template <int N, class Make>
 int32_t walk(Check& check, const char* op, const ett_launch* l, const Extent& e, Views views, Make make) {
-    const char* names[] = {covers(e, N, views) ? "wide" : "plain", "plain", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"wide", covers(e, N, views)}, {"plain", true}});
     if (!check.ok()) return check.status();
     if (strcmp(kernel, "wide") == 0) return launch_walk<N>(op, l, kernel, e, make(std::integral_constant<int, N>{}));
     return launch_walk<1>(op, l, kernel, e, make(std::integral_constant<int, 1>{}));

@@ -317,11 +317,9 @@ int32_t run(const char* op, Check& check, const ett_view& x, const void* w, cons
         positions += g.positions;
         most_taps = std::max<int64_t>(most_taps, int64_t(g.taps_y) * g.taps_x);
     }
-    const char* names[6] = {"plain"};
-    int n = 1;
-    if (vectors) names[n++] = "large", names[n++] = "medium", names[n++] = "small";
-    if (few) names[n++] = "few";
-    const char* kernel = check.choose(l, choose_conv2d_config(positions, o, vectors, few, x.dtype, multiprocessors()), names);
+    const char* best = choose_conv2d_config(positions, o, vectors, few, x.dtype, multiprocessors());
+    const char* kernel =
+        check.choose(l, best, {{"few", few}, {"large", vectors}, {"medium", vectors}, {"small", vectors}, {"plain", true}});
     if (!check.ok()) return check.status();
     return with_act(x.dtype, [&](auto t) {
         using T = decltype(t);

@@ -209,11 +209,8 @@ extern "C" int32_t ett_conv2d_bwd_weight(const ett_conv2d_bwd_weight_args* a, co
     Check check(op, a, l);
     if (!sound(check, a)) return check.status();
     const bool vectors = wide(a->x) && wide(a->dy);
-    const char* names[4] = {"narrow"};
-    int n = 1;
-    if (vectors) names[n++] = "large";
-    if (exchangeable(a)) names[n++] = "exchanged";
-    const char* kernel = check.choose(l, choose_conv2d_bwd_weight_config(a->dw.dims[3], vectors, exchangeable(a)), names);
+    const char* best = choose_conv2d_bwd_weight_config(a->dw.dims[3], vectors, exchangeable(a));
+    const char* kernel = check.choose(l, best, {{"exchanged", exchangeable(a)}, {"large", vectors}, {"narrow", true}});
     if (!check.ok()) return check.status();
     const bool none = no_weights(a);
     if (!check.workspace(l, std::max(bias_bytes(a), none ? 0 : sizes_of(a, kernel).bytes()))) return check.status();

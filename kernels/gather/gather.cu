@@ -136,7 +136,12 @@ template <class T, int PIECE> __global__ void __launch_bounds__(kThreads) gather
     }
 }
 
-bool check_backward(Check& check, const ett_gather_bwd_args* a) {
+bool sound(Check& check, const ett_gather_fwd_args* a) {
+    return check.ok() && check.act("table", a->table) && check.vector("idx", a->idx, ETT_I32, numel(a->idx)) &&
+           check.matrix("y", a->y, a->table.dtype, numel(a->idx), cols(a->table));
+}
+
+bool sound(Check& check, const ett_gather_bwd_args* a) {
     if (!check.ok() || !check.act("dy", a->dy)) return false;
     check.vector("idx", a->idx, ETT_I32, rows(a->dy));
     if (check.type("dtable", a->dtable, ETT_F32)) check.matrix("dtable", a->dtable, ETT_F32, rows(a->dtable), cols(a->dy));
@@ -154,9 +159,7 @@ ETT_NO_WORKSPACE(gather_fwd)
 extern "C" int32_t ett_gather_fwd(const ett_gather_fwd_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("gather_fwd", a, l);
-    if (!check.ok() || !check.act("table", a->table) || !check.vector("idx", a->idx, ETT_I32, numel(a->idx)) ||
-        !check.matrix("y", a->y, a->table.dtype, numel(a->idx), cols(a->table)))
-        return check.status();
+    if (!sound(check, a)) return check.status();
     if (numel(a->y) == 0) return ett_done("");
     const Extent e{rows(a->y), cols(a->y)};
     return with_act(a->y.dtype, [&](auto t) {
@@ -170,19 +173,18 @@ extern "C" int32_t ett_gather_fwd(const ett_gather_fwd_args* a, const ett_launch
 extern "C" int64_t ett_gather_bwd_workspace(const ett_gather_bwd_args* a) {
     using namespace ett;
     Check check("gather_bwd", a);
-    if (!check_backward(check, a)) return -1;
+    if (!sound(check, a)) return -1;
     return numel(a->dy) == 0 ? 0 : 2 * rows(a->dtable) * int64_t(sizeof(int32_t));
 }
 
 extern "C" int32_t ett_gather_bwd(const ett_gather_bwd_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("gather_bwd", a, l);
-    if (!check_backward(check, a)) return check.status();
+    if (!sound(check, a)) return check.status();
     if (numel(a->dy) == 0) return ett_done("");
     const int64_t bytes = ett_gather_bwd_workspace(a);
     check.workspace(l, bytes);
-    const char* names[] = {has_pieces(a->dy) && has_pieces(a->dtable) ? "wide" : "plain", "plain", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"wide", has_pieces(a->dy) && has_pieces(a->dtable)}, {"plain", true}});
     if (!check.ok()) return check.status();
     return with_act(a->dy.dtype, [&](auto t) {
         using T = decltype(t);

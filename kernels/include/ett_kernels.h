@@ -11,17 +11,30 @@
  * in the order of the calls. Kernels are deterministic: the same input gives the same bits.
  *
  * ett_<kernel>_workspace returns the bytes of scratch memory that a call needs besides its arguments: 0 for
- * none, -1 if an argument is wrong (the launcher then reports which). It reads shapes and types, not data.
- * A kernel with several implementations chooses one by shape and device; ett_launch.force overrides that.
+ * none, -1 if the launcher would refuse the arguments (it reports why). It reads the argument struct, but not
+ * the memory behind its views. For a kernel without an implementation it returns 0, or -1 if args is null.
+ * A kernel with several implementations chooses one by shape and device; ett_launch.force overrides that. A
+ * name of no implementation is ETT_BAD_ARGUMENT, one that does not support the call ETT_UNSUPPORTED.
  *
  * Letters: B batch, T tokens of a sequence, N rows of a flat batch, C channels, O output channels, H heads
  * (or height), W width, D head or code dimension, K codes, M visual tokens, V vocabulary, F MLP width, S
  * sequences, G groups, P pixels (or patches).
  *
  * Comments of the fields: "in" is only read, "out" is overwritten and never read, "add" is read and added
- * to, or updated in place; "?" marks an argument that may be absent. Then the shape in brackets and the
- * element type: "act" is the activation type of the run, "acc" its accumulator type, in which all sums are
- * formed: (act, acc) is (bf16, f32), (f32, f32) or (f64, f64). Booleans are int32_t, 0 or 1.
+ * to, or updated in place; "?" marks an argument that may be absent. Then, separated by semicolons:
+ * - the shape. [N, C]: rows of any stride, in any number of dimensions; [C]: a vector, elements without gaps
+ *   in any shape; [B, H, W, C]: these dimensions; [..]: rows as [N, C], in the same shape as the others of the
+ *   call that say so. A letter is the same number all over a call; other names are the call's own numbers;
+ * - the element type: "act" is the activation type of the run, "acc" its accumulator type, in which all sums
+ *   are formed: (act, acc) is (bf16, f32), (f32, f32) or (f64, f64);
+ * - what else holds, if anything. "with x": present exactly if x is; "unless x": exactly if x is not; "values
+ *   below R": indices, which are reported as faults if they are not; "may be x": see the next paragraph. Of a
+ *   number, "if x": it is ignored unless x is present.
+ * Booleans are int32_t, 0 or 1.
+ *
+ * No argument that is written, "out" or "add", shares a byte with any other argument of the same call. Slices
+ * of different columns or rows of one tensor share none. "may be x": this argument may be x itself, with the
+ * same strides. The caller ensures this, and that memory belongs to the device: launchers do not check it.
  *
  * Valid C99 and C++17. */
 #ifndef ETT_KERNELS_H
@@ -199,8 +212,8 @@ int32_t ett_linear_gelu(const ett_linear_gelu_args* args, const ett_launch* laun
 
 /* y += op(a) op(b) in the accumulator type: weight gradients. */
 typedef struct ett_matmul_acc_args {
-    ett_view a;             // in   as in matmul; act
-    ett_view b;             // in   as in matmul; act
+    ett_view a;             // in   [N, C], or [C, N] if ta; act
+    ett_view b;             // in   [C, O], or [O, C] if tb; act
     int32_t ta;             //      transpose a
     int32_t tb;             //      transpose b
     ett_view y;             // add  [N, O]; acc
@@ -225,7 +238,7 @@ typedef struct ett_conv2d_fwd_args {
     ett_view w;             // in   [O, kh, kw, C]; act
     ett_view bias;          // in?  [O]; act
     ett_view y;             // out  [B, H', W', O]; act
-    int64_t stride;         //      step between outputs
+    int64_t stride;         //      step between outputs; at least 1
     int64_t pad_top;        //      zero rows above
     int64_t pad_left;       //      zero columns to the left
 } ett_conv2d_fwd_args;
@@ -237,7 +250,7 @@ typedef struct ett_conv2d_bwd_data_args {
     ett_view dy;            // in   [B, H', W', O]; act
     ett_view w;             // in   [O, kh, kw, C]; act
     ett_view dx;            // out  [B, H, W, C]; act
-    int64_t stride;         //      as in the forward
+    int64_t stride;         //      as in the forward; at least 1
     int64_t pad_top;        //      as in the forward
     int64_t pad_left;       //      as in the forward
 } ett_conv2d_bwd_data_args;
@@ -250,7 +263,7 @@ typedef struct ett_conv2d_bwd_weight_args {
     ett_view dy;            // in   [B, H', W', O]; act
     ett_view dw;            // add  [O, kh, kw, C]; acc
     ett_view db;            // add? [O]; acc
-    int64_t stride;         //      as in the forward
+    int64_t stride;         //      as in the forward; at least 1
     int64_t pad_top;        //      as in the forward
     int64_t pad_left;       //      as in the forward
 } ett_conv2d_bwd_weight_args;
@@ -300,8 +313,8 @@ typedef struct ett_group_norm_fwd_args {
     ett_view w;             // in   [C]; act
     ett_view b;             // in   [C]; act
     ett_view y;             // out  [B, H, W, C]; act
-    ett_view mean;          // out  [B, G]; acc
-    ett_view rstd;          // out  [B, G]; acc
+    ett_view mean;          // out  [B, G]; acc; without gaps; G divides C
+    ett_view rstd;          // out  [B, G]; acc; without gaps
     double eps;             //      added to the variance
     int32_t silu;           //      apply SiLU
 } ett_group_norm_fwd_args;
@@ -314,8 +327,8 @@ typedef struct ett_group_norm_bwd_args {
     ett_view x;             // in   [B, H, W, C]; act
     ett_view w;             // in   [C]; act
     ett_view b;             // in   [C]; act
-    ett_view mean;          // in   [B, G]; acc
-    ett_view rstd;          // in   [B, G]; acc
+    ett_view mean;          // in   [B, G]; acc; without gaps; G divides C
+    ett_view rstd;          // in   [B, G]; acc; without gaps
     ett_view dx;            // out  [B, H, W, C]; act
     ett_view dw;            // add? [C]; acc
     ett_view db;            // add? [C]; acc
@@ -330,7 +343,7 @@ typedef struct ett_rms_norm_fwd_args {
     ett_view x;             // in   [N, C]; act
     ett_view residual;      // in?  [N, C]; act
     ett_view w;             // in   [C]; act
-    ett_view sum;           // out? [N, C]; act; the sum, present if residual is
+    ett_view sum;           // out? [N, C]; act; with residual; the sum
     ett_view y;             // out  [N, C]; act
     ett_view rstd;          // out  [N]; acc
     double eps;             //      added to the mean square
@@ -382,7 +395,7 @@ int32_t ett_layer_norm_bwd(const ett_layer_norm_bwd_args* args, const ett_launch
 /* BatchNorm with the statistics of this batch, then LeakyReLU (slope 1: none):
    y = leaky((x - mean) / sqrt(var + eps) * w + b), biased variance. */
 typedef struct ett_batch_norm_fwd_args {
-    ett_view x;             // in   [N, C], rows are all pixels of the batch; act
+    ett_view x;             // in   [N, C]; act; rows are all pixels of the batch
     ett_view w;             // in   [C]; act
     ett_view b;             // in   [C]; act
     ett_view y;             // out  [N, C]; act
@@ -472,7 +485,7 @@ typedef struct ett_l2_norm_bwd_args {
     ett_view x;             // in   [N, D]; act
     ett_view norm;          // in   [N]; acc
     ett_view dx;            // out? [N, D]; act
-    ett_view dx_acc;        // add? [N, D]; acc
+    ett_view dx_acc;        // add? [N, D]; acc; unless dx
     double eps;             //      as in the forward
 } ett_l2_norm_bwd_args;
 int64_t ett_l2_norm_bwd_workspace(const ett_l2_norm_bwd_args* args);
@@ -482,8 +495,8 @@ int32_t ett_l2_norm_bwd(const ett_l2_norm_bwd_args* args, const ett_launch* laun
 
 /* y = f(x). */
 typedef struct ett_unary_fwd_args {
-    ett_view x;             // in   any shape; act
-    ett_view y;             // out  same shape; act
+    ett_view x;             // in   [..]; act
+    ett_view y;             // out  [..]; act
     ett_unary f;            //      the function
 } ett_unary_fwd_args;
 int64_t ett_unary_fwd_workspace(const ett_unary_fwd_args* args);
@@ -491,9 +504,9 @@ int32_t ett_unary_fwd(const ett_unary_fwd_args* args, const ett_launch* launch);
 
 /* dx = dy * f'(x). */
 typedef struct ett_unary_bwd_args {
-    ett_view dy;            // in   any shape; act
-    ett_view x;             // in   same shape; act
-    ett_view dx;            // out  same shape; act
+    ett_view dy;            // in   [..]; act
+    ett_view x;             // in   [..]; act
+    ett_view dx;            // out  [..]; act
     ett_unary f;            //      the function
 } ett_unary_bwd_args;
 int64_t ett_unary_bwd_workspace(const ett_unary_bwd_args* args);
@@ -501,32 +514,32 @@ int32_t ett_unary_bwd(const ett_unary_bwd_args* args, const ett_launch* launch);
 
 /* y = a + b. */
 typedef struct ett_add_args {
-    ett_view a;             // in   any shape; act
-    ett_view b;             // in   same shape; act
-    ett_view y;             // out  same shape; act
+    ett_view a;             // in   [..]; act
+    ett_view b;             // in   [..]; act
+    ett_view y;             // out  [..]; act
 } ett_add_args;
 int64_t ett_add_workspace(const ett_add_args* args);
 int32_t ett_add(const ett_add_args* args, const ett_launch* launch);
 
 /* y += x; the element types may differ. */
 typedef struct ett_accumulate_args {
-    ett_view x;             // in   [N, C], any float type
-    ett_view y;             // add  [N, C], any float type
+    ett_view x;             // in   [N, C]; any float
+    ett_view y;             // add  [N, C]; any float
 } ett_accumulate_args;
 int64_t ett_accumulate_workspace(const ett_accumulate_args* args);
 int32_t ett_accumulate(const ett_accumulate_args* args, const ett_launch* launch);
 
 /* y = x, rounded to the type of y; both may be column slices. */
 typedef struct ett_cast_args {
-    ett_view x;             // in   [N, C], any float type
-    ett_view y;             // out  [N, C], any float type
+    ett_view x;             // in   [N, C]; any float
+    ett_view y;             // out  [N, C]; any float
 } ett_cast_args;
 int64_t ett_cast_workspace(const ett_cast_args* args);
 int32_t ett_cast(const ett_cast_args* args, const ett_launch* launch);
 
 /* y = value. */
 typedef struct ett_fill_args {
-    ett_view y;             // out  any shape and type
+    ett_view y;             // out  [..]; any type
     double value;           //      the value
 } ett_fill_args;
 int64_t ett_fill_workspace(const ett_fill_args* args);
@@ -553,7 +566,7 @@ int32_t ett_channel_affine_bwd(const ett_channel_affine_bwd_args* args, const et
 
 /* y = silu(gate) * up. */
 typedef struct ett_swiglu_fwd_args {
-    ett_view gate_up;       // in   [N, 2F]: gate, then up; act
+    ett_view gate_up;       // in   [N, 2F]; act; gate, then up
     ett_view y;             // out  [N, F]; act
 } ett_swiglu_fwd_args;
 int64_t ett_swiglu_fwd_workspace(const ett_swiglu_fwd_args* args);
@@ -571,11 +584,11 @@ int32_t ett_swiglu_bwd(const ett_swiglu_bwd_args* args, const ett_launch* launch
 /* Rotary embedding, half-split: in each of the first `heads` heads of D columns, dimensions d and d + D/2 are
    rotated by position * theta^(-2d/D); further columns are copied. The gradient is the inverse rotation. */
 typedef struct ett_rope_args {
-    ett_view x;             // in   [N, >= heads*D]; act
+    ett_view x;             // in   [N, C]; act; C at least heads*head_dim
     ett_view position;      // in   [N]; i32
-    ett_view y;             // out  same shape as x; act
+    ett_view y;             // out  [N, C]; act
     int64_t heads;          //      heads to rotate
-    int64_t head_dim;       //      head dimension, even
+    int64_t head_dim;       //      head dimension; even; at least 2
     double theta;           //      base of the angles, which are computed in float32 (float64 for the oracle)
     int32_t inverse;        //      rotate by the negative angles
 } ett_rope_args;
@@ -587,7 +600,7 @@ int32_t ett_rope(const ett_rope_args* args, const ett_launch* launch);
 /* y[n] = table[idx[n]]; a negative index gives a row of zeros. */
 typedef struct ett_gather_fwd_args {
     ett_view table;         // in   [R, C]; act
-    ett_view idx;           // in   [N]; i32
+    ett_view idx;           // in   [N]; i32; values below R
     ett_view y;             // out  [N, C]; act
 } ett_gather_fwd_args;
 int64_t ett_gather_fwd_workspace(const ett_gather_fwd_args* args);
@@ -596,7 +609,7 @@ int32_t ett_gather_fwd(const ett_gather_fwd_args* args, const ett_launch* launch
 /* dtable[idx[n]] += dy[n], in the order of n; negative indices are skipped. */
 typedef struct ett_gather_bwd_args {
     ett_view dy;            // in   [N, C]; act
-    ett_view idx;           // in   [N]; i32
+    ett_view idx;           // in   [N]; i32; values below R
     ett_view dtable;        // add  [R, C]; acc
 } ett_gather_bwd_args;
 int64_t ett_gather_bwd_workspace(const ett_gather_bwd_args* args);
@@ -608,20 +621,20 @@ int32_t ett_gather_bwd(const ett_gather_bwd_args* args, const ett_launch* launch
    (heads/kv_heads). A causal mask aligns the ends of queries and keys: query i of T attends to keys up to
    i + Tk - T. Rows of k and v outside the sequences are not read. */
 typedef struct ett_attention_fwd_args {
-    ett_view q;             // in   [N, heads*D]; act
-    ett_view k;             // in   [Nk, kv_heads*D]; act
-    ett_view v;             // in   [Nk, kv_heads*D]; act
-    ett_view cu_q;          // in   [S+1] sequence offsets into N; i32. Rows past the last offset are
-                            //      padding: y is 0 there
-    ett_view cu_k;          // in   [S+1] sequence offsets into Nk; i32
-    ett_view len_k;         // in?  [S] keys of each sequence; i32. Sequence s then has the rows [cu_k[s],
-                            //      cu_k[s] + len_k[s]) of k and v, as in a cache with free rows after each
-                            //      sequence, and the last offset of cu_k is ignored
-    ett_view y;             // out  [N, heads*D]; act
-    ett_view lse;           // out  [N, heads] log-sum-exp of the scaled scores; acc
+    ett_view q;             // in   [N, heads*head_dim]; act
+    ett_view k;             // in   [Nk, kv_heads*head_dim]; act
+    ett_view v;             // in   [Nk, kv_heads*head_dim]; act
+    ett_view cu_q;          // in   [S+1]; i32; values at most N; sequence offsets into N. Rows past the last offset
+                            //      are padding: y is 0 there
+    ett_view cu_k;          // in   [S+1]; i32; sequence offsets into Nk
+    ett_view len_k;         // in?  [S]; i32; keys of each sequence. Sequence s then has the rows [cu_k[s], cu_k[s] +
+                            //      len_k[s]) of k and v, as in a cache with free rows after each sequence, and the
+                            //      last offset of cu_k is ignored
+    ett_view y;             // out  [N, heads*head_dim]; act
+    ett_view lse;           // out  [N, heads]; acc; log-sum-exp of the scaled scores
     int64_t heads;          //      query heads
     int64_t kv_heads;       //      key/value heads; divides heads
-    int64_t head_dim;       //      head dimension
+    int64_t head_dim;       //      head dimension; at least 1
     int64_t max_q;          //      longest query sequence
     int64_t max_k;          //      longest key sequence
     double scale;           //      factor on the scores
@@ -632,20 +645,20 @@ int32_t ett_attention_fwd(const ett_attention_fwd_args* args, const ett_launch* 
 
 /* Gradient of attention_fwd; probabilities are recomputed from lse. */
 typedef struct ett_attention_bwd_args {
-    ett_view dy;            // in   [N, heads*D]; act
-    ett_view q;             // in   as in the forward
-    ett_view k;             // in   as in the forward
-    ett_view v;             // in   as in the forward
-    ett_view y;             // in   [N, heads*D], the forward's output; act
+    ett_view dy;            // in   [N, heads*head_dim]; act
+    ett_view q;             // in   [N, heads*head_dim]; act
+    ett_view k;             // in   [Nk, kv_heads*head_dim]; act
+    ett_view v;             // in   [Nk, kv_heads*head_dim]; act
+    ett_view y;             // in   [N, heads*head_dim]; act; the forward's output
     ett_view lse;           // in   [N, heads]; acc
-    ett_view cu_q;          // in   as in the forward
-    ett_view cu_k;          // in   as in the forward
-    ett_view dq;            // out  shape of q, 0 in padding rows; act
-    ett_view dk;            // out  shape of k, 0 in padding rows; act
-    ett_view dv;            // out  shape of v, 0 in padding rows; act
+    ett_view cu_q;          // in   [S+1]; i32; values at most N; as in the forward
+    ett_view cu_k;          // in   [S+1]; i32; as in the forward
+    ett_view dq;            // out  [N, heads*head_dim]; act; 0 in padding rows
+    ett_view dk;            // out  [Nk, kv_heads*head_dim]; act; 0 in padding rows
+    ett_view dv;            // out  [Nk, kv_heads*head_dim]; act; 0 in padding rows
     int64_t heads;          //      as in the forward
-    int64_t kv_heads;       //      as in the forward
-    int64_t head_dim;       //      as in the forward
+    int64_t kv_heads;       //      as in the forward; divides heads
+    int64_t head_dim;       //      as in the forward; at least 1
     int64_t max_q;          //      as in the forward
     int64_t max_k;          //      as in the forward
     double scale;           //      as in the forward
@@ -661,9 +674,9 @@ int32_t ett_attention_bwd(const ett_attention_bwd_args* args, const ett_launch* 
 typedef struct ett_linear_xent_fwd_args {
     ett_view x;             // in   [N, C]; act
     ett_view w;             // in   [V, C]; act
-    ett_view target;        // in   [N]; i32; -1: not supervised
-    ett_view scale;         // in   [1]: one over the supervised rows of the whole batch; acc
-    ett_view lse;           // out  [N] log-sum-exp, 0 in unsupervised rows; acc
+    ett_view target;        // in   [N]; i32; values below V; -1: not supervised
+    ett_view scale;         // in   [1]; acc; one over the supervised rows of the whole batch
+    ett_view lse;           // out  [N]; acc; log-sum-exp, 0 in unsupervised rows
     ett_view loss;          // out  [1]; acc
 } ett_linear_xent_fwd_args;
 int64_t ett_linear_xent_fwd_workspace(const ett_linear_xent_fwd_args* args);
@@ -673,11 +686,11 @@ int32_t ett_linear_xent_fwd(const ett_linear_xent_fwd_args* args, const ett_laun
 typedef struct ett_linear_xent_bwd_args {
     ett_view x;             // in   [N, C]; act
     ett_view w;             // in   [V, C]; act
-    ett_view target;        // in   [N]; i32
+    ett_view target;        // in   [N]; i32; values below V
     ett_view scale;         // in   [1]; acc
     ett_view lse;           // in   [N]; acc
-    ett_view g;             // in   [1] gradient of the loss; acc
-    ett_view dx;            // out  [N, C], 0 in unsupervised rows; act
+    ett_view g;             // in   [1]; acc; gradient of the loss
+    ett_view dx;            // out  [N, C]; act; 0 in unsupervised rows
     ett_view dw;            // add? [V, C]; acc
 } ett_linear_xent_bwd_args;
 int64_t ett_linear_xent_bwd_workspace(const ett_linear_xent_bwd_args* args);
@@ -687,10 +700,10 @@ int32_t ett_linear_xent_bwd(const ett_linear_xent_bwd_args* args, const ett_laun
    target >= 0, where lse_n is the log-sum-exp of row n. */
 typedef struct ett_xent_fwd_args {
     ett_view logits;        // in   [N, V]; act
-    ett_view target;        // in   [N]; i32; negative: the row is ignored
-    ett_view weight;        // in?  [N] weights of the rows, 1 if absent; acc
-    ett_view scale;         // in   [1] factor on the sum, such as one over the rows of the whole batch; acc
-    ett_view lse;           // out  [N] log-sum-exp, 0 in ignored rows; acc
+    ett_view target;        // in   [N]; i32; values below V; negative: the row is ignored
+    ett_view weight;        // in?  [N]; acc; weights of the rows, 1 if absent
+    ett_view scale;         // in   [1]; acc; factor on the sum, such as one over the rows of the whole batch
+    ett_view lse;           // out  [N]; acc; log-sum-exp, 0 in ignored rows
     ett_view loss;          // add  [1]; acc
 } ett_xent_fwd_args;
 int64_t ett_xent_fwd_workspace(const ett_xent_fwd_args* args);
@@ -699,21 +712,21 @@ int32_t ett_xent_fwd(const ett_xent_fwd_args* args, const ett_launch* launch);
 /* Gradient of xent_fwd: dlogits = g * scale * weight_n * (softmax - onehot). */
 typedef struct ett_xent_bwd_args {
     ett_view logits;        // in   [N, V]; act
-    ett_view target;        // in   [N]; i32
+    ett_view target;        // in   [N]; i32; values below V
     ett_view weight;        // in?  [N]; acc; as in the forward
     ett_view scale;         // in   [1]; acc; as in the forward
     ett_view lse;           // in   [N]; acc
-    ett_view g;             // in   [1] gradient of the loss; acc
-    ett_view dlogits;       // out  [N, V], 0 in ignored rows; it may be logits itself, with the same strides; act
+    ett_view g;             // in   [1]; acc; gradient of the loss
+    ett_view dlogits;       // out  [N, V]; act; may be logits; 0 in ignored rows
 } ett_xent_bwd_args;
 int64_t ett_xent_bwd_workspace(const ett_xent_bwd_args* args);
 int32_t ett_xent_bwd(const ett_xent_bwd_args* args, const ett_launch* launch);
 
 /* loss += scale * sum |a - b|. */
 typedef struct ett_l1_fwd_args {
-    ett_view a;             // in   any shape; act
-    ett_view b;             // in   same shape; act
-    ett_view scale;         // in   [1] factor on the sum, such as one over the elements of the whole batch; acc
+    ett_view a;             // in   [..]; act
+    ett_view b;             // in   [..]; act
+    ett_view scale;         // in   [1]; acc; factor on the sum, such as one over the elements of the whole batch
     ett_view loss;          // add  [1]; acc
 } ett_l1_fwd_args;
 int64_t ett_l1_fwd_workspace(const ett_l1_fwd_args* args);
@@ -721,11 +734,11 @@ int32_t ett_l1_fwd(const ett_l1_fwd_args* args, const ett_launch* launch);
 
 /* da = g * scale * sign(a - b), 0 where equal. */
 typedef struct ett_l1_bwd_args {
-    ett_view a;             // in   any shape; act
-    ett_view b;             // in   same shape; act
+    ett_view a;             // in   [..]; act
+    ett_view b;             // in   [..]; act
     ett_view scale;         // in   [1]; acc; as in the forward
     ett_view g;             // in   [1]; acc
-    ett_view da;            // out  same shape; act
+    ett_view da;            // out  [..]; act
 } ett_l1_bwd_args;
 int64_t ett_l1_bwd_workspace(const ett_l1_bwd_args* args);
 int32_t ett_l1_bwd(const ett_l1_bwd_args* args, const ett_launch* launch);
@@ -733,10 +746,10 @@ int32_t ett_l1_bwd(const ett_l1_bwd_args* args, const ett_launch* launch);
 /* One layer of LPIPS: loss += factor * scale * sum_p sum_c w[c] (n0 - n1)^2 over pixels p, with n = f /
    (sqrt(sum_c f^2) + eps). */
 typedef struct ett_lpips_fwd_args {
-    ett_view f0;            // in   [P, C] features of the reference; act
-    ett_view f1;            // in   [P, C] features of the reconstruction; act
+    ett_view f0;            // in   [P, C]; act; features of the reference
+    ett_view f1;            // in   [P, C]; act; features of the reconstruction
     ett_view w;             // in   [C]; act
-    ett_view scale;         // in   [1] factor on the sum, such as one over the pictures of the whole batch; acc
+    ett_view scale;         // in   [1]; acc; factor on the sum, such as one over the pictures of the whole batch
     ett_view loss;          // add  [1]; acc
     double eps;             //      added to the norm
     double factor;          //      constant factor on the sum, such as one over the pixels of a picture
@@ -760,8 +773,8 @@ int32_t ett_lpips_bwd(const ett_lpips_bwd_args* args, const ett_launch* launch);
 
 /* Generator's adversarial loss: loss += scale * sum_b softplus(-mean_p x[b, p]). */
 typedef struct ett_gan_generator_fwd_args {
-    ett_view x;             // in   [B, P] patch logits of each image; act
-    ett_view scale;         // in   [1] factor on the sum, such as one over the pictures of the whole batch; acc
+    ett_view x;             // in   [B, P]; act; P at least 1; patch logits of each image
+    ett_view scale;         // in   [1]; acc; factor on the sum, such as one over the pictures of the whole batch
     ett_view loss;          // add  [1]; acc
 } ett_gan_generator_fwd_args;
 int64_t ett_gan_generator_fwd_workspace(const ett_gan_generator_fwd_args* args);
@@ -769,7 +782,7 @@ int32_t ett_gan_generator_fwd(const ett_gan_generator_fwd_args* args, const ett_
 
 /* Gradient of gan_generator_fwd. */
 typedef struct ett_gan_generator_bwd_args {
-    ett_view x;             // in   [B, P]; act
+    ett_view x;             // in   [B, P]; act; P at least 1
     ett_view scale;         // in   [1]; acc; as in the forward
     ett_view g;             // in   [1]; acc
     ett_view dx;            // out  [B, P]; act
@@ -779,8 +792,8 @@ int32_t ett_gan_generator_bwd(const ett_gan_generator_bwd_args* args, const ett_
 
 /* Hinge loss: loss += factor * scale * sum relu(1 - x) for real logits, relu(1 + x) for fake ones. */
 typedef struct ett_hinge_fwd_args {
-    ett_view x;             // in   any shape; act
-    ett_view scale;         // in   [1] factor on the sum, such as one over the patch logits of the whole batch; acc
+    ett_view x;             // in   [..]; act
+    ett_view scale;         // in   [1]; acc; factor on the sum, such as one over the patch logits of the whole batch
     ett_view loss;          // add  [1]; acc
     int32_t real;           //      1: the logits of real pictures, 0: of fake ones
     double factor;          //      constant factor on the sum
@@ -790,10 +803,10 @@ int32_t ett_hinge_fwd(const ett_hinge_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of hinge_fwd; 0 at the kink. */
 typedef struct ett_hinge_bwd_args {
-    ett_view x;             // in   any shape; act
+    ett_view x;             // in   [..]; act
     ett_view scale;         // in   [1]; acc; as in the forward
     ett_view g;             // in   [1]; acc
-    ett_view dx;            // out  same shape; act
+    ett_view dx;            // out  [..]; act
     int32_t real;           //      as in the forward
     double factor;          //      as in the forward
 } ett_hinge_bwd_args;
@@ -802,9 +815,9 @@ int32_t ett_hinge_bwd(const ett_hinge_bwd_args* args, const ett_launch* launch);
 
 /* Updated LeCAM averages: out = decay * ema + (1 - decay) * (mean(real), mean(fake)). */
 typedef struct ett_lecam_update_args {
-    ett_view real;          // in   any shape; act
-    ett_view fake;          // in   any shape; act
-    ett_view ema;           // in   [2] averages of the real and the fake logits; acc
+    ett_view real;          // in   [R, P]; act; R at least 1; P at least 1; any shape
+    ett_view fake;          // in   [F, Q]; act; F at least 1; Q at least 1; any shape
+    ett_view ema;           // in   [2]; acc; averages of the real and the fake logits
     ett_view out;           // out  [2]; acc
     double decay;           //      weight of the old value
 } ett_lecam_update_args;
@@ -813,10 +826,10 @@ int32_t ett_lecam_update(const ett_lecam_update_args* args, const ett_launch* la
 
 /* LeCAM regularizer: loss += scale * (sum relu(real - ema[1])^2 + sum relu(ema[0] - fake)^2). */
 typedef struct ett_lecam_fwd_args {
-    ett_view real;          // in   any shape; act
-    ett_view fake;          // in   any shape; act
-    ett_view ema;           // in   [2] averages that include this batch; acc
-    ett_view scale;         // in   [1] factor on the sums: one over the patch logits of the whole batch; acc
+    ett_view real;          // in   [R, P]; act; any shape
+    ett_view fake;          // in   [F, Q]; act; any shape
+    ett_view ema;           // in   [2]; acc; averages that include this batch
+    ett_view scale;         // in   [1]; acc; factor on the sums: one over the patch logits of the whole batch
     ett_view loss;          // add  [1]; acc
 } ett_lecam_fwd_args;
 int64_t ett_lecam_fwd_workspace(const ett_lecam_fwd_args* args);
@@ -824,13 +837,13 @@ int32_t ett_lecam_fwd(const ett_lecam_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of lecam_fwd; the averages are constants. */
 typedef struct ett_lecam_bwd_args {
-    ett_view real;          // in   any shape; act
-    ett_view fake;          // in   any shape; act
+    ett_view real;          // in   [R, P]; act; any shape
+    ett_view fake;          // in   [F, Q]; act; any shape
     ett_view ema;           // in   [2]; acc
     ett_view scale;         // in   [1]; acc; as in the forward
     ett_view g;             // in   [1]; acc
-    ett_view dreal;         // out  shape of real; act
-    ett_view dfake;         // out  shape of fake; act
+    ett_view dreal;         // out  [R, P]; act
+    ett_view dfake;         // out  [F, Q]; act
 } ett_lecam_bwd_args;
 int64_t ett_lecam_bwd_workspace(const ett_lecam_bwd_args* args);
 int32_t ett_lecam_bwd(const ett_lecam_bwd_args* args, const ett_launch* launch);
@@ -843,14 +856,14 @@ int32_t ett_lecam_bwd(const ett_lecam_bwd_args* args, const ett_launch* launch);
    contains NaN, or whose largest logit is not finite, gives -1. */
 typedef struct ett_sample_args {
     ett_view logits;        // in   [B, V]; act
-    ett_view without;       // in?  [B, V] logits without the prompt; act
-    ett_view number;        // in   [B] numbers of the sequences; i32
-    ett_view position;      // add  [B] samples already drawn for each sequence; i32; updated
+    ett_view without;       // in?  [B, V]; act; logits without the prompt
+    ett_view number;        // in   [B]; i32; numbers of the sequences
+    ett_view position;      // add  [B]; i32; samples already drawn for each sequence; updated
     ett_view idx;           // out  [B]; i32
-    double temperature;     //      divides the logits; 0: take the largest
+    double temperature;     //      divides the logits; 0: take the largest; finite; at least 0
     int64_t top_k;          //      number of candidates; 0: all
-    double top_p;           //      total probability of the candidates, above 0 and at most 1
-    double guidance;        //      factor on logits - without; ignored if without is absent
+    double top_p;           //      total probability of the candidates; above 0; at most 1
+    double guidance;        //      factor on logits - without; finite; if without
     uint64_t seed;          //      seed of the random numbers
 } ett_sample_args;
 int64_t ett_sample_workspace(const ett_sample_args* args);
@@ -862,9 +875,9 @@ int32_t ett_sample(const ett_sample_args* args, const ett_launch* launch);
    0. */
 typedef struct ett_nearest_args {
     ett_view z;             // in   [M, D]; act
-    ett_view e;             // in   [K, D]; act
+    ett_view e;             // in   [K, D]; act; K at least 1
     ett_view idx;           // out  [M]; i32
-    ett_view bad;           // add? [1] count of rows without a finite score; acc
+    ett_view bad;           // add? [1]; acc; count of rows without a finite score
     int32_t metric;         //      ett_metric: how codes are scored
 } ett_nearest_args;
 int64_t ett_nearest_workspace(const ett_nearest_args* args);
@@ -875,14 +888,14 @@ int32_t ett_nearest(const ett_nearest_args* args, const ett_launch* launch);
    Without entropies rest_q and xbar are absent and temperature is ignored. */
 typedef struct ett_ibq_rows_args {
     ett_view z;             // in   [M, D]; act
-    ett_view e;             // in   [K, D]; act
+    ett_view e;             // in   [K, D]; act; K at least 1
     ett_view idx;           // out  [M]; i32; as nearest with the dot product
-    ett_view smax;          // out  [M] score of the best code; acc
+    ett_view smax;          // out  [M]; acc; score of the best code
     ett_view rest_p;        // out  [M]; acc
     ett_view rest_q;        // out? [M]; acc
-    ett_view xbar;          // out? [M]; acc; present if rest_q is
-    ett_view bad;           // add  [1] count of rows without a finite score; acc
-    double temperature;     //      T of the entropies
+    ett_view xbar;          // out? [M]; acc; with rest_q
+    ett_view bad;           // add  [1]; acc; count of rows without a finite score
+    double temperature;     //      T of the entropies; above 0; if rest_q
 } ett_ibq_rows_args;
 int64_t ett_ibq_rows_workspace(const ett_ibq_rows_args* args);
 int32_t ett_ibq_rows(const ett_ibq_rows_args* args, const ett_launch* launch);
@@ -890,11 +903,11 @@ int32_t ett_ibq_rows(const ett_ibq_rows_args* args, const ett_launch* launch);
 /* Column sums sum_i q_ij, not divided by the count, so that those of several ranks can be added. */
 typedef struct ett_ibq_cols_args {
     ett_view z;             // in   [M, D]; act
-    ett_view e;             // in   [K, D]; act
+    ett_view e;             // in   [K, D]; act; K at least 1
     ett_view smax;          // in   [M]; acc
     ett_view rest_q;        // in   [M]; acc
     ett_view col;           // out  [K]; acc
-    double temperature;     //      T of the entropies
+    double temperature;     //      T of the entropies; above 0
 } ett_ibq_cols_args;
 int64_t ett_ibq_cols_workspace(const ett_ibq_cols_args* args);
 int32_t ett_ibq_cols(const ett_ibq_cols_args* args, const ett_launch* launch);
@@ -905,17 +918,17 @@ int32_t ett_ibq_cols(const ett_ibq_cols_args* args, const ett_launch* launch);
    absent. */
 typedef struct ett_ibq_losses_args {
     ett_view z;             // in   [M, D]; act
-    ett_view e;             // in   [K, D]; act
-    ett_view idx;           // in   [M]; i32
+    ett_view e;             // in   [K, D]; act; K at least 1
+    ett_view idx;           // in   [M]; i32; values below K
     ett_view rest_q;        // in?  [M]; acc
-    ett_view xbar;          // in?  [M]; acc
-    ett_view col;           // in?  [K]; acc; summed over ranks
-    ett_view inv_count;     // in   [1] one over the tokens of all ranks; acc
+    ett_view xbar;          // in?  [M]; acc; with rest_q
+    ett_view col;           // in?  [K]; acc; with rest_q; summed over ranks
+    ett_view inv_count;     // in   [1]; acc; one over the tokens of all ranks
     ett_view zq;            // out  [M, D]; act
-    ett_view c;             // out? [K]; acc
+    ett_view c;             // out? [K]; acc; with rest_q
     ett_view quant;         // out  [1]; acc
-    ett_view sample;        // out? [1]; acc
-    ett_view avg;           // out? [1]; acc
+    ett_view sample;        // out? [1]; acc; with rest_q
+    ett_view avg;           // out? [1]; acc; with rest_q
     double eps;             //      added inside the logarithm
     double beta_commit;     //      weight of the commitment term
     double beta_code;       //      weight of the codebook term
@@ -928,21 +941,21 @@ int32_t ett_ibq_losses(const ett_ibq_losses_args* args, const ett_launch* launch
    entropies rest_q, xbar, c, g_sample and g_avg are all absent. */
 typedef struct ett_ibq_bwd_args {
     ett_view z;             // in   [M, D]; act
-    ett_view e;             // in   [K, D]; act
-    ett_view idx;           // in   [M]; i32
+    ett_view e;             // in   [K, D]; act; K at least 1
+    ett_view idx;           // in   [M]; i32; values below K
     ett_view smax;          // in   [M]; acc
     ett_view rest_p;        // in   [M]; acc
     ett_view rest_q;        // in?  [M]; acc
-    ett_view xbar;          // in?  [M]; acc
-    ett_view c;             // in?  [K]; acc
-    ett_view inv_count;     // in   [1] one over the tokens of all ranks; acc
-    ett_view g;             // in   [M, D] gradient that reached zq from the decoder and the projector; act
-    ett_view g_quant;       // in   [1] gradient of quant; acc
-    ett_view g_sample;      // in?  [1] gradient of sample; acc
-    ett_view g_avg;         // in?  [1] gradient of avg; acc
+    ett_view xbar;          // in?  [M]; acc; with rest_q
+    ett_view c;             // in?  [K]; acc; with rest_q
+    ett_view inv_count;     // in   [1]; acc; one over the tokens of all ranks
+    ett_view g;             // in   [M, D]; act; gradient that reached zq from the decoder and the projector
+    ett_view g_quant;       // in   [1]; acc; gradient of quant
+    ett_view g_sample;      // in?  [1]; acc; with rest_q; gradient of sample
+    ett_view g_avg;         // in?  [1]; acc; with rest_q; gradient of avg
     ett_view dz;            // out  [M, D]; act
     ett_view de;            // add? [K, D]; acc
-    double temperature;     //      T of the entropies
+    double temperature;     //      T of the entropies; above 0; if rest_q
     double beta_commit;     //      weight of the commitment term
     double beta_code;       //      weight of the codebook term
 } ett_ibq_bwd_args;
@@ -952,9 +965,9 @@ int32_t ett_ibq_bwd(const ett_ibq_bwd_args* args, const ett_launch* launch);
 /* The plain VQ baseline: zq = E[idx], quant = (beta_commit + beta_code) * inv_count/D * sum (zq - z)^2. */
 typedef struct ett_vq_losses_args {
     ett_view z;             // in   [M, D]; act
-    ett_view e;             // in   [K, D]; act
-    ett_view idx;           // in   [M]; i32
-    ett_view inv_count;     // in   [1] one over the tokens of all ranks; acc
+    ett_view e;             // in   [K, D]; act; K at least 1
+    ett_view idx;           // in   [M]; i32; values below K
+    ett_view inv_count;     // in   [1]; acc; one over the tokens of all ranks
     ett_view zq;            // out  [M, D]; act
     ett_view quant;         // out  [1]; acc
     double beta_commit;     //      weight of the commitment term
@@ -967,9 +980,9 @@ int32_t ett_vq_losses(const ett_vq_losses_args* args, const ett_launch* launch);
    e. */
 typedef struct ett_vq_bwd_args {
     ett_view z;             // in   [M, D]; act
-    ett_view e;             // in   [K, D]; act
-    ett_view idx;           // in   [M]; i32
-    ett_view inv_count;     // in   [1] one over the tokens of all ranks; acc
+    ett_view e;             // in   [K, D]; act; K at least 1
+    ett_view idx;           // in   [M]; i32; values below K
+    ett_view inv_count;     // in   [1]; acc; one over the tokens of all ranks
     ett_view g;             // in   [M, D]; act
     ett_view g_quant;       // in   [1]; acc
     ett_view dz;            // out  [M, D]; act
@@ -1000,14 +1013,14 @@ int32_t ett_sum_squares(const ett_sum_squares_args* args, const ett_launch* laun
 typedef struct ett_adamw_args {
     ett_view master;        // add  [n]; acc; updated
     ett_view grad;          // in   [n]; acc
-    ett_view m;             // add  [n] first moment; acc; updated
-    ett_view v;             // add  [n] second moment; acc; updated
+    ett_view m;             // add  [n]; acc; first moment; updated
+    ett_view v;             // add  [n]; acc; second moment; updated
     ett_view ema;           // add? [n]; acc; updated
     ett_view shadow;        // out? [n]; act
-    ett_view state;         // in   [ETT_STATE_LEN], the step state; acc
-    ett_view norm;          // in   [2], from sum_squares over everything this optimizer trains; acc
-    int64_t group;          //      row of the step state that holds this group's rate, bias corrections and
-                            //      clip
+    ett_view state;         // in   [ETT_STATE_LEN]; acc; the step state
+    ett_view norm;          // in   [2]; acc; from sum_squares over everything this optimizer trains
+    int64_t group;          //      row of the step state that holds this group's rate, bias corrections and clip;
+                            //      below ETT_STATE_GROUPS
     double beta1;           //      decay of the first moment
     double beta2;           //      decay of the second moment
     double eps;             //      added to the root of the second moment
@@ -1019,8 +1032,8 @@ int32_t ett_adamw(const ett_adamw_args* args, const ett_launch* launch);
 
 /* y = x if norm[1] > 0: restores the values from before a step that is skipped. */
 typedef struct ett_restore_args {
-    ett_view x;             // in   [n], the values before the step; acc or act
-    ett_view norm;          // in   [2], as for adamw; acc
+    ett_view x;             // in   [n]; act or acc; the values before the step
+    ett_view norm;          // in   [2]; acc; as for adamw
     ett_view y;             // add  [n]; type of x
 } ett_restore_args;
 int64_t ett_restore_workspace(const ett_restore_args* args);

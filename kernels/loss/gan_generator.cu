@@ -131,8 +131,7 @@ extern "C" int32_t ett_gan_generator_fwd(const ett_gan_generator_fwd_args* a, co
     using namespace ett;
     Check check("gan_generator_fwd", a, l);
     if (!sound(check, a) || !check.workspace(l, workspace(a->x))) return check.status();
-    const char* names[] = {wide(a->x) ? "wide" : "plain", "plain", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"wide", wide(a->x)}, {"plain", true}});
     if (!check.ok()) return check.status();
     if (rows(a->x) == 0) return ett_done("");
     const int32_t status = with_act(a->x.dtype, [&](auto t) {
@@ -154,8 +153,7 @@ extern "C" int32_t ett_gan_generator_bwd(const ett_gan_generator_bwd_args* a, co
     using namespace ett;
     Check check("gan_generator_bwd", a, l);
     if (!sound(check, a) || !check.workspace(l, workspace(a->x))) return check.status();
-    const char* names[] = {wide(a->x) && wide(a->dx) ? "wide" : "plain", "plain", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"wide", wide(a->x) && wide(a->dx)}, {"plain", true}});
     if (!check.ok()) return check.status();
     if (rows(a->x) == 0) return ett_done("");
     const int32_t status = with_act(a->x.dtype, [&](auto t) {

@@ -81,11 +81,7 @@ extern "C" int32_t ett_hinge_fwd(const ett_hinge_fwd_args* a, const ett_launch* 
     });
 }
 
-extern "C" int64_t ett_hinge_bwd_workspace(const ett_hinge_bwd_args* a) {
-    using namespace ett;
-    Check check("hinge_bwd", a);
-    return sound(check, a) ? 0 : -1;
-}
+ETT_NO_WORKSPACE(hinge_bwd)
 
 extern "C" int32_t ett_hinge_bwd(const ett_hinge_bwd_args* a, const ett_launch* l) {
     using namespace ett;

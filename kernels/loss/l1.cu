@@ -88,11 +88,7 @@ extern "C" int32_t ett_l1_fwd(const ett_l1_fwd_args* a, const ett_launch* l) {
     });
 }
 
-extern "C" int64_t ett_l1_bwd_workspace(const ett_l1_bwd_args* a) {
-    using namespace ett;
-    Check check("l1_bwd", a);
-    return sound(check, a) ? 0 : -1;
-}
+ETT_NO_WORKSPACE(l1_bwd)
 
 extern "C" int32_t ett_l1_bwd(const ett_l1_bwd_args* a, const ett_launch* l) {
     using namespace ett;

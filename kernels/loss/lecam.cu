@@ -109,8 +109,7 @@ bool sound(Check& check, const ett_lecam_bwd_args* a) {
 // The implementation for both matrices: "wide" if pieces of n cover both.
 const char* choose_both(Check& check, const ett_launch* l, int n, Views real, Views fake) {
     const bool both = covers(extent(real), n, real) && covers(extent(fake), n, fake);
-    const char* names[] = {both ? "wide" : "plain", "plain", nullptr};
-    return check.choose(l, names[0], names);
+    return check.choose(l, {{"wide", both}, {"plain", true}});
 }
 
 // Sums over both matrices, then applies `f`. `make(n, is_real)` returns the operation for pieces of n.
@@ -175,11 +174,7 @@ extern "C" int32_t ett_lecam_fwd(const ett_lecam_fwd_args* a, const ett_launch* 
     });
 }
 
-extern "C" int64_t ett_lecam_bwd_workspace(const ett_lecam_bwd_args* a) {
-    using namespace ett;
-    Check check("lecam_bwd", a);
-    return sound(check, a) ? 0 : -1;
-}
+ETT_NO_WORKSPACE(lecam_bwd)
 
 extern "C" int32_t ett_lecam_bwd(const ett_lecam_bwd_args* a, const ett_launch* l) {
     using namespace ett;

@@ -250,9 +250,9 @@ template <class T> int32_t run(const ett_linear_xent_bwd_args& a, const ett_laun
     return status == ETT_OK ? ett_done(name) : status;
 }
 
-bool check_args(Check& check, const ett_linear_xent_bwd_args& a) {
-    return check_shapes(check, a) && check.vector("g", a.g, ETT_F32, 1) && check.matrix("dx", a.dx, a.x.dtype, rows(a.x), cols(a.x)) &&
-           (!present(a.dw) || check.matrix("dw", a.dw, ETT_F32, rows(a.w), cols(a.x)));
+bool sound(Check& check, const ett_linear_xent_bwd_args* a) {
+    return check.ok() && check_shapes(check, *a) && check.vector("g", a->g, ETT_F32, 1) && check.matrix("dx", a->dx, a->x.dtype, rows(a->x), cols(a->x)) &&
+           (!present(a->dw) || check.matrix("dw", a->dw, ETT_F32, rows(a->w), cols(a->x)));
 }
 
 int64_t workspace_bytes(const ett_linear_xent_bwd_args& a) {
@@ -267,17 +267,16 @@ extern "C" int64_t ett_linear_xent_bwd_workspace(const ett_linear_xent_bwd_args*
     using namespace ett;
     using namespace ett::xent;
     Check check(kOp, a);
-    return check.ok() && check_args(check, *a) ? workspace_bytes(*a) : -1;
+    return sound(check, a) ? workspace_bytes(*a) : -1;
 }
 
 extern "C" int32_t ett_linear_xent_bwd(const ett_linear_xent_bwd_args* a, const ett_launch* l) {
     using namespace ett;
     using namespace ett::xent;
     Check check(kOp, a, l);
-    if (!check.ok() || !check_args(check, *a) || !check.workspace(l, workspace_bytes(*a))) return check.status();
+    if (!sound(check, a) || !check.workspace(l, workspace_bytes(*a))) return check.status();
     if (numel(a->dx) == 0) return ett_done("");
-    const char* names[] = {"chunks", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"chunks", true}});
     if (!check.ok()) return check.status();
     return with_act(a->x.dtype, [&](auto t) { return run<decltype(t)>(*a, l, kernel); });
 }

@@ -186,7 +186,9 @@ template <class T> int32_t run(const ett_linear_xent_fwd_args& a, const ett_laun
     return status == ETT_OK ? ett_done(name) : status;
 }
 
-bool check_args(Check& check, const ett_linear_xent_fwd_args& a) { return check_shapes(check, a) && check.vector("loss", a.loss, ETT_F32, 1); }
+bool sound(Check& check, const ett_linear_xent_fwd_args* a) {
+    return check.ok() && check_shapes(check, *a) && check.vector("loss", a->loss, ETT_F32, 1);
+}
 
 int64_t workspace_bytes(const ett_linear_xent_fwd_args& a) {
     return with_act(a.x.dtype, [&](auto t) { return Space<decltype(t)>(a, nullptr).pieces.bytes(); });
@@ -200,16 +202,15 @@ extern "C" int64_t ett_linear_xent_fwd_workspace(const ett_linear_xent_fwd_args*
     using namespace ett;
     using namespace ett::xent;
     Check check(kOp, a);
-    return check.ok() && check_args(check, *a) ? workspace_bytes(*a) : -1;
+    return sound(check, a) ? workspace_bytes(*a) : -1;
 }
 
 extern "C" int32_t ett_linear_xent_fwd(const ett_linear_xent_fwd_args* a, const ett_launch* l) {
     using namespace ett;
     using namespace ett::xent;
     Check check(kOp, a, l);
-    if (!check.ok() || !check_args(check, *a) || !check.workspace(l, workspace_bytes(*a))) return check.status();
-    const char* names[] = {"sweep", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    if (!sound(check, a) || !check.workspace(l, workspace_bytes(*a))) return check.status();
+    const char* kernel = check.choose(l, {{"sweep", true}});
     if (!check.ok()) return check.status();
     return with_act(a->x.dtype, [&](auto t) { return run<decltype(t)>(*a, l, kernel); });
 }

@@ -291,8 +291,7 @@ extern "C" int32_t ett_lpips_fwd(const ett_lpips_fwd_args* a, const ett_launch* 
     Check check("lpips_fwd", a, l);
     if (!sound(check, a) || !check.workspace(l, workspace(a->f1))) return check.status();
     const Team t = team(a->f1);
-    const char* names[] = {t.vecs && wide(a->f0) && wide(a->f1) && wide(a->w) ? "wide" : "plain", "plain", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"wide", t.vecs && wide(a->f0) && wide(a->f1) && wide(a->w)}, {"plain", true}});
     if (!check.ok()) return check.status();
     if (numel(a->f1) == 0) return ett_done("");
     const bool is_wide = strcmp(kernel, "wide") == 0;
@@ -311,19 +310,14 @@ extern "C" int32_t ett_lpips_fwd(const ett_lpips_fwd_args* a, const ett_launch* 
     return status == ETT_OK ? ett_done(kernel) : status;
 }
 
-extern "C" int64_t ett_lpips_bwd_workspace(const ett_lpips_bwd_args* a) {
-    using namespace ett;
-    Check check("lpips_bwd", a);
-    return sound(check, a) ? 0 : -1;
-}
+ETT_NO_WORKSPACE(lpips_bwd)
 
 extern "C" int32_t ett_lpips_bwd(const ett_lpips_bwd_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("lpips_bwd", a, l);
     if (!sound(check, a)) return check.status();
     const Team t = team(a->f1);
-    const char* names[] = {t.vecs && wide(a->f0) && wide(a->f1) && wide(a->w) && wide(a->df1) ? "wide" : "plain", "plain", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"wide", t.vecs && wide(a->f0) && wide(a->f1) && wide(a->w) && wide(a->df1)}, {"plain", true}});
     if (!check.ok()) return check.status();
     if (numel(a->f1) == 0) return ett_done("");
     const bool is_wide = strcmp(kernel, "wide") == 0;

@@ -107,8 +107,7 @@ int32_t launch_finish(const char* op, const ett_launch* l, const float* partials
 // `make(n)` returns the operation for pieces of n, a std::integral_constant.
 template <int N, class Make>
 int32_t sum_loss(Check& check, const char* op, const ett_launch* l, const Extent& e, Views views, const AddLoss<1>& add, Make make) {
-    const char* names[] = {covers(e, N, views) ? "wide" : "plain", "plain", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"wide", covers(e, N, views)}, {"plain", true}});
     if (!check.ok()) return check.status();
     float* partials = static_cast<float*>(l->workspace);
     auto go = [&](auto n) {

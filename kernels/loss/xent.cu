@@ -178,8 +178,7 @@ extern "C" int32_t ett_xent_fwd(const ett_xent_fwd_args* a, const ett_launch* l)
     using namespace ett;
     Check check("xent_fwd", a, l);
     if (!sound(check, a) || !check.workspace(l, workspace(a))) return check.status();
-    const char* names[] = {wide(a->logits) ? "wide" : "plain", "plain", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"wide", wide(a->logits)}, {"plain", true}});
     if (!check.ok()) return check.status();
     const int64_t n = rows(a->logits);
     if (n == 0) return ett_done("");
@@ -196,11 +195,7 @@ extern "C" int32_t ett_xent_fwd(const ett_xent_fwd_args* a, const ett_launch* l)
     return status == ETT_OK ? ett_done(kernel) : status;
 }
 
-extern "C" int64_t ett_xent_bwd_workspace(const ett_xent_bwd_args* a) {
-    using namespace ett;
-    Check check("xent_bwd", a);
-    return sound(check, a) ? 0 : -1;
-}
+ETT_NO_WORKSPACE(xent_bwd)
 
 extern "C" int32_t ett_xent_bwd(const ett_xent_bwd_args* a, const ett_launch* l) {
     using namespace ett;

@@ -165,18 +165,13 @@ extern "C" int32_t ett_batch_norm_eval_bwd(const ett_batch_norm_eval_bwd_args* a
     return ett::backward("batch_norm_eval_bwd", a, l, false);
 }
 
-extern "C" int64_t ett_batch_norm_running_workspace(const ett_batch_norm_running_args* a) {
-    using namespace ett;
-    Check check("batch_norm_running", a);
-    return sound(check, a) ? 0 : -1;
-}
+ETT_NO_WORKSPACE(batch_norm_running)
 
 extern "C" int32_t ett_batch_norm_running(const ett_batch_norm_running_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("batch_norm_running", a, l);
     if (!sound(check, a)) return check.status();
-    const char* names[] = {"plain", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"plain", true}});
     if (!check.ok()) return check.status();
     const int64_t c = numel(a->mean);
     if (c == 0) return ett_done("");

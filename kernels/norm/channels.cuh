@@ -519,9 +519,8 @@ int32_t launch_backward(const char* op, bool is_wide, const Planes& s, const ett
 // The implementation of a call: "wide" if all views have rows of whole 16-byte pieces.
 inline bool choose_wide(Check& check, const ett_launch* l, std::initializer_list<const ett_view*> views, const char** kernel) {
     const bool all = std::all_of(views.begin(), views.end(), [](const ett_view* v) { return wide(*v); });
-    const char* names[] = {all ? kWideName : kPlainName, kPlainName, nullptr};
-    *kernel = check.choose(l, names[0], names);
-    return *kernel == kWideName || strcmp(*kernel, kWideName) == 0;
+    *kernel = check.choose(l, {{kWideName, all}, {kPlainName, true}});
+    return strcmp(*kernel, kWideName) == 0;
 }
 
 }  // namespace channels

@@ -150,6 +150,23 @@ bool has_pieces(const ett_view& v) { return wide(v, kPiece * dtype_size(v.dtype)
 
 dim3 grid_of(int64_t n) { return dim3(unsigned(std::min(ceil_div(n, kRows), int64_t(multiprocessors()) * kBlocks))); }
 
+bool sound(Check& check, const ett_l2_norm_fwd_args* a) {
+    return check.ok() && check.act("x", a->x) && check.matrix("y", a->y, a->x.dtype, rows(a->x), cols(a->x)) &&
+           check.vector("norm", a->norm, ETT_F32, rows(a->x));
+}
+
+bool sound(Check& check, const ett_l2_norm_bwd_args* a) {
+    if (!check.ok() || !check.act("x", a->x) || !check.act("dy", a->dy)) return false;
+    const int64_t n = rows(a->x), d = cols(a->x);
+    check.matrix("dy", a->dy, a->dy.dtype == ETT_F32 ? ETT_F32 : a->x.dtype, n, d);
+    check.vector("norm", a->norm, ETT_F32, n);
+    check.require(present(a->dx) || present(a->dx_acc), "dx", "absent", "present, or `dx_acc`");
+    check.require(!present(a->dx) || !present(a->dx_acc), "dx_acc", "present", "absent as `dx` is present");
+    if (present(a->dx)) check.matrix("dx", a->dx, a->x.dtype, n, d);
+    if (present(a->dx_acc)) check.matrix("dx_acc", a->dx_acc, ETT_F32, n, d);
+    return check.ok();
+}
+
 }  // namespace
 }  // namespace ett
 
@@ -159,13 +176,10 @@ ETT_NO_WORKSPACE(l2_norm_bwd)
 extern "C" int32_t ett_l2_norm_fwd(const ett_l2_norm_fwd_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("l2_norm_fwd", a, l);
-    if (!check.ok() || !check.act("x", a->x) || !check.matrix("y", a->y, a->x.dtype, rows(a->x), cols(a->x)) ||
-        !check.vector("norm", a->norm, ETT_F32, rows(a->x)))
-        return check.status();
+    if (!sound(check, a)) return check.status();
     if (numel(a->x) == 0) return ett_done("");
     const int pieces = choose_l2_norm_pieces(cols(a->x));
-    const char* names[] = {pieces && has_pieces(a->x) && has_pieces(a->y) ? "wide" : "plain", "plain", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"wide", pieces && has_pieces(a->x) && has_pieces(a->y)}, {"plain", true}});
     if (!check.ok()) return check.status();
     const bool is_wide = strcmp(kernel, "wide") == 0;
     return with_act(a->x.dtype, [&](auto t) {
@@ -180,20 +194,12 @@ extern "C" int32_t ett_l2_norm_fwd(const ett_l2_norm_fwd_args* a, const ett_laun
 extern "C" int32_t ett_l2_norm_bwd(const ett_l2_norm_bwd_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("l2_norm_bwd", a, l);
-    if (!check.ok() || !check.act("x", a->x) || !check.act("dy", a->dy)) return check.status();
-    const int64_t n = rows(a->x), d = cols(a->x);
-    check.matrix("dy", a->dy, a->dy.dtype == ETT_F32 ? ETT_F32 : a->x.dtype, n, d);
-    check.vector("norm", a->norm, ETT_F32, n);
-    check.require(present(a->dx) || present(a->dx_acc), "dx", "absent", "present, or `dx_acc`");
-    check.require(!present(a->dx) || !present(a->dx_acc), "dx_acc", "present", "absent as `dx` is present");
-    if (present(a->dx)) check.matrix("dx", a->dx, a->x.dtype, n, d);
-    if (present(a->dx_acc)) check.matrix("dx_acc", a->dx_acc, ETT_F32, n, d);
-    if (!check.ok()) return check.status();
+    if (!sound(check, a)) return check.status();
     if (numel(a->x) == 0) return ett_done("");
+    const int64_t n = rows(a->x), d = cols(a->x);
     const int pieces = choose_l2_norm_pieces(d);
     const bool vectors = pieces && has_pieces(a->dy) && has_pieces(a->x) && has_pieces(a->dx) && has_pieces(a->dx_acc);
-    const char* names[] = {vectors ? "wide" : "plain", "plain", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"wide", vectors}, {"plain", true}});
     if (!check.ok()) return check.status();
     const bool is_wide = strcmp(kernel, "wide") == 0;
     auto go = [&](auto t, auto g) {

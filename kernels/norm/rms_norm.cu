@@ -201,7 +201,7 @@ template <class T> __global__ void __launch_bounds__(256) backward_plain_kernel(
     }
 }
 
-bool check_forward(Check& check, const ett_rms_norm_fwd_args* a) {
+bool sound(Check& check, const ett_rms_norm_fwd_args* a) {
     if (!check.ok() || !check.act("x", a->x)) return false;
     const int64_t n = rows(a->x), c = cols(a->x);
     check.matrix("y", a->y, a->x.dtype, n, c);
@@ -216,7 +216,7 @@ bool check_forward(Check& check, const ett_rms_norm_fwd_args* a) {
     return check.ok();
 }
 
-bool check_backward(Check& check, const ett_rms_norm_bwd_args* a) {
+bool sound(Check& check, const ett_rms_norm_bwd_args* a) {
     if (!check.ok() || !check.act("x", a->x)) return false;
     const int64_t n = rows(a->x), c = cols(a->x);
     check.matrix("dy", a->dy, a->x.dtype, n, c);
@@ -243,12 +243,11 @@ ETT_NO_WORKSPACE(rms_norm_fwd)
 extern "C" int32_t ett_rms_norm_fwd(const ett_rms_norm_fwd_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("rms_norm_fwd", a, l);
-    if (!check_forward(check, a)) return check.status();
+    if (!sound(check, a)) return check.status();
     if (numel(a->x) == 0) return ett_done("");
     const RowsConfig c = config(a->x);
     const bool vectors = c.vecs && wide(a->x) && wide(a->residual) && wide(a->w) && wide(a->sum) && wide(a->y);
-    const char* names[] = {vectors ? "wide" : "plain", "plain", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"wide", vectors}, {"plain", true}});
     if (!check.ok()) return check.status();
     const bool is_wide = strcmp(kernel, "wide") == 0;
     const int64_t n = rows(a->x);
@@ -271,7 +270,7 @@ extern "C" int32_t ett_rms_norm_fwd(const ett_rms_norm_fwd_args* a, const ett_la
 extern "C" int64_t ett_rms_norm_bwd_workspace(const ett_rms_norm_bwd_args* a) {
     using namespace ett;
     Check check("rms_norm_bwd", a);
-    if (!check_backward(check, a)) return -1;
+    if (!sound(check, a)) return -1;
     if (numel(a->x) == 0 || !present(a->dw)) return 0;
     const int64_t most = std::max(backward_blocks(a->x, false), config(a->x).vecs ? backward_blocks(a->x, true) : 0);
     return most * cols(a->x) * int64_t(sizeof(float));
@@ -280,13 +279,12 @@ extern "C" int64_t ett_rms_norm_bwd_workspace(const ett_rms_norm_bwd_args* a) {
 extern "C" int32_t ett_rms_norm_bwd(const ett_rms_norm_bwd_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("rms_norm_bwd", a, l);
-    if (!check_backward(check, a)) return check.status();
+    if (!sound(check, a)) return check.status();
     if (numel(a->x) == 0) return ett_done("");
     check.workspace(l, ett_rms_norm_bwd_workspace(a));
     const RowsConfig c = config(a->x);
     const bool vectors = c.vecs && wide(a->dy) && wide(a->dsum) && wide(a->x) && wide(a->w) && wide(a->dx);
-    const char* names[] = {vectors ? "wide" : "plain", "plain", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"wide", vectors}, {"plain", true}});
     if (!check.ok()) return check.status();
     const bool is_wide = strcmp(kernel, "wide") == 0;
     const int64_t blocks = backward_blocks(a->x, is_wide);

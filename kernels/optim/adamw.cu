@@ -77,15 +77,8 @@ template <class T, int N> __global__ void __launch_bounds__(kThreads) adamw_kern
     if (first < n % N) update<1>(a, s, n / N * N + first);
 }
 
-}  // namespace
-}  // namespace ett
-
-ETT_NO_WORKSPACE(adamw)
-
-extern "C" int32_t ett_adamw(const ett_adamw_args* a, const ett_launch* l) {
-    using namespace ett;
-    Check check("adamw", a, l);
-    if (!check.ok() || !check.act("master", a->master)) return check.status();
+bool sound(Check& check, const ett_adamw_args* a) {
+    if (!check.ok() || !check.act("master", a->master)) return false;
     const int64_t n = numel(a->master);
     check.vector("master", a->master, ETT_F32, n);
     check.vector("grad", a->grad, ETT_F32, n);
@@ -95,14 +88,24 @@ extern "C" int32_t ett_adamw(const ett_adamw_args* a, const ett_launch* l) {
     if (present(a->shadow) && check.act("shadow", a->shadow)) check.vector("shadow", a->shadow, a->shadow.dtype, n);
     check.vector("state", a->state, ETT_F32, ETT_STATE_LEN);
     check.vector("norm", a->norm, ETT_F32, 2);
-    check.range("group", a->group, 0, ETT_STATE_GROUPS - 1);
-    if (!check.ok()) return check.status();
+    return check.range("group", a->group, 0, ETT_STATE_GROUPS - 1);
+}
+
+}  // namespace
+}  // namespace ett
+
+ETT_NO_WORKSPACE(adamw)
+
+extern "C" int32_t ett_adamw(const ett_adamw_args* a, const ett_launch* l) {
+    using namespace ett;
+    Check check("adamw", a, l);
+    if (!sound(check, a)) return check.status();
+    const int64_t n = numel(a->master);
     if (n == 0) return ett_done("");
     auto starts_wide = [](const ett_view& v) { return reinterpret_cast<uintptr_t>(v.ptr) % (kPiece * dtype_size(v.dtype)) == 0; };
     const bool vectors = starts_wide(a->master) && starts_wide(a->grad) && starts_wide(a->m) && starts_wide(a->v) &&
                          starts_wide(a->ema) && starts_wide(a->shadow);
-    const char* names[] = {vectors ? "wide" : "plain", "plain", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"wide", vectors}, {"plain", true}});
     if (!check.ok()) return check.status();
     return with_act(present(a->shadow) ? a->shadow.dtype : ETT_F32, [&](auto t) {
         using T = decltype(t);

@@ -29,11 +29,7 @@ bool sound(Check& check, const ett_restore_args* a) {
 }  // namespace
 }  // namespace ett
 
-extern "C" int64_t ett_restore_workspace(const ett_restore_args* a) {
-    using namespace ett;
-    Check check("restore", a);
-    return sound(check, a) ? 0 : -1;
-}
+ETT_NO_WORKSPACE(restore)
 
 extern "C" int32_t ett_restore(const ett_restore_args* a, const ett_launch* l) {
     using namespace ett;
@@ -41,8 +37,7 @@ extern "C" int32_t ett_restore(const ett_restore_args* a, const ett_launch* l) {
     if (!sound(check, a)) return check.status();
     const int64_t n = numel(a->x);
     const bool aligned = reinterpret_cast<uintptr_t>(a->x.ptr) % 16 == 0 && reinterpret_cast<uintptr_t>(a->y.ptr) % 16 == 0;
-    const char* names[] = {aligned ? "wide" : "plain", "plain", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"wide", aligned}, {"plain", true}});
     if (!check.ok()) return check.status();
     if (n == 0) return ett_done("");
     const bool pieces = strcmp(kernel, "wide") == 0;

@@ -69,28 +69,29 @@ __global__ void __launch_bounds__(kThreads) sum_squares_total_kernel(const float
     }
 }
 
+bool sound(Check& check, const ett_sum_squares_args* a) {
+    return check.ok() && check.act("x", a->x) && check.vector("x", a->x, ETT_F32, numel(a->x)) && check.vector("out", a->out, ETT_F32, 2);
+}
+
 }  // namespace
 }  // namespace ett
 
 extern "C" int64_t ett_sum_squares_workspace(const ett_sum_squares_args* a) {
     using namespace ett;
     Check check("sum_squares", a);
-    if (!check.ok() || !check.act("x", a->x) || !check.vector("x", a->x, ETT_F32, numel(a->x))) return -1;
+    if (!sound(check, a)) return -1;
     return choose_sum_squares_blocks(numel(a->x), multiprocessors()) * int64_t(sizeof(float2));
 }
 
 extern "C" int32_t ett_sum_squares(const ett_sum_squares_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("sum_squares", a, l);
-    if (!check.ok() || !check.act("x", a->x) || !check.vector("x", a->x, ETT_F32, numel(a->x)) ||
-        !check.vector("out", a->out, ETT_F32, 2))
-        return check.status();
+    if (!sound(check, a)) return check.status();
     const int64_t n = numel(a->x);
     if (n == 0) return ett_done("");
     const int64_t blocks = choose_sum_squares_blocks(n, multiprocessors());
     check.workspace(l, blocks * int64_t(sizeof(float2)));
-    const char* names[] = {reinterpret_cast<uintptr_t>(a->x.ptr) % 16 == 0 ? "wide" : "plain", "plain", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"wide", reinterpret_cast<uintptr_t>(a->x.ptr) % 16 == 0}, {"plain", true}});
     if (!check.ok()) return check.status();
     float2* partials = static_cast<float2*>(l->workspace);
     auto* run = strcmp(kernel, "wide") == 0 ? sum_squares_kernel<kPiece> : sum_squares_kernel<1>;

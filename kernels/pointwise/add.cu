@@ -27,6 +27,11 @@ template <class T, int N> struct AddOp {
     }
 };
 
+bool sound(Check& check, const ett_add_args* a) {
+    return check.ok() && check.act("y", a->y) && check.matrix("a", a->a, a->y.dtype, rows(a->y), cols(a->y)) &&
+           check.matrix("b", a->b, a->y.dtype, rows(a->y), cols(a->y));
+}
+
 }  // namespace
 }  // namespace ett
 
@@ -35,9 +40,7 @@ ETT_NO_WORKSPACE(add)
 extern "C" int32_t ett_add(const ett_add_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("add", a, l);
-    if (!check.ok() || !check.act("y", a->y) || !check.matrix("a", a->a, a->y.dtype, rows(a->y), cols(a->y)) ||
-        !check.matrix("b", a->b, a->y.dtype, rows(a->y), cols(a->y)))
-        return check.status();
+    if (!sound(check, a)) return check.status();
     if (numel(a->y) == 0) return ett_done("");
     const Views views{&a->a, &a->b, &a->y};
     return with_act(a->y.dtype, [&](auto t) {

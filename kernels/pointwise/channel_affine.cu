@@ -47,6 +47,16 @@ int32_t affine(Check& check, const char* op, const ett_launch* l, const ett_view
     });
 }
 
+bool sound(Check& check, const ett_channel_affine_fwd_args* a) {
+    return check.ok() && check.act("x", a->x) && check.vector("shift", a->shift, a->x.dtype, cols(a->x)) &&
+           check.vector("scale", a->scale, a->x.dtype, cols(a->x)) && check.matrix("y", a->y, a->x.dtype, rows(a->x), cols(a->x));
+}
+
+bool sound(Check& check, const ett_channel_affine_bwd_args* a) {
+    return check.ok() && check.act("dy", a->dy) && check.vector("scale", a->scale, a->dy.dtype, cols(a->dy)) &&
+           check.matrix("dx", a->dx, a->dy.dtype, rows(a->dy), cols(a->dy));
+}
+
 }  // namespace
 }  // namespace ett
 
@@ -56,9 +66,7 @@ ETT_NO_WORKSPACE(channel_affine_bwd)
 extern "C" int32_t ett_channel_affine_fwd(const ett_channel_affine_fwd_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("channel_affine_fwd", a, l);
-    if (!check.ok() || !check.act("x", a->x) || !check.vector("shift", a->shift, a->x.dtype, cols(a->x)) ||
-        !check.vector("scale", a->scale, a->x.dtype, cols(a->x)) || !check.matrix("y", a->y, a->x.dtype, rows(a->x), cols(a->x)))
-        return check.status();
+    if (!sound(check, a)) return check.status();
     if (numel(a->y) == 0) return ett_done("");
     return affine(check, "channel_affine_fwd", l, a->x, &a->shift, a->scale, a->y);
 }
@@ -66,9 +74,7 @@ extern "C" int32_t ett_channel_affine_fwd(const ett_channel_affine_fwd_args* a, 
 extern "C" int32_t ett_channel_affine_bwd(const ett_channel_affine_bwd_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("channel_affine_bwd", a, l);
-    if (!check.ok() || !check.act("dy", a->dy) || !check.vector("scale", a->scale, a->dy.dtype, cols(a->dy)) ||
-        !check.matrix("dx", a->dx, a->dy.dtype, rows(a->dy), cols(a->dy)))
-        return check.status();
+    if (!sound(check, a)) return check.status();
     if (numel(a->dx) == 0) return ett_done("");
     return affine(check, "channel_affine_bwd", l, a->dy, nullptr, a->scale, a->dx);
 }

@@ -52,6 +52,10 @@ template <class F> int32_t with_types(const ett_view& x, const ett_view& y, F f)
     return with_act(x.dtype, [&](auto u) { return with_act(y.dtype, [&](auto v) { return f(u, v); }); });
 }
 
+template <class A> bool sound(Check& check, const A* a) {
+    return check.ok() && check.act("x", a->x) && check.act("y", a->y) && check.matrix("y", a->y, a->y.dtype, rows(a->x), cols(a->x));
+}
+
 }  // namespace
 }  // namespace ett
 
@@ -61,9 +65,7 @@ ETT_NO_WORKSPACE(cast)
 extern "C" int32_t ett_accumulate(const ett_accumulate_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("accumulate", a, l);
-    if (!check.ok() || !check.act("x", a->x) || !check.act("y", a->y) ||
-        !check.matrix("y", a->y, a->y.dtype, rows(a->x), cols(a->x)))
-        return check.status();
+    if (!sound(check, a)) return check.status();
     if (numel(a->y) == 0) return ett_done("");
     const Views views{&a->x, &a->y};
     return with_types(a->x, a->y, [&](auto u, auto v) {
@@ -77,9 +79,7 @@ extern "C" int32_t ett_accumulate(const ett_accumulate_args* a, const ett_launch
 extern "C" int32_t ett_cast(const ett_cast_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("cast", a, l);
-    if (!check.ok() || !check.act("x", a->x) || !check.act("y", a->y) ||
-        !check.matrix("y", a->y, a->y.dtype, rows(a->x), cols(a->x)))
-        return check.status();
+    if (!sound(check, a)) return check.status();
     if (numel(a->y) == 0) return ett_done("");
     const Views views{&a->x, &a->y};
     return with_types(a->x, a->y, [&](auto u, auto v) {

@@ -39,6 +39,8 @@ template <class T, class V> int32_t fill(Check& check, const ett_fill_args* a, c
     return walk<kWide<T>>(check, "fill", l, extent(views), views, [&](auto n) { return FillOp<T, V, n>{matrix<T>(a->y), value}; });
 }
 
+bool sound(Check& check, const ett_fill_args* a) { return check.ok() && check.view("y", a->y); }
+
 }  // namespace
 }  // namespace ett
 
@@ -47,7 +49,7 @@ ETT_NO_WORKSPACE(fill)
 extern "C" int32_t ett_fill(const ett_fill_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("fill", a, l);
-    if (!check.ok() || !check.view("y", a->y)) return check.status();
+    if (!sound(check, a)) return check.status();
     if (numel(a->y) == 0) return ett_done("");
     switch (a->y.dtype) {
     case ETT_F64: return fill<double>(check, a, l, a->value);

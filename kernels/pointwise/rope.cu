@@ -91,6 +91,16 @@ template <class T, int N> __global__ void __launch_bounds__(kThreads) rope_kerne
     }
 }
 
+bool sound(Check& check, const ett_rope_args* a) {
+    if (!check.ok() || !check.act("x", a->x) || !check.matrix("y", a->y, a->x.dtype, rows(a->x), cols(a->x)) ||
+        !check.vector("position", a->position, ETT_I32, rows(a->x)) || !check.range("head_dim", a->head_dim, 2, INT32_MAX))
+        return false;
+    check.require(a->head_dim % 2 == 0, "head_dim", "odd", "even");
+    check.range("heads", a->heads, 0, cols(a->x) / a->head_dim);
+    if (a->head_dim > 2 * kHalf) check.fail(ETT_UNSUPPORTED, "head_dim", "more than 512", "at most 512");
+    return check.ok();
+}
+
 }  // namespace
 }  // namespace ett
 
@@ -99,17 +109,10 @@ ETT_NO_WORKSPACE(rope)
 extern "C" int32_t ett_rope(const ett_rope_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("rope", a, l);
-    if (!check.ok() || !check.act("x", a->x) || !check.matrix("y", a->y, a->x.dtype, rows(a->x), cols(a->x)) ||
-        !check.vector("position", a->position, ETT_I32, rows(a->x)) || !check.range("head_dim", a->head_dim, 2, INT32_MAX))
-        return check.status();
-    check.require(a->head_dim % 2 == 0, "head_dim", "odd", "even");
-    check.range("heads", a->heads, 0, cols(a->x) / a->head_dim);
-    if (a->head_dim > 2 * kHalf) check.fail(ETT_UNSUPPORTED, "head_dim", "more than 512", "at most 512");
-    if (!check.ok()) return check.status();
+    if (!sound(check, a)) return check.status();
     if (numel(a->y) == 0) return ett_done("");
     const int n = a->x.dtype == ETT_BF16 ? kWide<bf16> : kWide<float>;
-    const char* names[] = {wide(a->x) && wide(a->y) && a->head_dim / 2 % n == 0 ? "wide" : "plain", "plain", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"wide", wide(a->x) && wide(a->y) && a->head_dim / 2 % n == 0}, {"plain", true}});
     if (!check.ok()) return check.status();
     return with_act(a->y.dtype, [&](auto t) {
         using T = decltype(t);

@@ -62,6 +62,15 @@ ett_view right(const ett_view& v) {
     return r;
 }
 
+bool sound(Check& check, const ett_swiglu_fwd_args* a) {
+    return check.ok() && check.act("y", a->y) && check.matrix("gate_up", a->gate_up, a->y.dtype, rows(a->y), 2 * cols(a->y));
+}
+
+bool sound(Check& check, const ett_swiglu_bwd_args* a) {
+    return check.ok() && check.act("dy", a->dy) && check.matrix("gate_up", a->gate_up, a->dy.dtype, rows(a->dy), 2 * cols(a->dy)) &&
+           check.matrix("dgate_up", a->dgate_up, a->dy.dtype, rows(a->dy), 2 * cols(a->dy));
+}
+
 }  // namespace
 }  // namespace ett
 
@@ -71,8 +80,7 @@ ETT_NO_WORKSPACE(swiglu_bwd)
 extern "C" int32_t ett_swiglu_fwd(const ett_swiglu_fwd_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("swiglu_fwd", a, l);
-    if (!check.ok() || !check.act("y", a->y) || !check.matrix("gate_up", a->gate_up, a->y.dtype, rows(a->y), 2 * cols(a->y)))
-        return check.status();
+    if (!sound(check, a)) return check.status();
     if (numel(a->y) == 0) return ett_done("");
     const ett_view up = right(a->gate_up);
     return with_act(a->y.dtype, [&](auto t) {
@@ -86,9 +94,7 @@ extern "C" int32_t ett_swiglu_fwd(const ett_swiglu_fwd_args* a, const ett_launch
 extern "C" int32_t ett_swiglu_bwd(const ett_swiglu_bwd_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("swiglu_bwd", a, l);
-    if (!check.ok() || !check.act("dy", a->dy) || !check.matrix("gate_up", a->gate_up, a->dy.dtype, rows(a->dy), 2 * cols(a->dy)) ||
-        !check.matrix("dgate_up", a->dgate_up, a->dy.dtype, rows(a->dy), 2 * cols(a->dy)))
-        return check.status();
+    if (!sound(check, a)) return check.status();
     if (numel(a->dy) == 0) return ett_done("");
     const ett_view up = right(a->gate_up), dup = right(a->dgate_up);
     return with_act(a->dy.dtype, [&](auto t) {

@@ -67,6 +67,16 @@ template <class T, int N> struct UnaryBwd {
 bool check_function(Check& check, const ett_unary& f) {
     return check.range("f", f.kind, ETT_UNARY_SILU, ETT_UNARY_GELU_TANH);
 }
+
+bool sound(Check& check, const ett_unary_fwd_args* a) {
+    return check.ok() && check.act("x", a->x) && check.matrix("y", a->y, a->x.dtype, rows(a->x), cols(a->x)) && check_function(check, a->f);
+}
+
+bool sound(Check& check, const ett_unary_bwd_args* a) {
+    return check.ok() && check.act("dy", a->dy) && check.matrix("x", a->x, a->dy.dtype, rows(a->dy), cols(a->dy)) &&
+           check.matrix("dx", a->dx, a->dy.dtype, rows(a->dy), cols(a->dy)) && check_function(check, a->f);
+}
+
 // The slope passed to the kernels: 0 for all functions but LeakyReLU.
 float slope(const ett_unary& f) { return f.kind == ETT_UNARY_LEAKY_RELU ? float(f.slope) : 0.f; }
 
@@ -79,9 +89,7 @@ ETT_NO_WORKSPACE(unary_bwd)
 extern "C" int32_t ett_unary_fwd(const ett_unary_fwd_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("unary_fwd", a, l);
-    if (!check.ok() || !check.act("x", a->x) || !check.matrix("y", a->y, a->x.dtype, rows(a->x), cols(a->x)) ||
-        !check_function(check, a->f))
-        return check.status();
+    if (!sound(check, a)) return check.status();
     if (numel(a->y) == 0) return ett_done("");
     const Views views{&a->x, &a->y};
     return with_act(a->y.dtype, [&](auto t) {
@@ -95,9 +103,7 @@ extern "C" int32_t ett_unary_fwd(const ett_unary_fwd_args* a, const ett_launch* 
 extern "C" int32_t ett_unary_bwd(const ett_unary_bwd_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("unary_bwd", a, l);
-    if (!check.ok() || !check.act("dy", a->dy) || !check.matrix("x", a->x, a->dy.dtype, rows(a->dy), cols(a->dy)) ||
-        !check.matrix("dx", a->dx, a->dy.dtype, rows(a->dy), cols(a->dy)) || !check_function(check, a->f))
-        return check.status();
+    if (!sound(check, a)) return check.status();
     if (numel(a->dx) == 0) return ett_done("");
     const Views views{&a->dy, &a->x, &a->dx};
     return with_act(a->dx.dtype, [&](auto t) {

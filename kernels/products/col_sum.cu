@@ -105,8 +105,7 @@ extern "C" int32_t ett_col_sum(const ett_col_sum_args* a, const ett_launch* l) {
     Check check("col_sum", a, l);
     if (!sound(check, a)) return check.status();
     if (numel(a->x) == 0) return ett_done("");
-    const char* names[] = {wide(a->x) ? "wide" : "plain", "plain", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"wide", wide(a->x)}, {"plain", true}});
     const bool vectors = strcmp(kernel, "wide") == 0;
     const int64_t n = rows(a->x), c = cols(a->x), width = width_of(a->x, vectors);
     if (!check.workspace(l, bytes_of(a->x, vectors))) return check.status();

@@ -105,9 +105,9 @@ matmul_kernel(const Matrix<typename Tile::Type> a, const Matrix<typename Tile::T
 }
 
 // Large tiles if there are at least as many as multiprocessors.
-const char* choose_matmul_config(int64_t rows, int64_t cols, int32_t dtype, int multiprocessors) {
+bool prefers_large(int64_t rows, int64_t cols, int32_t dtype, int multiprocessors) {
     const int64_t tile_cols = dtype == ETT_BF16 ? Tiles<bf16, false, false>::Large::kCols : Tiles<float, false, false>::Large::kCols;
-    return ceil_div(rows, 128) * ceil_div(cols, tile_cols) >= multiprocessors ? "large" : "small";
+    return ceil_div(rows, 128) * ceil_div(cols, tile_cols) >= multiprocessors;
 }
 
 struct Product {
@@ -120,8 +120,9 @@ int32_t run(const char* op, Check& check, const Product& p, const ett_launch* l)
     const int64_t n = rows(*p.y), o = cols(*p.y);
     if (numel(*p.y) == 0) return ett_done("");
     const bool vectors = wide(*p.a) && wide(*p.b);
-    const char* names[] = {"small", vectors ? "large" : nullptr, nullptr};
-    const char* kernel = check.choose(l, vectors ? choose_matmul_config(n, o, p.a->dtype, multiprocessors()) : "small", names);
+    const Implementation small_tiles{"small", true}, large_tiles{"large", vectors};
+    const char* kernel = prefers_large(n, o, p.a->dtype, multiprocessors()) ? check.choose(l, {large_tiles, small_tiles})
+                                                                            : check.choose(l, {small_tiles, large_tiles});
     if (!check.ok()) return check.status();
     const bool large = strcmp(kernel, "large") == 0;
     const int64_t pair = 2 * dtype_size(p.y->dtype);
@@ -148,7 +149,7 @@ int32_t run(const char* op, Check& check, const Product& p, const ett_launch* l)
 }
 
 // Checks that the shapes and types of a, b and y match; y has type `out`, or the type of a if `out` is -1.
-template <class Args> bool sound(Check& check, const Args* s, int32_t out) {
+template <class Args> bool fits(Check& check, const Args* s, int32_t out) {
     if (!check.ok() || !check.act("a", s->a) || !check.type("b", s->b, s->a.dtype)) return false;
     const int64_t n = s->ta ? cols(s->a) : rows(s->a), c = s->ta ? rows(s->a) : cols(s->a);
     const int64_t inner = s->tb ? cols(s->b) : rows(s->b), o = s->tb ? rows(s->b) : cols(s->b);
@@ -163,6 +164,20 @@ template <class Args> bool sound(Check& check, const Args* s, int32_t out) {
            check.range("y", ceil_div(n, 64) * ceil_div(o, 64), 0, INT32_MAX);
 }
 
+bool sound(Check& check, const ett_matmul_args* a) {
+    return fits(check, a, -1) && (!present(a->bias) || check.vector("bias", a->bias, a->a.dtype, cols(a->y)));
+}
+
+bool sound(Check& check, const ett_matmul_acc_args* a) { return fits(check, a, ETT_F32); }
+
+bool sound(Check& check, const ett_linear_gelu_args* a) {
+    if (!check.ok() || !check.act("x", a->x) || !check.type("w", a->w, a->x.dtype)) return false;
+    const int64_t n = rows(a->x), o = rows(a->w);
+    return check.matrix("w", a->w, a->x.dtype, o, cols(a->x)) && (!present(a->bias) || check.vector("bias", a->bias, a->x.dtype, o)) &&
+           check.matrix("pre", a->pre, a->x.dtype, n, o) && check.matrix("y", a->y, a->x.dtype, n, o) &&
+           check.range("y", ceil_div(n, 64) * ceil_div(o, 64), 0, INT32_MAX);
+}
+
 }  // namespace
 }  // namespace ett
 
@@ -173,28 +188,20 @@ ETT_NO_WORKSPACE(matmul_acc)
 extern "C" int32_t ett_matmul(const ett_matmul_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("matmul", a, l);
-    if (!sound(check, a, -1)) return check.status();
-    const bool bias = present(a->bias);
-    if (bias && !check.vector("bias", a->bias, a->a.dtype, cols(a->y))) return check.status();
-    return run("matmul", check, {&a->a, &a->b, bias ? &a->bias : nullptr, &a->y, nullptr, a->ta != 0, a->tb != 0, false}, l);
+    if (!sound(check, a)) return check.status();
+    return run("matmul", check, {&a->a, &a->b, present(a->bias) ? &a->bias : nullptr, &a->y, nullptr, a->ta != 0, a->tb != 0, false}, l);
 }
 
 extern "C" int32_t ett_matmul_acc(const ett_matmul_acc_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("matmul_acc", a, l);
-    if (!sound(check, a, ETT_F32)) return check.status();
+    if (!sound(check, a)) return check.status();
     return run("matmul_acc", check, {&a->a, &a->b, nullptr, &a->y, nullptr, a->ta != 0, a->tb != 0, true}, l);
 }
 
 extern "C" int32_t ett_linear_gelu(const ett_linear_gelu_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("linear_gelu", a, l);
-    if (!check.ok() || !check.act("x", a->x) || !check.type("w", a->w, a->x.dtype)) return check.status();
-    const int64_t n = rows(a->x), o = rows(a->w);
-    const bool bias = present(a->bias);
-    if (!check.matrix("w", a->w, a->x.dtype, o, cols(a->x)) || (bias && !check.vector("bias", a->bias, a->x.dtype, o)) ||
-        !check.matrix("pre", a->pre, a->x.dtype, n, o) || !check.matrix("y", a->y, a->x.dtype, n, o) ||
-        !check.range("y", ceil_div(n, 64) * ceil_div(o, 64), 0, INT32_MAX))
-        return check.status();
-    return run("linear_gelu", check, {&a->x, &a->w, bias ? &a->bias : nullptr, &a->y, &a->pre, false, true, false}, l);
+    if (!sound(check, a)) return check.status();
+    return run("linear_gelu", check, {&a->x, &a->w, present(a->bias) ? &a->bias : nullptr, &a->y, &a->pre, false, true, false}, l);
 }

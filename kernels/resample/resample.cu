@@ -184,8 +184,7 @@ bool halves(Check& check, const char* fine_name, const ett_view& fine, const cha
 template <class Make>
 int32_t resample(Check& check, const char* op, const ett_launch* l, const ett_view& fine, int64_t h, int64_t w, Views views, Make make) {
     const bool pieces = std::all_of(views.begin(), views.end(), [](const ett_view* v) { return wide(*v); });
-    const char* names[] = {pieces ? "wide" : "plain", "plain", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"wide", pieces}, {"plain", true}});
     if (!check.ok()) return check.status();
     const int64_t b = fine.dims[0], c = fine.dims[3];
     if (b * h * w * c == 0) return ett_done("");
@@ -209,18 +208,13 @@ bool sound(Check& check, const ett_max_pool2x2_bwd_args* a) {
            check.matrix("dx", a->dx, a->x.dtype, rows(a->x), cols(a->x));
 }
 
-template <class A> int64_t no_workspace(const char* op, const A* a) {
-    Check check(op, a);
-    return sound(check, a) ? 0 : -1;
-}
-
 }  // namespace
 }  // namespace ett
 
-extern "C" int64_t ett_upsample2x_fwd_workspace(const ett_upsample2x_fwd_args* a) { return ett::no_workspace("upsample2x_fwd", a); }
-extern "C" int64_t ett_upsample2x_bwd_workspace(const ett_upsample2x_bwd_args* a) { return ett::no_workspace("upsample2x_bwd", a); }
-extern "C" int64_t ett_max_pool2x2_fwd_workspace(const ett_max_pool2x2_fwd_args* a) { return ett::no_workspace("max_pool2x2_fwd", a); }
-extern "C" int64_t ett_max_pool2x2_bwd_workspace(const ett_max_pool2x2_bwd_args* a) { return ett::no_workspace("max_pool2x2_bwd", a); }
+ETT_NO_WORKSPACE(upsample2x_fwd)
+ETT_NO_WORKSPACE(upsample2x_bwd)
+ETT_NO_WORKSPACE(max_pool2x2_fwd)
+ETT_NO_WORKSPACE(max_pool2x2_bwd)
 
 extern "C" int32_t ett_upsample2x_fwd(const ett_upsample2x_fwd_args* a, const ett_launch* l) {
     using namespace ett;

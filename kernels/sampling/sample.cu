@@ -321,8 +321,7 @@ extern "C" int32_t ett_sample(const ett_sample_args* a, const ett_launch* l) {
     using namespace ett;
     Check check("sample", a, l);
     if (!sound(check, a) || !check.workspace(l, workspace(a))) return check.status();
-    const char* names[] = {"plain", nullptr};
-    const char* kernel = check.choose(l, names[0], names);
+    const char* kernel = check.choose(l, {{"plain", true}});
     if (!check.ok()) return check.status();
     const int64_t b = rows(a->logits);
     if (b == 0) return ett_done("");

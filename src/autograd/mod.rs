@@ -99,6 +99,11 @@ impl Tape {
         Tensor::empty(self.dev(), Role::Activation, self.prec.act, dims)
     }
 
+    /// A new activation in the type of `x`; contents unspecified.
+    pub fn like(&self, x: &Var, dims: impl Into<Dims>) -> Result<Tensor> {
+        Tensor::empty(self.dev(), Role::Activation, x.value.dtype(), dims)
+    }
+
     /// A new statistic or loss; contents unspecified.
     pub fn stat(&self, dims: impl Into<Dims>) -> Result<Tensor> {
         Tensor::empty(self.dev(), Role::Activation, self.prec.acc, dims)
@@ -260,8 +265,13 @@ impl Grads {
         Tensor::empty(self.dev(), Role::Activation, self.prec.act, dims)
     }
 
-    fn like(&self, t: &Tensor, dtype: DType) -> Result<Tensor> {
-        Tensor::empty(self.dev(), Role::Activation, dtype, t.dims())
+    /// A new gradient of the shape and type of `x`; contents unspecified.
+    pub fn like(&self, x: &Var) -> Result<Tensor> {
+        self.empty(x.dims(), x.value.dtype())
+    }
+
+    fn empty(&self, dims: Dims, dtype: DType) -> Result<Tensor> {
+        Tensor::empty(self.dev(), Role::Activation, dtype, dims)
     }
 
     /// Adds a gradient in the type of the value.
@@ -278,7 +288,7 @@ impl Grads {
             None => g,
             Some(old) => {
                 // Into a new tensor, because an op may still use the one that it gave.
-                let sum = self.like(&g, g.dtype())?;
+                let sum = self.empty(g.dims(), g.dtype())?;
                 let a = Add { a: old.view(), b: g.view(), y: sum.out() };
                 self.dev.add(Stream::COMPUTE, &a)?;
                 sum
@@ -314,7 +324,7 @@ impl Grads {
                     let a = Accumulate { x: g.view(), y: acc.acc() };
                     self.dev.accumulate(Stream::COMPUTE, &a)?;
                 }
-                let out = self.like(&acc, of.value.dtype())?;
+                let out = self.like(of)?;
                 self.dev.cast(Stream::COMPUTE, &Cast { x: acc.view(), y: out.out() })?;
                 Ok(Some(out))
             }

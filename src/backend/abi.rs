@@ -1,21 +1,21 @@
-//! The C interface of the kernels, `kernels/include/ett_kernels.h`: the part that every build has. The header
-//! mirrors [`super::KERNELS`] and the enumerations beside it; a test here compares them.
+//! The part of the kernels' C interface, `kernels/include/ett_kernels.h`, that every build contains. The header mirrors
+//! [`super::KERNELS`] and its enumerations; a test here compares them.
 
 use std::ffi::{CStr, c_char};
 
-// SAFETY: as the header declares them; a test here compares the header with the contract.
+// SAFETY: the declarations are those of the header.
 unsafe extern "C" {
     fn ett_status_name(code: i32) -> *const c_char;
     fn ett_abi_version() -> i32;
 }
 
-/// The name of a launcher's status code; "unknown status" for a number that is none.
+/// The name of a launcher's status code; "unknown status" for any other number.
 pub fn status_name(code: i32) -> &'static str {
     // SAFETY: the C function returns a string literal for every number.
     unsafe { CStr::from_ptr(ett_status_name(code)) }.to_str().unwrap_or("unknown status")
 }
 
-/// The version of the interface that the library was built with.
+/// The interface version of the linked library.
 pub fn version() -> i32 {
     // SAFETY: it takes nothing and returns a constant.
     unsafe { ett_abi_version() }
@@ -23,7 +23,8 @@ pub fn version() -> i32 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{DType, KERNELS, Metric, Slot, Unary};
+    use super::super::spec::{FieldSpec, Kind};
+    use super::super::{Access, DType, KERNELS, Metric, Slot, Unary};
     use super::*;
 
     const HEADER: &str = include_str!("../../kernels/include/ett_kernels.h");
@@ -35,12 +36,26 @@ mod tests {
         fields: Vec<Field>,
     }
 
-    /// Name, C type and, for views, the access that its comment states.
+    /// Name, C type, the access stated in the comment of a view, and the rest of the comment.
     #[derive(Debug, PartialEq)]
     struct Field {
         name: String,
         ty: String,
         access: String,
+        comment: String,
+    }
+
+    impl Field {
+        /// Whether the header agrees with the table: the comment must start with the rules of a tensor, or end with
+        /// those of a number.
+        fn says(&self, want: &FieldSpec) -> bool {
+            let text = want.text;
+            *self == Field { comment: self.comment.clone(), ..in_c(want) }
+                && match want.tensor {
+                    Some(_) => self.comment == text || self.comment.starts_with(&format!("{text}; ")),
+                    None => text.is_empty() || self.comment.ends_with(&format!("; {text}")),
+                }
+        }
     }
 
     /// The argument structs of a header in order, each followed by its launcher; anything else is an error.
@@ -61,7 +76,12 @@ mod tests {
                         format!("int64_t ett_{k}_workspace(const ett_{k}_args* args);"),
                     ];
                     all.extend(open.take());
-                } else if !line.starts_with("//") {
+                } else if let Some(more) = line.strip_prefix("//") {
+                    let Some(field) = current.fields.last_mut() else {
+                        return bad("a comment before the first field");
+                    };
+                    field.comment = format!("{} {}", field.comment, in_numbers(more));
+                } else {
                     let Some((code, comment)) = line.split_once("//") else {
                         return bad("a field without comment");
                     };
@@ -70,7 +90,8 @@ mod tests {
                     };
                     let view = if ty == "ett_view" { comment.split_whitespace().next() } else { None };
                     let access = view.unwrap_or_default().to_string();
-                    current.fields.push(Field { name: name.into(), ty: ty.into(), access });
+                    let comment = in_numbers(comment.trim().strip_prefix(&access).unwrap_or_default());
+                    current.fields.push(Field { name: name.into(), ty: ty.into(), access, comment });
                 }
             } else if let Some(launcher) = waiting.pop() {
                 if line != launcher {
@@ -90,25 +111,31 @@ mod tests {
         }
     }
 
-    /// A field as the header has to declare it.
-    fn in_c(name: &str, rust: &str) -> Field {
-        let ty: String = rust.chars().filter(|c| !c.is_whitespace()).collect::<String>().replace("<'a>", "");
-        let (inner, optional) = match ty.strip_prefix("Option<").and_then(|t| t.strip_suffix('>')) {
-            Some(inner) => (inner, "?"),
-            None => (&ty[..], ""),
+    /// A comment with the values of the constants that it names.
+    fn in_numbers(comment: &str) -> String {
+        let value = |name: &str| constant(name).to_string();
+        let known = ["ETT_STATE_LEN", "ETT_STATE_GROUPS"];
+        known.iter().fold(comment.trim().to_string(), |text, name| text.replace(name, &value(name)))
+    }
+
+    /// A field as the header has to declare it, without comment.
+    fn in_c(field: &FieldSpec) -> Field {
+        let (ty, access) = match field.kind {
+            Kind::Tensor { access, optional } => {
+                let access = match access {
+                    Access::Read => "in",
+                    Access::Write => "out",
+                    Access::Accumulate => "add",
+                };
+                ("ett_view", format!("{access}{}", if optional { "?" } else { "" }))
+            }
+            Kind::Count => ("int64_t", String::new()),
+            Kind::Seed => ("uint64_t", String::new()),
+            Kind::Flag | Kind::Metric => ("int32_t", String::new()),
+            Kind::Real => ("double", String::new()),
+            Kind::Unary => ("ett_unary", String::new()),
         };
-        let (ty, access) = match inner {
-            "In" => ("ett_view", "in"),
-            "Out" => ("ett_view", "out"),
-            "Acc" => ("ett_view", "add"),
-            "usize" => ("int64_t", ""),
-            "u64" => ("uint64_t", ""),
-            "bool" | "Metric" => ("int32_t", ""),
-            "f64" => ("double", ""),
-            "Unary" => ("ett_unary", ""),
-            other => panic!("{name}: the header has no type for {other}"),
-        };
-        Field { name: name.into(), ty: ty.into(), access: format!("{access}{optional}") }
+        Field { name: field.name.into(), ty: ty.into(), access, comment: String::new() }
     }
 
     /// Where a header and the table of kernels first differ.
@@ -117,14 +144,25 @@ mod tests {
             Ok(found) => found,
             Err(e) => return Some(e),
         };
-        for (i, (kernel, fields)) in KERNELS.iter().enumerate() {
-            let want = Struct {
-                kernel: kernel.to_string(),
-                fields: fields.iter().map(|(name, ty)| in_c(name, ty)).collect(),
+        for (i, kernel) in KERNELS.iter().enumerate() {
+            let Some(s) = found.get(i).filter(|s| s.kernel == kernel.name) else {
+                return Some(format!("struct {i} is {:?}, wanted that of {}", found.get(i), kernel.name));
             };
-            match found.get(i) {
-                Some(s) if *s == want => {}
-                s => return Some(format!("struct {i} is {s:?}, wanted {want:?}")),
+            if s.fields.len() != kernel.fields.len() {
+                return Some(format!(
+                    "{} has {} fields, wanted {}",
+                    s.kernel,
+                    s.fields.len(),
+                    kernel.fields.len()
+                ));
+            }
+            if let Some((f, want)) = s.fields.iter().zip(kernel.fields).find(|(f, want)| !f.says(want)) {
+                return Some(format!(
+                    "{}: {f:?}, wanted {:?} that says `{}`",
+                    s.kernel,
+                    in_c(want),
+                    want.text
+                ));
             }
         }
         (found.len() > KERNELS.len()).then(|| format!("{} structs, wanted {}", found.len(), KERNELS.len()))
@@ -156,6 +194,10 @@ mod tests {
             ("a field of another type", "    int64_t kv_heads; ", "    int32_t kv_heads; "),
             ("another access", "ett_view running_mean;  // add ", "ett_view running_mean;  // out "),
             ("an optional field required", "// in?  [N, C]; act; gradient", "// in   [N, C]; act; gradient"),
+            ("another shape", "// out  [N, C]; act", "// out  [N, D]; act"),
+            ("another element type", "// out  [B, G]; acc; without", "// out  [B, G]; act; without"),
+            ("a rule left out", "; without gaps; G divides C", "; without gaps"),
+            ("another rule of a number", "head dimension; even; at least 2", "head dimension; at least 2"),
             ("a missing field", "    double theta; ", "    // double theta; "),
             ("a new field", "    double theta; ", "    double theta2;  // new\n    double theta; "),
             ("a missing comment", "ett_view gate_up;       //", "ett_view gate_up;    "),

@@ -1,14 +1,20 @@
-//! The table of kernels: every function a device must compute, with its arguments in the order of the C
+//! The table of kernels: every function that a device implements, with its arguments in the order of the C
 //! header. Letters: B batch, T tokens of a sequence, N rows of a flat batch, C channels, H heads, D head
 //! or code dimension, K codes, M visual tokens, V vocabulary, F MLP width, S sequences, G groups.
 //!
+//! The text after a field gives its shape, its element type and the other rules of a call, in the grammar of
+//! [`super::spec`]. The documentation of the field, the checks of every device, the wrong calls of the conformance
+//! tests and the test of the header are all generated from this text. An output must not overlap any other argument of
+//! its call, unless its text allows it to be the same tensor.
+//!
 //! `act` tensors hold the run's activation type, `acc` its accumulator type ([`super::Precision`]);
-//! sums are formed in `acc`. Every kernel gives the same bits when called again with the same input.
+//! sums are accumulated in `acc`. Calling a kernel again with the same input gives the same bits.
 
-use super::{Acc, Access, Args, Cost, Device, Field, In, Out, Stream};
+use super::spec::{self, FieldSpec, KernelSpec, Kind};
+use super::{Acc, Access, Args, Cost, Device, Field, In, Out, Stream, Value};
 use crate::error::Result;
 
-/// Element-wise functions.
+/// Elementwise functions.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Unary {
     /// x * sigmoid(x).
@@ -19,12 +25,14 @@ pub enum Unary {
     GeluTanh,
     /// max(x, 0); derivative 0 at 0.
     Relu,
-    /// x if x > 0, else slope * x.
+    /// x if x > 0, otherwise slope * x.
     LeakyRelu(f64),
 }
-impl Field for Unary {}
+impl Field for Unary {
+    const KIND: Kind = Kind::Unary;
+}
 
-/// How a code is scored against a token.
+/// The score of a code for a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Metric {
     /// z . e, larger is better.
@@ -32,164 +40,127 @@ pub enum Metric {
     /// -|z - e|^2, larger is better.
     L2,
 }
-impl Field for Metric {}
+impl Field for Metric {
+    const KIND: Kind = Kind::Metric;
+}
 
-/// Calls `$cb!` with the table of kernels, for whatever has to be written once a kernel.
+/// Calls `$cb!` with the table of kernels, to generate code for every kernel.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! kernel_table {
     ($cb:ident) => {
         $cb! {
 // ---- products ------------------------------------------------------------------------------------------
-/// `y = op(a) op(b) + bias`, where `op` transposes if asked; `op(a)` is `[N, C]`, `op(b)` is `[C, O]`.
-/// A linear layer with weights `[O, C]` is `ta = false, tb = true`.
+/// `y = op(a) op(b) + bias`, where `op` transposes `a` if `ta`, and `b` if `tb`; `op(a)` is `[N, C]`, `op(b)` is
+/// `[C, O]`. A linear layer with weights `[O, C]` has `ta = false, tb = true`.
 products: matmul(Matmul<'a>) flop |s| 2 * s.y.0.dims.numel() * inner(&s.a, s.ta) => {
-    /// `[N, C]`, or `[C, N]` if `ta`; act.
-    a: In<'a>,
-    /// `[C, O]`, or `[O, C]` if `tb`; act.
-    b: In<'a>,
+    a: In<'a> = "[N, C], or [C, N] if ta; act",
+    b: In<'a> = "[C, O], or [O, C] if tb; act",
     /// Transpose `a`.
     ta: bool,
     /// Transpose `b`.
     tb: bool,
-    /// `[O]`; act.
-    bias: Option<In<'a>>,
-    /// `[N, O]`; act.
-    y: Out<'a>,
+    bias: Option<In<'a>> = "[O]; act",
+    y: Out<'a> = "[N, O]; act",
 }
-/// A linear layer and the tanh form of GELU in one: `pre = x w^T + bias`, `y = gelu(pre)`. The function meets the
-/// sum before or after it is rounded to act.
+/// A linear layer followed by the tanh form of GELU: `pre = x w^T + bias`, `y = gelu(pre)`. A device may compute `y`
+/// from `pre` before or after it is rounded to act.
 products: linear_gelu(LinearGelu<'a>) flop |s| 2 * s.x.dims.numel() * s.w.dims.rows() => {
-    /// `[N, C]`; act.
-    x: In<'a>,
-    /// `[O, C]`; act.
-    w: In<'a>,
-    /// `[O]`; act.
-    bias: Option<In<'a>>,
-    /// `[N, O]`; act.
-    pre: Out<'a>,
-    /// `[N, O]`; act.
-    y: Out<'a>,
+    x: In<'a> = "[N, C]; act",
+    w: In<'a> = "[O, C]; act",
+    bias: Option<In<'a>> = "[O]; act",
+    pre: Out<'a> = "[N, O]; act",
+    y: Out<'a> = "[N, O]; act",
 }
-/// `y += op(a) op(b)` in the accumulator type: weight gradients.
+/// `y += op(a) op(b)` in the accumulator type, for weight gradients.
 products: matmul_acc(MatmulAcc<'a>) flop |s| 2 * s.y.0.dims.numel() * inner(&s.a, s.ta) => {
-    /// As in `matmul`; act.
-    a: In<'a>,
-    /// As in `matmul`; act.
-    b: In<'a>,
+    a: In<'a> = "[N, C], or [C, N] if ta; act",
+    b: In<'a> = "[C, O], or [O, C] if tb; act",
     /// Transpose `a`.
     ta: bool,
     /// Transpose `b`.
     tb: bool,
-    /// `[N, O]`; acc.
-    y: Acc<'a>,
+    y: Acc<'a> = "[N, O]; acc",
 }
-/// `y[c] += sum_n x[n, c]`: bias gradients.
+/// `y[c] += sum_n x[n, c]`, for bias gradients.
 products: col_sum(ColSum<'a>) flop |s| s.x.dims.numel() => {
-    /// `[N, C]`; act.
-    x: In<'a>,
-    /// `[C]`; acc.
-    y: Acc<'a>,
+    x: In<'a> = "[N, C]; act",
+    y: Acc<'a> = "[C]; acc",
 }
 
 // ---- convolution ---------------------------------------------------------------------------------------
-/// Two-dimensional convolution; padding at the bottom and right is whatever the size of `y` implies.
+/// Two-dimensional convolution with zero padding; the padding at the bottom and right follows from the size of `y`.
 /// `y[b,i,j,o] = bias[o] + sum_{u,v,c} x[b, i*stride + u - pad_top, j*stride + v - pad_left, c] w[o,u,v,c]`.
 conv: conv2d_fwd(Conv2dFwd<'a>) flop |s| 2 * s.y.0.dims.rows() * s.w.dims.numel() => {
-    /// `[B, H, W, C]`; act.
-    x: In<'a>,
-    /// `[O, kh, kw, C]`; act.
-    w: In<'a>,
-    /// `[O]`; act.
-    bias: Option<In<'a>>,
-    /// `[B, H', W', O]`; act.
-    y: Out<'a>,
-    /// Step between outputs.
-    stride: usize,
+    x: In<'a> = "[B, H, W, C]; act",
+    w: In<'a> = "[O, kh, kw, C]; act",
+    bias: Option<In<'a>> = "[O]; act",
+    y: Out<'a> = "[B, H', W', O]; act",
+    /// Distance between the inputs of adjacent outputs.
+    stride: usize = "at least 1",
     /// Zero rows above.
     pad_top: usize,
     /// Zero columns to the left.
     pad_left: usize,
 }
-/// Gradient of `conv2d_fwd` for its input.
+/// Gradient of `conv2d_fwd` with respect to its input.
 conv: conv2d_bwd_data(Conv2dBwdData<'a>) flop |s| 2 * s.dy.dims.rows() * s.w.dims.numel() => {
-    /// `[B, H', W', O]`; act.
-    dy: In<'a>,
-    /// `[O, kh, kw, C]`; act.
-    w: In<'a>,
-    /// `[B, H, W, C]`; act.
-    dx: Out<'a>,
+    dy: In<'a> = "[B, H', W', O]; act",
+    w: In<'a> = "[O, kh, kw, C]; act",
+    dx: Out<'a> = "[B, H, W, C]; act",
     /// As in the forward.
-    stride: usize,
+    stride: usize = "at least 1",
     /// As in the forward.
     pad_top: usize,
     /// As in the forward.
     pad_left: usize,
 }
-/// Gradient of `conv2d_fwd` for weights and bias.
+/// Gradient of `conv2d_fwd` with respect to weights and bias.
 conv: conv2d_bwd_weight(Conv2dBwdWeight<'a>) flop |s| 2 * s.dy.dims.rows() * s.dw.0.dims.numel() => {
-    /// `[B, H, W, C]`; act.
-    x: In<'a>,
-    /// `[B, H', W', O]`; act.
-    dy: In<'a>,
-    /// `[O, kh, kw, C]`; acc.
-    dw: Acc<'a>,
-    /// `[O]`; acc.
-    db: Option<Acc<'a>>,
+    x: In<'a> = "[B, H, W, C]; act",
+    dy: In<'a> = "[B, H', W', O]; act",
+    dw: Acc<'a> = "[O, kh, kw, C]; acc",
+    db: Option<Acc<'a>> = "[O]; acc",
     /// As in the forward.
-    stride: usize,
+    stride: usize = "at least 1",
     /// As in the forward.
     pad_top: usize,
     /// As in the forward.
     pad_left: usize,
 }
-/// `y[b, i, j, c] = x[b, i/2, j/2, c]`: nearest up-sampling by two.
+/// `y[b, i, j, c] = x[b, i/2, j/2, c]`: nearest-neighbour upsampling by a factor of two.
 resample: upsample2x_fwd(Upsample2xFwd<'a>) flop |s| s.y.0.dims.numel() => {
-    /// `[B, H, W, C]`; act.
-    x: In<'a>,
-    /// `[B, 2H, 2W, C]`; act.
-    y: Out<'a>,
+    x: In<'a> = "[B, H, W, C]; act",
+    y: Out<'a> = "[B, 2H, 2W, C]; act",
 }
-/// Gradient of `upsample2x_fwd`: sums of four.
+/// Gradient of `upsample2x_fwd`: each element of `dx` is the sum of four elements of `dy`.
 resample: upsample2x_bwd(Upsample2xBwd<'a>) flop |s| s.dy.dims.numel() => {
-    /// `[B, 2H, 2W, C]`; act.
-    dy: In<'a>,
-    /// `[B, H, W, C]`; act.
-    dx: Out<'a>,
+    dy: In<'a> = "[B, 2H, 2W, C]; act",
+    dx: Out<'a> = "[B, H, W, C]; act",
 }
-/// 2x2 maximum, stride 2; an odd last row or column is dropped.
+/// Maximum over 2x2 windows with stride 2; the last row or column of an odd size is ignored.
 resample: max_pool2x2_fwd(MaxPool2x2Fwd<'a>) flop |s| s.x.dims.numel() => {
-    /// `[B, H, W, C]`; act.
-    x: In<'a>,
-    /// `[B, H/2, W/2, C]`; act.
-    y: Out<'a>,
+    x: In<'a> = "[B, H, W, C]; act",
+    y: Out<'a> = "[B, H/2, W/2, C]; act",
 }
-/// Gradient of `max_pool2x2_fwd`; ties go to the first element in row order, dropped rows get 0.
+/// Gradient of `max_pool2x2_fwd`. Of equal maxima, the first in row order gets the gradient; ignored rows and columns
+/// get 0.
 resample: max_pool2x2_bwd(MaxPool2x2Bwd<'a>) flop |s| s.x.dims.numel() => {
-    /// `[B, H/2, W/2, C]`; act.
-    dy: In<'a>,
-    /// `[B, H, W, C]`; act.
-    x: In<'a>,
-    /// `[B, H, W, C]`; act.
-    dx: Out<'a>,
+    dy: In<'a> = "[B, H/2, W/2, C]; act",
+    x: In<'a> = "[B, H, W, C]; act",
+    dx: Out<'a> = "[B, H, W, C]; act",
 }
 
 // ---- norms ---------------------------------------------------------------------------------------------
-/// GroupNorm over `G` groups of channels, then SiLU if asked.
-/// `y = act((x - mean) * rstd * w + b)`, `rstd = 1 / sqrt(var + eps)`, biased variance.
+/// GroupNorm over `G` groups of channels, followed by SiLU if `silu`: `y = f((x - mean) * rstd * w + b)` with
+/// `rstd = 1 / sqrt(var + eps)` and the biased variance.
 norm: group_norm_fwd(GroupNormFwd<'a>) flop |s| 8 * s.x.dims.numel() => {
-    /// `[B, H, W, C]`; act.
-    x: In<'a>,
-    /// `[C]`; act.
-    w: In<'a>,
-    /// `[C]`; act.
-    b: In<'a>,
-    /// `[B, H, W, C]`; act.
-    y: Out<'a>,
-    /// `[B, G]`; acc.
-    mean: Out<'a>,
-    /// `[B, G]`; acc.
-    rstd: Out<'a>,
+    x: In<'a> = "[B, H, W, C]; act",
+    w: In<'a> = "[C]; act",
+    b: In<'a> = "[C]; act",
+    y: Out<'a> = "[B, H, W, C]; act",
+    mean: Out<'a> = "[B, G]; acc; without gaps; G divides C",
+    rstd: Out<'a> = "[B, G]; acc; without gaps",
     /// Added to the variance.
     eps: f64,
     /// Apply SiLU.
@@ -197,157 +168,107 @@ norm: group_norm_fwd(GroupNormFwd<'a>) flop |s| 8 * s.x.dims.numel() => {
 }
 /// Gradient of `group_norm_fwd`; the normalised values are recomputed from `x`.
 norm: group_norm_bwd(GroupNormBwd<'a>) flop |s| 16 * s.x.dims.numel() => {
-    /// `[B, H, W, C]`; act.
-    dy: In<'a>,
-    /// `[B, H, W, C]`; act.
-    x: In<'a>,
-    /// `[C]`; act.
-    w: In<'a>,
-    /// `[C]`; act.
-    b: In<'a>,
-    /// `[B, G]`; acc.
-    mean: In<'a>,
-    /// `[B, G]`; acc.
-    rstd: In<'a>,
-    /// `[B, H, W, C]`; act.
-    dx: Out<'a>,
-    /// `[C]`; acc.
-    dw: Option<Acc<'a>>,
-    /// `[C]`; acc.
-    db: Option<Acc<'a>>,
-    /// SiLU was applied.
+    dy: In<'a> = "[B, H, W, C]; act",
+    x: In<'a> = "[B, H, W, C]; act",
+    w: In<'a> = "[C]; act",
+    b: In<'a> = "[C]; act",
+    mean: In<'a> = "[B, G]; acc; without gaps; G divides C",
+    rstd: In<'a> = "[B, G]; acc; without gaps",
+    dx: Out<'a> = "[B, H, W, C]; act",
+    dw: Option<Acc<'a>> = "[C]; acc",
+    db: Option<Acc<'a>> = "[C]; acc",
+    /// Whether SiLU was applied.
     silu: bool,
 }
-/// `s = x + residual` (or `x`), `y = s * rstd * w` with `rstd = 1 / sqrt(mean(s^2) + eps)`; `s * rstd` is
-/// rounded to act before it meets `w`. Statistics are taken of `s` as rounded to act.
+/// `y = s * rstd * w` with `rstd = 1 / sqrt(mean(s^2) + eps)`, where `s = x + residual`, or `x` without a residual. `s`
+/// is rounded to act before `rstd` is computed, and `s * rstd` before it is multiplied by `w`.
 norm: rms_norm_fwd(RmsNormFwd<'a>) flop |s| 4 * s.x.dims.numel() => {
-    /// `[N, C]`; act.
-    x: In<'a>,
-    /// `[N, C]`; act.
-    residual: Option<In<'a>>,
-    /// `[C]`; act.
-    w: In<'a>,
-    /// `[N, C]`; act; the sum, present if `residual` is.
-    sum: Option<Out<'a>>,
-    /// `[N, C]`; act.
-    y: Out<'a>,
-    /// `[N]`; acc.
-    rstd: Out<'a>,
+    x: In<'a> = "[N, C]; act",
+    residual: Option<In<'a>> = "[N, C]; act",
+    w: In<'a> = "[C]; act",
+    /// The sum.
+    sum: Option<Out<'a>> = "[N, C]; act; with residual",
+    y: Out<'a> = "[N, C]; act",
+    rstd: Out<'a> = "[N]; acc",
     /// Added to the mean square.
     eps: f64,
 }
-/// Gradient of `rms_norm_fwd` for `s`: `dx = d(norm)/ds . dy + dsum`. It is the gradient of both summands.
+/// Gradient of `rms_norm_fwd` with respect to `s`, and therefore to both summands: `dx = (dy/ds)^T dy + dsum`.
 norm: rms_norm_bwd(RmsNormBwd<'a>) flop |s| 8 * s.x.dims.numel() => {
-    /// `[N, C]`; act.
-    dy: In<'a>,
-    /// `[N, C]`; act; gradient that reached the sum by other ways.
-    dsum: Option<In<'a>>,
-    /// `[N, C]`; act; `s` of the forward.
-    x: In<'a>,
-    /// `[C]`; act.
-    w: In<'a>,
-    /// `[N]`; acc.
-    rstd: In<'a>,
-    /// `[N, C]`; act.
-    dx: Out<'a>,
-    /// `[C]`; acc.
-    dw: Option<Acc<'a>>,
+    dy: In<'a> = "[N, C]; act",
+    /// Gradient of `sum` from its other uses.
+    dsum: Option<In<'a>> = "[N, C]; act",
+    /// `s` of the forward.
+    x: In<'a> = "[N, C]; act",
+    w: In<'a> = "[C]; act",
+    rstd: In<'a> = "[N]; acc",
+    dx: Out<'a> = "[N, C]; act",
+    dw: Option<Acc<'a>> = "[C]; acc",
 }
-/// LayerNorm over the last dimension, biased variance.
+/// LayerNorm over the last dimension: `y = (x - mean) * rstd * w + b` with `rstd = 1 / sqrt(var + eps)` and the biased
+/// variance.
 norm: layer_norm_fwd(LayerNormFwd<'a>) flop |s| 6 * s.x.dims.numel() => {
-    /// `[N, C]`; act.
-    x: In<'a>,
-    /// `[C]`; act.
-    w: In<'a>,
-    /// `[C]`; act.
-    b: In<'a>,
-    /// `[N, C]`; act.
-    y: Out<'a>,
-    /// `[N]`; acc.
-    mean: Out<'a>,
-    /// `[N]`; acc.
-    rstd: Out<'a>,
+    x: In<'a> = "[N, C]; act",
+    w: In<'a> = "[C]; act",
+    b: In<'a> = "[C]; act",
+    y: Out<'a> = "[N, C]; act",
+    mean: Out<'a> = "[N]; acc",
+    rstd: Out<'a> = "[N]; acc",
     /// Added to the variance.
     eps: f64,
 }
 /// Gradient of `layer_norm_fwd`.
 norm: layer_norm_bwd(LayerNormBwd<'a>) flop |s| 10 * s.x.dims.numel() => {
-    /// `[N, C]`; act.
-    dy: In<'a>,
-    /// `[N, C]`; act.
-    x: In<'a>,
-    /// `[C]`; act.
-    w: In<'a>,
-    /// `[N]`; acc.
-    mean: In<'a>,
-    /// `[N]`; acc.
-    rstd: In<'a>,
-    /// `[N, C]`; act.
-    dx: Out<'a>,
-    /// `[C]`; acc.
-    dw: Option<Acc<'a>>,
-    /// `[C]`; acc.
-    db: Option<Acc<'a>>,
+    dy: In<'a> = "[N, C]; act",
+    x: In<'a> = "[N, C]; act",
+    w: In<'a> = "[C]; act",
+    mean: In<'a> = "[N]; acc",
+    rstd: In<'a> = "[N]; acc",
+    dx: Out<'a> = "[N, C]; act",
+    dw: Option<Acc<'a>> = "[C]; acc",
+    db: Option<Acc<'a>> = "[C]; acc",
 }
-/// BatchNorm with the statistics of this batch, then LeakyReLU (`slope` 1: none).
+/// BatchNorm with the statistics of this batch, followed by LeakyReLU (none with `slope` 1).
 norm: batch_norm_fwd(BatchNormFwd<'a>) flop |s| 8 * s.x.dims.numel() => {
-    /// `[N, C]`, rows are all pixels of the batch; act.
-    x: In<'a>,
-    /// `[C]`; act.
-    w: In<'a>,
-    /// `[C]`; act.
-    b: In<'a>,
-    /// `[N, C]`; act.
-    y: Out<'a>,
-    /// `[C]`; acc.
-    mean: Out<'a>,
-    /// `[C]`; acc; biased.
-    var: Out<'a>,
+    /// Rows are all pixels of the batch.
+    x: In<'a> = "[N, C]; act",
+    w: In<'a> = "[C]; act",
+    b: In<'a> = "[C]; act",
+    y: Out<'a> = "[N, C]; act",
+    mean: Out<'a> = "[C]; acc",
+    /// Biased.
+    var: Out<'a> = "[C]; acc",
     /// Added to the variance.
     eps: f64,
     /// Slope below zero.
     slope: f64,
 }
-/// Gradient of `batch_norm_fwd`, through the statistics too.
+/// Gradient of `batch_norm_fwd`, including the path through the statistics.
 norm: batch_norm_bwd(BatchNormBwd<'a>) flop |s| 16 * s.x.dims.numel() => {
-    /// `[N, C]`; act.
-    dy: In<'a>,
-    /// `[N, C]`; act.
-    x: In<'a>,
-    /// `[C]`; act.
-    w: In<'a>,
-    /// `[C]`; act.
-    b: In<'a>,
-    /// `[C]`; acc.
-    mean: In<'a>,
-    /// `[C]`; acc; biased.
-    var: In<'a>,
-    /// `[N, C]`; act.
-    dx: Out<'a>,
-    /// `[C]`; acc.
-    dw: Option<Acc<'a>>,
-    /// `[C]`; acc.
-    db: Option<Acc<'a>>,
+    dy: In<'a> = "[N, C]; act",
+    x: In<'a> = "[N, C]; act",
+    w: In<'a> = "[C]; act",
+    b: In<'a> = "[C]; act",
+    mean: In<'a> = "[C]; acc",
+    /// Biased.
+    var: In<'a> = "[C]; acc",
+    dx: Out<'a> = "[N, C]; act",
+    dw: Option<Acc<'a>> = "[C]; acc",
+    db: Option<Acc<'a>> = "[C]; acc",
     /// As in the forward.
     eps: f64,
     /// As in the forward.
     slope: f64,
 }
-/// BatchNorm with given statistics, such as the running ones, then LeakyReLU (`slope` 1: none):
+/// BatchNorm with given statistics, such as the running ones, followed by LeakyReLU (none with `slope` 1):
 /// `y = leaky((x - mean) * rstd * w + b)` with `rstd = 1 / sqrt(var + eps)`.
 norm: batch_norm_eval_fwd(BatchNormEvalFwd<'a>) flop |s| 6 * s.x.dims.numel() => {
-    /// `[N, C]`; act.
-    x: In<'a>,
-    /// `[C]`; act.
-    w: In<'a>,
-    /// `[C]`; act.
-    b: In<'a>,
-    /// `[C]`; acc.
-    mean: In<'a>,
-    /// `[C]`; acc.
-    var: In<'a>,
-    /// `[N, C]`; act.
-    y: Out<'a>,
+    x: In<'a> = "[N, C]; act",
+    w: In<'a> = "[C]; act",
+    b: In<'a> = "[C]; act",
+    mean: In<'a> = "[C]; acc",
+    var: In<'a> = "[C]; acc",
+    y: Out<'a> = "[N, C]; act",
     /// Added to the variance.
     eps: f64,
     /// Slope below zero.
@@ -355,69 +276,52 @@ norm: batch_norm_eval_fwd(BatchNormEvalFwd<'a>) flop |s| 6 * s.x.dims.numel() =>
 }
 /// Gradient of `batch_norm_eval_fwd`; the statistics are constants.
 norm: batch_norm_eval_bwd(BatchNormEvalBwd<'a>) flop |s| 10 * s.x.dims.numel() => {
-    /// `[N, C]`; act.
-    dy: In<'a>,
-    /// `[N, C]`; act.
-    x: In<'a>,
-    /// `[C]`; act.
-    w: In<'a>,
-    /// `[C]`; act.
-    b: In<'a>,
-    /// `[C]`; acc.
-    mean: In<'a>,
-    /// `[C]`; acc.
-    var: In<'a>,
-    /// `[N, C]`; act.
-    dx: Out<'a>,
-    /// `[C]`; acc.
-    dw: Option<Acc<'a>>,
-    /// `[C]`; acc.
-    db: Option<Acc<'a>>,
+    dy: In<'a> = "[N, C]; act",
+    x: In<'a> = "[N, C]; act",
+    w: In<'a> = "[C]; act",
+    b: In<'a> = "[C]; act",
+    mean: In<'a> = "[C]; acc",
+    var: In<'a> = "[C]; acc",
+    dx: Out<'a> = "[N, C]; act",
+    dw: Option<Acc<'a>> = "[C]; acc",
+    db: Option<Acc<'a>> = "[C]; acc",
     /// As in the forward.
     eps: f64,
     /// As in the forward.
     slope: f64,
 }
-/// `running = (1 - momentum) * running + momentum * batch`, the variance as the unbiased estimate. A channel
-/// whose batch value is not finite keeps its old one.
+/// `running = (1 - momentum) * running + momentum * batch`, with the unbiased estimate of the variance. A running value
+/// does not change if the batch value is non-finite.
 norm: batch_norm_running(BatchNormRunning<'a>) flop |s| 4 * s.mean.dims.numel() => {
-    /// `[C]`; acc.
-    mean: In<'a>,
-    /// `[C]`; acc; biased.
-    var: In<'a>,
-    /// `[C]`; acc; updated.
-    running_mean: Acc<'a>,
-    /// `[C]`; acc; updated.
-    running_var: Acc<'a>,
-    /// Rows the statistics were taken over.
+    mean: In<'a> = "[C]; acc",
+    /// Biased.
+    var: In<'a> = "[C]; acc",
+    /// Updated.
+    running_mean: Acc<'a> = "[C]; acc",
+    /// Updated.
+    running_var: Acc<'a> = "[C]; acc",
+    /// Number of rows that the statistics were computed from.
     rows: usize,
     /// Weight of the new value.
     momentum: f64,
 }
-/// `y = x / max(|x|, eps)` row by row.
+/// `y = x / max(|x|, eps)` for every row.
 norm: l2_norm_fwd(L2NormFwd<'a>) flop |s| 3 * s.x.dims.numel() => {
-    /// `[N, D]`; act.
-    x: In<'a>,
-    /// `[N, D]`; act.
-    y: Out<'a>,
-    /// `[N]`; acc; max(|x|, eps).
-    norm: Out<'a>,
-    /// Least norm.
+    x: In<'a> = "[N, D]; act",
+    y: Out<'a> = "[N, D]; act",
+    /// `max(|x|, eps)`.
+    norm: Out<'a> = "[N]; acc",
+    /// Lower bound of the norm.
     eps: f64,
 }
-/// Gradient of `l2_norm_fwd`: `(dy - y (y . dy)) / norm`, or `dy / norm` where the norm was raised to eps.
+/// Gradient of `l2_norm_fwd`: `(dy - y (y . dy)) / norm`, or `dy / norm` for rows whose norm is at most eps.
 /// Exactly one of `dx` and `dx_acc` is present.
 norm: l2_norm_bwd(L2NormBwd<'a>) flop |s| 5 * s.x.dims.numel() => {
-    /// `[N, D]`; act or acc.
-    dy: In<'a>,
-    /// `[N, D]`; act.
-    x: In<'a>,
-    /// `[N]`; acc.
-    norm: In<'a>,
-    /// `[N, D]`; act.
-    dx: Option<Out<'a>>,
-    /// `[N, D]`; acc.
-    dx_acc: Option<Acc<'a>>,
+    dy: In<'a> = "[N, D]; act or acc",
+    x: In<'a> = "[N, D]; act",
+    norm: In<'a> = "[N]; acc",
+    dx: Option<Out<'a>> = "[N, D]; act",
+    dx_acc: Option<Acc<'a>> = "[N, D]; acc; unless dx",
     /// As in the forward.
     eps: f64,
 }
@@ -425,196 +329,155 @@ norm: l2_norm_bwd(L2NormBwd<'a>) flop |s| 5 * s.x.dims.numel() => {
 // ---- pointwise -----------------------------------------------------------------------------------------
 /// `y = f(x)`.
 pointwise: unary_fwd(UnaryFwd<'a>) flop |s| 4 * s.x.dims.numel() => {
-    /// Any shape; act.
-    x: In<'a>,
-    /// Same shape; act.
-    y: Out<'a>,
+    x: In<'a> = "[..]; act",
+    y: Out<'a> = "[..]; act",
     /// The function.
     f: Unary,
 }
 /// `dx = dy * f'(x)`.
 pointwise: unary_bwd(UnaryBwd<'a>) flop |s| 8 * s.x.dims.numel() => {
-    /// Any shape; act.
-    dy: In<'a>,
-    /// Same shape; act.
-    x: In<'a>,
-    /// Same shape; act.
-    dx: Out<'a>,
+    dy: In<'a> = "[..]; act",
+    x: In<'a> = "[..]; act",
+    dx: Out<'a> = "[..]; act",
     /// The function.
     f: Unary,
 }
 /// `y = a + b`.
 pointwise: add(Add<'a>) flop |s| s.a.dims.numel() => {
-    /// Any shape; act.
-    a: In<'a>,
-    /// Same shape; act.
-    b: In<'a>,
-    /// Same shape; act.
-    y: Out<'a>,
+    a: In<'a> = "[..]; act",
+    b: In<'a> = "[..]; act",
+    y: Out<'a> = "[..]; act",
 }
 /// `y += x`; the element types may differ.
 pointwise: accumulate(Accumulate<'a>) flop |s| s.x.dims.numel() => {
-    /// `[N, C]`, any float type.
-    x: In<'a>,
-    /// `[N, C]`, any float type.
-    y: Acc<'a>,
+    x: In<'a> = "[N, C]; any float",
+    y: Acc<'a> = "[N, C]; any float",
 }
 /// `y = x`, rounded to the type of `y`; both may be column slices.
 pointwise: cast(Cast<'a>) flop |_s| 0 => {
-    /// `[N, C]`, any float type.
-    x: In<'a>,
-    /// `[N, C]`, any float type.
-    y: Out<'a>,
+    x: In<'a> = "[N, C]; any float",
+    y: Out<'a> = "[N, C]; any float",
 }
 /// `y = value`.
 pointwise: fill(Fill<'a>) flop |_s| 0 => {
-    /// Any shape and type.
-    y: Out<'a>,
+    y: Out<'a> = "[..]; any type",
     /// The value.
     value: f64,
 }
-/// `y = (x - shift) / scale`, channel by channel.
+/// `y = (x - shift) / scale` for every channel.
 pointwise: channel_affine_fwd(ChannelAffineFwd<'a>) flop |s| 2 * s.x.dims.numel() => {
-    /// `[N, C]`; act.
-    x: In<'a>,
-    /// `[C]`; act.
-    shift: In<'a>,
-    /// `[C]`; act.
-    scale: In<'a>,
-    /// `[N, C]`; act.
-    y: Out<'a>,
+    x: In<'a> = "[N, C]; act",
+    shift: In<'a> = "[C]; act",
+    scale: In<'a> = "[C]; act",
+    y: Out<'a> = "[N, C]; act",
 }
 /// `dx = dy / scale`.
 pointwise: channel_affine_bwd(ChannelAffineBwd<'a>) flop |s| s.dy.dims.numel() => {
-    /// `[N, C]`; act.
-    dy: In<'a>,
-    /// `[C]`; act.
-    scale: In<'a>,
-    /// `[N, C]`; act.
-    dx: Out<'a>,
+    dy: In<'a> = "[N, C]; act",
+    scale: In<'a> = "[C]; act",
+    dx: Out<'a> = "[N, C]; act",
 }
 /// `y = silu(gate) * up`.
 pointwise: swiglu_fwd(SwigluFwd<'a>) flop |s| 5 * s.y.0.dims.numel() => {
-    /// `[N, 2F]`: gate, then up; act.
-    gate_up: In<'a>,
-    /// `[N, F]`; act.
-    y: Out<'a>,
+    /// Gate, then up.
+    gate_up: In<'a> = "[N, 2F]; act",
+    y: Out<'a> = "[N, F]; act",
 }
 /// Gradient of `swiglu_fwd`.
 pointwise: swiglu_bwd(SwigluBwd<'a>) flop |s| 10 * s.dy.dims.numel() => {
-    /// `[N, F]`; act.
-    dy: In<'a>,
-    /// `[N, 2F]`; act.
-    gate_up: In<'a>,
-    /// `[N, 2F]`; act.
-    dgate_up: Out<'a>,
+    dy: In<'a> = "[N, F]; act",
+    gate_up: In<'a> = "[N, 2F]; act",
+    dgate_up: Out<'a> = "[N, 2F]; act",
 }
-/// Rotary embedding, half-split: for the first `heads` heads of `D` columns, dimensions `d` and `d + D/2`
-/// turn by `position * theta^(-2d/D)`; further columns are copied. The gradient is the inverse rotation.
+/// Rotary embedding of split halves: in each of the first `heads` heads of `D` columns, dimensions `d` and `d + D/2`
+/// are rotated by the angle `position * theta^(-2d/D)`; the remaining columns are copied. The gradient is the inverse
+/// rotation.
 pointwise: rope(Rope<'a>) flop |s| 3 * s.x.dims.numel() => {
-    /// `[N, >= heads*D]`; act.
-    x: In<'a>,
-    /// `[N]`; i32.
-    position: In<'a>,
-    /// Same shape as `x`; act.
-    y: Out<'a>,
+    x: In<'a> = "[N, C]; act; C at least heads*head_dim",
+    position: In<'a> = "[N]; i32",
+    y: Out<'a> = "[N, C]; act",
     /// Heads to rotate.
     heads: usize,
-    /// Head dimension, even.
-    head_dim: usize,
-    /// Base of the angles; they are formed in float32 (float64 for the oracle).
+    /// Head dimension.
+    head_dim: usize = "even; at least 2",
+    /// Base of the angles, which are computed in f32 (in f64 by the reference implementation).
     theta: f64,
-    /// Turn backwards.
+    /// Rotate backwards.
     inverse: bool,
 }
 
 // ---- rows ----------------------------------------------------------------------------------------------
 /// `y[n] = table[idx[n]]`; a negative index gives a row of zeros.
 gather: gather_fwd(GatherFwd<'a>) flop |_s| 0 => {
-    /// `[R, C]`; act.
-    table: In<'a>,
-    /// `[N]`; i32.
-    idx: In<'a>,
-    /// `[N, C]`; act.
-    y: Out<'a>,
+    table: In<'a> = "[R, C]; act",
+    idx: In<'a> = "[N]; i32; values below R",
+    y: Out<'a> = "[N, C]; act",
 }
-/// `dtable[idx[n]] += dy[n]`, in the order of n; negative indices are skipped.
+/// `dtable[idx[n]] += dy[n]`, in the order of `n`; negative indices are skipped.
 gather: gather_bwd(GatherBwd<'a>) flop |s| s.dy.dims.numel() => {
-    /// `[N, C]`; act.
-    dy: In<'a>,
-    /// `[N]`; i32.
-    idx: In<'a>,
-    /// `[R, C]`; acc.
-    dtable: Acc<'a>,
+    dy: In<'a> = "[N, C]; act",
+    idx: In<'a> = "[N]; i32; values below R",
+    dtable: Acc<'a> = "[R, C]; acc",
 }
 
 // ---- attention -----------------------------------------------------------------------------------------
-/// Softmax attention over a flat batch of sequences; query head h reads key/value head `h / (heads/kv_heads)`.
-/// Causal masks align the ends: query i of T sees keys up to `i + Tk - T`. No row of `k` and `v` but those of the
-/// sequences is looked at.
+/// Softmax attention over a flat batch of sequences; query head `h` uses key/value head `h / (heads/kv_heads)`. A
+/// causal mask aligns the ends of queries and keys: query `i` of `T` attends to keys `0` to `i + Tk - T`. Rows of `k`
+/// and `v` outside of the sequences are not read.
 attention: attention_fwd(AttentionFwd<'a>) flop |s| attention_flop(2, s.max_q, s.max_k, s.cu_q, s.heads, s.head_dim, s.causal) => {
-    /// `[N, heads*D]`; act.
-    q: In<'a>,
-    /// `[Nk, kv_heads*D]`; act.
-    k: In<'a>,
-    /// `[Nk, kv_heads*D]`; act.
-    v: In<'a>,
-    /// `[S+1]` sequence offsets into N; i32. Rows past the last offset are padding: `y` is 0 there.
-    cu_q: In<'a>,
-    /// `[S+1]` sequence offsets into Nk; i32.
-    cu_k: In<'a>,
-    /// `[S]` keys of each sequence, which then has rows `[cu_k[s], cu_k[s] + len_k[s])` of `k` and `v`: a cache with
-    /// room behind what is there; the last offset means nothing. i32.
-    len_k: Option<In<'a>>,
-    /// `[N, heads*D]`; act.
-    y: Out<'a>,
-    /// `[N, heads]` log-sum-exp of the scaled scores; acc.
-    lse: Out<'a>,
+    q: In<'a> = "[N, heads*head_dim]; act",
+    k: In<'a> = "[Nk, kv_heads*head_dim]; act",
+    v: In<'a> = "[Nk, kv_heads*head_dim]; act",
+    /// Sequence offsets into N. Rows past the last offset are padding: `y` is 0 there.
+    cu_q: In<'a> = "[S+1]; i32; values at most N",
+    /// Sequence offsets into Nk.
+    cu_k: In<'a> = "[S+1]; i32",
+    /// Keys of each sequence. Sequence s then has the rows `[cu_k[s], cu_k[s] + len_k[s])` of `k` and `v`, as in a
+    /// cache with free rows after each sequence, and the last offset of `cu_k` is ignored.
+    len_k: Option<In<'a>> = "[S]; i32",
+    y: Out<'a> = "[N, heads*head_dim]; act",
+    /// Log-sum-exp of the scaled scores.
+    lse: Out<'a> = "[N, heads]; acc",
     /// Query heads.
     heads: usize,
-    /// Key/value heads; divides `heads`.
-    kv_heads: usize,
+    /// Key/value heads.
+    kv_heads: usize = "divides heads",
     /// Head dimension.
-    head_dim: usize,
+    head_dim: usize = "at least 1",
     /// Longest query sequence.
     max_q: usize,
     /// Longest key sequence.
     max_k: usize,
     /// Factor on the scores.
     scale: f64,
-    /// Mask the future.
+    /// Use a causal mask.
     causal: bool,
 }
-/// Gradient of `attention_fwd`; probabilities are recomputed from `lse`.
+/// Gradient of `attention_fwd`; the probabilities are recomputed from `lse`.
 attention: attention_bwd(AttentionBwd<'a>) flop |s| attention_flop(5, s.max_q, s.max_k, s.cu_q, s.heads, s.head_dim, s.causal) => {
-    /// `[N, heads*D]`; act.
-    dy: In<'a>,
+    dy: In<'a> = "[N, heads*head_dim]; act",
+    q: In<'a> = "[N, heads*head_dim]; act",
+    k: In<'a> = "[Nk, kv_heads*head_dim]; act",
+    v: In<'a> = "[Nk, kv_heads*head_dim]; act",
+    /// The forward's output.
+    y: In<'a> = "[N, heads*head_dim]; act",
+    lse: In<'a> = "[N, heads]; acc",
     /// As in the forward.
-    q: In<'a>,
+    cu_q: In<'a> = "[S+1]; i32; values at most N",
     /// As in the forward.
-    k: In<'a>,
-    /// As in the forward.
-    v: In<'a>,
-    /// `[N, heads*D]`, the forward's output; act.
-    y: In<'a>,
-    /// `[N, heads]`; acc.
-    lse: In<'a>,
-    /// As in the forward.
-    cu_q: In<'a>,
-    /// As in the forward.
-    cu_k: In<'a>,
-    /// Shape of `q`, 0 in padding rows; act.
-    dq: Out<'a>,
-    /// Shape of `k`, 0 in padding rows; act.
-    dk: Out<'a>,
-    /// Shape of `v`, 0 in padding rows; act.
-    dv: Out<'a>,
+    cu_k: In<'a> = "[S+1]; i32",
+    /// 0 in padding rows.
+    dq: Out<'a> = "[N, heads*head_dim]; act",
+    /// 0 in padding rows.
+    dk: Out<'a> = "[Nk, kv_heads*head_dim]; act",
+    /// 0 in padding rows.
+    dv: Out<'a> = "[Nk, kv_heads*head_dim]; act",
     /// As in the forward.
     heads: usize,
     /// As in the forward.
-    kv_heads: usize,
+    kv_heads: usize = "divides heads",
     /// As in the forward.
-    head_dim: usize,
+    head_dim: usize = "at least 1",
     /// As in the forward.
     max_q: usize,
     /// As in the forward.
@@ -626,338 +489,276 @@ attention: attention_bwd(AttentionBwd<'a>) flop |s| attention_flop(5, s.max_q, s
 }
 
 // ---- losses --------------------------------------------------------------------------------------------
-/// Cross-entropy of a linear layer without its logits: `loss = scale * sum_n (lse_n - x_n . w[target_n])`
-/// over rows with `target >= 0`. Logits exist a tile at a time.
-xent: linear_xent_fwd(LinearXentFwd<'a>) flop |s| 2 * s.x.dims.numel() * s.w.dims.rows() => {
-    /// `[N, C]`; act.
-    x: In<'a>,
-    /// `[V, C]`; act.
-    w: In<'a>,
-    /// `[N]`; i32; -1: not supervised.
-    target: In<'a>,
-    /// `[1]`: one over the supervised rows of the whole batch; acc.
-    scale: In<'a>,
-    /// `[N]` log-sum-exp, 0 in unsupervised rows; acc.
-    lse: Out<'a>,
-    /// `[1]`; acc.
-    loss: Out<'a>,
+/// Cross-entropy of a linear layer: `loss = scale * sum_n (lse_n - x_n . w[target_n])` over rows with `target >= 0`,
+/// where `lse_n` is the log-sum-exp of the logits `x_n . w`. Logits are computed tile by tile and not stored.
+loss: linear_xent_fwd(LinearXentFwd<'a>) flop |s| 2 * s.x.dims.numel() * s.w.dims.rows() => {
+    x: In<'a> = "[N, C]; act",
+    w: In<'a> = "[V, C]; act",
+    /// Negative in unsupervised rows.
+    target: In<'a> = "[N]; i32; values below V",
+    /// One over the supervised rows of the whole batch.
+    scale: In<'a> = "[1]; acc",
+    /// Log-sum-exp, 0 in unsupervised rows.
+    lse: Out<'a> = "[N]; acc",
+    loss: Out<'a> = "[1]; acc",
 }
-/// Gradient of `linear_xent_fwd`; logits are recomputed tile by tile.
-xent: linear_xent_bwd(LinearXentBwd<'a>) flop |s| 6 * s.x.dims.numel() * s.w.dims.rows() => {
-    /// `[N, C]`; act.
-    x: In<'a>,
-    /// `[V, C]`; act.
-    w: In<'a>,
-    /// `[N]`; i32.
-    target: In<'a>,
-    /// `[1]`; acc.
-    scale: In<'a>,
-    /// `[N]`; acc.
-    lse: In<'a>,
-    /// `[1]` gradient of the loss; acc.
-    g: In<'a>,
-    /// `[N, C]`, 0 in unsupervised rows; act.
-    dx: Out<'a>,
-    /// `[V, C]`; acc.
-    dw: Option<Acc<'a>>,
+/// Gradient of `linear_xent_fwd`; the logits are recomputed tile by tile.
+loss: linear_xent_bwd(LinearXentBwd<'a>) flop |s| 6 * s.x.dims.numel() * s.w.dims.rows() => {
+    x: In<'a> = "[N, C]; act",
+    w: In<'a> = "[V, C]; act",
+    target: In<'a> = "[N]; i32; values below V",
+    scale: In<'a> = "[1]; acc",
+    lse: In<'a> = "[N]; acc",
+    /// Gradient of the loss.
+    g: In<'a> = "[1]; acc",
+    /// 0 in unsupervised rows.
+    dx: Out<'a> = "[N, C]; act",
+    dw: Option<Acc<'a>> = "[V, C]; acc",
 }
-/// Cross-entropy of logits that are stored: `loss += scale * sum_n weight_n (lse_n - logits[n, target_n])` over rows
-/// with `target >= 0`, `lse_n` the log-sum-exp of row n.
-xent: xent_fwd(XentFwd<'a>) flop |s| 4 * s.logits.dims.numel() => {
-    /// `[N, V]`; act.
-    logits: In<'a>,
-    /// `[N]`; i32; negative: the row is ignored.
-    target: In<'a>,
-    /// `[N]` weights of the rows, 1 if absent; acc.
-    weight: Option<In<'a>>,
-    /// `[1]` factor on the sum, such as one over the rows of the whole batch; acc.
-    scale: In<'a>,
-    /// `[N]` log-sum-exp, 0 in ignored rows; acc.
-    lse: Out<'a>,
-    /// `[1]`; acc.
-    loss: Acc<'a>,
+/// Cross-entropy of stored logits: `loss += scale * sum_n weight_n (lse_n - logits[n, target_n])` over rows with
+/// `target >= 0`, where `lse_n` is the log-sum-exp of row `n`.
+loss: xent_fwd(XentFwd<'a>) flop |s| 4 * s.logits.dims.numel() => {
+    logits: In<'a> = "[N, V]; act",
+    /// Negative in ignored rows.
+    target: In<'a> = "[N]; i32; values below V",
+    /// Weights of the rows, 1 if absent.
+    weight: Option<In<'a>> = "[N]; acc",
+    /// Factor on the sum, such as one over the rows of the whole batch.
+    scale: In<'a> = "[1]; acc",
+    /// Log-sum-exp, 0 in ignored rows.
+    lse: Out<'a> = "[N]; acc",
+    loss: Acc<'a> = "[1]; acc",
 }
 /// Gradient of `xent_fwd`: `dlogits = g * scale * weight_n * (softmax - onehot)`.
-xent: xent_bwd(XentBwd<'a>) flop |s| 4 * s.logits.dims.numel() => {
-    /// `[N, V]`; act.
-    logits: In<'a>,
-    /// `[N]`; i32.
-    target: In<'a>,
-    /// `[N]`; acc; as in the forward.
-    weight: Option<In<'a>>,
-    /// `[1]`; acc; as in the forward.
-    scale: In<'a>,
-    /// `[N]`; acc.
-    lse: In<'a>,
-    /// `[1]` gradient of the loss; acc.
-    g: In<'a>,
-    /// `[N, V]`, 0 in ignored rows; it may be `logits` itself, with the same strides; act.
-    dlogits: Out<'a>,
+loss: xent_bwd(XentBwd<'a>) flop |s| 4 * s.logits.dims.numel() => {
+    logits: In<'a> = "[N, V]; act",
+    target: In<'a> = "[N]; i32; values below V",
+    /// As in the forward.
+    weight: Option<In<'a>> = "[N]; acc",
+    /// As in the forward.
+    scale: In<'a> = "[1]; acc",
+    lse: In<'a> = "[N]; acc",
+    /// Gradient of the loss.
+    g: In<'a> = "[1]; acc",
+    /// 0 in ignored rows.
+    dlogits: Out<'a> = "[N, V]; act; may be logits",
 }
 /// `loss += scale * sum |a - b|`.
-losses: l1_fwd(L1Fwd<'a>) flop |s| 3 * s.a.dims.numel() => {
-    /// Any shape; act.
-    a: In<'a>,
-    /// Same shape; act.
-    b: In<'a>,
-    /// `[1]` factor on the sum, such as one over the elements of the whole batch; acc.
-    scale: In<'a>,
-    /// `[1]`; acc.
-    loss: Acc<'a>,
+loss: l1_fwd(L1Fwd<'a>) flop |s| 3 * s.a.dims.numel() => {
+    a: In<'a> = "[..]; act",
+    b: In<'a> = "[..]; act",
+    /// Factor on the sum, such as one over the elements of the whole batch.
+    scale: In<'a> = "[1]; acc",
+    loss: Acc<'a> = "[1]; acc",
 }
-/// `da = g * scale * sign(a - b)`, 0 where equal.
-losses: l1_bwd(L1Bwd<'a>) flop |s| 3 * s.a.dims.numel() => {
-    /// Any shape; act.
-    a: In<'a>,
-    /// Same shape; act.
-    b: In<'a>,
-    /// `[1]`; acc; as in the forward.
-    scale: In<'a>,
-    /// `[1]`; acc.
-    g: In<'a>,
-    /// Same shape; act.
-    da: Out<'a>,
+/// `da = g * scale * sign(a - b)`, with 0 where `a` equals `b`.
+loss: l1_bwd(L1Bwd<'a>) flop |s| 3 * s.a.dims.numel() => {
+    a: In<'a> = "[..]; act",
+    b: In<'a> = "[..]; act",
+    /// As in the forward.
+    scale: In<'a> = "[1]; acc",
+    g: In<'a> = "[1]; acc",
+    da: Out<'a> = "[..]; act",
 }
 /// One layer of LPIPS: `loss += factor * scale * sum_p sum_c w[c] (n0 - n1)^2` over pixels p, with
 /// `n = f / (sqrt(sum_c f^2) + eps)`.
-losses: lpips_fwd(LpipsFwd<'a>) flop |s| 8 * s.f0.dims.numel() => {
-    /// `[P, C]` features of the reference; act.
-    f0: In<'a>,
-    /// `[P, C]` features of the reconstruction; act.
-    f1: In<'a>,
-    /// `[C]`; act.
-    w: In<'a>,
-    /// `[1]` factor on the sum, such as one over the pictures of the whole batch; acc.
-    scale: In<'a>,
-    /// `[1]`; acc.
-    loss: Acc<'a>,
+loss: lpips_fwd(LpipsFwd<'a>) flop |s| 8 * s.f0.dims.numel() => {
+    /// Features of the reference.
+    f0: In<'a> = "[P, C]; act",
+    /// Features of the reconstruction.
+    f1: In<'a> = "[P, C]; act",
+    w: In<'a> = "[C]; act",
+    /// Factor on the sum, such as one over the pictures of the whole batch.
+    scale: In<'a> = "[1]; acc",
+    loss: Acc<'a> = "[1]; acc",
     /// Added to the norm.
     eps: f64,
     /// Constant factor on the sum, such as one over the pixels of a picture.
     factor: f64,
 }
-/// Gradient of `lpips_fwd` for `f1`; 0 where all of a pixel's features are 0.
-losses: lpips_bwd(LpipsBwd<'a>) flop |s| 12 * s.f0.dims.numel() => {
-    /// `[P, C]`; act.
-    f0: In<'a>,
-    /// `[P, C]`; act.
-    f1: In<'a>,
-    /// `[C]`; act.
-    w: In<'a>,
-    /// `[1]`; acc; as in the forward.
-    scale: In<'a>,
-    /// `[1]`; acc.
-    g: In<'a>,
-    /// `[P, C]`; act.
-    df1: Out<'a>,
+/// Gradient of `lpips_fwd` with respect to `f1`; 0 for pixels whose features in `f1` are all 0.
+loss: lpips_bwd(LpipsBwd<'a>) flop |s| 12 * s.f0.dims.numel() => {
+    f0: In<'a> = "[P, C]; act",
+    f1: In<'a> = "[P, C]; act",
+    w: In<'a> = "[C]; act",
+    /// As in the forward.
+    scale: In<'a> = "[1]; acc",
+    g: In<'a> = "[1]; acc",
+    df1: Out<'a> = "[P, C]; act",
     /// As in the forward.
     eps: f64,
     /// As in the forward.
     factor: f64,
 }
-/// Generator's adversarial loss: `loss += scale * sum_b softplus(-mean_p x[b, p])`.
-losses: gan_generator_fwd(GanGeneratorFwd<'a>) flop |s| s.x.dims.numel() => {
-    /// `[B, P]` patch logits of each image; act.
-    x: In<'a>,
-    /// `[1]` factor on the sum, such as one over the pictures of the whole batch; acc.
-    scale: In<'a>,
-    /// `[1]`; acc.
-    loss: Acc<'a>,
+/// The generator's adversarial loss: `loss += scale * sum_b softplus(-mean_p x[b, p])`.
+loss: gan_generator_fwd(GanGeneratorFwd<'a>) flop |s| s.x.dims.numel() => {
+    /// Patch logits of each image.
+    x: In<'a> = "[B, P]; act; P at least 1",
+    /// Factor on the sum, such as one over the pictures of the whole batch.
+    scale: In<'a> = "[1]; acc",
+    loss: Acc<'a> = "[1]; acc",
 }
 /// Gradient of `gan_generator_fwd`.
-losses: gan_generator_bwd(GanGeneratorBwd<'a>) flop |s| 2 * s.x.dims.numel() => {
-    /// `[B, P]`; act.
-    x: In<'a>,
-    /// `[1]`; acc; as in the forward.
-    scale: In<'a>,
-    /// `[1]`; acc.
-    g: In<'a>,
-    /// `[B, P]`; act.
-    dx: Out<'a>,
+loss: gan_generator_bwd(GanGeneratorBwd<'a>) flop |s| 2 * s.x.dims.numel() => {
+    x: In<'a> = "[B, P]; act; P at least 1",
+    /// As in the forward.
+    scale: In<'a> = "[1]; acc",
+    g: In<'a> = "[1]; acc",
+    dx: Out<'a> = "[B, P]; act",
 }
-/// Hinge: `loss += factor * scale * sum relu(1 - x)` for real logits, `relu(1 + x)` for fake ones.
-losses: hinge_fwd(HingeFwd<'a>) flop |s| 2 * s.x.dims.numel() => {
-    /// Any shape; act.
-    x: In<'a>,
-    /// `[1]` factor on the sum, such as one over the patch logits of the whole batch; acc.
-    scale: In<'a>,
-    /// `[1]`; acc.
-    loss: Acc<'a>,
-    /// Real or fake.
+/// The discriminator's hinge loss: `loss += factor * scale * sum relu(1 - x)` for real logits, with `relu(1 + x)` for
+/// fake ones.
+loss: hinge_fwd(HingeFwd<'a>) flop |s| 2 * s.x.dims.numel() => {
+    x: In<'a> = "[..]; act",
+    /// Factor on the sum, such as one over the patch logits of the whole batch.
+    scale: In<'a> = "[1]; acc",
+    loss: Acc<'a> = "[1]; acc",
+    /// Whether the logits are those of real pictures.
     real: bool,
     /// Constant factor on the sum.
     factor: f64,
 }
 /// Gradient of `hinge_fwd`; 0 at the kink.
-losses: hinge_bwd(HingeBwd<'a>) flop |s| 2 * s.x.dims.numel() => {
-    /// Any shape; act.
-    x: In<'a>,
-    /// `[1]`; acc; as in the forward.
-    scale: In<'a>,
-    /// `[1]`; acc.
-    g: In<'a>,
-    /// Same shape; act.
-    dx: Out<'a>,
+loss: hinge_bwd(HingeBwd<'a>) flop |s| 2 * s.x.dims.numel() => {
+    x: In<'a> = "[..]; act",
+    /// As in the forward.
+    scale: In<'a> = "[1]; acc",
+    g: In<'a> = "[1]; acc",
+    dx: Out<'a> = "[..]; act",
     /// As in the forward.
     real: bool,
     /// As in the forward.
     factor: f64,
 }
-/// New LeCAM averages: `out = decay * ema + (1 - decay) * (mean(real), mean(fake))`. An average whose new value
-/// is not finite keeps its old one.
-losses: lecam_update(LecamUpdate<'a>) flop |s| 2 * s.real.dims.numel() => {
-    /// Any shape; act.
-    real: In<'a>,
-    /// Any shape; act.
-    fake: In<'a>,
-    /// `[2]` averages of the real and the fake logits; acc.
-    ema: In<'a>,
-    /// `[2]`; acc.
-    out: Out<'a>,
+/// Update of the LeCAM averages: `out = decay * ema + (1 - decay) * (mean(real), mean(fake))`. An average does not
+/// change if the mean is non-finite.
+loss: lecam_update(LecamUpdate<'a>) flop |s| 2 * s.real.dims.numel() => {
+    /// Any shape.
+    real: In<'a> = "[R, P]; act; R at least 1; P at least 1",
+    /// Any shape.
+    fake: In<'a> = "[F, Q]; act; F at least 1; Q at least 1",
+    /// Averages of the real and the fake logits.
+    ema: In<'a> = "[2]; acc",
+    out: Out<'a> = "[2]; acc",
     /// Weight of the old value.
     decay: f64,
 }
-/// LeCAM: `loss += scale * (sum relu(real - ema[1])^2 + sum relu(ema[0] - fake)^2)`.
-losses: lecam_fwd(LecamFwd<'a>) flop |s| 6 * s.real.dims.numel() => {
-    /// Any shape; act.
-    real: In<'a>,
-    /// Any shape; act.
-    fake: In<'a>,
-    /// `[2]` averages that have taken in this batch; acc.
-    ema: In<'a>,
-    /// `[1]` factor on the sums: one over the patch logits of the whole batch; acc.
-    scale: In<'a>,
-    /// `[1]`; acc.
-    loss: Acc<'a>,
+/// LeCAM regularization: `loss += scale * (sum relu(real - ema[1])^2 + sum relu(ema[0] - fake)^2)`.
+loss: lecam_fwd(LecamFwd<'a>) flop |s| 6 * s.real.dims.numel() => {
+    /// Any shape.
+    real: In<'a> = "[R, P]; act",
+    /// Any shape.
+    fake: In<'a> = "[F, Q]; act",
+    /// Averages that include this batch.
+    ema: In<'a> = "[2]; acc",
+    /// Factor on the sums: one over the patch logits of the whole batch.
+    scale: In<'a> = "[1]; acc",
+    loss: Acc<'a> = "[1]; acc",
 }
 /// Gradient of `lecam_fwd`; the averages are constants.
-losses: lecam_bwd(LecamBwd<'a>) flop |s| 6 * s.real.dims.numel() => {
-    /// Any shape; act.
-    real: In<'a>,
-    /// Any shape; act.
-    fake: In<'a>,
-    /// `[2]`; acc.
-    ema: In<'a>,
-    /// `[1]`; acc; as in the forward.
-    scale: In<'a>,
-    /// `[1]`; acc.
-    g: In<'a>,
-    /// Shape of `real`; act.
-    dreal: Out<'a>,
-    /// Shape of `fake`; act.
-    dfake: Out<'a>,
+loss: lecam_bwd(LecamBwd<'a>) flop |s| 6 * s.real.dims.numel() => {
+    /// Any shape.
+    real: In<'a> = "[R, P]; act",
+    /// Any shape.
+    fake: In<'a> = "[F, Q]; act",
+    ema: In<'a> = "[2]; acc",
+    /// As in the forward.
+    scale: In<'a> = "[1]; acc",
+    g: In<'a> = "[1]; acc",
+    dreal: Out<'a> = "[R, P]; act",
+    dfake: Out<'a> = "[F, Q]; act",
 }
 
 // ---- sampling (docs/sampling.md) -----------------------------------------------------------------------
-/// Draws an index from each row of logits, the same on every device (docs/sampling.md). With guidance the logits are
-/// `without + guidance * (logits - without)`. Temperature divides them, 0 takes the largest; `top_k` keeps the largest
-/// ones, of equal ones the first, and `top_p` of those the largest that together reach this share. The random number is
-/// that of draw `position` of sequence `number`, and `position` goes up by one, so that a loop needs no value of the
-/// host. A row with NaN, or whose largest logit is not finite, gives -1.
+/// Draws an index from each row of logits; the result is the same on every device (docs/sampling.md). With guidance,
+/// the logits are `without + guidance * (logits - without)`. They are divided by `temperature`; 0 chooses the largest
+/// one. `top_k` keeps that many of the largest logits, the first ones among equals. `top_p` then keeps the fewest of
+/// the largest ones that together have at least this share of the remaining probability. The random number is
+/// determined by `seed`, `number` and `position`; `position` is then incremented, so that a loop of draws needs no
+/// values from the host. The index is -1 for a row that contains NaN or whose maximum is not finite.
 sample: sample(Sample<'a>) flop |s| 32 * s.logits.dims.numel() => {
-    /// `[B, V]`; act.
-    logits: In<'a>,
-    /// `[B, V]` logits without the prompt; act.
-    without: Option<In<'a>>,
-    /// `[B]` numbers of the sequences; i32.
-    number: In<'a>,
-    /// `[B]` draws that were made of each; i32; updated.
-    position: Acc<'a>,
-    /// `[B]`; i32.
-    idx: Out<'a>,
-    /// Divides the logits; 0: the largest is taken.
-    temperature: f64,
-    /// How many can be drawn; 0: all.
+    logits: In<'a> = "[B, V]; act",
+    /// Logits without the prompt.
+    without: Option<In<'a>> = "[B, V]; act",
+    /// Numbers of the sequences.
+    number: In<'a> = "[B]; i32",
+    /// Samples already drawn for each sequence; updated.
+    position: Acc<'a> = "[B]; i32",
+    idx: Out<'a> = "[B]; i32",
+    /// Divides the logits; 0: take the largest.
+    temperature: f64 = "finite; at least 0",
+    /// Number of candidates; 0: all.
     top_k: usize,
-    /// The share of the probability that can be drawn, above 0, at most 1.
-    top_p: f64,
-    /// Factor on the difference that the prompt makes; not looked at unless `without` is present.
-    guidance: f64,
+    /// Total probability of the candidates.
+    top_p: f64 = "above 0; at most 1",
+    /// Factor on `logits - without`.
+    guidance: f64 = "finite; if without",
     /// Seed of the draws.
     seed: u64,
 }
 
 // ---- quantizer (docs/quantizer.md) ---------------------------------------------------------------------
-/// The best code of each token; ties to the smallest index, NaN below all numbers, an all-NaN row gives 0.
+/// The best code of each token. Ties go to the smallest index. NaN scores are lower than all others; if all scores of a
+/// row are NaN, the index is 0.
 codebook: nearest(Nearest<'a>) flop |s| 2 * s.z.dims.numel() * s.e.dims.rows() => {
-    /// `[M, D]`; act.
-    z: In<'a>,
-    /// `[K, D]`; act.
-    e: In<'a>,
-    /// `[M]`; i32.
-    idx: Out<'a>,
-    /// `[1]` count of rows without a finite score; acc.
-    bad: Option<Acc<'a>>,
-    /// How codes are scored.
+    z: In<'a> = "[M, D]; act",
+    e: In<'a> = "[K, D]; act; K at least 1",
+    idx: Out<'a> = "[M]; i32",
+    /// Count of rows without a finite score.
+    bad: Option<Acc<'a>> = "[1]; acc",
+    /// The score of a code.
     metric: Metric,
 }
-/// Row statistics of `S = z E^T`, in one sweep over the codes. With `t` the best code and
-/// `x_j = (S_j - S_t) / temperature`: `rest_p = sum_{j != t} exp(S_j - S_t)`, `rest_q = sum_{j != t} exp(x_j)`,
-/// `xbar = sum_j q_j x_j`. Without entropies `rest_q` and `xbar` are absent, and `temperature` is not looked at.
+/// Row statistics of the scores `S = z E^T`, in one sweep over the codes. With `t` the best code and
+/// `x_j = (S_j - S_t) / temperature`: `rest_p = sum_{j != t} exp(S_j - S_t)`, `rest_q = sum_{j != t} exp(x_j)` and
+/// `xbar = sum_j q_j x_j` with `q = softmax(x)`. Without entropies, `rest_q` and `xbar` are absent and `temperature` is
+/// ignored.
 codebook: ibq_rows(IbqRows<'a>) flop |s| 2 * s.z.dims.numel() * s.e.dims.rows() => {
-    /// `[M, D]`; act.
-    z: In<'a>,
-    /// `[K, D]`; act.
-    e: In<'a>,
-    /// `[M]`; i32; as `nearest` with the dot product.
-    idx: Out<'a>,
-    /// `[M]` score of the best code; acc.
-    smax: Out<'a>,
-    /// `[M]`; acc.
-    rest_p: Out<'a>,
-    /// `[M]`; acc.
-    rest_q: Option<Out<'a>>,
-    /// `[M]`; acc; present if `rest_q` is.
-    xbar: Option<Out<'a>>,
-    /// `[1]` count of rows without a finite score; acc.
-    bad: Acc<'a>,
-    /// T of the entropies.
-    temperature: f64,
+    z: In<'a> = "[M, D]; act",
+    e: In<'a> = "[K, D]; act; K at least 1",
+    /// The best code, as in `nearest` with the dot product.
+    idx: Out<'a> = "[M]; i32",
+    /// Score of the best code.
+    smax: Out<'a> = "[M]; acc",
+    rest_p: Out<'a> = "[M]; acc",
+    rest_q: Option<Out<'a>> = "[M]; acc",
+    xbar: Option<Out<'a>> = "[M]; acc; with rest_q",
+    /// Count of rows without a finite score.
+    bad: Acc<'a> = "[1]; acc",
+    /// Temperature of the entropies.
+    temperature: f64 = "above 0; if rest_q",
 }
-/// Undivided column sums `sum_i q_ij`, so that ranks can add theirs.
+/// Column sums `sum_i q_ij` over tokens. They are not divided by the number of tokens, so that they can be summed over
+/// ranks.
 codebook: ibq_cols(IbqCols<'a>) flop |s| 2 * s.z.dims.numel() * s.e.dims.rows() => {
-    /// `[M, D]`; act.
-    z: In<'a>,
-    /// `[K, D]`; act.
-    e: In<'a>,
-    /// `[M]`; acc.
-    smax: In<'a>,
-    /// `[M]`; acc.
-    rest_q: In<'a>,
-    /// `[K]`; acc.
-    col: Out<'a>,
-    /// T of the entropies.
-    temperature: f64,
+    z: In<'a> = "[M, D]; act",
+    e: In<'a> = "[K, D]; act; K at least 1",
+    smax: In<'a> = "[M]; acc",
+    rest_q: In<'a> = "[M]; acc",
+    col: Out<'a> = "[K]; acc",
+    /// Temperature of the entropies.
+    temperature: f64 = "above 0",
 }
-/// Values: `zq = E[idx]`, `quant = (1 + beta_commit + beta_code) * inv_count/D * sum (zq - z)^2`,
-/// `sample = inv_count * sum_i H_i`, `avg = -sum_j a_j log(a_j + eps)` with `a = col * inv_count`, and
-/// `c_j = -(log(a_j + eps) + a_j / (a_j + eps))`, the derivative of `avg`. Without entropies all of `rest_q`, `xbar`,
-/// `col`, `c`, `sample` and `avg` are absent.
+/// Outputs of the IBQ quantizer: `zq = E[idx]`; the quantization loss
+/// `quant = (1 + beta_commit + beta_code) * inv_count/D * sum (zq - z)^2`; the mean entropy of the tokens,
+/// `sample = inv_count * sum_i H_i`; the entropy of the average, `avg = -sum_j a_j log(a_j + eps)` with
+/// `a = col * inv_count`; and its derivative `c_j = -(log(a_j + eps) + a_j / (a_j + eps))`. Without entropies,
+/// `rest_q`, `xbar`, `col`, `c`, `sample` and `avg` are absent.
 codebook: ibq_losses(IbqLosses<'a>) flop |s| 4 * s.z.dims.numel() + 8 * s.col.map_or(0, |c| c.dims.numel()) => {
-    /// `[M, D]`; act.
-    z: In<'a>,
-    /// `[K, D]`; act.
-    e: In<'a>,
-    /// `[M]`; i32.
-    idx: In<'a>,
-    /// `[M]`; acc.
-    rest_q: Option<In<'a>>,
-    /// `[M]`; acc.
-    xbar: Option<In<'a>>,
-    /// `[K]`; acc; summed over ranks.
-    col: Option<In<'a>>,
-    /// `[1]` one over the tokens of all ranks; acc.
-    inv_count: In<'a>,
-    /// `[M, D]`; act.
-    zq: Out<'a>,
-    /// `[K]`; acc.
-    c: Option<Out<'a>>,
-    /// `[1]`; acc.
-    quant: Out<'a>,
-    /// `[1]`; acc.
-    sample: Option<Out<'a>>,
-    /// `[1]`; acc.
-    avg: Option<Out<'a>>,
+    z: In<'a> = "[M, D]; act",
+    e: In<'a> = "[K, D]; act; K at least 1",
+    idx: In<'a> = "[M]; i32; values below K",
+    rest_q: Option<In<'a>> = "[M]; acc",
+    xbar: Option<In<'a>> = "[M]; acc; with rest_q",
+    /// Summed over ranks.
+    col: Option<In<'a>> = "[K]; acc; with rest_q",
+    /// One over the tokens of all ranks.
+    inv_count: In<'a> = "[1]; acc",
+    zq: Out<'a> = "[M, D]; act",
+    c: Option<Out<'a>> = "[K]; acc; with rest_q",
+    quant: Out<'a> = "[1]; acc",
+    sample: Option<Out<'a>> = "[1]; acc; with rest_q",
+    avg: Option<Out<'a>> = "[1]; acc; with rest_q",
     /// Added inside the logarithm.
     eps: f64,
     /// Weight of the commitment term.
@@ -965,84 +766,63 @@ codebook: ibq_losses(IbqLosses<'a>) flop |s| 4 * s.z.dims.numel() + 8 * s.col.ma
     /// Weight of the codebook term.
     beta_code: f64,
 }
-/// The whole backward of the IBQ quantizer: soft path, hard scatter, both entropies and the direct terms of
-/// the quantization loss, with the best code kept out of every cancelling sum (docs/quantizer.md). Without entropies
-/// all of `rest_q`, `xbar`, `c`, `g_sample` and `g_avg` are absent.
+/// The backward pass of the IBQ quantizer: the soft path, the scatter of gradients to the best codes, both entropies
+/// and the direct terms of the quantization loss. The best code is left out of every sum in which its terms would
+/// cancel (docs/quantizer.md). Without entropies, `rest_q`, `xbar`, `c`, `g_sample` and `g_avg` are absent.
 codebook: ibq_bwd(IbqBwd<'a>) flop |s| 16 * s.z.dims.numel() * s.e.dims.rows() => {
-    /// `[M, D]`; act.
-    z: In<'a>,
-    /// `[K, D]`; act.
-    e: In<'a>,
-    /// `[M]`; i32.
-    idx: In<'a>,
-    /// `[M]`; acc.
-    smax: In<'a>,
-    /// `[M]`; acc.
-    rest_p: In<'a>,
-    /// `[M]`; acc.
-    rest_q: Option<In<'a>>,
-    /// `[M]`; acc.
-    xbar: Option<In<'a>>,
-    /// `[K]`; acc.
-    c: Option<In<'a>>,
-    /// `[1]` one over the tokens of all ranks; acc.
-    inv_count: In<'a>,
-    /// `[M, D]` gradient that reached `zq` from the decoder and the projector; act.
-    g: In<'a>,
-    /// `[1]` gradient of `quant`; acc.
-    g_quant: In<'a>,
-    /// `[1]` gradient of `sample`; acc.
-    g_sample: Option<In<'a>>,
-    /// `[1]` gradient of `avg`; acc.
-    g_avg: Option<In<'a>>,
-    /// `[M, D]`; act.
-    dz: Out<'a>,
-    /// `[K, D]`; acc.
-    de: Option<Acc<'a>>,
-    /// T of the entropies.
-    temperature: f64,
+    z: In<'a> = "[M, D]; act",
+    e: In<'a> = "[K, D]; act; K at least 1",
+    idx: In<'a> = "[M]; i32; values below K",
+    smax: In<'a> = "[M]; acc",
+    rest_p: In<'a> = "[M]; acc",
+    rest_q: Option<In<'a>> = "[M]; acc",
+    xbar: Option<In<'a>> = "[M]; acc; with rest_q",
+    c: Option<In<'a>> = "[K]; acc; with rest_q",
+    /// One over the tokens of all ranks.
+    inv_count: In<'a> = "[1]; acc",
+    /// Gradient of `zq` from the decoder and the projector.
+    g: In<'a> = "[M, D]; act",
+    /// Gradient of `quant`.
+    g_quant: In<'a> = "[1]; acc",
+    /// Gradient of `sample`.
+    g_sample: Option<In<'a>> = "[1]; acc; with rest_q",
+    /// Gradient of `avg`.
+    g_avg: Option<In<'a>> = "[1]; acc; with rest_q",
+    dz: Out<'a> = "[M, D]; act",
+    de: Option<Acc<'a>> = "[K, D]; acc",
+    /// Temperature of the entropies.
+    temperature: f64 = "above 0; if rest_q",
     /// Weight of the commitment term.
     beta_commit: f64,
     /// Weight of the codebook term.
     beta_code: f64,
 }
-/// The plain VQ baseline: `zq = E[idx]`, `quant = (beta_commit + beta_code) * inv_count/D * sum (zq - z)^2`.
+/// The plain VQ quantizer: `zq = E[idx]`, `quant = (beta_commit + beta_code) * inv_count/D * sum (zq - z)^2`.
 codebook: vq_losses(VqLosses<'a>) flop |s| 4 * s.z.dims.numel() => {
-    /// `[M, D]`; act.
-    z: In<'a>,
-    /// `[K, D]`; act.
-    e: In<'a>,
-    /// `[M]`; i32.
-    idx: In<'a>,
-    /// `[1]` one over the tokens of all ranks; acc.
-    inv_count: In<'a>,
-    /// `[M, D]`; act.
-    zq: Out<'a>,
-    /// `[1]`; acc.
-    quant: Out<'a>,
+    z: In<'a> = "[M, D]; act",
+    e: In<'a> = "[K, D]; act; K at least 1",
+    idx: In<'a> = "[M]; i32; values below K",
+    /// One over the tokens of all ranks.
+    inv_count: In<'a> = "[1]; acc",
+    zq: Out<'a> = "[M, D]; act",
+    quant: Out<'a> = "[1]; acc",
     /// Weight of the commitment term.
     beta_commit: f64,
     /// Weight of the codebook term.
     beta_code: f64,
 }
-/// Gradient of `vq_losses`: `g` passes straight to `z`; commitment to `z`, codebook term to `e`.
+/// Gradient of `vq_losses`. `dz` is `g` (straight-through) plus the gradient of the commitment term; the gradient of
+/// the codebook term is added to `de`.
 codebook: vq_bwd(VqBwd<'a>) flop |s| 6 * s.z.dims.numel() => {
-    /// `[M, D]`; act.
-    z: In<'a>,
-    /// `[K, D]`; act.
-    e: In<'a>,
-    /// `[M]`; i32.
-    idx: In<'a>,
-    /// `[1]` one over the tokens of all ranks; acc.
-    inv_count: In<'a>,
-    /// `[M, D]`; act.
-    g: In<'a>,
-    /// `[1]`; acc.
-    g_quant: In<'a>,
-    /// `[M, D]`; act.
-    dz: Out<'a>,
-    /// `[K, D]`; acc.
-    de: Option<Acc<'a>>,
+    z: In<'a> = "[M, D]; act",
+    e: In<'a> = "[K, D]; act; K at least 1",
+    idx: In<'a> = "[M]; i32; values below K",
+    /// One over the tokens of all ranks.
+    inv_count: In<'a> = "[1]; acc",
+    g: In<'a> = "[M, D]; act",
+    g_quant: In<'a> = "[1]; acc",
+    dz: Out<'a> = "[M, D]; act",
+    de: Option<Acc<'a>> = "[K, D]; acc",
     /// Weight of the commitment term.
     beta_commit: f64,
     /// Weight of the codebook term.
@@ -1050,35 +830,32 @@ codebook: vq_bwd(VqBwd<'a>) flop |s| 6 * s.z.dims.numel() => {
 }
 
 // ---- optimizer -----------------------------------------------------------------------------------------
-/// `out[0] += sum x^2`, `out[1] +=` the number of non-finite elements (which are left out of the sum).
+/// Adds the sum of `x^2` over finite elements to `out[0]`, and the number of non-finite elements to `out[1]`.
 optim: sum_squares(SumSquares<'a>) flop |s| 2 * s.x.dims.numel() => {
-    /// `[n]`; acc.
-    x: In<'a>,
-    /// `[2]`; acc.
-    out: Acc<'a>,
+    x: In<'a> = "[n]; acc",
+    out: Acc<'a> = "[2]; acc",
 }
-/// One AdamW step on a flat range, all in the accumulator type; see [`super::Slot`] for what it reads from
-/// the step state. The gradient is scaled by `min(1, clip / (sqrt(norm[0]) + 1e-6))` if `clip > 0`. If
-/// `norm[1] > 0` nothing changes. `ema = decay * ema + (1 - decay) * master`, `shadow = master` rounded.
+/// One AdamW step on a flat range, in the accumulator type, with learning rate, bias corrections and clip from the step
+/// state (see [`super::Slot`]). If `clip > 0`, the gradient is scaled by `min(1, clip / (sqrt(norm[0]) + 1e-6))`. Then
+/// `ema = ema_decay * ema + (1 - ema_decay) * master`, and `shadow` is `master` rounded to act. Nothing changes if
+/// `norm[1] > 0`.
 optim: adamw(Adamw<'a>) flop |s| 12 * s.grad.dims.numel() => {
-    /// `[n]`; acc; updated.
-    master: Acc<'a>,
-    /// `[n]`; acc.
-    grad: In<'a>,
-    /// `[n]` first moment; acc; updated.
-    m: Acc<'a>,
-    /// `[n]` second moment; acc; updated.
-    v: Acc<'a>,
-    /// `[n]`; acc; updated.
-    ema: Option<Acc<'a>>,
-    /// `[n]`; act.
-    shadow: Option<Out<'a>>,
-    /// The step state; acc.
-    state: In<'a>,
-    /// `[2]`, from `sum_squares` over everything this optimizer trains; acc.
-    norm: In<'a>,
+    /// Updated.
+    master: Acc<'a> = "[n]; acc",
+    grad: In<'a> = "[n]; acc",
+    /// First moment; updated.
+    m: Acc<'a> = "[n]; acc",
+    /// Second moment; updated.
+    v: Acc<'a> = "[n]; acc",
+    /// Updated.
+    ema: Option<Acc<'a>> = "[n]; acc",
+    shadow: Option<Out<'a>> = "[n]; act",
+    /// The step state.
+    state: In<'a> = "[86]; acc",
+    /// From `sum_squares` over everything this optimizer trains.
+    norm: In<'a> = "[2]; acc",
     /// Row of the step state that holds this group's rate, bias corrections and clip.
-    group: usize,
+    group: usize = "below 16",
     /// Decay of the first moment.
     beta1: f64,
     /// Decay of the second moment.
@@ -1090,14 +867,13 @@ optim: adamw(Adamw<'a>) flop |s| 12 * s.grad.dims.numel() => {
     /// Decay of the average of the weights.
     ema_decay: f64,
 }
-/// `y = x` if `norm[1] > 0`: takes back what a step did whose update is skipped.
+/// `y = x` if `norm[1] > 0`: undoes the changes of a step that is skipped.
 optim: restore(Restore<'a>) flop |_s| 0 => {
-    /// `[n]`, the values before the step; acc or act.
-    x: In<'a>,
-    /// `[2]`, as for `adamw`; acc.
-    norm: In<'a>,
-    /// `[n]`; type of `x`.
-    y: Acc<'a>,
+    /// The values before the step.
+    x: In<'a> = "[n]; act or acc",
+    /// As for `adamw`.
+    norm: In<'a> = "[2]; acc",
+    y: Acc<'a> = "[n]; type of x",
 }
         }
     };
@@ -1106,26 +882,42 @@ pub(crate) use kernel_table;
 
 macro_rules! define_contract {
     ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => {
-        $($(#[$fdoc:meta])* $field:ident: $ty:ty,)*
+        $($(#[$fdoc:meta])* $field:ident: $ty:ty $(= $text:literal)?,)*
     })*) => {
         $(
             #[doc = concat!("Arguments of [`Kernels::", stringify!($name), "`].")]
             #[derive(Clone, Copy)]
-            pub struct $args<$lt> { $($(#[$fdoc])* pub $field: $ty,)* }
+            pub struct $args<$lt> { $($(#[doc = concat!("`", $text, "`.")])? $(#[$fdoc])* pub $field: $ty,)* }
 
-            impl $args<'_> {
-                /// Names and types of the fields, in the order of the C header.
-                pub const FIELDS: &'static [(&'static str, &'static str)] =
-                    &[$((stringify!($field), stringify!($ty)),)*];
+            impl<$lt> $args<$lt> {
+                const COMPILED: spec::Compiled = spec::compile(&[$(spec::Raw {
+                    name: stringify!($field),
+                    kind: <$ty as Field>::KIND,
+                    text: concat!($($text)?),
+                },)*]);
+                const FIELDS: &'static [FieldSpec] = Self::COMPILED.fields.split_at(Self::COMPILED.n).0;
+                /// This row of the table.
+                pub const SPEC: &'static KernelSpec = &KernelSpec {
+                    name: stringify!($name),
+                    fields: Self::FIELDS,
+                    symbols: Self::COMPILED.symbols,
+                };
             }
 
             impl Args for $args<'_> {
-                fn kernel(&self) -> &'static str {
-                    stringify!($name)
+                fn spec(&self) -> &'static KernelSpec {
+                    Self::SPEC
+                }
+                fn with_values(&self, f: &mut dyn FnMut(&[Value]) -> Result<()>) -> Result<()> {
+                    f(&[$(self.$field.value(),)*])
                 }
                 fn views(&self) -> Vec<(&'static str, Access, In<'_>)> {
-                    let all = [$((stringify!($field), Field::view(&self.$field)),)*];
-                    all.into_iter().filter_map(|(n, v)| v.map(|(a, v)| (n, a, v))).collect()
+                    let all = [$((stringify!($field), self.$field.value()),)*];
+                    let views = all.into_iter().filter_map(|(name, value)| match value {
+                        Value::Tensor(access, v) => Some((name, access, *v)),
+                        _ => None,
+                    });
+                    views.collect()
                 }
                 fn cost(&self) -> Cost {
                     let $s = self;
@@ -1137,8 +929,9 @@ macro_rules! define_contract {
             }
         )*
 
-        /// Every kernel of the model. A call is ordered after earlier calls on the same stream; it neither
-        /// allocates device memory nor waits.
+        /// All kernels. A call is ordered after earlier calls on the same stream. It neither allocates device memory
+        /// nor waits for the device. Before anything else, a device checks that the tensors are its own and that the
+        /// arguments satisfy the rules of the table.
         pub trait Kernels: Device {
             $(
                 $(#[$doc])*
@@ -1146,8 +939,8 @@ macro_rules! define_contract {
             )*
         }
 
-        /// Name and fields of every kernel, for the check against the C header.
-        pub const KERNELS: &[(&str, &[(&str, &str)])] = &[$((stringify!($name), $args::FIELDS),)*];
+        /// Every kernel, in the order of the C header.
+        pub const KERNELS: &[&KernelSpec] = &[$($args::SPEC,)*];
     };
 }
 kernel_table!(define_contract);
@@ -1156,8 +949,8 @@ fn inner(a: &In, transposed: bool) -> usize {
     if transposed { a.dims.rows() } else { a.dims.cols() }
 }
 
-/// `n` products of T x Tk x D per head, half of them masked if causal. Sequence lengths live on the device,
-/// so the longest stands for all: an upper bound.
+/// An upper bound of the operations of attention: `n` products of T x Tk x D per head, half of them masked if causal.
+/// All sequences count with the maximum length, since their lengths are on the device.
 fn attention_flop(n: usize, tq: usize, tk: usize, cu: In, heads: usize, d: usize, causal: bool) -> usize {
     let seqs = cu.dims.numel().saturating_sub(1);
     2 * n * seqs * heads * d * tq * tk / if causal { 2 } else { 1 }

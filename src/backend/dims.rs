@@ -20,14 +20,14 @@ impl Dims {
         &self.d[..self.n as usize]
     }
 
-    /// Number of elements. Shapes may come from input: a number above `usize::MAX` is given as `usize::MAX`, which no
-    /// tensor has (see [`Dims::bytes`]).
+    /// Number of elements. It saturates at `usize::MAX`, since shapes may come from input; no tensor has that many (see
+    /// [`Dims::bytes`]).
     pub fn numel(&self) -> usize {
         product(self.as_slice())
     }
 
-    /// Bytes of a tensor of this shape; `None` if no memory can be that large. Empty tensors count as if their zeros
-    /// were ones, so that no part of the shape of any tensor overflows a product.
+    /// Bytes of a tensor of this shape; `None` if they exceed `isize::MAX`. Empty tensors are checked with 1 in place
+    /// of every 0, so that the product of any dimensions of a tensor does not overflow.
     pub fn bytes(&self, dtype: DType) -> Option<usize> {
         let most = self.as_slice().iter().try_fold(dtype.size(), |n, &d| n.checked_mul(d.max(1)))?;
         let empty = self.as_slice().contains(&0);
@@ -39,15 +39,14 @@ impl Dims {
         self.as_slice().last().copied().unwrap_or(1)
     }
 
-    /// The product of all dimensions but the last; 1 for vectors and scalars. At most `usize::MAX`, as
-    /// [`Dims::numel`].
+    /// The product of all dimensions but the last; 1 for vectors and scalars. It saturates as [`Dims::numel`].
     pub fn rows(&self) -> usize {
         let s = self.as_slice();
         product(&s[..s.len().saturating_sub(1)])
     }
 }
 
-/// The product, or `usize::MAX` if it is larger; a zero anywhere makes it 0.
+/// The product, saturating at `usize::MAX`; 0 if any dimension is 0.
 fn product(dims: &[usize]) -> usize {
     if dims.contains(&0) { 0 } else { dims.iter().fold(1, |n, &d| n.saturating_mul(d)) }
 }
@@ -98,7 +97,7 @@ mod tests {
 
     #[test]
     fn products_do_not_wrap() {
-        // 2^60 x 4 x 4 x 4 wraps to 0, 2^63 x 2 + ... to small numbers.
+        // Wrapping products of these are 0 or small.
         for dims in [[1 << 60, 4, 4, 4], [1 << 63, 2, 1, 1], [(1 << 63) + 1, 2, 1, 3], [usize::MAX; 4]] {
             let d = Dims::from(dims);
             assert_eq!((d.numel(), d.bytes(DType::F32)), (usize::MAX, None), "{d}");

@@ -6,11 +6,11 @@ use half::bf16;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(i32)]
 pub enum DType {
-    /// IEEE binary64: the oracle.
+    /// IEEE binary64, for the reference implementation.
     F64 = 0,
     /// IEEE binary32.
     F32 = 1,
-    /// bfloat16: storage only, every sum is float32.
+    /// bfloat16, for storage only; sums are in f32.
     Bf16 = 2,
     /// Indices, positions, sequence offsets.
     I32 = 3,
@@ -36,8 +36,8 @@ impl DType {
         }
     }
 
-    /// What a tensor of this type holds for `v`: the nearest float, of two the one with an even mantissa; integers lose
-    /// what follows the point.
+    /// The value stored for `v` in a tensor of this type: floats are rounded to nearest, ties to even; integers are
+    /// truncated.
     pub fn rounded(self, v: f64) -> f64 {
         match self {
             DType::F64 => v,
@@ -48,11 +48,11 @@ impl DType {
     }
 }
 
-/// The nearest bf16, of two the one with an even mantissa. `bf16::from_f64` looks at the upper half of a number only, so that
-/// numbers just beside the middle of two are rounded as the middle is.
+/// Rounds to the nearest bf16, ties to even. `bf16::from_f64` ignores the lower 32 bits of `v`, so that it rounds values
+/// very close to a tie as if they were ties.
 pub fn to_bf16(v: f64) -> bf16 {
-    // Rounded to f32 towards 0, with the last bit set if anything was cut off: the second rounding sees what the
-    // first one did, since f32 has more than two bits beyond those of bf16.
+    // Round to odd: truncate to f32 and set the last bit if the value was inexact. Rounding the result to bf16 is then
+    // correct, since f32 has at least two more mantissa bits than bf16.
     let near = v as f32;
     if v.is_nan() || f64::from(near) == v {
         return bf16::from_f32(near);
@@ -67,9 +67,9 @@ impl std::fmt::Display for DType {
     }
 }
 
-/// A type that a tensor can hold on the host.
+/// A Rust type of tensor elements.
 pub trait Element: bytemuck::Pod + Send + Sync + 'static {
-    /// The runtime tag of this type.
+    /// The element type at run time.
     const DTYPE: DType;
 }
 
@@ -86,8 +86,8 @@ impl Element for i32 {
     const DTYPE: DType = DType::I32;
 }
 
-/// `act`: activations and the weights that products read. `acc`: statistics, losses, parameter
-/// gradients, master weights and optimizer moments.
+/// The two element types of a run: `act` for activations and the copies of weights that matrix products read, `acc` for
+/// statistics, losses, parameter gradients, master weights and optimizer moments.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Precision {
     /// Element type of activations.
@@ -97,11 +97,11 @@ pub struct Precision {
 }
 
 impl Precision {
-    /// The oracle.
+    /// Double precision, for the reference implementation.
     pub const F64: Self = Self { act: DType::F64, acc: DType::F64 };
     /// Plain single precision.
     pub const F32: Self = Self { act: DType::F32, acc: DType::F32 };
-    /// bfloat16 activations over float32 masters.
+    /// bfloat16 activations with f32 master weights.
     pub const BF16: Self = Self { act: DType::Bf16, acc: DType::F32 };
 
     /// Parses `f64`, `f32` or `bf16`.
@@ -120,10 +120,10 @@ mod tests {
     use super::*;
     use crate::rng::Philox;
 
-    /// Neighbours of a number among those of bf16, the farther one last.
+    /// The two bf16 values around a number, the one closer to 0 first.
     fn neighbours(v: f64) -> [bf16; 2] {
         let below = bf16::from_bits(((v as f32).to_bits() >> 16) as u16);
-        // `as` may have rounded away from 0, across a number of bf16.
+        // `as` may have rounded away from 0, past a bf16 value.
         let below = match below.to_f64().abs() > v.abs() {
             true => bf16::from_bits(below.to_bits() - 1),
             false => below,
@@ -131,11 +131,11 @@ mod tests {
         [below, bf16::from_bits(below.to_bits() + 1)]
     }
 
-    /// `to_bf16` by its definition: no other number is nearer, and of two the even one.
+    /// Checks `to_bf16` by its definition: the nearest value, ties to even.
     fn check(v: f64) {
         let got = to_bf16(v);
         let [near, far] = neighbours(v);
-        // Half a step of the largest numbers beyond them is infinite.
+        // Beyond the largest bf16, infinity takes the place of 2^128.
         let far_value = if far.is_finite() { far.to_f64().abs() } else { 2f64.powi(128) };
         let (low, high) = (v.abs() - near.to_f64().abs(), far_value - v.abs());
         assert!(low >= 0.0 && high > 0.0, "{v:e} lies between {near} and {far}");
@@ -149,7 +149,7 @@ mod tests {
 
     #[test]
     fn f64_is_rounded_to_bf16_once() {
-        // Around every kind of middle of two numbers: the least difference that an f64 can have from it.
+        // Ties of all kinds, and the closest f64 values on both sides of each.
         let bits: Vec<u16> = (0..0x7F80).step_by(61).chain([0, 1, 0x7F, 0x80, 0x7F7F]).collect();
         for (b, negative) in bits.into_iter().flat_map(|b| [(b, false), (b, true)]) {
             let at = bf16::from_bits(b).to_f64();
@@ -163,7 +163,7 @@ mod tests {
         for _ in 0..200_000 {
             check(rng.normal() * 2f64.powi(rng.below(200) as i32 - 100));
         }
-        // What rounding twice gives, and what the upper half of a number shows, are other numbers.
+        // Rounding twice, or ignoring the lower 32 bits, gives wrong results.
         let v = 1.0 + 2f64.powi(-8) + 2f64.powi(-50);
         assert_eq!((to_bf16(v).to_f64(), bf16::from_f64(v).to_f64()), (1.0 + 2f64.powi(-7), 1.0));
         assert_eq!(bf16::from_f32(v as f32).to_f64(), 1.0);

@@ -1,10 +1,11 @@
 //! The contract between the model and a device.
 //!
-//! A *kernel* is a small named function over buffers with a documented formula. [`Kernels`] lists all of
-//! them, [`Device`] what surrounds them: memory, copies, collectives. [`Cpu`] computes them in plain
-//! Rust, [`Plan`] computes nothing and counts. Ops, models and training see `&dyn Kernels` only.
+//! A *kernel* is a small named function over buffers with a documented formula. [`Kernels`] lists all kernels, and
+//! [`Device`] provides memory, copies and collectives. [`Cpu`] implements them in plain Rust; [`Plan`] computes nothing
+//! and counts memory and operations. Ops, models and training only use `&dyn Kernels`.
 
 pub mod abi;
+pub(crate) mod check;
 mod contract;
 pub mod cpu;
 pub mod cuda;
@@ -12,8 +13,10 @@ mod dims;
 mod dtype;
 mod plan;
 mod slot;
+pub mod spec;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
 pub use contract::*;
@@ -24,11 +27,12 @@ pub use dims::Dims;
 pub use dtype::{DType, Element, Precision, to_bf16};
 pub use plan::{KernelCount, Plan, Target};
 pub use slot::Slot;
+use spec::{KernelSpec, Kind};
 
-/// What a buffer is for; memory is reported by role.
+/// The purpose of a buffer; memory is reported by role.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Role {
-    /// Master weights and the weights that products read.
+    /// Master weights, and their copies in the activation type.
     Weight,
     /// Parameter gradients.
     Gradient,
@@ -38,9 +42,9 @@ pub enum Role {
     Ema,
     /// Values and gradients that live within one step.
     Activation,
-    /// Scratch of one kernel.
+    /// Scratch memory of a kernel.
     Workspace,
-    /// Batches, indices, the step state.
+    /// Batches, indices and the step state.
     Input,
 }
 
@@ -71,43 +75,62 @@ impl std::fmt::Display for Role {
     }
 }
 
-/// An ordered queue of launches. Devices without queues run everything at once.
+/// An ordered queue of launches. Devices without queues run every call immediately.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stream(pub u8);
 
 impl Stream {
-    /// Where kernels run.
+    /// Runs kernels.
     pub const COMPUTE: Stream = Stream(0);
-    /// Where batches are copied.
+    /// Copies batches.
     pub const COPY: Stream = Stream(1);
 }
 
-/// Gives memory back when a [`Buffer`] is dropped.
+/// Identifies a device of this process. A device only accesses its own memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceId(u64);
+
+impl DeviceId {
+    /// An identity that no other device has.
+    pub fn unique() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        DeviceId(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// Frees memory when a [`Buffer`] is dropped.
 pub trait Reclaim: Send + Sync {
-    /// Takes back what [`Device::alloc`] gave.
+    /// Frees memory that [`Device::alloc`] returned.
     ///
     /// # Safety
-    /// `addr`, `bytes` and `role` are those of memory that this owner gave, and nobody uses it any more.
+    /// `addr`, `bytes` and `role` describe one allocation of this owner, which is no longer used.
     unsafe fn reclaim(&self, addr: u64, bytes: usize, role: Role);
 }
 
-/// Device memory: an address that only its device may follow.
+/// Device memory: an address that only its device may dereference.
 pub struct Buffer {
     addr: u64,
     bytes: usize,
     role: Role,
+    device: DeviceId,
     owner: Arc<dyn Reclaim>,
 }
 
 impl Buffer {
-    /// For devices: wraps an allocation.
+    /// For devices: wraps an allocation of `device`.
     ///
     /// # Safety
-    /// Kernels follow the address. From `addr`, a multiple of 256, the device may read and write `bytes` bytes, which
-    /// hold some value, until the buffer is dropped and `owner` takes them back; nothing else uses them. On a device
-    /// without data, and with 0 bytes, any address will do.
-    pub unsafe fn new(addr: u64, bytes: usize, role: Role, owner: Arc<dyn Reclaim>) -> Self {
-        Buffer { addr, bytes, role, owner }
+    /// Kernels of `device` dereference the address. `addr` is a multiple of 256, and the `bytes` bytes from there on
+    /// are initialised and can be read and written by the device, and by nothing else, until the buffer is dropped and
+    /// `owner` frees them. With 0 bytes, or on a device without data, any address is valid.
+    pub unsafe fn new(
+        addr: u64,
+        bytes: usize,
+        role: Role,
+        device: DeviceId,
+        owner: Arc<dyn Reclaim>,
+    ) -> Self {
+        Buffer { addr, bytes, role, device, owner }
     }
 
     /// The device address; 0 on a device without data.
@@ -119,27 +142,33 @@ impl Buffer {
     pub fn bytes(&self) -> usize {
         self.bytes
     }
+
+    /// The device that the memory belongs to.
+    pub fn device(&self) -> DeviceId {
+        self.device
+    }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        // SAFETY: `new` was given this memory by its owner; views borrow the buffer, so that none is left.
+        // SAFETY: the memory came from this owner; views borrow the buffer, so none is left.
         unsafe { self.owner.reclaim(self.addr, self.bytes, self.role) };
     }
 }
 
-/// What a view covers. A view lets its fields be read, as its own, but not changed: it would leave its buffer.
+/// Element type, shape and stride of a view, which gives read access to them. They cannot be changed, since the view
+/// might then exceed its buffer.
 #[derive(Debug, Clone, Copy)]
 pub struct Extent {
     /// Element type.
     pub dtype: DType,
     /// Shape; all dimensions but the last are rows.
     pub dims: Dims,
-    /// Elements from one row to the next.
+    /// Row stride, in elements.
     pub ld: i64,
 }
 
-/// A kernel input: a part of a buffer, as its [`Extent`] says.
+/// A kernel input: a part of a buffer, described by its [`Extent`].
 #[derive(Clone, Copy)]
 pub struct In<'a> {
     buf: &'a Buffer,
@@ -152,31 +181,31 @@ pub struct In<'a> {
 #[derive(Clone, Copy)]
 pub struct Out<'a>(pub In<'a>);
 
-/// A kernel output that is added to: parameter gradients, statistics, and what an optimizer updates.
+/// A kernel output that is read and updated: parameter gradients, statistics, and tensors updated by an optimizer.
 #[derive(Clone, Copy)]
 pub struct Acc<'a>(pub In<'a>);
 
 impl<'a> In<'a> {
-    /// `dims` elements of `dtype` from byte `off` of `buf`, rows `ld` elements apart; an error if they do not lie
-    /// inside the buffer, in whole elements, or if rows overlap.
+    /// A view of shape `dims` that starts at byte `off` of `buf`, with a row stride of `ld` elements. Fails if it
+    /// exceeds the buffer, if `off` is not a multiple of the element size, or if rows overlap.
     pub fn new(buf: &'a Buffer, off: u64, dtype: DType, dims: impl Into<Dims>, ld: i64) -> Result<Self> {
         let v = In { buf, off, extent: Extent { dtype, dims: dims.into(), ld } };
-        check_view("view", "extent", &v)?;
+        check::extent("view", "extent", &v)?;
         Ok(v)
     }
 
     /// As [`In::new`], without its checks.
     ///
     /// # Safety
-    /// The view would pass them, or it only meets devices that check every view themselves, as those of this crate do.
+    /// The view would pass these checks, or is only passed to devices that check every view, as those of this crate do.
     pub unsafe fn unchecked(buf: &'a Buffer, off: u64, dtype: DType, dims: Dims, ld: i64) -> Self {
         In { buf, off, extent: Extent { dtype, dims, ld } }
     }
 
-    /// The same elements of a contiguous view under another shape; errors name argument `arg` of `op`.
+    /// A contiguous view with another shape of as many elements; errors name argument `arg` of `op`.
     pub(crate) fn reshape(&self, op: &'static str, arg: &'static str, dims: impl Into<Dims>) -> Result<Self> {
         let dims = dims.into();
-        check_view(op, arg, self)?;
+        check::extent(op, arg, self)?;
         if !self.is_contiguous() {
             return Err(Error::arg(op, arg, format!("strided by {}", self.ld), "contiguous"));
         }
@@ -187,7 +216,7 @@ impl<'a> In<'a> {
         Ok(In { extent, ..*self })
     }
 
-    /// The memory that it is a part of.
+    /// The buffer that the view is a part of.
     pub fn buffer(&self) -> &'a Buffer {
         self.buf
     }
@@ -197,12 +226,12 @@ impl<'a> In<'a> {
         self.buf.addr.wrapping_add(self.off)
     }
 
-    /// True when rows follow each other without gaps.
+    /// Whether rows follow one another without gaps.
     pub fn is_contiguous(&self) -> bool {
         self.ld == self.dims.cols() as i64 || self.dims.rows() <= 1
     }
 
-    /// Bytes of the elements themselves, gaps left out.
+    /// Bytes of the elements, without gaps between rows.
     pub fn bytes(&self) -> u64 {
         self.dims.numel().saturating_mul(self.dtype.size()) as u64
     }
@@ -215,7 +244,7 @@ impl std::ops::Deref for In<'_> {
     }
 }
 
-/// How a kernel touches a view.
+/// How a kernel accesses a view.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
     /// Read only.
@@ -226,22 +255,23 @@ pub enum Access {
     Accumulate,
 }
 
-/// A value on its way back to the host.
+/// A value being copied to the host.
 pub struct Pending(Box<dyn FnOnce() -> Result<Vec<u8>> + Send>);
 
 impl Pending {
-    /// For devices: wraps the wait.
+    /// For devices: `wait` waits for the copy and returns its bytes.
     pub fn new(wait: impl FnOnce() -> Result<Vec<u8>> + Send + 'static) -> Self {
         Pending(Box::new(wait))
     }
 
-    /// Waits for the device and returns the elements in row order, gaps left out.
+    /// Waits for the device and returns the bytes of the elements in row order, without gaps. Fails with a fault that a
+    /// kernel recorded before the copy.
     pub fn wait(self) -> Result<Vec<u8>> {
         (self.0)()
     }
 }
 
-/// Sums and gathers over ranks. With one rank each is the identity.
+/// Collective operations over ranks. With a single rank each is the identity.
 pub trait Collectives {
     /// Number of ranks.
     fn ranks(&self) -> usize;
@@ -249,7 +279,7 @@ pub trait Collectives {
     fn rank(&self) -> usize;
     /// Sums `x` over all ranks in place.
     fn all_reduce(&self, s: Stream, x: Acc) -> Result<()>;
-    /// Sums over all ranks; every rank keeps its own `1/ranks` slice in `y`.
+    /// Sums `x` over all ranks; every rank gets its own `1/ranks` slice of the sum in `y`.
     fn reduce_scatter(&self, s: Stream, x: In, y: Out) -> Result<()>;
     /// Concatenates every rank's `x` in `y`.
     fn all_gather(&self, s: Stream, x: In, y: Out) -> Result<()>;
@@ -259,68 +289,71 @@ pub trait Collectives {
 pub trait Device: Send + Sync {
     /// Name for messages.
     fn name(&self) -> String;
-    /// False on a device that holds no data: initial values need not be drawn for it.
+    /// The identity of this device, which is stored in its buffers. Tensors of other devices are refused.
+    fn id(&self) -> DeviceId;
+    /// Whether the device stores data; initial values need not be computed for one that does not.
     fn has_data(&self) -> bool {
         true
     }
-    /// Bytes that could be taken now, if the device knows.
+    /// Bytes that could be allocated now, if known.
     fn available(&self) -> Option<u64> {
         None
     }
-    /// New memory, aligned to 256 bytes; contents unspecified. The same sequence of calls in a step gives
-    /// the same addresses.
+    /// Allocates memory aligned to 256 bytes, with unspecified contents. Steps with the same sequence of calls get the
+    /// same addresses. Fails if there is not enough memory.
     fn alloc(&self, role: Role, bytes: usize) -> Result<Buffer>;
     /// Copies host bytes into a contiguous view. `src` may be reused when this returns.
     fn copy_in(&self, s: Stream, src: &[u8], dst: Out) -> Result<()>;
-    /// Starts a copy to the host: the only way back.
+    /// Starts a copy to the host, the only way to read device memory.
     fn read_later(&self, s: Stream, src: In) -> Result<Pending>;
-    /// Makes what is enqueued on `after` from now on wait for everything enqueued on `before` so far. Devices
-    /// without queues have nothing to order.
+    /// Makes all work enqueued on `after` from now on wait for all work enqueued on `before` so far. Devices without
+    /// queues do nothing.
     fn order(&self, _before: Stream, _after: Stream) -> Result<()> {
         Ok(())
     }
-    /// Waits until everything enqueued so far is done.
+    /// Waits until all work enqueued so far is done.
     fn synchronize(&self) -> Result<()> {
         Ok(())
     }
-    /// Runs `work` once and keeps the launches it enqueues on the compute stream, without executing them, to be
-    /// replayed at the cost of one launch. Values change between replays only through memory that is written
-    /// outside: the step state, the batch. Copies to and from the host, orders and waits cannot be recorded. Memory that `work`
-    /// takes belongs to the recording, so that replays write nothing else; tensors that it reads and did not make
-    /// have to outlive the recording. `None` on a device that cannot record: it did not call `work`.
+    /// Calls `work` once and records the launches that it enqueues on the compute stream, without executing them; a
+    /// replay costs as much as one launch. Results differ between replays only through memory that is written outside
+    /// of the recording: the step state and the batch. Copies to and from the host, orders and waits cannot be
+    /// recorded. Memory that `work` allocates belongs to the recording, so that replays write to no other memory;
+    /// tensors that `work` reads but did not create must outlive the recording. Returns `None` without calling `work`
+    /// on devices that cannot record.
     fn record(&self, _work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Box<dyn Recording>>> {
         Ok(None)
     }
-    /// The ranks that train together.
+    /// Collective operations over the ranks that train together.
     fn collectives(&self) -> &dyn Collectives;
-    /// Bytes held now and at most so far, by role.
+    /// Allocated bytes by role, now and at the peak.
     fn memory(&self) -> Memory;
 }
 
-/// Launches kept by [`Device::record`].
+/// Launches recorded by [`Device::record`].
 pub trait Recording {
-    /// Enqueues them all on the compute stream.
+    /// Enqueues all of them on the compute stream.
     fn replay(&self) -> Result<()>;
 }
 
 /// Bytes by role.
 #[derive(Debug, Clone, Default)]
 pub struct Memory {
-    /// Held now, in the order of [`Role::ALL`].
+    /// Allocated now, in the order of [`Role::ALL`].
     pub live: [u64; 7],
-    /// Of each role, held when the total was largest.
+    /// Allocated when the total was largest, in the same order.
     pub at_peak: [u64; 7],
-    /// The largest total.
+    /// The largest total so far.
     pub peak: u64,
 }
 
 impl Memory {
-    /// Total held now.
+    /// The total allocated now.
     pub fn total(&self) -> u64 {
         self.live.iter().sum()
     }
 
-    /// What is held now, the largest roles first, for messages.
+    /// The three largest roles and their allocated bytes, for messages.
     pub(crate) fn largest(&self) -> String {
         let mut held: Vec<(u64, Role)> =
             self.live.iter().copied().zip(Role::ALL).filter(|(b, _)| *b > 0).collect();
@@ -342,7 +375,7 @@ impl Memory {
     }
 }
 
-/// Bytes for people.
+/// A number of bytes with a unit, for messages.
 pub(crate) fn size(bytes: u64) -> String {
     let (b, unit) = match bytes {
         0..1024 => return format!("{bytes} bytes"),
@@ -353,60 +386,113 @@ pub(crate) fn size(bytes: u64) -> String {
     format!("{:.1} {unit}", bytes as f64 / b)
 }
 
-/// Operations and least bytes of one kernel call.
+/// Operations and minimal memory traffic of one kernel call.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Cost {
-    /// Floating-point operations; a multiply-add counts two.
+    /// Floating-point operations; a multiply-add counts as two.
     pub flop: u64,
-    /// Bytes if every input is read once and every output written once.
+    /// Bytes read and written if every input is read once and every output is written once.
     pub bytes: u64,
 }
 
-/// Arguments of a kernel, as the devices that only look at them see them.
+/// Arguments of a kernel, in a form that is independent of the kernel.
 pub trait Args {
-    /// The kernel's name, equal to the C launcher's without its prefix.
-    fn kernel(&self) -> &'static str;
-    /// Name, access and extent of every tensor argument that is present.
+    /// The kernel's row of the table.
+    fn spec(&self) -> &'static KernelSpec;
+    /// Calls `f` with all arguments, in the order of the row.
+    fn with_values(&self, f: &mut dyn FnMut(&[Value]) -> Result<()>) -> Result<()>;
+    /// Name, access and view of every tensor argument that is present.
     fn views(&self) -> Vec<(&'static str, Access, In<'_>)>;
-    /// Operations and least bytes.
+    /// Operations and minimal memory traffic.
     fn cost(&self) -> Cost;
-}
-
-/// A type that may stand in a kernel's arguments.
-pub(crate) trait Field {
-    fn view(&self) -> Option<(Access, In<'_>)> {
-        None
+    /// The kernel's name, equal to the C launcher's without its prefix.
+    fn kernel(&self) -> &'static str {
+        self.spec().name
     }
 }
+
+/// An argument of a kernel, for checks.
+#[derive(Clone, Copy)]
+pub enum Value<'a> {
+    /// An optional tensor that is absent.
+    Absent,
+    /// A tensor and its access.
+    Tensor(Access, &'a In<'a>),
+    /// A `usize`.
+    Count(usize),
+    /// A `bool`.
+    Flag(bool),
+    /// An `f64`.
+    Real(f64),
+    /// An argument without rules.
+    Other,
+}
+
+/// A type of kernel arguments.
+pub(crate) trait Field {
+    const KIND: Kind;
+    fn value(&self) -> Value<'_> {
+        Value::Other
+    }
+}
+
+const fn tensor(access: Access) -> Kind {
+    Kind::Tensor { access, optional: false }
+}
+
 impl Field for In<'_> {
-    fn view(&self) -> Option<(Access, In<'_>)> {
-        Some((Access::Read, *self))
+    const KIND: Kind = tensor(Access::Read);
+    fn value(&self) -> Value<'_> {
+        Value::Tensor(Access::Read, self)
     }
 }
 impl Field for Out<'_> {
-    fn view(&self) -> Option<(Access, In<'_>)> {
-        Some((Access::Write, self.0))
+    const KIND: Kind = tensor(Access::Write);
+    fn value(&self) -> Value<'_> {
+        Value::Tensor(Access::Write, &self.0)
     }
 }
 impl Field for Acc<'_> {
-    fn view(&self) -> Option<(Access, In<'_>)> {
-        Some((Access::Accumulate, self.0))
+    const KIND: Kind = tensor(Access::Accumulate);
+    fn value(&self) -> Value<'_> {
+        Value::Tensor(Access::Accumulate, &self.0)
     }
 }
 impl<T: Field> Field for Option<T> {
-    fn view(&self) -> Option<(Access, In<'_>)> {
-        self.as_ref().and_then(Field::view)
+    const KIND: Kind = match T::KIND {
+        Kind::Tensor { access, .. } => Kind::Tensor { access, optional: true },
+        _ => panic!("only a tensor may be absent"),
+    };
+    fn value(&self) -> Value<'_> {
+        self.as_ref().map_or(Value::Absent, Field::value)
     }
 }
-impl Field for f64 {}
-impl Field for usize {}
-impl Field for u64 {}
-impl Field for bool {}
+impl Field for f64 {
+    const KIND: Kind = Kind::Real;
+    fn value(&self) -> Value<'_> {
+        Value::Real(*self)
+    }
+}
+impl Field for usize {
+    const KIND: Kind = Kind::Count;
+    fn value(&self) -> Value<'_> {
+        Value::Count(*self)
+    }
+}
+impl Field for u64 {
+    const KIND: Kind = Kind::Seed;
+}
+impl Field for bool {
+    const KIND: Kind = Kind::Flag;
+    fn value(&self) -> Value<'_> {
+        Value::Flag(*self)
+    }
+}
 
-/// What the name of a device stands for.
+/// A device as named on the command line.
 enum Named {
     Cpu,
-    /// A GPU by its number.
+    /// The GPU with this index.
     Cuda(usize),
 }
 
@@ -431,7 +517,7 @@ pub fn open(name: &str, threads: usize) -> Result<Arc<dyn Kernels>> {
 
 #[cfg(not(ett_cuda))]
 fn no_cuda() -> Error {
-    let what = "this program was built without its CUDA kernels, because no nvcc was found: run tools/setup-cuda and \
+    let what = "this program was built without its CUDA kernels, because no nvcc was found; run tools/setup-cuda and \
                 build again, or run on the CPU";
     Error::device("cuda", what)
 }
@@ -444,34 +530,4 @@ fn open_cuda(ordinal: usize) -> Result<Arc<dyn Kernels>> {
 #[cfg(not(ett_cuda))]
 fn open_cuda(_ordinal: usize) -> Result<Arc<dyn Kernels>> {
     Err(no_cuda())
-}
-
-/// Checks that a view lies inside its buffer; devices call this before following an address.
-pub(crate) fn check_view(op: &'static str, arg: &'static str, v: &In) -> Result<()> {
-    let text = || format!("{} {}", v.dims, v.dtype);
-    if v.dims.bytes(v.dtype).is_none() {
-        return Err(Error::arg(op, arg, text(), "a tensor that can be addressed: fewer elements"));
-    }
-    let size = v.dtype.size() as u64;
-    if !v.off.is_multiple_of(size) {
-        let want = format!("at a multiple of {size} bytes");
-        return Err(Error::arg(op, arg, format!("at byte {}", v.off), want));
-    }
-    let (rows, cols) = (v.dims.rows() as u64, v.dims.cols() as u64);
-    if rows == 0 || cols == 0 {
-        return Ok(());
-    }
-    if v.ld < cols as i64 && rows > 1 {
-        return Err(Error::arg(op, arg, format!("row stride {}", v.ld), format!("at least {cols}")));
-    }
-    // Of a single row the stride means nothing.
-    let ld = if rows > 1 { v.ld as u64 } else { 0 };
-    let elements = (rows - 1).checked_mul(ld).and_then(|n| n.checked_add(cols));
-    let end = elements.and_then(|n| n.checked_mul(size)).and_then(|n| n.checked_add(v.off));
-    if end.is_none_or(|end| end > v.buf.bytes as u64) {
-        let at = end.map_or("beyond all addresses".into(), |end| format!("at byte {end}"));
-        let want = format!("inside its buffer of {} bytes", v.buf.bytes);
-        return Err(Error::arg(op, arg, format!("{} ending {at}", text()), want));
-    }
-    Ok(())
 }

@@ -1,4 +1,4 @@
-//! A device without data: it runs the same step as another device and counts bytes by role, operations and launches.
+//! A device without data: it accepts the same step as another device and counts bytes by role, operations and launches.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -6,22 +6,22 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::*;
 use crate::error::Result;
 
-/// The device that a plan is for: each kernel takes the workspace that this device's query says. It need not be there.
+/// The device that a plan is for, which need not be present. Kernels take as much workspace as on this device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {
     /// The CPU.
     Cpu {
-        /// Threads that kernels run on.
+        /// Number of threads.
         threads: usize,
     },
-    /// A GPU: the one in this machine, else an H100.
+    /// A GPU: the one in this machine, or else an H100.
     #[cfg(ett_cuda)]
     Cuda,
 }
 
 impl Target {
-    /// The target for a device's name, as [`super::open`] takes it. An error in a build without CUDA kernels if the name
-    /// is a GPU's: only the kernels themselves know what they take.
+    /// The target for a device name as accepted by [`super::open`]. Fails for GPUs in a build without CUDA kernels,
+    /// since only the kernels know the sizes of their workspaces.
     pub fn named(name: &str, threads: usize) -> Result<Self> {
         match Named::parse(name)? {
             Named::Cpu => Ok(Target::Cpu { threads: Cpu::new(threads)?.threads() }),
@@ -32,7 +32,7 @@ impl Target {
         }
     }
 
-    /// What the device holds from the start.
+    /// The memory that the device holds permanently.
     fn held(self) -> Vec<(Role, usize)> {
         match self {
             Target::Cpu { .. } => vec![],
@@ -58,7 +58,7 @@ impl std::fmt::Display for Target {
 pub struct KernelCount {
     /// Launches.
     pub calls: u64,
-    /// Operations and least bytes over all launches.
+    /// Operations and minimal memory traffic of all launches.
     pub cost: Cost,
     /// The largest workspace of a launch, in bytes.
     pub workspace: u64,
@@ -88,11 +88,12 @@ impl Reclaim for Counter {
 
 /// The planning device.
 pub struct Plan {
+    id: DeviceId,
     target: Target,
     state: Arc<Counter>,
 }
 
-/// Addresses start here: none is null, which is what an absent argument looks like to a query.
+/// The first address. It is not null, since queries take null for an absent argument.
 const FIRST: u64 = 256;
 
 impl Plan {
@@ -107,25 +108,25 @@ impl Plan {
         for (role, bytes) in target.held() {
             state.memory.add(role, bytes);
         }
-        Plan { target, state: Arc::new(Counter(Mutex::new(state))) }
+        Plan { id: DeviceId::unique(), target, state: Arc::new(Counter(Mutex::new(state))) }
     }
 
-    /// The device that it is for.
+    /// The device that the plan is for.
     pub fn target(&self) -> Target {
         self.target
     }
 
-    /// What ran so far, by kernel name.
+    /// The counts so far, by kernel name.
     pub fn kernels(&self) -> BTreeMap<&'static str, KernelCount> {
         self.state.lock().kernels.clone()
     }
 
-    /// Forgets the kernels counted so far; memory stays.
+    /// Resets the counts of kernels, but not of memory.
     pub fn reset_kernels(&self) {
         self.state.lock().kernels.clear();
     }
 
-    /// Operations of everything that ran so far.
+    /// Total operations of the kernels counted so far.
     pub fn flop(&self) -> u64 {
         self.state.lock().kernels.values().map(|k| k.cost.flop).sum()
     }
@@ -135,10 +136,7 @@ impl Plan {
         self.state.lock().largest
     }
 
-    fn record(&self, a: &dyn Args, workspace: usize) -> Result<()> {
-        for (name, _, v) in a.views() {
-            check_view(a.kernel(), name, &v)?;
-        }
+    fn record(&self, a: &dyn Args, workspace: usize) {
         let mut s = self.state.lock();
         s.memory.add(Role::Workspace, workspace);
         s.memory.sub(Role::Workspace, workspace);
@@ -150,7 +148,6 @@ impl Plan {
         k.workspace = k.workspace.max(workspace as u64);
         k.cost.flop += cost.flop;
         k.cost.bytes += cost.bytes;
-        Ok(())
     }
 }
 
@@ -168,19 +165,25 @@ impl Collectives for Plan {
         0
     }
     fn all_reduce(&self, _s: Stream, x: Acc) -> Result<()> {
-        check_view("all_reduce", "x", &x.0)
+        check::view(self.id, "all_reduce", "x", &x.0)
     }
-    fn reduce_scatter(&self, _s: Stream, _x: In, _y: Out) -> Result<()> {
-        Ok(())
+    fn reduce_scatter(&self, s: Stream, x: In, y: Out) -> Result<()> {
+        self.all_gather(s, x, y)
     }
-    fn all_gather(&self, _s: Stream, _x: In, _y: Out) -> Result<()> {
-        Ok(())
+    fn all_gather(&self, _s: Stream, x: In, y: Out) -> Result<()> {
+        check::view(self.id, "all_gather", "x", &x)?;
+        check::view(self.id, "all_gather", "y", &y.0)?;
+        check::apart("all_gather", ("x", &x), ("y", &y.0))
     }
 }
 
 impl Device for Plan {
     fn name(&self) -> String {
         "plan".into()
+    }
+
+    fn id(&self) -> DeviceId {
+        self.id
     }
 
     fn has_data(&self) -> bool {
@@ -195,7 +198,7 @@ impl Device for Plan {
                 device: self.name(),
                 role: role.to_string(),
                 asked: size(bytes as u64),
-                free: "no device has that much".into(),
+                free: "more than any device has".into(),
                 held: s.memory.largest(),
             });
         }
@@ -206,11 +209,11 @@ impl Device for Plan {
         s.next += bytes.next_multiple_of(256) as u64;
         drop(s);
         // SAFETY: a device without data.
-        Ok(unsafe { Buffer::new(addr, bytes, role, self.state.clone()) })
+        Ok(unsafe { Buffer::new(addr, bytes, role, self.id, self.state.clone()) })
     }
 
     fn copy_in(&self, _s: Stream, src: &[u8], dst: Out) -> Result<()> {
-        check_view("copy_in", "dst", &dst.0)?;
+        check::view(self.id, "copy_in", "dst", &dst.0)?;
         if src.len() as u64 != dst.0.bytes() {
             return Err(Error::arg("copy_in", "src", src.len(), format!("{} bytes", dst.0.bytes())));
         }
@@ -218,6 +221,7 @@ impl Device for Plan {
     }
 
     fn read_later(&self, _s: Stream, src: In) -> Result<Pending> {
+        check::view(self.id, "read_later", "src", &src)?;
         let n = src.bytes() as usize;
         Ok(Pending::new(move || Ok(vec![0; n])))
     }
@@ -232,17 +236,17 @@ impl Device for Plan {
 }
 
 macro_rules! impl_plan {
-    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => {
-        $($(#[$fdoc:meta])* $field:ident: $ty:ty,)*
-    })*) => {
+    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => $fields:tt)*) => {
         impl Kernels for Plan {
             $(fn $name(&self, _s: Stream, a: &$args<'_>) -> Result<()> {
+                check::call(self.id, a)?;
                 let workspace = match self.target {
                     Target::Cpu { threads } => cpu::Query::workspace(a, threads),
                     #[cfg(ett_cuda)]
                     Target::Cuda => cuda::Query::workspace(a)?,
                 };
-                self.record(a, workspace)
+                self.record(a, workspace);
+                Ok(())
             })*
         }
     };

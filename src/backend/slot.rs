@@ -1,7 +1,7 @@
-//! What changes from step to step lies in one small device tensor, the step state, that kernels read: a captured
-//! sequence of launches then replays with the values of the new step. Its layout is a part of the contract.
+//! The step state: one small device tensor with the values that change from step to step. Kernels read it, so that a
+//! recorded sequence of launches can be replayed with the values of a new step. Its layout is part of the contract.
 
-/// Places in the step state, in elements.
+/// The elements of the step state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Slot {
     /// Learning rate of a parameter group.
@@ -10,30 +10,30 @@ pub enum Slot {
     Bias1(usize),
     /// `1 / (1 - beta2^t)` of a parameter group.
     Bias2(usize),
-    /// Largest gradient norm of a parameter group's optimizer; 0: no clipping.
+    /// Gradient norm above which the gradients of a parameter group are clipped; 0 for no clipping.
     Clip(usize),
-    /// Weight of a loss: the gradient that its scalar receives.
+    /// Weight of a loss: the gradient of its scalar.
     Weight(usize),
-    /// One over the supervised text tokens of the whole batch.
+    /// 1 / number of supervised text tokens in the whole batch.
     InvTokens,
-    /// One over the supervised codes of the whole batch.
+    /// 1 / number of supervised codes in the whole batch.
     InvCodes,
-    /// One over the pictures of the whole batch.
+    /// 1 / number of pictures in the whole batch.
     InvPictures,
-    /// One over the elements (pixels times channels) of these pictures.
+    /// 1 / number of elements (pixels times channels) of these pictures.
     InvElements,
-    /// One over the patch logits that the discriminator gives of them.
+    /// 1 / number of patch logits of the discriminator for these pictures.
     InvPatches,
-    /// One over the visual tokens of one part of the batch, over all ranks.
+    /// 1 / number of visual tokens in one part of the batch, over all ranks.
     InvVisual,
 }
 
 impl Slot {
-    /// Parameter groups a state has room for.
+    /// Maximum number of parameter groups.
     pub const GROUPS: usize = 16;
-    /// Losses a state has room for.
+    /// Maximum number of losses.
     pub const LOSSES: usize = 16;
-    /// Elements of a state.
+    /// Number of elements of the step state.
     pub const LEN: usize = 4 * Self::GROUPS + Self::LOSSES + 6;
 
     /// Index of this slot.

@@ -81,7 +81,7 @@ pub struct Drawn {
     pub image: Image,
 }
 
-/// The pictures of a data set at training size, three bytes a pixel.
+/// The pictures of a data set at training size, three bytes per pixel.
 ///
 /// Unusable pictures are left out. A picture has the same values whether it is held in memory or decoded at each use.
 #[derive(Debug)]

@@ -36,10 +36,10 @@ pub struct Image {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Deserialize, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Crop {
-    /// The middle one.
+    /// The crop in the middle.
     #[default]
     Centre,
-    /// A uniformly random one, for training.
+    /// A uniformly random crop, for training.
     Random,
 }
 
@@ -151,7 +151,7 @@ fn format(bytes: &[u8]) -> std::result::Result<ImageFormat, String> {
 
 fn too_large(path: &Path) -> Error {
     let most = MAX_BYTES >> 20;
-    let what = format!("this picture is too large; the limits are {MAX_SIDE} pixels a side and {most} MiB");
+    let what = format!("this picture is too large; the limits are {MAX_SIDE} pixels per side and {most} MiB");
     Error::data(path, what)
 }
 

@@ -200,7 +200,7 @@ impl DataSource for FromScenes {
 }
 
 impl Scenes {
-    /// Scenes of `size` pixels a side, at least 16; 32 is plenty.
+    /// Scenes of `size` pixels per side, at least 16; 32 is plenty.
     pub fn new(size: usize, seed: u64) -> Result<Self> {
         if size < MIN_SIZE {
             return Err(Error::arg("Scenes::new", "size", size, format!("{MIN_SIZE} or more pixels")));

@@ -143,7 +143,7 @@ impl DataSource for FromWords {
 }
 
 impl Words {
-    /// Words in pictures of `size` pixels a side, at least 48; 64 is plenty.
+    /// Words in pictures of `size` pixels per side, at least 48; 64 is plenty.
     pub fn new(size: usize, seed: u64) -> Result<Self> {
         if size < MIN_SIZE {
             return Err(Error::arg("Words::new", "size", size, format!("{MIN_SIZE} or more pixels")));

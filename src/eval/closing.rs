@@ -1,5 +1,5 @@
-//! What a run leaves for people: held-out results, pictures beside their reconstructions, captions and answers beside
-//! the truth, drawn pictures, curves.
+//! The evaluation at the end of a run: held-out results, pictures above their reconstructions, captions and answers
+//! beside the truth, and drawn pictures.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -13,21 +13,21 @@ use crate::io::REPORT;
 use crate::model::{Ett, Part};
 use crate::report::{Report, plots};
 
-/// Pictures drawn beside their reconstructions, and in a row.
+/// Number of pictures shown with their reconstructions, and per row.
 const SHOWN: usize = 16;
 const ROW: usize = 8;
-/// Pictures that are described and asked about.
+/// Number of pictures with captions and answers.
 const DESCRIBED: usize = 8;
-/// Questions shown of each.
+/// Maximum number of questions about each of them.
 const QUESTIONS: usize = 5;
-/// Prompts that are drawn.
+/// Number of drawn prompts.
 const DRAWN: usize = 8;
-/// Most tokens of a caption or an answer.
+/// Maximum number of tokens of a caption or an answer.
 const MAX_TOKENS: usize = 96;
 
-/// Evaluates a model on held-out samples and writes `reconstructions.png`, `held-out.md`, if the model draws
-/// `drawings.png`, and then `eval.json` into `out`. A picture that cannot be written costs no results, but is an error
-/// in the end.
+/// Evaluates a model on held-out samples and writes `reconstructions.png`, `held-out.md` (if there are captions or
+/// questions), `drawings.png` (if the model draws) and finally `eval.json` into `out`. If one of the other files cannot
+/// be written, `eval.json` is still written before the error is returned.
 pub fn closing(model: &mut Ett, test: &DataSet, template: &Template, out: &Path) -> Result<Report> {
     let path = out.join(REPORT);
     files::probe(&path)?;
@@ -43,7 +43,7 @@ pub fn closing(model: &mut Ett, test: &DataSet, template: &Template, out: &Path)
     shown.map(|()| report)
 }
 
-/// What there is to look at beside the numbers.
+/// Writes the files beside the numbers.
 fn show(
     model: &mut Ett,
     test: &DataSet,
@@ -75,13 +75,13 @@ fn reconstructions(model: &Ett, drawn: &[Drawn], path: &Path) -> Result<()> {
     save_png(path, &grid(&rows, 2)?)
 }
 
-/// What the model says about pictures beside what is true.
+/// Captions and answers of the model beside the true ones.
 fn held_out(model: &Ett, test: &DataSet, template: &Template, drawn: &[Drawn], path: &Path) -> Result<()> {
     let shown = &drawn[..drawn.len().min(DESCRIBED)];
     let images: Vec<Image> = shown.iter().map(|d| d.image.clone()).collect();
     let seen = Seen::new(model, &images)?;
     let text = template.tokenizer();
-    // (picture, what is asked, the truth, the prompt)
+    // (picture, question, truth, prompt)
     let (mut captions, mut answers) = (Vec::new(), Vec::new());
     for (k, d) in shown.iter().enumerate() {
         let s = &test.samples[d.sample];

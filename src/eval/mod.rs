@@ -32,7 +32,7 @@ const TYPE_ASKED: usize = 8;
 /// Pictures in an evaluation during training.
 const DURING: usize = 64;
 
-/// The evaluation of this module, to hand to a run.
+/// The evaluation of this module, for use by a run.
 pub struct HeldOut;
 
 impl Evaluation for HeldOut {
@@ -55,8 +55,8 @@ impl Evaluation for HeldOut {
     }
 }
 
-/// Evaluates a finished run on the first `samples` pictures of `data`, a folder, or of the run's own held-out ones, and
-/// writes results and pictures into `out`; see [`closing`].
+/// Evaluates a finished run on the first `samples` pictures of the folder `data`, or of the run's own held-out set,
+/// and writes results and pictures into `out`; see [`closing`].
 pub fn evaluate_run(
     trained: &mut Trained,
     data: Option<&Path>,
@@ -106,7 +106,7 @@ pub fn held_out(test: &DataSet, n: usize) -> Result<Vec<Drawn>> {
     }
 }
 
-/// Evaluates on held-out pictures, see [`held_out`].
+/// Evaluates a model on these pictures of the held-out set, as returned by [`held_out`].
 pub fn evaluate(model: &mut Ett, test: &DataSet, template: &Template, drawn: &[Drawn]) -> Result<Report> {
     let reconstructed_by = if has_averages(model) { "averages of the weights" } else { "the weights" };
     let pixels = with_averages(model, |model| Pixels::new(model, drawn))?;
@@ -166,7 +166,7 @@ pub fn with_averages<T>(model: &mut Ett, f: impl FnOnce(&Ett) -> Result<T>) -> R
     result
 }
 
-/// A short evaluation during a stage, restricted to what the stage trains.
+/// A short evaluation during a stage, restricted to the abilities that the stage trains.
 pub fn during(
     model: &mut Ett,
     test: &DataSet,
@@ -393,7 +393,8 @@ fn codes(
     Ok(loss.map(|loss| Codes { loss, unigram: perplexity.ln() }))
 }
 
-/// Nats of the codes of pictures, each given the prompt of the sample `shift` samples ahead, and their number.
+/// Total nats of the codes of pictures and the number of codes; each picture is given the prompt of the sample `shift`
+/// samples ahead.
 fn code_nats(
     model: &Ett,
     test: &DataSet,

@@ -1,4 +1,4 @@
-//! The batches of a stage: pictures and the sequences over them, a function of seed and step alone.
+//! The batches of a stage: pictures and their sequences, determined by the seed and the step.
 
 use std::ops::Range;
 
@@ -24,22 +24,23 @@ pub struct Feed<'a> {
     prompt_dropout: f64,
 }
 
-/// One batch and what it shows.
+/// One batch with its counts.
 pub struct Fed {
     /// Its parts, on the device.
     pub parts: Vec<Batch>,
-    /// The sequences it holds; none in the tokenizer stage.
+    /// Its sequences; none in the tokenizer stage.
     pub sequences: Vec<Vec<Part>>,
     /// Supervised text tokens.
     pub tokens: usize,
     /// Supervised codes.
     pub codes: usize,
-    /// Rows that the language model reads.
+    /// Rows of the language model's input.
     pub rows: usize,
 }
 
 impl<'a> Feed<'a> {
-    /// Batches for a stage of the configuration, with pictures or without; `number` is its place in the run.
+    /// Batches for a stage of the configuration, with or without pictures; `number` is its index in the run. Fails if
+    /// the stage cannot use any picture of the data.
     pub fn new(
         data: &'a DataSet,
         template: &'a Template,
@@ -52,7 +53,7 @@ impl<'a> Feed<'a> {
         let (name, all) = (cfg.kind.name(), data.images.len());
         if usable.is_empty() {
             let what = format!(
-                "none of its {all} pictures has {}, which stage `{name}` learns from",
+                "none of its {all} pictures has {}, which stage `{name}` trains on",
                 wanted(cfg.kind)
             );
             return Err(Error::data(&data.root, what));
@@ -83,7 +84,7 @@ impl<'a> Feed<'a> {
         Ok(Feed { data, template, stage: cfg, usable, order, seed, pictures, prompt_dropout })
     }
 
-    /// The sequence that sample `sample` shows as image `image` of its part.
+    /// The sequence of sample `sample`; its picture is image `image` of its part of the batch.
     fn sequence(&self, sample: usize, image: usize, rng: &mut Philox) -> Result<Vec<Part>> {
         let s = &self.data.samples[sample];
         let qa = |rng: &mut Philox| &s.qa[rng.below(s.qa.len())];
@@ -134,7 +135,7 @@ impl<'a> Feed<'a> {
         Ok(fed)
     }
 
-    /// The samples at these positions of the stage.
+    /// The part of a batch with the samples at these positions of the stage.
     fn part(&self, model: &Ett, positions: Range<usize>) -> Result<(Batch, Vec<Vec<Part>>)> {
         let (mut images, mut sequences) = (Vec::new(), Vec::new());
         for (i, position) in positions.enumerate() {
@@ -142,7 +143,7 @@ impl<'a> Feed<'a> {
             let mut rng = Philox::of(self.seed, Purpose::Augment, position as u32);
             let sample = match self.pictures {
                 true => {
-                    // A picture that is gone is replaced by another that the stage can learn from.
+                    // A picture that can no longer be read is replaced by the next one that the stage can use.
                     let (before, from) = self.usable.split_at(place);
                     let drawn = self.data.images.first(from.iter().chain(before).copied(), &mut rng)?;
                     images.push(drawn.image);

@@ -1,4 +1,4 @@
-//! Data sets as a configuration names them, and what a stage can learn from their samples.
+//! Data sets as named by a configuration, and the samples and texts that each stage can use.
 
 use std::path::Path;
 
@@ -8,15 +8,15 @@ use crate::error::{Error, Result};
 use crate::io::{Fingerprint, Texts};
 
 impl DataSet {
-    /// The pictures to train on.
+    /// The training pictures.
     pub fn train(cfg: &DataConfig) -> Result<Self> {
         Self::part(cfg, Split::Train)?.ok_or_else(|| {
             Error::config("data.train", "empty", "a folder, or data.source = \"scenes\" or \"words\"")
         })
     }
 
-    /// The first `data.eval_samples` held-out pictures that can be used, cut in the middle; `None` if the
-    /// configuration names none.
+    /// The first `data.eval_samples` usable held-out pictures, cropped at the centre; `None` if the configuration
+    /// names none.
     pub fn test(cfg: &DataConfig) -> Result<Option<Self>> {
         Self::part(cfg, Split::Test)
     }
@@ -26,12 +26,12 @@ impl DataSet {
         cfg.source.has(&part).then(|| cfg.source.open(&part)).transpose()
     }
 
-    /// What is said about picture `index` of the images.
+    /// The texts of picture `index`.
     pub(super) fn said(&self, index: usize) -> Option<&Sample> {
         self.images.sample(index).and_then(|s| self.samples.get(s))
     }
 
-    /// Pictures that a stage can learn from.
+    /// Indices of the pictures that a stage of this kind can use.
     pub fn usable(&self, kind: StageKind) -> Vec<usize> {
         let fits = |s: &Sample| match kind {
             StageKind::Tokenizer => true,
@@ -43,7 +43,7 @@ impl DataSet {
         (0..self.images.len()).filter(|&i| self.said(i).is_some_and(fits)).collect()
     }
 
-    /// What the data set consists of.
+    /// The fingerprint of the data set.
     pub fn fingerprint(&self) -> Fingerprint {
         let samples = || self.samples.iter();
         Fingerprint {
@@ -62,7 +62,7 @@ fn name<'a>(image: &'a Path, root: &Path) -> &'a [u8] {
     image.strip_prefix(root).unwrap_or(image).as_os_str().as_encoded_bytes()
 }
 
-/// What a picture has to have for a stage of this kind.
+/// The texts that a picture needs for a stage of this kind, in words.
 pub(super) fn wanted(kind: StageKind) -> &'static str {
     match kind {
         StageKind::Tokenizer => "nothing but its pixels",
@@ -73,7 +73,7 @@ pub(super) fn wanted(kind: StageKind) -> &'static str {
     }
 }
 
-/// The texts of a sample that a stage may read.
+/// The texts of a sample that may occur in the sequences of a stage.
 pub(super) fn texts<'a>(s: &'a Sample, cfg: &StageConfig) -> Vec<&'a str> {
     let (captions, asked) = match cfg.kind {
         StageKind::Tokenizer => (false, false),

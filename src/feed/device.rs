@@ -9,19 +9,19 @@ use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Packed, Part};
 use crate::tensor::Tensor;
 
-/// Rows of a packed batch are rounded up to this, so that memory is reused from step to step.
+/// The rows of a packed batch are padded to a multiple of this, so that memory is reused from step to step.
 pub(crate) const PAD: usize = 64;
 
-/// A batch on the device, or one of the equal parts of one.
+/// A batch on the device, or one of its equal parts.
 pub struct Batch {
-    /// Images `[B, H, W, 3]` in [-1, 1], one tensor a size.
+    /// Images `[B, H, W, 3]` in [-1, 1], one tensor per size.
     pub images: Vec<Tensor>,
-    /// Sequences over these images.
+    /// Packed sequences that refer to these images.
     pub packed: Option<Packed>,
 }
 
 impl Batch {
-    /// Packs sequences over images of these grids (see [`Packed::new`]).
+    /// Packs sequences that refer to images with these grids (see [`Packed::new`]).
     pub fn pack(model: &Ett, sequences: &[Vec<Part>], grids: &[Grid], pad: usize) -> Result<Packed> {
         let mut rows: Vec<Range<usize>> = Vec::new();
         for g in grids {
@@ -34,7 +34,7 @@ impl Batch {
     }
 }
 
-/// Images `[B, H, W, 3]` of one size on the device.
+/// Copies images of the same size to the device as `[B, H, W, 3]`. Fails without images and for different sizes.
 pub fn images_to_device(model: &Ett, images: &[Image]) -> Result<(Tensor, Grid)> {
     let Some(first) = images.first() else {
         return Err(Error::arg("images_to_device", "images", "none", "at least one"));

@@ -1,5 +1,5 @@
-//! From data to batches: data sets as configurations name them, the sequences that the language model reads, the batches
-//! of a stage, and their way to the device.
+//! From data to batches: data sets as named by configurations, the sequences that the language model reads, the batches
+//! of a stage, and copies to the device.
 
 mod batches;
 mod data_set;

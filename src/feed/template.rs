@@ -1,4 +1,4 @@
-//! How text and pictures become the sequences that the language model reads.
+//! The layout of text and pictures as sequences for the language model.
 
 use crate::config::Config;
 use crate::data::{Special, TextTokenizer};
@@ -6,14 +6,15 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::model::Part;
 
-/// How text and pictures are laid out as sequences; text is ChatML.
+/// The layout of text and pictures as sequences, in the ChatML format.
 pub struct Template {
     text: TextTokenizer,
     most: usize,
 }
 
 impl Template {
-    /// The layout of a configuration, and the name of its text tokenizer as [`History`](crate::io::History) keeps it.
+    /// The layout for a configuration, and the name of its text tokenizer as recorded in
+    /// [`History`](crate::io::History).
     pub(crate) fn of(cfg: &Config) -> Result<(Self, String)> {
         let path = cfg.data.tokenizer.as_deref();
         let template = Template::new(TextTokenizer::open(path)?, cfg.data.max_text_tokens);
@@ -29,7 +30,7 @@ impl Template {
         Ok((template, name))
     }
 
-    /// The layout over a text tokenizer; texts are cut after `max_text_tokens`.
+    /// The layout with this text tokenizer; texts are cut after `max_text_tokens` tokens.
     pub fn new(text: TextTokenizer, max_text_tokens: usize) -> Self {
         Template { text, most: max_text_tokens }
     }
@@ -39,18 +40,19 @@ impl Template {
         &self.text
     }
 
-    /// Most tokens of a text.
+    /// Maximum number of tokens of a text.
     pub fn max_text_tokens(&self) -> usize {
         self.most
     }
 
-    /// Whether a text is cut.
+    /// Whether a text is too long and is cut.
     pub fn is_cut(&self, text: &str) -> Result<bool> {
-        // A token is a byte or more.
+        // Every token covers at least one byte, so short texts need not be encoded.
         Ok(text.len() > self.most && self.text.encode(text)?.len() > self.most)
     }
 
-    /// A text as tokens, cut if it is too long, and `end` after it unless it was: it does not end there.
+    /// The tokens of a text, followed by `end`. A text that is too long is cut and gets no `end`, since it does not
+    /// end there.
     fn encode(&self, text: &str, end: Option<Special>) -> Result<Vec<i32>> {
         let mut ids = self.text.encode(text)?;
         match ids.len() > self.most {
@@ -74,7 +76,7 @@ impl Template {
         self.text.special(s)
     }
 
-    /// `<|vision_start|>` image `<|vision_end|>`: what precedes a caption.
+    /// `<|vision_start|>` image `<|vision_end|>`: the context of a caption.
     pub fn picture(&self, image: usize) -> Vec<Part> {
         vec![
             Part::context(vec![self.special(Special::VisionStart)]),
@@ -90,7 +92,7 @@ impl Template {
         Ok(parts)
     }
 
-    /// A user's turn with a picture and a question, up to where the answer begins.
+    /// A user's turn with an optional picture and a question, up to the start of the answer.
     pub fn question(&self, image: Option<usize>, question: &str) -> Result<Vec<Part>> {
         let mut open = vec![self.special(Special::ImStart)];
         open.extend(self.text.encode("user\n")?);
@@ -107,41 +109,41 @@ impl Template {
         Ok(parts)
     }
 
-    /// What is learnt of an answer: its text and the end of the turn.
+    /// The supervised tokens of an answer: its text and the end of the turn.
     pub fn answer(&self, answer: &str) -> Result<Vec<i32>> {
         self.encode(answer, Some(Special::ImEnd))
     }
 
-    /// A question about a picture and its answer.
+    /// A question about a picture, and its answer as the supervised part.
     pub fn chat(&self, image: usize, question: &str, answer: &str) -> Result<Vec<Part>> {
         let mut parts = self.question(Some(image), question)?;
         parts.push(Part::target(self.answer(answer)?));
         Ok(parts)
     }
 
-    /// What precedes `<|vision_start|>` where a picture is to be drawn: the text of the prompt.
+    /// The tokens before `<|vision_start|>` in a request to draw a picture: the text of the prompt.
     pub fn drawing(&self, prompt: &str) -> Result<Vec<i32>> {
         self.encode(prompt, None)
     }
 
-    /// The token that begins a picture.
+    /// The token that starts a picture.
     pub fn begin_picture(&self) -> i32 {
         self.special(Special::VisionStart)
     }
 
-    /// A prompt and its picture, every code learnt; without a prompt, any picture.
+    /// A prompt and its picture, with every code supervised. Without a prompt, unconditional.
     pub fn drawn(&self, image: usize, prompt: Option<&str>) -> Result<Vec<Part>> {
         let mut ids = self.drawing(prompt.unwrap_or_default())?;
         ids.push(self.begin_picture());
         Ok(vec![Part::context(ids), Part::Codes(image)])
     }
 
-    /// A caption without its picture, every token learnt.
+    /// A caption without its picture, with every token supervised.
     pub fn text_caption(&self, caption: &str) -> Result<Vec<Part>> {
         Ok(vec![Part::target(self.encode(caption, Some(Special::EndOfText))?)])
     }
 
-    /// A question and its answer without the picture, every token learnt.
+    /// A question and its answer without the picture, with every token supervised.
     pub fn text_chat(&self, question: &str, answer: &str) -> Result<Vec<Part>> {
         let mut ids = Vec::new();
         for part in self.question(None, question)? {
@@ -153,8 +155,7 @@ impl Template {
         Ok(vec![Part::target(ids)])
     }
 
-    /// A sequence as a person reads it: special tokens by name, pictures as `<image 0>`, supervised text in
-    /// `[[ ]]`.
+    /// A sequence as readable text: special tokens by name, pictures as `<image 0>`, supervised parts in `[[ ]]`.
     pub fn show(&self, parts: &[Part]) -> String {
         parts
             .iter()

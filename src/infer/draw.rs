@@ -46,7 +46,7 @@ pub fn draw_codes(
     }
     let (t, total) =
         (Tape::inference(model.params.device().clone(), model.params.precision()), n * prompts.len());
-    let codes = model.tokenizer.codes(&t, &model.params)?;
+    let codes = model.tokenizer.table(&t, &model.params)?;
     let mut all = Vec::new();
     for batch in prompts.chunks(BATCH) {
         let begin = Part::context(vec![start]);
@@ -91,7 +91,7 @@ pub fn decode_codes(model: &Ett, codes: &[Vec<i32>], grid: (usize, usize)) -> Re
         return Ok(Vec::new());
     }
     let t = Tape::inference(model.params.device().clone(), model.params.precision());
-    let table = model.tokenizer.codes(&t, &model.params)?;
+    let table = model.tokenizer.table(&t, &model.params)?;
     let zq = ops::gather(&t, &table, &indices(&t, &codes.concat())?)?;
     pictures(model, &t, &zq, &[Grid { images: codes.len(), h: grid.0, w: grid.1 }])
 }

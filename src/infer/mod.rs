@@ -89,7 +89,7 @@ impl Trained {
         self.history.as_ref()?.lacks(skill)
     }
 
-    /// A picture as training saw it: shorter side resized, centre crop.
+    /// The picture as in training: shorter side resized, centre crop.
     fn square(&self, image: &Image) -> Result<Image> {
         fit(image, self.model.cfg.data.size, Crop::Centre, false, &mut Philox::new(0, 0))
     }

@@ -1,9 +1,9 @@
-//! Where a run's checkpoints lie, and what a checkpoint says about its run. What it holds of the model is written and
-//! read in `train::checkpoint`.
+//! Checkpoint folders: how they are written, found and checked, and the progress that they record. Their tensors are
+//! written and read in `train::checkpoint`.
 //!
-//! `RUN/checkpoints/step-00000120/` is written under a temporary name, synced and renamed, and only then does the file
-//! `RUN/checkpoints/latest` name it: a run that is killed at any moment goes on from the last one named there.
-//! `state.json` is written last and lists the other files with their sizes and checksums.
+//! `RUN/checkpoints/step-00000120/` is written under a temporary name, synced and renamed; then the file
+//! `RUN/checkpoints/latest` is replaced by one that names it. A run that is killed at any moment resumes from the
+//! checkpoint named there. `state.json` is written last and lists the other files with their sizes and checksums.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,19 +18,19 @@ use crate::files::{self, FileWriter, Written, replace, sync_dir, write_synced};
 
 /// Folder of a run's checkpoints.
 pub(crate) const CHECKPOINTS: &str = "checkpoints";
-/// File that names the newest of them.
+/// File that names the latest checkpoint.
 const LATEST: &str = "latest";
-/// Moments, what the model carries from step to step, and the window of codes.
+/// Moments, the state that the model carries from step to step, and the window of recent codes.
 pub(crate) const TRAINING: &str = "training.safetensors";
 pub(crate) const STATE: &str = "state.json";
-/// Version of the layout described here.
+/// Version of the layout described above.
 const FORMAT: u32 = 1;
-/// The recent codes among the tensors.
+/// Name of the tensor of recent codes.
 pub(crate) const WINDOW: &str = "window";
-/// What stands before and after the checksum in `state.json`.
+/// Text before and after the checksum in `state.json`.
 const SUM: [&str; 2] = ["{\"crc32\": \"", "\",\n\"state\": "];
 
-/// What a run goes on from beside tensors and optimizers.
+/// State of a run besides tensors and optimizers.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
     /// Number of the stage, from 0.
@@ -41,36 +41,36 @@ pub struct Progress {
     pub step: usize,
     /// Steps done in the run.
     pub total: usize,
-    /// Updates that were skipped in the stage for a non-finite gradient.
+    /// Updates of the stage skipped because of non-finite values.
     pub skipped: usize,
-    /// Those among them since the last update.
+    /// Consecutive skipped updates since the last update.
     pub in_a_row: usize,
-    /// Seconds a stage, by name, the current one included.
+    /// Seconds per stage, by name, including the current one.
     pub seconds: Vec<(String, f64)>,
-    /// Bytes of the metrics written so far, as [`files::Lines::sync`] gives them.
+    /// Bytes of the metrics written so far, as returned by [`files::Lines::sync`].
     pub metrics: u64,
-    /// What the run is trained on.
+    /// Fingerprints of the training data.
     #[serde(default)]
     pub data: Vec<Fingerprint>,
-    /// What the weights say of their making.
+    /// History of the weights.
     #[serde(default)]
     pub history: History,
-    /// Recent codes, for the share that is in use.
+    /// Recent codes, to measure codebook usage.
     #[serde(skip)]
     pub window: Vec<i32>,
-    /// The file of the text tokenizer, unless that is bytes.
+    /// The file of the text tokenizer; `None` for bytes.
     #[serde(skip)]
     pub tokenizer: Option<Arc<[u8]>>,
 }
 
-/// What the tensors of a checkpoint belong to.
+/// The optimizers and groups whose tensors a checkpoint holds.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Contents {
     /// Steps of each optimizer.
     pub optimizers: Vec<u64>,
-    /// Groups that were being trained.
+    /// The groups being trained.
     pub trained: Vec<String>,
-    /// Groups whose averages were kept.
+    /// The groups with averages.
     pub averaged: Vec<String>,
 }
 
@@ -91,7 +91,7 @@ struct Listed {
     crc32: u32,
 }
 
-/// A checkpoint that is being written.
+/// A checkpoint being written.
 pub(crate) struct Draft<'a> {
     folder: &'a Path,
     name: &'a str,
@@ -106,7 +106,7 @@ impl Draft<'_> {
         Ok(())
     }
 
-    /// Writes tensors in the safetensors format, and a note beside them.
+    /// Writes tensors in the safetensors format, with a note in the header.
     pub fn tensors(&mut self, name: &str, entries: Vec<Entry>, note: Option<String>) -> Result<()> {
         let mut file = FileWriter::create(&self.folder.join(name))?;
         write_tensors(&mut file, entries, note)?;
@@ -120,7 +120,7 @@ impl Draft<'_> {
         phase(self.name, file);
     }
 
-    /// Writes `state.json`, which makes the checkpoint whole.
+    /// Writes `state.json`, which completes the checkpoint.
     fn finish(self, progress: &Progress, contents: Contents) -> Result<()> {
         let state = State { format: FORMAT, progress: progress.clone(), contents, files: self.files };
         let path = self.folder.join(STATE);
@@ -135,20 +135,20 @@ impl Draft<'_> {
     }
 }
 
-/// Where a run's checkpoints go.
+/// The checkpoints of a run.
 pub struct Checkpoints {
     run: PathBuf,
     keep: usize,
 }
 
 impl Checkpoints {
-    /// The checkpoints of a run folder, of which the newest `keep`, at least one, are kept.
+    /// The checkpoints of a run folder; the newest `keep`, at least one, are kept.
     pub fn new(run: &Path, keep: usize) -> Self {
         Checkpoints { run: run.into(), keep: keep.max(1) }
     }
 
-    /// Writes a checkpoint with what `fill` puts into it and makes it the run's latest; gives its folder. Whatever
-    /// interrupts it, a crash or a full disk, the checkpoint before stays the latest.
+    /// Writes a checkpoint with the files that `fill` adds, makes it the run's latest and returns its folder. If it
+    /// is interrupted, by a crash or a full disk, the previous checkpoint stays the latest.
     pub(crate) fn write(
         &self,
         progress: &Progress,
@@ -157,7 +157,8 @@ impl Checkpoints {
         self.place(progress, fill).map_err(|e| self.explain(e))
     }
 
-    /// Says of a full disk which checkpoint the run can go on from; other errors stay as they are.
+    /// For a full disk, adds to the error which checkpoint the run can be resumed from; returns other errors
+    /// unchanged.
     pub fn explain(&self, e: Error) -> Error {
         if !files::is_full(&e) {
             return e;
@@ -167,7 +168,7 @@ impl Checkpoints {
             other => return other,
         };
         let last = match Self::latest(&self.run) {
-            Ok(Some(last)) => format!("the last checkpoint, {}, is whole", last.display()),
+            Ok(Some(last)) => format!("the last checkpoint, {}, is complete", last.display()),
             _ => "the run has no checkpoint yet".into(),
         };
         Error::data(
@@ -197,8 +198,8 @@ impl Checkpoints {
         };
         let mut draft = Draft { folder: &part, name: &name, files: Vec::new() };
         fill(&mut draft).and_then(|contents| draft.finish(progress, contents)).map_err(undo)?;
-        // A checkpoint of this step is there if a run was killed before it became the latest, or saves twice. A crash
-        // between the two renames leaves the temporary folder, which `latest` knows to take.
+        // A checkpoint of this step exists if a run was killed before it became the latest, or if it is saved twice.
+        // A crash between the two renames leaves the temporary folder, which `latest` then uses.
         let before = aside(&to)?;
         if let Err(e) = std::fs::rename(&part, &to) {
             if let Some(before) = before {
@@ -228,7 +229,7 @@ impl Checkpoints {
         sweep(all)
     }
 
-    /// Ends what a killed run had begun to write; only for the one process that has the run's lock.
+    /// Completes a save that was interrupted by a kill; only for the process that holds the run's lock.
     pub(crate) fn recover(run: &Path) -> Result<()> {
         let all = run.join(CHECKPOINTS);
         let Some(name) = Self::named(&all) else { return Ok(()) };
@@ -240,14 +241,15 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// The name of the latest checkpoint, if there is one.
+    /// The name in the file `latest`, if it is valid.
     fn named(all: &Path) -> Option<String> {
         let name = std::fs::read_to_string(all.join(LATEST)).unwrap_or_default();
         Some(name.trim().to_string()).filter(|n| step_of(n).is_some())
     }
 
-    /// The checkpoint that a run goes on from; `None` if it has none. If the one named as the latest is gone or not
-    /// whole, it is the newest whole one, with a warning. Nothing is changed, so that it may be asked beside a run.
+    /// The checkpoint that a run resumes from; `None` if it has none. If the one named as the latest is missing or
+    /// incomplete, the newest complete one is returned, with a warning. Nothing is changed, so this may be called
+    /// while the run is in progress.
     pub fn latest(run: &Path) -> Result<Option<PathBuf>> {
         let all = run.join(CHECKPOINTS);
         if !all.is_dir() {
@@ -256,7 +258,7 @@ impl Checkpoints {
         let named = Self::named(&all);
         if let Some(name) = &named {
             let (folder, part) = (all.join(name), all.join(format!(".{name}.part")));
-            // A run was killed between the two renamings of a checkpoint that replaces one of the same step.
+            // A run was killed between the two renames of a checkpoint that replaces one of the same step.
             if !folder.exists() && whole(&part).is_ok() {
                 return Ok(Some(part));
             }
@@ -269,17 +271,17 @@ impl Checkpoints {
         let found = folders.iter().rev().map(|(_, folder)| folder).find(|folder| whole(folder).is_ok());
         match found {
             Some(folder) => {
-                let why = if named.is_some() { "instead" } else { "no file names the latest" };
-                tracing::warn!("going on from the checkpoint {} ({why})", folder.display());
+                let why = if named.is_some() { "instead" } else { "the file `latest` is missing" };
+                tracing::warn!("continuing from the checkpoint {} ({why})", folder.display());
                 Ok(Some(folder.clone()))
             }
             None if folders.is_empty() && named.is_none() => Ok(None),
-            None => Err(Error::data(&all, "holds no whole checkpoint; start the run anew in another folder")),
+            None => Err(Error::data(&all, "holds no complete checkpoint; start a new run in another folder")),
         }
     }
 }
 
-/// Marks a moment of saving in the log; waits there if a test asks for it.
+/// Logs a phase of saving; pauses there if a test requests it.
 fn phase(name: &str, what: &str) {
     tracing::debug!(target: "ett::checkpoint", "{name}: {what}");
     let pause = std::env::var("ETT_SAVE_PAUSE").ok().and_then(|ms| ms.parse().ok());
@@ -288,21 +290,21 @@ fn phase(name: &str, what: &str) {
     }
 }
 
-/// The step in a checkpoint's name.
+/// The step in the name of a checkpoint.
 fn step_of(name: &str) -> Option<usize> {
     let digits =
         name.strip_prefix("step-").filter(|d| d.len() >= 8 && d.bytes().all(|b| b.is_ascii_digit()))?;
     digits.parse().ok()
 }
 
-/// Names in a folder.
+/// The names in a folder.
 fn names(folder: &Path) -> Result<Vec<String>> {
     let io = |e| Error::io(folder)(e);
     let found = std::fs::read_dir(folder).map_err(io)?;
     found.map(|entry| Ok(entry.map_err(io)?.file_name().to_string_lossy().into_owned())).collect()
 }
 
-/// Checkpoints, whole or not, by step.
+/// All checkpoints by step, complete or not.
 fn list(all: &Path) -> Result<Vec<(usize, PathBuf)>> {
     let mut found: Vec<_> =
         names(all)?.iter().filter_map(|name| Some((step_of(name)?, all.join(name)))).collect();
@@ -310,7 +312,7 @@ fn list(all: &Path) -> Result<Vec<(usize, PathBuf)>> {
     Ok(found)
 }
 
-/// Takes a checkpoint, if it is there, out of its place, so that it is never seen half removed.
+/// Renames a checkpoint, if it exists, so that it is never visible half removed.
 fn aside(folder: &Path) -> Result<Option<PathBuf>> {
     if !folder.exists() {
         return Ok(None);
@@ -321,7 +323,7 @@ fn aside(folder: &Path) -> Result<Option<PathBuf>> {
     Ok(Some(aside))
 }
 
-/// Removes what killed runs left behind under temporary names.
+/// Removes files and folders that killed runs left under temporary names.
 fn sweep(all: &Path) -> Result<()> {
     for name in names(all)?.iter().filter(|n| n.starts_with('.') && n.ends_with(".part")) {
         let path = all.join(name);
@@ -342,7 +344,10 @@ fn read_state(folder: &Path) -> Result<State> {
         text.strip_prefix(SUM[0]).and_then(|t| t.strip_suffix("}\n")).and_then(|t| t.split_once(SUM[1]));
     let Some((_, state)) = parts.filter(|(sum, s)| *sum == format!("{:08x}", crc32fast::hash(s.as_bytes())))
     else {
-        return Err(Error::data(&path, format!("is damaged: its checksum does not fit; {}", remedy(folder))));
+        return Err(Error::data(
+            &path,
+            format!("is damaged: its checksum does not match; {}", remedy(folder)),
+        ));
     };
     #[derive(Deserialize)]
     struct Format {
@@ -358,10 +363,10 @@ fn read_state(folder: &Path) -> Result<State> {
 }
 
 fn remedy(folder: &Path) -> String {
-    format!("remove {} to go on from the checkpoint before it", folder.display())
+    format!("remove {} to continue from the previous checkpoint", folder.display())
 }
 
-/// Fails if a file of a checkpoint is missing or has another size than it was written with.
+/// Fails if a file of a checkpoint is missing or its size differs from the size written.
 fn whole(folder: &Path) -> Result<State> {
     let state = read_state(folder)?;
     for f in &state.files {
@@ -375,7 +380,7 @@ fn whole(folder: &Path) -> Result<State> {
     Ok(state)
 }
 
-/// What a checkpoint says about its run.
+/// Reads the progress from a checkpoint.
 pub fn progress(folder: &Path) -> Result<Progress> {
     let State { mut progress, files, .. } = whole(folder)?;
     let window = TensorFile::open(&folder.join(TRAINING))?.read(WINDOW)?;
@@ -387,13 +392,13 @@ pub fn progress(folder: &Path) -> Result<Progress> {
     Ok(progress)
 }
 
-/// What the tensors of a checkpoint belong to, after every file was compared with its checksum.
+/// The contents of a checkpoint, after comparing every file with its checksum.
 pub(crate) fn verified(folder: &Path) -> Result<Contents> {
     let state = whole(folder)?;
     for f in &state.files {
         let path = folder.join(&f.name);
         if files::checksum(&path)? != (Written { bytes: f.bytes, crc32: f.crc32 }) {
-            let what = format!("is damaged: its checksum does not fit; {}", remedy(folder));
+            let what = format!("is damaged: its checksum does not match; {}", remedy(folder));
             return Err(Error::data(path, what));
         }
     }

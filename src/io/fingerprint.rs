@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-/// What a data set consists of, wherever it lies. Two data sets with equal fingerprints and the same pixels give the
-/// same batches.
+/// The content of a data set, independent of its location. Two data sets with equal fingerprints and the same pixels
+/// give the same batches.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fingerprint {
     /// Names of the pictures, relative to the folder, in their order.

@@ -1,4 +1,4 @@
-//! The run folder: the names of its files, its configuration, and what to say of a folder that is not a run's.
+//! The run folder: the names of its files, its configuration, and the errors for folders that are not what is needed.
 
 use std::path::{Path, PathBuf};
 
@@ -8,13 +8,13 @@ use crate::error::{Error, Result};
 
 /// Weights of a run, under the public names.
 pub const WEIGHTS: &str = "model.safetensors";
-/// Averages of the tokenizer's weights, where a stage kept them.
+/// Averages of the tokenizer's weights, if a stage kept them.
 pub const EMA: &str = "ema.safetensors";
 /// The configuration of a run.
 pub const CONFIG: &str = "config.toml";
-/// The run's own copy of its text tokenizer, unless that is bytes.
+/// The run's copy of its text tokenizer; runs that read bytes have none.
 pub const TOKENIZER: &str = "tokenizer.json";
-/// What each step wrote down.
+/// The metrics of each step, one JSON object per line.
 pub const METRICS: &str = "metrics.jsonl";
 /// The held-out results, written last.
 pub const REPORT: &str = "eval.json";
@@ -30,7 +30,7 @@ pub fn run_config(out: &Path) -> Result<Config> {
     Config::load(&path, &[])
 }
 
-/// The files for people in the folder of a finished run, with what they are.
+/// The files in the folder of a finished run that users look at, each with a description.
 pub fn written(out: &Path) -> Vec<(&'static str, &'static str)> {
     [
         ("losses.png", "curves of every loss"),
@@ -38,7 +38,7 @@ pub fn written(out: &Path) -> Vec<(&'static str, &'static str)> {
         ("held-out.md", "captions and answers beside the truth"),
         ("drawings.png", "pictures drawn for held-out prompts"),
         (REPORT, "the held-out results above, with their settings"),
-        (METRICS, "one line a step"),
+        (METRICS, "one line per step"),
         (WEIGHTS, "the weights; `ett --run` uses this folder"),
     ]
     .into_iter()
@@ -46,7 +46,7 @@ pub fn written(out: &Path) -> Vec<(&'static str, &'static str)> {
     .collect()
 }
 
-/// Fails if `out` holds a run already, and says what can be done.
+/// Fails if `out` already holds a run; the error names the remedy.
 pub(crate) fn refuse_used(out: &Path) -> Result<()> {
     if out.join(WEIGHTS).exists() {
         let what = "holds a finished run already; name another folder with --out, or remove it";
@@ -68,14 +68,14 @@ pub(crate) fn refuse_used(out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The text of a configuration file that lies beside the run's own copy of the text tokenizer.
+/// The text of a configuration file that lies next to the run's copy of the text tokenizer.
 pub fn config_text(cfg: &Config) -> Result<String> {
     let mut cfg = cfg.clone();
     cfg.data.tokenizer = cfg.data.tokenizer.map(|_| TOKENIZER.into());
     toml::to_string(&cfg).map_err(|e| Error::config("configuration", e, "values TOML can hold"))
 }
 
-/// Fails if a folder is not a run's but a checkpoint's, or that of all of them.
+/// Fails if the folder is a checkpoint of a run or the folder of its checkpoints.
 pub(crate) fn refuse_part(folder: &Path) -> Result<()> {
     match run_of(folder) {
         None => Ok(()),
@@ -86,7 +86,7 @@ pub(crate) fn refuse_part(folder: &Path) -> Result<()> {
     }
 }
 
-/// The run that a checkpoint, or the folder of all of them, belongs to.
+/// The run folder that contains this checkpoint, or this folder of checkpoints.
 fn run_of(folder: &Path) -> Option<PathBuf> {
     let whole = std::fs::canonicalize(folder).ok()?;
     let all = if folder.join(checkpoints::STATE).exists() { whole.parent()? } else { &whole };

@@ -65,7 +65,7 @@ pub struct History {
 }
 
 impl History {
-    /// The history of weights that are about to be trained with a text tokenizer, named as by [`text`].
+    /// The history of weights that are about to be trained with a text tokenizer, named as by `Template::of`.
     pub(crate) fn new(text: String) -> Self {
         History { text, ..History::default() }
     }

@@ -12,7 +12,7 @@ const LOCK: &str = ".lock";
 
 /// A locked run folder.
 pub(crate) struct Lock {
-    /// `None` on file systems without locks.
+    /// `None` on file systems without locking.
     file: Option<File>,
     folder: PathBuf,
     new_file: bool,

@@ -1,5 +1,5 @@
-//! What lies on the disk: weights in files and what they say of their making, the run folder and its lock, checkpoints
-//! and what they say about their run.
+//! Files of a run: weights and their history, the run folder and its lock, checkpoints and the progress that they
+//! record.
 
 pub mod checkpoints;
 mod fingerprint;

@@ -93,7 +93,8 @@ impl Ett {
         let bad = t.zero_stat([1])?;
         let (z, e) = (z.value().view(), codes.value().view());
         t.dev().nearest(Stream::COMPUTE, &Nearest { z, e, idx: idx.out(), bad: Some(bad.acc()), metric })?;
-        Ok((ops::gather(t, codes, &idx)?, idx, bad))
+        let zq = ops::gather(t, codes, &idx)?;
+        Ok((ops::cast(t, &zq, t.precision().act)?, idx, bad))
     }
 
     /// The language model's input for visual tokens, `[M, C]`, from `zq` `[M, D]` and `idx` `[M]`.
@@ -150,7 +151,7 @@ impl Ett {
             .map(|&r| idx.get(r).copied().ok_or_else(|| Error::arg("code_loss", "idx", idx.len(), r + 1)))
             .collect::<Result<_>>()?;
         let rows = ops::gather(t, hidden, &put(&b.code_rows)?)?;
-        let codes = self.tokenizer.codes(t, &self.params)?;
+        let codes = self.tokenizer.table(t, &self.params)?;
         let (x, w) = self.head()?.factors(t, &self.params, &rows, &codes)?;
         ops::linear_cross_entropy(t, &x, &w, &put(&target)?, inv_codes)
     }
@@ -161,7 +162,7 @@ impl Ett {
     }
 
     /// Logits `[n, K]` of the codes that follow hidden states `[n, C]`; `codes` `[K, D]` as returned by
-    /// [`Tokenizer::codes`].
+    /// [`Tokenizer::table`].
     pub fn code_logits(&self, t: &Tape, rows: &Var, codes: &Var) -> Result<Var> {
         let (x, w) = self.head()?.factors(t, &self.params, rows, codes)?;
         ops::linear(t, &x, &w, None)

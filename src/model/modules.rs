@@ -1,4 +1,5 @@
-//! The modules of the model: what a stage trains or freezes as a whole, and what it carries from step to step.
+//! The modules of the model, each of which a stage trains or freezes as a whole, and the state that they carry from
+//! step to step.
 
 use super::Ett;
 use crate::backend::{Cast, Role, Stream};
@@ -9,30 +10,30 @@ use crate::tensor::Tensor;
 /// Which optimizer trains a module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TrainedBy {
-    /// None: its weights stay as they are.
+    /// None: its weights never change.
     Nothing,
-    /// The main one, which all modules but the discriminator share.
+    /// The main optimizer, which all modules except the discriminator share.
     Main,
-    /// The discriminator's, which steps before the main one.
+    /// The discriminator's optimizer, which steps before the main one.
     Discriminator,
 }
 
-/// All that training has to know about a module.
+/// The properties of a module that matter for training.
 #[derive(Debug)]
 pub struct Module {
-    /// The group of its parameters.
+    /// Its parameter group.
     pub group: &'static str,
     /// Which optimizer trains it.
     pub by: TrainedBy,
-    /// Whether a stage that keeps averages of weights keeps this module's.
+    /// Whether a stage that keeps averages of weights keeps those of this module.
     pub averaged: bool,
-    /// Whether a stage trains it; `tuned` is the weight of the tokenizer's own losses, `None` if the stage does not train
-    /// the tokenizer.
+    /// Whether a stage trains it; `tuned` is the weight of the tokenizer's own losses, or `None` if the stage does
+    /// not train the tokenizer.
     trained: fn(stage: StageKind, tuned: Option<f64>, cfg: &Config) -> bool,
 }
 
 impl Module {
-    /// Whether a stage of this kind trains it, under a configuration.
+    /// Whether a stage of this kind trains the module in this configuration.
     pub fn is_trained(&self, stage: StageKind, cfg: &Config) -> bool {
         (self.trained)(stage, tuned(stage, cfg), cfg)
     }
@@ -56,7 +57,7 @@ fn reads_pictures(stage: StageKind) -> bool {
     matches!(stage, StageKind::Align | StageKind::Semantic | StageKind::Chat | StageKind::Gen)
 }
 
-/// Every module, in the order in which an optimizer goes through them.
+/// All modules, in the order in which an optimizer updates them.
 pub const MODULES: [Module; 8] = [
     Module {
         group: "llm",
@@ -93,7 +94,7 @@ pub const MODULES: [Module; 8] = [
     Module { group: "lpips", by: TrainedBy::Nothing, averaged: false, trained: |_, _, _| false },
 ];
 
-/// Something that training carries from step to step beside the weights.
+/// State that training carries from step to step, besides the weights.
 pub enum Carried<'a> {
     /// A tensor on the device, in the accumulator type.
     Tensor(&'a Tensor),
@@ -102,7 +103,7 @@ pub enum Carried<'a> {
 }
 
 impl Carried<'_> {
-    /// Its values; waits for the device.
+    /// The values; waits for the device.
     pub fn values(&self, model: &Ett) -> Result<Vec<f64>> {
         match self {
             Carried::Tensor(t) => t.to_f64(&**model.params.device()),
@@ -112,12 +113,12 @@ impl Carried<'_> {
 }
 
 impl Ett {
-    /// What training carries from step to step beside the weights, under its public names.
+    /// The state that training carries from step to step besides the weights, under its public names.
     pub fn carried(&self) -> Vec<(String, Carried<'_>)> {
         self.discriminator_state.carried()
     }
 
-    /// Overwrites something that [`Ett::carried`] names.
+    /// Overwrites a piece of state named by [`Ett::carried`].
     pub fn set_carried(&mut self, name: &str, values: &[f64]) -> Result<()> {
         let count = match self.carried().into_iter().find(|(n, _)| n == name) {
             None => return Err(Error::arg("set_carried", "name", name, "a name that the model carries")),

@@ -74,7 +74,7 @@ impl VisualHead {
     }
 
     /// The factors of the code logits: features `[N, D or C]` of `hidden` `[N, C]`, and the matrix `[K, D or C]` to
-    /// multiply them with. `codes` is the codebook as returned by [`super::tokenizer::Tokenizer::codes`].
+    /// multiply them with. `codes` is the codebook as returned by [`super::tokenizer::Tokenizer::table`].
     pub fn factors(&self, t: &Tape, p: &Params, hidden: &Var, codes: &Var) -> Result<(Var, Var)> {
         match self {
             VisualHead::Tied(fc1, fc2) => {

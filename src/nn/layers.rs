@@ -84,14 +84,17 @@ impl Conv2d {
         Conv2d { w, b, conv }
     }
 
-    /// `x` `[B, H, W, I]` to `[B, H', W', O]`.
+    /// `x` `[B, H, W, I]` to `[B, H', W', O]`, in the type of `x`.
     pub fn forward(&self, tape: &Tape, p: &Params, x: &Var) -> Result<Var> {
         self.apply(tape, p, x, false)
     }
 
     /// [`Conv2d::forward`]; if `frozen`, no gradient reaches the weights.
     pub fn apply(&self, tape: &Tape, p: &Params, x: &Var, frozen: bool) -> Result<Var> {
-        let var = |q: Param| if frozen { p.frozen(tape, q) } else { p.var(tape, q) };
+        let var = |q: Param| {
+            let v = p.var_as(tape, q, x.value().dtype())?;
+            Ok(if frozen { v.detach() } else { v })
+        };
         let (w, b) = (var(self.w)?, self.b.map(var).transpose()?);
         ops::conv2d(tape, x, &w, b.as_ref(), self.conv)
     }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::autograd::{Tape, Var};
-use crate::backend::{Cast, Dims, Fill, Kernels, Precision, Role, Stream};
+use crate::backend::{Cast, DType, Dims, Fill, Kernels, Precision, Role, Stream};
 use crate::error::{Error, Result};
 use crate::rng::Philox;
 use crate::tensor::Tensor;
@@ -153,7 +153,7 @@ impl ParamBuilder {
                     "build",
                     "params",
                     got,
-                    "tensors that can be addressed: fewer elements",
+                    "fewer elements, so that they can be addressed",
                 ));
             }
             let master = Tensor::empty(&*dev, Role::Weight, prec.acc, [layout.len])?;
@@ -384,10 +384,17 @@ impl Params {
 
     /// A parameter as a value on a tape, in the type that products read.
     pub fn var(&self, tape: &Tape, p: Param) -> Result<Var> {
+        self.var_as(tape, p, self.precision().act)
+    }
+
+    /// A parameter on a tape as the master that the optimizer changes, where `dtype` is its type; else as
+    /// [`Params::var`] gives it. The gradient goes to the same place.
+    pub fn var_as(&self, tape: &Tape, p: Param, dtype: DType) -> Result<Var> {
         let g = &self.groups[p.group];
         let item = &g.layout.items[p.item];
         let n = item.dims.numel();
-        let value = g.shadow.as_ref().unwrap_or(&g.master).range(item.offset, n)?.reshape(item.dims)?;
+        let rounded = g.shadow.as_ref().filter(|_| dtype != g.master.dtype());
+        let value = rounded.unwrap_or(&g.master).range(item.offset, n)?.reshape(item.dims)?;
         let grad = match &g.train {
             Some(t) => Some(t.grad.range(item.offset, n)?.reshape(item.dims)?),
             None => None,

@@ -79,9 +79,6 @@ pub fn attention(tape: &Tape, qkv: &Var, seqs: &Seqs, h: Heads) -> Result<Var> {
     if qkv.dims()[1] != columns {
         return Err(Error::arg("attention", "qkv", qkv.dims(), format!("{columns} columns")));
     }
-    if h.kv == 0 || !h.query.is_multiple_of(h.kv) {
-        return Err(Error::arg("attention", "kv", h.kv, format!("a divisor of {} query heads", h.query)));
-    }
     if n < seqs.total {
         let want = format!("the {} rows of the sequences", seqs.total);
         return Err(Error::arg("attention", "qkv", format!("{n} rows"), want));

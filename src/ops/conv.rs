@@ -1,6 +1,6 @@
 //! Convolution and resampling of NHWC images.
 
-use super::{S, expect, expect_rank};
+use super::{S, expect_rank};
 use crate::autograd::{Tape, Var};
 use crate::backend::{
     ColSum, Conv2dBwdData, Conv2dBwdWeight, Conv2dFwd, MaxPool2x2Bwd, MaxPool2x2Fwd, Upsample2xBwd,
@@ -36,12 +36,6 @@ pub fn conv2d(tape: &Tape, x: &Var, w: &Var, b: Option<&Var>, conv: Conv) -> Res
     expect_rank("conv2d", "x", x, 4)?;
     expect_rank("conv2d", "w", w, 4)?;
     let (xd, wd) = (x.dims(), w.dims());
-    if wd[3] != xd[3] {
-        return Err(Error::arg("conv2d", "x", format!("{} channels", xd[3]), wd[3]));
-    }
-    if let Some(b) = b {
-        expect("conv2d", "b", b, &[wd[0]])?;
-    }
     if conv.stride == 0 {
         return Err(Error::arg("conv2d", "stride", conv.stride, "1 or more"));
     }
@@ -49,7 +43,7 @@ pub fn conv2d(tape: &Tape, x: &Var, w: &Var, b: Option<&Var>, conv: Conv) -> Res
         let want = format!("at least the kernel, {}x{}, less its padding", wd[1], wd[2]);
         return Err(Error::arg("conv2d", "x", format!("{}x{} pixels", xd[1], xd[2]), want));
     };
-    let y = tape.act([xd[0], h, wide, wd[0]])?;
+    let y = tape.like(x, [xd[0], h, wide, wd[0]])?;
     tape.dev().conv2d_fwd(
         S,
         &Conv2dFwd {
@@ -86,7 +80,7 @@ pub fn conv2d(tape: &Tape, x: &Var, w: &Var, b: Option<&Var>, conv: Conv) -> Res
             g.dev().col_sum(S, &ColSum { x: rows.view(), y: db.acc() })?;
         }
         if xs.needs_grad() {
-            let dx = g.act(xs.dims())?;
+            let dx = g.like(&xs)?;
             let a = Conv2dBwdData {
                 dy: dy.view(),
                 w: ws.value().view(),

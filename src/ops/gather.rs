@@ -9,7 +9,7 @@ use crate::tensor::Tensor;
 /// `y[n] = table[idx[n]]`, zeros where `idx[n] < 0`: `table` `[R, C]`, `idx` `[N]` i32, `y` `[N, C]`. Saves `idx`.
 pub fn gather(tape: &Tape, table: &Var, idx: &Tensor) -> Result<Var> {
     expect_rank("gather", "table", table, 2)?;
-    let y = tape.act([idx.dims().numel(), table.dims().cols()])?;
+    let y = tape.like(table, [idx.dims().numel(), table.dims().cols()])?;
     let a = GatherFwd { table: table.value().view(), idx: idx.view(), y: y.out() };
     tape.dev().gather_fwd(S, &a)?;
     let (ts, idx) = (table.clone(), idx.clone());

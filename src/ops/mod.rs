@@ -17,7 +17,9 @@ pub use losses::{cross_entropy, gan_generator, hinge, l1, lecam, linear_cross_en
 pub use norm::{
     BatchStats, add_rms_norm, batch_norm, batch_norm_eval, group_norm, l2_norm, layer_norm, rms_norm,
 };
-pub use pointwise::{Rotary, add, channel_affine, concat_rows, reshape, rope, split_rows, swiglu, unary};
+pub use pointwise::{
+    Rotary, add, cast, channel_affine, concat_rows, reshape, rope, split_rows, swiglu, unary,
+};
 pub use products::{linear, linear_gelu};
 pub use quantize::{Entropy, IbqOptions, Quantized, RowStatistics, ibq, vq};
 

@@ -24,8 +24,6 @@ pub fn group_norm(
     if groups == 0 || !d[3].is_multiple_of(groups) {
         return Err(Error::arg("group_norm", "groups", groups, format!("a divisor of {} channels", d[3])));
     }
-    expect("group_norm", "w", w, &[d[3]])?;
-    expect("group_norm", "b", b, &[d[3]])?;
     let y = tape.act(d)?;
     let (mean, rstd) = (tape.stat([d[0], groups])?, tape.stat([d[0], groups])?);
     let a = GroupNormFwd {
@@ -64,7 +62,6 @@ pub fn group_norm(
 /// RMSNorm: `x` `[N, C]`, `w` `[C]`. Saves `x` and one number per row.
 pub fn rms_norm(tape: &Tape, x: &Var, w: &Var, eps: f64) -> Result<Var> {
     expect_rank("rms_norm", "x", x, 2)?;
-    expect("rms_norm", "w", w, &[x.dims()[1]])?;
     let (y, rstd) = (tape.act(x.dims())?, tape.stat([x.dims()[0]])?);
     let a = RmsNormFwd {
         x: x.value().view(),
@@ -99,7 +96,6 @@ pub fn rms_norm(tape: &Tape, x: &Var, w: &Var, eps: f64) -> Result<Var> {
 pub fn add_rms_norm(tape: &Tape, x: &Var, residual: &Var, w: &Var, eps: f64) -> Result<(Var, Var)> {
     expect_rank("add_rms_norm", "x", x, 2)?;
     expect("add_rms_norm", "residual", residual, x.dims().as_slice())?;
-    expect("add_rms_norm", "w", w, &[x.dims()[1]])?;
     let (sum, y, rstd) = (tape.act(x.dims())?, tape.act(x.dims())?, tape.stat([x.dims()[0]])?);
     let a = RmsNormFwd {
         x: x.value().view(),
@@ -146,8 +142,6 @@ pub fn add_rms_norm(tape: &Tape, x: &Var, residual: &Var, w: &Var, eps: f64) -> 
 /// LayerNorm over the last dimension: `x` `[N, C]`, `w`, `b` `[C]`. Saves `x` and two numbers per row.
 pub fn layer_norm(tape: &Tape, x: &Var, w: &Var, b: &Var, eps: f64) -> Result<Var> {
     expect_rank("layer_norm", "x", x, 2)?;
-    expect("layer_norm", "w", w, &[x.dims()[1]])?;
-    expect("layer_norm", "b", b, &[x.dims()[1]])?;
     let n = x.dims()[0];
     let (y, mean, rstd) = (tape.act(x.dims())?, tape.stat([n])?, tape.stat([n])?);
     let a = LayerNormFwd {
@@ -194,8 +188,6 @@ pub struct BatchStats {
 /// BatchNorm with this batch's statistics, then LeakyReLU: `x` `[B, H, W, C]`, `w`, `b` `[C]`. Saves `x`.
 pub fn batch_norm(tape: &Tape, x: &Var, w: &Var, b: &Var, eps: f64, slope: f64) -> Result<(Var, BatchStats)> {
     let (rows, c) = (x.dims().rows(), x.dims().cols());
-    expect("batch_norm", "w", w, &[c])?;
-    expect("batch_norm", "b", b, &[c])?;
     if rows < 2 {
         return Err(Error::arg("batch_norm", "x", x.dims(), "at least 2 pixels to take statistics over"));
     }
@@ -246,9 +238,6 @@ pub fn batch_norm_eval(
     eps: f64,
     slope: f64,
 ) -> Result<Var> {
-    let c = x.dims().cols();
-    expect("batch_norm_eval", "w", w, &[c])?;
-    expect("batch_norm_eval", "b", b, &[c])?;
     let y = tape.act(x.dims())?;
     let a = BatchNormEvalFwd {
         x: x.value().view(),
@@ -288,14 +277,14 @@ pub fn batch_norm_eval(
 /// Saves `x` and one number per row.
 pub fn l2_norm(tape: &Tape, x: &Var, eps: f64) -> Result<Var> {
     expect_rank("l2_norm", "x", x, 2)?;
-    let (y, norm) = (tape.act(x.dims())?, tape.stat([x.dims()[0]])?);
+    let (y, norm) = (tape.like(x, x.dims())?, tape.stat([x.dims()[0]])?);
     tape.dev().l2_norm_fwd(S, &L2NormFwd { x: x.value().view(), y: y.out(), norm: norm.out(), eps })?;
     let xs = x.clone();
     let weight = tape.is_weight(x);
     Ok(tape.op1(&[x], y, move |g, out| {
         let Some(dy) = g.take_acc(out)? else { return Ok(()) };
         let acc = if weight { g.target(&xs)? } else { None };
-        let dx = if acc.is_none() { Some(g.act(xs.dims())?) } else { None };
+        let dx = if acc.is_none() { Some(g.like(&xs)?) } else { None };
         let a = L2NormBwd {
             dy: dy.view(),
             x: xs.value().view(),

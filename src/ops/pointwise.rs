@@ -3,8 +3,8 @@
 use super::{S, expect, expect_rank};
 use crate::autograd::{Tape, Var};
 use crate::backend::{
-    Add, Cast, ChannelAffineBwd, ChannelAffineFwd, Dims, Fill, Rope, SwigluBwd, SwigluFwd, Unary, UnaryBwd,
-    UnaryFwd,
+    Add, Cast, ChannelAffineBwd, ChannelAffineFwd, DType, Dims, Fill, Role, Rope, SwigluBwd, SwigluFwd,
+    Unary, UnaryBwd, UnaryFwd,
 };
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -37,9 +37,6 @@ pub fn add(tape: &Tape, a: &Var, b: &Var) -> Result<Var> {
 
 /// `y = (x - shift) / scale` over the last dimension; `shift`, `scale` `[C]` are constants. Saves nothing.
 pub fn channel_affine(tape: &Tape, x: &Var, shift: &Var, scale: &Var) -> Result<Var> {
-    let c = x.dims().cols();
-    expect("channel_affine", "shift", shift, &[c])?;
-    expect("channel_affine", "scale", scale, &[c])?;
     let y = tape.act(x.dims())?;
     let a = ChannelAffineFwd {
         x: x.value().view(),
@@ -62,7 +59,6 @@ pub fn channel_affine(tape: &Tape, x: &Var, shift: &Var, scale: &Var) -> Result<
 pub fn swiglu(tape: &Tape, gate_up: &Var) -> Result<Var> {
     expect_rank("swiglu", "gate_up", gate_up, 2)?;
     let (n, f) = (gate_up.dims()[0], gate_up.dims()[1] / 2);
-    expect("swiglu", "gate_up", gate_up, &[n, 2 * f])?;
     let y = tape.act([n, f])?;
     tape.dev().swiglu_fwd(S, &SwigluFwd { gate_up: gate_up.value().view(), y: y.out() })?;
     let xs = gate_up.clone();
@@ -97,17 +93,6 @@ impl Rotary {
 /// Rotates the leading heads of `x` `[N, >= heads*D]` by `position` `[N]` i32. Saves `position`.
 pub fn rope(tape: &Tape, x: &Var, position: &Tensor, r: Rotary) -> Result<Var> {
     expect_rank("rope", "x", x, 2)?;
-    let (n, c) = (x.dims()[0], x.dims()[1]);
-    if position.dims().numel() != n {
-        return Err(Error::arg("rope", "position", position.dims(), format!("one for each of {n} rows")));
-    }
-    if r.head_dim == 0 || !r.head_dim.is_multiple_of(2) {
-        return Err(Error::arg("rope", "head_dim", r.head_dim, "an even number above 0"));
-    }
-    if r.heads > c / r.head_dim {
-        let want = format!("at most {} heads of {}, in {c} columns", c / r.head_dim, r.head_dim);
-        return Err(Error::arg("rope", "heads", r.heads, want));
-    }
     let y = tape.act(x.dims())?;
     tape.dev().rope(S, &r.args(x.value(), position, &y, false))?;
     let (xs, position) = (x.clone(), position.clone());
@@ -129,7 +114,7 @@ pub fn concat_rows(tape: &Tape, parts: &[&Var]) -> Result<Var> {
         return Err(Error::arg("concat_rows", "parts", p.dims(), format!("{c} columns")));
     }
     let total = parts.iter().map(|p| p.dims().rows()).sum();
-    let y = tape.act([total, c])?;
+    let y = tape.like(first, [total, c])?;
     let mut at = 0;
     for p in parts {
         let n = p.dims().rows();
@@ -175,6 +160,23 @@ pub fn split_rows(tape: &Tape, x: &Var, counts: &[usize]) -> Result<Vec<Var>> {
             }
             at += k;
         }
+        g.give(&xs, dx)
+    }))
+}
+
+/// The values of `x` rounded to `dtype`; their gradient is rounded to the type of `x`. Returns `x` itself if it has type
+/// `dtype`. Saves nothing.
+pub fn cast(tape: &Tape, x: &Var, dtype: DType) -> Result<Var> {
+    if x.value().dtype() == dtype {
+        return Ok(x.clone());
+    }
+    let y = Tensor::empty(tape.dev(), Role::Activation, dtype, x.dims())?;
+    tape.dev().cast(S, &Cast { x: x.value().view(), y: y.out() })?;
+    let xs = x.clone();
+    Ok(tape.op1(&[x], y, move |g, out| {
+        let Some(dy) = g.take_acc(out)? else { return Ok(()) };
+        let dx = g.like(&xs)?;
+        g.dev().cast(S, &Cast { x: dy.view(), y: dx.out() })?;
         g.give(&xs, dx)
     }))
 }

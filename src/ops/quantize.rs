@@ -3,7 +3,7 @@
 use super::{S, expect_rank};
 use crate::autograd::{Tape, Var};
 use crate::backend::{DType, IbqBwd, IbqCols, IbqLosses, IbqRows, Metric, Nearest, Role, VqBwd, VqLosses};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::tensor::Tensor;
 
 /// Options of the entropies.
@@ -48,7 +48,7 @@ pub struct EntropyStatistics {
 
 /// Result of a quantizer.
 pub struct Quantized {
-    /// `[M, D]`.
+    /// `[M, D]`, in the type of the tokens.
     pub zq: Var,
     /// `[M]` i32.
     pub idx: Tensor,
@@ -67,12 +67,6 @@ pub struct Quantized {
 fn check(op: &'static str, z: &Var, e: &Var) -> Result<(usize, usize, usize)> {
     expect_rank(op, "z", z, 2)?;
     expect_rank(op, "e", e, 2)?;
-    if z.dims()[1] != e.dims()[1] {
-        return Err(Error::arg(op, "e", e.dims(), format!("codes of {} dimensions", z.dims()[1])));
-    }
-    if e.dims()[0] == 0 {
-        return Err(Error::arg(op, "e", e.dims(), "at least one code"));
-    }
     Ok((z.dims()[0], e.dims()[0], z.dims()[1]))
 }
 
@@ -80,9 +74,9 @@ fn or_zero(tape_zero: &Tensor, g: Option<Tensor>) -> Tensor {
     g.unwrap_or_else(|| tape_zero.clone())
 }
 
-/// Index-backpropagation quantizer: `z` `[M, D]`, `e` `[K, D]`. `inv_count` is a device scalar, the reciprocal of the
-/// number of tokens of all ranks. Saves `z`, five numbers per token and one per code; without entropies, three per
-/// token.
+/// Index-backpropagation quantizer: `z` `[M, D]`, `e` `[K, D]`, both of the type that `zq` gets. `inv_count` is a device
+/// scalar, the reciprocal of the number of tokens of all ranks. Saves `z`, five numbers per token and one per code;
+/// without entropies, three per token.
 pub fn ibq(tape: &Tape, z: &Var, e: &Var, inv_count: &Tensor, o: IbqOptions) -> Result<Quantized> {
     let (m, k, d) = check("ibq", z, e)?;
     let idx = Tensor::empty(tape.dev(), Role::Activation, DType::I32, [m])?;
@@ -131,7 +125,7 @@ pub fn ibq(tape: &Tape, z: &Var, e: &Var, inv_count: &Tensor, o: IbqOptions) -> 
         Some(_) => Some((stat(k)?, stat(1)?, stat(1)?)),
         None => None,
     };
-    let (zq, quant) = (tape.act([m, d])?, stat(1)?);
+    let (zq, quant) = (tape.like(z, [m, d])?, stat(1)?);
     tape.dev().ibq_losses(
         S,
         &IbqLosses {
@@ -170,7 +164,7 @@ pub fn ibq(tape: &Tape, z: &Var, e: &Var, inv_count: &Tensor, o: IbqOptions) -> 
             [sample, avg] => (Some(or_zero(&zero, g.take(sample)?)), Some(or_zero(&zero, g.take(avg)?))),
             _ => (None, None),
         };
-        let dz = g.act([m, d])?;
+        let dz = g.like(&zs)?;
         let de = g.target(&es)?;
         let a = IbqBwd {
             z: zs.value().view(),
@@ -216,7 +210,7 @@ pub fn vq(tape: &Tape, z: &Var, e: &Var, inv_count: &Tensor, o: IbqOptions) -> R
         metric: Metric::L2,
     };
     tape.dev().nearest(S, &a)?;
-    let (zq, quant) = (tape.act([m, d])?, tape.stat([1])?);
+    let (zq, quant) = (tape.like(z, [m, d])?, tape.stat([1])?);
     tape.dev().vq_losses(
         S,
         &VqLosses {
@@ -238,7 +232,7 @@ pub fn vq(tape: &Tape, z: &Var, e: &Var, inv_count: &Tensor, o: IbqOptions) -> R
             None => Tensor::zeros(g.dev(), Role::Activation, zs.value().dtype(), [m, d])?,
         };
         let g_quant = or_zero(&zero, g.take(&outs[1])?);
-        let dz = g.act([m, d])?;
+        let dz = g.like(&zs)?;
         let de = g.target(&es)?;
         let a = VqBwd {
             z: zs.value().view(),

@@ -1,4 +1,4 @@
-//! What a person reads or looks at: metrics of a run, held-out results, plots, tables.
+//! Output for users: metrics of a run, held-out results, plots and tables.
 
 mod metrics;
 pub mod plots;

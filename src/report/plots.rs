@@ -67,16 +67,16 @@ struct Panel {
     eval: BTreeMap<String, Curve>,
 }
 
-/// Draws the curves of a metrics file; a run does not fail for want of a picture.
+/// Plots the losses of a metrics file to `losses.png`; if that fails, logs a warning.
 pub(crate) fn plot(metrics: &Path, out: &Path) {
     let path = out.join("losses.png");
     if let Err(e) = loss_curves(metrics, &path) {
-        tracing::warn!("{} was not drawn: {e}", path.display());
+        tracing::warn!("{} could not be drawn: {e}", path.display());
     }
 }
 
-/// Draws the losses in a `metrics.jsonl` over the steps, a panel a stage, to a PNG: every value in a light colour and
-/// their moving average in a strong one. Values of `eval` are marked with circles.
+/// Plots the losses of a `metrics.jsonl` over the steps to a PNG, with one panel per stage: every value in a light
+/// colour, and the moving average in a strong one. Values of `eval` are marked with circles.
 ///
 /// Axes are logarithmic if values span more than two decades. Non-finite values and lines that are not metrics are
 /// ignored; a file without any stage is an error.

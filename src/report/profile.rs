@@ -1,8 +1,8 @@
-//! Where the time of a run on the CPU went.
+//! The time spent in each kernel on the CPU.
 
 use crate::backend::Cpu;
 
-/// Kernels by the time they took, the longest first.
+/// A table of kernels with their calls and time, the slowest first.
 pub fn profile_table(dev: &Cpu) -> String {
     let mut rows: Vec<_> = dev.profile().into_iter().collect();
     rows.sort_by(|a, b| b.1.seconds.total_cmp(&a.1.seconds));

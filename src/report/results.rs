@@ -1,4 +1,4 @@
-//! Held-out results, and what a run asks of an evaluation.
+//! Held-out results, and the interface through which a run evaluates.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,12 +11,12 @@ use crate::error::Result;
 use crate::feed::Template;
 use crate::model::Ett;
 
-/// An evaluation on held-out pictures, as a run uses it. `eval::HeldOut` is the one of this crate.
+/// An evaluation on held-out pictures, called by a run. `eval::HeldOut` implements it.
 pub trait Evaluation {
-    /// Fails if `samples` of these pictures cannot be evaluated on.
+    /// Fails if `samples` of these pictures cannot be evaluated.
     fn check(&self, test: &DataSet, samples: usize) -> Result<()>;
 
-    /// A short evaluation during a stage, of what the stage trains: results by name.
+    /// A short evaluation during a stage, restricted to what the stage trains; returns results by name.
     fn during(
         &self,
         model: &mut Ett,
@@ -25,16 +25,16 @@ pub trait Evaluation {
         stage: StageKind,
     ) -> Result<BTreeMap<&'static str, f64>>;
 
-    /// The evaluation of a trained model, which leaves its files in `out`.
+    /// Evaluates a trained model and writes files into `out`.
     fn closing(&self, model: &mut Ett, test: &DataSet, template: &Template, out: &Path) -> Result<Report>;
 }
 
-/// A number with the model's own picture (or prompt) and with that of another sample.
+/// A number measured with the sample's own picture (or prompt) and with that of another sample.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct Pair {
-    /// Shown what belongs to it.
+    /// With its own.
     pub seen: f64,
-    /// Shown another.
+    /// With that of another sample.
     pub other: f64,
 }
 
@@ -51,66 +51,67 @@ pub struct QuestionType {
     pub most_frequent: f64,
 }
 
-/// Nats a code of drawn pictures, teacher-forced.
+/// Cross-entropy of the codes of drawn pictures in nats per code, teacher-forced.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Codes {
-    /// With the picture's own prompt and with another's.
+    /// With the picture's own prompt and with that of another.
     pub loss: Pair,
-    /// Entropy of the held-out codes themselves: the least that knowing only how often each occurs can give.
+    /// Entropy of the held-out codes, in nats: the lowest loss of a model that knows only the frequencies of the
+    /// codes.
     pub unigram: f64,
 }
 
-/// Results on held-out samples, with the settings they were taken under. What could not be measured is left out.
+/// Results on held-out samples, and the settings of the evaluation. Results that could not be measured are left out.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
-    /// Where the pictures come from.
+    /// Source of the pictures.
     pub data: String,
-    /// Pictures looked at.
+    /// Number of pictures evaluated.
     pub pictures: usize,
-    /// Pictures on the way to these that could not be used.
+    /// Pictures that were skipped because they cannot be used.
     pub skipped: Skipped,
-    /// Side of the pictures.
+    /// Side of the pictures, in pixels.
     pub size: usize,
-    /// How they were brought to it, and what was done with reconstructions.
+    /// How pictures were resized, and how reconstructions were treated.
     pub resize: &'static str,
-    /// What made the reconstructions and their codes: the weights, or their averages where a run keeps them, as IBQ's
-    /// recipe has it. All else is said by the weights that were trained together.
+    /// The weights that made reconstructions and their codes: the weights themselves, or their averages if the run
+    /// keeps them, as in IBQ's recipe. All other results come from the weights that were trained together.
     pub reconstructed_by: &'static str,
     /// Mean squared error of reconstructions, clamped, pixels in [-1, 1].
     pub mse: f64,
-    /// The same of the mean of these pictures.
+    /// The same with the mean of these pictures as the reconstruction.
     pub mse_mean_image: f64,
-    /// Peak signal-to-noise ratio in dB, the mean over pictures.
+    /// Peak signal-to-noise ratio in dB, averaged over pictures.
     pub psnr: f64,
-    /// Structural similarity, the mean over pictures.
+    /// Structural similarity, averaged over pictures.
     pub ssim: f64,
-    /// Perceptual distance, the mean over pictures.
+    /// Perceptual distance, averaged over pictures.
     pub perceptual: f64,
-    /// What it was measured with.
+    /// The network that measured it.
     pub perceptual_by: String,
     /// Distinct codes used.
     pub codes_used: usize,
     /// Exponential of the entropy of the codes.
     pub code_perplexity: f64,
-    /// Captions looked at.
+    /// Number of captions.
     pub captions: usize,
-    /// Nats a caption token, the end token included.
+    /// Nats per caption token, including the end token.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub caption_loss: Option<Pair>,
-    /// Questions asked.
+    /// Number of questions.
     pub questions: usize,
-    /// Share answered exactly, greedily.
+    /// Share answered exactly, by greedy decoding.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accuracy: Option<Pair>,
-    /// Of the questions whose answer is yes or no.
+    /// The same for questions whose answer is yes or no.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accuracy_yes_no: Option<Pair>,
-    /// Of all others.
+    /// The same for all other questions.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accuracy_open: Option<Pair>,
     /// The questions asked most often.
     pub types: Vec<QuestionType>,
-    /// Of a model that draws, where there are prompts.
+    /// Results of the codes, for models that draw, if there are prompts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub codes: Option<Codes>,
 }
@@ -133,14 +134,14 @@ impl Report {
             true => row("reconstruction MSE (share of the mean image's)", {
                 format!("{:.5} ({:.3})", self.mse, self.mse / self.mse_mean_image)
             }),
-            // The pictures are equal.
+            // All pictures are equal.
             false => row("reconstruction MSE", format!("{:.5}", self.mse)),
         }
         row("PSNR, SSIM", format!("{:.2} dB, {:.4}", self.psnr, self.ssim));
         row(&self.perceptual_by, format!("{:.4}", self.perceptual));
         row("codes used (perplexity)", format!("{} ({:.1})", self.codes_used, self.code_perplexity));
         for (name, measured) in [
-            ("caption loss, nats a token", &self.caption_loss),
+            ("caption loss, nats per token", &self.caption_loss),
             ("answers exactly right", &self.accuracy),
             ("  yes or no", &self.accuracy_yes_no),
             ("  all others", &self.accuracy_open),
@@ -156,7 +157,7 @@ impl Report {
         }
         if let Some(c) = &self.codes {
             let value = format!("{}   unigram: {:.4}", pair(&c.loss, "another prompt"), c.unigram);
-            row("code loss, nats a code", value);
+            row("code loss, nats per code", value);
         }
         rows
     }

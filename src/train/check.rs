@@ -44,7 +44,7 @@ pub fn check(cfg: &Config, dev: Arc<dyn Kernels>, weights: &Path, batch: &Path, 
     let batch = Batch { images: vec![pixels], packed: Some(packed) };
 
     let parts = [batch];
-    // The gradients themselves are written down: nothing is clipped, and no weight decays.
+    // The gradients are written as computed, so there is no clipping; there is no weight decay either.
     let stage_cfg = StageConfig {
         schedule: ScheduleKind::Constant,
         clip: Some(0.0),

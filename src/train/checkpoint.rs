@@ -1,8 +1,5 @@
-//! Checkpoints: folders that hold everything needed to resume a run.
-//!
-//! `RUN/checkpoints/step-00000120/` is written under a temporary name, synced and renamed; then the file
-//! `RUN/checkpoints/latest` is replaced by one that names it. A run that is killed at any moment resumes from the
-//! checkpoint named there. `state.json` is written last and lists the other files with their sizes and checksums.
+//! The tensors of a checkpoint, and the checks before a run is resumed from it. The folders of checkpoints are
+//! handled in `io::checkpoints`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -16,7 +13,7 @@ use crate::io::{CONFIG, Checkpoints, EMA, Fingerprint, Progress, TOKENIZER, WEIG
 use crate::model::{Carried, Ett};
 use crate::nn::Stored;
 
-/// Saves everything that a run goes on from as its latest checkpoint; gives its folder.
+/// Saves everything needed to resume a run as its latest checkpoint and returns the checkpoint's folder.
 pub fn save(
     checkpoints: &Checkpoints,
     model: &Ett,
@@ -61,7 +58,7 @@ fn fill(draft: &mut Draft, model: &Ett, optimizers: &[&Optimizer], progress: &Pr
     })
 }
 
-/// How a file holds what the model carries from step to step.
+/// The type and shape in which a file holds state that the model carries from step to step.
 fn shape(model: &Ett, carried: &Carried) -> (FileType, Vec<usize>) {
     match carried {
         Carried::Tensor(t) => (FileType::of(model.params.precision()), t.dims().as_slice().to_vec()),
@@ -146,7 +143,7 @@ fn flatten(key: &str, value: &toml::Value, keys: &mut BTreeMap<String, String>) 
 enum Target {
     Param(String, Stored),
     Carried,
-    /// Of any length; [`checkpoints::progress`] reads it.
+    /// Has any length; [`checkpoints::progress`] reads it.
     Window,
 }
 
@@ -158,7 +155,7 @@ struct Wanted {
     target: Target,
 }
 
-/// What the files of a checkpoint have to hold for a model.
+/// The tensors that the files of a checkpoint must hold for a model.
 fn wanted(model: &Ett, contents: &Contents) -> Vec<(&'static str, Vec<Wanted>)> {
     let ty = FileType::of(model.params.precision());
     let params = |stored: Stored, prefix: &'static str, kept: &dyn Fn(&str) -> bool| -> Vec<Wanted> {
@@ -196,7 +193,7 @@ pub fn load(folder: &Path, model: &mut Ett, optimizers: &mut [&mut Optimizer]) -
     let trained: Vec<&str> =
         model.params.groups().into_iter().filter(|g| model.params.has(g, Stored::Moment1)).collect();
     if trained != contents.trained {
-        problems.push(format!("it trained the groups {:?}, now trained are {trained:?}", contents.trained));
+        problems.push(format!("it trained the groups {:?}, this run trains {trained:?}", contents.trained));
     }
     if optimizers.len() != contents.optimizers.len() {
         problems.push(format!("it had {} optimizers, now {}", contents.optimizers.len(), optimizers.len()));

@@ -1,4 +1,4 @@
-//! Training: the step, its optimizers, the stages of a run, and its records.
+//! Training: the step, its optimizers, the stages of a run, and the run itself.
 
 mod check;
 pub mod checkpoint;

@@ -1,4 +1,4 @@
-//! A whole run: what comes before its first step, and how it ended.
+//! A whole run: its preparation, its resumption and its outcome.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,41 +17,42 @@ use crate::io::{
 use crate::model::Ett;
 use crate::report::{Evaluation, Report};
 
-/// What a run is told beside its configuration.
+/// Options of a run that are not part of its configuration.
 #[derive(Clone, Copy)]
 pub struct RunOptions<'a> {
     /// The run folder.
     pub out: &'a Path,
     /// Weights to start from (safetensors, public names).
     pub init: Option<&'a Path>,
-    /// No progress bars.
+    /// Hides progress bars.
     pub quiet: bool,
-    /// What evaluates the model on held-out pictures, during training and at the end.
+    /// Evaluates the model on held-out pictures, during training and at the end.
     pub evaluation: &'a dyn Evaluation,
 }
 
-/// What a run leaves behind, for callers.
+/// A run that has ended.
 pub struct Finished {
     /// The trained model.
     pub model: Ett,
-    /// Held-out results; `None` without held-out data, or if they could not be had.
+    /// Held-out results; `None` without held-out data, or if training or the evaluation did not complete.
     pub report: Option<Report>,
-    /// Seconds a stage, by name.
+    /// Seconds per stage, by name.
     pub seconds: Vec<(String, f64)>,
-    /// How far it came.
+    /// How far the run got.
     pub ending: Ending,
 }
 
-/// How far a run came.
+/// How far a run got.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ending {
-    /// To its end.
+    /// It completed.
     Whole,
-    /// It was interrupted in training, and goes on from this checkpoint.
+    /// It was interrupted during training and can be resumed from this checkpoint.
     Saved(PathBuf),
-    /// Its weights are trained and saved, but not evaluated: it was interrupted there, or a warning has said why.
+    /// Its weights are trained and saved, but not evaluated: the evaluation was interrupted, or it failed with a
+    /// warning.
     Unevaluated {
-        /// By a signal.
+        /// Whether a signal interrupted the evaluation.
         interrupted: bool,
     },
 }
@@ -71,13 +72,13 @@ impl Finished {
     }
 }
 
-/// Runs all stages of `cfg` into a new folder; no other process can use it meanwhile. Relative paths in `cfg` are
-/// relative to the working directory.
+/// Runs all stages of `cfg` in a new folder, which is locked against other processes meanwhile. Relative paths in
+/// `cfg` are relative to the working directory.
 pub fn run(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions) -> Result<Finished> {
     if cfg.stage.is_empty() {
         return Err(Error::config("stage", "none", "at least one [[stage]]"));
     }
-    // Before looking what the folder holds: another run may begin there at this moment.
+    // Taken before the folder is inspected: another run may be starting there at this moment.
     let lock = Lock::take(o.out)?;
     match begin(cfg, dev, o) {
         Ok(session) => session.go(None),
@@ -88,7 +89,8 @@ pub fn run(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions) -> Result<Finish
     }
 }
 
-/// All that comes before the first step. The configuration is written last: with it a run has begun.
+/// Prepares everything before the first step. The configuration is written last: its presence marks a run that has
+/// begun.
 fn begin<'a>(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions<'a>) -> Result<Session<'a>> {
     refuse_used(o.out)?;
     let mut cfg = cfg.clone();
@@ -102,7 +104,7 @@ fn begin<'a>(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions<'a>) -> Result<
     if let Some(bytes) = &session.progress.tokenizer {
         let path = o.out.join(TOKENIZER);
         if std::fs::read(&path).is_ok_and(|there| there != **bytes) {
-            let what = "is another text tokenizer than the run's own, which is kept there; name another folder \
+            let what = "differs from the run's text tokenizer, whose copy is kept there; name another folder \
                         with --out, or remove the file";
             return Err(Error::data(path, what));
         }
@@ -113,8 +115,8 @@ fn begin<'a>(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions<'a>) -> Result<
     Ok(session)
 }
 
-/// Goes on with an interrupted run from its last checkpoint, to the bits that it would have had; of a run whose weights
-/// are trained but not evaluated, the evaluation. No other process can use the folder meanwhile.
+/// Resumes an interrupted run from its last checkpoint, with the same bits as without the interruption. If the weights
+/// are trained but not evaluated, only evaluates them. The folder is locked against other processes meanwhile.
 pub fn resume(
     out: &Path,
     dev: Arc<dyn Kernels>,
@@ -129,7 +131,7 @@ pub fn resume(
     }
     Checkpoints::recover(out)?;
     let Some(from) = Checkpoints::latest(out)? else {
-        let what = "holds no checkpoint: the run ended before its first; remove the folder and start anew with \
+        let what = "holds a run that ended before its first checkpoint; remove the folder and start again with \
                     `ett-train run`";
         return Err(Error::data(out, what));
     };

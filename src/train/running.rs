@@ -1,4 +1,4 @@
-//! A stage under way: the loop over its steps, and what each step writes down and saves.
+//! A stage in progress: the loop over its steps, with their metrics, evaluations and checkpoints.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -19,31 +19,31 @@ use crate::io::{Checkpoints, Progress};
 use crate::model::Ett;
 use crate::report::{Evaluation, Line, Sharpness, Smooth, Usage};
 
-/// Updates in a row that may be skipped because something was not finite.
+/// Maximum number of consecutive updates that may be skipped because of non-finite values.
 const MAX_SKIPPED: usize = 20;
 
-/// What a stage reads of its run.
+/// The parts of a run that a stage reads.
 #[derive(Clone, Copy)]
 pub(super) struct Inputs<'a> {
     /// The configuration of the run.
     pub all: &'a Config,
-    /// What the stage trains on.
+    /// The training data of the stage.
     pub data: &'a DataSet,
-    /// What is held out of it.
+    /// The held-out data.
     pub test: Option<&'a DataSet>,
     pub template: &'a Template,
     /// The run folder.
     pub out: &'a Path,
-    /// No progress bar.
+    /// Hides the progress bar.
     pub quiet: bool,
     pub evaluation: &'a dyn Evaluation,
 }
 
-/// A stage under way.
+/// A stage in progress.
 pub(super) struct Running<'a> {
     run: Inputs<'a>,
     cfg: &'a StageConfig,
-    /// Its place in the run.
+    /// Its index in the run.
     number: usize,
     model: &'a mut Ett,
     progress: &'a mut Progress,
@@ -55,9 +55,9 @@ pub(super) struct Running<'a> {
     usage: Usage,
     bar: ProgressBar,
     smooth: Smooth,
-    /// What the progress bar shows.
+    /// The text beside the progress bar.
     message: String,
-    /// When the seconds of the stage were last added up.
+    /// When the elapsed time was last added to the seconds of the stage.
     since: Instant,
 }
 
@@ -109,14 +109,14 @@ impl<'a> Running<'a> {
         })
     }
 
-    /// Runs the steps that are left. Returns the checkpoint that was saved if the run was interrupted.
+    /// Runs the remaining steps. If the run is interrupted, returns the checkpoint that was saved.
     pub fn train(mut self) -> Result<Option<PathBuf>> {
         interrupt::enter(interrupt::Phase::Training);
         while self.progress.step < self.cfg.steps {
             let mut line = self.step()?;
             self.evaluate(&mut line);
             self.write(&line)?;
-            // Asked once a step, so that a run which stops has saved.
+            // Read once per step, so that a run that stops has always saved a checkpoint first.
             let stop = interrupt::requested();
             let saved = self.save(stop)?;
             if stop {
@@ -131,7 +131,7 @@ impl<'a> Running<'a> {
         Ok(None)
     }
 
-    /// One step: a batch, the update, and its line of metrics.
+    /// Performs one step on a batch and returns its line of metrics.
     fn step(&mut self) -> Result<Line> {
         let s = self.progress.step;
         let clock = Instant::now();
@@ -167,20 +167,21 @@ impl<'a> Running<'a> {
         }
     }
 
-    /// What the losses of a batch are means over; an error if a batch of texts or codes has none to learn.
+    /// The numbers of terms over which the losses of a batch are averaged. Fails if a stage that trains on texts or
+    /// codes gets a batch without any.
     fn counts(&self, s: usize, fed: &Fed) -> Result<Counts> {
         let recipe = &self.stage.recipe;
         if (recipe.text || recipe.codes) && fed.tokens + fed.codes == 0 {
             let what = if recipe.codes { "code" } else { "token" };
             return Err(Error::Training(format!(
-                "step {s} of stage {} has no supervised {what}; look at the captions and questions",
+                "step {s} of stage {} has no supervised {what}; check the captions and questions",
                 self.cfg.kind.name()
             )));
         }
         Ok(Counts::new(self.model, &fed.parts, fed.tokens, fed.codes))
     }
 
-    /// The losses of a step, how it used the codebook, and the memory it took. Waits for the device.
+    /// Records the losses of a step, its codebook usage and its peak memory. Waits for the device.
     fn measure(&mut self, line: &mut Line, outcome: &Outcome) -> Result<()> {
         let dev = self.model.params.device();
         for loss in Loss::ALL {
@@ -197,8 +198,8 @@ impl<'a> Running<'a> {
         Ok(())
     }
 
-    /// Counts an update that was skipped because something was not finite, and writes its inputs down; an error if there
-    /// were too many in a row.
+    /// Counts an update that was skipped because of non-finite values and dumps its inputs. Fails after too many in a
+    /// row.
     fn skipped(&mut self, s: usize, parts: &[Batch]) -> Result<()> {
         self.progress.skipped += 1;
         self.progress.in_a_row += 1;
@@ -210,20 +211,20 @@ impl<'a> Running<'a> {
         };
         if let Some(inputs) = inputs {
             self.bar.suspend(|| {
-                tracing::warn!("{what}: something is not finite, the update is skipped; {inputs}");
+                tracing::warn!("{what}: the update is skipped because of non-finite values; {inputs}");
             });
         }
         if self.progress.in_a_row > MAX_SKIPPED {
             return Err(Error::Training(format!(
-                "{} updates in a row had losses or gradients that are not finite, the last at {what}; lower the learning \
-                 rate or look at the data",
+                "{} updates in a row had non-finite losses or gradients, the last at {what}; lower the learning rate \
+                 or check the data",
                 self.progress.in_a_row
             )));
         }
         Ok(())
     }
 
-    /// How sharp the softmax over the codes is, where the stage trains an IBQ tokenizer.
+    /// Measures the sharpness of the softmax over the codes, if the stage trains an IBQ tokenizer.
     fn sharpness(&self, outcome: &Outcome) -> Result<Option<Sharpness>> {
         let ibq = self.model.cfg.quantizer.kind == QuantizerKind::Ibq;
         let (TokenizerMode::Trained(_), Some(z), true) = (self.stage.recipe.tokenizer, &outcome.z, ibq)
@@ -237,7 +238,7 @@ impl<'a> Running<'a> {
         Ok(Some(measured))
     }
 
-    /// Evaluates on held-out pictures after every `train.eval_every` steps and the last one.
+    /// Evaluates on held-out pictures after every `train.eval_every` steps and after the last step.
     fn evaluate(&mut self, line: &mut Line) {
         let (done, every) = (line.step + 1, self.run.all.train.eval_every);
         let due = every > 0 && (done.is_multiple_of(every) || done == self.cfg.steps);
@@ -248,7 +249,7 @@ impl<'a> Running<'a> {
         }
     }
 
-    /// Writes the metrics of a step, which is done then.
+    /// Writes the metrics of a step and counts the step as done.
     fn write(&mut self, line: &Line) -> Result<()> {
         self.metrics.push(&line.json()?).map_err(|e| self.checkpoints.explain(e))?;
         self.message = self.smooth.message(line);
@@ -259,7 +260,7 @@ impl<'a> Running<'a> {
         Ok(())
     }
 
-    /// Saves a checkpoint after every `train.save_every` steps, the last one, and if the run is to stop.
+    /// Saves a checkpoint after every `train.save_every` steps, after the last step, and if the run is to stop.
     fn save(&mut self, stop: bool) -> Result<Option<PathBuf>> {
         let (done, every) = (self.progress.step, self.run.all.train.save_every);
         if !(stop || done == self.cfg.steps || (every > 0 && done.is_multiple_of(every))) {

@@ -1,4 +1,4 @@
-//! The stages of a run one after another over one model, and the evaluation at the end.
+//! The stages of a run, one after another on the same model, and the evaluation at the end.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,14 +22,14 @@ use crate::model::Ett;
 use crate::nn::Stored;
 use crate::report::{Evaluation, Report, plots};
 
-/// The data sets of a run: stages that read the same share them.
+/// The data sets of a run, shared by stages with the same data.
 struct Sets {
-    /// What is read, to train on (unless only the closing evaluation looks at it) and held out.
+    /// Configuration, training set (`None` if only the closing evaluation uses this data) and held-out set.
     all: Vec<(DataConfig, Option<DataSet>, Option<DataSet>)>,
 }
 
 impl Sets {
-    /// Everything that the stages read, and what the closing evaluation looks at.
+    /// Opens the data of all stages and of the closing evaluation.
     fn open(cfg: &Config, evaluation: &dyn Evaluation) -> Result<Self> {
         let mut sets = Sets { all: Vec::new() };
         let stages = cfg.stage.iter().map(|s| (cfg.data_of(s), true));
@@ -47,7 +47,7 @@ impl Sets {
         Ok(sets)
     }
 
-    /// Only what the closing evaluation looks at.
+    /// Opens the data of the closing evaluation only.
     fn held_out(cfg: &Config) -> Result<Self> {
         Ok(Sets { all: vec![(cfg.data.clone(), None, DataSet::test(&cfg.data)?)] })
     }
@@ -56,25 +56,25 @@ impl Sets {
         self.all.iter().find(|(have, ..)| have == data)
     }
 
-    /// What to train on.
+    /// The training set.
     fn train(&self, data: &DataConfig) -> Result<&DataSet> {
         self.find(data)
             .and_then(|(_, train, _)| train.as_ref())
             .ok_or_else(|| Error::config("data.train", "another", "the data of a stage of this run"))
     }
 
-    /// What is held out.
+    /// The held-out set.
     fn test(&self, data: &DataConfig) -> Option<&DataSet> {
         self.find(data).and_then(|(.., test)| test.as_ref())
     }
 
-    /// Of everything that is trained on.
+    /// The fingerprints of all training sets.
     fn fingerprints(&self) -> Vec<Fingerprint> {
         self.all.iter().filter_map(|(_, train, _)| train.as_ref()).map(DataSet::fingerprint).collect()
     }
 }
 
-/// A run under way.
+/// A run in progress.
 pub(super) struct Session<'a> {
     pub cfg: Config,
     pub model: Ett,
@@ -150,7 +150,7 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// Trains all stages, or what is left of them after a checkpoint, and evaluates the model.
+    /// Trains all stages, or the remaining ones after a checkpoint, and evaluates the model.
     pub fn go(mut self, from: Option<&Path>) -> Result<Finished> {
         if let Some(folder) = from {
             self.take_up(folder)?;
@@ -166,13 +166,13 @@ impl<'a> Session<'a> {
         Ok(self.finished(report, ending))
     }
 
-    /// Goes on from a checkpoint, if it fits the data and the text tokenizer.
+    /// Takes over the progress of a checkpoint; fails if its data or its text tokenizer differ from the run's.
     fn take_up(&mut self, folder: &Path) -> Result<()> {
         let now = std::mem::replace(&mut self.progress, checkpoints::progress(folder)?);
         checkpoint::check_data(folder, &self.progress.data, &now.data)?;
         self.progress.history.check_text(&now.history.text, &self.cfg, folder)?;
         tracing::info!(
-            "going on from {}: stage {}, {} steps done",
+            "resuming from {}: stage {}, {} steps done",
             folder.display(),
             self.progress.stage_name,
             self.progress.step
@@ -180,7 +180,7 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// Trains the stages that are left. Returns the checkpoint that was saved if the run was interrupted.
+    /// Trains the remaining stages. If the run is interrupted, returns the checkpoint that was saved.
     fn train(&mut self, mut from: Option<&Path>) -> Result<Option<PathBuf>> {
         let mut metrics = Lines::resume(&self.out.join(METRICS), self.progress.metrics)?;
         for (number, stage) in self.cfg.stage.iter().enumerate().skip(self.progress.stage) {
@@ -210,18 +210,18 @@ impl<'a> Session<'a> {
         Ok(None)
     }
 
-    /// Writes the trained weights, and their averages where stages kept them.
+    /// Writes the trained weights, and the averages of the groups that have them.
     fn save_weights(&self) -> Result<()> {
         let (params, history) = (&self.model.params, &self.progress.history);
         let explain = |e| Checkpoints::new(&self.out, 1).explain(e);
         if (0..params.groups().len()).any(|g| params.ema(g).is_some()) {
             save_weights(params, &self.out.join(EMA), Stored::Ema).map_err(explain)?;
         }
-        // Last, since it marks the run as trained; whatever happens from here on loses nothing.
+        // Written last: this file marks the run as trained, and later failures lose nothing.
         save_weights_of(params, &self.out.join(WEIGHTS), Stored::Master, history).map_err(explain)
     }
 
-    /// Evaluates the model, of a run that has nothing else left to do.
+    /// Evaluates the model of a run whose training is complete.
     pub fn only_evaluate(mut self) -> Result<Finished> {
         let (report, ending) = ended(self.evaluate())?;
         Ok(self.finished(report, ending))
@@ -242,7 +242,7 @@ impl<'a> Session<'a> {
     }
 }
 
-/// How a run ends whose evaluation gave this: an interrupted one is no error.
+/// The report and ending of a run after its evaluation; an interrupted evaluation is not an error.
 fn ended(evaluated: Result<Option<Report>>) -> Result<(Option<Report>, Ending)> {
     match evaluated {
         Ok(report) => Ok((report, Ending::Whole)),

@@ -1,4 +1,4 @@
-//! The stages: what each computes, and which modules it trains.
+//! The stages: the recipe of each, and the modules that it trains.
 
 use super::{Recipe, TokenizerMode};
 use crate::config::{StageConfig, StageKind};
@@ -8,7 +8,7 @@ use crate::model::{Ett, MODULES, TrainedBy, tuned};
 /// A stage of a model: recipe and trained groups.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Stage {
-    /// What it computes.
+    /// The losses that it computes.
     pub recipe: Recipe,
     /// Groups that the main optimizer trains.
     pub groups: Vec<&'static str>,
@@ -17,14 +17,14 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// The recipe of a stage as it is configured: one that draws may describe and answer too.
+    /// The stage for this configuration: a `gen` stage trains on text too if it has a share of captions or answers.
     pub fn of(cfg: &StageConfig, model: &Ett) -> Result<Self> {
         let mut stage = Self::new(cfg.kind, model)?;
         stage.recipe.text |= cfg.kind == StageKind::Gen && cfg.captions + cfg.answers > 0.0;
         Ok(stage)
     }
 
-    /// The recipe of `kind` under the model's arm and alpha (arXiv 2505.10562, section 3).
+    /// The stage of this kind for the model's arm and alpha (arXiv 2505.10562, section 3).
     pub fn new(kind: StageKind, model: &Ett) -> Result<Self> {
         let cfg = &model.cfg;
         let tokenizer = match (tuned(kind, cfg), kind) {
@@ -57,14 +57,14 @@ impl Stage {
     }
 }
 
-/// Of the groups that a stage trains, those whose weights are averaged if it keeps averages.
+/// The groups among `trained` whose weights are averaged by a stage that keeps averages.
 pub fn averaged<'a>(trained: &[&'a str]) -> Vec<&'a str> {
     let is_averaged = |group: &&str| MODULES.iter().any(|m| m.group == *group && m.averaged);
     trained.iter().copied().filter(is_averaged).collect()
 }
 
-/// Starts the averages of a stage that trains these groups, if it keeps any. Averages outlast stages that leave their
-/// group alone, and start anew where it is trained again.
+/// Starts the averages of a stage that trains these groups, if `ema` is true. The averages of a group are kept by
+/// stages that do not train it, and are dropped by the next stage that does.
 pub(super) fn start_averages(model: &mut Ett, trained: &[&str], ema: bool) -> Result<()> {
     model.params.drop_averages(trained);
     if ema {

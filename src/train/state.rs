@@ -1,4 +1,4 @@
-//! The step state: what changes from step to step, written on the host and read by kernels.
+//! The step state: values that change from step to step, written by the host and read by kernels.
 
 use crate::backend::{DType, Kernels, Role, Slot, Stream};
 use crate::error::Result;

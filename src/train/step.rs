@@ -87,7 +87,7 @@ impl Loss {
 pub enum TokenizerMode {
     /// Not used.
     Off,
-    /// Its codes are looked up, nothing is trained.
+    /// Its codes are looked up; nothing of it is trained.
     Frozen,
     /// Trained; its own losses are multiplied by this weight, and 0 turns the decoder off.
     Trained(f64),
@@ -135,7 +135,7 @@ impl Recipe {
     }
 }
 
-/// What a step leaves behind; activations are those of the batch's last part.
+/// Results of a step; activations are those of the last part of the batch.
 #[derive(Default)]
 pub struct Outcome {
     /// Terms of each loss; a loss is the sum of its terms.

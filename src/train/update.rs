@@ -1,4 +1,4 @@
-//! The optimizers of a stage and what they read from the step state.
+//! The optimizers of a stage and the step state that they read.
 
 use super::StepState;
 use super::{Counts, Hyper, Optimizer, Outcome, Own, Stage, schedule};
@@ -8,9 +8,9 @@ use crate::model::Ett;
 
 /// The optimizers of a stage, and the step state that they share.
 pub(super) struct Update {
-    /// What changes from step to step, on the device.
+    /// The values that change from step to step, on the device.
     pub state: StepState,
-    /// Trains all modules but the discriminator.
+    /// Trains all modules except the discriminator.
     pub main: Optimizer,
     /// Trains the discriminator.
     pub disc: Option<Optimizer>,
@@ -19,7 +19,7 @@ pub(super) struct Update {
 }
 
 impl Update {
-    /// Optimizers that have made no step; the groups that the stage trains have their moments already.
+    /// Optimizers before their first step. The groups trained by the stage must have their moments already.
     pub fn new(model: &Ett, cfg: &StageConfig, stage: &Stage) -> Result<Self> {
         let t = &model.cfg.train;
         let ema_decay = if cfg.ema { t.ema_decay } else { 0.0 };
@@ -66,12 +66,12 @@ impl Update {
         [Some(&self.main), self.disc.as_ref()].into_iter().flatten().collect()
     }
 
-    /// The same.
+    /// The optimizers in the same order, mutably.
     pub fn optimizers(&mut self) -> Vec<&mut Optimizer> {
         [Some(&mut self.main), self.disc.as_mut()].into_iter().flatten().collect()
     }
 
-    /// Sends what step `s` needs to the device; the learning rate.
+    /// Sends the step state of step `s` to the device and returns the main learning rate.
     pub fn prepare(&mut self, model: &Ett, cfg: &StageConfig, counts: &Counts, s: usize) -> Result<f64> {
         counts.set(&mut self.state);
         let warmup = cfg.warmup(&model.cfg.train);
@@ -84,7 +84,7 @@ impl Update {
         Ok(rate(self.peak))
     }
 
-    /// Waits for the step; its gradient norm, and whether it was skipped.
+    /// Waits for the step; returns its gradient norm and whether it was skipped.
     pub fn finish(&mut self, model: &mut Ett, out: &Outcome) -> Result<(f64, bool)> {
         let norms = self.main.norm().to_f64(&**model.params.device())?;
         let bad = norms[1] > 0.0;

@@ -5,17 +5,19 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use ett::autograd::Tape;
 use ett::backend::DType;
 use ett::compare::{Bounds, compare};
-use ett::config::{Arm, Config, QuantizerKind, QuantizerMetric};
+use ett::config::{Arm, Config, Operands, QuantizerKind, QuantizerMetric};
 use ett::error::Result;
 use ett::io::save_weights;
 use ett::io::weights::{FileType, read_file, write_file};
 use ett::model::Ett;
 use ett::nn::{HostTensor, Stored};
+use ett::ops;
 use ett::train::check;
 
-use crate::common::{Outcome, Scratch, cpu, ids, norm, normal};
+use crate::common::{Outcome, Scratch, cpu, ids, norm, normal, scaled, tensor};
 use crate::training::small;
 
 type Tensors = BTreeMap<String, HostTensor>;
@@ -36,17 +38,27 @@ struct Case {
     arm: Arm,
     kind: QuantizerKind,
     metric: QuantizerMetric,
+    operands: Operands,
     alpha: f64,
 }
 
-const DOT: Case = Case { arm: Arm::Ett, kind: QuantizerKind::Ibq, metric: QuantizerMetric::Dot, alpha: 1.0 };
-const CASES: [Case; 6] = [
+const DOT: Case = Case {
+    arm: Arm::Ett,
+    kind: QuantizerKind::Ibq,
+    metric: QuantizerMetric::Dot,
+    operands: Operands::Act,
+    alpha: 1.0,
+};
+const CASES: [Case; 9] = [
     DOT,
     Case { metric: QuantizerMetric::L2norm, ..DOT },
     Case { kind: QuantizerKind::Vq, ..DOT },
     Case { alpha: 0.0, ..DOT },
     Case { arm: Arm::Embed, ..DOT },
     Case { arm: Arm::Index, ..DOT },
+    Case { operands: Operands::F32, ..DOT },
+    Case { operands: Operands::F32, metric: QuantizerMetric::L2norm, ..DOT },
+    Case { operands: Operands::F32, kind: QuantizerKind::Vq, ..DOT },
 ];
 
 fn config(case: Case, precision: &str) -> Config {
@@ -56,6 +68,7 @@ fn config(case: Case, precision: &str) -> Config {
     (t.ch, t.z_channels, t.norm_groups) = (16, 16, 4);
     let q = &mut cfg.quantizer;
     (q.kind, q.metric, q.codes, q.dim) = (case.kind, case.metric, CODES, DIM);
+    q.precision = case.operands;
     // At the default temperature, the rounding error of a score would be multiplied by a hundred.
     q.temperature = 0.5;
     cfg.lpips.widths = [16; 5];
@@ -210,6 +223,42 @@ fn gradients_in_bf16_are_those_of_f64() -> Outcome {
         );
         let worst = agree(&what, &got, &want)?;
         println!("{what}: off by at most {worst:.3}");
+    }
+    Ok(())
+}
+
+/// With `quantizer.precision = "f32"` tokens and codes of a bf16 step are not rounded before they are compared.
+#[test]
+fn operands_in_f32_are_not_rounded() -> Outcome {
+    let kept = |v: &[f64], dtype: DType| v.iter().all(|&v| dtype.rounded(v) == v);
+    for (operands, metric) in [Operands::Act, Operands::F32]
+        .into_iter()
+        .flat_map(|o| [QuantizerMetric::Dot, QuantizerMetric::L2norm].map(|m| (o, m)))
+    {
+        let mut cfg = config(Case { operands, metric, ..DOT }, "bf16");
+        cfg.train.arm = Arm::Ett;
+        let model = Ett::new(&cfg, cpu(2))?;
+        let dev = &**model.params.device();
+        let t = Tape::inference(model.params.device().clone(), model.params.precision());
+        let values = scaled(3, PICTURES.iter().product(), 0.5);
+        let x = t.constant(tensor(dev, DType::Bf16, &values, PICTURES));
+        let (z, _) = model.tokenizer.encode(&t, &model.params, &[x])?;
+        let codes = model.tokenizer.codes(&t, &model.params)?;
+        let q =
+            model.tokenizer.quantize(&t, &z, &codes, &tensor(dev, DType::F32, &[1.0 / 72.0], [1]), true)?;
+        let (zq, idx, _) = model.look_up(&t, &z, &codes)?;
+        assert_eq!(q.idx.to_host::<i32>(dev)?, idx.to_host::<i32>(dev)?);
+        assert_eq!(q.zq.value().to_f64(dev)?, zq.value().to_f64(dev)?);
+        assert_eq!(zq.value().dtype(), DType::Bf16);
+        let table = model.tokenizer.table(&t, &model.params)?;
+        let read = ops::gather(&t, &table, &idx)?;
+        assert_eq!(read.value().to_f64(dev)?, zq.value().to_f64(dev)?, "what is drawn is what was trained");
+        let rounds = operands == Operands::Act;
+        for (name, v) in [("z", &z), ("codes", &codes)] {
+            let values = v.value().to_f64(dev)?;
+            assert_eq!(kept(&values, DType::Bf16), rounds, "{name}, {operands:?}, {metric:?}");
+            assert!(kept(&values, DType::F32));
+        }
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-use ett::config::{Config, StageKind};
+use ett::config::{Config, Operands, StageKind};
 use ett::error::Result;
 use ett::files::{Lines, probe, replace, write_synced};
 use ett::infer::Trained;
@@ -77,9 +77,12 @@ fn names(folder: &Path) -> Vec<String> {
 
 #[test]
 fn everything_comes_back_bit_for_bit() -> Outcome {
-    for precision in ["f32", "f64", "bf16"] {
+    let operands =
+        [("f32", Operands::Act), ("f64", Operands::Act), ("bf16", Operands::Act), ("bf16", Operands::F32)];
+    for (precision, operands) in operands {
         let scratch = Scratch::new();
-        let cfg = small(precision);
+        let mut cfg = small(precision);
+        cfg.quantizer.precision = operands;
         let mut whole = run_of(&cfg, 2)?;
         let progress = Progress {
             stage: 3,
@@ -116,7 +119,6 @@ fn everything_comes_back_bit_for_bit() -> Outcome {
         assert_eq!(History::of(&weights), Some(progress.history));
 
         // Into a run that has diverged.
-        let mut cfg = cfg;
         cfg.train.seed += 1;
         let mut other = run_of(&cfg, 1)?;
         other.model.params.average(&["llm"])?;

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use ett::backend::cuda::Shim;
 use ett::backend::{Cpu, DType, Dims, Kernels, Role};
 use ett::rng::Philox;
 use ett::tensor::Tensor;
@@ -42,8 +43,17 @@ pub fn shim() -> Arc<dyn Kernels> {
 
 /// The same with forced implementations, `op=kernel,op=kernel`.
 pub fn shim_forcing(force: &str) -> Arc<dyn Kernels> {
-    let path = std::env::var("ETT_SHIM").expect("ETT_SHIM names libett_shim.so: use tools/shim-test");
-    Arc::new(ett::backend::cuda::Shim::open(Path::new(&path), force).expect("the shim can be loaded"))
+    Arc::new(open_shim(force))
+}
+
+/// The shim as what it is.
+pub fn open_shim(force: &str) -> Shim {
+    Shim::open(Path::new(&shim_path()), force).expect("the shim can be loaded")
+}
+
+/// Where the shim is.
+pub fn shim_path() -> String {
+    std::env::var("ETT_SHIM").expect("ETT_SHIM names libett_shim.so: use tools/shim-test")
 }
 
 /// `n` standard normal numbers, the same at every call.

@@ -4,9 +4,10 @@
 
 use std::sync::Arc;
 
+use ett::backend::spec::{FieldSpec, Kind};
 use ett::backend::{
-    Add, AttentionFwd, Cast, Conv2dFwd, DType, Dims, GatherFwd, GroupNormFwd, IbqRows, In, KERNELS, Kernels,
-    LinearXentFwd, Matmul, MatmulAcc, RmsNormFwd, Role, Rope, Stream, SwigluFwd, Unary, UnaryFwd,
+    Access, Add, AttentionFwd, Cast, Conv2dFwd, DType, Dims, GatherFwd, GroupNormFwd, IbqRows, In, KERNELS,
+    Kernels, LinearXentFwd, Matmul, MatmulAcc, RmsNormFwd, Role, Rope, Stream, SwigluFwd, Unary, UnaryFwd,
 };
 use ett::error::{Error, Result};
 use ett::tensor::Tensor;
@@ -147,15 +148,16 @@ fn convolutions_and_norms(m: &Subject) {
     m.refuses(conv([2, 3, 3, 6], [1, 4, 4, 3]), "conv2d_fwd", &["y", "w"]);
     m.refuses(conv([2, 3, 3, 6], [2, 4, 4, 2]), "conv2d_fwd", &["y"]);
     let norm = |c: usize, groups: usize| {
-        let (w, y, s) = (m.f32([c]), m.f32([1, 4, 4, 6]), m.f32([1, groups]));
-        let (view, out) = (w.view(), s.out());
+        let (w, y) = (m.f32([c]), m.f32([1, 4, 4, 6]));
+        let (mean, rstd) = (m.f32([1, groups]), m.f32([1, groups]));
+        let view = w.view();
         let a = GroupNormFwd {
             x: x.view(),
             w: view,
             b: view,
             y: y.out(),
-            mean: out,
-            rstd: out,
+            mean: mean.out(),
+            rstd: rstd.out(),
             eps: 1e-6,
             silu: false,
         };
@@ -216,12 +218,9 @@ fn over_rows(m: &Subject) {
     m.refuses(gather(&[0, 1], [2, 4]), "gather_fwd", &["y"]);
     let xent = |target: &[i32], w: [usize; 2]| {
         let (target, w) = (int(&**dev, target), m.f32(w));
-        let (lse, one) = (m.f32([4]), m.f32([1]));
-        let (x, w, target) = (table.view(), w.view(), target.view());
-        dev.linear_xent_fwd(
-            S,
-            &LinearXentFwd { x, w, target, scale: one.view(), lse: lse.out(), loss: one.out() },
-        )
+        let (lse, scale, loss) = (m.f32([4]), m.f32([1]), m.f32([1]));
+        let (x, w, target, scale) = (table.view(), w.view(), target.view(), scale.view());
+        dev.linear_xent_fwd(S, &LinearXentFwd { x, w, target, scale, lse: lse.out(), loss: loss.out() })
     };
     m.refuses_data(xent(&[0, 1, 2, 5], [5, 3]), "linear_xent_fwd", &["target"]);
     m.refuses(xent(&[0, 1, 2], [5, 3]), "linear_xent_fwd", &["target"]);
@@ -275,17 +274,17 @@ fn over_rows(m: &Subject) {
     ] {
         m.refuses_data(cached(2, 1, &starts, Some(&len), 4), "attention_fwd", &places);
     }
-    let (z, e, one) = (m.f32([2, 3]), m.f32([5, 4]), m.f32([2]));
-    let idx = int(&**dev, &[0, 0]);
+    let (z, e, bad) = (m.f32([2, 3]), m.f32([5, 4]), m.f32([1]));
+    let (idx, stats) = (int(&**dev, &[0, 0]), [(); 4].map(|()| m.f32([2])));
     let a = IbqRows {
         z: z.view(),
         e: e.view(),
         idx: idx.out(),
-        smax: one.out(),
-        rest_p: one.out(),
-        rest_q: Some(one.out()),
-        xbar: Some(one.out()),
-        bad: one.acc(),
+        smax: stats[0].out(),
+        rest_p: stats[1].out(),
+        rest_q: Some(stats[2].out()),
+        xbar: Some(stats[3].out()),
+        bad: bad.acc(),
         temperature: 1.0,
     };
     m.refuses(dev.ibq_rows(S, &a), "ibq_rows", &["e"]);
@@ -336,14 +335,16 @@ fn tensors(m: &Subject) {
 
 #[test]
 fn kernels_are_listed_once_with_their_arguments() {
-    let mut names: Vec<&str> = KERNELS.iter().map(|(name, _)| *name).collect();
+    let mut names: Vec<&str> = KERNELS.iter().map(|k| k.name).collect();
     let n = names.len();
     names.sort();
     names.dedup();
     assert_eq!(names.len(), n);
-    for (name, fields) in KERNELS {
-        assert!(!fields.is_empty(), "{name}");
-        let writes = |t: &str| t.contains("Out") || t.contains("Acc");
-        assert!(fields.iter().any(|(_, t)| writes(t)), "{name} writes nothing");
+    for k in KERNELS {
+        let writes = |f: &FieldSpec| match f.kind {
+            Kind::Tensor { access, .. } => access != Access::Read,
+            _ => false,
+        };
+        assert!(k.fields.iter().any(writes), "{} writes nothing", k.name);
     }
 }

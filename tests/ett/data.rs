@@ -143,7 +143,7 @@ fn stages_say_how_many_pictures_they_can_use() -> Outcome {
     let (refused, _) = start(&data, StageKind::Semantic);
     let e = refused.err().ok_or("no caption is none")?.to_string();
     assert!(
-        e.ends_with("data: none of its 10 pictures has a caption, which stage `semantic` learns from"),
+        e.ends_with("data: none of its 10 pictures has a caption, which stage `semantic` trains on"),
         "{e}"
     );
     Ok(())

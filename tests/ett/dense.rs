@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use ett::autograd::Tape;
-use ett::backend::{Kernels, Precision, Role};
+use ett::backend::{DType, Kernels, Precision, Role};
 use ett::ops::{self, Entropy, IbqOptions};
 use ett::tensor::Tensor;
 
@@ -175,11 +175,21 @@ pub fn dense(p: &Problem) -> Answer {
 
 /// The same by the op. `de` starts from zero in the accumulator type, like the gradient of a trained codebook.
 pub fn kernels(dev: &Arc<dyn Kernels>, prec: Precision, p: &Problem) -> ett::error::Result<Answer> {
+    kernels_on(dev, prec, prec.act, p)
+}
+
+/// The same with tokens and codes of type `operands`; what zq receives is an activation.
+pub fn kernels_on(
+    dev: &Arc<dyn Kernels>,
+    prec: Precision,
+    operands: DType,
+    p: &Problem,
+) -> ett::error::Result<Answer> {
     let dev_ref = &**dev;
     let t = Tape::new(dev.clone(), prec);
-    let z = t.leaf(tensor(dev_ref, prec.act, &p.z, [p.m, p.d]));
+    let z = t.leaf(tensor(dev_ref, operands, &p.z, [p.m, p.d]));
     let de = Tensor::zeros(dev_ref, Role::Gradient, prec.acc, [p.k, p.d])?;
-    let e = t.weight(tensor(dev_ref, prec.act, &p.e, [p.k, p.d]), Some(de.clone()));
+    let e = t.weight(tensor(dev_ref, operands, &p.e, [p.k, p.d]), Some(de.clone()));
     let read = |t: &Tensor| t.to_f64(dev_ref);
     let one = |v: f64| tensor(dev_ref, prec.acc, &[v], [1]);
     let q = ops::ibq(&t, &z, &e, &one(1.0 / p.m as f64), p.options())?;
@@ -201,7 +211,8 @@ pub fn kernels(dev: &Arc<dyn Kernels>, prec: Precision, p: &Problem) -> ett::err
         de: Vec::new(),
         bad: read(&q.bad)?[0],
     };
-    let seeds = [(&q.zq, &g), (&q.quant, &w[0]), (sample, &w[1]), (avg, &w[2])];
+    let read_by_others = ops::cast(&t, &q.zq, prec.act)?;
+    let seeds = [(&read_by_others, &g), (&q.quant, &w[0]), (sample, &w[1]), (avg, &w[2])];
     // A loss of weight 0 is not seeded at all.
     let seeds: Vec<_> =
         seeds.into_iter().enumerate().filter(|(i, _)| *i == 0 || p.w[i - 1] != 0.0).map(|(_, s)| s).collect();

@@ -363,7 +363,7 @@ fn what_cannot_be_resumed_is_said() -> Outcome {
     std::fs::create_dir(&out)?;
     std::fs::copy(place.scratch.path("config.toml"), out.join("config.toml"))?;
     // Resuming and starting give the same error for a run that ended before its first checkpoint.
-    assert!(refused(&out)?.contains("ended before its first; remove the folder"));
+    assert!(refused(&out)?.contains("ended before its first checkpoint; remove the folder"));
     let config = place.scratch.path("config.toml");
     let args = ["run".as_ref(), "--config".as_ref(), config.as_ref(), "--out".as_ref(), out.as_ref()];
     let mut started = Running::new(&args, 0)?;

@@ -373,7 +373,7 @@ fn the_largest_batch_runs_in_its_memory_and_the_next_does_not() -> Outcome {
         };
         run(5)?;
         let e = run(6).expect_err("more than there is").to_string();
-        assert!(e.contains("out of memory on cpu") && e.contains("may be held"), "{e}");
+        assert!(e.contains("out of memory on cpu") && e.contains("may be allocated"), "{e}");
     }
     Ok(())
 }

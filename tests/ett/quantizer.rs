@@ -6,8 +6,8 @@ use ett::backend::{DType, Kernels, Metric, Nearest, Precision, Role, Stream};
 use ett::compare::{Bounds, choices, compare, indices};
 use ett::tensor::Tensor;
 
-use crate::common::{Outcome, cpu, gpu, ids, norm, normal, scaled, shim, tensor};
-use crate::dense::{Answer, Problem, dense, kernels};
+use crate::common::{Outcome, cpu, gpu, ids, norm, normal, rounded, scaled, shim, tensor};
+use crate::dense::{Answer, Problem, dense, kernels, kernels_on};
 
 const PRECISIONS: [Precision; 3] = [Precision::F64, Precision::F32, Precision::BF16];
 const SIZES: [usize; 6] = [1, 63, 64, 65, 1000, 1025];
@@ -233,6 +233,84 @@ fn peaked_entropies() -> Outcome {
 #[ignore = "needs a GPU"]
 fn gpu_peaked_entropies() -> Outcome {
     peaked_q(&gpu(), &PRECISIONS[1..])
+}
+
+/// A run in bf16 with `quantizer.precision` "act" and "f32" against the dense form of what is not rounded at all, at the
+/// paper's temperature: the numbers of docs/quantizer.md.
+#[test]
+fn operands_in_f32_keep_what_bf16_rounds_away() -> Outcome {
+    let dev = cpu(2);
+    let p = Problem { temperature: 0.01, ..Problem::new(1000, 4096, 32, 0.05, 21) };
+    // Means over tokens.
+    let p = Problem { g: rounded(DType::Bf16, &p.g.iter().map(|g| g / 1000.0).collect::<Vec<_>>()), ..p };
+    let want = dense(&p);
+    let off = |operands: DType| -> Result<[f64; 4], Box<dyn std::error::Error>> {
+        let held = Problem { z: rounded(operands, &p.z), e: rounded(operands, &p.e), ..p.clone() };
+        let got = kernels_on(&dev, Precision::BF16, operands, &held)?;
+        let changed = got.idx.iter().zip(&want.idx).filter(|(a, b)| a != b).count() as f64 / p.m as f64;
+        let error = |name: &str, got: &[f64], want: &[f64]| {
+            compare(name, got, want, got.len(), Bounds::norm(f64::INFINITY)).map(|e| e.norm)
+        };
+        let losses = error("losses", &got.losses, &want.losses)?;
+        Ok([changed, error("dz", &got.dz, &want.dz)?, error("de", &got.de, &want.de)?, losses])
+    };
+    let (act, f32) = (off(DType::Bf16)?, off(DType::F32)?);
+    println!("codes changed, errors of dz, dE, losses: {act:?} in bf16, {f32:?} in f32");
+    assert!(act[0] > 1e-3 && act[1] > 1e-2, "bf16 would do: {act:?}");
+    assert_eq!(f32[0], 0.0, "codes of f32 operands");
+    let most = Bounds::of(DType::F32).times(100.0).norm;
+    assert!(f32[1..].iter().all(|&e| e < most), "{f32:?}");
+    Ok(())
+}
+
+/// Counted by the kernels' own queries, which take an H100 for granted where there is no GPU.
+#[cfg(ett_cuda)]
+#[test]
+fn a_gpu_takes_at_most_64_mib_for_any_number_of_codes() -> Outcome {
+    use ett::backend::{Plan, Target};
+    use ett::ops::{self, Entropy, IbqOptions};
+
+    const SHAPES: [[usize; 3]; 5] = [
+        [16_384, 131_072, 256],
+        [16_384, 1 << 20, 256],
+        [16_384, 131_073, 512],
+        [1 << 20, 1 << 20, 512],
+        [1, 1 << 20, 512],
+    ];
+    let entropy = Some(Entropy { temperature: 0.01, eps: 1e-5 });
+    for (prec, [m, k, d]) in PRECISIONS[1..].iter().flat_map(|&p| SHAPES.map(|s| (p, s))) {
+        let plan = Arc::new(Plan::of(Target::Cuda));
+        let dev: Arc<dyn Kernels> = plan.clone();
+        let empty = |dtype, dims: [usize; 2]| Tensor::empty(&*dev, Role::Input, dtype, dims);
+        let one = || Tensor::empty(&*dev, Role::Input, prec.acc, [1]);
+        for entropy in [entropy, None] {
+            let o = IbqOptions { entropy, beta_commit: 1.0, beta_code: 0.25 };
+            for op in [ops::ibq, ops::vq] {
+                let t = ett::autograd::Tape::new(dev.clone(), prec);
+                let z = ops::l2_norm(&t, &t.leaf(empty(prec.act, [m, d])?), 1e-12)?;
+                let e = t.weight(empty(prec.act, [k, d])?, Some(empty(prec.acc, [k, d])?));
+                let q = op(&t, &z, &e, &one()?, o)?;
+                let (g, w) = (empty(prec.act, [m, d])?, one()?);
+                let losses = [Some(&q.quant), q.sample.as_ref(), q.avg.as_ref()].into_iter().flatten();
+                let seeds: Vec<_> = losses.map(|loss| (loss, &w)).chain([(&q.zq, &g)]).collect();
+                t.backward(&seeds)?;
+            }
+        }
+        let idx = Tensor::empty(&*dev, Role::Input, DType::I32, [m])?;
+        let (z, e) = (empty(prec.act, [m, d])?, empty(prec.act, [k, d])?);
+        for metric in [Metric::Dot, Metric::L2] {
+            let a = Nearest { z: z.view(), e: e.view(), idx: idx.out(), bad: None, metric };
+            dev.nearest(Stream::COMPUTE, &a)?;
+        }
+        let counted = plan.kernels();
+        for name in ["ibq_rows", "ibq_cols", "ibq_losses", "ibq_bwd", "nearest", "vq_losses", "vq_bwd"] {
+            let bytes = counted.get(name).ok_or_else(|| format!("{name} was not called"))?.workspace;
+            let what = format!("{name} in {}, [{m}, {d}] among [{k}, {d}]", prec.act);
+            println!("{what}: {:.1} MiB", bytes as f64 / (1 << 20) as f64);
+            assert!(bytes <= 64 << 20, "{what}: {bytes} bytes");
+        }
+    }
+    Ok(())
 }
 
 /// Indices by `nearest` with a metric.

@@ -38,6 +38,9 @@ impl Device for Twin {
     fn name(&self) -> String {
         "twin".into()
     }
+    fn id(&self) -> DeviceId {
+        self.0.id()
+    }
     fn alloc(&self, role: Role, bytes: usize) -> Result<Buffer> {
         self.0.alloc(role, bytes)
     }
@@ -56,9 +59,7 @@ impl Device for Twin {
 }
 
 macro_rules! delegate {
-    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => {
-        $($(#[$fdoc:meta])* $field:ident: $ty:ty,)*
-    })*) => {
+    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => $fields:tt)*) => {
         impl Kernels for Twin {
             $(fn $name(&self, s: Stream, a: &$args<'_>) -> Result<()> {
                 self.0.$name(s, a)

@@ -10,7 +10,7 @@ use ett::config::{Config, StageConfig};
 use crate::common::Outcome;
 
 const PAGE: &str = "docs/configuration.md";
-/// Where the types of configuration values are.
+/// Source files of the types of configuration values.
 const SOURCES: [&str; 3] = ["src/config.rs", "src/data/image.rs", "src/data/source.rs"];
 const AGAIN: &str = "ETT_WRITE_REFERENCE=1 cargo test --release --test ett reference";
 
@@ -115,10 +115,10 @@ fn page(all: &BTreeMap<String, Vec<Item>>) -> Result<String, Box<dyn std::error:
     let stage = stage_defaults(all)?;
     let mut out = format!(
         "# Configuration\n\n\
-         A run is one TOML file. Keys that it leaves out have the defaults below, unknown keys are errors, and\n\
-         `--set section.key=value` overrides single ones (`--set stage.0.steps=10` in a list). Relative paths in the\n\
-         file are relative to its folder, those of `--set` to the working directory.\n\n\
-         This page is made from the comments in `src/config.rs`:\n\n```\n{AGAIN}\n```\n"
+         A TOML file configures a run. Omitted keys have the defaults below, and unknown keys are errors.\n\
+         `--set section.key=value` overrides a key (`--set stage.0.steps=10` in a list). Relative paths in the file are\n\
+         relative to its folder, those of `--set` to the working directory.\n\n\
+         This page is generated from the comments in `src/config.rs`:\n\n```\n{AGAIN}\n```\n"
     );
     for section in &all["Config"] {
         let (name, list) = (&section.name, section.ty.strip_prefix("Vec<").and_then(|t| t.strip_suffix('>')));

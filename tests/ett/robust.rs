@@ -141,8 +141,8 @@ fn wrong_configurations_are_named_with_line_and_key() -> Outcome {
     // Errors that are not caused by the file.
     fs::write(&path, "[train]\nlr = 1.0\n")?;
     for (set, quoted) in [
-        ("data.train=2024", "is put in quotes: 'data.train=\"2024\"'"),
-        ("train.precision=32", "is put in quotes: 'train.precision=\"32\"'"),
+        ("data.train=2024", "quote it: 'data.train=\"2024\"'"),
+        ("train.precision=32", "quote it: 'train.precision=\"32\"'"),
         ("llm.width=wide", "invalid type: string \"wide\""),
         ("train.sed=3", "unknown field `sed`"),
     ] {

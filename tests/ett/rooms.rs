@@ -1,4 +1,4 @@
-//! The rooms of `src/` import what the table in ARCHITECTURE.md says, and only rooms below them.
+//! Each room of `src/` imports exactly the rooms listed in the table in ARCHITECTURE.md, all of them below it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -26,7 +26,7 @@ fn table(text: &str) -> Table {
         .collect()
 }
 
-/// The rooms that a source file names outside of its tests.
+/// The rooms that a source file refers to outside of its tests.
 fn imports(source: &str) -> BTreeSet<String> {
     let code: String = source
         .split("#[cfg(test)]\nmod tests")
@@ -41,7 +41,7 @@ fn imports(source: &str) -> BTreeSet<String> {
     paths.filter_map(name).filter(|n| n.starts_with(char::is_lowercase)).collect()
 }
 
-/// What each room imports; `test_only` files belong to the tests of their room.
+/// Collects the imports of each room. Modules that are compiled only for tests are skipped.
 fn found(folder: &Path, room: Option<&str>, all: &mut BTreeMap<String, BTreeSet<String>>) -> Outcome {
     let mut entries: Vec<_> = fs::read_dir(folder)?.collect::<Result<_, _>>()?;
     entries.sort_by_key(|e| e.file_name());
@@ -67,7 +67,7 @@ fn found(folder: &Path, room: Option<&str>, all: &mut BTreeMap<String, BTreeSet<
     Ok(())
 }
 
-/// Where the table and the code differ, and imports that go upwards.
+/// Differences between the table and the code, and imports of rooms that lie above.
 fn problems(table: &Table, found: &BTreeMap<String, BTreeSet<String>>) -> Vec<String> {
     let mut all = Vec::new();
     let place = |room: &str| table.iter().position(|(name, _)| name == room);

@@ -134,7 +134,7 @@ fn a_run_leaves_its_files_and_a_model_that_can_be_used() {
     let light = &report.types;
     assert!(light.is_empty(), "yes and no are not types: {light:?}");
 
-    // The averages that the semantic stage kept outlast the chat stage, which leaves the tokenizer alone.
+    // The averages kept by the semantic stage survive the chat stage, which does not train the tokenizer.
     for (file, _) in io::written(&out).into_iter().chain([("ema.safetensors", ""), ("config.toml", "")]) {
         assert!(out.join(file).is_file(), "{file} is missing");
     }
@@ -248,7 +248,7 @@ fn numbers_that_are_not_finite_are_skipped_dumped_once_and_then_stop_the_run() {
     let Err(e) = train::run(&c, Arc::new(Cpu::poisoned(1).expect("a thread")), &o) else {
         panic!("a model of NaN was trained")
     };
-    assert!(e.to_string().contains("21 updates in a row had losses or gradients that are not finite"), "{e}");
+    assert!(e.to_string().contains("21 updates in a row had non-finite losses or gradients"), "{e}");
     let metrics = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap_or_default();
     assert!(metrics.lines().count() <= 21, "{metrics}");
     let files: Vec<String> = std::fs::read_dir(&out)

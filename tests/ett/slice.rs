@@ -65,7 +65,7 @@ struct Trainer {
     batch: Batch,
 }
 
-/// The batch of a step: sequences of the same lengths, other words. The first half of each sequence is read only.
+/// The batch of a step: sequences of the same lengths with other words. The first half of each sequence is context.
 fn rows(sizes: &Sizes, step: usize) -> Result<FlatBatch> {
     let sequences: Vec<Vec<Part>> = sizes
         .lengths

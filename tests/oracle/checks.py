@@ -1,7 +1,7 @@
-"""Checks of the twin by second derivations: python checks.py
+"""Checks of the twin: python checks.py
 
-What autograd or a library call produced in twin.py is compared here with formulas written out by hand,
-with finite differences, or with the parameter counts of the published model.
+Compares the results of autograd and library calls in twin.py with formulas written out by hand, with finite
+differences, or with the parameter counts of the published model.
 """
 
 import copy
@@ -47,14 +47,14 @@ def load_case(name):
 
 
 def closed_form(z, codebook, g_out, q, w_q, w_s, w_a):
-    """Gradients of sum(g_out * z_q) + w_q L_quant + w_s H_sample + w_a H_avg, winner kept out of the sums."""
+    """Gradients of sum(g_out * z_q) + w_q L_quant + w_s H_sample + w_a H_avg, with the winner kept out of the sums."""
     tokens, dim = z.shape
     scores = z @ codebook.T
     ind = scores.argmax(dim=1)
     rows = torch.arange(tokens)
     e = codebook[ind]
     count = tokens * dim
-    # The value of z_q is e; the derivative of mean((z_q - z)^2) by z_q joins what comes from outside.
+    # The value of z_q is e; the derivative of mean((z_q - z)^2) with respect to z_q is added to the incoming gradient.
     g = g_out + w_q * 2.0 * (e - z) / count
 
     p = torch.softmax(scores, dim=1)
@@ -149,7 +149,7 @@ def paper_sizes_have_the_published_parameter_counts():
 
 
 class Recorder(dict):
-    """A dictionary that remembers which keys were asked for."""
+    """A dictionary that records which keys are read."""
 
     def __init__(self, items):
         super().__init__(items)
@@ -344,7 +344,7 @@ def adam_by_hand():
 
 @check
 def finite_differences_agree_where_no_gradient_is_stopped():
-    """Central differences in one random direction per parameter: all but the encoder side and the codebook."""
+    """Central differences in one random direction per parameter, for all parameters but encoder and codebook."""
     for name in ["dot", "l2norm", "vq", "embed", "index"]:
         cfg, weights, batch, expected = load_case(name)
         W = {n: w.double() for n, w in weights.items()}
@@ -378,7 +378,7 @@ def finite_differences_agree_where_no_gradient_is_stopped():
                 continue
             function = d_loss if parameter.startswith("loss.") else total
             direction = normal(100 + index, *W[parameter].shape)
-            # A parameter of the discriminator or the decoder sits before kinks (ReLU, max-pool): a small step.
+            # Parameters of the discriminator and the decoder are followed by kinks (ReLU, max-pool): a small step.
             step = 1e-7
             plus = function(W | {parameter: W[parameter] + step * direction})
             minus = function(W | {parameter: W[parameter] - step * direction})

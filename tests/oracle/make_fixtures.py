@@ -1,11 +1,11 @@
 """Writes the fixtures under tests/fixtures, or checks the committed ones.
 
-    python make_fixtures.py            # every case anew, and MANIFEST.sha256
+    python make_fixtures.py            # write every case and MANIFEST.sha256
     python make_fixtures.py --check    # run the twin on the committed inputs, compare with the committed outputs
 
 Each case is a directory with config.toml, weights.safetensors, batch.safetensors (the inputs, float32 and
 int32) and expected.safetensors (the twin's outputs, float64). The twin reads the inputs back from these
-files, so nothing but them goes into the outputs.
+files, so that the outputs depend on nothing else.
 """
 
 import argparse
@@ -93,12 +93,12 @@ def toml_text(cfg):
 
 
 def to_grid(x):
-    """Rounds to multiples of 2^-14, so that the inputs do not hang on the last bits of a math library."""
+    """Rounds to multiples of 2^-14, so that the inputs do not depend on the last bits of a math library."""
     return torch.from_numpy(np.round(np.asarray(x, dtype=np.float64) * 2**14) / 2**14).float()
 
 
 def random_image(rng, batch, height, width):
-    """A few smooth waves and some noise, squashed into (-1, 1)."""
+    """A few smooth waves plus noise, mapped into (-1, 1)."""
     y, x = np.mgrid[0:height, 0:width] / 32.0
     image = 0.25 * rng.standard_normal((batch, height, width, 3))
     for b in range(batch):
@@ -149,8 +149,8 @@ def random_weights(rng, cfg, image):
 def set_quantizer(rng, cfg, weights, image):
     """Chooses quant_conv and the codebook from the data, so that neither softmax is flat or one-hot everywhere.
 
-    quant_conv partly whitens the encoder's features and mixes them at random; a third of the codes lie close to
-    another code, which leaves near ties for the sharp softmax of the entropies.
+    quant_conv partly whitens the encoder's features and mixes them at random; a third of the codes are close to
+    another code, which gives the sharp softmax of the entropies near ties.
     """
     q = cfg["quantizer"]
     W = {name: value.double() for name, value in weights.items()}
@@ -212,7 +212,7 @@ def write_case(name, directory):
 
 
 def report(name, cfg, weights, batch, expected):
-    """Prints what makes a case worth its place, and refuses one whose indices or gradients are fragile."""
+    """Prints statistics that show what a case covers, and fails if its indices or gradients are fragile."""
     q = cfg["quantizer"]
     W = {n: w.double() for n, w in weights.items()}
     image = batch["input.image"].double().permute(0, 3, 1, 2)
@@ -270,7 +270,7 @@ def check():
             continue
         worst = 0.0
         for key, value in expected.items():
-            # The 0.1 is for tensors that are zero but for rounding.
+            # The 0.1 is for tensors that are zero up to rounding.
             error = ((fresh[key] - value).double().norm() / (value.double().norm() + 0.1)).item()
             worst = max(worst, error)
             if error > (0 if key == "act.ind" else 1e-11):

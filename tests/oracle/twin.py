@@ -1,16 +1,16 @@
 """A small, naive float64 twin of ETT in PyTorch: one semantic-stage training step.
 
-It exists to be compared with, so it is written for reading and never for speed: the score matrix
-S = z E^T and both softmaxes are materialised, the straight-through estimator is spelled as in IBQ
-(`hard - softmax.detach() + softmax`), and every gradient comes from autograd.
+It is a reference for comparisons, so it is written for readability and not for speed: the score matrix
+S = z E^T and both softmaxes are materialised, the straight-through estimator is written as in IBQ
+(`hard - softmax.detach() + softmax`), and autograd computes every gradient.
 
     ETT  End-to-End Vision Tokenizer Tuning                                arXiv 2505.10562
     IBQ  Scalable Image Tokenization with Index Backpropagation Quantization   arXiv 2412.02692
 
-Letters: B batch, H W image height and width, h w those of the token grid, M = B*h*w visual tokens,
+Letters: B batch, H W image height and width, h w height and width of the token grid, M = B*h*w visual tokens,
 D code dimension, K codes, C width of the language model, L text tokens of a sample, V vocabulary.
-Parameters live in one dictionary `W` under the names of the public checkpoints; convolution weights
-are [out, in, kh, kw], linear weights [out, in]. Images are [B, H, W, 3] outside, [B, 3, H, W] inside.
+Parameters are in one dictionary `W` with the names of the public checkpoints; convolution weights
+are [out, in, kh, kw], linear weights [out, in]. Images are [B, H, W, 3] in files and [B, 3, H, W] in the model.
 """
 
 import math
@@ -25,7 +25,7 @@ VGG_SLICES = [[0, 2], [5, 7], [10, 12, 14], [17, 19, 21], [24, 26, 28]]
 # PatchGAN: (index of the convolution, index of its BatchNorm or None, stride, LeakyReLU follows).
 PATCHGAN = [(0, None, 2, True), (2, 3, 2, True), (5, 6, 2, True), (8, 9, 1, True), (11, None, 1, False)]
 
-# The fixed numbers that are no configuration values.
+# Constants that are not configuration values.
 BATCH_NORM_EPS = 1e-5
 LEAKY_SLOPE = 0.2
 LPIPS_EPS = 1e-10
@@ -167,7 +167,7 @@ LANGUAGE = ("model.", "projector.", "visual_embed.")
 
 
 def vq_losses_on(cfg):
-    """Whether L_vq (and with it the decoder, LPIPS and the discriminator) takes part in the step."""
+    """Whether the step has L_vq, and with it the decoder, LPIPS and the discriminator."""
     return cfg["train"]["arm"] == "ett" and cfg["loss"]["alpha"] != 0
 
 
@@ -269,8 +269,8 @@ def decode(W, z_q, grid, cfg):
 def quantize(z, codebook, cfg):
     """Quantize z [M, D] with codebook [K, D].
 
-    Returns a dictionary: `z` (as it enters the scores), `ind`, `z_q`, and the unweighted losses `quant`,
-    `ent_sample`, `ent_avg`; `scores` [M, K] is what the argmax runs over.
+    Returns a dictionary: `z` (as the scores use it), `ind`, `z_q`, the unweighted losses `quant`, `ent_sample`,
+    `ent_avg`, and `scores` [M, K], whose argmax is `ind`.
     """
     q = cfg["quantizer"]
     if q["metric"] == "l2norm":
@@ -322,7 +322,7 @@ def quantize_vq(z, codebook, q):
 
 
 def unit_features(f):
-    """f / (|f| + eps) over channels; zero, with zero gradient, where all channels are zero."""
+    """f / (|f| + eps) over channels; zero, with zero gradient, if all channels are zero."""
     square = f.square().sum(dim=1, keepdim=True)
     alive = square > 0
     norm = torch.sqrt(torch.where(alive, square, 1.0))
@@ -445,7 +445,7 @@ def language_model(W, x, cfg):
 
 
 def text_logits(W, visual, text, cfg):
-    """The logits [B, L, V] that predict text [B, L] after visual rows [B, h*w, C]: each from the position before."""
+    """The logits [B, L, V] that predict text [B, L] after visual rows [B, h*w, C], each at the position before."""
     rows = torch.cat([visual, W["model.embed_tokens.weight"][text]], dim=1)
     before = visual.shape[1] - 1
     return language_model(W, rows, cfg)[:, before : before + text.shape[1]]
@@ -472,7 +472,7 @@ def gradients(loss, W, names):
 
 
 def generator_side(W, stepped_discriminator, image, text, cfg):
-    """Everything but the discriminator's own losses. Returns (losses, activations)."""
+    """All losses but the discriminator's own. Returns (losses, activations)."""
     weights, arm = cfg["loss"], cfg["train"]["arm"]
     zero = torch.zeros((), dtype=torch.float64)
     losses = {name: zero for name in ["rec", "lpips", "gan", "quant", "ent_sample", "ent_avg", "vq"]}
@@ -522,7 +522,7 @@ def training_step(cfg, weights, batch):
     d = {"losses": {name: zero for name in ["d_hinge", "d_lecam", "d_loss"]}, "grads": {}, "after": {}}
 
     def stepped_discriminator(reconstruction):
-        """The discriminator's own step; the generator side then sees the stepped weights, as constants."""
+        """The discriminator's own step; the generator losses then use the updated weights as constants."""
         hinge, lecam, _, _ = discriminator_losses(W, image, reconstruction, cfg)
         d_loss = hinge + loss_weights["lecam"] * lecam
         d["losses"] = {"d_hinge": hinge, "d_lecam": lecam, "d_loss": d_loss}

@@ -1,7 +1,8 @@
 """Why the quantizer keeps the winner out of its cancelling sums: the table in docs/quantizer.md.
 
-Random codes and gradients, scores that give all codes but the best one the mass `rest`. Prints the relative error of the
-soft gradient dS E against float64, for four ways to form dS = p (dP - delta). Needs NumPy alone.
+Codes and gradients are random; the scores give all codes but the best one a total probability of `rest`. Prints the
+relative error of the soft gradient dS E against float64, for four ways to compute dS = p (dP - delta).
+Needs only NumPy.
 """
 
 import numpy as np
@@ -11,7 +12,7 @@ F32 = np.float32
 
 
 def bf16(x):
-    """Rounds to bfloat16, ties to even."""
+    """Rounds half to even to bfloat16."""
     u = np.asarray(x, F32).view(np.uint32)
     return ((u + ((u >> 16) & 1) + 0x7FFF) & 0xFFFF0000).astype(np.uint32).view(F32)
 
@@ -34,7 +35,7 @@ def exact(s, t, e, g):
 
 
 def ways(s, t, e, g):
-    """float32 throughout, but for the probabilities of the second way."""
+    """The four ways, in float32 except for the probabilities of the second one, in bfloat16."""
     dp = e @ g
     x = np.exp(s - s[t])
     p = x / x.sum(dtype=F32)

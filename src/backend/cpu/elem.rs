@@ -1,31 +1,31 @@
-//! Element types of the CPU kernels and the types they are summed in.
+//! Element types of the CPU kernels and their accumulator types.
 
 use half::bf16;
 use num_traits::Float;
 
 use crate::backend::Element;
 
-/// A stored float and the type its sums are formed in.
+/// A stored float type with its accumulator type.
 pub(crate) trait Elem: Element {
     /// f32 for bf16 and f32, f64 for f64.
     type Acc: Real;
-    /// Widens.
+    /// Converts to the accumulator type, exactly.
     fn up(self) -> Self::Acc;
-    /// Rounds to nearest even.
+    /// Rounds to nearest, ties to even.
     fn down(x: Self::Acc) -> Self;
 }
 
-/// A type that sums are formed in.
+/// An accumulator type.
 pub(crate) trait Real:
     Elem<Acc = Self> + Float + std::iter::Sum + std::ops::AddAssign + std::ops::MulAssign
 {
-    /// From a constant.
+    /// Rounds a constant.
     fn of(x: f64) -> Self;
-    /// To f64.
+    /// Converts to f64.
     fn wide(self) -> f64;
-    /// e^x without branches, so that loops over it vectorise; about 1 ulp (f32).
+    /// e^x, in f32 accurate to about 1 ulp and branch-free, so that loops over it vectorise.
     fn fast_exp(self) -> Self;
-    /// Error function, to the type's precision.
+    /// Error function, accurate to the type's precision.
     fn erf(self) -> Self;
 }
 
@@ -95,8 +95,8 @@ impl Real for f32 {
     }
     #[inline(always)]
     fn fast_exp(self) -> f32 {
-        // exp(x) = 2^n exp(r), r = x - n ln 2 in two parts (Cody and Waite), exp(r) by its Taylor polynomial
-        // on |r| <= ln(2)/2. Below -87.3 the result is flushed to 0, above 88.3 it stays exp(88.3); NaN stays NaN.
+        // exp(x) = 2^n exp(r) with r = x - n ln 2 in two parts (Cody and Waite) and exp(r) by its Taylor polynomial
+        // on |r| <= ln(2)/2. Below -87.3 the result is 0, above 88.3 it is exp(88.3); NaN stays NaN.
         let x = if self > 88.3 { 88.3 } else { self };
         let n = (x * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0; // rounds to an integer
         let r = (x - n * 0.693_359_4) - n * -2.121_944_4e-4;
@@ -108,7 +108,7 @@ impl Real for f32 {
         let p = p * r + 0.5;
         let p = p * r + 1.0;
         let p = p * r + 1.0;
-        // Not `n as i32`: the saturating cast of Rust would keep the loop scalar on some targets.
+        // Not `n as i32`: Rust's saturating cast would prevent vectorisation on some targets.
         let clamped = if n < -127.0 { -127.0 } else { n };
         let bits = ((clamped + 12_582_912.0f32).to_bits().wrapping_sub(0x4B40_0000)).wrapping_add(127) << 23;
         let y = p * f32::from_bits(bits);
@@ -116,8 +116,8 @@ impl Real for f32 {
     }
     #[inline(always)]
     fn erf(self) -> f32 {
-        // 1 - exp(polynomial) away from 0, an odd polynomial near it (N. Juffa); both are computed, so that
-        // loops over it vectorise.
+        // 1 - exp(polynomial) far from 0, an odd polynomial near 0 (N. Juffa). Both are always computed, so that loops
+        // vectorise.
         let (t, s) = (self.abs(), self * self);
         let p = -1.728_534_7e-5 * t + 3.831_971_3e-4;
         let q = -3.883_964_4e-3 * t + 2.425_462_2e-2;
@@ -136,8 +136,8 @@ impl Real for f32 {
     }
 }
 
-/// erf in f64: the Maclaurin series below 2, beyond it the continued fraction of erfc (Abramowitz and Stegun
-/// 7.1.5 and 7.1.14). Both are carried until they no longer change.
+/// erf in f64: a power series for |x| < 2, the continued fraction of erfc beyond (Abramowitz and Stegun 7.1.6 and
+/// 7.1.14), both with enough terms for full precision.
 fn erf_f64(x: f64) -> f64 {
     let a = x.abs();
     if a.is_nan() {

@@ -1,4 +1,4 @@
-//! Rows of tables by index: embeddings and their gradients.
+//! Table look-ups by row index: embeddings and their gradients.
 
 use rayon::prelude::*;
 
@@ -18,9 +18,8 @@ pub(super) fn gather_bwd(_ws: &Workspace, a: &GatherBwd) -> Result<()> {
     by_dtype!("gather_bwd", a.dy.dtype, E => bwd::<E>(a))
 }
 
-/// The indices, none of them beyond the table's last row.
-fn indices<'a>(op: &'static str, idx: &In<'a>, n: usize, rows: usize) -> Result<&'a [i32]> {
-    expect(op, "idx", idx, n)?;
+/// The indices, checked against the number of rows of the table.
+fn indices<'a>(op: &'static str, idx: &In<'a>, rows: usize) -> Result<&'a [i32]> {
     let idx = flat::<i32>(op, "idx", idx)?;
     match idx.iter().find(|&&i| i >= 0 && i as usize >= rows) {
         Some(i) => Err(Error::arg(op, "idx", i, format!("less than the {rows} rows of the table"))),
@@ -32,11 +31,10 @@ fn fwd<E: Elem>(a: &GatherFwd) -> Result<()> {
     let op = "gather_fwd";
     let table = rows::<E>(op, "table", &a.table)?;
     let y = rows_mut::<E>(op, "y", &a.y.0)?;
-    expect_rows(op, "y", &a.y.0, a.idx.dims.numel(), table.cols)?;
-    let idx = indices(op, &a.idx, y.rows, table.rows)?;
+    let idx = indices(op, &a.idx, table.rows)?;
     par_for(y.rows, ROWS, |r| {
         for n in r {
-            // SAFETY: chunks do not overlap: one thread a row.
+            // SAFETY: chunks do not overlap, so that each row belongs to one thread.
             let y = unsafe { y.row(n) };
             match usize::try_from(idx[n]) {
                 Ok(i) => y.copy_from_slice(table.row(i)),
@@ -51,15 +49,14 @@ fn bwd<E: Elem>(a: &GatherBwd) -> Result<()> {
     let op = "gather_bwd";
     let dy = rows::<E>(op, "dy", &a.dy)?;
     let dtable = rows_mut::<E::Acc>(op, "dtable", &a.dtable.0)?;
-    expect_rows(op, "dtable", &a.dtable.0, dtable.rows, dy.cols)?;
-    let idx = indices(op, &a.idx, dy.rows, dtable.rows)?;
+    let idx = indices(op, &a.idx, dtable.rows)?;
 
-    // The sort is stable: each row of the table meets its n in their order, on one thread.
+    // The sort is stable, so that one thread adds the gradients of a row of the table in a fixed order.
     let mut order: Vec<usize> = (0..idx.len()).filter(|&n| idx[n] >= 0).collect();
     order.sort_by_key(|&n| idx[n]);
     let runs: Vec<&[usize]> = order.chunk_by(|&m, &n| idx[m] == idx[n]).collect();
     runs.par_iter().with_min_len(ROWS / 8).for_each(|run| {
-        // SAFETY: `indices` checked them, and each row of the table has one run.
+        // SAFETY: `indices` checked the range, and each row of the table has one run.
         let out = unsafe { dtable.row(idx[run[0]] as usize) };
         for &n in *run {
             for (o, &d) in out.iter_mut().zip(dy.row(n)) {
@@ -72,7 +69,7 @@ fn bwd<E: Elem>(a: &GatherBwd) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing_b::*;
+    use super::super::testing::args::*;
     use super::*;
 
     fn args(n: usize, r: usize, c: usize) -> Vec<Arg> {

@@ -1,4 +1,4 @@
-//! Products through the `gemm` crate, one thread a call; parallel ones are split into fixed blocks of rows,
+//! Matrix products with the `gemm` crate, one thread per call. Parallel products are split into fixed blocks of rows,
 //! so that the bits do not depend on the number of threads.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -45,10 +45,10 @@ impl<'a, R> Mat<'a, R> {
     }
 }
 
-/// Columns of a product below which `gemm` leaves most of a vector idle.
+/// Number of columns up to which products are computed as dot products, since `gemm` would leave most of a vector idle.
 pub(crate) const FEW: usize = 4;
 
-/// A product with few columns: plain dot products of rows of `a` with columns of `b`, both without gaps.
+/// A product with few columns: dot products of rows of `a` with columns of `b`, both contiguous.
 fn few_columns<R: Real>(a: Mat<R>, b: Mat<R>, c: &mut [R], ldc: usize, accumulate: bool) {
     simd(
         #[inline(always)]
@@ -82,7 +82,7 @@ pub(crate) fn gemm<R: Real>(a: Mat<R>, b: Mat<R>, c: &mut [R], ldc: usize, accum
         return few_columns(a, b, c, ldc, accumulate);
     }
     let start = TIMED.load(Ordering::Relaxed).then(Instant::now);
-    // SAFETY: the slices hold every element that these extents and strides reach: asserted here and in Mat.
+    // SAFETY: these extents and strides stay inside the slices, as asserted here and in `Mat`.
     unsafe {
         gemm::gemm(
             m,
@@ -111,7 +111,8 @@ pub(crate) fn gemm<R: Real>(a: Mat<R>, b: Mat<R>, c: &mut [R], ldc: usize, accum
     }
 }
 
-/// Rows of one block: each reads all of `b` again, so at least 64 if that leaves two.
+/// Rows of one block of a parallel product. Every block reads all of `b`, so blocks have at least 64 rows if that
+/// leaves at least two blocks.
 pub(super) fn block_rows(m: usize) -> usize {
     m.div_ceil(32).clamp(64, 512).min(m.div_ceil(2).max(16)).next_multiple_of(8)
 }

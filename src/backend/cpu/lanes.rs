@@ -1,5 +1,5 @@
-//! Sums and maxima over a row in a fixed number of lanes: such loops vectorise, and the order of their
-//! additions depends on the length only.
+//! Sums and maxima over a row in a fixed number of lanes, so that the loops vectorise and the order of additions
+//! depends only on the length.
 
 use super::Real;
 
@@ -71,7 +71,7 @@ pub(crate) fn sum3<A: Copy, B: Copy, C: Copy, R: Real>(
     join(s, |a, b| a + b)
 }
 
-/// The largest number; NaN is passed over, nothing gives -inf.
+/// The maximum, ignoring NaN; -inf for an empty row.
 #[inline(always)]
 pub(crate) fn max<R: Real>(x: &[R]) -> R {
     let larger = |a: R, b: R| if b > a { b } else { a };

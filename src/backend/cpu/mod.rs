@@ -1,6 +1,6 @@
-//! The contract in plain generic Rust: `f32` to run, `f64` as the oracle, `bf16` by rounding on store.
+//! The contract in plain generic Rust: `f32` to run, `f64` as the reference, `bf16` by rounding on store.
 //!
-//! Sums are formed in fixed chunks whose bounds depend on shapes only, so results are the same bits for any
+//! Sums are computed in fixed chunks, whose bounds depend only on shapes, so that results are bitwise the same for any
 //! number of threads.
 
 mod attention;
@@ -10,7 +10,7 @@ mod elem;
 mod gather;
 mod gemm;
 mod lanes;
-mod losses;
+mod loss;
 mod norm;
 mod optim;
 mod pointwise;
@@ -20,11 +20,8 @@ mod resample;
 mod sample;
 #[cfg(test)]
 mod testing;
-#[cfg(test)]
-mod testing_b;
 mod views;
 mod workspace;
-mod xent;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -39,40 +36,41 @@ pub(crate) use pool::Pool;
 pub(crate) use views::*;
 pub(crate) use workspace::{PerThread, Scratch, Workspace};
 
-/// The CPU as a device. It runs one call at a time; a call from another thread waits for its turn.
+/// The CPU as a device. It runs one call at a time; calls from other threads wait.
 pub struct Cpu {
+    id: DeviceId,
     threads: rayon::ThreadPool,
     pool: Arc<Pool>,
-    /// Held while memory that is handed out is read or written: kernels take `&self`, and tensors share buffers, so that
-    /// two threads could write one at the same time.
+    /// Held while buffers are read or written: kernels take `&self`, and tensors share buffers, so that two threads
+    /// could otherwise write to the same buffer at the same time.
     turn: Mutex<()>,
     profile: Option<Mutex<BTreeMap<&'static str, KernelTime>>>,
 }
 
-/// Where the time of one kernel went.
+/// The time spent in one kernel.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct KernelTime {
-    /// Calls.
+    /// Number of calls.
     pub calls: u64,
-    /// Seconds.
+    /// Seconds in total.
     pub seconds: f64,
     /// Seconds in matrix products, summed over threads.
     pub gemm_seconds: f64,
 }
 
 impl Cpu {
-    /// A CPU device with `threads` threads (0: one per core).
+    /// A CPU device with `threads` threads, at most [`Cpu::MAX_THREADS`]; 0 for one per core.
     pub fn new(threads: usize) -> Result<Self> {
         Self::build(threads, false)
     }
 
-    /// Like [`Cpu::new`], but every allocation is filled with NaN (-1 for indices), for tests: a kernel that
-    /// leaves part of its output unwritten, or reads what nobody wrote, shows at once.
+    /// Like [`Cpu::new`], but every allocation is filled with NaN (-1 for indices), so that tests detect kernels that
+    /// leave outputs unwritten or read uninitialised memory.
     pub fn poisoned(threads: usize) -> Result<Self> {
         Self::build(threads, true)
     }
 
-    /// Threads that a device can have at most.
+    /// Maximum number of threads of a device.
     pub const MAX_THREADS: usize = 1024;
 
     fn build(threads: usize, poison: bool) -> Result<Self> {
@@ -84,17 +82,18 @@ impl Cpu {
             .num_threads(threads)
             .build()
             .map_err(|e| Error::arg("Cpu::new", "threads", e, "a number of threads the system can start"))?;
-        Ok(Cpu { threads, pool: Arc::new(Pool::new(poison)), turn: Mutex::default(), profile: None })
+        let pool = Arc::new(Pool::new(poison));
+        Ok(Cpu { id: DeviceId::unique(), threads, pool, turn: Mutex::default(), profile: None })
     }
 
-    /// Times every kernel from now on. Products are timed for the whole process: profile one device at a time.
+    /// Times every kernel from now on. Matrix products are timed for the whole process: profile one device at a time.
     pub fn profiled(mut self) -> Self {
         gemm::TIMED.store(true, Ordering::Relaxed);
         self.profile = Some(Mutex::default());
         self
     }
 
-    /// Threads that kernels run on.
+    /// Number of threads that kernels run on.
     pub fn threads(&self) -> usize {
         self.threads.current_num_threads()
     }
@@ -109,7 +108,7 @@ impl Cpu {
 
     /// Waits for the calls of other threads.
     fn turn(&self) -> MutexGuard<'_, ()> {
-        // A kernel that panicked left values behind, if not the right ones.
+        // After a panic of a kernel, buffers still hold valid values, although possibly wrong ones.
         self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -118,8 +117,8 @@ impl Cpu {
         let _turn = self.turn();
         match rayon::current_thread_index() {
             None => self.threads.install(kernel),
-            // A thread of another pool, waiting in `install`, would take up other work of its pool: if that calls a
-            // kernel too, it waits for its own turn to end.
+            // A thread of another pool that waits in `install` runs other tasks of its pool. If one of them called a
+            // kernel, it would deadlock waiting for `turn`.
             Some(_) => std::thread::scope(|s| match s.spawn(|| self.threads.install(kernel)).join() {
                 Ok(result) => result,
                 Err(panic) => std::panic::resume_unwind(panic),
@@ -127,18 +126,16 @@ impl Cpu {
         }
     }
 
-    /// Memory that may be held from now on, in all; what would take more is an [`Error::OutOfMemory`].
+    /// Limits the total memory allocated from now on; allocations beyond it fail with [`Error::OutOfMemory`].
     pub fn limit(&self, bytes: u64) {
         self.pool.limit(bytes);
     }
 
-    /// Runs `kernel` in a workspace of as many bytes as its query says.
+    /// Runs `kernel` with a workspace of the size that its query returns.
     fn launch<A: Query>(&self, a: &A, kernel: impl FnOnce(&Workspace) -> Result<()> + Send) -> Result<()> {
         let name = a.kernel();
         // Before any size is formed from them.
-        for (arg, _, v) in a.views() {
-            check_view(name, arg, &v)?;
-        }
+        check::call(self.id, a)?;
         let threads = self.threads();
         let bytes = a.workspace(threads);
         let (start, before) = (Instant::now(), gemm::NANOS.load(Ordering::Relaxed));
@@ -169,9 +166,9 @@ impl Cpu {
     }
 }
 
-/// Arguments that know what a launch takes on this device.
+/// Arguments with a query for the workspace of their launch on this device.
 pub(super) trait Query: Args {
-    /// Bytes of workspace on this many threads.
+    /// Bytes of workspace with this many threads.
     fn workspace(&self, threads: usize) -> usize;
 }
 
@@ -184,12 +181,15 @@ impl Collectives for Cpu {
         0
     }
     fn all_reduce(&self, _s: Stream, x: Acc) -> Result<()> {
-        check_view("all_reduce", "x", &x.0)
+        check::view(self.id, "all_reduce", "x", &x.0)
     }
     fn reduce_scatter(&self, s: Stream, x: In, y: Out) -> Result<()> {
         self.all_gather(s, x, y)
     }
     fn all_gather(&self, _s: Stream, x: In, y: Out) -> Result<()> {
+        check::view(self.id, "all_gather", "x", &x)?;
+        check::view(self.id, "all_gather", "y", &y.0)?;
+        check::apart("all_gather", ("x", &x), ("y", &y.0))?;
         let _turn = self.turn();
         let from = bytes("all_gather", "x", &x)?;
         let to = bytes_mut("all_gather", "y", &y.0)?;
@@ -206,13 +206,18 @@ impl Device for Cpu {
         format!("cpu ({} threads)", self.threads.current_num_threads())
     }
 
+    fn id(&self) -> DeviceId {
+        self.id
+    }
+
     fn alloc(&self, role: Role, bytes: usize) -> Result<Buffer> {
         let addr = self.pool.take(role, bytes).ok_or_else(|| self.out_of_memory(role, bytes))?;
-        // SAFETY: the pool gave this block, and takes it back when the buffer is dropped.
-        Ok(unsafe { Buffer::new(addr, bytes, role, self.pool.clone()) })
+        // SAFETY: the block comes from the pool, and is returned to it when the buffer is dropped.
+        Ok(unsafe { Buffer::new(addr, bytes, role, self.id, self.pool.clone()) })
     }
 
     fn copy_in(&self, _s: Stream, src: &[u8], dst: Out) -> Result<()> {
+        check::view(self.id, "copy_in", "dst", &dst.0)?;
         let _turn = self.turn();
         let to = bytes_mut("copy_in", "dst", &dst.0)?;
         if to.len() != src.len() {
@@ -223,6 +228,7 @@ impl Device for Cpu {
     }
 
     fn read_later(&self, _s: Stream, src: In) -> Result<Pending> {
+        check::view(self.id, "read_later", "src", &src)?;
         let _turn = self.turn();
         let v = packed("read_later", "src", &src)?;
         Ok(Pending::new(move || Ok(v)))
@@ -244,9 +250,7 @@ impl Device for Cpu {
 }
 
 macro_rules! impl_cpu {
-    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => {
-        $($(#[$fdoc:meta])* $field:ident: $ty:ty,)*
-    })*) => { pastey::paste! {
+    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => $fields:tt)*) => { pastey::paste! {
         $(impl Query for $args<'_> {
             fn workspace(&self, threads: usize) -> usize {
                 $module::[<$name _workspace>](self, threads)

@@ -1,5 +1,5 @@
-//! Host memory with free lists by size: the same calls in a step give the same addresses, and steps after
-//! the first ask the system for nothing. Workspaces of launches share one block that grows to the largest of them.
+//! Host memory with free lists by size: steps with the same calls get the same addresses, and only the first step
+//! allocates from the system. Workspaces of launches share one block that grows to the largest of them.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::collections::HashMap;
@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::backend::{Memory, Reclaim, Role, size};
 
-/// Free lists above this size are given back to the system.
+/// Free blocks are returned to the system when they exceed this many bytes in total.
 const KEEP: usize = 2 << 30;
 
 pub(crate) struct Pool {
@@ -18,10 +18,10 @@ pub(crate) struct Pool {
 struct State {
     free: HashMap<usize, Vec<u64>>,
     free_bytes: usize,
-    /// Blocks for workspaces that no launch has: one, unless launches run at the same time.
+    /// Unused blocks for workspaces: one, unless launches run at the same time.
     spare: Vec<(u64, Layout)>,
     memory: Memory,
-    /// The most that may be held.
+    /// Maximum of the total allocated memory, in bytes.
     limit: u64,
 }
 
@@ -44,25 +44,26 @@ impl Pool {
         self.lock().memory.clone()
     }
 
-    /// Fails allocations that would take more than `bytes` in all.
+    /// Limits the total allocated memory to `bytes`.
     pub(crate) fn limit(&self, bytes: u64) {
         self.lock().limit = bytes;
     }
 
-    /// True if all memory is filled with NaN (-1 for indices) when it is taken.
+    /// Whether allocated memory is filled with NaN (-1 for indices).
     pub(crate) fn is_poisoned(&self) -> bool {
         self.poison
     }
 
-    /// What keeps allocations from succeeding, for messages.
+    /// The reason why an allocation failed, for messages.
     pub(crate) fn refusal(&self) -> String {
         match self.lock().limit {
-            u64::MAX => "the system gave none".into(),
-            limit => format!("at most {} may be held", size(limit)),
+            u64::MAX => "the system has no more".into(),
+            limit => format!("at most {} may be allocated", size(limit)),
         }
     }
 
-    /// An address of `bytes` bytes, aligned to 256; `None` if the system has no more, or the limit is reached.
+    /// The address of a block of `bytes` bytes, aligned to 256; `None` if the system has no more memory or the limit
+    /// would be exceeded.
     pub(crate) fn take(&self, role: Role, bytes: usize) -> Option<u64> {
         let layout = layout(bytes)?;
         let mut s = self.lock();
@@ -82,13 +83,13 @@ impl Pool {
         drop(s);
         if self.poison {
             // All bits set is NaN in every float type and -1 in i32.
-            // SAFETY: the block has this size, and nobody else has it.
+            // SAFETY: the block has this size and is not used elsewhere.
             unsafe { std::ptr::write_bytes(addr as *mut u8, 0xFF, layout.size()) };
         }
         Some(addr)
     }
 
-    /// Memory for the workspace of a launch; `None` as for [`Pool::take`].
+    /// Memory for the workspace of a launch; `None` in the same cases as [`Pool::take`].
     pub(crate) fn reserve(self: &Arc<Self>, bytes: usize) -> Option<Reserved> {
         let mut s = self.lock();
         s.fits(bytes)?;
@@ -96,7 +97,7 @@ impl Pool {
         let (addr, layout) = match enough {
             Some(i) => s.spare.swap_remove(i),
             None => {
-                // A block that is too small makes room for one that is not.
+                // Replace a block that is too small.
                 if let Some((addr, small)) = s.spare.pop() {
                     // SAFETY: it came from alloc_zeroed with this layout.
                     unsafe { dealloc(addr as *mut u8, small) };
@@ -116,7 +117,7 @@ impl Pool {
 }
 
 impl State {
-    /// `None` if `bytes` more are beyond the limit.
+    /// `None` if `bytes` more would exceed the limit.
     fn fits(&self, bytes: usize) -> Option<()> {
         (self.memory.total().checked_add(bytes as u64)? <= self.limit).then_some(())
     }
@@ -151,7 +152,7 @@ impl Drop for Reserved {
 fn release(free: &mut HashMap<usize, Vec<u64>>) {
     for (size, list) in free.drain() {
         for addr in list {
-            // SAFETY: every address in a free list came from alloc_zeroed with this very layout.
+            // SAFETY: every address in a free list came from alloc_zeroed with this layout.
             unsafe { dealloc(addr as *mut u8, Layout::from_size_align_unchecked(size, 256)) };
         }
     }

@@ -1,4 +1,4 @@
-//! Up-sampling and pooling by two.
+//! Upsampling and pooling by a factor of two.
 
 use num_traits::Zero;
 
@@ -35,9 +35,8 @@ struct Halves {
 }
 
 impl Halves {
-    fn new(op: &'static str, fine: (&'static str, &In), coarse: (&'static str, &In)) -> Result<Self> {
+    fn new(op: &'static str, fine: (&'static str, &In)) -> Result<Self> {
         let [b, h, w, c] = image(op, fine.0, fine.1)?;
-        expect_dims(op, coarse.0, coarse.1, [b, h / 2, w / 2, c])?;
         Ok(Halves { fine: [b, h, w, c], coarse: [b, h / 2, w / 2, c] })
     }
 
@@ -45,14 +44,7 @@ impl Halves {
         self.fine[1] % 2 == 1 || self.fine[2] % 2 == 1
     }
 
-    fn expect_even(&self, op: &'static str, arg: &'static str, v: &In) -> Result<()> {
-        if self.is_odd() {
-            return Err(Error::arg(op, arg, v.dims, "an even height and width"));
-        }
-        Ok(())
-    }
-
-    /// The first of the two fine rows that coarse row `i` stands for.
+    /// The first of the two fine rows that correspond to coarse row `i`.
     fn fine_row(&self, i: usize) -> usize {
         i / self.coarse[1] * self.fine[1] + i % self.coarse[1] * 2
     }
@@ -82,12 +74,11 @@ fn lines_out<'a, T: Elem>(op: &'static str, arg: &'static str, v: &In<'a>) -> Re
 
 fn up_fwd<T: Elem>(s: &Upsample2xFwd) -> Result<()> {
     const OP: &str = "upsample2x_fwd";
-    let at = Halves::new(OP, ("y", &s.y.0), ("x", &s.x))?;
-    at.expect_even(OP, "y", &s.y.0)?;
+    let at = Halves::new(OP, ("y", &s.y.0))?;
     let (x, y, c) = (lines_in::<T>(OP, "x", &s.x)?, lines_out::<T>(OP, "y", &s.y.0)?, at.fine[3]);
     at.par_rows(|i, first| {
         for row in [first, first + 1] {
-            // SAFETY: every fine row belongs to one coarse row, and chunks do not share those.
+            // SAFETY: every fine row belongs to one coarse row, and chunks do not share coarse rows.
             let y = unsafe { y.row(row) };
             for (y, x) in y.chunks_exact_mut(2 * c).zip(x.row(i).chunks_exact(c)) {
                 y[..c].copy_from_slice(x);
@@ -98,13 +89,13 @@ fn up_fwd<T: Elem>(s: &Upsample2xFwd) -> Result<()> {
     Ok(())
 }
 
-/// The `C` channels of the four pixels of every window of two rows.
+/// The `C` channels of the four pixels of every 2x2 window of two rows.
 #[inline(always)]
 fn windows<'a, T>(a: &'a [T], b: &'a [T], c: usize) -> impl Iterator<Item = [&'a [T]; 4]> {
     a.chunks_exact(2 * c).zip(b.chunks_exact(2 * c)).map(move |(a, b)| [&a[..c], &a[c..], &b[..c], &b[c..]])
 }
 
-/// Writes `f` of every window of two rows.
+/// Writes `f` of every 2x2 window of two rows.
 #[inline(always)]
 fn reduce<T: Elem>(a: &[T], b: &[T], y: &mut [T], c: usize, f: impl Fn([T::Acc; 4]) -> T::Acc) {
     for (y, [a0, a1, b0, b1]) in y.chunks_exact_mut(c).zip(windows(a, b, c)) {
@@ -116,8 +107,7 @@ fn reduce<T: Elem>(a: &[T], b: &[T], y: &mut [T], c: usize, f: impl Fn([T::Acc; 
 
 fn up_bwd<T: Elem>(s: &Upsample2xBwd) -> Result<()> {
     const OP: &str = "upsample2x_bwd";
-    let at = Halves::new(OP, ("dy", &s.dy), ("dx", &s.dx.0))?;
-    at.expect_even(OP, "dy", &s.dy)?;
+    let at = Halves::new(OP, ("dy", &s.dy))?;
     let (dy, dx) = (lines_in::<T>(OP, "dy", &s.dy)?, lines_out::<T>(OP, "dx", &s.dx.0)?);
     at.par_rows(|i, first| {
         // SAFETY: chunks do not share coarse rows.
@@ -130,7 +120,7 @@ fn up_bwd<T: Elem>(s: &Upsample2xBwd) -> Result<()> {
     Ok(())
 }
 
-/// True if `b` replaces `a` as the maximum: the first of equals stays, NaN wins.
+/// Whether `b` replaces `a` as the maximum. The first of equal values is kept; NaN counts as the maximum.
 #[inline(always)]
 fn beats<R: Real>(b: R, a: R) -> bool {
     b > a || b.is_nan()
@@ -143,7 +133,7 @@ fn larger<R: Real>(a: R, b: R) -> R {
 
 fn pool_fwd<T: Elem>(s: &MaxPool2x2Fwd) -> Result<()> {
     const OP: &str = "max_pool2x2_fwd";
-    let at = Halves::new(OP, ("x", &s.x), ("y", &s.y.0))?;
+    let at = Halves::new(OP, ("x", &s.x))?;
     let (x, y) = (lines_in::<T>(OP, "x", &s.x)?, lines_out::<T>(OP, "y", &s.y.0)?);
     at.par_rows(|i, first| {
         // SAFETY: chunks do not share coarse rows.
@@ -167,8 +157,7 @@ fn pool_fwd<T: Elem>(s: &MaxPool2x2Fwd) -> Result<()> {
 
 fn pool_bwd<T: Elem>(s: &MaxPool2x2Bwd) -> Result<()> {
     const OP: &str = "max_pool2x2_bwd";
-    let at = Halves::new(OP, ("x", &s.x), ("dy", &s.dy))?;
-    expect_dims(OP, "dx", &s.dx.0, s.x.dims)?;
+    let at = Halves::new(OP, ("x", &s.x))?;
     let (dy, x) = (lines_in::<T>(OP, "dy", &s.dy)?, lines_in::<T>(OP, "x", &s.x)?);
     let (dx, c) = (lines_out::<T>(OP, "dx", &s.dx.0)?, at.fine[3]);
     let zero = T::down(T::Acc::zero());
@@ -181,7 +170,7 @@ fn pool_bwd<T: Elem>(s: &MaxPool2x2Bwd) -> Result<()> {
         });
     }
     at.par_rows(|i, first| {
-        // SAFETY: every fine row belongs to one coarse row, and chunks do not share those.
+        // SAFETY: every fine row belongs to one coarse row, and chunks do not share coarse rows.
         let (da, db) = unsafe { (dx.row(first), dx.row(first + 1)) };
         let out = da.chunks_exact_mut(2 * c).zip(db.chunks_exact_mut(2 * c));
         let dy = dy.row(i).chunks_exact(c);
@@ -203,10 +192,10 @@ fn pool_bwd<T: Elem>(s: &MaxPool2x2Bwd) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::*;
+    use super::super::testing::run::*;
     use super::*;
 
-    /// Calls `f` with the fine and the coarse position of every fine pixel that has a coarse one.
+    /// Calls `f` with the index of every fine element that has a corresponding coarse one, and the index of the latter.
     fn each([b, h, w, c]: [usize; 4], mut f: impl FnMut(usize, usize)) {
         for i in 0..b * h * w * c {
             let (n, y, x, k) = (i / c / w / h, i / c / w % h, i / c % w, i % c);
@@ -241,7 +230,7 @@ mod tests {
         for fine @ [b, h, w, c] in [[1, 1, 1, 2], [1, 2, 2, 1], [2, 7, 5, 3], [2, 1, 4, 3], [3, 34, 23, 17]] {
             let coarse = [b, h / 2, w / 2, c];
             let (n, m) = (b * h * w * c, b * (h / 2) * (w / 2) * c);
-            // Few distinct values: many ties.
+            // Few distinct values, so that there are many ties.
             let x: Vec<f64> = values(n, 1).iter().map(|v| v.round()).collect();
             let dy = values(m, 2);
             let (mut y, mut from, mut dx) = (vec![f64::NEG_INFINITY; m], vec![0; m], vec![0.0; n]);
@@ -266,7 +255,7 @@ mod tests {
         let r = Run::new(Precision::F32, 1);
         let (x, y) = (r.out([1, 2, 2, 3]), r.out([1, 5, 4, 3]));
         let e = r.cpu.upsample2x_fwd(S, &Upsample2xFwd { x: x.view(), y: y.out() });
-        let want = "upsample2x_fwd: argument `y` is [1, 5, 4, 3], wanted an even height and width";
+        let want = "upsample2x_fwd: argument `y` is [1, 5, 4, 3], wanted [1, 4, 4, 3]";
         assert_eq!(e.unwrap_err().to_string(), want);
     }
 }

@@ -1,5 +1,5 @@
-//! Sampling, by operations that every device can do alike (docs/sampling.md): in f64, each rounded by itself, and with
-//! weights that are whole numbers, whose sums have no order.
+//! Sampling, with operations that have the same bits on every device (docs/sampling.md): f64 operations that are
+//! rounded individually, and integer weights, whose sums do not depend on the order.
 
 use rayon::prelude::*;
 
@@ -7,11 +7,11 @@ use super::workspace::{per_thread, together};
 use super::*;
 use crate::rng::{Philox, Purpose};
 
-/// The weight of the largest logit: as many steps has a probability at most.
+/// The weight of the largest logit. Weights are rounded to integers.
 const ONE: f64 = (1u64 << 42) as f64;
-/// Most logits of a row, so that the sum of the weights fits 63 bits.
+/// Maximum number of logits in a row, so that the sum of the weights fits into 63 bits.
 const MOST: usize = 1 << 21;
-/// Below, a weight is 0: e^LEAST * ONE < 1/2.
+/// Weights below this exponent are 0: e^LEAST * ONE < 1/2.
 const LEAST: f64 = -30.0;
 
 pub(super) fn sample_workspace(a: &Sample, threads: usize) -> usize {
@@ -27,23 +27,13 @@ fn draw<E: Elem>(ws: &Workspace, a: &Sample) -> Result<()> {
     const OP: &str = "sample";
     let logits = rows::<E>(OP, "logits", &a.logits)?;
     let without = match &a.without {
-        Some(v) => {
-            expect_rows(OP, "without", v, logits.rows, logits.cols)?;
-            Some(rows::<E>(OP, "without", v)?)
-        }
+        Some(v) => Some(rows::<E>(OP, "without", v)?),
         None => None,
     };
-    for (arg, v) in [("number", &a.number), ("position", &a.position.0), ("idx", &a.idx.0)] {
-        expect(OP, arg, v, logits.rows)?;
-    }
     let number = flat::<i32>(OP, "number", &a.number)?;
     let (position, idx) =
         (flat_mut::<i32>(OP, "position", &a.position.0)?, flat_mut::<i32>(OP, "idx", &a.idx.0)?);
     let choice = Choice { temperature: a.temperature, top_k: a.top_k, top_p: a.top_p };
-    choice.check()?;
-    if a.without.is_some() && !a.guidance.is_finite() {
-        return Err(Error::arg(OP, "guidance", a.guidance, "a finite number"));
-    }
     if logits.cols > MOST {
         return Err(Error::arg(OP, "logits", logits.cols, format!("at most {MOST} columns")));
     }
@@ -74,7 +64,7 @@ fn guided<E: Elem>(with: &E, without: &E, guidance: f64) -> f64 {
     u + guidance * (c - u)
 }
 
-/// What can be drawn.
+/// The parameters of sampling.
 #[derive(Debug, Clone, Copy)]
 struct Choice {
     temperature: f64,
@@ -83,18 +73,9 @@ struct Choice {
 }
 
 impl Choice {
-    fn check(&self) -> Result<()> {
-        if !(self.temperature.is_finite() && self.temperature >= 0.0) {
-            return Err(Error::arg("sample", "temperature", self.temperature, "a finite number, 0 or more"));
-        }
-        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
-            return Err(Error::arg("sample", "top_p", self.top_p, "a number above 0, at most 1"));
-        }
-        Ok(())
-    }
-
-    /// The weights `w` of logits `l`, 0 of those that cannot be drawn: whole numbers, which f64 holds exactly. False if
-    /// there is NaN, or the largest is not finite. `kept` is scratch.
+    /// Computes the weights `w` of logits `l`, 0 for those that cannot be chosen. Weights are integers, which f64
+    /// represents exactly. Returns false if the row is empty or contains NaN, or if its maximum is not finite. `kept`
+    /// is scratch.
     fn weigh(&self, l: &[f64], w: &mut [f64], kept: &mut [i32]) -> bool {
         if l.is_empty() || l.iter().any(|l| l.is_nan()) {
             return false;
@@ -122,7 +103,7 @@ impl Choice {
                 n += 1;
             }
         }
-        // There is no NaN, and the zeros are equal.
+        // There is no NaN; 0 and -0 compare equal.
         let larger = |a: f64, b: f64| b.partial_cmp(&a).unwrap_or(std::cmp::Ordering::Equal);
         let better = |a: &i32, b: &i32| larger(l[*a as usize], l[*b as usize]).then(a.cmp(b));
         let mut kept = &mut kept[..n];
@@ -149,7 +130,7 @@ impl Choice {
     }
 }
 
-/// The first index at which the running sum of the weights exceeds `r * sum / 2^64`.
+/// The first index where the running sum of the weights exceeds `floor(r * sum / 2^64)`.
 fn pick(w: &[f64], r: u64) -> i32 {
     let sum: u64 = w.iter().map(|&w| w as u64).sum();
     let target = ((u128::from(r) * u128::from(sum)) >> 64) as u64;
@@ -162,9 +143,9 @@ fn pick(w: &[f64], r: u64) -> i32 {
 }
 
 /// `round(ONE * e^x)` for x <= 0. The exponential is `2^n e^r` with `r = x - n ln 2` (Cody and Waite) and e^r by its
-/// Taylor polynomial, on |r| <= ln(2) / 2 within two roundings.
+/// Taylor polynomial, which is accurate to two roundings for |r| <= ln(2) / 2.
 fn weight(x: f64) -> f64 {
-    /// Adding and taking away this rounds to an integer.
+    /// Adding and subtracting this constant rounds to an integer.
     const ROUND: f64 = 6_755_399_441_055_744.0;
     const LN2_HIGH: f64 = 0.693_147_180_369_123_8;
     const LN2_LOW: f64 = 1.908_214_929_270_587_7e-10;
@@ -202,7 +183,7 @@ const INVERSE_FACTORIALS: [f64; 14] = [
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing_b::*;
+    use super::super::testing::args::*;
     use super::*;
 
     const ALL: Choice = Choice { temperature: 1.0, top_k: 0, top_p: 1.0 };
@@ -211,7 +192,7 @@ mod tests {
         p.iter().map(|p| p.ln()).collect()
     }
 
-    /// Nothing if nothing can be drawn.
+    /// `None` if nothing can be drawn.
     fn weights(c: Choice, l: &[f64]) -> Option<Vec<f64>> {
         let mut w = vec![f64::NAN; l.len()];
         c.weigh(l, &mut w, &mut vec![-1; l.len()]).then_some(w)
@@ -236,7 +217,7 @@ mod tests {
         for i in 0..=40_000 {
             let x = -f64::from(i) * 1e-3;
             let want = x.exp() * ONE;
-            // Half a step by rounding to a whole number, the rest of the polynomial.
+            // 0.5 for rounding to an integer, the rest for the polynomial.
             assert!((weight(x) - want).abs() <= 0.5 + 1e-15 * want, "{x}: {} {want}", weight(x));
         }
         assert_eq!((weight(0.0), weight(-0.0), weight(f64::NEG_INFINITY)), (ONE, ONE, 0.0));
@@ -247,9 +228,9 @@ mod tests {
         let p = [0.1, 0.4, 0.2, 0.3];
         let l = logs(&p);
         near(ALL, &l, &p);
-        // Logits count by their differences only.
+        // Only differences of logits matter.
         near(ALL, &l.iter().map(|l| l + 1e3).collect::<Vec<_>>(), &p);
-        // At half the temperature probabilities are squared, at twice it they are square roots.
+        // At temperature 1/2 probabilities are proportional to squares, at temperature 2 to square roots.
         near(Choice { temperature: 0.5, ..ALL }, &l, &[1.0 / 30.0, 16.0 / 30.0, 4.0 / 30.0, 9.0 / 30.0]);
         let roots: Vec<f64> = p.iter().map(|p| p.sqrt()).collect();
         let sum: f64 = roots.iter().sum();
@@ -261,15 +242,15 @@ mod tests {
         for top_k in [0, 4, 5, usize::MAX] {
             near(Choice { top_k, ..ALL }, &l, &p);
         }
-        // 0.4 + 0.3 reach 0.69, 0.4 alone 0.39; nothing is below one.
+        // 0.4 + 0.3 reaches 0.69, and 0.4 reaches 0.39. At least one is always kept.
         near(Choice { top_p: 0.69, ..ALL }, &l, &[0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0]);
         near(Choice { top_p: 0.71, ..ALL }, &l, &[0.0, 4.0 / 9.0, 2.0 / 9.0, 3.0 / 9.0]);
         near(Choice { top_p: 0.39, ..ALL }, &l, &[0.0, 1.0, 0.0, 0.0]);
         near(Choice { top_p: f64::MIN_POSITIVE, ..ALL }, &l, &[0.0, 1.0, 0.0, 0.0]);
-        // The mass is that of what top-k left: 4/7 of it reach a half.
+        // top_p is a share of the probability that top-k keeps: 4/7 reaches a half.
         near(Choice { top_p: 0.5, top_k: 2, ..ALL }, &l, &[0.0, 1.0, 0.0, 0.0]);
         near(Choice { top_p: 0.9, top_k: 3, ..ALL }, &l, &[0.0, 4.0 / 9.0, 2.0 / 9.0, 3.0 / 9.0]);
-        // What cannot be is not.
+        // Logits of -inf are never chosen.
         near(Choice { top_k: 3, ..ALL }, &[f64::NEG_INFINITY, 0.0, f64::NEG_INFINITY], &[0.0, 1.0, 0.0]);
         near(ALL, &[7.0], &[1.0]);
     }
@@ -282,7 +263,7 @@ mod tests {
         near(Choice { top_k: 1, ..ALL }, &l, &[0.0, 1.0, 0.0, 0.0, 0.0, 0.0]);
         near(Choice { temperature: 0.0, ..ALL }, &l, &[0.0, 1.0, 0.0, 0.0, 0.0, 0.0]);
         near(Choice { top_k: 1, ..ALL }, &[-1.0, -0.0, 0.0], &[0.0, 1.0, 0.0]);
-        // Exactly half of four equal ones.
+        // Exactly half of four equal logits.
         near(Choice { top_p: 0.5, ..ALL }, &[3.0; 4], &[0.5, 0.5, 0.0, 0.0]);
         near(Choice { top_p: 0.51, ..ALL }, &[3.0; 4], &[third, third, third, 0.0]);
     }
@@ -308,7 +289,7 @@ mod tests {
         }
     }
 
-    /// What a call gives for rows of logits, drawn `times` times from `position` on.
+    /// The indices drawn by `times` calls, starting at `position`.
     fn calls(
         s: Sample,
         logits: &Tensor,
@@ -334,8 +315,8 @@ mod tests {
         (0..times).map(one).collect()
     }
 
-    /// Pearson's statistic of 20,000 draws; with d degrees of freedom its mean is d and its variance 2 d, so that six
-    /// deviations above the mean are never seen by chance.
+    /// Pearson's statistic of 20,000 draws. With d degrees of freedom its mean is d and its variance 2 d, so that a
+    /// value six standard deviations above the mean practically never occurs by chance.
     #[test]
     fn frequencies_are_the_distribution() {
         let dev = Cpu::poisoned(2).unwrap();
@@ -372,7 +353,7 @@ mod tests {
             let mut chi = 0.0;
             for (&count, &p) in counts.iter().zip(&p) {
                 let want = p * (100 * N) as f64;
-                assert!(p > 0.0 || count == 0, "{c:?}: what has no probability was drawn");
+                assert!(p > 0.0 || count == 0, "{c:?}: an index with probability 0 was drawn");
                 chi += if p > 0.0 { (f64::from(count) - want).powi(2) / want } else { 0.0 };
             }
             let d = p.iter().filter(|p| **p > 0.0).count() as f64 - 1.0;
@@ -403,10 +384,10 @@ mod tests {
         };
         let all = draw(1, [2, 3, 2], 3, 2);
         assert!(all[0][0] == all[0][2] && all[0][0] != all[0][1] && all[0][0] != all[1][0], "{all:?}");
-        // What is drawn beside a sequence, and where a loop began, changes nothing.
+        // Draws depend neither on other sequences nor on the first position of the loop.
         assert_eq!(draw(1, [9, 2, 8], 4, 1)[0][1], all[1][0]);
         assert_ne!(draw(2, [2, 3, 2], 3, 1)[0], all[0]);
-        // As the generator of the host draws them.
+        // The host's generator gives the same draw.
         let u = Philox::of(1, Purpose::Sample, 2).from_block(3).uniform();
         assert_eq!(all[0][0], (u * 1000.0) as i32);
     }

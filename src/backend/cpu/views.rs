@@ -1,5 +1,5 @@
-//! From contract views to slices: the only place where CPU kernels follow addresses. Also the fixed chunks
-//! of all parallel loops and the sums over them.
+//! Conversion of the contract's views to slices, the only place where CPU kernels dereference addresses, and the fixed
+//! chunks of all parallel loops with the sums over them.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::workspace::{acc_size, block, is_narrow, per_thread};
 use super::{Elem, PerThread, Real, Scratch, Workspace};
-use crate::backend::{DType, Dims, Element, In, check_view};
+use crate::backend::{DType, Element, In, check};
 use crate::error::{Error, Result};
 
 /// Runs `$body` with `$t` as the Rust type of a float dtype.
@@ -44,7 +44,7 @@ fn check_dtype(op: &'static str, arg: &'static str, v: &In, want: DType) -> Resu
 }
 
 fn check_flat(op: &'static str, arg: &'static str, v: &In) -> Result<()> {
-    check_view(op, arg, v)?;
+    check::extent(op, arg, v)?;
     if !v.is_contiguous() {
         return Err(Error::arg(op, arg, format!("strided by {}", v.ld), "contiguous"));
     }
@@ -55,7 +55,7 @@ fn check_flat(op: &'static str, arg: &'static str, v: &In) -> Result<()> {
 pub(crate) fn flat<'a, T: Element>(op: &'static str, arg: &'static str, v: &In<'a>) -> Result<&'a [T]> {
     check_dtype(op, arg, v, T::DTYPE)?;
     check_flat(op, arg, v)?;
-    // SAFETY: the checks above; the type is the view's.
+    // SAFETY: checked above; the element type is the view's.
     Ok(unsafe { slice(v, v.dims.numel()) })
 }
 
@@ -75,19 +75,19 @@ pub(crate) fn flat_mut<'a, T: Element>(
 /// The bytes of a contiguous view of any type.
 pub(crate) fn bytes<'a>(op: &'static str, arg: &'static str, v: &In<'a>) -> Result<&'a [u8]> {
     check_flat(op, arg, v)?;
-    // SAFETY: the check above; any memory is bytes.
+    // SAFETY: checked above; every element type can be read as bytes.
     Ok(unsafe { slice(v, v.bytes() as usize) })
 }
 
-/// The bytes of a contiguous view of any type, to write.
+/// The bytes of a contiguous view of any type, mutably.
 #[allow(clippy::mut_from_ref)]
 pub(crate) fn bytes_mut<'a>(op: &'static str, arg: &'static str, v: &In<'a>) -> Result<&'a mut [u8]> {
     check_flat(op, arg, v)?;
-    // SAFETY: as in `bytes`; any bytes are a value of every element type.
+    // SAFETY: as in `bytes`; any bytes are valid values of every element type.
     Ok(unsafe { slice_mut(v, v.bytes() as usize) })
 }
 
-/// A copy of the bytes of a view of any type, row after row.
+/// A copy of the bytes of a view of any type, row by row without gaps.
 pub(crate) fn packed(op: &'static str, arg: &'static str, v: &In) -> Result<Vec<u8>> {
     fn all<T: Element>(op: &'static str, arg: &'static str, v: &In) -> Result<Vec<u8>> {
         let x = rows::<T>(op, arg, v)?;
@@ -103,21 +103,21 @@ pub(crate) fn packed(op: &'static str, arg: &'static str, v: &In) -> Result<Vec<
     }
 }
 
-/// The `n` elements from the start of a view.
+/// The first `n` elements from the start of a view, in memory order.
 ///
 /// # Safety
-/// They lie inside the view's buffer and begin at a multiple of their size.
+/// They lie inside the view's buffer and start at a multiple of their size.
 unsafe fn slice<'a, T: bytemuck::Pod>(v: &In<'a>, n: usize) -> &'a [T] {
     if n == 0 {
         return &[];
     }
-    // SAFETY: inside the buffer by the caller's word, aligned with it; a buffer holds values from the start, and stays
-    // for 'a. The device runs one call at a time (`Cpu::turn`), so that nothing outside of it writes them now, and the
-    // contract forbids that two views of one call overlap if one of them is written.
+    // SAFETY: the caller guarantees that the elements are inside the buffer and aligned. A buffer is initialised when
+    // it is allocated, and lives for 'a. The device runs one call at a time (`Cpu::turn`), so that no other call writes
+    // to them now, and the contract forbids views of one call to overlap if one of them is written.
     unsafe { std::slice::from_raw_parts(v.addr() as *const T, n) }
 }
 
-/// The same to write.
+/// As [`slice`], mutably.
 ///
 /// # Safety
 /// As for [`slice`].
@@ -126,11 +126,11 @@ unsafe fn slice_mut<'a, T: bytemuck::Pod>(v: &In<'a>, n: usize) -> &'a mut [T] {
     if n == 0 {
         return &mut [];
     }
-    // SAFETY: as in `slice`; the contract also forbids that two outputs of one call overlap.
+    // SAFETY: as in `slice`; the contract also forbids outputs of one call to overlap.
     unsafe { std::slice::from_raw_parts_mut(v.addr() as *mut T, n) }
 }
 
-/// A strided input seen as `[rows, cols]`.
+/// A strided input as a matrix `[rows, cols]`.
 #[derive(Clone, Copy)]
 pub(crate) struct Rows<'a, T> {
     pub(crate) rows: usize,
@@ -148,20 +148,20 @@ impl<'a, T> Rows<'a, T> {
     pub(crate) fn row(&self, i: usize) -> &'a [T] {
         &self.data[i * self.ld..i * self.ld + self.cols]
     }
-    /// Everything from the first element to the last, gaps included.
+    /// The elements from the first to the last, including gaps.
     pub(crate) fn data(&self) -> &'a [T] {
         self.data
     }
 }
 
 impl<'a, T: Elem> Rows<'a, T> {
-    /// The same memory in the accumulator type, where that is how it is stored.
+    /// The same memory as the accumulator type, which must be the stored type.
     fn cast(self) -> Rows<'a, T::Acc> {
         Rows { rows: self.rows, cols: self.cols, ld: self.ld, data: bytemuck::cast_slice(self.data) }
     }
 }
 
-/// A strided output seen as `[rows, cols]`. Rows are handed out one by one, possibly on several threads.
+/// A strided output as a matrix `[rows, cols]`, whose rows can be written by several threads.
 #[derive(Clone, Copy)]
 pub(crate) struct RowsMut<'a, T> {
     pub(crate) rows: usize,
@@ -171,29 +171,30 @@ pub(crate) struct RowsMut<'a, T> {
     of: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: it stands for a `&mut [T]`, whose parts may be used on any thread if T may.
+// SAFETY: it represents a `&mut [T]`, whose parts may be used on any thread if `T` is `Send`.
 unsafe impl<T: Send> Send for RowsMut<'_, T> {}
-// SAFETY: shared, it hands out parts by unsafe functions alone, whose callers promise that no two threads have the same.
+// SAFETY: a shared reference gives access to parts only through unsafe functions, whose callers guarantee that no two
+// threads have the same part.
 unsafe impl<T: Send> Sync for RowsMut<'_, T> {}
 
 impl<'a, T> RowsMut<'a, T> {
     /// Row `i`.
     ///
     /// # Safety
-    /// `i < rows`, and no two live slices of the same row: each row belongs to one thread of a loop.
+    /// `i < rows`, and no other slice of the row is alive: each row belongs to one thread of a loop.
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn row(&self, i: usize) -> &'a mut [T] {
         debug_assert!(i < self.rows);
-        // SAFETY: `rows_mut` checked that all rows lie inside the buffer, and aligned; alone by the caller's word, and as
-        // in `slice_mut` towards what is outside of the call.
+        // SAFETY: `rows_mut` checked that all rows are aligned and inside the buffer. The caller guarantees that the
+        // slice is unique within this call; for other calls see `slice_mut`.
         unsafe { std::slice::from_raw_parts_mut(self.at.add(i * self.ld), self.cols) }
     }
 
     /// Columns `cols` of row `i`.
     ///
     /// # Safety
-    /// `i < rows`, `cols` within the columns, and no two live slices of the same element: each pair of a row and a
-    /// range of columns belongs to one thread of a loop.
+    /// `i < rows`, `cols` is within the columns, and no other slice of these elements is alive: each pair of a row and
+    /// a range of columns belongs to one thread of a loop.
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn part(&self, i: usize, cols: Range<usize>) -> &'a mut [T] {
         debug_assert!(i < self.rows && cols.end <= self.cols);
@@ -201,10 +202,10 @@ impl<'a, T> RowsMut<'a, T> {
         unsafe { std::slice::from_raw_parts_mut(self.at.add(i * self.ld + cols.start), cols.len()) }
     }
 
-    /// Rows `r` of an output without gaps.
+    /// Rows `r` of a contiguous output.
     ///
     /// # Safety
-    /// The output has no gaps; else as for [`RowsMut::row`].
+    /// The output is contiguous; otherwise as for [`RowsMut::row`].
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn block(&self, r: Range<usize>) -> &'a mut [T] {
         debug_assert!(self.ld == self.cols && r.end <= self.rows);
@@ -216,11 +217,11 @@ impl<'a, T> RowsMut<'a, T> {
 /// A strided input.
 pub(crate) fn rows<'a, T: Element>(op: &'static str, arg: &'static str, v: &In<'a>) -> Result<Rows<'a, T>> {
     check_dtype(op, arg, v, T::DTYPE)?;
-    check_view(op, arg, v)?;
+    check::extent(op, arg, v)?;
     let (rows, cols) = (v.dims.rows(), v.dims.cols());
     let ld = stride(v);
     let n = if rows == 0 { 0 } else { (rows - 1) * ld + cols };
-    // SAFETY: the checks above, which take in the last element that the stride reaches.
+    // SAFETY: the checks above include the last element that the stride reaches.
     let data = unsafe { slice(v, n) };
     Ok(Rows { rows, cols, ld, data })
 }
@@ -232,52 +233,20 @@ pub(crate) fn rows_mut<'a, T: Element>(
     v: &In<'a>,
 ) -> Result<RowsMut<'a, T>> {
     check_dtype(op, arg, v, T::DTYPE)?;
-    check_view(op, arg, v)?;
+    check::extent(op, arg, v)?;
     let (rows, cols) = (v.dims.rows(), v.dims.cols());
     let at = if rows * cols == 0 { NonNull::dangling().as_ptr() } else { v.addr() as *mut T };
     Ok(RowsMut { rows, cols, ld: stride(v), at, of: PhantomData })
 }
 
-/// Elements from one row to the next, where that means something.
+/// The row stride in elements; the number of columns if the view's own stride is not used.
 fn stride(v: &In) -> usize {
     if v.dims.rows() <= 1 || v.dims.cols() == 0 { v.dims.cols() } else { v.ld as usize }
 }
 
 /// A one-element input.
 pub(crate) fn scalar<T: Element>(op: &'static str, arg: &'static str, v: &In) -> Result<T> {
-    expect(op, arg, v, 1)?;
     Ok(flat::<T>(op, arg, v)?[0])
-}
-
-/// Fails unless the view has `n` elements.
-pub(crate) fn expect(op: &'static str, arg: &'static str, v: &In, n: usize) -> Result<()> {
-    if v.dims.numel() != n {
-        return Err(Error::arg(op, arg, v.dims, format!("{n} elements")));
-    }
-    Ok(())
-}
-
-/// Fails unless the view is `rows` rows of `cols` elements.
-pub(crate) fn expect_rows(
-    op: &'static str,
-    arg: &'static str,
-    v: &In,
-    rows: usize,
-    cols: usize,
-) -> Result<()> {
-    if (v.dims.rows(), v.dims.cols()) != (rows, cols) {
-        return Err(Error::arg(op, arg, v.dims, format!("{rows} rows of {cols}")));
-    }
-    Ok(())
-}
-
-/// Fails unless the view has this shape.
-pub(crate) fn expect_dims(op: &'static str, arg: &'static str, v: &In, want: impl Into<Dims>) -> Result<()> {
-    let want = want.into();
-    if v.dims != want {
-        return Err(Error::arg(op, arg, v.dims, want));
-    }
-    Ok(())
 }
 
 /// The dimensions `[B, H, W, C]` of an image.
@@ -285,14 +254,14 @@ pub(crate) fn image(op: &'static str, arg: &'static str, v: &In) -> Result<[usiz
     v.dims.as_slice().try_into().map_err(|_| Error::arg(op, arg, v.dims, "four dimensions"))
 }
 
-/// Runs `f` compiled for the vector instructions of this machine. The loops in `f` must be inlined into it;
-/// Rust does not contract multiplications and additions, so the bits are those of the plain code.
+/// Runs `f` compiled for the vector instructions of this machine. The loops in `f` must be inlined into it. Results are
+/// bitwise those of scalar code, since Rust does not fuse multiplications and additions.
 #[inline(always)]
 pub(crate) fn simd<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
 }
 
-/// Sum of products, in interleaved sums: a fixed order that vectorises.
+/// The dot product, as interleaved sums in a fixed order that vectorises.
 #[inline(always)]
 pub(crate) fn dot<R: Real>(a: &[R], b: &[R]) -> R {
     const LANES: usize = 32;
@@ -310,7 +279,7 @@ pub(crate) fn dot<R: Real>(a: &[R], b: &[R]) -> R {
     rest + tree(lanes)
 }
 
-/// Sum, in the order of [`dot`].
+/// The sum, in the order of [`dot`].
 #[inline(always)]
 pub(crate) fn sum<R: Real>(a: &[R]) -> R {
     const LANES: usize = 32;
@@ -330,7 +299,8 @@ pub(crate) fn sum<R: Real>(a: &[R]) -> R {
 
 #[inline(always)]
 fn tree<R: Real>(lanes: [R; 32]) -> R {
-    // Through memory: else the compiler sees the pairs added below and makes vectors of two of the loops above.
+    // Forces the lanes through memory. Otherwise the compiler vectorises the loops above by two, to match the pairs
+    // that are added below.
     let mut lanes = std::hint::black_box(lanes);
     for half in [16, 8, 4, 2, 1] {
         for i in 0..half {
@@ -349,12 +319,12 @@ pub(crate) fn chunk_rows(cols: usize) -> usize {
     (CHUNK / cols.max(1)).max(1)
 }
 
-/// True where values are stored in the type their sums are formed in.
+/// Whether `T` is its own accumulator type.
 pub(crate) fn is_acc<T: Elem>() -> bool {
     T::DTYPE == T::Acc::DTYPE
 }
 
-/// Runs `f` on every row, in parallel chunks that do not share rows.
+/// Runs `f` on every row, in parallel chunks of rows.
 pub(crate) fn par_rows(rows: usize, cols: usize, f: impl Fn(usize) + Sync) {
     par_for(rows, chunk_rows(cols), |r| {
         simd(
@@ -364,7 +334,7 @@ pub(crate) fn par_rows(rows: usize, cols: usize, f: impl Fn(usize) + Sync) {
     });
 }
 
-/// Widens.
+/// Converts to the accumulator type.
 #[inline(always)]
 pub(crate) fn widen<T: Elem>(x: &[T], y: &mut [T::Acc]) {
     for (y, x) in y.iter_mut().zip(x) {
@@ -372,7 +342,7 @@ pub(crate) fn widen<T: Elem>(x: &[T], y: &mut [T::Acc]) {
     }
 }
 
-/// Rounds.
+/// Rounds from the accumulator type.
 #[inline(always)]
 pub(crate) fn round<T: Elem>(x: &[T::Acc], y: &mut [T]) {
     for (y, x) in y.iter_mut().zip(x) {
@@ -380,8 +350,8 @@ pub(crate) fn round<T: Elem>(x: &[T::Acc], y: &mut [T]) {
     }
 }
 
-/// Lets tasks write outputs in the accumulator type: in place where that is how they are stored, else in scratch that
-/// is then rounded.
+/// Lets tasks write outputs in the accumulator type: in place if this is the stored type, otherwise in scratch that is
+/// then rounded into the output.
 pub(crate) struct Rounded<'w, T: Elem>(Option<PerThread<'w, T::Acc, 1>>);
 
 impl<'w, T: Elem> Rounded<'w, T> {
@@ -409,8 +379,9 @@ pub(crate) fn rounded_bytes(dtype: DType, threads: usize, tasks: usize, n: usize
     if is_narrow(dtype) { per_thread(threads, acc_size(dtype), tasks, [n]) } else { 0 }
 }
 
-/// Runs `f` on fixed blocks of rows of an output, each as a contiguous slice: in place where the output is
-/// contiguous, else in scratch that is copied (which holds the old values if `keep`).
+/// Runs `f` on fixed blocks of rows of an output, each as a contiguous slice: in place if the output is contiguous,
+/// otherwise in scratch that is then copied to the output. With `keep`, the scratch starts with the values of the
+/// output.
 pub(crate) fn par_row_blocks<T: Element>(
     ws: &Workspace,
     y: RowsMut<T>,
@@ -420,7 +391,7 @@ pub(crate) fn par_row_blocks<T: Element>(
 ) -> Result<()> {
     if y.ld == y.cols {
         par_for(y.rows, block, |r| {
-            // SAFETY: no gaps, and chunks do not share rows.
+            // SAFETY: the output is contiguous, and chunks do not share rows.
             let rows = unsafe { y.block(r.clone()) };
             f(r, rows);
         });
@@ -431,7 +402,7 @@ pub(crate) fn par_row_blocks<T: Element>(
         let mut local = scratch.take();
         let [s] = local.parts();
         let s = &mut s[..r.len() * y.cols];
-        // SAFETY: this chunk's rows are this thread's; each slice is done with before the next is made.
+        // SAFETY: the rows of this chunk belong to this thread, and each slice ends before the next is created.
         let row = |i: usize| unsafe { y.row(r.start + i) };
         if keep && y.cols > 0 {
             s.chunks_mut(y.cols).enumerate().for_each(|(i, s)| s.copy_from_slice(row(i)));
@@ -486,7 +457,7 @@ impl<'a, R: Real> Wide<'a, R> {
     }
 }
 
-/// Bounds of the fixed chunks of a loop over `n` items: they depend on `n` and `size` only.
+/// The fixed chunks of a loop over `n` items, which depend only on `n` and `size`.
 pub(crate) fn chunks(n: usize, size: usize) -> Vec<Range<usize>> {
     let size = size.max(1);
     (0..n.div_ceil(size)).map(|i| i * size..((i + 1) * size).min(n)).collect()
@@ -503,7 +474,7 @@ pub(crate) fn par_sum<R: Real>(n: usize, size: usize, f: impl Fn(Range<usize>) -
     parts.into_iter().fold(R::zero(), |a, b| a + b)
 }
 
-/// Chunks of [`par_reduce_rows`]: at most 16.
+/// Number of chunks of [`par_reduce_rows`], at most 16.
 pub(crate) fn reduce_chunks(rows: usize) -> usize {
     rows.div_ceil(reduce_chunk(rows))
 }
@@ -512,8 +483,8 @@ fn reduce_chunk(rows: usize) -> usize {
     rows.div_ceil(16).max(64)
 }
 
-/// Adds to `out` the sum over rows of what `f` adds to its own `[out.len()]` buffer, chunk by chunk: at most
-/// 16 partial sums, added in order.
+/// Adds to `out` a sum over rows. For each of at most 16 chunks of rows, `f` adds the sum over the chunk to a buffer of
+/// zeros with the length of `out`; these partial sums are then added to `out` in order.
 pub(crate) fn par_reduce_rows<R: Real>(
     ws: &Workspace,
     rows: usize,
@@ -536,7 +507,7 @@ pub(crate) fn par_reduce_rows<R: Real>(
     Ok(())
 }
 
-/// Bytes of [`par_reduce_rows`] with sums of `size` bytes.
+/// Bytes of workspace of [`par_reduce_rows`] for `n` sums of `size` bytes each.
 pub(crate) fn reduce_bytes(size: usize, rows: usize, n: usize) -> usize {
     block(size, reduce_chunks(rows).saturating_mul(n))
 }

@@ -1,10 +1,10 @@
-//! Scratch memory of kernels. Beside each kernel stands its *query*, `<kernel>_workspace`: from arguments and the
-//! number of threads to bytes. A launch takes that much in one block before its kernel starts, so that nothing has been
-//! written where there is no memory, and the kernel carves it up.
+//! Scratch memory of kernels. Every kernel has a *query*, `<kernel>_workspace`, which computes its size in bytes from
+//! the arguments and the number of threads. A launch allocates one block of this size before its kernel starts, so that
+//! nothing has been written if there is not enough memory. The kernel then allocates smaller blocks from it.
 //!
-//! Tasks of a parallel loop cannot carve ([`Workspace`] is not `Sync`): they take turns with the parts of a
-//! [`PerThread`], which was carved before the loop. They must not start loops of their own while they hold one, because
-//! a thread that waits for a loop runs other tasks.
+//! Tasks of a parallel loop cannot allocate blocks, since [`Workspace`] is not `Sync`. Instead, they take slots of a
+//! [`PerThread`] that is allocated before the loop. A task must not start a parallel loop while it holds a slot,
+//! because a thread that waits for a loop runs other tasks, which may need more slots than there are.
 
 use std::cell::{Cell, RefCell};
 use std::marker::PhantomData;
@@ -15,15 +15,16 @@ use super::pool::Reserved;
 use crate::backend::{DType, Element, In};
 use crate::error::{Error, Result};
 
-/// Blocks of a workspace start on multiples of this.
+/// Blocks of a workspace start at multiples of this many bytes.
 const ALIGN: usize = 256;
-/// Parts of a [`PerThread`] start on multiples of this many elements.
+/// Parts of a [`PerThread`] start at multiples of this many elements.
 const LANES: usize = 32;
 
-/// What a poisoned launch may leave unused: half of the workspace, and this much.
+/// On a poisoned device, a kernel may leave half of its workspace and this many bytes unused.
 const SLACK: usize = 64 << 10;
 
-// ---- what queries are made of: all of them saturate, and what is saturated cannot be had -----------------------------
+// ---- sizes, for queries: all of them saturate at `usize::MAX`, which cannot be allocated
+// ------------------------------
 
 /// Bytes of a block of `n` elements of `size` bytes.
 pub(crate) fn block(size: usize, n: usize) -> usize {
@@ -40,17 +41,17 @@ pub(crate) fn per_thread<const N: usize>(
     block(size, slot(parts).saturating_mul(threads.min(tasks)))
 }
 
-/// Bytes of blocks that are held together.
+/// Bytes of blocks that are held at the same time.
 pub(crate) fn together<const N: usize>(blocks: [usize; N]) -> usize {
     blocks.into_iter().fold(0, usize::saturating_add)
 }
 
-/// Size of the type that sums over values of this type are formed in.
+/// Size of the accumulator type of `dtype`, in bytes.
 pub(crate) fn acc_size(dtype: DType) -> usize {
     if dtype == DType::F64 { 8 } else { 4 }
 }
 
-/// True where values are stored in another type than the one their sums are formed in.
+/// Whether the accumulator type is wider than `dtype`.
 pub(crate) fn is_narrow(dtype: DType) -> bool {
     dtype == DType::Bf16
 }
@@ -60,17 +61,18 @@ pub(crate) fn wide(x: &In) -> usize {
     if is_narrow(x.dtype) { block(4, x.dims.numel()) } else { 0 }
 }
 
-/// The queries of kernels that take no workspace.
+/// Defines the queries of kernels that need no workspace.
 macro_rules! no_workspace {
     ($($kernel:ident($args:ident)),* $(,)?) => { pastey::paste! {
-        $(pub(super) fn [<$kernel _workspace>](_a: &crate::backend::$args, _threads: usize) -> usize {
+        $(pub(crate) fn [<$kernel _workspace>](_a: &crate::backend::$args, _threads: usize) -> usize {
             0
         })*
     } };
 }
 pub(crate) use no_workspace;
 
-// ---- what kernels are given ------------------------------------------------------------------------------------------
+// ---- memory, for kernels
+// ---------------------------------------------------------------------------------------------
 
 /// The workspace of one launch.
 pub(crate) struct Workspace {
@@ -78,15 +80,15 @@ pub(crate) struct Workspace {
     bytes: usize,
     threads: usize,
     poison: bool,
-    /// Ends of the blocks in order, and whether they are still held.
+    /// The ends of the blocks in order, and whether they are still in use.
     blocks: RefCell<Vec<(usize, bool)>>,
     used: Cell<usize>,
-    /// Gives the memory back.
+    /// Frees the memory when dropped.
     _memory: Reserved,
 }
 
 impl Workspace {
-    /// Over a reservation, for a kernel that runs on `threads` threads.
+    /// A workspace in reserved memory, for a kernel that runs on `threads` threads.
     pub(crate) fn new(memory: Reserved, threads: usize, poison: bool) -> Self {
         Workspace {
             at: memory.addr() as *mut u8,
@@ -106,12 +108,13 @@ impl Workspace {
         let start = blocks.last().map_or(0, |b| b.0);
         let end = start.saturating_add(bytes);
         if end > self.bytes {
-            let what = format!("a kernel takes {end} bytes of workspace where its query says {}", self.bytes);
+            let what =
+                format!("a kernel needs {end} bytes of workspace, but its query returned {}", self.bytes);
             return Err(Error::device("cpu", what));
         }
         blocks.push((end, true));
         self.used.set(self.used.get().max(end));
-        // SAFETY: `start <= end <= bytes`, which is inside the reservation (or null and 0).
+        // SAFETY: `start <= end <= bytes`, the length of the reserved memory.
         let at = unsafe { self.at.add(start) }.cast::<T>();
         let mut s = Scratch {
             at: if n == 0 { std::ptr::NonNull::dangling().as_ptr() } else { at },
@@ -125,7 +128,8 @@ impl Workspace {
         Ok(s)
     }
 
-    /// Scratch for a loop of `tasks` tasks: parts of these numbers of elements for as many tasks as run at once.
+    /// Scratch for a parallel loop of `tasks` tasks: one slot, with parts of these numbers of elements, for each task
+    /// that can run at the same time.
     pub(crate) fn per_thread<T: Element, const N: usize>(
         &self,
         tasks: usize,
@@ -136,18 +140,19 @@ impl Workspace {
         Ok(PerThread { memory, parts, free: Mutex::new((0..slots).collect()), poison: self.poison })
     }
 
-    /// On a poisoned device: fails if the query is much above what the kernel took.
+    /// On a poisoned device, fails if the query returned much more than the kernel used.
     pub(crate) fn check(&self, kernel: &'static str) -> Result<()> {
         let used = self.used.get();
         if self.poison && self.bytes > used.saturating_mul(2).saturating_add(SLACK) {
-            let what = format!("{kernel} took {used} bytes of workspace where its query says {}", self.bytes);
+            let what =
+                format!("{kernel} used {used} bytes of workspace, but its query returned {}", self.bytes);
             return Err(Error::device("cpu", what));
         }
         Ok(())
     }
 }
 
-/// Elements of one task's parts.
+/// Elements of one slot with these parts.
 fn slot<const N: usize>(parts: [usize; N]) -> usize {
     parts.into_iter().map(padded).fold(0, usize::saturating_add)
 }
@@ -169,8 +174,8 @@ pub(crate) struct Scratch<'w, T> {
     workspace: &'w Workspace,
 }
 
-// SAFETY: through a shared reference only the elements can be read. The workspace is looked at when the block is dropped,
-// which happens on the thread that carved it, since a block is not `Send`.
+// SAFETY: a shared reference only allows reading the elements. The workspace is accessed when the block is dropped,
+// which happens on the thread that allocated it, since a block is not `Send`.
 unsafe impl<T: Sync> Sync for Scratch<'_, T> {}
 
 impl<T> Drop for Scratch<'_, T> {
@@ -186,8 +191,7 @@ impl<T> Drop for Scratch<'_, T> {
 impl<T: Element> Deref for Scratch<'_, T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
-        // SAFETY: inside the reservation, which is aligned to 256 and initialised from the moment it is taken; nobody
-        // else has this block while it is held.
+        // SAFETY: inside the reserved memory, which is aligned to 256 and initialised; blocks in use do not overlap.
         unsafe { std::slice::from_raw_parts(self.at, self.n) }
     }
 }
@@ -199,29 +203,29 @@ impl<T: Element> DerefMut for Scratch<'_, T> {
     }
 }
 
-/// Scratch of the tasks of a loop: `N` parts for each that runs.
+/// Scratch of the tasks of a parallel loop: a slot of `N` parts for each task that can run at the same time.
 pub(crate) struct PerThread<'w, T, const N: usize> {
     memory: Scratch<'w, T>,
     parts: [usize; N],
-    /// Numbers of the slots that no task has.
+    /// Indices of the unused slots.
     free: Mutex<Vec<usize>>,
     poison: bool,
 }
 
 impl<T: Element, const N: usize> PerThread<'_, T, N> {
-    /// The parts of a task, until what is returned is dropped.
+    /// A slot for a task, which it keeps until the returned value is dropped.
     pub(crate) fn take(&self) -> Local<'_, T, N> {
         let free = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let Some(slot) = free else {
             unreachable!(
-                "a task waits for other tasks while it holds scratch, or there are more tasks than said"
+                "a task waits for other tasks while it holds a slot, or there are more tasks than declared"
             )
         };
         Local { all: self, slot, of: PhantomData }
     }
 }
 
-/// The parts of one task.
+/// A slot in use by one task.
 pub(crate) struct Local<'a, T, const N: usize> {
     all: &'a PerThread<'a, T, N>,
     slot: usize,
@@ -233,8 +237,8 @@ impl<T: Element, const N: usize> Local<'_, T, N> {
     pub(crate) fn parts(&mut self) -> [&mut [T]; N] {
         let mut at = self.slot * slot(self.all.parts);
         self.all.parts.map(|n| {
-            // SAFETY: the slots of a `PerThread` lie one after the other inside its block, the parts of a slot likewise;
-            // a slot belongs to one `Local` at a time, and this borrows it for as long as the slices live.
+            // SAFETY: the slots of a `PerThread` follow one another inside its block, and so do the parts of a slot. A
+            // slot belongs to one `Local` at a time, which is borrowed as long as the slices live.
             let part = unsafe { std::slice::from_raw_parts_mut(self.all.memory.at.add(at), n) };
             at += padded(n);
             if self.all.poison {
@@ -277,7 +281,7 @@ mod tests {
         assert!(a.iter().all(|v| *v == 1.0) && b.iter().all(|v| *v == 2.0));
         let e = ws.scratch::<f32>(1).map(drop).expect_err("more than asked for").to_string();
         assert!(e.contains("1024 bytes") && e.contains("768"), "{e}");
-        // A block that is given back before one after it is free when that one is, too.
+        // The space of a dropped block becomes free when all later blocks are dropped too.
         drop(a);
         assert!(ws.scratch::<f32>(1).is_err());
         drop(b);
@@ -303,7 +307,7 @@ mod tests {
     fn a_query_far_above_what_is_taken_is_told() {
         let ws = workspace(3 * SLACK, 1);
         let e = ws.check("kernel").expect_err("nothing was taken").to_string();
-        assert!(e.contains("kernel took 0 bytes"), "{e}");
+        assert!(e.contains("kernel used 0 bytes"), "{e}");
         drop(ws.scratch::<f32>(SLACK / 2).expect("as asked for"));
         assert!(ws.check("kernel").is_ok());
     }

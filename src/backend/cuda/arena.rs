@@ -1,26 +1,27 @@
-//! Device memory: blocks are taken from the driver's pool once and handed out again and again, so that a step that
-//! allocates as the one before gets the same addresses and costs no call to the driver.
+//! Device memory. Blocks are taken from the driver's pool once and then reused: a step that allocates like the previous
+//! one gets the same addresses without calling the driver.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys};
 
-use crate::backend::{Memory, Reclaim, Role, size};
+use crate::backend::{DeviceId, Memory, Reclaim, Role, size};
 use crate::error::{Error, Result};
 
-/// The context and its streams, shared by all that outlives a call.
+/// The context and its streams, shared by everything that outlives a call.
 pub(super) struct Gpu {
+    pub(super) id: DeviceId,
     pub(super) name: String,
     pub(super) context: Arc<CudaContext>,
-    /// Where kernels run.
+    /// Runs kernels.
     pub(super) compute: Arc<CudaStream>,
-    /// Where batches are copied.
+    /// Copies batches.
     pub(super) copy: Arc<CudaStream>,
-    /// Where memory is taken and given back: never part of a recording.
+    /// Allocates and frees memory; never part of a recording.
     taking: Arc<CudaStream>,
-    /// While a recording is made, the end of what the compute stream was given to run before: what it is given
-    /// meanwhile is kept, not run, and the stream must be neither waited for nor asked for events.
+    /// During a recording, an event after all work enqueued on the compute stream before it. Work enqueued during the
+    /// recording is stored instead of run, and the stream supports neither waits nor events until the recording ends.
     recording: Mutex<Option<CudaEvent>>,
     /// Bytes by role, over all arenas.
     pub(super) memory: Mutex<Memory>,
@@ -30,10 +31,11 @@ impl Gpu {
     pub(super) fn new(name: String, context: Arc<CudaContext>) -> std::result::Result<Self, DriverError> {
         let [compute, copy, taking] = [context.new_stream()?, context.new_stream()?, context.new_stream()?];
         let (recording, memory) = (Mutex::default(), Mutex::default());
-        Ok(Gpu { name, context, compute, copy, taking, recording, memory })
+        let id = DeviceId::unique();
+        Ok(Gpu { id, name, context, compute, copy, taking, recording, memory })
     }
 
-    /// A driver's refusal as an error.
+    /// A driver error during `what`.
     pub(super) fn error(&self, what: &str, e: DriverError) -> Error {
         let text = e.error_string().ok().and_then(|s| s.to_str().ok()).unwrap_or("unknown error");
         let hint = match std::env::var_os("ETT_SYNC") {
@@ -43,17 +45,17 @@ impl Gpu {
         Error::device(&self.name, format!("{what}: {text}{hint}"))
     }
 
-    /// The end of what ran before the recording under way; `None`: there is no recording.
+    /// The event that precedes the current recording; `None` outside of recordings.
     pub(super) fn before_recording(&self) -> MutexGuard<'_, Option<CudaEvent>> {
         self.recording.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether what the compute stream is given is kept.
+    /// Whether the compute stream is being recorded.
     pub(super) fn is_recording(&self) -> bool {
         self.before_recording().is_some()
     }
 
-    /// Makes `stream` wait for all that the compute stream was given to run.
+    /// Makes `stream` wait for all work enqueued on the compute stream, except work being recorded.
     fn after_compute(&self, stream: &CudaStream) -> std::result::Result<(), DriverError> {
         match &*self.before_recording() {
             Some(before) => stream.wait(before),
@@ -61,7 +63,7 @@ impl Gpu {
         }
     }
 
-    /// Waits until all that was given to run is done, within a recording too.
+    /// Waits until all enqueued work is done, except work being recorded.
     pub(super) fn finish(&self) -> std::result::Result<(), DriverError> {
         self.after_compute(&self.taking)?;
         self.taking.wait(&self.copy.record_event(None)?)?;
@@ -73,52 +75,58 @@ impl Gpu {
     }
 }
 
-/// What the next use of a free block has to wait for.
+/// The work that the next use of a free block has to wait for.
 enum After {
-    /// The compute stream alone has used it, and will use it next.
+    /// No wait: only the compute stream uses the block, before and after.
     Compute,
-    /// Both streams may have used it, and may use it next: the work of each when the block was given back. The compute
-    /// stream has to wait for the copy that was under way, and the copy stream for the kernels that read.
+    /// Either stream may have used the block and may use it next. The events follow the work enqueued on each stream
+    /// when the block was freed: the compute stream has to wait for a copy into the block, and the copy stream for
+    /// kernels that read it.
     Both { compute: CudaEvent, copy: CudaEvent },
-    /// The same, but it was given back within a recording, where events of the compute stream mean something else: all
-    /// the work of each so far.
+    /// As `Both`, but without events, since the block was freed during a recording, when events of the compute stream
+    /// would become part of the recording: wait for all work enqueued on each stream by the time of reuse.
     All,
 }
 
-/// Free blocks of one size by address. The lowest address goes first, so that the same calls on the same set of free
-/// blocks give the same addresses, in whatever order the blocks came back.
+/// Free blocks of one size by address. The lowest address is used first, so that the same calls on the same set of free
+/// blocks give the same addresses, independently of the order in which the blocks were freed.
 type Free = BTreeMap<u64, After>;
 
-/// Free blocks of one owner: the device itself, or a recording.
+/// Free blocks of one owner: the device or a recording.
 pub(super) struct Arena {
     gpu: Arc<Gpu>,
     blocks: Mutex<Blocks>,
-    /// Of a recording: the device's own arena. A recording's launches run after all that the device was given before, so
-    /// that they may use whatever is free there; its own blocks stay its own, free or not.
+    /// The device's arena, if this one belongs to a recording. The launches of a recording run after all work enqueued
+    /// before, so that they can use the device's free blocks. The recording keeps its blocks, whether free or in use.
     device: Option<Arc<Arena>>,
 }
 
 #[derive(Default)]
 struct Blocks {
-    /// By size, batches apart: they are the only blocks that the copy stream writes.
+    /// By size and by whether the block is for batches, the only blocks that the copy stream writes.
     free: HashMap<(usize, bool), Free>,
 }
 
-/// Sizes are rounded up by at most an eighth, so that few distinct ones occur. `None`: no memory is that large.
+/// The size rounded up by at most an eighth, so that few distinct sizes occur; `None` if it overflows.
 fn class(bytes: usize) -> Option<usize> {
     let step = (bytes.checked_next_power_of_two()? / 16).max(256);
     bytes.max(1).checked_next_multiple_of(step)
 }
 
 impl Arena {
-    /// The device's own.
+    /// The arena of a device.
     pub(super) fn new(gpu: Arc<Gpu>) -> Self {
         Arena { gpu, blocks: Mutex::default(), device: None }
     }
 
-    /// That of a recording.
+    /// The arena of a recording.
     pub(super) fn of_recording(device: Arc<Arena>) -> Self {
         Arena { gpu: device.gpu.clone(), blocks: Mutex::default(), device: Some(device) }
+    }
+
+    /// The device that the memory belongs to.
+    pub(super) fn device(&self) -> DeviceId {
+        self.gpu.id
     }
 
     fn blocks(&self) -> MutexGuard<'_, Blocks> {
@@ -139,14 +147,15 @@ impl Arena {
                     self.order(&after).map_err(|e| self.gpu.error("ordering a copy", e))?;
                     Ok(addr)
                 }
-                // Blocks of other sizes may hold what is needed.
+                // Freeing the blocks of other sizes may make room.
                 None => self.ask(held).or_else(|_| {
                     self.give_back();
                     self.ask(held)
                 }),
             },
             Some(device) => match self.pop(key).or_else(|| device.pop(key)) {
-                // Its first use is a replay, before which the recording's end makes the compute stream wait for copies.
+                // The block is first used by a replay. Before that, the end of the recording makes the compute stream
+                // wait for copies.
                 Some((addr, _)) => Ok(addr),
                 None => self.ask(held).or_else(|_| {
                     device.give_back();
@@ -159,7 +168,7 @@ impl Arena {
         Ok(addr)
     }
 
-    /// Makes the streams wait for the former use of a block.
+    /// Makes the streams wait for the previous use of a block.
     fn order(&self, after: &After) -> std::result::Result<(), DriverError> {
         let gpu = &self.gpu;
         match after {
@@ -178,8 +187,8 @@ impl Arena {
     fn ask(&self, bytes: usize) -> std::result::Result<u64, DriverError> {
         self.gpu.context.bind_to_thread()?;
         let stream = self.gpu.taking.cu_stream();
-        // SAFETY: the stream is alive and belongs to the context that was bound. The block is used on other streams
-        // after this one has been waited for.
+        // SAFETY: the stream is alive and belongs to the bound context. Other streams use the block only after this
+        // stream was synchronized.
         unsafe {
             let addr = result::malloc_async(stream, bytes)?;
             result::stream::synchronize(stream)?;
@@ -193,12 +202,12 @@ impl Arena {
         if free.is_empty() || self.gpu.context.bind_to_thread().is_err() {
             return;
         }
-        // Work that was enqueued before a block was given back may still use it. A device that fails here has
-        // failed elsewhere, where it is reported.
+        // Work enqueued before a block was freed may still use it. Errors are ignored: a device that fails here also
+        // fails in a call that reports it.
         let _ = self.gpu.finish();
         for addr in free.into_keys() {
-            // SAFETY: the block came from `ask`, and nobody has it: it is in no list any more, its work is done, and no
-            // replay uses it, as the blocks of a recording come back here when its launches are gone.
+            // SAFETY: the block came from `ask`, is in no list any more, and its work is done. No replay uses it: the
+            // arena of a recording is dropped after its graph.
             let _ = unsafe { result::free_async(addr, self.gpu.taking.cu_stream()) };
         }
         let _ = self.gpu.taking.synchronize();
@@ -206,7 +215,7 @@ impl Arena {
 
     fn out_of_memory(&self, role: Role, bytes: usize) -> Error {
         let free =
-            self.gpu.context.mem_get_info().map_or("nobody knows what is free".into(), |(free, total)| {
+            self.gpu.context.mem_get_info().map_or("free memory is unknown".into(), |(free, total)| {
                 format!("{} of {} are free", size(free as u64), size(total as u64))
             });
         Error::OutOfMemory {
@@ -221,7 +230,7 @@ impl Arena {
 
 impl Reclaim for Arena {
     unsafe fn reclaim(&self, addr: u64, bytes: usize, role: Role) {
-        // `take` gave no block of a size without a class.
+        // `take` fails for sizes without a class.
         let Some(held) = class(bytes) else { return };
         let gpu = &self.gpu;
         gpu.memory().sub(role, bytes);
@@ -234,7 +243,7 @@ impl Reclaim for Arena {
                 }
             }
             (true, None) => After::All,
-            // Of a recording: nothing takes it but the recording itself, while it is made.
+            // Only the recording itself can reuse its blocks, while it is being made.
             (true, Some(_)) | (false, _) => After::Compute,
         };
         self.blocks().free.entry((held, input)).or_default().insert(addr, after);
@@ -247,7 +256,7 @@ impl Drop for Arena {
     }
 }
 
-/// Keeps what the pool has been given: allocating and freeing then cost microseconds.
+/// Lets the driver's pool keep freed memory, so that allocating and freeing take microseconds.
 pub(super) fn keep_pool(context: &CudaContext) -> std::result::Result<(), DriverError> {
     let mut all = u64::MAX;
     // SAFETY: the context is alive; the attribute is a u64, which the driver copies.

@@ -1,12 +1,12 @@
-//! From the contract's arguments to the C structs, and from statuses to errors.
+//! Conversion of the contract's arguments to the C structs, and of statuses to errors.
 
 use std::ffi::{CStr, c_char};
 
 use super::ffi;
-use crate::backend::{Acc, In, KERNELS, Metric, Out, Unary, contract};
+use crate::backend::{Acc, In, KERNELS, Metric, Out, Unary, contract, spec};
 use crate::error::{Error, Result};
 
-/// A type that stands in a C argument struct.
+/// A type with a counterpart in the C argument structs.
 pub(super) trait ToC {
     /// The C type.
     type C;
@@ -105,7 +105,7 @@ impl ToC for Unary {
 
 macro_rules! impl_to_c {
     ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => {
-        $($(#[$fdoc:meta])* $field:ident: $ty:ty,)*
+        $($(#[$fdoc:meta])* $field:ident: $ty:ty $(= $text:literal)?,)*
     })*) => { pastey::paste! {
         $(impl ToC for contract::$args<'_> {
             type C = ffi::[<ett_ $name _args>];
@@ -117,31 +117,39 @@ macro_rules! impl_to_c {
 }
 contract::kernel_table!(impl_to_c);
 
-/// The number of a kernel in the contract, by which faults name it.
+/// The index of a kernel in the contract, which identifies it in faults.
 pub(super) fn number(kernel: &str) -> i32 {
-    KERNELS.iter().position(|(name, _)| *name == kernel).map_or(-1, |i| i as i32)
+    KERNELS.iter().position(|k| k.name == kernel).map_or(-1, |i| i as i32)
 }
 
-/// `s`, if it is an argument of `kernel` or a part of the launch.
+/// `s` as a static string if it names an argument of `kernel` or a part of the launch, otherwise "arguments".
 fn argument(kernel: &str, s: &str) -> &'static str {
-    let fields = KERNELS.iter().find(|(name, _)| *name == kernel).map_or(&[][..], |(_, fields)| fields);
+    let fields = spec::kernel(kernel).map_or(&[][..], |k| k.fields);
     let launch = ["launch.workspace", "launch.force", "launch", "args"];
-    fields.iter().map(|(name, _)| *name).chain(launch).find(|name| *name == s).unwrap_or("arguments")
+    fields.iter().map(|f| f.name).chain(launch).find(|name| *name == s).unwrap_or("arguments")
 }
 
-/// The error that a launcher's status stands for; `last` is what `ett_last_status` gave.
+/// Converts the status of a launcher; `last` is the struct written by `ett_last_status`.
 pub(super) fn check(kernel: &'static str, device: &str, code: i32, last: &ffi::ett_status) -> Result<()> {
     let text = |s: &[c_char]| {
         let bytes: Vec<u8> = s.iter().take_while(|c| **c != 0).map(|c| *c as u8).collect();
         String::from_utf8_lossy(&bytes).into_owned()
     };
     let (arg, got, want) = (text(&last.arg), text(&last.got), text(&last.want));
+    // Of a name that is forced: the name itself, which the launcher quotes.
+    let name = got.split('`').nth(1).unwrap_or(&got);
     match code {
         0 => Ok(()),
+        1 if arg == "launch.force" => {
+            let want = format!("an implementation of {kernel}: {want}");
+            Err(Error::config("ETT_FORCE", format!("{kernel}={name}"), want))
+        }
         1 => Err(Error::Argument { op: kernel, arg: argument(kernel, &arg), got, want }),
         2 if arg == "launch.force" => Err(Error::Unsupported {
             op: kernel,
-            what: format!("the implementation `{got}` that ETT_FORCE names (this call can use: {want})"),
+            what: format!(
+                "the implementation `{name}` requested by ETT_FORCE (available for this call: {want})"
+            ),
             device: device.into(),
         }),
         2 => Err(Error::Unsupported {
@@ -156,44 +164,36 @@ pub(super) fn check(kernel: &'static str, device: &str, code: i32, last: &ffi::e
 /// The name of the implementation that was launched last.
 ///
 /// # Safety
-/// `name` is null or what `ett_last_kernel` gave: a string literal.
+/// `name` is null or a string literal, as returned by `ett_last_kernel`.
 pub(super) unsafe fn kernel_name(name: *const c_char) -> &'static str {
     if name.is_null() {
         return "";
     }
-    // SAFETY: a string literal by the caller's word.
+    // SAFETY: the caller guarantees a string literal.
     unsafe { CStr::from_ptr(name) }.to_str().unwrap_or("")
 }
 
-/// What kernels reported in the fault slot, as an error; `None` if nothing.
+/// The fault that kernels recorded in the fault slot, as an error; `None` if there is none.
 pub(super) fn fault(f: &ffi::ett_fault) -> Option<Error> {
     if f.kind == 0 {
         return None;
     }
-    let kernel =
-        usize::try_from(f.launch).ok().and_then(|i| KERNELS.get(i)).map_or("kernel", |(name, _)| *name);
-    let arg = match kernel {
-        "gather_fwd" | "gather_bwd" => "idx",
-        "linear_xent_fwd" | "linear_xent_bwd" => "target",
-        "attention_fwd" | "attention_bwd" => "cu_q",
-        _ => "index",
-    };
+    let kernel = usize::try_from(f.launch).ok().and_then(|i| KERNELS.get(i));
+    let (op, arg) =
+        (kernel.map_or("kernel", |k| k.name), kernel.and_then(|k| k.indices()).map_or("index", |f| f.name));
     let got = format!("{} at element {}", f.value, f.where_);
-    Some(Error::arg(kernel, arg, got, format!("below {}", f.limit)))
+    Some(Error::arg(op, arg, got, format!("below {}", f.limit)))
 }
 
-/// Implementations that `ETT_FORCE` asks for: `op=kernel`, separated by commas.
+/// Parses the implementations requested by `ETT_FORCE`: `op=kernel`, separated by commas.
 pub(super) fn forced(text: &str) -> Result<Vec<(&'static str, std::ffi::CString)>> {
     let mut all = Vec::new();
     for part in text.split(',').map(str::trim).filter(|p| !p.is_empty()) {
         let bad = |want: &str| Error::config("ETT_FORCE", part, want);
         let (op, kernel) = part.split_once('=').ok_or_else(|| bad("op=kernel"))?;
-        let op = KERNELS
-            .iter()
-            .find(|(name, _)| *name == op)
-            .ok_or_else(|| bad("the name of a kernel of the contract before the ="))?;
+        let op = spec::kernel(op).ok_or_else(|| bad("the name of a kernel of the contract before the ="))?;
         let kernel = std::ffi::CString::new(kernel).map_err(|_| bad("a name without zero bytes"))?;
-        all.push((op.0, kernel));
+        all.push((op.name, kernel));
     }
     Ok(all)
 }
@@ -210,6 +210,29 @@ mod tests {
             let e = forced(text).expect_err(text).to_string();
             assert!(e.contains("ETT_FORCE") && e.contains(want), "{e}");
         }
+    }
+
+    #[test]
+    fn a_forced_name_is_refused_in_a_sentence() {
+        let status = |code, got: &str, want: &str| {
+            // SAFETY: a struct of numbers.
+            let mut s = unsafe { std::mem::zeroed::<ffi::ett_status>() };
+            let put = |to: &mut [c_char], from: &str| {
+                to.iter_mut().zip(from.bytes()).for_each(|(to, b)| *to = b as c_char);
+            };
+            put(&mut s.arg, "launch.force");
+            put(&mut s.got, got);
+            put(&mut s.want, want);
+            check("add", "shim", code, &s).expect_err("a code that is not 0").to_string()
+        };
+        assert_eq!(
+            status(1, "`fast`, the name of no implementation", "one of wide, plain"),
+            "configuration: `ETT_FORCE` is add=fast, wanted an implementation of add: one of wide, plain"
+        );
+        assert_eq!(
+            status(2, "`wide`, which cannot do this call", "plain"),
+            "add: the implementation `wide` requested by ETT_FORCE (available for this call: plain) is not supported by shim"
+        );
     }
 
     #[test]

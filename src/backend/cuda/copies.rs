@@ -1,5 +1,5 @@
-//! Copies between host and device through pinned memory: the caller's bytes are free at once, and reading back does
-//! not wait until somebody asks for the value.
+//! Copies between host and device through pinned memory. The caller can reuse its bytes immediately, and reading back
+//! waits only when the value is requested.
 
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,12 +11,12 @@ use super::{call, ffi};
 use crate::backend::{In, Pending};
 use crate::error::Result;
 
-/// Larger copies are cut into pieces of this size.
+/// Larger copies are split into pieces of this many bytes.
 const PIECE: usize = 32 << 20;
-/// Pinned memory that is kept; beyond it a copy waits for an earlier one.
+/// Bytes of pinned memory beyond which a copy waits for an earlier one instead of allocating a block.
 const KEPT: usize = 256 << 20;
 
-/// Pinned blocks, handed out again once their copy is done.
+/// Pinned blocks, reused when their copy is done.
 pub(super) struct Pinned {
     gpu: Arc<Gpu>,
     blocks: Mutex<Vec<Block>>,
@@ -28,7 +28,7 @@ struct Block {
     done: CudaEvent,
 }
 
-// SAFETY: the pointer is to host memory that belongs to whoever holds the block.
+// SAFETY: the pointer is to host memory that the block owns.
 unsafe impl Send for Block {}
 
 impl Pinned {
@@ -36,7 +36,7 @@ impl Pinned {
         Pinned { gpu, blocks: Mutex::default() }
     }
 
-    /// A block of at least `bytes` that no copy uses.
+    /// A block of at least `bytes` bytes that is not used by any copy.
     fn take(&self, bytes: usize) -> std::result::Result<Block, DriverError> {
         let size = bytes.max(4096).next_power_of_two();
         {
@@ -54,7 +54,7 @@ impl Pinned {
             }
         }
         self.gpu.context.bind_to_thread()?;
-        // SAFETY: the context is bound; what is in the block is not looked at before a copy has written it.
+        // SAFETY: the context is bound; the block is not read before a copy has written it.
         let at = unsafe { result::malloc_host(size, 0)? };
         Ok(Block { at: at.cast(), bytes: size, done: self.gpu.context.new_event(None)? })
     }
@@ -72,8 +72,8 @@ impl Pinned {
     ) -> std::result::Result<(), DriverError> {
         for (i, piece) in src.chunks(PIECE).enumerate() {
             let block = self.take(piece.len())?;
-            // SAFETY: the block is at least as long as the piece, and nobody else holds it; it is not handed out again
-            // before `done`. The caller checked that the target is as long as the source.
+            // SAFETY: the block is at least as long as the piece and held only here; it is not reused before `done`.
+            // The caller checked that the target is as long as the source.
             unsafe {
                 std::ptr::copy_nonoverlapping(piece.as_ptr(), block.at, piece.len());
                 let from = std::slice::from_raw_parts(block.at, piece.len());
@@ -85,7 +85,7 @@ impl Pinned {
         Ok(())
     }
 
-    /// Enqueues a copy of `src` to the host on `stream`, and of the fault slot after it.
+    /// Enqueues a copy of `src` to the host on `stream`, followed by a copy of the fault slot.
     pub(super) fn read_later(
         self: &Arc<Self>,
         stream: &cudarc::driver::CudaStream,
@@ -97,8 +97,8 @@ impl Pinned {
         let slot = bytes.next_multiple_of(8);
         let block = self.take(slot + size_of::<ffi::ett_fault>())?;
         let from = src.addr();
-        // SAFETY: the block holds both copies, and nobody else holds it before they are done; the view was checked by
-        // the caller, and the fault slot is one fault long.
+        // SAFETY: the block has room for both copies and is not reused before they are done; the caller checked the
+        // view, and the fault slot is one fault long.
         unsafe {
             let to = |at: usize, n: usize| std::slice::from_raw_parts_mut(block.at.add(at), n);
             if bytes > 0 && src.is_contiguous() {
@@ -134,7 +134,7 @@ impl Pinned {
     }
 }
 
-/// A block whose copy is on its way.
+/// A block with a copy in progress.
 struct Held {
     block: Option<Block>,
     home: Arc<Pinned>,
@@ -144,7 +144,7 @@ impl Held {
     fn wait(self, gpu: &Gpu, bytes: usize, slot: usize, fault: u64) -> Result<Vec<u8>> {
         let Some(block) = &self.block else { return Ok(Vec::new()) };
         block.done.synchronize().map_err(|e| gpu.error("waiting for a value", e))?;
-        // SAFETY: both copies are done, and the block is as long as both; a fault is made of numbers.
+        // SAFETY: both copies are done, and the block is as long as both; a fault consists of numbers.
         let (v, found) = unsafe {
             let v = std::slice::from_raw_parts(block.at, bytes).to_vec();
             (v, std::ptr::read(block.at.add(slot).cast::<ffi::ett_fault>()))
@@ -152,7 +152,8 @@ impl Held {
         match call::fault(&found) {
             None => Ok(v),
             Some(error) => {
-                // Told once: the slot takes the next fault. A recording would keep the clearing, for every replay.
+                // A fault is reported once: clearing the slot makes room for the next. During a recording, the clearing
+                // would become a part of every replay.
                 if gpu.is_recording() {
                     return Err(error);
                 }
@@ -180,7 +181,7 @@ impl Drop for Pinned {
             return;
         }
         for block in self.blocks.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            // A device that fails here has failed elsewhere, where it is reported.
+            // Errors are ignored: a device that fails here also fails in a call that reports it.
             let _ = block.done.synchronize();
             // SAFETY: it came from `malloc_host`, and its copy is done.
             let _ = unsafe { result::free_host(block.at.cast()) };

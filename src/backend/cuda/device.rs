@@ -19,19 +19,19 @@ const CUDA: i32 = 13000;
 /// The oldest compute capability that the kernels were compiled for.
 const OLDEST: (i32, i32) = (8, 0);
 
-/// How a GPU is used.
+/// Options of a GPU device.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
-    /// Wait after every launch, so that an error names its kernel.
+    /// Waits after every launch, so that an error names its kernel.
     pub sync: bool,
-    /// Fill every allocation with NaN (-1 for indices), for tests.
+    /// Fills every allocation with NaN (-1 for indices), for tests.
     pub poison: bool,
-    /// Implementations to use instead of the ones that kernels choose: `op=kernel,op=kernel`.
+    /// Implementations to use instead of those that launchers choose: `op=kernel,op=kernel`.
     pub force: String,
 }
 
 impl Options {
-    /// From `ETT_SYNC` (1: on) and `ETT_FORCE`.
+    /// Reads `ETT_SYNC` (any value but 0 turns it on) and `ETT_FORCE`.
     pub fn from_env() -> Self {
         Options {
             sync: std::env::var("ETT_SYNC").is_ok_and(|v| v != "0"),
@@ -41,19 +41,19 @@ impl Options {
     }
 }
 
-/// What a GPU holds from the moment it is opened: the workspace of cuBLASLt's products, if that is there, and the slot
-/// for faults.
+/// The memory that a GPU device holds permanently: the workspace of cuBLASLt, if `products` is true, and the fault
+/// slot.
 pub(in crate::backend) fn held(products: bool) -> [(Role, usize); 2] {
     [(Role::Workspace, if products { WORKSPACE } else { 0 }), (Role::Input, size_of::<ffi::ett_fault>())]
 }
 
-/// Arguments that know what their launcher takes.
+/// Arguments with a query for the workspace of their launch.
 pub(in crate::backend) trait Query: Args {
-    /// Bytes of workspace, as `ett_<kernel>_workspace` says; no GPU need be there, and no address is followed.
+    /// Bytes of workspace, from `ett_<kernel>_workspace`. Needs no GPU and dereferences no address.
     fn workspace(&self) -> Result<usize>;
 }
 
-/// A query's answer.
+/// Converts the result of a query, which is negative for unsupported arguments.
 fn bytes(a: &impl Args, answer: i64) -> Result<usize> {
     usize::try_from(answer).map_err(|_| {
         let views: Vec<String> =
@@ -65,7 +65,7 @@ fn bytes(a: &impl Args, answer: i64) -> Result<usize> {
 /// A GPU.
 pub struct Cuda {
     gpu: Arc<Gpu>,
-    /// Where memory comes from: the device's arena, or that of the recording under way.
+    /// The arena for allocations: the device's, or that of the recording being made.
     arena: Mutex<Arc<Arena>>,
     pinned: Arc<Pinned>,
     products: Option<Products>,
@@ -74,7 +74,7 @@ pub struct Cuda {
     sync: bool,
     poison: bool,
     forced: Vec<(&'static str, CString)>,
-    /// Kernels that were logged already.
+    /// Kernels whose first launch was logged.
     seen: Mutex<HashSet<(&'static str, &'static str)>>,
 }
 
@@ -84,18 +84,18 @@ impl Cuda {
         Self::with(ordinal, &Options::from_env())
     }
 
-    /// GPUs that the driver shows; an error says why there is none.
+    /// Number of GPUs that the driver reports. Fails if the driver is missing, does not start or is too old.
     pub fn count() -> Result<usize> {
-        // SAFETY: it only looks for the library. Asked first: the driver's functions panic if it is missing.
+        // SAFETY: it only looks for the library. Called first, since the driver's functions panic if it is missing.
         if !unsafe { sys::is_culib_present() } {
-            let what = "libcuda.so.1 was not found: install the NVIDIA driver, or run on the CPU";
+            let what = "libcuda.so.1 was not found; install the NVIDIA driver, or run on the CPU";
             return Err(Error::device("cuda", what));
         }
         let explain = |e: cudarc::driver::DriverError| {
             let text = e.error_string().ok().and_then(|s| s.to_str().ok()).unwrap_or("unknown error");
             Error::device(
                 "cuda",
-                format!("the driver does not start ({text}): see nvidia-smi, or run on the CPU"),
+                format!("the driver does not start ({text}); check it with nvidia-smi, or run on the CPU"),
             )
         };
         let mut version = 0;
@@ -105,7 +105,7 @@ impl Cuda {
             let text = |v: i32| format!("{}.{}", v / 1000, v % 1000 / 10);
             let (has, wants) = (text(version), text(CUDA));
             let what = format!(
-                "the driver knows CUDA {has}, the kernels were built with {wants}: update the driver"
+                "the driver supports CUDA {has}, but the kernels were built with {wants}; update the driver"
             );
             return Err(Error::device("cuda", what));
         }
@@ -119,7 +119,9 @@ impl Cuda {
         let n = Self::count()?;
         let name = format!("cuda:{ordinal}");
         if ordinal >= n {
-            let what = format!("there is no such GPU, the driver shows {n}: name another, or run on the CPU");
+            let what = format!(
+                "there is no such GPU, the driver reports {n}; choose another one, or run on the CPU"
+            );
             return Err(Error::device(name, what));
         }
         let fail = |e: cudarc::driver::DriverError| {
@@ -127,14 +129,16 @@ impl Cuda {
             Error::device(&name, format!("cannot be opened: {text}"))
         };
         let context = CudaContext::new(ordinal).map_err(fail)?;
-        // SAFETY: this device orders its streams itself. Before the first allocation: the tracking of events breaks
-        // recordings.
+        // SAFETY: this device orders its streams itself. Called before the first allocation, since event tracking
+        // breaks recordings.
         unsafe { context.disable_event_tracking() };
         let capability = context.compute_capability().map_err(fail)?;
         if capability < OLDEST {
             let model = context.name().map_err(fail)?;
             let ((a, b), (c, d)) = (capability, OLDEST);
-            let what = format!("{model} has compute capability {a}.{b}, the kernels need {c}.{d} or newer");
+            let what = format!(
+                "{model} has compute capability {a}.{b}, the kernels need {c}.{d} or newer; run on the CPU"
+            );
             return Err(Error::device(name, what));
         }
         keep_pool(&context).map_err(fail)?;
@@ -142,7 +146,9 @@ impl Cuda {
         let products =
             Products::new().map_err(|e| Error::device(&name, format!("cuBLASLt does not start: {e}")))?;
         if products.is_none() {
-            tracing::warn!("cuBLASLt was not found: products run on the portable kernel, which is slower");
+            tracing::warn!(
+                "cuBLASLt was not found; matrix products use the portable kernel, which is slower"
+            );
         }
         let [workspace, fault] = held(products.is_some());
         let arena = Arc::new(Arena::new(gpu.clone()));
@@ -171,7 +177,7 @@ impl Cuda {
         self.gpu.context.name().map_err(|e| self.gpu.error("asking for the name", e))
     }
 
-    /// The device's own time for what `work` enqueues on the compute stream.
+    /// The time that the device takes for the work that `work` enqueues on the compute stream.
     pub fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<std::time::Duration> {
         let fail = |e| self.gpu.error("timing with events", e);
         let timed = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
@@ -183,11 +189,12 @@ impl Cuda {
         Ok(std::time::Duration::from_secs_f64(f64::from(ms) * 1e-3))
     }
 
-    /// Copies bytes from one contiguous view to another of the same size by the driver's own copy: the measure of
-    /// memory speed.
+    /// Copies bytes from one contiguous view to another of the same size with the driver's copy, the reference for
+    /// memory bandwidth.
     pub fn copy(&self, x: In, y: Out) -> Result<()> {
-        check_view("copy", "x", &x)?;
-        check_view("copy", "y", &y.0)?;
+        check::view(self.gpu.id, "copy", "x", &x)?;
+        check::view(self.gpu.id, "copy", "y", &y.0)?;
+        check::apart("copy", ("x", &x), ("y", &y.0))?;
         if x.bytes() != y.0.bytes() || !x.is_contiguous() || !y.0.is_contiguous() {
             return Err(Error::arg("copy", "y", y.0.dims, format!("{} contiguous bytes", x.bytes())));
         }
@@ -204,10 +211,10 @@ impl Cuda {
         if s == Stream::COPY { &self.gpu.copy } else { &self.gpu.compute }
     }
 
-    /// Fails within a recording, which cannot hold `what`.
+    /// Fails during a recording, which cannot contain `what`.
     fn not_recording(&self, op: &'static str, arg: &'static str, what: &str) -> Result<()> {
         match self.gpu.is_recording() {
-            true => Err(Error::arg(op, arg, format!("{what} within a recording"), "none there")),
+            true => Err(Error::arg(op, arg, format!("{what} during a recording"), "one before or after it")),
             false => Ok(()),
         }
     }
@@ -226,11 +233,14 @@ impl Cuda {
     ) -> Result<()> {
         let name = a.kernel();
         if s != Stream::COMPUTE {
-            return Err(Error::arg(name, "stream", s.0, "the compute stream: the other one copies"));
+            return Err(Error::arg(
+                name,
+                "stream",
+                s.0,
+                "the compute stream, since the other one only copies",
+            ));
         }
-        for (arg, _, v) in a.views() {
-            check_view(name, arg, &v)?;
-        }
+        check::call(self.gpu.id, a)?;
         self.gpu.context.bind_to_thread().map_err(|e| self.gpu.error(name, e))?;
         let c = a.to_c();
         // SAFETY: the struct is what the query and the launcher take; both only read it.
@@ -251,8 +261,8 @@ impl Cuda {
                     number: call::number(name),
                     force: self.force(name).map_or(std::ptr::null(), |k| k.as_ptr()),
                 };
-                // SAFETY: the struct is the one that the launcher takes, its views were checked, and the workspace is as
-                // large as the query said; what the kernel uses is not given away before it is done.
+                // SAFETY: the struct is the one that the launcher takes, its views were checked, and the workspace has
+                // the size that the query returned; memory that the kernel uses is not reused before it is done.
                 let code = unsafe { run(&c, &launch) };
                 if code != 0 {
                     // SAFETY: a struct of numbers.
@@ -261,8 +271,8 @@ impl Cuda {
                     unsafe { ffi::ett_last_status(&mut last) };
                     call::check(name, &self.gpu.name, code, &last)?;
                 }
-                // The workspace goes back here: whoever gets it next runs after this kernel, on the same stream.
-                // SAFETY: it takes nothing and gives null or a string literal.
+                // The workspace is freed here: its next user runs after this kernel, on the same stream.
+                // SAFETY: it takes nothing and returns null or a string literal.
                 unsafe { call::kernel_name(ffi::ett_last_kernel()) }
             }
         };
@@ -282,8 +292,8 @@ impl Cuda {
         Ok(())
     }
 
-    /// Runs a product on cuBLASLt; false if this kernel is none, if another implementation is forced, or if the
-    /// library has none for it.
+    /// Runs a matrix product with cuBLASLt. Returns false if this kernel is not a product, if another implementation is
+    /// forced, or if the library does not support it.
     ///
     /// # Safety
     /// `args` is the C struct of kernel `name`, with views that were checked.
@@ -300,7 +310,7 @@ impl Cuda {
         let scratch = self.products_workspace.addr();
         let product = match name {
             "matmul" => {
-                // SAFETY: the caller's word, here and below.
+                // SAFETY: guaranteed by the caller, here and below.
                 let a = unsafe { &*args.cast::<ffi::ett_matmul_args>() };
                 let (ta, tb, bias) = (a.ta != 0, a.tb != 0, there(&a.bias));
                 Product { a: &a.a, b: &a.b, ta, tb, bias, y: &a.y, pre: None, add: false }
@@ -325,7 +335,7 @@ impl Cuda {
         match (done, forced) {
             (false, Some(_)) => Err(Error::Unsupported {
                 op: name,
-                what: "this shape on cuBLASLt, which ETT_FORCE names,".into(),
+                what: "this shape with cuBLASLt, which ETT_FORCE requests,".into(),
                 device: self.gpu.name.clone(),
             }),
             _ => Ok(done),
@@ -343,18 +353,18 @@ impl Cuda {
         let worked = work();
         swap(device);
         let graph = record::end(&self.gpu, arena).map_err(fail("ending a recording"));
-        // Memory that it took from the device may still be the target of a copy.
+        // Blocks taken from the device's arena may still be the target of a copy.
         self.order(Stream::COPY, Stream::COMPUTE)?;
         worked?;
         Ok(Box::new(graph?))
     }
 }
 
-/// New memory of an arena.
+/// A new buffer from an arena.
 fn buffer(arena: &Arc<Arena>, role: Role, bytes: usize) -> Result<Buffer> {
     let addr = arena.take(role, bytes)?;
-    // SAFETY: a block of at least this size, which nobody else has until the arena takes it back.
-    Ok(unsafe { Buffer::new(addr, bytes, role, arena.clone()) })
+    // SAFETY: a block of at least this size, used only by this buffer until it is returned to the arena.
+    Ok(unsafe { Buffer::new(addr, bytes, role, arena.device(), arena.clone()) })
 }
 
 /// One GPU is one rank.
@@ -366,7 +376,7 @@ impl Collectives for Cuda {
         0
     }
     fn all_reduce(&self, _s: Stream, x: Acc) -> Result<()> {
-        check_view("all_reduce", "x", &x.0)
+        check::view(self.gpu.id, "all_reduce", "x", &x.0)
     }
     fn reduce_scatter(&self, s: Stream, x: In, y: Out) -> Result<()> {
         self.all_gather(s, x, y)
@@ -384,6 +394,10 @@ impl Device for Cuda {
         }
     }
 
+    fn id(&self) -> DeviceId {
+        self.gpu.id
+    }
+
     fn alloc(&self, role: Role, bytes: usize) -> Result<Buffer> {
         let arena = self.arena.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let buffer = buffer(&arena, role, bytes)?;
@@ -398,7 +412,7 @@ impl Device for Cuda {
     }
 
     fn copy_in(&self, s: Stream, src: &[u8], dst: Out) -> Result<()> {
-        check_view("copy_in", "dst", &dst.0)?;
+        check::view(self.gpu.id, "copy_in", "dst", &dst.0)?;
         if dst.0.bytes() != src.len() as u64 || !dst.0.is_contiguous() {
             return Err(Error::arg(
                 "copy_in",
@@ -415,7 +429,7 @@ impl Device for Cuda {
     }
 
     fn read_later(&self, s: Stream, src: In) -> Result<Pending> {
-        check_view("read_later", "src", &src)?;
+        check::view(self.gpu.id, "read_later", "src", &src)?;
         self.not_recording("read_later", "src", "a copy to the host")?;
         self.gpu.context.bind_to_thread().map_err(|e| self.gpu.error("read_later", e))?;
         let pending = self.pinned.read_later(self.stream(s), src, self.fault.addr());
@@ -453,9 +467,7 @@ impl Device for Cuda {
 }
 
 macro_rules! impl_cuda {
-    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => {
-        $($(#[$fdoc:meta])* $field:ident: $ty:ty,)*
-    })*) => { pastey::paste! {
+    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => $fields:tt)*) => { pastey::paste! {
         $(impl Query for $args<'_> {
             fn workspace(&self) -> Result<usize> {
                 let c = self.to_c();

@@ -1,8 +1,8 @@
-//! CUDA: the contract through the C interface of `kernels/`.
+//! CUDA: the contract implemented through the C interface of `kernels/`.
 //!
-//! [`Cuda`] runs the launchers on a GPU; it exists in builds that found nvcc (`cfg(ett_cuda)`). [`Shim`] runs the
-//! same sources, compiled for the host, on the CPU: for tests on machines without a GPU. Both turn the contract's
-//! arguments into the C structs of [`ffi`], which bindgen makes from the header.
+//! [`Cuda`] calls the launchers on a GPU; it exists in builds that found nvcc (`cfg(ett_cuda)`). [`Shim`] runs the same
+//! sources, compiled for the host, on the CPU, for tests on machines without a GPU. Both convert the contract's
+//! arguments to the C structs of [`ffi`], which bindgen generates from the header.
 
 mod call;
 #[allow(missing_docs, non_camel_case_types, non_snake_case, non_upper_case_globals, clippy::all, clippy::undocumented_unsafe_blocks)]

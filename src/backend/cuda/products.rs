@@ -1,5 +1,5 @@
-//! Plain matrix products through cuBLASLt. The algorithm of a shape is what the library's heuristic answers first,
-//! asked once: never a matter of timing, so that runs repeat.
+//! Matrix products with cuBLASLt. The algorithm for a shape is the first result of the library's heuristic, which is
+//! called once per shape. Algorithms are never chosen by timing, so that runs are reproducible.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -12,12 +12,13 @@ use cudarc::cublaslt::sys::cublasLtMatmulDescAttributes_t as Desc;
 use super::ffi;
 use crate::backend::DType;
 
-/// Scratch memory that algorithms may use: what the library's authors advise for Hopper.
+/// Bytes of workspace for algorithms, as recommended by NVIDIA for Hopper.
 pub(super) const WORKSPACE: usize = 32 << 20;
-/// Operands whose address and rows are aligned to this may use every algorithm; the heuristic is told less.
+/// Largest alignment of addresses and rows that algorithms can use, in bytes; smaller ones are passed to the heuristic.
 const ALIGNMENT: u32 = 16;
 
-/// Everything that the choice of an algorithm depends on, seen column-major: `d[m, n] = op(a)[m, k] op(b)[k, n]`.
+/// All parameters that the choice of an algorithm depends on, in column-major terms: `d[m, n] = op(a)[m, k] op(b)[k,
+/// n]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Shape {
     m: u64,
@@ -33,7 +34,7 @@ struct Shape {
     alignment: [u32; 4],
 }
 
-/// What becomes of the sums.
+/// The epilogue: how the sums are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum End {
     Store,
@@ -41,7 +42,7 @@ enum End {
     Gelu,
 }
 
-/// Arguments of `y = op(a) op(b) + bias` and its relatives.
+/// Arguments of `y = op(a) op(b) + bias` and its variants.
 pub(super) struct Product<'a> {
     pub(super) a: &'a ffi::ett_view,
     pub(super) b: &'a ffi::ett_view,
@@ -50,9 +51,9 @@ pub(super) struct Product<'a> {
     /// May be absent.
     pub(super) bias: Option<&'a ffi::ett_view>,
     pub(super) y: &'a ffi::ett_view,
-    /// The sums, if `y` is their GELU.
+    /// If present, receives the sums, and `y` their GELU.
     pub(super) pre: Option<&'a ffi::ett_view>,
-    /// `y +=`, in f32.
+    /// Adds to `y`, which is f32.
     pub(super) add: bool,
 }
 
@@ -68,11 +69,11 @@ struct Plan {
 /// A cuBLASLt handle and the plans made so far.
 pub(super) struct Products {
     handle: sys::cublasLtHandle_t,
-    /// `None`: the library has no algorithm for this shape.
+    /// Contains `None` for shapes that the library does not support.
     plans: Mutex<HashMap<Shape, Option<Plan>>>,
 }
 
-// SAFETY: the handle may be used from any thread, as cuBLASLt documents; plans own what they point to.
+// SAFETY: the handle may be used from any thread, as cuBLASLt documents; plans own their descriptors.
 unsafe impl Send for Products {}
 // SAFETY: likewise; plans are used under the lock.
 unsafe impl Sync for Products {}
@@ -90,7 +91,7 @@ fn stride(v: &ffi::ett_view) -> i64 {
 }
 
 impl Product<'_> {
-    /// True for arguments within the contract, in types and with alignments that the library gets here.
+    /// Whether the arguments satisfy the contract and have types and alignments that are passed to the library.
     fn fits(&self) -> bool {
         let (f32, bf16) = (DType::F32 as i32, DType::Bf16 as i32);
         let (a, b, y) = (self.a, self.b, self.y);
@@ -103,7 +104,7 @@ impl Product<'_> {
             && self.bias.is_none_or(|v| {
                 v.dtype == a.dtype && rows(v) * cols(v) == o && stride(v) == cols(v) && (v.ptr as u64).is_multiple_of(16)
             })
-            // The library wants whole 16-byte pieces where it keeps the sums.
+            // The library requires `pre` and its rows to be aligned to 16 bytes.
             && self.pre.is_none_or(|v| {
                 v.dtype == a.dtype && (rows(v), cols(v)) == (n, o) && alignment(v) == ALIGNMENT && stride(v) % 8 == 0
             })
@@ -134,8 +135,8 @@ impl Products {
         Ok(Some(Products { handle: lt::create_handle()?, plans: Mutex::default() }))
     }
 
-    /// Enqueues a product. `false`: nothing was done; the arguments are wrong or empty, which the launcher answers, or
-    /// the library cannot do this shape.
+    /// Enqueues a product. Returns `false` and does nothing if the arguments are invalid or empty, which the launcher
+    /// handles, or if the library does not support them.
     pub(super) fn run(
         &self,
         p: &Product,
@@ -144,7 +145,7 @@ impl Products {
     ) -> std::result::Result<bool, CublasError> {
         let absent = ffi::ett_view::default();
         let pre = p.pre.unwrap_or(&absent);
-        // Row-major y = a b is column-major y' = b' a', so the operands change places.
+        // Row-major y = a b is column-major y' = b' a', so the operands are swapped.
         let shape = Shape {
             m: cols(p.y) as u64,
             n: rows(p.y) as u64,
@@ -173,9 +174,9 @@ impl Products {
         let Some(plan) = plan else { return Ok(false) };
         let (one, beta) = (1f32, if p.add { 1f32 } else { 0f32 });
         let at = |x: &f32| std::ptr::from_ref(x).cast::<c_void>();
-        // SAFETY: views lie inside their buffers, which `launch` checked, and the shape was made from them; the
-        // descriptors are alive as long as the plan, the attributes have the types that the library documents, and the
-        // workspace is as large as it is told.
+        // SAFETY: `launch` checked that the views lie inside their buffers, and the shape was computed from them; the
+        // descriptors live as long as the plan, the attributes have the types that the library documents, and the
+        // workspace has the given size.
         unsafe {
             if let Some(bias) = p.bias {
                 set(plan.desc, Desc::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias.ptr)?;
@@ -202,7 +203,7 @@ impl Products {
                 stream.cast(),
             );
             match done {
-                // What the heuristic does not look at, such as the alignment of a bias.
+                // A reason that the heuristic does not check, such as the alignment of a bias.
                 Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)) => Ok(false),
                 done => done.map(|()| true),
             }
@@ -211,12 +212,12 @@ impl Products {
 
     fn plan(&self, s: &Shape, p: &Product) -> std::result::Result<Option<Plan>, CublasError> {
         use sys::cublasLtMatmulPreferenceAttributes_t as Pref;
-        // Plain single precision where operands are f32: never TF32.
+        // f32 operands use full single precision, never TF32.
         let desc = lt::create_matmul_desc(
             sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
             sys::cudaDataType_t::CUDA_R_32F,
         )?;
-        // cublasOperation_t: 0 is as it stands, 1 transposed.
+        // cublasOperation_t: 0 is not transposed, 1 is transposed.
         let op = |t: bool| t as i32;
         let layout = |ty: i32, rows: u64, cols: u64, ld: i64, t: bool| {
             let (rows, cols) = if t { (cols, rows) } else { (rows, cols) };
@@ -237,7 +238,7 @@ impl Products {
                 (_, true) => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS,
             };
             set(desc, Desc::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
-            // The heuristic may look at these; every call sets them anew.
+            // The heuristic may read these; every call sets the pointers again.
             if let Some(bias) = p.bias {
                 set(desc, Desc::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias.ptr)?;
             }
@@ -260,7 +261,7 @@ impl Products {
                 sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED
                 | sys::cublasStatus_t::CUBLAS_STATUS_INVALID_VALUE,
             )) => {
-                // SAFETY: made above, and in no plan.
+                // SAFETY: created above, and not part of a plan.
                 unsafe { destroy(desc, [a, b, d]) };
                 Ok(None)
             }
@@ -270,31 +271,31 @@ impl Products {
 }
 
 /// # Safety
-/// `desc` exists, and the attribute is a `T`.
+/// `desc` is a valid descriptor, and the attribute is a `T`.
 unsafe fn set<T>(
     desc: sys::cublasLtMatmulDesc_t,
     what: sys::cublasLtMatmulDescAttributes_t,
     value: &T,
 ) -> std::result::Result<(), CublasError> {
-    // SAFETY: the caller's word.
+    // SAFETY: guaranteed by the caller.
     unsafe { lt::set_matmul_desc_attribute(desc, what, std::ptr::from_ref(value).cast(), size_of::<T>()) }
 }
 
 /// # Safety
-/// `pref` exists, and the attribute is a `T`.
+/// `pref` is a valid preference, and the attribute is a `T`.
 unsafe fn prefer<T>(
     pref: sys::cublasLtMatmulPreference_t,
     what: sys::cublasLtMatmulPreferenceAttributes_t,
     value: &T,
 ) -> std::result::Result<(), CublasError> {
-    // SAFETY: the caller's word.
+    // SAFETY: guaranteed by the caller.
     unsafe { lt::set_matmul_pref_attribute(pref, what, std::ptr::from_ref(value).cast(), size_of::<T>()) }
 }
 
 /// # Safety
-/// All exist and are not used again.
+/// All are valid and not used again.
 unsafe fn destroy(desc: sys::cublasLtMatmulDesc_t, layouts: [sys::cublasLtMatrixLayout_t; 3]) {
-    // SAFETY: the caller's word; destroying a descriptor that exists does not fail.
+    // SAFETY: guaranteed by the caller; destroying a valid descriptor does not fail.
     unsafe {
         let _ = lt::destroy_matmul_desc(desc);
         for l in layouts {
@@ -306,10 +307,10 @@ unsafe fn destroy(desc: sys::cublasLtMatmulDesc_t, layouts: [sys::cublasLtMatrix
 impl Drop for Products {
     fn drop(&mut self) {
         for plan in self.plans.get_mut().unwrap_or_else(PoisonError::into_inner).values().flatten() {
-            // SAFETY: a plan's descriptors are its own, and this is the end of the plans.
+            // SAFETY: a plan owns its descriptors, and the plans are dropped here.
             unsafe { destroy(plan.desc, [plan.a, plan.b, plan.d]) };
         }
-        // SAFETY: `new` made it, and nothing uses it after this.
+        // SAFETY: `new` created the handle, and nothing uses it after this.
         let _ = unsafe { lt::destroy_handle(self.handle) };
     }
 }

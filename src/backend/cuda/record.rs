@@ -16,22 +16,22 @@ pub(super) struct Graph {
     _memory: Arc<Arena>,
 }
 
-/// Starts keeping what is enqueued on the compute stream.
+/// Starts recording the work that is enqueued on the compute stream.
 pub(super) fn begin(gpu: &Gpu) -> std::result::Result<(), DriverError> {
     gpu.context.bind_to_thread()?;
     let mut recording = gpu.before_recording();
     let before = gpu.compute.record_event(None)?;
-    // Relaxed: memory is taken and given back on another stream while the recording is made.
+    // Relaxed: memory is allocated and freed on another stream during the recording.
     let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-    // SAFETY: the stream is alive and belongs to the context that was bound.
+    // SAFETY: the stream is alive and belongs to the bound context.
     unsafe { result::stream::begin_capture(gpu.compute.cu_stream(), mode)? };
     *recording = Some(before);
     Ok(())
 }
 
-/// Ends it. The stream is usable again whatever happens.
+/// Ends the recording. Afterwards the stream is usable again, also in case of an error.
 pub(super) fn end(gpu: &Arc<Gpu>, memory: Arc<Arena>) -> std::result::Result<Graph, DriverError> {
-    // SAFETY: the stream is alive; the graph that it gives is destroyed once, here or by `Graph`.
+    // SAFETY: the stream is alive; the returned graph is destroyed once, here or by `Graph`.
     unsafe {
         let ended = result::stream::end_capture(gpu.compute.cu_stream());
         *gpu.before_recording() = None;
@@ -51,7 +51,7 @@ impl Recording for Graph {
         let gpu = &self.gpu;
         let bound = gpu.context.bind_to_thread();
         let done = bound.and_then(|()| {
-            // SAFETY: graph and stream are alive, and so is the memory that the launches were made for.
+            // SAFETY: graph and stream are alive, and so is the memory used by the launches.
             unsafe { result::graph::launch(self.executable, gpu.compute.cu_stream()) }
         });
         done.map_err(|e| gpu.error("replaying a recorded step", e))
@@ -61,9 +61,10 @@ impl Recording for Graph {
 impl Drop for Graph {
     fn drop(&mut self) {
         if self.gpu.context.bind_to_thread().is_ok() {
-            // The last replay may still run. A device that fails here has failed elsewhere, where it is reported.
+            // The last replay may still run. Errors are ignored: a device that fails here also fails in a call that
+            // reports it.
             let _ = self.gpu.finish();
-            // SAFETY: `end` made them, and nobody replays them any more.
+            // SAFETY: `end` created both, and no replay can follow.
             unsafe {
                 let _ = result::graph::exec_destroy(self.executable);
                 let _ = result::graph::destroy(self.graph);

@@ -1,8 +1,9 @@
-//! The C interface on the CPU: the library that `make -C kernels shim` builds from the CUDA sources.
+//! The C interface on the CPU, through the library that `make -C kernels shim` builds from the CUDA sources.
 
 use std::alloc::Layout;
-use std::ffi::{c_char, c_void};
+use std::ffi::{CStr, c_char, c_void};
 use std::path::Path;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::call::{self, ToC};
@@ -13,24 +14,27 @@ use crate::error::{Error, Result};
 type Query = unsafe extern "C" fn(*const c_void) -> i64;
 type Launcher = unsafe extern "C" fn(*const c_void, *const ffi::ett_launch) -> i32;
 
-/// The CUDA kernels compiled for the host: slow, for tests. Every buffer is a heap block of exactly its size and
-/// starts as NaN (-1 for indices), so that an address sanitizer and a look at the output find what a kernel did
-/// wrong.
+/// The CUDA kernels compiled for the host: slow, for tests. Every buffer is a heap block of exactly its size, so that
+/// an address sanitizer finds accesses out of bounds, and is filled with NaN (-1 for indices), so that tests find
+/// outputs that were not written. A query that answers -1 where its launcher accepts the arguments, or a size where it
+/// refuses them, is an error.
 pub struct Shim {
     library: libloading::Library,
     heap: Arc<Heap>,
     fault: Buffer,
     forced: Vec<(&'static str, std::ffi::CString)>,
-    /// Held while memory that is handed out is read or written: one call at a time, as on the CPU.
+    /// What the last query answered.
+    queried: AtomicI64,
+    /// Held while buffers are read or written: one call at a time, as on the CPU.
     turn: Mutex<()>,
 }
 
-#[derive(Default)]
 struct Heap {
+    id: DeviceId,
     memory: Mutex<Memory>,
 }
 
-/// The alignment that the contract promises.
+/// `bytes` bytes with the alignment that the contract promises; `None` if they overflow.
 fn layout(bytes: usize) -> Option<Layout> {
     Layout::from_size_align(bytes.max(1), 256).ok()
 }
@@ -53,16 +57,16 @@ impl Shim {
             let what = format!("cannot be loaded ({e}); build it with tools/shim-test");
             Error::device(path.display(), what)
         })?;
-        let heap = Arc::new(Heap::default());
+        let heap = Arc::new(Heap { id: DeviceId::unique(), memory: Mutex::default() });
         let fault = Self::take(&heap, Role::Input, size_of::<ffi::ett_fault>())?;
         // SAFETY: just taken, of this size.
         unsafe { std::ptr::write_bytes(fault.addr() as *mut u8, 0, fault.bytes()) };
         let forced = call::forced(force)?;
-        Ok(Shim { library, heap, fault, forced, turn: Mutex::default() })
+        Ok(Shim { library, heap, fault, forced, queried: AtomicI64::new(0), turn: Mutex::default() })
     }
 
     fn take(heap: &Arc<Heap>, role: Role, bytes: usize) -> Result<Buffer> {
-        // Null if there is no memory.
+        // Null if the allocation fails.
         let at = match layout(bytes) {
             // SAFETY: the size is not zero.
             Some(layout) => unsafe { std::alloc::alloc(layout) },
@@ -74,7 +78,7 @@ impl Shim {
                 device: "shim".into(),
                 role: role.to_string(),
                 asked: size(bytes as u64),
-                free: "the system gave none".into(),
+                free: "the system has no more".into(),
                 held: memory.largest(),
             });
         }
@@ -82,7 +86,7 @@ impl Shim {
         unsafe { std::ptr::write_bytes(at, 0xff, bytes) };
         memory.add(role, bytes);
         // SAFETY: the block was just allocated, with an alignment of 256, and the heap takes it back.
-        Ok(unsafe { Buffer::new(at as u64, bytes, role, heap.clone()) })
+        Ok(unsafe { Buffer::new(at as u64, bytes, role, heap.id, heap.clone()) })
     }
 
     /// The function `ett_<name>`.
@@ -91,25 +95,29 @@ impl Shim {
     /// `F` is the type that the header gives this function.
     unsafe fn symbol<F: Copy>(&self, name: &str) -> Result<F> {
         let symbol = format!("ett_{name}");
-        // SAFETY: as the caller says.
+        // SAFETY: the caller guarantees the type.
         let f = unsafe { self.library.get::<F>(symbol.as_bytes()) };
         f.map(|f| *f).map_err(|e| {
-            Error::device("shim", format!("the library has no `{symbol}` ({e}): build it again"))
+            Error::device(
+                "shim",
+                format!("the library has no `{symbol}` ({e}); rebuild it with tools/shim-test"),
+            )
         })
     }
 
     fn launch<A: Args + ToC>(&self, a: &A) -> Result<()> {
         let name = a.kernel();
         let _turn = self.turn();
-        for (arg, _, v) in a.views() {
-            check_view(name, arg, &v)?;
-        }
         let c = a.to_c();
         let c = std::ptr::from_ref(&c).cast::<c_void>();
-        // SAFETY: so the header declares all queries, but for the type that the pointer is to.
+        // SAFETY: the type of all queries in the header, except for the type of the struct behind the pointer.
         let query: Query = unsafe { self.symbol(&format!("{name}_workspace"))? };
-        // SAFETY: the struct is the one that this kernel's functions take.
+        // Called before the views are checked, so that tests can call the query with invalid views too.
+        // SAFETY: the struct is the one that this kernel's functions take, and no view's memory is read.
         let bytes = unsafe { query(c) };
+        self.queried.store(bytes, Ordering::Relaxed);
+        // Only memory is checked here: this device tests the checks that launchers make themselves.
+        check::memory(self.heap.id, a)?;
         let workspace = match usize::try_from(bytes) {
             Ok(bytes) if bytes > 0 => Some(Self::take(&self.heap, Role::Workspace, bytes)?),
             _ => None,
@@ -126,21 +134,31 @@ impl Shim {
                 .find(|(op, _)| *op == name)
                 .map_or(std::ptr::null(), |(_, k)| k.as_ptr()),
         };
-        // SAFETY: so the header declares all launchers, but for the type that the pointer is to.
+        // SAFETY: the type of all launchers in the header, except for the type of the struct behind the pointer.
         let run: Launcher = unsafe { self.symbol(name)? };
-        // SAFETY: the struct is the one that this kernel takes; its views were checked, the workspace is as large as the
-        // query said, and nothing else runs meanwhile.
+        // SAFETY: the struct is the one that this kernel takes; its views were checked, the workspace has the size that
+        // the query returned, and nothing else runs meanwhile.
         let code = unsafe { run(c, &launch) };
         // SAFETY: a struct of numbers.
         let mut last = unsafe { std::mem::zeroed::<ffi::ett_status>() };
-        // SAFETY: so the header declares it.
+        // SAFETY: its type in the header.
         let status: unsafe extern "C" fn(*mut ffi::ett_status) = unsafe { self.symbol("last_status")? };
         // SAFETY: it writes the struct.
         unsafe { status(&mut last) };
+        // SAFETY: an array that ends with a zero.
+        let arg = unsafe { CStr::from_ptr(last.arg.as_ptr()) }.to_bytes();
+        let refused = matches!(code, 1 | 2) && arg != b"args" && !arg.starts_with(b"launch");
+        if refused != (bytes < 0) {
+            let (refused, arg) = (if refused { "refused" } else { "took" }, String::from_utf8_lossy(arg));
+            let what = format!(
+                "the query of {name} answered {bytes}, but the launcher {refused} its arguments ({arg})"
+            );
+            return Err(Error::device("shim", what));
+        }
         call::check(name, "shim", code, &last)?;
-        // Launches are done when they return, so a fault can be told at once.
+        // Launches are synchronous, so that a fault can be reported immediately.
         let slot = self.fault.addr() as *mut ffi::ett_fault;
-        // SAFETY: the buffer is one fault long, and launches alone use it, in their turn.
+        // SAFETY: the buffer is one fault long, and only launches use it, one at a time.
         let found = std::mem::take(unsafe { &mut *slot });
         call::fault(&found).map_or(Ok(()), Err)
     }
@@ -150,18 +168,21 @@ impl Shim {
         self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What the query of the last call answered, which was asked before anything else was looked at.
+    pub fn last_query(&self) -> i64 {
+        self.queried.load(Ordering::Relaxed)
+    }
+
     /// The implementation that this thread's last launch chose.
     pub fn last_kernel(&self) -> Result<&'static str> {
-        // SAFETY: so the header declares it.
+        // SAFETY: its type in the header.
         let f: unsafe extern "C" fn() -> *const c_char = unsafe { self.symbol("last_kernel")? };
-        // SAFETY: it takes nothing and gives null or a string literal.
+        // SAFETY: it takes nothing and returns null or a string literal.
         Ok(unsafe { call::kernel_name(f()) })
     }
 }
 
-struct OneRank;
-
-impl Collectives for OneRank {
+impl Collectives for Shim {
     fn ranks(&self) -> usize {
         1
     }
@@ -169,7 +190,7 @@ impl Collectives for OneRank {
         0
     }
     fn all_reduce(&self, _s: Stream, x: Acc) -> Result<()> {
-        check_view("all_reduce", "x", &x.0)
+        check::view(self.heap.id, "all_reduce", "x", &x.0)
     }
     fn reduce_scatter(&self, _s: Stream, _x: In, _y: Out) -> Result<()> {
         Err(Error::Unsupported { op: "reduce_scatter", what: "a collective".into(), device: "shim".into() })
@@ -184,13 +205,17 @@ impl Device for Shim {
         "shim".into()
     }
 
+    fn id(&self) -> DeviceId {
+        self.heap.id
+    }
+
     fn alloc(&self, role: Role, bytes: usize) -> Result<Buffer> {
         Self::take(&self.heap, role, bytes)
     }
 
     fn copy_in(&self, _s: Stream, src: &[u8], dst: Out) -> Result<()> {
         let _turn = self.turn();
-        check_view("copy_in", "dst", &dst.0)?;
+        check::view(self.heap.id, "copy_in", "dst", &dst.0)?;
         if dst.0.bytes() != src.len() as u64 || !dst.0.is_contiguous() {
             return Err(Error::arg(
                 "copy_in",
@@ -199,26 +224,27 @@ impl Device for Shim {
                 format!("{} contiguous bytes", dst.0.bytes()),
             ));
         }
-        // SAFETY: in bounds by check_view and of the source's length; nobody can hold a reference into a buffer.
+        // SAFETY: the view was checked and has the length of the source; there are no references into buffers.
         unsafe { std::ptr::copy_nonoverlapping(src.as_ptr(), dst.0.addr() as *mut u8, src.len()) };
         Ok(())
     }
 
     fn read_later(&self, _s: Stream, src: In) -> Result<Pending> {
         let _turn = self.turn();
-        check_view("read_later", "src", &src)?;
+        check::view(self.heap.id, "read_later", "src", &src)?;
         let (rows, width) = (src.dims.rows(), src.dims.cols() * src.dtype.size());
         let mut v = Vec::with_capacity(rows * width);
         for r in 0..if width == 0 { 0 } else { rows } {
             let at = src.addr() + r as u64 * src.ld as u64 * src.dtype.size() as u64;
-            // SAFETY: not empty, in bounds by check_view; blocks are initialised when they are taken, and this is the only call.
+            // SAFETY: not empty, and in bounds since the view was checked; blocks are initialised when they are
+            // allocated, and no other call runs meanwhile.
             v.extend_from_slice(unsafe { std::slice::from_raw_parts(at as *const u8, width) });
         }
         Ok(Pending::new(move || Ok(v)))
     }
 
     fn collectives(&self) -> &dyn Collectives {
-        &OneRank
+        self
     }
 
     fn memory(&self) -> Memory {
@@ -227,9 +253,7 @@ impl Device for Shim {
 }
 
 macro_rules! impl_shim {
-    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => {
-        $($(#[$fdoc:meta])* $field:ident: $ty:ty,)*
-    })*) => {
+    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => $fields:tt)*) => {
         impl Kernels for Shim {
             $(fn $name(&self, _s: Stream, a: &$args<'_>) -> Result<()> {
                 self.launch(a)

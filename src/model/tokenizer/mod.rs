@@ -6,7 +6,8 @@ mod encoder;
 mod lpips;
 
 use crate::autograd::{Tape, Var};
-use crate::config::{QuantizerConfig, QuantizerKind, QuantizerMetric, TokenizerConfig};
+use crate::backend::DType;
+use crate::config::{Operands, QuantizerConfig, QuantizerKind, QuantizerMetric, TokenizerConfig};
 use crate::error::{Error, Result};
 use crate::nn::{Conv2d, Init, Param, ParamBuilder, Params};
 use crate::ops::{self, Conv, Entropy, IbqOptions, Quantized};
@@ -73,7 +74,8 @@ impl Tokenizer {
     }
 
     /// Encodes groups of images of equal size `[B, H, W, 3]` into `z` `[M, D]`, ordered by group, image and row, and
-    /// the grid of each group. With metric `l2norm` the rows of `z` are unit vectors.
+    /// the grid of each group. `z` has the type that `quantizer.precision` asks for. With metric `l2norm` its rows are
+    /// unit vectors.
     pub fn encode(&self, t: &Tape, p: &Params, images: &[Var]) -> Result<(Var, Vec<Grid>)> {
         let s = self.downsampling;
         let (mut parts, mut grids) = (Vec::new(), Vec::new());
@@ -88,6 +90,7 @@ impl Tokenizer {
                 ));
             }
             let h = self.encoder.forward(t, p, x)?;
+            let h = ops::cast(t, &h, self.operands(t))?;
             let h = self.quant_conv.forward(t, p, &h)?;
             grids.push(Grid { images: d[0], h: d[1] / s, w: d[2] / s });
             let rows = [h.dims().rows(), h.dims().cols()];
@@ -104,14 +107,28 @@ impl Tokenizer {
         self.quantizer.kind == QuantizerKind::Ibq && self.quantizer.metric == QuantizerMetric::L2norm
     }
 
-    /// The codes `[K, D]` that tokens are compared with: unit vectors with metric `l2norm`.
+    /// The type of the quantizer's tokens and codes.
+    fn operands(&self, t: &Tape) -> DType {
+        match self.quantizer.precision {
+            Operands::Act => t.precision().act,
+            Operands::F32 => t.precision().acc,
+        }
+    }
+
+    /// The codes `[K, D]` that tokens are compared with, in the type of the tokens: unit vectors with metric `l2norm`.
     pub fn codes(&self, t: &Tape, p: &Params) -> Result<Var> {
-        let e = p.var(t, self.codebook)?;
+        let e = p.var_as(t, self.codebook, self.operands(t))?;
         if self.normalised() { ops::l2_norm(t, &e, NORM_EPS) } else { Ok(e) }
     }
 
-    /// Quantizes `z` `[M, D]` against `codes` `[K, D]`. `inv_count` is a device scalar, the reciprocal of the number
-    /// of tokens of all ranks. Without `entropies` neither entropy is computed.
+    /// The codes `[K, D]` for decoder and language model, in the type of activations.
+    pub fn table(&self, t: &Tape, p: &Params) -> Result<Var> {
+        ops::cast(t, &self.codes(t, p)?, t.precision().act)
+    }
+
+    /// Quantizes `z` `[M, D]` against `codes` `[K, D]`, which have the same type; `zq` has the type of activations.
+    /// `inv_count` is a device scalar, the reciprocal of the number of tokens of all ranks. Without `entropies` neither
+    /// entropy is computed.
     pub fn quantize(
         &self,
         t: &Tape,
@@ -124,10 +141,11 @@ impl Tokenizer {
         let (beta_commit, beta_code) = q.betas();
         let entropy = entropies.then_some(Entropy { temperature: q.temperature, eps: q.entropy_eps });
         let o = IbqOptions { entropy, beta_commit, beta_code };
-        match q.kind {
+        let q = match q.kind {
             QuantizerKind::Ibq => ops::ibq(t, z, codes, inv_count, o),
             QuantizerKind::Vq => ops::vq(t, z, codes, inv_count, o),
-        }
+        }?;
+        Ok(Quantized { zq: ops::cast(t, &q.zq, t.precision().act)?, ..q })
     }
 
     /// Decodes `zq` `[M, D]` into one tensor `[B, H, W, 3]` per grid, not clamped.

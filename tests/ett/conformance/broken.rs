@@ -174,6 +174,9 @@ impl Device for Broken {
     fn name(&self) -> String {
         format!("broken: {:?}", self.fault)
     }
+    fn id(&self) -> DeviceId {
+        self.cpu.id()
+    }
     fn alloc(&self, role: Role, bytes: usize) -> Result<Buffer> {
         self.cpu.alloc(role, bytes)
     }
@@ -192,9 +195,7 @@ impl Device for Broken {
 }
 
 macro_rules! delegate {
-    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => {
-        $($(#[$fdoc:meta])* $field:ident: $ty:ty,)*
-    })*) => {
+    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => $fields:tt)*) => {
         impl Kernels for Broken {
             $(fn $name(&self, s: Stream, a: &$args<'_>) -> Result<()> {
                 self.call(a, &|| self.cpu.$name(s, a))

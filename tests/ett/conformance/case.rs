@@ -262,6 +262,8 @@ pub struct Case {
     /// The smallest size that includes it.
     pub size: Size,
     pub runs: Runs,
+    /// Runs on the shim whatever its size.
+    pub on_shim: bool,
     pub args: Box<Args>,
     pub call: Box<Call>,
 }
@@ -272,7 +274,8 @@ impl Case {
         args: impl Fn(&Draw) -> Vec<Arg> + 'static,
         call: impl Fn(&dyn Kernels, &Views) -> error::Result<()> + 'static,
     ) -> Self {
-        Case { what: what.into(), size: Size::Tiny, runs: EVERY, args: Box::new(args), call: Box::new(call) }
+        let (args, call) = (Box::new(args), Box::new(call));
+        Case { what: what.into(), size: Size::Tiny, runs: EVERY, on_shim: false, args, call }
     }
 
     /// Includes the case from this size on.
@@ -282,6 +285,11 @@ impl Case {
             _ => self.runs,
         };
         Case { size, runs, ..self }
+    }
+
+    /// Runs on the shim, too, although it is large.
+    pub fn on_shim(self) -> Self {
+        Case { on_shim: true, ..self }
     }
 
     /// Uses these scales and layouts.

@@ -210,6 +210,10 @@ pub fn nearest() -> Vec<Case> {
         named("each finds itself", [4096, 4096, 256], itself, is_itself)
             .map(|c| c.from(Size::Full).runs(ONCE)),
     );
+    let many: [Shape; 3] = [[2, 131_071, 8], [3, 131_072, 8], [1, 131_073, 8]];
+    let wide: [Shape; 3] = [[4, 9, 264], [3, 7, 504], [5, 6, 512]];
+    all.extend(many.into_iter().flat_map(random).map(|c| c.named("edge")));
+    all.extend(wide.into_iter().flat_map(random).map(|c| c.named("edge").on_shim()));
     all.extend(named("duplicates", [130, 390, 64], duplicates, equal));
     all.extend(named("NaN", [67, 140, 64], with_nan, equal));
     all.extend(named("only NaN", [5, 70, 32], only_nan, equal));

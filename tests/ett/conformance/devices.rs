@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use ett::backend::{Kernels, Precision};
 
-use super::{Size, reject, run};
-use crate::common::{gpu, gpu_forcing, shim, shim_forcing};
+use super::interface::implementations;
+use super::{Size, TABLE, reject, run};
+use crate::common::{gpu, gpu_forcing, open_shim, shim, shim_forcing};
 use crate::contract::refusals;
 
 const BOTH: [Precision; 2] = [Precision::F32, Precision::BF16];
@@ -14,55 +15,17 @@ const BOTH: [Precision; 2] = [Precision::F32, Precision::BF16];
 /// to 512.
 const LIMITS: [&str; 3] = ["attention_fwd: head_dim", "attention_bwd: head_dim", "nearest: `z`"];
 
-/// Every implementation that is not the default for all shapes.
-const FORCED: [(&str, &str); 39] = [
-    ("matmul", "large"),
-    ("matmul", "small"),
-    ("matmul_acc", "large"),
-    ("matmul_acc", "small"),
-    ("linear_gelu", "large"),
-    ("linear_gelu", "small"),
-    ("conv2d_fwd", "plain"),
-    ("conv2d_fwd", "large"),
-    ("conv2d_fwd", "medium"),
-    ("conv2d_fwd", "small"),
-    ("conv2d_bwd_data", "plain"),
-    ("conv2d_bwd_data", "large"),
-    ("conv2d_bwd_data", "medium"),
-    ("conv2d_bwd_data", "small"),
-    ("conv2d_bwd_weight", "narrow"),
-    ("conv2d_bwd_weight", "large"),
-    ("conv2d_bwd_weight", "exchanged"),
-    ("nearest", "simple"),
-    ("attention_fwd", "simple"),
-    ("attention_bwd", "simple"),
-    ("rms_norm_fwd", "plain"),
-    ("rms_norm_bwd", "plain"),
-    ("layer_norm_fwd", "plain"),
-    ("layer_norm_bwd", "plain"),
-    ("l2_norm_fwd", "plain"),
-    ("l2_norm_bwd", "plain"),
-    ("group_norm_fwd", "plain"),
-    ("group_norm_bwd", "plain"),
-    ("batch_norm_fwd", "plain"),
-    ("batch_norm_bwd", "plain"),
-    ("batch_norm_eval_fwd", "plain"),
-    ("batch_norm_eval_bwd", "plain"),
-    ("lpips_fwd", "plain"),
-    ("lpips_bwd", "plain"),
-    ("gan_generator_fwd", "plain"),
-    ("gan_generator_bwd", "plain"),
-    ("xent_fwd", "plain"),
-    ("adamw", "plain"),
-    ("sum_squares", "plain"),
-];
-
+/// Tests every implementation of the kernels that have several.
 fn forced(with: fn(&str) -> Arc<dyn Kernels>, prec: Precision, size: Size) {
-    for (op, kernel) in FORCED {
-        let dev = with(&format!("{op}={kernel}"));
-        // An implementation may refuse some calls, but not all.
-        let not_for_it = format!("{op}: the implementation `{kernel}`");
-        run(&*dev, prec, size, Some(&[op])).expect(&[&LIMITS[..], &[&not_for_it]].concat());
+    for kernel in TABLE {
+        let op = kernel.name;
+        let all = implementations(&*with(&format!("{op}=none")), kernel);
+        for one in all.iter().filter(|_| all.len() > 1) {
+            let dev = with(&format!("{op}={one}"));
+            // An implementation may refuse some calls, but not all.
+            let not_for_it = format!("{op}: the implementation `{one}`");
+            run(&*dev, prec, size, Some(&[op])).expect(&[&LIMITS[..], &[&not_for_it]].concat());
+        }
     }
 }
 
@@ -89,8 +52,9 @@ fn shim_forced() {
 #[test]
 #[ignore = "needs the shim"]
 fn shim_refuses_wrong_arguments() {
+    let dev = open_shim("");
     for prec in BOTH {
-        reject::run(&*shim(), prec, None).expect(&[]);
+        reject::run_asking(&dev, prec, None, Some(&|| dev.last_query())).expect(&[]);
     }
     refusals(shim());
 }

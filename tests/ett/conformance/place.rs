@@ -32,7 +32,7 @@ pub struct Placed {
     off: usize,
     ld: usize,
     dims: ett::backend::Dims,
-    /// The whole buffer before the call.
+    /// Content of the whole buffer before the call.
     image: Vec<u8>,
     buf: Buffer,
 }

@@ -27,6 +27,10 @@ enum Data {
     Duplicates,
     /// All scores are zero.
     Equal,
+    /// Tokens of size 1e-4: all codes have nearly the same score.
+    Flat,
+    /// Tokens and codes of length 1, as with `l2norm`.
+    Unit,
     /// One code is a thousand times longer than the others.
     Huge,
     /// Tokens and codes with NaN; for the values only, not the gradients.
@@ -67,6 +71,13 @@ impl Problem {
         match self.data {
             Data::Random => {}
             Data::Equal => z.fill(0.0),
+            Data::Flat => z.iter_mut().for_each(|z| *z *= 1e-4),
+            Data::Unit => {
+                for row in z.chunks_mut(dim).chain(e.chunks_mut(dim)) {
+                    let length = crate::common::norm(row);
+                    row.iter_mut().for_each(|v| *v /= length);
+                }
+            }
             Data::Sure => {
                 for (i, z) in z.chunks_mut(dim).enumerate() {
                     let at = code(&e, i * i % 7 * k / 7);
@@ -100,7 +111,8 @@ impl Problem {
     /// A few roundings of a score, divided by the temperature, are a relative error of an exponential.
     fn near(&self, d: &Draw) -> Near {
         let size = match self.data {
-            Data::Random | Data::Nan | Data::Equal => d.scale,
+            Data::Random | Data::Nan | Data::Equal | Data::Flat => d.scale,
+            Data::Unit => 1.0,
             Data::Sure | Data::Duplicates => 30.0,
             Data::Huge => 1000.0 * d.scale,
         };
@@ -118,7 +130,7 @@ impl Problem {
                 let near = self.near(d).size(1e-3);
                 // Rounding cannot change the choice among equal codes.
                 let judge = match self.data {
-                    Data::Random | Data::Sure | Data::Huge => Judge::By(by_dot),
+                    Data::Random | Data::Sure | Data::Huge | Data::Flat | Data::Unit => Judge::By(by_dot),
                     Data::Duplicates | Data::Equal | Data::Nan => Judge::By(equal),
                 };
                 args.push(out("idx", Type::Is(DType::I32), [m], judge));
@@ -342,7 +354,17 @@ fn all(of: fn(Problem) -> Case, named: &[Data]) -> Vec<Case> {
         [[21, 66, 16], [67, 140, 64]]
             .map(|shape| of(Problem { data, ..problem(shape) }).named(&format!("{data:?}")))
     });
-    every.chain([of(cold([19, 70, 16])), of(cold([130, 1000, 32]))]).chain(named).collect()
+    let unit = of(Problem { data: Data::Unit, ..cold([21, 66, 24]) }).named("Unit");
+    let cold = [of(cold([19, 70, 16])), of(cold([130, 1000, 32])), unit];
+    every.chain(cold).chain(named).chain(edges(of)).collect()
+}
+
+/// Numbers of codes around 2^17, and dimensions that are multiples of 8 but not of 16, up to the largest.
+fn edges(of: fn(Problem) -> Case) -> impl Iterator<Item = Case> {
+    const MANY: [Shape; 3] = [[2, 131_071, 8], [3, 131_072, 8], [1, 131_073, 8]];
+    const WIDE: [Shape; 3] = [[4, 9, 264], [3, 7, 504], [5, 6, 512]];
+    let edge = move |shape| of(problem(shape)).named("edge");
+    MANY.map(edge).into_iter().chain(WIDE.map(|shape| edge(shape).on_shim()))
 }
 
 /// The same without entropies, for kernels that support it.
@@ -353,8 +375,8 @@ fn bare(of: fn(Problem) -> Case) -> Vec<Case> {
     [first].into_iter().chain(shapes.map(|s| of(bare(s)))).collect()
 }
 
-const VALUES: [Data; 5] = [Data::Sure, Data::Duplicates, Data::Equal, Data::Huge, Data::Nan];
-const GRADIENTS: [Data; 3] = [Data::Sure, Data::Duplicates, Data::Equal];
+const VALUES: [Data; 6] = [Data::Sure, Data::Duplicates, Data::Equal, Data::Flat, Data::Huge, Data::Nan];
+const GRADIENTS: [Data; 5] = [Data::Sure, Data::Duplicates, Data::Equal, Data::Flat, Data::Huge];
 
 pub fn rows() -> Vec<Case> {
     all(Problem::rows, &VALUES).into_iter().chain(bare(Problem::rows)).collect()
@@ -465,6 +487,8 @@ fn vq_bwd_case(shape: Shape, de: bool) -> Case {
     )
 }
 
+const VQ_EDGES: [Shape; 2] = [[4, 9, 264], [3, 7, 512]];
+
 fn vq_shapes() -> Vec<(Size, Shape)> {
     let small: [Shape; 8] = [
         [1, 1, 1],
@@ -476,13 +500,14 @@ fn vq_shapes() -> Vec<(Size, Shape)> {
         [70, 12, 300],
         [0, 5, 8],
     ];
-    let large: [Shape; 3] = [[16_384, 8192, 256], [5000, 131_072, 64], [9000, 2, 520]];
+    let large: [Shape; 4] = [[16_384, 8192, 256], [5000, 131_072, 64], [50, 131_073, 8], [9000, 2, 520]];
     let first = [(Size::Sanitizer, [20, 11, 32])].into_iter();
     first.chain(small.map(|s| (Size::Tiny, s))).chain(large.map(|s| (Size::Full, s))).collect()
 }
 
 pub fn vq_losses() -> Vec<Case> {
-    vq_shapes().into_iter().map(|(size, shape)| vq_losses_case(shape).from(size)).collect()
+    let every = vq_shapes().into_iter().map(|(size, shape)| vq_losses_case(shape).from(size));
+    every.chain(VQ_EDGES.map(|shape| vq_losses_case(shape).named("edge").on_shim())).collect()
 }
 
 pub fn vq_losses_sample() -> Case {
@@ -491,7 +516,8 @@ pub fn vq_losses_sample() -> Case {
 
 pub fn vq_bwd() -> Vec<Case> {
     let every = vq_shapes().into_iter().enumerate();
-    every.map(|(i, (size, shape))| vq_bwd_case(shape, i % 4 != 3).from(size)).collect()
+    let every = every.map(|(i, (size, shape))| vq_bwd_case(shape, i % 4 != 3).from(size));
+    every.chain(VQ_EDGES.map(|shape| vq_bwd_case(shape, true).named("edge").on_shim())).collect()
 }
 
 pub fn vq_bwd_sample() -> Case {

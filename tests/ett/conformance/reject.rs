@@ -3,7 +3,8 @@
 
 use std::sync::Arc;
 
-use ett::backend::{Buffer, Cpu, DType, Dims, Extent, In, KERNELS, Kernels, Precision, Reclaim, Role};
+use ett::backend::spec::{self, Elements, Expr, KernelSpec, Kind, TensorSpec};
+use ett::backend::{Buffer, Cpu, DType, Dims, Extent, In, Kernels, Precision, Reclaim, Role};
 use ett::error::{Error, Result};
 
 use super::case::{Arg, Draw, Layout, Type, Views, round};
@@ -52,24 +53,24 @@ impl Damage {
         }
     }
 
-    /// All kinds of damage that make this argument invalid for the kernel.
-    fn all(kernel: &Kernel, arg: &Arg, p: Precision) -> Vec<Damage> {
-        let free = |what: &str| kernel.free.contains(&&*format!("{} {what}", arg.name));
-        let mut all = vec![Damage::Null, Damage::Outside, Damage::Misaligned];
+    /// All kinds of damage that make this argument invalid by the table of kernels: the rest of the call determines the
+    /// size or the type that is changed.
+    fn all(spec: &KernelSpec, args: &[Arg], arg: &Arg, p: Precision) -> Vec<Damage> {
         let dtype = arg.ty.of(p);
         let types = match dtype {
             DType::I32 => vec![DType::F32],
             DType::F32 => vec![DType::I32, DType::Bf16],
             _ => vec![DType::I32, DType::F32],
         };
-        // If any float type is allowed, an index type is not; only `fill` takes any type.
-        let float = |t: &DType| *t != DType::I32 || kernel.name == "fill";
-        all.extend(types.into_iter().filter(|t| !(free("type") && float(t))).map(Damage::Type));
+        let mut all = vec![Damage::Null, Damage::Outside, Damage::Misaligned];
+        all.extend(types.into_iter().filter(|t| is_wrong_type(spec, args, arg, *t)).map(Damage::Type));
+        let sizes = tensor(spec, arg.name).sizes();
         if arg.dims.rank() > 1 {
             all.extend([Damage::Overlapping, Damage::Wrapping, Damage::Far]);
-            all.extend((!free("rows")).then_some(Damage::Rows));
+            let leading = &sizes[..sizes.len() - 1];
+            all.extend(leading.iter().any(|e| is_bound(spec, args, arg, e)).then_some(Damage::Rows));
         }
-        all.extend((!free("cols")).then_some(Damage::Cols));
+        all.extend(is_bound(spec, args, arg, &sizes[sizes.len() - 1]).then_some(Damage::Cols));
         all
     }
 
@@ -93,16 +94,25 @@ impl Damage {
         unsafe { In::unchecked(buf, off, dtype, dims, ld) }
     }
 
+    /// Whether the C query, which does not know the buffers, has to answer -1.
+    fn is_seen_by_queries(self, spec: &KernelSpec, arg: &Arg) -> bool {
+        match self {
+            Damage::Outside => false,
+            // A null pointer means that an optional argument is absent.
+            Damage::Null => {
+                let kind = spec.field(arg.name).map(|f| f.kind);
+                !matches!(kind, Some(Kind::Tensor { optional: true, .. }))
+            }
+            _ => true,
+        }
+    }
+
     /// Whether an error about `blamed` explains this damage of `arg`: if two arguments do not fit each other, either
     /// may be named.
-    fn explains(self, kernel: &str, args: &[Arg], arg: &Arg, blamed: &str) -> bool {
+    fn explains(self, spec: &KernelSpec, args: &[Arg], arg: &Arg, blamed: &str) -> bool {
         let Some(other) = args.iter().find(|a| a.name == blamed) else {
-            // Not a tensor: a count that does not fit the shapes, or the type as such.
-            return match self {
-                Damage::Rows | Damage::Cols => is_number(kernel, blamed),
-                Damage::Type(_) => blamed == "dtype",
-                _ => false,
-            };
+            // Not a tensor: a count that does not fit the shapes.
+            return matches!(self, Damage::Rows | Damage::Cols) && spec.field(blamed).is_some();
         };
         let shared = |dims: Dims| dims.as_slice().iter().any(|n| arg.dims.as_slice().contains(n));
         blamed == arg.name
@@ -114,17 +124,60 @@ impl Damage {
     }
 }
 
-/// True if the kernel's argument of this name is not a tensor.
-fn is_number(kernel: &str, name: &str) -> bool {
-    let fields = KERNELS.iter().find(|(k, _)| *k == kernel).map_or(&[][..], |(_, fields)| fields);
-    fields.iter().any(|(n, ty)| *n == name && !["In", "Out", "Acc"].iter().any(|t| ty.contains(t)))
+/// What the table says of a tensor.
+fn tensor(spec: &KernelSpec, name: &str) -> &'static TensorSpec {
+    let field = spec.field(name).unwrap_or_else(|| panic!("{} has no `{name}`", spec.name));
+    field.tensor.as_ref().unwrap_or_else(|| panic!("`{name}` of {} is no tensor", spec.name))
+}
+
+/// Whether the rest of the call says what this size of `arg` is: it is a number, or made of a count or of a letter that
+/// another argument has too.
+fn is_bound(spec: &KernelSpec, args: &[Arg], arg: &Arg, size: &Expr) -> bool {
+    let elsewhere = |symbol: u8| {
+        let others = args.iter().filter(|a| a.name != arg.name);
+        let mut sizes = others.flat_map(|a| tensor(spec, a.name).sizes());
+        spec.field(spec.symbols[symbol as usize]).is_some() || sizes.any(|e| e.symbols().any(|s| s == symbol))
+    };
+    size.symbols().next().is_none() || size.symbols().any(elsewhere)
+}
+
+/// Whether `arg` cannot be of this type in this call.
+fn is_wrong_type(spec: &KernelSpec, args: &[Arg], arg: &Arg, t: DType) -> bool {
+    let others = |elements: Elements| {
+        args.iter().any(|a| a.name != arg.name && tensor(spec, a.name).elements == elements)
+    };
+    // The types of activations that go with sums in f32.
+    let narrow = matches!(t, DType::F32 | DType::Bf16);
+    match tensor(spec, arg.name).elements {
+        Elements::Any => false,
+        Elements::Float => t == DType::I32,
+        Elements::Act => !narrow || others(Elements::Act),
+        // One of the two is f32 in any case, and the other one is tried in bf16 only.
+        Elements::ActOrAcc => !narrow || (!others(Elements::Act) && args.iter().any(|a| like(spec, a, arg))),
+        Elements::Acc | Elements::I32 | Elements::Like(_) => true,
+    }
+}
+
+/// Whether the type of `a` is that of `arg` by the table.
+fn like(spec: &KernelSpec, a: &Arg, arg: &Arg) -> bool {
+    matches!(tensor(spec, a.name).elements, Elements::Like(i) if spec.fields[i as usize].name == arg.name)
 }
 
 /// Damages the arguments of every kernel of the table, or of those in `only`.
 pub fn run(dev: &dyn Kernels, prec: Precision, only: Option<&[&str]>) -> Report {
+    run_asking(dev, prec, only, None)
+}
+
+/// The same; `query` tells what the C query of the last call's kernel answered.
+pub fn run_asking(
+    dev: &dyn Kernels,
+    prec: Precision,
+    only: Option<&[&str]>,
+    query: Option<&dyn Fn() -> i64>,
+) -> Report {
     let mut report = Report::new(dev);
     for kernel in TABLE.iter().filter(|k| only.is_none_or(|names| names.contains(&k.name))) {
-        if let Err(e) = spoil(dev, prec, kernel, &mut report) {
+        if let Err(e) = spoil(dev, prec, kernel, query, &mut report) {
             let what = format!("{} in {}", kernel.name, prec.act);
             if !report.unsupported(kernel.name, &e) {
                 report.failures.push(format!("{what}: the call that is right was refused: {e}"));
@@ -134,7 +187,13 @@ pub fn run(dev: &dyn Kernels, prec: Precision, only: Option<&[&str]>) -> Report 
     report
 }
 
-fn spoil(dev: &dyn Kernels, prec: Precision, kernel: &Kernel, report: &mut Report) -> Result<()> {
+fn spoil(
+    dev: &dyn Kernels,
+    prec: Precision,
+    kernel: &Kernel,
+    query: Option<&dyn Fn() -> i64>,
+    report: &mut Report,
+) -> Result<()> {
     let case = (kernel.sample)();
     let oracle = Cpu::new(1)?;
     let mut args = (case.args)(&Draw::new(&oracle, prec, 1.0, kernel.name));
@@ -142,23 +201,34 @@ fn spoil(dev: &dyn Kernels, prec: Precision, kernel: &Kernel, report: &mut Repor
     let placed: Vec<Placed> =
         args.iter().map(|a| Placed::new(dev, prec, a, Layout::Dense)).collect::<Result<_>>()?;
     (case.call)(dev, &views(&placed))?;
+    if let Some(answer) = query.map(|query| query()).filter(|&answer| answer < 0) {
+        let what = format!("{} in {}", kernel.name, prec.act);
+        report.failures.push(format!("{what}: the query says {answer} of arguments that are right"));
+    }
     let restore = || placed.iter().try_for_each(|p| p.restore(dev));
     restore()?;
     // SAFETY: the buffer has no bytes.
-    let nowhere = unsafe { Buffer::new(0, 0, Role::Input, Arc::new(Nowhere)) };
+    let nowhere = unsafe { Buffer::new(0, 0, Role::Input, dev.id(), Arc::new(Nowhere)) };
+    let spec = spec::kernel(kernel.name).expect("a kernel of the contract");
     for (i, arg) in args.iter().enumerate() {
-        for damage in Damage::all(kernel, arg, prec) {
+        for damage in Damage::all(spec, &args, arg, prec) {
             let mut all = views(&placed).all;
             all[i].1 = damage.apply(all[i].1, &nowhere);
             let what = format!("{} in {}: `{}` {}", kernel.name, prec.act, arg.name, damage.text());
             report.supported(kernel.name);
-            match (case.call)(dev, &Views { all }) {
+            let outcome = (case.call)(dev, &Views { all });
+            if let Some(answer) = query.filter(|_| damage.is_seen_by_queries(spec, arg)).map(|query| query())
+                && answer != -1
+            {
+                report.failures.push(format!("{what}: the query says {answer}, wanted -1"));
+            }
+            match outcome {
                 Ok(()) => {
                     report.failures.push(format!("{what} was accepted"));
                     restore()?;
                 }
                 Err(Error::Argument { op, arg: blamed, .. })
-                    if op == kernel.name && damage.explains(kernel.name, &args, arg, blamed) => {}
+                    if op == kernel.name && damage.explains(spec, &args, arg, blamed) => {}
                 Err(e) => report.failures.push(format!("{what}: the error names something else: {e}")),
             }
         }

@@ -1,5 +1,5 @@
 //! The Rust side of the C interface, `src/backend/cuda/ffi.rs`: `cargo run --manifest-path tools/bindings/Cargo.toml`
-//! writes it, `cargo test` with the same manifest compares what is checked in.
+//! generates it, `cargo test` with the same manifest compares it with the committed file.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -12,21 +12,23 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
-/// The bindings that belong to the header as it is. All settings of bindgen are here.
+/// Generates the bindings of the current header. All settings of bindgen are here.
 fn generate() -> Result<String, String> {
     if env::var_os("LIBCLANG_PATH").is_none() {
         let fetched = root().join(".cuda/clang/native");
         if !fetched.join("libclang.so").exists() {
-            return Err("there is no libclang: set LIBCLANG_PATH to its folder, or let tools/setup-cuda fetch it".into());
+            return Err(
+                "there is no libclang: set LIBCLANG_PATH to its folder, or run tools/setup-cuda".into()
+            );
         }
-        // SAFETY: the only thread so far reads the environment after this.
+        // SAFETY: there is only one thread, and it reads the environment later.
         unsafe { env::set_var("LIBCLANG_PATH", fetched) };
     }
     let made = bindgen::builder()
         .header(root().join(HEADER).display().to_string())
         .raw_line("// From kernels/include/ett_kernels.h. To make it again: see tools/bindings.")
         .raw_line("#![allow(dead_code, missing_docs, non_camel_case_types)]")
-        // One type of streams with cudarc, so that its streams are passed without a cast.
+        // Use cudarc's stream type, so that its streams are passed without a cast.
         .raw_line("pub use cudarc::driver::sys::CUstream_st;")
         .blocklist_type("CUstream_st")
         .allowlist_item("ett_.*|ETT_.*")
@@ -47,7 +49,8 @@ fn generate() -> Result<String, String> {
 }
 
 fn main() -> ExitCode {
-    let written = generate().and_then(|text| fs::write(root().join(BINDINGS), text).map_err(|e| e.to_string()));
+    let written =
+        generate().and_then(|text| fs::write(root().join(BINDINGS), text).map_err(|e| e.to_string()));
     match written {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {

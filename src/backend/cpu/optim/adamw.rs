@@ -1,66 +1,24 @@
-//! Gradient norms and AdamW.
+//! One step of AdamW.
 
 use num_traits::Float;
 use rayon::prelude::*;
 
-use super::workspace::no_workspace;
 use super::*;
+use crate::backend::cpu::workspace::no_workspace;
 
-no_workspace!(sum_squares(SumSquares), adamw(Adamw), restore(Restore));
+no_workspace!(adamw(Adamw));
 
-/// Elements that one task handles.
-const CHUNK: usize = 16384;
-
-pub(super) fn sum_squares(_ws: &Workspace, a: &SumSquares) -> Result<()> {
-    by_dtype!("sum_squares", a.x.dtype, E => squares::<<E as Elem>::Acc>(a))
-}
-
-pub(super) fn adamw(_ws: &Workspace, a: &Adamw) -> Result<()> {
+pub(crate) fn adamw(_ws: &Workspace, a: &Adamw) -> Result<()> {
     let dtype = a.shadow.map_or(a.master.0.dtype, |s| s.0.dtype);
     by_dtype!("adamw", dtype, E => step::<E>(a))
 }
 
-pub(super) fn restore(_ws: &Workspace, a: &Restore) -> Result<()> {
-    match a.norm.dtype {
-        DType::F64 => taken_back::<f64>(a),
-        _ => taken_back::<f32>(a),
-    }
-}
-
-fn taken_back<R: Real + Element>(a: &Restore) -> Result<()> {
-    let op = "restore";
-    let norm = flat::<R>(op, "norm", &a.norm)?;
-    expect(op, "norm", &a.norm, 2)?;
-    expect(op, "y", &a.y.0, a.x.dims.numel())?;
-    if a.y.0.dtype != a.x.dtype {
-        return Err(Error::arg(op, "y", a.y.0.dtype, a.x.dtype));
-    }
-    let (from, to) = (bytes(op, "x", &a.x)?, bytes_mut(op, "y", &a.y.0)?);
-    if norm[1] > R::of(0.0) {
-        to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| to.copy_from_slice(from));
-    }
-    Ok(())
-}
-
-fn squares<R: Real>(a: &SumSquares) -> Result<()> {
-    let op = "sum_squares";
-    let x = flat::<R>(op, "x", &a.x)?;
-    expect(op, "out", &a.out.0, 2)?;
-    let out = flat_mut::<R>(op, "out", &a.out.0)?;
-    out[0] +=
-        par_sum(x.len(), CHUNK, |r| lanes::sum(&x[r], |v: R| if v.is_finite() { v * v } else { R::zero() }));
-    out[1] += par_sum(x.len(), CHUNK, |r| {
-        lanes::sum(&x[r], |v: R| if v.is_finite() { R::zero() } else { R::one() })
-    });
-    Ok(())
-}
-
-/// The numbers of a step, read from the step state and rounded once.
+/// The scalars of a step, computed from the step state.
 struct Step<R> {
     rate: R,
-    /// Factor of the weight decay.
+    /// Factor of the weights for weight decay.
     keep: R,
-    /// Factor on the gradient.
+    /// Factor of the gradient for clipping.
     clip: R,
     bias1: R,
     bias2: R,
@@ -90,12 +48,12 @@ impl<R: Real> Step<R> {
     }
 }
 
-/// `min(1, limit / (sqrt(norm) + 1e-6))`, 1 without a limit.
+/// `min(1, limit / (sqrt(norm) + 1e-6))`; 1 if `limit` is 0.
 fn clip<R: Real>(limit: R, norm: R) -> R {
     if limit > R::zero() { (limit / (norm.sqrt() + R::of(1e-6))).min(R::one()) } else { R::one() }
 }
 
-/// The same range of every tensor of a step.
+/// One range of elements in all tensors of a step.
 struct Chunk<'a, E: Elem> {
     master: &'a mut [E::Acc],
     grad: &'a [E::Acc],
@@ -107,13 +65,8 @@ struct Chunk<'a, E: Elem> {
 
 fn step<E: Elem>(a: &Adamw) -> Result<()> {
     let op = "adamw";
-    expect(op, "state", &a.state, Slot::LEN)?;
-    expect(op, "norm", &a.norm, 2)?;
     let state = flat::<E::Acc>(op, "state", &a.state)?;
     let norm = flat::<E::Acc>(op, "norm", &a.norm)?;
-    if a.group >= Slot::GROUPS {
-        return Err(Error::arg(op, "group", a.group, format!("less than {}", Slot::GROUPS)));
-    }
     let chunks = chunks_of::<E>(op, a)?;
     if norm[1] > E::Acc::of(0.0) {
         return Ok(());
@@ -130,20 +83,12 @@ fn step<E: Elem>(a: &Adamw) -> Result<()> {
 }
 
 fn chunks_of<'a, E: Elem>(op: &'static str, a: &Adamw<'a>) -> Result<Vec<Chunk<'a, E>>> {
-    let n = a.master.0.dims.numel();
-    let acc = |arg, v: &In<'a>| {
-        expect(op, arg, v, n)?;
-        Ok(flat_mut::<E::Acc>(op, arg, v)?.chunks_mut(CHUNK))
-    };
-    expect(op, "grad", &a.grad, n)?;
+    let acc = |arg, v: &In<'a>| -> Result<_> { Ok(flat_mut::<E::Acc>(op, arg, v)?.chunks_mut(CHUNK)) };
     let grad = flat::<E::Acc>(op, "grad", &a.grad)?.chunks(CHUNK);
     let (master, m, v) = (acc("master", &a.master.0)?, acc("m", &a.m.0)?, acc("v", &a.v.0)?);
     let mut ema = a.ema.map(|e| acc("ema", &e.0)).transpose()?;
     let mut shadow = match a.shadow {
-        Some(s) => {
-            expect(op, "shadow", &s.0, n)?;
-            Some(flat_mut::<E>(op, "shadow", &s.0)?.chunks_mut(CHUNK))
-        }
+        Some(s) => Some(flat_mut::<E>(op, "shadow", &s.0)?.chunks_mut(CHUNK)),
         None => None,
     };
     let all = master.zip(grad).zip(m).zip(v);
@@ -169,7 +114,7 @@ fn update<E: Elem>(s: &Step<E::Acc>, c: &mut Chunk<E>) {
     }
 }
 
-/// The average of the weights and their rounded copy.
+/// Updates the average of the weights and their rounded copy.
 #[inline(always)]
 fn average<E: Elem>(decay: E::Acc, rest: E::Acc, c: &mut Chunk<E>) {
     if let Some(ema) = &mut c.ema {
@@ -186,17 +131,22 @@ fn average<E: Elem>(decay: E::Acc, rest: E::Acc, c: &mut Chunk<E>) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing_b::*;
     use super::*;
+    use crate::backend::cpu::testing::args::*;
 
     const GROUP: usize = 3;
+
     const RATE: f64 = 1e-3;
+
     const BETAS: (f64, f64) = (0.9, 0.95);
+
     const EPS: f64 = 1e-8;
+
     const DECAY: f64 = 0.01;
+
     const EMA: f64 = 0.99;
 
-    /// master, two gradients, m, v, ema, the states of two steps, norm.
+    /// master, the gradients of two steps, m, v, ema, the step states of two steps, norm.
     fn args(n: usize, clip: f64, bad: f64) -> Vec<Arg> {
         let vector = |v: Vec<f64>| acc([n], v);
         let state = |t: i32| {
@@ -220,7 +170,7 @@ mod tests {
         ]
     }
 
-    /// Two steps; master, m, v, ema and shadow.
+    /// Runs two steps; returns master, m, v, ema and shadow.
     fn two_steps(dev: &Cpu, p: Precision, t: &[Tensor], shadow: Tensor) -> Result<Vec<Tensor>> {
         for i in 0..2 {
             let a = Adamw {
@@ -295,28 +245,5 @@ mod tests {
         assert!(two_steps(&dev, Precision::BF16, &t, wrong).is_err());
         let f64s = out(&dev, DType::F64, [7]);
         assert!(two_steps(&dev, Precision::F64, &t, f64s).is_err());
-    }
-
-    #[test]
-    fn squares_leave_out_what_is_not_finite() {
-        for n in [1, 17, 2 * CHUNK + 5] {
-            let args = [acc([n], normal(1, n)), acc([2], vec![0.5, 1.0])];
-            let naive = |v: &[Vec<f64>]| vec![vec![0.5 + v[0].iter().map(|x| x * x).sum::<f64>(), 1.0]];
-            let run = |dev: &Cpu, _: Precision, t: &[Tensor]| {
-                dev.sum_squares(S, &SumSquares { x: t[0].view(), out: t[1].acc() })?;
-                Ok(vec![t[1].clone()])
-            };
-            check(&args, naive, run);
-        }
-        let bad = vec![3.0, f64::NAN, f64::INFINITY, 4.0, f64::NEG_INFINITY];
-        let args = [acc([5], bad), acc([2], vec![0.0, 0.0])];
-        check(
-            &args,
-            |_| vec![vec![25.0, 3.0]],
-            |dev, _, t| {
-                dev.sum_squares(S, &SumSquares { x: t[0].view(), out: t[1].acc() })?;
-                Ok(vec![t[1].clone()])
-            },
-        );
     }
 }

@@ -1,12 +1,10 @@
-//! What the tests of kernels share: arguments in three precisions, a comparison with loops in f64, bits
-//! across thread counts, finite differences.
+//! Arguments in three precisions, and comparisons with loops in f64, between numbers of threads, and with finite
+//! differences.
 
-pub(super) use super::testing::Tensor;
-use super::testing::{DIFFERENCES, bounds};
-use super::*;
+use super::super::*;
+use super::{DIFFERENCES, bounds};
+pub(in super::super) use super::{S, Tensor};
 use crate::compare::compare;
-
-pub(crate) const S: Stream = Stream::COMPUTE;
 
 #[derive(Clone, Copy)]
 enum Kind {
@@ -15,7 +13,7 @@ enum Kind {
     Int,
 }
 
-/// A tensor argument before its precision is chosen.
+/// The values of a tensor argument, independent of the precision.
 #[derive(Clone)]
 pub(crate) struct Arg(Kind, Dims, pub(crate) Vec<f64>);
 
@@ -29,7 +27,7 @@ pub(crate) fn int(dims: impl Into<Dims>, v: Vec<f64>) -> Arg {
     Arg(Kind::Int, dims.into(), v)
 }
 
-/// Normal numbers (splitmix64 and Box-Muller).
+/// Normally distributed numbers (splitmix64 and Box-Muller).
 pub(crate) fn normal(seed: u64, n: usize) -> Vec<f64> {
     let mut s = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
     let mut unit = move || {
@@ -63,8 +61,8 @@ pub(crate) fn read(dev: &Cpu, t: &[Tensor]) -> Vec<Vec<f64>> {
     t.iter().map(|t| t.to_f64(dev).unwrap()).collect()
 }
 
-/// Runs `run` in every precision and compares its outputs with `naive` on the same rounded arguments, and
-/// those of one thread with those of two, bit by bit.
+/// Runs `run` in every precision and compares its outputs with `naive` on the same rounded arguments, and bit by bit
+/// between one thread and two.
 pub(crate) fn check(
     args: &[Arg],
     naive: impl Fn(&[Vec<f64>]) -> Vec<Vec<f64>>,
@@ -89,7 +87,7 @@ pub(crate) fn check(
     }
 }
 
-/// Like [`check`], against the same kernels in f64: for backward kernels, which [`check_grad`] checks in f64.
+/// Like [`check`], but compares with the same kernels in f64, for backward kernels that [`check_grad`] checks in f64.
 pub(crate) fn check_self(args: &[Arg], run: impl Fn(&Cpu, Precision, &[Tensor]) -> Result<Vec<Tensor>>) {
     let naive = |v: &[Vec<f64>]| {
         let dev = Cpu::poisoned(2).unwrap();

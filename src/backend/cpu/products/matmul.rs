@@ -1,10 +1,11 @@
-//! Matrix products and sums of columns.
+//! Matrix products: with an optional bias, accumulated, and followed by GELU.
 
-use super::gemm::block_rows;
-use super::workspace::{acc_size, together, wide};
+use super::bias::{bias, start_from_bias};
 use super::*;
+use crate::backend::cpu::gemm::block_rows;
+use crate::backend::cpu::workspace::{together, wide};
 
-pub(super) fn matmul_workspace(a: &Matmul, threads: usize) -> usize {
+pub(crate) fn matmul_workspace(a: &Matmul, threads: usize) -> usize {
     let y = &a.y.0;
     let (rows, block) = (y.dims.rows(), block_rows(y.dims.rows()));
     let n = block.min(rows).saturating_mul(y.dims.cols());
@@ -12,62 +13,21 @@ pub(super) fn matmul_workspace(a: &Matmul, threads: usize) -> usize {
     together([wide(&a.a), wide(&a.b), row_blocks_bytes(y, threads, block), rounded])
 }
 
-pub(super) fn matmul_acc_workspace(a: &MatmulAcc, threads: usize) -> usize {
+pub(crate) fn matmul_acc_workspace(a: &MatmulAcc, threads: usize) -> usize {
     let y = &a.y.0;
     together([wide(&a.a), wide(&a.b), row_blocks_bytes(y, threads, block_rows(y.dims.rows()))])
 }
 
-pub(super) fn linear_gelu_workspace(a: &LinearGelu, threads: usize) -> usize {
+pub(crate) fn linear_gelu_workspace(a: &LinearGelu, threads: usize) -> usize {
     matmul_workspace(&sums_of(a), threads)
 }
 
-pub(super) fn col_sum_workspace(a: &ColSum, _threads: usize) -> usize {
-    reduce_bytes(acc_size(a.x.dtype), a.x.dims.rows(), a.x.dims.cols())
-}
-
-pub(super) fn matmul(ws: &Workspace, s: &Matmul) -> Result<()> {
+pub(crate) fn matmul(ws: &Workspace, s: &Matmul) -> Result<()> {
     by_dtype!("matmul", s.y.0.dtype, T => matmul_of::<T>(ws, s))
 }
 
-pub(super) fn matmul_acc(ws: &Workspace, s: &MatmulAcc) -> Result<()> {
+pub(crate) fn matmul_acc(ws: &Workspace, s: &MatmulAcc) -> Result<()> {
     by_dtype!("matmul_acc", s.a.dtype, T => matmul_acc_of::<T>(ws, s))
-}
-
-pub(super) fn col_sum(ws: &Workspace, s: &ColSum) -> Result<()> {
-    by_dtype!("col_sum", s.x.dtype, T => {
-        let x = rows::<T>("col_sum", "x", &s.x)?;
-        expect("col_sum", "y", &s.y.0, x.cols)?;
-        add_col_sums(ws, x, flat_mut("col_sum", "y", &s.y.0)?)
-    })
-}
-
-/// Adds the sum of every column of `x` to `y`.
-pub(super) fn add_col_sums<T: Elem>(ws: &Workspace, x: Rows<T>, y: &mut [T::Acc]) -> Result<()> {
-    par_reduce_rows(ws, x.rows, y, |r, y| {
-        simd(
-            #[inline(always)]
-            || {
-                for i in r {
-                    for (y, x) in y.iter_mut().zip(x.row(i)) {
-                        *y += x.up();
-                    }
-                }
-            },
-        );
-    })
-}
-
-/// Checks that `op(a)` is `[N, C]`, `op(b)` `[C, O]` and `y` `[N, O]`.
-fn check_shapes(op: &'static str, a: &In, ta: bool, b: &In, tb: bool, y: &In) -> Result<()> {
-    let shape = |v: &In, t: bool| {
-        let (r, c) = (v.dims.rows(), v.dims.cols());
-        if t { (c, r) } else { (r, c) }
-    };
-    let ((n, c), (inner, o)) = (shape(a, ta), shape(b, tb));
-    if inner != c {
-        return Err(Error::arg(op, "b", b.dims, format!("an inner dimension of {c}")));
-    }
-    expect_rows(op, "y", y, n, o)
 }
 
 fn mat<R: Real>(r: Rows<'_, R>, transposed: bool) -> Mat<'_, R> {
@@ -79,8 +39,7 @@ fn matmul_of<T: Elem>(ws: &Workspace, s: &Matmul) -> Result<()> {
     const OP: &str = "matmul";
     let (a, b) = (rows::<T>(OP, "a", &s.a)?, rows::<T>(OP, "b", &s.b)?);
     let y = rows_mut::<T>(OP, "y", &s.y.0)?;
-    check_shapes(OP, &s.a, s.ta, &s.b, s.tb, &s.y.0)?;
-    let bias = bias::<T>(OP, s.bias.as_ref(), y.cols)?;
+    let bias = bias::<T>(OP, s.bias.as_ref())?;
     let (a, b) = (Wide::new(ws, a)?, Wide::new(ws, b)?);
     let (a, b) = (mat(a.rows(), s.ta), mat(b.rows(), s.tb));
     let block = block_rows(y.rows);
@@ -93,46 +52,22 @@ fn matmul_of<T: Elem>(ws: &Workspace, s: &Matmul) -> Result<()> {
     })
 }
 
-pub(super) fn linear_gelu(ws: &Workspace, s: &LinearGelu) -> Result<()> {
+pub(crate) fn linear_gelu(ws: &Workspace, s: &LinearGelu) -> Result<()> {
     by_dtype!("linear_gelu", s.y.0.dtype, T => {
-        const OP: &str = "linear_gelu";
-        let (x, w) = (rows::<T>(OP, "x", &s.x)?, rows::<T>(OP, "w", &s.w)?);
-        if x.cols != w.cols {
-            return Err(Error::arg(OP, "w", s.w.dims, format!("rows of {}", x.cols)));
-        }
-        expect_rows(OP, "y", &s.y.0, x.rows, w.rows)?;
-        expect_rows(OP, "pre", &s.pre.0, x.rows, w.rows)?;
-        rows_mut::<T>(OP, "y", &s.y.0)?;
-        rows_mut::<T>(OP, "pre", &s.pre.0)?;
-        bias::<T>(OP, s.bias.as_ref(), w.rows)?;
         matmul_of::<T>(ws, &sums_of(s))?;
         super::pointwise::unary_fwd(ws, &UnaryFwd { x: s.pre.0, y: s.y, f: Unary::GeluTanh })
     })
 }
 
-/// The product before the function.
+/// The matrix product before the GELU.
 fn sums_of<'a>(s: &LinearGelu<'a>) -> Matmul<'a> {
     Matmul { a: s.x, b: s.w, ta: false, tb: true, bias: s.bias, y: s.pre }
-}
-
-/// A bias of `n` elements, if there is one.
-pub(super) fn bias<'a, T: Elem>(op: &'static str, v: Option<&In<'a>>, n: usize) -> Result<Option<&'a [T]>> {
-    let Some(v) = v else { return Ok(None) };
-    expect(op, "bias", v, n)?;
-    flat(op, "bias", v).map(Some)
-}
-
-/// Fills the rows of `y` with the bias, if there is one, for a product to be added to.
-pub(super) fn start_from_bias<T: Elem>(bias: Option<&[T]>, y: &mut [T::Acc]) {
-    let Some(bias) = bias.filter(|b| !b.is_empty()) else { return };
-    y.chunks_mut(bias.len()).for_each(|y| widen(bias, y));
 }
 
 fn matmul_acc_of<T: Elem>(ws: &Workspace, s: &MatmulAcc) -> Result<()> {
     const OP: &str = "matmul_acc";
     let (a, b) = (rows::<T>(OP, "a", &s.a)?, rows::<T>(OP, "b", &s.b)?);
     let y = rows_mut::<T::Acc>(OP, "y", &s.y.0)?;
-    check_shapes(OP, &s.a, s.ta, &s.b, s.tb, &s.y.0)?;
     let (a, b) = (Wide::new(ws, a)?, Wide::new(ws, b)?);
     let (a, b) = (mat(a.rows(), s.ta), mat(b.rows(), s.tb));
     par_row_blocks(ws, y, block_rows(y.rows), true, |r, y| {
@@ -142,8 +77,8 @@ fn matmul_acc_of<T: Elem>(ws: &Workspace, s: &MatmulAcc) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::*;
     use super::*;
+    use crate::backend::cpu::testing::run::*;
 
     fn transposed(v: &[f64], cols: usize) -> Vec<f64> {
         (0..v.len()).map(|i| v[i % (v.len() / cols) * cols + i / (v.len() / cols)]).collect()
@@ -219,27 +154,12 @@ mod tests {
     }
 
     #[test]
-    fn column_sums_match_loops() {
-        for (n, c) in [(1, 1), (1, 7), (67, 5), (2500, 33)] {
-            let (x, before) = (values(n * c, 1), values(c, 2));
-            let want = (0..c).map(|j| before[j] + (0..n).map(|i| x[i * c + j]).sum::<f64>()).collect();
-            check(&[want], |r| {
-                let (x, y) = (r.columns(n, c, &x), r.acc([c], &before));
-                r.cpu.col_sum(S, &ColSum { x: x.view(), y: y.acc() }).unwrap();
-                vec![y]
-            });
-        }
-    }
-
-    #[test]
     fn wrong_shapes_are_named() {
         let r = Run::new(Precision::F32, 1);
         let (a, b, y) = (r.out([4, 3]), r.out([5, 2]), r.out([4, 5]));
         let (ta, tb, bias) = (false, true, None);
         let e = r.cpu.matmul(S, &Matmul { a: a.view(), b: b.view(), ta, tb, bias, y: y.out() });
-        let want = "matmul: argument `b` is [5, 2], wanted an inner dimension of 3";
+        let want = "matmul: argument `b` is [5, 2], wanted 5 rows of 3";
         assert_eq!(e.unwrap_err().to_string(), want);
-        let e = r.cpu.col_sum(S, &ColSum { x: a.view(), y: y.acc() });
-        assert_eq!(e.unwrap_err().to_string(), "col_sum: argument `y` is [4, 5], wanted 3 elements");
     }
 }

@@ -1,0 +1,123 @@
+//! Gradients of convolutions for their inputs: one matrix product per phase of the stride.
+
+use rayon::prelude::*;
+
+use super::*;
+use crate::backend::cpu::workspace::{acc_size, block, per_thread, together};
+
+pub(crate) fn conv2d_bwd_data_workspace(a: &Conv2dBwdData, threads: usize) -> usize {
+    let dx = &a.dx.0;
+    let (Ok(dy), Ok(w), Ok([_, height, width, c])) =
+        (image("", "", &a.dy), image("", "", &a.w), image("", "", dx))
+    else {
+        return 0;
+    };
+    if a.stride == 0 {
+        return 0;
+    }
+    let size = acc_size(dx.dtype);
+    let of_phase = |v: &Phase, h: &Phase| {
+        let cols = columns_of_phase(dy, v, h);
+        let weights = block(size, cols.width().saturating_mul(c));
+        let parts = [cols.chunk().saturating_mul(c), cols.gathered(a.dy.dtype)];
+        let transposed = if c <= FEW { weights } else { 0 };
+        together([weights, transposed, per_thread(threads, size, cols.chunks(), parts)])
+    };
+    let mut most = 0;
+    for v in phases(height, w[1], a.stride, a.pad_top) {
+        for h in phases(width, w[2], a.stride, a.pad_left) {
+            most = most.max(of_phase(&v, &h));
+        }
+    }
+    most
+}
+
+pub(crate) fn conv2d_bwd_data(ws: &Workspace, s: &Conv2dBwdData) -> Result<()> {
+    by_dtype!("conv2d_bwd_data", s.dx.0.dtype, T => bwd_data::<T>(ws, s))
+}
+
+/// The input rows (or columns) `phase, phase + stride, ..`, which use the same taps of the kernel.
+struct Phase {
+    /// Number of these taps.
+    taps: usize,
+    /// The last of them; the others precede it at distances of `stride`.
+    last: usize,
+    /// Output row that uses the first input row with the last tap.
+    at: isize,
+    /// Number of input rows.
+    len: usize,
+}
+
+impl Phase {
+    fn new(phase: usize, size: usize, kernel: usize, stride: usize, pad: usize) -> Self {
+        let first = (phase + pad) % stride;
+        let taps = kernel.saturating_sub(first).div_ceil(stride);
+        let last = first + taps.saturating_sub(1) * stride;
+        let at = (phase + pad) as isize - last as isize;
+        Phase { taps, last, at: at / stride as isize, len: size.saturating_sub(phase).div_ceil(stride) }
+    }
+}
+
+/// The non-empty phases of the rows or columns of an image.
+fn phases(size: usize, kernel: usize, stride: usize, pad: usize) -> impl Iterator<Item = Phase> {
+    (0..stride.min(size)).map(move |phase| Phase::new(phase, size, kernel, stride, pad))
+}
+
+/// The column matrix of `dy [B, H', W', O]` whose product with weights gives the pixels of a phase.
+fn columns_of_phase(dy: [usize; 4], v: &Phase, h: &Phase) -> Geometry {
+    Geometry { dims: dy, grid: [v.len, h.len], taps: [v.taps, h.taps], step: 1, at: [v.at, h.at] }
+}
+
+fn bwd_data<T: Elem>(ws: &Workspace, s: &Conv2dBwdData) -> Result<()> {
+    const OP: &str = "conv2d_bwd_data";
+    let (dy, w) = (flat::<T>(OP, "dy", &s.dy)?, flat::<T>(OP, "w", &s.w)?);
+    flat_mut::<T>(OP, "dx", &s.dx.0)?;
+    let dx = rows_mut::<T>(OP, "dx", &s.dx.0)?;
+    let (dims, [_, height, width, c]) = (image(OP, "dy", &s.dy)?, image(OP, "dx", &s.dx.0)?);
+    let [o, kh, kw, _] = image(OP, "w", &s.w)?;
+    for (py, v) in phases(height, kh, s.stride, s.pad_top).enumerate() {
+        for (px, h) in phases(width, kw, s.stride, s.pad_left).enumerate() {
+            let of = columns_of_phase(dims, &v, &h);
+            let cols = Columns { x: dy, of };
+            let k = of.width();
+            let mut wp = ws.scratch::<T::Acc>(k * c)?;
+            weights_of_phase(w, [o, kh, kw, c], s.stride, &v, &h, &mut wp);
+            let wt = if c <= FEW { Some(transposed(ws, &wp, c)?) } else { None };
+            let wp = wt.as_ref().map_or(Mat::new(&wp, k, c, c), |wt| Mat::new(wt, c, k, k).t());
+            let scratch = ws.per_thread::<T::Acc, 2>(of.chunks(), [of.chunk() * c, of.gathered(T::DTYPE)])?;
+            par_for(of.rows(), of.chunk(), |r| {
+                let mut local = scratch.take();
+                let [out, gathered] = local.parts();
+                cols.with(r.clone(), gathered, |cols| gemm(cols, wp, out, c, false));
+                for (i, p) in r.enumerate() {
+                    let [b, y, x] = of.position(p);
+                    let pixel = (b * height + py + y * s.stride) * width + px + x * s.stride;
+                    // SAFETY: every pixel belongs to one position of one phase, which belongs to one task.
+                    let dx = unsafe { dx.row(pixel) };
+                    round(&out[i * c..(i + 1) * c], dx);
+                }
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The weights of the taps of a phase, from the last tap to the first: `wp[u, v, o, c] = w[o, last - u*stride, ..]`.
+fn weights_of_phase<T: Elem>(
+    w: &[T],
+    [o, kh, kw, c]: [usize; 4],
+    stride: usize,
+    v: &Phase,
+    h: &Phase,
+    wp: &mut [T::Acc],
+) {
+    if c == 0 {
+        return;
+    }
+    wp.par_chunks_mut(c).with_min_len(256).enumerate().for_each(|(i, wp)| {
+        let (tap, o) = (i / o, i % o);
+        let (y, x) = (v.last - tap / h.taps * stride, h.last - tap % h.taps * stride);
+        let from = ((o * kh + y) * kw + x) * c;
+        widen(&w[from..from + c], wp);
+    });
+}
