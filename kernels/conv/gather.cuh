@@ -259,8 +259,14 @@ inline bool check_shapes(Check& check, const Named& x, const Named& w, int32_t w
     if (!check.range("stride", step, 1, kReach) || !check.range("pad_top", top, 0, kReach) || !check.range("pad_left", left, 0, kReach)) return false;
     // Both ways: positions of y over x, and pixels of x over y.
     const bool counted = fits(x.v, yd[1], yd[2], {wd[1], wd[2], step, top, left}) && fits(y.v, xd[1], xd[2], {wd[1], wd[2], 1, top + wd[1], left + wd[2]});
-    return check.require(counted, x.name, "too large for coordinates of 28 bits and pixels of 31 bits", "a smaller batch, kernel or padding") &&
-           check.require(rows(w.v) < int64_t(1) << 31 && wd[1] * wd[2] * std::max(xd[3], wd[0]) < int64_t(1) << 31, w.name, "of 2^31 rows", "less");
+    if (!check.require(counted, x.name, "too large for coordinates of 28 bits and pixels of 31 bits", "a smaller batch, kernel or padding")) return false;
+    // Blocks are counted in 31 bits: tiles of 64 positions and of 32 channels or columns, regions of 9 x 9 positions, four
+    // phases at a time.
+    const int64_t h_most = std::max(xd[1], yd[1]), w_most = std::max(xd[2], yd[2]), channels = std::max(xd[3], wd[0]), taps = wd[1] * wd[2];
+    const int64_t tiles = channels / 32 + 1, most = int64_t(1) << 29;
+    return check.require((xd[0] * h_most * w_most / 64 + 1) * tiles < most && xd[0] * (h_most / 9 + 1) * (w_most / 9 + 1) < most, x.name, "more than 2^29 tiles", "fewer") &&
+           check.require(rows(w.v) < int64_t(1) << 31 && taps * channels < int64_t(1) << 31 && tiles * (taps * channels / 32 + taps) < most, w.name,
+                         "more than 2^29 tiles", "fewer");
 }
 
 }  // namespace conv
