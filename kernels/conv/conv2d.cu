@@ -309,7 +309,8 @@ int32_t run(const char* op, Check& check, const ett_view& x, const void* w, cons
             const Layout* layouts, int64_t count, const ett_launch* l) {
     const int64_t o = cols(y);
     const bool vectors = wide(x);
-    bool few = vectors && o <= kMostOutputs;
+    // With a larger step there are several launches, and `few` might not support all of them.
+    bool few = vectors && o <= kMostOutputs && out_step <= 2;
     int64_t positions = 0, most_taps = 0;
     for (int64_t i = 0; i < count; ++i) {
         const Grid& g = layouts[i].grid;

@@ -16,7 +16,8 @@
 //
 // numerics: products are summed in f32 (f32: fused multiply-adds, no TF32) in ascending order of the positions of a part;
 // then the parts: every eighth in order, and the eight sums in order; then the old value is added. The parts depend only
-// on the shape and the number of multiprocessors: bitwise repeatable.
+// on the shape and the number of multiprocessors: bitwise repeatable. "exchanged" reads all pixels of x and multiplies those
+// that no output uses by 0, so that a non-finite value there makes dw NaN.
 // workspace: the sums of all parts, at most those of two rounds of blocks, or one part.
 // work: 2*B*H'*W'*O*kh*kw*C FLOP; (B*H*W*C + B*H'*W'*O) * size + 8*O*kh*kw*C bytes; db reads dy once more.
 // limits: those of conv2d_fwd.

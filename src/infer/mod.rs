@@ -21,7 +21,6 @@ use crate::ops;
 use crate::rng::Philox;
 use crate::tensor::Tensor;
 pub use continued::Continued;
-use continued::indices;
 pub use draw::{decode_codes, draw, draw_codes};
 pub use sample::Sampling;
 
@@ -224,8 +223,7 @@ impl<'a> Seen<'a> {
     fn likeliest(&self, sequences: &[Vec<Part>]) -> Result<(Vec<i32>, Packed)> {
         let (rows, packed) = self.selected(sequences)?;
         let logits = self.model.text_logits(&self.tape, &rows)?;
-        let none = indices(&self.tape, &vec![0; logits.dims().rows()])?;
-        let best = Sampling::GREEDY.choose(self.tape.dev(), logits.value(), &none, &none)?;
+        let best = Sampling::greedy(&self.tape, logits.value())?;
         Ok((best.to_host::<i32>(self.tape.dev())?, packed))
     }
 
@@ -257,12 +255,10 @@ impl<'a> Seen<'a> {
         let (t, visual) = (&self.tape, Some((&self.visual, &self.grids[..])));
         let mut sequences = Continued::new(self.model, t, prompts, visual, max - 1)?;
         let mut open = vec![true; prompts.len()];
-        // Greedy choices use no random numbers.
-        let none = indices(t, &vec![0; prompts.len()])?;
         for i in 0..max {
             interrupt::check()?;
             let logits = self.model.text_logits(t, sequences.hidden())?;
-            let best = Sampling::GREEDY.choose(t.dev(), logits.value(), &none, &none)?;
+            let best = Sampling::greedy(t, logits.value())?;
             let next = Sampling::chosen(t.dev(), &best)?;
             for ((said, open), &id) in said.iter_mut().zip(&mut open).zip(&next) {
                 *open &= id != stop;

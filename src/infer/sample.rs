@@ -1,5 +1,7 @@
 //! Sampling of the next token or code.
 
+use super::continued::indices;
+use crate::autograd::Tape;
 use crate::backend::{DType, Kernels, Role, Sample, Stream};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -82,6 +84,14 @@ impl Sampling {
         };
         dev.sample(Stream::COMPUTE, &a)?;
         Ok(idx)
+    }
+
+    /// The most likely index for each row of `logits` `[B, V]`, `[B]` i32, on the device.
+    pub(super) fn greedy(tape: &Tape, logits: &Tensor) -> Result<Tensor> {
+        // No random numbers are drawn.
+        let zeros = vec![0; logits.dims().rows()];
+        let (number, position) = (indices(tape, &zeros)?, indices(tape, &zeros)?);
+        Sampling::GREEDY.choose(tape.dev(), logits, &number, &position)
     }
 
     /// Copies the result of [`Sampling::choose`] to the host. Fails if an index is -1.

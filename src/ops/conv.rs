@@ -35,6 +35,9 @@ impl Conv {
 pub fn conv2d(tape: &Tape, x: &Var, w: &Var, b: Option<&Var>, conv: Conv) -> Result<Var> {
     expect_rank("conv2d", "x", x, 4)?;
     expect_rank("conv2d", "w", w, 4)?;
+    if let Some(b) = b {
+        expect_rank("conv2d", "b", b, 1)?;
+    }
     let (xd, wd) = (x.dims(), w.dims());
     if conv.stride == 0 {
         return Err(Error::arg("conv2d", "stride", conv.stride, "1 or more"));

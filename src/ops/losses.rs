@@ -1,6 +1,6 @@
 //! Losses. Each returns one number in the accumulator type; its weight is the gradient that seeds the backward pass.
 
-use super::{S, expect};
+use super::{S, expect, expect_rank};
 use crate::autograd::{Tape, Var};
 use crate::backend::{
     GanGeneratorBwd, GanGeneratorFwd, HingeBwd, HingeFwd, L1Bwd, L1Fwd, LecamBwd, LecamFwd, LinearXentBwd,
@@ -12,6 +12,7 @@ use crate::tensor::Tensor;
 /// Cross-entropy of a linear layer without storing its logits, summed over rows with `target >= 0` and multiplied by
 /// the device scalar `scale`: `x` `[N, C]`, `w` `[V, C]`, `target` `[N]` i32. Saves `x` and one number per row.
 pub fn linear_cross_entropy(tape: &Tape, x: &Var, w: &Var, target: &Tensor, scale: &Tensor) -> Result<Var> {
+    expect_rank("linear_cross_entropy", "w", w, 2)?;
     let n = x.dims().rows();
     let (lse, loss) = (tape.stat([n])?, tape.stat([1])?);
     let a = LinearXentFwd {
@@ -118,6 +119,7 @@ pub fn lpips_layer(
     factor: f64,
 ) -> Result<Var> {
     expect("lpips_layer", "f1", f1, f0.dims().as_slice())?;
+    expect_rank("lpips_layer", "w", w, 1)?;
     let loss = tape.zero_stat([1])?;
     let a = LpipsFwd {
         f0: f0.value().view(),

@@ -20,6 +20,8 @@ pub fn group_norm(
     silu: bool,
 ) -> Result<Var> {
     expect_rank("group_norm", "x", x, 4)?;
+    expect_rank("group_norm", "w", w, 1)?;
+    expect_rank("group_norm", "b", b, 1)?;
     let d = x.dims();
     if groups == 0 || !d[3].is_multiple_of(groups) {
         return Err(Error::arg("group_norm", "groups", groups, format!("a divisor of {} channels", d[3])));
@@ -62,6 +64,7 @@ pub fn group_norm(
 /// RMSNorm: `x` `[N, C]`, `w` `[C]`. Saves `x` and one number per row.
 pub fn rms_norm(tape: &Tape, x: &Var, w: &Var, eps: f64) -> Result<Var> {
     expect_rank("rms_norm", "x", x, 2)?;
+    expect_rank("rms_norm", "w", w, 1)?;
     let (y, rstd) = (tape.act(x.dims())?, tape.stat([x.dims()[0]])?);
     let a = RmsNormFwd {
         x: x.value().view(),
@@ -95,6 +98,7 @@ pub fn rms_norm(tape: &Tape, x: &Var, w: &Var, eps: f64) -> Result<Var> {
 /// The residual stream of a transformer: returns `s = x + residual` and `rms_norm(s)`, both `[N, C]`.
 pub fn add_rms_norm(tape: &Tape, x: &Var, residual: &Var, w: &Var, eps: f64) -> Result<(Var, Var)> {
     expect_rank("add_rms_norm", "x", x, 2)?;
+    expect_rank("add_rms_norm", "w", w, 1)?;
     expect("add_rms_norm", "residual", residual, x.dims().as_slice())?;
     let (sum, y, rstd) = (tape.act(x.dims())?, tape.act(x.dims())?, tape.stat([x.dims()[0]])?);
     let a = RmsNormFwd {
@@ -142,6 +146,8 @@ pub fn add_rms_norm(tape: &Tape, x: &Var, residual: &Var, w: &Var, eps: f64) -> 
 /// LayerNorm over the last dimension: `x` `[N, C]`, `w`, `b` `[C]`. Saves `x` and two numbers per row.
 pub fn layer_norm(tape: &Tape, x: &Var, w: &Var, b: &Var, eps: f64) -> Result<Var> {
     expect_rank("layer_norm", "x", x, 2)?;
+    expect_rank("layer_norm", "w", w, 1)?;
+    expect_rank("layer_norm", "b", b, 1)?;
     let n = x.dims()[0];
     let (y, mean, rstd) = (tape.act(x.dims())?, tape.stat([n])?, tape.stat([n])?);
     let a = LayerNormFwd {
@@ -187,6 +193,8 @@ pub struct BatchStats {
 
 /// BatchNorm with this batch's statistics, then LeakyReLU: `x` `[B, H, W, C]`, `w`, `b` `[C]`. Saves `x`.
 pub fn batch_norm(tape: &Tape, x: &Var, w: &Var, b: &Var, eps: f64, slope: f64) -> Result<(Var, BatchStats)> {
+    expect_rank("batch_norm", "w", w, 1)?;
+    expect_rank("batch_norm", "b", b, 1)?;
     let (rows, c) = (x.dims().rows(), x.dims().cols());
     if rows < 2 {
         return Err(Error::arg("batch_norm", "x", x.dims(), "at least 2 pixels to take statistics over"));
@@ -238,6 +246,8 @@ pub fn batch_norm_eval(
     eps: f64,
     slope: f64,
 ) -> Result<Var> {
+    expect_rank("batch_norm_eval", "w", w, 1)?;
+    expect_rank("batch_norm_eval", "b", b, 1)?;
     let y = tape.act(x.dims())?;
     let a = BatchNormEvalFwd {
         x: x.value().view(),

@@ -37,6 +37,8 @@ pub fn add(tape: &Tape, a: &Var, b: &Var) -> Result<Var> {
 
 /// `y = (x - shift) / scale` over the last dimension; `shift`, `scale` `[C]` are constants. Saves nothing.
 pub fn channel_affine(tape: &Tape, x: &Var, shift: &Var, scale: &Var) -> Result<Var> {
+    expect_rank("channel_affine", "shift", shift, 1)?;
+    expect_rank("channel_affine", "scale", scale, 1)?;
     let y = tape.act(x.dims())?;
     let a = ChannelAffineFwd {
         x: x.value().view(),

@@ -1,6 +1,6 @@
 //! Linear layers.
 
-use super::S;
+use super::{S, expect_rank};
 use crate::autograd::{Grads, Tape, Var};
 use crate::backend::{ColSum, LinearGelu, Matmul, MatmulAcc, Unary, UnaryBwd};
 use crate::error::Result;
@@ -8,6 +8,7 @@ use crate::tensor::Tensor;
 
 /// `y = x w^T + b`: `x` `[.., C]` seen as rows, `w` `[O, C]`, `b` `[O]`; `y` `[N, O]`. Saves `x`.
 pub fn linear(tape: &Tape, x: &Var, w: &Var, b: Option<&Var>) -> Result<Var> {
+    check("linear", w, b)?;
     let (n, o) = (x.dims().rows(), w.dims().rows());
     let y = tape.act([n, o])?;
     tape.dev().matmul(
@@ -32,6 +33,7 @@ pub fn linear(tape: &Tape, x: &Var, w: &Var, b: Option<&Var>) -> Result<Var> {
 /// `y = gelu(x w^T + b)` in the tanh form of GELU, shapes as in [`linear`]: a single kernel if the device has it.
 /// Saves `x` and the sum.
 pub fn linear_gelu(tape: &Tape, x: &Var, w: &Var, b: Option<&Var>) -> Result<Var> {
+    check("linear_gelu", w, b)?;
     let (n, o) = (x.dims().rows(), w.dims().rows());
     let (pre, y) = (tape.act([n, o])?, tape.act([n, o])?);
     tape.dev().linear_gelu(
@@ -53,6 +55,11 @@ pub fn linear_gelu(tape: &Tape, x: &Var, w: &Var, b: Option<&Var>) -> Result<Var
         g.dev().unary_bwd(S, &UnaryBwd { dy: dy.view(), x: pre.view(), dx: dpre.out(), f })?;
         linear_backward(g, &dpre, &xs, &ws, bs.as_ref())
     }))
+}
+
+fn check(op: &'static str, w: &Var, b: Option<&Var>) -> Result<()> {
+    expect_rank(op, "w", w, 2)?;
+    b.map_or(Ok(()), |b| expect_rank(op, "b", b, 1))
 }
 
 /// Gradients of `x w^T + b` for the inputs that need them, from the gradient `dy` `[N, O]` of the sum.

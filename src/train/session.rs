@@ -129,6 +129,8 @@ impl<'a> Session<'a> {
         }
         let mut model = Ett::new(cfg, dev)?;
         load_weights(&model.params, &weights)?;
+        // From here on, an interrupt loses nothing.
+        interrupt::enter(interrupt::Phase::Closing);
         let averages = out.join(EMA);
         if averages.exists() {
             load_averages(&mut model.params, &averages)?;

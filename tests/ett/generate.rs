@@ -350,8 +350,8 @@ fn what_cannot_be_drawn_is_an_error() -> Outcome {
     let mut two = Continued::new(&model, &t, &texts()[..2], None, 1)?;
     let e = two.tokens(&int(t.dev(), &[1])).expect_err("two sequences").to_string();
     assert!(e.contains("`ids` is 1, wanted 2"), "{e}");
-    let recording = Tape::new(model.params.device().clone(), model.params.precision());
     let mut params = Ett::new(&model.cfg, cpu(1))?;
+    let recording = Tape::new(params.params.device().clone(), params.params.precision());
     params.params.train(&["llm"])?;
     let mut learning = Continued::new(&params, &recording, &texts(), None, 1)?;
     match learning.tokens(&int(recording.dev(), &[1; 4])) {

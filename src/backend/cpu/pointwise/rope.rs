@@ -17,10 +17,12 @@ fn rope_of<T: Elem>(s: &Rope) -> Result<()> {
     let position = flat::<i32>(OP, "position", &s.position)?;
     let d = s.head_dim;
     let turned = s.heads * d;
+    // Without heads, `head_dim` may have any size.
+    let half = if s.heads == 0 { 0 } else { d / 2 };
     let frequency: Vec<T::Acc> =
-        (0..d / 2).map(|i| T::Acc::of(s.theta.powf(-2.0 * i as f64 / d as f64))).collect();
+        (0..half).map(|i| T::Acc::of(s.theta.powf(-2.0 * i as f64 / d as f64))).collect();
     par_for(x.rows, chunk_rows(x.cols), |r| {
-        let mut turn = vec![(T::Acc::one(), T::Acc::zero()); d / 2];
+        let mut turn = vec![(T::Acc::one(), T::Acc::zero()); half];
         for i in r {
             let position = T::Acc::of(position[i] as f64);
             for (turn, f) in turn.iter_mut().zip(&frequency) {
