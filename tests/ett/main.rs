@@ -17,6 +17,7 @@ mod generate;
 mod gpu;
 mod gradients;
 mod kill;
+mod losses;
 mod memory;
 mod plan;
 mod process;

@@ -148,6 +148,9 @@ pub const TABLE: &[Kernel] = &[
     kernel("restore", optim::restore, optim::restore_sample),
 ];
 
+/// The complaint about a report without calls.
+const NOTHING: &str = "nothing was called";
+
 /// Results of a run.
 pub struct Report {
     device: String,
@@ -212,7 +215,7 @@ impl Report {
         let never = |name: &&str| !self.called.contains(name) && !self.unsupported.contains_key(name);
         all.extend(self.asked.iter().filter(|n| never(n)).map(|name| format!("{name} was never called")));
         if self.calls == 0 {
-            all.push("nothing was called".into());
+            all.push(NOTHING.into());
         }
         all
     }

@@ -281,8 +281,10 @@ impl Problem {
                 args.push(acc("inv_count", [1], vec![inv]));
                 args.push(act("g", [m, dim], d.times(1.0, m * dim)));
                 args.push(acc("g_quant", [1], vec![0.2 * dim as f64 / inv]));
-                // In bf16, the gradient of zq is rounded before it is multiplied with the codes, like any activation.
-                let near = self.near(d).roundings(1.5).coarse().size(0.3);
+                // In bf16, the gradient of zq, which the direct terms make as long as z, is rounded before it is multiplied
+                // with the codes, like any activation. For long tokens its products with e_k - e_t cancel where p is not 0.
+                let cancelling = (d.scale / 4.0).max(1.0);
+                let near = self.near(d).roundings(1.5 * cancelling).coarse().size(0.3);
                 args.push(out("dz", Type::Act, [m, dim], near).dense());
                 if self.de {
                     args.push(add("de", Type::Acc, [k, dim], d.times(1.0, k * dim), near).dense());
