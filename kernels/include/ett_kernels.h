@@ -238,9 +238,9 @@ typedef struct ett_conv2d_fwd_args {
     ett_view w;             // in   [O, kh, kw, C]; act
     ett_view bias;          // in?  [O]; act
     ett_view y;             // out  [B, H', W', O]; act
-    int64_t stride;         //      step between outputs; at least 1
-    int64_t pad_top;        //      zero rows above
-    int64_t pad_left;       //      zero columns to the left
+    int64_t stride;         //      step between outputs; at least 1; below 268435456
+    int64_t pad_top;        //      zero rows above; below 268435456
+    int64_t pad_left;       //      zero columns to the left; below 268435456
 } ett_conv2d_fwd_args;
 int64_t ett_conv2d_fwd_workspace(const ett_conv2d_fwd_args* args);
 int32_t ett_conv2d_fwd(const ett_conv2d_fwd_args* args, const ett_launch* launch);
@@ -250,9 +250,9 @@ typedef struct ett_conv2d_bwd_data_args {
     ett_view dy;            // in   [B, H', W', O]; act
     ett_view w;             // in   [O, kh, kw, C]; act
     ett_view dx;            // out  [B, H, W, C]; act
-    int64_t stride;         //      as in the forward; at least 1
-    int64_t pad_top;        //      as in the forward
-    int64_t pad_left;       //      as in the forward
+    int64_t stride;         //      as in the forward; at least 1; below 268435456
+    int64_t pad_top;        //      as in the forward; below 268435456
+    int64_t pad_left;       //      as in the forward; below 268435456
 } ett_conv2d_bwd_data_args;
 int64_t ett_conv2d_bwd_data_workspace(const ett_conv2d_bwd_data_args* args);
 int32_t ett_conv2d_bwd_data(const ett_conv2d_bwd_data_args* args, const ett_launch* launch);
@@ -263,9 +263,9 @@ typedef struct ett_conv2d_bwd_weight_args {
     ett_view dy;            // in   [B, H', W', O]; act
     ett_view dw;            // add  [O, kh, kw, C]; acc
     ett_view db;            // add? [O]; acc
-    int64_t stride;         //      as in the forward; at least 1
-    int64_t pad_top;        //      as in the forward
-    int64_t pad_left;       //      as in the forward
+    int64_t stride;         //      as in the forward; at least 1; below 268435456
+    int64_t pad_top;        //      as in the forward; below 268435456
+    int64_t pad_left;       //      as in the forward; below 268435456
 } ett_conv2d_bwd_weight_args;
 int64_t ett_conv2d_bwd_weight_workspace(const ett_conv2d_bwd_weight_args* args);
 int32_t ett_conv2d_bwd_weight(const ett_conv2d_bwd_weight_args* args, const ett_launch* launch);

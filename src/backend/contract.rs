@@ -97,11 +97,11 @@ conv: conv2d_fwd(Conv2dFwd<'a>) flop |s| 2 * s.y.0.dims.rows() * s.w.dims.numel(
     bias: Option<In<'a>> = "[O]; act",
     y: Out<'a> = "[B, H', W', O]; act",
     /// Distance between the inputs of adjacent outputs.
-    stride: usize = "at least 1",
+    stride: usize = "at least 1; below 268435456",
     /// Zero rows above.
-    pad_top: usize,
+    pad_top: usize = "below 268435456",
     /// Zero columns to the left.
-    pad_left: usize,
+    pad_left: usize = "below 268435456",
 }
 /// Gradient of `conv2d_fwd` with respect to its input.
 conv: conv2d_bwd_data(Conv2dBwdData<'a>) flop |s| 2 * s.dy.dims.rows() * s.w.dims.numel() => {
@@ -109,11 +109,11 @@ conv: conv2d_bwd_data(Conv2dBwdData<'a>) flop |s| 2 * s.dy.dims.rows() * s.w.dim
     w: In<'a> = "[O, kh, kw, C]; act",
     dx: Out<'a> = "[B, H, W, C]; act",
     /// As in the forward.
-    stride: usize = "at least 1",
+    stride: usize = "at least 1; below 268435456",
     /// As in the forward.
-    pad_top: usize,
+    pad_top: usize = "below 268435456",
     /// As in the forward.
-    pad_left: usize,
+    pad_left: usize = "below 268435456",
 }
 /// Gradient of `conv2d_fwd` with respect to weights and bias.
 conv: conv2d_bwd_weight(Conv2dBwdWeight<'a>) flop |s| 2 * s.dy.dims.rows() * s.dw.0.dims.numel() => {
@@ -122,11 +122,11 @@ conv: conv2d_bwd_weight(Conv2dBwdWeight<'a>) flop |s| 2 * s.dy.dims.rows() * s.d
     dw: Acc<'a> = "[O, kh, kw, C]; acc",
     db: Option<Acc<'a>> = "[O]; acc",
     /// As in the forward.
-    stride: usize = "at least 1",
+    stride: usize = "at least 1; below 268435456",
     /// As in the forward.
-    pad_top: usize,
+    pad_top: usize = "below 268435456",
     /// As in the forward.
-    pad_left: usize,
+    pad_left: usize = "below 268435456",
 }
 /// `y[b, i, j, c] = x[b, i/2, j/2, c]`: nearest-neighbour upsampling by a factor of two.
 resample: upsample2x_fwd(Upsample2xFwd<'a>) flop |s| s.y.0.dims.numel() => {

@@ -133,3 +133,19 @@ fn wrong_shapes_are_named() {
     let want = "conv2d_fwd: argument `stride` is 0, wanted at least 1";
     assert_eq!(r.cpu.conv2d_fwd(S, &s).unwrap_err().to_string(), want);
 }
+
+#[test]
+fn strides_and_padding_whose_sums_overflow_are_refused() {
+    let r = Run::new(Precision::F32, 1);
+    let (x, w, y) = (r.out([1, 4, 4, 3]), r.out([2, 3, 3, 3]), r.out([1, 4, 4, 2]));
+    for (arg, stride, pad_top, pad_left) in
+        [("stride", 1 << 63, 1, 1), ("pad_top", 2, usize::MAX, 1), ("pad_left", 2, 1, usize::MAX)]
+    {
+        let fwd = Conv2dFwd { x: x.view(), w: w.view(), bias: None, y: y.out(), stride, pad_top, pad_left };
+        let bwd = Conv2dBwdData { dy: y.view(), w: w.view(), dx: x.out(), stride, pad_top, pad_left };
+        for e in [r.cpu.conv2d_fwd(S, &fwd), r.cpu.conv2d_bwd_data(S, &bwd)] {
+            let e = e.unwrap_err().to_string();
+            assert!(e.contains(&format!("`{arg}` is")) && e.contains("below 268435456"), "{e}");
+        }
+    }
+}

@@ -4,14 +4,13 @@
 use super::channels::{Backward, Planes, normalize, statistics};
 use super::*;
 use crate::backend::cpu::pointwise::{leaky, leaky_slope};
-use crate::backend::cpu::workspace::{acc_size, block, no_workspace, together};
+use crate::backend::cpu::workspace::{no_workspace, together};
 
 no_workspace!(batch_norm_running(BatchNormRunning));
 
 pub(crate) fn batch_norm_fwd_workspace(a: &BatchNormFwd, _threads: usize) -> usize {
     let at = Planes::of_rows(&a.x);
-    let normalize = together([block(acc_size(a.x.dtype), at.c), at.normalize_bytes(a.x.dtype)]);
-    at.statistics_bytes(a.x.dtype).max(normalize)
+    at.statistics_bytes(a.x.dtype).max(apply_bytes(at, a.x.dtype))
 }
 
 pub(crate) fn batch_norm_bwd_workspace(a: &BatchNormBwd, _threads: usize) -> usize {
@@ -19,8 +18,7 @@ pub(crate) fn batch_norm_bwd_workspace(a: &BatchNormBwd, _threads: usize) -> usi
 }
 
 pub(crate) fn batch_norm_eval_fwd_workspace(a: &BatchNormEvalFwd, _threads: usize) -> usize {
-    let at = Planes::of_rows(&a.x);
-    together([at.spread_bytes(a.x.dtype), at.normalize_bytes(a.x.dtype)])
+    apply_bytes(Planes::of_rows(&a.x), a.x.dtype)
 }
 
 pub(crate) fn batch_norm_eval_bwd_workspace(a: &BatchNormEvalBwd, _threads: usize) -> usize {
@@ -32,7 +30,7 @@ pub(crate) fn batch_norm_fwd(ws: &Workspace, s: &BatchNormFwd) -> Result<()> {
 }
 
 pub(crate) fn batch_norm_bwd(ws: &Workspace, s: &BatchNormBwd) -> Result<()> {
-    by_dtype!("batch_norm_bwd", s.dx.0.dtype, T => batch_bwd::<T>(ws, s))
+    by_dtype!("batch_norm_bwd", s.dx.0.dtype, T => backward::<T>("batch_norm_bwd", ws, s, true))
 }
 
 pub(crate) fn batch_norm_eval_fwd(ws: &Workspace, s: &BatchNormEvalFwd) -> Result<()> {
@@ -55,45 +53,7 @@ fn batch_fwd<T: Elem>(ws: &Workspace, s: &BatchNormFwd) -> Result<()> {
     let mean = flat_mut::<T::Acc>(OP, "mean", &s.mean.0)?;
     let var = flat_mut::<T::Acc>(OP, "var", &s.var.0)?;
     statistics(ws, x, at, mean, var)?;
-    let mut scale = ws.scratch::<T::Acc>(at.c)?;
-    scale.iter_mut().zip(&*var).for_each(|(r, v)| *r = rstd(*v, s.eps));
-    let slope = T::Acc::of(s.slope);
-    normalize(
-        ws,
-        [x, w, b],
-        at,
-        [mean, &scale],
-        y,
-        #[inline(always)]
-        |v| leaky(v, slope),
-    )
-}
-
-fn batch_bwd<T: Elem>(ws: &Workspace, s: &BatchNormBwd) -> Result<()> {
-    const OP: &str = "batch_norm_bwd";
-    let at = Planes::of_rows(&s.x);
-    let mut scale = at.spread(ws, flat::<T::Acc>(OP, "var", &s.var)?)?;
-    scale.iter_mut().for_each(|v| *v = rstd(*v, s.eps));
-    let back = Backward {
-        dy: flat::<T>(OP, "dy", &s.dy)?,
-        x: flat(OP, "x", &s.x)?,
-        w: flat(OP, "w", &s.w)?,
-        b: flat(OP, "b", &s.b)?,
-        at,
-        mean: at.spread(ws, flat(OP, "mean", &s.mean)?)?,
-        rstd: scale,
-        through: true,
-    };
-    let (dw, db) = (sums_out(OP, "dw", &s.dw)?, sums_out(OP, "db", &s.db)?);
-    let (dx, slope) = (flat_mut(OP, "dx", &s.dx.0)?, T::Acc::of(s.slope));
-    back.run(
-        ws,
-        dx,
-        dw,
-        db,
-        #[inline(always)]
-        |v| leaky_slope(v, slope),
-    )
+    apply(ws, at, [x, w, b], [mean, var], y, s.eps, s.slope)
 }
 
 fn batch_eval_fwd<T: Elem>(ws: &Workspace, s: &BatchNormEvalFwd) -> Result<()> {
@@ -101,13 +61,31 @@ fn batch_eval_fwd<T: Elem>(ws: &Workspace, s: &BatchNormEvalFwd) -> Result<()> {
     let at = Planes::of_rows(&s.x);
     let (x, y) = (flat::<T>(OP, "x", &s.x)?, flat_mut::<T>(OP, "y", &s.y.0)?);
     let (w, b) = (flat::<T>(OP, "w", &s.w)?, flat::<T>(OP, "b", &s.b)?);
-    let mean = flat::<T::Acc>(OP, "mean", &s.mean)?;
-    let mut scale = at.spread(ws, flat::<T::Acc>(OP, "var", &s.var)?)?;
-    scale.iter_mut().for_each(|v| *v = rstd(*v, s.eps));
-    let slope = T::Acc::of(s.slope);
+    let (mean, var) = (flat(OP, "mean", &s.mean)?, flat(OP, "var", &s.var)?);
+    apply(ws, at, [x, w, b], [mean, var], y, s.eps, s.slope)
+}
+
+/// Bytes of workspace of [`apply`].
+fn apply_bytes(at: Planes, dtype: DType) -> usize {
+    together([at.spread_bytes(dtype), at.normalize_bytes(dtype)])
+}
+
+/// Normalises by these means and variances, then LeakyReLU.
+fn apply<T: Elem>(
+    ws: &Workspace,
+    at: Planes,
+    inputs: [&[T]; 3],
+    [mean, var]: [&[T::Acc]; 2],
+    y: &mut [T],
+    eps: f64,
+    slope: f64,
+) -> Result<()> {
+    let mut scale = at.spread(ws, var)?;
+    scale.iter_mut().for_each(|v| *v = rstd(*v, eps));
+    let slope = T::Acc::of(slope);
     normalize(
         ws,
-        [x, w, b],
+        inputs,
         at,
         [mean, &scale],
         y,
@@ -117,22 +95,28 @@ fn batch_eval_fwd<T: Elem>(ws: &Workspace, s: &BatchNormEvalFwd) -> Result<()> {
 }
 
 fn batch_eval_bwd<T: Elem>(ws: &Workspace, s: &BatchNormEvalBwd) -> Result<()> {
-    const OP: &str = "batch_norm_eval_bwd";
+    let &BatchNormEvalBwd { dy, x, w, b, mean, var, dx, dw, db, eps, slope } = s;
+    let s = BatchNormBwd { dy, x, w, b, mean, var, dx, dw, db, eps, slope };
+    backward::<T>("batch_norm_eval_bwd", ws, &s, false)
+}
+
+/// `through`: the statistics are those of `x`, and gradients pass through them.
+fn backward<T: Elem>(op: &'static str, ws: &Workspace, s: &BatchNormBwd, through: bool) -> Result<()> {
     let at = Planes::of_rows(&s.x);
-    let mut scale = at.spread(ws, flat::<T::Acc>(OP, "var", &s.var)?)?;
+    let mut scale = at.spread(ws, flat::<T::Acc>(op, "var", &s.var)?)?;
     scale.iter_mut().for_each(|v| *v = rstd(*v, s.eps));
     let back = Backward {
-        dy: flat::<T>(OP, "dy", &s.dy)?,
-        x: flat(OP, "x", &s.x)?,
-        w: flat(OP, "w", &s.w)?,
-        b: flat(OP, "b", &s.b)?,
+        dy: flat::<T>(op, "dy", &s.dy)?,
+        x: flat(op, "x", &s.x)?,
+        w: flat(op, "w", &s.w)?,
+        b: flat(op, "b", &s.b)?,
         at,
-        mean: at.spread(ws, flat(OP, "mean", &s.mean)?)?,
+        mean: at.spread(ws, flat(op, "mean", &s.mean)?)?,
         rstd: scale,
-        through: false,
+        through,
     };
-    let (dw, db) = (sums_out(OP, "dw", &s.dw)?, sums_out(OP, "db", &s.db)?);
-    let (dx, slope) = (flat_mut(OP, "dx", &s.dx.0)?, T::Acc::of(s.slope));
+    let (dw, db) = (sums_out(op, "dw", &s.dw)?, sums_out(op, "db", &s.db)?);
+    let (dx, slope) = (flat_mut(op, "dx", &s.dx.0)?, T::Acc::of(s.slope));
     back.run(
         ws,
         dx,
