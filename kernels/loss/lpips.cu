@@ -13,6 +13,7 @@
 // workspace: forward 4 bytes per block.
 // limits: "wide" requires rows of whole 16-byte pieces, at most 128 pieces; "plain" accepts any.
 // papers: LPIPS (1801.03924).
+#include "activation.cuh"
 #include "matrix.cuh"
 #include "reduce.cuh"
 
@@ -20,7 +21,7 @@ namespace ett {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kResident = 2;   // blocks per multiprocessor that the registers must allow
+template <int VECS> inline constexpr int kResident = VECS > 2 ? 2 : 4;  // blocks per multiprocessor that the registers must allow
 constexpr int kBlocks = 16;    // per multiprocessor: several times the resident ones
 constexpr int kMostVecs = 4;   // pieces per lane, at most
 
@@ -98,6 +99,39 @@ __device__ __forceinline__ void load(const Pixels<T>& a, const Course<VECS>& at,
     }
 }
 
+// The weights of the lane's channels, in registers if they are few.
+template <class T, int VECS> class Weights {
+  public:
+    __device__ __forceinline__ Weights(const Pixels<T>& a, int lane) : a_(a), lane_(lane) {
+        if constexpr (kKept) {
+#pragma unroll
+            for (int v = 0; v < VECS; ++v) fetch(kept_[v], v);
+        }
+    }
+    // Those of piece v; 0 past the last channel.
+    __device__ __forceinline__ void get(float (&w)[kWide<T>], int v) const {
+        if constexpr (kKept) {
+#pragma unroll
+            for (int j = 0; j < kWide<T>; ++j) w[j] = kept_[v][j];
+        } else {
+            fetch(w, v);
+        }
+    }
+
+  private:
+    static constexpr bool kKept = VECS == 1;
+    __device__ __forceinline__ void fetch(float (&w)[kWide<T>], int v) const {
+        const int c = (v * a_.lanes + lane_) * kWide<T>;
+#pragma unroll
+        for (int j = 0; j < kWide<T>; ++j) w[j] = 0.f;
+        if (c < a_.c) ett::load(w, a_.w + c);
+    }
+
+    const Pixels<T>& a_;
+    int lane_;
+    float kept_[kKept ? VECS : 1][kWide<T>];
+};
+
 // Norms of both features.
 template <class T, int VECS> __device__ __forceinline__ void norms(const Held<T, VECS>& held, int lanes, float (&norm)[2]) {
     constexpr int N = kWide<T>;
@@ -114,14 +148,15 @@ template <class T, int VECS> __device__ __forceinline__ void norms(const Held<T,
         }
     }
     lanes_sum(norm, lanes);
-    norm[0] = sqrtf(norm[0]);
-    norm[1] = sqrtf(norm[1]);
+    norm[0] = root<T>(norm[0]);
+    norm[1] = root<T>(norm[1]);
 }
 
-template <class T, int VECS> __global__ void __launch_bounds__(kThreads, kResident) forward_kernel(const __grid_constant__ Pixels<T> a) {
+template <class T, int VECS> __global__ void __launch_bounds__(kThreads, kResident<VECS>) forward_kernel(const __grid_constant__ Pixels<T> a) {
     constexpr int N = kWide<T>;
     __shared__ float smem[kThreads / kWarp];
     const Course<VECS> at(a.lanes);
+    const Weights<T, VECS> weights(a, at.lane);
     float sum[1] = {0.f};
     for (int64_t base = at.first; base < a.p; base += kTogether<VECS> * at.step) {
         Held<T, VECS> held[kTogether<VECS>];
@@ -130,15 +165,14 @@ template <class T, int VECS> __global__ void __launch_bounds__(kThreads, kReside
         for (int u = 0; u < kTogether<VECS>; ++u) {
             float norm[2];
             norms(held[u], a.lanes, norm);
-            const float s0 = 1.f / (norm[0] + a.eps), s1 = 1.f / (norm[1] + a.eps);
+            if (at.pixel(base, u) >= a.p) continue;
+            const float s0 = quotient<T>(1.f, norm[0] + a.eps), s1 = quotient<T>(1.f, norm[1] + a.eps);
 #pragma unroll
             for (int v = 0; v < VECS; ++v) {
-                const int c = (v * a.lanes + at.lane) * N;
-                if (c >= a.c || at.pixel(base, u) >= a.p) continue;
                 float x[N], y[N], w[N];
                 unpack(x, held[u].f0[v]);
                 unpack(y, held[u].f1[v]);
-                ett::load(w, a.w + c);
+                weights.get(w, v);
 #pragma unroll
                 for (int j = 0; j < N; ++j) {
                     const float d = x[j] * s0 - y[j] * s1;
@@ -153,9 +187,10 @@ template <class T, int VECS> __global__ void __launch_bounds__(kThreads, kReside
 
 __device__ __forceinline__ float slope_of(const float* scale, const float* g, float factor) { return *g * (*scale * (2.f * factor)); }
 
-template <class T, int VECS> __global__ void __launch_bounds__(kThreads, kResident) backward_kernel(const __grid_constant__ Pixels<T> a) {
+template <class T, int VECS> __global__ void __launch_bounds__(kThreads, kResident<VECS>) backward_kernel(const __grid_constant__ Pixels<T> a) {
     constexpr int N = kWide<T>;
     const Course<VECS> at(a.lanes);
+    const Weights<T, VECS> weights(a, at.lane);
     const float slope = slope_of(a.scale, a.g, a.factor);
     for (int64_t base = at.first; base < a.p; base += kTogether<VECS> * at.step) {
         Held<T, VECS> held[kTogether<VECS>];
@@ -164,15 +199,14 @@ template <class T, int VECS> __global__ void __launch_bounds__(kThreads, kReside
         for (int u = 0; u < kTogether<VECS>; ++u) {
             float norm[2], along[1] = {0.f};
             norms(held[u], a.lanes, norm);
-            const float s0 = 1.f / (norm[0] + a.eps), s1 = 1.f / (norm[1] + a.eps);
+            const float s0 = quotient<T>(1.f, norm[0] + a.eps), s1 = quotient<T>(1.f, norm[1] + a.eps);
             float t[VECS][N];
 #pragma unroll
             for (int v = 0; v < VECS; ++v) {
-                const int c = (v * a.lanes + at.lane) * N;
-                float x[N], y[N], w[N] = {};
+                float x[N], y[N], w[N];
                 unpack(x, held[u].f0[v]);
                 unpack(y, held[u].f1[v]);
-                if (c < a.c) ett::load(w, a.w + c);
+                weights.get(w, v);
 #pragma unroll
                 for (int j = 0; j < N; ++j) {
                     t[v][j] = slope * w[j] * (y[j] * s1 - x[j] * s0);
@@ -180,7 +214,7 @@ template <class T, int VECS> __global__ void __launch_bounds__(kThreads, kReside
                 }
             }
             lanes_sum(along, a.lanes);
-            const float back = s1 * (along[0] / norm[1]);
+            const float back = s1 * quotient<T>(along[0], norm[1]);
             const int64_t p = at.pixel(base, u);
 #pragma unroll
             for (int v = 0; v < VECS; ++v) {
@@ -236,7 +270,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) backward_plain_ke
         auto t = [&](int64_t c) { return slope * to_float(a.w[c]) * (to_float(a.f1.row(p)[c]) * s1 - to_float(a.f0.row(p)[c]) * s0); };
         for (int64_t c = threadIdx.x % kWarp; c < a.c; c += kWarp) along[0] += t(c) * to_float(a.f1.row(p)[c]);
         lanes_sum(along, kWarp);
-        const float back = s1 * (along[0] / norm[1]);
+        const float back = s1 * quotient<T>(along[0], norm[1]);
         for (int64_t c = threadIdx.x % kWarp; c < a.c; c += kWarp)
             a.df1.row(p)[c] = from_float<T>(norm[1] == 0.f ? 0.f : (t(c) - to_float(a.f1.row(p)[c]) * back) * s1);
     }
