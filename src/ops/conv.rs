@@ -59,17 +59,19 @@ pub fn conv2d(tape: &Tape, x: &Var, w: &Var, b: Option<&Var>, conv: Conv) -> Res
             pad_left: conv.before,
         },
     )?;
-    let (xs, ws, bs) = (x.clone(), w.clone(), b.cloned());
+    let (xs, ws, bs) = (x.keep(), w.keep(), b.map(Var::key));
     let inputs: Vec<&Var> = [Some(x), Some(w), b].into_iter().flatten().collect();
     Ok(tape.op1(&inputs, y, move |g, out| {
         let Some(dy) = g.take(out)? else { return Ok(()) };
+        let x = xs.value()?;
+        let w = ws.value()?;
         let db = match &bs {
             Some(b) => g.target(b)?,
             None => None,
         };
         if let Some(dw) = g.target(&ws)? {
             let a = Conv2dBwdWeight {
-                x: xs.value().view(),
+                x: x.view(),
                 dy: dy.view(),
                 dw: dw.acc(),
                 db: db.as_ref().map(|t| t.acc()),
@@ -86,7 +88,7 @@ pub fn conv2d(tape: &Tape, x: &Var, w: &Var, b: Option<&Var>, conv: Conv) -> Res
             let dx = g.like(&xs)?;
             let a = Conv2dBwdData {
                 dy: dy.view(),
-                w: ws.value().view(),
+                w: w.view(),
                 dx: dx.out(),
                 stride: conv.stride,
                 pad_top: conv.before,
@@ -105,7 +107,7 @@ pub fn upsample2x(tape: &Tape, x: &Var) -> Result<Var> {
     let d = x.dims();
     let y = tape.act([d[0], 2 * d[1], 2 * d[2], d[3]])?;
     tape.dev().upsample2x_fwd(S, &Upsample2xFwd { x: x.value().view(), y: y.out() })?;
-    let xs = x.clone();
+    let xs = x.key();
     Ok(tape.op1(&[x], y, move |g, out| {
         let Some(dy) = g.take(out)? else { return Ok(()) };
         let dx = g.act(xs.dims())?;
@@ -120,11 +122,12 @@ pub fn max_pool2x2(tape: &Tape, x: &Var) -> Result<Var> {
     let d = x.dims();
     let y = tape.act([d[0], d[1] / 2, d[2] / 2, d[3]])?;
     tape.dev().max_pool2x2_fwd(S, &MaxPool2x2Fwd { x: x.value().view(), y: y.out() })?;
-    let xs = x.clone();
+    let xs = x.keep();
     Ok(tape.op1(&[x], y, move |g, out| {
         let Some(dy) = g.take(out)? else { return Ok(()) };
+        let x = xs.value()?;
         let dx = g.act(xs.dims())?;
-        let a = MaxPool2x2Bwd { dy: dy.view(), x: xs.value().view(), dx: dx.out() };
+        let a = MaxPool2x2Bwd { dy: dy.view(), x: x.view(), dx: dx.out() };
         g.dev().max_pool2x2_bwd(S, &a)?;
         g.give(&xs, dx)
     }))

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use ett::backend::{Cpu, Device, Kernels, Memory, Plan, Role, Slot, Target};
-use ett::config::{Config, StageConfig, StageKind, VisualHeadKind};
+use ett::config::{Config, Recompute, StageConfig, StageKind, VisualHeadKind};
 use ett::error::Result;
 use ett::eval::HeldOut;
 use ett::feed::Batch;
@@ -180,12 +180,17 @@ fn every_stage_can_be_planned() -> Outcome {
 fn recomputation_saves_memory_and_costs_a_forward() -> Outcome {
     let mut cfg = paper();
     let stage = StageConfig::new(StageKind::Semantic, 1, 4);
-    let kept = plan_stage(&cfg, &stage, CPU)?;
-    cfg.train.recompute = true;
-    let again = plan_stage(&cfg, &stage, CPU)?;
-    let (a, b) = (bytes(&kept, Role::Activation), bytes(&again, Role::Activation));
-    assert!(2 * b < a, "{b} bytes of activations with recomputation, {a} without");
-    assert!(again.flop > kept.flop && again.flop < 3 * kept.flop / 2, "{} {}", again.flop, kept.flop);
+    let mut planned = |what| {
+        cfg.train.recompute = what;
+        plan_stage(&cfg, &stage, CPU)
+    };
+    let (kept, cheap) = (planned(Recompute::None)?, planned(Recompute::Cheap)?);
+    let blocks = planned(Recompute::Blocks)?;
+    let [a, b, c] = [&kept, &cheap, &blocks].map(|p| bytes(p, Role::Activation));
+    assert!(4 * b < 3 * a && 2 * c < b, "{a}, {b}, {c} bytes of activations");
+    // Norms and activation functions take hardly any of the operations.
+    assert!(kept.flop < cheap.flop && cheap.flop < kept.flop / 100 * 101, "{} {}", kept.flop, cheap.flop);
+    assert!(cheap.flop < blocks.flop && blocks.flop < 3 * kept.flop / 2, "{} {}", cheap.flop, blocks.flop);
     Ok(())
 }
 
@@ -333,9 +338,11 @@ fn variants() -> Vec<(Config, StageConfig, usize)> {
             all.push((tiny(precision), StageConfig::new(kind, 1, 6), 3));
         }
         let semantic = StageConfig { ema: true, ..StageConfig::new(StageKind::Semantic, 1, 6) };
-        let mut recompute = tiny(precision);
-        recompute.train.recompute = true;
-        all.push((recompute, semantic.clone(), 2));
+        for what in [Recompute::Cheap, Recompute::Blocks] {
+            let mut recompute = tiny(precision);
+            recompute.train.recompute = what;
+            all.push((recompute, semantic.clone(), 2));
+        }
         all.push((tiny(precision), StageConfig { accumulate: 3, ..semantic }, 1));
     }
     all
