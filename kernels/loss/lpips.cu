@@ -22,7 +22,7 @@ namespace {
 
 constexpr int kThreads = 256;
 template <int VECS> inline constexpr int kResident = VECS > 2 ? 2 : 4;  // blocks per multiprocessor that the registers must allow
-constexpr int kBlocks = 16;    // per multiprocessor: several times the resident ones
+constexpr int kBlocks = 16;   // per multiprocessor: several times the resident ones
 constexpr int kMostVecs = 4;   // pieces per lane, at most
 
 template <class T> struct Pixels {
@@ -56,11 +56,8 @@ template <int N> __device__ __forceinline__ void lanes_sum(float (&v)[N], int la
     }
 }
 
-// Pixels that a lane has in registers at once.
-template <int VECS> inline constexpr int kTogether = VECS == 1 ? 2 : 1;
-
 // The pixels of a warp: kWarp / lanes of them side by side. All lanes iterate together, as the warp's sums require.
-template <int VECS> struct Course {
+struct Course {
     int64_t first, step;
     int lane;  // within the pixel
 
@@ -72,32 +69,28 @@ template <int VECS> struct Course {
         step = int64_t(gridDim.x) * (kThreads / kWarp) * side;
         own = in_warp / lanes;
     }
-    // This lane's pixel in step u of those that begin at `base`.
-    __device__ __forceinline__ int64_t pixel(int64_t base, int u) const { return base + u * step + own; }
+    // This lane's pixel of those that begin at `base`.
+    __device__ __forceinline__ int64_t pixel(int64_t base) const { return base + own; }
     int own;
 };
 
-// A lane's pieces of a pixel.
+// A lane's pieces of a pixel; 0 past the last pixel and channel.
 template <class T, int VECS> struct Held {
     Vec<T, kWide<T>> f0[VECS], f1[VECS];
-};
 
-template <class T, int VECS>
-__device__ __forceinline__ void load(const Pixels<T>& a, const Course<VECS>& at, int64_t base, Held<T, VECS> (&held)[kTogether<VECS>]) {
-    constexpr int N = kWide<T>;
-#pragma unroll
-    for (int u = 0; u < kTogether<VECS>; ++u) {
-        const int64_t p = at.pixel(base, u);
+    __device__ __forceinline__ void load(const Pixels<T>& a, const Course& at, int64_t base) {
+        constexpr int N = kWide<T>;
+        const int64_t p = at.pixel(base);
 #pragma unroll
         for (int v = 0; v < VECS; ++v) {
             const int c = (v * a.lanes + at.lane) * N;
-            held[u].f0[v] = held[u].f1[v] = {};
+            f0[v] = f1[v] = {};
             if (p >= a.p || c >= a.c) continue;
-            held[u].f0[v] = load_vec<N>(a.f0.row(p) + c);
-            held[u].f1[v] = load_vec<N>(a.f1.row(p) + c);
+            f0[v] = load_vec<N>(a.f0.row(p) + c);
+            f1[v] = load_vec<N>(a.f1.row(p) + c);
         }
     }
-}
+};
 
 // The weights of the lane's channels, in registers if they are few.
 template <class T, int VECS> class Weights {
@@ -155,29 +148,26 @@ template <class T, int VECS> __device__ __forceinline__ void norms(const Held<T,
 template <class T, int VECS> __global__ void __launch_bounds__(kThreads, kResident<VECS>) forward_kernel(const __grid_constant__ Pixels<T> a) {
     constexpr int N = kWide<T>;
     __shared__ float smem[kThreads / kWarp];
-    const Course<VECS> at(a.lanes);
+    const Course at(a.lanes);
     const Weights<T, VECS> weights(a, at.lane);
     float sum[1] = {0.f};
-    for (int64_t base = at.first; base < a.p; base += kTogether<VECS> * at.step) {
-        Held<T, VECS> held[kTogether<VECS>];
-        load(a, at, base, held);
+    for (int64_t base = at.first; base < a.p; base += at.step) {
+        Held<T, VECS> held;
+        held.load(a, at, base);
+        float norm[2];
+        norms(held, a.lanes, norm);
+        if (at.pixel(base) >= a.p) continue;
+        const float s0 = quotient<T>(1.f, norm[0] + a.eps), s1 = quotient<T>(1.f, norm[1] + a.eps);
 #pragma unroll
-        for (int u = 0; u < kTogether<VECS>; ++u) {
-            float norm[2];
-            norms(held[u], a.lanes, norm);
-            if (at.pixel(base, u) >= a.p) continue;
-            const float s0 = quotient<T>(1.f, norm[0] + a.eps), s1 = quotient<T>(1.f, norm[1] + a.eps);
+        for (int v = 0; v < VECS; ++v) {
+            float x[N], y[N], w[N];
+            unpack(x, held.f0[v]);
+            unpack(y, held.f1[v]);
+            weights.get(w, v);
 #pragma unroll
-            for (int v = 0; v < VECS; ++v) {
-                float x[N], y[N], w[N];
-                unpack(x, held[u].f0[v]);
-                unpack(y, held[u].f1[v]);
-                weights.get(w, v);
-#pragma unroll
-                for (int j = 0; j < N; ++j) {
-                    const float d = x[j] * s0 - y[j] * s1;
-                    sum[0] += w[j] * d * d;
-                }
+            for (int j = 0; j < N; ++j) {
+                const float d = x[j] * s0 - y[j] * s1;
+                sum[0] += w[j] * d * d;
             }
         }
     }
@@ -189,43 +179,40 @@ __device__ __forceinline__ float slope_of(const float* scale, const float* g, fl
 
 template <class T, int VECS> __global__ void __launch_bounds__(kThreads, kResident<VECS>) backward_kernel(const __grid_constant__ Pixels<T> a) {
     constexpr int N = kWide<T>;
-    const Course<VECS> at(a.lanes);
+    const Course at(a.lanes);
     const Weights<T, VECS> weights(a, at.lane);
     const float slope = slope_of(a.scale, a.g, a.factor);
-    for (int64_t base = at.first; base < a.p; base += kTogether<VECS> * at.step) {
-        Held<T, VECS> held[kTogether<VECS>];
-        load(a, at, base, held);
+    for (int64_t base = at.first; base < a.p; base += at.step) {
+        Held<T, VECS> held;
+        held.load(a, at, base);
+        float norm[2], along[1] = {0.f};
+        norms(held, a.lanes, norm);
+        const float s0 = quotient<T>(1.f, norm[0] + a.eps), s1 = quotient<T>(1.f, norm[1] + a.eps);
+        float t[VECS][N];
 #pragma unroll
-        for (int u = 0; u < kTogether<VECS>; ++u) {
-            float norm[2], along[1] = {0.f};
-            norms(held[u], a.lanes, norm);
-            const float s0 = quotient<T>(1.f, norm[0] + a.eps), s1 = quotient<T>(1.f, norm[1] + a.eps);
-            float t[VECS][N];
+        for (int v = 0; v < VECS; ++v) {
+            float x[N], y[N], w[N];
+            unpack(x, held.f0[v]);
+            unpack(y, held.f1[v]);
+            weights.get(w, v);
 #pragma unroll
-            for (int v = 0; v < VECS; ++v) {
-                float x[N], y[N], w[N];
-                unpack(x, held[u].f0[v]);
-                unpack(y, held[u].f1[v]);
-                weights.get(w, v);
-#pragma unroll
-                for (int j = 0; j < N; ++j) {
-                    t[v][j] = slope * w[j] * (y[j] * s1 - x[j] * s0);
-                    along[0] += t[v][j] * y[j];
-                }
+            for (int j = 0; j < N; ++j) {
+                t[v][j] = slope * w[j] * (y[j] * s1 - x[j] * s0);
+                along[0] += t[v][j] * y[j];
             }
-            lanes_sum(along, a.lanes);
-            const float back = s1 * quotient<T>(along[0], norm[1]);
-            const int64_t p = at.pixel(base, u);
+        }
+        lanes_sum(along, a.lanes);
+        const float back = s1 * quotient<T>(along[0], norm[1]);
+        const int64_t p = at.pixel(base);
 #pragma unroll
-            for (int v = 0; v < VECS; ++v) {
-                const int c = (v * a.lanes + at.lane) * N;
-                if (c >= a.c || p >= a.p) continue;
-                float y[N];
-                unpack(y, held[u].f1[v]);
+        for (int v = 0; v < VECS; ++v) {
+            const int c = (v * a.lanes + at.lane) * N;
+            if (c >= a.c || p >= a.p) continue;
+            float y[N];
+            unpack(y, held.f1[v]);
 #pragma unroll
-                for (int j = 0; j < N; ++j) t[v][j] = norm[1] == 0.f ? 0.f : (t[v][j] - y[j] * back) * s1;
-                store_global(a.df1.row(p) + c, t[v]);
-            }
+            for (int j = 0; j < N; ++j) t[v][j] = norm[1] == 0.f ? 0.f : (t[v][j] - y[j] * back) * s1;
+            store_global(a.df1.row(p) + c, t[v]);
         }
     }
 }
@@ -337,7 +324,7 @@ extern "C" int32_t ett_lpips_fwd(const ett_lpips_fwd_args* a, const ett_launch* 
                           float(a->eps), float(a->factor), t.lanes};
         if (!is_wide) return launch("lpips_fwd", forward_plain_kernel<T>, dim3(unsigned(grid)), dim3(kThreads), 0, l, k);
         return with_vecs(t.vecs, [&](auto v) { return launch("lpips_fwd", forward_kernel<T, v>, dim3(unsigned(grid)), dim3(kThreads), 0, l, k); });
-    });
+    }
     if (status == ETT_OK)
         status = launch("lpips_fwd", loss_kernel, dim3(1), dim3(kThreads), 0, l, partials, int(grid), data<const float>(a->scale), float(a->factor),
                         data<float>(a->loss));
@@ -362,6 +349,6 @@ extern "C" int32_t ett_lpips_bwd(const ett_lpips_bwd_args* a, const ett_launch* 
                           data<const float>(a->g), nullptr, rows(a->f1), cols(a->f1), float(a->eps), float(a->factor), t.lanes};
         if (!is_wide) return launch("lpips_bwd", backward_plain_kernel<T>, dim3(unsigned(grid)), dim3(kThreads), 0, l, k);
         return with_vecs(t.vecs, [&](auto v) { return launch("lpips_bwd", backward_kernel<T, v>, dim3(unsigned(grid)), dim3(kThreads), 0, l, k); });
-    });
+    }
     return status == ETT_OK ? ett_done(kernel) : status;
 }
