@@ -3,11 +3,46 @@
 use super::{S, expect, expect_rank};
 use crate::autograd::{Tape, Var};
 use crate::backend::{
-    BatchNormBwd, BatchNormEvalBwd, BatchNormEvalFwd, BatchNormFwd, GroupNormBwd, GroupNormFwd, L2NormBwd,
-    L2NormFwd, LayerNormBwd, LayerNormFwd, RmsNormBwd, RmsNormFwd, Role,
+    BatchNormBwd, BatchNormEvalBwd, BatchNormEvalFwd, BatchNormFwd, Dims, GroupNormBwd, GroupNormFwd,
+    GroupNormStats, L2NormBwd, L2NormFwd, LayerNormBwd, LayerNormFwd, RmsNormBwd, RmsNormFwd, Role,
 };
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
+
+/// Statistics of a GroupNorm of an image, both `[B, G]`, for convolutions that normalise their input. They are constants
+/// on the tape: the op that uses them passes the gradient through them to the image.
+#[derive(Clone)]
+pub struct GroupStats {
+    /// Means.
+    pub mean: Var,
+    /// `1 / sqrt(variance + eps)`.
+    pub rstd: Var,
+}
+
+impl GroupStats {
+    /// For images of these dimensions; contents unspecified.
+    pub(super) fn empty(tape: &Tape, op: &'static str, dims: Dims, groups: usize) -> Result<Self> {
+        check_groups(op, dims, groups)?;
+        let new = || Ok::<_, Error>(tape.constant(tape.stat([dims[0], groups])?));
+        Ok(GroupStats { mean: new()?, rstd: new()? })
+    }
+}
+
+/// The statistics of a GroupNorm of `x` `[B, H, W, C]`. Saves nothing.
+pub fn group_stats(tape: &Tape, x: &Var, groups: usize, eps: f64) -> Result<GroupStats> {
+    expect_rank("group_stats", "x", x, 4)?;
+    let stats = GroupStats::empty(tape, "group_stats", x.dims(), groups)?;
+    let (mean, rstd) = (stats.mean.value().out(), stats.rstd.value().out());
+    tape.dev().group_norm_stats(S, &GroupNormStats { x: x.value().view(), mean, rstd, eps })?;
+    Ok(stats)
+}
+
+fn check_groups(op: &'static str, dims: Dims, groups: usize) -> Result<()> {
+    match groups > 0 && dims[3].is_multiple_of(groups) {
+        true => Ok(()),
+        false => Err(Error::arg(op, "groups", groups, format!("a divisor of {} channels", dims[3]))),
+    }
+}
 
 /// GroupNorm, then SiLU if `silu`: `x` `[B, H, W, C]`, `w`, `b` `[C]`. Saves `x` and statistics `[B, G]`.
 pub fn group_norm(
@@ -23,9 +58,7 @@ pub fn group_norm(
     expect_rank("group_norm", "w", w, 1)?;
     expect_rank("group_norm", "b", b, 1)?;
     let d = x.dims();
-    if groups == 0 || !d[3].is_multiple_of(groups) {
-        return Err(Error::arg("group_norm", "groups", groups, format!("a divisor of {} channels", d[3])));
-    }
+    check_groups("group_norm", d, groups)?;
     let (mean, rstd) = (tape.stat([d[0], groups])?, tape.stat([d[0], groups])?);
     let (dev, act, stats) = (tape.device(), tape.precision().act, [mean.clone(), rstd.clone()]);
     let forward = move |x: &Tensor, w: &Tensor, b: &Tensor| {

@@ -5,7 +5,7 @@ use ett::autograd::{Tape, Var};
 use ett::backend::{DType, Dims, Precision, Role, Unary};
 use ett::compare::{Bounds, compare};
 use ett::error::{Error, Result};
-use ett::ops::{self, Conv, Entropy, Heads, IbqOptions, Rotary, Seqs};
+use ett::ops::{self, Conv, ConvWith, Entropy, Heads, IbqOptions, InputNorm, Rotary, Seqs};
 use ett::tensor::Tensor;
 
 use crate::common::{Outcome, cpu, ids, int, norm, normal, scaled, spread, tensor};
@@ -174,6 +174,49 @@ fn conv2d() -> Outcome {
         check1(name, &inputs[..2], |t, v| ops::conv2d(t, &v[0], &v[1], None, conv))?;
     }
     Ok(())
+}
+
+#[test]
+fn conv2d_of_a_normalised_input() -> Outcome {
+    let down = Conv { stride: 2, before: 0, after: 1 };
+    for (k, conv, [b, h, w, c, o], groups) in [
+        (3, Conv::same(3), [2, 5, 4, 6, 4], 3),
+        (3, down, [1, 6, 5, 4, 2], 2),
+        (1, Conv::same(1), [2, 3, 4, 8, 3], 1),
+    ] {
+        let inputs = [
+            random(1, [b, h, w, c]),
+            random(2, [o, k, k, c]),
+            random(3, [o]),
+            random(4, [c]),
+            random(5, [c]),
+        ];
+        check1(&format!("{k}x{k} of a normalised input"), &inputs, |t, v| {
+            let stats = ops::group_stats(t, &v[0], groups, 1e-3)?;
+            let norm = Some(InputNorm { stats: &stats, w: &v[3], b: &v[4] });
+            let with = ConvWith { norm, ..ConvWith::default() };
+            Ok(ops::conv2d_with(t, &v[0], &v[1], Some(&v[2]), conv, with)?.0)
+        })?;
+    }
+    Ok(())
+}
+
+/// The gradient of x is the sum of three: of the residual, of the first convolution, and of its statistics.
+#[test]
+fn a_residual_block() -> Outcome {
+    let dims = [2, 4, 3, 6];
+    let weights = [random(2, [6, 3, 3, 6]), random(3, [6]), random(4, [6]), random(5, [6])];
+    let inputs: Vec<Input> = std::iter::once(random(1, dims)).chain(weights).collect();
+    check1("a residual block", &inputs, |t, v| {
+        let (w, b, conv) = (&v[1], Some(&v[2]), Conv::same(3));
+        let norm = |stats| Some(InputNorm { stats, w: &v[3], b: &v[4] });
+        let stats = ops::group_stats(t, &v[0], 3, 1e-3)?;
+        let with = ConvWith { norm: norm(&stats), residual: None, stats: Some((2, 1e-3)) };
+        let (h, stats) = ops::conv2d_with(t, &v[0], w, b, conv, with)?;
+        let stats = stats.expect("statistics were asked for");
+        let with = ConvWith { norm: norm(&stats), residual: Some(&v[0]), stats: None };
+        Ok(ops::conv2d_with(t, &h, w, b, conv, with)?.0)
+    })
 }
 
 #[test]

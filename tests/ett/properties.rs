@@ -8,7 +8,7 @@ use ett::backend::{DType, Kernels, Plan, Precision, Target, Unary};
 use ett::config::{Config, DataConfig, GroupConfig, StageConfig, StageData, StageKind, VisualHeadKind};
 use ett::data::{Crop, Source};
 use ett::error::Result;
-use ett::ops::{self, Conv, Entropy, Heads, IbqOptions, Rotary, Seqs};
+use ett::ops::{self, Conv, ConvWith, Entropy, Heads, IbqOptions, InputNorm, Rotary, Seqs};
 use ett::train::plan_stage;
 use proptest::prelude::*;
 use proptest::test_runner::{Config as Cases, RngAlgorithm, TestRng, TestRunner};
@@ -170,6 +170,40 @@ fn convolutions() {
             let (x, w, b) = (t.leaf(&x), t.leaf(&w), b.as_ref().map(|b| t.leaf(b)));
             let y = ops::conv2d(&t.tape, &x, &w, b.as_ref(), conv)?;
             Ok(([Some(x), Some(w), b].into_iter().flatten().collect(), vec![y]))
+        })
+    });
+}
+
+#[test]
+fn convolutions_of_normalised_pictures() {
+    let shapes = prop::array::uniform4(0..5usize).prop_flat_map(|x| {
+        let scale = mostly(vec![x[3]]);
+        (
+            mostly(x.to_vec()),
+            scale,
+            mostly(vec![4, 3, 3, x[3]]),
+            mostly(vec![x[0], x[1], x[2], 4]),
+            0..4usize,
+            0..6usize,
+        )
+    });
+    calls(128, shapes, |(x, scale, w, residual, groups, of_y)| {
+        let fits = x.len() == 4
+            && scale == [x[3]]
+            && w == [4, 3, 3, x[3]]
+            && residual == [x[0], x[1], x[2], 4]
+            && x[1] > 0
+            && x[2] > 0
+            && groups > 0
+            && x[3].is_multiple_of(groups)
+            && [1, 2, 4].contains(&of_y);
+        holds(fits.then(|| vec![residual.clone()]), |t| {
+            let (x, scale, w, residual) = (t.leaf(&x), t.leaf(&scale), t.leaf(&w), t.leaf(&residual));
+            let stats = ops::group_stats(&t.tape, &x, groups, 1e-5)?;
+            let norm = Some(InputNorm { stats: &stats, w: &scale, b: &scale });
+            let with = ConvWith { norm, residual: Some(&residual), stats: Some((of_y, 1e-5)) };
+            let y = ops::conv2d_with(&t.tape, &x, &w, None, Conv::same(3), with)?.0;
+            Ok((vec![x, scale, w, residual], vec![y]))
         })
     });
 }

@@ -93,6 +93,7 @@ pub const TABLE: &[Kernel] = &[
     kernel("max_pool2x2_fwd", resample::pool_fwd, resample::pool_fwd_sample).flat_on_cpu(),
     kernel("max_pool2x2_bwd", resample::pool_bwd, resample::pool_bwd_sample).flat_on_cpu(),
     kernel("group_norm_fwd", norms::group_fwd, norms::group_fwd_sample).flat_on_cpu(),
+    kernel("group_norm_stats", norms::group_stats, norms::group_stats_sample).flat_on_cpu(),
     kernel("group_norm_bwd", norms::group_bwd, norms::group_bwd_sample).flat_on_cpu(),
     kernel("rms_norm_fwd", norms::rms_fwd, norms::rms_fwd_sample),
     kernel("rms_norm_bwd", norms::rms_bwd, norms::rms_bwd_sample),
