@@ -261,6 +261,7 @@ int32_t ett_conv2d_fwd(const ett_conv2d_fwd_args* args, const ett_launch* launch
 typedef struct ett_conv2d_bwd_data_args {
     ett_view dy;            // in   [B, H', W', O]; act
     ett_view w;             // in   [O, kh, kw, C]; act
+    ett_view bias;          // in?  [C]; act; added to dx, which then is a transposed convolution of dy
     ett_view x;             // in?  [B, H, W, C]; act
     ett_view mean;          // in?  [B, G]; acc; without gaps; with x; G divides C
     ett_view rstd;          // in?  [B, G]; acc; without gaps; with x
@@ -293,6 +294,24 @@ typedef struct ett_conv2d_bwd_weight_args {
 } ett_conv2d_bwd_weight_args;
 int64_t ett_conv2d_bwd_weight_workspace(const ett_conv2d_bwd_weight_args* args);
 int32_t ett_conv2d_bwd_weight(const ett_conv2d_bwd_weight_args* args, const ett_launch* launch);
+
+/* The weights of the transposed convolution of stride 2 and padding 1, conv2d_bwd_data, that equals upsample2x_fwd and
+   then the 3x3 convolution of padding 1 by w: v[c,t,s,o] is the sum of w[o,i,j,c] over i in I(t) and j in I(s), with
+   I(0) = {2}, I(1) = {1, 2}, I(2) = {0, 1} and I(3) = {0}. */
+typedef struct ett_upsample2x_weights_fwd_args {
+    ett_view w;             // in   [O, 3, 3, C]; act
+    ett_view v;             // out  [C, 4, 4, O]; act
+} ett_upsample2x_weights_fwd_args;
+int64_t ett_upsample2x_weights_fwd_workspace(const ett_upsample2x_weights_fwd_args* args);
+int32_t ett_upsample2x_weights_fwd(const ett_upsample2x_weights_fwd_args* args, const ett_launch* launch);
+
+/* Gradient of upsample2x_weights_fwd: every element of dw gets the sum of four elements of dv. */
+typedef struct ett_upsample2x_weights_bwd_args {
+    ett_view dv;            // in   [C, 4, 4, O]; acc
+    ett_view dw;            // add  [O, 3, 3, C]; acc
+} ett_upsample2x_weights_bwd_args;
+int64_t ett_upsample2x_weights_bwd_workspace(const ett_upsample2x_weights_bwd_args* args);
+int32_t ett_upsample2x_weights_bwd(const ett_upsample2x_weights_bwd_args* args, const ett_launch* launch);
 
 /* y[b, i, j, c] = x[b, i/2, j/2, c]: nearest-neighbour upsampling by two. */
 typedef struct ett_upsample2x_fwd_args {

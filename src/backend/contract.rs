@@ -121,6 +121,8 @@ conv: conv2d_fwd(Conv2dFwd<'a>) flop |s| 2 * s.y.0.dims.rows() * s.w.dims.numel(
 conv: conv2d_bwd_data(Conv2dBwdData<'a>) flop |s| 2 * s.dy.dims.rows() * s.w.dims.numel() => {
     dy: In<'a> = "[B, H', W', O]; act",
     w: In<'a> = "[O, kh, kw, C]; act",
+    /// Added to the gradient of the convolution's input, which then is a transposed convolution of `dy`.
+    bias: Option<In<'a>> = "[C]; act",
     /// As in the forward, if it normalised its input.
     x: Option<In<'a>> = "[B, H, W, C]; act",
     mean: Option<In<'a>> = "[B, G]; acc; without gaps; with x; G divides C",
@@ -156,6 +158,18 @@ conv: conv2d_bwd_weight(Conv2dBwdWeight<'a>) flop |s| 2 * s.dy.dims.rows() * s.d
     pad_top: usize = "below 268435456",
     /// As in the forward.
     pad_left: usize = "below 268435456",
+}
+/// The weights of the transposed convolution of stride 2 and padding 1, `conv2d_bwd_data`, that equals `upsample2x_fwd` and
+/// then the 3x3 convolution of padding 1 by `w`: `v[c,t,s,o]` is the sum of `w[o,i,j,c]` over `i` in `I(t)` and `j` in
+/// `I(s)`, with `I(0) = {2}`, `I(1) = {1, 2}`, `I(2) = {0, 1}` and `I(3) = {0}`.
+conv: upsample2x_weights_fwd(Upsample2xWeightsFwd<'a>) flop |s| 3 * s.v.0.dims.numel() => {
+    w: In<'a> = "[O, 3, 3, C]; act",
+    v: Out<'a> = "[C, 4, 4, O]; act",
+}
+/// Gradient of `upsample2x_weights_fwd`: every element of `dw` gets the sum of four elements of `dv`.
+conv: upsample2x_weights_bwd(Upsample2xWeightsBwd<'a>) flop |s| 4 * s.dw.0.dims.numel() => {
+    dv: In<'a> = "[C, 4, 4, O]; acc",
+    dw: Acc<'a> = "[O, 3, 3, C]; acc",
 }
 /// `y[b, i, j, c] = x[b, i/2, j/2, c]`: nearest-neighbour upsampling by a factor of two.
 resample: upsample2x_fwd(Upsample2xFwd<'a>) flop |s| s.y.0.dims.numel() => {
@@ -1017,11 +1031,12 @@ impl<'a> Conv2dFwd<'a> {
 impl<'a> Conv2dBwdData<'a> {
     /// The gradient of [`Conv2dFwd::plain`] for its input.
     pub fn plain([dy, w]: [In<'a>; 2], dx: Out<'a>, stride: usize, [pad_top, pad_left]: [usize; 2]) -> Self {
-        let (x, mean, rstd, gamma, beta, skip) = (None, None, None, None, None, None);
+        let (bias, x, mean, rstd, gamma, beta, skip) = (None, None, None, None, None, None, None);
         let (dgamma, dbeta) = (None, None);
         Conv2dBwdData {
             dy,
             w,
+            bias,
             x,
             mean,
             rstd,

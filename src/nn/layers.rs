@@ -89,6 +89,13 @@ impl Conv2d {
         self.apply(tape, p, x, false)
     }
 
+    /// [`Conv2d::forward`] of a 3x3 convolution of padding 1, after upsampling by two: `[B, H, W, I]` to `[B, 2H, 2W, O]`.
+    pub fn forward_upsampled(&self, tape: &Tape, p: &Params, x: &Var) -> Result<Var> {
+        let var = |q: Param| p.var_as(tape, q, x.value().dtype());
+        let (w, b) = (var(self.w)?, self.b.map(var).transpose()?);
+        ops::upsample2x_conv2d(tape, x, &w, b.as_ref())
+    }
+
     /// [`Conv2d::forward`]; if `frozen`, no gradient reaches the weights.
     pub fn apply(&self, tape: &Tape, p: &Params, x: &Var, frozen: bool) -> Result<Var> {
         let var = |q: Param| {

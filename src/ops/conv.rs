@@ -4,8 +4,8 @@ use super::norm::GroupStats;
 use super::{S, expect_rank};
 use crate::autograd::{Grads, Kept, Key, Tape, Var};
 use crate::backend::{
-    ColSum, Conv2dBwdData, Conv2dBwdWeight, Conv2dFwd, In, MaxPool2x2Bwd, MaxPool2x2Fwd, Upsample2xBwd,
-    Upsample2xFwd,
+    ColSum, Conv2dBwdData, Conv2dBwdWeight, Conv2dFwd, In, MaxPool2x2Bwd, MaxPool2x2Fwd, Role, Upsample2xBwd,
+    Upsample2xFwd, Upsample2xWeightsBwd, Upsample2xWeightsFwd,
 };
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -224,6 +224,47 @@ impl Saved {
         g.dev().conv2d_bwd_data(S, &a)?;
         g.give(x, dx)
     }
+}
+
+/// [`upsample2x`], then a 3x3 convolution of padding 1: `x` `[B, H, W, C]`, `w` `[O, 3, 3, C]`, `b` `[O]`; `y`
+/// `[B, 2H, 2W, O]`. The image between is never formed: four of the nine taps meet different pixels of `x`
+/// (docs/convolution.md). Saves `x`.
+pub fn upsample2x_conv2d(tape: &Tape, x: &Var, w: &Var, b: Option<&Var>) -> Result<Var> {
+    expect_rank("upsample2x_conv2d", "x", x, 4)?;
+    expect_rank("upsample2x_conv2d", "w", w, 4)?;
+    if let Some(b) = b {
+        expect_rank("upsample2x_conv2d", "b", b, 1)?;
+    }
+    let (d, [o, c]) = (x.dims(), [w.dims()[0], w.dims()[3]]);
+    let v = tape.like(w, [c, 4, 4, o])?;
+    tape.dev().upsample2x_weights_fwd(S, &Upsample2xWeightsFwd { w: w.value().view(), v: v.out() })?;
+    let y = tape.like(x, [d[0], 2 * d[1], 2 * d[2], o])?;
+    let plain = Conv2dBwdData::plain([x.value().view(), v.view()], y.out(), 2, [1, 1]);
+    let bias = b.map(|b| b.value().view());
+    tape.dev().conv2d_bwd_data(S, &Conv2dBwdData { bias, ..plain })?;
+    let (xs, ws, bs) = (x.keep(), w.key(), b.map(Var::key));
+    let inputs: Vec<&Var> = [Some(x), Some(w), b].into_iter().flatten().collect();
+    Ok(tape.op1(&inputs, y, move |g, out| {
+        let Some(dy) = g.take(out)? else { return Ok(()) };
+        if let Some(b) = &bs
+            && let Some(db) = g.target(b)?
+        {
+            let rows = dy.reshape([dy.dims().rows(), dy.dims().cols()])?;
+            g.dev().col_sum(S, &ColSum { x: rows.view(), y: db.acc() })?;
+        }
+        if let Some(dw) = g.target(&ws)? {
+            let (x, dv) = (xs.value()?, Tensor::zeros(g.dev(), Role::Workspace, dw.dtype(), v.dims())?);
+            let a = Conv2dBwdWeight::plain([dy.view(), x.view()], dv.acc(), None, 2, [1, 1]);
+            g.dev().conv2d_bwd_weight(S, &a)?;
+            g.dev().upsample2x_weights_bwd(S, &Upsample2xWeightsBwd { dv: dv.view(), dw: dw.acc() })?;
+        }
+        if xs.needs_grad() {
+            let dx = g.like(&xs)?;
+            g.dev().conv2d_fwd(S, &Conv2dFwd::plain([dy.view(), v.view()], None, dx.out(), 2, [1, 1]))?;
+            g.give(&xs, dx)?;
+        }
+        Ok(())
+    }))
 }
 
 /// Nearest-neighbour upsampling by two: `[B, H, W, C]` to `[B, 2H, 2W, C]`. Saves nothing.

@@ -222,6 +222,9 @@ fn a_residual_block() -> Outcome {
 #[test]
 fn resampling() -> Outcome {
     check1("upsample2x", &[random(1, [2, 3, 2, 3])], |t, v| ops::upsample2x(t, &v[0]))?;
+    let inputs = [random(1, [2, 3, 2, 3]), random(2, [4, 3, 3, 3]), random(3, [4])];
+    check1("upsample2x_conv2d", &inputs, |t, v| ops::upsample2x_conv2d(t, &v[0], &v[1], Some(&v[2])))?;
+    check1("upsample2x_conv2d", &inputs[..2], |t, v| ops::upsample2x_conv2d(t, &v[0], &v[1], None))?;
     for dims in [[2, 4, 6, 3], [1, 5, 3, 2], [1, 3, 7, 1]] {
         let x = grad(spread(1, dims.iter().product(), 0.02), dims);
         check1("max_pool2x2", &[x], |t, v| ops::max_pool2x2(t, &v[0]))?;
@@ -661,5 +664,39 @@ fn tapes_refuse_and_forget() -> Outcome {
     let peak = dev.memory().peak;
     assert!(peak <= before + 3 * 8000, "{peak} bytes at most, {before} before the backward");
     drop(grads);
+    Ok(())
+}
+
+/// An upsampling convolution is an upsampling and a convolution, in values and gradients.
+#[test]
+fn upsampling_convolutions_are_both_in_one() -> Outcome {
+    let dev = cpu(2);
+    for dims in [[1, 1, 1, 1], [2, 3, 4, 5], [1, 6, 2, 8]] {
+        let value = |i: Input| tensor(&*dev, DType::F64, &i.values, i.dims);
+        let run = |fused: bool| -> Result<Vec<Vec<f64>>> {
+            let t = Tape::new(dev.clone(), P);
+            let [x, w, b] =
+                [random(1, dims), random(2, [6, 3, 3, dims[3]]), random(3, [6])].map(|i| t.leaf(value(i)));
+            let y = match fused {
+                true => ops::upsample2x_conv2d(&t, &x, &w, Some(&b))?,
+                false => ops::conv2d(&t, &ops::upsample2x(&t, &x)?, &w, Some(&b), Conv::same(3))?,
+            };
+            let mut all = vec![y.value().to_f64(&*dev)?];
+            let dy = value(random(4, y.dims()));
+            let mut grads = t.backward(&[(&y, &dy)])?;
+            for v in [&x, &w, &b] {
+                let Some(d) = grads.take(v)? else { panic!("every input gets a gradient") };
+                all.push(d.to_f64(&*dev)?);
+            }
+            Ok(all)
+        };
+        for (n, (a, b)) in run(true)?.iter().zip(&run(false)?).enumerate() {
+            let what = ["y", "dx", "dw", "db"][n];
+            assert_eq!(a.len(), b.len());
+            for (a, b) in a.iter().zip(b) {
+                assert!((a - b).abs() < 1e-11, "{what} of {dims:?}: {a} and {b}");
+            }
+        }
+    }
     Ok(())
 }

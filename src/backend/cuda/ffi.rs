@@ -340,6 +340,7 @@ impl Default for ett_conv2d_fwd_args {
 pub struct ett_conv2d_bwd_data_args {
     pub dy: ett_view,
     pub w: ett_view,
+    pub bias: ett_view,
     pub x: ett_view,
     pub mean: ett_view,
     pub rstd: ett_view,
@@ -355,36 +356,38 @@ pub struct ett_conv2d_bwd_data_args {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_conv2d_bwd_data_args"][::std::mem::size_of::<ett_conv2d_bwd_data_args>() - 640usize];
+    ["Size of ett_conv2d_bwd_data_args"][::std::mem::size_of::<ett_conv2d_bwd_data_args>() - 696usize];
     ["Alignment of ett_conv2d_bwd_data_args"][::std::mem::align_of::<ett_conv2d_bwd_data_args>() - 8usize];
     ["Offset of field: ett_conv2d_bwd_data_args::dy"]
         [::std::mem::offset_of!(ett_conv2d_bwd_data_args, dy) - 0usize];
     ["Offset of field: ett_conv2d_bwd_data_args::w"]
         [::std::mem::offset_of!(ett_conv2d_bwd_data_args, w) - 56usize];
+    ["Offset of field: ett_conv2d_bwd_data_args::bias"]
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, bias) - 112usize];
     ["Offset of field: ett_conv2d_bwd_data_args::x"]
-        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, x) - 112usize];
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, x) - 168usize];
     ["Offset of field: ett_conv2d_bwd_data_args::mean"]
-        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, mean) - 168usize];
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, mean) - 224usize];
     ["Offset of field: ett_conv2d_bwd_data_args::rstd"]
-        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, rstd) - 224usize];
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, rstd) - 280usize];
     ["Offset of field: ett_conv2d_bwd_data_args::gamma"]
-        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, gamma) - 280usize];
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, gamma) - 336usize];
     ["Offset of field: ett_conv2d_bwd_data_args::beta"]
-        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, beta) - 336usize];
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, beta) - 392usize];
     ["Offset of field: ett_conv2d_bwd_data_args::skip"]
-        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, skip) - 392usize];
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, skip) - 448usize];
     ["Offset of field: ett_conv2d_bwd_data_args::dx"]
-        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, dx) - 448usize];
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, dx) - 504usize];
     ["Offset of field: ett_conv2d_bwd_data_args::dgamma"]
-        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, dgamma) - 504usize];
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, dgamma) - 560usize];
     ["Offset of field: ett_conv2d_bwd_data_args::dbeta"]
-        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, dbeta) - 560usize];
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, dbeta) - 616usize];
     ["Offset of field: ett_conv2d_bwd_data_args::stride"]
-        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, stride) - 616usize];
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, stride) - 672usize];
     ["Offset of field: ett_conv2d_bwd_data_args::pad_top"]
-        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, pad_top) - 624usize];
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, pad_top) - 680usize];
     ["Offset of field: ett_conv2d_bwd_data_args::pad_left"]
-        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, pad_left) - 632usize];
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, pad_left) - 688usize];
 };
 impl Default for ett_conv2d_bwd_data_args {
     fn default() -> Self {
@@ -439,6 +442,58 @@ const _: () = {
         [::std::mem::offset_of!(ett_conv2d_bwd_weight_args, pad_left) - 464usize];
 };
 impl Default for ett_conv2d_bwd_weight_args {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct ett_upsample2x_weights_fwd_args {
+    pub w: ett_view,
+    pub v: ett_view,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ett_upsample2x_weights_fwd_args"]
+        [::std::mem::size_of::<ett_upsample2x_weights_fwd_args>() - 112usize];
+    ["Alignment of ett_upsample2x_weights_fwd_args"]
+        [::std::mem::align_of::<ett_upsample2x_weights_fwd_args>() - 8usize];
+    ["Offset of field: ett_upsample2x_weights_fwd_args::w"]
+        [::std::mem::offset_of!(ett_upsample2x_weights_fwd_args, w) - 0usize];
+    ["Offset of field: ett_upsample2x_weights_fwd_args::v"]
+        [::std::mem::offset_of!(ett_upsample2x_weights_fwd_args, v) - 56usize];
+};
+impl Default for ett_upsample2x_weights_fwd_args {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct ett_upsample2x_weights_bwd_args {
+    pub dv: ett_view,
+    pub dw: ett_view,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ett_upsample2x_weights_bwd_args"]
+        [::std::mem::size_of::<ett_upsample2x_weights_bwd_args>() - 112usize];
+    ["Alignment of ett_upsample2x_weights_bwd_args"]
+        [::std::mem::align_of::<ett_upsample2x_weights_bwd_args>() - 8usize];
+    ["Offset of field: ett_upsample2x_weights_bwd_args::dv"]
+        [::std::mem::offset_of!(ett_upsample2x_weights_bwd_args, dv) - 0usize];
+    ["Offset of field: ett_upsample2x_weights_bwd_args::dw"]
+        [::std::mem::offset_of!(ett_upsample2x_weights_bwd_args, dw) - 56usize];
+};
+impl Default for ett_upsample2x_weights_bwd_args {
     fn default() -> Self {
         let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
         unsafe {
@@ -2530,6 +2585,16 @@ unsafe extern "C" {
     pub fn ett_conv2d_bwd_data(args: *const ett_conv2d_bwd_data_args, launch: *const ett_launch) -> i32;
     pub fn ett_conv2d_bwd_weight_workspace(args: *const ett_conv2d_bwd_weight_args) -> i64;
     pub fn ett_conv2d_bwd_weight(args: *const ett_conv2d_bwd_weight_args, launch: *const ett_launch) -> i32;
+    pub fn ett_upsample2x_weights_fwd_workspace(args: *const ett_upsample2x_weights_fwd_args) -> i64;
+    pub fn ett_upsample2x_weights_fwd(
+        args: *const ett_upsample2x_weights_fwd_args,
+        launch: *const ett_launch,
+    ) -> i32;
+    pub fn ett_upsample2x_weights_bwd_workspace(args: *const ett_upsample2x_weights_bwd_args) -> i64;
+    pub fn ett_upsample2x_weights_bwd(
+        args: *const ett_upsample2x_weights_bwd_args,
+        launch: *const ett_launch,
+    ) -> i32;
     pub fn ett_upsample2x_fwd_workspace(args: *const ett_upsample2x_fwd_args) -> i64;
     pub fn ett_upsample2x_fwd(args: *const ett_upsample2x_fwd_args, launch: *const ett_launch) -> i32;
     pub fn ett_upsample2x_bwd_workspace(args: *const ett_upsample2x_bwd_args) -> i64;

@@ -32,6 +32,11 @@ impl Image {
         Ok(Image { x, stats })
     }
 
+    /// An image that `next`, if there is one, reads.
+    pub(super) fn with_stats(t: &Tape, x: Var, next: Option<&GroupNorm>) -> Result<Self> {
+        Ok(Image { stats: next.map(|norm| norm.stats(t, &x)).transpose()?, x })
+    }
+
     fn vars(self) -> Vec<Var> {
         let stats = self.stats.map(|s| [s.mean, s.rstd]);
         std::iter::once(self.x).chain(stats.into_iter().flatten()).collect()

@@ -5,7 +5,7 @@ use crate::autograd::{Tape, Var};
 use crate::config::TokenizerConfig;
 use crate::error::Result;
 use crate::nn::{Conv2d, GroupNorm, ParamBuilder, Params};
-use crate::ops::{self, Conv};
+use crate::ops::Conv;
 
 /// Stride 2 with zero padding on the right and at the bottom only.
 const DOWN: Conv = Conv { stride: 2, before: 0, after: 1 };
@@ -107,8 +107,8 @@ impl Decoder {
                 None => h = level.forward(t, p, h, Some(self.norm_out))?,
                 Some(up) => {
                     h = level.forward(t, p, h, None)?;
-                    let x = Image { x: ops::upsample2x(t, &h.x)?, stats: None };
-                    h = Image::conv((t, p), up, &x, None, None, first(l + 1).as_ref())?;
+                    let x = up.forward_upsampled(t, p, &h.x)?;
+                    h = Image::with_stats(t, x, first(l + 1).as_ref())?;
                 }
             }
         }

@@ -1,6 +1,8 @@
 //! Convolution and its gradients.
 
-use ett::backend::{Conv2dBwdData, Conv2dBwdWeight, Conv2dFwd, DType, Stream};
+use ett::backend::{
+    Conv2dBwdData, Conv2dBwdWeight, Conv2dFwd, DType, Stream, Upsample2xWeightsBwd, Upsample2xWeightsFwd,
+};
 
 use super::Size;
 use super::case::{Arg, Case, Draw, Near, Type, acc, act, add, near, out};
@@ -290,6 +292,7 @@ pub fn fwd_sample() -> Case {
 
 fn bwd_data_case(s: Shape, with: With) -> Case {
     let named = [
+        (with.bias, " with bias"),
         (with.norm.is_some(), " through the norm"),
         (with.norm.is_some() && with.residual, " with skip"),
         (with.norm.is_some() && with.scale, " with scale"),
@@ -301,6 +304,9 @@ fn bwd_data_case(s: Shape, with: With) -> Case {
             let terms = numel(s.w()) / s.x[3];
             let mut args =
                 vec![act("dy", s.y(), d.normal(numel(s.y()))), act("w", s.w(), d.normal(numel(s.w())))];
+            if with.bias {
+                args.push(act("bias", [s.x[3]], d.normal(s.x[3])));
+            }
             let Some(groups) = with.norm else {
                 args.push(out("dx", Type::Act, s.x, sums(d, terms)));
                 return args;
@@ -328,6 +334,7 @@ fn bwd_data_case(s: Shape, with: With) -> Case {
         },
         move |dev, v| {
             let a = Conv2dBwdData {
+                bias: v.input_if("bias"),
                 x: v.input_if("x"),
                 mean: v.input_if("mean"),
                 rstd: v.input_if("rstd"),
@@ -344,13 +351,14 @@ fn bwd_data_case(s: Shape, with: With) -> Case {
 }
 
 pub fn bwd_data() -> Vec<Case> {
-    let plain = |s, _| bwd_data_case(s, With::default());
-    let fused = fused(|s, with| bwd_data_case(s, With { norm: with.norm.or(Some(1)), ..with }));
+    let plain = |s, bias| bwd_data_case(s, With { bias, ..With::default() });
+    let fused = fused(|s, with| bwd_data_case(s, With { norm: with.norm.or(Some(1)), bias: false, ..with }));
     cases(plain).into_iter().chain(fused).collect()
 }
 
 pub fn bwd_data_sample() -> Case {
-    bwd_data_case(SAMPLE, With { norm: Some(3), residual: true, scale: true, ..With::default() })
+    let with = With { norm: Some(3), bias: true, residual: true, scale: true, ..With::default() };
+    bwd_data_case(SAMPLE, with)
 }
 
 fn bwd_weight_case(s: Shape, with: With) -> Case {
@@ -407,4 +415,54 @@ pub fn bwd_weight() -> Vec<Case> {
 
 pub fn bwd_weight_sample() -> Case {
     bwd_weight_case(SAMPLE, With { bias: true, norm: Some(3), ..With::default() })
+}
+
+/// Outputs and channels of weights.
+const UP: [[usize; 2]; 7] = [[1, 1], [3, 5], [32, 32], [33, 40], [40, 31], [0, 4], [4, 0]];
+
+fn up_weights(case: fn([usize; 2]) -> Case) -> Vec<Case> {
+    let small = UP.into_iter().map(|s| (Size::Tiny, s));
+    let first = [[5, 9], [16, 8]].into_iter().map(|s| (Size::Sanitizer, s));
+    let all = first.chain(small).chain([(Size::Full, [512, 256])]);
+    all.map(|(size, shape)| case(shape).from(size)).collect()
+}
+
+fn up_weights_fwd_case([o, c]: [usize; 2]) -> Case {
+    Case::new(
+        format!("{o} outputs of {c} channels"),
+        move |d| {
+            let (w, v) = ([o, 3, 3, c], [c, 4, 4, o]);
+            vec![act("w", w, d.normal(numel(w))), out("v", Type::Act, v, near().size(d.scale))]
+        },
+        |dev, v| dev.upsample2x_weights_fwd(S, &Upsample2xWeightsFwd { w: v.input("w"), v: v.out("v") }),
+    )
+}
+
+pub fn up_weights_fwd() -> Vec<Case> {
+    up_weights(up_weights_fwd_case)
+}
+
+pub fn up_weights_fwd_sample() -> Case {
+    up_weights_fwd_case([5, 7])
+}
+
+fn up_weights_bwd_case([o, c]: [usize; 2]) -> Case {
+    Case::new(
+        format!("{o} outputs of {c} channels"),
+        move |d| {
+            let (w, v) = ([o, 3, 3, c], [c, 4, 4, o]);
+            let start = d.normal(numel(w));
+            let dv = acc("dv", v, d.normal(numel(v)));
+            vec![dv, add("dw", Type::Acc, w, start, near().size(d.scale))]
+        },
+        |dev, v| dev.upsample2x_weights_bwd(S, &Upsample2xWeightsBwd { dv: v.input("dv"), dw: v.acc("dw") }),
+    )
+}
+
+pub fn up_weights_bwd() -> Vec<Case> {
+    up_weights(up_weights_bwd_case)
+}
+
+pub fn up_weights_bwd_sample() -> Case {
+    up_weights_bwd_case([5, 7])
 }

@@ -88,6 +88,8 @@ pub const TABLE: &[Kernel] = &[
     kernel("conv2d_fwd", conv::fwd, conv::fwd_sample).flat_on_cpu(),
     kernel("conv2d_bwd_data", conv::bwd_data, conv::bwd_data_sample).flat_on_cpu(),
     kernel("conv2d_bwd_weight", conv::bwd_weight, conv::bwd_weight_sample).flat_on_cpu(),
+    kernel("upsample2x_weights_fwd", conv::up_weights_fwd, conv::up_weights_fwd_sample).flat_on_cpu(),
+    kernel("upsample2x_weights_bwd", conv::up_weights_bwd, conv::up_weights_bwd_sample).flat_on_cpu(),
     kernel("upsample2x_fwd", resample::up_fwd, resample::up_fwd_sample).flat_on_cpu(),
     kernel("upsample2x_bwd", resample::up_bwd, resample::up_bwd_sample).flat_on_cpu(),
     kernel("max_pool2x2_fwd", resample::pool_fwd, resample::pool_fwd_sample).flat_on_cpu(),

@@ -8,6 +8,7 @@ use super::norm::{
 };
 use super::*;
 use crate::backend::cpu::pointwise::silu_slope;
+use crate::backend::cpu::products::{bias, start_from_bias};
 use crate::backend::cpu::workspace::{acc_size, block, per_thread, together};
 
 pub(crate) fn conv2d_bwd_data_workspace(a: &Conv2dBwdData, threads: usize) -> usize {
@@ -112,6 +113,7 @@ fn columns_of_phase(dy: [usize; 4], v: &Phase, h: &Phase) -> Geometry {
 
 fn bwd_data<T: Elem>(ws: &Workspace, s: &Conv2dBwdData) -> Result<()> {
     let (dy, w) = (flat::<T>(OP, "dy", &s.dy)?, flat::<T>(OP, "w", &s.w)?);
+    let bias = bias::<T>(OP, s.bias.as_ref())?;
     flat_mut::<T>(OP, "dx", &s.dx.0)?;
     let dx = rows_mut::<T>(OP, "dx", &s.dx.0)?;
     let (dims, [_, height, width, c]) = (image(OP, "dy", &s.dy)?, image(OP, "dx", &s.dx.0)?);
@@ -129,7 +131,8 @@ fn bwd_data<T: Elem>(ws: &Workspace, s: &Conv2dBwdData) -> Result<()> {
             par_for(of.rows(), of.chunk(), |r| {
                 let mut local = scratch.take();
                 let [out, gathered] = local.parts();
-                cols.with(r.clone(), gathered, |cols| gemm(cols, wp, out, c, false));
+                start_from_bias(bias, &mut out[..r.len() * c]);
+                cols.with(r.clone(), gathered, |cols| gemm(cols, wp, out, c, bias.is_some()));
                 for (i, p) in r.enumerate() {
                     let [b, y, x] = of.position(p);
                     let pixel = (b * height + py + y * s.stride) * width + px + x * s.stride;

@@ -5,6 +5,7 @@ mod conv2d_bwd_weight;
 mod conv2d_fwd;
 #[cfg(test)]
 mod tests;
+mod upsample2x_weights;
 
 use std::ops::Range;
 
@@ -18,6 +19,7 @@ use crate::backend::cpu::workspace::{block, is_narrow};
 pub(super) use conv2d_bwd_data::*;
 pub(super) use conv2d_bwd_weight::*;
 pub(super) use conv2d_fwd::*;
+pub(super) use upsample2x_weights::*;
 
 /// A GroupNorm with given statistics, followed by SiLU, of the input of a convolution.
 #[derive(Clone, Copy)]
