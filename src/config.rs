@@ -567,6 +567,24 @@ pub enum StageKind {
 }
 
 impl StageKind {
+    /// All of them, in the order in which a model goes through them.
+    pub const ALL: [StageKind; 6] = [
+        StageKind::Tokenizer,
+        StageKind::Text,
+        StageKind::Align,
+        StageKind::Semantic,
+        StageKind::Chat,
+        StageKind::Gen,
+    ];
+
+    /// The kind with this name.
+    pub fn named(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name).ok_or_else(|| {
+            let names = Self::ALL.map(StageKind::name).join(", ");
+            Error::config("stage", name, format!("one of {names}"))
+        })
+    }
+
     /// Lower-case name.
     pub fn name(self) -> &'static str {
         match self {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use ett::backend::Plan;
 use ett::compare::{Bounds, compare};
-use ett::config::Config;
+use ett::config::{Config, StageKind};
 use ett::io::weights::{FileType, read_file, write_file};
 use ett::model::Ett;
 use ett::nn::HostTensor;
@@ -34,7 +34,7 @@ fn dump(
     let (w, b) = (dir.join("weights.safetensors"), dir.join("batch.safetensors"));
     let out = scratch.path("out.safetensors");
     let cfg = config(case, precision)?;
-    check(&cfg, cpu(2), weights.unwrap_or(&w), batch.unwrap_or(&b), &out)?;
+    check(&cfg, StageKind::Semantic, cpu(2), weights.unwrap_or(&w), batch.unwrap_or(&b), &out)?;
     read_file(&out)
 }
 

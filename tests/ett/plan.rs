@@ -18,14 +18,6 @@ use crate::common::{Outcome, Scratch, cpu, gpu, ids, scaled, tensor};
 use crate::training::small;
 
 const CPU: Target = Target::Cpu { threads: 1 };
-const KINDS: [StageKind; 6] = [
-    StageKind::Tokenizer,
-    StageKind::Text,
-    StageKind::Align,
-    StageKind::Semantic,
-    StageKind::Chat,
-    StageKind::Gen,
-];
 
 /// 1024 visual and 128 text tokens, bf16.
 fn paper() -> Config {
@@ -334,7 +326,7 @@ fn tiny(precision: &str) -> Config {
 fn variants() -> Vec<(Config, StageConfig, usize)> {
     let mut all = Vec::new();
     for precision in ["f32", "bf16"] {
-        for kind in KINDS {
+        for kind in StageKind::ALL {
             all.push((tiny(precision), StageConfig::new(kind, 1, 6), 3));
         }
         let semantic = StageConfig { ema: true, ..StageConfig::new(StageKind::Semantic, 1, 6) };
