@@ -46,6 +46,7 @@ template <class Tile> constexpr int kResident = Tile::kAccRows * Tile::kAccCols 
 template <class T> struct Product {
     Grid grid;     // of the columns
     const T* x;    // what the columns are gathered from
+    InputNorm<T> norm;  // of x; only without VECTORS
     gemm::Matrix<T> a;
     float* sums;   // parts, a.cols, ld
     int64_t ld;    // a multiple of 4
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kResident<Tile>) grad_kernel(c
     gemm::Acc<Tile> acc;
     acc.clear();
     gemm::TileCopy<T, Tile::kDepth, Tile::kRows, Tile::kThreads, Tile::kVectors> copy_a(p.a, start, row0);
-    FixedColumns<T, Tile::kDepth, Tile::kCols, Tile::kThreads, VECTORS> copy_x(p.grid, p.x, start, col0);
+    FixedColumns<T, Tile::kDepth, Tile::kCols, Tile::kThreads, VECTORS> copy_x(p.grid, p.x, p.norm, start, col0);
     auto fill = [&](int slot) {
         unsigned char* const stage = smem + slot * (Tile::kBytesA + Tile::kBytesB);
         copy_a.start(stage);
@@ -159,7 +160,7 @@ struct Sizes {
     int64_t bytes() const { return parts * rows * ld * 4; }
 };
 
-bool exchangeable(const ett_conv2d_bwd_weight_args* a) { return a->stride == 1 && a->dw.dims[0] <= 8; }
+bool exchangeable(const ett_conv2d_bwd_weight_args* a) { return a->stride == 1 && a->dw.dims[0] <= 8 && !present(a->mean); }
 
 // The sizes of implementation `kernel`.
 Sizes sizes_of(const ett_conv2d_bwd_weight_args* a, const char* kernel) {
@@ -172,9 +173,11 @@ Sizes sizes_of(const ett_conv2d_bwd_weight_args* a, const char* kernel) {
     return cols <= 32 ? Sizes{out, cols, positions, 128, 32, depth, 4} : Sizes{out, cols, positions, 64, 64, depth, 3};
 }
 
+NormViews norm_of(const ett_conv2d_bwd_weight_args* a) { return {a->mean, a->rstd, a->gamma, a->beta}; }
+
 bool sound(Check& check, const ett_conv2d_bwd_weight_args* a) {
     return check.ok() && check_shapes(check, {"x", a->x}, {"dw", a->dw}, ETT_F32, {"dy", a->dy}, a->stride, a->pad_top, a->pad_left) &&
-           (!present(a->db) || check.vector("db", a->db, ETT_F32, a->dw.dims[0]));
+           check_norm(check, norm_of(a), a->x) && (!present(a->db) || check.vector("db", a->db, ETT_F32, a->dw.dims[0]));
 }
 
 bool no_weights(const ett_conv2d_bwd_weight_args* a) { return numel(a->dw) == 0 || numel(a->x) == 0 || numel(a->dy) == 0; }
@@ -209,7 +212,7 @@ extern "C" int32_t ett_conv2d_bwd_weight(const ett_conv2d_bwd_weight_args* a, co
     const char* const op = "conv2d_bwd_weight";
     Check check(op, a, l);
     if (!sound(check, a)) return check.status();
-    const bool vectors = wide(a->x) && wide(a->dy);
+    const bool vectors = wide(a->x) && wide(a->dy) && !present(a->mean);
     const char* best = choose_conv2d_bwd_weight_config(a->dw.dims[3], vectors, exchangeable(a));
     const char* kernel = check.choose(l, best, {{"exchanged", exchangeable(a)}, {"large", vectors}, {"narrow", true}});
     if (!check.ok()) return check.status();
@@ -233,7 +236,7 @@ extern "C" int32_t ett_conv2d_bwd_weight(const ett_conv2d_bwd_weight_args* a, co
     float* const sums = static_cast<float*>(l->workspace);
     int32_t status = with_act(a->x.dtype, [&](auto t) {
         using T = decltype(t);
-        const Product<T> p{grid_of(gathered, dense.dims[1], dense.dims[2], taps), data<const T>(gathered),
+        const Product<T> p{grid_of(gathered, dense.dims[1], dense.dims[2], taps), data<const T>(gathered), input_norm<T>(norm_of(a), cols(a->x)),
                            gemm::Matrix<T>{data<const T>(dense), rows(dense), cols(dense), stride(dense), wide(dense)}, sums, s.ld, int(s.row_tiles),
                            int(s.col_tiles), int(s.parts), int(s.steps)};
         auto go = [&](auto k, int threads, int smem) { return launch(op, k, dim3(unsigned(blocks)), dim3(threads), smem, l, p); };
