@@ -2,11 +2,11 @@
 // gathered tile by tile (gather.cuh).
 //
 //   conv2d_fwd       y[b,i,j,o] = bias[o] + sum_{u,v,c} x[b, i*stride + u - pad_top, j*stride + v - pad_left, c] w[o,u,v,c]
-//   conv2d_bwd_data  dx = gradient of y for x
+//   conv2d_bwd_data  dx = gradient of y for x, plus bias[c]: a transposed convolution
 //
 // x, dx  B,H,W,C    act  pixels of any stride  in, out
 // w      O,kh,kw,C  act  rows of any stride    in
-// bias   O          act  contiguous            in, may be absent
+// bias   O; C       act  contiguous            in, may be absent
 // y, dy  B,H',W',O  act  pixels of any stride  out, in
 //
 // Pixels outside of the image count as 0; how far y reaches over it at the bottom and on the right is up to H' and W'.
@@ -456,7 +456,7 @@ bool sound(Check& check, const ett_conv2d_fwd_args* a) {
 bool sound(Check& check, const ett_conv2d_bwd_data_args* a) {
     if (!check.ok() || !check_shapes(check, {"dx", a->dx}, {"w", a->w}, a->dy.dtype, {"dy", a->dy}, a->stride, a->pad_top, a->pad_left) ||
         !check.all_or_none({{"x", &a->x}, {"mean", &a->mean}}) || !check_like(check, "x", a->x, a->dx) || !check_norm(check, norm_of(a), a->dx) ||
-        !check_like(check, "skip", a->skip, a->dx))
+        !check_like(check, "skip", a->skip, a->dx) || (present(a->bias) && !check.vector("bias", a->bias, a->dy.dtype, cols(a->dx))))
         return false;
     if (!present(a->x))
         return check.require(!present(a->skip), "skip", "present", "absent, as x is") &&
@@ -606,7 +606,7 @@ extern "C" int32_t ett_conv2d_bwd_data(const ett_conv2d_bwd_data_args* a, const 
                                 ny * nx > 0 ? begin(first_y, first_x) : 0, int(y), int(x)};
             const bool last = y + 1 == std::min<int64_t>(step, h) && x + 1 == std::min<int64_t>(step, wd);
             if (count < kPhases && !last) continue;
-            const int32_t status = run(op, check, a->dy, l->workspace, nullptr, a->dx, step, layouts, count, through ? fused : plain, kernel, l);
+            const int32_t status = run(op, check, a->dy, l->workspace, present(a->bias) ? &a->bias : nullptr, a->dx, step, layouts, count, through ? fused : plain, kernel, l);
             if (status != ETT_OK) return status;
             count = 0;
         }
