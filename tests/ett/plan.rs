@@ -186,6 +186,42 @@ fn recomputation_saves_memory_and_costs_a_forward() -> Outcome {
     Ok(())
 }
 
+/// The sizes of the paper's second stage: 3.6 GiB of activations a picture with cheap recomputation (as much as PyTorch's
+/// compiler needs), and 16 pictures on a card of 80 GB with recomputed blocks. On such a card, `auto` chooses accordingly.
+#[test]
+fn the_second_stage_of_the_paper_fits() -> Outcome {
+    let memory = parse_memory("80GB")?;
+    for target in targets() {
+        let stage = |batch| StageConfig::new(StageKind::Semantic, 1, batch);
+        let with = |what| {
+            let mut cfg = paper();
+            cfg.train.recompute = what;
+            cfg
+        };
+        let activations = |batch| -> ett::error::Result<f64> {
+            let p = plan_stage(&with(Recompute::Cheap), &stage(batch), target)?;
+            Ok(bytes(&p, Role::Activation) as f64 / (1u64 << 30) as f64)
+        };
+        let each = (activations(8)? - activations(4)?) / 4.0;
+        assert!(each <= 3.6, "{target}: {each:.3} GiB of activations a picture");
+        let most = largest_batch(&with(Recompute::Blocks), &stage(1), target, memory)?;
+        assert!(most >= 16, "{target}: {most} pictures in 80 GB");
+        let text = plan(&Config { stage: vec![stage(16)], ..with(Recompute::Auto) }, target, Some(memory))?;
+        assert!(text.contains("bf16 precision, blocks recomputed"), "{text}");
+        let text = plan(&Config { stage: vec![stage(4)], ..with(Recompute::Auto) }, target, Some(memory))?;
+        assert!(text.contains("bf16 precision, nothing recomputed"), "{text}");
+        println!(
+            "{target}: {each:.3} GiB of activations a picture with cheap recomputation, {most} pictures in 80 GB"
+        );
+    }
+    Ok(())
+}
+
+/// The targets that this build can plan for.
+fn targets() -> Vec<Target> {
+    ["cpu", "cuda"].iter().filter_map(|name| Target::named(name, 1).ok()).collect()
+}
+
 #[test]
 fn parts_save_memory_too() -> Outcome {
     let cfg = paper();
