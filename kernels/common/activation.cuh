@@ -30,7 +30,12 @@ template <class T> __device__ __forceinline__ float root(float x) {
 }
 
 // 1 / (1 + e^-x).
-template <class T> __device__ __forceinline__ float sigmoid(float x) { return quotient<T>(1.f, 1.f + exponential<T>(-x)); }
+template <class T> __device__ __forceinline__ float sigmoid(float x) {
+    if constexpr (sizeof(T) == 2)
+        return reciprocal_approx(1.f + exponential<T>(-x));
+    else
+        return 1.f / (1.f + exponential<T>(-x));
+}
 
 template <class T> __device__ __forceinline__ float silu(float x) { return x * sigmoid<T>(x); }
 template <class T> __device__ __forceinline__ float silu_slope(float x) {

@@ -65,11 +65,35 @@ struct Place {
     }
 };
 
-// The sum over the eight lanes that hold the same columns.
-__device__ __forceinline__ float rows_sum(float v) {
+// Sums N values over the eight lanes that hold the same columns. At each step a lane keeps one half of the values, by a bit
+// of its number, so that v[0 .. N/8) are in the end those of columns `kept<N>()` and following.
+template <int N> __device__ __forceinline__ void rows_sum(float (&v)[N]) {
+    const int lane = int(threadIdx.x) % 32;
+    int half = N / 2;
 #pragma unroll
-    for (int d = 4; d < 32; d *= 2) v += __shfl_xor_sync(kAllLanes, v, d);
-    return v;
+    for (int d = 16; d >= 4; d /= 2, half /= 2) {
+        const bool upper = lane & d;
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) {
+            if (i >= half) continue;
+            const float send = upper ? v[i] : v[i + half], keep = upper ? v[i + half] : v[i];
+            v[i] = keep + __shfl_xor_sync(kAllLanes, send, d);
+        }
+    }
+}
+// What rows_sum keeps of values that are the same in these lanes.
+template <int N> __device__ __forceinline__ void rows_keep(float (&v)[N]) {
+    const int lane = int(threadIdx.x) % 32;
+    int half = N / 2;
+#pragma unroll
+    for (int d = 16; d >= 4; d /= 2, half /= 2)
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i)
+            if (i < half && (lane & d)) v[i] = v[i + half];
+}
+template <int N> __device__ __forceinline__ int kept() {
+    const int lane = int(threadIdx.x) % 32;
+    return (lane / 16 * 4 + lane / 8 % 2 * 2 + lane / 4 % 2) * (N / 8);
 }
 
 template <int COLS, bool NORM, bool THROUGH> __global__ void __launch_bounds__(kThreads, 2) halo_kernel(const __grid_constant__ Product p) {
@@ -103,14 +127,16 @@ template <int COLS, bool NORM, bool THROUGH> __global__ void __launch_bounds__(k
         if (q >= kPixels || !g.inside(line_of(q), column_of(q))) return;
         bf16* const to = reinterpret_cast<bf16*>(smem + chunk % 2 * kBytes + gemm::swizzled<kPieces>(q, piece));
         const float* const scale = smem_norm + (chunk * kDepth + piece * 8) * 2;
-#pragma unroll 1
-        for (int half = 0; half < 8; half += 4) {  // few registers are left
-            float v[4];
-            load(v, to + half);
+        float v[8];
+        load(v, to);
 #pragma unroll
-            for (int e = 0; e < 4; ++e) v[e] = silu<bf16>(fmaf(v[e], scale[2 * (half + e)], scale[2 * (half + e) + 1]));
-            store<4>(to + half, v);
+        for (int e = 0; e < 8; e += 2) {
+            float two[4];  // scale and shift of two channels
+            load(two, scale + 2 * e);
+            v[e] = silu<bf16>(fmaf(v[e], two[0], two[1]));
+            v[e + 1] = silu<bf16>(fmaf(v[e + 1], two[2], two[3]));
         }
+        store<8>(to, v);
     };
     int from_w = (at.col0 + pixel) * p.ld_w + piece * 8;  // elements
     const int rest_w = p.outputs - at.col0 - pixel;
@@ -207,66 +233,75 @@ template <int COLS, bool NORM, bool THROUGH> __global__ void __launch_bounds__(k
     cp_async_wait<0>();
     __syncthreads();  // all warps are done with the stages; what is added to the results has arrived
 
-    bool inside[Tile::kAccRows];
+    unsigned inside = 0;  // of the rows, which of the thread's
 #pragma unroll
     for (int i = 0; i < Tile::kAccRows; ++i)
-        inside[i] = at.row0 + Tile::row(i) / kAcross < g.rows && at.first + Tile::row(i) % kAcross < g.cols;
+        inside |= unsigned(at.row0 + Tile::row(i) / kAcross < g.rows && at.first + Tile::row(i) % kAcross < g.cols) << i;
     const int lines = min(max(g.rows - at.row0 - Tile::warp_row() / kAcross, 0), 4), warp_n = lines * min(g.cols - at.first, kAcross);
     float(*const smem_sums)[COLS][2] = reinterpret_cast<float(*)[COLS][2]>(smem);  // [warps of the same columns]
+    const bool with_sums = THROUGH || p.partials, with_extra = THROUGH || p.extra;
+    // Per column: with THROUGH the sums of g and of g * xhat; else the first of the warp's results, the sum of the differences
+    // from it and that of their squares.
+    float pivot[Tile::kAccCols], sums[Tile::kAccCols], products[Tile::kAccCols];
 #pragma unroll
     for (int j = 0; j < Tile::kAccCols; j += 2) {
         const int of = Tile::col(j), col = at.col0 + of;
         const float bias[2] = {p.bias && col < p.outputs ? to_float(p.bias[col]) : 0.f, p.bias && col + 1 < p.outputs ? to_float(p.bias[col + 1]) : 0.f};
+        auto place = [&](int i) { return reinterpret_cast<bf16*>(smem_y + gemm::swizzled<kOutPieces>(Tile::row(i), of / 8)) + of % 8; };
+        float x[Tile::kAccRows][2] = {};
+        if (with_extra) {
+#pragma unroll
+            for (int i = 0; i < Tile::kAccRows; ++i) ett::load(x[i], place(i));
+        }
+#pragma unroll
+        for (int e = 0; e < 2; ++e) sums[j + e] = products[j + e] = 0.f;
         float norm[2][4];  // mean, rstd, gamma, beta
         if constexpr (THROUGH) {
             ett::load(norm[0], smem_norm + of * 4);
             ett::load(norm[1], smem_norm + of * 4 + 4);
         }
-        float sums[2][2] = {};
 #pragma unroll
         for (int i = 0; i < Tile::kAccRows; ++i) {
-            bf16* const to = reinterpret_cast<bf16*>(smem_y + gemm::swizzled<kOutPieces>(Tile::row(i), of / 8)) + of % 8;
+            const bool counts = inside >> i & 1;
             float v[2] = {acc.at(i, j) + bias[0], acc.at(i, j + 1) + bias[1]};
             if constexpr (THROUGH) {
-                float x[2];
-                ett::load(x, to);
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    const float xhat = (x[e] - norm[e][0]) * norm[e][1];
-                    v[e] = inside[i] ? v[e] * silu_slope<bf16>(xhat * norm[e][2] + norm[e][3]) : 0.f;
-                    sums[e][0] += v[e];
-                    sums[e][1] += v[e] * xhat;
+                    const float xhat = (x[i][e] - norm[e][0]) * norm[e][1];
+                    v[e] = counts ? v[e] * silu_slope<bf16>(fmaf(xhat, norm[e][2], norm[e][3])) : 0.f;
+                    sums[j + e] += v[e];
+                    products[j + e] = fmaf(v[e], xhat, products[j + e]);
                 }
-            } else if (p.extra) {
-                float x[2];
-                ett::load(x, to);
-                v[0] += x[0];
-                v[1] += x[1];
-            }
-            store<2>(to, v);
-            if constexpr (!THROUGH) {
-                // For the statistics, as rounded.
-                acc.at(i, j) = rounded<bf16>(v[0]);
-                acc.at(i, j + 1) = rounded<bf16>(v[1]);
-                if (inside[i]) sums[0][0] += acc.at(i, j), sums[1][0] += acc.at(i, j + 1);
-            }
-        }
-        if (THROUGH || p.partials) {
+                store<2>(place(i), v);
+            } else {
+                const float r[2] = {rounded<bf16>(v[0] + x[i][0]), rounded<bf16>(v[1] + x[i][1])};
+                store<2>(place(i), r);
+                if (with_sums) {
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                sums[e][0] = rows_sum(sums[e][0]);
-                if constexpr (!THROUGH) {
-                    // The mean, then the squares of the differences from it.
-                    sums[e][0] = warp_n > 0 ? sums[e][0] / float(warp_n) : 0.f;
-#pragma unroll
-                    for (int i = 0; i < Tile::kAccRows; ++i) {
-                        const float d = acc.at(i, j + e) - sums[e][0];
-                        if (inside[i]) sums[e][1] += d * d;
+                    for (int e = 0; e < 2; ++e) {
+                        if (i == 0) pivot[j + e] = __shfl_sync(kAllLanes, r[e], lane % 4);
+                        const float d = counts ? r[e] - pivot[j + e] : 0.f;
+                        sums[j + e] += d;
+                        products[j + e] = fmaf(d, d, products[j + e]);
                     }
                 }
-                sums[e][1] = rows_sum(sums[e][1]);
-                if (lane / 4 == 0) store<2>(smem_sums[Tile::warp_row() / 64][of + e], sums[e]);
             }
+        }
+    }
+    if (with_sums) {
+        rows_sum(sums);
+        rows_sum(products);
+        if constexpr (!THROUGH) rows_keep(pivot);
+#pragma unroll
+        for (int k = 0; k < Tile::kAccCols / 8; ++k) {
+            float two[2] = {sums[k], products[k]};
+            if constexpr (!THROUGH) {
+                // The mean and the sum of squared differences from it.
+                const float d = warp_n > 0 ? sums[k] / float(warp_n) : 0.f;
+                two[0] = warp_n > 0 ? pivot[k] + d : 0.f;
+                two[1] = fmaxf(products[k] - sums[k] * d, 0.f);
+            }
+            store<2>(smem_sums[Tile::warp_row() / 64][Tile::col(kept<Tile::kAccCols>() + k)], two);
         }
     }
     __syncthreads();  // the results and the sums are visible

@@ -13,7 +13,7 @@ template <class T> struct InputNorm {
     const T *gamma, *beta;
     int groups, width;
 
-    __device__ __forceinline__ bool present() const { return mean != nullptr; }
+    __host__ __device__ __forceinline__ bool present() const { return mean != nullptr; }
     // SiLU(GroupNorm(x)), rounded, of channel c of an image.
     __device__ __forceinline__ T apply(T x, int image, int c) const {
         const int64_t at = int64_t(image) * groups + c / width;

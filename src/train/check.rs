@@ -130,7 +130,7 @@ fn losses(model: &Ett, stage: &Stage, state: &StepState, out: &Outcome) -> Resul
     let l = &model.cfg.loss;
     let mut entries = Vec::new();
     let mut value = std::collections::HashMap::new();
-    for loss in Loss::ALL {
+    for loss in Loss::ALL.into_iter().filter(|&l| l != Loss::Code || stage.recipe.codes) {
         let v = out.value(model, loss)?;
         value.insert(loss, v);
         entries.push(number(&format!("loss.{}", loss.name()), v));
@@ -147,7 +147,8 @@ fn losses(model: &Ett, stage: &Stage, state: &StepState, out: &Outcome) -> Resul
     let d = state.get(Loss::DHinge.slot()) * value[&Loss::DHinge]
         + state.get(Loss::DLecam.slot()) * value[&Loss::DLecam];
     entries.push(number("loss.vq", vq));
-    entries.push(number("loss.total", value[&Loss::Cap] + value[&Loss::Code] + alpha * vq));
+    entries
+        .push(number("loss.total", value[&Loss::Cap] + value.get(&Loss::Code).unwrap_or(&0.0) + alpha * vq));
     entries.push(number("loss.d_loss", d));
     Ok(entries)
 }

@@ -30,7 +30,7 @@ const DIM: usize = 8;
 /// whose BatchNorm sees few values, and less of all others; an error by a factor of two is at least 0.4.
 const BOUND: f64 = 0.25;
 /// `[B, H, W, 3]`: 36 tokens per picture.
-const PICTURES: [usize; 4] = [2, 24, 24, 3];
+const PICTURES: [usize; 4] = [4, 24, 24, 3];
 const CODES: usize = 4;
 
 /// The trained arm and its quantizer.
@@ -316,7 +316,7 @@ fn operands_in_f32_are_not_rounded() -> Outcome {
         let (z, _) = model.tokenizer.encode(&t, &model.params, &[x])?;
         let codes = model.tokenizer.codes(&t, &model.params)?;
         let q =
-            model.tokenizer.quantize(&t, &z, &codes, &tensor(dev, DType::F32, &[1.0 / 72.0], [1]), true)?;
+            model.tokenizer.quantize(&t, &z, &codes, &tensor(dev, DType::F32, &[1.0 / 144.0], [1]), true)?;
         let (zq, idx, _) = model.look_up(&t, &z, &codes)?;
         assert_eq!(q.idx.to_host::<i32>(dev)?, idx.to_host::<i32>(dev)?);
         assert_eq!(q.zq.value().to_f64(dev)?, zq.value().to_f64(dev)?);

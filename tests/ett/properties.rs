@@ -198,12 +198,13 @@ fn convolutions_of_normalised_pictures() {
             && x[3].is_multiple_of(groups)
             && [1, 2, 4].contains(&of_y);
         holds(fits.then(|| vec![residual.clone()]), |t| {
-            let (x, scale, w, residual) = (t.leaf(&x), t.leaf(&scale), t.leaf(&w), t.leaf(&residual));
+            let (x, w, residual) = (t.leaf(&x), t.leaf(&w), t.leaf(&residual));
+            let (scale, shift) = (t.leaf(&scale), t.leaf(&scale));
             let stats = ops::group_stats(&t.tape, &x, groups, 1e-5)?;
-            let norm = Some(InputNorm { stats: &stats, w: &scale, b: &scale });
+            let norm = Some(InputNorm { stats: &stats, w: &scale, b: &shift });
             let with = ConvWith { norm, residual: Some(&residual), stats: Some((of_y, 1e-5)) };
             let y = ops::conv2d_with(&t.tape, &x, &w, None, Conv::same(3), with)?.0;
-            Ok((vec![x, scale, w, residual], vec![y]))
+            Ok((vec![x, scale, shift, w, residual], vec![y]))
         })
     });
 }
@@ -338,6 +339,13 @@ fn larger_and_smaller_pictures() {
             let x = t.leaf(&x);
             let y = ops::upsample2x(&t.tape, &x)?;
             Ok((vec![x], vec![y]))
+        })?;
+        let doubled = |i: usize| 2 * x.get(i).copied().unwrap_or(0);
+        let c = x.last().copied().unwrap_or(0);
+        holds(picture.then(|| vec![vec![x[0], doubled(1), doubled(2), 5]]), |t| {
+            let (x, w) = (t.leaf(&x), t.leaf(&[5, 3, 3, c]));
+            let y = ops::upsample2x_conv2d(&t.tape, &x, &w, None)?;
+            Ok((vec![x, w], vec![y]))
         })?;
         holds(picture.then(|| vec![vec![x[0], x[1] / 2, x[2] / 2, x[3]]]), |t| {
             let x = t.leaf(&x);
