@@ -108,6 +108,35 @@ pub enum Operands {
     F32,
 }
 
+/// What the backward pass computes again instead of keeping it. The bits are the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Recompute {
+    /// The least of the others with which the stage fits into the device's memory, according to its plan.
+    Auto,
+    /// Nothing.
+    None,
+    /// The outputs of norms and activation functions, the products of SwiGLU among them.
+    Cheap,
+    /// These, and everything inside of a block but its input.
+    Blocks,
+}
+
+impl Recompute {
+    /// From the fastest to the one that takes the least memory.
+    pub const CHOICES: [Recompute; 3] = [Recompute::None, Recompute::Cheap, Recompute::Blocks];
+
+    /// As in a configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Recompute::Auto => "auto",
+            Recompute::None => "none",
+            Recompute::Cheap => "cheap",
+            Recompute::Blocks => "blocks",
+        }
+    }
+}
+
 /// The quantization term that beta is the weight of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -377,8 +406,10 @@ pub struct TrainConfig {
     pub precision: String,
     /// CPU threads, at most 1024; 0: one per core.
     pub threads: usize,
-    /// Save only the inputs of each block for the backward and recompute the rest: less memory, the same bits.
-    pub recompute: bool,
+    /// What the backward pass computes again instead of keeping it, with the same bits: `none`; `cheap`: norms and
+    /// activation functions; `blocks`: also the inside of residual, attention and transformer blocks; `auto`: the first of
+    /// these that fits into the device's memory.
+    pub recompute: Recompute,
     /// Steps between checkpoints; 0: only at the end of each stage.
     pub save_every: usize,
     /// Number of checkpoints to keep.
@@ -405,7 +436,7 @@ impl Default for TrainConfig {
             seed: 1,
             precision: "f32".into(),
             threads: 0,
-            recompute: false,
+            recompute: Recompute::Auto,
             save_every: 500,
             keep: 3,
             eval_every: 0,
@@ -536,6 +567,24 @@ pub enum StageKind {
 }
 
 impl StageKind {
+    /// All of them, in the order in which a model goes through them.
+    pub const ALL: [StageKind; 6] = [
+        StageKind::Tokenizer,
+        StageKind::Text,
+        StageKind::Align,
+        StageKind::Semantic,
+        StageKind::Chat,
+        StageKind::Gen,
+    ];
+
+    /// The kind with this name.
+    pub fn named(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name).ok_or_else(|| {
+            let names = Self::ALL.map(StageKind::name).join(", ");
+            Error::config("stage", name, format!("one of {names}"))
+        })
+    }
+
     /// Lower-case name.
     pub fn name(self) -> &'static str {
         match self {

@@ -100,13 +100,13 @@ pub fn benches(b: &mut Bench) {
     for of in shapes(b.gpu) {
         let Conv { x: image, outputs, taps, to, stride, pad } = of;
         let (kernel, result) = ([outputs, taps, taps, image[3]], [image[0], to, to, outputs]);
-        let (shape, pad_top, pad_left) = (of.name(), pad, pad);
+        let shape = of.name();
         b.kernel("conv2d_fwd", &shape, dtype, &|dev, seed| {
             let (x, w, y) =
                 (normal(dev, dtype, image, seed)?, normal(dev, dtype, kernel, 2)?, out(dev, dtype, result)?);
             let run = move |dev: &dyn Kernels| {
                 let (x, w, y) = (x.view(), w.view(), y.out());
-                let a = Conv2dFwd { x, w, bias: None, y, stride, pad_top, pad_left };
+                let a = Conv2dFwd::plain([x, w], None, y, stride, [pad, pad]);
                 call(&a, |a| dev.conv2d_fwd(Stream::COMPUTE, a))
             };
             Ok((Box::new(run), None))
@@ -116,7 +116,7 @@ pub fn benches(b: &mut Bench) {
                 (normal(dev, dtype, result, seed)?, normal(dev, dtype, kernel, 2)?, out(dev, dtype, image)?);
             let run = move |dev: &dyn Kernels| {
                 let (dy, w, dx) = (dy.view(), w.view(), dx.out());
-                let a = Conv2dBwdData { dy, w, dx, stride, pad_top, pad_left };
+                let a = Conv2dBwdData::plain([dy, w], dx, stride, [pad, pad]);
                 call(&a, |a| dev.conv2d_bwd_data(Stream::COMPUTE, a))
             };
             Ok((Box::new(run), None))
@@ -128,7 +128,7 @@ pub fn benches(b: &mut Bench) {
                 let (dw, db) = (out(dev, acc(dtype), kernel)?, out(dev, acc(dtype), [outputs])?);
                 let run = move |dev: &dyn Kernels| {
                     let (x, dy, dw, db) = (x.view(), dy.view(), dw.acc(), bias.then(|| db.acc()));
-                    let a = Conv2dBwdWeight { x, dy, dw, db, stride, pad_top, pad_left };
+                    let a = Conv2dBwdWeight::plain([x, dy], dw, db, stride, [pad, pad]);
                     call(&a, |a| dev.conv2d_bwd_weight(Stream::COMPUTE, a))
                 };
                 Ok((Box::new(run), None))

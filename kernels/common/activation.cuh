@@ -21,8 +21,21 @@ template <class T> __device__ __forceinline__ float quotient(float a, float b) {
         return a / b;
 }
 
+// The square root of x >= 0.
+template <class T> __device__ __forceinline__ float root(float x) {
+    if constexpr (sizeof(T) == 2)
+        return sqrt_approx(x);
+    else
+        return sqrtf(x);
+}
+
 // 1 / (1 + e^-x).
-template <class T> __device__ __forceinline__ float sigmoid(float x) { return quotient<T>(1.f, 1.f + exponential<T>(-x)); }
+template <class T> __device__ __forceinline__ float sigmoid(float x) {
+    if constexpr (sizeof(T) == 2)
+        return reciprocal_approx(1.f + exponential<T>(-x));
+    else
+        return 1.f / (1.f + exponential<T>(-x));
+}
 
 template <class T> __device__ __forceinline__ float silu(float x) { return x * sigmoid<T>(x); }
 template <class T> __device__ __forceinline__ float silu_slope(float x) {

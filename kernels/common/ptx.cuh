@@ -55,6 +55,37 @@ __device__ __forceinline__ float exp2_approx(float x) {
 #endif
 }
 
+// The square root of x >= 0, approximate (relative error 2^-22).
+__device__ __forceinline__ float sqrt_approx(float x) {
+#ifdef ETT_SHIM
+    return sqrtf(x);
+#else
+    float y;
+    asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
+// 1 / x, approximate (relative error 2^-23); flushes to 0 on underflow.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+#ifdef ETT_SHIM
+    return 1.0f / x;
+#else
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
+// v, as a value of which the compiler knows nothing: what is computed from it is not moved out of a loop, into registers
+// that are few.
+__device__ __forceinline__ int opaque(int v) {
+#ifndef ETT_SHIM
+    asm volatile("" : "+r"(v));
+#endif
+    return v;
+}
+
 // Stores 16 or 8 bytes to global memory as one access, aligned to its size. (The compiler splits some vector stores
 // that it moves.)
 __device__ __forceinline__ void store_global_bytes(void* p, const uint32_t (&v)[4]) {

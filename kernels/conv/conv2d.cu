@@ -2,11 +2,11 @@
 // gathered tile by tile (gather.cuh).
 //
 //   conv2d_fwd       y[b,i,j,o] = bias[o] + sum_{u,v,c} x[b, i*stride + u - pad_top, j*stride + v - pad_left, c] w[o,u,v,c]
-//   conv2d_bwd_data  dx = gradient of y for x
+//   conv2d_bwd_data  dx = gradient of y for x, plus bias[c]: a transposed convolution
 //
 // x, dx  B,H,W,C    act  pixels of any stride  in, out
 // w      O,kh,kw,C  act  rows of any stride    in
-// bias   O          act  contiguous            in, may be absent
+// bias   O; C       act  contiguous            in, may be absent
 // y, dy  B,H',W',O  act  pixels of any stride  out, in
 //
 // Pixels outside of the image count as 0; how far y reaches over it at the bottom and on the right is up to H' and W'.
@@ -24,7 +24,8 @@
 // workspace: a copy of w, with O rows padded to 16 bytes; none for conv2d_fwd if w has this form.
 // work: 2*B*H'*W'*O*kh*kw*C FLOP; (B*H*W*C + O*kh*kw*C + B*H'*W'*O) * size bytes.
 // limits: coordinates below 2^28, fewer than 2^31 pixels; fewer than 2^31 elements in kh lines; fewer than 2^29 tiles.
-#include "gather.cuh"
+#include "../norm/channels.cuh"
+#include "halo.cuh"
 #include "pieces.cuh"
 
 namespace ett {
@@ -73,7 +74,9 @@ constexpr int kPhases = 4;  // of one launch
 
 template <class T> struct Product {
     const T* x;
-    const T* bias;  // may be null
+    InputNorm<T> norm;  // of x; only without VECTORS
+    const T* bias;      // may be null
+    ett::Matrix<const T> residual;  // in the shape of y; may be absent
     T* y;
     int64_t ld;  // of y
     int outputs, out_h, out_w, out_step, phases;
@@ -108,7 +111,7 @@ __global__ void __launch_bounds__(Tile::kThreads, resident<Tile>()) conv_kernel(
     const int64_t depth = g.depth();
     if (depth > 0) {
         const gemm::Matrix<T> w{phase.w, p.outputs, depth, padded<T>(depth), true};
-        FixedRows<T, Tile::kRows, Tile::kDepth, Tile::kThreads, VECTORS> copy_x(g, p.x, row0);
+        FixedRows<T, Tile::kRows, Tile::kDepth, Tile::kThreads, VECTORS> copy_x(g, p.x, p.norm, row0);
         gemm::TileCopy<T, Tile::kCols, Tile::kDepth, Tile::kThreads, true> copy_w(w, col0, 0);
         auto fill = [&](int slot) {
             unsigned char* const stage = smem + slot * (Tile::kBytesA + Tile::kBytesB);
@@ -131,7 +134,12 @@ __global__ void __launch_bounds__(Tile::kThreads, resident<Tile>()) conv_kernel(
         const float bias0 = p.bias && one ? to_float(p.bias[col]) : 0.f, bias1 = p.bias && two ? to_float(p.bias[col + 1]) : 0.f;
 #pragma unroll
         for (int i = 0; i < Tile::kAccRows; ++i) {
-            const float v[2] = {acc.at(i, j) + bias0, acc.at(i, j + 1) + bias1};
+            float v[2] = {acc.at(i, j) + bias0, acc.at(i, j + 1) + bias1};
+            if (p.residual.ptr && smem_pixel[Tile::row(i)] >= 0) {
+                const T* const more = p.residual.row(smem_pixel[Tile::row(i)]) + col;
+                if (one) v[0] += to_float(more[0]);
+                if (two) v[1] += to_float(more[1]);
+            }
             if (wide) {
                 const int at = gemm::swizzled<kPieces>(Tile::row(i), Tile::col(j) / kWide<T>) + Tile::col(j) % kWide<T> * int(sizeof(T));
                 store<2>(reinterpret_cast<T*>(smem + at), v);
@@ -222,6 +230,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 256 / Tile::kThreads) few_kern
             for (int v = 0; v < g.taps_x; ++v) sum += from[(u * g.taps_x + v) * kLine + v];
         if (p.bias) sum += to_float(p.bias[o]);
         const int64_t pixel = (int64_t(image) * p.out_h + (row0 + i) * p.out_step + phase.first_y) * p.out_w + (col0 + j) * p.out_step + phase.first_x;
+        if (p.residual.ptr) sum += to_float(p.residual.row(pixel)[o]);
         p.y[pixel * p.ld + o] = from_float<T>(sum);
     }
 }
@@ -288,13 +297,14 @@ transpose_kernel(const T* w, int64_t ld, int outputs, int taps_y, int taps_x, in
 
 // ---- host ------------------------------------------------------------------------------------------------
 
-// `positions`: of all phases. `few`: few_kernel supports the call.
-const char* choose_conv2d_config(int64_t positions, int64_t outputs, bool vectors, bool few, int32_t dtype, int multiprocessors) {
+// `positions`: of all phases. `halo`, `few`: these kernels support the call; `vectors`: those of whole pieces do.
+const char* choose_conv2d_config(int64_t positions, int64_t outputs, bool vectors, bool halo, bool few, int32_t dtype, int multiprocessors) {
     if (few) return "few";
-    if (!vectors) return "plain";
+    if (!vectors) return halo ? "halo" : "plain";
     const bool narrow = outputs <= 64;
     const int64_t cols = narrow || dtype != ETT_BF16 ? 64 : 128;
-    return ceil_div(positions, 128) * ceil_div(outputs, cols) < multiprocessors ? "small" : narrow ? "medium" : "large";
+    if (ceil_div(positions, 128) * ceil_div(outputs, cols) < multiprocessors) return "small";
+    return halo ? "halo" : narrow ? "medium" : "large";
 }
 
 // The phases of a launch, and where their weights lie.
@@ -304,11 +314,67 @@ struct Layout {
     int first_y, first_x;
 };
 
-// y = convolution of x by w, padded weights, phase by phase.
+// What a convolution does on its way in and out, beside bias.
+struct Fused {
+    NormViews norm;            // of x, or of what `through` was read with
+    const ett_view& residual;  // may be absent
+    const ett_view* through;   // the input of the norm through whose gradient the results pass; null: none
+    float* partials;           // of halo_kernel; null: none
+};
+
+// The number of tiles of an image of halo_kernel.
+channels::Tiles halo_tiles(int64_t rows, int64_t cols) { return {rows, cols, halo::kLines, halo::kAcross}; }
+
+// Whether halo_kernel supports a product of x, as far as shapes say so.
+bool halo_shape(const ett_view& x, int64_t outputs, int64_t taps_y, int64_t taps_x, int64_t step) {
+    return x.dtype == ETT_BF16 && taps_y == 3 && taps_x == 3 && step == 1 && cols(x) > 0 && cols(x) % halo::kDepth == 0 &&
+           cols(x) <= halo::kMostChannels && outputs <= halo::kMostOutputs;
+}
+
+int32_t run_halo(const char* op, const ett_view& x, const bf16* w, const ett_view* bias, const ett_view& y, const Grid& g, const Fused& fused,
+                 const ett_launch* l) {
+    const bool through = fused.through, normed = !through && present(fused.norm.mean);
+    const ett_view& extra = through ? *fused.through : fused.residual;
+    const channels::Tiles tiles = halo_tiles(g.rows, g.cols);
+    const int64_t o = cols(y), blocks = y.dims[0] * tiles.count;
+    const InputNorm<bf16> norm = input_norm<bf16>(fused.norm, through ? o : g.c);
+    const halo::Product p{g,
+                          data<const bf16>(x),
+                          normed ? norm : InputNorm<bf16>{},
+                          w,
+                          int(padded<bf16>(g.depth())),
+                          bias ? data<const bf16>(*bias) : nullptr,
+                          data<const bf16>(extra),
+                          present(extra) ? stride(extra) : 0,
+                          through ? norm : InputNorm<bf16>{},
+                          data<bf16>(y),
+                          stride(y),
+                          fused.partials,
+                          int(o),
+                          int(ceil_div(g.rows, halo::kLines)),
+                          int(ceil_div(g.cols, halo::kAcross)),
+                          wide(y),
+                          wide(extra)};
+    const auto go = [&](auto k, int smem, int64_t cols) {
+        return launch(op, k, dim3(unsigned(blocks * ceil_div(o, cols))), dim3(halo::kThreads), smem, l, p);
+    };
+    if (o <= 64 || blocks * ceil_div(o, 128) < multiprocessors())
+        return normed    ? go(halo::halo_kernel<64, true, false>, halo::smem_bytes<64, true, false>(g.c), 64)
+               : through ? go(halo::halo_kernel<64, false, true>, halo::smem_bytes<64, false, true>(g.c), 64)
+                         : go(halo::halo_kernel<64, false, false>, halo::smem_bytes<64, false, false>(g.c), 64);
+    return normed    ? go(halo::halo_kernel<128, true, false>, halo::smem_bytes<128, true, false>(g.c), 128)
+           : through ? go(halo::halo_kernel<128, false, true>, halo::smem_bytes<128, false, true>(g.c), 128)
+                     : go(halo::halo_kernel<128, false, false>, halo::smem_bytes<128, false, false>(g.c), 128);
+}
+
+// y = convolution of x by w, padded weights, phase by phase. `kernel`: the implementation that was chosen. Only "halo" uses
+// `through` and `partials`.
 int32_t run(const char* op, Check& check, const ett_view& x, const void* w, const ett_view* bias, const ett_view& y, int64_t out_step,
-            const Layout* layouts, int64_t count, const ett_launch* l) {
+            const Layout* layouts, int64_t count, const Fused& fused, const char*& kernel, const ett_launch* l) {
     const int64_t o = cols(y);
-    const bool vectors = wide(x);
+    const bool normed = !fused.through && present(fused.norm.mean), vectors = wide(x) && !normed;
+    const Grid& only = layouts[0].grid;
+    const bool halo = wide(x) && count == 1 && out_step == 1 && halo_shape(x, o, only.taps_y, only.taps_x, only.step);
     // With a larger step there are several launches, and `few` might not support all of them.
     bool few = vectors && o <= kMostOutputs && out_step <= 2;
     int64_t positions = 0, most_taps = 0;
@@ -318,15 +384,17 @@ int32_t run(const char* op, Check& check, const ett_view& x, const void* w, cons
         positions += g.positions;
         most_taps = std::max<int64_t>(most_taps, int64_t(g.taps_y) * g.taps_x);
     }
-    const char* best = choose_conv2d_config(positions, o, vectors, few, x.dtype, multiprocessors());
-    const char* kernel =
-        check.choose(l, best, {{"few", few}, {"large", vectors}, {"medium", vectors}, {"small", vectors}, {"plain", true}});
+    const char* best = choose_conv2d_config(positions, o, vectors, halo, few, x.dtype, multiprocessors());
+    kernel = check.choose(l, best, {{"few", few}, {"halo", halo}, {"large", vectors}, {"medium", vectors}, {"small", vectors}, {"plain", true}});
     if (!check.ok()) return check.status();
+    if (strcmp(kernel, "halo") == 0) return run_halo(op, x, static_cast<const bf16*>(w) + layouts[0].w, bias, y, only, fused, l);
     return with_act(x.dtype, [&](auto t) {
         using T = decltype(t);
         for (int64_t first = 0; first < count; first += kPhases) {
             Product<T> p{};
             p.x = data<const T>(x), p.bias = bias ? data<const T>(*bias) : nullptr, p.y = data<T>(y);
+            if (normed) p.norm = input_norm<T>(fused.norm, cols(x));
+            p.residual = matrix<const T>(fused.residual);
             p.ld = stride(y);
             p.outputs = int(o), p.out_h = int(y.dims[1]), p.out_w = int(y.dims[2]), p.out_step = int(out_step);
             p.phases = int(std::min<int64_t>(count - first, kPhases));
@@ -362,16 +430,41 @@ int32_t run(const char* op, Check& check, const ett_view& x, const void* w, cons
                                                          : regions(typename Sizes::template Few<64>{});
             if (status != ETT_OK) return status;
         }
-        return ett_done(kernel);
+        return int32_t(ETT_OK);
     });
 }
 
+NormViews norm_of(const ett_conv2d_fwd_args* a) { return {a->mean, a->rstd, a->gamma, a->beta}; }
+NormViews norm_of(const ett_conv2d_bwd_data_args* a) { return {a->mean, a->rstd, a->gamma, a->beta}; }
+
+// The images of the norms: of y, if its statistics are wanted, and of x.
+channels::Planes planes(const ett_conv2d_fwd_args* a) { return {a->y.dims[0], a->y.dims[1] * a->y.dims[2], cols(a->y), cols(a->y_mean)}; }
+channels::Planes planes(const ett_conv2d_bwd_data_args* a) { return {a->dx.dims[0], a->dx.dims[1] * a->dx.dims[2], cols(a->dx), cols(a->mean)}; }
+
+// `v`, if present, has the shape of `y`.
+bool check_like(Check& check, const char* name, const ett_view& v, const ett_view& y) {
+    return !present(v) || (check.matrix(name, v, y.dtype, rows(y), cols(y)) && check.image(name, v));
+}
+
 bool sound(Check& check, const ett_conv2d_fwd_args* a) {
-    return check.ok() && check_shapes(check, {"x", a->x}, {"w", a->w}, a->x.dtype, {"y", a->y}, a->stride, a->pad_top, a->pad_left) &&
-           (!present(a->bias) || check.vector("bias", a->bias, a->x.dtype, a->w.dims[0]));
+    if (!check.ok() || !check_shapes(check, {"x", a->x}, {"w", a->w}, a->x.dtype, {"y", a->y}, a->stride, a->pad_top, a->pad_left) ||
+        (present(a->bias) && !check.vector("bias", a->bias, a->x.dtype, a->w.dims[0])) || !check_like(check, "residual", a->residual, a->y) ||
+        !check_norm(check, norm_of(a), a->x) || !check_statistics(check, "y_mean", a->y_mean, "y_rstd", a->y_rstd, a->y))
+        return false;
+    return !present(a->y_mean) || check.require(channels::fits(planes(a)), "y", "too many images", "less than 2^30 tiles of 32 channels");
 }
 bool sound(Check& check, const ett_conv2d_bwd_data_args* a) {
-    return check.ok() && check_shapes(check, {"dx", a->dx}, {"w", a->w}, a->dy.dtype, {"dy", a->dy}, a->stride, a->pad_top, a->pad_left);
+    if (!check.ok() || !check_shapes(check, {"dx", a->dx}, {"w", a->w}, a->dy.dtype, {"dy", a->dy}, a->stride, a->pad_top, a->pad_left) ||
+        !check.all_or_none({{"x", &a->x}, {"mean", &a->mean}}) || !check_like(check, "x", a->x, a->dx) || !check_norm(check, norm_of(a), a->dx) ||
+        !check_like(check, "skip", a->skip, a->dx) || (present(a->bias) && !check.vector("bias", a->bias, a->dy.dtype, cols(a->dx))))
+        return false;
+    if (!present(a->x))
+        return check.require(!present(a->skip), "skip", "present", "absent, as x is") &&
+               check.require(!present(a->dgamma), "dgamma", "present", "absent, as x is") &&
+               check.require(!present(a->dbeta), "dbeta", "present", "absent, as x is");
+    return (!present(a->dgamma) || check.vector("dgamma", a->dgamma, ETT_F32, cols(a->dx))) &&
+           (!present(a->dbeta) || check.vector("dbeta", a->dbeta, ETT_F32, cols(a->dx))) &&
+           check.require(channels::fits(planes(a)), "x", "too many images", "less than 2^30 tiles of 32 channels");
 }
 
 // Elements of the padded copy of w.
@@ -384,10 +477,10 @@ bool is_packed(const ett_view& w) {
     return contiguous(w) && reinterpret_cast<uintptr_t>(w.ptr) % 16 == 0 && w.dims[1] * w.dims[2] * w.dims[3] * dtype_size(w.dtype) % 16 == 0;
 }
 
-int64_t bytes_of(const ett_conv2d_fwd_args* a) {
+int64_t weights_bytes(const ett_conv2d_fwd_args* a) {
     return numel(a->y) == 0 || numel(a->w) == 0 || is_packed(a->w) ? 0 : packed_size(a->w) * dtype_size(a->w.dtype);
 }
-int64_t bytes_of(const ett_conv2d_bwd_data_args* a) {
+int64_t weights_bytes(const ett_conv2d_bwd_data_args* a) {
     if (numel(a->dx) == 0 || numel(a->w) == 0) return 0;
     const int64_t* d = a->w.dims;
     return with_act(a->w.dtype, [&](auto t) {
@@ -395,6 +488,24 @@ int64_t bytes_of(const ett_conv2d_bwd_data_args* a) {
         return phases_end<T>(int(d[1]), int(d[2]), int(a->stride), int(d[3]), int(d[0])) * int64_t(sizeof(T));
     });
 }
+
+// Bytes of what follows the weights: partial sums of statistics, for any implementation.
+int64_t sums_bytes(const ett_conv2d_fwd_args* a) {
+    if (!present(a->y_mean)) return 0;
+    const channels::Planes s = planes(a);
+    const bool halo = halo_shape(a->x, a->w.dims[0], a->w.dims[1], a->w.dims[2], a->stride);
+    const int64_t of_halo = halo ? s.b * halo_tiles(a->y.dims[1], a->y.dims[2]).count * 2 * s.c * int64_t(sizeof(float)) : 0;
+    return std::max(channels::partials_bytes(s, a->y.dtype), of_halo);
+}
+int64_t sums_bytes(const ett_conv2d_bwd_data_args* a) {
+    if (!present(a->x) || numel(a->dx) == 0) return 0;
+    const channels::Planes s = planes(a);
+    const bool halo = halo_shape(a->dy, a->w.dims[3], a->w.dims[1], a->w.dims[2], a->stride);
+    const int64_t of_halo = halo ? channels::BackwardSpace::bytes(s, halo_tiles(a->dx.dims[1], a->dx.dims[2]).count) : 0;
+    return std::max(channels::backward_bytes(s, a->dx.dtype), of_halo);
+}
+
+template <class A> int64_t bytes_of(const A* a) { return round_up(weights_bytes(a), 256) + sums_bytes(a); }
 
 template <class A> int64_t workspace_of(const char* op, const A* a) {
     Check check(op, a);
@@ -414,10 +525,21 @@ extern "C" int32_t ett_conv2d_fwd(const ett_conv2d_fwd_args* a, const ett_launch
     const char* const op = "conv2d_fwd";
     Check check(op, a, l);
     if (!sound(check, a)) return check.status();
-    if (numel(a->y) == 0) return ett_done("");
+    if (numel(a->y) == 0 && (!present(a->y_mean) || numel(a->y_mean) == 0)) return ett_done("");
     if (!check.workspace(l, bytes_of(a))) return check.status();
+    unsigned char* const sums = static_cast<unsigned char*>(l->workspace) + round_up(weights_bytes(a), 256);
+    // Without pixels, the statistics are NaN.
+    const auto statistics = [&] {
+        return with_act(a->y.dtype, [&](auto t) {
+            return channels::launch_statistics<decltype(t)>(op, wide(a->y), planes(a), a->y, a->y_mean, a->y_rstd, false, a->eps, sums, l);
+        });
+    };
+    if (numel(a->y) == 0) {
+        const int32_t status = statistics();
+        return status == ETT_OK ? ett_done("") : status;
+    }
     const void* w = a->w.ptr;
-    if (bytes_of(a) > 0) {
+    if (weights_bytes(a) > 0) {
         w = l->workspace;
         const int32_t status = with_act(a->w.dtype, [&](auto t) {
             using T = decltype(t);
@@ -429,7 +551,14 @@ extern "C" int32_t ett_conv2d_fwd(const ett_conv2d_fwd_args* a, const ett_launch
     }
     const Taps taps{a->w.dims[1], a->w.dims[2], a->stride, -a->pad_top, -a->pad_left};
     const Layout whole{grid_of(a->x, a->y.dims[1], a->y.dims[2], taps), 0, 0, 0};
-    return run(op, check, a->x, w, present(a->bias) ? &a->bias : nullptr, a->y, 1, &whole, 1, l);
+    float* const partials = present(a->y_mean) ? reinterpret_cast<float*>(sums) : nullptr;
+    const char* kernel;
+    int32_t status = run(op, check, a->x, w, present(a->bias) ? &a->bias : nullptr, a->y, 1, &whole, 1, {norm_of(a), a->residual, nullptr, partials}, kernel, l);
+    if (status == ETT_OK && present(a->y_mean))
+        status = strcmp(kernel, "halo") != 0
+                     ? statistics()
+                     : channels::launch_join(op, planes(a), halo_tiles(a->y.dims[1], a->y.dims[2]), partials, a->y_mean, a->y_rstd, false, a->eps, l);
+    return status == ETT_OK ? ett_done(kernel) : status;
 }
 
 extern "C" int32_t ett_conv2d_bwd_data(const ett_conv2d_bwd_data_args* a, const ett_launch* l) {
@@ -456,6 +585,15 @@ extern "C" int32_t ett_conv2d_bwd_data(const ett_conv2d_bwd_data_args* a, const 
     const auto begin = [&](int first_y, int first_x) {
         return with_act(a->w.dtype, [&](auto t) { return phase_begin<decltype(t)>(taps_y, taps_x, first_y, first_x, step, c, o); });
     };
+    const bool through = present(a->x);
+    const channels::Planes s = through ? planes(a) : channels::Planes{};
+    const channels::Tiles tiles = halo_tiles(h, wd);
+    void* const sums = static_cast<unsigned char*>(l->workspace) + round_up(weights_bytes(a), 256);
+    const channels::BackwardSpace space(sums, s, tiles.count);
+    const ett_view none{};
+    const Fused fused{norm_of(a), none, through ? &a->x : nullptr, space.partials};
+    const Fused plain{{none, none, none, none}, none, nullptr, nullptr};
+    const char* kernel = "";
     Layout layouts[kPhases];
     int64_t count = 0;
     for (int64_t y = 0; y < std::min<int64_t>(step, h); ++y) {
@@ -468,10 +606,22 @@ extern "C" int32_t ett_conv2d_bwd_data(const ett_conv2d_bwd_data_args* a, const 
                                 ny * nx > 0 ? begin(first_y, first_x) : 0, int(y), int(x)};
             const bool last = y + 1 == std::min<int64_t>(step, h) && x + 1 == std::min<int64_t>(step, wd);
             if (count < kPhases && !last) continue;
-            const int32_t status = run(op, check, a->dy, l->workspace, nullptr, a->dx, step, layouts, count, l);
+            const int32_t status = run(op, check, a->dy, l->workspace, present(a->bias) ? &a->bias : nullptr, a->dx, step, layouts, count, through ? fused : plain, kernel, l);
             if (status != ETT_OK) return status;
             count = 0;
         }
     }
-    return ETT_OK;
+    if (!through) return ett_done(kernel);
+    const bool is_wide = wide(a->x) && wide(a->dx) && wide(a->skip);
+    const int32_t status = with_act(a->dx.dtype, [&](auto t) {
+        using T = decltype(t);
+        const channels::Scale<T> scale{data<const T>(a->gamma), data<const T>(a->beta), data<const float>(a->mean), data<const float>(a->rstd), 0.f, false};
+        if (strcmp(kernel, "halo") != 0)
+            return channels::launch_backward<T>(op, is_wide, s, a->dx, a->x, a->skip, a->dx, a->dgamma, a->dbeta, scale, true, channels::Silu{}, sums, l);
+        // dx holds the gradient of SiLU's input, and the sums of the tiles are known.
+        const int32_t status = channels::launch_means<T>(op, s, space, tiles.count, scale.w, true, a->dgamma, a->dbeta, l);
+        if (status != ETT_OK) return status;
+        return channels::launch_dx<T>(op, is_wide, s, a->dx, a->x, a->skip, a->dx, scale, space.means, channels::Leaky{1.f}, l);
+    });
+    return status == ETT_OK ? ett_done(kernel) : status;
 }

@@ -21,7 +21,7 @@
 // workspace: the sums of all parts, at most those of two rounds of blocks, or one part.
 // work: 2*B*H'*W'*O*kh*kw*C FLOP; (B*H*W*C + B*H'*W'*O) * size + 8*O*kh*kw*C bytes; db reads dy once more.
 // limits: those of conv2d_fwd.
-#include "gather.cuh"
+#include "halo.cuh"
 #include "pieces.cuh"
 
 namespace ett {
@@ -46,6 +46,7 @@ template <class Tile> constexpr int kResident = Tile::kAccRows * Tile::kAccCols 
 template <class T> struct Product {
     Grid grid;     // of the columns
     const T* x;    // what the columns are gathered from
+    InputNorm<T> norm;  // of x; only without VECTORS
     gemm::Matrix<T> a;
     float* sums;   // parts, a.cols, ld
     int64_t ld;    // a multiple of 4
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kResident<Tile>) grad_kernel(c
     gemm::Acc<Tile> acc;
     acc.clear();
     gemm::TileCopy<T, Tile::kDepth, Tile::kRows, Tile::kThreads, Tile::kVectors> copy_a(p.a, start, row0);
-    FixedColumns<T, Tile::kDepth, Tile::kCols, Tile::kThreads, VECTORS> copy_x(p.grid, p.x, start, col0);
+    FixedColumns<T, Tile::kDepth, Tile::kCols, Tile::kThreads, VECTORS> copy_x(p.grid, p.x, p.norm, start, col0);
     auto fill = [&](int slot) {
         unsigned char* const stage = smem + slot * (Tile::kBytesA + Tile::kBytesB);
         copy_a.start(stage);
@@ -87,6 +88,173 @@ __global__ void __launch_bounds__(Tile::kThreads, kResident<Tile>) grad_kernel(c
             if (col < p.ld) store<2>(sums + row * p.ld + col, two);
         }
     }
+}
+
+// ---- halo ------------------------------------------------------------------------------------------------
+
+constexpr int kHaloThreads = 256, kHaloRows = 128;  // outputs; and 9 taps of 32 channels
+constexpr int kHaloDy = halo::kPositions * kHaloRows * 2, kHaloStage = kHaloDy + halo::kBytes;
+constexpr int kHaloSmem = 2 * kHaloStage + 2 * halo::kDepth * 2 * int(sizeof(float));  // two tiles, and their norms
+constexpr int kHaloAtOnce = kHaloThreads / halo::kPieces, kHaloRounds = (halo::kPixels + kHaloAtOnce - 1) / kHaloAtOnce;
+
+// sums[part] = dy^T columns over the tiles of positions of the part, for kHaloRows outputs and halo::kDepth channels.
+struct HaloProduct {
+    Grid grid;  // of x; 3 x 3 taps, step 1
+    const bf16* x;
+    InputNorm<bf16> norm;  // of x
+    const bf16* dy;
+    int64_t ld_dy;
+    float *sums, *bias_sums;  // [parts, outputs, ld]; [parts, col_tiles, outputs], or null
+    int64_t ld;
+    int outputs, row_tiles, col_tiles, parts, down, across, tiles;  // tiles of an image; of all
+};
+
+// Warps have 32 outputs and 16 channels with all taps. For every line of 16 positions a warp loads the fragments of the new
+// line of x, at three shifts, and keeps those of the two lines above. The blocks of the same outputs take turns with the
+// tiles for the gradient of the bias, a product with ones.
+template <bool NORM> __global__ void __launch_bounds__(kHaloThreads, 1) halo_grad_kernel(const __grid_constant__ HaloProduct p) {
+    ETT_DYNAMIC_SMEM(smem);
+    float* const smem_norm = reinterpret_cast<float*>(smem + 2 * kHaloStage);
+    const Grid& g = p.grid;
+    const int tid = int(threadIdx.x), lane = tid % 32, warp = tid / 32;
+    const int per_part = p.row_tiles * p.col_tiles, part = int(blockIdx.x) / per_part, tile = int(blockIdx.x) - part * per_part;
+    const int row0 = tile / p.col_tiles * kHaloRows, col_tile = tile % p.col_tiles, c0 = col_tile * halo::kDepth;
+    const int first = int(int64_t(p.tiles) * part / p.parts), end = int(int64_t(p.tiles) * (part + 1) / p.parts);
+    const int piece = tid % halo::kPieces, pixel = tid / halo::kPieces;
+
+    struct At {
+        int image, line, column;  // of the first position
+    };
+    auto place = [&](int t) {
+        const int image = t / (p.down * p.across), in_image = t - image * (p.down * p.across);
+        return At{image, in_image / p.across * halo::kLines, in_image % p.across * halo::kAcross};
+    };
+    auto stage = [&](int t) { return smem + (t - first) % 2 * kHaloStage; };
+    // Starts the copies of a tile: of x as one group, then of dy as another.
+    auto fill = [&](int t) {
+        const At at = place(t);
+        const smem_addr to = smem_address(stage(t));
+        const bf16* const from = p.x + c0 + piece * 8;
+#pragma unroll
+        for (int r = 0; r < kHaloRounds; ++r) {
+            const int q = pixel + r * kHaloAtOnce, y = at.line + g.at_y + q / halo::kWidth, x = at.column + g.at_x + q % halo::kWidth;
+            if (q < halo::kPixels)
+                cp_async16(to + kHaloDy + gemm::swizzled<halo::kPieces>(q, piece), g.pixels(from, (at.image * g.h + y) * g.w + x), g.inside(y, x));
+        }
+        cp_async_commit();
+        const int row = row0 + tid % 16 * 8, x = at.column + tid / 16;
+#pragma unroll
+        for (int i = 0; i < halo::kLines; ++i) {
+            const int y = at.line + i;
+            cp_async16(to + gemm::swizzled<16>(i * 16 + tid / 16, tid % 16), p.dy + ((int64_t(at.image) * g.rows + y) * g.cols + x) * p.ld_dy + row,
+                       y < g.rows && x < g.cols && row < p.outputs);
+        }
+        cp_async_commit();
+        if constexpr (NORM) {
+            if (tid < halo::kDepth) {
+                const int c = c0 + tid;
+                const int64_t of = int64_t(at.image) * p.norm.groups + c / p.norm.width;
+                const float scale = p.norm.rstd[of] * to_float(p.norm.gamma[c]);
+                float* const two = smem_norm + ((t - first) % 2 * halo::kDepth + tid) * 2;
+                two[0] = scale;
+                two[1] = to_float(p.norm.beta[c]) - p.norm.mean[of] * scale;
+            }
+        }
+    };
+    // Replaces every kHaloRounds-th piece of x by its activation; the padding stays 0.
+    auto normalize = [&](int t, int round) {
+        const At at = place(t);
+        const int q = pixel + round * kHaloAtOnce;
+        if (q >= halo::kPixels || !g.inside(at.line + g.at_y + q / halo::kWidth, at.column + g.at_x + q % halo::kWidth)) return;
+        bf16* const to = reinterpret_cast<bf16*>(stage(t) + kHaloDy + gemm::swizzled<halo::kPieces>(q, piece));
+        const float* const scale = smem_norm + ((t - first) % 2 * halo::kDepth + piece * 8) * 2;
+        float v[8];
+        load(v, to);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) v[e] = silu<bf16>(fmaf(v[e], scale[2 * e], scale[2 * e + 1]));
+        store<8>(to, v);
+    };
+
+    const int warp_row = warp / 2 * 32, warp_col = warp % 2 * 16;
+    float acc[2][halo::kTaps][2][4] = {}, ones[2][4] = {};
+    if (first < end) {
+        fill(first);
+        cp_async_wait<0>();
+        __syncthreads();  // the first tile and its norm have arrived
+        if constexpr (NORM) {
+#pragma unroll 1
+            for (int r = 0; r < kHaloRounds; ++r) normalize(first, r);
+        }
+    }
+#pragma unroll 1
+    for (int t = first; t < end; ++t) {
+        __syncthreads();  // this tile has arrived and is normalised; all warps are done with the tile before
+        const bool more = t + 1 < end;
+        if (more) fill(t + 1);
+        const smem_addr tile_dy = smem_address(stage(t)), tile_x = tile_dy + kHaloDy;
+        const bool with_bias = p.bias_sums && warp_col == 0 && t % p.col_tiles == col_tile;
+        uint32_t a[2][2][4], b[3][3][4];
+        const int seen = opaque(lane % 16);
+        auto load_dy = [&](int line) {
+#pragma unroll
+            for (int m = 0; m < 2; ++m) gemm::load_a<true, 16>(a[line % 2][m], tile_dy, warp_row + m * 16, line * 16);
+        };
+        auto load_x = [&](int line) {
+#pragma unroll
+            for (int v = 0; v < 3; ++v)
+                ldmatrix_x4_trans(b[line % 3][v], tile_x + gemm::swizzled<halo::kPieces>(line * halo::kWidth + v + seen, warp_col / 8 ^ lane / 16));
+        };
+        load_dy(0);
+        load_x(0);
+        load_x(1);
+#pragma unroll
+        for (int line = 0; line < halo::kLines; ++line) {
+            if constexpr (NORM) {
+                if (line == halo::kLines - kHaloRounds) {
+                    cp_async_wait<1>();
+                    __syncthreads();  // the next tile's x and its norm have arrived
+                }
+            }
+            load_x(line + 2);
+            if (line + 1 < halo::kLines) load_dy(line + 1);
+            const auto& dy = a[line % 2];
+#pragma unroll
+            for (int u = 0; u < 3; ++u)
+#pragma unroll
+                for (int v = 0; v < 3; ++v)
+#pragma unroll
+                    for (int n = 0; n < 2; ++n)
+#pragma unroll
+                        for (int m = 0; m < 2; ++m) mma_bf16_16816(acc[m][u * 3 + v][n], dy[m], b[(line + u) % 3][v][n * 2], b[(line + u) % 3][v][n * 2 + 1]);
+            if (with_bias) {
+                constexpr uint32_t kOnes = 0x3f803f80;
+#pragma unroll
+                for (int m = 0; m < 2; ++m) mma_bf16_16816(ones[m], dy[m], kOnes, kOnes);
+            }
+            if constexpr (NORM) {
+                if (more && line >= halo::kLines - kHaloRounds) normalize(t + 1, line - (halo::kLines - kHaloRounds));
+            }
+        }
+        cp_async_wait<0>();
+    }
+
+    float* const sums = p.sums + int64_t(part) * p.outputs * p.ld;
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = row0 + warp_row + m * 16 + half * 8 + lane / 4;
+            if (row >= p.outputs) continue;
+#pragma unroll
+            for (int tap = 0; tap < halo::kTaps; ++tap)
+#pragma unroll
+                for (int n = 0; n < 2; ++n) {
+                    const float two[2] = {acc[m][tap][n][half * 2], acc[m][tap][n][half * 2 + 1]};
+                    store<2>(sums + row * p.ld + tap * g.c + c0 + warp_col + n * 8 + lane % 4 * 2, two);
+                }
+            // All columns of the product with ones are the same.
+            if (p.bias_sums && warp_col == 0 && lane % 4 == 0) p.bias_sums[(int64_t(part) * p.col_tiles + col_tile) * p.outputs + row] = ones[m][half * 2];
+        }
 }
 
 constexpr int kAddThreads = 256, kAddWarps = kAddThreads / 32;
@@ -131,10 +299,11 @@ __global__ void __launch_bounds__(kAddThreads) add_kernel(const __grid_constant_
 
 // ---- host ------------------------------------------------------------------------------------------------
 
-// `vectors`: pixels of x and dy are whole 16-byte pieces. `exchangeable`: as few outputs as "exchanged" is for, and
-// stride 1.
-const char* choose_conv2d_bwd_weight_config(int64_t channels, bool vectors, bool exchangeable) {
+// `vectors`: pixels of x and dy are whole 16-byte pieces, and x is not normalised. `halo`: halo_grad_kernel supports the
+// call. `exchangeable`: as few outputs as "exchanged" is for, and stride 1.
+const char* choose_conv2d_bwd_weight_config(int64_t outputs, int64_t channels, bool vectors, bool halo, bool exchangeable) {
     if (exchangeable && channels > 8) return "exchanged";
+    if (halo && (outputs > kHaloRows / 2 || !vectors)) return "halo";
     return vectors ? "large" : "narrow";
 }
 
@@ -159,12 +328,25 @@ struct Sizes {
     int64_t bytes() const { return parts * rows * ld * 4; }
 };
 
-bool exchangeable(const ett_conv2d_bwd_weight_args* a) { return a->stride == 1 && a->dw.dims[0] <= 8; }
+bool exchangeable(const ett_conv2d_bwd_weight_args* a) { return a->stride == 1 && a->dw.dims[0] <= 8 && !present(a->mean); }
+
+// Tiles of halo_grad_kernel in all images.
+int64_t halo_tiles(const ett_conv2d_bwd_weight_args* a) {
+    return a->dy.dims[0] * ceil_div(a->dy.dims[1], halo::kLines) * ceil_div(a->dy.dims[2], halo::kAcross);
+}
+
+// Whether halo_grad_kernel supports the call, as far as shapes say so.
+bool halo_shape(const ett_conv2d_bwd_weight_args* a) {
+    const int64_t* d = a->dw.dims;
+    return a->x.dtype == ETT_BF16 && d[1] == 3 && d[2] == 3 && a->stride == 1 && d[3] > 0 && d[3] % halo::kDepth == 0 && halo_tiles(a) < int64_t(1) << 31;
+}
 
 // The sizes of implementation `kernel`.
 Sizes sizes_of(const ett_conv2d_bwd_weight_args* a, const char* kernel) {
     const int64_t *d = a->dw.dims, taps = d[1] * d[2];
     const int depth = a->x.dtype == ETT_BF16 ? 32 : 16;
+    if (strcmp(kernel, "halo") == 0)
+        return {d[0], taps * d[3], halo_tiles(a) * halo::kPositions, kHaloRows, halo::kTaps * halo::kDepth, halo::kPositions, 1};
     if (strcmp(kernel, "large") == 0) return {d[0], taps * d[3], rows(a->dy), 128, a->x.dtype == ETT_BF16 ? 128 : 64, depth, 2};
     const bool exchanged = strcmp(kernel, "exchanged") == 0;
     const int64_t cols = taps * (exchanged ? d[0] : d[3]);
@@ -172,16 +354,29 @@ Sizes sizes_of(const ett_conv2d_bwd_weight_args* a, const char* kernel) {
     return cols <= 32 ? Sizes{out, cols, positions, 128, 32, depth, 4} : Sizes{out, cols, positions, 64, 64, depth, 3};
 }
 
+NormViews norm_of(const ett_conv2d_bwd_weight_args* a) { return {a->mean, a->rstd, a->gamma, a->beta}; }
+
 bool sound(Check& check, const ett_conv2d_bwd_weight_args* a) {
     return check.ok() && check_shapes(check, {"x", a->x}, {"dw", a->dw}, ETT_F32, {"dy", a->dy}, a->stride, a->pad_top, a->pad_left) &&
-           (!present(a->db) || check.vector("db", a->db, ETT_F32, a->dw.dims[0]));
+           check_norm(check, norm_of(a), a->x) && (!present(a->db) || check.vector("db", a->db, ETT_F32, a->dw.dims[0]));
 }
 
 bool no_weights(const ett_conv2d_bwd_weight_args* a) { return numel(a->dw) == 0 || numel(a->x) == 0 || numel(a->dy) == 0; }
 
 ett_col_sum_args bias_args(const ett_conv2d_bwd_weight_args* a) { return {a->dy, a->db}; }
 
-// The workspace of the gradient of the bias, which comes before that of the weights.
+// Bytes of the sums of "halo" for the gradient of the bias, which follow those for the weights.
+int64_t halo_bias_bytes(const ett_conv2d_bwd_weight_args* a, const Sizes& s) {
+    return present(a->db) ? s.parts * s.col_tiles * s.rows * int64_t(sizeof(float)) : 0;
+}
+
+// Bytes of workspace of an implementation.
+int64_t bytes_of(const ett_conv2d_bwd_weight_args* a, const char* kernel) {
+    const Sizes s = sizes_of(a, kernel);
+    return s.bytes() + (strcmp(kernel, "halo") == 0 ? halo_bias_bytes(a, s) : 0);
+}
+
+// The workspace of the gradient of the bias, which comes before that of the weights; "halo" has it from the tiles of dy.
 int64_t bias_bytes(const ett_conv2d_bwd_weight_args* a) {
     const ett_col_sum_args sum = bias_args(a);
     return present(a->db) ? ett_col_sum_workspace(&sum) : 0;
@@ -199,8 +394,9 @@ extern "C" int64_t ett_conv2d_bwd_weight_workspace(const ett_conv2d_bwd_weight_a
     int64_t most = bias_bytes(a);
     if (no_weights(a)) return most;
     // Which implementations there are depends on addresses.
-    most = std::max({most, sizes_of(a, "large").bytes(), sizes_of(a, "narrow").bytes()});
-    return exchangeable(a) ? std::max(most, sizes_of(a, "exchanged").bytes()) : most;
+    most = std::max({most, bytes_of(a, "large"), bytes_of(a, "narrow")});
+    if (halo_shape(a)) most = std::max(most, bytes_of(a, "halo"));
+    return exchangeable(a) ? std::max(most, bytes_of(a, "exchanged")) : most;
 }
 
 extern "C" int32_t ett_conv2d_bwd_weight(const ett_conv2d_bwd_weight_args* a, const ett_launch* l) {
@@ -209,13 +405,15 @@ extern "C" int32_t ett_conv2d_bwd_weight(const ett_conv2d_bwd_weight_args* a, co
     const char* const op = "conv2d_bwd_weight";
     Check check(op, a, l);
     if (!sound(check, a)) return check.status();
-    const bool vectors = wide(a->x) && wide(a->dy);
-    const char* best = choose_conv2d_bwd_weight_config(a->dw.dims[3], vectors, exchangeable(a));
-    const char* kernel = check.choose(l, best, {{"exchanged", exchangeable(a)}, {"large", vectors}, {"narrow", true}});
+    const bool vectors = wide(a->x) && wide(a->dy) && !present(a->mean);
+    const bool able = halo_shape(a) && wide(a->x) && wide(a->dy);
+    const char* best = choose_conv2d_bwd_weight_config(a->dw.dims[0], a->dw.dims[3], vectors, able, exchangeable(a));
+    const char* kernel = check.choose(l, best, {{"exchanged", exchangeable(a)}, {"halo", able}, {"large", vectors}, {"narrow", true}});
     if (!check.ok()) return check.status();
     const bool none = no_weights(a);
-    if (!check.workspace(l, std::max(bias_bytes(a), none ? 0 : sizes_of(a, kernel).bytes()))) return check.status();
-    if (present(a->db)) {
+    const bool in_tiles = !none && strcmp(kernel, "halo") == 0;
+    if (!check.workspace(l, std::max(in_tiles ? 0 : bias_bytes(a), none ? 0 : bytes_of(a, kernel)))) return check.status();
+    if (present(a->db) && !in_tiles) {
         const ett_col_sum_args sum = bias_args(a);
         ett_launch free = *l;
         free.force = nullptr;
@@ -231,9 +429,24 @@ extern "C" int32_t ett_conv2d_bwd_weight(const ett_conv2d_bwd_weight_args* a, co
     const Taps taps = exchanged ? Taps{d[1], d[2], 1, a->pad_top - (d[1] - 1), a->pad_left - (d[2] - 1)}
                                 : Taps{d[1], d[2], a->stride, -a->pad_top, -a->pad_left};
     float* const sums = static_cast<float*>(l->workspace);
+    if (in_tiles) {
+        const int64_t down = ceil_div(a->dy.dims[1], halo::kLines), across = ceil_div(a->dy.dims[2], halo::kAcross);
+        float* const bias_sums = present(a->db) ? sums + s.parts * s.rows * s.ld : nullptr;
+        const HaloProduct p{grid_of(a->x, a->dy.dims[1], a->dy.dims[2], taps), data<const bf16>(a->x), input_norm<bf16>(norm_of(a), cols(a->x)),
+                            data<const bf16>(a->dy), stride(a->dy), sums, bias_sums, s.ld, int(d[0]), int(s.row_tiles), int(s.col_tiles), int(s.parts),
+                            int(down), int(across), int(halo_tiles(a))};
+        auto go = [&](auto k) { return launch(op, k, dim3(unsigned(blocks)), dim3(kHaloThreads), kHaloSmem, l, p); };
+        int32_t status = p.norm.present() ? go(halo_grad_kernel<true>) : go(halo_grad_kernel<false>);
+        const Added weights{sums, s.rows, s.ld, s.parts, data<float>(a->dw), stride(a->dw), numel(a->dw), int(d[0]), int(d[1] * d[2]), int(d[3]), false};
+        if (status == ETT_OK) status = launch(op, add_kernel, dim3(unsigned(ceil_div(numel(a->dw), 32))), dim3(kAddThreads), 0, l, weights);
+        // As one row of one tap.
+        const Added bias{bias_sums, 1, d[0], s.parts * s.col_tiles, data<float>(a->db), d[0], d[0], 1, 1, int(d[0]), false};
+        if (status == ETT_OK && bias_sums) status = launch(op, add_kernel, dim3(unsigned(ceil_div(d[0], 32))), dim3(kAddThreads), 0, l, bias);
+        return status == ETT_OK ? ett_done(kernel) : status;
+    }
     int32_t status = with_act(a->x.dtype, [&](auto t) {
         using T = decltype(t);
-        const Product<T> p{grid_of(gathered, dense.dims[1], dense.dims[2], taps), data<const T>(gathered),
+        const Product<T> p{grid_of(gathered, dense.dims[1], dense.dims[2], taps), data<const T>(gathered), input_norm<T>(norm_of(a), cols(a->x)),
                            gemm::Matrix<T>{data<const T>(dense), rows(dense), cols(dense), stride(dense), wide(dense)}, sums, s.ld, int(s.row_tiles),
                            int(s.col_tiles), int(s.parts), int(s.steps)};
         auto go = [&](auto k, int threads, int smem) { return launch(op, k, dim3(unsigned(blocks)), dim3(threads), smem, l, p); };

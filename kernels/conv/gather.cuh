@@ -11,6 +11,7 @@
 #include <cstdlib>
 
 #include "gemm.cuh"
+#include "norm.cuh"
 
 namespace ett {
 namespace conv {
@@ -28,6 +29,7 @@ struct Grid {
     int end_x, end_y, line_x, line_pixels, image_y, image_pixels;
 
     __host__ __device__ int64_t depth() const { return int64_t(taps_y) * taps_x * c; }
+    __device__ __forceinline__ int image(int position) const { return position / (rows * cols); }
     // `pixel` pixels after p.
     template <class T> __device__ __forceinline__ const T* pixels(const T* p, int pixel) const {
         return reinterpret_cast<const T*>(reinterpret_cast<const char*>(p) + int64_t(pixel) * ld);
@@ -86,8 +88,9 @@ struct Column {
 template <class T, int N> struct Columns {
     int tap[N];     // u * 2^16 + v
     int offset[N];  // elements from the first tap and channel; negative beyond the last column
+    int c;          // of the first
 
-    __device__ __forceinline__ Columns(const Grid& g, Column at) {
+    __device__ __forceinline__ Columns(const Grid& g, Column at) : c(at.c) {
 #pragma unroll
         for (int e = 0; e < N; ++e) {
             tap[e] = at.u < kNever ? at.u << 16 | at.v : 0;
@@ -95,23 +98,24 @@ template <class T, int N> struct Columns {
             at.advance(g, 1);
         }
     }
-    // The elements of the position whose first tap lies on (y, x), at `p`.
-    __device__ __forceinline__ Vec<T, N> load(const Grid& g, const T* p, int y, int x) const {
+    // The elements of the position whose first tap lies on (y, x), at `p`, in an image.
+    __device__ __forceinline__ Vec<T, N> load(const Grid& g, const InputNorm<T>& norm, const T* p, int image, int y, int x) const {
         Vec<T, N> out;
 #pragma unroll
         for (int e = 0; e < N; ++e) {
             const bool inside = (offset[e] >= 0) & g.inside(y + (tap[e] >> 16), x + (tap[e] & 0xffff));
             out.v[e] = inside ? p[offset[e]] : T{};
+            if (inside && norm.present()) out.v[e] = norm.apply(out.v[e], image, (c + e) % g.c);
         }
         return out;
     }
 };
 
 // Copies successive tiles of ROWS fixed positions and COLS columns that move on. VECTORS: pixels are whole 16-byte
-// pieces, so that a piece belongs to one tap; else elements are copied one by one.
+// pieces, so that a piece belongs to one tap; else elements are copied one by one, and normalised.
 template <class T, int ROWS, int COLS, int THREADS, bool VECTORS> class FixedRows {
   public:
-    __device__ __forceinline__ FixedRows(const Grid& g, const T* x, int64_t row) : g_(g), image_(x) {
+    __device__ __forceinline__ FixedRows(const Grid& g, const T* x, const InputNorm<T>& norm, int64_t row) : g_(g), image_(x), norm_(norm), row_(int(row)) {
         const int64_t first = row + my_row();
         Cursor at(g, int(first));
 #pragma unroll
@@ -136,7 +140,8 @@ template <class T, int ROWS, int COLS, int THREADS, bool VECTORS> class FixedRow
         } else if (column_.u < kNever) {
             const Columns<T, kWide<T>> columns(g_, column_);
 #pragma unroll
-            for (int r = 0; r < kEach; ++r) put(smem, r, columns.load(g_, g_.pixels(image_, pixel_[r]), y_[r], x_[r]));
+            for (int r = 0; r < kEach; ++r)
+                put(smem, r, columns.load(g_, norm_, g_.pixels(image_, pixel_[r]), g_.image(row_ + my_row() + r * kAtOnce), y_[r], x_[r]));
         } else {
 #pragma unroll
             for (int r = 0; r < kEach; ++r) put(smem, r, Vec<T, kWide<T>>{});
@@ -155,6 +160,8 @@ template <class T, int ROWS, int COLS, int THREADS, bool VECTORS> class FixedRow
 
     const Grid& g_;
     const T* image_;
+    const InputNorm<T>& norm_;
+    int row_;
     int y_[kEach], x_[kEach], pixel_[kEach];
     Column column_;
 };
@@ -162,8 +169,8 @@ template <class T, int ROWS, int COLS, int THREADS, bool VECTORS> class FixedRow
 // Copies successive tiles of ROWS positions that move on and COLS fixed columns. VECTORS as above.
 template <class T, int ROWS, int COLS, int THREADS, bool VECTORS> class FixedColumns {
   public:
-    __device__ __forceinline__ FixedColumns(const Grid& g, const T* x, int64_t row, int64_t col)
-        : g_(g), image_(x), cursor_(g, int(row + my_row())), left_(int(g.positions - row) - my_row()), column_(column(g, col)), columns_(g, column_) {}
+    __device__ __forceinline__ FixedColumns(const Grid& g, const T* x, const InputNorm<T>& norm, int64_t row, int64_t col)
+        : g_(g), image_(x), norm_(norm), cursor_(g, int(row + my_row())), left_(int(g.positions - row) - my_row()), column_(column(g, col)), columns_(g, column_) {}
 
     __device__ __forceinline__ void start(unsigned char* smem) {
         if constexpr (VECTORS) {
@@ -176,7 +183,8 @@ template <class T, int ROWS, int COLS, int THREADS, bool VECTORS> class FixedCol
         } else {
 #pragma unroll
             for (int r = 0; r < kEach; ++r) {
-                *reinterpret_cast<Vec<T, kWide<T>>*>(smem + place(r)) = columns_.load(g_, g_.pixels(image_, int(cursor_.pixel)), y(), cursor_.x);
+                *reinterpret_cast<Vec<T, kWide<T>>*>(smem + place(r)) =
+                    columns_.load(g_, norm_, g_.pixels(image_, int(cursor_.pixel)), g_.image(g_.positions - left_), y(), cursor_.x);
                 advance();
             }
         }
@@ -201,6 +209,7 @@ template <class T, int ROWS, int COLS, int THREADS, bool VECTORS> class FixedCol
 
     const Grid& g_;
     const T* image_;
+    const InputNorm<T>& norm_;
     Cursor cursor_;
     int left_;
     Column column_;

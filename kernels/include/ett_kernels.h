@@ -27,8 +27,8 @@
  *   call that say so. A letter is the same number all over a call; other names are the call's own numbers;
  * - the element type: "act" is the activation type of the run, "acc" its accumulator type, in which all sums
  *   are formed: (act, acc) is (bf16, f32), (f32, f32) or (f64, f64);
- * - what else holds, if anything. "with x": present exactly if x is; "unless x": exactly if x is not; "values
- *   below R": indices, which are reported as faults if they are not; "may be x": see the next paragraph. Of a
+ * - what else holds, if anything. "with x": present exactly if x is; "unless x": exactly if x is not; "only
+ *   with x": absent if x is; "values below R": indices, which are reported as faults if they are not; "may be x": see the next paragraph. Of a
  *   number, "if x": it is ignored unless x is present.
  * Booleans are int32_t, 0 or 1.
  *
@@ -47,7 +47,7 @@ extern "C" {
 #endif
 
 /* Incremented when a struct or the meaning of a field changes. */
-#define ETT_ABI_VERSION 4
+#define ETT_ABI_VERSION 5
 
 /* The version that the library was built with; compare it with ETT_ABI_VERSION. */
 int32_t ett_abi_version(void);
@@ -232,12 +232,23 @@ int32_t ett_col_sum(const ett_col_sum_args* args, const ett_launch* launch);
 /* ---- convolution --------------------------------------------------------------------------------------- */
 
 /* Two-dimensional convolution; the size of y determines the padding at the bottom and on the right.
-   y[b,i,j,o] = bias[o] + sum_{u,v,c} x[b, i*stride + u - pad_top, j*stride + v - pad_left, c] w[o,u,v,c]. */
+   y[b,i,j,o] = bias[o] + residual[b,i,j,o] + sum_{u,v,c} a[b, i*stride + u - pad_top, j*stride + v - pad_left, c]
+   w[o,u,v,c], where a is x, or with statistics SiLU((x - mean) * rstd * gamma + beta) rounded to act; a is 0 outside
+   of the image. y is rounded once; y_mean and y_rstd are the statistics of a GroupNorm of the rounded y over J
+   groups. */
 typedef struct ett_conv2d_fwd_args {
     ett_view x;             // in   [B, H, W, C]; act
+    ett_view mean;          // in?  [B, G]; acc; without gaps; G divides C
+    ett_view rstd;          // in?  [B, G]; acc; without gaps; with mean
+    ett_view gamma;         // in?  [C]; act; with mean
+    ett_view beta;          // in?  [C]; act; with mean
     ett_view w;             // in   [O, kh, kw, C]; act
     ett_view bias;          // in?  [O]; act
+    ett_view residual;      // in?  [B, H', W', O]; act
     ett_view y;             // out  [B, H', W', O]; act
+    ett_view y_mean;        // out? [B, J]; acc; without gaps; J divides O
+    ett_view y_rstd;        // out? [B, J]; acc; without gaps; with y_mean
+    double eps;             //      added to the variance of y; if y_mean
     int64_t stride;         //      step between outputs; at least 1; below 268435456
     int64_t pad_top;        //      zero rows above; below 268435456
     int64_t pad_left;       //      zero columns to the left; below 268435456
@@ -245,11 +256,21 @@ typedef struct ett_conv2d_fwd_args {
 int64_t ett_conv2d_fwd_workspace(const ett_conv2d_fwd_args* args);
 int32_t ett_conv2d_fwd(const ett_conv2d_fwd_args* args, const ett_launch* launch);
 
-/* Gradient of conv2d_fwd for its input. */
+/* Gradient of conv2d_fwd for its input; with x, through SiLU and the GroupNorm and its statistics, plus skip. The
+   gradient of the GroupNorm's output is rounded to act on the way. */
 typedef struct ett_conv2d_bwd_data_args {
     ett_view dy;            // in   [B, H', W', O]; act
     ett_view w;             // in   [O, kh, kw, C]; act
+    ett_view bias;          // in?  [C]; act; added to dx, which then is a transposed convolution of dy
+    ett_view x;             // in?  [B, H, W, C]; act
+    ett_view mean;          // in?  [B, G]; acc; without gaps; with x; G divides C
+    ett_view rstd;          // in?  [B, G]; acc; without gaps; with x
+    ett_view gamma;         // in?  [C]; act; with x
+    ett_view beta;          // in?  [C]; act; with x
+    ett_view skip;          // in?  [B, H, W, C]; act; only with x
     ett_view dx;            // out  [B, H, W, C]; act
+    ett_view dgamma;        // add? [C]; acc; only with x
+    ett_view dbeta;         // add? [C]; acc; only with x
     int64_t stride;         //      as in the forward; at least 1; below 268435456
     int64_t pad_top;        //      as in the forward; below 268435456
     int64_t pad_left;       //      as in the forward; below 268435456
@@ -257,9 +278,13 @@ typedef struct ett_conv2d_bwd_data_args {
 int64_t ett_conv2d_bwd_data_workspace(const ett_conv2d_bwd_data_args* args);
 int32_t ett_conv2d_bwd_data(const ett_conv2d_bwd_data_args* args, const ett_launch* launch);
 
-/* Gradient of conv2d_fwd for weights and bias. */
+/* Gradient of conv2d_fwd for weights and bias; with statistics, x is normalised again. */
 typedef struct ett_conv2d_bwd_weight_args {
     ett_view x;             // in   [B, H, W, C]; act
+    ett_view mean;          // in?  [B, G]; acc; without gaps; G divides C
+    ett_view rstd;          // in?  [B, G]; acc; without gaps; with mean
+    ett_view gamma;         // in?  [C]; act; with mean
+    ett_view beta;          // in?  [C]; act; with mean
     ett_view dy;            // in   [B, H', W', O]; act
     ett_view dw;            // add  [O, kh, kw, C]; acc
     ett_view db;            // add? [O]; acc
@@ -269,6 +294,24 @@ typedef struct ett_conv2d_bwd_weight_args {
 } ett_conv2d_bwd_weight_args;
 int64_t ett_conv2d_bwd_weight_workspace(const ett_conv2d_bwd_weight_args* args);
 int32_t ett_conv2d_bwd_weight(const ett_conv2d_bwd_weight_args* args, const ett_launch* launch);
+
+/* The weights of the transposed convolution of stride 2 and padding 1, conv2d_bwd_data, that equals upsample2x_fwd and
+   then the 3x3 convolution of padding 1 by w: v[c,t,s,o] is the sum of w[o,i,j,c] over i in I(t) and j in I(s), with
+   I(0) = {2}, I(1) = {1, 2}, I(2) = {0, 1} and I(3) = {0}. */
+typedef struct ett_upsample2x_weights_fwd_args {
+    ett_view w;             // in   [O, 3, 3, C]; act
+    ett_view v;             // out  [C, 4, 4, O]; act
+} ett_upsample2x_weights_fwd_args;
+int64_t ett_upsample2x_weights_fwd_workspace(const ett_upsample2x_weights_fwd_args* args);
+int32_t ett_upsample2x_weights_fwd(const ett_upsample2x_weights_fwd_args* args, const ett_launch* launch);
+
+/* Gradient of upsample2x_weights_fwd: every element of dw gets the sum of four elements of dv. */
+typedef struct ett_upsample2x_weights_bwd_args {
+    ett_view dv;            // in   [C, 4, 4, O]; acc
+    ett_view dw;            // add  [O, 3, 3, C]; acc
+} ett_upsample2x_weights_bwd_args;
+int64_t ett_upsample2x_weights_bwd_workspace(const ett_upsample2x_weights_bwd_args* args);
+int32_t ett_upsample2x_weights_bwd(const ett_upsample2x_weights_bwd_args* args, const ett_launch* launch);
 
 /* y[b, i, j, c] = x[b, i/2, j/2, c]: nearest-neighbour upsampling by two. */
 typedef struct ett_upsample2x_fwd_args {
@@ -320,6 +363,16 @@ typedef struct ett_group_norm_fwd_args {
 } ett_group_norm_fwd_args;
 int64_t ett_group_norm_fwd_workspace(const ett_group_norm_fwd_args* args);
 int32_t ett_group_norm_fwd(const ett_group_norm_fwd_args* args, const ett_launch* launch);
+
+/* Statistics of a GroupNorm, for kernels that normalise what they read. */
+typedef struct ett_group_norm_stats_args {
+    ett_view x;             // in   [B, H, W, C]; act
+    ett_view mean;          // out  [B, G]; acc; without gaps; G divides C
+    ett_view rstd;          // out  [B, G]; acc; without gaps
+    double eps;             //      added to the variance
+} ett_group_norm_stats_args;
+int64_t ett_group_norm_stats_workspace(const ett_group_norm_stats_args* args);
+int32_t ett_group_norm_stats(const ett_group_norm_stats_args* args, const ett_launch* launch);
 
 /* Gradient of group_norm_fwd; the normalised values are recomputed from x. */
 typedef struct ett_group_norm_bwd_args {

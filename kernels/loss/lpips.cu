@@ -13,6 +13,7 @@
 // workspace: forward 4 bytes per block.
 // limits: "wide" requires rows of whole 16-byte pieces, at most 128 pieces; "plain" accepts any.
 // papers: LPIPS (1801.03924).
+#include "activation.cuh"
 #include "matrix.cuh"
 #include "reduce.cuh"
 
@@ -20,8 +21,8 @@ namespace ett {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kResident = 2;   // blocks per multiprocessor that the registers must allow
-constexpr int kBlocks = 16;    // per multiprocessor: several times the resident ones
+template <int VECS> inline constexpr int kResident = VECS > 2 ? 2 : 4;  // blocks per multiprocessor that the registers must allow
+constexpr int kBlocks = 16;   // per multiprocessor: several times the resident ones
 constexpr int kMostVecs = 4;   // pieces per lane, at most
 
 template <class T> struct Pixels {
@@ -55,11 +56,8 @@ template <int N> __device__ __forceinline__ void lanes_sum(float (&v)[N], int la
     }
 }
 
-// Pixels that a lane has in registers at once.
-template <int VECS> inline constexpr int kTogether = VECS == 1 ? 2 : 1;
-
 // The pixels of a warp: kWarp / lanes of them side by side. All lanes iterate together, as the warp's sums require.
-template <int VECS> struct Course {
+struct Course {
     int64_t first, step;
     int lane;  // within the pixel
 
@@ -71,32 +69,61 @@ template <int VECS> struct Course {
         step = int64_t(gridDim.x) * (kThreads / kWarp) * side;
         own = in_warp / lanes;
     }
-    // This lane's pixel in step u of those that begin at `base`.
-    __device__ __forceinline__ int64_t pixel(int64_t base, int u) const { return base + u * step + own; }
+    // This lane's pixel of those that begin at `base`.
+    __device__ __forceinline__ int64_t pixel(int64_t base) const { return base + own; }
     int own;
 };
 
-// A lane's pieces of a pixel.
+// A lane's pieces of a pixel; 0 past the last pixel and channel.
 template <class T, int VECS> struct Held {
     Vec<T, kWide<T>> f0[VECS], f1[VECS];
-};
 
-template <class T, int VECS>
-__device__ __forceinline__ void load(const Pixels<T>& a, const Course<VECS>& at, int64_t base, Held<T, VECS> (&held)[kTogether<VECS>]) {
-    constexpr int N = kWide<T>;
-#pragma unroll
-    for (int u = 0; u < kTogether<VECS>; ++u) {
-        const int64_t p = at.pixel(base, u);
+    __device__ __forceinline__ void load(const Pixels<T>& a, const Course& at, int64_t base) {
+        constexpr int N = kWide<T>;
+        const int64_t p = at.pixel(base);
 #pragma unroll
         for (int v = 0; v < VECS; ++v) {
             const int c = (v * a.lanes + at.lane) * N;
-            held[u].f0[v] = held[u].f1[v] = {};
+            f0[v] = f1[v] = {};
             if (p >= a.p || c >= a.c) continue;
-            held[u].f0[v] = load_vec<N>(a.f0.row(p) + c);
-            held[u].f1[v] = load_vec<N>(a.f1.row(p) + c);
+            f0[v] = load_vec<N>(a.f0.row(p) + c);
+            f1[v] = load_vec<N>(a.f1.row(p) + c);
         }
     }
-}
+};
+
+// The weights of the lane's channels, in registers if they are few.
+template <class T, int VECS> class Weights {
+  public:
+    __device__ __forceinline__ Weights(const Pixels<T>& a, int lane) : a_(a), lane_(lane) {
+        if constexpr (kKept) {
+#pragma unroll
+            for (int v = 0; v < VECS; ++v) fetch(kept_[v], v);
+        }
+    }
+    // Those of piece v; 0 past the last channel.
+    __device__ __forceinline__ void get(float (&w)[kWide<T>], int v) const {
+        if constexpr (kKept) {
+#pragma unroll
+            for (int j = 0; j < kWide<T>; ++j) w[j] = kept_[v][j];
+        } else {
+            fetch(w, v);
+        }
+    }
+
+  private:
+    static constexpr bool kKept = VECS == 1;
+    __device__ __forceinline__ void fetch(float (&w)[kWide<T>], int v) const {
+        const int c = (v * a_.lanes + lane_) * kWide<T>;
+#pragma unroll
+        for (int j = 0; j < kWide<T>; ++j) w[j] = 0.f;
+        if (c < a_.c) ett::load(w, a_.w + c);
+    }
+
+    const Pixels<T>& a_;
+    int lane_;
+    float kept_[kKept ? VECS : 1][kWide<T>];
+};
 
 // Norms of both features.
 template <class T, int VECS> __device__ __forceinline__ void norms(const Held<T, VECS>& held, int lanes, float (&norm)[2]) {
@@ -114,36 +141,33 @@ template <class T, int VECS> __device__ __forceinline__ void norms(const Held<T,
         }
     }
     lanes_sum(norm, lanes);
-    norm[0] = sqrtf(norm[0]);
-    norm[1] = sqrtf(norm[1]);
+    norm[0] = root<T>(norm[0]);
+    norm[1] = root<T>(norm[1]);
 }
 
-template <class T, int VECS> __global__ void __launch_bounds__(kThreads, kResident) forward_kernel(const __grid_constant__ Pixels<T> a) {
+template <class T, int VECS> __global__ void __launch_bounds__(kThreads, kResident<VECS>) forward_kernel(const __grid_constant__ Pixels<T> a) {
     constexpr int N = kWide<T>;
     __shared__ float smem[kThreads / kWarp];
-    const Course<VECS> at(a.lanes);
+    const Course at(a.lanes);
+    const Weights<T, VECS> weights(a, at.lane);
     float sum[1] = {0.f};
-    for (int64_t base = at.first; base < a.p; base += kTogether<VECS> * at.step) {
-        Held<T, VECS> held[kTogether<VECS>];
-        load(a, at, base, held);
+    for (int64_t base = at.first; base < a.p; base += at.step) {
+        Held<T, VECS> held;
+        held.load(a, at, base);
+        float norm[2];
+        norms(held, a.lanes, norm);
+        if (at.pixel(base) >= a.p) continue;
+        const float s0 = quotient<T>(1.f, norm[0] + a.eps), s1 = quotient<T>(1.f, norm[1] + a.eps);
 #pragma unroll
-        for (int u = 0; u < kTogether<VECS>; ++u) {
-            float norm[2];
-            norms(held[u], a.lanes, norm);
-            const float s0 = 1.f / (norm[0] + a.eps), s1 = 1.f / (norm[1] + a.eps);
+        for (int v = 0; v < VECS; ++v) {
+            float x[N], y[N], w[N];
+            unpack(x, held.f0[v]);
+            unpack(y, held.f1[v]);
+            weights.get(w, v);
 #pragma unroll
-            for (int v = 0; v < VECS; ++v) {
-                const int c = (v * a.lanes + at.lane) * N;
-                if (c >= a.c || at.pixel(base, u) >= a.p) continue;
-                float x[N], y[N], w[N];
-                unpack(x, held[u].f0[v]);
-                unpack(y, held[u].f1[v]);
-                ett::load(w, a.w + c);
-#pragma unroll
-                for (int j = 0; j < N; ++j) {
-                    const float d = x[j] * s0 - y[j] * s1;
-                    sum[0] += w[j] * d * d;
-                }
+            for (int j = 0; j < N; ++j) {
+                const float d = x[j] * s0 - y[j] * s1;
+                sum[0] += w[j] * d * d;
             }
         }
     }
@@ -153,45 +177,42 @@ template <class T, int VECS> __global__ void __launch_bounds__(kThreads, kReside
 
 __device__ __forceinline__ float slope_of(const float* scale, const float* g, float factor) { return *g * (*scale * (2.f * factor)); }
 
-template <class T, int VECS> __global__ void __launch_bounds__(kThreads, kResident) backward_kernel(const __grid_constant__ Pixels<T> a) {
+template <class T, int VECS> __global__ void __launch_bounds__(kThreads, kResident<VECS>) backward_kernel(const __grid_constant__ Pixels<T> a) {
     constexpr int N = kWide<T>;
-    const Course<VECS> at(a.lanes);
+    const Course at(a.lanes);
+    const Weights<T, VECS> weights(a, at.lane);
     const float slope = slope_of(a.scale, a.g, a.factor);
-    for (int64_t base = at.first; base < a.p; base += kTogether<VECS> * at.step) {
-        Held<T, VECS> held[kTogether<VECS>];
-        load(a, at, base, held);
+    for (int64_t base = at.first; base < a.p; base += at.step) {
+        Held<T, VECS> held;
+        held.load(a, at, base);
+        float norm[2], along[1] = {0.f};
+        norms(held, a.lanes, norm);
+        const float s0 = quotient<T>(1.f, norm[0] + a.eps), s1 = quotient<T>(1.f, norm[1] + a.eps);
+        float t[VECS][N];
 #pragma unroll
-        for (int u = 0; u < kTogether<VECS>; ++u) {
-            float norm[2], along[1] = {0.f};
-            norms(held[u], a.lanes, norm);
-            const float s0 = 1.f / (norm[0] + a.eps), s1 = 1.f / (norm[1] + a.eps);
-            float t[VECS][N];
+        for (int v = 0; v < VECS; ++v) {
+            float x[N], y[N], w[N];
+            unpack(x, held.f0[v]);
+            unpack(y, held.f1[v]);
+            weights.get(w, v);
 #pragma unroll
-            for (int v = 0; v < VECS; ++v) {
-                const int c = (v * a.lanes + at.lane) * N;
-                float x[N], y[N], w[N] = {};
-                unpack(x, held[u].f0[v]);
-                unpack(y, held[u].f1[v]);
-                if (c < a.c) ett::load(w, a.w + c);
-#pragma unroll
-                for (int j = 0; j < N; ++j) {
-                    t[v][j] = slope * w[j] * (y[j] * s1 - x[j] * s0);
-                    along[0] += t[v][j] * y[j];
-                }
+            for (int j = 0; j < N; ++j) {
+                t[v][j] = slope * w[j] * (y[j] * s1 - x[j] * s0);
+                along[0] += t[v][j] * y[j];
             }
-            lanes_sum(along, a.lanes);
-            const float back = s1 * (along[0] / norm[1]);
-            const int64_t p = at.pixel(base, u);
+        }
+        lanes_sum(along, a.lanes);
+        const float back = s1 * quotient<T>(along[0], norm[1]);
+        const int64_t p = at.pixel(base);
 #pragma unroll
-            for (int v = 0; v < VECS; ++v) {
-                const int c = (v * a.lanes + at.lane) * N;
-                if (c >= a.c || p >= a.p) continue;
-                float y[N];
-                unpack(y, held[u].f1[v]);
+        for (int v = 0; v < VECS; ++v) {
+            const int c = (v * a.lanes + at.lane) * N;
+            if (c >= a.c || p >= a.p) continue;
+            float y[N];
+            unpack(y, held.f1[v]);
 #pragma unroll
-                for (int j = 0; j < N; ++j) t[v][j] = norm[1] == 0.f ? 0.f : (t[v][j] - y[j] * back) * s1;
-                store_global(a.df1.row(p) + c, t[v]);
-            }
+            for (int j = 0; j < N; ++j) t[v][j] = norm[1] == 0.f ? 0.f : (t[v][j] - y[j] * back) * s1;
+            store_global(a.df1.row(p) + c, t[v]);
         }
     }
 }
@@ -236,7 +257,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) backward_plain_ke
         auto t = [&](int64_t c) { return slope * to_float(a.w[c]) * (to_float(a.f1.row(p)[c]) * s1 - to_float(a.f0.row(p)[c]) * s0); };
         for (int64_t c = threadIdx.x % kWarp; c < a.c; c += kWarp) along[0] += t(c) * to_float(a.f1.row(p)[c]);
         lanes_sum(along, kWarp);
-        const float back = s1 * (along[0] / norm[1]);
+        const float back = s1 * quotient<T>(along[0], norm[1]);
         for (int64_t c = threadIdx.x % kWarp; c < a.c; c += kWarp)
             a.df1.row(p)[c] = from_float<T>(norm[1] == 0.f ? 0.f : (t(c) - to_float(a.f1.row(p)[c]) * back) * s1);
     }
@@ -303,7 +324,7 @@ extern "C" int32_t ett_lpips_fwd(const ett_lpips_fwd_args* a, const ett_launch* 
                           float(a->eps), float(a->factor), t.lanes};
         if (!is_wide) return launch("lpips_fwd", forward_plain_kernel<T>, dim3(unsigned(grid)), dim3(kThreads), 0, l, k);
         return with_vecs(t.vecs, [&](auto v) { return launch("lpips_fwd", forward_kernel<T, v>, dim3(unsigned(grid)), dim3(kThreads), 0, l, k); });
-    });
+    }
     if (status == ETT_OK)
         status = launch("lpips_fwd", loss_kernel, dim3(1), dim3(kThreads), 0, l, partials, int(grid), data<const float>(a->scale), float(a->factor),
                         data<float>(a->loss));
@@ -328,6 +349,6 @@ extern "C" int32_t ett_lpips_bwd(const ett_lpips_bwd_args* a, const ett_launch* 
                           data<const float>(a->g), nullptr, rows(a->f1), cols(a->f1), float(a->eps), float(a->factor), t.lanes};
         if (!is_wide) return launch("lpips_bwd", backward_plain_kernel<T>, dim3(unsigned(grid)), dim3(kThreads), 0, l, k);
         return with_vecs(t.vecs, [&](auto v) { return launch("lpips_bwd", backward_kernel<T, v>, dim3(unsigned(grid)), dim3(kThreads), 0, l, k); });
-    });
+    }
     return status == ETT_OK ? ett_done(kernel) : status;
 }

@@ -24,7 +24,7 @@ namespace {
 
 constexpr int kThreads = 512;  // per row
 constexpr int kBlocks = 8;     // per multiprocessor: twice the resident ones
-constexpr int kTogether = 2;   // pieces that a thread loads at once
+constexpr int kTogether = 4;   // pieces that a thread loads at once
 
 // Targets and weights of rows.
 struct Rows {
@@ -44,30 +44,40 @@ struct Rows {
 };
 
 // The maximum of some logits, and the sum of exp(logit - maximum). (-infinity, 0) if there are none, or none above
-// -infinity.
+// -infinity. A NaN logit is carried by the sum, since fmaxf ignores it.
 struct Part {
-    float max, sum;
+    float max = -INFINITY, sum = 0.f;
 };
 
-template <class T> __device__ __forceinline__ float below(float x, float max) { return max == -INFINITY ? 0.f : exponential<T>(x - max); }
+// What to subtract from logits whose maximum is `max`: -infinity less itself would be NaN.
+__device__ __forceinline__ float shift(float max) { return max == -INFINITY ? 0.f : max; }
 
-// fmaxf ignores NaN; a NaN logit is carried by the sum.
 template <class T> __device__ __forceinline__ void join(Part& a, const Part& b) {
-    const float max = fmaxf(a.max, b.max);
-    a = {max, a.sum * below<T>(a.max, max) + b.sum * below<T>(b.max, max)};
+    const float max = fmaxf(a.max, b.max), by = shift(max);
+    a = {max, a.sum * exponential<T>(a.max - by) + b.sum * exponential<T>(b.max - by)};
 }
 
+// Adds a piece. The maximum seldom rises after the first pieces.
 template <class T, int N> __device__ __forceinline__ void take(Part& part, const Vec<T, N>& piece) {
     float f[N];
     unpack(f, piece);
-    Part here{f[0], 0.f};
+    float max = f[0];
 #pragma unroll
-    for (int j = 1; j < N; ++j) here.max = fmaxf(here.max, f[j]);
-    // The maximum ignores NaN, so NaN has to reach the sum here, even if the maximum is -infinity.
+    for (int j = 1; j < N; ++j) max = fmaxf(max, f[j]);
+    if (max > part.max) {
+        part.sum *= exponential<T>(part.max - max);
+        part.max = max;
+    }
+    const float by = shift(part.max);
 #pragma unroll
-    for (int j = 0; j < N; ++j) here.sum += f[j] == f[j] ? below<T>(f[j], here.max) : f[j];
-    if (here.max != here.max) here.max = -INFINITY;
-    join<T>(part, here);
+    for (int j = 0; j < N; ++j) part.sum += exponential<T>(f[j] - by);
+}
+
+// Joins the parts of the first LANES lanes of a warp; lane 0 gets the result.
+template <class T, int LANES> __device__ __forceinline__ void join_lanes(Part& part) {
+#pragma unroll
+    for (int d = LANES / 2; d > 0; d /= 2)
+        join<T>(part, Part{__shfl_down_sync(kAllLanes, part.max, d), __shfl_down_sync(kAllLanes, part.sum, d)});
 }
 
 template <class T> struct Forward {
@@ -78,8 +88,10 @@ template <class T> struct Forward {
 };
 
 template <class T, int N> __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const __grid_constant__ Forward<T> a) {
-    __shared__ Part smem[kThreads / kWarp];
+    constexpr int kWarps = kThreads / kWarp;
+    __shared__ float smem_max[kWarps], smem_sum[kWarps];
     const int64_t pieces = a.rows.v / N;
+    const int lane = int(threadIdx.x) % kWarp;
     for (int64_t row = blockIdx.x; row < a.rows.n; row += gridDim.x) {
         const int target = a.rows.of(row, threadIdx.x == 0);
         if (target < 0) {
@@ -87,7 +99,7 @@ template <class T, int N> __global__ void __launch_bounds__(kThreads, 2) forward
             continue;
         }
         const T* x = a.logits.row(row);
-        Part part{-INFINITY, 0.f};
+        Part part;
         for (int64_t i = threadIdx.x; i < pieces; i += kTogether * kThreads) {
             Vec<T, N> v[kTogether];
 #pragma unroll
@@ -97,15 +109,18 @@ template <class T, int N> __global__ void __launch_bounds__(kThreads, 2) forward
             for (int k = 0; k < kTogether; ++k)
                 if (i + k * kThreads < pieces) take(part, v[k]);
         }
-#pragma unroll
-        for (int d = kWarp / 2; d > 0; d /= 2)
-            join<T>(part, Part{__shfl_down_sync(kAllLanes, part.max, d), __shfl_down_sync(kAllLanes, part.sum, d)});
-        __syncthreads();  // smem of the previous row has been read
-        if (threadIdx.x % kWarp == 0) smem[threadIdx.x / kWarp] = part;
+        join_lanes<T, kWarp>(part);
+        __syncthreads();  // the parts of the previous row have been read
+        if (lane == 0) {
+            smem_max[threadIdx.x / kWarp] = part.max;
+            smem_sum[threadIdx.x / kWarp] = part.sum;
+        }
         __syncthreads();  // the warps' parts are visible
-        if (threadIdx.x != 0) continue;
-        for (int w = 1; w < kThreads / kWarp; ++w) join<T>(part, smem[w]);
-        const float lse = (part.max == -INFINITY ? 0.f : part.max) + logf(part.sum);
+        if (threadIdx.x >= kWarp) continue;
+        part = lane < kWarps ? Part{smem_max[lane], smem_sum[lane]} : Part{};
+        join_lanes<T, kWarps>(part);
+        if (lane != 0) continue;
+        const float lse = shift(part.max) + logf(part.sum);
         a.lse[row] = lse;
         a.losses[row] = a.rows.weigh(row) * (lse - to_float(x[target]));
         a.losses[a.rows.n + row] = 1.f;

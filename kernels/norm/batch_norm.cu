@@ -68,7 +68,7 @@ template <class A> int32_t forward(const char* op, const A* a, const ett_launch*
     const int32_t status = with_act(a->x.dtype, [&](auto t) {
         using T = decltype(t);
         int32_t status = ETT_OK;
-        if (own) status = channels::launch_statistics<T>(op, is_wide, s, a->x, a->mean, a->var, true, a->eps, l);
+        if (own) status = channels::launch_statistics<T>(op, is_wide, s, a->x, a->mean, a->var, true, a->eps, l->workspace, l);
         if (status != ETT_OK || s.p == 0) return status;
         return channels::launch_normalize<T>(op, is_wide, s, a->x, a->y, scale_of<T>(a), channels::Leaky{float(a->slope)}, l);
     });
@@ -89,8 +89,8 @@ template <class A> int32_t backward(const char* op, const A* a, const ett_launch
     if (numel(a->x) == 0) return ett_done("");
     const int32_t status = with_act(a->x.dtype, [&](auto t) {
         using T = decltype(t);
-        return channels::launch_backward<T>(op, is_wide, planes(a->x), a->dy, a->x, a->dx, a->dw, a->db, scale_of<T>(a), through,
-                                            channels::Leaky{float(a->slope)}, l);
+        return channels::launch_backward<T>(op, is_wide, planes(a->x), a->dy, a->x, {}, a->dx, a->dw, a->db, scale_of<T>(a), through,
+                                            channels::Leaky{float(a->slope)}, l->workspace, l);
     });
     return status == ETT_OK ? ett_done(kernel) : status;
 }

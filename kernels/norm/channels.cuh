@@ -170,10 +170,24 @@ template <class T, int N> __global__ void __launch_bounds__(kThreads, kResident)
     out[a.shape.c] = all.squares;
 }
 
+// The pixels of an image in tiles of `down` lines and `across` columns, which are shorter at the ends.
+struct Tiles {
+    int64_t h, w, down, across;
+    int per_line, count;
+
+    Tiles(int64_t h, int64_t w, int64_t down, int64_t across)
+        : h(h), w(w), down(down), across(across), per_line(across > 0 ? int(ceil_div(w, across)) : 0), count(down > 0 ? int(ceil_div(h, down)) * per_line : 0) {}
+    // Pixels of tile k.
+    __device__ __forceinline__ int64_t pixels(int k) const {
+        const int64_t y = int64_t(k / per_line) * down, x = int64_t(k % per_line) * across;
+        return (h - y < down ? h - y : down) * (w - x < across ? w - x : across);
+    }
+};
+
 struct Join {
-    const float* partials;
+    const float* partials;  // [B * tiles, 2, C]
     Planes shape;
-    int64_t chunks, chunk;
+    Tiles tiles;
     float *mean, *spread;  // [B, G]
     float eps;
     bool is_var;           // `spread` is the variance; else 1 / sqrt(variance + eps)
@@ -185,12 +199,14 @@ __device__ __forceinline__ float rstd_of(float var, float eps) { return 1.f / sq
 // the warps are combined in a fixed order.
 __global__ void __launch_bounds__(kJoin) static join_kernel(const __grid_constant__ Join a) {
     __shared__ Moments smem[kJoin / kWarp];
-    const int64_t image = blockIdx.x / a.shape.g, group = blockIdx.x % a.shape.g, width = a.shape.width(), c = a.shape.c;
+    const int groups = int(a.shape.g), width = int(a.shape.c) / groups, image = int(blockIdx.x) / groups, group = int(blockIdx.x) - image * groups;
+    const int64_t c = a.shape.c;
     Moments all{};
-    for (int64_t i = threadIdx.x; i < a.chunks * width; i += kJoin) {
-        const int64_t k = i / width, left = a.shape.p - k * a.chunk;
-        const float* p = a.partials + (image * a.chunks + k) * 2 * c + group * width + (i - k * width);
-        all.join({float(left < a.chunk ? left : a.chunk), p[0], p[c]});
+    const int tiles = a.tiles.count;
+    for (int64_t i = threadIdx.x; i < int64_t(tiles) * width; i += kJoin) {
+        const int k = int(uint64_t(i) < (uint64_t(1) << 32) ? unsigned(i) / unsigned(width) : i / width);
+        const float* p = a.partials + (int64_t(image) * tiles + k) * 2 * c + group * width + (i - int64_t(k) * width);
+        all.join({float(a.tiles.pixels(k)), p[0], p[c]});
     }
 #pragma unroll
     for (int d = kWarp / 2; d > 0; d /= 2)
@@ -270,6 +286,7 @@ template <class T> struct Backward {
     const float* means;  // [B, 2, G], see Means; null: the statistics are constants
     Planes shape;
     Tiling tiling;
+    Matrix<const T> skip;  // added to dx; may be absent
 };
 
 // Loads kTogether pixels of dy and x; leaves those past the end of the chunk unchanged.
@@ -402,7 +419,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) means_kernel(cons
     if (a.db) a.db[channel] += db;
 }
 
-// dx = rstd * (g * w - mean(g * w) - xhat * mean(g * w * xhat)).
+// dx = rstd * (g * w - mean(g * w) - xhat * mean(g * w * xhat)) + skip. dy may be dx.
 template <class T, int N, class F> __global__ void __launch_bounds__(kThreads, 2) dx_kernel(const __grid_constant__ Backward<T> a, const F f) {
     const Part<N> part(a.shape, a.tiling);
     if (!part.works) return;
@@ -419,19 +436,25 @@ template <class T, int N, class F> __global__ void __launch_bounds__(kThreads, 2
         }
     }
     for (int64_t pixel = part.first + part.lane; pixel < part.end; pixel += int64_t(kTogether) * lanes) {
-        Vec<T, N> dy[kTogether], x[kTogether];
+        Vec<T, N> dy[kTogether], x[kTogether], skip[kTogether];
         load_both(a, part, pixel, dy, x);
+        if (a.skip.ptr) {
+#pragma unroll
+            for (int u = 0; u < kTogether; ++u)
+                if (pixel + int64_t(u) * lanes < part.end) skip[u] = load_vec<N>(a.skip.row(pixel + int64_t(u) * lanes) + part.channel);
+        }
 #pragma unroll
         for (int u = 0; u < kTogether; ++u) {
             if (pixel + int64_t(u) * lanes >= part.end) continue;
-            float g[N], v[N];
+            float g[N], v[N], more[N] = {};
             unpack(g, dy[u]);
             unpack(v, x[u]);
+            if (a.skip.ptr) unpack(more, skip[u]);
 #pragma unroll
             for (int j = 0; j < N; ++j) {
                 const float xhat = (v[j] - mean[j]) * rstd[j];
                 g[j] *= f.template slope<T>(xhat * w[j] + b[j]);
-                v[j] = rstd[j] * (g[j] * w[j] - of_g[j] - xhat * of_gx[j]);
+                v[j] = rstd[j] * (g[j] * w[j] - of_g[j] - xhat * of_gx[j]) + more[j];
             }
             store_global(a.dx.row(pixel + int64_t(u) * lanes) + part.channel, v);
         }
@@ -462,11 +485,18 @@ template <class T, class F> int32_t with_pieces(bool is_wide, F f) {
     return is_wide ? f(std::integral_constant<int, kWide<T>>{}) : f(std::integral_constant<int, 1>{});
 }
 
+// Combines the means and sums of squares of tiles, `partials`.
+inline int32_t launch_join(const char* op, const Planes& s, const Tiles& tiles, const float* partials, const ett_view& mean, const ett_view& spread,
+                           bool is_var, double eps, const ett_launch* l) {
+    const Join join{partials, s, tiles, data<float>(mean), data<float>(spread), float(eps), is_var};
+    return launch(op, join_kernel, dim3(unsigned(s.b * s.g)), dim3(kJoin), 0, l, join);
+}
+
 // Computes mean and spread of the groups of x.
 template <class T>
 int32_t launch_statistics(const char* op, bool is_wide, const Planes& s, const ett_view& x, const ett_view& mean, const ett_view& spread, bool is_var,
-                          double eps, const ett_launch* l) {
-    float* partials = static_cast<float*>(l->workspace);
+                          double eps, void* workspace, const ett_launch* l) {
+    float* const partials = static_cast<float*>(workspace);
     return with_pieces<T>(is_wide, [&](auto n) {
         const Tiling t = choose_tiling(s, n, multiprocessors());
         int32_t status = ETT_OK;
@@ -475,8 +505,7 @@ int32_t launch_statistics(const char* op, bool is_wide, const Planes& s, const e
             status = launch(op, statistics_kernel<T, n>, grid, dim3(kThreads), 0, l, Statistics<T>{matrix<const T>(x), s, t, partials});
         }
         if (status != ETT_OK) return status;
-        const Join join{partials, s, t.chunks, t.chunk, data<float>(mean), data<float>(spread), float(eps), is_var};
-        return launch(op, join_kernel, dim3(unsigned(s.b * s.g)), dim3(kJoin), 0, l, join);
+        return launch_join(op, s, {1, s.p, 1, t.chunk}, partials, mean, spread, is_var, eps, l);
     });
 }
 
@@ -490,30 +519,54 @@ int32_t launch_normalize(const char* op, bool is_wide, const Planes& s, const et
     });
 }
 
-// `through`: whether the gradient passes through the statistics.
+// The workspace of a backward from the sums of `chunks` chunks an image on.
+struct BackwardSpace {
+    float *partials, *sums, *means;
+
+    BackwardSpace(void* start, const Planes& s, int64_t chunks)
+        : partials(static_cast<float*>(start)), sums(partials + s.b * chunks * 2 * s.c), means(sums + s.b * 2 * s.c) {}
+    static int64_t bytes(const Planes& s, int64_t chunks) { return (s.b * chunks * 2 * s.c + s.b * 2 * (s.c + s.g)) * int64_t(sizeof(float)); }
+};
+
+// From the sums of chunks to the means of the groups, and dw and db.
+template <class T>
+int32_t launch_means(const char* op, const Planes& s, const BackwardSpace& space, int64_t chunks, const T* w, bool through, const ett_view& dw,
+                     const ett_view& db, const ett_launch* l) {
+    const dim3 tiles{unsigned(s.b * ceil_div(2 * s.c, kWarp))};
+    const int32_t status = launch(op, sum_chunks_kernel, tiles, dim3(kWarp, kWarp), 0, l, SumChunks{space.partials, space.sums, chunks, 2 * s.c});
+    const dim3 warps{unsigned(ceil_div(s.b * s.g + ceil_div(s.c, kWarp), kThreads / kWarp))};
+    const Means<T> means{space.sums, w, through ? space.means : nullptr, data<float>(dw), data<float>(db), s};
+    return status == ETT_OK ? launch(op, means_kernel<T>, warps, dim3(kThreads), 0, l, means) : status;
+}
+
+// dx from the means of the groups. dy may be dx.
 template <class T, class F>
-int32_t launch_backward(const char* op, bool is_wide, const Planes& s, const ett_view& dy, const ett_view& x, const ett_view& dx,
-                        const ett_view& dw, const ett_view& db, const Scale<T>& scale, bool through, const F& f, const ett_launch* l) {
+int32_t launch_dx(const char* op, bool is_wide, const Planes& s, const ett_view& dy, const ett_view& x, const ett_view& skip, const ett_view& dx,
+                  const Scale<T>& scale, const float* means, const F& f, const ett_launch* l) {
     return with_pieces<T>(is_wide, [&](auto n) {
         const Tiling t = choose_tiling(s, n, multiprocessors());
-        float* partials = static_cast<float*>(l->workspace);
-        float* sums = partials + s.b * t.chunks * 2 * s.c;
-        float* means = through ? sums + s.b * 2 * s.c : nullptr;
-        const Backward<T> k{matrix<const T>(dy), matrix<const T>(x), matrix<T>(dx), scale, partials, means, s, t};
-        const dim3 grid{unsigned(blocks(s, t))};
-        int32_t status = ETT_OK;
-        if (through || present(dw) || present(db)) {
-            status = launch(op, sums_kernel<T, n, F>, grid, dim3(kThreads), 0, l, k, f);
-            const dim3 tiles{unsigned(s.b * ceil_div(2 * s.c, kWarp))};
-            if (status == ETT_OK)
-                status = launch(op, sum_chunks_kernel, tiles, dim3(kWarp, kWarp), 0, l, SumChunks{partials, sums, t.chunks, 2 * s.c});
-            const dim3 warps{unsigned(ceil_div(s.b * s.g + ceil_div(s.c, kWarp), kThreads / kWarp))};
-            if (status == ETT_OK)
-                status = launch(op, means_kernel<T>, warps, dim3(kThreads), 0, l,
-                                Means<T>{sums, scale.w, means, data<float>(dw), data<float>(db), s});
-        }
-        return status == ETT_OK ? launch(op, dx_kernel<T, n, F>, grid, dim3(kThreads), 0, l, k, f) : status;
+        const Backward<T> k{matrix<const T>(dy), matrix<const T>(x), matrix<T>(dx), scale, nullptr, means, s, t, matrix<const T>(skip)};
+        return launch(op, dx_kernel<T, n, F>, dim3(unsigned(blocks(s, t))), dim3(kThreads), 0, l, k, f);
     });
+}
+
+// `through`: whether the gradient passes through the statistics. dy may be dx.
+template <class T, class F>
+int32_t launch_backward(const char* op, bool is_wide, const Planes& s, const ett_view& dy, const ett_view& x, const ett_view& skip,
+                        const ett_view& dx, const ett_view& dw, const ett_view& db, const Scale<T>& scale, bool through, const F& f, void* workspace,
+                        const ett_launch* l) {
+    const int64_t chunks = choose_tiling(s, is_wide ? kWide<T> : 1, multiprocessors()).chunks;
+    const BackwardSpace space(workspace, s, chunks);
+    int32_t status = ETT_OK;
+    if (through || present(dw) || present(db)) {
+        status = with_pieces<T>(is_wide, [&](auto n) {
+            const Tiling t = choose_tiling(s, n, multiprocessors());
+            const Backward<T> k{matrix<const T>(dy), matrix<const T>(x), {}, scale, space.partials, nullptr, s, t, {}};
+            return launch(op, sums_kernel<T, n, F>, dim3(unsigned(blocks(s, t))), dim3(kThreads), 0, l, k, f);
+        });
+        if (status == ETT_OK) status = launch_means<T>(op, s, space, chunks, scale.w, through, dw, db, l);
+    }
+    return status == ETT_OK ? launch_dx<T>(op, is_wide, s, dy, x, skip, dx, scale, through ? space.means : nullptr, f, l) : status;
 }
 
 // The implementation of a call: "wide" if all views have rows of whole 16-byte pieces.

@@ -14,6 +14,7 @@
 // its own rounding; NaN if there are no pixels. Order of sums: each thread its pixels in order, a block its threads,
 // one kernel the chunks of an image, another one the channels of a group. Bitwise repeatable.
 // work: 8 FLOP an element forward, 16 backward; 3*n*size bytes forward (x is read twice), 5 backward.
+// group_norm_stats computes mean and rstd alone, for convolutions that normalise what they read.
 // workspace: forward 8*C bytes per chunk, with at most twelve chunks per multiprocessor (but at least one per image);
 // backward 8*(C + G) bytes per image more.
 // limits: any C, any G that divides C; "wide" requires pixels of whole 16-byte pieces, "plain" accepts any.
@@ -47,6 +48,11 @@ bool sound(Check& check, const ett_group_norm_fwd_args* a) {
     return check.require(channels::fits(planes(a->x, a->mean)), "x", "too many images", "less than 2^30 tiles of 32 channels");
 }
 
+bool sound(Check& check, const ett_group_norm_stats_args* a) {
+    return check.ok() && shaped(check, a->x, a->mean, a->rstd) &&
+           check.require(channels::fits(planes(a->x, a->mean)), "x", "too many images", "less than 2^30 tiles of 32 channels");
+}
+
 bool sound(Check& check, const ett_group_norm_bwd_args* a) {
     if (!check.ok() || !shaped(check, a->x, a->mean, a->rstd)) return false;
     const int64_t n = rows(a->x), c = cols(a->x);
@@ -60,6 +66,7 @@ bool sound(Check& check, const ett_group_norm_bwd_args* a) {
 }
 
 int64_t workspace(const ett_group_norm_fwd_args* a) { return channels::partials_bytes(planes(a->x, a->mean), a->x.dtype); }
+int64_t workspace(const ett_group_norm_stats_args* a) { return channels::partials_bytes(planes(a->x, a->mean), a->x.dtype); }
 int64_t workspace(const ett_group_norm_bwd_args* a) {
     return numel(a->x) == 0 ? 0 : channels::backward_bytes(planes(a->x, a->mean), a->x.dtype);
 }
@@ -88,12 +95,34 @@ extern "C" int32_t ett_group_norm_fwd(const ett_group_norm_fwd_args* a, const et
     const channels::Planes s = planes(a->x, a->mean);
     const int32_t status = with_act(a->x.dtype, [&](auto t) {
         using T = decltype(t);
-        const int32_t status = channels::launch_statistics<T>("group_norm_fwd", is_wide, s, a->x, a->mean, a->rstd, false, a->eps, l);
+        const int32_t status = channels::launch_statistics<T>("group_norm_fwd", is_wide, s, a->x, a->mean, a->rstd, false, a->eps, l->workspace, l);
         if (status != ETT_OK || s.p == 0) return status;
         const channels::Scale<T> scale{data<const T>(a->w), data<const T>(a->b), data<const float>(a->mean), data<const float>(a->rstd), 0.f, false};
         return with_activation(a->silu, [&](auto f) {
             return channels::launch_normalize<T>("group_norm_fwd", is_wide, s, a->x, a->y, scale, f, l);
         });
+    });
+    return status == ETT_OK ? ett_done(kernel) : status;
+}
+
+extern "C" int64_t ett_group_norm_stats_workspace(const ett_group_norm_stats_args* a) {
+    using namespace ett;
+    Check check("group_norm_stats", a);
+    return sound(check, a) ? workspace(a) : -1;
+}
+
+extern "C" int32_t ett_group_norm_stats(const ett_group_norm_stats_args* a, const ett_launch* l) {
+    using namespace ett;
+    Check check("group_norm_stats", a, l);
+    if (!sound(check, a)) return check.status();
+    check.workspace(l, workspace(a));
+    const char* kernel;
+    const bool is_wide = channels::choose_wide(check, l, {&a->x}, &kernel);
+    if (!check.ok()) return check.status();
+    if (numel(a->mean) == 0) return ett_done("");
+    const int32_t status = with_act(a->x.dtype, [&](auto t) {
+        return channels::launch_statistics<decltype(t)>("group_norm_stats", is_wide, planes(a->x, a->mean), a->x, a->mean, a->rstd, false, a->eps,
+                                                        l->workspace, l);
     });
     return status == ETT_OK ? ett_done(kernel) : status;
 }
@@ -118,7 +147,7 @@ extern "C" int32_t ett_group_norm_bwd(const ett_group_norm_bwd_args* a, const et
         using T = decltype(t);
         const channels::Scale<T> scale{data<const T>(a->w), data<const T>(a->b), data<const float>(a->mean), data<const float>(a->rstd), 0.f, false};
         return with_activation(a->silu, [&](auto f) {
-            return channels::launch_backward<T>("group_norm_bwd", is_wide, s, a->dy, a->x, a->dx, a->dw, a->db, scale, true, f, l);
+            return channels::launch_backward<T>("group_norm_bwd", is_wide, s, a->dy, a->x, {}, a->dx, a->dw, a->db, scale, true, f, l->workspace, l);
         });
     });
     return status == ETT_OK ? ett_done(kernel) : status;

@@ -4,8 +4,8 @@
 // y   C    f32  contiguous           added to
 //
 // numerics: sums in f32. A block sums a part of the rows: each of its warps sums every eighth row in ascending order,
-// then the warps' sums are added in order. The sums of the parts are added in order and then to y. The parts depend
-// only on the shape and the number of multiprocessors: bitwise repeatable.
+// then the warps' sums are added in order. Of the sums of the parts, every 32nd is added in order, then these 32 sums, and
+// then y. The parts depend only on the shape and the number of multiprocessors: bitwise repeatable.
 // work: N*C additions; N*C*size + 8*C bytes.   floor: the bytes.   limits: none beyond memory.
 #include "launch.cuh"
 #include "reduce.cuh"
@@ -14,10 +14,12 @@ namespace ett {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-// Rows in flight per thread: 16 bytes of each, times 2048 threads of a multiprocessor, hide the latency of memory.
-constexpr int kAtOnce = 4;
+// Bytes in flight per thread: times 2048 threads of a multiprocessor, they hide the latency of memory.
+constexpr int kInFlight = 64;
+// Rows of V columns that are in flight.
+template <class T, int V> inline constexpr int kAtOnce = V == 1 ? 4 : kInFlight / (V * int(sizeof(T)));
 // A part has at least this many rows, a few for each thread.
-constexpr int64_t kLeastRows = kWarps * kAtOnce * 2;
+constexpr int64_t kLeastRows = kWarps * 8;
 
 // Every thread sums V neighbouring columns of the rows of its part, which begins at part * rows_per_part; a block has
 // 32 * V columns. Writes partial[part, c], or adds to y if partial is null.
@@ -32,12 +34,13 @@ col_sum_kernel(const T* x, int64_t n, int64_t c, int64_t ld, int64_t col_blocks,
     if (col < c) {
         const T* p = x + col;
         int64_t row = part * rows_per_part + warp;
-        for (; row + (kAtOnce - 1) * kWarps < end; row += kAtOnce * kWarps) {
-            float v[kAtOnce][V];
+        constexpr int kRows = kAtOnce<T, V>;
+        for (; row + (kRows - 1) * kWarps < end; row += kRows * kWarps) {
+            float v[kRows][V];
 #pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) load<V>(v[i], p + (row + i * kWarps) * ld);
+            for (int i = 0; i < kRows; ++i) load<V>(v[i], p + (row + i * kWarps) * ld);
 #pragma unroll
-            for (int i = 0; i < kAtOnce; ++i)
+            for (int i = 0; i < kRows; ++i)
 #pragma unroll
                 for (int j = 0; j < V; ++j) sum[j] += v[i][j];
         }
@@ -64,13 +67,23 @@ col_sum_kernel(const T* x, int64_t n, int64_t c, int64_t ld, int64_t col_blocks,
     }
 }
 
-// y[c] += sum over the parts.
-__global__ void __launch_bounds__(kThreads) col_sum_parts_kernel(const float* partial, int64_t parts, int64_t c, float* y) {
-    const int64_t col = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-    if (col >= c) return;
+constexpr int kPartThreads = 1024, kPartWarps = kPartThreads / kWarp;
+
+// y[c] += sum over the parts. A block adds 32 columns: each of its warps every 32nd part, then the warps' sums in order.
+__global__ void __launch_bounds__(kPartThreads) col_sum_parts_kernel(const float* partial, int64_t parts, int64_t c, float* y) {
+    __shared__ float smem_sum[kPartWarps][kWarp];
+    const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+    const int64_t col = int64_t(blockIdx.x) * kWarp + lane;
     float s = 0.f;
-#pragma unroll 4
-    for (int64_t p = 0; p < parts; ++p) s += partial[p * c + col];
+    if (col < c)
+#pragma unroll 8
+        for (int64_t p = warp; p < parts; p += kPartWarps) s += partial[p * c + col];
+    smem_sum[warp][lane] = s;
+    __syncthreads();  // the warps' sums are visible
+    if (warp != 0 || col >= c) return;
+    s = 0.f;
+#pragma unroll
+    for (int w = 0; w < kPartWarps; ++w) s += smem_sum[w][lane];
     y[col] += s;
 }
 
@@ -81,7 +94,13 @@ int64_t choose_col_sum_parts(int64_t n, int64_t c, int64_t width, int multiproce
     return std::max<int64_t>(1, std::min(wanted, n / kLeastRows));
 }
 
-int64_t width_of(const ett_view& x, bool vectors) { return kWarp * (vectors ? 16 / dtype_size(x.dtype) : 1); }
+// Columns of a thread: whole pieces of 16 bytes, or fewer if a warp would then have more columns than there are.
+int choose_col_sum_columns(const ett_view& x, bool vectors) {
+    int columns = vectors ? int(16 / dtype_size(x.dtype)) : 1;
+    while (columns > 2 && kWarp * columns / 2 >= cols(x)) columns /= 2;
+    return columns;
+}
+int64_t width_of(const ett_view& x, bool vectors) { return kWarp * choose_col_sum_columns(x, vectors); }
 
 bool sound(Check& check, const ett_col_sum_args* a) { return check.ok() && check.act("x", a->x) && check.vector("y", a->y, ETT_F32, cols(a->x)); }
 
@@ -113,11 +132,15 @@ extern "C" int32_t ett_col_sum(const ett_col_sum_args* a, const ett_launch* l) {
     float* const partial = parts > 1 ? static_cast<float*>(l->workspace) : nullptr;
     return with_act(a->x.dtype, [&](auto t) {
         using T = decltype(t);
-        auto* const k = vectors ? col_sum_kernel<T, kWide<T>> : col_sum_kernel<T, 1>;
+        const int columns = choose_col_sum_columns(a->x, vectors);
+        auto* const k = columns == 1   ? col_sum_kernel<T, 1>
+                        : columns == 2 ? col_sum_kernel<T, 2>
+                        : columns == 4 ? col_sum_kernel<T, 4>
+                                       : col_sum_kernel<T, kWide<T>>;
         int32_t status = launch("col_sum", k, dim3(unsigned(blocks * parts)), dim3(kThreads), 0, l, data<const T>(a->x), n, c, stride(a->x),
                                 blocks, ceil_div(n, parts), partial, data<float>(a->y));
         if (status == ETT_OK && parts > 1)
-            status = launch("col_sum", col_sum_parts_kernel, dim3(unsigned(ceil_div(c, kThreads))), dim3(kThreads), 0, l, partial, parts, c,
+            status = launch("col_sum", col_sum_parts_kernel, dim3(unsigned(ceil_div(c, kWarp))), dim3(kPartThreads), 0, l, partial, parts, c,
                             data<float>(a->y));
         return status == ETT_OK ? ett_done(kernel) : status;
     });

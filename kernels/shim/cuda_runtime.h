@@ -47,6 +47,9 @@ namespace shim {
 extern uint3 thread_index, block_index;
 extern dim3 block_size, grid_size;
 
+// The largest shared memory of a block, in bytes: ETT_SHIM_SMEM in KiB, or that of an H100.
+int most_smem();
+
 // Runs `thread` for every thread of every block. A process runs one launch at a time.
 void launch(const char* op, dim3 grid, dim3 block, size_t smem, const std::function<void()>& thread);
 
@@ -173,9 +176,8 @@ inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* d) { *d = 0; return cudaSuccess; }
 // Reports a small GPU of compute capability 8 with 3 multiprocessors, so that grid-stride loops iterate more than once.
-// Blocks may have as much shared memory as `launch` allows, so that all portable kernels run.
 inline cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr a, int) {
-    *v = a == cudaDevAttrMultiProcessorCount ? 3 : a == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 227 * 1024 : 8;
+    *v = a == cudaDevAttrMultiProcessorCount ? 3 : a == cudaDevAttrMaxSharedMemoryPerBlockOptin ? shim::most_smem() : 8;
     return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* p, int v, size_t n, cudaStream_t) { memset(p, v, n); return cudaSuccess; }

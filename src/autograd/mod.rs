@@ -2,18 +2,55 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use crate::backend::{Accumulate, Add, Cast, DType, Dims, Kernels, Precision, Role, Stream};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
-/// A value on a tape.
-#[derive(Clone, Debug)]
-pub struct Var {
+/// What a backward pass needs to know of a value to pass gradients on: which one it is, its shape and type, and whether a
+/// gradient flows to it.
+#[derive(Clone, Copy, Debug)]
+pub struct Key {
     id: usize,
-    value: Tensor,
+    dims: Dims,
+    dtype: DType,
     grad: bool,
+}
+
+impl Key {
+    /// The shape of the value.
+    pub fn dims(&self) -> Dims {
+        self.dims
+    }
+
+    /// The type of the value.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// True if a gradient flows to the value.
+    pub fn needs_grad(&self) -> bool {
+        self.grad
+    }
+}
+
+impl From<&Key> for Key {
+    fn from(key: &Key) -> Key {
+        *key
+    }
+}
+
+/// Computes a value again, with the same bits.
+type Again = Rc<dyn Fn() -> Result<Tensor>>;
+
+/// A value on a tape.
+#[derive(Clone)]
+pub struct Var {
+    key: Key,
+    value: Tensor,
+    again: Option<Again>,
 }
 
 impl Var {
@@ -24,24 +61,83 @@ impl Var {
 
     /// Its shape.
     pub fn dims(&self) -> Dims {
-        self.value.dims()
+        self.key.dims
     }
 
     /// True if a gradient flows to this value.
     pub fn needs_grad(&self) -> bool {
-        self.grad
+        self.key.grad
+    }
+
+    /// What an op keeps of an input whose value its backward pass does not read.
+    pub fn key(&self) -> Key {
+        self.key
+    }
+
+    /// What an op keeps of an input whose value its backward pass reads.
+    pub fn keep(&self) -> Kept {
+        let source = match &self.again {
+            Some(again) => Source::Again(again.clone()),
+            None => Source::Value(self.value.clone()),
+        };
+        Kept { key: self.key, source }
     }
 
     /// The same value, cut off from the tape.
     pub fn detach(&self) -> Var {
-        Var { grad: false, ..self.clone() }
+        Var { key: Key { grad: false, ..self.key }, ..self.clone() }
     }
 }
 
-type Backward = Box<dyn FnOnce(&mut Grads, &[Var]) -> Result<()>>;
+impl From<&Var> for Key {
+    fn from(v: &Var) -> Key {
+        v.key
+    }
+}
+
+#[derive(Clone)]
+enum Source {
+    Value(Tensor),
+    Again(Again),
+}
+
+/// A value that an op keeps for its backward pass, or the means to compute it again.
+#[derive(Clone)]
+pub struct Kept {
+    key: Key,
+    source: Source,
+}
+
+impl Kept {
+    /// The value.
+    pub fn value(&self) -> Result<Tensor> {
+        match &self.source {
+            Source::Value(value) => Ok(value.clone()),
+            Source::Again(again) => again(),
+        }
+    }
+
+    /// Its shape.
+    pub fn dims(&self) -> Dims {
+        self.key.dims
+    }
+
+    /// True if a gradient flows to this value.
+    pub fn needs_grad(&self) -> bool {
+        self.key.grad
+    }
+}
+
+impl From<&Kept> for Key {
+    fn from(v: &Kept) -> Key {
+        v.key
+    }
+}
+
+type Backward = Box<dyn FnOnce(&mut Grads, &[Key]) -> Result<()>>;
 
 struct Node {
-    outputs: Vec<Var>,
+    outputs: Vec<Key>,
     backward: Backward,
 }
 
@@ -54,24 +150,34 @@ struct Inner {
     trains: bool,
 }
 
+/// What a tape computes again in the backward pass instead of keeping it. The bits are the same, because forward passes are
+/// pure.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Recomputing {
+    /// The values of ops that do little work: see [`Tape::cheap`].
+    pub cheap: bool,
+    /// The inside of blocks: see [`Tape::block`].
+    pub blocks: bool,
+}
+
 /// The ops of one forward pass, in order.
 pub struct Tape {
     dev: Arc<dyn Kernels>,
     prec: Precision,
     recording: bool,
-    recomputing: bool,
+    recomputing: Recomputing,
     inner: RefCell<Inner>,
 }
 
 impl Tape {
     /// An empty tape.
     pub fn new(dev: Arc<dyn Kernels>, prec: Precision) -> Self {
-        Tape { dev, prec, recording: true, recomputing: false, inner: RefCell::default() }
+        Tape { dev, prec, recording: true, recomputing: Recomputing::default(), inner: RefCell::default() }
     }
 
-    /// If `yes`, the tape keeps only the inputs of each [`Tape::block`] for the backward pass.
-    pub fn recomputing(self, yes: bool) -> Self {
-        Tape { recomputing: yes, ..self }
+    /// An empty tape that recomputes.
+    pub fn recomputing(self, what: Recomputing) -> Self {
+        Tape { recomputing: what, ..self }
     }
 
     /// A tape that saves nothing, for evaluation.
@@ -117,7 +223,9 @@ impl Tape {
     fn var(&self, value: Tensor, grad: bool) -> Var {
         let mut inner = self.inner.borrow_mut();
         inner.next += 1;
-        Var { id: inner.next, value, grad: grad && self.recording }
+        let key =
+            Key { id: inner.next, dims: value.dims(), dtype: value.dtype(), grad: grad && self.recording };
+        Var { key, value, again: None }
     }
 
     /// A value that receives no gradient.
@@ -134,38 +242,38 @@ impl Tape {
     pub fn weight(&self, value: Tensor, grad: Option<Tensor>) -> Var {
         let v = self.var(value, grad.is_some());
         self.inner.borrow_mut().trains |= grad.is_some();
-        if let (true, Some(grad)) = (v.grad, grad) {
-            self.inner.borrow_mut().targets.insert(v.id, grad);
+        if let (true, Some(grad)) = (v.key.grad, grad) {
+            self.inner.borrow_mut().targets.insert(v.key.id, grad);
         }
         v
     }
 
     /// True for a weight that is being trained.
     pub fn is_weight(&self, v: &Var) -> bool {
-        self.inner.borrow().targets.contains_key(&v.id)
+        self.inner.borrow().targets.contains_key(&v.key.id)
     }
 
-    /// Records an op. `backward` is called with the outputs as they are on the tape. If no input needs a gradient,
-    /// `backward` and everything it saved are dropped.
+    /// Records an op. `backward` is called with the keys of the outputs. If no input needs a gradient, `backward` and
+    /// everything it keeps are dropped.
     pub fn op(
         &self,
         inputs: &[&Var],
         outputs: Vec<Tensor>,
-        backward: impl FnOnce(&mut Grads, &[Var]) -> Result<()> + 'static,
+        backward: impl FnOnce(&mut Grads, &[Key]) -> Result<()> + 'static,
     ) -> Vec<Var> {
-        self.node(inputs.iter().any(|v| v.grad), outputs, backward)
+        self.node(inputs.iter().any(|v| v.key.grad), outputs, backward)
     }
 
     fn node(
         &self,
         grad: bool,
         outputs: Vec<Tensor>,
-        backward: impl FnOnce(&mut Grads, &[Var]) -> Result<()> + 'static,
+        backward: impl FnOnce(&mut Grads, &[Key]) -> Result<()> + 'static,
     ) -> Vec<Var> {
         let grad = self.recording && grad;
         let outputs: Vec<Var> = outputs.into_iter().map(|t| self.var(t, grad)).collect();
         if grad {
-            let node = Node { outputs: outputs.clone(), backward: Box::new(backward) };
+            let node = Node { outputs: outputs.iter().map(Var::key).collect(), backward: Box::new(backward) };
             self.inner.borrow_mut().nodes.push(node);
         }
         outputs
@@ -176,13 +284,22 @@ impl Tape {
         &self,
         inputs: &[&Var],
         output: Tensor,
-        backward: impl FnOnce(&mut Grads, &Var) -> Result<()> + 'static,
+        backward: impl FnOnce(&mut Grads, &Key) -> Result<()> + 'static,
     ) -> Var {
         let out = self.op(inputs, vec![output], move |g, outs| backward(g, &outs[0]));
         out.into_iter().next().unwrap_or_else(|| unreachable!("an op of one output has one"))
     }
 
-    /// Runs a part of a model, `f` of `inputs`. A recomputing tape keeps nothing of the inside: the backward pass
+    /// `v`, an output of an op that does little work. A tape that recomputes such values keeps none of them: the ops whose
+    /// backward pass reads `v` call `again`, which returns the same bits and keeps little.
+    pub fn cheap(&self, v: Var, again: impl Fn() -> Result<Tensor> + 'static) -> Var {
+        match self.recording && self.recomputing.cheap && v.key.grad {
+            true => Var { again: Some(Rc::new(again)), ..v },
+            false => v,
+        }
+    }
+
+    /// Runs a part of a model, `f` of `inputs`. A tape that recomputes blocks keeps nothing of the inside: the backward pass
     /// runs `f` again, with the same bits because a forward pass is pure. Other tapes just run `f`.
     pub fn block(
         &self,
@@ -190,17 +307,21 @@ impl Tape {
         f: impl Fn(&Tape, &[Var]) -> Result<Vec<Var>> + 'static,
     ) -> Result<Vec<Var>> {
         let inputs: Vec<Var> = inputs.iter().map(|&v| v.clone()).collect();
-        if !self.recording || !self.recomputing {
+        if !self.recording || !self.recomputing.blocks {
             return f(self, &inputs);
         }
         let inner = Tape::inference(self.device(), self.prec);
         let outputs = f(&inner, &inputs.iter().map(Var::detach).collect::<Vec<_>>())?;
-        let grad = inputs.iter().any(|v| v.grad) || inner.inner.borrow().trains;
+        let grad = inputs.iter().any(|v| v.key.grad) || inner.inner.borrow().trains;
         let outputs = outputs.into_iter().map(|v| v.value).collect();
-        let (dev, prec) = (self.device(), self.prec);
+        let (dev, prec, cheap) = (self.device(), self.prec, self.recomputing.cheap);
+        let inputs: Vec<Kept> = inputs.iter().map(Var::keep).collect();
         Ok(self.node(grad, outputs, move |g, outs| {
-            let t = Tape::new(dev, prec);
-            let again: Vec<Var> = inputs.iter().map(|v| t.var(v.value.clone(), v.grad)).collect();
+            let t = Tape::new(dev, prec).recomputing(Recomputing { cheap, blocks: false });
+            let mut again = Vec::new();
+            for v in &inputs {
+                again.push(t.var(v.value()?, v.needs_grad()));
+            }
             let results = f(&t, &again)?;
             let mut seeds = Vec::new();
             for (out, result) in outs.iter().zip(&results) {
@@ -227,10 +348,10 @@ impl Tape {
             if g.dims().numel() != v.dims().numel() {
                 return Err(Error::arg("backward", "seed", g.dims(), v.dims()));
             }
-            grads.give(v, (*g).clone())?;
+            grads.give(*v, (*g).clone())?;
         }
         for node in inner.nodes.into_iter().rev() {
-            if node.outputs.iter().any(|v| grads.slots.contains_key(&v.id)) {
+            if node.outputs.iter().any(|key| grads.slots.contains_key(&key.id)) {
                 (node.backward)(&mut grads, &node.outputs)?;
             }
         }
@@ -266,8 +387,9 @@ impl Grads {
     }
 
     /// A new gradient of the shape and type of `x`; contents unspecified.
-    pub fn like(&self, x: &Var) -> Result<Tensor> {
-        self.empty(x.dims(), x.value.dtype())
+    pub fn like(&self, x: impl Into<Key>) -> Result<Tensor> {
+        let x = x.into();
+        self.empty(x.dims, x.dtype)
     }
 
     fn empty(&self, dims: Dims, dtype: DType) -> Result<Tensor> {
@@ -275,7 +397,8 @@ impl Grads {
     }
 
     /// Adds a gradient in the type of the value.
-    pub fn give(&mut self, to: &Var, g: Tensor) -> Result<()> {
+    pub fn give(&mut self, to: impl Into<Key>, g: Tensor) -> Result<()> {
+        let to = to.into();
         if !to.grad {
             return Ok(());
         }
@@ -299,26 +422,28 @@ impl Grads {
     }
 
     /// The tensor to which kernels add the gradient of a weight-like input; `None` if the input needs no gradient.
-    pub fn target(&mut self, of: &Var) -> Result<Option<Tensor>> {
+    pub fn target(&mut self, of: impl Into<Key>) -> Result<Option<Tensor>> {
+        let of = of.into();
         if !of.grad {
             return Ok(None);
         }
         if let Some(t) = self.targets.get(&of.id) {
-            return Ok(Some(t.reshape(of.dims())?));
+            return Ok(Some(t.reshape(of.dims)?));
         }
         let slot = self.slots.entry(of.id).or_default();
         if slot.acc.is_none() {
-            slot.acc = Some(Tensor::zeros(&*self.dev, Role::Activation, self.prec.acc, of.dims())?);
+            slot.acc = Some(Tensor::zeros(&*self.dev, Role::Activation, self.prec.acc, of.dims)?);
         }
         Ok(slot.acc.clone())
     }
 
     /// Takes the gradient of a value, in the type of the value; `None` if no gradient reached it.
-    pub fn take(&mut self, of: &Var) -> Result<Option<Tensor>> {
+    pub fn take(&mut self, of: impl Into<Key>) -> Result<Option<Tensor>> {
+        let of = of.into();
         let Some(slot) = self.slots.remove(&of.id) else { return Ok(None) };
         match (slot.value, slot.acc) {
             (g, None) => Ok(g),
-            (None, Some(acc)) if acc.dtype() == of.value.dtype() => Ok(Some(acc)),
+            (None, Some(acc)) if acc.dtype() == of.dtype => Ok(Some(acc)),
             (g, Some(acc)) => {
                 if let Some(g) = g {
                     let a = Accumulate { x: g.view(), y: acc.acc() };
@@ -332,7 +457,8 @@ impl Grads {
     }
 
     /// Takes the gradient of a weight-like value in the accumulator type, for ops that pass it on without rounding.
-    pub fn take_acc(&mut self, of: &Var) -> Result<Option<Tensor>> {
+    pub fn take_acc(&mut self, of: impl Into<Key>) -> Result<Option<Tensor>> {
+        let of = of.into();
         match self.slots.get(&of.id) {
             Some(SlotGrad { value: None, acc: Some(_) }) => Ok(self.slots.remove(&of.id).and_then(|s| s.acc)),
             _ => self.take(of),

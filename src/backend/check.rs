@@ -6,7 +6,7 @@
 use std::fmt::Write;
 
 use super::spec::{
-    Elements, Expr, FieldSpec, KernelSpec, Presence, Relation, Rule, SYMBOLS, Shape, TensorSpec,
+    Elements, Expr, FieldSpec, KernelSpec, Needs, Presence, Relation, Rule, SYMBOLS, Shape, TensorSpec,
 };
 use super::{Access, Args, DType, DeviceId, Dims, In, Value};
 use crate::error::{Error, Result};
@@ -132,9 +132,14 @@ impl<'c> Call<'c> {
 
     fn presence(&self) -> Result<()> {
         for (i, field) in self.spec.fields.iter().enumerate() {
-            let (Some(Presence { of, same }), Some(_)) = (field.presence, field.tensor) else { continue };
+            let (Some(Presence { of, needs }), Some(_)) = (field.presence, field.tensor) else { continue };
             let (there, other) = (self.is_there(i as u8), self.is_there(of));
-            if there != (other == same) {
+            let holds = match needs {
+                Needs::Same => there == other,
+                Needs::Opposite => there != other,
+                Needs::Only => other || !there,
+            };
+            if !holds {
                 let word = |there| if there { "present" } else { "absent" };
                 let want = format!("{}, as `{}` is {}", word(!there), self.name(of), word(other));
                 return Err(self.error(field, word(there), want));

@@ -90,12 +90,25 @@ products: col_sum(ColSum<'a>) flop |s| s.x.dims.numel() => {
 
 // ---- convolution ---------------------------------------------------------------------------------------
 /// Two-dimensional convolution with zero padding; the padding at the bottom and right follows from the size of `y`.
-/// `y[b,i,j,o] = bias[o] + sum_{u,v,c} x[b, i*stride + u - pad_top, j*stride + v - pad_left, c] w[o,u,v,c]`.
+/// `y[b,i,j,o] = bias[o] + residual[b,i,j,o] + sum_{u,v,c} a[b, i*stride + u - pad_top, j*stride + v - pad_left, c]
+/// w[o,u,v,c]`, where `a` is `x`, or with statistics `SiLU((x - mean) * rstd * gamma + beta)` rounded to act, which is
+/// never stored; `a` is 0 outside of the image. `y` is rounded once; `y_mean` and `y_rstd` are the statistics of a
+/// GroupNorm of the rounded `y` over `J` groups.
 conv: conv2d_fwd(Conv2dFwd<'a>) flop |s| 2 * s.y.0.dims.rows() * s.w.dims.numel() => {
     x: In<'a> = "[B, H, W, C]; act",
+    /// Statistics of a GroupNorm of `x`.
+    mean: Option<In<'a>> = "[B, G]; acc; without gaps; G divides C",
+    rstd: Option<In<'a>> = "[B, G]; acc; without gaps; with mean",
+    gamma: Option<In<'a>> = "[C]; act; with mean",
+    beta: Option<In<'a>> = "[C]; act; with mean",
     w: In<'a> = "[O, kh, kw, C]; act",
     bias: Option<In<'a>> = "[O]; act",
+    residual: Option<In<'a>> = "[B, H', W', O]; act",
     y: Out<'a> = "[B, H', W', O]; act",
+    y_mean: Option<Out<'a>> = "[B, J]; acc; without gaps; J divides O",
+    y_rstd: Option<Out<'a>> = "[B, J]; acc; without gaps; with y_mean",
+    /// Added to the variance of `y`.
+    eps: f64 = "if y_mean",
     /// Distance between the inputs of adjacent outputs.
     stride: usize = "at least 1; below 268435456",
     /// Zero rows above.
@@ -103,11 +116,24 @@ conv: conv2d_fwd(Conv2dFwd<'a>) flop |s| 2 * s.y.0.dims.rows() * s.w.dims.numel(
     /// Zero columns to the left.
     pad_left: usize = "below 268435456",
 }
-/// Gradient of `conv2d_fwd` with respect to its input.
+/// Gradient of `conv2d_fwd` with respect to its input; with `x`, through SiLU and the GroupNorm and its statistics, plus
+/// `skip`. The gradient of the GroupNorm's output is rounded to act on the way.
 conv: conv2d_bwd_data(Conv2dBwdData<'a>) flop |s| 2 * s.dy.dims.rows() * s.w.dims.numel() => {
     dy: In<'a> = "[B, H', W', O]; act",
     w: In<'a> = "[O, kh, kw, C]; act",
+    /// Added to the gradient of the convolution's input, which then is a transposed convolution of `dy`.
+    bias: Option<In<'a>> = "[C]; act",
+    /// As in the forward, if it normalised its input.
+    x: Option<In<'a>> = "[B, H, W, C]; act",
+    mean: Option<In<'a>> = "[B, G]; acc; without gaps; with x; G divides C",
+    rstd: Option<In<'a>> = "[B, G]; acc; without gaps; with x",
+    gamma: Option<In<'a>> = "[C]; act; with x",
+    beta: Option<In<'a>> = "[C]; act; with x",
+    /// Added to `dx`: the gradient that `x` gets from elsewhere.
+    skip: Option<In<'a>> = "[B, H, W, C]; act; only with x",
     dx: Out<'a> = "[B, H, W, C]; act",
+    dgamma: Option<Acc<'a>> = "[C]; acc; only with x",
+    dbeta: Option<Acc<'a>> = "[C]; acc; only with x",
     /// As in the forward.
     stride: usize = "at least 1; below 268435456",
     /// As in the forward.
@@ -118,6 +144,11 @@ conv: conv2d_bwd_data(Conv2dBwdData<'a>) flop |s| 2 * s.dy.dims.rows() * s.w.dim
 /// Gradient of `conv2d_fwd` with respect to weights and bias.
 conv: conv2d_bwd_weight(Conv2dBwdWeight<'a>) flop |s| 2 * s.dy.dims.rows() * s.dw.0.dims.numel() => {
     x: In<'a> = "[B, H, W, C]; act",
+    /// As in the forward: `x` is normalised again.
+    mean: Option<In<'a>> = "[B, G]; acc; without gaps; G divides C",
+    rstd: Option<In<'a>> = "[B, G]; acc; without gaps; with mean",
+    gamma: Option<In<'a>> = "[C]; act; with mean",
+    beta: Option<In<'a>> = "[C]; act; with mean",
     dy: In<'a> = "[B, H', W', O]; act",
     dw: Acc<'a> = "[O, kh, kw, C]; acc",
     db: Option<Acc<'a>> = "[O]; acc",
@@ -127,6 +158,18 @@ conv: conv2d_bwd_weight(Conv2dBwdWeight<'a>) flop |s| 2 * s.dy.dims.rows() * s.d
     pad_top: usize = "below 268435456",
     /// As in the forward.
     pad_left: usize = "below 268435456",
+}
+/// The weights of the transposed convolution of stride 2 and padding 1, `conv2d_bwd_data`, that equals `upsample2x_fwd` and
+/// then the 3x3 convolution of padding 1 by `w`: `v[c,t,s,o]` is the sum of `w[o,i,j,c]` over `i` in `I(t)` and `j` in
+/// `I(s)`, with `I(0) = {2}`, `I(1) = {1, 2}`, `I(2) = {0, 1}` and `I(3) = {0}`.
+conv: upsample2x_weights_fwd(Upsample2xWeightsFwd<'a>) flop |s| 3 * s.v.0.dims.numel() => {
+    w: In<'a> = "[O, 3, 3, C]; act",
+    v: Out<'a> = "[C, 4, 4, O]; act",
+}
+/// Gradient of `upsample2x_weights_fwd`: every element of `dw` gets the sum of four elements of `dv`.
+conv: upsample2x_weights_bwd(Upsample2xWeightsBwd<'a>) flop |s| 4 * s.dw.0.dims.numel() => {
+    dv: In<'a> = "[C, 4, 4, O]; acc",
+    dw: Acc<'a> = "[O, 3, 3, C]; acc",
 }
 /// `y[b, i, j, c] = x[b, i/2, j/2, c]`: nearest-neighbour upsampling by a factor of two.
 resample: upsample2x_fwd(Upsample2xFwd<'a>) flop |s| s.y.0.dims.numel() => {
@@ -165,6 +208,14 @@ norm: group_norm_fwd(GroupNormFwd<'a>) flop |s| 8 * s.x.dims.numel() => {
     eps: f64,
     /// Apply SiLU.
     silu: bool,
+}
+/// Statistics of a GroupNorm, for kernels that normalise what they read.
+norm: group_norm_stats(GroupNormStats<'a>) flop |s| 4 * s.x.dims.numel() => {
+    x: In<'a> = "[B, H, W, C]; act",
+    mean: Out<'a> = "[B, G]; acc; without gaps; G divides C",
+    rstd: Out<'a> = "[B, G]; acc; without gaps",
+    /// Added to the variance.
+    eps: f64,
 }
 /// Gradient of `group_norm_fwd`; the normalised values are recomputed from `x`.
 norm: group_norm_bwd(GroupNormBwd<'a>) flop |s| 16 * s.x.dims.numel() => {
@@ -956,6 +1007,77 @@ macro_rules! define_contract {
     };
 }
 kernel_table!(define_contract);
+
+impl<'a> Conv2dFwd<'a> {
+    /// A convolution of `x` by `w`, with padding `[top, left]` and nothing else.
+    pub fn plain(
+        [x, w]: [In<'a>; 2],
+        bias: Option<In<'a>>,
+        y: Out<'a>,
+        stride: usize,
+        pad: [usize; 2],
+    ) -> Self {
+        let [pad_top, pad_left] = pad;
+        let (mean, rstd, gamma, beta, residual) = (None, None, None, None, None);
+        let (y_mean, y_rstd, eps) = (None, None, 0.0);
+        Conv2dFwd {
+            x,
+            mean,
+            rstd,
+            gamma,
+            beta,
+            w,
+            bias,
+            residual,
+            y,
+            y_mean,
+            y_rstd,
+            eps,
+            stride,
+            pad_top,
+            pad_left,
+        }
+    }
+}
+
+impl<'a> Conv2dBwdData<'a> {
+    /// The gradient of [`Conv2dFwd::plain`] for its input.
+    pub fn plain([dy, w]: [In<'a>; 2], dx: Out<'a>, stride: usize, [pad_top, pad_left]: [usize; 2]) -> Self {
+        let (bias, x, mean, rstd, gamma, beta, skip) = (None, None, None, None, None, None, None);
+        let (dgamma, dbeta) = (None, None);
+        Conv2dBwdData {
+            dy,
+            w,
+            bias,
+            x,
+            mean,
+            rstd,
+            gamma,
+            beta,
+            skip,
+            dx,
+            dgamma,
+            dbeta,
+            stride,
+            pad_top,
+            pad_left,
+        }
+    }
+}
+
+impl<'a> Conv2dBwdWeight<'a> {
+    /// The gradient of [`Conv2dFwd::plain`] for weights and bias.
+    pub fn plain(
+        [x, dy]: [In<'a>; 2],
+        dw: Acc<'a>,
+        db: Option<Acc<'a>>,
+        stride: usize,
+        pad: [usize; 2],
+    ) -> Self {
+        let ([pad_top, pad_left], mean, rstd, gamma, beta) = (pad, None, None, None, None);
+        Conv2dBwdWeight { x, mean, rstd, gamma, beta, dy, dw, db, stride, pad_top, pad_left }
+    }
+}
 
 fn inner(a: &In, transposed: bool) -> usize {
     if transposed { a.dims.rows() } else { a.dims.cols() }

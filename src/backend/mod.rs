@@ -295,6 +295,10 @@ pub trait Device: Send + Sync {
     fn has_data(&self) -> bool {
         true
     }
+    /// What a plan for this device is made for; `None` for devices that only tests use.
+    fn target(&self) -> Option<Target> {
+        None
+    }
     /// Bytes that could be allocated now, if known.
     fn available(&self) -> Option<u64> {
         None

@@ -190,6 +190,10 @@ impl Device for Plan {
         false
     }
 
+    fn target(&self) -> Option<Target> {
+        Some(self.target)
+    }
+
     fn alloc(&self, role: Role, bytes: usize) -> Result<Buffer> {
         let mut s = self.state.lock();
         let all = s.memory.total().checked_add(bytes as u64);

@@ -10,8 +10,8 @@
 //!   on a `bool`;
 //! - its element type: `act`, `acc`, `act or acc`, `i32`, `any float`, `any type`, or `type of x`;
 //! - `without gaps`: the tensor is contiguous;
-//! - `with x` (present if and only if `x` is) or `unless x` (present if and only if `x` is absent), for optional
-//!   tensors;
+//! - `with x` (present if and only if `x` is), `unless x` (present if and only if `x` is absent) or `only with x`
+//!   (absent if `x` is), for optional tensors;
 //! - `may be x`: this output may be the input `x` itself, with the same strides. No other output may overlap anything;
 //! - `values below R`, `values at most N`: limits of indices or offsets. Kernels report values beyond them as faults;
 //! - rules for sizes: `G divides C`, `C at least heads*head_dim`.
@@ -177,8 +177,18 @@ pub(super) struct Rule {
 pub(super) struct Presence {
     /// Index of the other argument.
     pub(super) of: u8,
-    /// Whether the presence must be the same, or the opposite.
-    pub(super) same: bool,
+    pub(super) needs: Needs,
+}
+
+/// How the presence of an argument depends on that of another one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Needs {
+    /// It is the same.
+    Same,
+    /// It is the opposite.
+    Opposite,
+    /// It is absent if the other one is.
+    Only,
 }
 
 /// The rules of an argument.
@@ -244,7 +254,14 @@ pub(super) const fn compile(raw: &[Raw]) -> Compiled {
     let none =
         FieldSpec { name: "", kind: Kind::Seed, text: "", tensor: None, rules: [None; 3], presence: None };
     let mut all = Compiled { fields: [none; FIELDS], n: raw.len(), symbols: [""; SYMBOLS] };
-    let mut reader = Reader { text: b"", at: 0, raw, symbols: [""; SYMBOLS], bound: [false; SYMBOLS] };
+    let mut reader = Reader {
+        text: b"",
+        at: 0,
+        raw,
+        symbols: [""; SYMBOLS],
+        bound: [false; SYMBOLS],
+        optional: [false; SYMBOLS],
+    };
     // Counts come first, since their values are always known.
     let mut i = 0;
     while i < raw.len() {
@@ -274,8 +291,8 @@ pub(super) const fn compile(raw: &[Raw]) -> Compiled {
     let mut s = 0;
     while s < SYMBOLS {
         assert!(
-            reader.bound[s] || reader.symbols[s].is_empty(),
-            "a letter without a value from a required tensor"
+            reader.bound[s] || reader.optional[s] || reader.symbols[s].is_empty(),
+            "a letter without a value from a tensor"
         );
         s += 1;
     }
@@ -290,6 +307,8 @@ struct Reader<'r> {
     symbols: [&'static str; SYMBOLS],
     /// Symbols that have a value in every call.
     bound: [bool; SYMBOLS],
+    /// Symbols that have a value in every call with a certain optional tensor.
+    optional: [bool; SYMBOLS],
 }
 
 impl Reader<'_> {
@@ -433,9 +452,11 @@ impl Reader<'_> {
             self.expect("]");
         }
         let mut i = 0;
-        while required && i < shape.rank as usize {
-            if let Some(s) = shape.dims[i].successor() {
-                self.bound[s as usize] = true;
+        while i < shape.rank as usize {
+            match (shape.dims[i].successor(), shape.dims[i].plain()) {
+                (Some(s), _) if required => self.bound[s as usize] = true,
+                (_, Some(s)) => self.optional[s as usize] = true,
+                _ => {}
             }
             i += 1;
         }
@@ -497,17 +518,25 @@ impl Reader<'_> {
                 tensor.values = true;
                 return;
             }
-            let (with, unless) = (self.eat("with"), self.eat("unless"));
-            if with || unless {
+            let needs = if self.eat("with") {
+                Some(Needs::Same)
+            } else if self.eat("unless") {
+                Some(Needs::Opposite)
+            } else if self.eat("only with") {
+                Some(Needs::Only)
+            } else {
+                None
+            };
+            if let Some(needs) = needs {
                 assert!(
                     matches!(field.kind, Kind::Tensor { optional: true, .. }),
                     "a required tensor cannot be absent"
                 );
-                field.presence = Some(Presence { of: self.field(), same: with });
+                field.presence = Some(Presence { of: self.field(), needs });
                 return;
             }
         } else if self.eat("if") {
-            field.presence = Some(Presence { of: self.field(), same: true });
+            field.presence = Some(Presence { of: self.field(), needs: Needs::Same });
             return;
         }
         let left = match (field.kind, field.tensor) {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
 use ett::backend::{self, Cpu, Kernels, Target};
-use ett::config::Config;
+use ett::config::{Config, StageKind};
 use ett::error::{Error, Result};
 use ett::eval::HeldOut;
 use ett::io::{run_config, written};
@@ -77,8 +77,7 @@ enum Command {
         #[command(flatten)]
         common: Common,
     },
-    /// Run one semantic-stage step on given weights and a given batch, and write all results to a file
-    /// (docs/check.md).
+    /// Run one step of a stage on given weights and a given batch, and write all results to a file (docs/check.md).
     Check {
         /// Configuration file (TOML).
         #[arg(long)]
@@ -89,6 +88,9 @@ enum Command {
         /// Batch (safetensors: input.image, input.text).
         #[arg(long)]
         batch: PathBuf,
+        /// The stage: tokenizer, text, align, semantic, chat or gen.
+        #[arg(long, default_value = "semantic")]
+        stage: String,
         /// Output file for losses, activations, gradients and updated weights (safetensors).
         #[arg(long)]
         dump: PathBuf,
@@ -152,10 +154,11 @@ fn run(command: Option<Command>) -> Result<()> {
             done(&run, &train::resume(&run, device(&common.device, &cfg)?, common.quiet, &HeldOut)?);
             Ok(())
         }
-        Some(Command::Check { config, weights, batch, dump, dtype, device }) => {
+        Some(Command::Check { config, weights, batch, stage, dump, dtype, device }) => {
+            let kind = StageKind::named(&stage)?;
             let cfg = Config::load(&config, &[format!("train.precision={dtype:?}")])?;
             let dev = backend::open(&device, cfg.train.threads)?;
-            train::check(&cfg, dev, &weights, &batch, &dump)
+            train::check(&cfg, kind, dev, &weights, &batch, &dump)
         }
     }
 }

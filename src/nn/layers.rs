@@ -3,7 +3,7 @@
 use super::{Init, Param, ParamBuilder, Params};
 use crate::autograd::{Tape, Var};
 use crate::error::Result;
-use crate::ops::{self, Conv};
+use crate::ops::{self, Conv, ConvWith, GroupStats, InputNorm};
 
 /// `y = x w^T + b`.
 #[derive(Debug, Clone, Copy)]
@@ -89,6 +89,13 @@ impl Conv2d {
         self.apply(tape, p, x, false)
     }
 
+    /// [`Conv2d::forward`] of a 3x3 convolution of padding 1, after upsampling by two: `[B, H, W, I]` to `[B, 2H, 2W, O]`.
+    pub fn forward_upsampled(&self, tape: &Tape, p: &Params, x: &Var) -> Result<Var> {
+        let var = |q: Param| p.var_as(tape, q, x.value().dtype());
+        let (w, b) = (var(self.w)?, self.b.map(var).transpose()?);
+        ops::upsample2x_conv2d(tape, x, &w, b.as_ref())
+    }
+
     /// [`Conv2d::forward`]; if `frozen`, no gradient reaches the weights.
     pub fn apply(&self, tape: &Tape, p: &Params, x: &Var, frozen: bool) -> Result<Var> {
         let var = |q: Param| {
@@ -97,6 +104,28 @@ impl Conv2d {
         };
         let (w, b) = (var(self.w)?, self.b.map(var).transpose()?);
         ops::conv2d(tape, x, &w, b.as_ref(), self.conv)
+    }
+
+    /// [`Conv2d::forward`] of `x` after a GroupNorm with these statistics and SiLU, if `norm` is given, plus
+    /// `residual`; with the statistics of the output for the GroupNorm `next`.
+    pub fn forward_with(
+        &self,
+        tape: &Tape,
+        p: &Params,
+        x: &Var,
+        norm: Option<(&GroupNorm, &GroupStats)>,
+        residual: Option<&Var>,
+        next: Option<&GroupNorm>,
+    ) -> Result<(Var, Option<GroupStats>)> {
+        let var = |q: Param| p.var_as(tape, q, x.value().dtype());
+        let (w, b) = (var(self.w)?, self.b.map(var).transpose()?);
+        let scale = match norm {
+            Some((norm, _)) => Some((var(norm.w)?, var(norm.b)?)),
+            None => None,
+        };
+        let norm = norm.zip(scale.as_ref()).map(|((_, stats), (w, b))| InputNorm { stats, w, b });
+        let with = ConvWith { norm, residual, stats: next.map(|n| (n.groups, n.eps)) };
+        ops::conv2d_with(tape, x, &w, b.as_ref(), self.conv, with)
     }
 }
 
@@ -121,6 +150,11 @@ impl GroupNorm {
     pub fn forward(&self, tape: &Tape, p: &Params, x: &Var, silu: bool) -> Result<Var> {
         let (w, b) = (p.var(tape, self.w)?, p.var(tape, self.b)?);
         ops::group_norm(tape, x, &w, &b, self.groups, self.eps, silu)
+    }
+
+    /// The statistics of `x` `[B, H, W, C]`, for a convolution that normalises its input.
+    pub fn stats(&self, tape: &Tape, x: &Var) -> Result<GroupStats> {
+        ops::group_stats(tape, x, self.groups, self.eps)
     }
 }
 

@@ -107,18 +107,19 @@ pub fn attention(tape: &Tape, qkv: &Var, seqs: &Seqs, h: Heads) -> Result<Var> {
         causal: h.causal,
     };
     tape.dev().attention_fwd(S, &a)?;
-    let (xs, seqs) = (qkv.clone(), seqs.clone());
-    Ok(tape.op1(&[qkv], y, move |g, out| {
+    let (xs, seqs) = (qkv.keep(), seqs.clone());
+    Ok(tape.op1(&[qkv], y.clone(), move |g, out| {
         let Some(dy) = g.take(out)? else { return Ok(()) };
+        let x = xs.value()?;
         let dx = g.act(xs.dims())?;
-        let [q, k, v] = parts(xs.value())?;
+        let [q, k, v] = parts(&x)?;
         let [dq, dk, dv] = parts(&dx)?;
         let a = AttentionBwd {
             dy: dy.view(),
             q: q.view(),
             k: k.view(),
             v: v.view(),
-            y: out.value().view(),
+            y: y.view(),
             lse: lse.view(),
             cu_q: seqs.cu.view(),
             cu_k: seqs.cu.view(),

@@ -12,7 +12,7 @@ pub fn gather(tape: &Tape, table: &Var, idx: &Tensor) -> Result<Var> {
     let y = tape.like(table, [idx.dims().numel(), table.dims().cols()])?;
     let a = GatherFwd { table: table.value().view(), idx: idx.view(), y: y.out() };
     tape.dev().gather_fwd(S, &a)?;
-    let (ts, idx) = (table.clone(), idx.clone());
+    let (ts, idx) = (table.key(), idx.clone());
     Ok(tape.op1(&[table], y, move |g, out| {
         let Some(dy) = g.take(out)? else { return Ok(()) };
         if let Some(dt) = g.target(&ts)? {

@@ -24,14 +24,16 @@ pub fn linear_cross_entropy(tape: &Tape, x: &Var, w: &Var, target: &Tensor, scal
         loss: loss.out(),
     };
     tape.dev().linear_xent_fwd(S, &a)?;
-    let (xs, ws, target, scale) = (x.clone(), w.clone(), target.clone(), scale.clone());
+    let (xs, ws, target, scale) = (x.keep(), w.keep(), target.clone(), scale.clone());
     Ok(tape.op1(&[x, w], loss, move |g, out| {
         let Some(go) = g.take(out)? else { return Ok(()) };
+        let x = xs.value()?;
+        let w = ws.value()?;
         let dx = g.act(xs.dims())?;
         let dw = g.target(&ws)?;
         let a = LinearXentBwd {
-            x: xs.value().view(),
-            w: ws.value().view(),
+            x: x.view(),
+            w: w.view(),
             target: target.view(),
             scale: scale.view(),
             lse: lse.view(),
@@ -64,12 +66,13 @@ pub fn cross_entropy(
         loss: loss.acc(),
     };
     tape.dev().xent_fwd(S, &a)?;
-    let (ls, target, weight, scale) = (logits.clone(), target.clone(), weight.cloned(), scale.clone());
+    let (ls, target, weight, scale) = (logits.keep(), target.clone(), weight.cloned(), scale.clone());
     Ok(tape.op1(&[logits], loss, move |g, out| {
         let Some(go) = g.take(out)? else { return Ok(()) };
+        let logits = ls.value()?;
         let dlogits = g.act(ls.dims())?;
         let a = XentBwd {
-            logits: ls.value().view(),
+            logits: logits.view(),
             target: target.view(),
             weight: weight.as_ref().map(Tensor::view),
             scale: scale.view(),
@@ -89,17 +92,13 @@ pub fn l1(tape: &Tape, a: &Var, b: &Var, scale: &Tensor) -> Result<Var> {
     let loss = tape.zero_stat([1])?;
     let args = L1Fwd { a: a.value().view(), b: b.value().view(), scale: scale.view(), loss: loss.acc() };
     tape.dev().l1_fwd(S, &args)?;
-    let (av, bv, scale) = (a.clone(), b.clone(), scale.clone());
+    let (av, bv, scale) = (a.keep(), b.keep(), scale.clone());
     Ok(tape.op1(&[a], loss, move |g, out| {
         let Some(go) = g.take(out)? else { return Ok(()) };
+        let a = av.value()?;
+        let b = bv.value()?;
         let da = g.act(av.dims())?;
-        let args = L1Bwd {
-            a: av.value().view(),
-            b: bv.value().view(),
-            scale: scale.view(),
-            g: go.view(),
-            da: da.out(),
-        };
+        let args = L1Bwd { a: a.view(), b: b.view(), scale: scale.view(), g: go.view(), da: da.out() };
         g.dev().l1_bwd(S, &args)?;
         g.give(&av, da)
     }))
@@ -131,14 +130,17 @@ pub fn lpips_layer(
         factor,
     };
     tape.dev().lpips_fwd(S, &a)?;
-    let (f0, fs, ws, scale) = (f0.clone(), f1.clone(), w.clone(), scale.clone());
+    let (f0, fs, ws, scale) = (f0.keep(), f1.keep(), w.keep(), scale.clone());
     Ok(tape.op1(&[f1], loss, move |g, out| {
         let Some(go) = g.take(out)? else { return Ok(()) };
+        let f0 = f0.value()?;
+        let f1 = fs.value()?;
+        let w = ws.value()?;
         let df1 = g.act(fs.dims())?;
         let a = LpipsBwd {
-            f0: f0.value().view(),
-            f1: fs.value().view(),
-            w: ws.value().view(),
+            f0: f0.view(),
+            f1: f1.view(),
+            w: w.view(),
             scale: scale.view(),
             g: go.view(),
             df1: df1.out(),
@@ -156,11 +158,12 @@ pub fn gan_generator(tape: &Tape, x: &Var, scale: &Tensor) -> Result<Var> {
     let loss = tape.zero_stat([1])?;
     let a = GanGeneratorFwd { x: x.value().view(), scale: scale.view(), loss: loss.acc() };
     tape.dev().gan_generator_fwd(S, &a)?;
-    let (xs, scale) = (x.clone(), scale.clone());
+    let (xs, scale) = (x.keep(), scale.clone());
     Ok(tape.op1(&[x], loss, move |g, out| {
         let Some(go) = g.take(out)? else { return Ok(()) };
+        let x = xs.value()?;
         let dx = g.act(xs.dims())?;
-        let a = GanGeneratorBwd { x: xs.value().view(), scale: scale.view(), g: go.view(), dx: dx.out() };
+        let a = GanGeneratorBwd { x: x.view(), scale: scale.view(), g: go.view(), dx: dx.out() };
         g.dev().gan_generator_bwd(S, &a)?;
         g.give(&xs, dx)
     }))
@@ -172,11 +175,12 @@ pub fn hinge(tape: &Tape, x: &Var, real: bool, scale: &Tensor, factor: f64) -> R
     let loss = tape.zero_stat([1])?;
     let a = HingeFwd { x: x.value().view(), scale: scale.view(), loss: loss.acc(), real, factor };
     tape.dev().hinge_fwd(S, &a)?;
-    let (xs, scale) = (x.clone(), scale.clone());
+    let (xs, scale) = (x.keep(), scale.clone());
     Ok(tape.op1(&[x], loss, move |g, out| {
         let Some(go) = g.take(out)? else { return Ok(()) };
+        let x = xs.value()?;
         let dx = g.act(xs.dims())?;
-        let (x, scale) = (xs.value().view(), scale.view());
+        let (x, scale) = (x.view(), scale.view());
         g.dev().hinge_bwd(S, &HingeBwd { x, scale, g: go.view(), dx: dx.out(), real, factor })?;
         g.give(&xs, dx)
     }))
@@ -194,13 +198,15 @@ pub fn lecam(tape: &Tape, real: &Var, fake: &Var, ema: &Tensor, scale: &Tensor) 
         loss: loss.acc(),
     };
     tape.dev().lecam_fwd(S, &a)?;
-    let (rs, fs, ema, scale) = (real.clone(), fake.clone(), ema.clone(), scale.clone());
+    let (rs, fs, ema, scale) = (real.keep(), fake.keep(), ema.clone(), scale.clone());
     Ok(tape.op1(&[real, fake], loss, move |g, out| {
         let Some(go) = g.take(out)? else { return Ok(()) };
+        let real = rs.value()?;
+        let fake = fs.value()?;
         let (dreal, dfake) = (g.act(rs.dims())?, g.act(fs.dims())?);
         let a = LecamBwd {
-            real: rs.value().view(),
-            fake: fs.value().view(),
+            real: real.view(),
+            fake: fake.view(),
             ema: ema.view(),
             scale: scale.view(),
             g: go.view(),

@@ -11,11 +11,12 @@ mod products;
 mod quantize;
 
 pub use attention::{Heads, Seqs, Slots, attention, cached_attention};
-pub use conv::{Conv, conv2d, max_pool2x2, upsample2x};
+pub use conv::{Conv, ConvWith, InputNorm, conv2d, conv2d_with, max_pool2x2, upsample2x, upsample2x_conv2d};
 pub use gather::gather;
 pub use losses::{cross_entropy, gan_generator, hinge, l1, lecam, linear_cross_entropy, lpips_layer};
 pub use norm::{
-    BatchStats, add_rms_norm, batch_norm, batch_norm_eval, group_norm, l2_norm, layer_norm, rms_norm,
+    BatchStats, GroupStats, add_rms_norm, batch_norm, batch_norm_eval, group_norm, group_stats, l2_norm,
+    layer_norm, rms_norm,
 };
 pub use pointwise::{
     Rotary, add, cast, channel_affine, concat_rows, reshape, rope, split_rows, swiglu, unary,

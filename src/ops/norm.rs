@@ -3,11 +3,46 @@
 use super::{S, expect, expect_rank};
 use crate::autograd::{Tape, Var};
 use crate::backend::{
-    BatchNormBwd, BatchNormEvalBwd, BatchNormEvalFwd, BatchNormFwd, GroupNormBwd, GroupNormFwd, L2NormBwd,
-    L2NormFwd, LayerNormBwd, LayerNormFwd, RmsNormBwd, RmsNormFwd,
+    BatchNormBwd, BatchNormEvalBwd, BatchNormEvalFwd, BatchNormFwd, Dims, GroupNormBwd, GroupNormFwd,
+    GroupNormStats, L2NormBwd, L2NormFwd, LayerNormBwd, LayerNormFwd, RmsNormBwd, RmsNormFwd, Role,
 };
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
+
+/// Statistics of a GroupNorm of an image, both `[B, G]`, for convolutions that normalise their input. They are constants
+/// on the tape: the op that uses them passes the gradient through them to the image.
+#[derive(Clone)]
+pub struct GroupStats {
+    /// Means.
+    pub mean: Var,
+    /// `1 / sqrt(variance + eps)`.
+    pub rstd: Var,
+}
+
+impl GroupStats {
+    /// For images of these dimensions; contents unspecified.
+    pub(super) fn empty(tape: &Tape, op: &'static str, dims: Dims, groups: usize) -> Result<Self> {
+        check_groups(op, dims, groups)?;
+        let new = || Ok::<_, Error>(tape.constant(tape.stat([dims[0], groups])?));
+        Ok(GroupStats { mean: new()?, rstd: new()? })
+    }
+}
+
+/// The statistics of a GroupNorm of `x` `[B, H, W, C]`. Saves nothing.
+pub fn group_stats(tape: &Tape, x: &Var, groups: usize, eps: f64) -> Result<GroupStats> {
+    expect_rank("group_stats", "x", x, 4)?;
+    let stats = GroupStats::empty(tape, "group_stats", x.dims(), groups)?;
+    let (mean, rstd) = (stats.mean.value().out(), stats.rstd.value().out());
+    tape.dev().group_norm_stats(S, &GroupNormStats { x: x.value().view(), mean, rstd, eps })?;
+    Ok(stats)
+}
+
+fn check_groups(op: &'static str, dims: Dims, groups: usize) -> Result<()> {
+    match groups > 0 && dims[3].is_multiple_of(groups) {
+        true => Ok(()),
+        false => Err(Error::arg(op, "groups", groups, format!("a divisor of {} channels", dims[3]))),
+    }
+}
 
 /// GroupNorm, then SiLU if `silu`: `x` `[B, H, W, C]`, `w`, `b` `[C]`. Saves `x` and statistics `[B, G]`.
 pub fn group_norm(
@@ -23,32 +58,30 @@ pub fn group_norm(
     expect_rank("group_norm", "w", w, 1)?;
     expect_rank("group_norm", "b", b, 1)?;
     let d = x.dims();
-    if groups == 0 || !d[3].is_multiple_of(groups) {
-        return Err(Error::arg("group_norm", "groups", groups, format!("a divisor of {} channels", d[3])));
-    }
-    let y = tape.act(d)?;
+    check_groups("group_norm", d, groups)?;
     let (mean, rstd) = (tape.stat([d[0], groups])?, tape.stat([d[0], groups])?);
-    let a = GroupNormFwd {
-        x: x.value().view(),
-        w: w.value().view(),
-        b: b.value().view(),
-        y: y.out(),
-        mean: mean.out(),
-        rstd: rstd.out(),
-        eps,
-        silu,
+    let (dev, act, stats) = (tape.device(), tape.precision().act, [mean.clone(), rstd.clone()]);
+    let forward = move |x: &Tensor, w: &Tensor, b: &Tensor| {
+        let y = Tensor::empty(&*dev, Role::Activation, act, d)?;
+        let (x, w, b, [mean, rstd]) = (x.view(), w.view(), b.view(), &stats);
+        let a = GroupNormFwd { x, w, b, y: y.out(), mean: mean.out(), rstd: rstd.out(), eps, silu };
+        dev.group_norm_fwd(S, &a)?;
+        Ok(y)
     };
-    tape.dev().group_norm_fwd(S, &a)?;
-    let (xs, ws, bs) = (x.clone(), w.clone(), b.clone());
-    Ok(tape.op1(&[x, w, b], y, move |g, out| {
+    let y = forward(x.value(), w.value(), b.value())?;
+    let (xs, ws, bs) = (x.keep(), w.keep(), b.keep());
+    let y = tape.op1(&[x, w, b], y, move |g, out| {
         let Some(dy) = g.take(out)? else { return Ok(()) };
+        let x = xs.value()?;
+        let w = ws.value()?;
+        let b = bs.value()?;
         let dx = g.act(xs.dims())?;
         let (dw, db) = (g.target(&ws)?, g.target(&bs)?);
         let a = GroupNormBwd {
             dy: dy.view(),
-            x: xs.value().view(),
-            w: ws.value().view(),
-            b: bs.value().view(),
+            x: x.view(),
+            w: w.view(),
+            b: b.view(),
             mean: mean.view(),
             rstd: rstd.view(),
             dx: dx.out(),
@@ -58,41 +91,51 @@ pub fn group_norm(
         };
         g.dev().group_norm_bwd(S, &a)?;
         g.give(&xs, dx)
-    }))
+    });
+    let (xs, ws, bs) = (x.keep(), w.keep(), b.keep());
+    Ok(tape.cheap(y, move || forward(&xs.value()?, &ws.value()?, &bs.value()?)))
 }
 
 /// RMSNorm: `x` `[N, C]`, `w` `[C]`. Saves `x` and one number per row.
 pub fn rms_norm(tape: &Tape, x: &Var, w: &Var, eps: f64) -> Result<Var> {
     expect_rank("rms_norm", "x", x, 2)?;
     expect_rank("rms_norm", "w", w, 1)?;
-    let (y, rstd) = (tape.act(x.dims())?, tape.stat([x.dims()[0]])?);
-    let a = RmsNormFwd {
-        x: x.value().view(),
-        residual: None,
-        w: w.value().view(),
-        sum: None,
-        y: y.out(),
-        rstd: rstd.out(),
-        eps,
-    };
-    tape.dev().rms_norm_fwd(S, &a)?;
-    let (xs, ws) = (x.clone(), w.clone());
-    Ok(tape.op1(&[x, w], y, move |g, out| {
+    let rstd = tape.stat([x.dims()[0]])?;
+    let forward = normalise(tape, rstd.clone(), eps);
+    let y = forward(x.value(), w.value())?;
+    let (xs, ws) = (x.keep(), w.keep());
+    let y = tape.op1(&[x, w], y, move |g, out| {
         let Some(dy) = g.take(out)? else { return Ok(()) };
+        let x = xs.value()?;
+        let w = ws.value()?;
         let dx = g.act(xs.dims())?;
         let dw = g.target(&ws)?;
         let a = RmsNormBwd {
             dy: dy.view(),
             dsum: None,
-            x: xs.value().view(),
-            w: ws.value().view(),
+            x: x.view(),
+            w: w.view(),
             rstd: rstd.view(),
             dx: dx.out(),
             dw: dw.as_ref().map(Tensor::acc),
         };
         g.dev().rms_norm_bwd(S, &a)?;
         g.give(&xs, dx)
-    }))
+    });
+    let (xs, ws) = (x.keep(), w.keep());
+    Ok(tape.cheap(y, move || forward(&xs.value()?, &ws.value()?)))
+}
+
+/// RMSNorm of a value, with a weight, that writes `rstd`.
+fn normalise(tape: &Tape, rstd: Tensor, eps: f64) -> impl Fn(&Tensor, &Tensor) -> Result<Tensor> + 'static {
+    let (dev, act) = (tape.device(), tape.precision().act);
+    move |x, w| {
+        let y = Tensor::empty(&*dev, Role::Activation, act, x.dims())?;
+        let (x, w) = (x.view(), w.view());
+        let a = RmsNormFwd { x, residual: None, w, sum: None, y: y.out(), rstd: rstd.out(), eps };
+        dev.rms_norm_fwd(S, &a)?;
+        Ok(y)
+    }
 }
 
 /// The residual stream of a transformer: returns `s = x + residual` and `rms_norm(s)`, both `[N, C]`.
@@ -111,8 +154,10 @@ pub fn add_rms_norm(tape: &Tape, x: &Var, residual: &Var, w: &Var, eps: f64) -> 
         eps,
     };
     tape.dev().rms_norm_fwd(S, &a)?;
-    let (xs, rs, ws) = (x.clone(), residual.clone(), w.clone());
+    let (xs, rs, ws) = (x.key(), residual.key(), w.keep());
+    let (kept, again) = (sum.clone(), normalise(tape, rstd.clone(), eps));
     let mut out = tape.op(&[x, residual, w], vec![sum, y], move |g, outs| {
+        let w = ws.value()?;
         let dsum = g.take(&outs[0])?;
         let Some(dy) = g.take(&outs[1])? else {
             if let Some(d) = dsum {
@@ -126,8 +171,8 @@ pub fn add_rms_norm(tape: &Tape, x: &Var, residual: &Var, w: &Var, eps: f64) -> 
         let a = RmsNormBwd {
             dy: dy.view(),
             dsum: dsum.as_ref().map(Tensor::view),
-            x: outs[0].value().view(),
-            w: ws.value().view(),
+            x: kept.view(),
+            w: w.view(),
             rstd: rstd.view(),
             dx: dx.out(),
             dw: dw.as_ref().map(Tensor::acc),
@@ -138,7 +183,11 @@ pub fn add_rms_norm(tape: &Tape, x: &Var, residual: &Var, w: &Var, eps: f64) -> 
     });
     let (y, sum) = (out.pop(), out.pop());
     match (sum, y) {
-        (Some(sum), Some(y)) => Ok((sum, y)),
+        (Some(sum), Some(y)) => {
+            let (kept, ws) = (sum.keep(), w.keep());
+            let y = tape.cheap(y, move || again(&kept.value()?, &ws.value()?));
+            Ok((sum, y))
+        }
         _ => unreachable!("an op of two outputs has two"),
     }
 }
@@ -149,26 +198,27 @@ pub fn layer_norm(tape: &Tape, x: &Var, w: &Var, b: &Var, eps: f64) -> Result<Va
     expect_rank("layer_norm", "w", w, 1)?;
     expect_rank("layer_norm", "b", b, 1)?;
     let n = x.dims()[0];
-    let (y, mean, rstd) = (tape.act(x.dims())?, tape.stat([n])?, tape.stat([n])?);
-    let a = LayerNormFwd {
-        x: x.value().view(),
-        w: w.value().view(),
-        b: b.value().view(),
-        y: y.out(),
-        mean: mean.out(),
-        rstd: rstd.out(),
-        eps,
+    let (mean, rstd) = (tape.stat([n])?, tape.stat([n])?);
+    let (dev, act, stats) = (tape.device(), tape.precision().act, [mean.clone(), rstd.clone()]);
+    let forward = move |x: &Tensor, w: &Tensor, b: &Tensor| {
+        let y = Tensor::empty(&*dev, Role::Activation, act, x.dims())?;
+        let (x, w, b, [mean, rstd]) = (x.view(), w.view(), b.view(), &stats);
+        let a = LayerNormFwd { x, w, b, y: y.out(), mean: mean.out(), rstd: rstd.out(), eps };
+        dev.layer_norm_fwd(S, &a)?;
+        Ok(y)
     };
-    tape.dev().layer_norm_fwd(S, &a)?;
-    let (xs, ws, bs) = (x.clone(), w.clone(), b.clone());
-    Ok(tape.op1(&[x, w, b], y, move |g, out| {
+    let y = forward(x.value(), w.value(), b.value())?;
+    let (xs, ws, bs) = (x.keep(), w.keep(), b.key());
+    let y = tape.op1(&[x, w, b], y, move |g, out| {
         let Some(dy) = g.take(out)? else { return Ok(()) };
+        let x = xs.value()?;
+        let w = ws.value()?;
         let dx = g.act(xs.dims())?;
         let (dw, db) = (g.target(&ws)?, g.target(&bs)?);
         let a = LayerNormBwd {
             dy: dy.view(),
-            x: xs.value().view(),
-            w: ws.value().view(),
+            x: x.view(),
+            w: w.view(),
             mean: mean.view(),
             rstd: rstd.view(),
             dx: dx.out(),
@@ -177,7 +227,9 @@ pub fn layer_norm(tape: &Tape, x: &Var, w: &Var, b: &Var, eps: f64) -> Result<Va
         };
         g.dev().layer_norm_bwd(S, &a)?;
         g.give(&xs, dx)
-    }))
+    });
+    let (xs, ws, bs) = (x.keep(), w.keep(), b.keep());
+    Ok(tape.cheap(y, move || forward(&xs.value()?, &ws.value()?, &bs.value()?)))
 }
 
 /// Statistics of one BatchNorm pass, for the running averages.
@@ -199,29 +251,30 @@ pub fn batch_norm(tape: &Tape, x: &Var, w: &Var, b: &Var, eps: f64, slope: f64) 
     if rows < 2 {
         return Err(Error::arg("batch_norm", "x", x.dims(), "at least 2 pixels to take statistics over"));
     }
-    let (y, mean, var) = (tape.act(x.dims())?, tape.stat([c])?, tape.stat([c])?);
-    let a = BatchNormFwd {
-        x: x.value().view(),
-        w: w.value().view(),
-        b: b.value().view(),
-        y: y.out(),
-        mean: mean.out(),
-        var: var.out(),
-        eps,
-        slope,
+    let (mean, var) = (tape.stat([c])?, tape.stat([c])?);
+    let (dev, act, of) = (tape.device(), tape.precision().act, [mean.clone(), var.clone()]);
+    let forward = move |x: &Tensor, w: &Tensor, b: &Tensor| {
+        let y = Tensor::empty(&*dev, Role::Activation, act, x.dims())?;
+        let (x, w, b, [mean, var]) = (x.view(), w.view(), b.view(), &of);
+        let a = BatchNormFwd { x, w, b, y: y.out(), mean: mean.out(), var: var.out(), eps, slope };
+        dev.batch_norm_fwd(S, &a)?;
+        Ok(y)
     };
-    tape.dev().batch_norm_fwd(S, &a)?;
-    let (xs, ws, bs) = (x.clone(), w.clone(), b.clone());
+    let y = forward(x.value(), w.value(), b.value())?;
+    let (xs, ws, bs) = (x.keep(), w.keep(), b.keep());
     let stats = BatchStats { mean: mean.clone(), var: var.clone(), rows };
     let y = tape.op1(&[x, w, b], y, move |g, out| {
         let Some(dy) = g.take(out)? else { return Ok(()) };
+        let x = xs.value()?;
+        let w = ws.value()?;
+        let b = bs.value()?;
         let dx = g.act(xs.dims())?;
         let (dw, db) = (g.target(&ws)?, g.target(&bs)?);
         let a = BatchNormBwd {
             dy: dy.view(),
-            x: xs.value().view(),
-            w: ws.value().view(),
-            b: bs.value().view(),
+            x: x.view(),
+            w: w.view(),
+            b: b.view(),
             mean: mean.view(),
             var: var.view(),
             dx: dx.out(),
@@ -233,7 +286,8 @@ pub fn batch_norm(tape: &Tape, x: &Var, w: &Var, b: &Var, eps: f64, slope: f64) 
         g.dev().batch_norm_bwd(S, &a)?;
         g.give(&xs, dx)
     });
-    Ok((y, stats))
+    let (xs, ws, bs) = (x.keep(), w.keep(), b.keep());
+    Ok((tape.cheap(y, move || forward(&xs.value()?, &ws.value()?, &bs.value()?)), stats))
 }
 
 /// BatchNorm with given statistics `mean`, `var` `[C]`, such as the running ones, then LeakyReLU: `x` `[B, H, W, C]`,
@@ -248,28 +302,28 @@ pub fn batch_norm_eval(
 ) -> Result<Var> {
     expect_rank("batch_norm_eval", "w", w, 1)?;
     expect_rank("batch_norm_eval", "b", b, 1)?;
-    let y = tape.act(x.dims())?;
-    let a = BatchNormEvalFwd {
-        x: x.value().view(),
-        w: w.value().view(),
-        b: b.value().view(),
-        mean: mean.view(),
-        var: var.view(),
-        y: y.out(),
-        eps,
-        slope,
+    let (dev, act, of) = (tape.device(), tape.precision().act, [mean.clone(), var.clone()]);
+    let forward = move |x: &Tensor, w: &Tensor, b: &Tensor| {
+        let y = Tensor::empty(&*dev, Role::Activation, act, x.dims())?;
+        let (x, w, b, [mean, var]) = (x.view(), w.view(), b.view(), &of);
+        let (mean, var) = (mean.view(), var.view());
+        dev.batch_norm_eval_fwd(S, &BatchNormEvalFwd { x, w, b, mean, var, y: y.out(), eps, slope })?;
+        Ok(y)
     };
-    tape.dev().batch_norm_eval_fwd(S, &a)?;
-    let (xs, ws, bs, mean, var) = (x.clone(), w.clone(), b.clone(), mean.clone(), var.clone());
-    Ok(tape.op1(&[x, w, b], y, move |g, out| {
+    let y = forward(x.value(), w.value(), b.value())?;
+    let (xs, ws, bs, mean, var) = (x.keep(), w.keep(), b.keep(), mean.clone(), var.clone());
+    let y = tape.op1(&[x, w, b], y, move |g, out| {
         let Some(dy) = g.take(out)? else { return Ok(()) };
+        let x = xs.value()?;
+        let w = ws.value()?;
+        let b = bs.value()?;
         let dx = g.act(xs.dims())?;
         let (dw, db) = (g.target(&ws)?, g.target(&bs)?);
         let a = BatchNormEvalBwd {
             dy: dy.view(),
-            x: xs.value().view(),
-            w: ws.value().view(),
-            b: bs.value().view(),
+            x: x.view(),
+            w: w.view(),
+            b: b.view(),
             mean: mean.view(),
             var: var.view(),
             dx: dx.out(),
@@ -280,7 +334,9 @@ pub fn batch_norm_eval(
         };
         g.dev().batch_norm_eval_bwd(S, &a)?;
         g.give(&xs, dx)
-    }))
+    });
+    let (xs, ws, bs) = (x.keep(), w.keep(), b.keep());
+    Ok(tape.cheap(y, move || forward(&xs.value()?, &ws.value()?, &bs.value()?)))
 }
 
 /// Rows divided by `max(norm, eps)`: `x` `[N, D]`. If `x` is a weight, its gradient stays in the accumulator type.
@@ -289,15 +345,16 @@ pub fn l2_norm(tape: &Tape, x: &Var, eps: f64) -> Result<Var> {
     expect_rank("l2_norm", "x", x, 2)?;
     let (y, norm) = (tape.like(x, x.dims())?, tape.stat([x.dims()[0]])?);
     tape.dev().l2_norm_fwd(S, &L2NormFwd { x: x.value().view(), y: y.out(), norm: norm.out(), eps })?;
-    let xs = x.clone();
+    let xs = x.keep();
     let weight = tape.is_weight(x);
     Ok(tape.op1(&[x], y, move |g, out| {
         let Some(dy) = g.take_acc(out)? else { return Ok(()) };
+        let x = xs.value()?;
         let acc = if weight { g.target(&xs)? } else { None };
         let dx = if acc.is_none() { Some(g.like(&xs)?) } else { None };
         let a = L2NormBwd {
             dy: dy.view(),
-            x: xs.value().view(),
+            x: x.view(),
             norm: norm.view(),
             dx: dx.as_ref().map(Tensor::out),
             dx_acc: acc.as_ref().map(Tensor::acc),

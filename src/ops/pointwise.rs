@@ -1,7 +1,7 @@
 //! Element-wise ops, rotary embedding, and concatenating or splitting rows.
 
 use super::{S, expect, expect_rank};
-use crate::autograd::{Tape, Var};
+use crate::autograd::{Key, Tape, Var};
 use crate::backend::{
     Add, Cast, ChannelAffineBwd, ChannelAffineFwd, DType, Dims, Fill, Role, Rope, SwigluBwd, SwigluFwd,
     Unary, UnaryBwd, UnaryFwd,
@@ -11,15 +11,23 @@ use crate::tensor::Tensor;
 
 /// `y = f(x)`, any shape. Saves `x`.
 pub fn unary(tape: &Tape, x: &Var, f: Unary) -> Result<Var> {
-    let y = tape.act(x.dims())?;
-    tape.dev().unary_fwd(S, &UnaryFwd { x: x.value().view(), y: y.out(), f })?;
-    let xs = x.clone();
-    Ok(tape.op1(&[x], y, move |g, out| {
+    let (dev, act) = (tape.device(), tape.precision().act);
+    let forward = move |x: &Tensor| {
+        let y = Tensor::empty(&*dev, Role::Activation, act, x.dims())?;
+        dev.unary_fwd(S, &UnaryFwd { x: x.view(), y: y.out(), f })?;
+        Ok(y)
+    };
+    let y = forward(x.value())?;
+    let xs = x.keep();
+    let y = tape.op1(&[x], y, move |g, out| {
         let Some(dy) = g.take(out)? else { return Ok(()) };
+        let x = xs.value()?;
         let dx = g.act(xs.dims())?;
-        g.dev().unary_bwd(S, &UnaryBwd { dy: dy.view(), x: xs.value().view(), dx: dx.out(), f })?;
+        g.dev().unary_bwd(S, &UnaryBwd { dy: dy.view(), x: x.view(), dx: dx.out(), f })?;
         g.give(&xs, dx)
-    }))
+    });
+    let xs = x.keep();
+    Ok(tape.cheap(y, move || forward(&xs.value()?)))
 }
 
 /// `y = a + b`, equal shapes. Saves nothing.
@@ -27,7 +35,7 @@ pub fn add(tape: &Tape, a: &Var, b: &Var) -> Result<Var> {
     expect("add", "b", b, a.dims().as_slice())?;
     let y = tape.act(a.dims())?;
     tape.dev().add(S, &Add { a: a.value().view(), b: b.value().view(), y: y.out() })?;
-    let (av, bv) = (a.clone(), b.clone());
+    let (av, bv) = (a.key(), b.key());
     Ok(tape.op1(&[a, b], y, move |g, out| {
         let Some(dy) = g.take(out)? else { return Ok(()) };
         g.give(&av, dy.clone())?;
@@ -47,7 +55,7 @@ pub fn channel_affine(tape: &Tape, x: &Var, shift: &Var, scale: &Var) -> Result<
         y: y.out(),
     };
     tape.dev().channel_affine_fwd(S, &a)?;
-    let (xs, scale) = (x.clone(), scale.clone());
+    let (xs, scale) = (x.key(), scale.clone());
     Ok(tape.op1(&[x], y, move |g, out| {
         let Some(dy) = g.take(out)? else { return Ok(()) };
         let dx = g.act(xs.dims())?;
@@ -61,16 +69,24 @@ pub fn channel_affine(tape: &Tape, x: &Var, shift: &Var, scale: &Var) -> Result<
 pub fn swiglu(tape: &Tape, gate_up: &Var) -> Result<Var> {
     expect_rank("swiglu", "gate_up", gate_up, 2)?;
     let (n, f) = (gate_up.dims()[0], gate_up.dims()[1] / 2);
-    let y = tape.act([n, f])?;
-    tape.dev().swiglu_fwd(S, &SwigluFwd { gate_up: gate_up.value().view(), y: y.out() })?;
-    let xs = gate_up.clone();
-    Ok(tape.op1(&[gate_up], y, move |g, out| {
+    let (dev, act) = (tape.device(), tape.precision().act);
+    let forward = move |gate_up: &Tensor| {
+        let y = Tensor::empty(&*dev, Role::Activation, act, [n, f])?;
+        dev.swiglu_fwd(S, &SwigluFwd { gate_up: gate_up.view(), y: y.out() })?;
+        Ok(y)
+    };
+    let y = forward(gate_up.value())?;
+    let xs = gate_up.keep();
+    let y = tape.op1(&[gate_up], y, move |g, out| {
         let Some(dy) = g.take(out)? else { return Ok(()) };
+        let x = xs.value()?;
         let dx = g.act(xs.dims())?;
-        let a = SwigluBwd { dy: dy.view(), gate_up: xs.value().view(), dgate_up: dx.out() };
+        let a = SwigluBwd { dy: dy.view(), gate_up: x.view(), dgate_up: dx.out() };
         g.dev().swiglu_bwd(S, &a)?;
         g.give(&xs, dx)
-    }))
+    });
+    let xs = gate_up.keep();
+    Ok(tape.cheap(y, move || forward(&xs.value()?)))
 }
 
 /// Rotary embedding: the number of rotated heads, their dimension, and the base of the angles.
@@ -97,7 +113,7 @@ pub fn rope(tape: &Tape, x: &Var, position: &Tensor, r: Rotary) -> Result<Var> {
     expect_rank("rope", "x", x, 2)?;
     let y = tape.act(x.dims())?;
     tape.dev().rope(S, &r.args(x.value(), position, &y, false))?;
-    let (xs, position) = (x.clone(), position.clone());
+    let (xs, position) = (x.key(), position.clone());
     Ok(tape.op1(&[x], y, move |g, out| {
         let Some(dy) = g.take(out)? else { return Ok(()) };
         let dx = g.act(xs.dims())?;
@@ -123,7 +139,7 @@ pub fn concat_rows(tape: &Tape, parts: &[&Var]) -> Result<Var> {
         tape.dev().cast(S, &Cast { x: p.value().reshape([n, c])?.view(), y: y.rows(at, n)?.out() })?;
         at += n;
     }
-    let saved: Vec<Var> = parts.iter().map(|&p| p.clone()).collect();
+    let saved: Vec<Key> = parts.iter().map(|p| p.key()).collect();
     Ok(tape.op1(parts, y, move |g, out| {
         let Some(dy) = g.take(out)? else { return Ok(()) };
         let mut at = 0;
@@ -149,7 +165,7 @@ pub fn split_rows(tape: &Tape, x: &Var, counts: &[usize]) -> Result<Vec<Var>> {
         parts.push(x.value().rows(at, k)?);
         at += k;
     }
-    let xs = x.clone();
+    let xs = x.key();
     Ok(tape.op(&[x], parts, move |g, outs| {
         let dx = g.act([n, c])?;
         let mut at = 0;
@@ -174,7 +190,7 @@ pub fn cast(tape: &Tape, x: &Var, dtype: DType) -> Result<Var> {
     }
     let y = Tensor::empty(tape.dev(), Role::Activation, dtype, x.dims())?;
     tape.dev().cast(S, &Cast { x: x.value().view(), y: y.out() })?;
-    let xs = x.clone();
+    let xs = x.key();
     Ok(tape.op1(&[x], y, move |g, out| {
         let Some(dy) = g.take_acc(out)? else { return Ok(()) };
         let dx = g.like(&xs)?;
@@ -186,7 +202,7 @@ pub fn cast(tape: &Tape, x: &Var, dtype: DType) -> Result<Var> {
 /// The same values with another shape. Saves nothing and copies nothing.
 pub fn reshape(tape: &Tape, x: &Var, dims: impl Into<Dims>) -> Result<Var> {
     let y = x.value().reshape(dims)?;
-    let xs = x.clone();
+    let xs = x.key();
     Ok(tape.op1(&[x], y, move |g, out| {
         let Some(dy) = g.take(out)? else { return Ok(()) };
         g.give(&xs, dy.reshape(xs.dims())?)

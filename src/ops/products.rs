@@ -1,7 +1,7 @@
 //! Linear layers.
 
 use super::{S, expect_rank};
-use crate::autograd::{Grads, Tape, Var};
+use crate::autograd::{Grads, Kept, Key, Tape, Var};
 use crate::backend::{ColSum, LinearGelu, Matmul, MatmulAcc, Unary, UnaryBwd};
 use crate::error::Result;
 use crate::tensor::Tensor;
@@ -22,7 +22,7 @@ pub fn linear(tape: &Tape, x: &Var, w: &Var, b: Option<&Var>) -> Result<Var> {
             y: y.out(),
         },
     )?;
-    let (xs, ws, bs) = (x.clone(), w.clone(), b.cloned());
+    let (xs, ws, bs) = (x.keep(), w.keep(), b.map(Var::key));
     let inputs: Vec<&Var> = [Some(x), Some(w), b].into_iter().flatten().collect();
     Ok(tape.op1(&inputs, y, move |g, out| match g.take(out)? {
         Some(dy) => linear_backward(g, &dy, &xs, &ws, bs.as_ref()),
@@ -46,7 +46,7 @@ pub fn linear_gelu(tape: &Tape, x: &Var, w: &Var, b: Option<&Var>) -> Result<Var
             y: y.out(),
         },
     )?;
-    let (xs, ws, bs) = (x.clone(), w.clone(), b.cloned());
+    let (xs, ws, bs) = (x.keep(), w.keep(), b.map(Var::key));
     let inputs: Vec<&Var> = [Some(x), Some(w), b].into_iter().flatten().collect();
     Ok(tape.op1(&inputs, y, move |g, out| {
         let Some(dy) = g.take(out)? else { return Ok(()) };
@@ -63,9 +63,10 @@ fn check(op: &'static str, w: &Var, b: Option<&Var>) -> Result<()> {
 }
 
 /// Gradients of `x w^T + b` for the inputs that need them, from the gradient `dy` `[N, O]` of the sum.
-fn linear_backward(g: &mut Grads, dy: &Tensor, x: &Var, w: &Var, b: Option<&Var>) -> Result<()> {
+fn linear_backward(g: &mut Grads, dy: &Tensor, x: &Kept, w: &Kept, b: Option<&Key>) -> Result<()> {
     if let Some(dw) = g.target(w)? {
-        let a = MatmulAcc { a: dy.view(), b: x.value().view(), ta: true, tb: false, y: dw.acc() };
+        let x = x.value()?;
+        let a = MatmulAcc { a: dy.view(), b: x.view(), ta: true, tb: false, y: dw.acc() };
         g.dev().matmul_acc(S, &a)?;
     }
     if let Some(b) = b
@@ -75,7 +76,8 @@ fn linear_backward(g: &mut Grads, dy: &Tensor, x: &Var, w: &Var, b: Option<&Var>
     }
     if x.needs_grad() {
         let dx = g.act([x.dims().rows(), x.dims().cols()])?;
-        let a = Matmul { a: dy.view(), b: w.value().view(), ta: false, tb: false, bias: None, y: dx.out() };
+        let w = w.value()?;
+        let a = Matmul { a: dy.view(), b: w.view(), ta: false, tb: false, bias: None, y: dx.out() };
         g.dev().matmul(S, &a)?;
         g.give(x, dx.reshape(x.dims())?)?;
     }

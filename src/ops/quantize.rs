@@ -147,7 +147,7 @@ pub fn ibq(tape: &Tape, z: &Var, e: &Var, inv_count: &Tensor, o: IbqOptions) -> 
         },
     )?;
     let zero = tape.zero_stat([1])?;
-    let (zs, es, r, ix, inv_count) = (z.clone(), e.clone(), rows.clone(), idx.clone(), inv_count.clone());
+    let (zs, es, r, ix, inv_count) = (z.keep(), e.keep(), rows.clone(), idx.clone(), inv_count.clone());
     let mut values = vec![zq, quant];
     let mut c = None;
     if let Some((derivative, sample, avg)) = entropies {
@@ -155,9 +155,11 @@ pub fn ibq(tape: &Tape, z: &Var, e: &Var, inv_count: &Tensor, o: IbqOptions) -> 
         values.extend([sample, avg]);
     }
     let outs = tape.op(&[z, e], values, move |g, outs| {
+        let z = zs.value()?;
+        let e = es.value()?;
         let gz = match g.take(&outs[0])? {
             Some(t) => t,
-            None => Tensor::zeros(g.dev(), Role::Activation, zs.value().dtype(), [m, d])?,
+            None => Tensor::zeros(g.dev(), Role::Activation, z.dtype(), [m, d])?,
         };
         let g_quant = or_zero(&zero, g.take(&outs[1])?);
         let (g_sample, g_avg) = match &outs[2..] {
@@ -167,8 +169,8 @@ pub fn ibq(tape: &Tape, z: &Var, e: &Var, inv_count: &Tensor, o: IbqOptions) -> 
         let dz = g.like(&zs)?;
         let de = g.target(&es)?;
         let a = IbqBwd {
-            z: zs.value().view(),
-            e: es.value().view(),
+            z: z.view(),
+            e: e.view(),
             idx: ix.view(),
             smax: r.smax.view(),
             rest_p: r.rest_p.view(),
@@ -225,18 +227,20 @@ pub fn vq(tape: &Tape, z: &Var, e: &Var, inv_count: &Tensor, o: IbqOptions) -> R
         },
     )?;
     let zero = tape.zero_stat([1])?;
-    let (zs, es, ix, inv_count) = (z.clone(), e.clone(), idx.clone(), inv_count.clone());
+    let (zs, es, ix, inv_count) = (z.keep(), e.keep(), idx.clone(), inv_count.clone());
     let outs = tape.op(&[z, e], vec![zq, quant], move |g, outs| {
+        let z = zs.value()?;
+        let e = es.value()?;
         let gz = match g.take(&outs[0])? {
             Some(t) => t,
-            None => Tensor::zeros(g.dev(), Role::Activation, zs.value().dtype(), [m, d])?,
+            None => Tensor::zeros(g.dev(), Role::Activation, z.dtype(), [m, d])?,
         };
         let g_quant = or_zero(&zero, g.take(&outs[1])?);
         let dz = g.like(&zs)?;
         let de = g.target(&es)?;
         let a = VqBwd {
-            z: zs.value().view(),
-            e: es.value().view(),
+            z: z.view(),
+            e: e.view(),
             idx: ix.view(),
             inv_count: inv_count.view(),
             g: gz.view(),

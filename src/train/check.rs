@@ -1,5 +1,4 @@
-//! `ett-train check`: runs one semantic-stage step on given weights and a given batch, and writes all results to a
-//! file.
+//! `ett-train check`: runs one step of a stage on given weights and a given batch, and writes all results to a file.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -20,11 +19,18 @@ use crate::nn::{HostTensor, Stored};
 use crate::tensor::Tensor;
 
 /// Runs the step and writes `dump`. Shapes and names are documented in docs/check.md.
-pub fn check(cfg: &Config, dev: Arc<dyn Kernels>, weights: &Path, batch: &Path, dump: &Path) -> Result<()> {
+pub fn check(
+    cfg: &Config,
+    kind: StageKind,
+    dev: Arc<dyn Kernels>,
+    weights: &Path,
+    batch: &Path,
+    dump: &Path,
+) -> Result<()> {
     files::probe(dump)?;
     let mut model = Ett::new(cfg, dev.clone())?;
     set_weights(&model.params, weights, &read_file(weights)?, None)?;
-    let stage = Stage::new(StageKind::Semantic, &model)?;
+    let stage = Stage::new(kind, &model)?;
     model.params.train(&stage.trained())?;
 
     let (image, text) = read_batch(batch)?;
@@ -36,12 +42,28 @@ pub fn check(cfg: &Config, dev: Arc<dyn Kernels>, weights: &Path, batch: &Path, 
     let sequences: Vec<Vec<Part>> = (0..b)
         .map(|i| {
             let ids = text.values[i * l..(i + 1) * l].iter().map(|&x| x as i32).collect();
-            vec![Part::Image(i), Part::target(ids)]
+            match (stage.recipe.codes, stage.reads_pictures()) {
+                (true, _) => vec![Part::context(ids), Part::Codes(i)],
+                (_, true) => vec![Part::Image(i), Part::target(ids)],
+                (_, false) => vec![Part::target(ids)],
+            }
         })
         .collect();
-    let grids = [Grid { images: dims[0], h: dims[1] / s, w: dims[2] / s }];
-    let packed = Batch::pack(&model, &sequences, &grids, 1)?;
-    let batch = Batch { images: vec![pixels], packed: Some(packed) };
+    let grid = Grid { images: dims[0], h: dims[1] / s, w: dims[2] / s };
+    let (images, grids) = if stage.reads_pictures() { (vec![pixels], vec![grid]) } else { (vec![], vec![]) };
+    let packed = match stage.recipe.text || stage.recipe.codes {
+        true => Some(Batch::pack(&model, &sequences, &grids, 1)?),
+        false => None,
+    };
+    // The tokens of each text that are predicted: without a picture before it, there is nothing to predict the first one
+    // from.
+    let predicted = match (stage.recipe.text, stage.reads_pictures()) {
+        (true, true) => l,
+        (true, false) => l - 1,
+        (false, _) => 0,
+    };
+    let codes = if stage.recipe.codes { grid.tokens() } else { 0 };
+    let batch = Batch { images, packed };
 
     let parts = [batch];
     // The gradients are written as computed, so there is no clipping; there is no weight decay either.
@@ -49,17 +71,17 @@ pub fn check(cfg: &Config, dev: Arc<dyn Kernels>, weights: &Path, batch: &Path, 
         schedule: ScheduleKind::Constant,
         clip: Some(0.0),
         weight_decay: Some(0.0),
-        ..StageConfig::new(StageKind::Semantic, 1, b)
+        ..StageConfig::new(kind, 1, b)
     };
     let mut update = Update::new(&model, &stage_cfg, &stage)?;
-    update.prepare(&model, &stage_cfg, &Counts::new(&model, &parts, b * l, 0), 0)?;
+    update.prepare(&model, &stage_cfg, &Counts::new(&model, &parts, b * predicted, codes), 0)?;
     let Update { state, main, disc, .. } = &update;
     // Logits are computed with the weights of the step, so the head is copied before the update.
     let head = model.params.read("model.embed_tokens.weight", Stored::Master)?;
     let out = step(&mut model, &stage.recipe, &parts, state, main, disc.as_ref())?;
 
     let mut entries = losses(&model, &stage, state, &out)?;
-    entries.extend(activations(&model, &out, head, [b, l], &*dev)?);
+    entries.extend(activations(&model, &out, head, [b, predicted], &*dev)?);
     let trained = stage.trained();
     let names: Vec<String> = model
         .params
@@ -108,7 +130,7 @@ fn losses(model: &Ett, stage: &Stage, state: &StepState, out: &Outcome) -> Resul
     let l = &model.cfg.loss;
     let mut entries = Vec::new();
     let mut value = std::collections::HashMap::new();
-    for loss in Loss::ALL.into_iter().filter(|&l| l != Loss::Code) {
+    for loss in Loss::ALL.into_iter().filter(|&l| l != Loss::Code || stage.recipe.codes) {
         let v = out.value(model, loss)?;
         value.insert(loss, v);
         entries.push(number(&format!("loss.{}", loss.name()), v));
@@ -125,7 +147,8 @@ fn losses(model: &Ett, stage: &Stage, state: &StepState, out: &Outcome) -> Resul
     let d = state.get(Loss::DHinge.slot()) * value[&Loss::DHinge]
         + state.get(Loss::DLecam.slot()) * value[&Loss::DLecam];
     entries.push(number("loss.vq", vq));
-    entries.push(number("loss.total", value[&Loss::Cap] + alpha * vq));
+    entries
+        .push(number("loss.total", value[&Loss::Cap] + value.get(&Loss::Code).unwrap_or(&0.0) + alpha * vq));
     entries.push(number("loss.d_loss", d));
     Ok(entries)
 }

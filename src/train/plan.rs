@@ -8,7 +8,7 @@ use super::stages::start_averages;
 use super::update::Update;
 use super::{Stage, TokenizerMode, step};
 use crate::backend::{self, Device, KernelCount, Kernels, Memory, Plan, Role, Target};
-use crate::config::{Config, DataConfig, StageConfig, StageKind};
+use crate::config::{Config, DataConfig, Recompute, StageConfig, StageKind};
 use crate::error::{Error, Result};
 use crate::feed::{Batch, PAD};
 use crate::model::tokenizer::Grid;
@@ -87,6 +87,40 @@ fn plan_after(
         memory: dev.memory(),
         largest: dev.largest(),
     })
+}
+
+/// The least that the backward pass of a stage has to compute again so that the stage, after those before it, takes at
+/// most `bytes`, and the peak of its memory with that; `blocks` if it does not fit at all. If the configuration does not
+/// leave the choice, its own value.
+pub(super) fn choose_recompute(
+    cfg: &Config,
+    before: &[StageConfig],
+    stage: &StageConfig,
+    target: Target,
+    bytes: u64,
+) -> Result<(Recompute, u64)> {
+    let mut choice = (cfg.train.recompute, 0);
+    for what in choices(cfg) {
+        choice = (what, plan_after(&with(cfg, what), before, stage, target)?.memory.peak);
+        if choice.1 <= bytes {
+            break;
+        }
+    }
+    Ok(choice)
+}
+
+/// What a configuration lets the backward pass compute again: one value, or all of them in their order.
+fn choices(cfg: &Config) -> Vec<Recompute> {
+    match cfg.train.recompute {
+        Recompute::Auto => Recompute::CHOICES.to_vec(),
+        one => vec![one],
+    }
+}
+
+fn with(cfg: &Config, recompute: Recompute) -> Config {
+    let mut cfg = cfg.clone();
+    cfg.train.recompute = recompute;
+    cfg
 }
 
 /// One part of a batch of a stage: `n` pictures of the configured size, with texts of the configured length.
@@ -211,16 +245,24 @@ pub fn plan(cfg: &Config, target: Target, memory: Option<u64>) -> Result<String>
     let mut out = format!("planned for {target}\n");
     for (i, s) in stages.iter().enumerate() {
         let before = &stages[..i];
-        let p = plan_after(cfg, before, s, target)?;
+        let chosen = match memory {
+            Some(bytes) => choose_recompute(cfg, before, s, target, bytes)?.0,
+            None => cfg.train.recompute,
+        };
+        let p = plan_after(&with(cfg, chosen), before, s, target)?;
         // Writing to a String cannot fail.
         let parts = match s.accumulate {
             1 => String::new(),
             n => format!(" in {n} parts"),
         };
-        let recompute = if cfg.train.recompute { ", blocks recomputed" } else { "" };
+        let recompute = match chosen {
+            Recompute::Auto | Recompute::None => "nothing recomputed",
+            Recompute::Cheap => "norms and activation functions recomputed",
+            Recompute::Blocks => "blocks recomputed",
+        };
         let _ = writeln!(
             out,
-            "stage {}: batch {}{parts}, {} precision{recompute}",
+            "stage {}: batch {}{parts}, {} precision, {recompute}",
             p.kind.name(),
             p.batch,
             cfg.train.precision
@@ -240,11 +282,13 @@ pub fn plan(cfg: &Config, target: Target, memory: Option<u64>) -> Result<String>
             p.launches,
             p.flop as f64 / 1e12 / p.batch as f64
         );
-        if let Some(bytes) = memory {
-            let _ = match largest_after(cfg, before, s, target, bytes)? {
-                0 => writeln!(out, "  {:.1} GiB do not hold a batch of 1", gib(bytes)),
-                MAX_BATCH.. => writeln!(out, "  {:.1} GiB hold any batch up to {MAX_BATCH}", gib(bytes)),
-                n => writeln!(out, "  {:.1} GiB hold a batch of up to {n} in one part", gib(bytes)),
+        let Some(bytes) = memory else { continue };
+        for what in choices(cfg) {
+            let of = format!("with recompute = {:?}", what.name());
+            let _ = match largest_after(&with(cfg, what), before, s, target, bytes)? {
+                0 => writeln!(out, "  {:.1} GiB do not hold a batch of 1 {of}", gib(bytes)),
+                MAX_BATCH.. => writeln!(out, "  {:.1} GiB hold any batch up to {MAX_BATCH} {of}", gib(bytes)),
+                n => writeln!(out, "  {:.1} GiB hold a batch of up to {n} in one part {of}", gib(bytes)),
             };
         }
     }

@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::checkpoint;
+use super::plan::choose_recompute;
 use super::running::{Inputs, Running};
 use super::{Ending, Finished};
 use crate::backend::Kernels;
-use crate::config::{Config, DataConfig};
+use crate::config::{Config, DataConfig, Recompute};
 use crate::data::DataSet;
 use crate::error::{Error, Result};
 use crate::feed::Template;
@@ -84,6 +85,8 @@ pub(super) struct Session<'a> {
     out: PathBuf,
     quiet: bool,
     evaluation: &'a dyn Evaluation,
+    /// Bytes that the device had free before the model was made, if known.
+    memory: Option<u64>,
 }
 
 impl<'a> Session<'a> {
@@ -101,6 +104,7 @@ impl<'a> Session<'a> {
             None => None,
         };
         let sets = Sets::open(cfg, evaluation)?;
+        let memory = dev.available();
         let model = Ett::new(cfg, dev)?;
         let progress = Progress {
             data: sets.fingerprints(),
@@ -108,7 +112,8 @@ impl<'a> Session<'a> {
             tokenizer,
             ..Progress::default()
         };
-        Ok(Session { cfg: cfg.clone(), model, progress, sets, template, out: out.into(), quiet, evaluation })
+        let (cfg, out) = (cfg.clone(), out.into());
+        Ok(Session { cfg, model, progress, sets, template, out, quiet, evaluation, memory })
     }
 
     /// A run whose weights are trained and saved, but not evaluated.
@@ -149,6 +154,7 @@ impl<'a> Session<'a> {
             out: out.into(),
             quiet: true,
             evaluation,
+            memory: None,
         })
     }
 
@@ -186,6 +192,7 @@ impl<'a> Session<'a> {
     fn train(&mut self, mut from: Option<&Path>) -> Result<Option<PathBuf>> {
         let mut metrics = Lines::resume(&self.out.join(METRICS), self.progress.metrics)?;
         for (number, stage) in self.cfg.stage.iter().enumerate().skip(self.progress.stage) {
+            self.model.cfg.train.recompute = self.recompute(number)?;
             let data = self.cfg.data_of(stage);
             let running = Running::begin(
                 Inputs {
@@ -210,6 +217,26 @@ impl<'a> Session<'a> {
         }
         self.model.params.train(&[])?;
         Ok(None)
+    }
+
+    /// What the backward pass of a stage recomputes. Keeps a twentieth of the memory free, since blocks of different sizes
+    /// leave gaps.
+    fn recompute(&self, number: usize) -> Result<Recompute> {
+        let (cfg, set) = (&self.cfg, self.cfg.train.recompute);
+        let (Recompute::Auto, Some(bytes)) = (set, self.memory) else { return Ok(set) };
+        let Some(target) = self.model.params.device().target() else { return Ok(set) };
+        let (stage, gib) = (&cfg.stage[number], |bytes: u64| bytes as f64 / (1u64 << 30) as f64);
+        let (what, peak) = choose_recompute(cfg, &cfg.stage[..number], stage, target, bytes / 20 * 19)?;
+        if what != Recompute::None {
+            tracing::info!(
+                "stage {}: train.recompute = {:?}, planned to take {:.1} of {:.1} GiB",
+                stage.kind.name(),
+                what.name(),
+                gib(peak),
+                gib(bytes)
+            );
+        }
+        Ok(what)
     }
 
     /// Writes the trained weights, and the averages of the groups that have them.

@@ -2,8 +2,9 @@
 
 use super::Optimizer;
 use super::StepState;
-use crate::autograd::{Tape, Var};
+use crate::autograd::{Recomputing, Tape, Var};
 use crate::backend::{Cast, Kernels, Restore, Role, Slot, Stream};
+use crate::config::Recompute;
 use crate::error::{Error, Result};
 use crate::feed::Batch;
 use crate::model::{Carried, Ett, MODULES, TrainedBy};
@@ -319,6 +320,12 @@ fn reconstruct(model: &Ett, part: &Batch, out: &mut Outcome) -> Result<Vec<Tenso
     Ok(rec.iter().map(|r| r.value().clone()).collect())
 }
 
+/// `auto` is settled before a run begins to train; elsewhere it is `none`.
+fn recomputing(what: Recompute) -> Recomputing {
+    let blocks = what == Recompute::Blocks;
+    Recomputing { cheap: blocks || what == Recompute::Cheap, blocks }
+}
+
 /// Forward and backward pass of a part. If `judged`, there is an adversarial loss; `first` is the discriminator's
 /// optimizer if the discriminator has to be updated before that.
 fn generator_part(
@@ -331,7 +338,7 @@ fn generator_part(
     out: &mut Outcome,
 ) -> Result<()> {
     let t = Tape::new(model.params.device().clone(), model.params.precision())
-        .recomputing(model.cfg.train.recompute);
+        .recomputing(recomputing(model.cfg.train.recompute));
     let mut losses: Vec<(Loss, Var)> = Vec::new();
     let images: Vec<Var> = batch.images.iter().map(|x| t.constant(x.clone())).collect();
     let mut visual = None;
@@ -446,7 +453,8 @@ fn discriminator_part(
     out: &mut Outcome,
 ) -> Result<()> {
     let dev = model.params.device().clone();
-    let t = Tape::new(dev.clone(), model.params.precision());
+    let t =
+        Tape::new(dev.clone(), model.params.precision()).recomputing(recomputing(model.cfg.train.recompute));
     let mut passes: Vec<Vec<BatchStats>> = Vec::new();
     let mut judge = |xs: &[Tensor]| -> Result<Var> {
         let mut logits = Vec::new();

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use ett::autograd::Tape;
 use ett::backend::{DType, Kernels};
 use ett::compare::{Bounds, compare};
-use ett::config::{Arm, Config, Operands, QuantizerKind, QuantizerMetric};
+use ett::config::{Arm, Config, Operands, QuantizerKind, QuantizerMetric, StageKind, VisualHeadKind};
 use ett::error::Result;
 use ett::io::save_weights;
 use ett::io::weights::{FileType, read_file, write_file};
@@ -30,7 +30,7 @@ const DIM: usize = 8;
 /// whose BatchNorm sees few values, and less of all others; an error by a factor of two is at least 0.4.
 const BOUND: f64 = 0.25;
 /// `[B, H, W, 3]`: 36 tokens per picture.
-const PICTURES: [usize; 4] = [2, 24, 24, 3];
+const PICTURES: [usize; 4] = [4, 24, 24, 3];
 const CODES: usize = 4;
 
 /// The trained arm and its quantizer.
@@ -132,12 +132,12 @@ impl Step {
     }
 
     fn run(&self, cfg: &Config) -> Result<Tensors> {
-        self.run_on(cpu(2), cfg)
+        self.run_on(cpu(2), StageKind::Semantic, cfg)
     }
 
-    fn run_on(&self, dev: Arc<dyn Kernels>, cfg: &Config) -> Result<Tensors> {
+    fn run_on(&self, dev: Arc<dyn Kernels>, kind: StageKind, cfg: &Config) -> Result<Tensors> {
         let out = self.path(&cfg.train.precision);
-        check(cfg, dev, &self.path("weights"), &self.path("batch"), &out)?;
+        check(cfg, kind, dev, &self.path("weights"), &self.path("batch"), &out)?;
         read_file(&out)
     }
 }
@@ -221,8 +221,8 @@ fn gradients_agree(dev: &Arc<dyn Kernels>, precision: &str, bound: f64) -> Outco
     for case in CASES {
         let what = format!("{case:?}");
         let step = Step::new(case)?;
-        let (want, got) =
-            (step.run(&config(case, "f64"))?, step.run_on(dev.clone(), &config(case, precision))?);
+        let want = step.run(&config(case, "f64"))?;
+        let got = step.run_on(dev.clone(), StageKind::Semantic, &config(case, precision))?;
         assert_eq!(
             got["act.ind"], want["act.ind"],
             "{what}: the choice of a code differs, so that gradients cannot be compared"
@@ -231,6 +231,54 @@ fn gradients_agree(dev: &Arc<dyn Kernels>, precision: &str, bound: f64) -> Outco
         println!("{what} in {precision}: off by at most {worst:.1e}");
     }
     Ok(())
+}
+
+/// The losses and gradients of every stage on a device against those of the CPU in f64.
+fn stages_agree(dev: &Arc<dyn Kernels>, precision: &str, bound: f64) -> Outcome {
+    let step = Step::new(DOT)?;
+    let with_head = |precision: &str| {
+        let mut cfg = config(DOT, precision);
+        cfg.visual_head.kind = VisualHeadKind::Linear;
+        cfg
+    };
+    let model = Ett::new(&with_head("f32"), cpu(2))?;
+    save_weights(&model.params, &step.path("fresh"), Stored::Master)?;
+    let mut weights = read_file(&step.path("weights"))?;
+    for (name, mut t) in read_file(&step.path("fresh"))? {
+        if !weights.contains_key(&name) {
+            t.values.iter_mut().for_each(|v| *v = DType::Bf16.rounded(*v));
+            weights.insert(name, t);
+        }
+    }
+    step.write("weights", weights)?;
+    for kind in StageKind::ALL {
+        let what = format!("{kind:?}");
+        let want = step.run_on(cpu(2), kind, &with_head("f64"))?;
+        let got = step.run_on(dev.clone(), kind, &with_head(precision))?;
+        assert_eq!(got.get("act.ind"), want.get("act.ind"), "{what}: the choice of a code differs");
+        let worst = agree(&what, &got, &want, bound)?;
+        println!("{what} in {precision}: gradients off by at most {worst:.1e}");
+        let (got, want) = (got["loss.total"].values[0], want["loss.total"].values[0]);
+        assert!((got - want).abs() <= bound / 10.0 * want.abs(), "{what}: a loss of {got}, wanted {want}");
+    }
+    Ok(())
+}
+
+#[test]
+fn every_stage_in_bf16_is_that_of_f64() -> Outcome {
+    stages_agree(&cpu(2), "bf16", BOUND)
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn gpu_every_stage_in_f32_is_that_of_f64() -> Outcome {
+    stages_agree(&gpu(), "f32", 1e-3)
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn gpu_every_stage_in_bf16_is_that_of_f64() -> Outcome {
+    stages_agree(&gpu(), "bf16", BOUND)
 }
 
 #[test]
@@ -268,7 +316,7 @@ fn operands_in_f32_are_not_rounded() -> Outcome {
         let (z, _) = model.tokenizer.encode(&t, &model.params, &[x])?;
         let codes = model.tokenizer.codes(&t, &model.params)?;
         let q =
-            model.tokenizer.quantize(&t, &z, &codes, &tensor(dev, DType::F32, &[1.0 / 72.0], [1]), true)?;
+            model.tokenizer.quantize(&t, &z, &codes, &tensor(dev, DType::F32, &[1.0 / 144.0], [1]), true)?;
         let (zq, idx, _) = model.look_up(&t, &z, &codes)?;
         assert_eq!(q.idx.to_host::<i32>(dev)?, idx.to_host::<i32>(dev)?);
         assert_eq!(q.zq.value().to_f64(dev)?, zq.value().to_f64(dev)?);

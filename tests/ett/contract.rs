@@ -132,15 +132,7 @@ fn convolutions_and_norms(m: &Subject) {
     let x = m.f32([1, 4, 4, 6]);
     let conv = |w: [usize; 4], y: [usize; 4]| {
         let (w, y) = (m.f32(w), m.f32(y));
-        let a = Conv2dFwd {
-            x: x.view(),
-            w: w.view(),
-            bias: None,
-            y: y.out(),
-            stride: 1,
-            pad_top: 1,
-            pad_left: 1,
-        };
+        let a = Conv2dFwd::plain([x.view(), w.view()], None, y.out(), 1, [1, 1]);
         dev.conv2d_fwd(S, &a)
     };
     m.accepts(conv([2, 3, 3, 6], [1, 4, 4, 2]));

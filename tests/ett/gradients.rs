@@ -5,7 +5,7 @@ use ett::autograd::{Tape, Var};
 use ett::backend::{DType, Dims, Precision, Role, Unary};
 use ett::compare::{Bounds, compare};
 use ett::error::{Error, Result};
-use ett::ops::{self, Conv, Entropy, Heads, IbqOptions, Rotary, Seqs};
+use ett::ops::{self, Conv, ConvWith, Entropy, Heads, IbqOptions, InputNorm, Rotary, Seqs};
 use ett::tensor::Tensor;
 
 use crate::common::{Outcome, cpu, ids, int, norm, normal, scaled, spread, tensor};
@@ -177,8 +177,54 @@ fn conv2d() -> Outcome {
 }
 
 #[test]
+fn conv2d_of_a_normalised_input() -> Outcome {
+    let down = Conv { stride: 2, before: 0, after: 1 };
+    for (k, conv, [b, h, w, c, o], groups) in [
+        (3, Conv::same(3), [2, 5, 4, 6, 4], 3),
+        (3, down, [1, 6, 5, 4, 2], 2),
+        (1, Conv::same(1), [2, 3, 4, 8, 3], 1),
+    ] {
+        let inputs = [
+            random(1, [b, h, w, c]),
+            random(2, [o, k, k, c]),
+            random(3, [o]),
+            random(4, [c]),
+            random(5, [c]),
+        ];
+        check1(&format!("{k}x{k} of a normalised input"), &inputs, |t, v| {
+            let stats = ops::group_stats(t, &v[0], groups, 1e-3)?;
+            let norm = Some(InputNorm { stats: &stats, w: &v[3], b: &v[4] });
+            let with = ConvWith { norm, ..ConvWith::default() };
+            Ok(ops::conv2d_with(t, &v[0], &v[1], Some(&v[2]), conv, with)?.0)
+        })?;
+    }
+    Ok(())
+}
+
+/// The gradient of x is the sum of three: of the residual, of the first convolution, and of its statistics.
+#[test]
+fn a_residual_block() -> Outcome {
+    let dims = [2, 4, 3, 6];
+    let weights = [random(2, [6, 3, 3, 6]), random(3, [6]), random(4, [6]), random(5, [6])];
+    let inputs: Vec<Input> = std::iter::once(random(1, dims)).chain(weights).collect();
+    check1("a residual block", &inputs, |t, v| {
+        let (w, b, conv) = (&v[1], Some(&v[2]), Conv::same(3));
+        let norm = |stats| Some(InputNorm { stats, w: &v[3], b: &v[4] });
+        let stats = ops::group_stats(t, &v[0], 3, 1e-3)?;
+        let with = ConvWith { norm: norm(&stats), residual: None, stats: Some((2, 1e-3)) };
+        let (h, stats) = ops::conv2d_with(t, &v[0], w, b, conv, with)?;
+        let stats = stats.expect("statistics were asked for");
+        let with = ConvWith { norm: norm(&stats), residual: Some(&v[0]), stats: None };
+        Ok(ops::conv2d_with(t, &h, w, b, conv, with)?.0)
+    })
+}
+
+#[test]
 fn resampling() -> Outcome {
     check1("upsample2x", &[random(1, [2, 3, 2, 3])], |t, v| ops::upsample2x(t, &v[0]))?;
+    let inputs = [random(1, [2, 3, 2, 3]), random(2, [4, 3, 3, 3]), random(3, [4])];
+    check1("upsample2x_conv2d", &inputs, |t, v| ops::upsample2x_conv2d(t, &v[0], &v[1], Some(&v[2])))?;
+    check1("upsample2x_conv2d", &inputs[..2], |t, v| ops::upsample2x_conv2d(t, &v[0], &v[1], None))?;
     for dims in [[2, 4, 6, 3], [1, 5, 3, 2], [1, 3, 7, 1]] {
         let x = grad(spread(1, dims.iter().product(), 0.02), dims);
         check1("max_pool2x2", &[x], |t, v| ops::max_pool2x2(t, &v[0]))?;
@@ -618,5 +664,39 @@ fn tapes_refuse_and_forget() -> Outcome {
     let peak = dev.memory().peak;
     assert!(peak <= before + 3 * 8000, "{peak} bytes at most, {before} before the backward");
     drop(grads);
+    Ok(())
+}
+
+/// An upsampling convolution is an upsampling and a convolution, in values and gradients.
+#[test]
+fn upsampling_convolutions_are_both_in_one() -> Outcome {
+    let dev = cpu(2);
+    for dims in [[1, 1, 1, 1], [2, 3, 4, 5], [1, 6, 2, 8]] {
+        let value = |i: Input| tensor(&*dev, DType::F64, &i.values, i.dims);
+        let run = |fused: bool| -> Result<Vec<Vec<f64>>> {
+            let t = Tape::new(dev.clone(), P);
+            let [x, w, b] =
+                [random(1, dims), random(2, [6, 3, 3, dims[3]]), random(3, [6])].map(|i| t.leaf(value(i)));
+            let y = match fused {
+                true => ops::upsample2x_conv2d(&t, &x, &w, Some(&b))?,
+                false => ops::conv2d(&t, &ops::upsample2x(&t, &x)?, &w, Some(&b), Conv::same(3))?,
+            };
+            let mut all = vec![y.value().to_f64(&*dev)?];
+            let dy = value(random(4, y.dims()));
+            let mut grads = t.backward(&[(&y, &dy)])?;
+            for v in [&x, &w, &b] {
+                let Some(d) = grads.take(v)? else { panic!("every input gets a gradient") };
+                all.push(d.to_f64(&*dev)?);
+            }
+            Ok(all)
+        };
+        for (n, (a, b)) in run(true)?.iter().zip(&run(false)?).enumerate() {
+            let what = ["y", "dx", "dw", "db"][n];
+            assert_eq!(a.len(), b.len());
+            for (a, b) in a.iter().zip(b) {
+                assert!((a - b).abs() < 1e-11, "{what} of {dims:?}: {a} and {b}");
+            }
+        }
+    }
     Ok(())
 }

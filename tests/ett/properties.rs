@@ -8,7 +8,7 @@ use ett::backend::{DType, Kernels, Plan, Precision, Target, Unary};
 use ett::config::{Config, DataConfig, GroupConfig, StageConfig, StageData, StageKind, VisualHeadKind};
 use ett::data::{Crop, Source};
 use ett::error::Result;
-use ett::ops::{self, Conv, Entropy, Heads, IbqOptions, Rotary, Seqs};
+use ett::ops::{self, Conv, ConvWith, Entropy, Heads, IbqOptions, InputNorm, Rotary, Seqs};
 use ett::train::plan_stage;
 use proptest::prelude::*;
 use proptest::test_runner::{Config as Cases, RngAlgorithm, TestRng, TestRunner};
@@ -175,6 +175,41 @@ fn convolutions() {
 }
 
 #[test]
+fn convolutions_of_normalised_pictures() {
+    let shapes = prop::array::uniform4(0..5usize).prop_flat_map(|x| {
+        let scale = mostly(vec![x[3]]);
+        (
+            mostly(x.to_vec()),
+            scale,
+            mostly(vec![4, 3, 3, x[3]]),
+            mostly(vec![x[0], x[1], x[2], 4]),
+            0..4usize,
+            0..6usize,
+        )
+    });
+    calls(128, shapes, |(x, scale, w, residual, groups, of_y)| {
+        let fits = x.len() == 4
+            && scale == [x[3]]
+            && w == [4, 3, 3, x[3]]
+            && residual == [x[0], x[1], x[2], 4]
+            && x[1] > 0
+            && x[2] > 0
+            && groups > 0
+            && x[3].is_multiple_of(groups)
+            && [1, 2, 4].contains(&of_y);
+        holds(fits.then(|| vec![residual.clone()]), |t| {
+            let (x, w, residual) = (t.leaf(&x), t.leaf(&w), t.leaf(&residual));
+            let (scale, shift) = (t.leaf(&scale), t.leaf(&scale));
+            let stats = ops::group_stats(&t.tape, &x, groups, 1e-5)?;
+            let norm = Some(InputNorm { stats: &stats, w: &scale, b: &shift });
+            let with = ConvWith { norm, residual: Some(&residual), stats: Some((of_y, 1e-5)) };
+            let y = ops::conv2d_with(&t.tape, &x, &w, None, Conv::same(3), with)?.0;
+            Ok((vec![x, scale, shift, w, residual], vec![y]))
+        })
+    });
+}
+
+#[test]
 fn norms_over_rows() {
     let shapes = (0..7usize, 0..7usize).prop_flat_map(|(n, c)| {
         (mostly(vec![n, c]), mostly(vec![c]), mostly(vec![c]), mostly(vec![n, c]), 0..4usize)
@@ -304,6 +339,13 @@ fn larger_and_smaller_pictures() {
             let x = t.leaf(&x);
             let y = ops::upsample2x(&t.tape, &x)?;
             Ok((vec![x], vec![y]))
+        })?;
+        let doubled = |i: usize| 2 * x.get(i).copied().unwrap_or(0);
+        let c = x.last().copied().unwrap_or(0);
+        holds(picture.then(|| vec![vec![x[0], doubled(1), doubled(2), 5]]), |t| {
+            let (x, w) = (t.leaf(&x), t.leaf(&[5, 3, 3, c]));
+            let y = ops::upsample2x_conv2d(&t.tape, &x, &w, None)?;
+            Ok((vec![x, w], vec![y]))
         })?;
         holds(picture.then(|| vec![vec![x[0], x[1] / 2, x[2] / 2, x[3]]]), |t| {
             let x = t.leaf(&x);

@@ -238,6 +238,10 @@ impl Device for Cpu {
         self
     }
 
+    fn target(&self) -> Option<Target> {
+        Some(Target::Cpu { threads: self.threads() })
+    }
+
     fn available(&self) -> Option<u64> {
         let text = std::fs::read_to_string("/proc/meminfo").ok()?;
         let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;

@@ -457,6 +457,10 @@ impl Device for Cuda {
         self
     }
 
+    fn target(&self) -> Option<Target> {
+        Some(Target::Cuda)
+    }
+
     fn available(&self) -> Option<u64> {
         self.gpu.context.mem_get_info().ok().map(|(free, _)| free as u64)
     }

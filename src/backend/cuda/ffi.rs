@@ -4,7 +4,7 @@
 #![allow(dead_code, missing_docs, non_camel_case_types)]
 pub use cudarc::driver::sys::CUstream_st;
 
-pub const ETT_ABI_VERSION: i32 = 4;
+pub const ETT_ABI_VERSION: i32 = 5;
 pub const ETT_OK: ett_status_code = 0;
 pub const ETT_BAD_ARGUMENT: ett_status_code = 1;
 pub const ETT_UNSUPPORTED: ett_status_code = 2;
@@ -279,28 +279,52 @@ impl Default for ett_col_sum_args {
 #[derive(Debug, Copy, Clone)]
 pub struct ett_conv2d_fwd_args {
     pub x: ett_view,
+    pub mean: ett_view,
+    pub rstd: ett_view,
+    pub gamma: ett_view,
+    pub beta: ett_view,
     pub w: ett_view,
     pub bias: ett_view,
+    pub residual: ett_view,
     pub y: ett_view,
+    pub y_mean: ett_view,
+    pub y_rstd: ett_view,
+    pub eps: f64,
     pub stride: i64,
     pub pad_top: i64,
     pub pad_left: i64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_conv2d_fwd_args"][::std::mem::size_of::<ett_conv2d_fwd_args>() - 248usize];
+    ["Size of ett_conv2d_fwd_args"][::std::mem::size_of::<ett_conv2d_fwd_args>() - 648usize];
     ["Alignment of ett_conv2d_fwd_args"][::std::mem::align_of::<ett_conv2d_fwd_args>() - 8usize];
     ["Offset of field: ett_conv2d_fwd_args::x"][::std::mem::offset_of!(ett_conv2d_fwd_args, x) - 0usize];
-    ["Offset of field: ett_conv2d_fwd_args::w"][::std::mem::offset_of!(ett_conv2d_fwd_args, w) - 56usize];
+    ["Offset of field: ett_conv2d_fwd_args::mean"]
+        [::std::mem::offset_of!(ett_conv2d_fwd_args, mean) - 56usize];
+    ["Offset of field: ett_conv2d_fwd_args::rstd"]
+        [::std::mem::offset_of!(ett_conv2d_fwd_args, rstd) - 112usize];
+    ["Offset of field: ett_conv2d_fwd_args::gamma"]
+        [::std::mem::offset_of!(ett_conv2d_fwd_args, gamma) - 168usize];
+    ["Offset of field: ett_conv2d_fwd_args::beta"]
+        [::std::mem::offset_of!(ett_conv2d_fwd_args, beta) - 224usize];
+    ["Offset of field: ett_conv2d_fwd_args::w"][::std::mem::offset_of!(ett_conv2d_fwd_args, w) - 280usize];
     ["Offset of field: ett_conv2d_fwd_args::bias"]
-        [::std::mem::offset_of!(ett_conv2d_fwd_args, bias) - 112usize];
-    ["Offset of field: ett_conv2d_fwd_args::y"][::std::mem::offset_of!(ett_conv2d_fwd_args, y) - 168usize];
+        [::std::mem::offset_of!(ett_conv2d_fwd_args, bias) - 336usize];
+    ["Offset of field: ett_conv2d_fwd_args::residual"]
+        [::std::mem::offset_of!(ett_conv2d_fwd_args, residual) - 392usize];
+    ["Offset of field: ett_conv2d_fwd_args::y"][::std::mem::offset_of!(ett_conv2d_fwd_args, y) - 448usize];
+    ["Offset of field: ett_conv2d_fwd_args::y_mean"]
+        [::std::mem::offset_of!(ett_conv2d_fwd_args, y_mean) - 504usize];
+    ["Offset of field: ett_conv2d_fwd_args::y_rstd"]
+        [::std::mem::offset_of!(ett_conv2d_fwd_args, y_rstd) - 560usize];
+    ["Offset of field: ett_conv2d_fwd_args::eps"]
+        [::std::mem::offset_of!(ett_conv2d_fwd_args, eps) - 616usize];
     ["Offset of field: ett_conv2d_fwd_args::stride"]
-        [::std::mem::offset_of!(ett_conv2d_fwd_args, stride) - 224usize];
+        [::std::mem::offset_of!(ett_conv2d_fwd_args, stride) - 624usize];
     ["Offset of field: ett_conv2d_fwd_args::pad_top"]
-        [::std::mem::offset_of!(ett_conv2d_fwd_args, pad_top) - 232usize];
+        [::std::mem::offset_of!(ett_conv2d_fwd_args, pad_top) - 632usize];
     ["Offset of field: ett_conv2d_fwd_args::pad_left"]
-        [::std::mem::offset_of!(ett_conv2d_fwd_args, pad_left) - 240usize];
+        [::std::mem::offset_of!(ett_conv2d_fwd_args, pad_left) - 640usize];
 };
 impl Default for ett_conv2d_fwd_args {
     fn default() -> Self {
@@ -316,27 +340,54 @@ impl Default for ett_conv2d_fwd_args {
 pub struct ett_conv2d_bwd_data_args {
     pub dy: ett_view,
     pub w: ett_view,
+    pub bias: ett_view,
+    pub x: ett_view,
+    pub mean: ett_view,
+    pub rstd: ett_view,
+    pub gamma: ett_view,
+    pub beta: ett_view,
+    pub skip: ett_view,
     pub dx: ett_view,
+    pub dgamma: ett_view,
+    pub dbeta: ett_view,
     pub stride: i64,
     pub pad_top: i64,
     pub pad_left: i64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_conv2d_bwd_data_args"][::std::mem::size_of::<ett_conv2d_bwd_data_args>() - 192usize];
+    ["Size of ett_conv2d_bwd_data_args"][::std::mem::size_of::<ett_conv2d_bwd_data_args>() - 696usize];
     ["Alignment of ett_conv2d_bwd_data_args"][::std::mem::align_of::<ett_conv2d_bwd_data_args>() - 8usize];
     ["Offset of field: ett_conv2d_bwd_data_args::dy"]
         [::std::mem::offset_of!(ett_conv2d_bwd_data_args, dy) - 0usize];
     ["Offset of field: ett_conv2d_bwd_data_args::w"]
         [::std::mem::offset_of!(ett_conv2d_bwd_data_args, w) - 56usize];
+    ["Offset of field: ett_conv2d_bwd_data_args::bias"]
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, bias) - 112usize];
+    ["Offset of field: ett_conv2d_bwd_data_args::x"]
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, x) - 168usize];
+    ["Offset of field: ett_conv2d_bwd_data_args::mean"]
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, mean) - 224usize];
+    ["Offset of field: ett_conv2d_bwd_data_args::rstd"]
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, rstd) - 280usize];
+    ["Offset of field: ett_conv2d_bwd_data_args::gamma"]
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, gamma) - 336usize];
+    ["Offset of field: ett_conv2d_bwd_data_args::beta"]
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, beta) - 392usize];
+    ["Offset of field: ett_conv2d_bwd_data_args::skip"]
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, skip) - 448usize];
     ["Offset of field: ett_conv2d_bwd_data_args::dx"]
-        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, dx) - 112usize];
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, dx) - 504usize];
+    ["Offset of field: ett_conv2d_bwd_data_args::dgamma"]
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, dgamma) - 560usize];
+    ["Offset of field: ett_conv2d_bwd_data_args::dbeta"]
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, dbeta) - 616usize];
     ["Offset of field: ett_conv2d_bwd_data_args::stride"]
-        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, stride) - 168usize];
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, stride) - 672usize];
     ["Offset of field: ett_conv2d_bwd_data_args::pad_top"]
-        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, pad_top) - 176usize];
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, pad_top) - 680usize];
     ["Offset of field: ett_conv2d_bwd_data_args::pad_left"]
-        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, pad_left) - 184usize];
+        [::std::mem::offset_of!(ett_conv2d_bwd_data_args, pad_left) - 688usize];
 };
 impl Default for ett_conv2d_bwd_data_args {
     fn default() -> Self {
@@ -351,6 +402,10 @@ impl Default for ett_conv2d_bwd_data_args {
 #[derive(Debug, Copy, Clone)]
 pub struct ett_conv2d_bwd_weight_args {
     pub x: ett_view,
+    pub mean: ett_view,
+    pub rstd: ett_view,
+    pub gamma: ett_view,
+    pub beta: ett_view,
     pub dy: ett_view,
     pub dw: ett_view,
     pub db: ett_view,
@@ -360,25 +415,85 @@ pub struct ett_conv2d_bwd_weight_args {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_conv2d_bwd_weight_args"][::std::mem::size_of::<ett_conv2d_bwd_weight_args>() - 248usize];
+    ["Size of ett_conv2d_bwd_weight_args"][::std::mem::size_of::<ett_conv2d_bwd_weight_args>() - 472usize];
     ["Alignment of ett_conv2d_bwd_weight_args"]
         [::std::mem::align_of::<ett_conv2d_bwd_weight_args>() - 8usize];
     ["Offset of field: ett_conv2d_bwd_weight_args::x"]
         [::std::mem::offset_of!(ett_conv2d_bwd_weight_args, x) - 0usize];
+    ["Offset of field: ett_conv2d_bwd_weight_args::mean"]
+        [::std::mem::offset_of!(ett_conv2d_bwd_weight_args, mean) - 56usize];
+    ["Offset of field: ett_conv2d_bwd_weight_args::rstd"]
+        [::std::mem::offset_of!(ett_conv2d_bwd_weight_args, rstd) - 112usize];
+    ["Offset of field: ett_conv2d_bwd_weight_args::gamma"]
+        [::std::mem::offset_of!(ett_conv2d_bwd_weight_args, gamma) - 168usize];
+    ["Offset of field: ett_conv2d_bwd_weight_args::beta"]
+        [::std::mem::offset_of!(ett_conv2d_bwd_weight_args, beta) - 224usize];
     ["Offset of field: ett_conv2d_bwd_weight_args::dy"]
-        [::std::mem::offset_of!(ett_conv2d_bwd_weight_args, dy) - 56usize];
+        [::std::mem::offset_of!(ett_conv2d_bwd_weight_args, dy) - 280usize];
     ["Offset of field: ett_conv2d_bwd_weight_args::dw"]
-        [::std::mem::offset_of!(ett_conv2d_bwd_weight_args, dw) - 112usize];
+        [::std::mem::offset_of!(ett_conv2d_bwd_weight_args, dw) - 336usize];
     ["Offset of field: ett_conv2d_bwd_weight_args::db"]
-        [::std::mem::offset_of!(ett_conv2d_bwd_weight_args, db) - 168usize];
+        [::std::mem::offset_of!(ett_conv2d_bwd_weight_args, db) - 392usize];
     ["Offset of field: ett_conv2d_bwd_weight_args::stride"]
-        [::std::mem::offset_of!(ett_conv2d_bwd_weight_args, stride) - 224usize];
+        [::std::mem::offset_of!(ett_conv2d_bwd_weight_args, stride) - 448usize];
     ["Offset of field: ett_conv2d_bwd_weight_args::pad_top"]
-        [::std::mem::offset_of!(ett_conv2d_bwd_weight_args, pad_top) - 232usize];
+        [::std::mem::offset_of!(ett_conv2d_bwd_weight_args, pad_top) - 456usize];
     ["Offset of field: ett_conv2d_bwd_weight_args::pad_left"]
-        [::std::mem::offset_of!(ett_conv2d_bwd_weight_args, pad_left) - 240usize];
+        [::std::mem::offset_of!(ett_conv2d_bwd_weight_args, pad_left) - 464usize];
 };
 impl Default for ett_conv2d_bwd_weight_args {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct ett_upsample2x_weights_fwd_args {
+    pub w: ett_view,
+    pub v: ett_view,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ett_upsample2x_weights_fwd_args"]
+        [::std::mem::size_of::<ett_upsample2x_weights_fwd_args>() - 112usize];
+    ["Alignment of ett_upsample2x_weights_fwd_args"]
+        [::std::mem::align_of::<ett_upsample2x_weights_fwd_args>() - 8usize];
+    ["Offset of field: ett_upsample2x_weights_fwd_args::w"]
+        [::std::mem::offset_of!(ett_upsample2x_weights_fwd_args, w) - 0usize];
+    ["Offset of field: ett_upsample2x_weights_fwd_args::v"]
+        [::std::mem::offset_of!(ett_upsample2x_weights_fwd_args, v) - 56usize];
+};
+impl Default for ett_upsample2x_weights_fwd_args {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct ett_upsample2x_weights_bwd_args {
+    pub dv: ett_view,
+    pub dw: ett_view,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ett_upsample2x_weights_bwd_args"]
+        [::std::mem::size_of::<ett_upsample2x_weights_bwd_args>() - 112usize];
+    ["Alignment of ett_upsample2x_weights_bwd_args"]
+        [::std::mem::align_of::<ett_upsample2x_weights_bwd_args>() - 8usize];
+    ["Offset of field: ett_upsample2x_weights_bwd_args::dv"]
+        [::std::mem::offset_of!(ett_upsample2x_weights_bwd_args, dv) - 0usize];
+    ["Offset of field: ett_upsample2x_weights_bwd_args::dw"]
+        [::std::mem::offset_of!(ett_upsample2x_weights_bwd_args, dw) - 56usize];
+};
+impl Default for ett_upsample2x_weights_bwd_args {
     fn default() -> Self {
         let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
         unsafe {
@@ -520,6 +635,36 @@ const _: () = {
         [::std::mem::offset_of!(ett_group_norm_fwd_args, silu) - 344usize];
 };
 impl Default for ett_group_norm_fwd_args {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct ett_group_norm_stats_args {
+    pub x: ett_view,
+    pub mean: ett_view,
+    pub rstd: ett_view,
+    pub eps: f64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ett_group_norm_stats_args"][::std::mem::size_of::<ett_group_norm_stats_args>() - 176usize];
+    ["Alignment of ett_group_norm_stats_args"][::std::mem::align_of::<ett_group_norm_stats_args>() - 8usize];
+    ["Offset of field: ett_group_norm_stats_args::x"]
+        [::std::mem::offset_of!(ett_group_norm_stats_args, x) - 0usize];
+    ["Offset of field: ett_group_norm_stats_args::mean"]
+        [::std::mem::offset_of!(ett_group_norm_stats_args, mean) - 56usize];
+    ["Offset of field: ett_group_norm_stats_args::rstd"]
+        [::std::mem::offset_of!(ett_group_norm_stats_args, rstd) - 112usize];
+    ["Offset of field: ett_group_norm_stats_args::eps"]
+        [::std::mem::offset_of!(ett_group_norm_stats_args, eps) - 168usize];
+};
+impl Default for ett_group_norm_stats_args {
     fn default() -> Self {
         let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
         unsafe {
@@ -2484,6 +2629,16 @@ unsafe extern "C" {
     pub fn ett_conv2d_bwd_data(args: *const ett_conv2d_bwd_data_args, launch: *const ett_launch) -> i32;
     pub fn ett_conv2d_bwd_weight_workspace(args: *const ett_conv2d_bwd_weight_args) -> i64;
     pub fn ett_conv2d_bwd_weight(args: *const ett_conv2d_bwd_weight_args, launch: *const ett_launch) -> i32;
+    pub fn ett_upsample2x_weights_fwd_workspace(args: *const ett_upsample2x_weights_fwd_args) -> i64;
+    pub fn ett_upsample2x_weights_fwd(
+        args: *const ett_upsample2x_weights_fwd_args,
+        launch: *const ett_launch,
+    ) -> i32;
+    pub fn ett_upsample2x_weights_bwd_workspace(args: *const ett_upsample2x_weights_bwd_args) -> i64;
+    pub fn ett_upsample2x_weights_bwd(
+        args: *const ett_upsample2x_weights_bwd_args,
+        launch: *const ett_launch,
+    ) -> i32;
     pub fn ett_upsample2x_fwd_workspace(args: *const ett_upsample2x_fwd_args) -> i64;
     pub fn ett_upsample2x_fwd(args: *const ett_upsample2x_fwd_args, launch: *const ett_launch) -> i32;
     pub fn ett_upsample2x_bwd_workspace(args: *const ett_upsample2x_bwd_args) -> i64;
@@ -2494,6 +2649,8 @@ unsafe extern "C" {
     pub fn ett_max_pool2x2_bwd(args: *const ett_max_pool2x2_bwd_args, launch: *const ett_launch) -> i32;
     pub fn ett_group_norm_fwd_workspace(args: *const ett_group_norm_fwd_args) -> i64;
     pub fn ett_group_norm_fwd(args: *const ett_group_norm_fwd_args, launch: *const ett_launch) -> i32;
+    pub fn ett_group_norm_stats_workspace(args: *const ett_group_norm_stats_args) -> i64;
+    pub fn ett_group_norm_stats(args: *const ett_group_norm_stats_args, launch: *const ett_launch) -> i32;
     pub fn ett_group_norm_bwd_workspace(args: *const ett_group_norm_bwd_args) -> i64;
     pub fn ett_group_norm_bwd(args: *const ett_group_norm_bwd_args, launch: *const ett_launch) -> i32;
     pub fn ett_rms_norm_fwd_workspace(args: *const ett_rms_norm_fwd_args) -> i64;

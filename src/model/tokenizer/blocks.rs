@@ -4,13 +4,64 @@ use crate::autograd::{Tape, Var};
 use crate::config::TokenizerConfig;
 use crate::error::Result;
 use crate::nn::{Conv2d, GroupNorm, Init, Linear, ParamBuilder, Params};
-use crate::ops::{self, Conv, Heads, Seqs};
+use crate::ops::{self, Conv, GroupStats, Heads, Seqs};
 
-fn one(outs: Vec<Var>) -> Result<Var> {
-    Ok(outs.into_iter().next().unwrap_or_else(|| unreachable!("a block of one output has one")))
+/// An image and, if a GroupNorm reads it next, its statistics, which its producer computes on the way out.
+#[derive(Clone)]
+pub(super) struct Image {
+    pub(super) x: Var,
+    pub(super) stats: Option<GroupStats>,
 }
 
-/// Twice GroupNorm, SiLU and a 3x3 convolution, plus the input (through a 1x1 convolution if the width changes).
+impl Image {
+    /// The output of a convolution of `x`, after `norm` and SiLU if it is given, plus `residual`. `next` is the GroupNorm
+    /// that reads the output.
+    pub(super) fn conv(
+        (t, p): (&Tape, &Params),
+        conv: &Conv2d,
+        x: &Image,
+        norm: Option<&GroupNorm>,
+        residual: Option<&Var>,
+        next: Option<&GroupNorm>,
+    ) -> Result<Self> {
+        let stats = match (norm, &x.stats) {
+            (Some(norm), None) => Some(norm.stats(t, &x.x)?),
+            (_, stats) => stats.clone(),
+        };
+        let (x, stats) = conv.forward_with(t, p, &x.x, norm.zip(stats.as_ref()), residual, next)?;
+        Ok(Image { x, stats })
+    }
+
+    /// An image that `next`, if there is one, reads.
+    pub(super) fn with_stats(t: &Tape, x: Var, next: Option<&GroupNorm>) -> Result<Self> {
+        Ok(Image { stats: next.map(|norm| norm.stats(t, &x)).transpose()?, x })
+    }
+
+    fn vars(self) -> Vec<Var> {
+        let stats = self.stats.map(|s| [s.mean, s.rstd]);
+        std::iter::once(self.x).chain(stats.into_iter().flatten()).collect()
+    }
+
+    fn of(vars: &[Var]) -> Self {
+        match vars {
+            [x, mean, rstd] => {
+                Image { x: x.clone(), stats: Some(GroupStats { mean: mean.clone(), rstd: rstd.clone() }) }
+            }
+            vars => Image { x: vars[0].clone(), stats: None },
+        }
+    }
+
+    /// Runs a part of the model that may be recomputed; see [`Tape::block`].
+    fn block(self, t: &Tape, f: impl Fn(&Tape, &Image) -> Result<Image> + 'static) -> Result<Image> {
+        let vars = self.vars();
+        let out = t.block(&vars.iter().collect::<Vec<_>>(), move |t, v| Ok(f(t, &Image::of(v))?.vars()))?;
+        Ok(Image::of(&out))
+    }
+}
+
+/// Twice GroupNorm, SiLU and a 3x3 convolution, plus the input (through a 1x1 convolution if the width changes). The
+/// convolutions normalise what they read and compute the statistics of what they write, so that the backward needs only
+/// the input and the output of the first one.
 #[derive(Clone)]
 pub(super) struct ResBlock {
     norm1: GroupNorm,
@@ -33,20 +84,24 @@ impl ResBlock {
         }
     }
 
-    pub(super) fn forward(&self, t: &Tape, p: &Params, x: &Var) -> Result<Var> {
-        let (block, p) = (self.clone(), p.clone());
-        one(t.block(&[x], move |t, x| Ok(vec![block.run(t, &p, &x[0])?]))?)
+    /// The GroupNorm that reads the input.
+    pub(super) fn first_norm(&self) -> GroupNorm {
+        self.norm1
     }
 
-    fn run(&self, t: &Tape, p: &Params, x: &Var) -> Result<Var> {
-        let h = self.norm1.forward(t, p, x, true)?;
-        let h = self.conv1.forward(t, p, &h)?;
-        let h = self.norm2.forward(t, p, &h, true)?;
-        let h = self.conv2.forward(t, p, &h)?;
-        match &self.shortcut {
-            Some(s) => ops::add(t, &s.forward(t, p, x)?, &h),
-            None => ops::add(t, x, &h),
-        }
+    /// `next` is the GroupNorm that reads the output.
+    pub(super) fn forward(&self, t: &Tape, p: &Params, x: Image, next: Option<GroupNorm>) -> Result<Image> {
+        let (block, p) = (self.clone(), p.clone());
+        x.block(t, move |t, x| block.run((t, &p), x, next))
+    }
+
+    fn run(&self, (t, p): (&Tape, &Params), x: &Image, next: Option<GroupNorm>) -> Result<Image> {
+        let h = Image::conv((t, p), &self.conv1, x, Some(&self.norm1), None, Some(&self.norm2))?;
+        let skip = match &self.shortcut {
+            Some(s) => s.forward(t, p, &x.x)?,
+            None => x.x.clone(),
+        };
+        Image::conv((t, p), &self.conv2, &h, Some(&self.norm2), Some(&skip), next.as_ref())
     }
 }
 
@@ -71,12 +126,14 @@ impl AttnBlock {
         }
     }
 
-    pub(super) fn forward(&self, t: &Tape, p: &Params, x: &Var) -> Result<Var> {
+    /// `next` is the GroupNorm that reads the output.
+    pub(super) fn forward(&self, t: &Tape, p: &Params, x: &Var, next: Option<GroupNorm>) -> Result<Image> {
         let (block, p) = (self.clone(), p.clone());
-        one(t.block(&[x], move |t, x| Ok(vec![block.run(t, &p, &x[0])?]))?)
+        let x = Image { x: x.clone(), stats: None };
+        x.block(t, move |t, x| block.run(t, &p, &x.x, next))
     }
 
-    fn run(&self, t: &Tape, p: &Params, x: &Var) -> Result<Var> {
+    fn run(&self, t: &Tape, p: &Params, x: &Var, next: Option<GroupNorm>) -> Result<Image> {
         let d = x.dims();
         let h = self.norm.forward(t, p, x, false)?;
         let qkv = self.qkv.forward(t, p, &h)?;
@@ -84,8 +141,8 @@ impl AttnBlock {
         let scale = 1.0 / (self.width as f64).sqrt();
         let heads = Heads { query: 1, kv: 1, dim: self.width, scale, causal: false };
         let h = ops::attention(t, &qkv, &seqs, heads)?;
-        let h = self.out.forward(t, p, &ops::reshape(t, &h, d)?)?;
-        ops::add(t, x, &h)
+        let h = Image { x: ops::reshape(t, &h, d)?, stats: None };
+        Image::conv((t, p), &self.out, &h, None, Some(x), next.as_ref())
     }
 }
 
@@ -105,10 +162,16 @@ impl Middle {
         }
     }
 
-    pub(super) fn forward(&self, t: &Tape, p: &Params, x: &Var) -> Result<Var> {
-        let h = self.block_1.forward(t, p, x)?;
-        let h = self.attn_1.forward(t, p, &h)?;
-        self.block_2.forward(t, p, &h)
+    /// The GroupNorm that reads the input.
+    pub(super) fn first_norm(&self) -> GroupNorm {
+        self.block_1.first_norm()
+    }
+
+    /// `next` is the GroupNorm that reads the output.
+    pub(super) fn forward(&self, t: &Tape, p: &Params, x: Image, next: Option<GroupNorm>) -> Result<Image> {
+        let h = self.block_1.forward(t, p, x, None)?;
+        let h = self.attn_1.forward(t, p, &h.x, Some(self.block_2.first_norm()))?;
+        self.block_2.forward(t, p, h, next)
     }
 }
 
@@ -138,13 +201,28 @@ impl Level {
         level
     }
 
-    pub(super) fn forward(&self, t: &Tape, p: &Params, x: &Var) -> Result<Var> {
-        let mut h = x.clone();
+    /// The GroupNorm that reads the input; none without blocks.
+    pub(super) fn first_norm(&self) -> Option<GroupNorm> {
+        self.blocks.first().map(ResBlock::first_norm)
+    }
+
+    /// `next` is the GroupNorm that reads the output.
+    pub(super) fn forward(
+        &self,
+        t: &Tape,
+        p: &Params,
+        mut h: Image,
+        next: Option<GroupNorm>,
+    ) -> Result<Image> {
         for (n, block) in self.blocks.iter().enumerate() {
-            h = block.forward(t, p, &h)?;
-            if let Some(attn) = self.attn.get(n) {
-                h = attn.forward(t, p, &h)?;
-            }
+            let next = self.blocks.get(n + 1).map(ResBlock::first_norm).or(next);
+            h = match self.attn.get(n) {
+                None => block.forward(t, p, h, next)?,
+                Some(attn) => {
+                    let h = block.forward(t, p, h, None)?;
+                    attn.forward(t, p, &h.x, next)?
+                }
+            };
         }
         Ok(h)
     }

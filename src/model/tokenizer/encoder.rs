@@ -1,11 +1,11 @@
 //! The VQGAN encoder and decoder of IBQ (arXiv 2412.02692).
 
-use super::blocks::{Level, Middle};
+use super::blocks::{Image, Level, Middle};
 use crate::autograd::{Tape, Var};
 use crate::config::TokenizerConfig;
 use crate::error::Result;
 use crate::nn::{Conv2d, GroupNorm, ParamBuilder, Params};
-use crate::ops::{self, Conv};
+use crate::ops::Conv;
 
 /// Stride 2 with zero padding on the right and at the bottom only.
 const DOWN: Conv = Conv { stride: 2, before: 0, after: 1 };
@@ -44,16 +44,20 @@ impl Encoder {
 
     /// `x` `[B, H, W, 3]` to `[B, h, w, z_channels]`.
     pub(super) fn forward(&self, t: &Tape, p: &Params, x: &Var) -> Result<Var> {
-        let mut h = self.conv_in.forward(t, p, x)?;
-        for (level, down) in &self.levels {
-            h = level.forward(t, p, &h)?;
-            if let Some(down) = down {
-                h = down.forward(t, p, &h)?;
+        let first = |l: usize| self.levels.get(l).and_then(|(level, _)| level.first_norm());
+        let x = Image { x: x.clone(), stats: None };
+        let mut h = Image::conv((t, p), &self.conv_in, &x, None, None, first(0).as_ref())?;
+        for (l, (level, down)) in self.levels.iter().enumerate() {
+            match down {
+                None => h = level.forward(t, p, h, Some(self.middle.first_norm()))?,
+                Some(down) => {
+                    h = level.forward(t, p, h, None)?;
+                    h = Image::conv((t, p), down, &h, None, None, first(l + 1).as_ref())?;
+                }
             }
         }
-        let h = self.middle.forward(t, p, &h)?;
-        let h = self.norm_out.forward(t, p, &h, true)?;
-        self.conv_out.forward(t, p, &h)
+        let h = self.middle.forward(t, p, h, Some(self.norm_out))?;
+        Ok(Image::conv((t, p), &self.conv_out, &h, Some(&self.norm_out), None, None)?.x)
     }
 }
 
@@ -94,15 +98,20 @@ impl Decoder {
 
     /// `[B, h, w, z_channels]` to `[B, H, W, 3]`, unclamped.
     pub(super) fn forward(&self, t: &Tape, p: &Params, z: &Var) -> Result<Var> {
-        let h = self.conv_in.forward(t, p, z)?;
-        let mut h = self.middle.forward(t, p, &h)?;
-        for (level, up) in &self.levels {
-            h = level.forward(t, p, &h)?;
-            if let Some(up) = up {
-                h = up.forward(t, p, &ops::upsample2x(t, &h)?)?;
+        let first = |l: usize| self.levels.get(l).and_then(|(level, _)| level.first_norm());
+        let z = Image { x: z.clone(), stats: None };
+        let h = Image::conv((t, p), &self.conv_in, &z, None, None, Some(&self.middle.first_norm()))?;
+        let mut h = self.middle.forward(t, p, h, first(0))?;
+        for (l, (level, up)) in self.levels.iter().enumerate() {
+            match up {
+                None => h = level.forward(t, p, h, Some(self.norm_out))?,
+                Some(up) => {
+                    h = level.forward(t, p, h, None)?;
+                    let x = up.forward_upsampled(t, p, &h.x)?;
+                    h = Image::with_stats(t, x, first(l + 1).as_ref())?;
+                }
             }
         }
-        let h = self.norm_out.forward(t, p, &h, true)?;
-        self.conv_out.forward(t, p, &h)
+        Ok(Image::conv((t, p), &self.conv_out, &h, Some(&self.norm_out), None, None)?.x)
     }
 }

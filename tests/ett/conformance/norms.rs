@@ -2,14 +2,15 @@
 
 use ett::backend::{
     BatchNormBwd, BatchNormEvalBwd, BatchNormEvalFwd, BatchNormFwd, BatchNormRunning, GroupNormBwd,
-    GroupNormFwd, L2NormBwd, L2NormFwd, LayerNormBwd, LayerNormFwd, RmsNormBwd, RmsNormFwd, Stream,
+    GroupNormFwd, GroupNormStats, L2NormBwd, L2NormFwd, LayerNormBwd, LayerNormFwd, RmsNormBwd, RmsNormFwd,
+    Stream,
 };
 
 use super::Size;
 use super::case::{Case, Draw, Near, Type, acc, act, add, near, out};
 
 const S: Stream = Stream::COMPUTE;
-const EPS: f64 = 1e-6;
+pub const EPS: f64 = 1e-6;
 
 /// N and C. Shapes with many rows of one or two columns are left out: some of their rows have a norm close to zero,
 /// for which every computation in f32 fails.
@@ -165,7 +166,7 @@ pub fn rms_bwd_sample() -> Case {
 // ---- LayerNorm -----------------------------------------------------------------------------------------
 
 /// `x - mean` cancels: its error is a few roundings of x.
-const CENTRING: f64 = 4.0;
+pub const CENTRING: f64 = 4.0;
 
 /// `offset`: the mean of all values, in standard deviations.
 fn layer_fwd_case([n, c]: [usize; 2], offset: f64) -> Case {
@@ -427,12 +428,43 @@ pub fn group_fwd() -> Vec<Case> {
     all.chain([far([1, 20, 15, 16, 4]), far([2, 7, 9, 3, 1])]).collect()
 }
 
+/// As `group_fwd_case`.
+fn group_stats_case(shape: [usize; 5], offset: f64) -> Case {
+    let [b, h, w, c, g] = shape;
+    Case::new(
+        picture_text(shape, false),
+        move |d| {
+            let x = d.unit(b * h * w * c).iter().map(|v| d.scale * (v + offset)).collect();
+            let of = |near: Near| if h * w == 0 { near.specials() } else { near };
+            vec![
+                act("x", [b, h, w, c], x),
+                out("mean", Type::Acc, [b, g], of(near().size(d.scale))).dense(),
+                out("rstd", Type::Acc, [b, g], of(near().conditioning(CENTRING + offset / 4.0))).dense(),
+            ]
+        },
+        move |dev, v| {
+            let (x, mean, rstd) = (v.input("x"), v.out("mean"), v.out("rstd"));
+            dev.group_norm_stats(S, &GroupNormStats { x, mean, rstd, eps: EPS })
+        },
+    )
+}
+
+pub fn group_stats() -> Vec<Case> {
+    let all = pictures().map(|(size, _, shape)| group_stats_case(shape, 0.0).from(size));
+    let far = |shape| group_stats_case(shape, 1000.0).named("mean of 1000 standard deviations");
+    all.chain([far([1, 20, 15, 16, 4]), far([2, 7, 9, 3, 1])]).collect()
+}
+
+pub fn group_stats_sample() -> Case {
+    group_stats_case([2, 5, 7, 6, 3], 0.0)
+}
+
 pub fn group_fwd_sample() -> Case {
     group_fwd_case([2, 5, 7, 6, 3], true, 0.0)
 }
 
 /// Means and inverse standard deviations `[B, G]`, as the forward kernel computes them.
-fn group_statistics(d: &Draw, x: &[f64], [b, h, w, c, g]: [usize; 5]) -> (Vec<f64>, Vec<f64>) {
+pub fn group_statistics(d: &Draw, x: &[f64], [b, h, w, c, g]: [usize; 5]) -> (Vec<f64>, Vec<f64>) {
     let x = d.rounded(x);
     let (pixels, width) = (h * w, c / g);
     let of = |i: usize| {

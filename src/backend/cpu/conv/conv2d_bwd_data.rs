@@ -2,7 +2,13 @@
 
 use rayon::prelude::*;
 
+use super::norm::{
+    channels::{Backward, Planes},
+    sums_out,
+};
 use super::*;
+use crate::backend::cpu::pointwise::silu_slope;
+use crate::backend::cpu::products::{bias, start_from_bias};
 use crate::backend::cpu::workspace::{acc_size, block, per_thread, together};
 
 pub(crate) fn conv2d_bwd_data_workspace(a: &Conv2dBwdData, threads: usize) -> usize {
@@ -29,12 +35,49 @@ pub(crate) fn conv2d_bwd_data_workspace(a: &Conv2dBwdData, threads: usize) -> us
             most = most.max(of_phase(&v, &h));
         }
     }
-    most
+    let of_norm = input_norm(a).and_then(|(x, norm)| Planes::of_groups("", &x, &norm.mean).ok());
+    let of_norm = of_norm
+        .map_or(0, |at| together([block(dx.dtype.size(), dx.dims.numel()), at.backward_bytes(dx.dtype)]));
+    if dx.dims.numel() == 0 { most } else { most.max(of_norm) }
+}
+
+/// The convolution's input and its norm, if the forward normalised it.
+fn input_norm<'a>(a: &Conv2dBwdData<'a>) -> Option<(In<'a>, InputNorm<'a>)> {
+    Some((a.x?, InputNorm::of([a.mean, a.rstd, a.gamma, a.beta])?))
 }
 
 pub(crate) fn conv2d_bwd_data(ws: &Workspace, s: &Conv2dBwdData) -> Result<()> {
-    by_dtype!("conv2d_bwd_data", s.dx.0.dtype, T => bwd_data::<T>(ws, s))
+    by_dtype!("conv2d_bwd_data", s.dx.0.dtype, T => {
+        bwd_data::<T>(ws, s)?;
+        match input_norm(s) {
+            Some((x, norm)) if s.dx.0.dims.numel() > 0 => through_norm::<T>(ws, s, &x, &norm),
+            _ => Ok(()),
+        }
+    })
 }
+
+/// Replaces `dx`, the gradient of the activation, by that of `x`.
+fn through_norm<T: Elem>(ws: &Workspace, s: &Conv2dBwdData, x: &In, norm: &InputNorm) -> Result<()> {
+    let at = Planes::of_groups(OP, x, &norm.mean)?;
+    let dx = flat_mut::<T>(OP, "dx", &s.dx.0)?;
+    let mut dy = ws.scratch::<T>(dx.len())?;
+    dy.copy_from_slice(dx);
+    let back = Backward {
+        dy: &dy,
+        x: flat(OP, "x", x)?,
+        w: flat(OP, "gamma", &norm.gamma)?,
+        b: flat(OP, "beta", &norm.beta)?,
+        at,
+        mean: at.spread(ws, flat(OP, "mean", &norm.mean)?)?,
+        rstd: at.spread(ws, flat(OP, "rstd", &norm.rstd)?)?,
+        through: true,
+        skip: s.skip.as_ref().map(|v| flat(OP, "skip", v)).transpose()?,
+    };
+    let (dgamma, dbeta) = (sums_out(OP, "dgamma", &s.dgamma)?, sums_out(OP, "dbeta", &s.dbeta)?);
+    back.run(ws, dx, dgamma, dbeta, silu_slope)
+}
+
+const OP: &str = "conv2d_bwd_data";
 
 /// The input rows (or columns) `phase, phase + stride, ..`, which use the same taps of the kernel.
 struct Phase {
@@ -69,8 +112,8 @@ fn columns_of_phase(dy: [usize; 4], v: &Phase, h: &Phase) -> Geometry {
 }
 
 fn bwd_data<T: Elem>(ws: &Workspace, s: &Conv2dBwdData) -> Result<()> {
-    const OP: &str = "conv2d_bwd_data";
     let (dy, w) = (flat::<T>(OP, "dy", &s.dy)?, flat::<T>(OP, "w", &s.w)?);
+    let bias = bias::<T>(OP, s.bias.as_ref())?;
     flat_mut::<T>(OP, "dx", &s.dx.0)?;
     let dx = rows_mut::<T>(OP, "dx", &s.dx.0)?;
     let (dims, [_, height, width, c]) = (image(OP, "dy", &s.dy)?, image(OP, "dx", &s.dx.0)?);
@@ -88,7 +131,8 @@ fn bwd_data<T: Elem>(ws: &Workspace, s: &Conv2dBwdData) -> Result<()> {
             par_for(of.rows(), of.chunk(), |r| {
                 let mut local = scratch.take();
                 let [out, gathered] = local.parts();
-                cols.with(r.clone(), gathered, |cols| gemm(cols, wp, out, c, false));
+                start_from_bias(bias, &mut out[..r.len() * c]);
+                cols.with(r.clone(), gathered, |cols| gemm(cols, wp, out, c, bias.is_some()));
                 for (i, p) in r.enumerate() {
                     let [b, y, x] = of.position(p);
                     let pixel = (b * height + py + y * s.stride) * width + px + x * s.stride;

@@ -23,7 +23,11 @@ pub(crate) fn conv2d_bwd_weight_workspace(a: &Conv2dBwdWeight, threads: usize) -
     let parts = cols.rows().div_ceil(part(cols.rows()));
     let of_parts = if parts == 1 { 0 } else { block(size, parts.saturating_mul(dw.dims.numel())) };
     let locals = per_thread(threads, size, parts, gradient_parts(&cols, a.x.dtype, o));
-    of_bias.max(together([of_parts, locals]))
+    of_bias.max(with_norm(input_norm(a), &a.x, together([of_parts, locals])))
+}
+
+fn input_norm<'a>(a: &Conv2dBwdWeight<'a>) -> Option<InputNorm<'a>> {
+    InputNorm::of([a.mean, a.rstd, a.gamma, a.beta])
 }
 
 pub(crate) fn conv2d_bwd_weight(ws: &Workspace, s: &Conv2dBwdWeight) -> Result<()> {
@@ -45,7 +49,7 @@ fn gradient_parts(cols: &Geometry, dtype: DType, o: usize) -> [usize; 2] {
 
 fn bwd_weight<T: Elem>(ws: &Workspace, s: &Conv2dBwdWeight) -> Result<()> {
     const OP: &str = "conv2d_bwd_weight";
-    let (x, dy) = (flat::<T>(OP, "x", &s.x)?, flat::<T>(OP, "dy", &s.dy)?);
+    let dy = flat::<T>(OP, "dy", &s.dy)?;
     let dw = flat_mut::<T::Acc>(OP, "dw", &s.dw.0)?;
     let o = s.dw.0.dims[0];
     if let Some(db) = &s.db {
@@ -56,6 +60,11 @@ fn bwd_weight<T: Elem>(ws: &Workspace, s: &Conv2dBwdWeight) -> Result<()> {
     }
     let dims = [image(OP, "x", &s.x)?, image(OP, "dw", &s.dw.0)?, image(OP, "dy", &s.dy)?];
     let of = Geometry::forward(dims[0], dims[1], dims[2], s.stride, [s.pad_top, s.pad_left]);
+    let activation = input_norm(s).map(|norm| norm.apply::<T>(OP, ws, &s.x)).transpose()?;
+    let x = match &activation {
+        Some(a) => a,
+        None => flat::<T>(OP, "x", &s.x)?,
+    };
     let cols = Columns { x, of };
     let parts = chunks(of.rows(), part(of.rows()));
     let scratch = ws.per_thread::<T::Acc, 2>(parts.len(), gradient_parts(&of, T::DTYPE, o))?;

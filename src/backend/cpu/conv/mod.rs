@@ -5,17 +5,62 @@ mod conv2d_bwd_weight;
 mod conv2d_fwd;
 #[cfg(test)]
 mod tests;
+mod upsample2x_weights;
 
 use std::ops::Range;
 
 use num_traits::Zero;
 use rayon::prelude::*;
 
+use super::norm::channels::{Planes, normalize};
 use super::*;
-use crate::backend::cpu::workspace::is_narrow;
+use crate::backend::cpu::pointwise::silu;
+use crate::backend::cpu::workspace::{block, is_narrow};
 pub(super) use conv2d_bwd_data::*;
 pub(super) use conv2d_bwd_weight::*;
 pub(super) use conv2d_fwd::*;
+pub(super) use upsample2x_weights::*;
+
+/// A GroupNorm with given statistics, followed by SiLU, of the input of a convolution.
+#[derive(Clone, Copy)]
+struct InputNorm<'a> {
+    mean: In<'a>,
+    rstd: In<'a>,
+    gamma: In<'a>,
+    beta: In<'a>,
+}
+
+impl<'a> InputNorm<'a> {
+    /// The norm of a call, if its arguments are present.
+    fn of([mean, rstd, gamma, beta]: [Option<In<'a>>; 4]) -> Option<Self> {
+        Some(InputNorm { mean: mean?, rstd: rstd?, gamma: gamma?, beta: beta? })
+    }
+
+    /// Bytes of workspace of `apply`, while it runs and of its result.
+    fn bytes(&self, x: &In) -> [usize; 2] {
+        let size = block(x.dtype.size(), x.dims.numel());
+        [Planes::of_groups("", x, &self.mean).map_or(0, |at| at.normalize_bytes(x.dtype)), size]
+    }
+
+    /// The activation of `x`, rounded to its type.
+    fn apply<'w, T: Elem>(&self, op: &'static str, ws: &'w Workspace, x: &In) -> Result<Scratch<'w, T>> {
+        let at = Planes::of_groups(op, x, &self.mean)?;
+        let mut y = ws.scratch::<T>(x.dims.numel())?;
+        let (mean, rstd) = (flat(op, "mean", &self.mean)?, flat(op, "rstd", &self.rstd)?);
+        let [x, w, b] =
+            [flat::<T>(op, "x", x)?, flat(op, "gamma", &self.gamma)?, flat(op, "beta", &self.beta)?];
+        normalize(ws, [x, w, b], at, [mean, rstd], &mut y, silu)?;
+        Ok(y)
+    }
+}
+
+/// Bytes of workspace of a call that normalises `x`, if it does, and then needs `rest`.
+fn with_norm(norm: Option<InputNorm>, x: &In, rest: usize) -> usize {
+    norm.map_or(rest, |norm| {
+        let [running, result] = norm.bytes(x);
+        result.saturating_add(running.max(rest))
+    })
+}
 
 /// The shape of a column matrix: row `p` contains the pixels under all taps of a kernel at position `p` of a grid.
 #[derive(Clone, Copy)]

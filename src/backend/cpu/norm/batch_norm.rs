@@ -114,6 +114,7 @@ fn backward<T: Elem>(op: &'static str, ws: &Workspace, s: &BatchNormBwd, through
         mean: at.spread(ws, flat(op, "mean", &s.mean)?)?,
         rstd: scale,
         through,
+        skip: None,
     };
     let (dw, db) = (sums_out(op, "dw", &s.dw)?, sums_out(op, "db", &s.db)?);
     let (dx, slope) = (flat_mut(op, "dx", &s.dx.0)?, T::Acc::of(s.slope));

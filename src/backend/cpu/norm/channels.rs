@@ -9,7 +9,7 @@ use crate::backend::cpu::workspace::{acc_size, block, together};
 
 /// `b` images of `p` pixels with `c` channels in `g` groups; pixels are processed in fixed chunks.
 #[derive(Clone, Copy)]
-pub(super) struct Planes {
+pub(in crate::backend::cpu) struct Planes {
     pub(super) b: usize,
     pub(super) p: usize,
     pub(super) c: usize,
@@ -18,7 +18,7 @@ pub(super) struct Planes {
 
 impl Planes {
     /// The sizes of images with `[B, G]` statistics.
-    pub(super) fn of_groups(op: &'static str, x: &In, mean: &In) -> Result<Self> {
+    pub(in crate::backend::cpu) fn of_groups(op: &'static str, x: &In, mean: &In) -> Result<Self> {
         let [b, h, w, c] = image(op, "x", x)?;
         let g = mean.dims.cols();
         Ok(Planes { b, p: h * w, c, g })
@@ -66,7 +66,11 @@ impl Planes {
     }
 
     /// Repeats `[B, G]` values for every channel of their group, as `[B, C]`.
-    pub(super) fn spread<'w, R: Real>(&self, ws: &'w Workspace, v: &[R]) -> Result<Scratch<'w, R>> {
+    pub(in crate::backend::cpu) fn spread<'w, R: Real>(
+        &self,
+        ws: &'w Workspace,
+        v: &[R],
+    ) -> Result<Scratch<'w, R>> {
         let mut s = ws.scratch::<R>(self.b * self.c)?;
         for (i, s) in s.iter_mut().enumerate() {
             *s = v[i / self.c * self.g + i % self.c / self.width()];
@@ -85,17 +89,17 @@ impl Planes {
     }
 
     /// Bytes of workspace of [`statistics`].
-    pub(super) fn statistics_bytes(&self, dtype: DType) -> usize {
+    pub(in crate::backend::cpu) fn statistics_bytes(&self, dtype: DType) -> usize {
         block(acc_size(dtype), self.chunk_values())
     }
 
     /// Bytes of workspace of [`normalize`].
-    pub(super) fn normalize_bytes(&self, dtype: DType) -> usize {
+    pub(in crate::backend::cpu) fn normalize_bytes(&self, dtype: DType) -> usize {
         together([self.spread_bytes(dtype), self.spread_bytes(dtype)])
     }
 
     /// Bytes of workspace of [`Backward`] and [`Backward::run`].
-    pub(super) fn backward_bytes(&self, dtype: DType) -> usize {
+    pub(in crate::backend::cpu) fn backward_bytes(&self, dtype: DType) -> usize {
         let sums = block(acc_size(dtype), self.b.saturating_mul(2).saturating_mul(self.c));
         let sums = if self.p == 0 { 0 } else { together([self.statistics_bytes(dtype), sums]) };
         together([self.spread_bytes(dtype), self.spread_bytes(dtype), sums])
@@ -103,7 +107,7 @@ impl Planes {
 }
 
 /// Mean and biased variance `[B, G]`: computed in two passes for every chunk, and combined in order (Chan et al.).
-pub(super) fn statistics<T: Elem>(
+pub(in crate::backend::cpu) fn statistics<T: Elem>(
     ws: &Workspace,
     x: &[T],
     at: Planes,
@@ -173,7 +177,7 @@ fn join<R: Real>(parts: &[R], at: Planes, g: usize) -> (R, R) {
 }
 
 /// `y = f((x - mean) * rstd * w + b)`.
-pub(super) fn normalize<T: Elem>(
+pub(in crate::backend::cpu) fn normalize<T: Elem>(
     ws: &Workspace,
     [x, w, b]: [&[T]; 3],
     at: Planes,
@@ -203,23 +207,25 @@ pub(super) fn normalize<T: Elem>(
 }
 
 /// Inputs of the backward pass of a norm over groups.
-pub(super) struct Backward<'a, T: Elem> {
-    pub(super) dy: &'a [T],
-    pub(super) x: &'a [T],
-    pub(super) w: &'a [T],
-    pub(super) b: &'a [T],
-    pub(super) at: Planes,
+pub(in crate::backend::cpu) struct Backward<'a, T: Elem> {
+    pub(in crate::backend::cpu) dy: &'a [T],
+    pub(in crate::backend::cpu) x: &'a [T],
+    pub(in crate::backend::cpu) w: &'a [T],
+    pub(in crate::backend::cpu) b: &'a [T],
+    pub(in crate::backend::cpu) at: Planes,
     /// `[B, C]`.
-    pub(super) mean: Scratch<'a, T::Acc>,
+    pub(in crate::backend::cpu) mean: Scratch<'a, T::Acc>,
     /// `[B, C]`.
-    pub(super) rstd: Scratch<'a, T::Acc>,
+    pub(in crate::backend::cpu) rstd: Scratch<'a, T::Acc>,
     /// Whether the gradient passes through the statistics; otherwise they are constants.
-    pub(super) through: bool,
+    pub(in crate::backend::cpu) through: bool,
+    /// Added to `dx`.
+    pub(in crate::backend::cpu) skip: Option<&'a [T]>,
 }
 
 impl<T: Elem> Backward<'_, T> {
     /// Writes `dx` and adds to `dw` and `db`; `slope` is the derivative of the activation.
-    pub(super) fn run(
+    pub(in crate::backend::cpu) fn run(
         &self,
         ws: &Workspace,
         dx: &mut [T],
@@ -316,12 +322,27 @@ impl<T: Elem> Backward<'_, T> {
         let (mean, rstd) = (&self.mean[image * c..][..c], &self.rstd[image * c..][..c]);
         let (w, b) = (&self.w[..c], &self.b[..c]);
         let (of_g, of_gx) = (&means[..c], &means[c..][..c]);
-        let rows = self.x[r.clone()].chunks_exact(c).zip(self.dy[r].chunks_exact(c));
-        for (dx, (x, dy)) in dx.chunks_exact_mut(c).zip(rows) {
-            for k in 0..c {
-                let xhat = (x[k].up() - mean[k]) * rstd[k];
-                let g = dy[k].up() * slope(xhat * w[k].up() + b[k].up());
-                dx[k] = T::down(rstd[k] * (g * w[k].up() - of_g[k] - xhat * of_gx[k]));
+        let at = |k: usize, x: &[T], dy: &[T]| {
+            let xhat = (x[k].up() - mean[k]) * rstd[k];
+            let g = dy[k].up() * slope(xhat * w[k].up() + b[k].up());
+            rstd[k] * (g * w[k].up() - of_g[k] - xhat * of_gx[k])
+        };
+        let rows = self.x[r.clone()].chunks_exact(c).zip(self.dy[r.clone()].chunks_exact(c));
+        let rows = dx.chunks_exact_mut(c).zip(rows);
+        match self.skip {
+            None => {
+                for (dx, (x, dy)) in rows {
+                    for k in 0..c {
+                        dx[k] = T::down(at(k, x, dy));
+                    }
+                }
+            }
+            Some(skip) => {
+                for ((dx, (x, dy)), skip) in rows.zip(skip[r].chunks_exact(c)) {
+                    for k in 0..c {
+                        dx[k] = T::down(at(k, x, dy) + skip[k].up());
+                    }
+                }
             }
         }
     }

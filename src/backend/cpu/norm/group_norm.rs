@@ -11,6 +11,10 @@ pub(crate) fn group_norm_fwd_workspace(a: &GroupNormFwd, _threads: usize) -> usi
     at.map_or(0, |at| at.statistics_bytes(a.x.dtype).max(at.normalize_bytes(a.x.dtype)))
 }
 
+pub(crate) fn group_norm_stats_workspace(a: &GroupNormStats, _threads: usize) -> usize {
+    Planes::of_groups("", &a.x, &a.mean.0).map_or(0, |at| at.statistics_bytes(a.x.dtype))
+}
+
 pub(crate) fn group_norm_bwd_workspace(a: &GroupNormBwd, _threads: usize) -> usize {
     Planes::of_groups("", &a.x, &a.mean).map_or(0, |at| at.backward_bytes(a.x.dtype))
 }
@@ -19,8 +23,32 @@ pub(crate) fn group_norm_fwd(ws: &Workspace, s: &GroupNormFwd) -> Result<()> {
     by_dtype!("group_norm_fwd", s.y.0.dtype, T => group_fwd::<T>(ws, s))
 }
 
+pub(crate) fn group_norm_stats(ws: &Workspace, s: &GroupNormStats) -> Result<()> {
+    by_dtype!("group_norm_stats", s.x.dtype, T => stats::<T>(ws, s))
+}
+
 pub(crate) fn group_norm_bwd(ws: &Workspace, s: &GroupNormBwd) -> Result<()> {
     by_dtype!("group_norm_bwd", s.dx.0.dtype, T => group_bwd::<T>(ws, s))
+}
+
+fn stats<T: Elem>(ws: &Workspace, s: &GroupNormStats) -> Result<()> {
+    let args = [("x", &s.x), ("mean", &s.mean.0), ("rstd", &s.rstd.0)];
+    group_stats::<T>("group_norm_stats", ws, args, s.eps).map(drop)
+}
+
+/// Writes the statistics of `x` to `mean` and `rstd`, and returns them.
+pub(in crate::backend::cpu) fn group_stats<'a, T: Elem>(
+    op: &'static str,
+    ws: &Workspace,
+    [x, mean, rstd]: [(&'static str, &In<'a>); 3],
+    eps: f64,
+) -> Result<[&'a [T::Acc]; 2]> {
+    let at = Planes::of_groups(op, x.1, mean.1)?;
+    let x = flat::<T>(op, x.0, x.1)?;
+    let (mean, var) = (flat_mut::<T::Acc>(op, mean.0, mean.1)?, flat_mut::<T::Acc>(op, rstd.0, rstd.1)?);
+    statistics(ws, x, at, mean, var)?;
+    var.iter_mut().for_each(|v| *v = super::rstd(*v, eps));
+    Ok([mean, var])
 }
 
 fn group_fwd<T: Elem>(ws: &Workspace, s: &GroupNormFwd) -> Result<()> {
@@ -28,10 +56,8 @@ fn group_fwd<T: Elem>(ws: &Workspace, s: &GroupNormFwd) -> Result<()> {
     let at = Planes::of_groups(OP, &s.x, &s.mean.0)?;
     let (x, y) = (flat::<T>(OP, "x", &s.x)?, flat_mut::<T>(OP, "y", &s.y.0)?);
     let (w, b) = (flat::<T>(OP, "w", &s.w)?, flat::<T>(OP, "b", &s.b)?);
-    let mean = flat_mut::<T::Acc>(OP, "mean", &s.mean.0)?;
-    let scale = flat_mut::<T::Acc>(OP, "rstd", &s.rstd.0)?;
-    statistics(ws, x, at, mean, scale)?;
-    scale.iter_mut().for_each(|v| *v = rstd(*v, s.eps));
+    let [mean, scale] =
+        group_stats::<T>(OP, ws, [("x", &s.x), ("mean", &s.mean.0), ("rstd", &s.rstd.0)], s.eps)?;
     if s.silu {
         normalize(ws, [x, w, b], at, [mean, scale], y, silu)
     } else {
@@ -59,6 +85,7 @@ fn group_bwd<T: Elem>(ws: &Workspace, s: &GroupNormBwd) -> Result<()> {
         mean: at.spread(ws, flat(OP, "mean", &s.mean)?)?,
         rstd: at.spread(ws, flat(OP, "rstd", &s.rstd)?)?,
         through: true,
+        skip: None,
     };
     let (dw, db) = (sums_out(OP, "dw", &s.dw)?, sums_out(OP, "db", &s.db)?);
     let dx = flat_mut(OP, "dx", &s.dx.0)?;

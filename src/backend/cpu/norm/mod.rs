@@ -3,7 +3,7 @@
 mod batch_norm;
 #[cfg(test)]
 mod cases;
-mod channels;
+pub(super) mod channels;
 mod group_norm;
 mod l2_norm;
 mod layer_norm;
@@ -22,7 +22,7 @@ fn rstd<R: Real>(var: R, eps: f64) -> R {
 }
 
 /// A gradient, if it is wanted.
-fn sums_out<'a, R: Real>(
+pub(super) fn sums_out<'a, R: Real>(
     op: &'static str,
     arg: &'static str,
     v: &Option<Acc<'a>>,
