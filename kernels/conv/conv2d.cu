@@ -170,8 +170,8 @@ constexpr int kMostTaps = 8;    // rows and columns of taps, so that at least 9 
 constexpr int kMostOutputs = 8;
 
 // Multiplies a region of kSide x kSide pixels by the weights of all taps and outputs, then adds for each position in it
-// the products of its taps.
-template <class Tile>
+// the products of its taps. NORM: the pixels are normalised in shared memory, with scale and shift after the stages.
+template <class Tile, bool NORM>
 __global__ void __launch_bounds__(Tile::kThreads, 256 / Tile::kThreads) few_kernel(const __grid_constant__ Product<typename Tile::Type> p) {
     using T = typename Tile::Type;
     constexpr int kPieces = Tile::kDepth / kWide<T>, kAtOnce = Tile::kThreads / kPieces;
@@ -211,7 +211,22 @@ __global__ void __launch_bounds__(Tile::kThreads, 256 / Tile::kThreads) few_kern
             from += Tile::kDepth;
             c += Tile::kDepth;
         };
-        gemm::pipeline(acc, (g.c + Tile::kDepth - 1) / Tile::kDepth, fill, smem);
+        const int64_t steps = (g.c + Tile::kDepth - 1) / Tile::kDepth;
+        if constexpr (NORM) {
+            float* const smem_norm = reinterpret_cast<float*>(smem + Tile::kSmem);
+            norm_table<T, Tile::kThreads>(smem_norm, p.norm, image, 0, g.c);
+            auto prepare = [&](int64_t s, unsigned char* stage) {
+                const int channel = int(s) * Tile::kDepth + piece * kWide<T>;
+                if (channel >= g.c) return;
+#pragma unroll 2
+                for (int r = 0; r < Tile::kRows / kAtOnce; ++r)
+                    if (g.inside(y + r * (kAtOnce / kSide), x))
+                        activate(reinterpret_cast<T*>(stage + gemm::swizzled<kPieces>(at + r * kAtOnce, piece)), smem_norm + channel * 2);
+            };
+            prepared_pipeline(acc, steps, fill, prepare, smem);
+        } else {
+            gemm::pipeline(acc, steps, fill, smem);
+        }
     }
 
     float* const smem_products = reinterpret_cast<float*>(smem);  // [O, taps][pixel]
@@ -376,7 +391,7 @@ int32_t run(const char* op, Check& check, const ett_view& x, const void* w, cons
     const Grid& only = layouts[0].grid;
     const bool halo = wide(x) && count == 1 && out_step == 1 && halo_shape(x, o, only.taps_y, only.taps_x, only.step);
     // With a larger step there are several launches, and `few` might not support all of them.
-    bool few = vectors && o <= kMostOutputs && out_step <= 2;
+    bool few = wide(x) && o <= kMostOutputs && out_step <= 2 && (!normed || cols(x) <= halo::kMostChannels);
     int64_t positions = 0, most_taps = 0;
     for (int64_t i = 0; i < count; ++i) {
         const Grid& g = layouts[i].grid;
@@ -415,10 +430,12 @@ int32_t run(const char* op, Check& check, const ett_view& x, const void* w, cons
             };
             auto regions = [&](auto tile) {
                 using Tile = decltype(tile);
-                return go(few_kernel<Tile>, Tile::kThreads, Tile::kSmem, [&](const Grid& g) {
+                const auto tiles = [&](const Grid& g) {
                     const int64_t down = kSide + 1 - std::max(g.taps_y, 1), across = kSide + 1 - std::max(g.taps_x, 1);
                     return y.dims[0] * ceil_div(g.rows, down) * ceil_div(g.cols, across);
-                });
+                };
+                return normed ? go(few_kernel<Tile, true>, Tile::kThreads, Tile::kSmem + int(cols(x)) * 8, tiles)
+                              : go(few_kernel<Tile, false>, Tile::kThreads, Tile::kSmem, tiles);
             };
             using Sizes = Tiles<T>;
             const auto is = [&](const char* name) { return strcmp(kernel, name) == 0; };

@@ -125,18 +125,7 @@ template <int COLS, bool NORM, bool THROUGH> __global__ void __launch_bounds__(k
     auto normalize = [&](int chunk, int round) {
         const int q = pixel + round * kAtOnce;
         if (q >= kPixels || !g.inside(line_of(q), column_of(q))) return;
-        bf16* const to = reinterpret_cast<bf16*>(smem + chunk % 2 * kBytes + gemm::swizzled<kPieces>(q, piece));
-        const float* const scale = smem_norm + (chunk * kDepth + piece * 8) * 2;
-        float v[8];
-        load(v, to);
-#pragma unroll
-        for (int e = 0; e < 8; e += 2) {
-            float two[4];  // scale and shift of two channels
-            load(two, scale + 2 * e);
-            v[e] = silu<bf16>(fmaf(v[e], two[0], two[1]));
-            v[e + 1] = silu<bf16>(fmaf(v[e + 1], two[2], two[3]));
-        }
-        store<8>(to, v);
+        activate(reinterpret_cast<bf16*>(smem + chunk % 2 * kBytes + gemm::swizzled<kPieces>(q, piece)), smem_norm + (chunk * kDepth + piece * 8) * 2);
     };
     int from_w = (at.col0 + pixel) * p.ld_w + piece * 8;  // elements
     const int rest_w = p.outputs - at.col0 - pixel;
@@ -170,14 +159,7 @@ template <int COLS, bool NORM, bool THROUGH> __global__ void __launch_bounds__(k
     fill_pixels(0);
 #pragma unroll 1
     for (int s = 0; s < kStages; ++s) fill(s, s, 1);
-    if constexpr (NORM) {
-        for (int c = tid; c < g.c; c += kThreads) {
-            const int64_t of = int64_t(at.image) * p.norm.groups + c / p.norm.width;
-            const float scale = p.norm.rstd[of] * to_float(p.norm.gamma[c]);
-            smem_norm[2 * c] = scale;
-            smem_norm[2 * c + 1] = to_float(p.norm.beta[c]) - p.norm.mean[of] * scale;
-        }
-    }
+    if constexpr (NORM) norm_table<bf16, kThreads>(smem_norm, p.norm, at.image, 0, g.c);
     if constexpr (THROUGH) {
         for (int c = tid; c < COLS && at.col0 + c < p.outputs; c += kThreads) {
             const int channel = at.col0 + c;

@@ -3,6 +3,7 @@
 
 #include "activation.cuh"
 #include "launch.cuh"
+#include "types.cuh"
 
 namespace ett {
 namespace conv {
@@ -20,6 +21,31 @@ template <class T> struct InputNorm {
         return from_float<T>(silu<T>((to_float(x) - mean[at]) * (rstd[at] * to_float(gamma[c])) + to_float(beta[c])));
     }
 };
+
+// Writes scale and shift of channels [first, end) of an image to `table`, two floats each.
+template <class T, int THREADS>
+__device__ __forceinline__ void norm_table(float* table, const InputNorm<T>& norm, int image, int first, int end) {
+    for (int c = first + int(threadIdx.x); c < end; c += THREADS) {
+        const int64_t at = int64_t(image) * norm.groups + c / norm.width;
+        const float scale = norm.rstd[at] * to_float(norm.gamma[c]);
+        table[2 * (c - first)] = scale;
+        table[2 * (c - first) + 1] = to_float(norm.beta[c]) - norm.mean[at] * scale;
+    }
+}
+
+// Replaces a 16-byte piece of pixels in shared memory by its activation. `table`: of its first channel.
+template <class T> __device__ __forceinline__ void activate(T* piece, const float* table) {
+    float v[kWide<T>];
+    load(v, piece);
+#pragma unroll
+    for (int e = 0; e < kWide<T>; e += 2) {
+        float two[4];
+        load(two, table + 2 * e);
+        v[e] = silu<T>(fmaf(v[e], two[0], two[1]));
+        v[e + 1] = silu<T>(fmaf(v[e + 1], two[2], two[3]));
+    }
+    store<kWide<T>>(piece, v);
+}
 
 // ---- host ------------------------------------------------------------------------------------------------
 
