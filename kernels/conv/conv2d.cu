@@ -312,9 +312,10 @@ transpose_kernel(const T* w, int64_t ld, int outputs, int taps_y, int taps_x, in
 
 // ---- host ------------------------------------------------------------------------------------------------
 
-// `positions`: of all phases. `halo`, `few`: these kernels support the call; `vectors`: those of whole pieces do.
-const char* choose_conv2d_config(int64_t positions, int64_t outputs, bool vectors, bool halo, bool few, int32_t dtype, int multiprocessors) {
+// `positions`: of all phases. `halo`, `few`, `first`: these kernels support the call; `vectors`: those of whole pieces do.
+const char* choose_conv2d_config(int64_t positions, int64_t outputs, bool vectors, bool halo, bool few, bool first, int32_t dtype, int multiprocessors) {
     if (few) return "few";
+    if (first && outputs > kMostOutputs) return "first";
     if (!vectors) return halo ? "halo" : "plain";
     const bool narrow = outputs <= 64;
     const int64_t cols = narrow || dtype != ETT_BF16 ? 64 : 128;
@@ -337,7 +338,15 @@ struct Fused {
     float* partials;           // of halo_kernel; null: none
 };
 
-// The number of tiles of an image of halo_kernel.
+// Whether first_kernel supports a product of x.
+bool first_shape(const ett_view& x, int64_t taps_y, int64_t taps_x, int64_t step) {
+    return x.dtype == ETT_BF16 && taps_y == 3 && taps_x == 3 && step == 1 && cols(x) == halo::kFewInputs;
+}
+
+// Whether an implementation is one of halo.cuh.
+bool in_tiles(const char* kernel) { return strcmp(kernel, "halo") == 0 || strcmp(kernel, "first") == 0; }
+
+// The number of tiles of an image of halo_kernel and first_kernel.
 channels::Tiles halo_tiles(int64_t rows, int64_t cols) { return {rows, cols, halo::kLines, halo::kAcross}; }
 
 // Whether halo_kernel supports a product of x, as far as shapes say so.
@@ -346,7 +355,7 @@ bool halo_shape(const ett_view& x, int64_t outputs, int64_t taps_y, int64_t taps
            cols(x) <= halo::kMostChannels && outputs <= halo::kMostOutputs;
 }
 
-int32_t run_halo(const char* op, const ett_view& x, const bf16* w, const ett_view* bias, const ett_view& y, const Grid& g, const Fused& fused,
+int32_t run_tiles(const char* op, bool first, const ett_view& x, const bf16* w, const ett_view* bias, const ett_view& y, const Grid& g, const Fused& fused,
                  const ett_launch* l) {
     const bool through = fused.through, normed = !through && present(fused.norm.mean);
     const ett_view& extra = through ? *fused.through : fused.residual;
@@ -373,6 +382,10 @@ int32_t run_halo(const char* op, const ett_view& x, const bf16* w, const ett_vie
     const auto go = [&](auto k, int smem, int64_t cols) {
         return launch(op, k, dim3(unsigned(blocks * ceil_div(o, cols))), dim3(halo::kThreads), smem, l, p);
     };
+    if (first) {
+        const int smem = halo::Tile<64>::kBytesA + halo::Tile<64>::kBytesB + halo::kPositions * 64 * 2 + 64 * 16;
+        return through ? go(halo::first_kernel<true>, smem, 64) : go(halo::first_kernel<false>, smem, 64);
+    }
     if (o <= 64 || blocks * ceil_div(o, 128) < multiprocessors())
         return normed    ? go(halo::halo_kernel<64, true, false>, halo::smem_bytes<64, true, false>(g.c), 64)
                : through ? go(halo::halo_kernel<64, false, true>, halo::smem_bytes<64, false, true>(g.c), 64)
@@ -390,6 +403,7 @@ int32_t run(const char* op, Check& check, const ett_view& x, const void* w, cons
     const bool normed = !fused.through && present(fused.norm.mean), vectors = wide(x) && !normed;
     const Grid& only = layouts[0].grid;
     const bool halo = wide(x) && count == 1 && out_step == 1 && halo_shape(x, o, only.taps_y, only.taps_x, only.step);
+    const bool first = !normed && count == 1 && out_step == 1 && first_shape(x, only.taps_y, only.taps_x, only.step);
     // With a larger step there are several launches, and `few` might not support all of them.
     bool few = wide(x) && o <= kMostOutputs && out_step <= 2 && (!normed || cols(x) <= halo::kMostChannels);
     int64_t positions = 0, most_taps = 0;
@@ -399,10 +413,10 @@ int32_t run(const char* op, Check& check, const ett_view& x, const void* w, cons
         positions += g.positions;
         most_taps = std::max<int64_t>(most_taps, int64_t(g.taps_y) * g.taps_x);
     }
-    const char* best = choose_conv2d_config(positions, o, vectors, halo, few, x.dtype, multiprocessors());
-    kernel = check.choose(l, best, {{"few", few}, {"halo", halo}, {"large", vectors}, {"medium", vectors}, {"small", vectors}, {"plain", true}});
+    const char* best = choose_conv2d_config(positions, o, vectors, halo, few, first, x.dtype, multiprocessors());
+    kernel = check.choose(l, best, {{"few", few}, {"first", first}, {"halo", halo}, {"large", vectors}, {"medium", vectors}, {"small", vectors}, {"plain", true}});
     if (!check.ok()) return check.status();
-    if (strcmp(kernel, "halo") == 0) return run_halo(op, x, static_cast<const bf16*>(w) + layouts[0].w, bias, y, only, fused, l);
+    if (in_tiles(kernel)) return run_tiles(op, strcmp(kernel, "first") == 0, x, static_cast<const bf16*>(w) + layouts[0].w, bias, y, only, fused, l);
     return with_act(x.dtype, [&](auto t) {
         using T = decltype(t);
         for (int64_t first = 0; first < count; first += kPhases) {
@@ -510,14 +524,14 @@ int64_t weights_bytes(const ett_conv2d_bwd_data_args* a) {
 int64_t sums_bytes(const ett_conv2d_fwd_args* a) {
     if (!present(a->y_mean)) return 0;
     const channels::Planes s = planes(a);
-    const bool halo = halo_shape(a->x, a->w.dims[0], a->w.dims[1], a->w.dims[2], a->stride);
+    const bool halo = halo_shape(a->x, a->w.dims[0], a->w.dims[1], a->w.dims[2], a->stride) || first_shape(a->x, a->w.dims[1], a->w.dims[2], a->stride);
     const int64_t of_halo = halo ? s.b * halo_tiles(a->y.dims[1], a->y.dims[2]).count * 2 * s.c * int64_t(sizeof(float)) : 0;
     return std::max(channels::partials_bytes(s, a->y.dtype), of_halo);
 }
 int64_t sums_bytes(const ett_conv2d_bwd_data_args* a) {
     if (!present(a->x) || numel(a->dx) == 0) return 0;
     const channels::Planes s = planes(a);
-    const bool halo = halo_shape(a->dy, a->w.dims[3], a->w.dims[1], a->w.dims[2], a->stride);
+    const bool halo = halo_shape(a->dy, a->w.dims[3], a->w.dims[1], a->w.dims[2], a->stride) || first_shape(a->dy, a->w.dims[1], a->w.dims[2], a->stride);
     const int64_t of_halo = halo ? channels::BackwardSpace::bytes(s, halo_tiles(a->dx.dims[1], a->dx.dims[2]).count) : 0;
     return std::max(channels::backward_bytes(s, a->dx.dtype), of_halo);
 }
@@ -572,7 +586,7 @@ extern "C" int32_t ett_conv2d_fwd(const ett_conv2d_fwd_args* a, const ett_launch
     const char* kernel;
     int32_t status = run(op, check, a->x, w, present(a->bias) ? &a->bias : nullptr, a->y, 1, &whole, 1, {norm_of(a), a->residual, nullptr, partials}, kernel, l);
     if (status == ETT_OK && present(a->y_mean))
-        status = strcmp(kernel, "halo") != 0
+        status = !in_tiles(kernel)
                      ? statistics()
                      : channels::launch_join(op, planes(a), halo_tiles(a->y.dims[1], a->y.dims[2]), partials, a->y_mean, a->y_rstd, false, a->eps, l);
     return status == ETT_OK ? ett_done(kernel) : status;
@@ -633,7 +647,7 @@ extern "C" int32_t ett_conv2d_bwd_data(const ett_conv2d_bwd_data_args* a, const 
     const int32_t status = with_act(a->dx.dtype, [&](auto t) {
         using T = decltype(t);
         const channels::Scale<T> scale{data<const T>(a->gamma), data<const T>(a->beta), data<const float>(a->mean), data<const float>(a->rstd), 0.f, false};
-        if (strcmp(kernel, "halo") != 0)
+        if (!in_tiles(kernel))
             return channels::launch_backward<T>(op, is_wide, s, a->dx, a->x, a->skip, a->dx, a->dgamma, a->dbeta, scale, true, channels::Silu{}, sums, l);
         // dx holds the gradient of SiLU's input, and the sums of the tiles are known.
         const int32_t status = channels::launch_means<T>(op, s, space, tiles.count, scale.w, true, a->dgamma, a->dbeta, l);
