@@ -236,17 +236,28 @@ __global__ void __launch_bounds__(Tile::kThreads, 256 / Tile::kThreads) few_kern
 #pragma unroll
         for (int i = 0; i < Tile::kAccRows; ++i) smem_products[Tile::col(j) * kLine + Tile::row(i)] = acc.at(i, j);
     __syncthreads();  // the products are visible
-    for (int n = int(threadIdx.x); n < rows * cols * p.outputs; n += Tile::kThreads) {
-        const int at = n / p.outputs, o = n - at * p.outputs, i = at / cols, j = at - i * cols;
+    const bool square = g.taps_y == 3 && g.taps_x == 3;  // whose loads are in flight together
+    for (int at = int(threadIdx.x); at < rows * cols; at += Tile::kThreads) {
+        const int i = at / cols, j = at - i * cols;
         if (row0 + i >= g.rows || col0 + j >= g.cols) continue;
-        const float* from = smem_products + o * taps * kLine + i * kSide + j;
-        float sum = 0.f;
-        for (int u = 0; u < g.taps_y; ++u, from += kSide)
-            for (int v = 0; v < g.taps_x; ++v) sum += from[(u * g.taps_x + v) * kLine + v];
-        if (p.bias) sum += to_float(p.bias[o]);
         const int64_t pixel = (int64_t(image) * p.out_h + (row0 + i) * p.out_step + phase.first_y) * p.out_w + (col0 + j) * p.out_step + phase.first_x;
-        if (p.residual.ptr) sum += to_float(p.residual.row(pixel)[o]);
-        p.y[pixel * p.ld + o] = from_float<T>(sum);
+        for (int o = 0; o < p.outputs; ++o) {
+            const float* from = smem_products + o * taps * kLine + i * kSide + j;
+            float sum = 0.f;
+            if (square) {
+                float tap[9];
+#pragma unroll
+                for (int n = 0; n < 9; ++n) tap[n] = from[n * kLine + n / 3 * kSide + n % 3];
+#pragma unroll
+                for (int n = 0; n < 9; ++n) sum += tap[n];
+            } else {
+                for (int u = 0; u < g.taps_y; ++u, from += kSide)
+                    for (int v = 0; v < g.taps_x; ++v) sum += from[(u * g.taps_x + v) * kLine + v];
+            }
+            if (p.bias) sum += to_float(p.bias[o]);
+            if (p.residual.ptr) sum += to_float(p.residual.row(pixel)[o]);
+            p.y[pixel * p.ld + o] = from_float<T>(sum);
+        }
     }
 }
 
@@ -319,8 +330,7 @@ const char* choose_conv2d_config(int64_t positions, int64_t outputs, bool vector
     if (!vectors) return halo ? "halo" : "plain";
     const bool narrow = outputs <= 64;
     const int64_t cols = narrow || dtype != ETT_BF16 ? 64 : 128;
-    if (ceil_div(positions, 128) * ceil_div(outputs, cols) < multiprocessors) return "small";
-    return halo ? "halo" : narrow ? "medium" : "large";
+    return ceil_div(positions, 128) * ceil_div(outputs, cols) < multiprocessors ? "small" : narrow ? "medium" : "large";
 }
 
 // The phases of a launch, and where their weights lie.
@@ -386,23 +396,18 @@ int32_t run_tiles(const char* op, bool first, const ett_view& x, const bf16* w, 
         const int smem = halo::Tile<64>::kBytesA + halo::Tile<64>::kBytesB + halo::kPositions * 64 * 2 + 64 * 16;
         return through ? go(halo::first_kernel<true>, smem, 64) : go(halo::first_kernel<false>, smem, 64);
     }
-    if (o <= 64 || blocks * ceil_div(o, 128) < multiprocessors())
-        return normed    ? go(halo::halo_kernel<64, true, false>, halo::smem_bytes<64, true, false>(g.c), 64)
-               : through ? go(halo::halo_kernel<64, false, true>, halo::smem_bytes<64, false, true>(g.c), 64)
-                         : go(halo::halo_kernel<64, false, false>, halo::smem_bytes<64, false, false>(g.c), 64);
-    return normed    ? go(halo::halo_kernel<128, true, false>, halo::smem_bytes<128, true, false>(g.c), 128)
-           : through ? go(halo::halo_kernel<128, false, true>, halo::smem_bytes<128, false, true>(g.c), 128)
-                     : go(halo::halo_kernel<128, false, false>, halo::smem_bytes<128, false, false>(g.c), 128);
+    return o <= 64 || blocks * ceil_div(o, 128) < multiprocessors() ? go(halo::halo_kernel<64>, halo::smem_bytes<64>(g.c), 64)
+                                                                    : go(halo::halo_kernel<128>, halo::smem_bytes<128>(g.c), 128);
 }
 
-// y = convolution of x by w, padded weights, phase by phase. `kernel`: the implementation that was chosen. Only "halo" uses
-// `through` and `partials`.
+// y = convolution of x by w, padded weights, phase by phase. `kernel`: the implementation that was chosen. Only those of
+// halo.cuh use `through` and `partials`.
 int32_t run(const char* op, Check& check, const ett_view& x, const void* w, const ett_view* bias, const ett_view& y, int64_t out_step,
             const Layout* layouts, int64_t count, const Fused& fused, const char*& kernel, const ett_launch* l) {
     const int64_t o = cols(y);
     const bool normed = !fused.through && present(fused.norm.mean), vectors = wide(x) && !normed;
     const Grid& only = layouts[0].grid;
-    const bool halo = wide(x) && count == 1 && out_step == 1 && halo_shape(x, o, only.taps_y, only.taps_x, only.step);
+    const bool halo = normed && wide(x) && count == 1 && out_step == 1 && halo_shape(x, o, only.taps_y, only.taps_x, only.step);
     const bool first = !normed && count == 1 && out_step == 1 && first_shape(x, only.taps_y, only.taps_x, only.step);
     // With a larger step there are several launches, and `few` might not support all of them.
     bool few = wide(x) && o <= kMostOutputs && out_step <= 2 && (!normed || cols(x) <= halo::kMostChannels);
@@ -524,16 +529,15 @@ int64_t weights_bytes(const ett_conv2d_bwd_data_args* a) {
 int64_t sums_bytes(const ett_conv2d_fwd_args* a) {
     if (!present(a->y_mean)) return 0;
     const channels::Planes s = planes(a);
-    const bool halo = halo_shape(a->x, a->w.dims[0], a->w.dims[1], a->w.dims[2], a->stride) || first_shape(a->x, a->w.dims[1], a->w.dims[2], a->stride);
-    const int64_t of_halo = halo ? s.b * halo_tiles(a->y.dims[1], a->y.dims[2]).count * 2 * s.c * int64_t(sizeof(float)) : 0;
-    return std::max(channels::partials_bytes(s, a->y.dtype), of_halo);
+    const bool in_tiles = halo_shape(a->x, a->w.dims[0], a->w.dims[1], a->w.dims[2], a->stride) || first_shape(a->x, a->w.dims[1], a->w.dims[2], a->stride);
+    const int64_t of_tiles = in_tiles ? s.b * halo_tiles(a->y.dims[1], a->y.dims[2]).count * 2 * s.c * int64_t(sizeof(float)) : 0;
+    return std::max(channels::partials_bytes(s, a->y.dtype), of_tiles);
 }
 int64_t sums_bytes(const ett_conv2d_bwd_data_args* a) {
     if (!present(a->x) || numel(a->dx) == 0) return 0;
     const channels::Planes s = planes(a);
-    const bool halo = halo_shape(a->dy, a->w.dims[3], a->w.dims[1], a->w.dims[2], a->stride) || first_shape(a->dy, a->w.dims[1], a->w.dims[2], a->stride);
-    const int64_t of_halo = halo ? channels::BackwardSpace::bytes(s, halo_tiles(a->dx.dims[1], a->dx.dims[2]).count) : 0;
-    return std::max(channels::backward_bytes(s, a->dx.dtype), of_halo);
+    const int64_t of_tiles = first_shape(a->dy, a->w.dims[1], a->w.dims[2], a->stride) ? channels::BackwardSpace::bytes(s, halo_tiles(a->dx.dims[1], a->dx.dims[2]).count) : 0;
+    return std::max(channels::backward_bytes(s, a->dx.dtype), of_tiles);
 }
 
 template <class A> int64_t bytes_of(const A* a) { return round_up(weights_bytes(a), 256) + sums_bytes(a); }

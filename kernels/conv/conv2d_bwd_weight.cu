@@ -134,7 +134,7 @@ struct HaloProduct {
     int outputs, row_tiles, col_tiles, parts, down, across, tiles;  // tiles of an image; of all
 };
 
-// Warps have 32 outputs and 16 channels with all taps. For every line of 16 positions a warp loads the fragments of the new
+// Two tiles of positions take turns. Warps have 32 outputs and 16 channels with all taps. For every line of 16 positions a warp loads the fragments of the new
 // line of x, at three shifts, and keeps those of the two lines above. The blocks of the same outputs take turns with the
 // tiles for the gradient of the bias, a product with ones.
 template <bool NORM> __global__ void __launch_bounds__(kHaloThreads, 1) halo_grad_kernel(const __grid_constant__ HaloProduct p) {

@@ -1,7 +1,7 @@
-// halo.cuh: 3x3 convolutions of stride 1 in bf16. A block computes 8 x 16 positions; for every 32 channels it loads the
-// 10 x 18 pixels that its positions see once, normalises them in shared memory if the input has a norm, and multiplies
-// them by all nine taps: a tap is a shift of the pixel that each lane of ldmatrix addresses. A third as many bytes come
-// from the L2 as with a copy per tap, and the L2 is what limits those.
+// halo.cuh: 3x3 convolutions of stride 1 in bf16, of a normalised input or of few channels. A block computes 8 x 16
+// positions. halo_kernel loads for every 32 channels the 10 x 18 pixels that its positions see once, normalises them in
+// shared memory, and multiplies them by all nine taps: a tap is a shift of the pixel that each lane of ldmatrix addresses.
+// (An input without a norm is faster with a copy per tap: conv2d.cu.)
 #pragma once
 
 #include "gather.cuh"
@@ -23,16 +23,15 @@ static_assert(kRounds == kTaps - kStages + 1, "chunks are normalised while the l
 // Four warps of 64 positions, with the weights of COLS outputs.
 template <int COLS> using Tile = gemm::Tile<bf16, kPositions, COLS, kDepth, 64, COLS / 2, kStages, false, true, true>;
 
-// Two chunks of pixels, the weights' stages, the results, and per channel two floats of the input's norm or, per output,
-// four of the output's.
-template <int COLS, bool NORM, bool THROUGH> int smem_bytes(int64_t channels) {
-    return 2 * kBytes + kStages * Tile<COLS>::kBytesB + kPositions * COLS * 2 + (NORM ? int(channels) * 8 : THROUGH ? COLS * 16 : 0);
+// Two chunks of pixels, the weights' stages, the results, and two floats of the norm per channel.
+template <int COLS> int smem_bytes(int64_t channels) {
+    return 2 * kBytes + kStages * Tile<COLS>::kBytesB + kPositions * COLS * 2 + int(channels) * 8;
 }
 
 struct Product {
     Grid grid;  // 3 x 3 taps, step 1
     const bf16* x;
-    InputNorm<bf16> norm;  // of x
+    InputNorm<bf16> norm;  // of x; of halo_kernel
     const bf16* w;         // [outputs, taps, channels], rows ld_w apart
     int ld_w;
     const bf16* bias;      // may be null
@@ -40,7 +39,7 @@ struct Product {
     // of y; may be null.
     const bf16* extra;
     int64_t ld_extra;
-    InputNorm<bf16> through;
+    InputNorm<bf16> through;  // of first_kernel
     bf16* y;
     int64_t ld;
     // Null, or [images, tiles, 2, outputs]: means and sums of squared differences of the rounded results of a tile; with
@@ -238,7 +237,7 @@ __device__ __forceinline__ void finish(const Product& p, const Place& at, gemm::
     }
 }
 
-template <int COLS, bool NORM, bool THROUGH> __global__ void __launch_bounds__(kThreads, 2) halo_kernel(const __grid_constant__ Product p) {
+template <int COLS> __global__ void __launch_bounds__(kThreads, 2) halo_kernel(const __grid_constant__ Product p) {
     using Tile = Tile<COLS>;
     static_assert(Tile::kThreads == kThreads, "four warps");
     ETT_DYNAMIC_SMEM(smem);
@@ -281,19 +280,18 @@ template <int COLS, bool NORM, bool THROUGH> __global__ void __launch_bounds__(k
         cp_async_commit();
     };
 
-    start_extra<COLS>(p, at, smem_y);
     fill_pixels(0);
 #pragma unroll 1
-    for (int s = 0; s < kStages; ++s) fill(s, s, 1);
-    if constexpr (NORM) norm_table<bf16, kThreads>(smem_norm, p.norm, at.image, 0, g.c);
-    if constexpr (THROUGH) through_table<COLS>(p, at, smem_norm);
+    for (int s = 0; s < kStages; ++s) {
+        if (s == kStages - 1) start_extra<COLS>(p, at, smem_y);
+        fill(s, s, 1);
+    }
+    norm_table<bf16, kThreads>(smem_norm, p.norm, at.image, 0, g.c);
     cp_async_wait<kStages - 1>();
     __syncthreads();  // the first chunk, the first stage and the norm have arrived
-    if constexpr (NORM) {
 #pragma unroll 1
-        for (int r = 0; r < kRounds; ++r) normalize(0, r);
-        __syncthreads();  // the first chunk is normalised
-    }
+    for (int r = 0; r < kRounds; ++r) normalize(0, r);
+    __syncthreads();  // the first chunk is normalised
 
     gemm::Acc<Tile> acc;
     acc.clear();
@@ -319,10 +317,8 @@ template <int COLS, bool NORM, bool THROUGH> __global__ void __launch_bounds__(k
     while (chunk < chunks) {
         load(1);
         multiply(0);
-        if constexpr (NORM) {
-            // The next chunk has arrived, with the stage of tap kStages - 1.
-            if (tap >= kStages - 1 && chunk + 1 < chunks) normalize(chunk + 1, tap - (kStages - 1));
-        }
+        // The next chunk has arrived, with the stage of tap kStages - 1.
+        if (tap >= kStages - 1 && chunk + 1 < chunks) normalize(chunk + 1, tap - (kStages - 1));
         ++s;
         if (++tap == kTaps) tap = 0, ++chunk;
         cp_async_wait<kStages - 2>();
@@ -334,7 +330,7 @@ template <int COLS, bool NORM, bool THROUGH> __global__ void __launch_bounds__(k
     cp_async_wait<0>();
     __syncthreads();  // all warps are done with the stages; what is added to the results has arrived
 
-    finish<COLS, THROUGH>(p, at, acc, smem, smem_y, smem_norm);
+    finish<COLS, false>(p, at, acc, smem, smem_y, nullptr);
 }
 
 // ---- few inputs ------------------------------------------------------------------------------------------
