@@ -78,20 +78,24 @@ template <class T> __device__ __forceinline__ void clear_rows(T* p, int64_t ld, 
 
 // ---- tiles for the tensor cores --------------------------------------------------------------------------
 // A tile of bf16 in shared memory has rows of DT elements (the head dimension padded with zeros) and 16 bytes between
-// rows, so that the 8 rows that ldmatrix reads at once are in different banks. A block has 4 warps; warp w owns rows
-// 16 w to 16 w + 15 of the block's 64.
+// rows, so that the 8 rows that ldmatrix reads at once are in different banks. A warp owns MT * 16 rows of scores and
+// results. Every fragment of the other side that it loads serves all of them: with MT = 1 the loads from shared memory
+// (4 cycles for a fragment of 16 x 16, which two products of 16 x 8 use) take longer than the products (3 cycles).
 
-inline constexpr int kMmaThreads = 128, kMmaRows = 64;
+inline constexpr int kMaxSmem = 99 * 1024;  // of a block, on sm_86, sm_89 and sm_120
+inline constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
 template <int DT> inline constexpr int kTileStride = DT + 8;
 template <int DT> constexpr int tile_bytes(int rows) { return rows * kTileStride<DT> * 2; }
 
-// Starts the copy of ROWS rows; only the first `rows` exist, the others become 0.
-template <int ROWS, int DT> __device__ __forceinline__ void load_tile(bf16* smem, const bf16* src, int64_t ld, int rows, int d) {
-    constexpr int kPieces = DT / 8, kStep = kMmaThreads / kPieces;
-    static_assert(ROWS % kStep == 0, "every thread copies the same number of pieces");
-    const int c = threadIdx.x % kPieces * 8;
-    int r = threadIdx.x / kPieces;
+// Starts the copy of ROWS rows by THREADS threads, of which this is number `thread`; only the first `rows` exist, the
+// others become 0.
+template <int ROWS, int DT, int THREADS>
+__device__ __forceinline__ void load_tile(bf16* smem, const bf16* src, int64_t ld, int rows, int d, int thread = threadIdx.x) {
+    constexpr int kPieces = DT / 8, kStep = THREADS / kPieces;
+    static_assert(THREADS % kPieces == 0 && ROWS % kStep == 0, "every thread copies the same number of pieces");
+    const int c = thread % kPieces * 8;
+    int r = thread / kPieces;
     const bf16* from = src + r * ld + c;
     smem_addr to = smem_address(smem + r * kTileStride<DT> + c);
 #pragma unroll
@@ -103,72 +107,202 @@ template <int ROWS, int DT> __device__ __forceinline__ void load_tile(bf16* smem
     }
 }
 
-// acc = a b^T for the warp's 16 rows at `a` and the NT * 8 rows at `b`: element e of acc[j] is in row
-// lane / 4 + 8 * (e / 2) and column 8 * j + 2 * (lane % 4) + e % 2.
-template <int NT, int DT> __device__ __forceinline__ void dot_rows(float (&acc)[NT][4], const bf16* a, const bf16* b) {
+// This lane's address in the 16 x 16 elements at `tile`, for the fragment of 16 own rows (by ldmatrix) or of 16 rows of
+// a weighted sum (by ldmatrix_trans); and for two fragments of 8 rows of the other side of a dot product.
+template <int DT> __device__ __forceinline__ const bf16* own_lane(const bf16* tile) {
     const int lane = threadIdx.x % kWarp;
-    const bf16* from_a = a + lane % 16 * kTileStride<DT> + lane / 16 * 8;
-    const bf16* from_b = b + (lane / 16 * 8 + lane % 8) * kTileStride<DT> + lane / 8 % 2 * 8;
+    return tile + lane % 16 * kTileStride<DT> + lane / 16 * 8;
+}
+template <int DT> __device__ __forceinline__ const bf16* other_lane(const bf16* tile) {
+    const int lane = threadIdx.x % kWarp;
+    return tile + (lane / 16 * 8 + lane % 8) * kTileStride<DT> + lane / 8 % 2 * 8;
+}
+
+template <int MT, int NT> __device__ __forceinline__ void clear(float (&acc)[MT][NT][4]) {
 #pragma unroll
-    for (int j = 0; j < NT; ++j)
+    for (int m = 0; m < MT; ++m)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) acc[j][e] = 0.f;
+        for (int j = 0; j < NT; ++j)
 #pragma unroll
-    for (int k = 0; k < DT; k += 16) {
-        uint32_t fa[4];
-        ldmatrix_x4(fa, smem_address(from_a + k));
+            for (int e = 0; e < 4; ++e) acc[m][j][e] = 0.f;
+}
+
+// acc = a b^T for the warp's MT * 16 rows at `a` and the NT * 8 rows at `b`, over the first DEPTH columns: element e of
+// acc[m][j] is in row m * 16 + lane / 4 + 8 * (e / 2) and column 8 * j + 2 * (lane % 4) + e % 2.
+template <int MT, int NT, int DT, int DEPTH = DT> __device__ __forceinline__ void dot_rows(float (&acc)[MT][NT][4], const bf16* a, const bf16* b) {
+    const bf16* const from_a = own_lane<DT>(a);
+    const bf16* const from_b = other_lane<DT>(b);
+    clear(acc);
+#pragma unroll
+    for (int k = 0; k < DEPTH; k += 16) {
+        uint32_t fa[MT][4];
+#pragma unroll
+        for (int m = 0; m < MT; ++m) ldmatrix_x4(fa[m], smem_address(from_a + m * 16 * kTileStride<DT> + k));
 #pragma unroll
         for (int j = 0; j < NT; j += 2) {
             uint32_t fb[4];
             ldmatrix_x4(fb, smem_address(from_b + j * 8 * kTileStride<DT> + k));
-            mma_bf16_16816(acc[j], fa, fb[0], fb[1]);
-            mma_bf16_16816(acc[j + 1], fa, fb[2], fb[3]);
+#pragma unroll
+            for (int m = 0; m < MT; ++m) {
+                mma_bf16_16816(acc[m][j], fa[m], fb[0], fb[1]);
+                mma_bf16_16816(acc[m][j + 1], fa[m], fb[2], fb[3]);
+            }
         }
     }
 }
 
-// out += w x for the warp's 16 rows of weights (in the layout of dot_rows' result; rounded to bf16 here) and the NT * 8
-// rows at `x`.
-template <int NT, int DT> __device__ __forceinline__ void add_rows(float (&out)[DT / 8][4], const float (&w)[NT][4], const bf16* x) {
-    const int lane = threadIdx.x % kWarp;
-    const bf16* from_x = x + lane % 16 * kTileStride<DT> + lane / 16 * 8;
-#pragma unroll
-    for (int j = 0; j < NT; j += 2) {
-        const uint32_t fw[4] = {pack_bf16x2(w[j][0], w[j][1]), pack_bf16x2(w[j][2], w[j][3]), pack_bf16x2(w[j + 1][0], w[j + 1][1]),
-                                pack_bf16x2(w[j + 1][2], w[j + 1][3])};
-#pragma unroll
-        for (int c = 0; c < DT / 8; c += 2) {
-            uint32_t fx[4];
-            ldmatrix_x4_trans(fx, smem_address(from_x + j * 8 * kTileStride<DT> + c * 8));
-            mma_bf16_16816(out[c], fw, fx[0], fx[1]);
-            mma_bf16_16816(out[c + 1], fw, fx[2], fx[3]);
-        }
-    }
-}
+// The fragments of 16 own rows over DEPTH columns, for dot products with many tiles of the other side.
+template <int DEPTH> struct OwnRows {
+    uint32_t f[DEPTH / 16][4];
 
-// Stores the warp's rows times `factor` (for rows lane / 4 and lane / 4 + 8); only the first `rows` of them exist.
-template <int DT>
-__device__ __forceinline__ void store_rows(bf16* dst, int64_t ld, int rows, int d, const float (&out)[DT / 8][4], const float (&factor)[2]) {
-    const int lane = threadIdx.x % kWarp;
+    template <int DT> __device__ __forceinline__ void load(const bf16* a) {
+        const bf16* const from = own_lane<DT>(a);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const int row = lane / 4 + 8 * r;
-        if (row >= rows) continue;
-        bf16* to = dst + row * ld + 2 * (lane % 4);
+        for (int k = 0; k < DEPTH / 16; ++k) ldmatrix_x4(f[k], smem_address(from + k * 16));
+    }
+    // acc = a b^T as dot_rows, with the rows loaded before.
+    template <int DT, int NT> __device__ __forceinline__ void dot(float (&acc)[1][NT][4], const bf16* b) const {
+        const bf16* const from_b = other_lane<DT>(b);
+        clear(acc);
 #pragma unroll
-        for (int c = 0; c < DT / 8; ++c)
-            if (c * 8 < d) {
-                const float two[2] = {out[c][2 * r] * factor[r], out[c][2 * r + 1] * factor[r]};
-                store<2>(to + c * 8, two);
+        for (int k = 0; k < DEPTH / 16; ++k)
+#pragma unroll
+            for (int j = 0; j < NT; j += 2) {
+                uint32_t fb[4];
+                ldmatrix_x4(fb, smem_address(from_b + j * 8 * kTileStride<DT> + k * 16));
+                mma_bf16_16816(acc[0][j], f[k], fb[0], fb[1]);
+                mma_bf16_16816(acc[0][j + 1], f[k], fb[2], fb[3]);
             }
     }
+};
+
+// out += w x for the warp's rows of weights (in the layout of dot_rows' result; rounded to bf16 here) and CT * 8
+// columns of the NT * 8 rows at `x`.
+template <int MT, int NT, int CT, int DT>
+__device__ __forceinline__ void add_rows(float (&out)[MT][CT][4], const float (&w)[MT][NT][4], const bf16* x) {
+    const bf16* const from_x = own_lane<DT>(x);
+#pragma unroll
+    for (int j = 0; j < NT; j += 2) {
+        uint32_t fw[MT][4];
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+            fw[m][0] = pack_bf16x2(w[m][j][0], w[m][j][1]);
+            fw[m][1] = pack_bf16x2(w[m][j][2], w[m][j][3]);
+            fw[m][2] = pack_bf16x2(w[m][j + 1][0], w[m][j + 1][1]);
+            fw[m][3] = pack_bf16x2(w[m][j + 1][2], w[m][j + 1][3]);
+        }
+#pragma unroll
+        for (int c = 0; c < CT; c += 2) {
+            uint32_t fx[4];
+            ldmatrix_x4_trans(fx, smem_address(from_x + j * 8 * kTileStride<DT> + c * 8));
+#pragma unroll
+            for (int m = 0; m < MT; ++m) {
+                mma_bf16_16816(out[m][c], fw[m], fx[0], fx[1]);
+                mma_bf16_16816(out[m][c + 1], fw[m], fx[2], fx[3]);
+            }
+        }
+    }
 }
 
-// Calls f with the smallest tile width DT for head dimension d.
-template <class F> int32_t with_mma_width(int d, F f) {
-    if (d <= 32) return f(std::integral_constant<int, 32>{});
-    if (d <= 64) return f(std::integral_constant<int, 64>{});
-    return f(std::integral_constant<int, 128>{});
+// Stores the warp's rows times `factor` (for rows m * 16 + lane / 4 and 8 more); only the first `rows` rows and `cols`
+// columns of them exist.
+template <int MT, int CT>
+__device__ __forceinline__ void store_rows(bf16* dst, int64_t ld, int rows, int cols, const float (&out)[MT][CT][4], const float (&factor)[MT][2]) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int row = m * 16 + lane / 4 + 8 * r;
+            if (row >= rows) continue;
+            bf16* to = dst + row * ld + 2 * (lane % 4);
+#pragma unroll
+            for (int c = 0; c < CT; ++c)
+                if (c * 8 < cols) {
+                    const float two[2] = {out[m][c][2 * r] * factor[m][r], out[m][c][2 * r + 1] * factor[m][r]};
+                    store<2>(to + c * 8, two);
+                }
+        }
+}
+
+// The online softmax of a warp's rows, in powers of 2. The running maximum follows the scores only when they exceed it
+// by more than kSlack: weights are then at most 2^kSlack, and most tiles need no rescaling of the results. Which rows
+// are rescaled does not depend on other rows.
+template <int MT> struct Softmax {
+    static constexpr float kSlack = 8.f;
+    float max[MT][2], sum[MT][2];  // of the rows m * 16 + lane / 4 + 8 * r; sums are of this lane's columns
+
+    __device__ __forceinline__ Softmax() {
+#pragma unroll
+        for (int m = 0; m < MT; ++m)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) max[m][r] = -INFINITY, sum[m][r] = 0.f;
+    }
+
+    // Replaces a tile of scores (-infinity where masked) by the weights 2^(scale * score - maximum) and rescales `out`
+    // if the maximum has changed. scale > 0.
+    template <int NT, int CT> __device__ __forceinline__ void step(float (&s)[MT][NT][4], float (&out)[MT][CT][4], float scale) {
+        float factor[MT][2];
+        bool changed = false;
+#pragma unroll
+        for (int m = 0; m < MT; ++m)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                float most = -INFINITY;
+#pragma unroll
+                for (int j = 0; j < NT; ++j) most = fmaxf(most, fmaxf(s[m][j][2 * r], s[m][j][2 * r + 1]));
+                most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
+                most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2)) * scale;
+                const bool raise = most > max[m][r] + kSlack;
+                factor[m][r] = raise ? exp2_approx(max[m][r] - most) : 1.f;
+                if (raise) max[m][r] = most;
+                changed |= raise;
+            }
+        if (__any_sync(kAllLanes, changed)) {
+#pragma unroll
+            for (int m = 0; m < MT; ++m)
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    sum[m][r] *= factor[m][r];
+#pragma unroll
+                    for (int c = 0; c < CT; ++c) out[m][c][2 * r] *= factor[m][r], out[m][c][2 * r + 1] *= factor[m][r];
+                }
+        }
+#pragma unroll
+        for (int m = 0; m < MT; ++m)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                // While all scores of the row are -infinity, subtracting their maximum would give NaN.
+                const float shift = max[m][r] == -INFINITY ? 0.f : max[m][r];
+#pragma unroll
+                for (int j = 0; j < NT; ++j)
+#pragma unroll
+                    for (int e = 2 * r; e < 2 * r + 2; ++e) {
+                        s[m][j][e] = exp2_approx(fmaf(s[m][j][e], scale, -shift));
+                        sum[m][r] += s[m][j][e];
+                    }
+            }
+    }
+
+    // Sums over the four lanes of each row.
+    __device__ __forceinline__ void gather() {
+#pragma unroll
+        for (int m = 0; m < MT; ++m)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                sum[m][r] += __shfl_xor_sync(kAllLanes, sum[m][r], 1);
+                sum[m][r] += __shfl_xor_sync(kAllLanes, sum[m][r], 2);
+            }
+    }
+};
+
+// Returns the log-sum-exp of a row whose weights 2^(score - max) have the sum `sum`, and replaces `sum` by its
+// reciprocal. lse and y are 0 for a row that sees no key, and NaN if all its scores are -infinity or NaN.
+__device__ __forceinline__ float finish_row(float max, float& sum, int seen) {
+    if (seen > 0 && max == -INFINITY) sum = NAN;
+    const float lse = seen <= 0 ? 0.f : (max + log2f(sum)) * kLn2;
+    sum = sum == 0.f ? 0.f : 1.f / sum;
+    return lse;
 }
 
 // ---- tiles for plain multiply-adds -----------------------------------------------------------------------
@@ -208,7 +342,7 @@ template <class T> __device__ __forceinline__ void fetch4(float (&v)[4], const T
 template <int ROWS, int COLS, class T>
 __device__ __forceinline__ void fill_slice(float* smem, int stride, const Rows<T>& x, int row, int col, int d, bool vectors) {
     constexpr int kStep = kPlainThreads / (COLS / 4);
-    static_assert(ROWS % kStep == 0, "every thread fetches the same number of pieces");
+    static_assert(ROWS % kStep == 0 || kStep % ROWS == 0, "the threads that fetch pieces fetch the same number");
     const int c = threadIdx.x % (COLS / 4) * 4, first = threadIdx.x / (COLS / 4);
     const T* from = x.p + (row + first) * x.ld + col + c;
 #pragma unroll 1

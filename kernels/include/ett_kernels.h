@@ -668,6 +668,22 @@ typedef struct ett_gather_bwd_args {
 int64_t ett_gather_bwd_workspace(const ett_gather_bwd_args* args);
 int32_t ett_gather_bwd(const ett_gather_bwd_args* args, const ett_launch* launch);
 
+/* y[idx[n]] = x[n]; negative indices are skipped, and the other rows of y keep their values. No row has two indices. */
+typedef struct ett_put_rows_args {
+    ett_view x;             // in   [N, C]; act
+    ett_view idx;           // in   [N]; i32; values below R
+    ett_view y;             // add  [R, C]; act
+} ett_put_rows_args;
+int64_t ett_put_rows_workspace(const ett_put_rows_args* args);
+int32_t ett_put_rows(const ett_put_rows_args* args, const ett_launch* launch);
+
+/* x[n] += 1, which wraps: positions and lengths that a recorded step moves on by itself. */
+typedef struct ett_count_up_args {
+    ett_view x;             // add  [N]; i32
+} ett_count_up_args;
+int64_t ett_count_up_workspace(const ett_count_up_args* args);
+int32_t ett_count_up(const ett_count_up_args* args, const ett_launch* launch);
+
 /* ---- attention ----------------------------------------------------------------------------------------- */
 
 /* Softmax attention over a flat batch of sequences; query head h reads key/value head h /

@@ -470,6 +470,17 @@ gather: gather_bwd(GatherBwd<'a>) flop |s| s.dy.dims.numel() => {
     idx: In<'a> = "[N]; i32; values below R",
     dtable: Acc<'a> = "[R, C]; acc",
 }
+/// `y[idx[n]] = x[n]`; negative indices are skipped, and the other rows of `y` keep their values. No row has two
+/// indices.
+gather: put_rows(PutRows<'a>) flop |_s| 0 => {
+    x: In<'a> = "[N, C]; act",
+    idx: In<'a> = "[N]; i32; values below R",
+    y: Acc<'a> = "[R, C]; act",
+}
+/// `x[n] += 1`, which wraps: positions and lengths that a recorded step moves on by itself.
+gather: count_up(CountUp<'a>) flop |_s| 0 => {
+    x: Acc<'a> = "[N]; i32",
+}
 
 // ---- attention -----------------------------------------------------------------------------------------
 /// Softmax attention over a flat batch of sequences; query head `h` uses key/value head `h / (heads/kv_heads)`. A
@@ -497,7 +508,8 @@ attention: attention_fwd(AttentionFwd<'a>) flop |s| attention_flop(2, s.max_q, s
     head_dim: usize = "at least 1",
     /// Longest query sequence.
     max_q: usize,
-    /// Longest key sequence.
+    /// Longest key sequence; with `len_k` the most keys that a sequence may have, now or when a recorded call is
+    /// replayed.
     max_k: usize,
     /// Factor on the scores.
     scale: f64,

@@ -1,7 +1,7 @@
 //! A Qwen2-style decoder on flat packed batches (arXiv 2412.15115).
 
 use crate::autograd::{Tape, Var};
-use crate::backend::{Cast, Kernels, Stream};
+use crate::backend::{Kernels, PutRows, Role, Stream};
 use crate::config::LlmConfig;
 use crate::error::{Error, Result};
 use crate::nn::{Init, Linear, Param, ParamBuilder, Params, RmsNorm};
@@ -46,8 +46,8 @@ impl Block {
 pub enum Keys<'a> {
     /// The batch itself, which holds whole sequences.
     Batch(&'a Seqs),
-    /// The same, and they are stored in a cache as its prompts.
-    Kept(&'a Seqs, &'a Cache),
+    /// The same, and they are stored in a cache, each position in the row of the third `[N]` i32; negative: in none.
+    Kept(&'a Seqs, &'a Cache, &'a Tensor),
     /// A cache, into which those of the batch, one row per sequence, are stored first.
     Cached(&'a Cache),
 }
@@ -57,86 +57,79 @@ impl Keys<'_> {
     fn attention(self, t: &Tape, layer: usize, qkv: &Var, h: Heads) -> Result<Var> {
         match self {
             Keys::Batch(seqs) => ops::attention(t, qkv, seqs, h),
-            Keys::Kept(seqs, cache) => {
-                cache.keep_prompts(t.dev(), layer, qkv.value(), h)?;
+            Keys::Kept(seqs, cache, rows) => {
+                cache.keep(t.dev(), layer, qkv.value(), h, rows)?;
                 ops::attention(t, qkv, seqs, h)
             }
             Keys::Cached(cache) => {
-                cache.keep_column(t.dev(), layer, qkv.value(), h)?;
-                let rows =
-                    cache.layers[layer].reshape([cache.lengths.len() * cache.slots.max, cache.width])?;
-                ops::cached_attention(t, qkv, &rows, &cache.queries, &cache.slots, h)
+                cache.keep(t.dev(), layer, qkv.value(), h, &cache.slots.row)?;
+                ops::cached_attention(t, qkv, &cache.layers[layer], &cache.queries, &cache.slots, h)
             }
         }
     }
 }
 
-/// Keys and values of all positions of S sequences so far. Each sequence has a slot with a column for every position
-/// it may reach. Prompts end at the same column of all slots, so that a decoding step writes a single column.
+/// Keys and values of all positions of S sequences so far. Each sequence has a slot with a row for every position that
+/// it may reach, from its first position on. Which rows a step reads and writes is known on the device only, so that
+/// the work of a step is the same every time.
 pub struct Cache {
-    /// `[S, columns * 2 kv D]` per layer: key and value of a position side by side.
+    /// `[S * max, 2 kv D]` per layer: key and value of a position side by side.
     layers: Vec<Tensor>,
     /// Size of the key and value of a position, 2 kv D.
     width: usize,
-    /// Length of each sequence.
-    lengths: Vec<usize>,
-    /// Columns in use.
-    columns: usize,
+    /// Positions of the longest sequence.
+    used: usize,
     /// One query per sequence.
     queries: Seqs,
     slots: Slots,
 }
 
 impl Cache {
-    fn new(t: &Tape, cfg: &LlmConfig, prompts: Vec<usize>, more: usize) -> Result<Self> {
+    /// A cache for prompts of these lengths and `more` positions.
+    fn new(t: &Tape, cfg: &LlmConfig, prompts: &[usize], more: usize) -> Result<Self> {
         if prompts.is_empty() || prompts.contains(&0) {
             let got = format!("sequences of {prompts:?} tokens");
             return Err(Error::arg("prefill", "prompts", got, "at least one token in each"));
         }
         let (s, width) = (prompts.len(), 2 * cfg.kv_heads * cfg.head_dim);
-        let columns = prompts.iter().copied().max().unwrap_or(0);
-        let offsets: Vec<usize> = prompts.iter().map(|n| columns - n).collect();
-        let slots = Slots::new(t.dev(), &offsets, columns.saturating_add(more))?;
+        let used = prompts.iter().copied().max().unwrap_or(0);
+        let slots = Slots::new(t.dev(), prompts, used.saturating_add(more))?;
         let layers =
-            (0..cfg.layers).map(|_| t.act([s, slots.max.saturating_mul(width)])).collect::<Result<_>>()?;
+            (0..cfg.layers).map(|_| t.act([s.saturating_mul(slots.max), width])).collect::<Result<_>>()?;
         let queries = Seqs::new(t.dev(), &vec![1; s])?;
-        Ok(Cache { layers, width, lengths: prompts, columns, queries, slots })
+        Ok(Cache { layers, width, used, queries, slots })
     }
 
     /// The number of sequences, S.
     pub fn sequences(&self) -> usize {
-        self.lengths.len()
+        self.slots.len.dims().numel()
     }
 
-    /// Adds a column for the next position of every sequence.
+    /// The rows `[n]` of the prompts' positions in a flat batch of n rows, of which the last may be padding.
+    fn prompt_rows(&self, dev: &dyn Kernels, prompts: &[usize], n: usize) -> Result<Tensor> {
+        // `Slots::new` has checked that rows fit.
+        let rows = prompts.iter().enumerate().flat_map(|(s, &len)| {
+            let start = s * self.slots.max;
+            (start..start + len).map(|row| row as i32)
+        });
+        let rows: Vec<i32> = rows.chain(std::iter::repeat(-1)).take(n).collect();
+        Tensor::from_host(dev, Role::Input, &rows, [n])
+    }
+
+    /// Adds a row for the next position of every sequence.
     fn advance(&mut self, dev: &dyn Kernels) -> Result<()> {
-        if self.columns == self.slots.max {
-            let got = format!("full, with {} columns", self.columns);
+        if self.used == self.slots.max {
+            let got = format!("full, with {} positions", self.used);
             return Err(Error::arg("decode", "cache", got, "one made for more positions"));
         }
-        self.columns += 1;
-        self.lengths.iter_mut().for_each(|n| *n += 1);
-        self.slots.set(dev, &self.lengths)
+        self.used += 1;
+        self.slots.advance(dev)
     }
 
-    /// Copies the keys and values of whole sequences into the cache.
-    fn keep_prompts(&self, dev: &dyn Kernels, layer: usize, qkv: &Tensor, h: Heads) -> Result<()> {
-        let kv = qkv.columns(h.query * h.dim, self.width)?;
-        let mut at = 0;
-        for (s, &n) in self.lengths.iter().enumerate() {
-            let slot = self.layers[layer].rows(s, 1)?.reshape([self.slots.max, self.width])?;
-            let (x, y) = (kv.rows(at, n)?, slot.rows(self.columns - n, n)?);
-            dev.cast(Stream::COMPUTE, &Cast { x: x.view(), y: y.out() })?;
-            at += n;
-        }
-        Ok(())
-    }
-
-    /// Copies the keys and values of one position of every sequence into the cache.
-    fn keep_column(&self, dev: &dyn Kernels, layer: usize, qkv: &Tensor, h: Heads) -> Result<()> {
+    /// Copies the keys and values of `qkv` `[N, (query + 2 kv) D]` into the rows `[N]` i32 of the cache.
+    fn keep(&self, dev: &dyn Kernels, layer: usize, qkv: &Tensor, h: Heads, rows: &Tensor) -> Result<()> {
         let x = qkv.columns(h.query * h.dim, self.width)?;
-        let y = self.layers[layer].columns((self.columns - 1) * self.width, self.width)?;
-        dev.cast(Stream::COMPUTE, &Cast { x: x.view(), y: y.out() })
+        dev.put_rows(Stream::COMPUTE, &PutRows { x: x.view(), idx: rows.view(), y: self.layers[layer].acc() })
     }
 }
 
@@ -230,9 +223,10 @@ impl Llm {
         more: usize,
     ) -> Result<(Var, Cache)> {
         let cu = seqs.cu.to_host::<i32>(t.dev())?;
-        let prompts = cu.windows(2).map(|w| (w[1] - w[0]) as usize).collect();
-        let cache = Cache::new(t, &self.cfg, prompts, more)?;
-        Ok((self.forward(t, p, x, position, Keys::Kept(seqs, &cache))?, cache))
+        let prompts: Vec<usize> = cu.windows(2).map(|w| (w[1] - w[0]) as usize).collect();
+        let cache = Cache::new(t, &self.cfg, &prompts, more)?;
+        let rows = cache.prompt_rows(t.dev(), &prompts, x.dims().rows())?;
+        Ok((self.forward(t, p, x, position, Keys::Kept(seqs, &cache, &rows))?, cache))
     }
 
     /// Decodes one more position of every sequence in a cache: `x` `[S, C]` to `[S, C]`.

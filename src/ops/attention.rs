@@ -2,7 +2,7 @@
 
 use super::{S, expect_rank};
 use crate::autograd::{Tape, Var};
-use crate::backend::{AttentionBwd, AttentionFwd, DType, Kernels, Role, Stream};
+use crate::backend::{AttentionBwd, AttentionFwd, CountUp, Kernels, Role, Stream};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
@@ -139,7 +139,8 @@ pub fn attention(tape: &Tape, qkv: &Var, seqs: &Seqs, h: Heads) -> Result<Var> {
     }))
 }
 
-/// Positions of the keys of sequences in a cache.
+/// Places of the keys of S sequences in a cache: consecutive slots of `max` rows, filled from the first row on. All
+/// that changes from step to step is on the device, so that a step can be recorded.
 #[derive(Clone, Debug)]
 pub struct Slots {
     /// `[S+1]` i32 first row of each sequence; kernels ignore the last element.
@@ -150,29 +151,33 @@ pub struct Slots {
     pub max: usize,
     /// `[S]` i32 positions of the last keys, `len - 1`.
     pub position: Tensor,
-    /// `len` and `position` in one tensor.
-    both: Tensor,
+    /// `[S]` i32 rows of the last keys, `start + len - 1`.
+    pub row: Tensor,
+    /// `len`, `position` and `row` in one tensor.
+    state: Tensor,
 }
 
 impl Slots {
-    /// Consecutive slots of `max` rows; the keys of sequence s begin `offsets[s]` rows into its slot.
-    pub fn new(dev: &dyn Kernels, offsets: &[usize], max: usize) -> Result<Self> {
-        let n = offsets.len();
-        let ends = offsets
-            .iter()
-            .chain([&0])
-            .enumerate()
-            .map(|(s, at)| row(s.saturating_mul(max).saturating_add(*at)));
-        let start = Tensor::from_host(dev, Role::Input, &ends.collect::<Result<Vec<_>>>()?, [n + 1])?;
-        let both = Tensor::zeros(dev, Role::Input, DType::I32, [2 * n])?;
-        Ok(Slots { start, len: both.range(0, n)?, max, position: both.range(n, n)?, both })
+    /// Slots whose first `lengths[s]` rows hold keys.
+    pub fn new(dev: &dyn Kernels, lengths: &[usize], max: usize) -> Result<Self> {
+        let n = lengths.len();
+        if let Some(most) = lengths.iter().copied().find(|&len| len > max) {
+            return Err(Error::arg("Slots", "lengths", most, format!("at most the {max} rows of a slot")));
+        }
+        let starts = (0..=n).map(|s| row(s.saturating_mul(max))).collect::<Result<Vec<_>>>()?;
+        let len = lengths.iter().map(|&n| row(n)).collect::<Result<Vec<_>>>()?;
+        let position = len.iter().map(|n| n - 1);
+        let rows = position.clone().zip(&starts).map(|(p, start)| start + p);
+        let state: Vec<i32> = len.iter().copied().chain(position).chain(rows).collect();
+        let start = Tensor::from_host(dev, Role::Input, &starts, [n + 1])?;
+        let state = Tensor::from_host(dev, Role::Input, &state, [3 * n])?;
+        let [len, position, row] = [0, n, 2 * n].map(|at| state.range(at, n));
+        Ok(Slots { start, len: len?, max, position: position?, row: row?, state })
     }
 
-    /// Sets the number of keys of each sequence, in one copy to the device.
-    pub fn set(&self, dev: &dyn Kernels, lengths: &[usize]) -> Result<()> {
-        let len = lengths.iter().map(|&n| row(n)).collect::<Result<Vec<_>>>()?;
-        let both: Vec<i32> = len.iter().copied().chain(len.iter().map(|n| n - 1)).collect();
-        dev.copy_in(Stream::COMPUTE, bytemuck::cast_slice(&both), self.both.out())
+    /// Adds a key to each sequence, on the device.
+    pub fn advance(&self, dev: &dyn Kernels) -> Result<()> {
+        dev.count_up(S, &CountUp { x: self.state.acc() })
     }
 }
 

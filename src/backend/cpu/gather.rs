@@ -1,11 +1,11 @@
-//! Table look-ups by row index: embeddings and their gradients.
+//! Rows by index: embeddings and their gradients, rows of a cache; and indices that count.
 
 use rayon::prelude::*;
 
 use super::workspace::no_workspace;
 use super::*;
 
-no_workspace!(gather_fwd(GatherFwd), gather_bwd(GatherBwd));
+no_workspace!(gather_fwd(GatherFwd), gather_bwd(GatherBwd), put_rows(PutRows), count_up(CountUp));
 
 /// Rows that one task copies.
 const ROWS: usize = 64;
@@ -16,6 +16,19 @@ pub(super) fn gather_fwd(_ws: &Workspace, a: &GatherFwd) -> Result<()> {
 
 pub(super) fn gather_bwd(_ws: &Workspace, a: &GatherBwd) -> Result<()> {
     by_dtype!("gather_bwd", a.dy.dtype, E => bwd::<E>(a))
+}
+
+pub(super) fn put_rows(_ws: &Workspace, a: &PutRows) -> Result<()> {
+    by_dtype!("put_rows", a.x.dtype, E => put::<E>(a))
+}
+
+pub(super) fn count_up(_ws: &Workspace, a: &CountUp) -> Result<()> {
+    let x = rows_mut::<i32>("count_up", "x", &a.x.0)?;
+    for r in 0..x.rows {
+        // SAFETY: one thread writes all rows.
+        unsafe { x.row(r) }.iter_mut().for_each(|v| *v = v.wrapping_add(1));
+    }
+    Ok(())
 }
 
 /// The indices, checked against the number of rows of the table.
@@ -42,6 +55,19 @@ fn fwd<E: Elem>(a: &GatherFwd) -> Result<()> {
             }
         }
     });
+    Ok(())
+}
+
+fn put<E: Elem>(a: &PutRows) -> Result<()> {
+    let op = "put_rows";
+    let x = rows::<E>(op, "x", &a.x)?;
+    let y = rows_mut::<E>(op, "y", &a.y.0)?;
+    for (n, &i) in indices(op, &a.idx, y.rows)?.iter().enumerate() {
+        if let Ok(i) = usize::try_from(i) {
+            // SAFETY: `indices` checked the range, and one thread writes all rows.
+            unsafe { y.row(i) }.copy_from_slice(x.row(n));
+        }
+    }
     Ok(())
 }
 
@@ -107,6 +133,31 @@ mod tests {
                 },
             );
         }
+    }
+
+    #[test]
+    fn rows_of_a_table_are_replaced() {
+        check(
+            &[act([3, 2], normal(1, 6)), int([3], vec![4.0, -1.0, 0.0]), act([5, 2], normal(2, 10))],
+            |v| {
+                let mut y = v[2].clone();
+                y[8..].copy_from_slice(&v[0][..2]);
+                y[..2].copy_from_slice(&v[0][4..]);
+                vec![y]
+            },
+            |dev, _, t| {
+                dev.put_rows(S, &PutRows { x: t[0].view(), idx: t[1].view(), y: t[2].acc() })?;
+                Ok(vec![t[2].clone()])
+            },
+        );
+    }
+
+    #[test]
+    fn indices_count_up_and_wrap() {
+        let dev = Cpu::poisoned(2).unwrap();
+        let x = Tensor::from_host(&dev, Role::Input, &[-1, 7, i32::MAX], [3]).unwrap();
+        dev.count_up(S, &CountUp { x: x.acc() }).unwrap();
+        assert_eq!(x.to_host::<i32>(&dev).unwrap(), [0, 8, i32::MIN]);
     }
 
     #[test]

@@ -1500,6 +1500,50 @@ impl Default for ett_gather_bwd_args {
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct ett_put_rows_args {
+    pub x: ett_view,
+    pub idx: ett_view,
+    pub y: ett_view,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ett_put_rows_args"][::std::mem::size_of::<ett_put_rows_args>() - 168usize];
+    ["Alignment of ett_put_rows_args"][::std::mem::align_of::<ett_put_rows_args>() - 8usize];
+    ["Offset of field: ett_put_rows_args::x"][::std::mem::offset_of!(ett_put_rows_args, x) - 0usize];
+    ["Offset of field: ett_put_rows_args::idx"][::std::mem::offset_of!(ett_put_rows_args, idx) - 56usize];
+    ["Offset of field: ett_put_rows_args::y"][::std::mem::offset_of!(ett_put_rows_args, y) - 112usize];
+};
+impl Default for ett_put_rows_args {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct ett_count_up_args {
+    pub x: ett_view,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ett_count_up_args"][::std::mem::size_of::<ett_count_up_args>() - 56usize];
+    ["Alignment of ett_count_up_args"][::std::mem::align_of::<ett_count_up_args>() - 8usize];
+    ["Offset of field: ett_count_up_args::x"][::std::mem::offset_of!(ett_count_up_args, x) - 0usize];
+};
+impl Default for ett_count_up_args {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct ett_attention_fwd_args {
     pub q: ett_view,
     pub k: ett_view,
@@ -2666,6 +2710,10 @@ unsafe extern "C" {
     pub fn ett_gather_fwd(args: *const ett_gather_fwd_args, launch: *const ett_launch) -> i32;
     pub fn ett_gather_bwd_workspace(args: *const ett_gather_bwd_args) -> i64;
     pub fn ett_gather_bwd(args: *const ett_gather_bwd_args, launch: *const ett_launch) -> i32;
+    pub fn ett_put_rows_workspace(args: *const ett_put_rows_args) -> i64;
+    pub fn ett_put_rows(args: *const ett_put_rows_args, launch: *const ett_launch) -> i32;
+    pub fn ett_count_up_workspace(args: *const ett_count_up_args) -> i64;
+    pub fn ett_count_up(args: *const ett_count_up_args, launch: *const ett_launch) -> i32;
     pub fn ett_attention_fwd_workspace(args: *const ett_attention_fwd_args) -> i64;
     pub fn ett_attention_fwd(args: *const ett_attention_fwd_args, launch: *const ett_launch) -> i32;
     pub fn ett_attention_bwd_workspace(args: *const ett_attention_bwd_args) -> i64;

@@ -228,12 +228,11 @@ impl Batch {
 fn cases(of: fn(Batch) -> Case) -> Vec<Case> {
     const MIXED: &[(usize, usize)] = &[(7, 7), (0, 0), (5, 11), (1, 13)];
     const SHORT: &[(usize, usize)] = &[(7, 3), (0, 2), (2, 0), (4, 4)];
-    let first = [(64, true), (64, false), (128, true)].map(|(head_dim, causal)| Batch {
-        head_dim,
-        causal,
-        seqs: &[(17, 17), (3, 5)],
-        ..BATCH
-    });
+    // Every width of a tile.
+    const WIDTHS: [(usize, bool); 6] =
+        [(64, true), (64, false), (128, true), (256, false), (256, true), (512, true)];
+    let first =
+        WIDTHS.map(|(head_dim, causal)| Batch { head_dim, causal, seqs: &[(17, 17), (3, 5)], ..BATCH });
     let small = [
         Batch { seqs: &[(1, 1)], ..BATCH },
         Batch { seqs: MIXED, padding: (2, 3), ..BATCH },
@@ -248,6 +247,17 @@ fn cases(of: fn(Batch) -> Case) -> Vec<Case> {
         Batch { seqs: &[(3, 257), (2, 1)], head_dim: 128, ..BATCH },
         Batch { seqs: &[(16, 16), (1, 40)], heads: 12, kv_heads: 2, head_dim: 128, ..BATCH },
         Batch { seqs: &[(9, 21)], head_dim: 16, ..BATCH },
+        // Head dimensions that are padded, and tails of tiles of 128, 64 and 32 rows.
+        Batch { seqs: &[(19, 33), (70, 70)], head_dim: 8, ..BATCH },
+        Batch { seqs: &[(40, 40), (9, 70)], head_dim: 40, causal: false, ..BATCH },
+        Batch { seqs: &[(33, 129), (0, 3)], head_dim: 96, heads: 6, kv_heads: 2, ..BATCH },
+        Batch { seqs: &[(130, 70), (3, 0), (5, 5)], head_dim: 160, ..BATCH },
+        Batch { seqs: MIXED, head_dim: 160, padding: (2, 3), ..BATCH },
+        Batch { seqs: SHORT, head_dim: 256, heads: 6, kv_heads: 2, padding: (1, 0), ..BATCH },
+        Batch { seqs: SHORT, head_dim: 320, causal: false, padding: (0, 2), ..BATCH },
+        Batch { seqs: &[(65, 33), (2, 140)], head_dim: 320, heads: 1, ..BATCH },
+        Batch { seqs: &[(33, 65), (0, 0), (129, 35)], head_dim: 512, heads: 1, causal: false, ..BATCH },
+        Batch { seqs: &[(0, 0), (0, 4)], head_dim: 512, padding: (3, 0), ..BATCH },
         Batch { seqs: &[(0, 0), (0, 4)], padding: (3, 0), ..BATCH },
         Batch { seqs: &[], padding: (2, 2), ..BATCH },
         Batch { seqs: &[], ..BATCH },
@@ -257,6 +267,9 @@ fn cases(of: fn(Batch) -> Case) -> Vec<Case> {
         LONG,
         Batch { seqs: &[(1, 1537), (1, 64), (1, 1000), (3, 700)], ..QWEN },
         Batch { seqs: &[(257, 257), (257, 257)], heads: 16, kv_heads: 16, causal: false, ..BATCH },
+        // The tokenizer's.
+        Batch { seqs: &[(256, 256), (400, 400)], heads: 1, head_dim: 512, causal: false, ..BATCH },
+        Batch { seqs: &[(300, 300), (100, 513)], heads: 4, kv_heads: 2, head_dim: 256, ..BATCH },
     ];
     // Scores up to 80 and beyond.
     let peaked = Batch { seqs: &[(33, 65)], boost: 20.0, ..BATCH };
@@ -275,19 +288,29 @@ const LONG: Batch = Batch { seqs: &[(1031, 1031)], ..QWEN };
 /// Keys in the slots of a cache, among rows of NaN: prompts, and one query per sequence.
 fn cached() -> Vec<Case> {
     const EDGES: &[(usize, usize)] = &[(1, 1), (1, 63), (1, 64), (1, 65), (1, 0)];
-    let first = Batch { seqs: &[(1, 7), (1, 3)], room: Some(2), ..BATCH };
+    const FEW: &[(usize, usize)] = &[(3, 200), (2, 129), (0, 5), (16, 130), (4, 2)];
+    let first =
+        [64, 128, 320].map(|head_dim| Batch { seqs: &[(1, 7), (1, 3)], room: Some(2), head_dim, ..BATCH });
     let small = [
         Batch { seqs: EDGES, room: Some(3), ..BATCH },
         Batch { seqs: EDGES, room: Some(0), heads: 6, kv_heads: 2, head_dim: 128, causal: false, ..BATCH },
         Batch { seqs: &[(0, 2), (3, 3), (2, 5), (4, 1), (1, 129)], room: Some(70), padding: (2, 5), ..BATCH },
         Batch { seqs: &[(65, 65), (63, 127)], room: Some(1), head_dim: 32, ..BATCH },
         Batch { seqs: &[(1, 20), (1, 9)], room: Some(4), head_dim: 9, ..BATCH },
+        // A few queries for each sequence, whose keys take several blocks; more rows than a tile has.
+        Batch { seqs: FEW, room: Some(0), heads: 12, kv_heads: 2, head_dim: 40, ..BATCH },
+        Batch { seqs: FEW, room: Some(9), heads: 6, kv_heads: 2, head_dim: 128, padding: (1, 2), ..BATCH },
+        Batch { seqs: FEW, room: Some(0), heads: 20, kv_heads: 1, head_dim: 72, causal: false, ..BATCH },
+        Batch { seqs: &[(1, 150), (2, 65)], room: Some(1), head_dim: 256, ..BATCH },
+        Batch { seqs: &[(1, 70), (2, 1)], room: Some(1), head_dim: 512, heads: 1, ..BATCH },
         Batch { seqs: &[(0, 0), (1, 0)], room: Some(1), ..BATCH },
         Batch { seqs: &[], room: Some(1), padding: (2, 3), ..BATCH },
     ];
     let large = Batch { seqs: &[(1, 1025), (1, 1), (1, 64), (1, 700), (1, 1536)], room: Some(512), ..QWEN };
-    let (first, large) = (first.fwd().from(Size::Sanitizer), large.fwd().from(Size::Full));
-    [first, large].into_iter().chain(small.map(Batch::fwd)).collect()
+    let peaked = Batch { boost: 20.0, ..small[8] };
+    let first = first.map(|b| b.fwd().from(Size::Sanitizer));
+    let rest = [large.fwd().from(Size::Full), peaked.fwd().named("peaked")];
+    first.into_iter().chain(small.map(Batch::fwd)).chain(rest).collect()
 }
 
 pub fn fwd() -> Vec<Case> {

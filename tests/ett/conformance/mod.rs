@@ -121,6 +121,8 @@ pub const TABLE: &[Kernel] = &[
     kernel("rope", rows::rope, rows::rope_sample),
     kernel("gather_fwd", rows::gather_fwd, rows::gather_fwd_sample),
     kernel("gather_bwd", rows::gather_bwd, rows::gather_bwd_sample),
+    kernel("put_rows", rows::put_rows, rows::put_rows_sample),
+    kernel("count_up", rows::count_up, rows::count_up_sample),
     kernel("attention_fwd", attention::fwd, attention::fwd_sample),
     kernel("attention_bwd", attention::bwd, attention::bwd_sample),
     kernel("linear_xent_fwd", xent::fwd, xent::fwd_sample),

@@ -1,6 +1,6 @@
 //! Operations on rows by position and by index.
 
-use ett::backend::{GatherBwd, GatherFwd, Rope, Stream};
+use ett::backend::{CountUp, DType, GatherBwd, GatherFwd, PutRows, Rope, Stream};
 
 use super::Size;
 use super::case::{Case, Draw, EVERY, Judge, Layout, Runs, Type, act, add, int, near, out};
@@ -256,4 +256,51 @@ pub fn gather_bwd() -> Vec<Case> {
 
 pub fn gather_bwd_sample() -> Case {
     plain_indices(gather_bwd_case([3, 4, 5]), 3)
+}
+
+/// `n` rows to rows of a table that are spread over it in another order; every fifth is skipped.
+fn put_rows_case([n, r, c]: Shape) -> Case {
+    Case::new(
+        format!("{n} into [{r}, {c}]"),
+        move |d| {
+            let to = |i: usize| if i % 5 == 3 { -1 } else { (r - 1 - i * r / n) as i32 };
+            vec![
+                act("x", [n, c], d.normal(n * c)),
+                int("idx", (0..n).map(to).collect()),
+                add("y", Type::Act, [r, c], d.normal(r * c), super::case::Judge::Exact),
+            ]
+        },
+        |dev, v| dev.put_rows(S, &PutRows { x: v.input("x"), idx: v.input("idx"), y: v.acc("y") }),
+    )
+}
+
+pub fn put_rows() -> Vec<Case> {
+    let small = [[1, 1, 1], [3, 3, 8], [0, 2, 4], [7, 9, 5], [33, 40, 64], [20, 70, 256], [4, 4, 0]];
+    let first = put_rows_case([5, 7, 16]).from(Size::Sanitizer).runs(COPIED);
+    let large = put_rows_case([513, 3000, 512]).from(Size::Full).runs(COPIED_LARGE);
+    [first, large].into_iter().chain(small.map(|shape| put_rows_case(shape).runs(COPIED))).collect()
+}
+
+pub fn put_rows_sample() -> Case {
+    plain_indices(put_rows_case([2, 4, 5]), 2)
+}
+
+fn count_up_case(n: usize) -> Case {
+    Case::new(
+        format!("{n}"),
+        move |_| {
+            let start = (0..n).map(|i| if i == 1 { f64::from(i32::MAX) } else { i as f64 - 3.0 }).collect();
+            vec![add("x", Type::Is(DType::I32), [n], start, super::case::Judge::Exact)]
+        },
+        |dev, v| dev.count_up(S, &CountUp { x: v.acc("x") }),
+    )
+}
+
+pub fn count_up() -> Vec<Case> {
+    let first = count_up_case(5).from(Size::Sanitizer).runs(COPIED);
+    [first].into_iter().chain([0, 1, 96, 1000].map(|n| count_up_case(n).runs(COPIED))).collect()
+}
+
+pub fn count_up_sample() -> Case {
+    count_up_case(3)
 }
