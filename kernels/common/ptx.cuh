@@ -77,6 +77,17 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
 #endif
 }
 
+// tanh(x), approximate (error 2^-11).
+__device__ __forceinline__ float tanh_approx(float x) {
+#ifdef ETT_SHIM
+    return tanhf(x);
+#else
+    float y;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
 // v, as a value of which the compiler knows nothing: what is computed from it is not moved out of a loop, into registers
 // that are few.
 __device__ __forceinline__ int opaque(int v) {

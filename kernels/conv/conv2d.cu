@@ -170,8 +170,8 @@ constexpr int kMostTaps = 8;    // rows and columns of taps, so that at least 9 
 constexpr int kMostOutputs = 8;
 
 // Multiplies a region of kSide x kSide pixels by the weights of all taps and outputs, then adds for each position in it
-// the products of its taps.
-template <class Tile>
+// the products of its taps. NORM: the pixels are normalised in shared memory, with scale and shift after the stages.
+template <class Tile, bool NORM>
 __global__ void __launch_bounds__(Tile::kThreads, 256 / Tile::kThreads) few_kernel(const __grid_constant__ Product<typename Tile::Type> p) {
     using T = typename Tile::Type;
     constexpr int kPieces = Tile::kDepth / kWide<T>, kAtOnce = Tile::kThreads / kPieces;
@@ -211,7 +211,22 @@ __global__ void __launch_bounds__(Tile::kThreads, 256 / Tile::kThreads) few_kern
             from += Tile::kDepth;
             c += Tile::kDepth;
         };
-        gemm::pipeline(acc, (g.c + Tile::kDepth - 1) / Tile::kDepth, fill, smem);
+        const int64_t steps = (g.c + Tile::kDepth - 1) / Tile::kDepth;
+        if constexpr (NORM) {
+            float* const smem_norm = reinterpret_cast<float*>(smem + Tile::kSmem);
+            norm_table<T, Tile::kThreads>(smem_norm, p.norm, image, 0, g.c);
+            auto prepare = [&](int64_t s, unsigned char* stage) {
+                const int channel = int(s) * Tile::kDepth + piece * kWide<T>;
+                if (channel >= g.c) return;
+#pragma unroll 2
+                for (int r = 0; r < Tile::kRows / kAtOnce; ++r)
+                    if (g.inside(y + r * (kAtOnce / kSide), x))
+                        activate(reinterpret_cast<T*>(stage + gemm::swizzled<kPieces>(at + r * kAtOnce, piece)), smem_norm + channel * 2);
+            };
+            prepared_pipeline(acc, steps, fill, prepare, smem);
+        } else {
+            gemm::pipeline(acc, steps, fill, smem);
+        }
     }
 
     float* const smem_products = reinterpret_cast<float*>(smem);  // [O, taps][pixel]
@@ -221,17 +236,28 @@ __global__ void __launch_bounds__(Tile::kThreads, 256 / Tile::kThreads) few_kern
 #pragma unroll
         for (int i = 0; i < Tile::kAccRows; ++i) smem_products[Tile::col(j) * kLine + Tile::row(i)] = acc.at(i, j);
     __syncthreads();  // the products are visible
-    for (int n = int(threadIdx.x); n < rows * cols * p.outputs; n += Tile::kThreads) {
-        const int at = n / p.outputs, o = n - at * p.outputs, i = at / cols, j = at - i * cols;
+    const bool square = g.taps_y == 3 && g.taps_x == 3;  // whose loads are in flight together
+    for (int at = int(threadIdx.x); at < rows * cols; at += Tile::kThreads) {
+        const int i = at / cols, j = at - i * cols;
         if (row0 + i >= g.rows || col0 + j >= g.cols) continue;
-        const float* from = smem_products + o * taps * kLine + i * kSide + j;
-        float sum = 0.f;
-        for (int u = 0; u < g.taps_y; ++u, from += kSide)
-            for (int v = 0; v < g.taps_x; ++v) sum += from[(u * g.taps_x + v) * kLine + v];
-        if (p.bias) sum += to_float(p.bias[o]);
         const int64_t pixel = (int64_t(image) * p.out_h + (row0 + i) * p.out_step + phase.first_y) * p.out_w + (col0 + j) * p.out_step + phase.first_x;
-        if (p.residual.ptr) sum += to_float(p.residual.row(pixel)[o]);
-        p.y[pixel * p.ld + o] = from_float<T>(sum);
+        for (int o = 0; o < p.outputs; ++o) {
+            const float* from = smem_products + o * taps * kLine + i * kSide + j;
+            float sum = 0.f;
+            if (square) {
+                float tap[9];
+#pragma unroll
+                for (int n = 0; n < 9; ++n) tap[n] = from[n * kLine + n / 3 * kSide + n % 3];
+#pragma unroll
+                for (int n = 0; n < 9; ++n) sum += tap[n];
+            } else {
+                for (int u = 0; u < g.taps_y; ++u, from += kSide)
+                    for (int v = 0; v < g.taps_x; ++v) sum += from[(u * g.taps_x + v) * kLine + v];
+            }
+            if (p.bias) sum += to_float(p.bias[o]);
+            if (p.residual.ptr) sum += to_float(p.residual.row(pixel)[o]);
+            p.y[pixel * p.ld + o] = from_float<T>(sum);
+        }
     }
 }
 
@@ -297,14 +323,14 @@ transpose_kernel(const T* w, int64_t ld, int outputs, int taps_y, int taps_x, in
 
 // ---- host ------------------------------------------------------------------------------------------------
 
-// `positions`: of all phases. `halo`, `few`: these kernels support the call; `vectors`: those of whole pieces do.
-const char* choose_conv2d_config(int64_t positions, int64_t outputs, bool vectors, bool halo, bool few, int32_t dtype, int multiprocessors) {
+// `positions`: of all phases. `halo`, `few`, `first`: these kernels support the call; `vectors`: those of whole pieces do.
+const char* choose_conv2d_config(int64_t positions, int64_t outputs, bool vectors, bool halo, bool few, bool first, int32_t dtype, int multiprocessors) {
     if (few) return "few";
+    if (first && outputs > kMostOutputs) return "first";
     if (!vectors) return halo ? "halo" : "plain";
     const bool narrow = outputs <= 64;
     const int64_t cols = narrow || dtype != ETT_BF16 ? 64 : 128;
-    if (ceil_div(positions, 128) * ceil_div(outputs, cols) < multiprocessors) return "small";
-    return halo ? "halo" : narrow ? "medium" : "large";
+    return ceil_div(positions, 128) * ceil_div(outputs, cols) < multiprocessors ? "small" : narrow ? "medium" : "large";
 }
 
 // The phases of a launch, and where their weights lie.
@@ -322,7 +348,15 @@ struct Fused {
     float* partials;           // of halo_kernel; null: none
 };
 
-// The number of tiles of an image of halo_kernel.
+// Whether first_kernel supports a product of x.
+bool first_shape(const ett_view& x, int64_t taps_y, int64_t taps_x, int64_t step) {
+    return x.dtype == ETT_BF16 && taps_y == 3 && taps_x == 3 && step == 1 && cols(x) == halo::kFewInputs;
+}
+
+// Whether an implementation is one of halo.cuh.
+bool in_tiles(const char* kernel) { return strcmp(kernel, "halo") == 0 || strcmp(kernel, "first") == 0; }
+
+// The number of tiles of an image of halo_kernel and first_kernel.
 channels::Tiles halo_tiles(int64_t rows, int64_t cols) { return {rows, cols, halo::kLines, halo::kAcross}; }
 
 // Whether halo_kernel supports a product of x, as far as shapes say so.
@@ -331,7 +365,7 @@ bool halo_shape(const ett_view& x, int64_t outputs, int64_t taps_y, int64_t taps
            cols(x) <= halo::kMostChannels && outputs <= halo::kMostOutputs;
 }
 
-int32_t run_halo(const char* op, const ett_view& x, const bf16* w, const ett_view* bias, const ett_view& y, const Grid& g, const Fused& fused,
+int32_t run_tiles(const char* op, bool first, const ett_view& x, const bf16* w, const ett_view* bias, const ett_view& y, const Grid& g, const Fused& fused,
                  const ett_launch* l) {
     const bool through = fused.through, normed = !through && present(fused.norm.mean);
     const ett_view& extra = through ? *fused.through : fused.residual;
@@ -358,25 +392,25 @@ int32_t run_halo(const char* op, const ett_view& x, const bf16* w, const ett_vie
     const auto go = [&](auto k, int smem, int64_t cols) {
         return launch(op, k, dim3(unsigned(blocks * ceil_div(o, cols))), dim3(halo::kThreads), smem, l, p);
     };
-    if (o <= 64 || blocks * ceil_div(o, 128) < multiprocessors())
-        return normed    ? go(halo::halo_kernel<64, true, false>, halo::smem_bytes<64, true, false>(g.c), 64)
-               : through ? go(halo::halo_kernel<64, false, true>, halo::smem_bytes<64, false, true>(g.c), 64)
-                         : go(halo::halo_kernel<64, false, false>, halo::smem_bytes<64, false, false>(g.c), 64);
-    return normed    ? go(halo::halo_kernel<128, true, false>, halo::smem_bytes<128, true, false>(g.c), 128)
-           : through ? go(halo::halo_kernel<128, false, true>, halo::smem_bytes<128, false, true>(g.c), 128)
-                     : go(halo::halo_kernel<128, false, false>, halo::smem_bytes<128, false, false>(g.c), 128);
+    if (first) {
+        const int smem = halo::Tile<64>::kBytesA + halo::Tile<64>::kBytesB + halo::kPositions * 64 * 2 + 64 * 16;
+        return through ? go(halo::first_kernel<true>, smem, 64) : go(halo::first_kernel<false>, smem, 64);
+    }
+    return o <= 64 || blocks * ceil_div(o, 128) < multiprocessors() ? go(halo::halo_kernel<64>, halo::smem_bytes<64>(g.c), 64)
+                                                                    : go(halo::halo_kernel<128>, halo::smem_bytes<128>(g.c), 128);
 }
 
-// y = convolution of x by w, padded weights, phase by phase. `kernel`: the implementation that was chosen. Only "halo" uses
-// `through` and `partials`.
+// y = convolution of x by w, padded weights, phase by phase. `kernel`: the implementation that was chosen. Only those of
+// halo.cuh use `through` and `partials`.
 int32_t run(const char* op, Check& check, const ett_view& x, const void* w, const ett_view* bias, const ett_view& y, int64_t out_step,
             const Layout* layouts, int64_t count, const Fused& fused, const char*& kernel, const ett_launch* l) {
     const int64_t o = cols(y);
     const bool normed = !fused.through && present(fused.norm.mean), vectors = wide(x) && !normed;
     const Grid& only = layouts[0].grid;
-    const bool halo = wide(x) && count == 1 && out_step == 1 && halo_shape(x, o, only.taps_y, only.taps_x, only.step);
+    const bool halo = normed && wide(x) && count == 1 && out_step == 1 && halo_shape(x, o, only.taps_y, only.taps_x, only.step);
+    const bool first = !normed && count == 1 && out_step == 1 && first_shape(x, only.taps_y, only.taps_x, only.step);
     // With a larger step there are several launches, and `few` might not support all of them.
-    bool few = vectors && o <= kMostOutputs && out_step <= 2;
+    bool few = wide(x) && o <= kMostOutputs && out_step <= 2 && (!normed || cols(x) <= halo::kMostChannels);
     int64_t positions = 0, most_taps = 0;
     for (int64_t i = 0; i < count; ++i) {
         const Grid& g = layouts[i].grid;
@@ -384,10 +418,10 @@ int32_t run(const char* op, Check& check, const ett_view& x, const void* w, cons
         positions += g.positions;
         most_taps = std::max<int64_t>(most_taps, int64_t(g.taps_y) * g.taps_x);
     }
-    const char* best = choose_conv2d_config(positions, o, vectors, halo, few, x.dtype, multiprocessors());
-    kernel = check.choose(l, best, {{"few", few}, {"halo", halo}, {"large", vectors}, {"medium", vectors}, {"small", vectors}, {"plain", true}});
+    const char* best = choose_conv2d_config(positions, o, vectors, halo, few, first, x.dtype, multiprocessors());
+    kernel = check.choose(l, best, {{"few", few}, {"first", first}, {"halo", halo}, {"large", vectors}, {"medium", vectors}, {"small", vectors}, {"plain", true}});
     if (!check.ok()) return check.status();
-    if (strcmp(kernel, "halo") == 0) return run_halo(op, x, static_cast<const bf16*>(w) + layouts[0].w, bias, y, only, fused, l);
+    if (in_tiles(kernel)) return run_tiles(op, strcmp(kernel, "first") == 0, x, static_cast<const bf16*>(w) + layouts[0].w, bias, y, only, fused, l);
     return with_act(x.dtype, [&](auto t) {
         using T = decltype(t);
         for (int64_t first = 0; first < count; first += kPhases) {
@@ -415,10 +449,12 @@ int32_t run(const char* op, Check& check, const ett_view& x, const void* w, cons
             };
             auto regions = [&](auto tile) {
                 using Tile = decltype(tile);
-                return go(few_kernel<Tile>, Tile::kThreads, Tile::kSmem, [&](const Grid& g) {
+                const auto tiles = [&](const Grid& g) {
                     const int64_t down = kSide + 1 - std::max(g.taps_y, 1), across = kSide + 1 - std::max(g.taps_x, 1);
                     return y.dims[0] * ceil_div(g.rows, down) * ceil_div(g.cols, across);
-                });
+                };
+                return normed ? go(few_kernel<Tile, true>, Tile::kThreads, Tile::kSmem + int(cols(x)) * 8, tiles)
+                              : go(few_kernel<Tile, false>, Tile::kThreads, Tile::kSmem, tiles);
             };
             using Sizes = Tiles<T>;
             const auto is = [&](const char* name) { return strcmp(kernel, name) == 0; };
@@ -493,16 +529,15 @@ int64_t weights_bytes(const ett_conv2d_bwd_data_args* a) {
 int64_t sums_bytes(const ett_conv2d_fwd_args* a) {
     if (!present(a->y_mean)) return 0;
     const channels::Planes s = planes(a);
-    const bool halo = halo_shape(a->x, a->w.dims[0], a->w.dims[1], a->w.dims[2], a->stride);
-    const int64_t of_halo = halo ? s.b * halo_tiles(a->y.dims[1], a->y.dims[2]).count * 2 * s.c * int64_t(sizeof(float)) : 0;
-    return std::max(channels::partials_bytes(s, a->y.dtype), of_halo);
+    const bool in_tiles = halo_shape(a->x, a->w.dims[0], a->w.dims[1], a->w.dims[2], a->stride) || first_shape(a->x, a->w.dims[1], a->w.dims[2], a->stride);
+    const int64_t of_tiles = in_tiles ? s.b * halo_tiles(a->y.dims[1], a->y.dims[2]).count * 2 * s.c * int64_t(sizeof(float)) : 0;
+    return std::max(channels::partials_bytes(s, a->y.dtype), of_tiles);
 }
 int64_t sums_bytes(const ett_conv2d_bwd_data_args* a) {
     if (!present(a->x) || numel(a->dx) == 0) return 0;
     const channels::Planes s = planes(a);
-    const bool halo = halo_shape(a->dy, a->w.dims[3], a->w.dims[1], a->w.dims[2], a->stride);
-    const int64_t of_halo = halo ? channels::BackwardSpace::bytes(s, halo_tiles(a->dx.dims[1], a->dx.dims[2]).count) : 0;
-    return std::max(channels::backward_bytes(s, a->dx.dtype), of_halo);
+    const int64_t of_tiles = first_shape(a->dy, a->w.dims[1], a->w.dims[2], a->stride) ? channels::BackwardSpace::bytes(s, halo_tiles(a->dx.dims[1], a->dx.dims[2]).count) : 0;
+    return std::max(channels::backward_bytes(s, a->dx.dtype), of_tiles);
 }
 
 template <class A> int64_t bytes_of(const A* a) { return round_up(weights_bytes(a), 256) + sums_bytes(a); }
@@ -555,7 +590,7 @@ extern "C" int32_t ett_conv2d_fwd(const ett_conv2d_fwd_args* a, const ett_launch
     const char* kernel;
     int32_t status = run(op, check, a->x, w, present(a->bias) ? &a->bias : nullptr, a->y, 1, &whole, 1, {norm_of(a), a->residual, nullptr, partials}, kernel, l);
     if (status == ETT_OK && present(a->y_mean))
-        status = strcmp(kernel, "halo") != 0
+        status = !in_tiles(kernel)
                      ? statistics()
                      : channels::launch_join(op, planes(a), halo_tiles(a->y.dims[1], a->y.dims[2]), partials, a->y_mean, a->y_rstd, false, a->eps, l);
     return status == ETT_OK ? ett_done(kernel) : status;
@@ -616,7 +651,7 @@ extern "C" int32_t ett_conv2d_bwd_data(const ett_conv2d_bwd_data_args* a, const 
     const int32_t status = with_act(a->dx.dtype, [&](auto t) {
         using T = decltype(t);
         const channels::Scale<T> scale{data<const T>(a->gamma), data<const T>(a->beta), data<const float>(a->mean), data<const float>(a->rstd), 0.f, false};
-        if (strcmp(kernel, "halo") != 0)
+        if (!in_tiles(kernel))
             return channels::launch_backward<T>(op, is_wide, s, a->dx, a->x, a->skip, a->dx, a->dgamma, a->dbeta, scale, true, channels::Silu{}, sums, l);
         // dx holds the gradient of SiLU's input, and the sums of the tiles are known.
         const int32_t status = channels::launch_means<T>(op, s, space, tiles.count, scale.w, true, a->dgamma, a->dbeta, l);

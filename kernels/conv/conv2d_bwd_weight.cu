@@ -40,21 +40,26 @@ template <> struct Tiles<float> {
     template <int COLS> using Narrow = gemm::Tile<float, 4096 / COLS, COLS, 16, 32, 32, 4, true, false>;
 };
 
-template <class Tile> constexpr int kResident = Tile::kAccRows * Tile::kAccCols > 32 ? 2 : Tile::kCols == 32 ? 4 : 3;  // blocks
+// Blocks of a multiprocessor.
+template <class Tile> constexpr int kResident = Tile::kAccRows * Tile::kAccCols > 32 ? 2 : Tile::kCols == 32 ? 4 : 3;
 
 // sums[part] = a^T columns over the positions of the part, for one tile.
 template <class T> struct Product {
     Grid grid;     // of the columns
     const T* x;    // what the columns are gathered from
-    InputNorm<T> norm;  // of x; only without VECTORS
+    InputNorm<T> norm;  // of x, or of a
     gemm::Matrix<T> a;
     float* sums;   // parts, a.cols, ld
     int64_t ld;    // a multiple of 4
     int row_tiles, col_tiles, parts, steps;  // steps: of all parts together
 };
 
-template <class Tile, bool VECTORS>
-__global__ void __launch_bounds__(Tile::kThreads, kResident<Tile>) grad_kernel(const __grid_constant__ Product<typename Tile::Type> p) {
+// What is normalised: what the columns are gathered from, or a, whose images have as many pixels as the grid and a multiple
+// of Tile::kDepth of them.
+enum class Normed { kNothing, kColumns, kDense };
+
+template <class Tile, bool VECTORS, Normed NORMED>
+__global__ void __launch_bounds__(Tile::kThreads, NORMED == Normed::kColumns ? 2 : kResident<Tile>) grad_kernel(const __grid_constant__ Product<typename Tile::Type> p) {
     using T = typename Tile::Type;
     ETT_DYNAMIC_SMEM(smem);
     // Blocks of the same part read the same pixels.
@@ -66,7 +71,8 @@ __global__ void __launch_bounds__(Tile::kThreads, kResident<Tile>) grad_kernel(c
     gemm::Acc<Tile> acc;
     acc.clear();
     gemm::TileCopy<T, Tile::kDepth, Tile::kRows, Tile::kThreads, Tile::kVectors> copy_a(p.a, start, row0);
-    FixedColumns<T, Tile::kDepth, Tile::kCols, Tile::kThreads, VECTORS> copy_x(p.grid, p.x, p.norm, start, col0);
+    const InputNorm<T> none{}, &norm = NORMED == Normed::kColumns ? p.norm : none;
+    FixedColumns<T, Tile::kDepth, Tile::kCols, Tile::kThreads, VECTORS> copy_x(p.grid, p.x, norm, start, col0);
     auto fill = [&](int slot) {
         unsigned char* const stage = smem + slot * (Tile::kBytesA + Tile::kBytesB);
         copy_a.start(stage);
@@ -74,7 +80,26 @@ __global__ void __launch_bounds__(Tile::kThreads, kResident<Tile>) grad_kernel(c
         cp_async_commit();
         copy_a.advance_rows(Tile::kDepth);
     };
-    gemm::pipeline(acc, end - first, fill, smem);
+    if constexpr (NORMED == Normed::kDense) {
+        __shared__ float smem_norm[2 * Tile::kRows];
+        int image = -1;
+        const int pieces = int(min(p.a.cols - row0, int64_t(Tile::kRows))) / kWide<T>;
+        auto prepare = [&](int64_t s, unsigned char* stage) {
+            const int now = p.grid.image(int(start + s * Tile::kDepth));
+            if (now != image) {
+                image = now;
+                norm_table<T, Tile::kThreads>(smem_norm, p.norm, image, int(row0), int(row0) + pieces * kWide<T>);
+                __syncthreads();  // scale and shift of the image are visible
+            }
+            constexpr int kPieces = Tile::kRows / kWide<T>;
+            for (int n = int(threadIdx.x); n < Tile::kDepth * kPieces; n += Tile::kThreads)
+                if (n % kPieces < pieces)
+                    activate(reinterpret_cast<T*>(stage + gemm::swizzled<kPieces>(n / kPieces, n % kPieces)), smem_norm + n % kPieces * kWide<T> * 2);
+        };
+        prepared_pipeline(acc, end - first, fill, prepare, smem);
+    } else {
+        gemm::pipeline(acc, end - first, fill, smem);
+    }
 
     float* const sums = p.sums + part * p.a.cols * p.ld;
 #pragma unroll
@@ -109,7 +134,7 @@ struct HaloProduct {
     int outputs, row_tiles, col_tiles, parts, down, across, tiles;  // tiles of an image; of all
 };
 
-// Warps have 32 outputs and 16 channels with all taps. For every line of 16 positions a warp loads the fragments of the new
+// Two tiles of positions take turns. Warps have 32 outputs and 16 channels with all taps. For every line of 16 positions a warp loads the fragments of the new
 // line of x, at three shifts, and keeps those of the two lines above. The blocks of the same outputs take turns with the
 // tiles for the gradient of the bias, a product with ones.
 template <bool NORM> __global__ void __launch_bounds__(kHaloThreads, 1) halo_grad_kernel(const __grid_constant__ HaloProduct p) {
@@ -150,29 +175,15 @@ template <bool NORM> __global__ void __launch_bounds__(kHaloThreads, 1) halo_gra
                        y < g.rows && x < g.cols && row < p.outputs);
         }
         cp_async_commit();
-        if constexpr (NORM) {
-            if (tid < halo::kDepth) {
-                const int c = c0 + tid;
-                const int64_t of = int64_t(at.image) * p.norm.groups + c / p.norm.width;
-                const float scale = p.norm.rstd[of] * to_float(p.norm.gamma[c]);
-                float* const two = smem_norm + ((t - first) % 2 * halo::kDepth + tid) * 2;
-                two[0] = scale;
-                two[1] = to_float(p.norm.beta[c]) - p.norm.mean[of] * scale;
-            }
-        }
+        if constexpr (NORM) norm_table<bf16, kHaloThreads>(smem_norm + (t - first) % 2 * halo::kDepth * 2, p.norm, at.image, c0, c0 + halo::kDepth);
     };
     // Replaces every kHaloRounds-th piece of x by its activation; the padding stays 0.
     auto normalize = [&](int t, int round) {
         const At at = place(t);
         const int q = pixel + round * kHaloAtOnce;
         if (q >= halo::kPixels || !g.inside(at.line + g.at_y + q / halo::kWidth, at.column + g.at_x + q % halo::kWidth)) return;
-        bf16* const to = reinterpret_cast<bf16*>(stage(t) + kHaloDy + gemm::swizzled<halo::kPieces>(q, piece));
-        const float* const scale = smem_norm + ((t - first) % 2 * halo::kDepth + piece * 8) * 2;
-        float v[8];
-        load(v, to);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) v[e] = silu<bf16>(fmaf(v[e], scale[2 * e], scale[2 * e + 1]));
-        store<8>(to, v);
+        activate(reinterpret_cast<bf16*>(stage(t) + kHaloDy + gemm::swizzled<halo::kPieces>(q, piece)),
+                 smem_norm + ((t - first) % 2 * halo::kDepth + piece * 8) * 2);
     };
 
     const int warp_row = warp / 2 * 32, warp_col = warp % 2 * 16;
@@ -328,7 +339,11 @@ struct Sizes {
     int64_t bytes() const { return parts * rows * ld * 4; }
 };
 
-bool exchangeable(const ett_conv2d_bwd_weight_args* a) { return a->stride == 1 && a->dw.dims[0] <= 8 && !present(a->mean); }
+bool exchangeable(const ett_conv2d_bwd_weight_args* a) {
+    // A normalised x is changed in shared memory, by steps of positions of one image.
+    const bool normed = present(a->mean), steps = a->x.dims[1] * a->x.dims[2] % 32 == 0 && wide(a->x);
+    return a->stride == 1 && a->dw.dims[0] <= 8 && (!normed || steps);
+}
 
 // Tiles of halo_grad_kernel in all images.
 int64_t halo_tiles(const ett_conv2d_bwd_weight_args* a) {
@@ -453,9 +468,15 @@ extern "C" int32_t ett_conv2d_bwd_weight(const ett_conv2d_bwd_weight_args* a, co
         using Large = typename Tiles<T>::Large;
         using Narrow = typename Tiles<T>::template Narrow<32>;
         using Wider = typename Tiles<T>::template Narrow<64>;
-        return large          ? go(grad_kernel<Large, true>, Large::kThreads, Large::kSmem)
-               : s.cols <= 32 ? go(grad_kernel<Narrow, false>, Narrow::kThreads, Narrow::kSmem)
-                              : go(grad_kernel<Wider, false>, Wider::kThreads, Wider::kSmem);
+        auto narrow = [&](auto normed) {
+            constexpr Normed kNormed = decltype(normed)::value;
+            return s.cols <= 32 ? go(grad_kernel<Narrow, false, kNormed>, Narrow::kThreads, Narrow::kSmem)
+                                : go(grad_kernel<Wider, false, kNormed>, Wider::kThreads, Wider::kSmem);
+        };
+        return large                ? go(grad_kernel<Large, true, Normed::kNothing>, Large::kThreads, Large::kSmem)
+               : !p.norm.present()  ? narrow(std::integral_constant<Normed, Normed::kNothing>{})
+               : exchanged          ? narrow(std::integral_constant<Normed, Normed::kDense>{})
+                                    : narrow(std::integral_constant<Normed, Normed::kColumns>{});
     });
     if (status != ETT_OK) return status;
     const Added added{sums, s.rows, s.ld, s.parts, data<float>(a->dw), stride(a->dw), numel(a->dw), int(d[0]), int(d[1] * d[2]), int(d[3]), exchanged};

@@ -216,6 +216,39 @@ template <class T, int ROWS, int COLS, int THREADS, bool VECTORS> class FixedCol
     Columns<T, VECTORS ? 1 : kWide<T>> columns_;
 };
 
+// gemm::pipeline for stages that are changed in shared memory before they are multiplied: the block calls `prepare(step,
+// stage)` for each.
+template <class Tile, class Fill, class Prepare>
+__device__ __forceinline__ void prepared_pipeline(gemm::Acc<Tile>& acc, int64_t steps, Fill&& fill, Prepare&& prepare, unsigned char* smem) {
+    constexpr int kStage = Tile::kBytesA + Tile::kBytesB;
+    __syncthreads();  // the block no longer reads the previous contents of smem
+#pragma unroll 1
+    for (int s = 0; s < Tile::kStages - 1; ++s) fill(s);
+    int here = 0;
+#pragma unroll 1
+    for (int64_t s = 0; s < steps; ++s) {
+        cp_async_wait<Tile::kStages - 2>();
+        __syncthreads();  // this stage has arrived for all threads; all threads are done with the one before
+        fill(here == 0 ? Tile::kStages - 1 : here - 1);
+        unsigned char* const stage = smem + here * kStage;
+        prepare(s, stage);
+        __syncthreads();  // the stage is prepared
+        if constexpr (sizeof(typename Tile::Type) == 2) {
+#pragma unroll
+            for (int k = 0; k < Tile::kDepth; k += 16) {
+                gemm::Fragments<Tile> f;
+                f.load(smem_address(stage), smem_address(stage + Tile::kBytesA), k);
+                gemm::multiply(acc, f);
+            }
+        } else {
+            const auto* const a = reinterpret_cast<const typename Tile::Type*>(stage);
+            gemm::multiply(acc, a, a + Tile::kBytesA / int(sizeof(*a)));
+        }
+        here = here + 1 == Tile::kStages ? 0 : here + 1;
+    }
+    cp_async_wait<0>();  // for the stages that are not used
+}
+
 // ---- host ------------------------------------------------------------------------------------------------
 
 // The size of a kernel and where it lies at the first position.

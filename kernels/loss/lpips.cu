@@ -324,7 +324,7 @@ extern "C" int32_t ett_lpips_fwd(const ett_lpips_fwd_args* a, const ett_launch* 
                           float(a->eps), float(a->factor), t.lanes};
         if (!is_wide) return launch("lpips_fwd", forward_plain_kernel<T>, dim3(unsigned(grid)), dim3(kThreads), 0, l, k);
         return with_vecs(t.vecs, [&](auto v) { return launch("lpips_fwd", forward_kernel<T, v>, dim3(unsigned(grid)), dim3(kThreads), 0, l, k); });
-    }
+    });
     if (status == ETT_OK)
         status = launch("lpips_fwd", loss_kernel, dim3(1), dim3(kThreads), 0, l, partials, int(grid), data<const float>(a->scale), float(a->factor),
                         data<float>(a->loss));
@@ -349,6 +349,6 @@ extern "C" int32_t ett_lpips_bwd(const ett_lpips_bwd_args* a, const ett_launch* 
                           data<const float>(a->g), nullptr, rows(a->f1), cols(a->f1), float(a->eps), float(a->factor), t.lanes};
         if (!is_wide) return launch("lpips_bwd", backward_plain_kernel<T>, dim3(unsigned(grid)), dim3(kThreads), 0, l, k);
         return with_vecs(t.vecs, [&](auto v) { return launch("lpips_bwd", backward_kernel<T, v>, dim3(unsigned(grid)), dim3(kThreads), 0, l, k); });
-    }
+    });
     return status == ETT_OK ? ett_done(kernel) : status;
 }
