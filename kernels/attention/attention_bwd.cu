@@ -291,7 +291,7 @@ struct Pairs {
     int64_t all;        // units of the batch
 
     // Elements of one unit's p, or ds.
-    int64_t of_unit(int64_t group) const { return group * rows * ld; }
+    int64_t of_unit(int64_t group) const { return product(product(group, rows), ld); }
 };
 
 struct PairStep {
@@ -522,8 +522,8 @@ bool sound(Check& check, const ett_attention_bwd_args* s) {
 Pairs pairs_of(const ett_attention_bwd_args& a) {
     const int64_t group = a.heads / a.kv_heads;
     Pairs p{tiles_of(a.max_q, rows(a.q), kPairRows) * kPairRows, tiles_of(a.max_k, rows(a.k), kPairRows) * kPairRows, 0,
-            (numel(a.cu_q) - 1) * a.kv_heads};
-    const int64_t fit = kPairBytes / std::max<int64_t>(4 * p.of_unit(group), 1);
+            product(numel(a.cu_q) - 1, a.kv_heads)};
+    const int64_t fit = kPairBytes / std::max<int64_t>(product(4, p.of_unit(group)), 1);
     p.units = std::min({std::max<int64_t>(fit, 1), p.all, 65535 / std::max<int64_t>(group, 1)});
     return p;
 }
@@ -533,7 +533,8 @@ Pairs pairs_of(const ett_attention_bwd_args& a) {
 bool can_use_mma(const ett_attention_bwd_args& a) {
     const bool pieces = wide(a.dy) && wide(a.q) && wide(a.k) && wide(a.v) && wide(a.dq) && wide(a.dk) && wide(a.dv);
     if (a.q.dtype != ETT_BF16 || a.head_dim % 8 != 0 || !pieces) return false;
-    return a.head_dim <= 128 || (a.heads > 0 && 4 * pairs_of(a).of_unit(a.heads / a.kv_heads) <= kMaxPairBytes);
+    const Pairs pairs = pairs_of(a);
+    return a.head_dim <= 128 || (a.heads > 0 && 4. * double(a.heads / a.kv_heads) * double(pairs.rows) * double(pairs.ld) <= double(kMaxPairBytes));
 }
 
 // The parts of the workspace.

@@ -13,10 +13,10 @@
 // A sequence with wrong offsets is a fault and counts as empty: if its key offsets are wrong, its queries have no keys;
 // if its query offsets are wrong, its rows of y and lse are not written.
 // Three implementations. "mma": bf16 on tensor cores, by tiles of queries that stream over the keys, with tiles 64, 128,
-// 256 or 512 wide (smaller head dimensions are padded with zeros in shared memory). "split": up to 16 queries a sequence,
-// as when decoding: the keys are divided among blocks, whose parts a second kernel adds in a fixed order; how
-// they are divided depends on shapes only. The default with len_k, and a launch can be replayed after len_k, cu_k, q, k
-// and v have changed. "simple": any type and head dimension, by fused multiply-adds.
+// 256 or 512 wide (smaller head dimensions are padded with zeros in shared memory). "split", with len_k: up to 16 queries
+// a sequence, as when decoding: the keys are divided among blocks, whose parts a second kernel adds in a fixed order; how
+// they are divided depends on shapes only. A launch can be replayed after len_k, cu_k, q, k and v have
+// changed. "simple": any type and head dimension, by fused multiply-adds.
 // numerics: scores, softmax and sums in f32. On tensor cores exp(score - m) is rounded to bf16 before the product with v,
 // where m follows the running maximum and is at most 8 * log 2 below it, so that weights are at most 256; "simple" does
 // not round and m is the maximum. One rounding of y. Bitwise repeatable.
@@ -24,7 +24,7 @@
 // tensor cores under the same conditions if D <= 128.
 // work: 4 * heads * D * (visible pairs) FLOP; (2*N*heads + 2*Nk*kv_heads) * D * size bytes. A few queries are bound by
 // the bytes of keys and values, which all heads of a group read together.
-// workspace: for up to 16 queries a sequence, 4 * (D + 2) bytes for each query, head and part of the keys.
+// workspace: with len_k and up to 16 queries a sequence, 4 * (D + 2) bytes for each query, head and part of the keys.
 // papers: FlashAttention (2205.14135), FlashAttention-2 (2307.08691), grouped queries (2305.13245), Flash-Decoding
 // (pytorch.org/blog/flash-decoding).
 #include "activation.cuh"
@@ -565,17 +565,17 @@ bool sound(Check& check, const ett_attention_fwd_args* a) {
     return check.ok() && check_shapes(check, *a) && (!present(a->len_k) || check.vector("len_k", a->len_k, ETT_I32, numel(a->cu_q) - 1));
 }
 
-// "split" is for few queries; it is the default for those of a cache.
-bool can_split(const ett_attention_fwd_args& a) { return a.max_q <= kSplitQueries; }
+// "split" is for few queries of a cache: for a batch of many short sequences its workspace would be large.
+bool can_split(const ett_attention_fwd_args& a) { return present(a.len_k) && a.max_q <= kSplitQueries; }
 
 // How the keys are divided, by shape alone: into the largest parts that give kSplitBlocks blocks, a few times those
 // that run at the same time on the largest devices.
 constexpr int64_t kSplitBlocks = 512, kMostKeys = 512, kLeastKeys = kPlainCols;
 Division division_of(const ett_attention_fwd_args& a) {
     const int64_t queries = std::max<int64_t>(1, std::min(a.max_q, rows(a.q))), most = std::min(a.max_k, rows(a.k));
-    const int64_t jobs = (numel(a.cu_q) - 1) * a.kv_heads * ceil_div(queries * (a.heads / a.kv_heads), kSplitRows);
+    const int64_t jobs = product(product(numel(a.cu_q) - 1, a.kv_heads), ceil_div(queries * (a.heads / a.kv_heads), kSplitRows));
     int64_t keys = kMostKeys;
-    while (keys > kLeastKeys && jobs * ceil_div(most, keys) < kSplitBlocks) keys /= 2;
+    while (keys > kLeastKeys && product(jobs, ceil_div(most, keys)) < kSplitBlocks) keys /= 2;
     return {queries, keys, std::max<int64_t>(1, ceil_div(most, keys))};
 }
 
@@ -586,9 +586,9 @@ struct SplitParts {
 };
 SplitParts split_parts(const ett_attention_fwd_args& a, void* workspace) {
     const Division v = division_of(a);
-    const int64_t n = v.splits * (numel(a.cu_q) - 1) * v.queries * a.heads;
+    const int64_t n = product(product(v.splits, numel(a.cu_q) - 1), product(v.queries, a.heads));
     Pieces pieces(workspace);
-    SplitParts parts{pieces.take<float>(n * a.head_dim), pieces.take<float2>(n), 0};
+    SplitParts parts{pieces.take<float>(product(n, a.head_dim)), pieces.take<float2>(n), 0};
     parts.bytes = pieces.bytes();
     return parts;
 }
@@ -660,8 +660,7 @@ extern "C" int32_t ett_attention_fwd(const ett_attention_fwd_args* a, const ett_
     Check check(kOp, a, l);
     if (!sound(check, a)) return check.status();
     if (numel(a->q) == 0) return ett_done("");
-    const bool mma = can_use_mma(*a), split = can_split(*a), cached = present(a->len_k);
-    const char* kernel = check.choose(l, split && cached ? "split" : mma ? "mma" : "simple", {{"split", split}, {"mma", mma}, {"simple", true}});
+    const char* kernel = check.choose(l, {{"split", can_split(*a)}, {"mma", can_use_mma(*a)}, {"simple", true}});
     if (strcmp(kernel, "split") == 0) check.workspace(l, split_parts(*a, l->workspace).bytes);
     if (!check.ok()) return check.status();
     if (strcmp(kernel, "split") == 0) return run_split(*a, l);
