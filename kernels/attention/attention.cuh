@@ -434,6 +434,9 @@ template <int DT, class T> __device__ __forceinline__ void plain_store(T* row, i
             if (4 * (x + 16 * c) + e < d) row[4 * (x + 16 * c) + e] = from_float<T>(out[c][e] * factor);
 }
 
+static_assert(plain_floats<4, 128>() * int(sizeof(float)) <= kMaxSmem && plain_floats<2, 512>() * int(sizeof(float)) <= kMaxSmem,
+              "shared memory of a block");
+
 // Calls f with the width DT of the smallest tile for head dimension d, and with I. Results take I * DT / 16 registers.
 template <class F> int32_t with_plain_tile(int d, F f) {
     if (d <= 64) return f(std::integral_constant<int, 64>{}, std::integral_constant<int, 4>{});

@@ -11,16 +11,22 @@
 // dq         N,heads*D      act  rows of any stride   out   0 in padding rows
 // dk, dv     Nk,kv_heads*D  act  rows of any stride   out   0 in padding rows
 //
+// Two implementations, "mma" (bf16 on tensor cores) and "simple" (any type and head dimension, by fused multiply-adds).
 // Three steps: delta (and lse) of each row and head, in a kernel that also clears the padding; dq by tiles of queries;
 // dk and dv by tiles of keys. The two passes compute the scores twice, but need no sums across blocks, so that the
-// order of every sum is fixed.
+// order of every sum is fixed. "mma" with D > 128 stores p and ds of a bounded number of sequences and key/value heads
+// at a time instead, because a tile's operands and results no longer fit a multiprocessor; dq, dk and dv are then plain
+// products.
 // A sequence with wrong offsets is a fault and counts as empty: if its query offsets are wrong, its rows of dq are not
 // written and its rows of dk and dv are 0; if its key offsets are wrong, the reverse.
 // numerics: products and sums in f32; "mma" rounds p and ds to bf16 before they are multiplied, "simple" does not; one
 // rounding of each result. Bitwise repeatable.
-// limits: 1 <= D <= 512, heads < 65536.
-// work: 10 * heads * D * (visible pairs) FLOP ("mma" executes 14, "simple" 16 instead of 10);
-//       (4*N*heads + 4*Nk*kv_heads) * D * size bytes.
+// limits: 1 <= D <= 512, heads < 65536. "mma": D a multiple of 8 and rows of whole 16-byte pieces; with D > 128 also at
+// most 2^28 queries (of all heads of a group) times keys in a sequence, 16384 of each for one head.
+// work: 10 * heads * D * (visible pairs) FLOP ("mma" executes 14 instead of 10 up to D = 128, "simple" 16);
+//       (4*N*heads + 4*Nk*kv_heads) * D * size bytes, and with D > 128 about 4 + 4 * D / 128 for each visible pair.
+// workspace: 8*N*heads bytes; "mma" with D > 128: 4 bytes for each pair of the sequences and heads that are processed
+// at a time, which is 128 MiB, or one key/value head of one sequence if that is more.
 // papers: FlashAttention-2 (2307.08691).
 #include "activation.cuh"
 #include "attention.cuh"

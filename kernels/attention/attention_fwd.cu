@@ -12,11 +12,21 @@
 //
 // A sequence with wrong offsets is a fault and counts as empty: if its key offsets are wrong, its queries have no keys;
 // if its query offsets are wrong, its rows of y and lse are not written.
-// numerics: scores, softmax and sums in f32; "mma" rounds exp(score - running maximum) to bf16 before the product with
-// v, "simple" does not; one rounding of y. Bitwise repeatable.
-// limits: 1 <= D <= 512, heads < 65536.
-// work: 4 * heads * D * (visible pairs) FLOP; (2*N*heads + 2*Nk*kv_heads) * D * size bytes.
-// papers: FlashAttention (2205.14135), FlashAttention-2 (2307.08691), grouped queries (2305.13245).
+// Three implementations. "mma": bf16 on tensor cores, by tiles of queries that stream over the keys, with tiles 64, 128,
+// 256 or 512 wide (smaller head dimensions are padded with zeros in shared memory). "split": up to 16 queries a sequence,
+// as when decoding: the keys are divided among blocks, whose parts a second kernel adds in a fixed order; how
+// they are divided depends on shapes only. The default with len_k, and a launch can be replayed after len_k, cu_k, q, k
+// and v have changed. "simple": any type and head dimension, by fused multiply-adds.
+// numerics: scores, softmax and sums in f32. On tensor cores exp(score - m) is rounded to bf16 before the product with v,
+// where m follows the running maximum and is at most 8 * log 2 below it, so that weights are at most 256; "simple" does
+// not round and m is the maximum. One rounding of y. Bitwise repeatable.
+// limits: 1 <= D <= 512, heads < 65536. "mma": D a multiple of 8, rows of whole 16-byte pieces, scale > 0; "split" is on
+// tensor cores under the same conditions if D <= 128.
+// work: 4 * heads * D * (visible pairs) FLOP; (2*N*heads + 2*Nk*kv_heads) * D * size bytes. A few queries are bound by
+// the bytes of keys and values, which all heads of a group read together.
+// workspace: for up to 16 queries a sequence, 4 * (D + 2) bytes for each query, head and part of the keys.
+// papers: FlashAttention (2205.14135), FlashAttention-2 (2307.08691), grouped queries (2305.13245), Flash-Decoding
+// (pytorch.org/blog/flash-decoding).
 #include "activation.cuh"
 #include "attention.cuh"
 #include "pieces.cuh"
@@ -103,7 +113,8 @@ template <int DT, int MT, int SPLIT, int KEYS, int STAGES, int BLOCKS> struct Ti
 };
 
 // Two blocks of 4 warps, or one of 8, share a multiprocessor with up to 255 registers a thread, of which the results
-// take 128 (64 at a width of 64).
+// take 128 (64 at a width of 64). At 512 a block waits for the L2 rather than for the tensor cores: two stages of 16 keys
+// keep more copies under way than one of 32.
 template <int DT> struct TilesOf;
 template <> struct TilesOf<64> : Tiles<64, 2, 1, 64, 1, 2> {};
 template <> struct TilesOf<128> : Tiles<128, 2, 1, 64, 1, 2> {};
@@ -311,7 +322,7 @@ template <class T, int DT, int I> __global__ void __launch_bounds__(kPlainThread
 // ---- few queries, many keys ("split") --------------------------------------------------------------------
 // The keys of each sequence are divided among blocks. A block writes, for each of its rows (a query and a head), the
 // maximum m of its scores, the sum of exp(score - m) and the sum of exp(score - m) v to the workspace; a second kernel
-// adds these parts in the order of the keys. How the keys are divided depends on max_k, not on their actual number, so
+// adds these parts in a fixed order. How the keys are divided depends on max_k, not on their actual number, so
 // that a launch can be replayed with other lengths; blocks without keys end at once.
 
 constexpr int kSplitQueries = 16;  // most queries of a sequence
@@ -479,31 +490,65 @@ template <class T, int DT> __global__ void __launch_bounds__(kPlainThreads, 2) s
     plain_store<DT>(a.out + at * d, d, out[0], 1.f);
 }
 
-// Adds the parts of a query and head.
+// Adds the parts of a query and head. Its threads share the maxima and weights of the parts, so that the loads of the
+// parts themselves, kParts at a time, need not wait for each other.
+constexpr int kColumns = int(kMaxHeadDim) / kCombineThreads, kParts = 8;
 template <class T> __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_constant__ Split<T> a) {
+    __shared__ float weights[kCombineThreads], reduced[kCombineThreads / kWarp];
     if (clear_padding(a.f)) return;
     const Job job = job_of(a.f);  // a tile is one query
-    const int head = blockIdx.y, d = a.f.b.d;
+    const int head = blockIdx.y, d = a.f.b.d, thread = threadIdx.x;
     const Seq seq(a.f.b, job.seq, false, a.f.len_k);
     if (job.tile >= seq.q.count) return;
     const int seen = seq.seen(job.tile), splits = (seen + a.keys - 1) / a.keys;
     const int64_t at = a.part(0, job.seq, job.tile, head), step = a.part(1, job.seq, job.tile, head) - at;
+
     Running<T> all;
-#pragma unroll 4
-    for (int i = 0; i < splits; ++i) all.max = fmaxf(all.max, a.stat[at + i * step].x);
-#pragma unroll 4
-    for (int i = 0; i < splits; ++i) {
-        const float2 of = a.stat[at + i * step];
-        all.sum += part_weight<T>(of.x, all.max) * of.y;
+    for (int i = thread; i < splits; i += kCombineThreads) all.max = fmaxf(all.max, a.stat[at + i * step].x);
+    all.max = warp_max(all.max);
+    if (thread % kWarp == 0) reduced[thread / kWarp] = all.max;
+    __syncthreads();  // the warps' maxima are visible
+#pragma unroll
+    for (int w = 0; w < kCombineThreads / kWarp; ++w) all.max = fmaxf(all.max, reduced[w]);
+    const float most = all.max;
+
+    float out[kColumns] = {}, total[1] = {};
+    for (int first = 0; first < splits; first += kCombineThreads) {
+        __syncthreads();  // all threads have read the previous weights and the maxima
+        const int count = min(kCombineThreads, splits - first);
+        float weight = 0.f;
+        if (thread < count) {
+            const float2 of = a.stat[at + (first + thread) * step];
+            weight = part_weight<T>(of.x, most);
+            total[0] += weight * of.y;
+        }
+        weights[thread] = weight;
+        __syncthreads();  // the weights are visible
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+            const int c = thread + j * kCombineThreads;
+            if (c >= d) break;
+            const float* const from = a.out + (at + first * step) * d + c;
+            for (int i = 0; i < count; i += kParts) {
+                float v[kParts];
+#pragma unroll
+                for (int k = 0; k < kParts; ++k) v[k] = i + k < count ? from[(i + k) * step * d] : 0.f;
+#pragma unroll
+                for (int k = 0; k < kParts; ++k)
+                    if (i + k < count) out[j] += weights[i + k] * v[k];
+            }
+        }
     }
-    const float most = all.max, lse = all.finish(seen);
+    __syncthreads();  // all threads have read the maxima
+    block_sum<1, kCombineThreads>(total, reduced);
+    all.sum = total[0];
+    const float lse = all.finish(seen);
     const int64_t to = seq.q.start + job.tile;
-    if (threadIdx.x == 0) a.f.lse[to * a.f.ldlse + head] = lse;
-    for (int c = threadIdx.x; c < d; c += kCombineThreads) {
-        float sum = 0.f;
-#pragma unroll 4
-        for (int i = 0; i < splits; ++i) sum += part_weight<T>(a.stat[at + i * step].x, most) * a.out[(at + i * step) * d + c];
-        a.f.y[to * a.f.ldy + int64_t(head) * d + c] = from_float<T>(sum * all.sum);
+    if (thread == 0) a.f.lse[to * a.f.ldlse + head] = lse;
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+        const int c = thread + j * kCombineThreads;
+        if (c < d) a.f.y[to * a.f.ldy + int64_t(head) * d + c] = from_float<T>(out[j] * all.sum);
     }
 }
 

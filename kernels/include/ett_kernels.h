@@ -705,7 +705,8 @@ typedef struct ett_attention_fwd_args {
     int64_t kv_heads;       //      key/value heads; divides heads
     int64_t head_dim;       //      head dimension; at least 1
     int64_t max_q;          //      longest query sequence
-    int64_t max_k;          //      longest key sequence
+    int64_t max_k;          //      longest key sequence; with len_k the most keys that a sequence may have, now or when
+                            //      a recorded call is replayed
     double scale;           //      factor on the scores
     int32_t causal;         //      mask the future
 } ett_attention_fwd_args;

@@ -15,6 +15,8 @@ pub struct Continued<'a> {
     tape: &'a Tape,
     cache: Cache,
     hidden: Var,
+    /// The number of copies of [`Continued::codes`] and the row that each sequence gets, once they are known.
+    copies: Option<(usize, Tensor)>,
 }
 
 impl<'a> Continued<'a> {
@@ -34,7 +36,7 @@ impl<'a> Continued<'a> {
         let ends = seqs.cu.to_host::<i32>(tape.dev())?;
         let last: Vec<i32> = ends[1..].iter().map(|end| end - 1).collect();
         let hidden = ops::gather(tape, &hidden, &indices(tape, &last)?)?;
-        Ok(Continued { model, tape, cache, hidden })
+        Ok(Continued { model, tape, cache, hidden, copies: None })
     }
 
     /// Hidden states `[S, C]` that predict the next position.
@@ -57,9 +59,15 @@ impl<'a> Continued<'a> {
         if copies == 1 {
             return self.push(&x);
         }
-        let n = idx.dims().numel() as i32;
-        let rows: Vec<i32> = (0..copies as i32 * n).map(|s| s % n).collect();
-        let x = ops::gather(self.tape, &x, &indices(self.tape, &rows)?)?;
+        let rows = match &self.copies {
+            Some((known, rows)) if *known == copies => rows.clone(),
+            _ => {
+                let n = idx.dims().numel() as i32;
+                let rows: Vec<i32> = (0..copies as i32 * n).map(|s| s % n).collect();
+                self.copies.insert((copies, indices(self.tape, &rows)?)).1.clone()
+            }
+        };
+        let x = ops::gather(self.tape, &x, &rows)?;
         self.push(&x)
     }
 

@@ -255,10 +255,12 @@ impl<'a> Seen<'a> {
         let (t, visual) = (&self.tape, Some((&self.visual, &self.grids[..])));
         let mut sequences = Continued::new(self.model, t, prompts, visual, max - 1)?;
         let mut open = vec![true; prompts.len()];
+        let zeros = vec![0; prompts.len()];
+        let (number, position) = (continued::indices(t, &zeros)?, continued::indices(t, &zeros)?);
         for i in 0..max {
             interrupt::check()?;
             let logits = self.model.text_logits(t, sequences.hidden())?;
-            let best = Sampling::greedy(t, logits.value())?;
+            let best = Sampling::GREEDY.choose(t.dev(), logits.value(), &number, &position)?;
             let next = Sampling::chosen(t.dev(), &best)?;
             for ((said, open), &id) in said.iter_mut().zip(&mut open).zip(&next) {
                 *open &= id != stop;

@@ -62,12 +62,25 @@ impl Sampling {
         number: &Tensor,
         position: &Tensor,
     ) -> Result<Tensor> {
+        let idx = Tensor::empty(dev, Role::Input, DType::I32, [number.dims().numel()])?;
+        self.choose_into(dev, logits, number, position, &idx)?;
+        Ok(idx)
+    }
+
+    /// The same into `idx` `[B]` i32, so that a recorded step can choose what its next replay continues with.
+    pub fn choose_into(
+        &self,
+        dev: &dyn Kernels,
+        logits: &Tensor,
+        number: &Tensor,
+        position: &Tensor,
+        idx: &Tensor,
+    ) -> Result<()> {
         self.check()?;
         let (b, rows) = (number.dims().numel(), logits.dims().rows());
         if rows != b && rows != 2 * b {
             return Err(Error::arg("choose", "logits", logits.dims(), format!("{b} or {} rows", 2 * b)));
         }
-        let idx = Tensor::empty(dev, Role::Input, DType::I32, [b])?;
         let with = logits.rows(0, b)?;
         let without = (rows > b).then(|| logits.rows(b, b)).transpose()?;
         let a = Sample {
@@ -82,8 +95,7 @@ impl Sampling {
             guidance: self.guidance,
             seed: self.seed,
         };
-        dev.sample(Stream::COMPUTE, &a)?;
-        Ok(idx)
+        dev.sample(Stream::COMPUTE, &a)
     }
 
     /// The most likely index for each row of `logits` `[B, V]`, `[B]` i32, on the device.

@@ -187,6 +187,53 @@ fn gpu_cache_agrees() -> Outcome {
     cache_agrees(gpu(), "bf16", 3e-2, 9)
 }
 
+/// The codes that `steps` steps choose, with random numbers. A step reads and writes nothing on the host, so that a
+/// device that records repeats one recorded step; `record` asks for that.
+fn chosen_step_by_step(
+    dev: &Arc<dyn Kernels>,
+    kind: usize,
+    steps: usize,
+    record: bool,
+) -> Result<Vec<Vec<i32>>> {
+    let model = model(dev.clone(), "bf16", ARMS[kind])?;
+    let t = tape(&model);
+    let codes = model.tokenizer.table(&t, &model.params)?;
+    // The prompts, and as many sequences without one.
+    let prompts = [texts(), texts()].concat();
+    let n = prompts.len() / 2;
+    let mut sequences = Continued::new(&model, &t, &prompts, None, steps)?;
+    let s = Sampling { top_k: 8, ..Sampling::default() };
+    let (number, position) = (int(&**dev, &(0..n as i32).collect::<Vec<_>>()), int(&**dev, &vec![0; n]));
+    let next = int(&**dev, &vec![0; n]);
+    let mut step = || -> Result<()> {
+        sequences.codes(&next, &codes, 2)?;
+        let logits = model.code_logits(&t, sequences.hidden(), &codes)?;
+        s.choose_into(&**dev, logits.value(), &number, &position, &next)
+    };
+    // The first step makes what depends on the number of sequences only.
+    step()?;
+    let mut all = vec![Sampling::chosen(&**dev, &next)?];
+    let recording = if record { dev.record(&mut step)? } else { None };
+    assert_eq!(recording.is_some(), record, "a GPU records");
+    while all.len() < steps {
+        match &recording {
+            Some(recording) => recording.replay()?,
+            None => step()?,
+        }
+        all.push(Sampling::chosen(&**dev, &next)?);
+    }
+    Ok(all)
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn gpu_a_recorded_step_chooses_what_calls_choose() -> Outcome {
+    let dev = gpu();
+    let [called, replayed] = [false, true].map(|record| chosen_step_by_step(&dev, 2, 20, record));
+    assert_eq!(called?, replayed?);
+    Ok(())
+}
+
 /// Greedy decoding that recomputes the whole sequence for every token.
 fn complete(model: &Ett, prompt: &[Part], stop: i32, max: usize) -> Result<Vec<i32>> {
     let t = tape(model);

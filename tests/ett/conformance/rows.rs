@@ -298,7 +298,8 @@ fn count_up_case(n: usize) -> Case {
 
 pub fn count_up() -> Vec<Case> {
     let first = count_up_case(5).from(Size::Sanitizer).runs(COPIED);
-    [first].into_iter().chain([0, 1, 96, 1000].map(|n| count_up_case(n).runs(COPIED))).collect()
+    let large = count_up_case(1_000_003).from(Size::Full).runs(COPIED_LARGE);
+    [first, large].into_iter().chain([0, 1, 96, 1000].map(|n| count_up_case(n).runs(COPIED))).collect()
 }
 
 pub fn count_up_sample() -> Case {
