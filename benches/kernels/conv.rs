@@ -86,6 +86,8 @@ fn shapes(gpu: bool) -> Vec<Conv> {
         // The first and the last layer.
         Conv::same(8, 256, 3, 128, 3),
         Conv::same(8, 256, 128, 3, 3),
+        Conv::same(8, 512, 3, 128, 3),
+        Conv::same(8, 512, 128, 3, 3),
         Conv::same(8, 64, 256, 512, 1),
         // Down-sampling with one-sided padding, and the discriminator's first and second layer.
         Conv { x: [8, 256, 256, 128], outputs: 128, taps: 3, to: 128, stride: 2, pad: 0 },
@@ -94,8 +96,106 @@ fn shapes(gpu: bool) -> Vec<Conv> {
     ]
 }
 
+/// The fused forms of a residual block and of the last layer: input SiLU(GroupNorm(x)), residual, statistics of the output.
+fn fused(b: &mut Bench) {
+    let dtype = if b.gpu { DType::Bf16 } else { DType::F32 };
+    let all = match b.gpu {
+        true => vec![
+            Conv::same(8, 256, 128, 128, 3),
+            Conv::same(8, 64, 512, 512, 3),
+            Conv::same(8, 512, 3, 128, 3),
+            Conv::same(8, 512, 128, 3, 3),
+        ],
+        false => vec![Conv::same(8, 64, 32, 32, 3)],
+    };
+    for of in all {
+        let Conv { x: image, outputs, taps, to, stride, pad } = of;
+        let ([n, .., ch], kernel, result) =
+            (image, [outputs, taps, taps, image[3]], [image[0], to, to, outputs]);
+        let (groups, of_y, normed) =
+            (if ch < 32 { 1 } else { 32 }, if outputs < 32 { 1 } else { 32 }, ch >= 32);
+        let with = if normed { " of norm + residual + statistics" } else { " + statistics" };
+        b.kernel("conv2d_fwd", &format!("{}{with}", of.name()), dtype, &|dev, seed| {
+            let (x, w, y) =
+                (normal(dev, dtype, image, seed)?, normal(dev, dtype, kernel, 2)?, out(dev, dtype, result)?);
+            let (mean, rstd) =
+                (normal(dev, acc(dtype), [n, groups], 3)?, normal(dev, acc(dtype), [n, groups], 4)?);
+            let (gamma, beta) = (normal(dev, dtype, [ch], 5)?, normal(dev, dtype, [ch], 6)?);
+            let (bias, residual) = (normal(dev, dtype, [outputs], 7)?, normal(dev, dtype, result, 8)?);
+            let (y_mean, y_rstd) = (out(dev, acc(dtype), [n, of_y])?, out(dev, acc(dtype), [n, of_y])?);
+            let run = move |dev: &dyn Kernels| {
+                let a = Conv2dFwd {
+                    mean: normed.then(|| mean.view()),
+                    rstd: normed.then(|| rstd.view()),
+                    gamma: normed.then(|| gamma.view()),
+                    beta: normed.then(|| beta.view()),
+                    residual: normed.then(|| residual.view()),
+                    y_mean: Some(y_mean.out()),
+                    y_rstd: Some(y_rstd.out()),
+                    eps: 1e-6,
+                    ..Conv2dFwd::plain([x.view(), w.view()], Some(bias.view()), y.out(), stride, [pad, pad])
+                };
+                call(&a, |a| dev.conv2d_fwd(Stream::COMPUTE, a))
+            };
+            Ok((Box::new(run), None))
+        });
+        if !normed {
+            continue;
+        }
+        b.kernel("conv2d_bwd_data", &format!("{} through norm + skip", of.name()), dtype, &|dev, seed| {
+            let (dy, w, dx) =
+                (normal(dev, dtype, result, seed)?, normal(dev, dtype, kernel, 2)?, out(dev, dtype, image)?);
+            let (x, skip) = (normal(dev, dtype, image, seed + 100)?, normal(dev, dtype, image, seed + 200)?);
+            let (mean, rstd) =
+                (normal(dev, acc(dtype), [n, groups], 3)?, normal(dev, acc(dtype), [n, groups], 4)?);
+            let (gamma, beta) = (normal(dev, dtype, [ch], 5)?, normal(dev, dtype, [ch], 6)?);
+            let (dgamma, dbeta) = (out(dev, acc(dtype), [ch])?, out(dev, acc(dtype), [ch])?);
+            let run = move |dev: &dyn Kernels| {
+                let a = Conv2dBwdData {
+                    x: Some(x.view()),
+                    mean: Some(mean.view()),
+                    rstd: Some(rstd.view()),
+                    gamma: Some(gamma.view()),
+                    beta: Some(beta.view()),
+                    skip: Some(skip.view()),
+                    dgamma: Some(dgamma.acc()),
+                    dbeta: Some(dbeta.acc()),
+                    ..Conv2dBwdData::plain([dy.view(), w.view()], dx.out(), stride, [pad, pad])
+                };
+                call(&a, |a| dev.conv2d_bwd_data(Stream::COMPUTE, a))
+            };
+            Ok((Box::new(run), None))
+        });
+        b.kernel("conv2d_bwd_weight", &format!("{} of norm + bias", of.name()), dtype, &|dev, seed| {
+            let (x, dy) = (normal(dev, dtype, image, seed)?, normal(dev, dtype, result, seed + 100)?);
+            let (mean, rstd) =
+                (normal(dev, acc(dtype), [n, groups], 3)?, normal(dev, acc(dtype), [n, groups], 4)?);
+            let (gamma, beta) = (normal(dev, dtype, [ch], 5)?, normal(dev, dtype, [ch], 6)?);
+            let (dw, db) = (out(dev, acc(dtype), kernel)?, out(dev, acc(dtype), [outputs])?);
+            let run = move |dev: &dyn Kernels| {
+                let a = Conv2dBwdWeight {
+                    mean: Some(mean.view()),
+                    rstd: Some(rstd.view()),
+                    gamma: Some(gamma.view()),
+                    beta: Some(beta.view()),
+                    ..Conv2dBwdWeight::plain(
+                        [x.view(), dy.view()],
+                        dw.acc(),
+                        Some(db.acc()),
+                        stride,
+                        [pad, pad],
+                    )
+                };
+                call(&a, |a| dev.conv2d_bwd_weight(Stream::COMPUTE, a))
+            };
+            Ok((Box::new(run), None))
+        });
+    }
+}
+
 pub fn benches(b: &mut Bench) {
     resample(b);
+    fused(b);
     let dtype = if b.gpu { DType::Bf16 } else { DType::F32 };
     for of in shapes(b.gpu) {
         let Conv { x: image, outputs, taps, to, stride, pad } = of;

@@ -1,6 +1,6 @@
 use ett::backend::{
-    BatchNormBwd, BatchNormFwd, Cpu, DType, GroupNormBwd, GroupNormFwd, Kernels, LayerNormBwd, LayerNormFwd,
-    RmsNormBwd, RmsNormFwd, Role, Stream,
+    BatchNormBwd, BatchNormFwd, Cpu, DType, GroupNormBwd, GroupNormFwd, GroupNormStats, Kernels,
+    LayerNormBwd, LayerNormFwd, RmsNormBwd, RmsNormFwd, Role, Stream,
 };
 use ett::tensor::Tensor;
 
@@ -218,6 +218,15 @@ fn group(b: &mut Bench) {
                 silu: true,
             };
             call(&a, |a| dev.group_norm_fwd(S, a))
+        };
+        Ok((Box::new(run), None))
+    });
+    b.kernel("group_norm_stats", &format!("{n}x{size}x{size}x{ch}"), dtype, &|dev, seed| {
+        let x = normal(dev, dtype, dims, seed)?;
+        let (mean, rstd) = (out(dev, acc(dtype), [n, groups])?, out(dev, acc(dtype), [n, groups])?);
+        let run = move |dev: &dyn Kernels| {
+            let a = GroupNormStats { x: x.view(), mean: mean.out(), rstd: rstd.out(), eps: 1e-6 };
+            call(&a, |a| dev.group_norm_stats(S, a))
         };
         Ok((Box::new(run), None))
     });

@@ -1,13 +1,21 @@
 // conv2d.cu: two-dimensional convolution and its gradient for the input, as products with a column matrix that is
 // gathered tile by tile (gather.cuh).
 //
-//   conv2d_fwd       y[b,i,j,o] = bias[o] + sum_{u,v,c} x[b, i*stride + u - pad_top, j*stride + v - pad_left, c] w[o,u,v,c]
-//   conv2d_bwd_data  dx = gradient of y for x, plus bias[c]: a transposed convolution
+//   conv2d_fwd       y[b,i,j,o] = bias[o] + residual[b,i,j,o]
+//                                 + sum_{u,v,c} a[b, i*stride + u - pad_top, j*stride + v - pad_left, c] w[o,u,v,c]
+//   conv2d_bwd_data  dx = gradient of y for a, plus bias[c]: a transposed convolution
+// where a is x, or with a norm SiLU((x - mean) * rstd * gamma + beta). With a norm dx is the gradient for x, also through
+// mean and rstd, plus skip; dgamma and dbeta are added to. y_mean and y_rstd are the statistics of a GroupNorm of y.
 //
-// x, dx  B,H,W,C    act  pixels of any stride  in, out
-// w      O,kh,kw,C  act  rows of any stride    in
-// bias   O; C       act  contiguous            in, may be absent
-// y, dy  B,H',W',O  act  pixels of any stride  out, in
+// x, dx           B,H,W,C    act  pixels of any stride  in, out
+// mean, rstd      B,G        f32  contiguous            in, may be absent
+// gamma, beta     C          act  contiguous            in, with mean
+// w               O,kh,kw,C  act  rows of any stride    in
+// bias            O; C       act  contiguous            in, may be absent
+// y, dy           B,H',W',O  act  pixels of any stride  out, in
+// residual, skip  as y, x    act  pixels of any stride  in, may be absent
+// y_mean, y_rstd  B,J        f32  contiguous            out, may be absent
+// dgamma, dbeta   C          f32  contiguous            added to, may be absent
 //
 // Pixels outside of the image count as 0; how far y reaches over it at the bottom and on the right is up to H' and W'.
 // The data gradient is a convolution of dy for each of stride^2 phases: the pixels whose row and column leave the same
@@ -17,11 +25,20 @@
 // "large", "medium", "small": products of positions, O and kh*kw*C; pixels are copied by 16-byte cp.async. "plain" copies
 // them element by element, for C = 3 and for any other layout. "few" is for few outputs (O = 3): every tap's product with
 // the pixels of a region is computed before the taps are shifted and added, so that a pixel is read once rather than
-// once a tap.
+// once a tap. "halo" is for a normalised input and "first" for C = 3, both for 3x3, stride 1 and bf16 (halo.cuh).
+//
+// A normalised input is formed in shared memory by "halo" and "few", and element by element by "plain". The statistics of y
+// are computed on the way by "halo" and "first", from y in another pass by the others. The gradient of the norm is, for
+// "first", a product with the slope of SiLU and sums on the way, then a pass over dx and x; the others write the gradient
+// for a to dx, and then apply group_norm's backward in place. (Sums on the way were slower with more inputs, where registers
+// are few: 710 us instead of 650 at 8 x 256 x 256 x 128 on an H200.)
 //
 // numerics: products are summed in f32 (f32: fused multiply-adds, no TF32) in ascending order of taps and channels ("few":
-// channels, then taps), then the bias is added and the result is rounded once. Bitwise repeatable.
-// workspace: a copy of w, with O rows padded to 16 bytes; none for conv2d_fwd if w has this form.
+// channels, then taps), then bias and residual are added and the result is rounded once. a, and the gradient for a, are
+// rounded to act; "halo" and "few" form a of bf16 with an approximate tanh (norm.cuh). Statistics are those of the rounded y,
+// from sums of differences from one of the values, then combined as in group_norm.cu. Bitwise repeatable.
+// workspace: a copy of w, with O rows padded to 16 bytes; none for conv2d_fwd if w has this form. Then, for statistics or the
+// gradient of a norm, 8*O or 8*C bytes per tile of 128 positions or chunk (group_norm.cu).
 // work: 2*B*H'*W'*O*kh*kw*C FLOP; (B*H*W*C + O*kh*kw*C + B*H'*W'*O) * size bytes.
 // limits: coordinates below 2^28, fewer than 2^31 pixels; fewer than 2^31 elements in kh lines; fewer than 2^29 tiles.
 #include "../norm/channels.cuh"

@@ -2,22 +2,28 @@
 //
 //   dw[o,u,v,c] += sum_{b,i,j} dy[b,i,j,o] x[b, i*stride + u - pad_top, j*stride + v - pad_left, c],   db[o] += sum_{b,i,j} dy[b,i,j,o]
 //
-// x   B,H,W,C    act  pixels of any stride  in
-// dy  B,H',W',O  act  pixels of any stride  in
-// dw  O,kh,kw,C  f32  rows of any stride    added to
-// db  O          f32  contiguous            added to, may be absent
+// where x stands for SiLU((x - mean) * rstd * gamma + beta), rounded, if there is a norm.
+//
+// x            B,H,W,C    act  pixels of any stride  in
+// mean, rstd   B,G        f32  contiguous            in, may be absent
+// gamma, beta  C          act  contiguous            in, with mean
+// dy           B,H',W',O  act  pixels of any stride  in
+// dw           O,kh,kw,C  f32  rows of any stride    added to
+// db           O          f32  contiguous            added to, may be absent
 //
 // A product over the positions of dy^T and the column matrix of x (gather.cuh). The positions are divided into parts,
 // whose sums go to the workspace and are added in order. db is a col_sum of dy.
 //
 // "large": pixels of x and dy are whole 16-byte pieces. "narrow": x is gathered element by element, in tiles of few
 // columns; for C = 3, where dy is read once, and for any other layout. "exchanged": for few outputs (O = 3) and stride 1,
-// x^T times the column matrix of dy, taps reversed, so that x is read once.
+// x^T times the column matrix of dy, taps reversed, so that x is read once. "halo": 3x3, stride 1, bf16, 32 channels with all
+// taps at a time: tiles of positions of dy and the pixels that they see, and db from the same tiles. A normalised x is formed
+// in shared memory by "halo" and "exchanged", element by element by "narrow".
 //
 // numerics: products are summed in f32 (f32: fused multiply-adds, no TF32) in ascending order of the positions of a part;
 // then the parts: every eighth in order, and the eight sums in order; then the old value is added. The parts depend only
-// on the shape and the number of multiprocessors: bitwise repeatable. "exchanged" reads all pixels of x and multiplies those
-// that no output uses by 0, so that a non-finite value there makes dw NaN.
+// on the shape and the number of multiprocessors: bitwise repeatable. "exchanged" and "halo" multiply pixels of x that no output
+// uses by 0, so that a non-finite value there makes dw NaN.
 // workspace: the sums of all parts, at most those of two rounds of blocks, or one part.
 // work: 2*B*H'*W'*O*kh*kw*C FLOP; (B*H*W*C + B*H'*W'*O) * size + 8*O*kh*kw*C bytes; db reads dy once more.
 // limits: those of conv2d_fwd.
@@ -314,7 +320,7 @@ __global__ void __launch_bounds__(kAddThreads) add_kernel(const __grid_constant_
 // call. `exchangeable`: as few outputs as "exchanged" is for, and stride 1.
 const char* choose_conv2d_bwd_weight_config(int64_t outputs, int64_t channels, bool vectors, bool halo, bool exchangeable) {
     if (exchangeable && channels > 8) return "exchanged";
-    if (halo && (outputs > kHaloRows / 2 || !vectors)) return "halo";
+    if (halo && (outputs > kHaloRows / 2 || !vectors)) return "halo";  // whose tiles are of kHaloRows outputs
     return vectors ? "large" : "narrow";
 }
 

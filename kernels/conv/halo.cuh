@@ -255,9 +255,10 @@ template <int COLS> __global__ void __launch_bounds__(kThreads, 2) halo_kernel(c
     auto fill_pixels = [&](int chunk) {
         const smem_addr to = smem_address(smem + chunk % 2 * kBytes);
         const bf16* const from = p.x + chunk * kDepth + piece * 8;
+        const int first = opaque(pixel);
 #pragma unroll
         for (int r = 0; r < kRounds; ++r) {
-            const int q = pixel + r * kAtOnce, y = line_of(q), x = column_of(q);
+            const int q = first + r * kAtOnce, y = line_of(q), x = column_of(q);
             if (q < kPixels) cp_async16(to + gemm::swizzled<kPieces>(q, piece), g.pixels(from, (at.image * g.h + y) * g.w + x), g.inside(y, x));
         }
     };
