@@ -118,7 +118,7 @@ pub enum Recompute {
     None,
     /// The outputs of norms and activation functions, the products of SwiGLU among them.
     Cheap,
-    /// These, and everything inside of a block but its input.
+    /// These, and everything inside of a residual, attention or transformer block but its input.
     Blocks,
 }
 
@@ -406,9 +406,7 @@ pub struct TrainConfig {
     pub precision: String,
     /// CPU threads, at most 1024; 0: one per core.
     pub threads: usize,
-    /// What the backward pass computes again instead of keeping it, with the same bits: `none`; `cheap`: norms and
-    /// activation functions; `blocks`: also the inside of residual, attention and transformer blocks; `auto`: the first of
-    /// these that fits into the device's memory.
+    /// What the backward pass computes again instead of keeping it, with the same bits.
     pub recompute: Recompute,
     /// Steps between checkpoints; 0: only at the end of each stage.
     pub save_every: usize,

@@ -32,6 +32,11 @@ impl Tensor {
         Ok(Tensor { buf, off: 0, dtype, dims, ld: dims.cols() })
     }
 
+    /// Whether there are other tensors with this buffer.
+    pub fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.buf) > 1
+    }
+
     /// A new tensor filled with zeros.
     pub fn zeros(dev: &dyn Kernels, role: Role, dtype: DType, dims: impl Into<Dims>) -> Result<Self> {
         let t = Self::empty(dev, role, dtype, dims)?;

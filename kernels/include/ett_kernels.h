@@ -629,7 +629,7 @@ int32_t ett_swiglu_fwd(const ett_swiglu_fwd_args* args, const ett_launch* launch
 typedef struct ett_swiglu_bwd_args {
     ett_view dy;            // in   [N, F]; act
     ett_view gate_up;       // in   [N, 2F]; act
-    ett_view dgate_up;      // out  [N, 2F]; act
+    ett_view dgate_up;      // out  [N, 2F]; act; may be gate_up
 } ett_swiglu_bwd_args;
 int64_t ett_swiglu_bwd_workspace(const ett_swiglu_bwd_args* args);
 int32_t ett_swiglu_bwd(const ett_swiglu_bwd_args* args, const ett_launch* launch);

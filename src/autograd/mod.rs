@@ -117,6 +117,14 @@ impl Kept {
         }
     }
 
+    /// The value, when it is not needed any more.
+    pub fn into_value(self) -> Result<Tensor> {
+        match self.source {
+            Source::Value(value) => Ok(value),
+            Source::Again(again) => again(),
+        }
+    }
+
     /// Its shape.
     pub fn dims(&self) -> Dims {
         self.key.dims

@@ -438,7 +438,7 @@ pointwise: swiglu_fwd(SwigluFwd<'a>) flop |s| 5 * s.y.0.dims.numel() => {
 pointwise: swiglu_bwd(SwigluBwd<'a>) flop |s| 10 * s.dy.dims.numel() => {
     dy: In<'a> = "[N, F]; act",
     gate_up: In<'a> = "[N, 2F]; act",
-    dgate_up: Out<'a> = "[N, 2F]; act",
+    dgate_up: Out<'a> = "[N, 2F]; act; may be gate_up",
 }
 /// Rotary embedding of split halves: in each of the first `heads` heads of `D` columns, dimensions `d` and `d + D/2`
 /// are rotated by the angle `position * theta^(-2d/D)`; the remaining columns are copied. The gradient is the inverse

@@ -76,14 +76,15 @@ pub fn swiglu(tape: &Tape, gate_up: &Var) -> Result<Var> {
         Ok(y)
     };
     let y = forward(gate_up.value())?;
-    let xs = gate_up.keep();
+    let (xs, to) = (gate_up.keep(), gate_up.key());
     let y = tape.op1(&[gate_up], y, move |g, out| {
         let Some(dy) = g.take(out)? else { return Ok(()) };
-        let x = xs.value()?;
-        let dx = g.act(xs.dims())?;
+        let x = xs.into_value()?;
+        // The gradient takes the place of a value that nobody else holds: it is the largest of a language model.
+        let dx = if x.is_shared() { g.act(x.dims())? } else { x.clone() };
         let a = SwigluBwd { dy: dy.view(), gate_up: x.view(), dgate_up: dx.out() };
         g.dev().swiglu_bwd(S, &a)?;
-        g.give(&xs, dx)
+        g.give(&to, dx)
     });
     let xs = gate_up.keep();
     Ok(tape.cheap(y, move || forward(&xs.value()?)))

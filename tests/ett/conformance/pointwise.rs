@@ -326,28 +326,32 @@ pub fn swiglu_fwd_sample() -> Case {
     swiglu_fwd_case([3, 4])
 }
 
-fn swiglu_bwd_case([n, f]: [usize; 2]) -> Case {
+/// If `in_place`, the gradient overwrites gate and up.
+fn swiglu_bwd_case([n, f]: [usize; 2], in_place: bool) -> Case {
     Case::new(
-        format!("[{n}, {f}]"),
+        format!("[{n}, {f}]{}", if in_place { ", in place" } else { "" }),
         move |d| {
             let near = near().size(0.5 * d.scale * d.scale).conditioning(FUNCTION);
-            vec![
-                act("dy", [n, f], d.normal(n * f)),
-                act("gate_up", [n, 2 * f], with_zeros(d, n * 2 * f)),
-                out("dgate_up", Type::Act, [n, 2 * f], near),
-            ]
+            let dy = act("dy", [n, f], d.normal(n * f));
+            let gate_up = with_zeros(d, n * 2 * f);
+            if in_place {
+                return vec![dy, add_to("gate_up", Type::Act, [n, 2 * f], gate_up, near)];
+            }
+            vec![dy, act("gate_up", [n, 2 * f], gate_up), out("dgate_up", Type::Act, [n, 2 * f], near)]
         },
-        |dev, v| {
+        move |dev, v| {
             let (dy, gate_up) = (v.input("dy"), v.input("gate_up"));
-            dev.swiglu_bwd(S, &SwigluBwd { dy, gate_up, dgate_up: v.out("dgate_up") })
+            let dgate_up = v.out(if in_place { "gate_up" } else { "dgate_up" });
+            dev.swiglu_bwd(S, &SwigluBwd { dy, gate_up, dgate_up })
         },
     )
 }
 
 pub fn swiglu_bwd() -> Vec<Case> {
-    rows().map(|(size, dims)| swiglu_bwd_case(dims).from(size)).collect()
+    let both = |(size, dims)| [false, true].map(|in_place| swiglu_bwd_case(dims, in_place).from(size));
+    rows().flat_map(both).collect()
 }
 
 pub fn swiglu_bwd_sample() -> Case {
-    swiglu_bwd_case([3, 4])
+    swiglu_bwd_case([3, 4], false)
 }

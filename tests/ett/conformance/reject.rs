@@ -256,9 +256,13 @@ fn samples_have_another_number_for_each_letter() {
         let args = ((kernel.sample)().args)(&Draw::new(&oracle, Precision::F32, 1.0, kernel.name));
         for a in &args {
             let mut dims = a.dims.as_slice().to_vec();
+            if kernel.name.starts_with("upsample2x_weights") {
+                dims.remove(1); // these taps are numbers, as many one way as the other
+            }
+            let letters = dims.len();
             dims.sort();
             dims.dedup();
-            assert_eq!(dims.len(), a.dims.rank(), "{}: `{}` is {}", kernel.name, a.name, a.dims);
+            assert_eq!(dims.len(), letters, "{}: `{}` is {}", kernel.name, a.name, a.dims);
         }
     }
 }

@@ -37,19 +37,27 @@ fn swiglu_bwd_of<T: Elem>(s: &SwigluBwd) -> Result<()> {
     const OP: &str = "swiglu_bwd";
     let (dy, x) = (rows::<T>(OP, "dy", &s.dy)?, rows::<T>(OP, "gate_up", &s.gate_up)?);
     let dx = rows_mut::<T>(OP, "dgate_up", &s.dgate_up.0)?;
+    let in_place = s.gate_up.addr() == s.dgate_up.0.addr();
+    let gradients = |gate: T, up: T, dy: T| {
+        let (gate, up, dy) = (gate.up(), up.up(), dy.up());
+        (T::down(dy * up * silu_slope(gate)), T::down(dy * silu(gate)))
+    };
     par_rows(
         dy.rows,
         x.cols,
         #[inline(always)]
         |i| {
-            let (gate, up) = x.row(i).split_at(dy.cols);
             // SAFETY: chunks do not share rows.
             let (dgate, dup) = unsafe { dx.row(i) }.split_at_mut(dy.cols);
-            for ((((dgate, dup), gate), up), dy) in dgate.iter_mut().zip(dup).zip(gate).zip(up).zip(dy.row(i))
-            {
-                let (gate, up, dy) = (gate.up(), up.up(), dy.up());
-                *dgate = T::down(dy * up * silu_slope(gate));
-                *dup = T::down(dy * silu(gate));
+            let out = dgate.iter_mut().zip(dup).zip(dy.row(i));
+            if in_place {
+                // In place: the values may only be read through the outputs.
+                out.for_each(|((gate, up), dy)| (*gate, *up) = gradients(*gate, *up, *dy));
+            } else {
+                let (gate, up) = x.row(i).split_at(dy.cols);
+                for (((dgate, dup), dy), (gate, up)) in out.zip(gate.iter().zip(up)) {
+                    (*dgate, *dup) = gradients(*gate, *up, *dy);
+                }
             }
         },
     );
