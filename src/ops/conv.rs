@@ -125,7 +125,7 @@ pub fn conv2d_with(
         let Some(dy) = g.take(out)? else { return Ok(()) };
         saved.weights(g, &dy)?;
         if let Some(r) = residual {
-            g.give(&r, dy.clone())?;
+            g.give(r, dy.clone())?;
         }
         saved.input(g, &dy)
     });
@@ -252,7 +252,7 @@ pub fn upsample2x_conv2d(tape: &Tape, x: &Var, w: &Var, b: Option<&Var>) -> Resu
             let rows = dy.reshape([dy.dims().rows(), dy.dims().cols()])?;
             g.dev().col_sum(S, &ColSum { x: rows.view(), y: db.acc() })?;
         }
-        if let Some(dw) = g.target(&ws)? {
+        if let Some(dw) = g.target(ws)? {
             let (x, dv) = (xs.value()?, Tensor::zeros(g.dev(), Role::Workspace, dw.dtype(), v.dims())?);
             let a = Conv2dBwdWeight::plain([dy.view(), x.view()], dv.acc(), None, 2, [1, 1]);
             g.dev().conv2d_bwd_weight(S, &a)?;
@@ -278,7 +278,7 @@ pub fn upsample2x(tape: &Tape, x: &Var) -> Result<Var> {
         let Some(dy) = g.take(out)? else { return Ok(()) };
         let dx = g.act(xs.dims())?;
         g.dev().upsample2x_bwd(S, &Upsample2xBwd { dy: dy.view(), dx: dx.out() })?;
-        g.give(&xs, dx)
+        g.give(xs, dx)
     }))
 }
 

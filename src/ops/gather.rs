@@ -15,7 +15,7 @@ pub fn gather(tape: &Tape, table: &Var, idx: &Tensor) -> Result<Var> {
     let (ts, idx) = (table.key(), idx.clone());
     Ok(tape.op1(&[table], y, move |g, out| {
         let Some(dy) = g.take(out)? else { return Ok(()) };
-        if let Some(dt) = g.target(&ts)? {
+        if let Some(dt) = g.target(ts)? {
             let a = GatherBwd { dy: dy.view(), idx: idx.view(), dtable: dt.acc() };
             g.dev().gather_bwd(S, &a)?;
         }

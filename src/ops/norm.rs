@@ -158,11 +158,11 @@ pub fn add_rms_norm(tape: &Tape, x: &Var, residual: &Var, w: &Var, eps: f64) -> 
     let (kept, again) = (sum.clone(), normalise(tape, rstd.clone(), eps));
     let mut out = tape.op(&[x, residual, w], vec![sum, y], move |g, outs| {
         let w = ws.value()?;
-        let dsum = g.take(&outs[0])?;
-        let Some(dy) = g.take(&outs[1])? else {
+        let dsum = g.take(outs[0])?;
+        let Some(dy) = g.take(outs[1])? else {
             if let Some(d) = dsum {
-                g.give(&xs, d.clone())?;
-                g.give(&rs, d)?;
+                g.give(xs, d.clone())?;
+                g.give(rs, d)?;
             }
             return Ok(());
         };
@@ -178,8 +178,8 @@ pub fn add_rms_norm(tape: &Tape, x: &Var, residual: &Var, w: &Var, eps: f64) -> 
             dw: dw.as_ref().map(Tensor::acc),
         };
         g.dev().rms_norm_bwd(S, &a)?;
-        g.give(&xs, dx.clone())?;
-        g.give(&rs, dx)
+        g.give(xs, dx.clone())?;
+        g.give(rs, dx)
     });
     let (y, sum) = (out.pop(), out.pop());
     match (sum, y) {
@@ -214,7 +214,7 @@ pub fn layer_norm(tape: &Tape, x: &Var, w: &Var, b: &Var, eps: f64) -> Result<Va
         let x = xs.value()?;
         let w = ws.value()?;
         let dx = g.act(xs.dims())?;
-        let (dw, db) = (g.target(&ws)?, g.target(&bs)?);
+        let (dw, db) = (g.target(&ws)?, g.target(bs)?);
         let a = LayerNormBwd {
             dy: dy.view(),
             x: x.view(),

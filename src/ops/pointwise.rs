@@ -38,8 +38,8 @@ pub fn add(tape: &Tape, a: &Var, b: &Var) -> Result<Var> {
     let (av, bv) = (a.key(), b.key());
     Ok(tape.op1(&[a, b], y, move |g, out| {
         let Some(dy) = g.take(out)? else { return Ok(()) };
-        g.give(&av, dy.clone())?;
-        g.give(&bv, dy)
+        g.give(av, dy.clone())?;
+        g.give(bv, dy)
     }))
 }
 
@@ -61,7 +61,7 @@ pub fn channel_affine(tape: &Tape, x: &Var, shift: &Var, scale: &Var) -> Result<
         let dx = g.act(xs.dims())?;
         let a = ChannelAffineBwd { dy: dy.view(), scale: scale.value().view(), dx: dx.out() };
         g.dev().channel_affine_bwd(S, &a)?;
-        g.give(&xs, dx)
+        g.give(xs, dx)
     }))
 }
 
@@ -84,7 +84,7 @@ pub fn swiglu(tape: &Tape, gate_up: &Var) -> Result<Var> {
         let dx = if x.is_shared() { g.act(x.dims())? } else { x.clone() };
         let a = SwigluBwd { dy: dy.view(), gate_up: x.view(), dgate_up: dx.out() };
         g.dev().swiglu_bwd(S, &a)?;
-        g.give(&to, dx)
+        g.give(to, dx)
     });
     let xs = gate_up.keep();
     Ok(tape.cheap(y, move || forward(&xs.value()?)))
@@ -119,7 +119,7 @@ pub fn rope(tape: &Tape, x: &Var, position: &Tensor, r: Rotary) -> Result<Var> {
         let Some(dy) = g.take(out)? else { return Ok(()) };
         let dx = g.act(xs.dims())?;
         g.dev().rope(S, &r.args(&dy, &position, &dx, true))?;
-        g.give(&xs, dx)
+        g.give(xs, dx)
     }))
 }
 
@@ -179,7 +179,7 @@ pub fn split_rows(tape: &Tape, x: &Var, counts: &[usize]) -> Result<Vec<Var>> {
             }
             at += k;
         }
-        g.give(&xs, dx)
+        g.give(xs, dx)
     }))
 }
 
@@ -194,9 +194,9 @@ pub fn cast(tape: &Tape, x: &Var, dtype: DType) -> Result<Var> {
     let xs = x.key();
     Ok(tape.op1(&[x], y, move |g, out| {
         let Some(dy) = g.take_acc(out)? else { return Ok(()) };
-        let dx = g.like(&xs)?;
+        let dx = g.like(xs)?;
         g.dev().cast(S, &Cast { x: dy.view(), y: dx.out() })?;
-        g.give(&xs, dx)
+        g.give(xs, dx)
     }))
 }
 
@@ -206,6 +206,6 @@ pub fn reshape(tape: &Tape, x: &Var, dims: impl Into<Dims>) -> Result<Var> {
     let xs = x.key();
     Ok(tape.op1(&[x], y, move |g, out| {
         let Some(dy) = g.take(out)? else { return Ok(()) };
-        g.give(&xs, dy.reshape(xs.dims())?)
+        g.give(xs, dy.reshape(xs.dims())?)
     }))
 }

@@ -157,11 +157,11 @@ pub fn ibq(tape: &Tape, z: &Var, e: &Var, inv_count: &Tensor, o: IbqOptions) -> 
     let outs = tape.op(&[z, e], values, move |g, outs| {
         let z = zs.value()?;
         let e = es.value()?;
-        let gz = match g.take(&outs[0])? {
+        let gz = match g.take(outs[0])? {
             Some(t) => t,
             None => Tensor::zeros(g.dev(), Role::Activation, z.dtype(), [m, d])?,
         };
-        let g_quant = or_zero(&zero, g.take(&outs[1])?);
+        let g_quant = or_zero(&zero, g.take(outs[1])?);
         let (g_sample, g_avg) = match &outs[2..] {
             [sample, avg] => (Some(or_zero(&zero, g.take(sample)?)), Some(or_zero(&zero, g.take(avg)?))),
             _ => (None, None),
@@ -231,11 +231,11 @@ pub fn vq(tape: &Tape, z: &Var, e: &Var, inv_count: &Tensor, o: IbqOptions) -> R
     let outs = tape.op(&[z, e], vec![zq, quant], move |g, outs| {
         let z = zs.value()?;
         let e = es.value()?;
-        let gz = match g.take(&outs[0])? {
+        let gz = match g.take(outs[0])? {
             Some(t) => t,
             None => Tensor::zeros(g.dev(), Role::Activation, z.dtype(), [m, d])?,
         };
-        let g_quant = or_zero(&zero, g.take(&outs[1])?);
+        let g_quant = or_zero(&zero, g.take(outs[1])?);
         let dz = g.like(&zs)?;
         let de = g.target(&es)?;
         let a = VqBwd {

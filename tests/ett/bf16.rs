@@ -251,9 +251,9 @@ fn stages_agree(dev: &Arc<dyn Kernels>, precision: &str, bound: f64) -> Outcome 
     save_weights(&model.params, &step.path("fresh"), Stored::Master)?;
     let mut weights = read_file(&step.path("weights"))?;
     for (name, mut t) in read_file(&step.path("fresh"))? {
-        if !weights.contains_key(&name) {
+        if let std::collections::btree_map::Entry::Vacant(e) = weights.entry(name) {
             t.values.iter_mut().for_each(|v| *v = DType::Bf16.rounded(*v));
-            weights.insert(name, t);
+            e.insert(t);
         }
     }
     step.write("weights", weights)?;

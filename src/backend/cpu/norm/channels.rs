@@ -332,15 +332,15 @@ impl<T: Elem> Backward<'_, T> {
         match self.skip {
             None => {
                 for (dx, (x, dy)) in rows {
-                    for k in 0..c {
-                        dx[k] = T::down(at(k, x, dy));
+                    for (k, dx) in dx.iter_mut().enumerate() {
+                        *dx = T::down(at(k, x, dy));
                     }
                 }
             }
             Some(skip) => {
                 for ((dx, (x, dy)), skip) in rows.zip(skip[r].chunks_exact(c)) {
-                    for k in 0..c {
-                        dx[k] = T::down(at(k, x, dy) + skip[k].up());
+                    for (k, (dx, skip)) in dx.iter_mut().zip(skip).enumerate() {
+                        *dx = T::down(at(k, x, dy) + skip.up());
                     }
                 }
             }
