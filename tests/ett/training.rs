@@ -260,8 +260,8 @@ fn one_batch_can_be_learnt_by_heart() -> Outcome {
         let mut run = Run::new(&cfg, cpu(2), StageKind::Semantic, 3e-3)?;
         let batch = batch(&run.model, &[[2, 16, 16]], StageKind::Semantic)?;
         let first = run.step(&batch)?;
-        for step in 0..400 {
-            if step == 270 {
+        for step in 0..520 {
+            if step == 330 {
                 run.rate *= 0.1;
             }
             run.step(&batch)?;
