@@ -183,7 +183,7 @@ impl Tape {
         Tape { dev, prec, recording: true, recomputing: Recomputing::default(), inner: RefCell::default() }
     }
 
-    /// An empty tape that recomputes.
+    /// The tape, which recomputes `what` from now on.
     pub fn recomputing(self, what: Recomputing) -> Self {
         Tape { recomputing: what, ..self }
     }
