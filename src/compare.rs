@@ -24,7 +24,7 @@ impl Bounds {
             DType::F64 => Bounds { norm: 1e-12, row: 1e-11, element: 1e-10, least: 0.0 },
             DType::F32 => Bounds { norm: 2e-6, row: 1e-5, element: 1e-4, least: 0.0 },
             DType::Bf16 => Bounds { norm: 4e-3, row: 1e-2, element: 3e-2, least: 0.0 },
-            DType::I32 => Bounds { norm: 0.0, row: 0.0, element: 0.0, least: 0.0 },
+            DType::I32 | DType::U8 => Bounds { norm: 0.0, row: 0.0, element: 0.0, least: 0.0 },
         }
     }
 
@@ -55,7 +55,7 @@ pub const fn unit_roundoff(dtype: DType) -> f64 {
         DType::F64 => f64::EPSILON / 2.0,
         DType::F32 => f32::EPSILON as f64 / 2.0,
         DType::Bf16 => 1.0 / 256.0,
-        DType::I32 => 0.0,
+        DType::I32 | DType::U8 => 0.0,
     }
 }
 

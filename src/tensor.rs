@@ -82,6 +82,10 @@ impl Tensor {
                 let v: Vec<i32> = values.iter().map(|&x| x as i32).collect();
                 Self::from_host(dev, role, &v, dims)
             }
+            DType::U8 => {
+                let v: Vec<u8> = values.iter().map(|&x| x as u8).collect();
+                Self::from_host(dev, role, &v, dims)
+            }
         }
     }
 
@@ -114,6 +118,7 @@ impl Tensor {
             DType::I32 => {
                 bytemuck::pod_collect_to_vec::<u8, i32>(&bytes).into_iter().map(f64::from).collect()
             }
+            DType::U8 => bytes.into_iter().map(f64::from).collect(),
         })
         .inspect(|v: &Vec<f64>| debug_assert_eq!(v.len(), n))
     }
@@ -184,6 +189,22 @@ impl Tensor {
         Ok(Tensor { off, dims: [n].into(), ld: n, ..self.clone() })
     }
 
+    /// `dims` elements of type `dtype` that begin at byte `at` of a tensor of bytes: several tensors that are copied
+    /// to the device as one. Kernels are fastest if `at` is a multiple of 256.
+    pub fn part(&self, at: usize, dtype: DType, dims: impl Into<Dims>) -> Result<Self> {
+        let dims = dims.into();
+        if self.dtype != DType::U8 || !self.is_contiguous() {
+            return Err(Error::arg("part", "self", format!("{} {}", self.dims, self.dtype), "contiguous bytes"));
+        }
+        let bytes = dims.bytes(dtype).unwrap_or(usize::MAX);
+        within("part", at, bytes, self.dims.numel())?;
+        let off = self.off + at as u64;
+        if !off.is_multiple_of(dtype.size() as u64) {
+            return Err(Error::arg("part", "at", at, format!("a multiple of {}", dtype.size())));
+        }
+        Ok(Tensor { off, dtype, dims, ld: dims.cols(), ..self.clone() })
+    }
+
     /// As a kernel input.
     pub fn view(&self) -> In<'_> {
         // SAFETY: `empty` takes as many bytes as its shape needs, and every tensor made of another is a part of it.
@@ -198,6 +219,53 @@ impl Tensor {
     /// As an accumulated kernel output.
     pub fn acc(&self) -> Acc<'_> {
         Acc(self.view())
+    }
+}
+
+/// Arrays that are copied to a device as one, each at a multiple of 256 bytes.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Block(Vec<u8>);
+
+impl Block {
+    const ALIGN: usize = 256;
+
+    /// Appends an array.
+    pub fn push<T: Element>(&mut self, array: &[T]) {
+        self.0.resize(self.0.len().next_multiple_of(Self::ALIGN), 0);
+        self.0.extend_from_slice(bytemuck::cast_slice(array));
+    }
+
+    /// All bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// Copies all arrays to new memory of a device on stream `s`; [`Parts`] finds them there.
+    pub fn upload(&self, dev: &dyn Kernels, s: Stream) -> Result<Tensor> {
+        let t = Tensor::empty(dev, Role::Input, DType::U8, [self.0.len()])?;
+        dev.copy_in(s, &self.0, t.out())?;
+        Ok(t)
+    }
+}
+
+/// The arrays of a [`Block`] on a device, in the order in which they were appended.
+pub struct Parts<'a> {
+    block: &'a Tensor,
+    at: usize,
+}
+
+impl<'a> Parts<'a> {
+    /// The arrays of a block that was copied to `block`.
+    pub fn of(block: &'a Tensor) -> Self {
+        Parts { block, at: 0 }
+    }
+
+    /// The next array.
+    pub fn take(&mut self, dtype: DType, dims: impl Into<Dims>) -> Result<Tensor> {
+        let start = self.at.next_multiple_of(Block::ALIGN);
+        let t = self.block.part(start, dtype, dims)?;
+        self.at = start + t.dims.numel() * dtype.size();
+        Ok(t)
     }
 }
 

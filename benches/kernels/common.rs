@@ -137,7 +137,7 @@ impl Bench {
         let (x, y) = (normal(&*self.dev, DType::F32, [n], 3)?, out(&*self.dev, DType::F32, [n])?);
         #[cfg(ett_cuda)]
         if let Some(cuda) = &self.cuda {
-            return self.best(&mut || cuda.copy(x.view(), y.out()));
+            return self.best(&mut || cuda.copy(Stream::COMPUTE, x.view(), y.out()));
         }
         let cast = ett::backend::Cast { x: x.view(), y: y.out() };
         self.best(&mut || self.dev.cast(ett::backend::Stream::COMPUTE, &cast))

@@ -47,7 +47,7 @@ extern "C" {
 #endif
 
 /* Incremented when a struct or the meaning of a field changes. */
-#define ETT_ABI_VERSION 5
+#define ETT_ABI_VERSION 6
 
 /* The version that the library was built with; compare it with ETT_ABI_VERSION. */
 int32_t ett_abi_version(void);
@@ -91,7 +91,8 @@ typedef enum ett_dtype {
     ETT_F64 = 0,
     ETT_F32 = 1,
     ETT_BF16 = 2,
-    ETT_I32 = 3
+    ETT_I32 = 3,
+    ETT_U8 = 4
 } ett_dtype;
 
 /* A tensor argument with dimensions dims[0..rank], row-major. The last dimension is contiguous; the others
@@ -167,20 +168,18 @@ typedef enum ett_metric {
    gets a view [1] of its element. */
 enum {
     ETT_STATE_GROUPS = 16,     /* rows */
-    ETT_STATE_STRIDE = 4,      /* elements of a row */
+    ETT_STATE_STRIDE = 2,      /* elements of a row */
     ETT_STATE_RATE = 0,        /* in a row: learning rate */
-    ETT_STATE_BIAS1 = 1,       /* in a row: 1 / (1 - beta1^t) */
-    ETT_STATE_BIAS2 = 2,       /* in a row: 1 / (1 - beta2^t) */
-    ETT_STATE_CLIP = 3,        /* in a row: largest gradient norm; 0: no clipping */
-    ETT_STATE_WEIGHT = 64,     /* the first loss weight; a loss's weight is the gradient that its backward receives */
+    ETT_STATE_CLIP = 1,        /* in a row: largest gradient norm; 0: no clipping */
+    ETT_STATE_WEIGHT = 32,     /* the first loss weight; a loss's weight is the gradient that its backward receives */
     ETT_STATE_LOSSES = 16,     /* elements for loss weights */
-    ETT_STATE_INV_TOKENS = 80, /* 1 / supervised text tokens of the whole batch */
-    ETT_STATE_INV_CODES = 81,  /* 1 / supervised codes of the whole batch */
-    ETT_STATE_INV_PICTURES = 82, /* 1 / pictures of the whole batch */
-    ETT_STATE_INV_ELEMENTS = 83, /* 1 / elements (pixels times channels) of these pictures */
-    ETT_STATE_INV_PATCHES = 84, /* 1 / patch logits that the discriminator computes for these pictures */
-    ETT_STATE_INV_VISUAL = 85, /* 1 / visual tokens of one part of the batch, over all ranks */
-    ETT_STATE_LEN = 86
+    ETT_STATE_INV_TOKENS = 48, /* 1 / supervised text tokens of the whole batch */
+    ETT_STATE_INV_CODES = 49,  /* 1 / supervised codes of the whole batch */
+    ETT_STATE_INV_PICTURES = 50, /* 1 / pictures of the whole batch */
+    ETT_STATE_INV_ELEMENTS = 51, /* 1 / elements (pixels times channels) of these pictures */
+    ETT_STATE_INV_PATCHES = 52, /* 1 / patch logits that the discriminator computes for these pictures */
+    ETT_STATE_INV_VISUAL = 53, /* 1 / visual tokens of one part of the batch, over all ranks */
+    ETT_STATE_LEN = 54
 };
 
 /* ---- products ------------------------------------------------------------------------------------------ */
@@ -590,6 +589,14 @@ typedef struct ett_cast_args {
 int64_t ett_cast_workspace(const ett_cast_args* args);
 int32_t ett_cast(const ett_cast_args* args, const ett_launch* launch);
 
+/* y = x / 127.5 - 1: the bytes of pictures, as values in [-1, 1]. */
+typedef struct ett_from_bytes_args {
+    ett_view x;             // in   [..]; u8
+    ett_view y;             // out  [..]; act
+} ett_from_bytes_args;
+int64_t ett_from_bytes_workspace(const ett_from_bytes_args* args);
+int32_t ett_from_bytes(const ett_from_bytes_args* args, const ett_launch* launch);
+
 /* y = value. */
 typedef struct ett_fill_args {
     ett_view y;             // out  [..]; any type
@@ -670,19 +677,39 @@ int32_t ett_gather_bwd(const ett_gather_bwd_args* args, const ett_launch* launch
 
 /* y[idx[n]] = x[n]; negative indices are skipped, and the other rows of y keep their values. No row has two indices. */
 typedef struct ett_put_rows_args {
-    ett_view x;             // in   [N, C]; act
+    ett_view x;             // in   [N, C]; any type
     ett_view idx;           // in   [N]; i32; values below R
-    ett_view y;             // add  [R, C]; act
+    ett_view y;             // add  [R, C]; type of x
 } ett_put_rows_args;
 int64_t ett_put_rows_workspace(const ett_put_rows_args* args);
 int32_t ett_put_rows(const ett_put_rows_args* args, const ett_launch* launch);
 
-/* x[n] += 1, which wraps: positions and lengths that a recorded step moves on by itself. */
+/* y[n] = x[idx[n]], integers instead of rows; a negative index gives -1. */
+typedef struct ett_pick_args {
+    ett_view x;             // in   [R]; i32
+    ett_view idx;           // in   [N]; i32; values below R
+    ett_view y;             // out  [N]; i32
+} ett_pick_args;
+int64_t ett_pick_workspace(const ett_pick_args* args);
+int32_t ett_pick(const ett_pick_args* args, const ett_launch* launch);
+
+/* x[n] += 1, which wraps: positions, lengths and step counts that a recorded step moves on by itself. Nothing
+   changes if norm[1] > 0. */
 typedef struct ett_count_up_args {
     ett_view x;             // add  [N]; i32
+    ett_view norm;          // in?  [2]; acc; as for adamw: a step that is skipped does not count
 } ett_count_up_args;
 int64_t ett_count_up_workspace(const ett_count_up_args* args);
 int32_t ett_count_up(const ett_count_up_args* args, const ett_launch* launch);
+
+/* y[n] = n * step: the offsets of sequences of equal length. */
+typedef struct ett_arange_args {
+    ett_view y;             // out  [N]; i32
+    int64_t step;           //      difference between neighbours; the last value has to be below 2^31; at most
+                            //      2147483647
+} ett_arange_args;
+int64_t ett_arange_workspace(const ett_arange_args* args);
+int32_t ett_arange(const ett_arange_args* args, const ett_launch* launch);
 
 /* ---- attention ----------------------------------------------------------------------------------------- */
 
@@ -1073,8 +1100,8 @@ typedef struct ett_sum_squares_args {
 int64_t ett_sum_squares_workspace(const ett_sum_squares_args* args);
 int32_t ett_sum_squares(const ett_sum_squares_args* args, const ett_launch* launch);
 
-/* One AdamW step on a flat range, all in the accumulator type. rate, bias1, bias2 (bias = 1 / (1 - beta^t))
-   and clip come from row `group` of the step state:
+/* One AdamW step on a flat range, all in the accumulator type. rate and clip come from row `group` of the step
+   state, and bias = 1 / (1 - beta^t) with t = steps + 1:
      g = grad * (clip > 0 ? min(1, clip / (sqrt(norm[0]) + 1e-6)) : 1)
      m = beta1 * m + (1 - beta1) * g,   v = beta2 * v + (1 - beta2) * g^2
      master = master * (1 - rate * weight_decay) - rate * (m * bias1) / (sqrt(v * bias2) + eps)
@@ -1088,9 +1115,10 @@ typedef struct ett_adamw_args {
     ett_view ema;           // add? [n]; acc; updated
     ett_view shadow;        // out? [n]; act
     ett_view state;         // in   [ETT_STATE_LEN]; acc; the step state
+    ett_view steps;         // in   [1]; i32; number of updates so far
     ett_view norm;          // in   [2]; acc; from sum_squares over everything this optimizer trains
-    int64_t group;          //      row of the step state that holds this group's rate, bias corrections and clip;
-                            //      below ETT_STATE_GROUPS
+    int64_t group;          //      row of the step state that holds this group's rate and clip; below
+                            //      ETT_STATE_GROUPS
     double beta1;           //      decay of the first moment
     double beta2;           //      decay of the second moment
     double eps;             //      added to the root of the second moment

@@ -236,6 +236,7 @@ mod tests {
             ("ETT_F32", DType::F32),
             ("ETT_BF16", DType::Bf16),
             ("ETT_I32", DType::I32),
+            ("ETT_U8", DType::U8),
         ] {
             assert_eq!(constant(name), value as i64, "{name}");
         }
@@ -259,8 +260,6 @@ mod tests {
         for g in [0, 1, Slot::GROUPS - 1] {
             let row = g * at("STRIDE");
             assert_eq!(row + at("RATE"), Slot::Rate(g).index());
-            assert_eq!(row + at("BIAS1"), Slot::Bias1(g).index());
-            assert_eq!(row + at("BIAS2"), Slot::Bias2(g).index());
             assert_eq!(row + at("CLIP"), Slot::Clip(g).index());
         }
         assert_eq!(at("WEIGHT"), Slot::Weight(0).index());

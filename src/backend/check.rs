@@ -200,7 +200,8 @@ impl<'c> Call<'c> {
                     fits
                 }
                 Elements::I32 => own == DType::I32,
-                Elements::Float => own != DType::I32,
+                Elements::U8 => own == DType::U8,
+                Elements::Float => sums(own).is_some(),
                 Elements::ActOrAcc | Elements::Any | Elements::Like(_) => true,
             };
             if !fits {
@@ -244,6 +245,7 @@ impl<'c> Call<'c> {
             (Elements::Acc, ..) => "f32 or f64".into(),
             (Elements::ActOrAcc, Some(act), Some(acc)) => both(act, acc),
             (Elements::I32, ..) => DType::I32.to_string(),
+            (Elements::U8, ..) => DType::U8.to_string(),
             (Elements::Like(other), ..) => match self.values[other as usize] {
                 Value::Tensor(_, v) => format!("{}, as `{}` is", v.dtype, self.name(other)),
                 _ => String::new(),
@@ -391,12 +393,23 @@ impl<'c> Call<'c> {
     }
 }
 
+/// Checks a copy on device `own` between contiguous views.
+pub(crate) fn copy(own: DeviceId, src: &In, dst: &Out) -> Result<()> {
+    view(own, "copy", "src", src)?;
+    view(own, "copy", "dst", &dst.0)?;
+    apart("copy", ("src", src), ("dst", &dst.0))?;
+    if src.bytes() != dst.0.bytes() || !src.is_contiguous() || !dst.0.is_contiguous() {
+        return Err(Error::arg("copy", "dst", dst.0.dims, format!("{} contiguous bytes", src.bytes())));
+    }
+    Ok(())
+}
+
 /// The accumulator type of a float type; `None` for integers.
 fn sums(t: DType) -> Option<DType> {
     match t {
         DType::F64 => Some(DType::F64),
         DType::F32 | DType::Bf16 => Some(DType::F32),
-        DType::I32 => None,
+        DType::I32 | DType::U8 => None,
     }
 }
 

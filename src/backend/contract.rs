@@ -409,6 +409,11 @@ pointwise: cast(Cast<'a>) flop |_s| 0 => {
     x: In<'a> = "[N, C]; any float",
     y: Out<'a> = "[N, C]; any float",
 }
+/// `y = x / 127.5 - 1`: the bytes of pictures, as values in [-1, 1].
+pointwise: from_bytes(FromBytes<'a>) flop |s| 2 * s.x.dims.numel() => {
+    x: In<'a> = "[..]; u8",
+    y: Out<'a> = "[..]; act",
+}
 /// `y = value`.
 pointwise: fill(Fill<'a>) flop |_s| 0 => {
     y: Out<'a> = "[..]; any type",
@@ -473,13 +478,28 @@ gather: gather_bwd(GatherBwd<'a>) flop |s| s.dy.dims.numel() => {
 /// `y[idx[n]] = x[n]`; negative indices are skipped, and the other rows of `y` keep their values. No row has two
 /// indices.
 gather: put_rows(PutRows<'a>) flop |_s| 0 => {
-    x: In<'a> = "[N, C]; act",
+    x: In<'a> = "[N, C]; any type",
     idx: In<'a> = "[N]; i32; values below R",
-    y: Acc<'a> = "[R, C]; act",
+    y: Acc<'a> = "[R, C]; type of x",
 }
-/// `x[n] += 1`, which wraps: positions and lengths that a recorded step moves on by itself.
+/// `y[n] = x[idx[n]]`, integers instead of rows; a negative index gives -1.
+gather: pick(Pick<'a>) flop |_s| 0 => {
+    x: In<'a> = "[R]; i32",
+    idx: In<'a> = "[N]; i32; values below R",
+    y: Out<'a> = "[N]; i32",
+}
+/// `x[n] += 1`, which wraps: positions, lengths and step counts that a recorded step moves on by itself. Nothing
+/// changes if `norm[1] > 0`.
 gather: count_up(CountUp<'a>) flop |_s| 0 => {
     x: Acc<'a> = "[N]; i32",
+    /// As for `adamw`: a step that is skipped does not count.
+    norm: Option<In<'a>> = "[2]; acc",
+}
+/// `y[n] = n * step`: the offsets of sequences of equal length.
+gather: arange(Arange<'a>) flop |_s| 0 => {
+    y: Out<'a> = "[N]; i32",
+    /// Difference between neighbours; the last value has to be below 2^31.
+    step: usize = "at most 2147483647",
 }
 
 // ---- attention -----------------------------------------------------------------------------------------
@@ -898,10 +918,10 @@ optim: sum_squares(SumSquares<'a>) flop |s| 2 * s.x.dims.numel() => {
     x: In<'a> = "[n]; acc",
     out: Acc<'a> = "[2]; acc",
 }
-/// One AdamW step on a flat range, in the accumulator type, with learning rate, bias corrections and clip from the step
-/// state (see [`super::Slot`]). If `clip > 0`, the gradient is scaled by `min(1, clip / (sqrt(norm[0]) + 1e-6))`. Then
-/// `ema = ema_decay * ema + (1 - ema_decay) * master`, and `shadow` is `master` rounded to act. Nothing changes if
-/// `norm[1] > 0`.
+/// One AdamW step on a flat range, in the accumulator type, with learning rate and clip from the step state (see
+/// [`super::Slot`]) and bias corrections `1 / (1 - beta^t)`. If `clip > 0`, the gradient is scaled by
+/// `min(1, clip / (sqrt(norm[0]) + 1e-6))`. Then `ema = ema_decay * ema + (1 - ema_decay) * master`, and `shadow` is
+/// `master` rounded to act. Nothing changes if `norm[1] > 0`.
 optim: adamw(Adamw<'a>) flop |s| 12 * s.grad.dims.numel() => {
     /// Updated.
     master: Acc<'a> = "[n]; acc",
@@ -914,10 +934,12 @@ optim: adamw(Adamw<'a>) flop |s| 12 * s.grad.dims.numel() => {
     ema: Option<Acc<'a>> = "[n]; acc",
     shadow: Option<Out<'a>> = "[n]; act",
     /// The step state.
-    state: In<'a> = "[86]; acc",
+    state: In<'a> = "[54]; acc",
+    /// Number of updates so far; `t` is one more.
+    steps: In<'a> = "[1]; i32",
     /// From `sum_squares` over everything this optimizer trains.
     norm: In<'a> = "[2]; acc",
-    /// Row of the step state that holds this group's rate, bias corrections and clip.
+    /// Row of the step state that holds this group's rate and clip.
     group: usize = "below 16",
     /// Decay of the first moment.
     beta1: f64,

@@ -14,6 +14,8 @@ pub enum DType {
     Bf16 = 2,
     /// Indices, positions, sequence offsets.
     I32 = 3,
+    /// Bytes of pictures.
+    U8 = 4,
 }
 
 impl DType {
@@ -23,6 +25,7 @@ impl DType {
             DType::F64 => 8,
             DType::F32 | DType::I32 => 4,
             DType::Bf16 => 2,
+            DType::U8 => 1,
         }
     }
 
@@ -33,6 +36,7 @@ impl DType {
             DType::F32 => "f32",
             DType::Bf16 => "bf16",
             DType::I32 => "i32",
+            DType::U8 => "u8",
         }
     }
 
@@ -44,6 +48,7 @@ impl DType {
             DType::F32 => f64::from(v as f32),
             DType::Bf16 => to_bf16(v).to_f64(),
             DType::I32 => f64::from(v as i32),
+            DType::U8 => f64::from(v as u8),
         }
     }
 }
@@ -84,6 +89,9 @@ impl Element for bf16 {
 }
 impl Element for i32 {
     const DTYPE: DType = DType::I32;
+}
+impl Element for u8 {
+    const DTYPE: DType = DType::U8;
 }
 
 /// The two element types of a run: `act` for activations and the copies of weights that matrix products read, `acc` for

@@ -308,6 +308,8 @@ pub trait Device: Send + Sync {
     fn alloc(&self, role: Role, bytes: usize) -> Result<Buffer>;
     /// Copies host bytes into a contiguous view. `src` may be reused when this returns.
     fn copy_in(&self, s: Stream, src: &[u8], dst: Out) -> Result<()>;
+    /// Copies one contiguous view to another of as many bytes.
+    fn copy(&self, s: Stream, src: In, dst: Out) -> Result<()>;
     /// Starts a copy to the host, the only way to read device memory.
     fn read_later(&self, s: Stream, src: In) -> Result<Pending>;
     /// Makes all work enqueued on `after` from now on wait for all work enqueued on `before` so far. Devices without
@@ -318,6 +320,10 @@ pub trait Device: Send + Sync {
     /// Waits until all work enqueued so far is done.
     fn synchronize(&self) -> Result<()> {
         Ok(())
+    }
+    /// Whether [`Device::record`] records.
+    fn can_record(&self) -> bool {
+        false
     }
     /// Calls `work` once and records the launches that it enqueues on the compute stream, without executing them; a
     /// replay costs as much as one launch. Results differ between replays only through memory that is written outside

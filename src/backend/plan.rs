@@ -224,6 +224,10 @@ impl Device for Plan {
         Ok(())
     }
 
+    fn copy(&self, _s: Stream, src: In, dst: Out) -> Result<()> {
+        check::copy(self.id, &src, &dst)
+    }
+
     fn read_later(&self, _s: Stream, src: In) -> Result<Pending> {
         check::view(self.id, "read_later", "src", &src)?;
         let n = src.bytes() as usize;

@@ -6,10 +6,6 @@
 pub enum Slot {
     /// Learning rate of a parameter group.
     Rate(usize),
-    /// `1 / (1 - beta1^t)` of a parameter group.
-    Bias1(usize),
-    /// `1 / (1 - beta2^t)` of a parameter group.
-    Bias2(usize),
     /// Gradient norm above which the gradients of a parameter group are clipped; 0 for no clipping.
     Clip(usize),
     /// Weight of a loss: the gradient of its scalar.
@@ -34,22 +30,20 @@ impl Slot {
     /// Maximum number of losses.
     pub const LOSSES: usize = 16;
     /// Number of elements of the step state.
-    pub const LEN: usize = 4 * Self::GROUPS + Self::LOSSES + 6;
+    pub const LEN: usize = 2 * Self::GROUPS + Self::LOSSES + 6;
 
     /// Index of this slot.
     pub fn index(self) -> usize {
         match self {
-            Slot::Rate(g) => 4 * g,
-            Slot::Bias1(g) => 4 * g + 1,
-            Slot::Bias2(g) => 4 * g + 2,
-            Slot::Clip(g) => 4 * g + 3,
-            Slot::Weight(l) => 4 * Self::GROUPS + l,
-            Slot::InvTokens => 4 * Self::GROUPS + Self::LOSSES,
-            Slot::InvCodes => 4 * Self::GROUPS + Self::LOSSES + 1,
-            Slot::InvPictures => 4 * Self::GROUPS + Self::LOSSES + 2,
-            Slot::InvElements => 4 * Self::GROUPS + Self::LOSSES + 3,
-            Slot::InvPatches => 4 * Self::GROUPS + Self::LOSSES + 4,
-            Slot::InvVisual => 4 * Self::GROUPS + Self::LOSSES + 5,
+            Slot::Rate(g) => 2 * g,
+            Slot::Clip(g) => 2 * g + 1,
+            Slot::Weight(l) => 2 * Self::GROUPS + l,
+            Slot::InvTokens => 2 * Self::GROUPS + Self::LOSSES,
+            Slot::InvCodes => 2 * Self::GROUPS + Self::LOSSES + 1,
+            Slot::InvPictures => 2 * Self::GROUPS + Self::LOSSES + 2,
+            Slot::InvElements => 2 * Self::GROUPS + Self::LOSSES + 3,
+            Slot::InvPatches => 2 * Self::GROUPS + Self::LOSSES + 4,
+            Slot::InvVisual => 2 * Self::GROUPS + Self::LOSSES + 5,
         }
     }
 }

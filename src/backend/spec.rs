@@ -8,7 +8,7 @@
 //!   other tensors of the call with `[..]`. A size is `N`, `2H`, `H/2`, `S+1` or `heads*head_dim`, where a letter stands
 //!   for the same number in the whole call, and other names are arguments of the call. `[N, C], or [C, N] if ta` depends
 //!   on a `bool`;
-//! - its element type: `act`, `acc`, `act or acc`, `i32`, `any float`, `any type`, or `type of x`;
+//! - its element type: `act`, `acc`, `act or acc`, `i32`, `u8`, `any float`, `any type`, or `type of x`;
 //! - `without gaps`: the tensor is contiguous;
 //! - `with x` (present if and only if `x` is), `unless x` (present if and only if `x` is absent) or `only with x`
 //!   (absent if `x` is), for optional tensors;
@@ -120,6 +120,8 @@ pub enum Elements {
     ActOrAcc,
     /// 32-bit integers.
     I32,
+    /// Bytes.
+    U8,
     /// Any float type.
     Float,
     /// Any type.
@@ -483,6 +485,8 @@ impl Reader<'_> {
             Elements::Acc
         } else if self.eat("i32") {
             Elements::I32
+        } else if self.eat("u8") {
+            Elements::U8
         } else if self.eat("any float") {
             Elements::Float
         } else if self.eat("any type") {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::tokenizer::{Discriminator, DiscriminatorState, Lpips, Tokenizer};
 use super::{Keys, Llm, Packed, Projector, VisualHead};
 use crate::autograd::{Tape, Var};
-use crate::backend::{DType, Kernels, Metric, Nearest, Role, Stream};
+use crate::backend::{DType, Kernels, Metric, Nearest, Pick, Role, Stream};
 use crate::config::{Arm, Config, QuantizerKind};
 use crate::error::{Error, Result};
 use crate::nn::{Init, Param, ParamBuilder, Params};
@@ -134,26 +134,25 @@ impl Ett {
         Ok((rows, loss))
     }
 
-    /// Mean cross-entropy of the codes that a packed batch predicts. `idx` `[M]` is on the host; `inv_codes` is a
-    /// device scalar, the reciprocal of the number of supervised codes of the whole batch.
+    /// Mean cross-entropy of the codes that a packed batch predicts; `idx` `[M]` i32 are the codes of its pictures.
+    /// `inv_codes` is a device scalar, the reciprocal of the number of supervised codes of the whole batch.
     pub fn code_loss(
         &self,
         t: &Tape,
         hidden: &Var,
         b: &Packed,
-        idx: &[i32],
+        idx: &Tensor,
         inv_codes: &Tensor,
     ) -> Result<Var> {
-        let put = |v: &[i32]| Tensor::from_host(t.dev(), Role::Input, v, [v.len()]);
-        let target: Vec<i32> = b
-            .code_of
-            .iter()
-            .map(|&r| idx.get(r).copied().ok_or_else(|| Error::arg("code_loss", "idx", idx.len(), r + 1)))
-            .collect::<Result<_>>()?;
-        let rows = ops::gather(t, hidden, &put(&b.code_rows)?)?;
+        let target = Tensor::empty(t.dev(), Role::Activation, DType::I32, b.code_of.dims())?;
+        t.dev().pick(
+            Stream::COMPUTE,
+            &Pick { x: idx.view(), idx: b.code_of.view(), y: target.out() },
+        )?;
+        let rows = ops::gather(t, hidden, &b.code_rows)?;
         let codes = self.tokenizer.table(t, &self.params)?;
         let (x, w) = self.head()?.factors(t, &self.params, &rows, &codes)?;
-        ops::linear_cross_entropy(t, &x, &w, &put(&target)?, inv_codes)
+        ops::linear_cross_entropy(t, &x, &w, &target, inv_codes)
     }
 
     fn head(&self) -> Result<&VisualHead> {

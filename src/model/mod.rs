@@ -10,5 +10,5 @@ pub mod tokenizer;
 pub use ett::{Ett, VisualInput};
 pub use llm::{Cache, Keys, Llm};
 pub use modules::{Carried, MODULES, Module, TrainedBy, tuned};
-pub use pack::{FlatBatch, Packed, Part};
+pub use pack::{FlatBatch, Packed, Part, Sizes};
 pub use projector::{Projector, VisualHead};

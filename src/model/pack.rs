@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use crate::backend::{Kernels, Role, Stream};
+use crate::backend::{DType, Kernels, Stream};
 use crate::error::{Error, Result};
-use crate::ops::Seqs;
-use crate::tensor::Tensor;
+use crate::ops::{Seqs, offsets};
+use crate::tensor::{Block, Parts, Tensor};
 
 /// A contiguous part of a sequence.
 #[derive(Debug, Clone, PartialEq)]
@@ -41,13 +41,30 @@ pub struct FlatBatch {
     text: Vec<i32>,
     visual: Vec<i32>,
     position: Vec<i32>,
-    lengths: Vec<usize>,
+    offsets: Vec<i32>,
     select: Vec<i32>,
     target: Vec<i32>,
     code_rows: Vec<i32>,
-    code_of: Vec<usize>,
+    code_of: Vec<i32>,
+    longest: usize,
     tokens: usize,
+    codes: usize,
     rows: usize,
+}
+
+/// The sizes of a flat batch. Steps with equal sizes make the same launches.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Sizes {
+    /// Rows N.
+    pub rows: usize,
+    /// Sequences S.
+    pub sequences: usize,
+    /// Upper bound of the length of a sequence.
+    pub longest: usize,
+    /// Supervised text tokens, with the padding.
+    pub targets: usize,
+    /// Supervised codes, with the padding.
+    pub codes: usize,
 }
 
 impl FlatBatch {
@@ -55,6 +72,7 @@ impl FlatBatch {
     /// of `pad`, which keeps the number of distinct shapes small.
     pub fn new(sequences: &[Vec<Part>], images: &[Range<usize>], pad: usize) -> Result<Self> {
         let mut b = FlatBatch::default();
+        let mut lengths = Vec::new();
         for parts in sequences {
             let start = b.text.len();
             for part in parts {
@@ -76,7 +94,7 @@ impl FlatBatch {
                         for row in rows.clone() {
                             if matches!(part, Part::Codes(_)) && b.text.len() > start {
                                 b.code_rows.push(b.text.len() as i32 - 1);
-                                b.code_of.push(row);
+                                b.code_of.push(row as i32);
                             }
                             b.text.push(-1);
                             b.visual.push(row as i32);
@@ -85,24 +103,92 @@ impl FlatBatch {
                 }
             }
             b.position.extend(0..(b.text.len() - start) as i32);
-            b.lengths.push(b.text.len() - start);
+            lengths.push(b.text.len() - start);
         }
-        (b.rows, b.tokens) = (b.text.len(), b.target.len());
+        (b.rows, b.tokens, b.codes) = (b.text.len(), b.target.len(), b.code_rows.len());
         if b.rows == 0 {
             return Err(Error::arg("pack", "sequences", "empty", "at least one token"));
         }
-        let n = b.rows.next_multiple_of(pad.max(1));
-        b.text.resize(n, -1);
-        b.visual.resize(n, -1);
-        b.position.resize(n, 0);
-        let m = b.tokens.next_multiple_of(pad.max(1));
-        b.select.resize(m, -1);
-        b.target.resize(m, -1);
+        b.offsets = offsets(&lengths)?;
+        let longest = lengths.into_iter().max().unwrap_or(0);
+        let round = |n: usize| n.next_multiple_of(pad.max(1));
+        b.pad(Sizes { rows: round(b.rows), longest, targets: round(b.tokens), codes: b.codes, ..b.sizes() });
         Ok(b)
+    }
+
+    /// Pads the batch to `sizes` if it fits into them, so that steps with different batches make the same launches.
+    pub fn widen(&mut self, sizes: Sizes) {
+        let Sizes { rows, sequences, longest, targets, codes } = sizes;
+        let fits = self.rows <= rows && self.longest <= longest && self.tokens <= targets && self.codes <= codes;
+        if fits && self.sizes().sequences == sequences {
+            self.pad(sizes);
+        }
+    }
+
+    fn pad(&mut self, sizes: Sizes) {
+        let Sizes { rows, longest, targets, codes, .. } = sizes;
+        self.longest = longest;
+        for v in [&mut self.text, &mut self.visual] {
+            v.resize(rows, -1);
+        }
+        self.position.resize(rows, 0);
+        for v in [&mut self.select, &mut self.target] {
+            v.resize(targets, -1);
+        }
+        for v in [&mut self.code_rows, &mut self.code_of] {
+            v.resize(codes, -1);
+        }
+    }
+
+    /// The sizes with the padding.
+    pub fn sizes(&self) -> Sizes {
+        Sizes {
+            rows: self.text.len(),
+            sequences: self.offsets.len().saturating_sub(1),
+            longest: self.longest,
+            targets: self.target.len(),
+            codes: self.code_rows.len(),
+        }
+    }
+
+    /// Number of supervised text tokens.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Number of supervised codes.
+    pub fn codes(&self) -> usize {
+        self.codes
+    }
+
+    /// Number of rows without the padding.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The arrays that a device reads, under the names of [`Packed`].
+    pub fn arrays(&self) -> [(&'static str, &[i32]); 8] {
+        [
+            ("text", &self.text),
+            ("visual", &self.visual),
+            ("position", &self.position),
+            ("offsets", &self.offsets),
+            ("select", &self.select),
+            ("target", &self.target),
+            ("code_rows", &self.code_rows),
+            ("code_of", &self.code_of),
+        ]
+    }
+
+    /// Appends the arrays to a block; [`Packed::of`] finds them there.
+    pub fn write(&self, block: &mut Block) {
+        for (_, array) in self.arrays() {
+            block.push(array);
+        }
     }
 }
 
-/// A flat batch of N rows, on the device.
+/// A flat batch of N rows, on the device. Rows, targets and codes may end with padding.
 pub struct Packed {
     /// `[N]` i32 vocabulary id of each row, or -1.
     pub text: Tensor,
@@ -116,18 +202,14 @@ pub struct Packed {
     pub select: Tensor,
     /// `[n]` i32 the tokens they predict, padded with -1.
     pub target: Tensor,
-    /// Number of supervised text tokens.
-    pub tokens: usize,
-    /// Rows that predict a code.
-    pub code_rows: Vec<i32>,
-    /// For each of them, the visual row whose code it predicts.
-    pub code_of: Vec<usize>,
-    /// Number of rows without the padding.
-    pub rows: usize,
+    /// `[c]` i32 rows that predict a code, padded with -1.
+    pub code_rows: Tensor,
+    /// `[c]` i32 the visual rows whose codes they predict, padded with -1.
+    pub code_of: Tensor,
 }
 
 impl Packed {
-    /// Lays out a batch as [`FlatBatch::new`] does and uploads it.
+    /// Lays out a batch as [`FlatBatch::new`] does and copies it to the device.
     pub fn new(
         dev: &dyn Kernels,
         sequences: &[Vec<Part>],
@@ -137,46 +219,28 @@ impl Packed {
         Self::upload(dev, &FlatBatch::new(sequences, images, pad)?)
     }
 
-    /// Uploads a batch.
+    /// Copies a batch to the device.
     pub fn upload(dev: &dyn Kernels, b: &FlatBatch) -> Result<Self> {
-        let put = |v: &[i32]| Tensor::from_host(dev, Role::Input, v, [v.len()]);
-        Ok(Packed {
-            text: put(&b.text)?,
-            visual: put(&b.visual)?,
-            position: put(&b.position)?,
-            seqs: Seqs::new(dev, &b.lengths)?,
-            select: put(&b.select)?,
-            target: put(&b.target)?,
-            tokens: b.tokens,
-            code_rows: b.code_rows.clone(),
-            code_of: b.code_of.clone(),
-            rows: b.rows,
-        })
+        let mut block = Block::default();
+        b.write(&mut block);
+        Self::of(&mut Parts::of(&block.upload(dev, Stream::COMPUTE)?), b.sizes())
     }
 
-    /// Overwrites this batch in place, for a recorded step that reads it. The shapes of the recording have to fit:
-    /// row counts, the number of sequences and the number of codes stay the same, and no sequence is longer than the
-    /// longest before.
-    pub fn refill(&mut self, dev: &dyn Kernels, b: &FlatBatch) -> Result<()> {
-        let shape = |n: usize, m: usize, s: usize, c: usize| {
-            format!("{n} rows, {m} targets, {s} sequences, {c} codes")
-        };
-        let got = shape(b.text.len(), b.target.len(), b.lengths.len(), b.code_rows.len());
-        let s = self.seqs.cu.dims().numel() - 1;
-        let want = shape(self.text.dims().numel(), self.target.dims().numel(), s, self.code_rows.len());
-        if got != want {
-            return Err(Error::arg("refill", "rows", got, want));
-        }
-        let put = |v: &[i32], t: &Tensor| dev.copy_in(Stream::COMPUTE, bytemuck::cast_slice(v), t.out());
-        self.seqs.refill(dev, &b.lengths)?;
-        put(&b.text, &self.text)?;
-        put(&b.visual, &self.visual)?;
-        put(&b.position, &self.position)?;
-        put(&b.select, &self.select)?;
-        put(&b.target, &self.target)?;
-        (self.tokens, self.rows) = (b.tokens, b.rows);
-        (self.code_rows, self.code_of) = (b.code_rows.clone(), b.code_of.clone());
-        Ok(())
+    /// A batch of these sizes that was written into a block.
+    pub fn of(block: &mut Parts, sizes: Sizes) -> Result<Self> {
+        let Sizes { rows, sequences, longest, targets, codes } = sizes;
+        let mut take = |n: usize| block.take(DType::I32, [n]);
+        let (text, visual, position) = (take(rows)?, take(rows)?, take(rows)?);
+        Ok(Packed {
+            text,
+            visual,
+            position,
+            seqs: Seqs { cu: take(sequences + 1)?, max: longest, total: rows },
+            select: take(targets)?,
+            target: take(targets)?,
+            code_rows: take(codes)?,
+            code_of: take(codes)?,
+        })
     }
 }
 
@@ -201,31 +265,50 @@ mod tests {
         // The first token of a sequence cannot be predicted.
         assert_eq!(p.select.to_host::<i32>(&dev)?, [3, 4, 6, -1, -1, -1, -1, -1]);
         assert_eq!(p.target.to_host::<i32>(&dev)?, [3, 4, 6, -1, -1, -1, -1, -1]);
-        assert_eq!((p.tokens, p.rows), (3, 11));
-        assert_eq!((&p.code_rows[..], &p.code_of[..]), (&[8, 9][..], &[0, 1][..]));
+        assert_eq!(p.code_rows.to_host::<i32>(&dev)?, [8, 9]);
+        assert_eq!(p.code_of.to_host::<i32>(&dev)?, [0, 1]);
         assert!(Packed::new(&dev, &[vec![Part::Image(2)]], &[0..2, 2..5], 1).is_err());
-        // A refilled batch equals a new one and keeps its addresses.
-        let (mut p, at) = (p, Packed::new(&dev, &seqs, &[0..2, 2..5], 8)?.text.dims());
-        let other = [
-            vec![Part::context(vec![1]), Part::Image(0), Part::target(vec![3])],
-            vec![Part::target(vec![5, 6, 2])],
-            vec![Part::context(vec![8]), Part::Codes(0)],
+        Ok(())
+    }
+
+    #[test]
+    fn batches_are_widened_to_common_sizes() -> Result<()> {
+        let sequences = [
+            vec![Part::context(vec![7]), Part::Codes(0), Part::target(vec![3])],
+            vec![Part::context(vec![5]), Part::target(vec![6])],
         ];
-        let rows = FlatBatch::new(&other, &[0..2, 2..5], 8)?;
-        let address = p.text.view().addr();
-        p.refill(&dev, &rows)?;
-        let fresh = Packed::upload(&dev, &rows)?;
-        assert_eq!((p.text.view().addr(), p.text.dims()), (address, at));
-        for (a, b) in [(&p.text, &fresh.text), (&p.target, &fresh.target), (&p.seqs.cu, &fresh.seqs.cu)] {
-            assert_eq!(a.to_host::<i32>(&dev)?, b.to_host::<i32>(&dev)?);
+        let b = FlatBatch::new(&sequences, &[0..2], 1)?;
+        assert_eq!((b.tokens(), b.codes(), b.rows()), (2, 2, 6));
+        let sizes = Sizes { rows: 8, sequences: 2, longest: 5, targets: 3, codes: 4 };
+        let mut wide = b.clone();
+        wide.widen(sizes);
+        assert_eq!((wide.sizes(), wide.tokens(), wide.codes(), wide.rows()), (sizes, 2, 2, 6));
+        let arrays = |b: &FlatBatch| b.arrays().map(|(_, v)| v.to_vec());
+        assert_eq!(
+            arrays(&wide),
+            [
+                vec![7, -1, -1, 3, 5, 6, -1, -1],
+                vec![-1, 0, 1, -1, -1, -1, -1, -1],
+                vec![0, 1, 2, 3, 0, 1, 0, 0],
+                vec![0, 4, 6],
+                vec![2, 4, -1],
+                vec![3, 6, -1],
+                vec![0, 1, -1, -1],
+                vec![0, 1, -1, -1],
+            ]
+        );
+        // What does not fit stays as it is.
+        for small in [
+            Sizes { rows: 5, ..sizes },
+            Sizes { longest: 3, ..sizes },
+            Sizes { targets: 1, ..sizes },
+            Sizes { codes: 1, ..sizes },
+            Sizes { sequences: 3, ..sizes },
+        ] {
+            let mut same = b.clone();
+            same.widen(small);
+            assert_eq!(same, b);
         }
-        assert_eq!((p.tokens, p.rows), (fresh.tokens, fresh.rows));
-        let longer = [other.concat(), vec![Part::target(vec![1])], vec![Part::Image(0)]];
-        let e =
-            p.refill(&dev, &FlatBatch::new(&longer, &[0..2, 2..5], 8)?).expect_err("one sequence is longer");
-        assert!(e.to_string().contains("lengths"), "{e}");
-        let fewer = FlatBatch::new(&other[..2], &[0..2, 2..5], 8)?;
-        assert!(p.refill(&dev, &fewer).is_err(), "two sequences are not three");
         Ok(())
     }
 }

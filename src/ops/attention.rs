@@ -2,7 +2,7 @@
 
 use super::{S, expect_rank};
 use crate::autograd::{Tape, Var};
-use crate::backend::{AttentionBwd, AttentionFwd, CountUp, Kernels, Role, Stream};
+use crate::backend::{Arange, AttentionBwd, AttentionFwd, CountUp, DType, Kernels, Role};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
@@ -11,9 +11,9 @@ use crate::tensor::Tensor;
 pub struct Seqs {
     /// `[S+1]` i32 offsets.
     pub cu: Tensor,
-    /// Length of the longest sequence.
+    /// Length of the longest sequence, now or in later batches of a recorded step.
     pub max: usize,
-    /// Rows up to the last offset.
+    /// Rows up to the last offset, now or later.
     pub total: usize,
 }
 
@@ -22,7 +22,8 @@ fn row(n: usize) -> Result<i32> {
     i32::try_from(n).map_err(|_| Error::arg("Seqs", "lengths", n, "fewer than 2^31 rows"))
 }
 
-fn offsets(lengths: &[usize]) -> Result<Vec<i32>> {
+/// The first row of each sequence, and the row after the last one.
+pub fn offsets(lengths: &[usize]) -> Result<Vec<i32>> {
     let mut cu = vec![0i32];
     let mut total = 0usize;
     for &n in lengths {
@@ -40,17 +41,14 @@ impl Seqs {
         Ok(Seqs { cu, max, total: lengths.iter().sum() })
     }
 
-    /// Overwrites the offsets in place: the number of sequences stays the same, and none is longer than the longest
-    /// of [`Seqs::new`].
-    pub fn refill(&mut self, dev: &dyn Kernels, lengths: &[usize]) -> Result<()> {
-        let (n, max) = (self.cu.dims().numel() - 1, lengths.iter().copied().max().unwrap_or(0));
-        if lengths.len() != n || max > self.max {
-            let got = format!("{} sequences of at most {max}", lengths.len());
-            return Err(Error::arg("Seqs", "lengths", got, format!("{n} of at most {}", self.max)));
-        }
-        let cu = offsets(lengths)?;
-        self.total = lengths.iter().sum();
-        dev.copy_in(Stream::COMPUTE, bytemuck::cast_slice(&cu), self.cu.out())
+    /// `n` sequences of the same length, whose offsets the device computes: without a copy from the host, so that it
+    /// can be recorded.
+    pub fn uniform(dev: &dyn Kernels, n: usize, length: usize) -> Result<Self> {
+        let total = n.saturating_mul(length);
+        row(total)?;
+        let cu = Tensor::empty(dev, Role::Activation, DType::I32, [n + 1])?;
+        dev.arange(S, &Arange { y: cu.out(), step: length })?;
+        Ok(Seqs { cu, max: length, total })
     }
 }
 
@@ -177,7 +175,7 @@ impl Slots {
 
     /// Adds a key to each sequence, on the device.
     pub fn advance(&self, dev: &dyn Kernels) -> Result<()> {
-        dev.count_up(S, &CountUp { x: self.state.acc() })
+        dev.count_up(S, &CountUp { x: self.state.acc(), norm: None })
     }
 }
 

@@ -10,7 +10,7 @@ mod pointwise;
 mod products;
 mod quantize;
 
-pub use attention::{Heads, Seqs, Slots, attention, cached_attention};
+pub use attention::{Heads, Seqs, Slots, attention, cached_attention, offsets};
 pub use conv::{Conv, ConvWith, InputNorm, conv2d, conv2d_with, max_pool2x2, upsample2x, upsample2x_conv2d};
 pub use gather::gather;
 pub use losses::{cross_entropy, gan_generator, hinge, l1, lecam, linear_cross_entropy, lpips_layer};

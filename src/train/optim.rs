@@ -1,7 +1,9 @@
 //! AdamW over flat groups, and the learning rate schedule.
 
 use super::StepState;
-use crate::backend::{Accumulate, Adamw, Cast, Fill, Role, Slot, Stream, SumSquares};
+use crate::backend::{
+    Accumulate, Adamw, Cast, CountUp, DType, Fill, Kernels, Role, Slot, Stream, SumSquares,
+};
 use crate::config::ScheduleKind;
 use crate::error::{Error, Result};
 use crate::nn::Params;
@@ -50,7 +52,8 @@ struct Member {
 pub struct Optimizer {
     members: Vec<Member>,
     hyper: Hyper,
-    steps: u64,
+    /// `[1]` i32 number of updates so far. On the device, because the host learns only later whether a step was skipped.
+    steps: Tensor,
     norm: Tensor,
     bad: Tensor,
 }
@@ -68,8 +71,10 @@ impl Optimizer {
             })
             .collect::<Result<_>>()?;
         let norm = Self::norms(params, 1)?;
-        let bad = Tensor::zeros(&**params.device(), Role::Input, params.precision().acc, [2])?;
-        Ok(Optimizer { members, hyper, steps: 0, norm, bad })
+        let dev = &**params.device();
+        let bad = Tensor::zeros(dev, Role::Input, params.precision().acc, [2])?;
+        let steps = Tensor::zeros(dev, Role::Input, DType::I32, [1])?;
+        Ok(Optimizer { members, hyper, steps, norm, bad })
     }
 
     fn norms(params: &Params, rows: usize) -> Result<Tensor> {
@@ -91,29 +96,22 @@ impl Optimizer {
         Ok(())
     }
 
-    /// Number of steps so far, without skipped ones.
-    pub fn steps(&self) -> u64 {
-        self.steps
+    /// Number of updates so far, without skipped ones. Waits for the device.
+    pub fn steps(&self, dev: &dyn Kernels) -> Result<u64> {
+        Ok(self.steps.to_f64(dev)?[0] as u64)
     }
 
-    /// Continues after `steps` steps.
-    pub fn resume(&mut self, steps: u64) {
-        self.steps = steps;
+    /// Continues after `steps` updates.
+    pub fn resume(&self, dev: &dyn Kernels, steps: u64) -> Result<()> {
+        let steps = i32::try_from(steps)
+            .map_err(|_| Error::arg("Optimizer", "steps", steps, "fewer than 2^31 updates"))?;
+        dev.copy_in(Stream::COMPUTE, bytemuck::bytes_of(&steps), self.steps.out())
     }
 
-    /// Undoes the count of a step whose update was skipped.
-    pub fn skip(&mut self) {
-        self.steps = self.steps.saturating_sub(1);
-    }
-
-    /// Writes the learning rate, bias corrections and clip of the next step into the step state.
-    pub fn prepare(&mut self, state: &mut StepState, rate: f64) {
-        self.steps += 1;
-        let t = i32::try_from(self.steps).unwrap_or(i32::MAX);
+    /// Writes the learning rate and clip of a step into the step state.
+    pub fn prepare(&self, state: &mut StepState, rate: f64) {
         for Member { group, own, .. } in &self.members {
             state.set(Slot::Rate(*group), own.scale * rate);
-            state.set(Slot::Bias1(*group), 1.0 / (1.0 - own.betas[0].powi(t)));
-            state.set(Slot::Bias2(*group), 1.0 / (1.0 - own.betas[1].powi(t)));
             state.set(Slot::Clip(*group), own.clip.unwrap_or(self.hyper.clip));
         }
     }
@@ -165,6 +163,7 @@ impl Optimizer {
                 ema: params.ema(m.group).map(Tensor::acc),
                 shadow: params.shadow(m.group).map(Tensor::out),
                 state: state.tensor().view(),
+                steps: self.steps.view(),
                 norm: norm.view(),
                 group: m.group,
                 beta1: m.own.betas[0],
@@ -176,6 +175,11 @@ impl Optimizer {
             dev.adamw(s, &a)?;
         }
         Ok(())
+    }
+
+    /// Counts the update of a step, unless `norm` counts non-finite values.
+    pub fn count(&self, dev: &dyn Kernels, norm: &Tensor) -> Result<()> {
+        dev.count_up(Stream::COMPUTE, &CountUp { x: self.steps.acc(), norm: Some(norm.view()) })
     }
 
     /// Norms of the last step, `[n, 2]`. The first column holds squared gradient norms: in row 0 of the groups that

@@ -47,6 +47,9 @@ impl Device for Twin {
     fn copy_in(&self, s: Stream, src: &[u8], dst: Out) -> Result<()> {
         self.0.copy_in(s, src, dst)
     }
+    fn copy(&self, s: Stream, src: In, dst: Out) -> Result<()> {
+        self.0.copy(s, src, dst)
+    }
     fn read_later(&self, s: Stream, src: In) -> Result<Pending> {
         self.0.read_later(s, src)
     }

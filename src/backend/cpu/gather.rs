@@ -5,7 +5,14 @@ use rayon::prelude::*;
 use super::workspace::no_workspace;
 use super::*;
 
-no_workspace!(gather_fwd(GatherFwd), gather_bwd(GatherBwd), put_rows(PutRows), count_up(CountUp));
+no_workspace!(
+    gather_fwd(GatherFwd),
+    gather_bwd(GatherBwd),
+    put_rows(PutRows),
+    pick(Pick),
+    count_up(CountUp),
+    arange(Arange)
+);
 
 /// Rows that one task copies.
 const ROWS: usize = 64;
@@ -19,14 +26,46 @@ pub(super) fn gather_bwd(_ws: &Workspace, a: &GatherBwd) -> Result<()> {
 }
 
 pub(super) fn put_rows(_ws: &Workspace, a: &PutRows) -> Result<()> {
-    by_dtype!("put_rows", a.x.dtype, E => put::<E>(a))
+    match a.x.dtype {
+        DType::I32 => put::<i32>(a),
+        DType::U8 => put::<u8>(a),
+        float => by_dtype!("put_rows", float, E => put::<E>(a)),
+    }
+}
+
+pub(super) fn pick(_ws: &Workspace, a: &Pick) -> Result<()> {
+    let x = flat::<i32>("pick", "x", &a.x)?;
+    let y = flat_mut::<i32>("pick", "y", &a.y.0)?;
+    for (y, &i) in y.iter_mut().zip(indices("pick", &a.idx, x.len())?) {
+        *y = usize::try_from(i).map_or(-1, |i| x[i]);
+    }
+    Ok(())
 }
 
 pub(super) fn count_up(_ws: &Workspace, a: &CountUp) -> Result<()> {
-    let x = rows_mut::<i32>("count_up", "x", &a.x.0)?;
-    for r in 0..x.rows {
-        // SAFETY: one thread writes all rows.
-        unsafe { x.row(r) }.iter_mut().for_each(|v| *v = v.wrapping_add(1));
+    let skipped = match &a.norm {
+        Some(norm) => by_dtype!("count_up", norm.dtype, E => Ok(is_skipped(flat::<E>("count_up", "norm", norm)?))),
+        None => Ok(false),
+    }?;
+    let x = flat_mut::<i32>("count_up", "x", &a.x.0)?;
+    if !skipped {
+        x.iter_mut().for_each(|v| *v = v.wrapping_add(1));
+    }
+    Ok(())
+}
+
+fn is_skipped<E: Elem>(norm: &[E]) -> bool {
+    norm[1].up() > E::Acc::of(0.0)
+}
+
+pub(super) fn arange(_ws: &Workspace, a: &Arange) -> Result<()> {
+    let y = flat_mut::<i32>("arange", "y", &a.y.0)?;
+    let last = y.len().saturating_sub(1).saturating_mul(a.step);
+    if i32::try_from(last).is_err() {
+        return Err(Error::arg("arange", "step", a.step, format!("a last value below 2^31, not {last}")));
+    }
+    for (n, y) in y.iter_mut().enumerate() {
+        *y = (n * a.step) as i32;
     }
     Ok(())
 }
@@ -58,7 +97,7 @@ fn fwd<E: Elem>(a: &GatherFwd) -> Result<()> {
     Ok(())
 }
 
-fn put<E: Elem>(a: &PutRows) -> Result<()> {
+fn put<E: Element>(a: &PutRows) -> Result<()> {
     let op = "put_rows";
     let x = rows::<E>(op, "x", &a.x)?;
     let y = rows_mut::<E>(op, "y", &a.y.0)?;
@@ -156,7 +195,7 @@ mod tests {
     fn indices_count_up_and_wrap() {
         let dev = Cpu::poisoned(2).unwrap();
         let x = Tensor::from_host(&dev, Role::Input, &[-1, 7, i32::MAX], [3]).unwrap();
-        dev.count_up(S, &CountUp { x: x.acc() }).unwrap();
+        dev.count_up(S, &CountUp { x: x.acc(), norm: None }).unwrap();
         assert_eq!(x.to_host::<i32>(&dev).unwrap(), [0, 8, i32::MIN]);
     }
 

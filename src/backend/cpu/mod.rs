@@ -227,6 +227,13 @@ impl Device for Cpu {
         Ok(())
     }
 
+    fn copy(&self, _s: Stream, src: In, dst: Out) -> Result<()> {
+        check::copy(self.id, &src, &dst)?;
+        let _turn = self.turn();
+        bytes_mut("copy", "dst", &dst.0)?.copy_from_slice(bytes("copy", "src", &src)?);
+        Ok(())
+    }
+
     fn read_later(&self, _s: Stream, src: In) -> Result<Pending> {
         check::view(self.id, "read_later", "src", &src)?;
         let _turn = self.turn();

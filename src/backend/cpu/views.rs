@@ -28,8 +28,8 @@ macro_rules! by_dtype {
                 type $t = half::bf16;
                 $body
             }
-            $crate::backend::DType::I32 => {
-                Err($crate::error::Error::arg($op, "dtype", "i32", "a float type"))
+            other @ ($crate::backend::DType::I32 | $crate::backend::DType::U8) => {
+                Err($crate::error::Error::arg($op, "dtype", other, "a float type"))
             }
         }
     };
@@ -100,6 +100,7 @@ pub(crate) fn packed(op: &'static str, arg: &'static str, v: &In) -> Result<Vec<
         DType::F32 => all::<f32>(op, arg, v),
         DType::Bf16 => all::<half::bf16>(op, arg, v),
         DType::I32 => all::<i32>(op, arg, v),
+        DType::U8 => all::<u8>(op, arg, v),
     }
 }
 

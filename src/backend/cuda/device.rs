@@ -189,24 +189,6 @@ impl Cuda {
         Ok(std::time::Duration::from_secs_f64(f64::from(ms) * 1e-3))
     }
 
-    /// Copies bytes from one contiguous view to another of the same size with the driver's copy, the reference for
-    /// memory bandwidth.
-    pub fn copy(&self, x: In, y: Out) -> Result<()> {
-        check::view(self.gpu.id, "copy", "x", &x)?;
-        check::view(self.gpu.id, "copy", "y", &y.0)?;
-        check::apart("copy", ("x", &x), ("y", &y.0))?;
-        if x.bytes() != y.0.bytes() || !x.is_contiguous() || !y.0.is_contiguous() {
-            return Err(Error::arg("copy", "y", y.0.dims, format!("{} contiguous bytes", x.bytes())));
-        }
-        let (from, to, bytes) = (x.addr(), y.0.addr(), x.bytes() as usize);
-        let bound = self.gpu.context.bind_to_thread();
-        let copied = bound.and_then(|()| {
-            // SAFETY: the views were checked.
-            unsafe { result::memcpy_dtod_async(to, from, bytes, self.gpu.compute.cu_stream()) }
-        });
-        copied.map_err(|e| self.gpu.error("copy", e))
-    }
-
     fn stream(&self, s: Stream) -> &CudaStream {
         if s == Stream::COPY { &self.gpu.copy } else { &self.gpu.compute }
     }
@@ -428,6 +410,17 @@ impl Device for Cuda {
             .map_err(|e| self.gpu.error("copying to the device", e))
     }
 
+    fn copy(&self, s: Stream, src: In, dst: Out) -> Result<()> {
+        check::copy(self.gpu.id, &src, &dst)?;
+        let (from, to, bytes) = (src.addr(), dst.0.addr(), src.bytes() as usize);
+        let bound = self.gpu.context.bind_to_thread();
+        let copied = bound.and_then(|()| {
+            // SAFETY: the views were checked.
+            unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream(s).cu_stream()) }
+        });
+        copied.map_err(|e| self.gpu.error("copying on the device", e))
+    }
+
     fn read_later(&self, s: Stream, src: In) -> Result<Pending> {
         check::view(self.gpu.id, "read_later", "src", &src)?;
         self.not_recording("read_later", "src", "a copy to the host")?;
@@ -451,6 +444,10 @@ impl Device for Cuda {
     fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Box<dyn Recording>>> {
         self.not_recording("record", "work", "a recording")?;
         self.record_work(work).map(Some)
+    }
+
+    fn can_record(&self) -> bool {
+        true
     }
 
     fn collectives(&self) -> &dyn Collectives {

@@ -4,7 +4,7 @@
 #![allow(dead_code, missing_docs, non_camel_case_types)]
 pub use cudarc::driver::sys::CUstream_st;
 
-pub const ETT_ABI_VERSION: i32 = 5;
+pub const ETT_ABI_VERSION: i32 = 6;
 pub const ETT_OK: ett_status_code = 0;
 pub const ETT_BAD_ARGUMENT: ett_status_code = 1;
 pub const ETT_UNSUPPORTED: ett_status_code = 2;
@@ -45,6 +45,7 @@ pub const ETT_F64: ett_dtype = 0;
 pub const ETT_F32: ett_dtype = 1;
 pub const ETT_BF16: ett_dtype = 2;
 pub const ETT_I32: ett_dtype = 3;
+pub const ETT_U8: ett_dtype = 4;
 pub type ett_dtype = ::std::os::raw::c_uint;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -150,20 +151,18 @@ pub const ETT_METRIC_DOT: ett_metric = 0;
 pub const ETT_METRIC_L2: ett_metric = 1;
 pub type ett_metric = ::std::os::raw::c_uint;
 pub const ETT_STATE_GROUPS: _bindgen_ty_1 = 16;
-pub const ETT_STATE_STRIDE: _bindgen_ty_1 = 4;
+pub const ETT_STATE_STRIDE: _bindgen_ty_1 = 2;
 pub const ETT_STATE_RATE: _bindgen_ty_1 = 0;
-pub const ETT_STATE_BIAS1: _bindgen_ty_1 = 1;
-pub const ETT_STATE_BIAS2: _bindgen_ty_1 = 2;
-pub const ETT_STATE_CLIP: _bindgen_ty_1 = 3;
-pub const ETT_STATE_WEIGHT: _bindgen_ty_1 = 64;
+pub const ETT_STATE_CLIP: _bindgen_ty_1 = 1;
+pub const ETT_STATE_WEIGHT: _bindgen_ty_1 = 32;
 pub const ETT_STATE_LOSSES: _bindgen_ty_1 = 16;
-pub const ETT_STATE_INV_TOKENS: _bindgen_ty_1 = 80;
-pub const ETT_STATE_INV_CODES: _bindgen_ty_1 = 81;
-pub const ETT_STATE_INV_PICTURES: _bindgen_ty_1 = 82;
-pub const ETT_STATE_INV_ELEMENTS: _bindgen_ty_1 = 83;
-pub const ETT_STATE_INV_PATCHES: _bindgen_ty_1 = 84;
-pub const ETT_STATE_INV_VISUAL: _bindgen_ty_1 = 85;
-pub const ETT_STATE_LEN: _bindgen_ty_1 = 86;
+pub const ETT_STATE_INV_TOKENS: _bindgen_ty_1 = 48;
+pub const ETT_STATE_INV_CODES: _bindgen_ty_1 = 49;
+pub const ETT_STATE_INV_PICTURES: _bindgen_ty_1 = 50;
+pub const ETT_STATE_INV_ELEMENTS: _bindgen_ty_1 = 51;
+pub const ETT_STATE_INV_PATCHES: _bindgen_ty_1 = 52;
+pub const ETT_STATE_INV_VISUAL: _bindgen_ty_1 = 53;
+pub const ETT_STATE_LEN: _bindgen_ty_1 = 54;
 pub type _bindgen_ty_1 = ::std::os::raw::c_uint;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -1288,6 +1287,28 @@ impl Default for ett_cast_args {
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct ett_from_bytes_args {
+    pub x: ett_view,
+    pub y: ett_view,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ett_from_bytes_args"][::std::mem::size_of::<ett_from_bytes_args>() - 112usize];
+    ["Alignment of ett_from_bytes_args"][::std::mem::align_of::<ett_from_bytes_args>() - 8usize];
+    ["Offset of field: ett_from_bytes_args::x"][::std::mem::offset_of!(ett_from_bytes_args, x) - 0usize];
+    ["Offset of field: ett_from_bytes_args::y"][::std::mem::offset_of!(ett_from_bytes_args, y) - 56usize];
+};
+impl Default for ett_from_bytes_args {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct ett_fill_args {
     pub y: ett_view,
     pub value: f64,
@@ -1524,16 +1545,64 @@ impl Default for ett_put_rows_args {
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
-pub struct ett_count_up_args {
+pub struct ett_pick_args {
     pub x: ett_view,
+    pub idx: ett_view,
+    pub y: ett_view,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_count_up_args"][::std::mem::size_of::<ett_count_up_args>() - 56usize];
+    ["Size of ett_pick_args"][::std::mem::size_of::<ett_pick_args>() - 168usize];
+    ["Alignment of ett_pick_args"][::std::mem::align_of::<ett_pick_args>() - 8usize];
+    ["Offset of field: ett_pick_args::x"][::std::mem::offset_of!(ett_pick_args, x) - 0usize];
+    ["Offset of field: ett_pick_args::idx"][::std::mem::offset_of!(ett_pick_args, idx) - 56usize];
+    ["Offset of field: ett_pick_args::y"][::std::mem::offset_of!(ett_pick_args, y) - 112usize];
+};
+impl Default for ett_pick_args {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct ett_count_up_args {
+    pub x: ett_view,
+    pub norm: ett_view,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ett_count_up_args"][::std::mem::size_of::<ett_count_up_args>() - 112usize];
     ["Alignment of ett_count_up_args"][::std::mem::align_of::<ett_count_up_args>() - 8usize];
     ["Offset of field: ett_count_up_args::x"][::std::mem::offset_of!(ett_count_up_args, x) - 0usize];
+    ["Offset of field: ett_count_up_args::norm"][::std::mem::offset_of!(ett_count_up_args, norm) - 56usize];
 };
 impl Default for ett_count_up_args {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct ett_arange_args {
+    pub y: ett_view,
+    pub step: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ett_arange_args"][::std::mem::size_of::<ett_arange_args>() - 64usize];
+    ["Alignment of ett_arange_args"][::std::mem::align_of::<ett_arange_args>() - 8usize];
+    ["Offset of field: ett_arange_args::y"][::std::mem::offset_of!(ett_arange_args, y) - 0usize];
+    ["Offset of field: ett_arange_args::step"][::std::mem::offset_of!(ett_arange_args, step) - 56usize];
+};
+impl Default for ett_arange_args {
     fn default() -> Self {
         let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
         unsafe {
@@ -2548,6 +2617,7 @@ pub struct ett_adamw_args {
     pub ema: ett_view,
     pub shadow: ett_view,
     pub state: ett_view,
+    pub steps: ett_view,
     pub norm: ett_view,
     pub group: i64,
     pub beta1: f64,
@@ -2558,7 +2628,7 @@ pub struct ett_adamw_args {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_adamw_args"][::std::mem::size_of::<ett_adamw_args>() - 496usize];
+    ["Size of ett_adamw_args"][::std::mem::size_of::<ett_adamw_args>() - 552usize];
     ["Alignment of ett_adamw_args"][::std::mem::align_of::<ett_adamw_args>() - 8usize];
     ["Offset of field: ett_adamw_args::master"][::std::mem::offset_of!(ett_adamw_args, master) - 0usize];
     ["Offset of field: ett_adamw_args::grad"][::std::mem::offset_of!(ett_adamw_args, grad) - 56usize];
@@ -2567,15 +2637,16 @@ const _: () = {
     ["Offset of field: ett_adamw_args::ema"][::std::mem::offset_of!(ett_adamw_args, ema) - 224usize];
     ["Offset of field: ett_adamw_args::shadow"][::std::mem::offset_of!(ett_adamw_args, shadow) - 280usize];
     ["Offset of field: ett_adamw_args::state"][::std::mem::offset_of!(ett_adamw_args, state) - 336usize];
-    ["Offset of field: ett_adamw_args::norm"][::std::mem::offset_of!(ett_adamw_args, norm) - 392usize];
-    ["Offset of field: ett_adamw_args::group"][::std::mem::offset_of!(ett_adamw_args, group) - 448usize];
-    ["Offset of field: ett_adamw_args::beta1"][::std::mem::offset_of!(ett_adamw_args, beta1) - 456usize];
-    ["Offset of field: ett_adamw_args::beta2"][::std::mem::offset_of!(ett_adamw_args, beta2) - 464usize];
-    ["Offset of field: ett_adamw_args::eps"][::std::mem::offset_of!(ett_adamw_args, eps) - 472usize];
+    ["Offset of field: ett_adamw_args::steps"][::std::mem::offset_of!(ett_adamw_args, steps) - 392usize];
+    ["Offset of field: ett_adamw_args::norm"][::std::mem::offset_of!(ett_adamw_args, norm) - 448usize];
+    ["Offset of field: ett_adamw_args::group"][::std::mem::offset_of!(ett_adamw_args, group) - 504usize];
+    ["Offset of field: ett_adamw_args::beta1"][::std::mem::offset_of!(ett_adamw_args, beta1) - 512usize];
+    ["Offset of field: ett_adamw_args::beta2"][::std::mem::offset_of!(ett_adamw_args, beta2) - 520usize];
+    ["Offset of field: ett_adamw_args::eps"][::std::mem::offset_of!(ett_adamw_args, eps) - 528usize];
     ["Offset of field: ett_adamw_args::weight_decay"]
-        [::std::mem::offset_of!(ett_adamw_args, weight_decay) - 480usize];
+        [::std::mem::offset_of!(ett_adamw_args, weight_decay) - 536usize];
     ["Offset of field: ett_adamw_args::ema_decay"]
-        [::std::mem::offset_of!(ett_adamw_args, ema_decay) - 488usize];
+        [::std::mem::offset_of!(ett_adamw_args, ema_decay) - 544usize];
 };
 impl Default for ett_adamw_args {
     fn default() -> Self {
@@ -2692,6 +2763,8 @@ unsafe extern "C" {
     pub fn ett_accumulate(args: *const ett_accumulate_args, launch: *const ett_launch) -> i32;
     pub fn ett_cast_workspace(args: *const ett_cast_args) -> i64;
     pub fn ett_cast(args: *const ett_cast_args, launch: *const ett_launch) -> i32;
+    pub fn ett_from_bytes_workspace(args: *const ett_from_bytes_args) -> i64;
+    pub fn ett_from_bytes(args: *const ett_from_bytes_args, launch: *const ett_launch) -> i32;
     pub fn ett_fill_workspace(args: *const ett_fill_args) -> i64;
     pub fn ett_fill(args: *const ett_fill_args, launch: *const ett_launch) -> i32;
     pub fn ett_channel_affine_fwd_workspace(args: *const ett_channel_affine_fwd_args) -> i64;
@@ -2712,8 +2785,12 @@ unsafe extern "C" {
     pub fn ett_gather_bwd(args: *const ett_gather_bwd_args, launch: *const ett_launch) -> i32;
     pub fn ett_put_rows_workspace(args: *const ett_put_rows_args) -> i64;
     pub fn ett_put_rows(args: *const ett_put_rows_args, launch: *const ett_launch) -> i32;
+    pub fn ett_pick_workspace(args: *const ett_pick_args) -> i64;
+    pub fn ett_pick(args: *const ett_pick_args, launch: *const ett_launch) -> i32;
     pub fn ett_count_up_workspace(args: *const ett_count_up_args) -> i64;
     pub fn ett_count_up(args: *const ett_count_up_args, launch: *const ett_launch) -> i32;
+    pub fn ett_arange_workspace(args: *const ett_arange_args) -> i64;
+    pub fn ett_arange(args: *const ett_arange_args, launch: *const ett_launch) -> i32;
     pub fn ett_attention_fwd_workspace(args: *const ett_attention_fwd_args) -> i64;
     pub fn ett_attention_fwd(args: *const ett_attention_fwd_args, launch: *const ett_launch) -> i32;
     pub fn ett_attention_bwd_workspace(args: *const ett_attention_bwd_args) -> i64;

@@ -137,7 +137,7 @@ impl AttnBlock {
         let d = x.dims();
         let h = self.norm.forward(t, p, x, false)?;
         let qkv = self.qkv.forward(t, p, &h)?;
-        let seqs = Seqs::new(t.dev(), &vec![d[1] * d[2]; d[0]])?;
+        let seqs = Seqs::uniform(t.dev(), d[0], d[1] * d[2])?;
         let scale = 1.0 / (self.width as f64).sqrt();
         let heads = Heads { query: 1, kv: 1, dim: self.width, scale, causal: false };
         let h = ops::attention(t, &qkv, &seqs, heads)?;

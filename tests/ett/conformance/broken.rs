@@ -183,6 +183,9 @@ impl Device for Broken {
     fn copy_in(&self, s: Stream, src: &[u8], dst: Out) -> Result<()> {
         self.cpu.copy_in(s, src, dst)
     }
+    fn copy(&self, s: Stream, src: In, dst: Out) -> Result<()> {
+        self.cpu.copy(s, src, dst)
+    }
     fn read_later(&self, s: Stream, src: In) -> Result<Pending> {
         self.cpu.read_later(s, src)
     }

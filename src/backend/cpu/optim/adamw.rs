@@ -30,15 +30,17 @@ struct Step<R> {
 }
 
 impl<R: Real> Step<R> {
-    fn new(a: &Adamw, state: &[R], norm: R) -> Self {
+    fn new(a: &Adamw, state: &[R], steps: i32, norm: R) -> Self {
         let at = |slot: Slot| state[slot.index()];
         let rate = at(Slot::Rate(a.group));
+        // 1 / (1 - beta^t), without the cancellation at small t.
+        let bias = |beta: f64| -R::one() / (R::of(f64::from(steps) + 1.0) * R::of(beta.ln())).exp_m1();
         Step {
             rate,
             keep: R::one() - rate * R::of(a.weight_decay),
             clip: clip(at(Slot::Clip(a.group)), norm),
-            bias1: at(Slot::Bias1(a.group)),
-            bias2: at(Slot::Bias2(a.group)),
+            bias1: bias(a.beta1),
+            bias2: bias(a.beta2),
             beta1: R::of(a.beta1),
             beta2: R::of(a.beta2),
             rest1: R::of(1.0 - a.beta1),
@@ -71,7 +73,7 @@ fn step<E: Elem>(a: &Adamw) -> Result<()> {
     if norm[1] > E::Acc::of(0.0) {
         return Ok(());
     }
-    let step = Step::new(a, state, norm[0]);
+    let step = Step::new(a, state, flat::<i32>(op, "steps", &a.steps)?[0], norm[0]);
     let (decay, rest) = (E::Acc::of(a.ema_decay), E::Acc::of(1.0 - a.ema_decay));
     chunks.into_par_iter().for_each(|mut c| {
         pulp::Arch::new().dispatch(|| {
@@ -146,17 +148,12 @@ mod tests {
 
     const EMA: f64 = 0.99;
 
-    /// master, the gradients of two steps, m, v, ema, the step states of two steps, norm.
+    /// master, the gradients of two steps, m, v, ema, the step counts of two steps, norm, the step state.
     fn args(n: usize, clip: f64, bad: f64) -> Vec<Arg> {
         let vector = |v: Vec<f64>| acc([n], v);
-        let state = |t: i32| {
-            let mut s = vec![f64::NAN; Slot::LEN];
-            s[Slot::Rate(GROUP).index()] = RATE;
-            s[Slot::Bias1(GROUP).index()] = 1.0 / (1.0 - BETAS.0.powi(t));
-            s[Slot::Bias2(GROUP).index()] = 1.0 / (1.0 - BETAS.1.powi(t));
-            s[Slot::Clip(GROUP).index()] = clip;
-            acc([Slot::LEN], s)
-        };
+        let mut state = vec![f64::NAN; Slot::LEN];
+        state[Slot::Rate(GROUP).index()] = RATE;
+        state[Slot::Clip(GROUP).index()] = clip;
         vec![
             vector(normal(1, n)),
             vector(normal(2, n)),
@@ -164,9 +161,10 @@ mod tests {
             vector(vec![0.0; n]),
             vector(vec![0.0; n]),
             vector(normal(4, n)),
-            state(1),
-            state(2),
+            int([1], vec![0.0]),
+            int([1], vec![1.0]),
             acc([2], vec![5.0, bad]),
+            acc([Slot::LEN], state),
         ]
     }
 
@@ -180,7 +178,8 @@ mod tests {
                 v: t[4].acc(),
                 ema: Some(t[5].acc()),
                 shadow: Some(shadow.out()),
-                state: t[6 + i].view(),
+                state: t[9].view(),
+                steps: t[6 + i].view(),
                 norm: t[8].view(),
                 group: GROUP,
                 beta1: BETAS.0,
@@ -199,7 +198,7 @@ mod tests {
     fn scalar(v: &[Vec<f64>]) -> Vec<Vec<f64>> {
         let n = v[0].len();
         let mut r = vec![v[0].clone(), vec![0.0; n], vec![0.0; n], v[5].clone(), vec![]];
-        let limit = v[6][Slot::Clip(GROUP).index()];
+        let limit = v[9][Slot::Clip(GROUP).index()];
         let clip = if limit > 0.0 { (limit / (5f64.sqrt() + 1e-6)).min(1.0) } else { 1.0 };
         for t in 0..2 {
             for i in 0..n {

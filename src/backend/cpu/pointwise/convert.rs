@@ -3,7 +3,7 @@
 use super::*;
 use crate::backend::cpu::workspace::no_workspace;
 
-no_workspace!(accumulate(Accumulate), cast(Cast));
+no_workspace!(accumulate(Accumulate), cast(Cast), from_bytes(FromBytes));
 
 pub(crate) fn accumulate(_ws: &Workspace, s: &Accumulate) -> Result<()> {
     by_dtype!("accumulate", s.x.dtype, X => by_dtype!("accumulate", s.y.0.dtype, Y => {
@@ -21,6 +21,15 @@ pub(crate) fn cast(_ws: &Workspace, s: &Cast) -> Result<()> {
     }))
 }
 
+pub(crate) fn from_bytes(_ws: &Workspace, s: &FromBytes) -> Result<()> {
+    by_dtype!("from_bytes", s.y.0.dtype, Y => {
+        map::<u8, Y>("from_bytes", &s.x, ("y", &s.y.0), #[inline(always)] |x, y| {
+            let of = <Y as Elem>::Acc::of;
+            *y = Y::down(of(f64::from(x)) / of(127.5) - of(1.0));
+        })
+    })
+}
+
 #[inline(always)]
 fn convert<X: Elem, Y: Elem>(x: X) -> Y::Acc {
     Y::Acc::of(x.up().wide())
@@ -31,6 +40,15 @@ mod tests {
     use super::super::naive::*;
     use super::*;
     use crate::backend::cpu::testing::run::*;
+
+    #[test]
+    fn bytes_become_values_from_minus_1_to_1() {
+        let r = Run::f64();
+        let x = Tensor::from_host(&r.cpu, Role::Input, &[0u8, 51, 204, 255], [2, 2]).unwrap();
+        let y = r.out([2, 2]);
+        r.cpu.from_bytes(S, &FromBytes { x: x.view(), y: y.out() }).unwrap();
+        assert_eq!(r.get(&y), [0.0, 51.0, 204.0, 255.0].map(|x| x / 127.5 - 1.0));
+    }
 
     #[test]
     fn casts_and_accumulates_between_all_types() {

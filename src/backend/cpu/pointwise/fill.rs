@@ -8,12 +8,11 @@ use crate::backend::cpu::workspace::no_workspace;
 no_workspace!(fill(Fill));
 
 pub(crate) fn fill(_ws: &Workspace, s: &Fill) -> Result<()> {
-    if s.y.0.dtype == DType::I32 {
-        return fill_with(&s.y.0, s.value as i32);
+    match s.y.0.dtype {
+        DType::I32 => fill_with(&s.y.0, s.value as i32),
+        DType::U8 => fill_with(&s.y.0, s.value as u8),
+        float => by_dtype!("fill", float, T => fill_with(&s.y.0, T::down(<T as Elem>::Acc::of(s.value)))),
     }
-    by_dtype!("fill", s.y.0.dtype, T => {
-        fill_with(&s.y.0, T::down(<T as Elem>::Acc::of(s.value)))
-    })
 }
 
 fn fill_with<T: Element>(y: &In, value: T) -> Result<()> {
@@ -39,7 +38,7 @@ mod tests {
     #[test]
     fn fills_every_type_and_slices() {
         let r = Run::f64();
-        for dtype in [DType::F64, DType::F32, DType::Bf16, DType::I32] {
+        for dtype in [DType::F64, DType::F32, DType::Bf16, DType::I32, DType::U8] {
             let t = Tensor::empty(&r.cpu, Role::Activation, dtype, [50, 1001]).unwrap();
             r.cpu.fill(S, &Fill { y: t.out(), value: 3.0 }).unwrap();
             r.cpu.fill(S, &Fill { y: t.columns(7, 2).unwrap().out(), value: -2.0 }).unwrap();

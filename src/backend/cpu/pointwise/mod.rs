@@ -24,7 +24,7 @@ pub(super) use swiglu::*;
 pub(super) use unary::*;
 
 /// Calls `f` with the elements of `x` and `y`: in flat chunks if both are contiguous, otherwise row by row.
-fn map<X: Elem, Y: Elem>(
+fn map<X: Element, Y: Element>(
     op: &'static str,
     x: &In,
     (arg, y): (&'static str, &In),
