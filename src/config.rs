@@ -406,6 +406,11 @@ pub struct TrainConfig {
     pub precision: String,
     /// CPU threads, at most 1024; 0: one per core.
     pub threads: usize,
+    /// Records a step whose sizes repeat and replays it, on devices that can: the same bits with less waiting between
+    /// kernels.
+    pub graph: bool,
+    /// Threads that prepare batches ahead of the training, at most 1024; 0: half the cores, at most 8.
+    pub workers: usize,
     /// What the backward pass computes again instead of keeping it, with the same bits.
     pub recompute: Recompute,
     /// Steps between checkpoints; 0: only at the end of each stage.
@@ -434,6 +439,8 @@ impl Default for TrainConfig {
             seed: 1,
             precision: "f32".into(),
             threads: 0,
+            graph: true,
+            workers: 0,
             recompute: Recompute::Auto,
             save_every: 500,
             keep: 3,
@@ -832,6 +839,7 @@ impl Config {
             ("llm.head_dim", llm.head_dim, 1..=4096),
             ("llm.mlp", llm.mlp, 1..=16 * MAX_WIDTH),
             ("train.threads", train.threads, 0..=Cpu::MAX_THREADS),
+            ("train.workers", train.workers, 0..=Cpu::MAX_THREADS),
             ("train.save_every", train.save_every, 0..=MAX_COUNT),
             ("train.keep", train.keep, 1..=MAX_COUNT),
             ("train.eval_every", train.eval_every, 0..=MAX_COUNT),

@@ -104,23 +104,7 @@ impl Tensor {
 
     /// The values on the host, widened to f64. Waits for the device.
     pub fn to_f64(&self, dev: &dyn Kernels) -> Result<Vec<f64>> {
-        let n = self.dims.numel();
-        let bytes = dev.read_later(Stream::COMPUTE, self.view())?.wait()?;
-        Ok(match self.dtype {
-            DType::F64 => bytemuck::pod_collect_to_vec(&bytes),
-            DType::F32 => {
-                bytemuck::pod_collect_to_vec::<u8, f32>(&bytes).into_iter().map(f64::from).collect()
-            }
-            DType::Bf16 => bytemuck::pod_collect_to_vec::<u8, half::bf16>(&bytes)
-                .into_iter()
-                .map(half::bf16::to_f64)
-                .collect(),
-            DType::I32 => {
-                bytemuck::pod_collect_to_vec::<u8, i32>(&bytes).into_iter().map(f64::from).collect()
-            }
-            DType::U8 => bytes.into_iter().map(f64::from).collect(),
-        })
-        .inspect(|v: &Vec<f64>| debug_assert_eq!(v.len(), n))
+        Ok(to_f64(self.dtype, &dev.read_later(Stream::COMPUTE, self.view())?.wait()?))
     }
 
     /// The values on the host as they are stored. Waits for the device.
@@ -219,6 +203,20 @@ impl Tensor {
     /// As an accumulated kernel output.
     pub fn acc(&self) -> Acc<'_> {
         Acc(self.view())
+    }
+}
+
+/// The values of elements of a type, read back as bytes.
+pub(crate) fn to_f64(dtype: DType, bytes: &[u8]) -> Vec<f64> {
+    fn all<T: Element>(bytes: &[u8], wide: impl Fn(T) -> f64) -> Vec<f64> {
+        bytemuck::pod_collect_to_vec::<u8, T>(bytes).into_iter().map(wide).collect()
+    }
+    match dtype {
+        DType::F64 => all::<f64>(bytes, |x| x),
+        DType::F32 => all::<f32>(bytes, f64::from),
+        DType::Bf16 => all::<half::bf16>(bytes, half::bf16::to_f64),
+        DType::I32 => all::<i32>(bytes, f64::from),
+        DType::U8 => all::<u8>(bytes, f64::from),
     }
 }
 

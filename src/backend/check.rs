@@ -394,7 +394,7 @@ impl<'c> Call<'c> {
 }
 
 /// Checks a copy on device `own` between contiguous views.
-pub(crate) fn copy(own: DeviceId, src: &In, dst: &Out) -> Result<()> {
+pub(crate) fn copy(own: DeviceId, src: &In, dst: &super::Out) -> Result<()> {
     view(own, "copy", "src", src)?;
     view(own, "copy", "dst", &dst.0)?;
     apart("copy", ("src", src), ("dst", &dst.0))?;

@@ -5,11 +5,11 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::data_set::{texts, wanted};
-use super::{Batch, PAD, Template, images_to_device};
-use crate::config::{StageConfig, StageKind, TrainConfig};
+use super::{HostBatch, HostPart, PAD, Template};
+use crate::config::{Config, StageConfig, StageKind};
 use crate::data::{DataSet, Order};
 use crate::error::{Error, Result};
-use crate::model::{Ett, Part};
+use crate::model::{Part, Sizes};
 use crate::rng::{Philox, Purpose};
 
 /// The batches of one stage.
@@ -22,46 +22,41 @@ pub struct Feed<'a> {
     seed: u64,
     pictures: bool,
     prompt_dropout: f64,
-}
-
-/// One batch with its counts.
-pub struct Fed {
-    /// Its parts, on the device.
-    pub parts: Vec<Batch>,
-    /// Its sequences; none in the tokenizer stage.
-    pub sequences: Vec<Vec<Part>>,
-    /// Supervised text tokens.
-    pub tokens: usize,
-    /// Supervised codes.
-    pub codes: usize,
-    /// Rows of the language model's input.
-    pub rows: usize,
+    /// The factor by which the tokenizer reduces a side of a picture.
+    side: usize,
+    /// Visual tokens of a picture.
+    tokens: usize,
+    /// The sizes of all parts of batches.
+    sizes: Option<Sizes>,
 }
 
 impl<'a> Feed<'a> {
-    /// Batches for a stage of the configuration, with or without pictures; `number` is its index in the run. Fails if
-    /// the stage cannot use any picture of the data.
+    /// Batches for stage `number` of the configuration, with or without pictures. With `same_sizes`, nearly all of
+    /// them have the same sizes. Fails if the stage cannot use any picture of the data.
     pub fn new(
+        all: &'a Config,
+        number: usize,
         data: &'a DataSet,
         template: &'a Template,
-        cfg: &'a StageConfig,
         pictures: bool,
-        train: &TrainConfig,
-        number: usize,
+        same_sizes: bool,
     ) -> Result<Self> {
+        let Some(cfg) = all.stage.get(number) else {
+            return Err(Error::config("stage", format!("number {number}"), "a stage of the configuration"));
+        };
         let usable = data.usable(cfg.kind);
-        let (name, all) = (cfg.kind.name(), data.images.len());
+        let (name, pictured) = (cfg.kind.name(), data.images.len());
         if usable.is_empty() {
             let what = format!(
-                "none of its {all} pictures has {}, which stage `{name}` trains on",
+                "none of its {pictured} pictures has {}, which stage `{name}` trains on",
                 wanted(cfg.kind)
             );
             return Err(Error::data(&data.root, what));
         }
         match cfg.kind {
-            StageKind::Tokenizer => tracing::info!("stage {name}: {all} pictures"),
+            StageKind::Tokenizer => tracing::info!("stage {name}: {pictured} pictures"),
             kind => tracing::info!(
-                "stage {name}: {} of {all} pictures can be used, those with {}",
+                "stage {name}: {} of {pictured} pictures can be used, those with {}",
                 usable.len(),
                 wanted(kind)
             ),
@@ -78,10 +73,91 @@ impl<'a> Feed<'a> {
             );
         }
         // Each stage has its own stream of random numbers.
-        let seed = train.seed.wrapping_add((number as u64 + 1) << 32);
+        let seed = all.train.seed.wrapping_add((number as u64 + 1) << 32);
         let order = Order::new(usable.len(), seed)?;
-        let prompt_dropout = train.prompt_dropout;
-        Ok(Feed { data, template, stage: cfg, usable, order, seed, pictures, prompt_dropout })
+        let prompt_dropout = all.train.prompt_dropout;
+        let side = all.tokenizer.downsampling();
+        let tokens = if pictures { (all.data_of(cfg).size / side).pow(2) } else { 0 };
+        let mut feed = Feed {
+            data,
+            template,
+            stage: cfg,
+            usable,
+            order,
+            seed,
+            pictures,
+            prompt_dropout,
+            side,
+            tokens,
+            sizes: None,
+        };
+        if same_sizes && cfg.kind != StageKind::Tokenizer {
+            feed.sizes = Some(feed.common_sizes()?);
+        }
+        Ok(feed)
+    }
+
+    /// Sizes into which all parts of batches fit, except for rare ones if lengths vary much: 4 standard deviations above
+    /// the mean, but at most what the longest sequences need.
+    fn common_sizes(&self) -> Result<Sizes> {
+        let longest = |&place: &usize| -> Result<[usize; 2]> {
+            let sample = self.data.images.sample(place).unwrap_or(0);
+            let all = self.sequences(sample, 0)?;
+            let most = |of: &dyn Fn(&Part) -> usize| {
+                all.iter().map(|parts| parts.iter().map(of).sum()).max().unwrap_or(0)
+            };
+            let rows = most(&|part| match part {
+                Part::Tokens { ids, .. } => ids.len(),
+                Part::Image(_) | Part::Codes(_) => self.tokens,
+            });
+            let targets = most(&|part| match part {
+                Part::Tokens { ids, supervised: true } => ids.len(),
+                _ => 0,
+            });
+            Ok([rows, targets])
+        };
+        let lengths = self.usable.par_iter().map(longest).collect::<Result<Vec<_>>>()?;
+        let parts = self.stage.batch / self.stage.accumulate;
+        let bound = |i: usize| {
+            let (n, m) = (lengths.len() as f64, parts as f64);
+            let mean = lengths.iter().map(|l| l[i] as f64).sum::<f64>() / n;
+            let variance = lengths.iter().map(|l| (l[i] as f64 - mean).powi(2)).sum::<f64>() / n;
+            let most = lengths.iter().map(|l| l[i]).max().unwrap_or(0);
+            let likely = (m * mean + 4.0 * (m * variance).sqrt()).ceil() as usize;
+            likely.min(parts * most).next_multiple_of(PAD)
+        };
+        Ok(Sizes {
+            rows: bound(0),
+            sequences: parts,
+            longest: lengths.iter().map(|l| l[0]).max().unwrap_or(0),
+            targets: bound(1),
+            codes: if self.stage.kind == StageKind::Gen { parts * self.tokens } else { 0 },
+        })
+    }
+
+    /// All sequences that the stage may make of a sample.
+    fn sequences(&self, sample: usize, image: usize) -> Result<Vec<Vec<Part>>> {
+        let (s, t) = (&self.data.samples[sample], self.template);
+        let StageConfig { kind, captions, answers, .. } = *self.stage;
+        let mut all = Vec::new();
+        let (caption, asks, draws) = match kind {
+            StageKind::Tokenizer => (false, false, false),
+            StageKind::Align | StageKind::Semantic => (true, false, false),
+            StageKind::Text => (true, true, false),
+            StageKind::Chat => (captions > 0.0, true, false),
+            StageKind::Gen => (captions > 0.0, answers > 0.0, true),
+        };
+        let text = kind == StageKind::Text;
+        if let Some(c) = s.caption.as_ref().filter(|_| caption) {
+            all.push(if text { t.text_caption(c)? } else { t.caption(image, c)? });
+        }
+        for (q, a) in s.qa.iter().filter(|_| asks) {
+            all.push(if text { t.text_chat(q, a)? } else { t.chat(image, q, a)? });
+        }
+        if draws {
+            all.push(t.drawn(image, s.drawing_prompt())?);
+        }
+        Ok(all)
     }
 
     /// The sequence of sample `sample`; its picture is image `image` of its part of the batch.
@@ -118,25 +194,20 @@ impl<'a> Feed<'a> {
     }
 
     /// The batch of step `step`.
-    pub fn batch(&self, model: &Ett, step: usize) -> Result<Fed> {
-        let mut fed = Fed { parts: Vec::new(), sequences: Vec::new(), tokens: 0, codes: 0, rows: 0 };
+    pub fn batch(&self, step: usize) -> Result<HostBatch> {
         let size = self.stage.batch / self.stage.accumulate;
+        let (mut parts, mut first) = (Vec::new(), None);
         for part in 0..self.stage.accumulate {
-            let first = step * self.stage.batch + part * size;
-            let (batch, sequences) = self.part(model, first..first + size)?;
-            if let Some(p) = &batch.packed {
-                fed.tokens += p.tokens;
-                fed.codes += p.code_rows.len();
-                fed.rows += p.rows;
-            }
-            fed.sequences.extend(sequences);
-            fed.parts.push(batch);
+            let start = step * self.stage.batch + part * size;
+            let (part, sequences) = self.part(start..start + size)?;
+            parts.push(part);
+            first = first.or(sequences.into_iter().next());
         }
-        Ok(fed)
+        Ok(HostBatch::new(parts, first))
     }
 
-    /// The part of a batch with the samples at these positions of the stage.
-    fn part(&self, model: &Ett, positions: Range<usize>) -> Result<(Batch, Vec<Vec<Part>>)> {
+    /// The part of a batch with the samples at these positions of the stage, and its sequences.
+    fn part(&self, positions: Range<usize>) -> Result<(HostPart, Vec<Vec<Part>>)> {
         let (mut images, mut sequences) = (Vec::new(), Vec::new());
         for (i, position) in positions.enumerate() {
             let place = self.order.index(position as u64);
@@ -156,17 +227,6 @@ impl<'a> Feed<'a> {
                 sequences.push(self.sequence(sample, i, &mut rng)?);
             }
         }
-        let (images, grids) = match self.pictures {
-            true => {
-                let (t, g) = images_to_device(model, &images)?;
-                (vec![t], vec![g])
-            }
-            false => (vec![], vec![]),
-        };
-        let packed = match sequences.is_empty() {
-            true => None,
-            false => Some(Batch::pack(model, &sequences, &grids, PAD)?),
-        };
-        Ok((Batch { images, packed }, sequences))
+        Ok((HostPart::new(&images, &sequences, self.side, self.sizes)?, sequences))
     }
 }

@@ -1,12 +1,14 @@
 //! From data to batches: data sets as named by configurations, the sequences that the language model reads, the batches
 //! of a stage, and copies to the device.
 
+mod ahead;
 mod batches;
 mod data_set;
 mod device;
 mod template;
 
-pub use batches::{Fed, Feed};
+pub use ahead::Ahead;
+pub use batches::Feed;
 pub(crate) use device::PAD;
-pub use device::{Batch, images_to_device};
+pub use device::{Batch, HostBatch, HostPart, PartSizes, Uploaded, images_to_device};
 pub use template::Template;

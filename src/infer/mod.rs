@@ -202,7 +202,7 @@ impl<'a> Seen<'a> {
             let loss = ops::cross_entropy(t, &logits, &packed.target.range(start, len)?, None, &one)?;
             nats += loss.value().to_f64(t.dev())?[0];
         }
-        Ok((nats, packed.tokens))
+        Ok((nats, n))
     }
 
     /// Total nats of all codes that `sequences` predict, and their number.
@@ -214,9 +214,8 @@ impl<'a> Seen<'a> {
         let hidden = self.model.hidden(&self.tape, Some(&self.visual), &packed)?;
         let acc = self.model.params.precision().acc;
         let one = Tensor::from_f64(self.tape.dev(), Role::Input, acc, &[1.0], [1])?;
-        let idx = self.idx.to_host::<i32>(self.tape.dev())?;
-        let loss = self.model.code_loss(&self.tape, &hidden, &packed, &idx, &one)?;
-        Ok((loss.value().to_f64(self.tape.dev())?[0], packed.code_rows.len()))
+        let loss = self.model.code_loss(&self.tape, &hidden, &packed, &self.idx, &one)?;
+        Ok((loss.value().to_f64(self.tape.dev())?[0], packed.code_rows.dims().numel()))
     }
 
     /// The most likely token at each supervised position, sequence by sequence.

@@ -26,6 +26,8 @@ pub(crate) struct Line {
     pub code_perplexity: f64,
     pub images_per_s: f64,
     pub tokens_per_s: f64,
+    /// Time spent waiting until the batch was prepared, in ms.
+    pub waited_ms: f64,
     /// Peak device memory so far, in MiB.
     pub memory_mib: f64,
     /// Held-out results, in steps with an evaluation.

@@ -51,8 +51,9 @@ fn fill(draft: &mut Draft, model: &Ett, optimizers: &[&Optimizer], progress: &Pr
         values: Box::new(|| Ok(progress.window.iter().map(|&c| c.into()).collect())),
     });
     draft.tensors(TRAINING, training, None)?;
+    let dev = &**model.params.device();
     Ok(Contents {
-        optimizers: optimizers.iter().map(|o| o.steps()).collect(),
+        optimizers: optimizers.iter().map(|o| o.steps(dev)).collect::<Result<_>>()?,
         trained: groups(Stored::Moment1),
         averaged,
     })
@@ -68,8 +69,10 @@ fn shape(model: &Ett, carried: &Carried) -> (FileType, Vec<usize>) {
 
 /// Configuration keys that may change when a run is resumed, since no weight depends on them. Data may be moved, as
 /// long as they are the same, see [`check_data`].
-const FREE: [&str; 9] = [
+const FREE: [&str; 11] = [
     "train.threads",
+    "train.graph",
+    "train.workers",
     "train.recompute",
     "train.save_every",
     "train.keep",
@@ -187,7 +190,7 @@ fn wanted(model: &Ett, contents: &Contents) -> Vec<(&'static str, Vec<Wanted>)> 
 /// Restores weights, averages, moments, the optimizers' step counts and the discriminator's statistics, bit for bit,
 /// into a model and optimizers that train the same groups. Every file is checked before anything is changed.
 /// Afterwards the model has the averages of the checkpoint, whichever groups are being trained.
-pub fn load(folder: &Path, model: &mut Ett, optimizers: &mut [&mut Optimizer]) -> Result<()> {
+pub fn load(folder: &Path, model: &mut Ett, optimizers: &[&Optimizer]) -> Result<()> {
     let contents = checkpoints::verified(folder)?;
     let mut problems = Vec::new();
     let trained: Vec<&str> =
@@ -238,8 +241,6 @@ pub fn load(folder: &Path, model: &mut Ett, optimizers: &mut [&mut Optimizer]) -
         }
     }
     model.params.refresh()?;
-    for (o, steps) in optimizers.iter_mut().zip(&contents.optimizers) {
-        o.resume(*steps);
-    }
-    Ok(())
+    let dev = model.params.device();
+    optimizers.iter().zip(&contents.optimizers).try_for_each(|(o, steps)| o.resume(&**dev, *steps))
 }

@@ -2,48 +2,35 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::backend::{DType, Kernels};
 use crate::error::Result;
-use crate::feed::Batch;
+use crate::feed::HostBatch;
 use crate::io::weights::{FileType, write_file};
 use crate::nn::HostTensor;
-use crate::tensor::Tensor;
 
-/// Writes `nonfinite-STAGE-STEP.safetensors` with the pictures and sequences of each part of the batch,
-/// `part.0.image.0` and so on. Returns `None` if the run has already written one.
-pub(super) fn dump(
-    out: &Path,
-    stage: &str,
-    step: usize,
-    parts: &[Batch],
-    dev: &dyn Kernels,
-) -> Result<Option<PathBuf>> {
+/// Writes `nonfinite-STAGE-STEP.safetensors` with the pictures (as values from 0 to 255) and sequences of each part of
+/// the batch, `part.0.image.0` and so on. Returns `None` if the run has already written one.
+pub(super) fn dump(out: &Path, stage: &str, step: usize, batch: &HostBatch) -> Result<Option<PathBuf>> {
     let written = std::fs::read_dir(out).into_iter().flatten().flatten();
     if written.into_iter().any(|e| e.file_name().to_string_lossy().starts_with("nonfinite-")) {
         return Ok(None);
     }
     let mut tensors = Vec::new();
-    let mut put = |name: String, t: &Tensor| -> Result<()> {
-        let ty = match t.dtype() {
-            DType::I32 => FileType::I32,
-            DType::F64 => FileType::F64,
-            _ => FileType::F32,
-        };
-        let dims = t.dims().as_slice().to_vec();
-        tensors.push((name, HostTensor { dims, values: t.to_f64(dev)? }, ty));
-        Ok(())
-    };
-    for (i, part) in parts.iter().enumerate() {
-        for (n, image) in part.images.iter().enumerate() {
-            put(format!("part.{i}.image.{n}"), image)?;
+    for (i, part) in batch.parts.iter().enumerate() {
+        if let Some((bytes, dims)) = &part.images {
+            let values = bytes.iter().map(|&b| f64::from(b)).collect();
+            tensors.push((
+                format!("part.{i}.image.0"),
+                HostTensor { dims: dims.to_vec(), values },
+                FileType::F32,
+            ));
         }
-        if let Some(p) = &part.packed {
-            for (name, t) in
-                [("text", &p.text), ("visual", &p.visual), ("select", &p.select), ("target", &p.target)]
-            {
-                put(format!("part.{i}.{name}"), t)?;
-            }
-            put(format!("part.{i}.offsets"), &p.seqs.cu)?;
+        for (name, v) in part.rows.iter().flat_map(|rows| rows.arrays()) {
+            let values = v.iter().map(|&x| f64::from(x)).collect();
+            tensors.push((
+                format!("part.{i}.{name}"),
+                HostTensor { dims: vec![v.len()], values },
+                FileType::I32,
+            ));
         }
     }
     let path = out.join(format!("nonfinite-{stage}-{step}.safetensors"));

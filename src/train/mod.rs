@@ -19,4 +19,4 @@ pub use plan::{StagePlan, choose_device, largest_batch, parse_memory, plan, plan
 pub use run::{Ending, Finished, RunOptions, resume, run};
 pub use stages::{Stage, averaged};
 pub use state::StepState;
-pub use step::{Counts, Loss, Outcome, Recipe, TokenizerMode, step};
+pub use step::{Counts, Loss, Outcome, Reading, Recipe, TokenizerMode, Values, step};

@@ -116,13 +116,13 @@ impl Optimizer {
         }
     }
 
-    /// Updates the weights from the accumulated gradients. Nothing changes if a gradient or one of `losses` is not
+    /// Updates the weights from the accumulated gradients. Nothing changes if a gradient or one of `losses` `[n]` is not
     /// finite, or if one of `bad`, counts of such values elsewhere, is above 0.
     pub fn apply<'a>(
         &self,
         params: &Params,
         state: &StepState,
-        losses: impl Iterator<Item = &'a Tensor>,
+        losses: &Tensor,
         bad: impl Iterator<Item = &'a Tensor>,
     ) -> Result<()> {
         let dev = &**params.device();
@@ -139,9 +139,7 @@ impl Optimizer {
         }
         // Of the losses, only the count of non-finite ones is used. All counts are added up and written to every row,
         // so that all groups are updated or skipped together.
-        for loss in losses {
-            dev.sum_squares(s, &SumSquares { x: loss.view(), out: self.bad.acc() })?;
-        }
+        dev.sum_squares(s, &SumSquares { x: losses.view(), out: self.bad.acc() })?;
         let all = self.bad.range(1, 1)?;
         let counts = (0..rows).map(|i| self.norm.range(2 * i + 1, 1)).collect::<Result<Vec<_>>>()?;
         let add = |count: &Tensor| dev.accumulate(s, &Accumulate { x: count.view(), y: all.acc() });

@@ -1,23 +1,27 @@
 //! A stage in progress: the loop over its steps, with their metrics, evaluations and checkpoints.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::dump::dump;
 use super::stages::start_averages;
 use super::update::Update;
-use super::{Counts, Loss, Outcome, Stage, TokenizerMode, checkpoint, step};
+use super::{Counts, Outcome, Reading, Stage, TokenizerMode, Values, checkpoint, step};
+use crate::backend::{Recording, Stream};
 use crate::config::{Config, QuantizerKind, StageConfig};
 use crate::data::DataSet;
 use crate::error::{Error, Result};
-use crate::feed::{Batch, Fed, Feed, Template};
+use crate::feed::{Ahead, Feed, HostBatch, PartSizes, Template, Uploaded};
 use crate::files::Lines;
 use crate::interrupt;
 use crate::io::{Checkpoints, Progress};
 use crate::model::Ett;
 use crate::report::{Evaluation, Line, Sharpness, Smooth, Usage};
+use crate::tensor::Tensor;
 
 /// Maximum number of consecutive updates that may be skipped because of non-finite values.
 const MAX_SKIPPED: usize = 20;
@@ -39,6 +43,55 @@ pub(super) struct Inputs<'a> {
     pub evaluation: &'a dyn Evaluation,
 }
 
+/// A step that was recorded, and the memory that it reads and writes.
+struct Recorded {
+    sizes: Vec<PartSizes>,
+    input: Uploaded,
+    launches: Box<dyn Recording>,
+    outcome: Outcome,
+}
+
+/// A step that the device was given, whose results have not arrived yet.
+struct Launched {
+    step: usize,
+    rate: f64,
+    batch: HostBatch,
+    reading: Reading,
+    /// Passes that it adds to the discriminator's running statistics.
+    passes: u64,
+    /// Quantizer input, if its sharpness is to be measured.
+    z: Option<Tensor>,
+    /// Time spent waiting for the batch.
+    waited: Duration,
+}
+
+/// A batch on its way to the device.
+struct Taken {
+    step: usize,
+    batch: HostBatch,
+    data: Uploaded,
+    /// Time spent waiting for the batch.
+    waited: Duration,
+}
+
+/// The batches of the remaining steps.
+struct Batches {
+    ahead: Ahead,
+    steps: Range<usize>,
+}
+
+impl Batches {
+    /// The next batch, if there is one.
+    fn take(&mut self, model: &Ett) -> Result<Option<Taken>> {
+        let Some(step) = self.steps.next() else { return Ok(None) };
+        let clock = Instant::now();
+        let batch = self.ahead.batch(step)?;
+        let waited = clock.elapsed();
+        let data = batch.upload(model)?;
+        Ok(Some(Taken { step, batch, data, waited }))
+    }
+}
+
 /// A stage in progress.
 pub(super) struct Running<'a> {
     run: Inputs<'a>,
@@ -50,8 +103,12 @@ pub(super) struct Running<'a> {
     metrics: &'a mut Lines,
     checkpoints: Checkpoints,
     stage: Stage,
-    feed: Feed<'a>,
+    feed: Arc<Feed<'a>>,
     update: Update,
+    /// The step that is replayed, once it is recorded.
+    recorded: Option<Recorded>,
+    /// The sizes of the last batch.
+    sizes: Vec<PartSizes>,
     usage: Usage,
     bar: ProgressBar,
     smooth: Smooth,
@@ -59,6 +116,8 @@ pub(super) struct Running<'a> {
     message: String,
     /// When the elapsed time was last added to the seconds of the stage.
     since: Instant,
+    /// When the results of the last step arrived.
+    arrived: Instant,
 }
 
 impl<'a> Running<'a> {
@@ -80,10 +139,11 @@ impl<'a> Running<'a> {
             start_averages(model, &trained, cfg.ema)?;
         }
         let pictures = stage.reads_pictures();
-        let feed = Feed::new(run.data, run.template, cfg, pictures, &run.all.train, number)?;
-        let mut update = Update::new(model, cfg, &stage)?;
+        let records = model.params.device().can_record();
+        let feed = Feed::new(run.all, number, run.data, run.template, pictures, records)?;
+        let update = Update::new(model, cfg, &stage)?;
         match from {
-            Some(folder) => checkpoint::load(folder, model, &mut update.optimizers())?,
+            Some(folder) => checkpoint::load(folder, model, &update.saved())?,
             None => {
                 (progress.stage, progress.step, progress.stage_name) = (number, 0, name.into());
                 progress.seconds.push((name.into(), 0.0));
@@ -97,6 +157,7 @@ impl<'a> Running<'a> {
             smooth: Smooth::default(),
             message: String::new(),
             since: Instant::now(),
+            arrived: Instant::now(),
             run,
             cfg,
             number,
@@ -104,64 +165,169 @@ impl<'a> Running<'a> {
             progress,
             metrics,
             stage,
-            feed,
+            feed: Arc::new(feed),
             update,
+            recorded: None,
+            sizes: Vec::new(),
         })
     }
 
     /// Runs the remaining steps. If the run is interrupted, returns the checkpoint that was saved.
     pub fn train(mut self) -> Result<Option<PathBuf>> {
         interrupt::enter(interrupt::Phase::Training);
-        while self.progress.step < self.cfg.steps {
-            let mut line = self.step()?;
-            self.evaluate(&mut line);
-            self.write(&line)?;
-            // Read once per step, so that a run that stops has always saved a checkpoint first.
-            let stop = interrupt::requested();
-            let saved = self.save(stop)?;
-            if stop {
+        let feed = self.feed.clone();
+        let (steps, workers) = (self.progress.step..self.cfg.steps, self.run.all.train.workers);
+        let saved = std::thread::scope(|scope| {
+            let mut batches = Batches { ahead: Ahead::start(scope, &feed, steps.clone(), workers)?, steps };
+            self.steps(&mut batches)
+        })?;
+        match saved {
+            Some(at) => {
                 self.bar.abandon();
-                return Ok(saved);
+                Ok(Some(at))
+            }
+            None => {
+                self.bar.finish();
+                let seconds = self.progress.seconds.last().map_or(0.0, |s| s.1);
+                let (name, steps, last) = (self.cfg.kind.name(), self.cfg.steps, &self.message);
+                tracing::info!("stage {name}: {steps} steps in {seconds:.0} s, {last}");
+                Ok(None)
             }
         }
-        self.bar.finish();
-        let seconds = self.progress.seconds.last().map_or(0.0, |s| s.1);
-        let (name, steps, last) = (self.cfg.kind.name(), self.cfg.steps, &self.message);
-        tracing::info!("stage {name}: {steps} steps in {seconds:.0} s, {last}");
+    }
+
+    /// The loop over the steps. A device with queues is given a step before the results of the one before are read, so
+    /// that it does not wait for the host, except where the run is saved, evaluated or stopped between the two.
+    fn steps(&mut self, batches: &mut Batches) -> Result<Option<PathBuf>> {
+        let mut running: Option<Launched> = None;
+        let mut next: Option<Taken> = None;
+        self.arrived = Instant::now();
+        while self.progress.step < self.cfg.steps {
+            // Read once per step, so that a run that stops has always saved a checkpoint first.
+            let stop = interrupt::requested();
+            let pause = running.as_ref().is_some_and(|r| stop || self.pauses_after(r.step));
+            let mut launched = None;
+            if !pause && let Some(batch) = next.take().map_or_else(|| batches.take(self.model), |b| Ok(Some(b)))? {
+                launched = Some(self.launch(batch)?);
+                // Copied while the device computes.
+                next = batches.take(self.model)?;
+            }
+            let Some(done) = std::mem::replace(&mut running, launched) else { continue };
+            let mut line = self.finish(done)?;
+            let between = running.is_none();
+            if between {
+                self.evaluate(&mut line);
+            }
+            self.write(&line)?;
+            if between {
+                let saved = self.save(stop)?;
+                if stop {
+                    return Ok(saved);
+                }
+            }
+            self.arrived = Instant::now();
+        }
         Ok(None)
     }
 
-    /// Performs one step on a batch and returns its line of metrics.
-    fn step(&mut self) -> Result<Line> {
-        let s = self.progress.step;
-        let clock = Instant::now();
-        let fed = self.feed.batch(self.model, s)?;
-        self.show_first(s, &fed);
-        let counts = self.counts(s, &fed)?;
+    /// Whether the results of this step have to be there before the next one begins.
+    fn pauses_after(&self, step: usize) -> bool {
+        let (t, done) = (&self.run.all.train, step + 1);
+        let due = |every: usize| every > 0 && done.is_multiple_of(every);
+        let evaluates = self.run.test.is_some() && due(t.eval_every);
+        // A device without queues has the results already. The first step is measured.
+        !self.model.params.device().can_record() || step == 0 || evaluates || due(t.save_every)
+    }
+
+    /// Gives a step to the device.
+    fn launch(&mut self, taken: Taken) -> Result<Launched> {
+        let Taken { step: s, batch, data, waited } = taken;
+        self.show_first(s, &batch);
+        let counts = self.counts(s, &batch, &data)?;
         let rate = self.update.prepare(self.model, self.cfg, &counts, s)?;
+        let dev = self.model.params.device().clone();
+        dev.order(Stream::COPY, Stream::COMPUTE)?;
+        let sizes = batch.sizes();
+        let launched = |outcome: &Outcome| -> Result<(Reading, u64, Option<Tensor>)> {
+            Ok((outcome.read_later(&*dev)?, outcome.passes, outcome.z.clone().filter(|_| s == 0)))
+        };
+        if self.recorded.as_ref().is_some_and(|r| r.sizes != sizes) {
+            // Its memory is needed for the step of other sizes.
+            self.recorded = None;
+        }
+        if self.recorded.is_none() && self.run.all.train.graph && self.sizes == sizes {
+            self.recorded = self.record(&data, sizes.clone())?;
+        } else if let Some(r) = &self.recorded {
+            r.input.replace(self.model, &data)?;
+            self.model.discriminator_state.batches += r.outcome.passes;
+        }
+        let (reading, passes, z) = match &self.recorded {
+            Some(r) => {
+                r.launches.replay()?;
+                launched(&r.outcome)?
+            }
+            None => {
+                let Update { state, main, disc, .. } = &self.update;
+                launched(&step(self.model, &self.stage.recipe, &data.parts, state, main, disc.as_ref())?)?
+            }
+        };
+        self.sizes = sizes;
+        Ok(Launched { step: s, rate, batch, reading, passes, z, waited })
+    }
+
+    /// Records a step on batches of these sizes, with the contents of `data`, if the device can.
+    fn record(&mut self, data: &Uploaded, sizes: Vec<PartSizes>) -> Result<Option<Recorded>> {
+        let dev = self.model.params.device().clone();
+        if !dev.can_record() {
+            return Ok(None);
+        }
+        let input = data.duplicate(self.model, &sizes)?;
         let Update { state, main, disc, .. } = &self.update;
-        let outcome = step(self.model, &self.stage.recipe, &fed.parts, state, main, disc.as_ref())?;
-        let (grad_norm, skipped) = self.update.finish(self.model, &outcome)?;
-        let name = self.cfg.kind.name();
-        let mut line = Line { stage: name, number: self.number, step: s, rate, grad_norm, ..Line::default() };
-        self.measure(&mut line, &outcome)?;
-        match skipped {
+        let (model, recipe) = (&mut *self.model, &self.stage.recipe);
+        let mut outcome = None;
+        let launches = dev.record(&mut || {
+            outcome = Some(step(model, recipe, &input.parts, state, main, disc.as_ref())?);
+            Ok(())
+        })?;
+        let recorded = launches.zip(outcome);
+        Ok(recorded.map(|(launches, outcome)| Recorded { sizes, input, launches, outcome }))
+    }
+
+    /// Waits for the results of a step and returns its line of metrics.
+    fn finish(&mut self, done: Launched) -> Result<Line> {
+        let Launched { step: s, rate, batch, reading, passes, z, waited } = done;
+        let values = reading.wait()?;
+        let took = self.arrived.elapsed().as_secs_f64().max(1e-9);
+        let mut line = Line {
+            stage: self.cfg.kind.name(),
+            number: self.number,
+            step: s,
+            rate,
+            grad_norm: values.grad_norm,
+            images_per_s: self.cfg.batch as f64 / took,
+            tokens_per_s: batch.rows() as f64 / took,
+            waited_ms: waited.as_secs_f64() * 1e3,
+            ..Line::default()
+        };
+        self.measure(&mut line, &values);
+        match values.skipped {
             false => self.progress.in_a_row = 0,
-            true => self.skipped(s, &fed.parts)?,
+            true => {
+                let batches = &mut self.model.discriminator_state.batches;
+                *batches = batches.saturating_sub(passes);
+                self.skipped(s, &batch)?;
+            }
         }
         line.skipped = self.progress.skipped;
-        if s == 0 {
-            line.quantizer = self.sharpness(&outcome)?;
+        if let Some(z) = z {
+            line.quantizer = self.sharpness(&z)?;
         }
-        let took = clock.elapsed().as_secs_f64().max(1e-9);
-        line.images_per_s = self.cfg.batch as f64 / took;
-        line.tokens_per_s = fed.rows as f64 / took;
         Ok(line)
     }
 
     /// Logs the first sample of the stage.
-    fn show_first(&self, s: usize, fed: &Fed) {
-        if let (0, Some(first)) = (s, fed.sequences.first()) {
+    fn show_first(&self, s: usize, batch: &HostBatch) {
+        if let (0, Some(first)) = (s, &batch.first) {
             let (name, shown) = (self.cfg.kind.name(), self.run.template.show(first));
             self.bar.suspend(|| tracing::info!("first sample of stage {name}: {shown}"));
         }
@@ -169,43 +335,37 @@ impl<'a> Running<'a> {
 
     /// The numbers of terms over which the losses of a batch are averaged. Fails if a stage that trains on texts or
     /// codes gets a batch without any.
-    fn counts(&self, s: usize, fed: &Fed) -> Result<Counts> {
-        let recipe = &self.stage.recipe;
-        if (recipe.text || recipe.codes) && fed.tokens + fed.codes == 0 {
+    fn counts(&self, s: usize, batch: &HostBatch, data: &Uploaded) -> Result<Counts> {
+        let (recipe, tokens, codes) = (&self.stage.recipe, batch.tokens(), batch.codes());
+        if (recipe.text || recipe.codes) && tokens + codes == 0 {
             let what = if recipe.codes { "code" } else { "token" };
             return Err(Error::Training(format!(
                 "step {s} of stage {} has no supervised {what}; check the captions and questions",
                 self.cfg.kind.name()
             )));
         }
-        Ok(Counts::new(self.model, &fed.parts, fed.tokens, fed.codes))
+        Ok(Counts::new(self.model, &data.parts, tokens, codes))
     }
 
-    /// Records the losses of a step, its codebook usage and its peak memory. Waits for the device.
-    fn measure(&mut self, line: &mut Line, outcome: &Outcome) -> Result<()> {
-        let dev = self.model.params.device();
-        for loss in Loss::ALL {
-            if outcome.terms.iter().any(|(l, _)| *l == loss) {
-                line.loss.insert(loss.name(), outcome.value(self.model, loss)?);
-            }
-        }
-        line.unscored = outcome.unscored(self.model)?;
-        line.memory_mib = dev.memory().peak as f64 / f64::from(1 << 20);
-        for idx in &outcome.idx {
-            self.usage.add(&idx.to_host(&**dev)?);
+    /// Puts the losses of a step, its codebook usage and its peak memory into its line.
+    fn measure(&mut self, line: &mut Line, values: &Values) {
+        line.loss = values.losses.iter().map(|(l, v)| (l.name(), *v)).collect();
+        line.unscored = values.unscored;
+        line.memory_mib = self.model.params.device().memory().peak as f64 / f64::from(1 << 20);
+        if !values.idx.is_empty() {
+            self.usage.add(&values.idx);
         }
         (line.codes_used, line.code_perplexity) = self.usage.measure();
-        Ok(())
     }
 
     /// Counts an update that was skipped because of non-finite values and dumps its inputs. Fails after too many in a
     /// row.
-    fn skipped(&mut self, s: usize, parts: &[Batch]) -> Result<()> {
+    fn skipped(&mut self, s: usize, batch: &HostBatch) -> Result<()> {
         self.progress.skipped += 1;
         self.progress.in_a_row += 1;
         let name = self.cfg.kind.name();
         let what = format!("step {s} of stage {name}");
-        let inputs = match dump(self.run.out, name, s, parts, &**self.model.params.device()) {
+        let inputs = match dump(self.run.out, name, s, batch) {
             Ok(path) => path.map(|p| format!("its inputs are in {}", p.display())),
             Err(e) => Some(format!("its inputs cannot be written: {e}")),
         };
@@ -224,13 +384,12 @@ impl<'a> Running<'a> {
         Ok(())
     }
 
-    /// Measures the sharpness of the softmax over the codes, if the stage trains an IBQ tokenizer.
-    fn sharpness(&self, outcome: &Outcome) -> Result<Option<Sharpness>> {
+    /// Measures the sharpness of the softmax over the codes of `z` `[M, D]`, if the stage trains an IBQ tokenizer.
+    fn sharpness(&self, z: &Tensor) -> Result<Option<Sharpness>> {
         let ibq = self.model.cfg.quantizer.kind == QuantizerKind::Ibq;
-        let (TokenizerMode::Trained(_), Some(z), true) = (self.stage.recipe.tokenizer, &outcome.z, ibq)
-        else {
+        if !ibq || !matches!(self.stage.recipe.tokenizer, TokenizerMode::Trained(_)) {
             return Ok(None);
-        };
+        }
         let measured = Sharpness::measure(self.model, z)?;
         if let Some(what) = measured.warning() {
             self.bar.suspend(|| tracing::warn!("{what}"));

@@ -1,15 +1,17 @@
 //! One training step of any stage: forward, discriminator update, backward, optimizers.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use super::Optimizer;
 use super::StepState;
 use crate::autograd::{Recomputing, Tape, Var};
-use crate::backend::{Cast, Kernels, Restore, Role, Slot, Stream};
+use crate::backend::{Accumulate, Cast, DType, FromBytes, Kernels, Pending, Restore, Role, Slot, Stream};
 use crate::config::Recompute;
 use crate::error::{Error, Result};
 use crate::feed::Batch;
 use crate::model::{Carried, Ett, MODULES, TrainedBy};
 use crate::ops::{self, BatchStats};
-use crate::tensor::Tensor;
+use crate::tensor::{Tensor, to_f64};
 
 /// The losses, in the order of their weights in the step state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -77,10 +79,6 @@ impl Loss {
     fn of_a_part(self) -> bool {
         matches!(self, Loss::Quant | Loss::EntSample | Loss::EntAvg)
     }
-
-    fn is_discriminators(self) -> bool {
-        matches!(self, Loss::DHinge | Loss::DLecam)
-    }
 }
 
 /// How a stage uses the tokenizer.
@@ -137,12 +135,14 @@ impl Recipe {
 }
 
 /// Results of a step; activations are those of the last part of the batch.
-#[derive(Default)]
 pub struct Outcome {
-    /// Terms of each loss; a loss is the sum of its terms.
-    pub terms: Vec<(Loss, Tensor)>,
+    /// What the host reads of every step: the losses in the order of [`Loss::ALL`], the number of tokens without a finite
+    /// score, and the norms of the optimizer. Accumulator type.
+    report: Tensor,
+    /// The losses of this step.
+    present: BTreeSet<Loss>,
     /// Number of parts of the batch.
-    pub parts: usize,
+    parts: usize,
     /// Quantizer input `[M, D]`.
     pub z: Option<Tensor>,
     /// Codes `[M]` i32 of each part.
@@ -153,33 +153,108 @@ pub struct Outcome {
     pub rec: Vec<Tensor>,
     /// Hidden states that predict supervised tokens, `[n, C]`.
     pub selected: Option<Tensor>,
-    /// Number of tokens without a finite score, `[1]` for each pass through the quantizer.
-    pub bad: Vec<Tensor>,
-    /// Number of passes in the discriminator's running statistics before the step.
-    pub batches_before: u64,
+    /// Number of passes that the step adds to the discriminator's running statistics.
+    pub passes: u64,
 }
 
+/// Elements of a report before the norms.
+const LOSSES: usize = Loss::ALL.len();
+const NORMS: usize = LOSSES + 1;
+
 impl Outcome {
+    fn new(model: &Ett, parts: usize, main: &Optimizer) -> Result<Self> {
+        let n = NORMS + main.norm().dims().numel();
+        Ok(Outcome {
+            report: Tensor::zeros(&**model.params.device(), Role::Activation, model.params.precision().acc, [n])?,
+            present: BTreeSet::new(),
+            parts,
+            z: None,
+            idx: Vec::new(),
+            zq: None,
+            rec: Vec::new(),
+            selected: None,
+            passes: 0,
+        })
+    }
+
+    /// Starts to read the results back.
+    pub fn read_later(&self, dev: &dyn Kernels) -> Result<Reading> {
+        Ok(Reading {
+            report: dev.read_later(Stream::COMPUTE, self.report.view())?,
+            dtype: self.report.dtype(),
+            idx: self.idx.iter().map(|t| dev.read_later(Stream::COMPUTE, t.view())).collect::<Result<_>>()?,
+            present: self.present.clone(),
+            parts: self.parts,
+        })
+    }
+
     /// The value of a loss; 0 if the step does not have it. Waits for the device.
     pub fn value(&self, model: &Ett, loss: Loss) -> Result<f64> {
-        let mut sum = 0.0;
-        for (_, t) in self.terms.iter().filter(|(l, _)| *l == loss) {
-            sum += t.to_f64(&**model.params.device())?[0];
-        }
-        Ok(if loss.of_a_part() { sum / self.parts.max(1) as f64 } else { sum })
+        Ok(self.read_later(&**model.params.device())?.wait()?.losses.get(&loss).copied().unwrap_or(0.0))
     }
 
     /// Number of tokens without a finite score in the whole step. Waits for the device.
     pub fn unscored(&self, model: &Ett) -> Result<usize> {
-        let mut sum = 0.0;
-        for t in &self.bad {
-            sum += t.to_f64(&**model.params.device())?[0];
-        }
-        Ok(sum as usize)
+        Ok(self.read_later(&**model.params.device())?.wait()?.unscored)
     }
 
-    fn losses(&self, of: impl Fn(Loss) -> bool) -> impl Iterator<Item = &Tensor> {
-        self.terms.iter().filter(move |(l, _)| of(*l)).map(|(_, t)| t)
+    /// The losses from `first` to `last`.
+    fn losses(&self, first: Loss, last: Loss) -> Result<Tensor> {
+        self.report.range(first as usize, last as usize - first as usize + 1)
+    }
+
+    /// `[1]`, the number of tokens without a finite score so far.
+    fn bad(&self) -> Result<Tensor> {
+        self.report.range(LOSSES, 1)
+    }
+
+    /// Adds a value of the device to an element of the report.
+    fn add(&self, dev: &dyn Kernels, at: usize, value: &Tensor) -> Result<()> {
+        let y = self.report.range(at, 1)?;
+        dev.accumulate(Stream::COMPUTE, &Accumulate { x: value.view(), y: y.acc() })
+    }
+}
+
+/// Results of a step on their way to the host.
+pub struct Reading {
+    report: Pending,
+    dtype: DType,
+    idx: Vec<Pending>,
+    present: BTreeSet<Loss>,
+    parts: usize,
+}
+
+/// What the host learns of a step.
+pub struct Values {
+    /// The losses that the step has.
+    pub losses: BTreeMap<Loss, f64>,
+    /// Number of tokens without a finite score.
+    pub unscored: usize,
+    /// Norm of the gradient.
+    pub grad_norm: f64,
+    /// Whether the update was skipped because a value was not finite.
+    pub skipped: bool,
+    /// Codes of the visual tokens.
+    pub idx: Vec<i32>,
+}
+
+impl Reading {
+    /// Waits until the step is done.
+    pub fn wait(self) -> Result<Values> {
+        let report = to_f64(self.dtype, &self.report.wait()?);
+        let mut idx = Vec::new();
+        for pending in self.idx {
+            idx.extend(bytemuck::pod_collect_to_vec::<u8, i32>(&pending.wait()?));
+        }
+        let share = |loss: Loss| if loss.of_a_part() { self.parts.max(1) as f64 } else { 1.0 };
+        let norms = &report[NORMS..];
+        Ok(Values {
+            losses: self.present.into_iter().map(|l| (l, report[l as usize] / share(l))).collect(),
+            unscored: report[LOSSES] as usize,
+            grad_norm: norms.chunks(2).map(|n| n[0]).sum::<f64>().sqrt(),
+            skipped: norms[1] > 0.0,
+            idx,
+        })
     }
 }
 
@@ -280,8 +355,8 @@ pub fn step(
     disc: Option<&Optimizer>,
 ) -> Result<Outcome> {
     model.params.zero_grad()?;
-    let batches_before = model.discriminator_state.batches;
-    let mut out = Outcome { parts: parts.len(), batches_before, ..Outcome::default() };
+    let dev = model.params.device().clone();
+    let mut out = Outcome::new(model, parts.len(), main)?;
     let disc = disc.filter(|_| recipe.reconstructs());
     let before = disc.map(|_| Before::new(model)).transpose()?;
     // The generator is judged by the discriminator that has been updated with the whole batch. With several parts,
@@ -289,8 +364,9 @@ pub fn step(
     let first = match disc {
         Some(disc) if parts.len() > 1 => {
             for part in parts {
-                let rec = reconstruct(model, part, &mut out)?;
-                discriminator_part(model, &part.images, &rec, state, &mut out)?;
+                let images = values(model, &part.images)?;
+                let rec = reconstruct(model, &images, &mut out)?;
+                discriminator_part(model, &images, &rec, state, &mut out)?;
             }
             update_discriminator(model, state, disc, &out)?;
             None
@@ -301,21 +377,40 @@ pub fn step(
         generator_part(model, recipe, part, state, disc.is_some(), first, &mut out)?;
     }
     let counted = disc.map(Optimizer::norm).map(|norm| norm.rows(0, 1)?.columns(1, 1)).transpose()?;
-    let unfinished = out.bad.iter().chain(&counted);
-    main.apply(&model.params, state, out.losses(|_| true), unfinished)?;
+    main.apply(&model.params, state, &out.report.range(0, LOSSES)?, [Some(out.bad()?), counted].iter().flatten())?;
+    let norm = main.norm().rows(0, 1)?;
     if let Some(before) = before {
-        before.restore_if_skipped(&**model.params.device(), &main.norm().rows(0, 1)?)?;
+        before.restore_if_skipped(&*dev, &norm)?;
     }
+    for optimizer in [Some(main), disc].into_iter().flatten() {
+        optimizer.count(&*dev, &norm)?;
+    }
+    let norms = out.report.range(NORMS, main.norm().dims().numel())?;
+    dev.cast(Stream::COMPUTE, &Cast { x: main.norm().reshape(norms.dims())?.view(), y: norms.out() })?;
     Ok(out)
 }
 
+/// Pictures in the activation type: bytes become values in [-1, 1].
+fn values(model: &Ett, images: &[Tensor]) -> Result<Vec<Tensor>> {
+    let dev = &**model.params.device();
+    let value = |x: &Tensor| -> Result<Tensor> {
+        if x.dtype() != DType::U8 {
+            return Ok(x.clone());
+        }
+        let y = Tensor::empty(dev, Role::Activation, model.params.precision().act, x.dims())?;
+        dev.from_bytes(Stream::COMPUTE, &FromBytes { x: x.view(), y: y.out() })?;
+        Ok(y)
+    };
+    images.iter().map(value).collect()
+}
+
 /// Reconstructions of the pictures of a part, without recording a tape.
-fn reconstruct(model: &Ett, part: &Batch, out: &mut Outcome) -> Result<Vec<Tensor>> {
+fn reconstruct(model: &Ett, images: &[Tensor], out: &mut Outcome) -> Result<Vec<Tensor>> {
     let t = Tape::inference(model.params.device().clone(), model.params.precision());
-    let images: Vec<Var> = part.images.iter().map(|x| t.constant(x.clone())).collect();
+    let images: Vec<Var> = images.iter().map(|x| t.constant(x.clone())).collect();
     let (z, grids) = model.tokenizer.encode(&t, &model.params, &images)?;
     let (zq, _, bad) = model.look_up(&t, &z, &model.tokenizer.codes(&t, &model.params)?)?;
-    out.bad.push(bad);
+    out.add(t.dev(), LOSSES, &bad)?;
     let rec = model.tokenizer.decode(&t, &model.params, &zq, &grids)?;
     Ok(rec.iter().map(|r| r.value().clone()).collect())
 }
@@ -340,7 +435,8 @@ fn generator_part(
     let t = Tape::new(model.params.device().clone(), model.params.precision())
         .recomputing(recomputing(model.cfg.train.recompute));
     let mut losses: Vec<(Loss, Var)> = Vec::new();
-    let images: Vec<Var> = batch.images.iter().map(|x| t.constant(x.clone())).collect();
+    let pictures = values(model, &batch.images)?;
+    let images: Vec<Var> = pictures.iter().map(|x| t.constant(x.clone())).collect();
     let mut visual = None;
     if recipe.tokenizer != TokenizerMode::Off {
         let (z, grids) = model.tokenizer.encode(&t, &model.params, &images)?;
@@ -356,12 +452,12 @@ fn generator_part(
                     losses.extend(q.sample.map(|v| (Loss::EntSample, v)));
                     losses.extend(q.avg.map(|v| (Loss::EntAvg, v)));
                 }
-                out.bad.push(q.bad);
+                out.add(t.dev(), LOSSES, &q.bad)?;
                 (q.zq, q.idx)
             }
             _ => {
                 let (zq, idx, bad) = model.look_up(&t, &z, &codes)?;
-                out.bad.push(bad);
+                out.add(t.dev(), LOSSES, &bad)?;
                 (zq, idx)
             }
         };
@@ -370,10 +466,10 @@ fn generator_part(
             out.rec = rec.iter().map(|r| r.value().clone()).collect();
             if let Some(disc) = first {
                 let rec = out.rec.clone();
-                discriminator_part(model, &batch.images, &rec, state, out)?;
+                discriminator_part(model, &pictures, &rec, state, out)?;
                 update_discriminator(model, state, disc, out)?;
             }
-            reconstruction_losses(model, &t, &images, &rec, judged, state, &mut losses)?;
+            reconstruction_losses(model, &t, &images, &rec, judged, state, &mut losses, out)?;
         }
         out.zq = Some(zq.value().clone());
         out.idx.push(idx.clone());
@@ -394,11 +490,10 @@ fn generator_part(
             losses.push((Loss::Cap, loss));
         }
         if recipe.codes {
-            let idx = match &visual {
-                Some((_, idx)) => idx.to_host::<i32>(t.dev())?,
-                None => return Err(Error::arg("step", "recipe.tokenizer", "off", "on, to predict codes")),
+            let Some((_, idx)) = &visual else {
+                return Err(Error::arg("step", "recipe.tokenizer", "off", "on, to predict codes"));
             };
-            let loss = model.code_loss(&t, &hidden, packed, &idx, &state.slot(Slot::InvCodes)?)?;
+            let loss = model.code_loss(&t, &hidden, packed, idx, &state.slot(Slot::InvCodes)?)?;
             losses.push((Loss::Code, loss));
         }
     }
@@ -409,8 +504,12 @@ fn generator_part(
 fn backward(t: Tape, losses: Vec<(Loss, Var)>, state: &StepState, out: &mut Outcome) -> Result<()> {
     let weights: Vec<Tensor> = losses.iter().map(|(l, _)| state.slot(l.slot())).collect::<Result<_>>()?;
     let seeds: Vec<(&Var, &Tensor)> = losses.iter().map(|(_, v)| v).zip(&weights).collect();
+    let dev = t.device();
     t.backward(&seeds)?;
-    out.terms.extend(losses.into_iter().map(|(l, v)| (l, v.value().clone())));
+    for (loss, v) in losses {
+        out.present.insert(loss);
+        out.add(&*dev, loss as usize, v.value())?;
+    }
     Ok(())
 }
 
@@ -423,6 +522,7 @@ fn reconstruction_losses(
     judged: bool,
     state: &StepState,
     losses: &mut Vec<(Loss, Var)>,
+    out: &mut Outcome,
 ) -> Result<()> {
     let (inv_elements, inv_pictures) = (state.slot(Slot::InvElements)?, state.slot(Slot::InvPictures)?);
     let mut passes: Vec<Vec<BatchStats>> = Vec::new();
@@ -441,6 +541,7 @@ fn reconstruction_losses(
         }
     }
     let dev = model.params.device().clone();
+    out.passes += passes.len() as u64;
     model.discriminator.commit(&*dev, &mut model.discriminator_state, &passes)
 }
 
@@ -478,10 +579,12 @@ fn discriminator_part(
         (Loss::DLecam, ops::lecam(&t, &real, &fake, &averages, &inv_patches)?),
     ];
     backward(t, losses, state, out)?;
+    out.passes += passes.len() as u64;
     model.discriminator.commit(&*dev, &mut model.discriminator_state, &passes)?;
     model.discriminator.commit_lecam(&*dev, &model.discriminator_state, &averages)
 }
 
 fn update_discriminator(model: &Ett, state: &StepState, disc: &Optimizer, out: &Outcome) -> Result<()> {
-    disc.apply(&model.params, state, out.losses(Loss::is_discriminators), out.bad.iter())
+    let losses = out.losses(Loss::DHinge, Loss::DLecam)?;
+    disc.apply(&model.params, state, &losses, std::iter::once(&out.bad()?))
 }

@@ -1,7 +1,7 @@
 //! The optimizers of a stage and the step state that they read.
 
 use super::StepState;
-use super::{Counts, Hyper, Optimizer, Outcome, Own, Stage, schedule};
+use super::{Counts, Hyper, Optimizer, Own, Stage, schedule};
 use crate::config::StageConfig;
 use crate::error::{Error, Result};
 use crate::model::Ett;
@@ -66,32 +66,16 @@ impl Update {
         [Some(&self.main), self.disc.as_ref()].into_iter().flatten().collect()
     }
 
-    /// The optimizers in the same order, mutably.
-    pub fn optimizers(&mut self) -> Vec<&mut Optimizer> {
-        [Some(&mut self.main), self.disc.as_mut()].into_iter().flatten().collect()
-    }
-
     /// Sends the step state of step `s` to the device and returns the main learning rate.
     pub fn prepare(&mut self, model: &Ett, cfg: &StageConfig, counts: &Counts, s: usize) -> Result<f64> {
         counts.set(&mut self.state);
         let warmup = cfg.warmup(&model.cfg.train);
         let rate = |peak| schedule(cfg.schedule, peak, warmup, s, cfg.steps);
         self.main.prepare(&mut self.state, rate(self.peak));
-        if let Some(d) = &mut self.disc {
+        if let Some(d) = &self.disc {
             d.prepare(&mut self.state, rate(self.disc_peak));
         }
         self.state.send(&**model.params.device())?;
         Ok(rate(self.peak))
-    }
-
-    /// Waits for the step; returns its gradient norm and whether it was skipped.
-    pub fn finish(&mut self, model: &mut Ett, out: &Outcome) -> Result<(f64, bool)> {
-        let norms = self.main.norm().to_f64(&**model.params.device())?;
-        let bad = norms[1] > 0.0;
-        if bad {
-            self.optimizers().into_iter().for_each(Optimizer::skip);
-            model.discriminator_state.batches = out.batches_before;
-        }
-        Ok((norms.chunks(2).map(|n| n[0]).sum::<f64>().sqrt(), bad))
     }
 }
