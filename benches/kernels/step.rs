@@ -32,8 +32,8 @@ pub fn benches(b: &mut Bench) {
     let mut state = StepState::new(&*dev, prec.acc).expect("memory");
     stage.recipe.weights(&model, &mut state, 1);
     let h = Hyper { betas: [0.5, 0.9], eps: 1e-8, weight_decay: 0.0, ema_decay: 0.0, clip: 1.0 };
-    let mut main = Optimizer::new(&model.params, &stage.groups, h).expect("groups");
-    let mut disc = Optimizer::new(&model.params, &["discriminator"], h).expect("groups");
+    let main = Optimizer::new(&model.params, &stage.groups, h).expect("groups");
+    let disc = Optimizer::new(&model.params, &["discriminator"], h).expect("groups");
     let mut group = b.criterion().benchmark_group("tokenizer_step");
     group.throughput(Throughput::Elements(batch as u64));
     group.bench_function(format!("batch {batch}, images"), |b| {

@@ -196,14 +196,14 @@ impl<'a> Feed<'a> {
     /// The batch of step `step`.
     pub fn batch(&self, step: usize) -> Result<HostBatch> {
         let size = self.stage.batch / self.stage.accumulate;
-        let (mut parts, mut first) = (Vec::new(), None);
+        let (mut parts, mut all) = (Vec::new(), Vec::new());
         for part in 0..self.stage.accumulate {
             let start = step * self.stage.batch + part * size;
             let (part, sequences) = self.part(start..start + size)?;
             parts.push(part);
-            first = first.or(sequences.into_iter().next());
+            all.extend(sequences);
         }
-        Ok(HostBatch::new(parts, first))
+        Ok(HostBatch::new(parts, all))
     }
 
     /// The part of a batch with the samples at these positions of the stage, and its sequences.

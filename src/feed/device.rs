@@ -98,14 +98,14 @@ impl HostPart {
 pub struct HostBatch {
     /// Its parts.
     pub parts: Vec<HostPart>,
-    /// The first sequence of the batch; none in the tokenizer stage.
-    pub first: Option<Vec<Part>>,
+    /// The sequences of all parts; none in the tokenizer stage.
+    pub sequences: Vec<Vec<Part>>,
     block: Block,
 }
 
 impl HostBatch {
     /// A batch of equal parts.
-    pub(crate) fn new(parts: Vec<HostPart>, first: Option<Vec<Part>>) -> Self {
+    pub(crate) fn new(parts: Vec<HostPart>, sequences: Vec<Vec<Part>>) -> Self {
         let mut block = Block::default();
         for part in &parts {
             if let Some((bytes, _)) = &part.images {
@@ -115,7 +115,7 @@ impl HostBatch {
                 rows.write(&mut block);
             }
         }
-        HostBatch { parts, first, block }
+        HostBatch { parts, sequences, block }
     }
 
     /// The sizes of its parts. Batches of equal sizes can replace one another on the device.

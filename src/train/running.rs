@@ -327,7 +327,7 @@ impl<'a> Running<'a> {
 
     /// Logs the first sample of the stage.
     fn show_first(&self, s: usize, batch: &HostBatch) {
-        if let (0, Some(first)) = (s, &batch.first) {
+        if let (0, Some(first)) = (s, batch.sequences.first()) {
             let (name, shown) = (self.cfg.kind.name(), self.run.template.show(first));
             self.bar.suspend(|| tracing::info!("first sample of stage {name}: {shown}"));
         }

@@ -106,17 +106,11 @@ fn stages_say_how_many_pictures_they_can_use() -> Outcome {
     let model = Ett::new(&c, cpu(1))?;
     let template = Template::new(TextTokenizer::Bytes, 100);
     let start = |data: &DataSet, kind: StageKind| {
-        let cfg = stage(kind);
+        let all = Config { stage: vec![stage(kind)], ..model.cfg.clone() };
         logged(|| {
-            let feed = Feed::new(
-                data,
-                &template,
-                &cfg,
-                Stage::of(&cfg, &model)?.reads_pictures(),
-                &model.cfg.train,
-                0,
-            )?;
-            feed.batch(&model, 0).map(|fed| fed.sequences)
+            let pictures = Stage::of(&all.stage[0], &model)?.reads_pictures();
+            let feed = Feed::new(&all, 0, data, &template, pictures, false)?;
+            feed.batch(0).map(|batch| batch.sequences)
         })
     };
     for (kind, want) in [
@@ -184,13 +178,13 @@ fn long_texts_are_cut_and_counted() -> Outcome {
         (StageKind::Chat, 2),
         (StageKind::Gen, 1),
     ] {
-        let cfg = stage(kind);
-        let (fed, log) = logged(|| {
-            Feed::new(&data, &template, &cfg, Stage::of(&cfg, &model)?.reads_pictures(), &model.cfg.train, 0)?
-                .batch(&model, 0)
+        let all = Config { stage: vec![stage(kind)], ..model.cfg.clone() };
+        let (batch, log) = logged(|| {
+            let pictures = Stage::of(&all.stage[0], &model)?.reads_pictures();
+            Feed::new(&all, 0, &data, &template, pictures, false)?.batch(0)
         });
         // A picture has 16 codes; the tokens of two chat turns surround a question and its answer.
-        assert!(fed?.rows <= 2 * (16 + 2 * 64 + 40), "{kind:?}");
+        assert!(batch?.rows() <= 2 * (16 + 2 * 64 + 40), "{kind:?}");
         let want = format!("stage {}: {cut} texts are longer than data.max_text_tokens = 64", kind.name());
         assert_eq!(log.contains(&want), cut > 0, "{kind:?}: {log}");
         assert_eq!(log.contains("are cut there"), cut > 0, "{kind:?}: {log}");

@@ -284,21 +284,20 @@ fn pictures_that_vanish_in_training_are_replaced_by_others_of_their_kind() -> Ou
     let model = Ett::new(&config(), Arc::new(Plan::new()))?;
     let template = Template::new(TextTokenizer::Bytes, 1024);
     let chat = Stage::new(StageKind::Chat, &model)?;
-    let cfg = stage(StageKind::Chat);
-    let feed = Feed::new(&data, &template, &cfg, chat.reads_pictures(), &model.cfg.train, 0)?;
+    let all = Config { stage: vec![stage(StageKind::Chat)], ..model.cfg.clone() };
+    let feed = Feed::new(&all, 0, &data, &template, chat.reads_pictures(), false)?;
 
     // Each of these is followed by a picture without a question, which this stage cannot use.
     for name in ["0.png", "4.png"] {
         fs::remove_file(dir.path(name))?;
     }
     for step in 0..5 {
-        let fed = feed.batch(&model, step)?;
-        assert_eq!(fed.sequences.len(), 4);
+        assert_eq!(feed.batch(step)?.sequences.len(), 4);
     }
     assert_eq!(data.images.skipped().count, 2);
     // Then all pictures are removed, with their folder.
     fs::remove_dir_all(dir.path(""))?;
-    let Err(e) = (0..10).try_for_each(|step| feed.batch(&model, step).map(drop)) else {
+    let Err(e) = (0..10).try_for_each(|step| feed.batch(step).map(drop)) else {
         panic!("a folder that is gone was trained on")
     };
     let e = e.to_string();

@@ -3,13 +3,14 @@
 
 use std::sync::Arc;
 
-use ett::backend::Kernels;
+use ett::backend::{Kernels, Stream};
 use ett::config::{Config, ScheduleKind, StageKind};
 use ett::error::Result;
 use ett::feed::Batch;
 use ett::io::{Checkpoints, Progress};
 use ett::model::{Ett, FlatBatch, Packed, Part};
 use ett::nn::Stored;
+use ett::tensor::{Block, Parts, Tensor};
 use ett::train::{
     Counts, Hyper, Loss, Optimizer, Outcome as Step, Recipe, Stage, StepState, checkpoint, schedule, step,
 };
@@ -62,7 +63,9 @@ struct Trainer {
     state: StepState,
     main: Optimizer,
     sizes: Sizes,
+    /// The batch, and the block of memory that it consists of.
     batch: Batch,
+    block: Tensor,
 }
 
 /// The batch of a step: sequences of the same lengths with other words. The first half of each sequence is context.
@@ -79,6 +82,12 @@ fn rows(sizes: &Sizes, step: usize) -> Result<FlatBatch> {
         })
         .collect();
     FlatBatch::new(&sequences, &[], 16)
+}
+
+fn block(rows: &FlatBatch) -> Block {
+    let mut block = Block::default();
+    rows.write(&mut block);
+    block
 }
 
 impl Trainer {
@@ -104,8 +113,11 @@ impl Trainer {
             Hyper { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.01, ema_decay: 0.9, clip: cfg.train.clip };
         model.params.average(&["llm"])?;
         let main = Optimizer::new(&model.params, &stage.groups, hyper)?;
-        let batch = Batch { images: vec![], packed: Some(Packed::upload(&*dev, &rows(&sizes, 0)?)?) };
-        Ok(Trainer { model, recipe: stage.recipe, state, main, sizes, batch })
+        let first = rows(&sizes, 0)?;
+        let block = block(&first).upload(&*dev, Stream::COMPUTE)?;
+        let packed = Packed::of(&mut Parts::of(&block), first.sizes())?;
+        let batch = Batch { images: vec![], packed: Some(packed) };
+        Ok(Trainer { model, recipe: stage.recipe, state, main, sizes, batch, block })
     }
 
     /// Sets the values that change with the step: rate, counts, words.
@@ -113,11 +125,8 @@ impl Trainer {
         let dev = self.model.params.device().clone();
         self.main.prepare(&mut self.state, schedule(ScheduleKind::Cosine, self.sizes.rate, 0.2, at, STEPS));
         let rows = rows(&self.sizes, at)?;
-        if let Some(packed) = &mut self.batch.packed {
-            packed.refill(&*dev, &rows)?;
-            let tokens = packed.tokens;
-            Counts::new(&self.model, std::slice::from_ref(&self.batch), tokens, 0).set(&mut self.state);
-        }
+        dev.copy_in(Stream::COMPUTE, block(&rows).bytes(), self.block.out())?;
+        Counts::new(&self.model, std::slice::from_ref(&self.batch), rows.tokens(), 0).set(&mut self.state);
         self.state.send(&*dev)
     }
 
@@ -199,7 +208,7 @@ fn resumes_bitwise(
     let folder = checkpoint::save(&checkpoints, &first.model, &[&first.main], &Progress::default())?;
     drop(first);
     let mut second = Trainer::new(dev(), precision, sizes)?;
-    checkpoint::load(&folder, &mut second.model, &mut [&mut second.main])?;
+    checkpoint::load(&folder, &mut second.model, &[&second.main])?;
     got.extend(second.steps(steps / 2, steps)?);
     assert_eq!(bits(&got), bits(&want), "{precision}: losses {got:?}, never stopped {want:?}");
     assert!(bits(&second.everything()?) == bits(&whole.everything()?), "{precision}: weights and moments");
