@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::stages::start_averages;
 use super::update::Update;
 use super::{Stage, TokenizerMode, step};
-use crate::backend::{self, Device, KernelCount, Kernels, Memory, Plan, Role, Target};
+use crate::backend::{self, DType, Device, KernelCount, Kernels, Memory, Plan, Role, Target};
 use crate::config::{Config, DataConfig, Recompute, StageConfig, StageKind};
 use crate::error::{Error, Result};
 use crate::feed::{Batch, PAD};
@@ -130,9 +130,8 @@ fn part(data: &DataConfig, model: &Ett, stage: &Stage, n: usize) -> Result<Batch
     let (images, grids) = match stage.recipe.tokenizer {
         TokenizerMode::Off => (vec![], vec![]),
         _ => {
-            let prec = model.params.precision();
             let s = size / model.cfg.tokenizer.downsampling();
-            let images = Tensor::empty(dev, Role::Input, prec.act, [n, size, size, 3])?;
+            let images = Tensor::empty(dev, Role::Input, DType::U8, [n, size, size, 3])?;
             (vec![images], vec![Grid { images: n, h: s, w: s }])
         }
     };

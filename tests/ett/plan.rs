@@ -9,12 +9,13 @@ use ett::eval::HeldOut;
 use ett::feed::Batch;
 use ett::model::tokenizer::Grid;
 use ett::model::{Ett, Part};
+use ett::tensor::Tensor;
 use ett::train::{
     self, Hyper, Optimizer, RunOptions, Stage, StagePlan, StepState, TokenizerMode, averaged, largest_batch,
     parse_memory, plan, plan_stage, step,
 };
 
-use crate::common::{Outcome, Scratch, cpu, gpu, ids, scaled, tensor};
+use crate::common::{Outcome, Scratch, cpu, gpu, ids, scaled};
 use crate::training::small;
 
 const CPU: Target = Target::Cpu { threads: 1 };
@@ -300,7 +301,8 @@ fn batch(model: &Ett, stage: &Stage, n: usize) -> Result<Batch> {
     let (mut images, mut grids) = (vec![], vec![]);
     if stage.recipe.tokenizer != TokenizerMode::Off {
         let dims = [n, size, size, 3];
-        images.push(tensor(dev, model.params.precision().act, &scaled(1, dims.iter().product(), 0.4), dims));
+        let bytes: Vec<u8> = scaled(1, dims.iter().product(), 0.4).iter().map(|v| (128.0 + 100.0 * v) as u8).collect();
+        images.push(Tensor::from_host(dev, Role::Input, &bytes, dims)?);
         let s = size / cfg.tokenizer.downsampling();
         grids.push(Grid { images: n, h: s, w: s });
     }
@@ -332,8 +334,8 @@ fn measured(cfg: &Config, stage_cfg: &StageConfig, dev: Arc<dyn Kernels>) -> Res
     let parts: Vec<Batch> =
         (0..stage_cfg.accumulate).map(|_| batch(&model, &stage, n)).collect::<Result<_>>()?;
     let h = Hyper { betas: cfg.train.betas, eps: 1e-8, weight_decay: 0.0, ema_decay: 0.9, clip: 1.0 };
-    let mut main = Optimizer::new(&model.params, &stage.groups, h)?;
-    let mut disc = match stage.discriminator {
+    let main = Optimizer::new(&model.params, &stage.groups, h)?;
+    let disc = match stage.discriminator {
         true => Some(Optimizer::new(&model.params, &["discriminator"], h)?),
         false => None,
     };
@@ -342,7 +344,7 @@ fn measured(cfg: &Config, stage_cfg: &StageConfig, dev: Arc<dyn Kernels>) -> Res
     state.set(Slot::InvTokens, 1.0 / (stage_cfg.batch * cfg.data.text_tokens) as f64);
     state.set(Slot::InvCodes, 1.0 / 64.0);
     main.prepare(&mut state, 1e-4);
-    if let Some(d) = &mut disc {
+    if let Some(d) = &disc {
         d.prepare(&mut state, 1e-4);
     }
     state.send(&*dev)?;
