@@ -178,7 +178,12 @@ impl Tensor {
     pub fn part(&self, at: usize, dtype: DType, dims: impl Into<Dims>) -> Result<Self> {
         let dims = dims.into();
         if self.dtype != DType::U8 || !self.is_contiguous() {
-            return Err(Error::arg("part", "self", format!("{} {}", self.dims, self.dtype), "contiguous bytes"));
+            return Err(Error::arg(
+                "part",
+                "self",
+                format!("{} {}", self.dims, self.dtype),
+                "contiguous bytes",
+            ));
         }
         let bytes = dims.bytes(dtype).unwrap_or(usize::MAX);
         within("part", at, bytes, self.dims.numel())?;

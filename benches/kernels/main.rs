@@ -6,6 +6,7 @@ mod attention;
 mod codebook;
 mod common;
 mod conv;
+mod inputs;
 mod losses;
 mod norm;
 mod optim;
@@ -34,6 +35,7 @@ fn main() {
     attention::benches(&mut b);
     codebook::benches(&mut b);
     losses::benches(&mut b);
+    inputs::benches(&mut b);
     optim::benches(&mut b);
     step::benches(&mut b);
     b.finish().expect("the folder given by ETT_RECORD can be written");

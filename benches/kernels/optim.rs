@@ -26,10 +26,9 @@ pub fn benches(b: &mut Bench) {
             dev.fill(S, &ett::backend::Fill { y: v.out(), value: 0.7 })?;
             let copy = if shadow { Some(out(dev, DType::Bf16, [n])?) } else { None };
             let norm = out(dev, dtype, [2])?;
+            let steps = out(dev, DType::I32, [1])?;
             let mut state = StepState::new(dev, dtype)?;
-            for (slot, value) in [(Slot::Rate(0), 1e-4), (Slot::Bias1(0), 10.0), (Slot::Bias2(0), 20.0)] {
-                state.set(slot, value);
-            }
+            state.set(Slot::Rate(0), 1e-4);
             state.send(dev)?;
             let run = move |dev: &dyn Kernels| {
                 let a = Adamw {
@@ -40,6 +39,7 @@ pub fn benches(b: &mut Bench) {
                     ema: None,
                     shadow: copy.as_ref().map(|t| t.out()),
                     state: state.tensor().view(),
+                    steps: steps.view(),
                     norm: norm.view(),
                     group: 0,
                     beta1: 0.9,

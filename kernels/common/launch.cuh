@@ -29,13 +29,21 @@ inline int64_t stride(const ett_view& v) { return rows(v) > 1 ? v.ld : cols(v); 
 inline bool contiguous(const ett_view& v) { return stride(v) == cols(v); }
 template <class T> T* data(const ett_view& v) { return static_cast<T*>(v.ptr); }
 
-inline int64_t dtype_size(int32_t dtype) { return dtype == ETT_F64 ? 8 : dtype == ETT_BF16 ? 2 : 4; }
+inline int64_t dtype_size(int32_t dtype) {
+    switch (dtype) {
+    case ETT_F64: return 8;
+    case ETT_BF16: return 2;
+    case ETT_U8: return 1;
+    default: return 4;
+    }
+}
 inline const char* dtype_name(int32_t dtype) {
     switch (dtype) {
     case ETT_F64: return "f64";
     case ETT_F32: return "f32";
     case ETT_BF16: return "bf16";
     case ETT_I32: return "i32";
+    case ETT_U8: return "u8";
     default: return "of an unknown type";
     }
 }
@@ -88,7 +96,7 @@ class Check {
             snprintf(got, sizeof got, "of rank %d", v.rank);
             return wrong(arg, got, "of rank 0 to 4");
         }
-        if (v.dtype < ETT_F64 || v.dtype > ETT_I32) {
+        if (v.dtype < ETT_F64 || v.dtype > ETT_U8) {
             snprintf(got, sizeof got, "of element type %d", v.dtype);
             return wrong(arg, got, "one of ett_dtype");
         }

@@ -15,6 +15,7 @@ struct bf16 {
 };
 
 __host__ __device__ __forceinline__ float to_float(float v) { return v; }
+__host__ __device__ __forceinline__ float to_float(uint8_t v) { return float(v); }
 __host__ __device__ __forceinline__ float to_float(bf16 v) { return bits_to_float(uint32_t(v.bits) << 16); }
 
 // Rounds half to even; propagates NaN.

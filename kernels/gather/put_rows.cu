@@ -1,11 +1,11 @@
 // put_rows.cu: rows of a table are replaced by index, y[idx[n]] = x[n]: the keys and values of new positions go to their
 // rows of a cache.
 //
-// x     N,C  act  rows of any stride   in
-// idx   N    i32  contiguous           in       no row twice; negative: nothing is stored; R or more: a fault, then the same
-// y     R,C  act  rows of any stride   updated  rows without an index keep their values
+// x     N,C  any type   rows of any stride   in
+// idx   N    i32        contiguous           in       no row twice; negative: nothing is stored; R or more: a fault, then the same
+// y     R,C  that of x  rows of any stride   updated  rows without an index keep their values
 //
-// numerics: copies. Bitwise repeatable, if no row has two indices.
+// numerics: copies of elements of 1, 2, 4 or 8 bytes. Bitwise repeatable, if no row has two indices.
 // work: 2*N*C*size + 4*N bytes.
 #include "walk.cuh"
 
@@ -31,8 +31,18 @@ template <class T, int N> struct PutRows {
 };
 
 bool sound(Check& check, const ett_put_rows_args* a) {
-    return check.ok() && check.act("x", a->x) && check.vector("idx", a->idx, ETT_I32, rows(a->x)) &&
+    return check.ok() && check.view("x", a->x) && check.vector("idx", a->idx, ETT_I32, rows(a->x)) &&
            check.type("y", a->y, a->x.dtype) && check.matrix("y", a->y, a->x.dtype, rows(a->y), cols(a->x));
+}
+
+// Calls f with a value of an integer type of this size: what the bytes mean does not matter to a copy.
+template <class F> int32_t with_size(int64_t bytes, F f) {
+    switch (bytes) {
+    case 1: return f(uint8_t{});
+    case 2: return f(uint16_t{});
+    case 4: return f(uint32_t{});
+    default: return f(uint64_t{});
+    }
 }
 
 }  // namespace
@@ -46,7 +56,7 @@ extern "C" int32_t ett_put_rows(const ett_put_rows_args* a, const ett_launch* l)
     if (!sound(check, a)) return check.status();
     if (numel(a->x) == 0) return ett_done("");
     const Extent e{rows(a->x), cols(a->x)};
-    return with_act(a->x.dtype, [&](auto t) {
+    return with_size(dtype_size(a->x.dtype), [&](auto t) {
         using T = decltype(t);
         return walk<kWide<T>>(check, "put_rows", l, e, {&a->x, &a->y}, [&](auto n) {
             return PutRows<T, n>{matrix<const T>(a->x), data<const int32_t>(a->idx), matrix<T>(a->y), rows(a->y), fault_of(l)};

@@ -1,5 +1,6 @@
-// adamw.cu: one AdamW step on a flat range of parameters. rate, bias1, bias2 and clip come from the group's row of the
-// step state, which is in device memory so that a recorded launch replays with the values of the new step:
+// adamw.cu: one AdamW step on a flat range of parameters. rate and clip come from the group's row of the step state, and
+// bias = 1 / (1 - beta^t) from the number of updates so far, t = steps + 1. Both are in device memory, so that a recorded
+// launch replays with the values of the new step:
 //   g = grad * (clip > 0 ? min(1, clip / (sqrt(norm[0]) + 1e-6)) : 1)
 //   m = beta1 * m + (1 - beta1) * g,   v = beta2 * v + (1 - beta2) * g^2
 //   master = master * (1 - rate * weight_decay) - rate * (m * bias1) / (sqrt(v * bias2) + eps)
@@ -11,18 +12,23 @@
 // ema           n              f32          contiguous   updated; may be absent
 // shadow        n              f32 or bf16  contiguous   out; may be absent
 // state         ETT_STATE_LEN  f32          contiguous   in
+// steps         1              i32          contiguous   in
 // norm          2              f32          contiguous   in
 //
-// numerics: float32, division and square root correctly rounded; bitwise repeatable.
+// numerics: float32, division and square root correctly rounded; bias = -1 / expm1(t log(beta)), which does not cancel at
+// small t, with log(beta) computed in double on the host; bitwise repeatable.
 // work: about 20 FLOP and 28 bytes an element, 8 more with ema, 2 or 4 more with shadow.
+#include <math.h>
+
 #include "launch.cuh"
 
 namespace ett {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocks = 12;  // per multiprocessor: twice the resident ones, so that fast multiprocessors can run more
-constexpr int kPiece = 4;    // elements per thread at a time
+constexpr int kResident = 6;            // blocks per multiprocessor at a time, which limits a thread to 40 registers
+constexpr int kBlocks = 2 * kResident;  // per multiprocessor: twice as many, so that fast multiprocessors can run more
+constexpr int kPiece = 4;               // elements per thread at a time
 
 template <class T> struct Adamw {
     float* master;
@@ -32,9 +38,10 @@ template <class T> struct Adamw {
     float* ema;
     T* shadow;
     const float* state;  // the group's row
+    const int32_t* steps;
     const float* norm;
     int64_t n;
-    float beta1, beta2, rest1, rest2, eps, weight_decay, decay, rest;
+    float beta1, beta2, log1, log2, rest1, rest2, eps, weight_decay, decay, rest;
 };
 
 // The values of this step.
@@ -65,9 +72,9 @@ template <int N, class T> __device__ __forceinline__ void update(const Adamw<T>&
     if (a.shadow) store_global(a.shadow + i, p);
 }
 
-template <class T, int N> __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__ Adamw<T> a) {
+template <class T, int N> __global__ void __launch_bounds__(kThreads, kResident) adamw_kernel(const __grid_constant__ Adamw<T> a) {
     const float norm = a.norm[0], bad = a.norm[1], limit = a.state[ETT_STATE_CLIP], rate = a.state[ETT_STATE_RATE];
-    const float bias1 = a.state[ETT_STATE_BIAS1], bias2 = a.state[ETT_STATE_BIAS2];
+    const float t = float(*a.steps) + 1.f, bias1 = -1.f / expm1f(t * a.log1), bias2 = -1.f / expm1f(t * a.log2);
     const float clip = fminf(limit / (sqrtf(norm) + 1e-6f), 1.f);
     const Step s{rate, 1.f - rate * a.weight_decay, limit > 0.f ? clip : 1.f, bias1, bias2};
     const int64_t n = bad > 0.f ? 0 : a.n;
@@ -87,6 +94,7 @@ bool sound(Check& check, const ett_adamw_args* a) {
     if (present(a->ema)) check.vector("ema", a->ema, ETT_F32, n);
     if (present(a->shadow) && check.act("shadow", a->shadow)) check.vector("shadow", a->shadow, a->shadow.dtype, n);
     check.vector("state", a->state, ETT_F32, ETT_STATE_LEN);
+    check.vector("steps", a->steps, ETT_I32, 1);
     check.vector("norm", a->norm, ETT_F32, 2);
     return check.range("group", a->group, 0, ETT_STATE_GROUPS - 1);
 }
@@ -110,9 +118,10 @@ extern "C" int32_t ett_adamw(const ett_adamw_args* a, const ett_launch* l) {
     return with_act(present(a->shadow) ? a->shadow.dtype : ETT_F32, [&](auto t) {
         using T = decltype(t);
         const Adamw<T> k{data<float>(a->master), data<const float>(a->grad), data<float>(a->m), data<float>(a->v), data<float>(a->ema),
-                         data<T>(a->shadow), data<const float>(a->state) + a->group * ETT_STATE_STRIDE, data<const float>(a->norm), n,
-                         float(a->beta1), float(a->beta2), float(1. - a->beta1), float(1. - a->beta2), float(a->eps),
-                         float(a->weight_decay), float(a->ema_decay), float(1. - a->ema_decay)};
+                         data<T>(a->shadow), data<const float>(a->state) + a->group * ETT_STATE_STRIDE, data<const int32_t>(a->steps),
+                         data<const float>(a->norm), n, float(a->beta1), float(a->beta2), float(log(a->beta1)), float(log(a->beta2)),
+                         float(1. - a->beta1), float(1. - a->beta2), float(a->eps), float(a->weight_decay), float(a->ema_decay),
+                         float(1. - a->ema_decay)};
         const bool is_wide = strcmp(kernel, "wide") == 0;
         const int64_t pieces = ceil_div(n, is_wide ? kPiece : 1), most = int64_t(multiprocessors()) * kBlocks;
         const dim3 grid(unsigned(std::min(ceil_div(pieces, kThreads), most)));

@@ -1,12 +1,12 @@
 // convert.cu: kernels with different element types for input and output: cast, y = x rounded to the type of y;
-// accumulate, y += x.
+// accumulate, y += x; from_bytes, y = x / 127.5 - 1, the bytes of pictures as values in [-1, 1].
 //
-// x      N,C  f32 or bf16  rows of any stride   in
-// y      N,C  f32 or bf16  rows of any stride   out (cast), added to (accumulate)
+// x      N,C  f32 or bf16; u8 (from_bytes)  rows of any stride   in
+// y      N,C  f32 or bf16                   rows of any stride   out, added to by accumulate
 //
-// numerics: sums in float32, one rounding; bitwise repeatable.
-// work: N*C FLOP (accumulate); each element of x is read once, each element of y is written once (and read once by
-// accumulate).
+// numerics: float32, one rounding to the type of y; bitwise repeatable.
+// work: N*C FLOP (accumulate), 2*N*C FLOP (from_bytes); each element of x is read once, each element of y is written
+// once (and read once by accumulate).
 #include "walk.cuh"
 
 namespace ett {
@@ -44,6 +44,21 @@ template <class X, class Y, int N> struct CastOp {
     }
 };
 
+template <class Y, int N> struct FromBytesOp {
+    Matrix<const uint8_t> x;
+    Matrix<Y> y;
+
+    using In = Vec<uint8_t, N>;
+    __device__ In load(Place p) const { return piece<N>(x, p); }
+    __device__ void finish(Place p, const In& in) const {
+        float v[N];
+        unpack(v, in);
+#pragma unroll
+        for (int i = 0; i < N; ++i) v[i] = v[i] / 127.5f - 1.f;
+        put(y, p, v);
+    }
+};
+
 // Elements per piece, such that a piece of either type has at most 16 bytes.
 template <class X, class Y> inline constexpr int kBoth = kWide<X> < kWide<Y> ? kWide<X> : kWide<Y>;
 
@@ -56,11 +71,17 @@ template <class A> bool sound(Check& check, const A* a) {
     return check.ok() && check.act("x", a->x) && check.act("y", a->y) && check.matrix("y", a->y, a->y.dtype, rows(a->x), cols(a->x));
 }
 
+bool sound(Check& check, const ett_from_bytes_args* a) {
+    return check.ok() && check.type("x", a->x, ETT_U8) && check.act("y", a->y) &&
+           check.matrix("y", a->y, a->y.dtype, rows(a->x), cols(a->x));
+}
+
 }  // namespace
 }  // namespace ett
 
 ETT_NO_WORKSPACE(accumulate)
 ETT_NO_WORKSPACE(cast)
+ETT_NO_WORKSPACE(from_bytes)
 
 extern "C" int32_t ett_accumulate(const ett_accumulate_args* a, const ett_launch* l) {
     using namespace ett;
@@ -87,5 +108,18 @@ extern "C" int32_t ett_cast(const ett_cast_args* a, const ett_launch* l) {
         using Y = decltype(v);
         return walk<kBoth<X, Y>>(check, "cast", l, extent(views), views,
                                  [&](auto n) { return CastOp<X, Y, n>{matrix<const X>(a->x), matrix<Y>(a->y)}; });
+    });
+}
+
+extern "C" int32_t ett_from_bytes(const ett_from_bytes_args* a, const ett_launch* l) {
+    using namespace ett;
+    Check check("from_bytes", a, l);
+    if (!sound(check, a)) return check.status();
+    if (numel(a->y) == 0) return ett_done("");
+    const Views views{&a->x, &a->y};
+    return with_act(a->y.dtype, [&](auto t) {
+        using Y = decltype(t);
+        return walk<kWide<Y>>(check, "from_bytes", l, extent(views), views,
+                              [&](auto n) { return FromBytesOp<Y, n>{matrix<const uint8_t>(a->x), matrix<Y>(a->y)}; });
     });
 }

@@ -2,7 +2,9 @@
 //
 // y      N,C  any type  rows of any stride   out
 //
-// numerics: the value is rounded once (to bf16 by way of float32; to i32 towards zero).   work: N*C*size bytes.
+// numerics: the value is rounded once (to bf16 by way of float32; to i32 and u8 towards zero).   work: N*C*size bytes.
+#include <limits>
+
 #include "walk.cuh"
 
 namespace ett {
@@ -29,9 +31,10 @@ template <class T, class V, int N> struct FillOp {
 };
 
 // Converts as Rust's `as` does: rounds towards zero, saturates, 0 for NaN.
-int32_t to_int(double v) {
+template <class T> T to_int(double v) {
+    using Limits = std::numeric_limits<T>;
     if (v != v) return 0;
-    return v >= 2147483647. ? INT32_MAX : v <= -2147483648. ? INT32_MIN : int32_t(v);
+    return v >= Limits::max() ? Limits::max() : v <= Limits::min() ? Limits::min() : T(v);
 }
 
 template <class T, class V> int32_t fill(Check& check, const ett_fill_args* a, const ett_launch* l, V value) {
@@ -55,6 +58,7 @@ extern "C" int32_t ett_fill(const ett_fill_args* a, const ett_launch* l) {
     case ETT_F64: return fill<double>(check, a, l, a->value);
     case ETT_F32: return fill<float>(check, a, l, float(a->value));
     case ETT_BF16: return fill<bf16>(check, a, l, float(a->value));
-    default: return fill<int32_t>(check, a, l, to_int(a->value));
+    case ETT_U8: return fill<uint8_t>(check, a, l, to_int<uint8_t>(a->value));
+    default: return fill<int32_t>(check, a, l, to_int<int32_t>(a->value));
     }
 }

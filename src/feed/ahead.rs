@@ -42,9 +42,9 @@ impl Ahead {
                 }
             };
             let builder = std::thread::Builder::new().name(format!("data-{w}"));
-            builder
-                .spawn_scoped(scope, prepare)
-                .map_err(|e| Error::Training(format!("a thread that prepares batches does not start: {e}")))?;
+            builder.spawn_scoped(scope, prepare).map_err(|e| {
+                Error::Training(format!("a thread that prepares batches does not start: {e}"))
+            })?;
             Ok(receive)
         };
         Ok(Ahead { workers: (0..workers).map(start).collect::<Result<_>>()? })
@@ -53,7 +53,8 @@ impl Ahead {
     /// The batch of step `step`; steps are taken in order. Waits until it is prepared.
     pub fn batch(&self, step: usize) -> Result<HostBatch> {
         let worker = &self.workers[step % self.workers.len()];
-        let stopped = |_| Error::Training(format!("the thread that prepares the batch of step {step} has stopped"));
+        let stopped =
+            |_| Error::Training(format!("the thread that prepares the batch of step {step} has stopped"));
         worker.recv().map_err(stopped)?
     }
 }

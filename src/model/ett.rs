@@ -145,10 +145,7 @@ impl Ett {
         inv_codes: &Tensor,
     ) -> Result<Var> {
         let target = Tensor::empty(t.dev(), Role::Activation, DType::I32, b.code_of.dims())?;
-        t.dev().pick(
-            Stream::COMPUTE,
-            &Pick { x: idx.view(), idx: b.code_of.view(), y: target.out() },
-        )?;
+        t.dev().pick(Stream::COMPUTE, &Pick { x: idx.view(), idx: b.code_of.view(), y: target.out() })?;
         let rows = ops::gather(t, hidden, &b.code_rows)?;
         let codes = self.tokenizer.table(t, &self.params)?;
         let (x, w) = self.head()?.factors(t, &self.params, &rows, &codes)?;

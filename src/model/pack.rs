@@ -119,7 +119,8 @@ impl FlatBatch {
     /// Pads the batch to `sizes` if it fits into them, so that steps with different batches make the same launches.
     pub fn widen(&mut self, sizes: Sizes) {
         let Sizes { rows, sequences, longest, targets, codes } = sizes;
-        let fits = self.rows <= rows && self.longest <= longest && self.tokens <= targets && self.codes <= codes;
+        let fits =
+            self.rows <= rows && self.longest <= longest && self.tokens <= targets && self.codes <= codes;
         if fits && self.sizes().sequences == sequences {
             self.pad(sizes);
         }

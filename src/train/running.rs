@@ -207,7 +207,9 @@ impl<'a> Running<'a> {
             let stop = interrupt::requested();
             let pause = running.as_ref().is_some_and(|r| stop || self.pauses_after(r.step));
             let mut launched = None;
-            if !pause && let Some(batch) = next.take().map_or_else(|| batches.take(self.model), |b| Ok(Some(b)))? {
+            if !pause
+                && let Some(batch) = next.take().map_or_else(|| batches.take(self.model), |b| Ok(Some(b)))?
+            {
                 launched = Some(self.launch(batch)?);
                 // Copied while the device computes.
                 next = batches.take(self.model)?;

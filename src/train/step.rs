@@ -165,7 +165,12 @@ impl Outcome {
     fn new(model: &Ett, parts: usize, main: &Optimizer) -> Result<Self> {
         let n = NORMS + main.norm().dims().numel();
         Ok(Outcome {
-            report: Tensor::zeros(&**model.params.device(), Role::Activation, model.params.precision().acc, [n])?,
+            report: Tensor::zeros(
+                &**model.params.device(),
+                Role::Activation,
+                model.params.precision().acc,
+                [n],
+            )?,
             present: BTreeSet::new(),
             parts,
             z: None,
@@ -377,7 +382,12 @@ pub fn step(
         generator_part(model, recipe, part, state, disc.is_some(), first, &mut out)?;
     }
     let counted = disc.map(Optimizer::norm).map(|norm| norm.rows(0, 1)?.columns(1, 1)).transpose()?;
-    main.apply(&model.params, state, &out.report.range(0, LOSSES)?, [Some(out.bad()?), counted].iter().flatten())?;
+    main.apply(
+        &model.params,
+        state,
+        &out.report.range(0, LOSSES)?,
+        [Some(out.bad()?), counted].iter().flatten(),
+    )?;
     let norm = main.norm().rows(0, 1)?;
     if let Some(before) = before {
         before.restore_if_skipped(&*dev, &norm)?;

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use ett::backend::spec::{FieldSpec, Kind};
 use ett::backend::{
-    Access, Add, AttentionFwd, Cast, Conv2dFwd, DType, Dims, GatherFwd, GroupNormFwd, IbqRows, In, KERNELS,
-    Kernels, LinearXentFwd, Matmul, MatmulAcc, RmsNormFwd, Role, Rope, Stream, SwigluFwd, Unary, UnaryFwd,
+    Access, Add, Arange, AttentionFwd, Cast, Conv2dFwd, DType, Dims, GatherFwd, GroupNormFwd, IbqRows, In,
+    KERNELS, Kernels, LinearXentFwd, Matmul, MatmulAcc, Pick, RmsNormFwd, Role, Rope, Stream, SwigluFwd,
+    Unary, UnaryFwd,
 };
 use ett::error::{Error, Result};
 use ett::tensor::Tensor;
@@ -208,6 +209,22 @@ fn over_rows(m: &Subject) {
     m.refuses_data(gather(&[0, 4, -1], [3, 3]), "gather_fwd", &["idx"]);
     m.refuses(gather(&[0, 1], [3, 3]), "gather_fwd", &["idx", "y"]);
     m.refuses(gather(&[0, 1], [2, 4]), "gather_fwd", &["y"]);
+    let pick = |idx: &[i32]| {
+        let (x, idx, y) = (int(&**dev, &[7, 8, 9]), int(&**dev, idx), int(&**dev, &[0; 2]));
+        dev.pick(S, &Pick { x: x.view(), idx: idx.view(), y: y.out() })
+    };
+    m.accepts(pick(&[2, i32::MIN]));
+    m.refuses_data(pick(&[0, 3]), "pick", &["idx"]);
+    m.refuses(pick(&[0]), "pick", &["idx", "y"]);
+    let arange = |n: usize, step: usize| {
+        let y = int(&**dev, &vec![0; n]);
+        dev.arange(S, &Arange { y: y.out(), step })
+    };
+    m.accepts(arange(0, 1 << 30));
+    m.accepts(arange(2, (1 << 31) - 1));
+    for (n, step) in [(1, 1 << 31), (3, 1 << 30), (2, usize::MAX)] {
+        m.refuses(arange(n, step), "arange", &["step"]);
+    }
     let xent = |target: &[i32], w: [usize; 2]| {
         let (target, w) = (int(&**dev, target), m.f32(w));
         let (lse, scale, loss) = (m.f32([4]), m.f32([1]), m.f32([1]));

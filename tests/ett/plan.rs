@@ -301,7 +301,8 @@ fn batch(model: &Ett, stage: &Stage, n: usize) -> Result<Batch> {
     let (mut images, mut grids) = (vec![], vec![]);
     if stage.recipe.tokenizer != TokenizerMode::Off {
         let dims = [n, size, size, 3];
-        let bytes: Vec<u8> = scaled(1, dims.iter().product(), 0.4).iter().map(|v| (128.0 + 100.0 * v) as u8).collect();
+        let bytes: Vec<u8> =
+            scaled(1, dims.iter().product(), 0.4).iter().map(|v| (128.0 + 100.0 * v) as u8).collect();
         images.push(Tensor::from_host(dev, Role::Input, &bytes, dims)?);
         let s = size / cfg.tokenizer.downsampling();
         grids.push(Grid { images: n, h: s, w: s });

@@ -44,7 +44,9 @@ pub(super) fn pick(_ws: &Workspace, a: &Pick) -> Result<()> {
 
 pub(super) fn count_up(_ws: &Workspace, a: &CountUp) -> Result<()> {
     let skipped = match &a.norm {
-        Some(norm) => by_dtype!("count_up", norm.dtype, E => Ok(is_skipped(flat::<E>("count_up", "norm", norm)?))),
+        Some(norm) => {
+            by_dtype!("count_up", norm.dtype, E => Ok(is_skipped(flat::<E>("count_up", "norm", norm)?)))
+        }
         None => Ok(false),
     }?;
     let x = flat_mut::<i32>("count_up", "x", &a.x.0)?;

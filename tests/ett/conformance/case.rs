@@ -28,7 +28,7 @@ impl Type {
         match self {
             Type::Act => p.act,
             Type::Acc => p.acc,
-            Type::Is(DType::I32) => DType::I32,
+            Type::Is(integer @ (DType::I32 | DType::U8)) => integer,
             Type::Is(_) if p == Precision::F64 => DType::F64,
             Type::Is(dtype) => dtype,
         }
@@ -248,6 +248,10 @@ pub const EVERY: Runs = &[
 ];
 /// For large cases.
 pub const LIGHT: Runs = &[(1.0, &[Layout::Dense]), (30.0, &[Layout::Gapped])];
+/// For values whose scale does not matter, such as those that are copied.
+const COPIED: Runs = &[EVERY[0]];
+/// The same for large cases.
+const COPIED_LARGE: Runs = &[(1.0, &[Layout::Dense, Layout::Odd])];
 /// For named cases, which are about particular values.
 pub const ONCE: Runs = &[(1.0, &[Layout::Dense])];
 /// For the sanitizers: the vector path and the scalar one.
@@ -284,6 +288,12 @@ impl Case {
             Size::Full => LIGHT,
             _ => self.runs,
         };
+        Case { size, runs, ..self }
+    }
+
+    /// Includes the case from this size on; the scale of its values does not matter.
+    pub fn copied(self, size: Size) -> Self {
+        let runs = if size == Size::Full { COPIED_LARGE } else { COPIED };
         Case { size, runs, ..self }
     }
 

@@ -3,7 +3,7 @@
 use ett::backend::{Adamw, Restore, Slot, Stream, SumSquares};
 
 use super::Size;
-use super::case::{Arg, Case, Draw, Judge, Seen, Type, acc, act, add, near, out};
+use super::case::{Arg, Case, Draw, Judge, Seen, Type, acc, act, add, int, near, out};
 
 const S: Stream = Stream::COMPUTE;
 
@@ -66,14 +66,17 @@ struct Step {
     shadow: bool,
     /// Number of non-finite values of the gradient.
     bad: f64,
+    /// Number of updates so far.
+    steps: i32,
 }
 
 impl Step {
     fn text(&self) -> String {
-        let Step { n, group, clip, ema, shadow, bad } = self;
+        let Step { n, group, clip, ema, shadow, bad, steps } = self;
         let with = |name: &'static str, present: &bool| if *present { name } else { "" };
         let bad = if *bad > 0.0 { format!(", {bad} not finite") } else { String::new() };
-        format!("[{n}], group {group}, clip {clip}{}{}{bad}", with(", ema", ema), with(", shadow", shadow))
+        let more = [with(", ema", ema), with(", shadow", shadow)].concat();
+        format!("[{n}], group {group}, clip {clip}{more}{bad}, {steps} updates before")
     }
 
     fn args(&self, d: &Draw) -> Vec<Arg> {
@@ -82,12 +85,9 @@ impl Step {
         let norm = crate::common::norm(&grad);
         // NaN except for the slots that the group may read.
         let mut state = vec![f64::NAN; Slot::LEN];
-        for (slot, value) in [
-            (Slot::Rate(self.group), 0.01 * scale),
-            (Slot::Bias1(self.group), 1.0 / (1.0 - 0.9f64.powi(3))),
-            (Slot::Bias2(self.group), 1.0 / (1.0 - 0.95f64.powi(3))),
-            (Slot::Clip(self.group), self.clip * norm),
-        ] {
+        for (slot, value) in
+            [(Slot::Rate(self.group), 0.01 * scale), (Slot::Clip(self.group), self.clip * norm)]
+        {
             state[slot.index()] = value;
         }
         // A step on a non-finite gradient changes nothing, not even the last bit.
@@ -103,6 +103,7 @@ impl Step {
             add("m", Type::Acc, [n], d.normal(n), judge()),
             add("v", Type::Acc, [n], squares(d), moment(judge())),
             acc("state", [Slot::LEN], state),
+            int("steps", vec![self.steps]),
             acc("norm", [2], vec![norm * norm, self.bad]),
         ];
         if self.ema {
@@ -130,6 +131,7 @@ impl Step {
                     ema: v.acc_if("ema"),
                     shadow: v.out_if("shadow"),
                     state: v.input("state"),
+                    steps: v.input("steps"),
                     norm: v.input("norm"),
                     group: self.group,
                     beta1: 0.9,
@@ -144,7 +146,7 @@ impl Step {
     }
 }
 
-const STEP: Step = Step { n: 300, group: 2, clip: 0.0, ema: true, shadow: true, bad: 0.0 };
+const STEP: Step = Step { n: 300, group: 2, clip: 0.0, ema: true, shadow: true, bad: 0.0, steps: 2 };
 
 pub fn adamw() -> Vec<Case> {
     let all = sizes().enumerate().map(|(i, (size, n))| {
@@ -152,9 +154,10 @@ pub fn adamw() -> Vec<Case> {
         Step { ema: i % 4 != 1, shadow: i % 4 != 3, ..step }.case().from(size)
     });
     let clipped = [Step { clip: 0.1, ..STEP }, Step { clip: 10.0, ema: false, ..STEP }].map(Step::case);
+    let counts = [0, 1, 1000, i32::MAX].map(|steps| Step { steps, ..STEP }.case());
     let bad = Step { bad: 2.0, clip: 0.5, ..STEP };
     let bad = [bad, Step { ema: false, shadow: false, bad: 1.0, clip: 0.0, ..bad }];
-    all.chain(clipped).chain(bad.map(|s| s.case().named("nothing changes"))).collect()
+    all.chain(clipped).chain(counts).chain(bad.map(|s| s.case().named("nothing changes"))).collect()
 }
 
 pub fn adamw_sample() -> Case {

@@ -15,11 +15,12 @@ const GUARD: usize = 256;
 const BAND: [u8; 2] = 0x7FC1u16.to_le_bytes();
 /// Content of outputs before the call: NaN in every float type.
 const POISON: u8 = 0xFF;
-/// The same for indices, because -1 (all bits set) is a valid one.
-const POISONED_INDEX: u8 = 0x7F;
+/// The same for integers, because all bits set is an index (-1) and a byte (255) that kernels write; no case has a byte of
+/// this value as a result.
+const POISONED_INTEGER: u8 = 0x7F;
 
 fn poison(dtype: DType) -> u8 {
-    if dtype == DType::I32 { POISONED_INDEX } else { POISON }
+    if matches!(dtype, DType::I32 | DType::U8) { POISONED_INTEGER } else { POISON }
 }
 
 /// An argument in the memory of a device.
@@ -51,7 +52,7 @@ impl Placed {
         let shift = matches!(layout, Layout::Shifted | Layout::Odd) as usize;
         let off = GUARD / size + shift;
         let total = (off + rows * ld) * size + GUARD;
-        let mut image = BAND.repeat(total / BAND.len());
+        let mut image = BAND.repeat(total.div_ceil(BAND.len()));
         let access = match &arg.content {
             Content::In(_) => Access::Read,
             Content::Out => Access::Write,
@@ -206,6 +207,7 @@ fn encode(dtype: DType, v: &[f64]) -> Vec<u8> {
         DType::F32 => of(v, |v| v as f32),
         DType::Bf16 => of(v, to_bf16),
         DType::I32 => of(v, |v| v as i32),
+        DType::U8 => of(v, |v| v as u8),
     }
 }
 
@@ -218,6 +220,7 @@ fn decode(dtype: DType, bytes: &[u8]) -> Vec<f64> {
         DType::F32 => of(bytes, |v: f32| f64::from(v)),
         DType::Bf16 => of(bytes, half::bf16::to_f64),
         DType::I32 => of(bytes, |v: i32| f64::from(v)),
+        DType::U8 => of(bytes, |v: u8| f64::from(v)),
     }
 }
 

@@ -1,8 +1,8 @@
 //! Element-wise kernels and those over channels.
 
 use ett::backend::{
-    Accumulate, Add, Cast, ChannelAffineBwd, ChannelAffineFwd, DType, Dims, Fill, Stream, SwigluBwd,
-    SwigluFwd, Unary, UnaryBwd, UnaryFwd,
+    Accumulate, Add, Cast, ChannelAffineBwd, ChannelAffineFwd, DType, Dims, Fill, FromBytes, Stream,
+    SwigluBwd, SwigluFwd, Unary, UnaryBwd, UnaryFwd,
 };
 
 use super::Size;
@@ -226,6 +226,29 @@ pub fn cast_sample() -> Case {
     cast_case([3, 4], PAIRS[0])
 }
 
+fn from_bytes_case(dims: Dims, byte: fn(usize) -> u8) -> Case {
+    Case::new(
+        format!("{dims}"),
+        move |_| {
+            let bytes = (0..dims.numel()).map(|i| f64::from(byte(i))).collect();
+            let x = input("x", Type::Is(DType::U8), dims, bytes);
+            vec![x, out("y", Type::Act, dims, near().size(0.5))]
+        },
+        |dev, v| dev.from_bytes(S, &FromBytes { x: v.input("x"), y: v.out("y") }),
+    )
+}
+
+pub fn from_bytes() -> Vec<Case> {
+    // 101 has no common factor with 256, so that every byte occurs.
+    let all =
+        shapes().into_iter().map(|(size, dims)| from_bytes_case(dims, |i| (101 * i) as u8).copied(size));
+    all.chain([from_bytes_case([16, 16].into(), |i| i as u8).named("every byte")]).collect()
+}
+
+pub fn from_bytes_sample() -> Case {
+    from_bytes_case([3, 4].into(), |i| i as u8)
+}
+
 fn fill_case(dims: Dims, ty: Type, value: f64) -> Case {
     Case::new(
         format!("{dims} of {} with {value}", name(ty)),
@@ -235,12 +258,13 @@ fn fill_case(dims: Dims, ty: Type, value: f64) -> Case {
 }
 
 pub fn fill() -> Vec<Case> {
-    const TYPES: [Type; 3] = [Type::Is(DType::F32), Type::Is(DType::Bf16), Type::Is(DType::I32)];
+    let types = [DType::F64, DType::F32, DType::Bf16, DType::I32, DType::U8].map(Type::Is);
     let all = shapes().into_iter().enumerate().flat_map(|(i, (size, dims))| {
         let value = [0.1f64, -3e8, 0.0][i % 3];
-        TYPES.map(|ty| fill_case(dims, ty, if ty == TYPES[2] { value.trunc() } else { value }).from(size))
+        types.map(|ty| fill_case(dims, ty, value).from(size))
     });
-    all.chain([fill_case([7].into(), TYPES[2], 2_147_483_647.0)]).collect()
+    let ends = [(types[3], 2_147_483_647.0), (types[3], -1e10), (types[4], 254.7), (types[4], 300.0)];
+    all.chain(ends.map(|(ty, value)| fill_case([7].into(), ty, value))).collect()
 }
 
 pub fn fill_sample() -> Case {

@@ -58,11 +58,12 @@ impl Damage {
     fn all(spec: &KernelSpec, args: &[Arg], arg: &Arg, p: Precision) -> Vec<Damage> {
         let dtype = arg.ty.of(p);
         let types = match dtype {
-            DType::I32 => vec![DType::F32],
+            DType::I32 => vec![DType::F32, DType::U8],
             DType::F32 => vec![DType::I32, DType::Bf16],
             _ => vec![DType::I32, DType::F32],
         };
-        let mut all = vec![Damage::Null, Damage::Outside, Damage::Misaligned];
+        let mut all = vec![Damage::Null, Damage::Outside];
+        all.extend((dtype.size() > 1).then_some(Damage::Misaligned));
         all.extend(types.into_iter().filter(|t| is_wrong_type(spec, args, arg, *t)).map(Damage::Type));
         let sizes = tensor(spec, arg.name).sizes();
         if arg.dims.rank() > 1 {
@@ -154,7 +155,7 @@ fn is_wrong_type(spec: &KernelSpec, args: &[Arg], arg: &Arg, t: DType) -> bool {
         Elements::Act => !narrow || others(Elements::Act),
         // One of the two is f32 in any case, and the other one is tried in bf16 only.
         Elements::ActOrAcc => !narrow || (!others(Elements::Act) && args.iter().any(|a| like(spec, a, arg))),
-        Elements::Acc | Elements::I32 | Elements::Like(_) => true,
+        Elements::Acc | Elements::I32 | Elements::U8 | Elements::Like(_) => true,
     }
 }
 

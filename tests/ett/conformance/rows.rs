@@ -1,9 +1,9 @@
 //! Operations on rows by position and by index.
 
-use ett::backend::{CountUp, DType, GatherBwd, GatherFwd, PutRows, Rope, Stream};
+use ett::backend::{Arange, CountUp, DType, GatherBwd, GatherFwd, Pick, PutRows, Rope, Stream};
 
 use super::Size;
-use super::case::{Case, Draw, EVERY, Judge, Layout, Runs, Type, act, add, int, near, out};
+use super::case::{Arg, Case, Draw, Judge, Layout, Type, acc, act, add, input, int, near, out};
 
 const S: Stream = Stream::COMPUTE;
 
@@ -177,13 +177,8 @@ fn gather_fwd_case(shape: Shape) -> Case {
     )
 }
 
-/// Rows are copied, so the scale of their values does not matter.
-const COPIED: Runs = &[EVERY[0]];
-const COPIED_LARGE: Runs = &[(1.0, &[Layout::Dense, Layout::Odd])];
-
 pub fn gather_fwd() -> Vec<Case> {
-    let runs = |size| if size == Size::Full { COPIED_LARGE } else { COPIED };
-    shapes().map(|(size, shape)| gather_fwd_case(shape).from(size).runs(runs(size))).collect()
+    shapes().map(|(size, shape)| gather_fwd_case(shape).copied(size)).collect()
 }
 
 /// Indices below the smallest size of the table that is tried.
@@ -259,15 +254,17 @@ pub fn gather_bwd_sample() -> Case {
 }
 
 /// `n` rows to rows of a table that are spread over it in another order; every fifth is skipped.
-fn put_rows_case([n, r, c]: Shape) -> Case {
+fn put_rows_case([n, r, c]: Shape, ty: Type) -> Case {
     Case::new(
-        format!("{n} into [{r}, {c}]"),
+        format!("{n} into [{r}, {c}] of {ty:?}"),
         move |d| {
             let to = |i: usize| if i % 5 == 3 { -1 } else { (r - 1 - i * r / n) as i32 };
+            // Integers from 0 to 255.
+            let values = |n| d.ids(n, 256).into_iter().map(f64::from).collect();
             vec![
-                act("x", [n, c], d.normal(n * c)),
+                input("x", ty, [n, c], values(n * c)),
                 int("idx", (0..n).map(to).collect()),
-                add("y", Type::Act, [r, c], d.normal(r * c), super::case::Judge::Exact),
+                add("y", ty, [r, c], values(r * c), Judge::Exact),
             ]
         },
         |dev, v| dev.put_rows(S, &PutRows { x: v.input("x"), idx: v.input("idx"), y: v.acc("y") }),
@@ -276,32 +273,89 @@ fn put_rows_case([n, r, c]: Shape) -> Case {
 
 pub fn put_rows() -> Vec<Case> {
     let small = [[1, 1, 1], [3, 3, 8], [0, 2, 4], [7, 9, 5], [33, 40, 64], [20, 70, 256], [4, 4, 0]];
-    let first = put_rows_case([5, 7, 16]).from(Size::Sanitizer).runs(COPIED);
-    let large = put_rows_case([513, 3000, 512]).from(Size::Full).runs(COPIED_LARGE);
-    [first, large].into_iter().chain(small.map(|shape| put_rows_case(shape).runs(COPIED))).collect()
+    let all = small.map(|shape| (Size::Tiny, shape)).into_iter();
+    let all = all.chain([(Size::Sanitizer, [5, 7, 16]), (Size::Full, [513, 3000, 512])]);
+    let types = [Type::Act, Type::Is(DType::F64), Type::Is(DType::I32), Type::Is(DType::U8)];
+    all.flat_map(|(size, shape)| types.map(|ty| put_rows_case(shape, ty).copied(size))).collect()
 }
 
 pub fn put_rows_sample() -> Case {
-    plain_indices(put_rows_case([2, 4, 5]), 2)
+    plain_indices(put_rows_case([2, 4, 5], Type::Act), 2)
 }
 
-fn count_up_case(n: usize) -> Case {
+// ---- integers ------------------------------------------------------------------------------------------
+
+/// Numbers of integers.
+fn counts() -> impl Iterator<Item = (Size, usize)> {
+    let small = [0, 1, 3, 96, 1000].map(|n| (Size::Tiny, n)).into_iter();
+    small.chain([(Size::Sanitizer, 5), (Size::Full, 1_000_003)])
+}
+
+/// An output of `n` integers.
+fn integers(n: usize) -> Arg {
+    out("y", Type::Is(DType::I32), [n], Judge::Exact)
+}
+
+fn pick_case(n: usize, r: usize) -> Case {
     Case::new(
-        format!("{n}"),
+        format!("{n} of {r}"),
+        move |d| {
+            // Also -1, as the targets of positions without one.
+            let x = d.ids(r, 1 << 24).into_iter().map(|v| v - 1).collect();
+            vec![int("x", x), int("idx", indices(d, [n, r, 1])), integers(n)]
+        },
+        |dev, v| dev.pick(S, &Pick { x: v.input("x"), idx: v.input("idx"), y: v.out("y") }),
+    )
+}
+
+pub fn pick() -> Vec<Case> {
+    counts().flat_map(|(size, n)| [1, 7, 1000].map(|r| pick_case(n, r).copied(size))).collect()
+}
+
+pub fn pick_sample() -> Case {
+    plain_indices(pick_case(3, 4), 3)
+}
+
+/// `bad`: the number of non-finite values, if there is a `norm`.
+fn count_up_case(n: usize, bad: Option<f64>) -> Case {
+    Case::new(
+        match bad {
+            Some(bad) => format!("{n}, {bad} not finite"),
+            None => format!("{n}"),
+        },
         move |_| {
             let start = (0..n).map(|i| if i == 1 { f64::from(i32::MAX) } else { i as f64 - 3.0 }).collect();
-            vec![add("x", Type::Is(DType::I32), [n], start, super::case::Judge::Exact)]
+            let x = add("x", Type::Is(DType::I32), [n], start, Judge::Exact);
+            [x].into_iter().chain(bad.map(|bad| acc("norm", [2], vec![5.0, bad]))).collect()
         },
-        |dev, v| dev.count_up(S, &CountUp { x: v.acc("x") }),
+        |dev, v| dev.count_up(S, &CountUp { x: v.acc("x"), norm: v.input_if("norm") }),
     )
 }
 
 pub fn count_up() -> Vec<Case> {
-    let first = count_up_case(5).from(Size::Sanitizer).runs(COPIED);
-    let large = count_up_case(1_000_003).from(Size::Full).runs(COPIED_LARGE);
-    [first, large].into_iter().chain([0, 1, 96, 1000].map(|n| count_up_case(n).runs(COPIED))).collect()
+    let bad = [None, Some(0.0), Some(1.0)];
+    counts().flat_map(|(size, n)| bad.map(|bad| count_up_case(n, bad).copied(size))).collect()
 }
 
 pub fn count_up_sample() -> Case {
-    count_up_case(3)
+    count_up_case(3, Some(0.0))
+}
+
+fn arange_case(n: usize, step: usize) -> Case {
+    Case::new(
+        format!("{n} with step {step}"),
+        move |_| vec![integers(n)],
+        move |dev, v| dev.arange(S, &Arange { y: v.out("y"), step }),
+    )
+}
+
+pub fn arange() -> Vec<Case> {
+    let all = counts().flat_map(|(size, n)| [0, 1, 257].map(|step| arange_case(n, step).copied(size)));
+    // The largest steps.
+    let ends = [(1, i32::MAX as usize), (2, i32::MAX as usize), (3, 1_073_741_823), (32_769, 65_535)];
+    all.chain(ends.map(|(n, step)| arange_case(n, step).copied(Size::Tiny))).collect()
+}
+
+pub fn arange_sample() -> Case {
+    arange_case(3, 5)
 }
