@@ -12,6 +12,19 @@ use ett::tensor::Tensor;
 /// The result of a test; it fails with the message of the error.
 pub type Outcome = Result<(), Box<dyn std::error::Error>>;
 
+/// A program of this crate: the one that cargo has built, or on a machine without cargo the one beside the tests.
+pub fn program(name: &str) -> PathBuf {
+    let built = match name {
+        "ett-train" => env!("CARGO_BIN_EXE_ett-train"),
+        _ => env!("CARGO_BIN_EXE_ett"),
+    };
+    let beside = std::env::current_exe().ok().and_then(|tests| Some(tests.parent()?.join(name)));
+    match beside.filter(|path| path.is_file()) {
+        Some(path) if !Path::new(built).is_file() => path,
+        _ => built.into(),
+    }
+}
+
 /// A CPU device with poisoned memory.
 pub fn cpu(threads: usize) -> Arc<dyn Kernels> {
     Arc::new(Cpu::poisoned(threads).expect("threads can be started"))

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use ett::io::Checkpoints;
 use ett::rng::Philox;
 
-use crate::common::{Outcome, Scratch};
+use crate::common::{Outcome, Scratch, program};
 use crate::run::pictures;
 
 /// Kills of the long test: one at each phase of saving, the others at random times.
@@ -78,18 +78,19 @@ struct Result {
     lines: Vec<serde_json::Value>,
 }
 
-/// A configuration and the folder of its runs.
+/// A configuration, the folder of its runs and their device.
 struct Place {
     scratch: Scratch,
+    device: &'static str,
 }
 
 impl Place {
-    fn new() -> std::io::Result<Self> {
+    fn new(device: &'static str) -> std::io::Result<Self> {
         let scratch = Scratch::new();
         let data = scratch.path("data");
         pictures(&data);
         std::fs::write(scratch.path("config.toml"), CONFIG.replace("DATA", &data.display().to_string()))?;
-        Ok(Place { scratch })
+        Ok(Place { scratch, device })
     }
 
     fn out(&self) -> PathBuf {
@@ -100,14 +101,14 @@ impl Place {
     fn start(&self, pause: u64) -> std::result::Result<Running, Box<dyn std::error::Error>> {
         let out = self.out();
         if Checkpoints::latest(&out)?.is_some() {
-            return Ok(Running::new(&["resume".as_ref(), out.as_ref()], pause)?);
+            return Ok(Running::new(self.device, &["resume".as_ref(), out.as_ref()], pause)?);
         }
         if out.exists() {
             std::fs::remove_dir_all(&out)?;
         }
         let config = self.scratch.path("config.toml");
         let args = ["run".as_ref(), "--config".as_ref(), config.as_ref(), "--out".as_ref(), out.as_ref()];
-        Ok(Running::new(&args, pause)?)
+        Ok(Running::new(self.device, &args, pause)?)
     }
 
     /// Runs or resumes to the end.
@@ -125,7 +126,9 @@ impl Place {
             let mut line: serde_json::Value = serde_json::from_str(line)?;
             let fields = line.as_object_mut().ok_or("a line is an object")?;
             // These fields depend on the machine and the process.
-            fields.retain(|key, _| !["images_per_s", "tokens_per_s", "memory_mib"].contains(&key.as_str()));
+            fields.retain(|key, _| {
+                !["images_per_s", "tokens_per_s", "waited_ms", "memory_mib"].contains(&key.as_str())
+            });
             lines.push(line);
         }
         Ok(Result {
@@ -153,10 +156,10 @@ struct Running {
 }
 
 impl Running {
-    fn new(args: &[&std::ffi::OsStr], pause: u64) -> std::io::Result<Self> {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_ett-train"))
+    fn new(device: &str, args: &[&std::ffi::OsStr], pause: u64) -> std::io::Result<Self> {
+        let mut child = Command::new(program("ett-train"))
             .args(args)
-            .args(["--device", "cpu", "--quiet"])
+            .args(["--device", device, "--quiet"])
             .env("ETT_LOG", "warn,ett::checkpoint=debug")
             .env("ETT_SAVE_PAUSE", pause.to_string())
             .stdin(Stdio::null())
@@ -238,10 +241,21 @@ fn seed() -> std::result::Result<u64, Box<dyn std::error::Error>> {
 
 #[test]
 fn killed_runs_end_in_the_same_bits() -> Outcome {
+    killed_runs("cpu")
+}
+
+/// Steps are recorded there, from the second of each stage on.
+#[test]
+#[ignore = "needs a GPU"]
+fn gpu_killed_runs_end_in_the_same_bits() -> Outcome {
+    killed_runs("cuda")
+}
+
+fn killed_runs(device: &'static str) -> Outcome {
     let seed = seed()?;
     println!("{SEED}={seed}");
     let mut rng = Philox::new(seed, 0);
-    let place = Place::new()?;
+    let place = Place::new(device)?;
     let start = Instant::now();
     let mut whole = place.start(0)?;
     let status = whole.wait();
@@ -316,7 +330,19 @@ fn killed_runs_end_in_the_same_bits() -> Outcome {
 #[cfg(unix)]
 #[test]
 fn interrupted_runs_save_and_go_on() -> Outcome {
-    let place = Place::new()?;
+    interrupted_runs("cpu")
+}
+
+#[cfg(unix)]
+#[test]
+#[ignore = "needs a GPU"]
+fn gpu_interrupted_runs_save_and_go_on() -> Outcome {
+    interrupted_runs("cuda")
+}
+
+#[cfg(unix)]
+fn interrupted_runs(device: &'static str) -> Outcome {
+    let place = Place::new(device)?;
     let want = place.finish()?;
     for (signal, at) in [(libc::SIGTERM, "begun"), (libc::SIGINT, "renamed"), (libc::SIGHUP, "synced")] {
         std::fs::remove_dir_all(place.out())?;
@@ -347,7 +373,7 @@ fn interrupted_runs_save_and_go_on() -> Outcome {
 
 /// The program's error for a run that it does not resume.
 fn refused(out: &Path) -> std::io::Result<String> {
-    let mut running = Running::new(&["resume".as_ref(), out.as_ref()], 0)?;
+    let mut running = Running::new("cpu", &["resume".as_ref(), out.as_ref()], 0)?;
     let status = running.wait();
     let said = running.said();
     assert_eq!(status.code(), Some(1), "{said}");
@@ -357,7 +383,7 @@ fn refused(out: &Path) -> std::io::Result<String> {
 
 #[test]
 fn what_cannot_be_resumed_is_said() -> Outcome {
-    let place = Place::new()?;
+    let place = Place::new("cpu")?;
     let out = place.out();
     assert!(refused(&out)?.contains("config.toml"), "the folder does not exist");
     std::fs::create_dir(&out)?;
@@ -366,7 +392,7 @@ fn what_cannot_be_resumed_is_said() -> Outcome {
     assert!(refused(&out)?.contains("ended before its first checkpoint; remove the folder"));
     let config = place.scratch.path("config.toml");
     let args = ["run".as_ref(), "--config".as_ref(), config.as_ref(), "--out".as_ref(), out.as_ref()];
-    let mut started = Running::new(&args, 0)?;
+    let mut started = Running::new("cpu", &args, 0)?;
     assert_eq!(started.wait().code(), Some(1));
     let said = started.said();
     assert!(said.contains("ended before its first checkpoint; remove the folder"), "{said}");

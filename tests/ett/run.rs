@@ -187,6 +187,29 @@ fn a_run_leaves_its_files_and_a_model_that_can_be_used() {
     assert!(e.to_string().contains("model.safetensors"), "{e}");
 }
 
+/// Runs of all stages on a GPU, with steps launched one by one and replayed; batches come from one thread or several.
+#[test]
+#[ignore = "needs a GPU"]
+fn gpu_replayed_steps_are_bitwise_launched_ones() {
+    let dir = Folder::new("graph");
+    pictures(&dir.0.join("data"));
+    for precision in ["f32", "bf16"] {
+        let mut c = config(&dir.0.join("data"));
+        c.train.precision = precision.into();
+        c.stage.iter_mut().for_each(|stage| stage.steps = 6);
+        let mut results = Vec::new();
+        for (graph, workers) in [(false, 1), (true, 3)] {
+            (c.train.graph, c.train.workers) = (graph, workers);
+            let out = dir.0.join(format!("{precision}-{graph}"));
+            let o = RunOptions { out: &out, init: None, quiet: true, evaluation: &HeldOut };
+            train::run(&c, crate::common::gpu(), &o).expect("the run ends");
+            let read = |name: &str| std::fs::read(out.join(name)).expect(name);
+            results.push([read("model.safetensors"), read("ema.safetensors")]);
+        }
+        assert!(results[0] == results[1], "{precision}: other weights");
+    }
+}
+
 #[test]
 fn a_run_follows_from_its_seed_and_not_from_its_threads() {
     let dir = Folder::new("same");
@@ -198,8 +221,8 @@ fn a_run_follows_from_its_seed_and_not_from_its_threads() {
         std::fs::read(out.join("model.safetensors")).expect("weights")
     };
     let first = weights(&c, "a");
-    c.train.threads = 2;
-    assert!(first == weights(&c, "b"), "two threads gave other bits than one");
+    (c.train.threads, c.train.workers) = (2, 3);
+    assert!(first == weights(&c, "b"), "more threads gave other bits than one");
     c.train.seed += 1;
     assert!(first != weights(&c, "c"), "the seed changes nothing");
 }
