@@ -77,6 +77,27 @@ enum Command {
         #[command(flatten)]
         common: Common,
     },
+    /// Train a few steps of each stage, without saving anything, and print their speed and memory.
+    Speed {
+        /// Configuration file (TOML).
+        #[arg(long)]
+        config: PathBuf,
+        /// Only this stage: tokenizer, text, align, semantic, chat or gen.
+        #[arg(long)]
+        stage: Option<String>,
+        /// Steps; the first three are not counted.
+        #[arg(long, default_value_t = 20)]
+        steps: usize,
+        /// Also write the results to this file (JSON).
+        #[arg(long)]
+        json: Option<PathBuf>,
+        /// Override a value, such as train.seed=2; may be repeated.
+        #[arg(long)]
+        set: Vec<String>,
+        /// cpu, cuda, cuda:N or auto.
+        #[arg(long, default_value = "auto")]
+        device: String,
+    },
     /// Run one step of a stage on given weights and a given batch, and write all results to a file (docs/check.md).
     Check {
         /// Configuration file (TOML).
@@ -153,6 +174,17 @@ fn run(command: Option<Command>) -> Result<()> {
             let cfg = run_config(&run)?;
             done(&run, &train::resume(&run, device(&common.device, &cfg)?, common.quiet, &HeldOut)?);
             Ok(())
+        }
+        Some(Command::Speed { config, stage, steps, json, set, device: name }) => {
+            let cfg = Config::load(&config, &set)?;
+            let kind = stage.map(|name| StageKind::named(&name)).transpose()?;
+            let all = train::speed(&cfg, &|| device(&name, &cfg), kind, steps, &HeldOut)?;
+            if let Some(path) = json {
+                train::write_speeds(&all, &path)?;
+            }
+            let mut out = Output::default();
+            out.put(&train::speed_table(&all));
+            out.finish()
         }
         Some(Command::Check { config, weights, batch, stage, dump, dtype, device }) => {
             let kind = StageKind::named(&stage)?;

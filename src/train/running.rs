@@ -40,6 +40,8 @@ pub(super) struct Inputs<'a> {
     pub out: &'a Path,
     /// Hides the progress bar.
     pub quiet: bool,
+    /// Whether checkpoints are written.
+    pub saves: bool,
     pub evaluation: &'a dyn Evaluation,
 }
 
@@ -424,7 +426,7 @@ impl<'a> Running<'a> {
     /// Saves a checkpoint after every `train.save_every` steps, after the last step, and if the run is to stop.
     fn save(&mut self, stop: bool) -> Result<Option<PathBuf>> {
         let (done, every) = (self.progress.step, self.run.all.train.save_every);
-        if !(stop || done == self.cfg.steps || (every > 0 && done.is_multiple_of(every))) {
+        if !(stop || done == self.cfg.steps || (every > 0 && done.is_multiple_of(every))) || !self.run.saves {
             return Ok(None);
         }
         self.progress.metrics = self.metrics.sync().map_err(|e| self.checkpoints.explain(e))?;

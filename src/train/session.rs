@@ -84,6 +84,8 @@ pub(super) struct Session<'a> {
     template: Template,
     out: PathBuf,
     quiet: bool,
+    /// Whether checkpoints are written.
+    saves: bool,
     evaluation: &'a dyn Evaluation,
     /// Bytes that the device had free before the model was made, if known.
     memory: Option<u64>,
@@ -113,7 +115,7 @@ impl<'a> Session<'a> {
             ..Progress::default()
         };
         let (cfg, out) = (cfg.clone(), out.into());
-        Ok(Session { cfg, model, progress, sets, template, out, quiet, evaluation, memory })
+        Ok(Session { cfg, model, progress, sets, template, out, quiet, saves: true, evaluation, memory })
     }
 
     /// A run whose weights are trained and saved, but not evaluated.
@@ -153,6 +155,7 @@ impl<'a> Session<'a> {
             template,
             out: out.into(),
             quiet: true,
+            saves: true,
             evaluation,
             memory: None,
         })
@@ -188,6 +191,13 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
+    /// Trains the only stage without saving its weights; returns what its backward pass computed again.
+    pub fn measure(&mut self) -> Result<Recompute> {
+        self.saves = false;
+        self.train(None)?;
+        Ok(self.model.cfg.train.recompute)
+    }
+
     /// Trains the remaining stages. If the run is interrupted, returns the checkpoint that was saved.
     fn train(&mut self, mut from: Option<&Path>) -> Result<Option<PathBuf>> {
         let mut metrics = Lines::resume(&self.out.join(METRICS), self.progress.metrics)?;
@@ -202,6 +212,7 @@ impl<'a> Session<'a> {
                     template: &self.template,
                     out: &self.out,
                     quiet: self.quiet,
+                    saves: self.saves,
                     evaluation: self.evaluation,
                 },
                 stage,
@@ -216,6 +227,7 @@ impl<'a> Session<'a> {
             }
         }
         self.model.params.train(&[])?;
+        metrics.sync()?;
         Ok(None)
     }
 
