@@ -68,7 +68,7 @@ fn shape(model: &Ett, carried: &Carried) -> (FileType, Vec<usize>) {
 
 /// Configuration keys that may change when a run is resumed, since no weight depends on them. Data may be moved, as
 /// long as they are the same, see [`check_data`].
-const FREE: [&str; 9] = [
+const FREE: [&str; 10] = [
     "train.threads",
     "train.recompute",
     "train.save_every",
@@ -78,6 +78,7 @@ const FREE: [&str; 9] = [
     "data.test",
     "data.cache_mib",
     "data.eval_samples",
+    "data.eval_drawings",
 ];
 
 /// The data of a stage may be moved, too.
