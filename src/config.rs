@@ -454,7 +454,7 @@ impl Default for TrainConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataConfig {
-    /// `folder`, `scenes` or `words`.
+    /// `folder`, `scenes`, `words` or `mixed`.
     pub source: Source,
     /// Folder of training pictures.
     pub train: PathBuf,
@@ -484,6 +484,9 @@ pub struct DataConfig {
     pub cache_mib: usize,
     /// Number of held-out samples to evaluate, the first usable ones.
     pub eval_samples: usize,
+    /// Number of held-out prompts that the closing evaluation draws to look at what the drawings show, for models that
+    /// draw built-in pictures.
+    pub eval_drawings: usize,
 }
 
 impl Default for DataConfig {
@@ -502,6 +505,7 @@ impl Default for DataConfig {
             max_text_tokens: 1024,
             cache_mib: 4096,
             eval_samples: 512,
+            eval_drawings: 64,
         }
     }
 }
@@ -722,6 +726,7 @@ impl StageData {
             max_text_tokens: all.max_text_tokens,
             cache_mib: all.cache_mib,
             eval_samples: all.eval_samples,
+            eval_drawings: all.eval_drawings,
         }
     }
 }
@@ -924,6 +929,7 @@ impl Config {
             ("max_text_tokens", data.max_text_tokens, 1..=MAX_TOKENS),
             ("cache_mib", data.cache_mib, 0..=MAX_COUNT),
             ("eval_samples", data.eval_samples, 0..=MAX_COUNT),
+            ("eval_drawings", data.eval_drawings, 0..=MAX_COUNT),
         ] {
             count(&key(name), v, allowed)?;
         }

@@ -57,8 +57,10 @@ pub struct Drawing {
     pub sample: Sample,
 }
 
+/// The shapes of built-in pictures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Shape {
+#[allow(missing_docs, reason = "the names say it all")]
+pub enum Shape {
     Circle,
     Square,
     Triangle,
@@ -66,8 +68,9 @@ pub(super) enum Shape {
 }
 
 impl Shape {
-    pub const ALL: [Shape; 4] = [Shape::Circle, Shape::Square, Shape::Triangle, Shape::Cross];
+    pub(super) const ALL: [Shape; 4] = [Shape::Circle, Shape::Square, Shape::Triangle, Shape::Cross];
 
+    /// Lower-case name.
     pub fn name(self) -> &'static str {
         match self {
             Shape::Circle => "circle",
@@ -77,8 +80,17 @@ impl Shape {
         }
     }
 
+    /// Half of the width and of the height of the shape of radius 1.
+    pub(super) fn reach(self) -> (f64, f64) {
+        match self {
+            Shape::Circle | Shape::Cross => (1.0, 1.0),
+            Shape::Square => (0.88, 0.88),
+            Shape::Triangle => (1.0, 0.866),
+        }
+    }
+
     /// Whether a point lies inside the shape of radius 1 around 0; y points down.
-    fn holds(self, x: f64, y: f64) -> bool {
+    pub(super) fn holds(self, x: f64, y: f64) -> bool {
         match self {
             Shape::Circle => x * x + y * y <= 1.0,
             Shape::Square => x.abs().max(y.abs()) <= 0.88,
@@ -94,8 +106,10 @@ impl Shape {
 /// Red, green and blue in [0, 1].
 pub(super) type Rgb = [f64; 3];
 
+/// The colours of built-in pictures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Colour {
+#[allow(missing_docs, reason = "the names say it all")]
+pub enum Colour {
     Red,
     Green,
     Blue,
@@ -105,9 +119,10 @@ pub(super) enum Colour {
 }
 
 impl Colour {
-    pub const ALL: [Colour; 6] =
+    pub(super) const ALL: [Colour; 6] =
         [Colour::Red, Colour::Green, Colour::Blue, Colour::Yellow, Colour::Purple, Colour::Cyan];
 
+    /// Lower-case name.
     pub fn name(self) -> &'static str {
         match self {
             Colour::Red => "red",
@@ -119,7 +134,7 @@ impl Colour {
         }
     }
 
-    fn rgb(self) -> Rgb {
+    pub(super) fn rgb(self) -> Rgb {
         match self {
             Colour::Red => [0.86, 0.16, 0.16],
             Colour::Green => [0.18, 0.66, 0.22],
@@ -132,12 +147,12 @@ impl Colour {
 
     /// Whether thin strokes are legible on a dark background; strokes of the other colours are legible on a light
     /// one.
-    pub fn light(self) -> bool {
+    pub(super) fn light(self) -> bool {
         matches!(self, Colour::Green | Colour::Yellow | Colour::Cyan)
     }
 
     /// A random shade of the colour.
-    pub fn shade(self, rng: &mut Philox) -> Rgb {
+    pub(super) fn shade(self, rng: &mut Philox) -> Rgb {
         let brightness = around(rng, 0.1);
         self.rgb().map(|c| ((1.0 + brightness) * c + around(rng, 0.03)).clamp(0.0, 1.0))
     }

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use unicode_normalization::UnicodeNormalization;
 
 use super::cache::{ImageSet, Skipped};
+use super::look::Scene;
 use super::plain::{read_text, trimmed};
 use super::source::{DataSet, DataSource, Wanted};
 use crate::error::{Error, Result};
@@ -37,6 +38,8 @@ pub struct Sample {
     pub prompt: Option<String>,
     /// Questions about it, each with its answer.
     pub qa: Vec<(String, String)>,
+    /// What a built-in picture shows.
+    pub scene: Option<Scene>,
 }
 
 impl Sample {
@@ -213,7 +216,7 @@ impl Found {
             } else if has_extension(&path, &EXTENSIONS) {
                 let at = path.with_extension("txt");
                 let caption = if at.is_file() { self.caption(&at) } else { None };
-                self.samples.push(Sample { image: path, caption, prompt: None, qa: Vec::new() });
+                self.samples.push(Sample { image: path, caption, prompt: None, qa: Vec::new(), scene: None });
             } else if has_extension(&path, &["txt"]) {
                 captions.push(path);
             } else {
@@ -322,6 +325,7 @@ impl Found {
             caption: said(line.text),
             prompt: said(line.prompt),
             qa,
+            scene: None,
         });
         Ok(())
     }

@@ -6,6 +6,8 @@ mod draw;
 mod folder;
 mod image;
 mod jpeg;
+mod look;
+mod mixed;
 mod order;
 mod plain;
 mod save;
@@ -15,16 +17,18 @@ mod text;
 mod words;
 
 pub use cache::{Drawn, ImageSet, LoadOptions, Skipped};
-pub use draw::{Drawing, Split};
+pub use draw::{Colour, Drawing, Shape, Split};
 pub use folder::{Folder, Sample, pictures};
 pub use image::{Crop, Image, fit, fit_multiple, grid};
+pub use look::{Aspect, Looked, Scene, look};
+pub use mixed::Mixed;
 pub use order::Order;
 pub use plain::{read_text, trimmed};
 pub use save::{Format, save, save_png};
-pub use scenes::Scenes;
+pub use scenes::{Place, Scenes, Shapes, Size};
 pub use source::{DataSet, DataSource, Source, Wanted};
 pub use text::{Special, TextTokenizer};
-pub use words::Words;
+pub use words::{Words, Written};
 
 /// A temporary folder, one per test.
 #[cfg(test)]

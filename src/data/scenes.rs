@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::draw::{Canvas, Colour, Drawing, MIDDLE_GREY, Shape, Split, around, pick, yes_or_no};
 use super::folder::Sample;
+use super::look::Scene;
 use super::source::{DRAWN, DataSet, DataSource, Wanted};
 use crate::error::{Error, Result};
 use crate::rng::Philox;
@@ -14,16 +15,19 @@ const COUNTS: [&str; 3] = ["one", "two", "three"];
 /// Maximum displacement of shapes from their place, as a share of the side.
 const STRAY: f64 = 0.03;
 
+/// How large a shape is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Size {
+#[allow(missing_docs, reason = "the names say it all")]
+pub enum Size {
     Small,
     Large,
 }
 
 impl Size {
-    const ALL: [Size; 2] = [Size::Small, Size::Large];
+    pub(super) const ALL: [Size; 2] = [Size::Small, Size::Large];
 
-    fn name(self) -> &'static str {
+    /// Lower-case name.
+    pub fn name(self) -> &'static str {
         match self {
             Size::Small => "small",
             Size::Large => "large",
@@ -31,7 +35,7 @@ impl Size {
     }
 
     /// As a share of the side: three large shapes in a row just fit.
-    fn radius(self) -> f64 {
+    pub(super) fn radius(self) -> f64 {
         match self {
             Size::Small => 0.095,
             Size::Large => 0.145,
@@ -39,8 +43,10 @@ impl Size {
     }
 }
 
+/// Where the shapes of a scene are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Place {
+#[allow(missing_docs, reason = "the names say it all")]
+pub enum Place {
     Left,
     Right,
     Top,
@@ -49,9 +55,10 @@ enum Place {
 }
 
 impl Place {
-    const ALL: [Place; 5] = [Place::Left, Place::Right, Place::Top, Place::Bottom, Place::Centre];
+    pub(super) const ALL: [Place; 5] = [Place::Left, Place::Right, Place::Top, Place::Bottom, Place::Centre];
 
-    fn name(self) -> &'static str {
+    /// Lower-case name.
+    pub fn name(self) -> &'static str {
         match self {
             Place::Left => "left",
             Place::Right => "right",
@@ -72,7 +79,7 @@ impl Place {
     }
 
     /// Its centre, as shares of the side from the left and from the top.
-    fn middle(self) -> (f64, f64) {
+    pub(super) fn middle(self) -> (f64, f64) {
         match self {
             Place::Left => (0.2, 0.5),
             Place::Right => (0.8, 0.5),
@@ -88,17 +95,22 @@ impl Place {
     }
 }
 
-/// What a scene shows.
+/// What a picture of [`Scenes`] shows: one to three equal shapes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Combination {
-    shape: Shape,
-    colour: Colour,
-    size: Size,
-    count: usize,
-    place: Place,
+pub struct Shapes {
+    /// Of all of them.
+    pub shape: Shape,
+    /// Of all of them.
+    pub colour: Colour,
+    /// Of all of them.
+    pub size: Size,
+    /// 1 to 3.
+    pub count: usize,
+    /// The centre of all of them together.
+    pub place: Place,
 }
 
-impl Combination {
+impl Shapes {
     /// All 720 combinations, each with its part of the data.
     fn all() -> impl Iterator<Item = (Self, Split)> {
         let (shapes, colours, sizes) = (Shape::ALL.len(), Colour::ALL.len(), Size::ALL.len());
@@ -109,19 +121,19 @@ impl Combination {
                 rest /= base;
                 digit
             };
-            let combination = Combination {
+            let shown = Shapes {
                 shape: Shape::ALL[digit(shapes)],
                 colour: Colour::ALL[digit(colours)],
                 size: Size::ALL[digit(sizes)],
                 count: 1 + digit(COUNTS.len()),
                 place: Place::ALL[digit(Place::ALL.len())],
             };
-            (combination, Split::of(number as u64))
+            (shown, Split::of(number as u64))
         })
     }
 
     fn caption(&self) -> String {
-        let Combination { shape, colour, size, count, place } = self;
+        let Shapes { shape, colour, size, count, place } = self;
         let number = if *count == 1 { "a" } else { COUNTS[count - 1] };
         let plural = match (count, shape) {
             (1, _) => "",
@@ -177,8 +189,8 @@ impl Combination {
 pub struct Scenes {
     size: usize,
     seed: u64,
-    train: Vec<Combination>,
-    test: Vec<Combination>,
+    train: Vec<Shapes>,
+    test: Vec<Shapes>,
 }
 
 /// [`Scenes`] as a source of data.
@@ -205,38 +217,39 @@ impl Scenes {
         if size < MIN_SIZE {
             return Err(Error::arg("Scenes::new", "size", size, format!("{MIN_SIZE} or more pixels")));
         }
-        let part = |split| Combination::all().filter(|(_, s)| *s == split).map(|(c, _)| c).collect();
+        let part = |split| Shapes::all().filter(|(_, s)| *s == split).map(|(c, _)| c).collect();
         Ok(Scenes { size, seed, train: part(Split::Train), test: part(Split::Test) })
     }
 
     /// Picture `index` of a part of the data, the same at every call; pictures repeat after 2^32.
     pub fn get(&self, split: Split, index: usize) -> Drawing {
-        let (combination, canvas, rng) = self.draw(split, index);
-        let caption = combination.caption();
+        let (shown, canvas, rng) = self.draw(split, index);
+        let caption = shown.caption();
         let sample = Sample {
             image: PathBuf::from(format!("scenes/{}/{index}", split.name())),
             prompt: Some(format!("draw {caption}")),
             caption: Some(caption),
-            qa: combination.questions(&mut { rng }),
+            qa: shown.questions(&mut { rng }),
+            scene: Some(Scene::Shapes(shown)),
         };
         Drawing { image: canvas.image(), sample }
     }
 
-    fn draw(&self, split: Split, index: usize) -> (Combination, Canvas, Philox) {
+    fn draw(&self, split: Split, index: usize) -> (Shapes, Canvas, Philox) {
         let mut rng = split.rng(self.seed, index);
         let combinations = match split {
             Split::Train => &self.train,
             Split::Test => &self.test,
         };
-        let combination = pick(&mut rng, combinations);
+        let shown = pick(&mut rng, combinations);
         let mut canvas = Canvas::new(self.size, MIDDLE_GREY);
-        let colour = combination.colour.shade(&mut rng);
-        let (middles, radius) = combination.layout(&mut rng);
+        let colour = shown.colour.shade(&mut rng);
+        let (middles, radius) = shown.layout(&mut rng);
         let side = self.size as f64;
         for (x, y) in middles {
-            canvas.shape(combination.shape, (side * x, side * y), side * radius, colour);
+            canvas.shape(shown.shape, (side * x, side * y), side * radius, colour);
         }
-        (combination, canvas, rng)
+        (shown, canvas, rng)
     }
 }
 
@@ -253,7 +266,7 @@ mod tests {
         assert!((100..=140).contains(&scenes.test.len()), "{} are held out", scenes.test.len());
         assert!(scenes.test.iter().all(|c| !scenes.train.contains(c)));
         for part in [&scenes.train, &scenes.test] {
-            let all = |has: &dyn Fn(&Combination) -> bool| part.iter().any(has);
+            let all = |has: &dyn Fn(&Shapes) -> bool| part.iter().any(has);
             assert!(Shape::ALL.iter().all(|&s| all(&|c| c.shape == s)));
             assert!(Colour::ALL.iter().all(|&v| all(&|c| c.colour == v)));
             assert!(Size::ALL.iter().all(|&s| all(&|c| c.size == s)));
@@ -275,7 +288,7 @@ mod tests {
 
     #[test]
     fn captions_prompts_and_answers_fit() {
-        let c = Combination {
+        let c = Shapes {
             shape: Shape::Circle,
             colour: Colour::Red,
             size: Size::Small,
@@ -283,9 +296,9 @@ mod tests {
             place: Place::Top,
         };
         assert_eq!(c.caption(), "two small red circles at the top");
-        let other = Combination { count: 1, colour: Colour::Blue, shape: Shape::Square, ..c };
+        let other = Shapes { count: 1, colour: Colour::Blue, shape: Shape::Square, ..c };
         assert_eq!(other.caption(), "a small blue square at the top");
-        let other = Combination { count: 3, shape: Shape::Cross, place: Place::Centre, ..c };
+        let other = Shapes { count: 3, shape: Shape::Cross, place: Place::Centre, ..c };
         assert_eq!(other.caption(), "three small red crosses in the centre");
         let scenes = Scenes::new(32, 5).unwrap();
         let mut yes = 0;
@@ -316,7 +329,7 @@ mod tests {
     #[test]
     fn shapes_stay_apart_and_inside() {
         let mut rng = Philox::new(1, 0);
-        for (c, _) in Combination::all() {
+        for (c, _) in Shapes::all() {
             for _ in 0..20 {
                 let (middles, r) = c.layout(&mut rng);
                 assert!(middles.iter().all(|&(x, y)| x.min(y) >= r && x.max(y) <= 1.0 - r), "{c:?}");

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::cache::{ImageSet, LoadOptions};
 use super::draw::{Drawing, Split};
 use super::folder::{FromFolder, Sample};
+use super::mixed::FromMixed;
 use super::scenes::FromScenes;
 use super::words::FromWords;
 use crate::error::Result;
@@ -21,6 +22,8 @@ pub enum Source {
     Scenes,
     /// Built-in pictures of short words, some beside a shape; `data.size` is 48 or more.
     Words,
+    /// Both kinds of built-in pictures in turn; `data.size` is 48 or more.
+    Mixed,
 }
 
 impl Source {
@@ -29,6 +32,7 @@ impl Source {
             Source::Folder => &FromFolder,
             Source::Scenes => &FromScenes,
             Source::Words => &FromWords,
+            Source::Mixed => &FromMixed,
         }
     }
 }

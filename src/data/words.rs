@@ -4,14 +4,18 @@ use std::path::PathBuf;
 
 use super::draw::{Canvas, Colour, Drawing, LETTER, Shape, Split, background, pick, pick_other, yes_or_no};
 use super::folder::Sample;
+use super::look::Scene;
 use super::source::{DRAWN, DataSet, DataSource, Wanted};
 use crate::error::{Error, Result};
 use crate::rng::Philox;
 
 /// Smallest side in which the longest words fit, in pixels.
-const MIN_SIZE: usize = 48;
-/// The side divided by this is the margin left free on each side.
+pub(super) const MIN_SIZE: usize = 48;
+/// The side divided by this is the margin left free on each side. Words stand at multiples of it: with fewer ways in
+/// which a letter can lie across the patches of a tokenizer, fewer codes spell it.
 const MARGIN: usize = 24;
+/// Letters of the shortest and of the longest word.
+const LETTERS: [usize; 2] = [3, 5];
 
 /// Common words of three to five letters.
 const WORDS: &str = "\
@@ -52,8 +56,10 @@ const WORDS: &str = "\
 
 /// Pictures of one word, some with a shape above or below it.
 ///
-/// About one word in six is held out, by a fixed hash: it occurs in test pictures only. Letters come from a bitmap
-/// font, each dot being a square of whole pixels; place, size and shade vary.
+/// About one word in six is held out, by a fixed hash: it occurs in test pictures only. In half of the training
+/// pictures the word is made of random letters, so that the letters have to be read: a model that has seen only the
+/// words of a list takes every other word for one of them. Letters come from a bitmap font, each dot being a square of
+/// whole pixels; place, size and shade vary.
 #[derive(Debug, Clone)]
 pub struct Words {
     size: usize,
@@ -62,14 +68,18 @@ pub struct Words {
     test: Vec<&'static str>,
 }
 
-/// What a picture shows.
-struct Shown {
-    word: &'static str,
-    colour: Colour,
-    beside: Option<(Shape, Colour)>,
+/// What a picture of [`Words`] shows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Written {
+    /// The word.
+    pub word: String,
+    /// Its colour.
+    pub colour: Colour,
+    /// The shape above or below it, in another colour.
+    pub beside: Option<(Shape, Colour)>,
 }
 
-impl Shown {
+impl Written {
     fn caption(&self) -> String {
         let word = format!("the word \"{}\" in {}", self.word, self.colour.name());
         match self.beside {
@@ -81,7 +91,7 @@ impl Shown {
     /// One question of every kind that the picture can answer, in random order.
     fn questions(&self, rng: &mut Philox) -> Vec<(String, String)> {
         let mut all: Vec<(String, String)> = vec![
-            ("what does it say?".into(), self.word.into()),
+            ("what does it say?".into(), self.word.clone()),
             ("what color is the word?".into(), self.colour.name().into()),
             yes_or_no(rng, &Colour::ALL, self.colour, |c| format!("is the word {}?", c.name())),
         ];
@@ -101,9 +111,11 @@ impl Shown {
         let largest = (free / (self.word.len() * LETTER)).max(1);
         let scale = largest - rng.below(largest.min(2));
         let (width, height) = (self.word.len() * LETTER * scale, LETTER * scale);
-        let left = margin + rng.below(free - width + 1);
+        // One of the multiples of the margin between which a length fits.
+        let place = |rng: &mut Philox, room: usize, length: usize| margin * rng.below((room - length) / margin + 1);
+        let left = margin + place(rng, free, width);
         let top = match self.beside {
-            None => margin + rng.below(free - height + 1),
+            None => margin + place(rng, free, height),
             Some((shape, colour)) => {
                 // The word is in one half, the shape in the other.
                 let half = size / 2 - margin;
@@ -116,10 +128,10 @@ impl Shown {
                 let start = if below { size / 2 } else { margin };
                 canvas.shape(shape, (x, start as f64 + y), radius, colour.shade(rng));
                 let start = if below { margin } else { size / 2 };
-                start + rng.below(half - height + 1)
+                start + place(rng, half, height)
             }
         };
-        canvas.word(self.word, (left, top), scale, self.colour.shade(rng));
+        canvas.word(&self.word, (left, top), scale, self.colour.shade(rng));
         canvas
     }
 }
@@ -148,25 +160,24 @@ impl Words {
         if size < MIN_SIZE {
             return Err(Error::arg("Words::new", "size", size, format!("{MIN_SIZE} or more pixels")));
         }
-        // The number of a word is made of its letters, so that the word keeps its part when the list changes.
-        let number = |word: &str| word.bytes().fold(0, |n, letter| n << 8 | u64::from(letter));
-        let part = |split| WORDS.split_whitespace().filter(|w| Split::of(number(w)) == split).collect();
+        let part = |split| WORDS.split_whitespace().filter(|w| part_of(w) == split).collect();
         Ok(Words { size, seed, train: part(Split::Train), test: part(Split::Test) })
     }
 
     /// Picture `index` of a part of the data, the same at every call; pictures repeat after 2^32.
     pub fn get(&self, split: Split, index: usize) -> Drawing {
         let mut rng = split.rng(self.seed, index);
-        let words = match split {
-            Split::Train => &self.train,
-            Split::Test => &self.test,
+        let word = match split {
+            Split::Train if rng.below(2) == 0 => made_up(&mut rng),
+            Split::Train => pick(&mut rng, &self.train).into(),
+            Split::Test => pick(&mut rng, &self.test).into(),
         };
-        let (word, colour) = (pick(&mut rng, words), pick(&mut rng, &Colour::ALL));
+        let colour = pick(&mut rng, &Colour::ALL);
         let beside = match rng.below(2) {
             0 => None,
             _ => Some((pick(&mut rng, &Shape::ALL), pick_other(&mut rng, &Colour::ALL, colour))),
         };
-        let shown = Shown { word, colour, beside };
+        let shown = Written { word, colour, beside };
         let image = shown.draw(self.size, &mut rng).image();
         let caption = shown.caption();
         let sample = Sample {
@@ -174,8 +185,25 @@ impl Words {
             prompt: Some(format!("draw {caption}")),
             caption: Some(caption),
             qa: shown.questions(&mut rng),
+            scene: Some(Scene::Word(shown)),
         };
         Drawing { image, sample }
+    }
+}
+
+/// The part of a word. It depends on the letters only, so that the word keeps its part when the list changes.
+fn part_of(word: &str) -> Split {
+    Split::of(word.bytes().fold(0, |n, letter| n << 8 | u64::from(letter)))
+}
+
+/// A word of random letters for training.
+fn made_up(rng: &mut Philox) -> String {
+    loop {
+        let letters = LETTERS[0] + rng.below(LETTERS[1] - LETTERS[0] + 1);
+        let word: String = (0..letters).map(|_| char::from(b'a' + rng.below(26) as u8)).collect();
+        if part_of(&word) == Split::Train {
+            return word;
+        }
     }
 }
 

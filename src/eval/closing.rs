@@ -4,14 +4,14 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use crate::data::{DataSet, Drawn, Image, grid, save_png};
+use crate::data::{DataSet, Drawn, Image, Scene, grid, look, save_png};
 use crate::error::{Error, Result};
 use crate::feed::Template;
 use crate::files;
 use crate::infer::{Sampling, Seen, draw, reconstruct};
 use crate::io::REPORT;
 use crate::model::{Ett, Part};
-use crate::report::{Report, plots};
+use crate::report::{self, Pair, Report, plots};
 
 /// Number of pictures shown with their reconstructions, and per row.
 const SHOWN: usize = 16;
@@ -20,7 +20,7 @@ const ROW: usize = 8;
 const DESCRIBED: usize = 8;
 /// Maximum number of questions about each of them.
 const QUESTIONS: usize = 5;
-/// Number of drawn prompts.
+/// Number of drawings that are shown.
 const DRAWN: usize = 8;
 /// Maximum number of tokens of a caption or an answer.
 const MAX_TOKENS: usize = 96;
@@ -32,8 +32,13 @@ pub fn closing(model: &mut Ett, test: &DataSet, template: &Template, out: &Path)
     let path = out.join(REPORT);
     files::probe(&path)?;
     let drawn = super::held_out(test, model.cfg.data.eval_samples)?;
-    let report = super::evaluate(model, test, template, &drawn)?;
-    let shown = show(model, test, template, &drawn, &report, out);
+    let mut report = super::evaluate(model, test, template, &drawn)?;
+    let drawings = match report.codes {
+        Some(_) => drawings(model, test, template, &drawn)?,
+        None => vec![],
+    };
+    report.drawings = looked_at(&drawings);
+    let shown = show(model, test, template, &drawn, &drawings, &report, out);
     if let Err(Error::Interrupted) = shown {
         return Err(Error::Interrupted);
     }
@@ -49,6 +54,7 @@ fn show(
     test: &DataSet,
     template: &Template,
     drawn: &[Drawn],
+    drawings: &[Drawing],
     report: &Report,
     out: &Path,
 ) -> Result<()> {
@@ -57,8 +63,10 @@ fn show(
     if report.captions + report.questions > 0 {
         held_out(model, test, template, drawn, &out.join("held-out.md"))?;
     }
-    if report.codes.is_some() {
-        drawings(model, test, template, drawn, &out.join("drawings.png"))?;
+    if !drawings.is_empty() {
+        let shown = drawings.iter().take(DRAWN).map(|d| (d.image.clone(), d.prompt.to_string()));
+        let rows: Vec<Vec<_>> = shown.collect::<Vec<_>>().chunks(ROW / 2).map(<[_]>::to_vec).collect();
+        plots::labelled_grid(&rows, &out.join("drawings.png"))?;
     }
     Ok(())
 }
@@ -109,18 +117,54 @@ fn held_out(model: &Ett, test: &DataSet, template: &Template, drawn: &[Drawn], p
     Ok(())
 }
 
-/// Pictures drawn for held-out prompts.
-fn drawings(model: &Ett, test: &DataSet, template: &Template, drawn: &[Drawn], path: &Path) -> Result<()> {
-    let prompts: Vec<&str> =
-        drawn.iter().filter_map(|d| test.samples[d.sample].drawing_prompt()).take(DRAWN).collect();
-    let tokens = model.cfg.data.size / model.cfg.tokenizer.downsampling();
+/// A picture drawn for a held-out prompt.
+struct Drawing<'a> {
+    prompt: &'a str,
+    /// What the prompt asks for, if its picture is a built-in one.
+    scene: Option<&'a Scene>,
+    image: Image,
+}
+
+/// Draws the first held-out prompts: those that are shown, and of built-in pictures as many as are looked at.
+fn drawings<'a>(
+    model: &Ett,
+    test: &'a DataSet,
+    template: &Template,
+    drawn: &[Drawn],
+) -> Result<Vec<Drawing<'a>>> {
+    let data = &model.cfg.data;
+    let asked = drawn.iter().filter_map(|d| {
+        let sample = &test.samples[d.sample];
+        Some((sample.drawing_prompt()?, sample.scene.as_ref()))
+    });
+    let asked: Vec<_> = asked
+        .enumerate()
+        .take_while(|(i, (_, scene))| *i < DRAWN || scene.is_some() && *i < data.eval_drawings)
+        .map(|(_, asked)| asked)
+        .collect();
+    let tokens = data.size / model.cfg.tokenizer.downsampling();
     let texts: Vec<Vec<Part>> =
-        prompts.iter().map(|p| Ok(vec![Part::context(template.drawing(p)?)])).collect::<Result<_>>()?;
+        asked.iter().map(|(p, _)| Ok(vec![Part::context(template.drawing(p)?)])).collect::<Result<_>>()?;
     let sampling = Sampling { seed: model.cfg.train.seed, ..Sampling::default() };
     let grid = (tokens, tokens);
-    let pictures = draw(model, &texts, template.begin_picture(), grid, &sampling, &mut |_, _| ())?;
-    let labelled: Vec<(Image, String)> =
-        pictures.into_iter().zip(prompts.iter().map(|p| p.to_string())).collect();
-    let rows: Vec<Vec<(Image, String)>> = labelled.chunks(ROW / 2).map(<[_]>::to_vec).collect();
-    plots::labelled_grid(&rows, path)
+    let images = draw(model, &texts, template.begin_picture(), grid, &sampling, &mut |_, _| ())?;
+    Ok(asked.into_iter().zip(images).map(|((prompt, scene), image)| Drawing { prompt, scene, image }).collect())
+}
+
+/// What the drawings of built-in scenes show.
+fn looked_at(drawings: &[Drawing]) -> Vec<report::Drawn> {
+    let pictures: Vec<_> = drawings.iter().filter_map(|d| Some((d.scene?, &d.image))).collect();
+    if pictures.len() < 2 {
+        // Each is compared with the prompt of another one.
+        return vec![];
+    }
+    let share = |n: usize, of: usize| n as f64 / of as f64;
+    look(&pictures)
+        .into_iter()
+        .map(|(aspect, l)| report::Drawn {
+            aspect: aspect.name(),
+            drawings: l.pictures,
+            right: Pair { seen: share(l.own, l.pictures), other: share(l.other, l.pictures) },
+        })
+        .collect()
 }

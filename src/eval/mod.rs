@@ -147,6 +147,8 @@ pub fn evaluate(model: &mut Ett, test: &DataSet, template: &Template, drawn: &[D
             Some(_) => codes(model, test, template, drawn, &pixels.counts)?,
             None => None,
         },
+        // The closing evaluation draws; this one only measures.
+        drawings: vec![],
     })
 }
 

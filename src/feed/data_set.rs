@@ -11,7 +11,7 @@ impl DataSet {
     /// The training pictures.
     pub fn train(cfg: &DataConfig) -> Result<Self> {
         Self::part(cfg, Split::Train)?.ok_or_else(|| {
-            Error::config("data.train", "empty", "a folder, or data.source = \"scenes\" or \"words\"")
+            Error::config("data.train", "empty", "a folder, or a built-in data.source such as \"scenes\"")
         })
     }
 

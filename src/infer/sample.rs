@@ -106,15 +106,16 @@ impl Sampling {
         Sampling::GREEDY.choose(tape.dev(), logits, &number, &position)
     }
 
-    /// Copies the result of [`Sampling::choose`] to the host. Fails if an index is -1.
+    /// Copies results of [`Sampling::choose`], `[B]` or one row `[.., B]` for each call, to the host. Fails if an index is
+    /// -1.
     pub fn chosen(dev: &dyn Kernels, idx: &Tensor) -> Result<Vec<i32>> {
-        let idx = idx.to_host::<i32>(dev)?;
+        let (idx, b) = (idx.to_host::<i32>(dev)?, idx.dims().cols());
         match idx.iter().position(|&i| i < 0) {
             None => Ok(idx),
             Some(n) => Err(Error::arg(
                 "sample",
                 "logits",
-                format!("row {n} with NaN or without a finite maximum"),
+                format!("row {} with NaN or without a finite maximum", n % b),
                 "rows without NaN and with a finite maximum",
             )),
         }

@@ -8,5 +8,5 @@ mod sharpness;
 
 pub(crate) use metrics::{Line, Smooth, Usage, code_usage};
 pub use profile::profile_table;
-pub use results::{Codes, Evaluation, Pair, QuestionType, Report};
+pub use results::{Codes, Drawn, Evaluation, Pair, QuestionType, Report};
 pub(crate) use sharpness::Sharpness;

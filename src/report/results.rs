@@ -61,6 +61,17 @@ pub struct Codes {
     pub unigram: f64,
 }
 
+/// What the pixels of drawings show of their prompts, for built-in pictures (`data::look`).
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Drawn {
+    /// What was looked for.
+    pub aspect: &'static str,
+    /// Drawings whose prompt determines it.
+    pub drawings: usize,
+    /// Share of them that show it, and that show it as another prompt of the list asks for it.
+    pub right: Pair,
+}
+
 /// Results on held-out samples, and the settings of the evaluation. Results that could not be measured are left out.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
@@ -114,6 +125,9 @@ pub struct Report {
     /// Results of the codes, for models that draw, if there are prompts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub codes: Option<Codes>,
+    /// What drawings of held-out prompts show, for models that draw built-in pictures.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub drawings: Vec<Drawn>,
 }
 
 impl Report {
@@ -158,6 +172,12 @@ impl Report {
         if let Some(c) = &self.codes {
             let value = format!("{}   unigram: {:.4}", pair(&c.loss, "another prompt"), c.unigram);
             row("code loss, nats per code", value);
+        }
+        if let Some(most) = self.drawings.iter().map(|d| d.drawings).max() {
+            row("drawings looked at", most.to_string());
+        }
+        for d in &self.drawings {
+            row(&format!("  right in {}", d.aspect), pair(&d.right, "another prompt"));
         }
         rows
     }

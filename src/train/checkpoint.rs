@@ -69,7 +69,7 @@ fn shape(model: &Ett, carried: &Carried) -> (FileType, Vec<usize>) {
 
 /// Configuration keys that may change when a run is resumed, since no weight depends on them. Data may be moved, as
 /// long as they are the same, see [`check_data`].
-const FREE: [&str; 11] = [
+const FREE: [&str; 12] = [
     "train.threads",
     "train.graph",
     "train.workers",
@@ -81,6 +81,7 @@ const FREE: [&str; 11] = [
     "data.test",
     "data.cache_mib",
     "data.eval_samples",
+    "data.eval_drawings",
 ];
 
 /// The data of a stage may be moved, too.

@@ -14,7 +14,7 @@ fn config(source: Source, size: usize) -> DataConfig {
 
 #[test]
 fn built_in_data_is_like_a_folder_and_the_same_every_time() -> Outcome {
-    for (source, size) in [(Source::Scenes, 32), (Source::Words, 64)] {
+    for (source, size) in [(Source::Scenes, 32), (Source::Words, 64), (Source::Mixed, 48)] {
         let cfg = config(source, size);
         let train = DataSet::train(&cfg)?;
         let test = DataSet::test(&cfg)?.ok_or("20 test pictures")?;

@@ -234,6 +234,29 @@ fn gpu_a_recorded_step_chooses_what_calls_choose() -> Outcome {
     Ok(())
 }
 
+#[test]
+#[ignore = "needs a GPU"]
+fn gpu_drawings_with_and_without_a_recording_are_equal() -> Outcome {
+    for (precision, kind) in [("bf16", ARMS[2]), ("f32", ARMS[0])] {
+        let model = model(gpu(), precision, kind)?;
+        // More than one batch, the second one smaller.
+        let prompts: Vec<Vec<Part>> =
+            (0..18).map(|i| vec![Part::context(ids(i, 1 + i as usize % 5, 256))]).collect();
+        for s in [Sampling::default(), Sampling { guidance: 1.0, top_k: 8, ..Sampling::default() }] {
+            for n in [1, 2, 3, 256] {
+                let mut heard = 0;
+                let [called, replayed] = [false, true].map(|recorded| {
+                    draw_codes(&model, &prompts, START, n, &s, recorded, &mut |_, _| heard += 1)
+                });
+                let called = called?;
+                assert_eq!(called, replayed?, "{precision}, {n} codes, {s:?}");
+                assert_eq!((called.len(), called[17].len(), heard), (18, n, 4 * n));
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Greedy decoding that recomputes the whole sequence for every token.
 fn complete(model: &Ett, prompt: &[Part], stop: i32, max: usize) -> Result<Vec<i32>> {
     let t = tape(model);
@@ -335,15 +358,15 @@ fn codes_through_the_cache_are_those_of_whole_sequences() -> Outcome {
             let want = prompts.iter().enumerate().map(|(i, p)| codes(&model, p, i as u32, 8, &s));
             let want = want.collect::<Result<Vec<_>>>()?;
             let mut heard = Vec::new();
-            let got = draw_codes(&model, &prompts, START, 8, &s, &mut |done, all| heard.push((done, all)))?;
+            let got = draw_codes(&model, &prompts, START, 8, &s, true, &mut |done, all| heard.push((done, all)))?;
             assert_eq!(got, want, "{precision}, {kind:?}, {s:?}");
             assert!(want[0] != want[1] && want[1] != want[2], "prompts change nothing: {want:?}");
             assert_eq!(heard, (1..=8).map(|i| (5 * i, 40)).collect::<Vec<_>>());
             // The other pictures of a batch change nothing.
-            assert_eq!(draw_codes(&model, &prompts[..2], START, 8, &s, &mut silent)?, want[..2]);
+            assert_eq!(draw_codes(&model, &prompts[..2], START, 8, &s, true, &mut silent)?, want[..2]);
         }
         let other = Sampling { seed: 4, ..plain };
-        let draws = |s: &Sampling| draw_codes(&model, &prompts, START, 8, s, &mut silent);
+        let draws = |s: &Sampling| draw_codes(&model, &prompts, START, 8, s, true, &mut silent);
         assert_ne!(draws(&plain)?, draws(&other)?, "the seed changes nothing");
     }
     Ok(())
@@ -359,7 +382,7 @@ fn pictures_of_many_prompts_are_those_of_each() -> Outcome {
     let mut heard = Vec::new();
     let images = draw(&model, &prompts, START, (3, 2), &s, &mut |done, all| heard.push((done, all)))?;
     assert!(heard.is_sorted() && heard.len() == 12 && heard[11] == (108, 108), "{heard:?}");
-    let together = draw_codes(&model, &prompts, START, 6, &s, &mut silent)?;
+    let together = draw_codes(&model, &prompts, START, 6, &s, true, &mut silent)?;
     for i in [0, 15, 16, 17] {
         let alone = codes(&model, &prompts[i], i as u32, 6, &s)?;
         assert_eq!(together[i], alone, "picture {i}");
