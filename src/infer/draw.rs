@@ -142,7 +142,7 @@ impl<'a> Drawing<'a> {
         let next = self.next.reshape([1, self.next.dims().numel()])?;
         let put = PutRows { x: next.view(), idx: self.row.view(), y: self.drawn.acc() };
         dev.put_rows(Stream::COMPUTE, &put)?;
-        dev.count_up(Stream::COMPUTE, &CountUp { x: self.row.acc() })
+        dev.count_up(Stream::COMPUTE, &CountUp { x: self.row.acc(), norm: None })
     }
 
     /// Appends the codes chosen last and chooses the next ones.
