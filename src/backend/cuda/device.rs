@@ -143,13 +143,10 @@ impl Cuda {
         }
         keep_pool(&context).map_err(fail)?;
         let gpu = Arc::new(Gpu::new(name.clone(), context).map_err(fail)?);
-        let products =
-            Products::new().map_err(|e| Error::device(&name, format!("cuBLASLt does not start: {e}")))?;
-        if products.is_none() {
-            tracing::warn!(
-                "cuBLASLt was not found; matrix products use the portable kernel, which is slower"
-            );
-        }
+        let products = Products::new().inspect_err(|why| {
+            tracing::warn!("cuBLASLt {why}; matrix products use the portable kernel, which is slower");
+        });
+        let products = products.ok();
         let [workspace, fault] = held(products.is_some());
         let arena = Arc::new(Arena::new(gpu.clone()));
         let take = |(role, bytes): (Role, usize)| buffer(&arena, role, bytes);
