@@ -113,7 +113,8 @@ impl<'a> Running<'a> {
     pub fn train(mut self) -> Result<Option<PathBuf>> {
         interrupt::enter(interrupt::Phase::Training);
         while self.progress.step < self.cfg.steps {
-            let mut line = self.step()?;
+            let step = self.progress.step;
+            let mut line = self.step().map_err(|e| e.at(self.cfg.kind.name(), Some(step)))?;
             self.evaluate(&mut line);
             self.write(&line)?;
             // Read once per step, so that a run that stops has always saved a checkpoint first.

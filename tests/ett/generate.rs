@@ -181,7 +181,7 @@ fn shim_cache_agrees() -> Outcome {
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn gpu_cache_agrees() -> Outcome {
     cache_agrees(gpu(), "f32", 1e-5, 9)?;
     cache_agrees(gpu(), "bf16", 3e-2, 9)
@@ -226,7 +226,7 @@ fn chosen_step_by_step(
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn gpu_a_recorded_step_chooses_what_calls_choose() -> Outcome {
     let dev = gpu();
     let [called, replayed] = [false, true].map(|record| chosen_step_by_step(&dev, 2, 20, record));
