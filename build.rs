@@ -2,12 +2,12 @@
 //!
 //! | variable | meaning |
 //! | --- | --- |
-//! | `ETT_CUDA` | `require`: a missing CUDA compiler is an error; `off`: do not search for one |
+//! | `ETT_CUDA` | `fetch`: fetch a missing CUDA compiler, as on a machine with a driver; `require`: a missing one is an error; `off`: do not search for one |
 //! | `NVCC`, `CUDA_HOME` | the compiler, or the folder of CUDA |
 //! | `ETT_CUDA_ARCHS` | compute capabilities to compile for, by default `80 90a`; PTX of 80 is always included |
 //!
 //! With CUDA, the cfg `ett_cuda` is set, and a program links everything that it needs except the driver, which it loads
-//! at run time.
+//! at run time. If this machine has a driver, the cfg `ett_gpu_here` is set too, and the tests of a GPU are not ignored.
 
 #[path = "build/cuda.rs"]
 mod cuda;
@@ -28,7 +28,7 @@ fn main() {
 }
 
 fn build() -> Result<()> {
-    println!("cargo::rustc-check-cfg=cfg(ett_cuda)");
+    println!("cargo::rustc-check-cfg=cfg(ett_cuda, ett_gpu_here)");
     for path in ["build.rs", "build"] {
         println!("cargo::rerun-if-changed={path}");
     }
@@ -40,7 +40,8 @@ fn build() -> Result<()> {
     cc.include(kernels.join("include")).include(kernels.join("common"));
     cc.std("c11").extra_warnings(true).warnings_into_errors(true);
 
-    let toolkit = cuda::Toolkit::find()?;
+    let root = Path::new("/");
+    let toolkit = cuda::Toolkit::find(root)?;
     if let Some(toolkit) = &toolkit {
         let mut sources = Vec::new();
         for folder in &folders {
@@ -53,6 +54,9 @@ fn build() -> Result<()> {
     // After the archive, which needs them.
     if let Some(toolkit) = &toolkit {
         println!("cargo::rustc-cfg=ett_cuda");
+        if cuda::has_driver(root) {
+            println!("cargo::rustc-cfg=ett_gpu_here");
+        }
         println!("cargo::rustc-link-search=native={}", toolkit.lib.display());
         println!("cargo::rustc-link-lib=static=cudart_static");
         for lib in ["stdc++", "dl", "rt", "pthread"] {

@@ -24,25 +24,39 @@ pub struct Toolkit {
 }
 
 impl Toolkit {
-    /// The toolkit that the environment names, or the first one found; `None` if CUDA is off or there is none.
-    pub fn find() -> Result<Option<Toolkit>> {
-        let required = match variable("ETT_CUDA").as_deref() {
-            None => false,
-            Some("require") => true,
-            Some("off") => return Ok(None),
-            Some(other) => return Err(format!("ETT_CUDA is `{other}`, wanted `require`, `off` or nothing")),
-        };
-        if let Some(nvcc) = locate()? {
+    /// The toolkit that the environment names, or the first one found. If there is none, and `root`, the file system's
+    /// root, has a driver or the environment says so, `tools/setup-cuda` fetches one. `None` if CUDA is off or there is
+    /// no compiler.
+    pub fn find(root: &Path) -> Result<Option<Toolkit>> {
+        let mode = variable("ETT_CUDA").unwrap_or_default();
+        if mode == "off" {
+            return Ok(None);
+        }
+        if !["", "require", "fetch"].contains(&&*mode) {
+            return Err(format!("ETT_CUDA is `{mode}`, wanted `fetch`, `require`, `off` or nothing"));
+        }
+        // Build scripts run in the folder of the package.
+        let package = env::current_dir().map_err(|e| e.to_string())?;
+        if let Some(nvcc) = locate(&package)? {
             return Toolkit::at(nvcc).map(Some);
         }
-        let none = "there is no CUDA compiler in NVCC, CUDA_HOME, .cuda, PATH, /usr/local/cuda or /opt/cuda";
-        if required {
-            return Err(format!("{none}, but ETT_CUDA=require needs one: tools/setup-cuda fetches it"));
+        let mut none =
+            "there is no CUDA compiler in NVCC, CUDA_HOME, .cuda, PATH, /usr/local/cuda or /opt/cuda"
+                .to_string();
+        if mode == "fetch" || has_driver(root) {
+            match fetch(&package) {
+                Ok(nvcc) => return Toolkit::at(nvcc).map(Some),
+                Err(why) => none += &format!(", and none can be fetched ({why})"),
+            }
         }
-        println!(
-            "cargo::warning={none}: built for the CPU only (tools/setup-cuda fetches one, ETT_CUDA=off hides this)"
-        );
-        Ok(None)
+        match &*mode {
+            "" => {
+                let hint = "tools/setup-cuda fetches one, ETT_CUDA=off hides this";
+                println!("cargo::warning={none}: built for the CPU only ({hint})");
+                Ok(None)
+            }
+            _ => Err(format!("{none}, but ETT_CUDA={mode} needs one: tools/setup-cuda fetches it")),
+        }
     }
 
     fn at(nvcc: PathBuf) -> Result<Toolkit> {
@@ -73,12 +87,38 @@ fn variable(name: &str) -> Option<String> {
     env::var(name).ok().filter(|v| !v.is_empty())
 }
 
-fn locate() -> Result<Option<PathBuf>> {
+/// Whether there is an NVIDIA driver below `root`, the file system's root: for a GPU of the machine, of a container or
+/// of Windows around Linux.
+pub fn has_driver(root: &Path) -> bool {
+    ["proc/driver/nvidia/version", "dev/nvidiactl", "usr/lib/wsl/lib/libcuda.so.1"]
+        .iter()
+        .any(|p| root.join(p).exists())
+}
+
+/// The compiler inside of the folder of the package, where `tools/setup-cuda` puts it.
+const FETCHED: &str = ".cuda/nvidia/cu13/bin/nvcc";
+
+/// Fetches a compiler with `tools/setup-cuda`. The error is its reason, one line.
+pub fn fetch(package: &Path) -> Result<PathBuf> {
+    let setup = package.join("tools/setup-cuda");
+    said(Command::new("sh").arg(setup).arg("--from-build")).map_err(|e| {
+        let reason = e.lines().rev().find_map(|l| l.strip_prefix("setup-cuda: ")).unwrap_or(&e);
+        reason.split_whitespace().collect::<Vec<_>>().join(" ").trim_end_matches('.').to_string()
+    })?;
+    let nvcc = package.join(FETCHED);
+    // Cargo runs this script again if a file that it names is newer than the start of the script.
+    let file = fs::File::options().append(true).open(&nvcc);
+    let old = fs::metadata(package.join("build.rs")).and_then(|m| m.modified());
+    let aged = file.and_then(|file| file.set_modified(old?));
+    aged.map_err(|e| format!("{} cannot be used: {e}", nvcc.display()))?;
+    Ok(nvcc)
+}
+
+fn locate(package: &Path) -> Result<Option<PathBuf>> {
     let named = variable("NVCC").map(PathBuf::from);
     let mut folders: Vec<PathBuf> =
         variable("CUDA_HOME").map(|home| Path::new(&home).join("bin")).into_iter().collect();
-    // Build scripts run in the folder of the package.
-    folders.extend(env::current_dir().map(|root| root.join(".cuda/nvidia/cu13/bin")));
+    folders.extend(package.join(FETCHED).parent().map(Path::to_path_buf));
     let path: Vec<PathBuf> = env::split_paths(&env::var_os("PATH").unwrap_or_default()).collect();
     if let Some(nvcc) = named {
         // A name without a folder is searched for in PATH, as a shell does.

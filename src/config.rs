@@ -12,10 +12,27 @@ use crate::data::{Crop, LoadOptions, Source, Split, Wanted, read_text};
 use crate::error::{Error, Result};
 use crate::files;
 
+/// Version of the keys and their meaning. [`migrate`] brings files of earlier versions up to date.
+const FORMAT: u32 = 1;
+
+/// The version of a file's keys; by default that of this program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Format(u32);
+
+impl Default for Format {
+    fn default() -> Self {
+        Format(FORMAT)
+    }
+}
+
 /// A whole configuration file.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
+    /// Version of the keys. A file without it is read as one of this version, or as an older one where that differs; one
+    /// with a later version is an error.
+    pub format: Format,
     /// Encoder and decoder.
     pub tokenizer: TokenizerConfig,
     /// Codebook and its losses.
@@ -801,10 +818,16 @@ impl Config {
     fn parse(path: &Path, text: &str, overrides: &[String]) -> Result<Self> {
         let bad = |text, e| Error::data(path, format!("not a configuration: {}", explain(text, &e)));
         let mut table: toml::Table = toml::from_str(text).map_err(|e| bad(Some(text), e))?;
+        // Checked first: other keys may mean something else, or not exist here.
+        let format = table.get("format").and_then(toml::Value::as_integer);
+        if let Some(Ok(format)) = format.map(u32::try_from) {
+            files::check_format(path, format, FORMAT..=FORMAT)?;
+        }
+        let current = !migrate(&mut table) && overrides.is_empty();
         for o in overrides {
             set(&mut table, o)?;
         }
-        let config: Config = match overrides.is_empty() {
+        let config: Config = match current {
             true => toml::from_str(text).map_err(|e| bad(Some(text), e))?,
             false => table.try_into().map_err(|e| blame(text, overrides).unwrap_or_else(|| bad(None, e)))?,
         };
@@ -826,6 +849,13 @@ impl Config {
     /// Fails on values that no model can have, and on sizes that no machine can hold. Every number has a range, chosen
     /// so that sizes, which are products of several, do not overflow.
     pub fn check(&self) -> Result<()> {
+        if self.format != Format::default() {
+            return Err(Error::config(
+                "format",
+                self.format.0,
+                format!("{FORMAT}, which this program reads"),
+            ));
+        }
         let (t, q, d, llm) = (&self.tokenizer, &self.quantizer, &self.discriminator, &self.llm);
         let (loss, train, data) = (&self.loss, &self.train, &self.data);
         for (key, v, allowed) in [
@@ -1081,6 +1111,23 @@ fn explain(text: Option<&str>, e: &toml::de::Error) -> String {
     let number = text.get(..span.start).unwrap_or(text).matches('\n').count();
     let at: String = line(text.lines().nth(number).unwrap_or_default()).chars().take(80).collect();
     format!("TOML line {}, `{at}`: {}", number + 1, line(e.message()))
+}
+
+/// Brings the keys of a file without a version up to date, and returns whether it has changed any.
+fn migrate(table: &mut toml::Table) -> bool {
+    if table.contains_key("format") {
+        return false;
+    }
+    // Before version 1, `train.recompute` said whether blocks are recomputed.
+    let train = table.get_mut("train").and_then(toml::Value::as_table_mut);
+    match train.and_then(|train| train.get_mut("recompute")) {
+        Some(value @ toml::Value::Boolean(_)) => {
+            let name = if value.as_bool() == Some(true) { Recompute::Blocks } else { Recompute::None }.name();
+            *value = toml::Value::String(name.into());
+            true
+        }
+        _ => false,
+    }
 }
 
 /// Keys with paths as values.

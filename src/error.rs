@@ -83,6 +83,14 @@ pub enum Error {
         /// What is wrong, and the remedy.
         what: String,
     },
+    /// A file was written in another format than this program reads.
+    #[error("{path}: {what}")]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// The formats, and the remedy.
+        what: String,
+    },
     /// The operating system refused a file operation.
     #[error("{path}: {source}")]
     Io {
@@ -97,6 +105,18 @@ pub enum Error {
     /// Training cannot continue.
     #[error("training stopped: {0}")]
     Training(String),
+    /// A device failed in a stage.
+    #[error("stage {stage}{}: {source}{remedy}", step.map_or(String::new(), |step| format!(", step {step}")))]
+    Stage {
+        /// The kind of the stage.
+        stage: String,
+        /// Step in the stage, from 0; `None` before the first one.
+        step: Option<usize>,
+        /// The error of the device, which names the op.
+        source: Box<Error>,
+        /// Empty, or the remedy, with the semicolon before it.
+        remedy: String,
+    },
 }
 
 impl Error {
@@ -123,6 +143,17 @@ impl Error {
     /// An [`Error::Weights`] about `path`.
     pub fn weights(path: impl AsRef<Path>, what: impl ToString) -> Self {
         Error::Weights { path: path.as_ref().into(), what: what.to_string() }
+    }
+
+    /// Says in which stage and step a device failed; all other errors stay as they are.
+    pub(crate) fn at(self, stage: &str, step: Option<usize>) -> Self {
+        use Error::{Argument, Device, OutOfMemory, Unsupported};
+        match self {
+            e @ (Argument { .. } | Unsupported { .. } | OutOfMemory { .. } | Device { .. }) => {
+                Error::Stage { stage: stage.into(), step, source: Box::new(e), remedy: String::new() }
+            }
+            e => e,
+        }
     }
 
     /// The message without the path at its beginning, for use next to the path.

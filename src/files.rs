@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter, ErrorKind, Read, Seek, SeekFrom, Write};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
@@ -174,6 +175,19 @@ pub fn checksum(path: &Path) -> Result<Written> {
             Err(e) => return Err(Error::io(path)(e)),
         }
     }
+}
+
+/// Fails if a file is in a format that this program does not read: it reads those of `reads`.
+pub fn check_format(path: &Path, format: u32, reads: RangeInclusive<u32>) -> Result<()> {
+    if reads.contains(&format) {
+        return Ok(());
+    }
+    let (first, last) = reads.into_inner();
+    let which =
+        if first < last { format!("the formats {first} to {last}") } else { format!("the format {last}") };
+    let other = if format > last { "a newer" } else { "an older" };
+    let what = format!("has the format {format}, but this program reads {which}; use {other} version of ett");
+    Err(Error::Format { path: path.into(), what })
 }
 
 /// True if a write failed because the disk is full, or a quota or the maximum file size is exceeded.

@@ -12,6 +12,7 @@ pub mod cuda;
 mod dims;
 mod dtype;
 mod plan;
+mod profile;
 mod slot;
 pub mod spec;
 
@@ -20,12 +21,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
 pub use contract::*;
-pub use cpu::{Cpu, KernelTime};
+pub use cpu::Cpu;
 #[cfg(ett_cuda)]
 pub use cuda::Cuda;
 pub use dims::Dims;
 pub use dtype::{DType, Element, Precision, to_bf16};
 pub use plan::{KernelCount, Plan, Target};
+pub use profile::{KernelTime, Profile};
 pub use slot::Slot;
 use spec::{KernelSpec, Kind};
 
@@ -330,7 +332,7 @@ pub trait Device: Send + Sync {
     /// of the recording: the step state and the batch. Copies to and from the host, orders and waits cannot be
     /// recorded. Memory that `work` allocates belongs to the recording, so that replays write to no other memory;
     /// tensors that `work` reads but did not create must outlive the recording. Returns `None` without calling `work`
-    /// on devices that cannot record.
+    /// on devices that cannot record, and while kernels are measured.
     fn record(&self, _work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Box<dyn Recording>>> {
         Ok(None)
     }
@@ -338,6 +340,16 @@ pub trait Device: Send + Sync {
     fn collectives(&self) -> &dyn Collectives;
     /// Allocated bytes by role, now and at the peak.
     fn memory(&self) -> Memory;
+    /// Measures the time of every kernel from now on. Fails on devices that cannot.
+    fn start_profile(&self) -> Result<()> {
+        let what = "measuring the time of kernels".into();
+        Err(Error::Unsupported { op: "start_profile", what, device: self.name() })
+    }
+    /// The times of the kernels launched since the last call of this function or of [`Device::start_profile`]; `None`
+    /// if they are not measured. Waits for the device.
+    fn profile(&self) -> Result<Option<Profile>> {
+        Ok(None)
+    }
 }
 
 /// Launches recorded by [`Device::record`].
@@ -355,6 +367,9 @@ pub struct Memory {
     pub at_peak: [u64; 7],
     /// The largest total so far.
     pub peak: u64,
+    /// Bytes taken from the driver or the system so far: memory that is freed is kept and used again, so that this
+    /// does not change from one step to the next. 0 on a device without data.
+    pub taken: u64,
 }
 
 impl Memory {

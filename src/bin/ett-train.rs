@@ -6,14 +6,14 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
-use ett::backend::{self, Cpu, Kernels, Target};
+use ett::backend::{self, Kernels, Target};
 use ett::config::{Config, StageKind};
 use ett::error::{Error, Result};
 use ett::eval::HeldOut;
+use ett::interrupt;
 use ett::io::{run_config, written};
 use ett::terminal::{self, Output};
 use ett::train::{self, Ending, Finished, RunOptions};
-use ett::{interrupt, report};
 
 /// Train ETT (End-to-End Vision Tokenizer Tuning): a vision tokenizer and a language model, with the tokenizer tuned
 /// through the language model's loss.
@@ -38,6 +38,9 @@ struct Common {
     /// No progress bars.
     #[arg(long)]
     quiet: bool,
+    /// Measure the time of every kernel: print a table for each stage after the run, and write profile.json.
+    #[arg(long)]
+    profile: bool,
 }
 
 #[derive(Subcommand)]
@@ -66,9 +69,6 @@ enum Command {
         /// With --plan: memory to fill, such as 80GiB; default: the device's free memory.
         #[arg(long, requires = "plan")]
         memory: Option<String>,
-        /// After the run, print the time spent in each kernel (CPU only).
-        #[arg(long)]
-        profile: bool,
     },
     /// Continue an interrupted run from its last checkpoint; if only the evaluation is left, run it.
     Resume {
@@ -94,9 +94,8 @@ enum Command {
         /// Override a value, such as train.seed=2; may be repeated.
         #[arg(long)]
         set: Vec<String>,
-        /// cpu, cuda, cuda:N or auto.
-        #[arg(long, default_value = "auto")]
-        device: String,
+        #[command(flatten)]
+        common: Common,
     },
     /// Run one step of a stage on given weights and a given batch, and write all results to a file (docs/check.md).
     Check {
@@ -147,7 +146,7 @@ fn run(command: Option<Command>) -> Result<()> {
             out.put(&train::plan(&cfg, target, memory.or(free))?);
             out.finish()
         }
-        Some(Command::Run { config, out, init, set, common, profile, .. }) => {
+        Some(Command::Run { config, out, init, set, common, .. }) => {
             let cfg = Config::load(&config, &set)?;
             let name = config
                 .file_stem()
@@ -156,29 +155,19 @@ fn run(command: Option<Command>) -> Result<()> {
             let o =
                 RunOptions { out: &out, init: init.as_deref(), quiet: common.quiet, evaluation: &HeldOut };
             interrupt::install()?;
-            if !profile {
-                done(&out, &train::run(&cfg, device(&common.device, &cfg)?, &o)?);
-                return Ok(());
-            }
-            if common.device.starts_with("cuda") {
-                return Err(Error::config("--profile", common.device, "the device cpu; use nsys on a GPU"));
-            }
-            let dev = Arc::new(Cpu::new(cfg.train.threads)?.profiled());
-            let finished = train::run(&cfg, dev.clone(), &o)?;
-            Output::default().put(&report::profile_table(&dev));
-            done(&out, &finished);
+            done(&out, &train::run(&cfg, common.device(&cfg)?, &o)?);
             Ok(())
         }
         Some(Command::Resume { run, common }) => {
             interrupt::install()?;
             let cfg = run_config(&run)?;
-            done(&run, &train::resume(&run, device(&common.device, &cfg)?, common.quiet, &HeldOut)?);
+            done(&run, &train::resume(&run, common.device(&cfg)?, common.quiet, &HeldOut)?);
             Ok(())
         }
-        Some(Command::Speed { config, stage, steps, json, set, device: name }) => {
+        Some(Command::Speed { config, stage, steps, json, set, common }) => {
             let cfg = Config::load(&config, &set)?;
             let kind = stage.map(|name| StageKind::named(&name)).transpose()?;
-            let all = train::speed(&cfg, &|| device(&name, &cfg), kind, steps, &HeldOut)?;
+            let all = train::speed(&cfg, &|| common.device(&cfg), kind, steps, &HeldOut)?;
             if let Some(path) = json {
                 train::write_speeds(&all, &path)?;
             }
@@ -203,10 +192,11 @@ fn demo() -> Result<()> {
     Output::default().line(format!("{intro} {}.", out.display()));
     interrupt::install()?;
     let o = RunOptions { out: &out, init: None, quiet: false, evaluation: &HeldOut };
-    let finished = device("auto", &cfg).and_then(|dev| train::run(&cfg, dev, &o)).inspect_err(|_| {
-        // Removes the folder only if the run has left it empty.
-        let _ = std::fs::remove_dir(&out);
-    })?;
+    let finished =
+        train::choose_device(&cfg).and_then(|(_, dev)| train::run(&cfg, dev, &o)).inspect_err(|_| {
+            // Removes the folder only if the run has left it empty.
+            let _ = std::fs::remove_dir(&out);
+        })?;
     done(&out, &finished);
     Ok(())
 }
@@ -226,10 +216,17 @@ fn free(name: &str) -> Result<PathBuf> {
     }
 }
 
-fn device(name: &str, cfg: &Config) -> Result<Arc<dyn Kernels>> {
-    match name {
-        "auto" => Ok(train::choose_device(cfg)?.1),
-        name => backend::open(name, cfg.train.threads),
+impl Common {
+    /// The device of a run.
+    fn device(&self, cfg: &Config) -> Result<Arc<dyn Kernels>> {
+        let dev = match &*self.device {
+            "auto" => train::choose_device(cfg)?.1,
+            name => backend::open(name, cfg.train.threads)?,
+        };
+        if self.profile {
+            dev.start_profile()?;
+        }
+        Ok(dev)
     }
 }
 
@@ -256,6 +253,7 @@ fn planned(name: &str, cfg: &Config, free: bool) -> Result<(Target, Option<u64>)
 fn done(out: &Path, finished: &Finished) {
     let mut text = Output::default();
     text.put(&finished.table());
+    text.put(&finished.profiles.table());
     let resume = format!("`ett-train resume {}`", out.display());
     match &finished.ending {
         Ending::Saved(at) => {

@@ -9,7 +9,7 @@ use ett::data::{Format, Image, Skipped, grid, pictures, read_text, save, trimmed
 use ett::error::{Error, Result};
 use ett::eval::{evaluate_run, psnr, ssim};
 use ett::files;
-use ett::infer::{Sampling, Trained};
+use ett::infer::{Sampling, Trained, pack};
 use ett::io::{Skill, inspect};
 use ett::terminal::{self, Output, one_line, paragraphs};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -28,7 +28,7 @@ struct Cli {
 
 #[derive(Args)]
 struct Model {
-    /// Folder of a run, or one of its checkpoints.
+    /// Folder of a run, one of its checkpoints, or a folder written by `ett pack`.
     #[arg(long)]
     run: PathBuf,
     /// Use the averages of the tokenizer's weights (only for runs that kept them).
@@ -135,6 +135,14 @@ enum Command {
         #[arg(long)]
         out: Option<PathBuf>,
     },
+    /// Write a small copy of a model, for use only: in bf16, and without what only training needs.
+    Pack {
+        /// Folder of a run, or one of its checkpoints.
+        run: PathBuf,
+        /// Folder for the copy; name it with --run.
+        #[arg(long)]
+        out: PathBuf,
+    },
     /// Show the contents of a run folder, a checkpoint or a safetensors file.
     Inspect {
         /// Folder or file.
@@ -213,6 +221,10 @@ fn run(command: Command) -> Result<()> {
                 say.line(format!("  {name:<46} {value}"));
             }
             say.line(format!("written to {}", out.display()));
+        }
+        Command::Pack { run, out } => {
+            pack(&run, &out)?;
+            say.put(&inspect(&out, false)?);
         }
         Command::Inspect { path, tensors } => {
             say.put(&inspect(&path, tensors)?);

@@ -278,7 +278,9 @@ impl Figures {
             });
             2 * inked.count() > scale * scale
         };
-        std::array::from_fn(|row| (0..LETTER).fold(0, |bits, column| bits | u8::from(dot(row, column)) << column))
+        std::array::from_fn(|row| {
+            (0..LETTER).fold(0, |bits, column| bits | u8::from(dot(row, column)) << column)
+        })
     }
 }
 
@@ -328,7 +330,8 @@ fn connected(ink: &[Option<Colour>], width: usize, least: usize) -> Vec<Figure> 
         while let Some(at) = open.pop() {
             let (y, x) = (at / width, at % width);
             dots.push((y, x));
-            let beside = [(x > 0, -1), (x + 1 < width, 1), (y > 0, -(width as isize)), (true, width as isize)];
+            let beside =
+                [(x > 0, -1), (x + 1 < width, 1), (y > 0, -(width as isize)), (true, width as isize)];
             for next in beside.iter().filter(|b| b.0).map(|b| at.wrapping_add_signed(b.1)) {
                 if left.get(next) == Some(&Some(colour)) {
                     left[next] = None;
@@ -389,18 +392,22 @@ mod tests {
         for (size, shape) in [(32, 0.9), (48, 0.99), (64, 0.99)] {
             let scenes = Scenes::new(size, 1).unwrap();
             let drawings: Vec<_> = (0..600).map(|i| scenes.get(Split::Test, i)).collect();
-            check(&format!("{size} pixels"), &drawings, &[
-                (Aspect::Colour, 0.99, same!(Shapes, a, b, a.colour == b.colour)),
-                (Aspect::Count, 0.99, same!(Shapes, a, b, a.count == b.count)),
-                (Aspect::Place, 0.99, same!(Shapes, a, b, a.place == b.place)),
-                (
-                    Aspect::ColourCountPlace,
-                    0.99,
-                    same!(Shapes, a, b, (a.colour, a.count, a.place) == (b.colour, b.count, b.place)),
-                ),
-                (Aspect::Shape, shape, same!(Shapes, a, b, a.shape == b.shape)),
-                (Aspect::Size, 0.99, same!(Shapes, a, b, a.size == b.size)),
-            ]);
+            check(
+                &format!("{size} pixels"),
+                &drawings,
+                &[
+                    (Aspect::Colour, 0.99, same!(Shapes, a, b, a.colour == b.colour)),
+                    (Aspect::Count, 0.99, same!(Shapes, a, b, a.count == b.count)),
+                    (Aspect::Place, 0.99, same!(Shapes, a, b, a.place == b.place)),
+                    (
+                        Aspect::ColourCountPlace,
+                        0.99,
+                        same!(Shapes, a, b, (a.colour, a.count, a.place) == (b.colour, b.count, b.place)),
+                    ),
+                    (Aspect::Shape, shape, same!(Shapes, a, b, a.shape == b.shape)),
+                    (Aspect::Size, 0.99, same!(Shapes, a, b, a.size == b.size)),
+                ],
+            );
         }
     }
 
@@ -413,11 +420,15 @@ mod tests {
         for size in [48, 64, 100] {
             let words = Words::new(size, 1).unwrap();
             let drawings: Vec<_> = (0..150).map(|i| words.get(Split::Test, i)).collect();
-            check(&format!("{size} pixels"), &drawings, &[
-                (Aspect::Word, 0.99, same!(Word, a, b, a.word == b.word)),
-                (Aspect::WordColours, 0.99, same!(Word, a, b, colours(a) == colours(b))),
-                (Aspect::WordShape, 0.95, same!(Word, a, b, a.beside.is_some() && a.beside == b.beside)),
-            ]);
+            check(
+                &format!("{size} pixels"),
+                &drawings,
+                &[
+                    (Aspect::Word, 0.99, same!(Word, a, b, a.word == b.word)),
+                    (Aspect::WordColours, 0.99, same!(Word, a, b, colours(a) == colours(b))),
+                    (Aspect::WordShape, 0.95, same!(Word, a, b, a.beside.is_some() && a.beside == b.beside)),
+                ],
+            );
         }
     }
 

@@ -112,7 +112,8 @@ impl Written {
         let scale = largest - rng.below(largest.min(2));
         let (width, height) = (self.word.len() * LETTER * scale, LETTER * scale);
         // One of the multiples of the margin between which a length fits.
-        let place = |rng: &mut Philox, room: usize, length: usize| margin * rng.below((room - length) / margin + 1);
+        let place =
+            |rng: &mut Philox, room: usize, length: usize| margin * rng.below((room - length) / margin + 1);
         let left = margin + place(rng, free, width);
         let top = match self.beside {
             None => margin + place(rng, free, height),

@@ -148,7 +148,11 @@ fn drawings<'a>(
     let sampling = Sampling { seed: model.cfg.train.seed, ..Sampling::default() };
     let grid = (tokens, tokens);
     let images = draw(model, &texts, template.begin_picture(), grid, &sampling, &mut |_, _| ())?;
-    Ok(asked.into_iter().zip(images).map(|((prompt, scene), image)| Drawing { prompt, scene, image }).collect())
+    Ok(asked
+        .into_iter()
+        .zip(images)
+        .map(|((prompt, scene), image)| Drawing { prompt, scene, image })
+        .collect())
 }
 
 /// What the drawings of built-in scenes show.

@@ -2,6 +2,7 @@
 
 mod continued;
 mod draw;
+mod pack;
 mod sample;
 
 use std::path::{Path, PathBuf};
@@ -22,6 +23,7 @@ use crate::rng::Philox;
 use crate::tensor::Tensor;
 pub use continued::Continued;
 pub use draw::{decode_codes, draw, draw_codes};
+pub use pack::pack;
 pub use sample::Sampling;
 
 /// Rows of logits held at a time.
@@ -41,18 +43,10 @@ pub struct Trained {
 }
 
 impl Trained {
-    /// Loads the model of a run folder or a checkpoint; for an unfinished run, its last checkpoint. With `ema`, the
-    /// averages replace the weights of the groups for which the run kept them.
+    /// Loads the model of a run folder, a checkpoint or the folder that [`pack`] has written; for an unfinished run, its
+    /// last checkpoint. With `ema`, the averages replace the weights of the groups for which the run kept them.
     pub fn open(run: &Path, dev: Arc<dyn Kernels>, ema: bool) -> Result<Self> {
-        let folder = match run.join(WEIGHTS).exists() {
-            true => run.to_path_buf(),
-            false => Checkpoints::latest(run)?.ok_or_else(|| {
-                let what = format!(
-                    "holds neither {WEIGHTS} nor a checkpoint; name the folder of a run of ett-train"
-                );
-                Error::data(run, what)
-            })?,
-        };
+        let folder = model_folder(run)?;
         let cfg = run_config(&folder)?;
         let (template, text) = Template::of(&cfg)?;
         let weights = folder.join(WEIGHTS);
@@ -151,6 +145,17 @@ impl Trained {
             None => Err(Error::arg("reconstruct", "image", "empty", "at least one pixel")),
         }
     }
+}
+
+/// The folder with the weights of a run: its own, or its last checkpoint if it has not ended.
+fn model_folder(run: &Path) -> Result<PathBuf> {
+    if run.join(WEIGHTS).exists() {
+        return Ok(run.to_path_buf());
+    }
+    Checkpoints::latest(run)?.ok_or_else(|| {
+        let what = format!("holds neither {WEIGHTS} nor a checkpoint; name the folder of a run of ett-train");
+        Error::data(run, what)
+    })
 }
 
 /// Pictures encoded for the language model.

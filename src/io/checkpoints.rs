@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::weights::{Entry, TensorFile, write_tensors};
+use super::weights::{Entry, Note, TensorFile, write_tensors};
 use super::{Fingerprint, History, TOKENIZER};
 use crate::error::{Error, Result};
 use crate::files::{self, FileWriter, Written, replace, sync_dir, write_synced};
@@ -107,7 +107,7 @@ impl Draft<'_> {
     }
 
     /// Writes tensors in the safetensors format, with a note in the header.
-    pub fn tensors(&mut self, name: &str, entries: Vec<Entry>, note: Option<String>) -> Result<()> {
+    pub fn tensors(&mut self, name: &str, entries: Vec<Entry>, note: Option<&Note>) -> Result<()> {
         let mut file = FileWriter::create(&self.folder.join(name))?;
         write_tensors(&mut file, entries, note)?;
         let written = file.finish()?;
@@ -248,8 +248,8 @@ impl Checkpoints {
     }
 
     /// The checkpoint that a run resumes from; `None` if it has none. If the one named as the latest is missing or
-    /// incomplete, the newest complete one is returned, with a warning. Nothing is changed, so this may be called
-    /// while the run is in progress.
+    /// incomplete, the newest complete one is returned, with a warning; one in another format is an error. Nothing is
+    /// changed, so this may be called while the run is in progress.
     pub fn latest(run: &Path) -> Result<Option<PathBuf>> {
         let all = run.join(CHECKPOINTS);
         if !all.is_dir() {
@@ -264,11 +264,22 @@ impl Checkpoints {
             }
             match whole(&folder) {
                 Ok(_) => return Ok(Some(folder)),
+                Err(e @ Error::Format { .. }) => return Err(e),
                 Err(e) => tracing::warn!("the latest checkpoint cannot be used: {e}"),
             }
         }
         let folders = list(&all)?;
-        let found = folders.iter().rev().map(|(_, folder)| folder).find(|folder| whole(folder).is_ok());
+        let mut found = None;
+        for (_, folder) in folders.iter().rev() {
+            match whole(folder) {
+                Ok(_) => {
+                    found = Some(folder);
+                    break;
+                }
+                Err(e @ Error::Format { .. }) => return Err(e),
+                Err(_) => {}
+            }
+        }
         match found {
             Some(folder) => {
                 let why = if named.is_some() { "instead" } else { "the file `latest` is missing" };
@@ -355,10 +366,7 @@ fn read_state(folder: &Path) -> Result<State> {
     }
     let unreadable = |e: serde_json::Error| Error::data(&path, format!("cannot be read ({e})"));
     let Format { format } = serde_json::from_str(state).map_err(unreadable)?;
-    if format != FORMAT {
-        let what = format!("has the format {format}, wanted {FORMAT}; use the version of ett that wrote it");
-        return Err(Error::data(&path, what));
-    }
+    files::check_format(&path, format, FORMAT..=FORMAT)?;
     serde_json::from_str(state).map_err(unreadable)
 }
 

@@ -3,8 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use super::checkpoints::{self, Checkpoints};
+use super::weights::{Entry, Note, write_tensors};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::files;
 
 /// Weights of a run, under the public names.
 pub const WEIGHTS: &str = "model.safetensors";
@@ -16,6 +18,8 @@ pub const CONFIG: &str = "config.toml";
 pub const TOKENIZER: &str = "tokenizer.json";
 /// The metrics of each step, one JSON object per line.
 pub const METRICS: &str = "metrics.jsonl";
+/// The time spent in each kernel, if it was measured.
+pub const PROFILE: &str = "profile.json";
 /// The held-out results, written last.
 pub const REPORT: &str = "eval.json";
 
@@ -39,6 +43,7 @@ pub fn written(out: &Path) -> Vec<(&'static str, &'static str)> {
         ("drawings.png", "pictures drawn for held-out prompts"),
         (REPORT, "the held-out results above, with their settings"),
         (METRICS, "one line per step"),
+        (PROFILE, "the time spent in each kernel"),
         (WEIGHTS, "the weights; `ett --run` uses this folder"),
     ]
     .into_iter()
@@ -73,6 +78,33 @@ pub fn config_text(cfg: &Config) -> Result<String> {
     let mut cfg = cfg.clone();
     cfg.data.tokenizer = cfg.data.tokenizer.map(|_| TOKENIZER.into());
     toml::to_string(&cfg).map_err(|e| Error::config("configuration", e, "values TOML can hold"))
+}
+
+/// Writes the folder of a model for use only: weights with their note, averages if there are any, the text tokenizer,
+/// and the configuration without the paths of data, which mean nothing elsewhere. Fails if the folder is in use.
+pub(crate) fn write_model(
+    out: &Path,
+    cfg: &Config,
+    weights: Vec<Entry>,
+    note: &Note,
+    averages: Vec<Entry>,
+) -> Result<()> {
+    refuse_used(out)?;
+    std::fs::create_dir_all(out).map_err(Error::io(out))?;
+    if let Some(from) = &cfg.data.tokenizer {
+        let file = std::fs::read(from).map_err(Error::io(from))?;
+        files::replace(&out.join(TOKENIZER), |f| f.put(&file))?;
+    }
+    let mut cfg = cfg.clone();
+    (cfg.data.train, cfg.data.test, cfg.lpips.weights) = (PathBuf::new(), None, None);
+    cfg.stage.iter_mut().for_each(|s| (s.data.train, s.data.test) = (None, None));
+    let text = config_text(&cfg)?;
+    files::replace(&out.join(CONFIG), |f| f.put(text.as_bytes()))?;
+    if !averages.is_empty() {
+        files::replace(&out.join(EMA), |f| write_tensors(f, averages, None))?;
+    }
+    files::replace(&out.join(WEIGHTS), |f| write_tensors(f, weights, Some(note)))?;
+    Ok(())
 }
 
 /// Fails if the folder is a checkpoint of a run or the folder of its checkpoints.

@@ -72,12 +72,7 @@ impl History {
 
     /// The history in a weights file, if it has one.
     pub fn of(file: &TensorFile) -> Option<Self> {
-        file.note().and_then(|note| serde_json::from_str(note).ok())
-    }
-
-    /// The history as the note of a file.
-    pub(crate) fn note(&self) -> Result<String> {
-        serde_json::to_string(self).map_err(|e| Error::data("weights", format!("have no history ({e})")))
+        file.note().map(|note| note.history.clone())
     }
 
     /// Continues the history in a file whose weights replaced these.

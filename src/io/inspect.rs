@@ -95,6 +95,10 @@ fn file(path: &Path, all: bool) -> Result<String> {
     if let Some(history) = History::of(&weights) {
         let _ = writeln!(out, "  trained to {}", history.words());
     }
+    let without = weights.note().map_or(String::new(), |note| note.without.join(", "));
+    if !without.is_empty() {
+        let _ = writeln!(out, "  without what only training needs: {without}");
+    }
     if all {
         for (name, (dtype, dims)) in &tensors {
             let _ = writeln!(out, "  {name:<64} {dtype:?} {dims:?}");

@@ -11,8 +11,10 @@ pub mod weights;
 
 pub use checkpoints::{Checkpoints, Progress};
 pub use fingerprint::{Fingerprint, Texts};
-pub use folder::{CONFIG, EMA, METRICS, REPORT, TOKENIZER, WEIGHTS, config_text, run_config, written};
-pub(crate) use folder::{refuse_part, refuse_used};
+pub use folder::{
+    CONFIG, EMA, METRICS, PROFILE, REPORT, TOKENIZER, WEIGHTS, config_text, run_config, written,
+};
+pub(crate) use folder::{refuse_part, refuse_used, write_model};
 pub use history::{History, Skill};
 pub use inspect::inspect;
 pub(crate) use lock::Lock;

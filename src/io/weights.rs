@@ -1,22 +1,52 @@
 //! Reading and writing weights: safetensors under the public names.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
+use serde::{Deserialize, Serialize};
 
 use super::History;
-use crate::backend::{DType, Precision};
+use crate::backend::{DType, Precision, to_bf16};
 use crate::config::LpipsConfig;
 use crate::error::{Error, Result};
-use crate::files::{FileWriter, replace};
+use crate::files::{self, FileWriter, replace};
 use crate::nn::{HostTensor, Params, Stored};
 
 /// The only key used in the format's metadata.
 const NOTE: &str = "ett";
+/// Version of the names, shapes and layouts of weights in files.
+const FORMAT: u32 = 1;
+
+/// What the header of a file of weights says about them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Note {
+    /// Files of version 1 do not all have it.
+    #[serde(default = "first")]
+    format: u32,
+    /// Where the weights come from.
+    #[serde(flatten)]
+    pub history: History,
+    /// Groups that are left out since only training needs them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub without: Vec<String>,
+}
+
+/// The first version.
+fn first() -> u32 {
+    1
+}
+
+impl Note {
+    /// The note of weights with this history, for a file without the groups `without`.
+    pub fn new(history: &History, without: &[&str]) -> Self {
+        let without = without.iter().map(|g| g.to_string()).collect();
+        Note { format: FORMAT, history: history.clone(), without }
+    }
+}
 
 /// A safetensors file whose tensors are read one at a time.
 pub struct TensorFile {
@@ -25,10 +55,11 @@ pub struct TensorFile {
     /// Offset of the tensors' bytes.
     start: u64,
     header: Metadata,
+    note: Option<Note>,
 }
 
 impl TensorFile {
-    /// Opens a file and reads its header.
+    /// Opens a file and reads its header. Fails if it says that it has a newer format than this program reads.
     pub fn open(path: &Path) -> Result<Self> {
         let broken = |why: &dyn std::fmt::Display| {
             Error::weights(path, format!("not a complete safetensors file ({why})"))
@@ -47,7 +78,12 @@ impl TensorFile {
         if want != bytes {
             return Err(broken(&format!("it has {bytes} bytes, wanted {want}")));
         }
-        Ok(TensorFile { path: path.into(), file, start, header })
+        let note = header.metadata().as_ref().and_then(|all| all.get(NOTE));
+        let note = note.and_then(|text| serde_json::from_str::<serde_json::Value>(text).ok());
+        let format = note.as_ref().and_then(|note| note["format"].as_u64()).unwrap_or(first().into());
+        files::check_format(path, format.try_into().unwrap_or(u32::MAX), first()..=FORMAT)?;
+        let note = note.and_then(|note| serde_json::from_value(note).ok());
+        Ok(TensorFile { path: path.into(), file, start, header, note })
     }
 
     /// Names of the tensors with type and shape.
@@ -56,9 +92,9 @@ impl TensorFile {
         all.map(|(name, info)| (name, (info.dtype, info.shape.clone()))).collect()
     }
 
-    /// The note in the file's header, see [`write_tensors`].
-    pub fn note(&self) -> Option<&str> {
-        self.header.metadata().as_ref()?.get(NOTE).map(String::as_str)
+    /// The note in the file's header, if it has one.
+    pub fn note(&self) -> Option<&Note> {
+        self.note.as_ref()
     }
 
     /// Reads a tensor, widened to f64.
@@ -76,6 +112,11 @@ impl TensorFile {
             Error::weights(&self.path, what)
         })?;
         Ok(HostTensor { dims: info.shape.clone(), values })
+    }
+
+    /// Reads every tensor, widened to f64.
+    pub fn read_all(&self) -> Result<BTreeMap<String, HostTensor>> {
+        self.tensors().into_keys().map(|name| Ok((name.clone(), self.read(&name)?))).collect()
     }
 
     /// Like [`TensorFile::read`], but fails if a value is not finite.
@@ -98,8 +139,7 @@ fn not_finite(name: &str, t: &HostTensor) -> Option<String> {
 
 /// Reads every tensor of a safetensors file, widened to f64.
 pub fn read_file(path: &Path) -> Result<BTreeMap<String, HostTensor>> {
-    let file = TensorFile::open(path)?;
-    file.tensors().into_keys().map(|name| Ok((name.clone(), file.read(&name)?))).collect()
+    TensorFile::open(path)?.read_all()
 }
 
 /// Bytes of a file as f64; `None` for types other than the floats and integers supported here.
@@ -125,6 +165,8 @@ pub enum FileType {
     F64,
     /// 4-byte floats.
     F32,
+    /// 2-byte floats with the exponents of 4-byte ones.
+    Bf16,
     /// 4-byte integers.
     I32,
     /// 8-byte integers.
@@ -145,6 +187,7 @@ impl FileType {
         match self {
             FileType::F64 => Dtype::F64,
             FileType::F32 => Dtype::F32,
+            FileType::Bf16 => Dtype::BF16,
             FileType::I32 => Dtype::I32,
             FileType::I64 => Dtype::I64,
         }
@@ -157,6 +200,7 @@ impl FileType {
         match self {
             FileType::F64 => file.put(bytemuck::cast_slice(values)),
             FileType::F32 => file.put(bytemuck::cast_slice(&cast(values, |x| x as f32))),
+            FileType::Bf16 => file.put(bytemuck::cast_slice(&cast(values, to_bf16))),
             FileType::I32 => file.put(bytemuck::cast_slice(&cast(values, |x| x as i32))),
             FileType::I64 => file.put(bytemuck::cast_slice(&cast(values, |x| x as i64))),
         }
@@ -177,7 +221,7 @@ pub struct Entry<'a> {
 }
 
 /// Writes tensors in the safetensors format, with a note in the header.
-pub fn write_tensors(file: &mut FileWriter, mut entries: Vec<Entry>, note: Option<String>) -> Result<()> {
+pub fn write_tensors(file: &mut FileWriter, mut entries: Vec<Entry>, note: Option<&Note>) -> Result<()> {
     let unwritable = |e: &dyn std::fmt::Display| Error::data(file.path(), format!("cannot be written ({e})"));
     // The order of the format: wide types first, for alignment.
     entries.sort_by(|a, b| b.ty.dtype().cmp(&a.ty.dtype()).then_with(|| a.name.cmp(&b.name)));
@@ -187,6 +231,7 @@ pub fn write_tensors(file: &mut FileWriter, mut entries: Vec<Entry>, note: Optio
         at += e.dims.iter().product::<usize>() * e.ty.dtype().bitsize() / 8;
         (e.name.clone(), TensorInfo { dtype: e.ty.dtype(), shape: e.dims.clone(), data_offsets: (from, at) })
     });
+    let note = note.map(serde_json::to_string).transpose().map_err(|e| unwritable(&e))?;
     let note = note.map(|note| HashMap::from([(NOTE.to_string(), note)]));
     let header = Metadata::new(note, infos.collect()).map_err(|e| unwritable(&e))?;
     let mut header = serde_json::to_vec(&header).map_err(|e| unwritable(&e))?;
@@ -248,7 +293,7 @@ pub fn set_weights(
     wanted: Option<&dyn Fn(&str) -> bool>,
 ) -> Result<()> {
     let mut problems = Vec::new();
-    let mut known = std::collections::BTreeSet::new();
+    let mut known = BTreeSet::new();
     for (name, _, dims) in params.names() {
         if wanted.is_some_and(|w| !w(name)) {
             continue;
@@ -272,9 +317,14 @@ pub fn set_weights(
     params.refresh()
 }
 
-/// Loads a safetensors file that holds exactly the model's parameters.
+/// Loads a safetensors file that holds exactly the model's parameters, except for the groups that its note says it does
+/// without: these stay as they are.
 pub fn load_weights(params: &Params, path: &Path) -> Result<()> {
-    set_weights(params, path, &read_file(path)?, None)
+    let file = TensorFile::open(path)?;
+    let without = file.note().map_or(&[][..], |note| &note.without);
+    let held = params.names().filter(|(_, group, _)| !without.iter().any(|g| g == group));
+    let held: BTreeSet<&str> = held.map(|(name, ..)| name).collect();
+    set_weights(params, path, &file.read_all()?, Some(&|name| held.contains(name)))
 }
 
 /// Loads the LPIPS weights that the configuration names, or says that its features are random.
@@ -312,7 +362,7 @@ pub fn save_weights(params: &Params, path: &Path, stored: Stored) -> Result<()> 
 
 /// The same with the history of the weights.
 pub fn save_weights_of(params: &Params, path: &Path, stored: Stored, history: &History) -> Result<()> {
-    let note = history.note()?;
-    replace(path, |file| write_tensors(file, entries(params, stored, ""), Some(note)))?;
+    let note = Note::new(history, &[]);
+    replace(path, |file| write_tensors(file, entries(params, stored, ""), Some(&note)))?;
     Ok(())
 }

@@ -27,6 +27,8 @@ pub struct Module {
     pub by: TrainedBy,
     /// Whether a stage that keeps averages of weights keeps those of this module.
     pub averaged: bool,
+    /// Whether the use of a trained model needs it; the others serve the losses.
+    pub in_use: bool,
     /// Whether a stage trains it; `tuned` is the weight of the tokenizer's own losses, or `None` if the stage does
     /// not train the tokenizer.
     trained: fn(stage: StageKind, tuned: Option<f64>, cfg: &Config) -> bool,
@@ -63,35 +65,58 @@ pub const MODULES: [Module; 8] = [
         group: "llm",
         by: TrainedBy::Main,
         averaged: false,
+        in_use: true,
         trained: |stage, _, _| !matches!(stage, StageKind::Tokenizer | StageKind::Align),
     },
     Module {
         group: "projector",
         by: TrainedBy::Main,
         averaged: false,
+        in_use: true,
         trained: |stage, _, cfg| reads_pictures(stage) && cfg.train.arm != Arm::Index,
     },
     Module {
         group: "visual_embed",
         by: TrainedBy::Main,
         averaged: false,
+        in_use: true,
         trained: |stage, _, cfg| reads_pictures(stage) && cfg.train.arm == Arm::Index,
     },
     Module {
         group: "visual_head",
         by: TrainedBy::Main,
         averaged: false,
+        in_use: true,
         trained: |stage, _, _| stage == StageKind::Gen,
     },
-    Module { group: "encoder", by: TrainedBy::Main, averaged: true, trained: |_, tuned, _| tuned.is_some() },
-    Module { group: "decoder", by: TrainedBy::Main, averaged: true, trained: |_, tuned, _| decodes(tuned) },
+    Module {
+        group: "encoder",
+        by: TrainedBy::Main,
+        averaged: true,
+        in_use: true,
+        trained: |_, tuned, _| tuned.is_some(),
+    },
+    Module {
+        group: "decoder",
+        by: TrainedBy::Main,
+        averaged: true,
+        in_use: true,
+        trained: |_, tuned, _| decodes(tuned),
+    },
     Module {
         group: "discriminator",
         by: TrainedBy::Discriminator,
         averaged: true,
+        in_use: false,
         trained: |_, tuned, cfg| decodes(tuned) && cfg.loss.gan > 0.0,
     },
-    Module { group: "lpips", by: TrainedBy::Nothing, averaged: false, trained: |_, _, _| false },
+    Module {
+        group: "lpips",
+        by: TrainedBy::Nothing,
+        averaged: false,
+        in_use: false,
+        trained: |_, _, _| false,
+    },
 ];
 
 /// State that training carries from step to step, besides the weights.

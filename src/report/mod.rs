@@ -7,6 +7,6 @@ mod results;
 mod sharpness;
 
 pub(crate) use metrics::{Line, Smooth, Usage, code_usage};
-pub use profile::profile_table;
+pub use profile::Profiles;
 pub use results::{Codes, Drawn, Evaluation, Pair, QuestionType, Report};
 pub(crate) use sharpness::Sharpness;

@@ -8,7 +8,7 @@ use super::Optimizer;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::io::checkpoints::{self, Contents, Draft, TRAINING, WINDOW};
-use crate::io::weights::{Entry, FileType, TensorFile, entries, misfit};
+use crate::io::weights::{Entry, FileType, Note, TensorFile, entries, misfit};
 use crate::io::{CONFIG, Checkpoints, EMA, Fingerprint, Progress, TOKENIZER, WEIGHTS, config_text};
 use crate::model::{Carried, Ett};
 use crate::nn::Stored;
@@ -32,8 +32,8 @@ fn fill(draft: &mut Draft, model: &Ett, optimizers: &[&Optimizer], progress: &Pr
     if let Some(file) = &progress.tokenizer {
         draft.file(TOKENIZER, file)?;
     }
-    let note = Some(progress.history.note()?);
-    draft.tensors(WEIGHTS, entries(&model.params, Stored::Master, ""), note)?;
+    let note = Note::new(&progress.history, &[]);
+    draft.tensors(WEIGHTS, entries(&model.params, Stored::Master, ""), Some(&note))?;
     let averaged = groups(Stored::Ema);
     if !averaged.is_empty() {
         draft.tensors(EMA, entries(&model.params, Stored::Ema, ""), None)?;

@@ -191,6 +191,33 @@ fn largest_after(
     Ok(fits)
 }
 
+/// In words, the largest batches of a stage, after those before it, that `bytes` hold: with what its backward pass was
+/// `chosen` to recompute, and with whatever allows for more.
+pub(super) fn fitting(
+    cfg: &Config,
+    before: &[StageConfig],
+    stage: &StageConfig,
+    chosen: Recompute,
+    target: Target,
+    bytes: u64,
+) -> Result<String> {
+    let largest = |what| largest_after(&with(cfg, what), before, stage, target, bytes);
+    let mut most = largest(chosen)?;
+    let mut out = format!("{}, of what was free before the run, hold ", backend::size(bytes));
+    out += &match most {
+        0 => "not even a batch of 1".into(),
+        n => format!("a batch of up to {n} in one part"),
+    };
+    for what in Recompute::CHOICES {
+        let n = largest(what)?;
+        if n > most {
+            out += &format!(", or of {n} with train.recompute = {:?}", what.name());
+            most = n;
+        }
+    }
+    Ok(out)
+}
+
 /// The bytes of `80GiB`, `24 GB`, `512MiB` or a plain number.
 pub fn parse_memory(text: &str) -> Result<u64> {
     let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());

@@ -15,7 +15,7 @@ use crate::io::{
     run_config,
 };
 use crate::model::Ett;
-use crate::report::{Evaluation, Report};
+use crate::report::{Evaluation, Profiles, Report};
 
 /// Options of a run that are not part of its configuration.
 #[derive(Clone, Copy)]
@@ -38,6 +38,8 @@ pub struct Finished {
     pub report: Option<Report>,
     /// Seconds per stage, by name.
     pub seconds: Vec<(String, f64)>,
+    /// The time spent in each kernel, by stage; empty unless the device measured it.
+    pub profiles: Profiles,
     /// How far the run got.
     pub ending: Ending,
 }

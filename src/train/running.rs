@@ -212,12 +212,14 @@ impl<'a> Running<'a> {
             if !pause
                 && let Some(batch) = next.take().map_or_else(|| batches.take(self.model), |b| Ok(Some(b)))?
             {
-                launched = Some(self.launch(batch)?);
+                let (stage, step) = (self.cfg.kind.name(), batch.step);
+                launched = Some(self.launch(batch).map_err(|e| e.at(stage, Some(step)))?);
                 // Copied while the device computes.
                 next = batches.take(self.model)?;
             }
             let Some(done) = std::mem::replace(&mut running, launched) else { continue };
-            let mut line = self.finish(done)?;
+            let (stage, step) = (self.cfg.kind.name(), done.step);
+            let mut line = self.finish(done).map_err(|e| e.at(stage, Some(step)))?;
             let between = running.is_none();
             if between {
                 self.evaluate(&mut line);

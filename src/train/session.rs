@@ -4,24 +4,24 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::checkpoint;
-use super::plan::choose_recompute;
+use super::plan::{choose_recompute, fitting};
 use super::running::{Inputs, Running};
 use super::{Ending, Finished};
-use crate::backend::Kernels;
+use crate::backend::{Kernels, Target, size};
 use crate::config::{Config, DataConfig, Recompute};
 use crate::data::DataSet;
 use crate::error::{Error, Result};
 use crate::feed::Template;
-use crate::files::Lines;
+use crate::files::{self, Lines};
 use crate::interrupt;
 use crate::io::weights::{TensorFile, load_averages};
 use crate::io::{
-    Checkpoints, EMA, Fingerprint, History, METRICS, Progress, REPORT, WEIGHTS, checkpoints, load_weights,
-    save_weights, save_weights_of,
+    Checkpoints, EMA, Fingerprint, History, METRICS, PROFILE, Progress, REPORT, WEIGHTS, checkpoints,
+    load_weights, save_weights, save_weights_of,
 };
 use crate::model::Ett;
 use crate::nn::Stored;
-use crate::report::{Evaluation, Report, plots};
+use crate::report::{Evaluation, Profiles, Report, plots};
 
 /// The data sets of a run, shared by stages with the same data.
 struct Sets {
@@ -89,6 +89,7 @@ pub(super) struct Session<'a> {
     evaluation: &'a dyn Evaluation,
     /// Bytes that the device had free before the model was made, if known.
     memory: Option<u64>,
+    profiles: Profiles,
 }
 
 impl<'a> Session<'a> {
@@ -114,8 +115,20 @@ impl<'a> Session<'a> {
             tokenizer,
             ..Progress::default()
         };
-        let (cfg, out) = (cfg.clone(), out.into());
-        Ok(Session { cfg, model, progress, sets, template, out, quiet, saves: true, evaluation, memory })
+        let (cfg, out, profiles) = (cfg.clone(), out.into(), Profiles::default());
+        Ok(Session {
+            cfg,
+            model,
+            progress,
+            sets,
+            template,
+            out,
+            quiet,
+            saves: true,
+            evaluation,
+            memory,
+            profiles,
+        })
     }
 
     /// A run whose weights are trained and saved, but not evaluated.
@@ -158,6 +171,7 @@ impl<'a> Session<'a> {
             saves: true,
             evaluation,
             memory: None,
+            profiles: Profiles::default(),
         })
     }
 
@@ -191,20 +205,25 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// Trains the only stage without saving its weights; returns what its backward pass computed again.
-    pub fn measure(&mut self) -> Result<Recompute> {
+    /// Trains the only stage without saving its weights; returns what its backward pass computed again, and the time of
+    /// each kernel if the device measures it.
+    pub fn measure(mut self) -> Result<(Recompute, Profiles)> {
         self.saves = false;
         self.train(None)?;
-        Ok(self.model.cfg.train.recompute)
+        Ok((self.model.cfg.train.recompute, self.profiles))
     }
 
     /// Trains the remaining stages. If the run is interrupted, returns the checkpoint that was saved.
     fn train(&mut self, mut from: Option<&Path>) -> Result<Option<PathBuf>> {
         let mut metrics = Lines::resume(&self.out.join(METRICS), self.progress.metrics)?;
-        for (number, stage) in self.cfg.stage.iter().enumerate().skip(self.progress.stage) {
+        for (number, stage) in self.cfg.stage.clone().iter().enumerate().skip(self.progress.stage) {
+            let name = stage.kind.name();
             self.model.cfg.train.recompute = self.recompute(number)?;
             let data = self.cfg.data_of(stage);
-            let running = Running::begin(
+            let before = if from.is_some() { self.progress.step } else { 0 };
+            // What was measured until now belongs to no stage.
+            self.model.params.device().profile()?;
+            let trained = Running::begin(
                 Inputs {
                     all: &self.cfg,
                     data: self.sets.train(&data)?,
@@ -221,9 +240,13 @@ impl<'a> Session<'a> {
                 &mut self.progress,
                 &mut metrics,
                 from.take(),
-            )?;
-            if let Some(at) = running.train()? {
-                return Ok(Some(at));
+            )
+            .map_err(|e| e.at(name, None))
+            .and_then(Running::train);
+            let saved = trained.map_err(|e| self.explain(number, e))?;
+            self.measured(name, self.progress.step - before)?;
+            if saved.is_some() {
+                return Ok(saved);
             }
         }
         self.model.params.train(&[])?;
@@ -231,24 +254,43 @@ impl<'a> Session<'a> {
         Ok(None)
     }
 
-    /// What the backward pass of a stage recomputes. Keeps a twentieth of the memory free, since blocks of different sizes
-    /// leave gaps.
+    /// The bytes that a plan may fill, and its target: all that was free but a twentieth, since blocks of different
+    /// sizes leave gaps.
+    fn budget(&self) -> Option<(u64, Target)> {
+        Some((self.memory? / 20 * 19, self.model.params.device().target()?))
+    }
+
+    /// What the backward pass of a stage recomputes.
     fn recompute(&self, number: usize) -> Result<Recompute> {
         let (cfg, set) = (&self.cfg, self.cfg.train.recompute);
-        let (Recompute::Auto, Some(bytes)) = (set, self.memory) else { return Ok(set) };
-        let Some(target) = self.model.params.device().target() else { return Ok(set) };
-        let (stage, gib) = (&cfg.stage[number], |bytes: u64| bytes as f64 / (1u64 << 30) as f64);
-        let (what, peak) = choose_recompute(cfg, &cfg.stage[..number], stage, target, bytes / 20 * 19)?;
+        let (Recompute::Auto, Some((bytes, target))) = (set, self.budget()) else { return Ok(set) };
+        let stage = &cfg.stage[number];
+        let (what, peak) = choose_recompute(cfg, &cfg.stage[..number], stage, target, bytes)?;
         if what != Recompute::None {
+            let (name, peak, free) = (stage.kind.name(), size(peak), size(bytes));
             tracing::info!(
-                "stage {}: train.recompute = {:?}, planned to take {:.1} of {:.1} GiB",
-                stage.kind.name(),
-                what.name(),
-                gib(peak),
-                gib(bytes)
+                "stage {name}: train.recompute = {:?}, planned to take {peak} of {free}",
+                what.name()
             );
         }
         Ok(what)
+    }
+
+    /// Adds to the error of a device what to do about it: the batches for which the memory is enough, and the checkpoint
+    /// from which the run can be resumed.
+    fn explain(&self, number: usize, e: Error) -> Error {
+        let Error::Stage { stage, step, source, mut remedy } = e else { return e };
+        if let (Error::OutOfMemory { .. }, Some((bytes, target))) = (&*source, self.budget()) {
+            let (cfg, chosen) = (&self.cfg, self.model.cfg.train.recompute);
+            match fitting(cfg, &cfg.stage[..number], &cfg.stage[number], chosen, target, bytes) {
+                Ok(batches) => remedy += &format!("; {batches}"),
+                Err(e) => tracing::debug!("no batch is planned: {e}"),
+            }
+        }
+        if let Ok(Some(last)) = Checkpoints::latest(&self.out) {
+            remedy += &format!("; the last checkpoint, {}, is complete", last.display());
+        }
+        Error::Stage { stage, step, source, remedy }
     }
 
     /// Writes the trained weights, and the averages of the groups that have them.
@@ -275,11 +317,25 @@ impl<'a> Session<'a> {
         let Some(test) = self.sets.test(&self.cfg.data) else { return Ok(None) };
         interrupt::check()?;
         tracing::info!("evaluating on held-out pictures of {}", test.root.display());
-        self.evaluation.closing(&mut self.model, test, &self.template, &self.out).map(Some)
+        let report = self.evaluation.closing(&mut self.model, test, &self.template, &self.out)?;
+        self.measured("evaluation", 0)?;
+        Ok(Some(report))
+    }
+
+    /// Keeps what the device has measured since the last time as a part of the run, and writes all parts into the run
+    /// folder.
+    fn measured(&mut self, part: &str, steps: usize) -> Result<()> {
+        let dev = self.model.params.device();
+        let Some(profile) = dev.profile()? else { return Ok(()) };
+        self.profiles.add(part, steps, profile);
+        let text = self.profiles.json(&dev.name())?;
+        files::replace(&self.out.join(PROFILE), |f| f.put(text.as_bytes()))?;
+        Ok(())
     }
 
     fn finished(self, report: Option<Report>, ending: Ending) -> Finished {
-        Finished { model: self.model, report, seconds: self.progress.seconds, ending }
+        let (seconds, profiles) = (self.progress.seconds, self.profiles);
+        Finished { model: self.model, report, seconds, profiles, ending }
     }
 }
 

@@ -13,7 +13,7 @@ use crate::config::{Config, DataConfig, StageKind};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::io::METRICS;
-use crate::report::Evaluation;
+use crate::report::{Evaluation, Profiles};
 
 /// Steps that are not counted: the first ones take memory, fill caches and are recorded.
 const FIRST: usize = 3;
@@ -49,6 +49,9 @@ pub struct Speed {
     pub graph: bool,
     /// The fastest other implementation in the same run.
     pub peer_images_per_s: Option<f64>,
+    /// The time of each kernel, if the device measures it.
+    #[serde(skip)]
+    pub profiles: Profiles,
 }
 
 /// Trains `steps` steps of each stage of a configuration (only of `kind`, if given), from the same fresh weights, and
@@ -87,8 +90,8 @@ fn stage_speed(cfg: &Config, dev: Arc<dyn Kernels>, evaluation: &dyn Evaluation)
     let scratch = Scratch::new()?;
     let target = dev.target();
     let graph = cfg.train.graph && dev.can_record();
-    let mut session = Session::new(cfg, dev, &scratch.0, false, evaluation)?;
-    let recompute = session.measure()?;
+    let session = Session::new(cfg, dev, &scratch.0, false, evaluation)?;
+    let (recompute, profiles) = session.measure()?;
     let metrics = scratch.0.join(METRICS);
     let lines = std::fs::read_to_string(&metrics).map_err(Error::io(&metrics))?;
     let lines: Vec<serde_json::Value> = lines
@@ -122,12 +125,13 @@ fn stage_speed(cfg: &Config, dev: Arc<dyn Kernels>, evaluation: &dyn Evaluation)
         peak_gib: lines.last().and_then(|l| l["memory_mib"].as_f64()).unwrap_or(f64::NAN) / 1024.0,
         plan_gib: plan.map_or(f64::NAN, |p| gib(p.memory.peak as f64)),
         waited_ms: median("waited_ms", |v| v),
-        graph,
+        graph: graph && profiles.is_empty(),
         peer_images_per_s: None,
+        profiles,
     })
 }
 
-/// The speeds as a table.
+/// The speeds as a table, and the time of each kernel.
 pub fn speed_table(all: &[Speed]) -> String {
     let mut out = format!(
         "  {:<16} {:<34} {:>9} {:>9} {:>8} {:>9} {:>9} {:>9}\n",
@@ -148,6 +152,7 @@ pub fn speed_table(all: &[Speed]) -> String {
             s.waited_ms
         );
     }
+    all.iter().for_each(|s| out.push_str(&s.profiles.table()));
     out
 }
 

@@ -276,13 +276,13 @@ fn every_stage_in_bf16_is_that_of_f64() -> Outcome {
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn gpu_every_stage_in_f32_is_that_of_f64() -> Outcome {
     stages_agree(&gpu(), "f32", 1e-3)
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn gpu_every_stage_in_bf16_is_that_of_f64() -> Outcome {
     stages_agree(&gpu(), "bf16", BOUND)
 }
@@ -293,13 +293,13 @@ fn gradients_in_bf16_are_those_of_f64() -> Outcome {
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn gpu_gradients_in_f32_are_those_of_f64() -> Outcome {
     gradients_agree(&gpu(), "f32", 1e-3)
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn gpu_gradients_in_bf16_are_those_of_f64() -> Outcome {
     gradients_agree(&gpu(), "bf16", BOUND)
 }

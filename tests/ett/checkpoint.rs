@@ -283,7 +283,13 @@ fn other_formats_are_refused() -> Outcome {
     let text = format!("{{\"crc32\": \"{:08x}\",\n\"state\": {state}}}\n", crc32fast::hash(state.as_bytes()));
     std::fs::write(folder.join("state.json"), text)?;
     let e = refused(checkpoints::progress(&folder));
-    assert!(e.contains("has the format 2, wanted 1"), "{e}");
+    let said = "has the format 2, but this program reads the format 1; use a newer version of ett";
+    assert!(e.ends_with(said), "{e}");
+    // Nor is the run taken up from an earlier checkpoint behind the user's back.
+    let e = refused(Checkpoints::latest(&scratch.path("run")));
+    assert!(e.starts_with(&folder.join("state.json").display().to_string()) && e.ends_with(said), "{e}");
+    std::fs::remove_file(scratch.path("run/checkpoints/latest"))?;
+    assert!(refused(Checkpoints::latest(&scratch.path("run"))).ends_with(said));
     Ok(())
 }
 

@@ -1,8 +1,9 @@
 //! Helpers shared by the tests.
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ett::backend::cuda::Shim;
 use ett::backend::{Cpu, DType, Dims, Kernels, Role};
@@ -30,7 +31,18 @@ pub fn cpu(threads: usize) -> Arc<dyn Kernels> {
     Arc::new(Cpu::poisoned(threads).expect("threads can be started"))
 }
 
-/// The first GPU, with poisoned memory; fails if there is none.
+/// Waits until no other test uses the GPU, and keeps it for this one: until the end of its thread. Tests measure its
+/// memory and its time, and some need nearly all of it.
+pub fn gpu_turn() {
+    static GPU: Mutex<()> = Mutex::new(());
+    thread_local!(static MINE: RefCell<Option<MutexGuard<'static, ()>>> = const { RefCell::new(None) });
+    MINE.with_borrow_mut(|mine| {
+        // A test that failed leaves the GPU usable.
+        mine.get_or_insert_with(|| GPU.lock().unwrap_or_else(PoisonError::into_inner));
+    });
+}
+
+/// The first GPU, with poisoned memory, for one test at a time; fails if there is none.
 pub fn gpu() -> Arc<dyn Kernels> {
     gpu_forcing(&std::env::var("ETT_FORCE").unwrap_or_default())
 }
@@ -39,6 +51,7 @@ pub fn gpu() -> Arc<dyn Kernels> {
 #[cfg(ett_cuda)]
 pub fn gpu_forcing(force: &str) -> Arc<dyn Kernels> {
     use ett::backend::cuda::{Cuda, Options};
+    gpu_turn();
     let options = Options { poison: true, force: force.into(), ..Options::from_env() };
     Arc::new(Cuda::with(0, &options).expect("a GPU"))
 }

@@ -181,7 +181,7 @@ fn shim_cache_agrees() -> Outcome {
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn gpu_cache_agrees() -> Outcome {
     cache_agrees(gpu(), "f32", 1e-5, 9)?;
     cache_agrees(gpu(), "bf16", 3e-2, 9)
@@ -226,7 +226,7 @@ fn chosen_step_by_step(
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn gpu_a_recorded_step_chooses_what_calls_choose() -> Outcome {
     let dev = gpu();
     let [called, replayed] = [false, true].map(|record| chosen_step_by_step(&dev, 2, 20, record));
@@ -358,7 +358,8 @@ fn codes_through_the_cache_are_those_of_whole_sequences() -> Outcome {
             let want = prompts.iter().enumerate().map(|(i, p)| codes(&model, p, i as u32, 8, &s));
             let want = want.collect::<Result<Vec<_>>>()?;
             let mut heard = Vec::new();
-            let got = draw_codes(&model, &prompts, START, 8, &s, true, &mut |done, all| heard.push((done, all)))?;
+            let got =
+                draw_codes(&model, &prompts, START, 8, &s, true, &mut |done, all| heard.push((done, all)))?;
             assert_eq!(got, want, "{precision}, {kind:?}, {s:?}");
             assert!(want[0] != want[1] && want[1] != want[2], "prompts change nothing: {want:?}");
             assert_eq!(heard, (1..=8).map(|i| (5 * i, 40)).collect::<Vec<_>>());

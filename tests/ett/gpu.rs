@@ -4,7 +4,7 @@ use ett::backend::{Add, DType, Fill, GatherFwd, Kernels, Role, Stream};
 use ett::error::{Error, Result};
 use ett::tensor::Tensor;
 
-use crate::common::{Outcome, gpu, int, normal, tensor};
+use crate::common::{Outcome, gpu, gpu_turn, int, normal, tensor};
 
 const S: Stream = Stream::COMPUTE;
 
@@ -15,7 +15,7 @@ fn add(dev: &dyn Kernels, a: &Tensor, b: &Tensor) -> Result<Tensor> {
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn memory_comes_back_at_the_same_addresses() -> Outcome {
     let dev = gpu();
     let work = || -> Result<Vec<u64>> {
@@ -37,7 +37,7 @@ fn memory_comes_back_at_the_same_addresses() -> Outcome {
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn too_much_memory_is_a_sentence() -> Outcome {
     let dev = gpu();
     let held = Tensor::zeros(&*dev, Role::Moment, DType::F32, [3 << 20])?;
@@ -56,7 +56,7 @@ fn too_much_memory_is_a_sentence() -> Outcome {
 /// Values survive a round trip for any size and stride, and a pending read returns the value even if it was
 /// overwritten since.
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn copies_and_pending_reads() -> Outcome {
     let dev = gpu();
     for n in [1, 7, 4096, 3_000_001, 20_000_003] {
@@ -81,7 +81,7 @@ fn copies_and_pending_reads() -> Outcome {
 
 /// Batches are copied on the other stream and used after an `order`, and their memory is reused at once.
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn copies_on_the_other_stream_are_ordered() -> Outcome {
     let dev = gpu();
     let n = 4 << 20;
@@ -108,7 +108,7 @@ fn copies_on_the_other_stream_are_ordered() -> Outcome {
 /// for the compute stream only: the copy then overwrote what a kernel had written there, so that the next batch had
 /// values of the dropped one.
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn memory_of_a_copy_under_way_is_not_reused_before_its_end() -> Outcome {
     let dev = gpu();
     // A single piece of pinned memory: enqueued at once, and far slower to copy than to fill.
@@ -138,7 +138,7 @@ fn memory_of_a_copy_under_way_is_not_reused_before_its_end() -> Outcome {
 /// The same with a recording, which takes the block from the device while it is being copied to. Once, the replay
 /// waited for the compute stream only.
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn a_recording_does_not_reuse_memory_of_a_copy_under_way_either() -> Outcome {
     let dev = gpu();
     let n = 8 << 20;
@@ -167,7 +167,7 @@ fn a_recording_does_not_reuse_memory_of_a_copy_under_way_either() -> Outcome {
 /// A batch of the device is dropped during a recording. Once, the event recorded then belonged to the recording, so
 /// that ordering the next batch in the same memory was an error of the driver.
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn a_batch_may_be_dropped_within_a_recording() -> Outcome {
     let dev = gpu();
     let n = 1 << 20;
@@ -195,13 +195,14 @@ fn a_batch_may_be_dropped_within_a_recording() -> Outcome {
 /// (the recording was lost), and returned that block to the driver although its launches still wrote there. The test
 /// takes most of the memory, so it runs in a process of its own.
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn a_recording_can_use_what_the_device_holds_free() -> Outcome {
     const CHILD: &str = "ETT_TEST_RECORD_CHILD";
+    gpu_turn();
     if std::env::var_os(CHILD).is_none() {
         let out = std::process::Command::new(std::env::current_exe()?)
             .args([
-                "--ignored",
+                "--include-ignored",
                 "--exact",
                 "--nocapture",
                 "gpu::a_recording_can_use_what_the_device_holds_free",
@@ -264,7 +265,7 @@ fn a_recording_can_use_what_the_device_holds_free() -> Outcome {
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn wrong_indices_are_reported_once() -> Outcome {
     let dev = gpu();
     let table = tensor(&*dev, DType::F32, &normal(1, 40), [10, 4]);
@@ -279,7 +280,7 @@ fn wrong_indices_are_reported_once() -> Outcome {
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn recordings_refuse_what_they_cannot_hold() -> Outcome {
     let dev = gpu();
     let x = tensor(&*dev, DType::F32, &[1.0; 64], [64]);
@@ -320,9 +321,10 @@ fn recordings_refuse_what_they_cannot_hold() -> Outcome {
 
 #[cfg(ett_cuda)]
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn forced_kernels_are_used_or_refused() -> Outcome {
     use ett::backend::cuda::{Cuda, Options};
+    gpu_turn();
     let with = |force: &str| Cuda::with(0, &Options { force: force.into(), ..Options::default() });
     let dev = with("add=plain")?;
     let x = tensor(&dev, DType::F32, &[1.0; 64], [64]);
@@ -349,14 +351,15 @@ impl ett::backend::Reclaim for Nowhere {
 /// process, so it runs in a process of its own.
 #[cfg(ett_cuda)]
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn sync_blames_the_kernel() -> Outcome {
     use ett::backend::cuda::{Cuda, Options};
     use ett::backend::{Buffer, Device, In};
     const CHILD: &str = "ETT_TEST_SYNC_CHILD";
+    gpu_turn();
     if std::env::var_os(CHILD).is_none() {
         let out = std::process::Command::new(std::env::current_exe()?)
-            .args(["--ignored", "--exact", "--nocapture", "gpu::sync_blames_the_kernel"])
+            .args(["--include-ignored", "--exact", "--nocapture", "gpu::sync_blames_the_kernel"])
             .envs([(CHILD, "1"), ("ETT_SYNC", "1")])
             .output()?;
         let said = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
@@ -377,4 +380,42 @@ fn sync_blames_the_kernel() -> Outcome {
     println!("blamed: {e}");
     // The GPU can no longer free its memory in order.
     std::process::exit(0)
+}
+
+/// Times and gaps of launches. While they are measured, nothing is recorded.
+#[test]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
+fn a_profile_counts_every_launch_and_the_time_between_them() -> Outcome {
+    let dev = gpu();
+    assert!(dev.profile()?.is_none());
+    let small = tensor(&*dev, DType::F32, &[1.0; 64], [64]);
+    dev.start_profile()?;
+    // More launches than wait at once.
+    let (n, rounds) = (16 << 20, 6000);
+    let large = Tensor::zeros(&*dev, Role::Activation, DType::F32, [n])?;
+    for _ in 0..rounds {
+        add(&*dev, &small, &small)?;
+    }
+    dev.synchronize()?;
+    let pause = std::time::Duration::from_millis(50);
+    std::thread::sleep(pause);
+    add(&*dev, &large, &large)?;
+    let p = dev.profile()?.ok_or("it was started")?;
+    let kernels = p.kernels();
+    for k in &kernels {
+        println!("{k:?}");
+    }
+    let of = |name: &str| kernels.iter().filter(|k| k.kernel == name).collect::<Vec<_>>();
+    let adds = of("add");
+    assert_eq!(adds.iter().map(|k| k.calls).sum::<u64>(), rounds + 1);
+    assert!(adds.iter().all(|k| !k.implementation.is_empty() && k.seconds > 0.0), "{adds:?}");
+    let (idle, seconds) = (p.idle(), p.busy());
+    assert!(idle >= pause.as_secs_f64() && idle < 2.0, "{idle} s without a kernel");
+    // A large sum takes at least as long as its memory at 20 TB/s.
+    assert!(seconds > 12.0 * n as f64 / 20e12 && seconds < 2.0, "{seconds} s in kernels");
+    let bytes = 12.0 * n as f64 + rounds as f64 * 12.0 * 64.0;
+    assert_eq!(adds.iter().map(|k| k.bytes).sum::<f64>(), bytes);
+    assert!(dev.profile()?.is_some_and(|p| p.kernels().is_empty()), "it starts again");
+    assert!(dev.record(&mut || Err(Error::device("cuda", "is not to be recorded")))?.is_none());
+    Ok(())
 }

@@ -161,7 +161,7 @@ fn shim_quantizer_and_losses() -> Outcome {
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn gpu_quantizer_and_losses() -> Outcome {
     quantizer_and_losses_agree(gpu(), &Inputs::new(4, 16, 8192, 256))
 }

@@ -1,16 +1,28 @@
-//! Nothing of size tokens x codes is stored: measured on the heap, in a process of its own.
+//! Nothing of size tokens x codes is stored: measured on the heap, in a process of its own. Steps use the memory of
+//! earlier steps again.
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use ett::autograd::Tape;
-use ett::backend::{Cpu, DType, Device, Precision, Role};
+use ett::backend::{Cpu, DType, Device, Kernels, Precision, Role};
+use ett::config::StageKind;
+use ett::data::DataSet;
+use ett::error::{Error, Result};
+use ett::feed::Template;
+use ett::model::Ett;
 use ett::ops::{self, Entropy, IbqOptions};
+use ett::report::{Evaluation, Report};
 use ett::tensor::Tensor;
+use ett::train::{self, RunOptions};
 
-use crate::common::{Outcome, normal};
+use crate::common::{Outcome, Scratch, cpu, gpu, normal};
+use crate::run::{config, pictures};
 
 /// The system's allocator, which also counts the bytes held, their peak, and all bytes ever allocated.
 pub struct Counting;
@@ -140,4 +152,61 @@ fn measure() -> Outcome {
     };
     assert!(sound(&dz)? && sound(&de)?, "the gradients are finite and not zero");
     Ok(())
+}
+
+/// In place of an evaluation after every step: how much memory the device has taken by then.
+#[derive(Default)]
+struct Watch(Mutex<Vec<(StageKind, u64)>>);
+
+impl Evaluation for Watch {
+    fn check(&self, _: &DataSet, _: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn during(
+        &self,
+        model: &mut Ett,
+        _: &DataSet,
+        _: &Template,
+        stage: StageKind,
+    ) -> Result<BTreeMap<&'static str, f64>> {
+        self.0.lock().expect("no panic").push((stage, model.params.device().memory().taken));
+        Ok(BTreeMap::new())
+    }
+
+    fn closing(&self, _: &mut Ett, _: &DataSet, _: &Template, _: &Path) -> Result<Report> {
+        Err(Error::Training("nothing is evaluated".into()))
+    }
+}
+
+/// The first step of a stage takes memory, and the second may, since the first one's batch is still held then. Later
+/// ones do not.
+fn later_steps_take_no_memory(dev: Arc<dyn Kernels>) -> Outcome {
+    let dir = Scratch::new();
+    pictures(&dir.path("data"));
+    let mut cfg = config(&dir.path("data"));
+    cfg.train.eval_every = 1;
+    cfg.stage.iter_mut().for_each(|s| s.steps = 6);
+    let watch = Watch::default();
+    let o = RunOptions { out: &dir.path("out"), init: None, quiet: true, evaluation: &watch };
+    train::run(&cfg, dev, &o)?;
+    let taken = watch.0.into_inner()?;
+    for kind in StageKind::ALL {
+        let steps: Vec<u64> = taken.iter().filter(|(of, _)| *of == kind).map(|(_, bytes)| *bytes).collect();
+        println!("{}: {steps:?} bytes taken", kind.name());
+        assert!(steps.len() == 6 && steps[0] > 0, "{}: {steps:?}", kind.name());
+        assert!(steps[1..].iter().all(|bytes| *bytes == steps[1]), "{}: {steps:?}", kind.name());
+    }
+    Ok(())
+}
+
+#[test]
+fn later_steps_take_no_memory_from_the_system() -> Outcome {
+    later_steps_take_no_memory(cpu(1))
+}
+
+#[test]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
+fn gpu_later_steps_take_no_memory_from_the_driver() -> Outcome {
+    later_steps_take_no_memory(gpu())
 }

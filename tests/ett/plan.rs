@@ -277,7 +277,7 @@ fn averages_of_earlier_stages_are_counted() -> Outcome {
 }
 
 #[test]
-fn a_gpu_can_be_planned_for_where_its_kernels_are() -> Outcome {
+fn cuda_can_be_planned_for_where_its_kernels_are() -> Outcome {
     assert_eq!(Target::named("cpu", 3)?, Target::Cpu { threads: 3 });
     for wrong in ["gpu", "cuda:x", "cpu:1"] {
         assert!(Target::named(wrong, 1).is_err_and(|e| e.to_string().contains("cuda:N")), "{wrong}");
@@ -446,7 +446,7 @@ fn a_run_takes_what_the_plan_says() -> Outcome {
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn a_step_on_a_gpu_takes_what_the_plan_says() -> Outcome {
     for (cfg, stage, threads) in variants() {
         let plan = plan_stage(&cfg, &stage, Target::named("cuda", 0)?)?;

@@ -197,7 +197,7 @@ fn shim_peaked_softmax() -> Outcome {
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn gpu_peaked_softmax() -> Outcome {
     peaked_softmax(&gpu(), &PRECISIONS[1..])
 }
@@ -230,7 +230,7 @@ fn peaked_entropies() -> Outcome {
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn gpu_peaked_entropies() -> Outcome {
     peaked_q(&gpu(), &PRECISIONS[1..])
 }
@@ -266,7 +266,7 @@ fn operands_in_f32_keep_what_bf16_rounds_away() -> Outcome {
 /// Counted by the kernels' own queries, which take an H100 for granted where there is no GPU.
 #[cfg(ett_cuda)]
 #[test]
-fn a_gpu_takes_at_most_64_mib_for_any_number_of_codes() -> Outcome {
+fn cuda_takes_at_most_64_mib_for_any_number_of_codes() -> Outcome {
     use ett::backend::{Plan, Target};
     use ett::ops::{self, Entropy, IbqOptions};
 

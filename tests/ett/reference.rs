@@ -121,6 +121,11 @@ fn page(all: &BTreeMap<String, Vec<Item>>) -> Result<String, Box<dyn std::error:
          This page is generated from the comments in `src/config.rs`:\n\n```\n{AGAIN}\n```\n"
     );
     for section in &all["Config"] {
+        if let Some(value) = defaults.get(&section.name).filter(|v| !v.is_table() && !v.is_array()) {
+            documented(&section.name, section)?;
+            write!(out, "\n## `{}`\n\n{} Default: `{value}`.\n", section.name, section.doc)?;
+            continue;
+        }
         let (name, list) = (&section.name, section.ty.strip_prefix("Vec<").and_then(|t| t.strip_suffix('>')));
         let values = match list {
             Some(_) => &stage,

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ett::backend::{Cpu, Kernels};
+use ett::backend::{Cpu, Device, Kernels};
 use ett::config::{Arm, Config, StageConfig, StageData, StageKind, VisualHeadKind};
 use ett::data::{Image, Source, save_png};
 use ett::eval::{HeldOut, evaluate_run};
@@ -53,7 +53,8 @@ pub fn pictures(dir: &Path) {
     std::fs::write(dir.join("metadata.jsonl"), lines).expect("a file");
 }
 
-fn config(data: &Path) -> Config {
+/// Every stage with a small model, on the pictures of a folder.
+pub fn config(data: &Path) -> Config {
     let mut c = Config::default();
     (c.tokenizer.ch, c.tokenizer.ch_mult, c.tokenizer.norm_groups) = (8, vec![1, 2], 4);
     (c.tokenizer.num_res_blocks, c.tokenizer.z_channels) = (1, 8);
@@ -366,4 +367,42 @@ fn reconstructions_are_evaluated_with_the_averages() {
     let lines = std::fs::read_to_string(out.join("metrics.jsonl")).expect("metrics");
     let last: serde_json::Value = serde_json::from_str(lines.lines().last().expect("lines")).expect("JSON");
     assert_eq!(last["eval"]["mse"].as_f64(), Some(report.mse), "the evaluation after the last step, too");
+}
+
+#[test]
+fn a_profile_has_every_stage_and_the_evaluation() {
+    let dir = Folder::new("profile");
+    pictures(&dir.0.join("data"));
+    let mut c = config(&dir.0.join("data"));
+    c.stage.truncate(2);
+    let dev = Arc::new(Cpu::poisoned(1).expect("a thread"));
+    dev.start_profile().expect("the CPU measures");
+    let out = dir.0.join("out");
+    let o = RunOptions { out: &out, init: None, quiet: true, evaluation: &HeldOut };
+    let done = train::run(&c, dev, &o).expect("the run ends");
+    let text = std::fs::read_to_string(out.join("profile.json")).expect("a profile");
+    let all: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!((all["format"].as_u64(), all["device"].as_str()), (Some(1), Some("cpu (1 threads)")));
+    let parts = all["parts"].as_array().expect("parts");
+    let named: Vec<_> = parts.iter().map(|p| (p["part"].as_str(), p["steps"].as_u64())).collect();
+    let want = [("tokenizer", 2), ("text", 2), ("evaluation", 0)];
+    assert_eq!(named, want.map(|(part, steps)| (Some(part), Some(steps))));
+    let kernels = |part: usize| parts[part]["kernels"].as_array().expect("kernels").clone();
+    let calls = |part: usize, name: &str| {
+        kernels(part).iter().find(|k| k["kernel"] == name).and_then(|k| k["calls"].as_u64())
+    };
+    // Encoder, decoder and discriminator; the language model; nothing.
+    assert_eq!([0, 1, 2].map(|part| calls(part, "adamw")), [Some(6), Some(2), None]);
+    for (part, (name, _)) in want.into_iter().enumerate() {
+        let sum = |key: &str| kernels(part).iter().filter_map(|k| k[key].as_f64()).sum::<f64>();
+        let total = |key: &str| parts[part][key].as_f64().expect("a number");
+        assert!((sum("share") - 1.0).abs() < 1e-9 && total("seconds") > 0.0, "{name}");
+        assert!((sum("seconds") - total("seconds")).abs() < 1e-9, "{name}");
+        assert!((sum("idle_seconds") - total("idle_seconds")).abs() < 1e-9, "{name}");
+        assert!(sum("tflop_per_s") > 0.0 && sum("gb_per_s") > 0.0, "{name}");
+    }
+    let table = done.profiles.table();
+    for part in ["\ntokenizer, 2 steps: ", "\nevaluation: ", "\n  conv2d_fwd ", "TFLOP/s"] {
+        assert!(table.contains(part), "{part} in {table}");
+    }
 }

@@ -231,7 +231,7 @@ fn shim_follows_the_cpu() -> Outcome {
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn gpu_follows_the_cpu() -> Outcome {
     for sizes in [SMALL, WIDE] {
         follows_the_cpu(gpu(), "f32", sizes, STEPS, 1e-4)?;
@@ -241,7 +241,7 @@ fn gpu_follows_the_cpu() -> Outcome {
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn gpu_resumes_bitwise() -> Outcome {
     for precision in ["f32", "bf16"] {
         resumes_bitwise(&gpu, precision, WIDE, STEPS)?;
@@ -251,7 +251,7 @@ fn gpu_resumes_bitwise() -> Outcome {
 
 /// One recorded step, replayed for every batch and rate.
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn gpu_recorded_steps_are_bitwise_launched_ones() -> Outcome {
     for precision in ["f32", "bf16"] {
         let mut launched = Trainer::new(gpu(), precision, WIDE)?;

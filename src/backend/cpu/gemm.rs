@@ -1,14 +1,7 @@
 //! Matrix products with the `gemm` crate, one thread per call. Parallel products are split into fixed blocks of rows,
 //! so that the bits do not depend on the number of threads.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
-
 use super::{Real, dot, simd};
-
-/// Whether products are timed, and the nanoseconds spent in them, summed over threads.
-pub(super) static TIMED: AtomicBool = AtomicBool::new(false);
-pub(super) static NANOS: AtomicU64 = AtomicU64::new(0);
 
 /// A matrix in a slice, with any strides.
 #[derive(Clone, Copy)]
@@ -81,7 +74,6 @@ pub(crate) fn gemm<R: Real>(a: Mat<R>, b: Mat<R>, c: &mut [R], ldc: usize, accum
     if n <= FEW && a.cs == 1 && b.rs == 1 {
         return few_columns(a, b, c, ldc, accumulate);
     }
-    let start = TIMED.load(Ordering::Relaxed).then(Instant::now);
     // SAFETY: these extents and strides stay inside the slices, as asserted here and in `Mat`.
     unsafe {
         gemm::gemm(
@@ -105,9 +97,6 @@ pub(crate) fn gemm<R: Real>(a: Mat<R>, b: Mat<R>, c: &mut [R], ldc: usize, accum
             false,
             gemm::Parallelism::None,
         );
-    }
-    if let Some(start) = start {
-        NANOS.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
     }
 }
 

@@ -23,9 +23,7 @@ mod testing;
 mod views;
 mod workspace;
 
-use std::collections::BTreeMap;
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use super::*;
@@ -44,18 +42,8 @@ pub struct Cpu {
     /// Held while buffers are read or written: kernels take `&self`, and tensors share buffers, so that two threads
     /// could otherwise write to the same buffer at the same time.
     turn: Mutex<()>,
-    profile: Option<Mutex<BTreeMap<&'static str, KernelTime>>>,
-}
-
-/// The time spent in one kernel.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct KernelTime {
-    /// Number of calls.
-    pub calls: u64,
-    /// Seconds in total.
-    pub seconds: f64,
-    /// Seconds in matrix products, summed over threads.
-    pub gemm_seconds: f64,
+    /// The times of kernels since they were last asked for, if they are measured, and the end of the last call.
+    profile: OnceLock<Mutex<(Profile, Option<Instant>)>>,
 }
 
 impl Cpu {
@@ -83,27 +71,12 @@ impl Cpu {
             .build()
             .map_err(|e| Error::arg("Cpu::new", "threads", e, "a number of threads the system can start"))?;
         let pool = Arc::new(Pool::new(poison));
-        Ok(Cpu { id: DeviceId::unique(), threads, pool, turn: Mutex::default(), profile: None })
-    }
-
-    /// Times every kernel from now on. Matrix products are timed for the whole process: profile one device at a time.
-    pub fn profiled(mut self) -> Self {
-        gemm::TIMED.store(true, Ordering::Relaxed);
-        self.profile = Some(Mutex::default());
-        self
+        Ok(Cpu { id: DeviceId::unique(), threads, pool, turn: Mutex::default(), profile: OnceLock::new() })
     }
 
     /// Number of threads that kernels run on.
     pub fn threads(&self) -> usize {
         self.threads.current_num_threads()
-    }
-
-    /// Times by kernel name; empty unless [`Cpu::profiled`].
-    pub fn profile(&self) -> BTreeMap<&'static str, KernelTime> {
-        match &self.profile {
-            Some(p) => p.lock().unwrap_or_else(PoisonError::into_inner).clone(),
-            None => BTreeMap::new(),
-        }
     }
 
     /// Waits for the calls of other threads.
@@ -138,7 +111,7 @@ impl Cpu {
         check::call(self.id, a)?;
         let threads = self.threads();
         let bytes = a.workspace(threads);
-        let (start, before) = (Instant::now(), gemm::NANOS.load(Ordering::Relaxed));
+        let start = Instant::now();
         let result = self.install(|| {
             let memory =
                 self.pool.reserve(bytes).ok_or_else(|| self.out_of_memory(Role::Workspace, bytes))?;
@@ -146,12 +119,12 @@ impl Cpu {
             kernel(&ws)?;
             ws.check(name)
         });
-        let Some(profile) = &self.profile else { return result };
-        let mut all = profile.lock().unwrap_or_else(PoisonError::into_inner);
-        let k = all.entry(name).or_default();
-        k.calls += 1;
-        k.seconds += start.elapsed().as_secs_f64();
-        k.gemm_seconds += (gemm::NANOS.load(Ordering::Relaxed) - before) as f64 * 1e-9;
+        if let Some(profile) = self.profile.get() {
+            let (all, last) = &mut *profile.lock().unwrap_or_else(PoisonError::into_inner);
+            let idle = last.map_or(0.0, |last| start.saturating_duration_since(last).as_secs_f64());
+            all.add((name, ""), a.cost(), start.elapsed().as_secs_f64(), idle);
+            *last = Some(Instant::now());
+        }
         result
     }
 
@@ -250,13 +223,29 @@ impl Device for Cpu {
     }
 
     fn available(&self) -> Option<u64> {
-        let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-        let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
+        let system = || {
+            let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+            let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+            line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
+        };
+        [system(), self.pool.room()].into_iter().flatten().min()
     }
 
     fn memory(&self) -> Memory {
         self.pool.memory()
+    }
+
+    fn start_profile(&self) -> Result<()> {
+        self.profile.get_or_init(Mutex::default);
+        self.profile().map(|_| ())
+    }
+
+    fn profile(&self) -> Result<Option<Profile>> {
+        let taken = self
+            .profile
+            .get()
+            .map(|p| std::mem::take(&mut *p.lock().unwrap_or_else(PoisonError::into_inner)));
+        Ok(taken.map(|(all, _)| all))
     }
 }
 

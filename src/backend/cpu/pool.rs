@@ -49,6 +49,12 @@ impl Pool {
         self.lock().limit = bytes;
     }
 
+    /// Bytes that may be allocated before the limit is reached; `None` without a limit.
+    pub(crate) fn room(&self) -> Option<u64> {
+        let s = self.lock();
+        (s.limit < u64::MAX).then(|| s.limit.saturating_sub(s.memory.total()))
+    }
+
     /// Whether allocated memory is filled with NaN (-1 for indices).
     pub(crate) fn is_poisoned(&self) -> bool {
         self.poison
@@ -73,8 +79,11 @@ impl Pool {
                 s.free_bytes -= layout.size();
                 addr
             }
-            // SAFETY: the size is not zero.
-            None => unsafe { alloc_zeroed(layout) as u64 },
+            None => {
+                s.memory.taken += layout.size() as u64;
+                // SAFETY: the size is not zero.
+                unsafe { alloc_zeroed(layout) as u64 }
+            }
         };
         if addr == 0 {
             return None;
@@ -103,6 +112,7 @@ impl Pool {
                     unsafe { dealloc(addr as *mut u8, small) };
                 }
                 let layout = layout(bytes)?;
+                s.memory.taken += layout.size() as u64;
                 // SAFETY: the size is not 0.
                 (unsafe { alloc_zeroed(layout) } as u64, layout)
             }

@@ -192,6 +192,7 @@ impl Arena {
         unsafe {
             let addr = result::malloc_async(stream, bytes)?;
             result::stream::synchronize(stream)?;
+            self.gpu.memory().taken += bytes as u64;
             Ok(addr)
         }
     }

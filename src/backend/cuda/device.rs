@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::ffi::{CString, c_void};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaStream, result, sys};
 
@@ -10,6 +10,7 @@ use super::arena::{Arena, Gpu, keep_pool};
 use super::call::{self, ToC};
 use super::copies::Pinned;
 use super::products::{Product, Products, WORKSPACE};
+use super::profile::Profiler;
 use super::{ffi, record};
 use crate::backend::*;
 use crate::error::{Error, Result};
@@ -74,6 +75,8 @@ pub struct Cuda {
     sync: bool,
     poison: bool,
     forced: Vec<(&'static str, CString)>,
+    /// Measures the launches, once it is set.
+    profiler: OnceLock<Profiler>,
     /// Kernels whose first launch was logged.
     seen: Mutex<HashSet<(&'static str, &'static str)>>,
 }
@@ -143,13 +146,10 @@ impl Cuda {
         }
         keep_pool(&context).map_err(fail)?;
         let gpu = Arc::new(Gpu::new(name.clone(), context).map_err(fail)?);
-        let products =
-            Products::new().map_err(|e| Error::device(&name, format!("cuBLASLt does not start: {e}")))?;
-        if products.is_none() {
-            tracing::warn!(
-                "cuBLASLt was not found; matrix products use the portable kernel, which is slower"
-            );
-        }
+        let products = Products::new().inspect_err(|why| {
+            tracing::warn!("cuBLASLt {why}; matrix products use the portable kernel, which is slower");
+        });
+        let products = products.ok();
         let [workspace, fault] = held(products.is_some());
         let arena = Arc::new(Arena::new(gpu.clone()));
         let take = |(role, bytes): (Role, usize)| buffer(&arena, role, bytes);
@@ -167,6 +167,7 @@ impl Cuda {
             sync: options.sync,
             poison: options.poison,
             forced: call::forced(&options.force)?,
+            profiler: OnceLock::new(),
             seen: Mutex::default(),
             gpu,
         })
@@ -227,8 +228,13 @@ impl Cuda {
         let c = a.to_c();
         // SAFETY: the struct is what the query and the launcher take; both only read it.
         let bytes = unsafe { query(&c) };
+        let profiler = self.profiler.get();
+        let measured = |e| self.gpu.error("measuring a launch", e);
+        let start = profiler.map(|p| p.event(&self.gpu)).transpose().map_err(measured)?;
+        let begin =
+            || start.as_ref().map_or(Ok(()), |start| start.record(&self.gpu.compute)).map_err(measured);
         // SAFETY: `c` is the struct of this kernel.
-        let kernel = match unsafe { self.library_product(name, std::ptr::from_ref(&c).cast())? } {
+        let kernel = match unsafe { self.library_product(name, std::ptr::from_ref(&c).cast(), &begin)? } {
             true => "cublaslt",
             false => {
                 let workspace = match usize::try_from(bytes) {
@@ -243,6 +249,7 @@ impl Cuda {
                     number: call::number(name),
                     force: self.force(name).map_or(std::ptr::null(), |k| k.as_ptr()),
                 };
+                begin()?;
                 // SAFETY: the struct is the one that the launcher takes, its views were checked, and the workspace has
                 // the size that the query returned; memory that the kernel uses is not reused before it is done.
                 let code = unsafe { run(&c, &launch) };
@@ -258,6 +265,9 @@ impl Cuda {
                 unsafe { call::kernel_name(ffi::ett_last_kernel()) }
             }
         };
+        if let Some((profiler, start)) = profiler.zip(start) {
+            profiler.end(&self.gpu, start, (name, kernel), a.cost()).map_err(measured)?;
+        }
         if tracing::enabled!(tracing::Level::DEBUG)
             && self.seen.lock().unwrap_or_else(PoisonError::into_inner).insert((name, kernel))
         {
@@ -274,12 +284,17 @@ impl Cuda {
         Ok(())
     }
 
-    /// Runs a matrix product with cuBLASLt. Returns false if this kernel is not a product, if another implementation is
-    /// forced, or if the library does not support it.
+    /// Calls `begin` and runs a matrix product with cuBLASLt. Returns false if this kernel is not a product, if another
+    /// implementation is forced, or if the library does not support it.
     ///
     /// # Safety
     /// `args` is the C struct of kernel `name`, with views that were checked.
-    unsafe fn library_product(&self, name: &'static str, args: *const c_void) -> Result<bool> {
+    unsafe fn library_product(
+        &self,
+        name: &'static str,
+        args: *const c_void,
+        begin: &dyn Fn() -> Result<()>,
+    ) -> Result<bool> {
         let Some(products) = &self.products else { return Ok(false) };
         let forced = self.force(name).map(|k| k.as_bytes());
         if forced.is_some_and(|k| k != b"cublaslt") {
@@ -311,6 +326,7 @@ impl Cuda {
             }
             _ => return Ok(false),
         };
+        begin()?;
         let done = products.run(&product, scratch, stream);
         let done =
             done.map_err(|e| Error::device(&self.gpu.name, format!("{name} failed in cuBLASLt: {e}")))?;
@@ -443,7 +459,11 @@ impl Device for Cuda {
 
     fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Box<dyn Recording>>> {
         self.not_recording("record", "work", "a recording")?;
-        self.record_work(work).map(Some)
+        match self.profiler.get() {
+            // A replay is one launch for the host: its kernels could not be told apart.
+            Some(_) => Ok(None),
+            None => self.record_work(work).map(Some),
+        }
     }
 
     fn can_record(&self) -> bool {
@@ -464,6 +484,18 @@ impl Device for Cuda {
 
     fn memory(&self) -> Memory {
         self.gpu.memory.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn start_profile(&self) -> Result<()> {
+        self.not_recording("start_profile", "device", "the begin of a profile")?;
+        self.profiler.get_or_init(Profiler::default);
+        self.profile().map(|_| ())
+    }
+
+    fn profile(&self) -> Result<Option<Profile>> {
+        let Some(profiler) = self.profiler.get() else { return Ok(None) };
+        self.synchronize()?;
+        profiler.take().map(Some).map_err(|e| self.gpu.error("measuring launches", e))
     }
 }
 

@@ -19,6 +19,8 @@ mod device;
 #[cfg(ett_cuda)]
 mod products;
 #[cfg(ett_cuda)]
+mod profile;
+#[cfg(ett_cuda)]
 mod record;
 
 #[cfg(ett_cuda)]

@@ -126,13 +126,14 @@ fn data_type(dtype: i32) -> sys::cudaDataType {
 }
 
 impl Products {
-    /// Opens the library; `None` if it is not installed.
-    pub(super) fn new() -> std::result::Result<Option<Self>, CublasError> {
+    /// Opens the library; the error says, after its name, why that cannot be done.
+    pub(super) fn new() -> std::result::Result<Self, String> {
         // SAFETY: it only looks for the library.
         if !unsafe { sys::is_culib_present() } {
-            return Ok(None);
+            return Err("was not found".into());
         }
-        Ok(Some(Products { handle: lt::create_handle()?, plans: Mutex::default() }))
+        let handle = lt::create_handle().map_err(|e| format!("does not start ({e})"))?;
+        Ok(Products { handle, plans: Mutex::default() })
     }
 
     /// Enqueues a product. Returns `false` and does nothing if the arguments are invalid or empty, which the launcher

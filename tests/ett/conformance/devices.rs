@@ -64,19 +64,19 @@ fn shim_refuses_wrong_arguments() {
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn gpu_f32() {
     run(&*gpu(), Precision::F32, Size::Full, None).expect(&LIMITS);
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn gpu_bf16() {
     run(&*gpu(), Precision::BF16, Size::Full, None).expect(&LIMITS);
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn gpu_forced() {
     for prec in BOTH {
         forced(gpu_forcing, prec, Size::Tiny);
@@ -84,7 +84,7 @@ fn gpu_forced() {
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn gpu_refuses_wrong_arguments() {
     for prec in BOTH {
         reject::run(&*gpu(), prec, None).expect(&[]);
@@ -94,7 +94,7 @@ fn gpu_refuses_wrong_arguments() {
 
 /// One minimal case of every instantiation, for compute-sanitizer.
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn gpu_sanitizer() {
     for prec in BOTH {
         run(&*gpu(), prec, Size::Sanitizer, None).expect(&LIMITS);

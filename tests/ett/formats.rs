@@ -1,0 +1,87 @@
+//! Files of another version: older ones are read, newer ones are refused in a sentence that names the versions.
+
+use std::fs;
+use std::path::Path;
+
+use ett::config::{Config, Recompute};
+use ett::error::Error;
+use ett::io::weights::TensorFile;
+use ett::io::{History, Skill, config_text, load_weights, save_weights_of};
+use ett::model::Ett;
+use ett::nn::Stored;
+
+use crate::common::{Outcome, Scratch, cpu};
+use crate::training::small;
+
+const NEWER: &str = "has the format 2, but this program reads the format 1; use a newer version of ett";
+
+fn load(text: &str, set: &[&str]) -> ett::error::Result<Config> {
+    let dir = Scratch::new();
+    let path = dir.path("c.toml");
+    fs::write(&path, text).expect("a file");
+    Config::load(&path, &set.iter().map(|s| s.to_string()).collect::<Vec<_>>())
+}
+
+#[test]
+fn configurations_of_another_version() -> Outcome {
+    // A run's own file says its version; a user's need not.
+    let text = config_text(&Config::default())?;
+    assert!(text.starts_with("format = 1\n"), "{text}");
+    assert_eq!((load(&text, &[])?, load("", &[])?), (Config::default(), Config::default()));
+    // The version is the reason, not what is new about the file.
+    let e = load("format = 2\n[data]\nfolders = 3\n", &[]).expect_err("a newer file");
+    assert!(matches!(e, Error::Format { .. }) && e.to_string().ends_with(&format!("c.toml: {NEWER}")), "{e}");
+    let e = load("format = -1\n", &[]).expect_err("no version").to_string();
+    assert!(e.contains("TOML line 1, `format = -1`"), "{e}");
+    let e = load("", &["format=2"]).expect_err("not a version of this program").to_string();
+    assert!(e.contains("`format` is 2, wanted 1"), "{e}");
+
+    // Before there were versions.
+    for (old, new) in [("true", Recompute::Blocks), ("false", Recompute::None)] {
+        let text = format!("[train]\nrecompute = {old}\n");
+        assert_eq!(load(&text, &[])?.train.recompute, new);
+        assert_eq!(load(&text, &["train.recompute=cheap"])?.train.recompute, Recompute::Cheap);
+        let e = load(&format!("format = 1\n{text}"), &[]).expect_err("no value of version 1").to_string();
+        assert!(e.contains("TOML line 3"), "{e}");
+    }
+    Ok(())
+}
+
+/// Changes the text of the note in the header of a file.
+fn annotate(path: &Path, change: impl Fn(&mut serde_json::Value)) -> Outcome {
+    let bytes = fs::read(path)?;
+    let end = 8 + u64::from_le_bytes(bytes[..8].try_into()?) as usize;
+    let mut header: serde_json::Value = serde_json::from_slice(&bytes[8..end])?;
+    let note = header["__metadata__"]["ett"].as_str().ok_or("a note")?;
+    let mut note: serde_json::Value = serde_json::from_str(note)?;
+    change(&mut note);
+    header["__metadata__"]["ett"] = note.to_string().into();
+    let header = header.to_string().into_bytes();
+    let length = (header.len() as u64).to_le_bytes();
+    Ok(fs::write(path, [&length[..], &header, &bytes[end..]].concat())?)
+}
+
+#[test]
+fn weights_of_another_version() -> Outcome {
+    let dir = Scratch::new();
+    let path = dir.path("model.safetensors");
+    let model = Ett::new(&small("f32"), cpu(1))?;
+    let history = History { learnt: [Skill::Caption].into(), unknown: false, text: "bytes".into() };
+    save_weights_of(&model.params, &path, Stored::Master, &history)?;
+    annotate(&path, |note| assert_eq!(note["format"], 1))?;
+    load_weights(&model.params, &path)?;
+    // Before there were versions.
+    annotate(&path, |note| {
+        note.as_object_mut().expect("a note").remove("format");
+    })?;
+    load_weights(&model.params, &path)?;
+    assert_eq!(History::of(&TensorFile::open(&path)?), Some(history));
+    // A newer one may say other things, too.
+    annotate(&path, |note| {
+        note["format"] = 2.into();
+        note["learnt"] = "much".into();
+    })?;
+    let e = load_weights(&model.params, &path).expect_err("a newer file");
+    assert_eq!(e.to_string(), format!("{}: {NEWER}", path.display()));
+    Ok(())
+}
