@@ -2,11 +2,14 @@
 
 use std::collections::BTreeSet;
 
-use ett::config::{DataConfig, StageKind};
-use ett::data::{Crop, DataSet, Source};
+use ett::config::{Config, DataConfig, StageKind, VisualHeadKind};
+use ett::data::{Crop, DataSet, Source, TextTokenizer};
+use ett::eval::closing;
+use ett::feed::Template;
+use ett::model::Ett;
 use ett::rng::Philox;
 
-use crate::common::Outcome;
+use crate::common::{Outcome, Scratch, cpu};
 
 fn config(source: Source, size: usize) -> DataConfig {
     DataConfig { source, size, train_samples: 60, test_samples: 20, ..DataConfig::default() }
@@ -38,5 +41,57 @@ fn built_in_data_is_like_a_folder_and_the_same_every_time() -> Outcome {
         }
         assert!(DataSet::test(&DataConfig { test_samples: 0, ..cfg })?.is_none());
     }
+    Ok(())
+}
+
+/// The names in `eval.json` that docs/evaluation.md promises, for an untrained model.
+#[test]
+fn the_closing_evaluation_reports_every_kind_of_question_and_what_drawings_show() -> Outcome {
+    let mut cfg = Config::default();
+    let t = &mut cfg.tokenizer;
+    (t.ch, t.ch_mult, t.num_res_blocks, t.z_channels, t.norm_groups) = (8, vec![1; 4], 1, 8, 4);
+    (cfg.quantizer.codes, cfg.quantizer.dim, cfg.lpips.widths) = (16, 4, [4; 5]);
+    let l = &mut cfg.llm;
+    (l.vocab, l.width, l.layers, l.heads, l.kv_heads, l.head_dim, l.mlp) = (264, 16, 1, 2, 1, 8, 24);
+    cfg.visual_head.kind = VisualHeadKind::Tied;
+    let eval = DataConfig { eval_samples: 64, eval_drawings: 10, ..config(Source::Mixed, 48) };
+    cfg.data = DataConfig { test_samples: 64, ..eval };
+    let mut model = Ett::new(&cfg, cpu(2))?;
+    let test = DataSet::test(&cfg.data)?.ok_or("64 test pictures")?;
+    let template = Template::new(TextTokenizer::Bytes, 100);
+    let dir = Scratch::new();
+    let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/evaluation.md"))?;
+    let report = closing(&mut model, &test, &template, &dir.path(""))?;
+    let json: serde_json::Value = serde_json::from_slice(&std::fs::read(dir.path("eval.json"))?)?;
+
+    let names = |list: &str, key: &str| -> BTreeSet<String> {
+        let all = json[list].as_array().into_iter().flatten();
+        all.filter_map(|entry| entry[key].as_str().map(String::from)).collect()
+    };
+    let asked = [
+        ["what color?", "what shape?", "how many?", "where?", "what size?"].as_slice(),
+        &["what does it say?", "what color is the word?", "what shape is there?", "what color is the shape?"],
+    ];
+    let looked = [
+        ["colour", "count", "place", "colour, count and place", "shape", "size"].as_slice(),
+        &["word", "colours of word and shape", "shape beside the word"],
+    ];
+    let all = |names: [&[&str]; 2]| names.concat().into_iter().map(String::from).collect::<BTreeSet<_>>();
+    assert_eq!((names("types", "question"), names("drawings", "aspect")), (all(asked), all(looked)));
+    let keys = json.as_object().into_iter().flatten().map(|(key, _)| key.clone());
+    for name in keys.chain(all(asked)).chain(all(looked)) {
+        assert!(page.contains(&format!("`{name}`")), "docs/evaluation.md does not explain {name}");
+    }
+    for d in &report.drawings {
+        let of = if d.aspect == "shape beside the word" { 1..=5 } else { 5..=5 };
+        assert!(of.contains(&d.drawings), "{d:?}");
+        assert!((0.0..=1.0).contains(&d.right.seen) && (0.0..=1.0).contains(&d.right.other), "{d:?}");
+    }
+    let rows: String = report.rows().iter().map(|(name, value)| format!("{name}: {value}\n")).collect();
+    assert!(rows.contains("right in colour, count and place: 0."), "{rows}");
+    assert!(rows.contains("\"what does it say?\": 0."), "{rows}");
+    // A model that cannot draw, and pictures of a folder, have no such results.
+    model.visual_head = None;
+    assert!(closing(&mut model, &test, &template, &dir.path(""))?.drawings.is_empty());
     Ok(())
 }
