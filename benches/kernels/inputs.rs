@@ -1,6 +1,6 @@
 //! What a batch goes through on the device: bytes of pictures, offsets and targets.
 
-use ett::backend::{Arange, DType, FromBytes, Kernels, Pick, Role, Stream};
+use ett::backend::{Arange, DType, Kernels, Pick, Role, ScaleBytes, Stream};
 use ett::rng::Philox;
 use ett::tensor::Tensor;
 
@@ -12,14 +12,14 @@ pub fn benches(b: &mut Bench) {
     let (batch, side) = if b.gpu { (128, 512) } else { (16, 64) };
     let dims = [batch, side, side, 3];
     for dtype in [DType::F32, DType::Bf16] {
-        b.kernel("from_bytes", &format!("{batch}x{side}x{side}x3"), dtype, &|dev, seed| {
+        b.kernel("scale_bytes", &format!("{batch}x{side}x{side}x3"), dtype, &|dev, seed| {
             let mut rng = Philox::new(seed, 0);
             let block: Vec<u8> = (0..side * side * 3).map(|_| rng.below(256) as u8).collect();
             let (x, y) =
                 (Tensor::from_host(dev, Role::Input, &block.repeat(batch), dims)?, out(dev, dtype, dims)?);
             let run = move |dev: &dyn Kernels| {
-                let a = FromBytes { x: x.view(), y: y.out() };
-                call(&a, |a| dev.from_bytes(S, a))
+                let a = ScaleBytes { x: x.view(), y: y.out() };
+                call(&a, |a| dev.scale_bytes(S, a))
             };
             Ok((Box::new(run), None))
         });

@@ -590,12 +590,12 @@ int64_t ett_cast_workspace(const ett_cast_args* args);
 int32_t ett_cast(const ett_cast_args* args, const ett_launch* launch);
 
 /* y = x / 127.5 - 1: the bytes of pictures, as values in [-1, 1]. */
-typedef struct ett_from_bytes_args {
+typedef struct ett_scale_bytes_args {
     ett_view x;             // in   [..]; u8
     ett_view y;             // out  [..]; act
-} ett_from_bytes_args;
-int64_t ett_from_bytes_workspace(const ett_from_bytes_args* args);
-int32_t ett_from_bytes(const ett_from_bytes_args* args, const ett_launch* launch);
+} ett_scale_bytes_args;
+int64_t ett_scale_bytes_workspace(const ett_scale_bytes_args* args);
+int32_t ett_scale_bytes(const ett_scale_bytes_args* args, const ett_launch* launch);
 
 /* y = value. */
 typedef struct ett_fill_args {

@@ -1,11 +1,11 @@
 // convert.cu: kernels with different element types for input and output: cast, y = x rounded to the type of y;
-// accumulate, y += x; from_bytes, y = x / 127.5 - 1, the bytes of pictures as values in [-1, 1].
+// accumulate, y += x; scale_bytes, y = x / 127.5 - 1, the bytes of pictures as values in [-1, 1].
 //
-// x      N,C  f32 or bf16; u8 (from_bytes)  rows of any stride   in
+// x      N,C  f32 or bf16; u8 (scale_bytes)  rows of any stride   in
 // y      N,C  f32 or bf16                   rows of any stride   out, added to by accumulate
 //
 // numerics: float32, one rounding to the type of y; bitwise repeatable.
-// work: N*C FLOP (accumulate), 2*N*C FLOP (from_bytes); each element of x is read once, each element of y is written
+// work: N*C FLOP (accumulate), 2*N*C FLOP (scale_bytes); each element of x is read once, each element of y is written
 // once (and read once by accumulate).
 #include "walk.cuh"
 
@@ -44,7 +44,7 @@ template <class X, class Y, int N> struct CastOp {
     }
 };
 
-template <class Y, int N> struct FromBytesOp {
+template <class Y, int N> struct ScaleBytesOp {
     Matrix<const uint8_t> x;
     Matrix<Y> y;
 
@@ -71,7 +71,7 @@ template <class A> bool sound(Check& check, const A* a) {
     return check.ok() && check.act("x", a->x) && check.act("y", a->y) && check.matrix("y", a->y, a->y.dtype, rows(a->x), cols(a->x));
 }
 
-bool sound(Check& check, const ett_from_bytes_args* a) {
+bool sound(Check& check, const ett_scale_bytes_args* a) {
     return check.ok() && check.type("x", a->x, ETT_U8) && check.act("y", a->y) &&
            check.matrix("y", a->y, a->y.dtype, rows(a->x), cols(a->x));
 }
@@ -81,7 +81,7 @@ bool sound(Check& check, const ett_from_bytes_args* a) {
 
 ETT_NO_WORKSPACE(accumulate)
 ETT_NO_WORKSPACE(cast)
-ETT_NO_WORKSPACE(from_bytes)
+ETT_NO_WORKSPACE(scale_bytes)
 
 extern "C" int32_t ett_accumulate(const ett_accumulate_args* a, const ett_launch* l) {
     using namespace ett;
@@ -111,15 +111,15 @@ extern "C" int32_t ett_cast(const ett_cast_args* a, const ett_launch* l) {
     });
 }
 
-extern "C" int32_t ett_from_bytes(const ett_from_bytes_args* a, const ett_launch* l) {
+extern "C" int32_t ett_scale_bytes(const ett_scale_bytes_args* a, const ett_launch* l) {
     using namespace ett;
-    Check check("from_bytes", a, l);
+    Check check("scale_bytes", a, l);
     if (!sound(check, a)) return check.status();
     if (numel(a->y) == 0) return ett_done("");
     const Views views{&a->x, &a->y};
     return with_act(a->y.dtype, [&](auto t) {
         using Y = decltype(t);
-        return walk<kWide<Y>>(check, "from_bytes", l, extent(views), views,
-                              [&](auto n) { return FromBytesOp<Y, n>{matrix<const uint8_t>(a->x), matrix<Y>(a->y)}; });
+        return walk<kWide<Y>>(check, "scale_bytes", l, extent(views), views,
+                              [&](auto n) { return ScaleBytesOp<Y, n>{matrix<const uint8_t>(a->x), matrix<Y>(a->y)}; });
     });
 }

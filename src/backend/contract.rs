@@ -410,7 +410,7 @@ pointwise: cast(Cast<'a>) flop |_s| 0 => {
     y: Out<'a> = "[N, C]; any float",
 }
 /// `y = x / 127.5 - 1`: the bytes of pictures, as values in [-1, 1].
-pointwise: from_bytes(FromBytes<'a>) flop |s| 2 * s.x.dims.numel() => {
+pointwise: scale_bytes(ScaleBytes<'a>) flop |s| 2 * s.x.dims.numel() => {
     x: In<'a> = "[..]; u8",
     y: Out<'a> = "[..]; act",
 }

@@ -360,9 +360,12 @@ mod tests {
         look(&drawings.iter().map(|d| (scene(d), &d.image)).collect::<Vec<_>>())
     }
 
+    /// An aspect, the share in which it has to be right, and whether two scenes have it in common.
+    type Bound = (Aspect, f64, fn(&Scene, &Scene) -> bool);
+
     /// Fails unless each aspect is right in at least this share, and for another picture's scene as often as the two
     /// scenes have it in common, which is rare.
-    fn check(what: &str, drawings: &[Drawing], bounds: &[(Aspect, f64, fn(&Scene, &Scene) -> bool)]) {
+    fn check(what: &str, drawings: &[Drawing], bounds: &[Bound]) {
         let all = looked(drawings);
         let half = drawings.len() / 2;
         for (aspect, least, same) in bounds {

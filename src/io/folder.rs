@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::checkpoints::{self, Checkpoints};
 use super::weights::{Entry, Note, write_tensors};
-use crate::config::Config;
+use crate::config::{Config, Recompute};
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -98,6 +98,8 @@ pub(crate) fn write_model(
     let mut cfg = cfg.clone();
     (cfg.data.train, cfg.data.test, cfg.lpips.weights) = (PathBuf::new(), None, None);
     cfg.stage.iter_mut().for_each(|s| (s.data.train, s.data.test) = (None, None));
+    // A run settles this for its device.
+    cfg.train.recompute = Recompute::Auto;
     let text = config_text(&cfg)?;
     files::replace(&out.join(CONFIG), |f| f.put(text.as_bytes()))?;
     if !averages.is_empty() {

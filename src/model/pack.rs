@@ -278,7 +278,7 @@ mod tests {
             vec![Part::context(vec![7]), Part::Codes(0), Part::target(vec![3])],
             vec![Part::context(vec![5]), Part::target(vec![6])],
         ];
-        let b = FlatBatch::new(&sequences, &[0..2], 1)?;
+        let b = FlatBatch::new(&sequences, std::slice::from_ref(&(0..2)), 1)?;
         assert_eq!((b.tokens(), b.codes(), b.rows()), (2, 2, 6));
         let sizes = Sizes { rows: 8, sequences: 2, longest: 5, targets: 3, codes: 4 };
         let mut wide = b.clone();

@@ -221,6 +221,10 @@ impl<'a> Running<'a> {
             let (stage, step) = (self.cfg.kind.name(), done.step);
             let mut line = self.finish(done).map_err(|e| e.at(stage, Some(step)))?;
             let between = running.is_none();
+            if step == 0 {
+                // The first step loads kernels and takes memory: its times say nothing about the others.
+                self.model.params.device().profile()?;
+            }
             if between {
                 self.evaluate(&mut line);
             }

@@ -244,7 +244,8 @@ impl<'a> Session<'a> {
             .map_err(|e| e.at(name, None))
             .and_then(Running::train);
             let saved = trained.map_err(|e| self.explain(number, e))?;
-            self.measured(name, self.progress.step - before)?;
+            // Without the first step of the stage.
+            self.measured(name, self.progress.step.saturating_sub(before.max(1)))?;
             if saved.is_some() {
                 return Ok(saved);
             }

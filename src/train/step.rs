@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::Optimizer;
 use super::StepState;
 use crate::autograd::{Recomputing, Tape, Var};
-use crate::backend::{Accumulate, Cast, DType, FromBytes, Kernels, Pending, Restore, Role, Slot, Stream};
+use crate::backend::{Accumulate, Cast, DType, Kernels, Pending, Restore, Role, ScaleBytes, Slot, Stream};
 use crate::config::Recompute;
 use crate::error::{Error, Result};
 use crate::feed::Batch;
@@ -408,7 +408,7 @@ fn values(model: &Ett, images: &[Tensor]) -> Result<Vec<Tensor>> {
             return Ok(x.clone());
         }
         let y = Tensor::empty(dev, Role::Activation, model.params.precision().act, x.dims())?;
-        dev.from_bytes(Stream::COMPUTE, &FromBytes { x: x.view(), y: y.out() })?;
+        dev.scale_bytes(Stream::COMPUTE, &ScaleBytes { x: x.view(), y: y.out() })?;
         Ok(y)
     };
     images.iter().map(value).collect()
@@ -479,7 +479,8 @@ fn generator_part(
                 discriminator_part(model, &pictures, &rec, state, out)?;
                 update_discriminator(model, state, disc, out)?;
             }
-            reconstruction_losses(model, &t, &images, &rec, judged, state, &mut losses, out)?;
+            let passes = reconstruction_losses(model, &t, &images, &rec, judged, state, &mut losses)?;
+            out.passes += passes;
         }
         out.zq = Some(zq.value().clone());
         out.idx.push(idx.clone());
@@ -523,7 +524,8 @@ fn backward(t: Tape, losses: Vec<(Loss, Var)>, state: &StepState, out: &mut Outc
     Ok(())
 }
 
-/// Mean absolute error, perceptual distance, and the adversarial loss.
+/// Mean absolute error, perceptual distance, and the adversarial loss. Returns the number of passes added to the
+/// discriminator's running statistics.
 fn reconstruction_losses(
     model: &mut Ett,
     t: &Tape,
@@ -532,8 +534,7 @@ fn reconstruction_losses(
     judged: bool,
     state: &StepState,
     losses: &mut Vec<(Loss, Var)>,
-    out: &mut Outcome,
-) -> Result<()> {
+) -> Result<u64> {
     let (inv_elements, inv_pictures) = (state.slot(Slot::InvElements)?, state.slot(Slot::InvPictures)?);
     let mut passes: Vec<Vec<BatchStats>> = Vec::new();
     for (x, r) in images.iter().zip(rec) {
@@ -551,8 +552,8 @@ fn reconstruction_losses(
         }
     }
     let dev = model.params.device().clone();
-    out.passes += passes.len() as u64;
-    model.discriminator.commit(&*dev, &mut model.discriminator_state, &passes)
+    model.discriminator.commit(&*dev, &mut model.discriminator_state, &passes)?;
+    Ok(passes.len() as u64)
 }
 
 /// The discriminator's losses for real images and reconstructions, and their gradients.

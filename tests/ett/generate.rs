@@ -235,7 +235,7 @@ fn gpu_a_recorded_step_chooses_what_calls_choose() -> Outcome {
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn gpu_drawings_with_and_without_a_recording_are_equal() -> Outcome {
     for (precision, kind) in [("bf16", ARMS[2]), ("f32", ARMS[0])] {
         let model = model(gpu(), precision, kind)?;

@@ -246,7 +246,7 @@ fn killed_runs_end_in_the_same_bits() -> Outcome {
 
 /// Steps are recorded there, from the second of each stage on.
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn gpu_killed_runs_end_in_the_same_bits() -> Outcome {
     killed_runs("cuda")
 }
@@ -335,7 +335,7 @@ fn interrupted_runs_save_and_go_on() -> Outcome {
 
 #[cfg(unix)]
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn gpu_interrupted_runs_save_and_go_on() -> Outcome {
     interrupted_runs("cuda")
 }

@@ -31,6 +31,7 @@ mod reference;
 mod robust;
 mod rooms;
 mod run;
+mod shipped;
 mod slice;
 mod training;
 

@@ -308,7 +308,10 @@ fn pictures_that_vanish_in_training_are_replaced_by_others_of_their_kind() -> Ou
     assert!(e.to_string().contains("gone: there is no such folder; fetch the data set first"), "{e}");
     c.data.train = Default::default();
     let Err(e) = DataSet::train(&c.data) else { panic!("no folder was opened") };
-    assert!(e.to_string().contains("`data.train` is empty, wanted a folder, or data.source"), "{e}");
+    assert!(
+        e.to_string().contains("`data.train` is empty, wanted a folder, or a built-in data.source"),
+        "{e}"
+    );
     Ok(())
 }
 

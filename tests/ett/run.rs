@@ -190,7 +190,7 @@ fn a_run_leaves_its_files_and_a_model_that_can_be_used() {
 
 /// Runs of all stages on a GPU, with steps launched one by one and replayed; batches come from one thread or several.
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn gpu_replayed_steps_are_bitwise_launched_ones() {
     let dir = Folder::new("graph");
     pictures(&dir.0.join("data"));
@@ -261,7 +261,7 @@ fn numbers_that_are_not_finite_are_skipped_dumped_once_and_then_stop_the_run() {
 
 /// Steps are replayed there, and the host learns a step later that one was skipped.
 #[test]
-#[ignore = "needs a GPU"]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
 fn gpu_numbers_that_are_not_finite_are_skipped_dumped_once_and_then_stop_the_run() {
     not_finite("gpu-nonfinite", crate::common::gpu());
 }

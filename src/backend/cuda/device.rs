@@ -405,6 +405,10 @@ impl Device for Cuda {
             let filled =
                 unsafe { result::memset_d8_async(buffer.addr(), 0xff, bytes, self.gpu.compute.cu_stream()) };
             filled.map_err(|e| self.gpu.error("filling new memory", e))?;
+            // The other stream may copy a batch into it.
+            if role == Role::Input && !self.gpu.is_recording() {
+                self.order(Stream::COMPUTE, Stream::COPY)?;
+            }
         }
         Ok(buffer)
     }

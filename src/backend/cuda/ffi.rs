@@ -1287,18 +1287,18 @@ impl Default for ett_cast_args {
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
-pub struct ett_from_bytes_args {
+pub struct ett_scale_bytes_args {
     pub x: ett_view,
     pub y: ett_view,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_from_bytes_args"][::std::mem::size_of::<ett_from_bytes_args>() - 112usize];
-    ["Alignment of ett_from_bytes_args"][::std::mem::align_of::<ett_from_bytes_args>() - 8usize];
-    ["Offset of field: ett_from_bytes_args::x"][::std::mem::offset_of!(ett_from_bytes_args, x) - 0usize];
-    ["Offset of field: ett_from_bytes_args::y"][::std::mem::offset_of!(ett_from_bytes_args, y) - 56usize];
+    ["Size of ett_scale_bytes_args"][::std::mem::size_of::<ett_scale_bytes_args>() - 112usize];
+    ["Alignment of ett_scale_bytes_args"][::std::mem::align_of::<ett_scale_bytes_args>() - 8usize];
+    ["Offset of field: ett_scale_bytes_args::x"][::std::mem::offset_of!(ett_scale_bytes_args, x) - 0usize];
+    ["Offset of field: ett_scale_bytes_args::y"][::std::mem::offset_of!(ett_scale_bytes_args, y) - 56usize];
 };
-impl Default for ett_from_bytes_args {
+impl Default for ett_scale_bytes_args {
     fn default() -> Self {
         let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
         unsafe {
@@ -2763,8 +2763,8 @@ unsafe extern "C" {
     pub fn ett_accumulate(args: *const ett_accumulate_args, launch: *const ett_launch) -> i32;
     pub fn ett_cast_workspace(args: *const ett_cast_args) -> i64;
     pub fn ett_cast(args: *const ett_cast_args, launch: *const ett_launch) -> i32;
-    pub fn ett_from_bytes_workspace(args: *const ett_from_bytes_args) -> i64;
-    pub fn ett_from_bytes(args: *const ett_from_bytes_args, launch: *const ett_launch) -> i32;
+    pub fn ett_scale_bytes_workspace(args: *const ett_scale_bytes_args) -> i64;
+    pub fn ett_scale_bytes(args: *const ett_scale_bytes_args, launch: *const ett_launch) -> i32;
     pub fn ett_fill_workspace(args: *const ett_fill_args) -> i64;
     pub fn ett_fill(args: *const ett_fill_args, launch: *const ett_launch) -> i32;
     pub fn ett_channel_affine_fwd_workspace(args: *const ett_channel_affine_fwd_args) -> i64;

@@ -113,7 +113,7 @@ pub const TABLE: &[Kernel] = &[
     kernel("add", pointwise::add, pointwise::add_sample),
     kernel("accumulate", pointwise::accumulate, pointwise::accumulate_sample),
     kernel("cast", pointwise::cast, pointwise::cast_sample),
-    kernel("from_bytes", pointwise::from_bytes, pointwise::from_bytes_sample),
+    kernel("scale_bytes", pointwise::scale_bytes, pointwise::scale_bytes_sample),
     kernel("fill", pointwise::fill, pointwise::fill_sample),
     kernel("channel_affine_fwd", pointwise::affine_fwd, pointwise::affine_fwd_sample),
     kernel("channel_affine_bwd", pointwise::affine_bwd, pointwise::affine_bwd_sample),

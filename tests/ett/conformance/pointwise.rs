@@ -1,7 +1,7 @@
 //! Element-wise kernels and those over channels.
 
 use ett::backend::{
-    Accumulate, Add, Cast, ChannelAffineBwd, ChannelAffineFwd, DType, Dims, Fill, FromBytes, Stream,
+    Accumulate, Add, Cast, ChannelAffineBwd, ChannelAffineFwd, DType, Dims, Fill, ScaleBytes, Stream,
     SwigluBwd, SwigluFwd, Unary, UnaryBwd, UnaryFwd,
 };
 
@@ -226,7 +226,7 @@ pub fn cast_sample() -> Case {
     cast_case([3, 4], PAIRS[0])
 }
 
-fn from_bytes_case(dims: Dims, byte: fn(usize) -> u8) -> Case {
+fn scale_bytes_case(dims: Dims, byte: fn(usize) -> u8) -> Case {
     Case::new(
         format!("{dims}"),
         move |_| {
@@ -234,19 +234,19 @@ fn from_bytes_case(dims: Dims, byte: fn(usize) -> u8) -> Case {
             let x = input("x", Type::Is(DType::U8), dims, bytes);
             vec![x, out("y", Type::Act, dims, near().size(0.5))]
         },
-        |dev, v| dev.from_bytes(S, &FromBytes { x: v.input("x"), y: v.out("y") }),
+        |dev, v| dev.scale_bytes(S, &ScaleBytes { x: v.input("x"), y: v.out("y") }),
     )
 }
 
-pub fn from_bytes() -> Vec<Case> {
+pub fn scale_bytes() -> Vec<Case> {
     // 101 has no common factor with 256, so that every byte occurs.
     let all =
-        shapes().into_iter().map(|(size, dims)| from_bytes_case(dims, |i| (101 * i) as u8).copied(size));
-    all.chain([from_bytes_case([16, 16].into(), |i| i as u8).named("every byte")]).collect()
+        shapes().into_iter().map(|(size, dims)| scale_bytes_case(dims, |i| (101 * i) as u8).copied(size));
+    all.chain([scale_bytes_case([16, 16].into(), |i| i as u8).named("every byte")]).collect()
 }
 
-pub fn from_bytes_sample() -> Case {
-    from_bytes_case([3, 4].into(), |i| i as u8)
+pub fn scale_bytes_sample() -> Case {
+    scale_bytes_case([3, 4].into(), |i| i as u8)
 }
 
 fn fill_case(dims: Dims, ty: Type, value: f64) -> Case {

@@ -3,7 +3,7 @@
 use super::*;
 use crate::backend::cpu::workspace::no_workspace;
 
-no_workspace!(accumulate(Accumulate), cast(Cast), from_bytes(FromBytes));
+no_workspace!(accumulate(Accumulate), cast(Cast), scale_bytes(ScaleBytes));
 
 pub(crate) fn accumulate(_ws: &Workspace, s: &Accumulate) -> Result<()> {
     by_dtype!("accumulate", s.x.dtype, X => by_dtype!("accumulate", s.y.0.dtype, Y => {
@@ -21,9 +21,9 @@ pub(crate) fn cast(_ws: &Workspace, s: &Cast) -> Result<()> {
     }))
 }
 
-pub(crate) fn from_bytes(_ws: &Workspace, s: &FromBytes) -> Result<()> {
-    by_dtype!("from_bytes", s.y.0.dtype, Y => {
-        map::<u8, Y>("from_bytes", &s.x, ("y", &s.y.0), #[inline(always)] |x, y| {
+pub(crate) fn scale_bytes(_ws: &Workspace, s: &ScaleBytes) -> Result<()> {
+    by_dtype!("scale_bytes", s.y.0.dtype, Y => {
+        map::<u8, Y>("scale_bytes", &s.x, ("y", &s.y.0), #[inline(always)] |x, y| {
             let of = <Y as Elem>::Acc::of;
             *y = Y::down(of(f64::from(x)) / of(127.5) - of(1.0));
         })
@@ -46,7 +46,7 @@ mod tests {
         let r = Run::f64();
         let x = Tensor::from_host(&r.cpu, Role::Input, &[0u8, 51, 204, 255], [2, 2]).unwrap();
         let y = r.out([2, 2]);
-        r.cpu.from_bytes(S, &FromBytes { x: x.view(), y: y.out() }).unwrap();
+        r.cpu.scale_bytes(S, &ScaleBytes { x: x.view(), y: y.out() }).unwrap();
         assert_eq!(r.get(&y), [0.0, 51.0, 204.0, 255.0].map(|x| x / 127.5 - 1.0));
     }
 
