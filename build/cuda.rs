@@ -44,9 +44,9 @@ impl Toolkit {
             "there is no CUDA compiler in NVCC, CUDA_HOME, .cuda, PATH, /usr/local/cuda or /opt/cuda"
                 .to_string();
         if mode == "fetch" || has_driver(root) {
-            match fetch(&package) {
-                Ok(nvcc) => return Toolkit::at(nvcc).map(Some),
-                Err(why) => none += &format!(", and none can be fetched ({why})"),
+            match host().and_then(|_| fetch(&package)).and_then(Toolkit::at) {
+                Ok(toolkit) => return Ok(Some(toolkit)),
+                Err(why) => none += &format!(", and none can be fetched ({})", one_line(&why)),
             }
         }
         match &*mode {
@@ -61,9 +61,7 @@ impl Toolkit {
 
     fn at(nvcc: PathBuf) -> Result<Toolkit> {
         println!("cargo::rerun-if-changed={}", nvcc.display());
-        let host = variable("NVCC_CCBIN").unwrap_or_else(|| "g++".into());
-        let version =
-            said(Command::new(&nvcc).arg("--version"))? + &said(Command::new(host).arg("--version"))?;
+        let version = said(Command::new(&nvcc).arg("--version"))? + &host()?;
         // The folder above bin: as named, and with links resolved.
         let real = fs::canonicalize(&nvcc).unwrap_or_else(|_| nvcc.clone());
         let homes = [&nvcc, &real].map(|p| p.parent().and_then(Path::parent).map(Path::to_path_buf));
@@ -79,6 +77,15 @@ impl Toolkit {
             nvcc.display()
         ))
     }
+}
+
+/// The version of the host compiler that nvcc uses.
+fn host() -> Result<String> {
+    said(Command::new(variable("NVCC_CCBIN").unwrap_or_else(|| "g++".into())).arg("--version"))
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// The value of an environment variable; cargo reruns this script when it changes. Empty counts as unset.
@@ -103,7 +110,7 @@ pub fn fetch(package: &Path) -> Result<PathBuf> {
     let setup = package.join("tools/setup-cuda");
     said(Command::new("sh").arg(setup).arg("--from-build")).map_err(|e| {
         let reason = e.lines().rev().find_map(|l| l.strip_prefix("setup-cuda: ")).unwrap_or(&e);
-        reason.split_whitespace().collect::<Vec<_>>().join(" ").trim_end_matches('.').to_string()
+        one_line(reason).trim_end_matches('.').to_string()
     })?;
     let nvcc = package.join(FETCHED);
     // Cargo runs this script again if a file that it names is newer than the start of the script.
