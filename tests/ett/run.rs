@@ -212,6 +212,31 @@ fn gpu_replayed_steps_are_bitwise_launched_ones() {
 }
 
 #[test]
+fn speeds_are_measured_without_saving_anything() {
+    let dir = Folder::new("speed");
+    pictures(&dir.0.join("data"));
+    let c = config(&dir.0.join("data"));
+    let open = || -> ett::error::Result<Arc<dyn Kernels>> { Ok(Arc::new(Cpu::poisoned(1)?)) };
+    let all = train::speed(&c, &open, None, 5, &HeldOut).expect("speeds");
+    let kinds: Vec<&str> = all.iter().filter_map(|s| s.op.strip_prefix("step:")).collect();
+    assert_eq!(kinds, ["tokenizer", "text", "align", "semantic", "chat", "gen"]);
+    for s in &all {
+        assert!(s.images_per_s > 0.0 && s.tflop_per_s > 0.0 && s.peak_gib > 0.0 && s.plan_gib > 0.0, "{s:?}");
+        assert!((s.images_per_s * s.median_us / (1e6 * s.batch as f64) - 1.0).abs() < 1e-9, "{s:?}");
+    }
+    let json = dir.0.join("speed.json");
+    train::write_speeds(&all, &json).expect("a file");
+    assert!(std::fs::read_to_string(&json).expect("a file").contains("\"step:semantic\""));
+    // Nothing is left but the file and the data.
+    assert_eq!(std::fs::read_dir(&dir.0).expect("a folder").count(), 2);
+    let e = train::speed(&c, &open, None, 3, &HeldOut).expect_err("no step is counted").to_string();
+    assert!(e.contains("`--steps` is 3, wanted more than 3"), "{e}");
+    let text = Config { stage: vec![c.stage[1].clone()], ..c.clone() };
+    let e = train::speed(&text, &open, Some(StageKind::Gen), 5, &HeldOut).expect_err("no such stage");
+    assert!(e.to_string().contains("`stage` is gen"), "{e}");
+}
+
+#[test]
 fn a_run_follows_from_its_seed_and_not_from_its_threads() {
     let dir = Folder::new("same");
     pictures(&dir.0.join("data"));
