@@ -136,8 +136,8 @@ impl Bench {
         let n = bytes as usize / 4;
         let (x, y) = (normal(&*self.dev, DType::F32, [n], 3)?, out(&*self.dev, DType::F32, [n])?);
         #[cfg(ett_cuda)]
-        if let Some(cuda) = &self.cuda {
-            return self.best(&mut || cuda.copy(Stream::COMPUTE, x.view(), y.out()));
+        if self.cuda.is_some() {
+            return self.best(&mut || self.dev.copy(ett::backend::Stream::COMPUTE, x.view(), y.out()));
         }
         let cast = ett::backend::Cast { x: x.view(), y: y.out() };
         self.best(&mut || self.dev.cast(ett::backend::Stream::COMPUTE, &cast))
