@@ -463,10 +463,10 @@ impl Device for Cuda {
 
     fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Box<dyn Recording>>> {
         self.not_recording("record", "work", "a recording")?;
-        match self.profiler.get() {
-            // A replay is one launch for the host: its kernels could not be told apart.
-            Some(_) => Ok(None),
-            None => self.record_work(work).map(Some),
+        // A replay is one launch for the host: its kernels could neither be measured nor blamed one by one.
+        match self.profiler.get().is_some() || self.sync {
+            true => Ok(None),
+            false => self.record_work(work).map(Some),
         }
     }
 
