@@ -107,6 +107,8 @@ pub(super) struct Running<'a> {
     stage: Stage,
     feed: Arc<Feed<'a>>,
     update: Update,
+    /// Whether steps are recorded; not while the device measures kernels.
+    records: bool,
     /// The step that is replayed, once it is recorded.
     recorded: Option<Recorded>,
     /// The sizes of the last batch.
@@ -169,6 +171,7 @@ impl<'a> Running<'a> {
             stage,
             feed: Arc::new(feed),
             update,
+            records: run.all.train.graph && records,
             recorded: None,
             sizes: Vec::new(),
         })
@@ -265,8 +268,9 @@ impl<'a> Running<'a> {
             // Its memory is needed for the step of other sizes.
             self.recorded = None;
         }
-        if self.recorded.is_none() && self.run.all.train.graph && self.sizes == sizes {
+        if self.recorded.is_none() && self.records && self.sizes == sizes {
             self.recorded = self.record(&data, sizes.clone())?;
+            self.records = self.recorded.is_some();
         } else if let Some(r) = &self.recorded {
             r.input.replace(self.model, &data)?;
             self.model.discriminator_state.batches += r.outcome.passes;
@@ -288,9 +292,6 @@ impl<'a> Running<'a> {
     /// Records a step on batches of these sizes, with the contents of `data`, if the device can.
     fn record(&mut self, data: &Uploaded, sizes: Vec<PartSizes>) -> Result<Option<Recorded>> {
         let dev = self.model.params.device().clone();
-        if !dev.can_record() {
-            return Ok(None);
-        }
         let input = data.duplicate(self.model, &sizes)?;
         let Update { state, main, disc, .. } = &self.update;
         let (model, recipe) = (&mut *self.model, &self.stage.recipe);
