@@ -101,11 +101,13 @@ template <int N> __global__ void __launch_bounds__(kTotalThreads) static total_k
 
 // ---- gradients -------------------------------------------------------------------------------------------
 
-// The gradient that a token adds to its code: g + factor * g_quant * inv_count * (e - z); g may be absent.
+// The gradient that a token adds to its code: g + factor * g_quant * inv_count * (e - z) + own * z; g and own may be
+// absent.
 template <class T> struct Scatter {
     Codes<T> c;
     Matrix<const T> g;
     Matrix<float> de;
+    const float* own;
     const float* g_quant;
     const float* inv_count;
     float factor;
@@ -133,6 +135,7 @@ template <class T> __global__ void __launch_bounds__(kCodeThreads, 4) static sca
         if (__any_sync(kAllLanes, before)) return;
     }
     const float weight = a.factor * *a.g_quant * *a.inv_count;
+    const bool has_own = a.own != nullptr;
     const int col0 = int(blockIdx.y) * kScatterCols * kWarp + lane, dim = int(a.c.dim);
     float e[kScatterCols] = {}, sum[kScatterCols] = {};
 #pragma unroll
@@ -147,12 +150,14 @@ template <class T> __global__ void __launch_bounds__(kCodeThreads, 4) static sca
         unsigned same = __ballot_sync(kAllLanes, base + lane < count && idx[min(base + lane, count - 1)] == code);
         for (; same; same &= same - 1) {
             const int64_t m = first + base + __ffs(int(same)) - 1;
+            const float own = has_own ? a.own[m] : 0.f;
 #pragma unroll
             for (int c = 0; c < kScatterCols; ++c) {
                 const int col = col0 + c * kWarp;
                 if (col >= dim) continue;
                 const float g = a.g.ptr ? to_float(a.g.row(m)[col]) : 0.f;
-                sum[c] += g + weight * (e[c] - to_float(a.c.z.row(m)[col]));
+                const float z = to_float(a.c.z.row(m)[col]);
+                sum[c] += g + weight * (e[c] - z) + own * z;
             }
         }
     }

@@ -38,6 +38,7 @@
 //       (4*M*D + K*D)*size + 8*K*D bytes.
 // papers: IBQ (2412.02692).
 #include "codes.cuh"
+#include "hopper_scores.cuh"
 #include "operands.cuh"
 
 namespace ett {
@@ -60,6 +61,7 @@ constexpr int64_t kMostTokens = 4096, kMostCodes = 16384;  // per chunk
 constexpr int kMostTiles = int(kMostCodes / kTileCodes);
 static_assert(kMostTokens / kTileTokens <= kMostTiles, "lists of tiles");
 
+constexpr int kThreads = 256;  // of the small kernels
 constexpr float kNoRest = 1e-12f;  // below this rest_p / (1 + rest_p) the soft term is defined as 0
 
 // The constants of a token. Exponents of q have base 2.
@@ -277,8 +279,6 @@ template <class S, bool ENTROPY> __global__ void __launch_bounds__(S::kThreads, 
     }
 }
 
-constexpr int kThreads = 256;
-
 // Adds the parts of a chunk of codes to the rows; `last`: this is the last chunk of codes. r and rest_q (of the chunk
 // of tokens) may be null.
 __global__ void __launch_bounds__(kThreads)
@@ -484,6 +484,7 @@ template <class T> struct Finish {
     int64_t ld_sums, padded;
     const float* g_quant;
     const float* inv_count;
+    const float* own;     // of the chunk: ds of the best code, if sums are without it; else null
     float factor;
     int64_t first;
     int count, splits;
@@ -499,10 +500,21 @@ template <class T> __global__ void __launch_bounds__(kCodeThreads) finish_kernel
     for (int64_t col = lane; col < a.c.dim; col += kWarp) {
         float sum = 0.f;
         for (int s = 0; s < a.splits; ++s) sum += a.sums[(s * a.padded + n) * a.ld_sums + col];
+        if (a.own) sum = fmaf(a.own[n], to_float(code[col]), sum);
         sum += weight * (to_float(a.c.z.row(m)[col]) - to_float(code[col]));
         a.dz.row(m)[col] = from_float<T>(there ? sum : 0.f);
     }
 }
+
+}  // namespace
+}  // namespace codebook
+}  // namespace ett
+
+#include "hopper_ibq_bwd.cuh"
+
+namespace ett {
+namespace codebook {
+namespace {
 
 // ---- host ------------------------------------------------------------------------------------------------
 
@@ -649,10 +661,10 @@ template <class T, int OTHERS, int PARTS> class Backward {
 
         const double w = 2.0 / double(codes_.dim);
         const Finish<T> finish = {codes_, matrix<T>(a_.dz), s_.sums, s_.width, padded, number(a_.g_quant), number(a_.inv_count),
-                                  float(w * (1.0 + a_.beta_commit)), token, int(count), int(s_.splits)};
+                                  nullptr, float(w * (1.0 + a_.beta_commit)), token, int(count), int(s_.splits)};
         go(finish_kernel<T>, ceil_div(count, kCodeWarps), kCodeThreads, 0, finish);
         if (status_ == ETT_OK && present(a_.de)) {
-            const Scatter<T> hard = {codes_,           matrix<const T>(a_.g), matrix<float>(a_.de),
+            const Scatter<T> hard = {codes_,           matrix<const T>(a_.g), matrix<float>(a_.de), nullptr,
                                      number(a_.g_quant), number(a_.inv_count),  float(w * (1.0 + a_.beta_code))};
             status_ = launch_scatter(kOp, hard, token, count, l_);
         }
@@ -687,6 +699,143 @@ template <class T, int OTHERS, int PARTS> class Backward {
     int32_t status_ = ETT_OK;
 };
 
+#ifndef ETT_SHIM
+// "hopper": the sweeps of hopper_ibq_bwd.cuh, one chunk of tokens at a time.
+struct HopperSpace {
+    static constexpr int64_t kMostTokens = 16384;
+
+    Pieces pieces;
+    int64_t d, tokens, parts;  // tokens per chunk; parts: most parts of dz
+    Row* rows;
+    bf16* full;
+    Weights* weights;
+    int32_t* best;
+    float* own;
+    float* c;
+    uint8_t* live;
+    float* delta;
+    float* r;
+    float* sums;
+
+    HopperSpace(const ett_ibq_bwd_args& a, void* start) : pieces(start), d(cols(a.z)) {
+        const int64_t m = ett::rows(a.z), k = ett::rows(a.e), slots = multiprocessors();
+        tokens = equal_chunks(m, kMostTokens, kSweepRows);
+        parts = choose_parts(tokens / kSweepRows, ceil_div(k, kSide), slots);
+        rows = pieces.take<Row>(tokens);
+        full = pieces.take<bf16>(tokens * d);
+        weights = pieces.take<Weights>(tokens / kSide);
+        best = pieces.take<int32_t>(tokens);
+        own = pieces.take<float>(tokens);
+        c = pieces.take<float>(round_up(k, kSide));
+        live = pieces.take<uint8_t>(tokens / kSide * ceil_div(k, kSide));
+        // A shorter last chunk may have more parts.
+        const int64_t all = most_rows(tokens, kSweepRows, slots);
+        delta = pieces.take<float>(all);
+        r = pieces.take<float>(all);
+        sums = pieces.take<float>(std::max(tokens, slots * kSweepRows) * d);
+    }
+    // Parts of dz for a chunk of `tiles` tiles of tokens, whose sums fit.
+    int64_t dz_parts(int64_t tiles, int64_t code_tiles) const {
+        const int64_t slots = multiprocessors();
+        return std::min(choose_parts(tiles, code_tiles, slots), std::max<int64_t>(1, slots / tiles));
+    }
+};
+
+class HopperBackward {
+  public:
+    HopperBackward(const ett_ibq_bwd_args& a, const ett_launch* l)
+        : a_(a), l_(l), s_(a, l->workspace), codes_(codes_of<bf16>(a, l)), entropy_(present(a.rest_q)), m_(rows(a.z)), k_(rows(a.e)) {}
+
+    int32_t run() {
+        if (entropy_) {
+            const cudaError_t e = cudaMemcpyAsync(s_.c, a_.c.ptr, size_t(k_) * sizeof(float), cudaMemcpyDeviceToDevice, reinterpret_cast<cudaStream_t>(l_->stream));
+            if (e != cudaSuccess) return ett_fail(ETT_CUDA_ERROR, int32_t(e), kOp, "launch", cudaGetErrorName(e), cudaGetErrorString(e));
+            status_ = zero(kOp, s_.c + k_, size_t(round_up(k_, kSide) - k_) * sizeof(float), l_);
+        }
+        for (int64_t token = 0; token < m_ && status_ == ETT_OK; token += s_.tokens)
+            status_ = with_panels(s_.d, [&](auto panels) { return entropy_ ? chunk<panels, true>(token) : chunk<panels, false>(token); });
+        return status_;
+    }
+
+  private:
+    template <class K, class... A> void go(K* kernel, int64_t blocks, int threads, size_t smem, const A&... args) {
+        if (status_ == ETT_OK) status_ = launch(kOp, kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), smem, l_, args...);
+    }
+    const float* number(const ett_view& v) const { return present(v) ? data<const float>(v) : nullptr; }
+
+    template <int PANELS, bool ENTROPY> int32_t chunk(int64_t token) {
+        const int64_t count = std::min(s_.tokens, m_ - token), row_tiles = ceil_div(count, kSweepRows), padded = row_tiles * kSweepRows;
+        const int64_t code_tiles = ceil_div(k_, kSide);
+        const float inv_t = entropy_ ? float(1.0 / a_.temperature) : 0.f, to_q = entropy_ ? float(double(kLog2e) / a_.temperature) : 1.f;
+        const Tokens<bf16> tokens = {codes_,          matrix<const bf16>(a_.g), number(a_.smax),    number(a_.rest_p),  number(a_.rest_q), number(a_.xbar),
+                                     number(a_.c),    number(a_.g_sample),      number(a_.g_avg),   number(a_.g_quant), number(a_.inv_count), inv_t,
+                                     to_q,            token,                    int(count),         int(padded),        s_.full,           s_.d,
+                                     s_.rows};
+        go(tokens_kernel<bf16, 1>, ceil_div(padded, kCodeWarps), kCodeThreads, 0, tokens);
+        if (status_ == ETT_OK) status_ = zero(kOp, s_.live, size_t(padded / kSide * code_tiles), l_);
+
+        gemm::Matrix<bf16> z = gemm::matrix<bf16>(a_.z), e = gemm::matrix<bf16>(a_.e);
+        z.p += token * z.ld;
+        z.rows = count;
+        const gemm::Matrix<bf16> full = {s_.full, count, s_.d, s_.d, true};
+        Tiles z_side, z_rows, full_side, full_rows, e_side, e_rows;
+        auto tile = [&](Tiles& t, const gemm::Matrix<bf16>& m, int rows) {
+            if (status_ == ETT_OK) status_ = make_tiles(kOp, &t, m.p, m.rows, m.cols, m.ld, rows);
+        };
+        tile(z_side, z, kSide), tile(full_side, full, kSide), tile(e_side, e, kSide);
+        tile(z_rows, z, kSweepRows), tile(full_rows, full, kSweepRows), tile(e_rows, e, kSweepRows);
+
+        HopperSweep sweep = {z, full, e, s_.rows, s_.weights, s_.best, entropy_ ? s_.c : nullptr, s_.live, code_tiles, s_.delta, s_.r, s_.sums,
+                             present(a_.de) ? data<float>(a_.de) : nullptr, present(a_.de) ? stride(a_.de) : 0, number(a_.g_sample), number(a_.g_avg),
+                             number(a_.inv_count), inv_t, to_q, int(row_tiles), int(choose_parts(row_tiles, code_tiles, multiprocessors()))};
+        go(hopper_expect_kernel<PANELS, ENTROPY>, row_tiles * sweep.parts, kSweepThreads, HopperExpect<PANELS>::kSmem, e_side, sweep);
+        const float* const rest_q = entropy_ ? number(a_.rest_q) + token : nullptr;
+        go(join_kernel, ceil_div(padded, kThreads), kThreads, 0, s_.rows, s_.delta, entropy_ ? s_.r : nullptr, rest_q, int(padded), int(count), sweep.parts, true);
+        const PackWeights pack = {s_.rows, rest_q, s_.weights, s_.best, s_.own, int(count), int(padded)};
+        go(pack_weights_kernel, ceil_div(padded, kThreads), kThreads, 0, pack, number(a_.g_sample), number(a_.g_avg), number(a_.inv_count), inv_t, to_q);
+
+        sweep.parts = int(s_.dz_parts(row_tiles, code_tiles));
+        go(hopper_dz_kernel<PANELS, ENTROPY>, row_tiles * sweep.parts, kSweepThreads, HopperDz<PANELS>::kSmem, z_rows, full_rows, e_side, sweep);
+        const double w = 2.0 / double(s_.d);
+        const Finish<bf16> finish = {codes_, matrix<bf16>(a_.dz), s_.sums, s_.d, padded, number(a_.g_quant), number(a_.inv_count), s_.own,
+                                     float(w * (1.0 + a_.beta_commit)), token, int(count), sweep.parts};
+        go(finish_kernel<bf16>, ceil_div(count, kCodeWarps), kCodeThreads, 0, finish);
+        if (present(a_.de)) {
+            go(hopper_de_kernel<PANELS, ENTROPY>, ceil_div(k_, kSweepRows), kSweepThreads, HopperDe<PANELS>::kSmem, z_side, full_side, e_rows, sweep);
+            const Scatter<bf16> hard = {codes_,           matrix<const bf16>(a_.g), matrix<float>(a_.de), s_.own - token,
+                                        number(a_.g_quant), number(a_.inv_count),     float(w * (1.0 + a_.beta_code))};
+            if (status_ == ETT_OK) status_ = launch_scatter(kOp, hard, token, count, l_);
+        }
+        return status_;
+    }
+
+    const ett_ibq_bwd_args& a_;
+    const ett_launch* l_;
+    const HopperSpace s_;
+    const Codes<bf16> codes_;
+    const bool entropy_;
+    const int64_t m_, k_;
+    int32_t status_ = ETT_OK;
+};
+#endif  // ETT_SHIM
+
+// Bytes of workspace of an implementation.
+int64_t workspace_bytes(const ett_ibq_bwd_args& a, bool hopper) {
+#ifndef ETT_SHIM
+    if (hopper) return HopperSpace(a, nullptr).pieces.bytes();
+#endif
+    (void)hopper;
+    return Space(a, nullptr).pieces.bytes();
+}
+int32_t run_hopper(const ett_ibq_bwd_args& a, const ett_launch* l) {
+#ifdef ETT_SHIM
+    (void)a, (void)l;
+    return ETT_UNSUPPORTED;
+#else
+    return HopperBackward(a, l).run();
+#endif
+}
+
 }  // namespace
 }  // namespace codebook
 }  // namespace ett
@@ -696,7 +845,8 @@ extern "C" int64_t ett_ibq_bwd_workspace(const ett_ibq_bwd_args* a) {
     using namespace ett::codebook;
     Check check(kOp, a);
     if (!sound(check, a)) return -1;
-    return rows(a->z) == 0 ? 0 : Space(*a, nullptr).pieces.bytes();
+    if (rows(a->z) == 0) return 0;
+    return std::max(workspace_bytes(*a, false), hopper_fits(a->z, a->e) ? workspace_bytes(*a, true) : 0);
 }
 
 extern "C" int32_t ett_ibq_bwd(const ett_ibq_bwd_args* a, const ett_launch* l) {
@@ -705,9 +855,10 @@ extern "C" int32_t ett_ibq_bwd(const ett_ibq_bwd_args* a, const ett_launch* l) {
     Check check(kOp, a, l);
     if (!sound(check, a)) return check.status();
     if (rows(a->z) == 0) return ett_done("");
-    check.workspace(l, Space(*a, nullptr).pieces.bytes());
-    const char* kernel = check.choose(l, {{"chunks", true}});
+    const char* kernel = check.choose(l, {{"hopper", hopper_fits(a->z, a->e)}, {"chunks", true}});
+    const bool hopper = strcmp(kernel, "hopper") == 0;
+    check.workspace(l, workspace_bytes(*a, hopper));
     if (!check.ok()) return check.status();
-    const int32_t status = a->z.dtype == ETT_BF16 ? Backward<bf16, 1, 2>(*a, l).run() : Backward<float, 3, 3>(*a, l).run();
+    const int32_t status = hopper ? run_hopper(*a, l) : a->z.dtype == ETT_BF16 ? Backward<bf16, 1, 2>(*a, l).run() : Backward<float, 3, 3>(*a, l).run();
     return status == ETT_OK ? ett_done(kernel) : status;
 }

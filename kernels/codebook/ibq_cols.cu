@@ -4,19 +4,23 @@
 //
 // z       M,D  act  rows of any stride   in
 // e       K,D  act  rows of any stride   in
+// idx     M    i32  contiguous           in    of ibq_rows
 // smax    M    f32  contiguous           in    of ibq_rows
 // rest_q  M    f32  contiguous           in    of ibq_rows
 // col     K    f32  contiguous           out   not divided by M, so that those of several ranks can be added
 //
 // A block has a tile of codes and sweeps a part of the tokens; a thread sums its own columns, and the threads' sums are
-// added at the end. Parts are added in order.
+// added at the end. Parts are added in order. "hopper" (bf16): codes stay in registers, tokens stream through shared
+// memory, products by wgmma; tiles of 128 tokens without weight besides their best codes are not multiplied. "sweep": any
+// device.
 // numerics: scores as in scores.cuh, with the same bits as smax; exponentials (2^-22) and sums in f32. A NaN score has
 // weight 0. Exponentials that underflow to 0 are skipped, eight rows at a time. Bitwise repeatable.
-// workspace: 4 bytes for each part of the tokens, for each of at most 2^20 codes; packed copies of z and e if they need
+// workspace: 4 bytes for each part of the tokens, for each of at most 2^20 codes; 9 bytes per token; packed copies of z and e if they need
 // packing, at most 16 MiB each.
-// limits: D up to 512.
+// limits: D up to 512; "hopper" requires bf16, D up to 256 and rows at multiples of 16 bytes.
 // work: 2*M*K*D FLOP (f32 executes 12*M*K*D), one exponential per score; (M + K)*D*size bytes.
 // papers: IBQ (2412.02692).
+#include "hopper_scores.cuh"
 #include "operands.cuh"
 
 namespace ett {
@@ -28,6 +32,7 @@ constexpr char kOp[] = "ibq_cols";
 // As in ibq_rows.cu.
 template <int PARTS> using ColSweep = Sweep<128, 128, 64, 64, 3, PARTS, false, true>;
 constexpr int kBlocks = 2;
+constexpr int kColumns = 128;  // tokens of a tile
 
 struct Cols {
     Operand z, e;
@@ -84,6 +89,139 @@ template <class S> __global__ void __launch_bounds__(S::kThreads, kBlocks) cols_
 
 constexpr int kThreads = 256;
 
+// What "hopper" needs of the tokens of a tile: q = 2^((s - max) to_q + log_q).
+struct alignas(16) Columns {
+    float max[kColumns], log_q[kColumns];
+};
+
+struct PackColumns {
+    const int32_t* idx;
+    const float* smax;
+    const float* rest_q;
+    Columns* columns;  // of all tiles; tokens past the last one get weight 0
+    uint8_t* live;     // of each tile: whether any token has weight besides its best code
+    float* col;
+    int64_t tokens, codes;
+};
+
+// One block per tile. Tokens of the other tiles are added to col here, in any order, since sums of ones are exact.
+__global__ void __launch_bounds__(kColumns) columns_kernel(const __grid_constant__ PackColumns a) {
+    const int64_t m = int64_t(blockIdx.x) * kColumns + threadIdx.x;
+    const bool there = m < a.tokens;
+    const float max = there ? a.smax[m] : 0.f, rest = there ? a.rest_q[m] : 0.f;
+    Columns& c = a.columns[blockIdx.x];
+    c.max[threadIdx.x] = max;
+    c.log_q[threadIdx.x] = there ? -log2f(1.f + rest) : -INFINITY;
+    const bool live = __syncthreads_or(rest != 0.f) != 0;
+    if (threadIdx.x == 0) a.live[blockIdx.x] = live;
+    if (!live && there && fabsf(max) <= 3.402823466e38f && a.idx[m] >= 0 && a.idx[m] < a.codes) atomicAdd(a.col + a.idx[m], 1.f);
+}
+
+#ifndef ETT_SHIM
+// "hopper": codes stay in registers, the live tiles of 128 tokens stream through shared memory; while a warpgroup
+// processes the scores of one tile, the products of the next are under way.
+template <int PANELS> struct HopperCols {
+    static constexpr int kTile = PANELS * kColumns * kPanelRowBytes, kStages = PANELS == 4 ? 3 : 4;
+    static constexpr size_t kSmem = 1024 + kStages * (kTile + sizeof(Columns) + 16);
+};
+
+template <int PANELS>
+__global__ void __launch_bounds__(kSweepThreads, 1)
+hopper_cols_kernel(const __grid_constant__ Tiles tokens, const Columns* columns, const uint8_t* live, const __grid_constant__ Cols a) {
+#ifdef ETT_SM90A
+    using S = HopperCols<PANELS>;
+    ETT_DYNAMIC_SMEM(dynamic);
+    unsigned char* const smem = panel_smem(dynamic);
+    Columns* const columns_at = reinterpret_cast<Columns*>(smem + S::kStages * S::kTile);
+    const uint32_t tiles_at = smem_address(smem), full = smem_address(columns_at + S::kStages), empty = full + 8 * S::kStages;
+    const int part = int(blockIdx.x) / a.col_tiles;
+    const int64_t col0 = int64_t(int(blockIdx.x) - part * a.col_tiles) * kSweepRows;
+    const int tiles = int((a.z.m.rows + kColumns - 1) / kColumns);
+    const Consecutive range = part_of(tiles, part, a.parts);
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < S::kStages; ++s) {
+            bar_init(full + 8 * s, 1);
+            bar_init(empty + 8 * s, kConsumers / kWarp);
+        }
+        bar_init_done();
+    }
+    __syncthreads();  // the barriers are initialised
+    const int count = count_live(live, 1, 0, range), pairs = (count + 1) / 2;
+
+    const int group = __shfl_sync(kAllLanes, int(threadIdx.x) / kWarpgroup, 0);
+    if (group == 2) {
+        give_registers<24>();
+        if (threadIdx.x / kWarp == kConsumers / kWarp && count > 0) {
+            const bool lead = threadIdx.x % kWarp == 0;
+            Ring<S::kStages> ring;
+            auto copy = [&](int tile) {
+                if (lead) {
+                    const uint32_t bar = full + 8 * ring.slot;
+                    bar_wait(empty + 8 * ring.slot, ring.parity ^ 1);
+                    bar_expect(bar, S::kTile + sizeof(Columns));
+                    load_tile<PANELS, kColumns>(tiles_at + ring.slot * S::kTile, tokens, bar, tile * kColumns);
+                    bulk_load(smem_address(columns_at + ring.slot), columns + min(tile, tiles - 1), sizeof(Columns), bar);
+                }
+                __syncwarp();
+                ring.next();
+            };
+            for_live(live, 1, 0, range, copy);
+            // Zeros for a pair's missing half and for the product that is started after the last tile.
+            for (int n = count; n < 2 * pairs + 1; ++n) copy(tiles);
+        }
+        return;
+    }
+    take_registers<240>();
+    uint32_t e[PANELS * 4][4];
+    load_fragments<PANELS>(e, a.e.m, col0 + group * 64);
+    float sum[2] = {}, acc[2][kColumns / 2];
+    Ring<S::kStages> next, done;
+    auto issue = [&](int i) {
+        bar_wait(full + 8 * next.slot, next.parity);
+        products_begin();
+        multiply<PANELS, kColumns>(acc[i], e, tiles_at + next.slot * S::kTile);
+        products_end();
+        next.next();
+    };
+    if (count > 0) issue(0);
+#pragma unroll 1
+    for (int n = 0; n < 2 * pairs; n += 2) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            products_wait<0>();
+            pin(acc[i]);
+            issue(1 - i);
+            if (n + i < count) {
+                const Columns& c = columns_at[done.slot];
+#pragma unroll
+                for (int j = 0; j < kColumns / 8; ++j) {
+                    float max[2], log_q[2];
+                    load<2>(max, c.max + 8 * j + acc_col(0));
+                    load<2>(log_q, c.log_q + 8 * j + acc_col(0));
+#pragma unroll
+                    for (int r = 0; r < 2; ++r)
+#pragma unroll
+                        for (int h = 0; h < 2; ++h) sum[r] += exp2_approx(above_floor(fmaf(acc[i][4 * j + 2 * r + h] - max[h], a.to_q, log_q[h])));
+                }
+            }
+            // The columns are read after the products of their tile, so the slot is free only now.
+            __syncwarp();
+            if (threadIdx.x % kWarp == 0) bar_arrive(empty + 8 * done.slot);
+            done.next();
+        }
+    }
+    products_wait<0>();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (int d = 1; d <= 2; d *= 2) sum[r] += __shfl_xor_sync(kAllLanes, sum[r], d);
+        const int64_t code = col0 + group * 64 + acc_row(r);
+        if (threadIdx.x % 4 == 0 && code < a.e.m.rows) a.out[part * a.e.m.rows + code] = sum[r];
+    }
+#endif
+}
+#endif  // ETT_SHIM
+
 // col = the sum of the parts of a chunk of tokens, or col += that sum with `add`.
 __global__ void __launch_bounds__(kThreads) add_parts_kernel(const float* parts, int count, float* col, int64_t codes, bool add) {
     const int64_t k = int64_t(blockIdx.x) * kThreads + threadIdx.x;
@@ -107,6 +245,8 @@ struct Space {
     int64_t tokens, codes;  // per chunk
     bf16* packed_z;
     bf16* packed_e;
+    Columns* columns;
+    uint8_t* live;
     float* parts;
 
     Space(const ett_ibq_cols_args& a, void* start)
@@ -117,34 +257,62 @@ struct Space {
           codes(std::min(kMostCodes, chunk_rows(rows(a.e), e.bytes, kPackBytes, kTileCodes))),
           packed_z(pieces.take<bf16>(tokens * z.bytes / 2)),
           packed_e(pieces.take<bf16>(codes * e.bytes / 2)),
+          columns(pieces.take<Columns>(ceil_div(tokens, kColumns))),
+          live(pieces.take<uint8_t>(ceil_div(tokens, kColumns))),
           parts(pieces.take<float>(most_rows(codes, kTileCodes, slots()))) {}
 };
 
 bool sound(Check& check, const ett_ibq_cols_args* a) {
-    return check.ok() && check_operands(check, a->z, a->e) && check.vector("smax", a->smax, ETT_F32, rows(a->z)) &&
+    return check.ok() && check_operands(check, a->z, a->e) && check.vector("idx", a->idx, ETT_I32, rows(a->z)) && check.vector("smax", a->smax, ETT_F32, rows(a->z)) &&
            check.vector("rest_q", a->rest_q, ETT_F32, rows(a->z)) && check.vector("col", a->col, ETT_F32, rows(a->e)) &&
            check.require(a->temperature > 0, "temperature", "not above 0", "a number above 0");
+}
+
+// Prepares "hopper": packs the columns, and begins col with the tokens that need no sweep.
+int32_t begin_hopper(const ett_ibq_cols_args& a, const Space& s, const ett_launch* l) {
+    const PackColumns pack = {data<const int32_t>(a.idx), data<const float>(a.smax), data<const float>(a.rest_q), s.columns, s.live, data<float>(a.col),
+                              rows(a.z),                  rows(a.e)};
+    const int32_t status = zero(kOp, a.col.ptr, size_t(pack.codes) * sizeof(float), l);
+    return status == ETT_OK ? launch(kOp, columns_kernel, dim3(unsigned(ceil_div(pack.tokens, kColumns))), dim3(kColumns), 0, l, pack) : status;
+}
+
+// Launches "hopper" for a chunk of codes.
+int32_t launch_hopper(const Cols& c, const Space& s, const ett_launch* l) {
+#ifdef ETT_SHIM
+    (void)c, (void)s, (void)l;
+    return ETT_UNSUPPORTED;
+#else
+    static_assert(kTileCodes == kSweepRows && kTileTokens == kColumns, "the same tiles as the portable sweep");
+    return with_panels(c.z.m.cols, [&](auto panels) {
+        using S = HopperCols<panels>;
+        Tiles tiles;
+        const int32_t status = make_tiles(kOp, &tiles, c.z.m.p, c.z.m.rows, c.z.m.cols, c.z.m.ld, kColumns);
+        if (status != ETT_OK) return status;
+        return launch(kOp, hopper_cols_kernel<panels>, dim3(unsigned(c.col_tiles * c.parts)), dim3(kSweepThreads), S::kSmem, l, tiles, s.columns, s.live, c);
+    });
+#endif
 }
 
 template <int PARTS> int32_t run(const ett_ibq_cols_args& a, const ett_launch* l, const char* name) {
     using S = ColSweep<PARTS>;
     const Space s(a, l->workspace);
+    const bool hopper = strcmp(name, "hopper") == 0;
     const float to_q = float(double(kLog2e) / a.temperature);
     const int64_t m = rows(a.z), k = rows(a.e);
-    int32_t status = ETT_OK;
+    int32_t status = hopper ? begin_hopper(a, s, l) : ETT_OK;
     for (int64_t code = 0; code < k && status == ETT_OK; code += s.codes) {
         const int64_t codes = std::min(s.codes, k - code), col_tiles = ceil_div(codes, kTileCodes);
         Operand z, e;
         status = operand(kOp, a.e, s.e, code, codes, s.packed_e, e, l);
         for (int64_t token = 0; token < m && status == ETT_OK; token += s.tokens) {
-            const int64_t tokens = std::min(s.tokens, m - token), parts = choose_parts(col_tiles, ceil_div(tokens, kTileTokens), slots());
+            const int64_t tokens = std::min(s.tokens, m - token), parts = choose_parts(col_tiles, ceil_div(tokens, kTileTokens), hopper ? multiprocessors() : slots());
             status = operand(kOp, a.z, s.z, token, tokens, s.packed_z, z, l);
             if (status != ETT_OK) break;
             const Cols c = {z, e, data<const float>(a.smax) + token, data<const float>(a.rest_q) + token, s.parts, to_q, int(col_tiles), int(parts)};
-            status = launch(kOp, cols_kernel<S>, dim3(unsigned(col_tiles * parts)), dim3(S::kThreads), S::kSmem, l, c);
+            status = hopper ? launch_hopper(c, s, l) : launch(kOp, cols_kernel<S>, dim3(unsigned(col_tiles * parts)), dim3(S::kThreads), S::kSmem, l, c);
             if (status == ETT_OK)
                 status = launch(kOp, add_parts_kernel, dim3(unsigned(ceil_div(codes, kThreads))), dim3(kThreads), 0, l, s.parts, int(parts),
-                                data<float>(a.col) + code, codes, token > 0);
+                                data<float>(a.col) + code, codes, hopper || token > 0);
         }
     }
     return status == ETT_OK ? ett_done(name) : status;
@@ -172,7 +340,7 @@ extern "C" int32_t ett_ibq_cols(const ett_ibq_cols_args* a, const ett_launch* l)
         return status == ETT_OK ? ett_done("") : status;
     }
     check.workspace(l, Space(*a, nullptr).pieces.bytes());
-    const char* kernel = check.choose(l, {{"sweep", true}});
+    const char* kernel = check.choose(l, {{"hopper", hopper_fits(a->z, a->e)}, {"sweep", true}});
     if (!check.ok()) return check.status();
     return with_parts(a->z.dtype, [&](auto parts) { return run<parts>(*a, l, kernel); });
 }

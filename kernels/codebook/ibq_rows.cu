@@ -16,15 +16,17 @@
 // tile of tokens and sweeps a part of the codes. The best code so far is kept out of the sums; when a better one is
 // found, the old one is added to them and they are rescaled to the new maximum (docs/quantizer.md). A thread holds the
 // sums over its own columns; four lanes share a row and its best code. Parts are combined in order.
+// "hopper" (bf16): tokens stay in registers, codes stream through shared memory, products by wgmma. "sweep": any device.
 // numerics: scores as in scores.cuh; sums and exponentials (2^-22) in f32; scores are subtracted before the division by
 // the temperature; ties go to the smallest index. Exponentials that underflow to 0 are skipped, eight rows at a time.
 // Bitwise repeatable.
 // workspace: 20 bytes, and 20 for each part of the codes, for each of at most 65,536 tokens; packed copies of z and e
 // if they need packing, at most 16 MiB each.
-// limits: D up to 512.
+// limits: D up to 512; "hopper" requires bf16, D up to 256 and rows at multiples of 16 bytes.
 // work: 2*M*K*D FLOP (f32 executes 12*M*K*D), one exponential per score (two with rest_q); (M + K)*D*size bytes.
 // papers: IBQ (2412.02692).
 #include "bad.cuh"
+#include "hopper_scores.cuh"
 #include "operands.cuh"
 
 namespace ett {
@@ -76,6 +78,28 @@ __device__ __forceinline__ Stats join(const Stats& a, const Stats& b, float to_q
     return s;
 }
 
+// e^d for d from kLeastNear to 0, interpolated (relative error 1.3e-7); exactly 1 at 0.
+constexpr float kLeastNear = -0.5615f;
+__device__ __forceinline__ float exp_near(float d) {
+    float e = fmaf(0.006311214063316584f, d, 0.04045095667243004f);
+    e = fmaf(e, d, 0.16632089018821716f);
+    e = fmaf(e, d, 0.49995505809783936f);
+    e = fmaf(e, d, 0.9999978542327881f);
+    return fmaf(e, d, 1.f);
+}
+
+// The smallest of a thread's scores of row i.
+template <int N, class Acc> __device__ __forceinline__ float row_min(Acc& acc, int i) {
+    float x[N];
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[j] = acc.at(i, j);
+#pragma unroll
+    for (int n = 1; n < N; n *= 2)
+#pragma unroll
+        for (int j = 0; j < N; j += 2 * n) x[j] = fminf(x[j], x[j + n]);
+    return x[0];
+}
+
 // The running statistics of a thread's rows: v and k are the same in the four lanes that share a row, the sums are over the
 // thread's own columns.
 template <class Tile, bool ENTROPY> struct Running {
@@ -93,7 +117,7 @@ template <class Tile, bool ENTROPY> struct Running {
     }
 
     // Adds the scores of codes [code0, code0 + kCols); only the first `codes` of these exist.
-    __device__ __forceinline__ void take(gemm::Acc<Tile>& acc, int32_t code0, int64_t codes, float to_q) {
+    template <class Acc> __device__ __forceinline__ void take(Acc& acc, int32_t code0, int64_t codes, float to_q) {
         const int32_t mine = code0 + Tile::col(0);
         if (codes < Tile::kCols) {
 #pragma unroll
@@ -110,25 +134,50 @@ template <class Tile, bool ENTROPY> struct Running {
             top -= v[i];
             // Skips the row too if `top` is NaN, which means that all its scores are.
             if (!__any_sync(kAllLanes, top * kLog2e > kZero)) continue;
+            if constexpr (ENTROPY) {
+                if (!__any_sync(kAllLanes, !(row_min<Tile::kAccCols>(acc, i) - v[i] >= kLeastNear))) {
+                    take_near(acc, i, to_q);
+                    continue;
+                }
+            }
             float sum = 0.f;
 #pragma unroll
             for (int j = 0; j < Tile::kAccCols; ++j) sum += exp2_approx(above_floor((acc.at(i, j) - v[i]) * kLog2e));
             rest_p[i] += sum;
             if constexpr (ENTROPY) {
                 if (!__any_sync(kAllLanes, top * to_q > kZero)) continue;
+                float sum_q = 0.f, sum_w = 0.f;
 #pragma unroll
                 for (int j = 0; j < Tile::kAccCols; ++j) {
                     const float x = above_floor((acc.at(i, j) - v[i]) * to_q), e = exp2_approx(x);
-                    rest_q[i] += e;
-                    w[i] = fmaf(e, x, w[i]);
+                    sum_q += e;
+                    sum_w = fmaf(e, x, sum_w);
                 }
+                rest_q[i] += sum_q;
+                w[i] += sum_w;
             }
         }
     }
 
+    // Adds scores of row i that are all near the best one, which is how they are where both sums have many terms. Units
+    // for exponentials are as scarce as those for products: every other exponential is computed as a polynomial.
+    template <class Acc> __device__ __forceinline__ void take_near(Acc& acc, int i, float to_q) {
+        float sum_p = 0.f, sum_q = 0.f, sum_w = 0.f;
+#pragma unroll
+        for (int j = 0; j < Tile::kAccCols; ++j) {
+            const float d = acc.at(i, j) - v[i], x = d * to_q, e = exp2_approx(x);
+            sum_p += j % 2 ? exp2_approx(d * kLog2e) : exp_near(d);
+            sum_q += e;
+            sum_w = fmaf(e, x, sum_w);
+        }
+        rest_p[i] += sum_p;
+        rest_q[i] += sum_q;
+        w[i] += sum_w;
+    }
+
     // Finds the best code of row i among the previous ones and those of the tile. If it is a new one, the old best code
     // is added to the sums, the sums are rescaled to the new maximum, and its score is removed from the tile.
-    __device__ __forceinline__ void rise(gemm::Acc<Tile>& acc, int i, int32_t mine, float to_q) {
+    template <class Acc> __device__ __forceinline__ void rise(Acc& acc, int i, int32_t mine, float to_q) {
         float best = v[i];
         int at = -1;
 #pragma unroll
@@ -219,6 +268,88 @@ template <class S, bool ENTROPY> __global__ void __launch_bounds__(S::kThreads, 
     stats.finish(a.out + part * a.z.m.rows, row0, a.z.m.rows, a.to_q, smem);
 }
 
+#ifndef ETT_SHIM
+// "hopper": tokens stay in registers, tiles of 128 codes stream through shared memory; while a warpgroup processes the
+// scores of one tile, the products of the next are under way.
+template <int PANELS> struct HopperRows {
+    static constexpr int kCols = 128, kTile = PANELS * kCols * kPanelRowBytes, kStages = PANELS == 4 ? 3 : 4;
+    static constexpr size_t kSmem = 1024 + kStages * kTile + 16 * kStages;
+};
+
+template <int PANELS, bool ENTROPY>
+__global__ void __launch_bounds__(kSweepThreads, 1) hopper_rows_kernel(const __grid_constant__ Tiles codes, const __grid_constant__ Rows a) {
+#ifdef ETT_SM90A
+    using S = HopperRows<PANELS>;
+    using Tile = WarpgroupTile<S::kCols>;
+    ETT_DYNAMIC_SMEM(dynamic);
+    unsigned char* const smem = panel_smem(dynamic);
+    const uint32_t tiles_at = smem_address(smem), full = tiles_at + S::kStages * S::kTile, empty = full + 8 * S::kStages;
+    const int part = int(blockIdx.x) / a.row_tiles;
+    const int64_t row0 = int64_t(int(blockIdx.x) - part * a.row_tiles) * kSweepRows;
+    const Consecutive range = part_of((a.e.m.rows + S::kCols - 1) / S::kCols, part, a.parts);
+    const int pairs = (range.count() + 1) / 2, copies = 2 * pairs + 1;  // copies past the last code bring zeros
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < S::kStages; ++s) {
+            bar_init(full + 8 * s, 1);
+            bar_init(empty + 8 * s, 2);
+        }
+        bar_init_done();
+    }
+    __syncthreads();  // the barriers are initialised
+
+    const int group = __shfl_sync(kAllLanes, int(threadIdx.x) / kWarpgroup, 0);
+    if (group == 2) {
+        give_registers<24>();
+        if (threadIdx.x == kConsumers) {
+            Ring<S::kStages> ring;
+            for (int n = 0; n < copies; ++n, ring.next()) {
+                bar_wait(empty + 8 * ring.slot, ring.parity ^ 1);
+                bar_expect(full + 8 * ring.slot, S::kTile);
+                load_tile<PANELS, S::kCols>(tiles_at + ring.slot * S::kTile, codes, full + 8 * ring.slot, (range.first + n) * S::kCols);
+            }
+        }
+        __syncthreads();  // those of Running::finish
+        __syncthreads();
+        return;
+    }
+    take_registers<240>();
+    uint32_t z[PANELS * 4][4];
+    load_fragments<PANELS>(z, a.z.m, row0 + group * 64);
+    Running<Tile, ENTROPY> stats;
+    stats.clear();
+    WarpgroupAcc<S::kCols> acc[2];
+    Ring<S::kStages> next, done;
+    auto issue = [&](int i) {
+        bar_wait(full + 8 * next.slot, next.parity);
+        products_begin();
+        multiply<PANELS, S::kCols>(acc[i].d, z, tiles_at + next.slot * S::kTile);
+        products_end();
+        next.next();
+    };
+    auto finish = [&](int i) {
+        products_wait<0>();
+        pin(acc[i].d);
+        if (threadIdx.x % kWarpgroup == 0) bar_arrive(empty + 8 * done.slot);
+        done.next();
+    };
+    issue(0);
+#pragma unroll 1
+    for (int n = 0; n < 2 * pairs; n += 2) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            finish(i);
+            issue(1 - i);
+            const int64_t code = int64_t(range.first + n + i) * S::kCols;
+            // A pair may reach past the end of this part.
+            stats.take(acc[i], a.code0 + int32_t(code), n + i < range.count() ? a.e.m.rows - code : 0, a.to_q);
+        }
+    }
+    finish(0);
+    stats.finish(a.out + part * a.z.m.rows, row0, a.z.m.rows, a.to_q, smem);
+#endif
+}
+#endif  // ETT_SHIM
+
 constexpr int kThreads = 256;
 
 // The outputs, beginning at the first token of a chunk; rest_q and xbar may be null.
@@ -300,10 +431,28 @@ bool sound(Check& check, const ett_ibq_rows_args* a) {
     return check.ok();
 }
 
+// Launches "hopper" for a chunk of tokens and codes.
+int32_t launch_hopper(const Rows& r, bool entropy, const ett_launch* l) {
+#ifdef ETT_SHIM
+    (void)r, (void)entropy, (void)l;
+    return ETT_UNSUPPORTED;
+#else
+    static_assert(kTileTokens == kSweepRows && kTileCodes == HopperRows<1>::kCols, "the same tiles as the portable sweep");
+    return with_panels(r.e.m.cols, [&](auto panels) {
+        using S = HopperRows<panels>;
+        Tiles tiles;
+        const int32_t status = make_tiles(kOp, &tiles, r.e.m.p, r.e.m.rows, r.e.m.cols, r.e.m.ld, S::kCols);
+        if (status != ETT_OK) return status;
+        return launch(kOp, entropy ? hopper_rows_kernel<panels, true> : hopper_rows_kernel<panels, false>, dim3(unsigned(r.row_tiles * r.parts)),
+                      dim3(kSweepThreads), S::kSmem, l, tiles, r);
+    });
+#endif
+}
+
 template <int PARTS> int32_t run(const ett_ibq_rows_args& a, const ett_launch* l, const char* name) {
     using S = RowSweep<PARTS>;
     const Space s(a, l->workspace);
-    const bool entropy = present(a.rest_q);
+    const bool entropy = present(a.rest_q), hopper = strcmp(name, "hopper") == 0;
     const float to_q = entropy ? float(double(kLog2e) / a.temperature) : 0.f;
     const int64_t m = rows(a.z), k = rows(a.e);
     int32_t status = ETT_OK;
@@ -315,12 +464,13 @@ template <int PARTS> int32_t run(const ett_ibq_rows_args& a, const ett_launch* l
                              entropy ? data<float>(a.rest_q) + token : nullptr, entropy ? data<float>(a.xbar) + token : nullptr};
         for (int64_t code = 0; code < k && status == ETT_OK; code += s.codes) {
             const int64_t codes = std::min(s.codes, k - code), row_tiles = ceil_div(tokens, kTileTokens);
-            const int64_t parts = choose_parts(row_tiles, ceil_div(codes, kTileCodes), slots());
+            const int64_t parts = choose_parts(row_tiles, ceil_div(codes, kTileCodes), hopper ? multiprocessors() : slots());
             status = operand(kOp, a.e, s.e, code, codes, s.packed_e, e, l);
             if (status != ETT_OK) break;
             const Rows r = {z, e, s.parts, int32_t(code), to_q, int(row_tiles), int(parts)};
-            status = launch(kOp, entropy ? rows_kernel<S, true> : rows_kernel<S, false>, dim3(unsigned(row_tiles * parts)), dim3(S::kThreads),
-                            S::kSmem, l, r);
+            status = hopper ? launch_hopper(r, entropy, l)
+                            : launch(kOp, entropy ? rows_kernel<S, true> : rows_kernel<S, false>, dim3(unsigned(row_tiles * parts)), dim3(S::kThreads),
+                                     S::kSmem, l, r);
             if (status == ETT_OK)
                 status = launch(kOp, join_kernel, dim3(unsigned(ceil_div(tokens, kThreads))), dim3(kThreads), 0, l, s.parts, int(parts), s.state,
                                 tokens, to_q, code == 0, code + codes == k, out);
@@ -349,7 +499,7 @@ extern "C" int32_t ett_ibq_rows(const ett_ibq_rows_args* a, const ett_launch* l)
     if (!sound(check, a)) return check.status();
     if (rows(a->z) == 0) return ett_done("");
     check.workspace(l, Space(*a, nullptr).pieces.bytes());
-    const char* kernel = check.choose(l, {{"sweep", true}});
+    const char* kernel = check.choose(l, {{"hopper", hopper_fits(a->z, a->e)}, {"sweep", true}});
     if (!check.ok()) return check.status();
     return with_parts(a->z.dtype, [&](auto parts) { return run<parts>(*a, l, kernel); });
 }

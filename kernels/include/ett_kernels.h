@@ -1001,6 +1001,7 @@ int32_t ett_ibq_rows(const ett_ibq_rows_args* args, const ett_launch* launch);
 typedef struct ett_ibq_cols_args {
     ett_view z;             // in   [M, D]; act
     ett_view e;             // in   [K, D]; act; K at least 1
+    ett_view idx;           // in   [M]; i32
     ett_view smax;          // in   [M]; acc
     ett_view rest_q;        // in   [M]; acc
     ett_view col;           // out  [K]; acc
