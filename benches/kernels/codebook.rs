@@ -170,6 +170,7 @@ impl Ibq {
         let a = IbqCols {
             z: self.z.view(),
             e: self.e.view(),
+            idx: self.idx.view(),
             smax: self.smax.view(),
             rest_q: self.rest_q.view(),
             col: self.col.out(),

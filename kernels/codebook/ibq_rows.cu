@@ -88,7 +88,7 @@ __device__ __forceinline__ float exp_near(float d) {
     return fmaf(e, d, 1.f);
 }
 
-// The smallest of a thread's scores of row i.
+// The smallest of a thread's scores of row i, NaN if any is.
 template <int N, class Acc> __device__ __forceinline__ float row_min(Acc& acc, int i) {
     float x[N];
 #pragma unroll
@@ -96,7 +96,7 @@ template <int N, class Acc> __device__ __forceinline__ float row_min(Acc& acc, i
 #pragma unroll
     for (int n = 1; n < N; n *= 2)
 #pragma unroll
-        for (int j = 0; j < N; j += 2 * n) x[j] = fminf(x[j], x[j + n]);
+        for (int j = 0; j < N; j += 2 * n) x[j] = min_or_nan(x[j], x[j + n]);
     return x[0];
 }
 

@@ -47,7 +47,7 @@ extern "C" {
 #endif
 
 /* Incremented when a struct or the meaning of a field changes. */
-#define ETT_ABI_VERSION 6
+#define ETT_ABI_VERSION 7
 
 /* The version that the library was built with; compare it with ETT_ABI_VERSION. */
 int32_t ett_abi_version(void);

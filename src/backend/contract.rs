@@ -816,6 +816,8 @@ codebook: ibq_rows(IbqRows<'a>) flop |s| 2 * s.z.dims.numel() * s.e.dims.rows() 
 codebook: ibq_cols(IbqCols<'a>) flop |s| 2 * s.z.dims.numel() * s.e.dims.rows() => {
     z: In<'a> = "[M, D]; act",
     e: In<'a> = "[K, D]; act; K at least 1",
+    /// The best codes. Tokens without weight on any other code need no products.
+    idx: In<'a> = "[M]; i32",
     smax: In<'a> = "[M]; acc",
     rest_q: In<'a> = "[M]; acc",
     col: Out<'a> = "[K]; acc",

@@ -109,6 +109,7 @@ pub fn ibq(tape: &Tape, z: &Var, e: &Var, inv_count: &Tensor, o: IbqOptions) -> 
             let a = IbqCols {
                 z: z.value().view(),
                 e: e.value().view(),
+                idx: idx.view(),
                 smax: rows.smax.view(),
                 rest_q: s.rest_q.view(),
                 col: col.out(),

@@ -168,6 +168,7 @@ impl Problem {
             move |d| {
                 let mut args = self.inputs(d);
                 let stats = self.stats(d, &args);
+                args.push(self.idx(&stats));
                 args.extend(["smax", "rest_q"].map(|name| acc(name, [m], stats[name].clone())));
                 let near = self.near(d).size(0.1 * m as f64 / k as f64);
                 args.push(out("col", Type::Acc, [k], near));
@@ -177,6 +178,7 @@ impl Problem {
                 let a = IbqCols {
                     z: v.input("z"),
                     e: v.input("e"),
+                    idx: v.input("idx"),
                     smax: v.input("smax"),
                     rest_q: v.input("rest_q"),
                     col: v.out("col"),
@@ -199,6 +201,7 @@ impl Problem {
         let mut stats = d.forward(args, self.rows().call);
         if self.entropies {
             let mut args = inputs[..2].to_vec();
+            args.push(self.idx(&stats));
             args.extend(["smax", "rest_q"].map(|name| acc(name, [m], stats[name].clone())));
             args.push(out("col", Type::Acc, [k], Judge::Exact));
             stats.extend(d.forward(args, self.cols().call));
