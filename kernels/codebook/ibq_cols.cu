@@ -94,6 +94,7 @@ struct alignas(16) Columns {
     float max[kColumns], log_q[kColumns];
 };
 
+#ifndef ETT_SHIM
 struct PackColumns {
     const int32_t* idx;
     const float* smax;
@@ -117,7 +118,6 @@ __global__ void __launch_bounds__(kColumns) columns_kernel(const __grid_constant
     if (!live && there && fabsf(max) <= 3.402823466e38f && a.idx[m] >= 0 && a.idx[m] < a.codes) atomicAdd(a.col + a.idx[m], 1.f);
 }
 
-#ifndef ETT_SHIM
 // "hopper": codes stay in registers, the live tiles of 128 tokens stream through shared memory; while a warpgroup
 // processes the scores of one tile, the products of the next are under way.
 template <int PANELS> struct HopperCols {
@@ -270,10 +270,15 @@ bool sound(Check& check, const ett_ibq_cols_args* a) {
 
 // Prepares "hopper": packs the columns, and begins col with the tokens that need no sweep.
 int32_t begin_hopper(const ett_ibq_cols_args& a, const Space& s, const ett_launch* l) {
+#ifdef ETT_SHIM
+    (void)a, (void)s, (void)l;
+    return ETT_UNSUPPORTED;
+#else
     const PackColumns pack = {data<const int32_t>(a.idx), data<const float>(a.smax), data<const float>(a.rest_q), s.columns, s.live, data<float>(a.col),
                               rows(a.z),                  rows(a.e)};
     const int32_t status = zero(kOp, a.col.ptr, size_t(pack.codes) * sizeof(float), l);
     return status == ETT_OK ? launch(kOp, columns_kernel, dim3(unsigned(ceil_div(pack.tokens, kColumns))), dim3(kColumns), 0, l, pack) : status;
+#endif
 }
 
 // Launches "hopper" for a chunk of codes.

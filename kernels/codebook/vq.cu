@@ -78,7 +78,7 @@ template <class T> int32_t run(const ett_vq_bwd_args& a, const ett_launch* l, co
     const dim3 grid(unsigned(ceil_div(c.tokens, kCodeWarps)));
     int32_t status = launch("vq_bwd", strcmp(name, "wide") == 0 ? tokens_kernel<T, kWide<T>> : tokens_kernel<T, 1>, grid, dim3(kCodeThreads), 0, l, z);
     if (status == ETT_OK && present(a.de)) {
-        const Scatter<T> e = {c, {nullptr, 0}, matrix<float>(a.de), g_quant, inv, float(two * a.beta_code)};
+        const Scatter<T> e = {c, {nullptr, 0}, matrix<float>(a.de), nullptr, g_quant, inv, float(two * a.beta_code)};
         status = launch_scatter("vq_bwd", e, 0, c.tokens, l);
     }
     return status == ETT_OK ? ett_done(name) : status;
