@@ -22,6 +22,7 @@
 #include <array>
 
 #include "bad.cuh"
+#include "hopper_nearest.cuh"
 #include "scores.cuh"
 
 namespace ett {
@@ -31,14 +32,6 @@ namespace {
 using gemm::Matrix;
 
 constexpr int kThreads = 256;  // of the small kernels
-
-// Where a block writes the best codes of its rows: to idx if it has swept all codes, else with their scores to `k` and
-// `v`.
-struct Result {
-    int32_t* idx;
-    float* v;
-    int32_t* k;
-};
 
 // The best code so far of each of a thread's rows, among the columns of its warp; the same in the four lanes that share
 // the rows.
@@ -123,12 +116,8 @@ template <class Tile> struct Best {
             for (int p = 1; p < kParts; ++p) merge(bv, bk, smem_v[p * Tile::kRows + r], smem_k[p * Tile::kRows + r]);
             const int64_t row = row0 + r;
             if (row >= rows) continue;
-            if (out.idx) {
-                out.idx[row] = bk;
-            } else {
-                out.v[part * rows + row] = bv;
-                out.k[part * rows + row] = bk;
-            }
+            out.k[part * rows + row] = bk;
+            if (out.v) out.v[part * rows + row] = bv;
         }
     }
 
@@ -281,22 +270,24 @@ half_norm_kernel(const Matrix<T> e, float* half, int64_t padded) {
     }
 }
 
-// idx of all rows from the results of the parts; the first part wins a tie, since its codes have the smallest indices.
-// The best score is left in the place of the first part.
-__global__ void __launch_bounds__(kThreads) combine_kernel(const Result from, int32_t* idx, int64_t rows, int parts) {
+// The best codes of all rows from the results of the parts, and unless null their scores. The best score is left in the
+// place of the first part too.
+__global__ void __launch_bounds__(kThreads) combine_kernel(const Result from, int32_t* idx, float* score, int64_t rows, int parts) {
     const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (row >= rows) return;
     float best = -INFINITY;
     int32_t at = 0;
     for (int p = 0; p < parts; ++p) {
         const float v = from.v[p * rows + row];
-        if (v > best) {
+        const int32_t k = from.k[p * rows + row];
+        if (v > best || (v == best && k < at)) {
             best = v;
-            at = from.k[p * rows + row];
+            at = k;
         }
     }
     idx[row] = at;
     from.v[row] = best;
+    if (score) score[row] = best;
 }
 
 // The host's description of an implementation.
@@ -305,11 +296,9 @@ struct Kernel {
     int64_t rows, codes;  // of a block's tile
     int64_t blocks;       // per multiprocessor
     int64_t smem;
+    int64_t pack;         // bytes of packed codes
+    bool chunks;          // codes are packed in several chunks
 };
-
-int64_t parts_of(const Kernel& kernel, int64_t m, int64_t k) {
-    return choose_parts(ceil_div(m, kernel.rows), ceil_div(k, kernel.codes), kernel.blocks * multiprocessors());
-}
 
 // The largest shared memory of a block.
 int64_t most_smem() {
@@ -329,35 +318,60 @@ using SimpleF32 = gemm::Tile<float, 128, 64, 16, 64, 32, 3, false, true>;
 using Wide = Resident<256, 128, 128, 3, 2, 1>;
 using Narrow = Resident<128, 128, 64, 3, 0, 2>;
 
-// All implementations, with the best one for this call first.
-std::array<Kernel, 3> choose_nearest_config(const ett_nearest_args& a, int64_t smem) {
+constexpr int kImplementations = 5;
+
+// All implementations, with the best one for this call first. `on_hopper`: those for Hopper may run.
+std::array<Kernel, kImplementations> choose_nearest_config(const ett_nearest_args& a, int64_t smem, bool on_hopper) {
     const int64_t d = cols(a.z);
     const bool is_bf16 = a.z.dtype == ETT_BF16, pieces = is_bf16 && wide(a.z) && wide(a.e) && d > 0;
     const bool wide_fits = pieces && Wide::smem(d) <= smem && Wide::steps(d) == Wide::kSteps;
-    const Kernel w = {{"wide", wide_fits}, Wide::Tile::kRows, Wide::Tile::kCols, Wide::kBlocks, Wide::smem(d)};
-    const Kernel n = {{"narrow", pieces && Narrow::smem(d) <= smem}, Narrow::Tile::kRows, Narrow::Tile::kCols, Narrow::kBlocks, Narrow::smem(d)};
-    const Kernel s = is_bf16 ? Kernel{{"simple", true}, SimpleBf16::kRows, SimpleBf16::kCols, 2, SimpleBf16::kSmem}
-                             : Kernel{{"simple", true}, SimpleF32::kRows, SimpleF32::kCols, 2, SimpleF32::kSmem};
-    return rows(a.z) > n.rows ? std::array{w, n, s} : std::array{n, w, s};
+    const Kernel w = {{"wide", wide_fits}, Wide::Tile::kRows, Wide::Tile::kCols, Wide::kBlocks, Wide::smem(d), 0, false};
+    const Kernel n = {{"narrow", pieces && Narrow::smem(d) <= smem}, Narrow::Tile::kRows, Narrow::Tile::kCols, Narrow::kBlocks, Narrow::smem(d), 0, false};
+    const Kernel s = is_bf16 ? Kernel{{"simple", true}, SimpleBf16::kRows, SimpleBf16::kCols, 2, SimpleBf16::kSmem, 0, false}
+                             : Kernel{{"simple", true}, SimpleF32::kRows, SimpleF32::kCols, 2, SimpleF32::kSmem, 0, false};
+#ifdef ETT_SHIM
+    (void)on_hopper;
+    const Kernel h = {{"hopper", false}, 1, 1, 1, 0, 0, false}, hs = {{"hopper_split", false}, 1, 1, 1, 0, 0, false};
+#else
+    namespace hn = hopper_nearest;
+    const bool split_fits = !is_bf16 && d > 0 && d <= hn::kMostSplitCols;
+    const int64_t chunk = split_fits ? hn::split_chunk(rows(a.e), d) : 0;
+    const Kernel h = {{"hopper", on_hopper && pieces && d <= hn::kMostCols}, hn::kTokens, 2 * hn::kCodes, 1, 0, 0, false};
+    const Kernel hs = {{"hopper_split", on_hopper && split_fits}, hn::kTokens, 2 * hn::kCodes, 1, 0, chunk * hn::split_cols(d) * 4, chunk < rows(a.e)};
+#endif
+    return rows(a.z) > n.rows ? std::array{h, hs, w, n, s} : std::array{h, hs, n, w, s};
 }
 
-// The layout of the workspace: half[codes, padded to whole tiles] for L2, then v[parts, M] and k[parts, M] if there are
-// several parts or the best scores are needed for `bad`.
+// The parts into which the codes (of a chunk) are divided.
+int64_t parts_of(const Kernel& kernel, const ett_nearest_args& a) {
+#ifdef ETT_SHIM
+    const int64_t codes = rows(a.e);
+#else
+    const int64_t codes = kernel.pack ? hopper_nearest::split_chunk(rows(a.e), cols(a.z)) : rows(a.e);
+#endif
+    return choose_parts(ceil_div(rows(a.z), kernel.rows), ceil_div(codes, kernel.codes), kernel.blocks * multiprocessors());
+}
+
+// The layout of the workspace: half[codes, padded to whole tiles] for l2, then v[parts, M] and k[parts, M] if there are
+// several parts, or v[M] if the best scores are needed but not asked for, then packed codes.
 struct Layout {
-    int64_t half, v, k, bytes;
+    int64_t half, v, k, pack, bytes;
 };
 Layout layout_of(const ett_nearest_args& a, const Kernel& kernel, int64_t parts) {
     Layout at = {};
-    const int64_t partial = parts > 1 || present(a.bad) ? round_up(parts * rows(a.z) * 4, 256) : 0;
+    const bool scores = parts > 1 || ((present(a.bad) || kernel.chunks) && !present(a.score));
+    const int64_t partial = round_up(parts * rows(a.z) * 4, 256);
     at.v = a.metric == ETT_METRIC_L2 ? round_up(round_up(rows(a.e), kernel.codes) * 4, 256) : 0;
-    at.k = at.v + partial;
-    at.bytes = at.k + partial;
+    at.k = at.v + (scores ? partial : 0);
+    at.pack = at.k + (parts > 1 ? partial : 0);
+    at.bytes = at.pack + round_up(kernel.pack, 256);
     return at;
 }
 
 bool sound(Check& check, const ett_nearest_args* a) {
     return check.ok() && check.act("z", a->z) && check.type("e", a->e, a->z.dtype) && check.range("e", rows(a->e), 1, INT32_MAX) &&
            check.matrix("e", a->e, a->z.dtype, rows(a->e), cols(a->z)) && check.vector("idx", a->idx, ETT_I32, rows(a->z)) &&
+           (!present(a->score) || check.vector("score", a->score, ETT_F32, rows(a->z))) &&
            (!present(a->bad) || check.vector("bad", a->bad, ETT_F32, 1)) && check.range("metric", a->metric, ETT_METRIC_DOT, ETT_METRIC_L2);
 }
 
@@ -370,9 +384,14 @@ extern "C" int64_t ett_nearest_workspace(const ett_nearest_args* a) {
     using namespace ett::codebook;
     Check check("nearest", a);
     if (!sound(check, a)) return -1;
+#ifdef ETT_SHIM
+    const bool on_hopper = false;
+#else
+    const bool on_hopper = hopper::plan_hopper();
+#endif
     int64_t most = 0;
-    for (const Kernel& kernel : choose_nearest_config(*a, most_smem()))
-        if (kernel.is.able) most = std::max(most, layout_of(*a, kernel, parts_of(kernel, rows(a->z), rows(a->e))).bytes);
+    for (const Kernel& kernel : choose_nearest_config(*a, most_smem(), on_hopper))
+        if (kernel.is.able) most = std::max(most, layout_of(*a, kernel, parts_of(kernel, *a)).bytes);
     return most;
 }
 
@@ -383,20 +402,24 @@ extern "C" int32_t ett_nearest(const ett_nearest_args* a, const ett_launch* l) {
     if (!sound(check, a)) return check.status();
     const int64_t m = rows(a->z), k = rows(a->e);
     if (m == 0) return ett_done("");
-    const std::array<Kernel, 3> all = choose_nearest_config(*a, most_smem());
-    const char* name = check.choose(l, {all[0].is, all[1].is, all[2].is});
+#ifdef ETT_SHIM
+    const bool on_hopper = false;
+#else
+    const bool on_hopper = hopper::is_hopper();
+#endif
+    const std::array<Kernel, kImplementations> all = choose_nearest_config(*a, most_smem(), on_hopper);
+    const char* name = check.choose(l, {all[0].is, all[1].is, all[2].is, all[3].is, all[4].is});
     if (!check.ok()) return check.status();
     const Kernel* kernel = all.data();
     while (strcmp(kernel->is.name, name) != 0) ++kernel;
-    const int64_t parts = parts_of(*kernel, m, k), row_tiles = ceil_div(m, kernel->rows);
+    const int64_t parts = parts_of(*kernel, *a), row_tiles = ceil_div(m, kernel->rows);
     const Layout at = layout_of(*a, *kernel, parts);
     if (!check.workspace(l, at.bytes)) return check.status();
     unsigned char* const work = static_cast<unsigned char*>(l->workspace);
     const bool l2 = a->metric == ETT_METRIC_L2;
-    float* const half = reinterpret_cast<float*>(work + at.half);
-    const Result partial = {nullptr, reinterpret_cast<float*>(work + at.v), reinterpret_cast<int32_t*>(work + at.k)};
-    const bool combined = parts > 1 || present(a->bad);
-    const Result result = combined ? partial : Result{data<int32_t>(a->idx), nullptr, nullptr};
+    float* const half = l2 ? reinterpret_cast<float*>(work + at.half) : nullptr;
+    float* const scores = at.k > at.v ? reinterpret_cast<float*>(work + at.v) : data<float>(a->score);  // may be null
+    const Result result = {parts > 1 ? reinterpret_cast<int32_t*>(work + at.k) : data<int32_t>(a->idx), scores};
 
     int32_t status = ETT_OK;
     if (l2) {
@@ -406,11 +429,21 @@ extern "C" int32_t ett_nearest(const ett_nearest_args* a, const ett_launch* l) {
             return launch("nearest", half_norm_kernel<decltype(t)>, grid, dim3(kThreads), 0, l, gemm::matrix<decltype(t)>(a->e), half, padded);
         });
     }
+    if (status != ETT_OK) return status;
     auto go = [&](auto* dot, auto* distance, int threads, auto t) {
         return launch("nearest", l2 ? distance : dot, dim3(unsigned(row_tiles * parts)), dim3(unsigned(threads)), size_t(kernel->smem), l,
                       gemm::matrix<decltype(t)>(a->z), gemm::matrix<decltype(t)>(a->e), half, result, int(row_tiles), int(parts));
     };
-    if (status != ETT_OK) return status;
+#ifndef ETT_SHIM
+    auto sweep = [&](auto t) {
+        return hopper_nearest::Sweep<decltype(t)>{gemm::matrix<decltype(t)>(a->z), int32_t(k), 0, half, result, false, false, int(row_tiles), int(parts)};
+    };
+    if (strcmp(name, "hopper") == 0)
+        status = hopper_nearest::launch_bf16(gemm::matrix<bf16>(a->e), sweep(bf16{}), l);
+    else if (strcmp(name, "hopper_split") == 0)
+        status = hopper_nearest::launch_split(gemm::matrix<float>(a->e), sweep(float{}), reinterpret_cast<bf16*>(work + at.pack), l);
+    else
+#endif
     if (strcmp(name, "wide") == 0)
         status = go(resident_kernel<Wide, false>, resident_kernel<Wide, true>, Wide::kThreads, bf16{});
     else if (strcmp(name, "narrow") == 0)
@@ -419,9 +452,9 @@ extern "C" int32_t ett_nearest(const ett_nearest_args* a, const ett_launch* l) {
         status = go(simple_kernel<SimpleBf16, false>, simple_kernel<SimpleBf16, true>, SimpleBf16::kThreads, bf16{});
     else
         status = go(simple_kernel<SimpleF32, false>, simple_kernel<SimpleF32, true>, SimpleF32::kThreads, float{});
-    if (status == ETT_OK && combined)
-        status = launch("nearest", combine_kernel, dim3(unsigned(ceil_div(m, kThreads))), dim3(kThreads), 0, l, partial,
-                        data<int32_t>(a->idx), m, int(parts));
-    if (status == ETT_OK && present(a->bad)) status = launch_count_bad("nearest", partial.v, m, data<float>(a->bad), l);
+    if (status == ETT_OK && parts > 1)
+        status = launch("nearest", combine_kernel, dim3(unsigned(ceil_div(m, kThreads))), dim3(kThreads), 0, l, result,
+                        data<int32_t>(a->idx), data<float>(a->score), m, int(parts));
+    if (status == ETT_OK && present(a->bad)) status = launch_count_bad("nearest", scores, m, data<float>(a->bad), l);
     return status == ETT_OK ? ett_done(name) : status;
 }

@@ -96,6 +96,9 @@ template <int N> __device__ __forceinline__ void stores_done() { asm volatile("c
 __device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
+// Stores 4 bytes to shared memory.
+__device__ __forceinline__ void store_shared(uint32_t to, uint32_t v) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(v) : "memory"); }
+
 // The first multiple of 1024 bytes in the dynamic shared memory, of which a kernel asks for 1024 bytes more.
 __device__ __forceinline__ unsigned char* panel_smem(unsigned char* smem) { return smem + ((1024 - (smem_address(smem) & 1023)) & 1023); }
 
@@ -210,6 +213,14 @@ inline bool is_hopper() {
         return false;
     }
     return major == 9 && minor == 0;
+}
+
+// Whether a workspace query counts the kernels for Hopper: also without a device, since plans are then made for an H100.
+inline bool plan_hopper() {
+    int devices = 0;
+    const bool none = cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0;
+    if (none) (void)cudaGetLastError();
+    return none || is_hopper();
 }
 
 // A tensor of up to 5 dimensions and the box of it that one copy moves; sizes begin with the inner dimension. `strides`:

@@ -969,11 +969,12 @@ int32_t ett_sample(const ett_sample_args* args, const ett_launch* launch);
 /* ---- quantizer (docs/quantizer.md) --------------------------------------------------------------------- */
 
 /* The best code of each token. Ties go to the smallest index; NaN ranks below all numbers; a row of NaN gives
-   0. */
+   0 and the score -infinity. The score is z.e, for ETT_METRIC_L2 z.e - |e|^2 / 2. */
 typedef struct ett_nearest_args {
     ett_view z;             // in   [M, D]; act
     ett_view e;             // in   [K, D]; act; K at least 1
     ett_view idx;           // out  [M]; i32
+    ett_view score;         // out? [M]; acc; score of the best code
     ett_view bad;           // add? [1]; acc; count of rows without a finite score
     int32_t metric;         //      ett_metric: how codes are scored
 } ett_nearest_args;
