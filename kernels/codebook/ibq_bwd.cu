@@ -25,15 +25,17 @@
 // de         K,D  f32  rows of any stride   added to; may be absent
 //
 // Steps, for each chunk of tokens: compute the constants of each token; sweep over the codes for delta and r, and mark
-// the tiles with any non-zero weight; for each chunk of codes, store ds and multiply it by e and z; finally round dz,
-// and add full to the rows of the codes. Every sum has a single owner and a fixed order.
+// the tiles with any non-zero weight; "chunks": for each chunk of codes, store ds and multiply it by e and z; "hopper"
+// (bf16): one sweep each for dz and de, with ds in registers (hopper_ibq_bwd.cuh); finally round dz, and add full to the
+// rows of the codes. Every sum has a single owner and a fixed order.
 // numerics: scores as in scores.cuh, with the same bits as smax; p, q, ds and all sums in f32; the best code stays out
-// of every cancelling sum (docs/quantizer.md). For its two products ds is split into bf16 parts: two for bf16 (error
-// 2^-18), three for f32 (exact). With bf16, full is rounded before it is multiplied by e, like any activation; one
-// rounding of dz. Exponentials have an error of 2^-22. A weight below 2^-24 * rest_p / K (or 2^-24 * rest_q / K) counts
+// of every cancelling sum (docs/quantizer.md). For its two products ds is split into bf16 parts: "chunks" two for bf16
+// (error 2^-18), three for f32 (exact); "hopper" rounds it to one, except for the best code. With bf16, full is rounded
+// before it is multiplied by e, like any activation; one rounding of dz. Exponentials have an error of 2^-22. A weight below 2^-24 * rest_p / K (or 2^-24 * rest_q / K) counts
 // as 0 if its whole tile, or its eight rows of the tile, have no larger one. Bitwise repeatable.
 // workspace: at most 60 MiB for D up to 512 and K up to 2^22; beyond that a byte for every 128 tokens and 64 codes.
-// limits: D up to 512.
+// "hopper": at most 44 MiB, 4 bytes a code, and a byte for every 64 of at most 16,384 tokens and 64 codes.
+// limits: D up to 512; "hopper" requires bf16, D up to 256 and rows at multiples of 16 bytes.
 // work: 8*M*K*D FLOP (bf16 executes 16*M*K*D, f32 72*M*K*D); two exponentials per score and sweep;
 //       (4*M*D + K*D)*size + 8*K*D bytes.
 // papers: IBQ (2412.02692).

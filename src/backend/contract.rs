@@ -782,11 +782,13 @@ sample: sample(Sample<'a>) flop |s| 32 * s.logits.dims.numel() => {
 
 // ---- quantizer (docs/quantizer.md) ---------------------------------------------------------------------
 /// The best code of each token. Ties go to the smallest index. NaN scores are lower than all others; if all scores of a
-/// row are NaN, the index is 0.
+/// row are NaN, the index is 0 and the score minus infinity.
 codebook: nearest(Nearest<'a>) flop |s| 2 * s.z.dims.numel() * s.e.dims.rows() => {
     z: In<'a> = "[M, D]; act",
     e: In<'a> = "[K, D]; act; K at least 1",
     idx: Out<'a> = "[M]; i32",
+    /// Score of the best code: `z . e`, minus half the square of the code's length for the distance.
+    score: Option<Out<'a>> = "[M]; acc",
     /// Count of rows without a finite score.
     bad: Option<Acc<'a>> = "[1]; acc",
     /// The score of a code.

@@ -209,6 +209,7 @@ pub fn vq(tape: &Tape, z: &Var, e: &Var, inv_count: &Tensor, o: IbqOptions) -> R
         z: z.value().view(),
         e: e.value().view(),
         idx: idx.out(),
+        score: None,
         bad: Some(bad.acc()),
         metric: Metric::L2,
     };

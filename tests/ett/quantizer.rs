@@ -299,7 +299,7 @@ fn cuda_takes_at_most_64_mib_for_any_number_of_codes() -> Outcome {
         let idx = Tensor::empty(&*dev, Role::Input, DType::I32, [m])?;
         let (z, e) = (empty(prec.act, [m, d])?, empty(prec.act, [k, d])?);
         for metric in [Metric::Dot, Metric::L2] {
-            let a = Nearest { z: z.view(), e: e.view(), idx: idx.out(), bad: None, metric };
+            let a = Nearest { z: z.view(), e: e.view(), idx: idx.out(), score: None, bad: None, metric };
             dev.nearest(Stream::COMPUTE, &a)?;
         }
         let counted = plan.kernels();
@@ -317,7 +317,7 @@ fn cuda_takes_at_most_64_mib_for_any_number_of_codes() -> Outcome {
 fn nearest(dev: &dyn Kernels, dtype: DType, z: &[f64], e: &[f64], d: usize, metric: Metric) -> Vec<i32> {
     let (z, e) = (tensor(dev, dtype, z, [z.len() / d, d]), tensor(dev, dtype, e, [e.len() / d, d]));
     let idx = Tensor::empty(dev, Role::Activation, DType::I32, [z.dims()[0]]).expect("memory");
-    let a = Nearest { z: z.view(), e: e.view(), idx: idx.out(), bad: None, metric };
+    let a = Nearest { z: z.view(), e: e.view(), idx: idx.out(), score: None, bad: None, metric };
     dev.nearest(Stream::COMPUTE, &a).expect("the arguments are right");
     idx.to_host(dev).expect("indices")
 }

@@ -22,6 +22,7 @@ fn nearest_of<E: Elem>(ws: &Workspace, a: &Nearest) -> Result<()> {
     let sweep = Sweep::<E>::new("nearest", &a.z, &a.e)?;
     let bad = a.bad.as_ref().map(|bad| one_mut::<E::Acc>("nearest", "bad", &bad.0)).transpose()?;
     let idx = flat_mut::<i32>("nearest", "idx", &a.idx.0)?;
+    let score = a.score.as_ref().map(|s| flat_mut::<E::Acc>("nearest", "score", &s.0)).transpose()?;
     // -|z - e|^2 / 2 = z . e - |e|^2 / 2 - |z|^2 / 2; the last term is the same for all codes.
     let bad_rows = AtomicUsize::new(0);
     let mut half = ws.scratch::<E::Acc>(if a.metric == Metric::L2 { sweep.e.rows } else { 0 })?;
@@ -30,7 +31,12 @@ fn nearest_of<E: Elem>(ws: &Workspace, a: &Nearest) -> Result<()> {
     }
     let half = &half[..];
     let tiles = sweep.tiles(ws, sweep.z.rows.div_ceil(ROWS))?;
-    idx.par_chunks_mut(ROWS).zip(sweep.row_blocks()).for_each(|(idx, r)| {
+    let blocks = sweep.row_blocks();
+    let scores: Vec<Option<&mut [E::Acc]>> = match score {
+        Some(s) => s.chunks_mut(ROWS).map(Some).collect(),
+        None => blocks.iter().map(|_| None).collect(),
+    };
+    idx.par_chunks_mut(ROWS).zip(scores).zip(blocks).for_each(|((idx, score), r)| {
         let mut local = tiles.take();
         let [z, e, s] = local.parts();
         let mut t = Tile { z, e, s };
@@ -50,6 +56,9 @@ fn nearest_of<E: Elem>(ws: &Workspace, a: &Nearest) -> Result<()> {
                     idx[i] = (c.start + j) as i32;
                 }
             }
+        }
+        if let Some(score) = score {
+            score.copy_from_slice(&top[..r.len()]);
         }
         bad_rows.fetch_add(top[..r.len()].iter().filter(|v| !v.is_finite()).count(), Ordering::Relaxed);
     });
