@@ -2289,19 +2289,21 @@ pub struct ett_nearest_args {
     pub z: ett_view,
     pub e: ett_view,
     pub idx: ett_view,
+    pub score: ett_view,
     pub bad: ett_view,
     pub metric: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_nearest_args"][::std::mem::size_of::<ett_nearest_args>() - 232usize];
+    ["Size of ett_nearest_args"][::std::mem::size_of::<ett_nearest_args>() - 288usize];
     ["Alignment of ett_nearest_args"][::std::mem::align_of::<ett_nearest_args>() - 8usize];
     ["Offset of field: ett_nearest_args::z"][::std::mem::offset_of!(ett_nearest_args, z) - 0usize];
     ["Offset of field: ett_nearest_args::e"][::std::mem::offset_of!(ett_nearest_args, e) - 56usize];
     ["Offset of field: ett_nearest_args::idx"][::std::mem::offset_of!(ett_nearest_args, idx) - 112usize];
-    ["Offset of field: ett_nearest_args::bad"][::std::mem::offset_of!(ett_nearest_args, bad) - 168usize];
+    ["Offset of field: ett_nearest_args::score"][::std::mem::offset_of!(ett_nearest_args, score) - 168usize];
+    ["Offset of field: ett_nearest_args::bad"][::std::mem::offset_of!(ett_nearest_args, bad) - 224usize];
     ["Offset of field: ett_nearest_args::metric"]
-        [::std::mem::offset_of!(ett_nearest_args, metric) - 224usize];
+        [::std::mem::offset_of!(ett_nearest_args, metric) - 280usize];
 };
 impl Default for ett_nearest_args {
     fn default() -> Self {
@@ -2356,6 +2358,7 @@ impl Default for ett_ibq_rows_args {
 pub struct ett_ibq_cols_args {
     pub z: ett_view,
     pub e: ett_view,
+    pub idx: ett_view,
     pub smax: ett_view,
     pub rest_q: ett_view,
     pub col: ett_view,
@@ -2363,16 +2366,17 @@ pub struct ett_ibq_cols_args {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ett_ibq_cols_args"][::std::mem::size_of::<ett_ibq_cols_args>() - 288usize];
+    ["Size of ett_ibq_cols_args"][::std::mem::size_of::<ett_ibq_cols_args>() - 344usize];
     ["Alignment of ett_ibq_cols_args"][::std::mem::align_of::<ett_ibq_cols_args>() - 8usize];
     ["Offset of field: ett_ibq_cols_args::z"][::std::mem::offset_of!(ett_ibq_cols_args, z) - 0usize];
     ["Offset of field: ett_ibq_cols_args::e"][::std::mem::offset_of!(ett_ibq_cols_args, e) - 56usize];
-    ["Offset of field: ett_ibq_cols_args::smax"][::std::mem::offset_of!(ett_ibq_cols_args, smax) - 112usize];
+    ["Offset of field: ett_ibq_cols_args::idx"][::std::mem::offset_of!(ett_ibq_cols_args, idx) - 112usize];
+    ["Offset of field: ett_ibq_cols_args::smax"][::std::mem::offset_of!(ett_ibq_cols_args, smax) - 168usize];
     ["Offset of field: ett_ibq_cols_args::rest_q"]
-        [::std::mem::offset_of!(ett_ibq_cols_args, rest_q) - 168usize];
-    ["Offset of field: ett_ibq_cols_args::col"][::std::mem::offset_of!(ett_ibq_cols_args, col) - 224usize];
+        [::std::mem::offset_of!(ett_ibq_cols_args, rest_q) - 224usize];
+    ["Offset of field: ett_ibq_cols_args::col"][::std::mem::offset_of!(ett_ibq_cols_args, col) - 280usize];
     ["Offset of field: ett_ibq_cols_args::temperature"]
-        [::std::mem::offset_of!(ett_ibq_cols_args, temperature) - 280usize];
+        [::std::mem::offset_of!(ett_ibq_cols_args, temperature) - 336usize];
 };
 impl Default for ett_ibq_cols_args {
     fn default() -> Self {
