@@ -28,7 +28,14 @@ pub fn benches(b: &mut Bench) {
                         right_codes(dev, &cz, &ce, &ci, metric).map_err(|e| e.to_string())?
                     });
                     let run = move |dev: &dyn Kernels| {
-                        let a = Nearest { z: z.view(), e: e.view(), idx: idx.out(), score: None, bad: None, metric };
+                        let a = Nearest {
+                            z: z.view(),
+                            e: e.view(),
+                            idx: idx.out(),
+                            score: None,
+                            bad: None,
+                            metric,
+                        };
                         call(&a, |a| dev.nearest(Stream::COMPUTE, a))
                     };
                     Ok((Box::new(run), Some(check)))
@@ -242,7 +249,10 @@ fn right_codes(
     let codes = e.dims().rows();
     let (z, e) = (head(dev, &cpu, z, rows, DType::F64)?, head(dev, &cpu, e, codes, DType::F64)?);
     let want = Tensor::empty(&cpu, Role::Activation, DType::I32, [rows])?;
-    cpu.nearest(Stream::COMPUTE, &Nearest { z: z.view(), e: e.view(), idx: want.out(), score: None, bad: None, metric })?;
+    cpu.nearest(
+        Stream::COMPUTE,
+        &Nearest { z: z.view(), e: e.view(), idx: want.out(), score: None, bad: None, metric },
+    )?;
     let (want, got) = (want.to_host::<i32>(&cpu)?, idx.to_host::<i32>(dev)?);
     let d = z.dims().cols();
     let (z, e) = (z.to_f64(&cpu)?, e.to_f64(&cpu)?);

@@ -92,7 +92,10 @@ impl Ett {
         };
         let bad = t.zero_stat([1])?;
         let (z, e) = (z.value().view(), codes.value().view());
-        t.dev().nearest(Stream::COMPUTE, &Nearest { z, e, idx: idx.out(), score: None, bad: Some(bad.acc()), metric })?;
+        t.dev().nearest(
+            Stream::COMPUTE,
+            &Nearest { z, e, idx: idx.out(), score: None, bad: Some(bad.acc()), metric },
+        )?;
         let zq = ops::gather(t, codes, &idx)?;
         Ok((ops::cast(t, &zq, t.precision().act)?, idx, bad))
     }

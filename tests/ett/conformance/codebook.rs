@@ -23,7 +23,12 @@ fn case(shape: Shape, metric: Metric, judge: Judge, data: fn(&Draw, Shape) -> [V
             let mut args = vec![act("z", [m, dim], z), act("e", [k, dim], e), idx];
             // Also without the score and the count, for which some implementations finish in another way.
             if m % 3 != 0 {
-                args.push(out("score", Type::Acc, [m], near().conditioning(10.0).size(d.scale * dim as f64).specials()));
+                args.push(out(
+                    "score",
+                    Type::Acc,
+                    [m],
+                    near().conditioning(10.0).size(d.scale * dim as f64).specials(),
+                ));
             }
             if !m.is_multiple_of(2) {
                 args.push(add("bad", Type::Acc, [1], vec![3.0], Judge::Exact));
