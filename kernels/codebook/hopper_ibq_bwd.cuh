@@ -17,7 +17,6 @@ namespace codebook {
 namespace {
 
 inline constexpr int kSide = 64;                 // of a tile with or without weight; rows of a streamed tile
-inline constexpr float kNoWeight = -1e30f;       // a score that gives weight 0, and stays finite in all products
 
 // What the weights of 64 tokens need; exponents have base 2:
 //   ds = 2^((s - max) log2(e) + log_p) (dp - mean) + 2^((s - max) to_q + log_q) (slope (s - max) + avg c - shift)

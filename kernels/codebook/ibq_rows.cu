@@ -17,7 +17,7 @@
 // found, the old one is added to them and they are rescaled to the new maximum (docs/quantizer.md). A thread holds the
 // sums over its own columns; four lanes share a row and its best code. Parts are combined in order.
 // "hopper" (bf16): tokens stay in registers, codes stream through shared memory, products by wgmma. "sweep": any device.
-// numerics: scores as in scores.cuh; sums and exponentials (2^-22) in f32; scores are subtracted before the division by
+// numerics: scores as in scores.cuh; sums and exponentials (2^-22, or a polynomial with the same error) in f32; scores are subtracted before the division by
 // the temperature; ties go to the smallest index. Exponentials that underflow to 0 are skipped, eight rows at a time.
 // Bitwise repeatable.
 // workspace: 20 bytes, and 20 for each part of the codes, for each of at most 65,536 tokens; packed copies of z and e
@@ -135,28 +135,35 @@ template <class Tile, bool ENTROPY> struct Running {
             // Skips the row too if `top` is NaN, which means that all its scores are.
             if (!__any_sync(kAllLanes, top * kLog2e > kZero)) continue;
             if constexpr (ENTROPY) {
-                if (!__any_sync(kAllLanes, !(row_min<Tile::kAccCols>(acc, i) - v[i] >= kLeastNear))) {
-                    take_near(acc, i, to_q);
+                if (__any_sync(kAllLanes, top * to_q > kZero)) {
+                    take_both(acc, i, to_q);
                     continue;
                 }
             }
             float sum = 0.f;
 #pragma unroll
-            for (int j = 0; j < Tile::kAccCols; ++j) sum += exp2_approx(above_floor((acc.at(i, j) - v[i]) * kLog2e));
+            for (int j = 0; j < Tile::kAccCols; ++j) sum += exp2_approx(fmaxf(acc.at(i, j) - v[i], kNoWeight) * kLog2e);
             rest_p[i] += sum;
-            if constexpr (ENTROPY) {
-                if (!__any_sync(kAllLanes, top * to_q > kZero)) continue;
-                float sum_q = 0.f, sum_w = 0.f;
-#pragma unroll
-                for (int j = 0; j < Tile::kAccCols; ++j) {
-                    const float x = above_floor((acc.at(i, j) - v[i]) * to_q), e = exp2_approx(x);
-                    sum_q += e;
-                    sum_w = fmaf(e, x, sum_w);
-                }
-                rest_q[i] += sum_q;
-                w[i] += sum_w;
-            }
         }
+    }
+
+    // Adds scores of row i to the sums for both temperatures.
+    template <class Acc> __device__ __forceinline__ void take_both(Acc& acc, int i, float to_q) {
+        if (!__any_sync(kAllLanes, !(row_min<Tile::kAccCols>(acc, i) - v[i] >= kLeastNear))) {
+            take_near(acc, i, to_q);
+            return;
+        }
+        float sum_p = 0.f, sum_q = 0.f, sum_w = 0.f;
+#pragma unroll
+        for (int j = 0; j < Tile::kAccCols; ++j) {
+            const float d = fmaxf(acc.at(i, j) - v[i], kNoWeight), x = d * to_q, e = exp2_approx(x);
+            sum_p += exp2_approx(d * kLog2e);
+            sum_q += e;
+            sum_w = fmaf(e, x, sum_w);
+        }
+        rest_p[i] += sum_p;
+        rest_q[i] += sum_q;
+        w[i] += sum_w;
     }
 
     // Adds scores of row i that are all near the best one, which is how they are where both sums have many terms. Units
@@ -272,7 +279,7 @@ template <class S, bool ENTROPY> __global__ void __launch_bounds__(S::kThreads, 
 // "hopper": tokens stay in registers, tiles of 128 codes stream through shared memory; while a warpgroup processes the
 // scores of one tile, the products of the next are under way.
 template <int PANELS> struct HopperRows {
-    static constexpr int kCols = 128, kTile = PANELS * kCols * kPanelRowBytes, kStages = PANELS == 4 ? 3 : 4;
+    static constexpr int kCols = ROWS_N, kTile = PANELS * kCols * kPanelRowBytes, kStages = PANELS == 4 && ROWS_N == 128 ? 3 : 6;
     static constexpr size_t kSmem = 1024 + kStages * kTile + 16 * kStages;
 };
 
@@ -332,6 +339,17 @@ __global__ void __launch_bounds__(kSweepThreads, 1) hopper_rows_kernel(const __g
         if (threadIdx.x % kWarpgroup == 0) bar_arrive(empty + 8 * done.slot);
         done.next();
     };
+#if !ROWS_DOUBLE
+#pragma unroll 1
+    for (int n = 0; n < 2 * pairs; ++n) {
+        issue(0);
+        finish(0);
+        const int64_t code = int64_t(range.first + n) * S::kCols;
+        stats.take(acc[0], a.code0 + int32_t(code), n < range.count() ? a.e.m.rows - code : 0, a.to_q);
+    }
+    issue(0);
+    finish(0);
+#else
     issue(0);
 #pragma unroll 1
     for (int n = 0; n < 2 * pairs; n += 2) {
@@ -345,6 +363,7 @@ __global__ void __launch_bounds__(kSweepThreads, 1) hopper_rows_kernel(const __g
         }
     }
     finish(0);
+#endif
     stats.finish(a.out + part * a.z.m.rows, row0, a.z.m.rows, a.to_q, smem);
 #endif
 }
@@ -437,7 +456,6 @@ int32_t launch_hopper(const Rows& r, bool entropy, const ett_launch* l) {
     (void)r, (void)entropy, (void)l;
     return ETT_UNSUPPORTED;
 #else
-    static_assert(kTileTokens == kSweepRows && kTileCodes == HopperRows<1>::kCols, "the same tiles as the portable sweep");
     return with_panels(r.e.m.cols, [&](auto panels) {
         using S = HopperRows<panels>;
         Tiles tiles;

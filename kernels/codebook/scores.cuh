@@ -24,6 +24,10 @@ inline constexpr float kZero = -127.f, kFloor = -1000.f;
 
 __device__ __forceinline__ float above_floor(float x) { return fmaxf(x, kFloor); }
 
+// A score, relative to the best one, that has weight 0 at every temperature; it replaces NaN and -infinity where it is
+// still to be multiplied.
+inline constexpr float kNoWeight = -1e30f;
+
 // ---- operands --------------------------------------------------------------------------------------------
 
 // Rows of `m.cols` elements in one or three parts, which begin `part` elements apart.
