@@ -82,6 +82,11 @@ __device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
 }
+// The same to the blocks of the cluster whose bits are set in `blocks`, at the same addresses and barriers of each.
+__device__ __forceinline__ void tma_load_to(uint16_t blocks, uint32_t to, const CUtensorMap* map, uint32_t bar, int x, int y) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;"
+                 ::"r"(to), "l"(map), "r"(bar), "r"(x), "r"(y), "h"(blocks) : "memory");
+}
 // Starts the copy of a box from shared memory to a tensor, without what lies outside of it.
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t from, int x, int y) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];"
@@ -98,6 +103,34 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) { asm volat
 
 // The first multiple of 1024 bytes in the dynamic shared memory, of which a kernel asks for 1024 bytes more.
 __device__ __forceinline__ unsigned char* panel_smem(unsigned char* smem) { return smem + ((1024 - (smem_address(smem) & 1023)) & 1023); }
+
+// ---- clusters --------------------------------------------------------------------------------------------
+
+// `__global__ void ETT_CLUSTER(n) __launch_bounds__(...) kernel(...)`: n neighbouring blocks form a cluster; the grid is a
+// multiple of n. A block must not exit while another can still write to its shared memory or arrive at its barriers.
+#ifdef ETT_SM90A
+#define ETT_CLUSTER(n) __cluster_dims__(n, 1, 1)
+#else
+#define ETT_CLUSTER(n)
+#endif
+__device__ __forceinline__ int cluster_rank() {
+    int rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+// Synchronises all threads of the cluster.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Arrives at the barrier that block `rank` of the cluster has at this address. (With the scope .cluster the arrival
+// would contain a memory barrier of the whole GPU; there are no writes of this thread that it has to order.)
+__device__ __forceinline__ void bar_arrive_at(int rank, uint32_t bar) {
+    asm volatile("{\n"
+                 ".reg .b32 there;\n"
+                 "mapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+                 "}" ::"r"(bar), "r"(rank) : "memory");
+}
 
 // ---- registers -------------------------------------------------------------------------------------------
 

@@ -12,8 +12,10 @@
 // work: 2*N*C*O FLOP; (N*C + C*O + N*O)*size bytes (linear_gelu: N*O*size more).
 // limits: none beyond memory. Operands whose rows are not whole 16-byte pieces are copied element by element, which is
 // several times slower.
+#include <stdlib.h>
 #include "activation.cuh"
 #include "gemm.cuh"
+#include "hopper_matmul.cuh"
 
 namespace ett {
 namespace {
@@ -120,10 +122,23 @@ int32_t run(const char* op, Check& check, const Product& p, const ett_launch* l)
     const int64_t n = rows(*p.y), o = cols(*p.y);
     if (numel(*p.y) == 0) return ett_done("");
     const bool vectors = wide(*p.a) && wide(*p.b);
-    const Implementation small_tiles{"small", true}, large_tiles{"large", vectors};
-    const char* kernel = prefers_large(n, o, p.a->dtype, multiprocessors()) ? check.choose(l, {large_tiles, small_tiles})
-                                                                            : check.choose(l, {small_tiles, large_tiles});
+    const hopper::Operands operands{p.a, p.b, p.bias, p.y, p.pre, p.ta, p.tb, p.add};
+    const Implementation hopper_tiles{"hopper", hopper::can_multiply(operands)}, small_tiles{"small", true}, large_tiles{"large", vectors};
+    const char* kernel = prefers_large(n, o, p.a->dtype, multiprocessors()) ? check.choose(l, {hopper_tiles, large_tiles, small_tiles})
+                                                                            : check.choose(l, {hopper_tiles, small_tiles, large_tiles});
     if (!check.ok()) return check.status();
+    if (strcmp(kernel, "hopper") == 0) {
+        const int v = getenv("VARIANT") ? atoi(getenv("VARIANT")) : 0, sms = multiprocessors();
+        int32_t status = ETT_OK;
+        switch (v) {
+        case 0: status = hopper::multiply<256, 4, 2, 8>(op, operands, sms, l); break;
+        case 1: status = hopper::multiply<256, 4, 1, 16>(op, operands, sms, l); break;
+        case 2: status = hopper::multiply<192, 4, 1, 14>(op, operands, sms, l); break;
+        case 3: status = hopper::multiply<128, 5, 1, 12>(op, operands, sms, l); break;
+        case 4: status = hopper::multiply<128, 5, 2, 6>(op, operands, sms, l); break;
+        }
+        return status == ETT_OK ? ett_done(kernel) : status;
+    }
     const bool large = strcmp(kernel, "large") == 0;
     const int64_t pair = 2 * dtype_size(p.y->dtype);
     const bool pairs = wide(*p.y, pair) && (!p.pre || wide(*p.pre, pair));
