@@ -87,7 +87,8 @@ __device__ __forceinline__ void tma_load_to(uint16_t blocks, uint32_t to, const 
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;"
                  ::"r"(to), "l"(map), "r"(bar), "r"(x), "r"(y), "h"(blocks) : "memory");
 }
-// Starts the copy of a box from shared memory to a tensor, without what lies outside of it.
+// Starts the copy of a box from shared memory to a tensor, without what lies outside of it, for which rows of the tensor
+// have to be whole pieces of 16 bytes.
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t from, int x, int y) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];"
                  ::"l"(map), "r"(from), "r"(x), "r"(y) : "memory");
@@ -149,8 +150,9 @@ template <int N> __device__ __forceinline__ void take_registers() { asm volatile
 // panel of m or n to the next.
 inline constexpr uint32_t kDescHigh = 1024 / 16 | 1u << 30;
 __device__ __forceinline__ constexpr uint32_t step(uint32_t bytes) { return bytes / 16; }
-__device__ __forceinline__ uint32_t k_major(uint32_t address) { return address / 16 | 1u << 16; }
-__device__ __forceinline__ uint32_t mn_major(uint32_t address, uint32_t panel) { return address / 16 | panel / 16 << 16; }
+// In a cluster the upper bits of an address number the block; a descriptor has no place for them.
+__device__ __forceinline__ uint32_t k_major(uint32_t address) { return (address & 0x3ffff) / 16 | 1u << 16; }
+__device__ __forceinline__ uint32_t mn_major(uint32_t address, uint32_t panel) { return (address & 0x3ffff) / 16 | panel / 16 << 16; }
 __device__ __forceinline__ uint64_t descriptor(uint32_t low) {
     uint64_t d;
     asm("mov.b64 %0, {%1, %2};" : "=l"(d) : "r"(low), "r"(kDescHigh));

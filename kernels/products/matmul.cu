@@ -130,13 +130,7 @@ int32_t run(const char* op, Check& check, const Product& p, const ett_launch* l)
     if (strcmp(kernel, "hopper") == 0) {
         const int v = getenv("VARIANT") ? atoi(getenv("VARIANT")) : 0, sms = multiprocessors();
         int32_t status = ETT_OK;
-        switch (v) {
-        case 0: status = hopper::multiply<256, 4, 2, 8>(op, operands, sms, l); break;
-        case 1: status = hopper::multiply<256, 4, 1, 16>(op, operands, sms, l); break;
-        case 2: status = hopper::multiply<192, 4, 1, 14>(op, operands, sms, l); break;
-        case 3: status = hopper::multiply<128, 5, 1, 12>(op, operands, sms, l); break;
-        case 4: status = hopper::multiply<128, 5, 2, 6>(op, operands, sms, l); break;
-        }
+        status = v == 0 ? hopper::multiply<2>(op, operands, sms, l) : hopper::multiply<1>(op, operands, sms, l);
         return status == ETT_OK ? ett_done(kernel) : status;
     }
     const bool large = strcmp(kernel, "large") == 0;
