@@ -178,23 +178,32 @@ __device__ __forceinline__ int acc_col(int c) { return 2 * (int(threadIdx.x) % 4
 #define ETT_D32 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define ETT_D64 "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 #define ETT_D96 "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define ETT_D32_HALF "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define ETT_D64_HALF "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
+#define ETT_D96_HALF "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
 #define ETT_F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define ETT_F16(d, i) ETT_F4(d, i), ETT_F4(d, i + 4), ETT_F4(d, i + 8), ETT_F4(d, i + 12)
 #define ETT_F32(d, i) ETT_F16(d, i), ETT_F16(d, i + 16)
 #define ETT_F64(d, i) ETT_F32(d, i), ETT_F32(d, i + 32)
 
-// d += a b, or d = a b if not `add`: a 64 x 16, b 16 x N of bf16, d as N / 2 floats a thread. Both operands in shared
+// d += a b, or d = a b if not `add`: a 64 x 16, b 16 x N of bf16, d as the first N / 2 of D floats a thread. Both operands in shared
 // memory, TA and TB: MN-major.
 #define ETT_MMA_SS(n, list, p, pa, pb, pta, ptb, ...)                                                                          \
     asm volatile("{.reg .pred p; setp.ne.b32 p, " p ", 0;\n"                                                                   \
                  "wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" list "}, " pa ", " pb ", p, 1, 1, " pta ", " ptb ";}" \
                  : __VA_ARGS__ : "l"(a), "l"(b), "r"(int(add)), "n"(int(TA)), "n"(int(TB)))
-template <int N, bool TA, bool TB> __device__ __forceinline__ void mma(float (&d)[N / 2], uint32_t a_low, uint32_t b_low, bool add) {
-    static_assert(N == 64 || N == 128 || N == 192 || N == 256);
+template <int N, bool TA, bool TB, int D> __device__ __forceinline__ void mma(float (&d)[D], uint32_t a_low, uint32_t b_low, bool add) {
+    static_assert(N >= 64 && N <= 256 && N % 32 == 0 && D >= N / 2);
     const uint64_t a = descriptor(a_low), b = descriptor(b_low);
     if constexpr (N == 64) ETT_MMA_SS("64", ETT_D0, "%34", "%32", "%33", "%35", "%36", ETT_F32(d, 0));
+    if constexpr (N == 96) ETT_MMA_SS("96", ETT_D0 "," ETT_D32_HALF, "%50", "%48", "%49", "%51", "%52", ETT_F32(d, 0), ETT_F16(d, 32));
     if constexpr (N == 128) ETT_MMA_SS("128", ETT_D0 "," ETT_D32, "%66", "%64", "%65", "%67", "%68", ETT_F64(d, 0));
+    if constexpr (N == 160)
+        ETT_MMA_SS("160", ETT_D0 "," ETT_D32 "," ETT_D64_HALF, "%82", "%80", "%81", "%83", "%84", ETT_F64(d, 0), ETT_F16(d, 64));
     if constexpr (N == 192) ETT_MMA_SS("192", ETT_D0 "," ETT_D32 "," ETT_D64, "%98", "%96", "%97", "%99", "%100", ETT_F64(d, 0), ETT_F32(d, 64));
+    if constexpr (N == 224)
+        ETT_MMA_SS("224", ETT_D0 "," ETT_D32 "," ETT_D64 "," ETT_D96_HALF, "%114", "%112", "%113", "%115", "%116", ETT_F64(d, 0), ETT_F32(d, 64),
+                   ETT_F16(d, 96));
     if constexpr (N == 256)
         ETT_MMA_SS("256", ETT_D0 "," ETT_D32 "," ETT_D64 "," ETT_D96, "%130", "%128", "%129", "%131", "%132", ETT_F64(d, 0), ETT_F64(d, 64));
 }
@@ -220,6 +229,9 @@ template <int N, bool TB> __device__ __forceinline__ void mma(float (&d)[N / 2],
 #undef ETT_D32
 #undef ETT_D64
 #undef ETT_D96
+#undef ETT_D32_HALF
+#undef ETT_D64_HALF
+#undef ETT_D96_HALF
 #undef ETT_F4
 #undef ETT_F16
 #undef ETT_F32
@@ -256,7 +268,7 @@ struct Box {
 };
 
 // Describes boxes of bf16 (or f32) for tma_load and tma_store. `swizzled`: as panels; the box is then at most 128 bytes
-// wide.
+// wide. A box of 64 bytes has rows of 64 bytes and their swizzle: piece c of row r is stored at r * 64 + (c ^ r / 2 % 4) * 16.
 inline int32_t make_map(const char* op, CUtensorMap* map, int32_t dtype, const void* p, const Box& b, bool swizzled) {
     using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
                                 const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -268,10 +280,11 @@ inline int32_t make_map(const char* op, CUtensorMap* map, int32_t dtype, const v
     }();
     if (!encode) return ett_fail(ETT_CUDA_ERROR, 0, op, "launch", "a driver without cuTensorMapEncodeTiled", "a driver of CUDA 12 or newer");
     const cuuint32_t ones[5] = {1, 1, 1, 1, 1};
+    const CUtensorMapSwizzle swizzle = b.box[0] * dtype_size(dtype) == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B;
     memset(map, 0, sizeof *map);
     const CUresult r = encode(map, dtype == ETT_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32, cuuint32_t(b.rank),
                               const_cast<void*>(p), reinterpret_cast<const cuuint64_t*>(b.dims), reinterpret_cast<const cuuint64_t*>(b.strides),
-                              b.box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                              b.box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzled ? swizzle : CU_TENSOR_MAP_SWIZZLE_NONE,
                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return r == CUDA_SUCCESS ? ETT_OK : ett_fail(ETT_CUDA_ERROR, int32_t(r), op, "launch", "a tensor map that the driver refuses", "a valid tensor map");
 }

@@ -128,9 +128,7 @@ int32_t run(const char* op, Check& check, const Product& p, const ett_launch* l)
                                                                             : check.choose(l, {hopper_tiles, small_tiles, large_tiles});
     if (!check.ok()) return check.status();
     if (strcmp(kernel, "hopper") == 0) {
-        const int v = getenv("VARIANT") ? atoi(getenv("VARIANT")) : 0, sms = multiprocessors();
-        int32_t status = ETT_OK;
-        status = v == 0 ? hopper::multiply<2>(op, operands, sms, l) : hopper::multiply<1>(op, operands, sms, l);
+        const int32_t status = hopper::multiply(op, operands, multiprocessors(), l);
         return status == ETT_OK ? ett_done(kernel) : status;
     }
     const bool large = strcmp(kernel, "large") == 0;
