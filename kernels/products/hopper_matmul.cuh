@@ -21,8 +21,8 @@ namespace hopper {
 inline constexpr int kTileRows = 128, kPartRows = 64, kMostCols = 256, kDepth = 64;
 inline constexpr int kThreads = 3 * kWarpgroup;
 inline constexpr int kPanel = 64 * kPanelRowBytes;  // bytes of a panel of 64 rows
-// Shared memory: the ring, whose stages are larger or smaller with the tile; two panels per warpgroup to store from; the
-// bias, per warpgroup; barriers, for both widths of tiles.
+// Shared memory: the ring, whose stages are larger or smaller with the tile; 4 KB per warp to store from; the bias, per
+// warpgroup; barriers, for both widths of tiles.
 inline constexpr int kRing = 4 * 6 * kPanel, kMostStages = 8;
 inline constexpr int kStores = kRing, kBias = kStores + 4 * kPanel, kBars = kBias + 2 * kMostCols * 2;
 inline constexpr int kSmem = kBars + 2 * 2 * kMostStages * 8 + 1024;
@@ -38,14 +38,15 @@ struct Plan {
     int cluster, width[2], whole, pieces;
 };
 
-// What becomes of the sums. y_acc: y is f32 and added to, else it is stored through its map; bias may be null; gelu: pre
-// receives the sums, and y their GELU.
+// What becomes of the sums. One of y and y_acc is null; y_acc is added to. bias may be null. If not null, pre receives the
+// sums, and y their GELU.
 struct ProductOutput {
     const bf16* bias;
+    bf16 *y, *pre;
     float* y_acc;
-    int64_t ld;  // of y_acc
+    int64_t ld, ld_pre;
     int rows, cols, depth;
-    bool gelu;
+    bool vectors;  // y and pre may be stored in pieces of 16 bytes
     Plan plan;
 };
 
@@ -111,83 +112,108 @@ __device__ __forceinline__ void multiply_part(float (&acc)[kMostCols / 2], Phase
     release();
 }
 
-// Adds the sums to y.
-__device__ __forceinline__ void add_part(const float (&acc)[kMostCols / 2], const ProductOutput& out, int row0, int col0, int width) {
+// A warp passes its 16 rows of results from the layout of the accumulators to that of memory through 16 rows of 256 bytes,
+// in which piece c of 16 bytes is stored as piece c ^ `exchange`(row). A lane then has piece lane % 16 of every second row.
+inline constexpr int kWarpRows = 16, kWarpBytes = kWarpRows * 256;
+
+// GELU of two values, with one reciprocal. (The limit keeps their product finite, and is far below rounding.)
+__device__ __forceinline__ void gelu_tanh_two(float& x0, float& x1) {
+    constexpr float a = -2.30220820f, b = 0.044715f * a;  // a = -2 sqrt(2 / pi) / ln 2
+    const float d0 = 1.f + exp2_approx(fminf(x0 * fmaf(b, x0 * x0, a), 60.f)), d1 = 1.f + exp2_approx(fminf(x1 * fmaf(b, x1 * x1, a), 60.f));
+    const float inverse = reciprocal_approx(d0 * d1);
+    x0 *= d1 * inverse;
+    x1 *= d0 * inverse;
+}
+
+// Stores columns 128 * HALF .. of sums + bias, or of their GELU, rounded. `y`: the warp's first row at the tile's first
+// column; `rows`, `cols`: how many there are from there on.
+template <int HALF, bool GELU>
+__device__ __forceinline__ void store_rows(const float (&acc)[kMostCols / 2], unsigned char* stage, const bf16* bias, bf16* y, int64_t ld, int rows,
+                                           int cols, bool vectors) {
+    const int lane = opaque(int(threadIdx.x) % 32);
+    __syncwarp();
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const int row = row0 + acc_row(i), rest = out.cols - col0 - acc_col(0);
-        if (row >= out.rows) continue;
-        float* const to = out.y_acc + row * out.ld + col0 + acc_col(0);
+    for (int s = 0; s < 8; ++s) {  // 16 columns
+        uint32_t two[4];
 #pragma unroll
-        for (int j0 = 0; j0 < kMostCols / 8; j0 += 4) {
-            if (j0 * 8 >= width) continue;
-            float old[4][2];
+        for (int j = 0; j < 2; ++j) {
+            float add[2];
+            load<2>(add, bias + HALF * 128 + (2 * s + j) * 8 + lane % 4 * 2);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const int c = (j0 + j) * 8;
-                if (c + 1 < rest)
-                    load<2>(old[j], to + c);
-                else
-                    old[j][0] = c < rest ? to[c] : 0.f;
+            for (int i = 0; i < 2; ++i) {
+                const float* const sum = acc + HALF * 64 + s * 8 + j * 4 + i * 2;
+                float v0 = sum[0] + add[0], v1 = sum[1] + add[1];
+                if constexpr (GELU) gelu_tanh_two(v0, v1);
+                two[j * 2 + i] = pack_bf16x2(v0, v1);
             }
+        }
+        stmatrix_x4(smem_address(stage) + lane % 16 * 256 + ((2 * s + lane / 16) ^ (lane % 8)) * 16, two[0], two[1], two[2], two[3]);
+    }
+    __syncwarp();
+    const int col = HALF * 128 + lane % 16 * 8;
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const int c = (j0 + j) * 8;
-                const float sum[2] = {old[j][0] + acc[(j0 + j) * 4 + i * 2], old[j][1] + acc[(j0 + j) * 4 + i * 2 + 1]};
-                if (c + 1 < rest)
-                    store<2>(to + c, sum);
-                else if (c < rest)
-                    to[c] = sum[0];
+    for (int i = 0; i < kWarpRows; i += 2) {
+        const int row = i + lane / 16;
+        const Vec<bf16, 8> v = load_vec<8>(reinterpret_cast<const bf16*>(stage + row * 256 + (lane % 16 ^ row % 8) * 16));
+        if (row >= rows || col >= cols) continue;
+        bf16* const to = y + row * ld + col;
+        if (vectors)
+            store_vec(to, v);
+        else
+#pragma unroll
+            for (int e = 0; e < 8; ++e)
+                if (col + e < cols) to[e] = v.v[e];
+    }
+}
+
+// Adds the sums to y.
+__device__ __forceinline__ void add_rows(const float (&acc)[kMostCols / 2], unsigned char* stage, float* y, int64_t ld, int rows, int cols) {
+    const int lane = opaque(int(threadIdx.x) % 32), piece = lane % 16;
+    float old[kWarpRows / 2][4];
+    auto load_old = [&](int i, int c) {
+        const int row = i * 2 + lane / 16, col = c * 64 + piece * 4;
+        if (row < rows && col + 3 < cols) load<4>(old[i], y + row * ld + col);
+    };
+#pragma unroll
+    for (int i = 0; i < kWarpRows / 2; ++i) load_old(i, 0);
+#pragma unroll
+    for (int c = 0; c < kMostCols / 64; ++c) {
+        if (c * 64 >= cols) continue;
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int row = lane / 4 + 8 * i;
+                const float two[2] = {acc[c * 32 + j * 4 + i * 2], acc[c * 32 + j * 4 + i * 2 + 1]};
+                store<2>(reinterpret_cast<float*>(stage + row * 256 + ((2 * j + lane % 4 / 2) ^ (row % 4 * 2)) * 16 + lane % 2 * 8), two);
+            }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < kWarpRows / 2; ++i) {
+            const int row = i * 2 + lane / 16, col = c * 64 + piece * 4;
+            float v[4];
+            load<4>(v, reinterpret_cast<const float*>(stage + row * 256 + (piece ^ (row % 4 * 2)) * 16));
+            float* const to = y + row * ld + col;
+            if (row < rows && col + 3 < cols) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) v[e] += old[i][e];
+                store_global<4>(to, v);
+                load_old(i, c + 1);
+            } else if (row < rows) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    if (col + e < cols) to[e] += v[e];
             }
         }
     }
 }
 
-// Stores from two buffers of 64 rows and columns, in turn, as boxes of 32 columns.
-struct Store {
-    uint32_t buffers, buffer;
-    int part;
-
-    // Columns p * 64 .. of value(sums + bias), rounded.
-    template <class F>
-    __device__ __forceinline__ void panel(const float (&acc)[kMostCols / 2], const bf16* bias, const CUtensorMap* to, int p, int row0, int col0, int width,
-                                          F&& value) {
-        const int thread = int(threadIdx.x) % kWarpgroup, lane = thread % 32, row = thread / 32 * 16 + lane % 16;
-        if (thread == 0) stores_read<1>();  // this buffer has been read
-        named_barrier(1 + part, kWarpgroup);
-#pragma unroll
-        for (int s = 0; s < 4; ++s) {
-            uint32_t two[4];
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                float add[2];
-                load<2>(add, bias + p * kPanelCols + (2 * s + j) * 8 + acc_col(0));
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const float* const sum = acc + p * 32 + s * 8 + j * 4 + i * 2;
-                    two[j * 2 + i] = pack_bf16x2(value(sum[0] + add[0]), value(sum[1] + add[1]));
-                }
-            }
-            const uint32_t piece = (s % 2 * 2 + lane / 16) ^ (row / 2 % 4);
-            stmatrix_x4(buffers + buffer + s / 2 * (kPanel / 2) + row * 64 + piece * 16, two[0], two[1], two[2], two[3]);
-        }
-        proxy_fence();
-        named_barrier(1 + part, kWarpgroup);
-        if (thread == 0) {
-            tma_store(to, buffers + buffer, col0 + p * kPanelCols, row0);
-            if (p * kPanelCols + 32 < width) tma_store(to, buffers + buffer + kPanel / 2, col0 + p * kPanelCols + 32, row0);
-            stores_commit();
-        }
-        buffer ^= kPanel;
-    }
-};
-
 #endif  // ETT_SM90A
 
 template <int CLUSTER, bool TA, bool TB>
 __global__ void ETT_CLUSTER(CLUSTER) __launch_bounds__(kThreads, 1)
-    hopper_matmul_kernel(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b, const __grid_constant__ CUtensorMap y,
-                         const __grid_constant__ CUtensorMap pre, const __grid_constant__ ProductOutput out) {
+    hopper_matmul_kernel(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b, const __grid_constant__ ProductOutput out) {
 #ifdef ETT_SM90A
     ETT_DYNAMIC_SMEM(dynamic);
     unsigned char* const smem = panel_smem(dynamic);
@@ -205,6 +231,7 @@ __global__ void ETT_CLUSTER(CLUSTER) __launch_bounds__(kThreads, 1)
         prefetch_map(&a);
         prefetch_map(&b);
     }
+    for (int i = int(threadIdx.x); i < 2 * kMostCols; i += kThreads) reinterpret_cast<bf16*>(smem + kBias)[i] = bf16{0};
     if constexpr (CLUSTER > 1)
         cluster_sync();
     else
@@ -250,7 +277,7 @@ __global__ void ETT_CLUSTER(CLUSTER) __launch_bounds__(kThreads, 1)
         take_registers<232>();
         const int part = int(threadIdx.x) / kWarpgroup - 1, thread = int(threadIdx.x) % kWarpgroup;
         bf16* const bias = reinterpret_cast<bf16*>(smem + kBias) + part * kMostCols;
-        Store store{ring + kStores + part * 2 * kPanel, 0, part};
+        unsigned char* const stage = smem + kStores + (part * 4 + thread / 32) * kWarpBytes;
         float acc[kMostCols / 2];
 #pragma unroll
         for (int i = 0; i < kMostCols / 2; ++i) acc[i] = 0.f;
@@ -259,7 +286,7 @@ __global__ void ETT_CLUSTER(CLUSTER) __launch_bounds__(kThreads, 1)
             Phase<CLUSTER> phase(number, out, ring);
             for (int item = first; item < phase.items; item += stride) {
                 const int2 place = phase.place(out.plan, item, rank);
-                const int row0 = place.x + part * kPartRows, col0 = place.y, width = phase.width;
+                const int col0 = place.y, width = phase.width;
                 if (col0 >= out.cols) continue;
                 bf16 mine[2];
 #pragma unroll
@@ -276,25 +303,30 @@ __global__ void ETT_CLUSTER(CLUSTER) __launch_bounds__(kThreads, 1)
                 case 224: multiply_part<224, CLUSTER, TA, TB>(acc, phase, ring, part, steps); break;
                 default: multiply_part<256, CLUSTER, TA, TB>(acc, phase, ring, part, steps);
                 }
+                if (out.bias) {
+                    named_barrier(1 + part, kWarpgroup);  // the last tile's bias is no longer needed
+                    bias[thread] = mine[0];
+                    bias[kWarpgroup + thread] = mine[1];
+                    named_barrier(1 + part, kWarpgroup);
+                }
+                const int row0 = place.x + part * kPartRows + thread / 32 * kWarpRows, rows = out.rows - row0, cols = min(out.cols - col0, width);
+                const int64_t at = row0 * out.ld + col0;
                 if (out.y_acc) {
-                    add_part(acc, out, row0, col0, width);
+                    add_rows(acc, stage, out.y_acc + at, out.ld, rows, cols);
                     continue;
                 }
-                bias[thread] = mine[0];
-                bias[kWarpgroup + thread] = mine[1];
-#pragma unroll
-                for (int p = 0; p < kMostCols / kPanelCols; ++p) {
-                    if (p * kPanelCols >= width || col0 + p * kPanelCols >= out.cols) continue;
-                    if (out.gelu) {
-                        store.panel(acc, bias, &pre, p, row0, col0, width, [](float v) { return v; });
-                        store.panel(acc, bias, &y, p, row0, col0, width, [](float v) { return gelu_tanh<bf16>(v); });
-                    } else {
-                        store.panel(acc, bias, &y, p, row0, col0, width, [](float v) { return v; });
-                    }
+                if (out.pre) {
+                    bf16* const pre = out.pre + row0 * out.ld_pre + col0;
+                    store_rows<0, false>(acc, stage, bias, pre, out.ld_pre, rows, cols, out.vectors);
+                    if (cols > 128) store_rows<1, false>(acc, stage, bias, pre, out.ld_pre, rows, cols, out.vectors);
+                    store_rows<0, true>(acc, stage, bias, out.y + at, out.ld, rows, cols, out.vectors);
+                    if (cols > 128) store_rows<1, true>(acc, stage, bias, out.y + at, out.ld, rows, cols, out.vectors);
+                } else {
+                    store_rows<0, false>(acc, stage, bias, out.y + at, out.ld, rows, cols, out.vectors);
+                    if (cols > 128) store_rows<1, false>(acc, stage, bias, out.y + at, out.ld, rows, cols, out.vectors);
                 }
             }
         }
-        if (thread == 0) stores_done<0>();
     }
     if constexpr (CLUSTER > 1) cluster_sync();
 #endif
@@ -313,8 +345,8 @@ inline bool copyable(const ett_view& v) {
 
 inline bool can_multiply(const Operands& p) {
     const int64_t depth = p.ta ? rows(*p.a) : cols(*p.a), most = 1 << 30;
-    return is_hopper() && p.a->dtype == ETT_BF16 && copyable(*p.a) && copyable(*p.b) && (p.add ? copyable(*p.y) : wide(*p.y)) &&
-           (!p.pre || wide(*p.pre)) && depth > 0 && depth < most && rows(*p.y) < most && cols(*p.y) < most;
+    return is_hopper() && p.a->dtype == ETT_BF16 && copyable(*p.a) && copyable(*p.b) && (!p.add || copyable(*p.y)) &&
+           depth > 0 && depth < most && rows(*p.y) < most && cols(*p.y) < most;
 }
 
 // The plan that is expected to take the least time, in clocks of a multiprocessor.
@@ -347,21 +379,12 @@ inline Plan choose_plan(int64_t n, int64_t o, int64_t depth, int multiprocessors
 }
 
 inline int32_t multiply(const char* op, const Operands& p, int multiprocessors, const ett_launch* l) {
-    CUtensorMap a, b, y, pre;
-    auto panels = [&](CUtensorMap* m, const ett_view& v, int box_rows) {
+    CUtensorMap a, b;
+    auto map = [&](CUtensorMap* m, const ett_view& v, int box_rows) {
         return make_panel_map(op, m, v.ptr, rows(v), cols(v), round_up(stride(v), 8), uint32_t(box_rows));
     };
-    auto halves = [&](CUtensorMap* m, const ett_view& v) {
-        return make_map(op, m, ETT_BF16, v.ptr, {2, {uint64_t(cols(v)), uint64_t(rows(v))}, {uint64_t(round_up(stride(v), 8)) * 2}, {32, uint32_t(kPartRows)}}, true);
-    };
-    int32_t status = panels(&a, *p.a, p.ta ? kDepth : kTileRows);
-    if (status == ETT_OK) status = panels(&b, *p.b, 64);
-    if (p.add)
-        memset(&y, 0, sizeof y);
-    else if (status == ETT_OK)
-        status = halves(&y, *p.y);
-    pre = y;
-    if (status == ETT_OK && p.pre) status = halves(&pre, *p.pre);
+    int32_t status = map(&a, *p.a, p.ta ? kDepth : kTileRows);
+    if (status == ETT_OK) status = map(&b, *p.b, 64);
     if (status != ETT_OK) return status;
 
     const int64_t n = rows(*p.y), o = cols(*p.y), depth = p.ta ? rows(*p.a) : cols(*p.a);
@@ -376,10 +399,18 @@ inline int32_t multiply(const char* op, const Operands& p, int multiprocessors, 
     const int64_t tiles = ceil_div(n, plan.cluster * kTileRows) * ceil_div(o, plan.width[0]), units = std::max(multiprocessors / plan.cluster, 1);
     const int64_t items = std::max<int64_t>(plan.whole, (tiles - plan.whole) * plan.pieces);
     const ProductOutput out{p.bias ? data<const bf16>(*p.bias) : nullptr,
+                            p.add ? nullptr : data<bf16>(*p.y),
+                            p.pre ? data<bf16>(*p.pre) : nullptr,
                             p.add ? data<float>(*p.y) : nullptr,
-                            stride(*p.y), int(n), int(o), int(depth), p.pre != nullptr, plan};
+                            stride(*p.y),
+                            p.pre ? stride(*p.pre) : 0,
+                            int(n),
+                            int(o),
+                            int(depth),
+                            wide(*p.y) && (!p.pre || wide(*p.pre)),
+                            plan};
     const dim3 grid(unsigned(std::min(items, units) * plan.cluster));
-    auto go = [&](auto kernel) { return launch(op, kernel, grid, dim3(kThreads), kSmem, l, a, b, y, pre, out); };
+    auto go = [&](auto kernel) { return launch(op, kernel, grid, dim3(kThreads), kSmem, l, a, b, out); };
     auto clustered = [&](auto cluster) {
         constexpr int C = decltype(cluster)::value;
         if (p.ta) return p.tb ? go(hopper_matmul_kernel<C, true, true>) : go(hopper_matmul_kernel<C, true, false>);
