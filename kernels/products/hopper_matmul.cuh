@@ -93,6 +93,7 @@ __device__ __forceinline__ void multiply_part(float (&acc)[kMostCols / 2], Phase
             if (lane == 0) bar_arrive(phase.empty + before * 8);
         }
     };
+#pragma unroll 1
     for (int k = 0; k < steps; ++k) {
         const uint32_t a = ring + phase.slot * stage_bytes(COLS) + part * kPanel, b = ring + phase.slot * stage_bytes(COLS) + 2 * kPanel;
         const uint32_t low_a = TA ? mn_major(a, kPanel) : k_major(a), low_b = TB ? k_major(b) : mn_major(b, kPanel);
