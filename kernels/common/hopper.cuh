@@ -60,9 +60,12 @@ template <int STAGES> struct Ring {
     }
 };
 
-// Synchronises `threads` threads that use the same number, 1 to 15.
+// Synchronises `threads` threads that use the same number, 1 to 15; `named_arrive` counts as one of them and does not wait.
 __device__ __forceinline__ void named_barrier(int number, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_arrive(int number, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
 // ---- copies ----------------------------------------------------------------------------------------------
