@@ -60,9 +60,12 @@ template <int STAGES> struct Ring {
     }
 };
 
-// Synchronises `threads` threads that use the same number, 1 to 15.
+// Synchronises `threads` threads that use the same number, 1 to 15; `named_arrive` counts as one of them and does not wait.
 __device__ __forceinline__ void named_barrier(int number, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_arrive(int number, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
 // ---- copies ----------------------------------------------------------------------------------------------
@@ -82,7 +85,13 @@ __device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
 }
-// Starts the copy of a box from shared memory to a tensor, without what lies outside of it.
+// The same to the blocks of the cluster whose bits are set in `blocks`, at the same addresses and barriers of each.
+__device__ __forceinline__ void tma_load_to(uint16_t blocks, uint32_t to, const CUtensorMap* map, uint32_t bar, int x, int y) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;"
+                 ::"r"(to), "l"(map), "r"(bar), "r"(x), "r"(y), "h"(blocks) : "memory");
+}
+// Starts the copy of a box from shared memory to a tensor, without what lies outside of it, for which rows of the tensor
+// have to be whole pieces of 16 bytes.
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t from, int x, int y) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];"
                  ::"l"(map), "r"(from), "r"(x), "r"(y) : "memory");
@@ -102,6 +111,34 @@ __device__ __forceinline__ void store_shared(uint32_t to, uint32_t v) { asm vola
 // The first multiple of 1024 bytes in the dynamic shared memory, of which a kernel asks for 1024 bytes more.
 __device__ __forceinline__ unsigned char* panel_smem(unsigned char* smem) { return smem + ((1024 - (smem_address(smem) & 1023)) & 1023); }
 
+// ---- clusters --------------------------------------------------------------------------------------------
+
+// `__global__ void ETT_CLUSTER(n) __launch_bounds__(...) kernel(...)`: n neighbouring blocks form a cluster; the grid is a
+// multiple of n. A block must not exit while another can still write to its shared memory or arrive at its barriers.
+#ifdef ETT_SM90A
+#define ETT_CLUSTER(n) __cluster_dims__(n, 1, 1)
+#else
+#define ETT_CLUSTER(n)
+#endif
+__device__ __forceinline__ int cluster_rank() {
+    int rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+// Synchronises all threads of the cluster.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Arrives at the barrier that block `rank` of the cluster has at this address. (With the scope .cluster the arrival
+// would contain a memory barrier of the whole GPU; there are no writes of this thread that it has to order.)
+__device__ __forceinline__ void bar_arrive_at(int rank, uint32_t bar) {
+    asm volatile("{\n"
+                 ".reg .b32 there;\n"
+                 "mapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+                 "}" ::"r"(bar), "r"(rank) : "memory");
+}
+
 // ---- registers -------------------------------------------------------------------------------------------
 
 // Every warp of a warpgroup gives registers back or takes more, down or up to N a thread (a multiple of 8). The kernel
@@ -119,8 +156,9 @@ template <int N> __device__ __forceinline__ void take_registers() { asm volatile
 // panel of m or n to the next.
 inline constexpr uint32_t kDescHigh = 1024 / 16 | 1u << 30;
 __device__ __forceinline__ constexpr uint32_t step(uint32_t bytes) { return bytes / 16; }
-__device__ __forceinline__ uint32_t k_major(uint32_t address) { return address / 16 | 1u << 16; }
-__device__ __forceinline__ uint32_t mn_major(uint32_t address, uint32_t panel) { return address / 16 | panel / 16 << 16; }
+// In a cluster the upper bits of an address number the block; a descriptor has no place for them.
+__device__ __forceinline__ uint32_t k_major(uint32_t address) { return (address & 0x3ffff) / 16 | 1u << 16; }
+__device__ __forceinline__ uint32_t mn_major(uint32_t address, uint32_t panel) { return (address & 0x3ffff) / 16 | panel / 16 << 16; }
 __device__ __forceinline__ uint64_t descriptor(uint32_t low) {
     uint64_t d;
     asm("mov.b64 %0, {%1, %2};" : "=l"(d) : "r"(low), "r"(kDescHigh));
@@ -146,23 +184,32 @@ __device__ __forceinline__ int acc_col(int c) { return 2 * (int(threadIdx.x) % 4
 #define ETT_D32 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define ETT_D64 "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 #define ETT_D96 "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define ETT_D32_HALF "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define ETT_D64_HALF "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
+#define ETT_D96_HALF "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
 #define ETT_F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define ETT_F16(d, i) ETT_F4(d, i), ETT_F4(d, i + 4), ETT_F4(d, i + 8), ETT_F4(d, i + 12)
 #define ETT_F32(d, i) ETT_F16(d, i), ETT_F16(d, i + 16)
 #define ETT_F64(d, i) ETT_F32(d, i), ETT_F32(d, i + 32)
 
-// d += a b, or d = a b if not `add`: a 64 x 16, b 16 x N of bf16, d as N / 2 floats a thread. Both operands in shared
+// d += a b, or d = a b if not `add`: a 64 x 16, b 16 x N of bf16, d as the first N / 2 of D floats a thread. Both operands in shared
 // memory, TA and TB: MN-major.
 #define ETT_MMA_SS(n, list, p, pa, pb, pta, ptb, ...)                                                                          \
     asm volatile("{.reg .pred p; setp.ne.b32 p, " p ", 0;\n"                                                                   \
                  "wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" list "}, " pa ", " pb ", p, 1, 1, " pta ", " ptb ";}" \
                  : __VA_ARGS__ : "l"(a), "l"(b), "r"(int(add)), "n"(int(TA)), "n"(int(TB)))
-template <int N, bool TA, bool TB> __device__ __forceinline__ void mma(float (&d)[N / 2], uint32_t a_low, uint32_t b_low, bool add) {
-    static_assert(N == 64 || N == 128 || N == 192 || N == 256);
+template <int N, bool TA, bool TB, int D> __device__ __forceinline__ void mma(float (&d)[D], uint32_t a_low, uint32_t b_low, bool add) {
+    static_assert(N >= 64 && N <= 256 && N % 32 == 0 && D >= N / 2);
     const uint64_t a = descriptor(a_low), b = descriptor(b_low);
     if constexpr (N == 64) ETT_MMA_SS("64", ETT_D0, "%34", "%32", "%33", "%35", "%36", ETT_F32(d, 0));
+    if constexpr (N == 96) ETT_MMA_SS("96", ETT_D0 "," ETT_D32_HALF, "%50", "%48", "%49", "%51", "%52", ETT_F32(d, 0), ETT_F16(d, 32));
     if constexpr (N == 128) ETT_MMA_SS("128", ETT_D0 "," ETT_D32, "%66", "%64", "%65", "%67", "%68", ETT_F64(d, 0));
+    if constexpr (N == 160)
+        ETT_MMA_SS("160", ETT_D0 "," ETT_D32 "," ETT_D64_HALF, "%82", "%80", "%81", "%83", "%84", ETT_F64(d, 0), ETT_F16(d, 64));
     if constexpr (N == 192) ETT_MMA_SS("192", ETT_D0 "," ETT_D32 "," ETT_D64, "%98", "%96", "%97", "%99", "%100", ETT_F64(d, 0), ETT_F32(d, 64));
+    if constexpr (N == 224)
+        ETT_MMA_SS("224", ETT_D0 "," ETT_D32 "," ETT_D64 "," ETT_D96_HALF, "%114", "%112", "%113", "%115", "%116", ETT_F64(d, 0), ETT_F32(d, 64),
+                   ETT_F16(d, 96));
     if constexpr (N == 256)
         ETT_MMA_SS("256", ETT_D0 "," ETT_D32 "," ETT_D64 "," ETT_D96, "%130", "%128", "%129", "%131", "%132", ETT_F64(d, 0), ETT_F64(d, 64));
 }
@@ -188,6 +235,9 @@ template <int N, bool TB> __device__ __forceinline__ void mma(float (&d)[N / 2],
 #undef ETT_D32
 #undef ETT_D64
 #undef ETT_D96
+#undef ETT_D32_HALF
+#undef ETT_D64_HALF
+#undef ETT_D96_HALF
 #undef ETT_F4
 #undef ETT_F16
 #undef ETT_F32
@@ -232,7 +282,7 @@ struct Box {
 };
 
 // Describes boxes of bf16 (or f32) for tma_load and tma_store. `swizzled`: as panels; the box is then at most 128 bytes
-// wide.
+// wide. A box of 64 bytes has rows of 64 bytes and their swizzle: piece c of row r is stored at r * 64 + (c ^ r / 2 % 4) * 16.
 inline int32_t make_map(const char* op, CUtensorMap* map, int32_t dtype, const void* p, const Box& b, bool swizzled) {
     using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
                                 const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -244,10 +294,11 @@ inline int32_t make_map(const char* op, CUtensorMap* map, int32_t dtype, const v
     }();
     if (!encode) return ett_fail(ETT_CUDA_ERROR, 0, op, "launch", "a driver without cuTensorMapEncodeTiled", "a driver of CUDA 12 or newer");
     const cuuint32_t ones[5] = {1, 1, 1, 1, 1};
+    const CUtensorMapSwizzle swizzle = b.box[0] * dtype_size(dtype) == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B;
     memset(map, 0, sizeof *map);
     const CUresult r = encode(map, dtype == ETT_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32, cuuint32_t(b.rank),
                               const_cast<void*>(p), reinterpret_cast<const cuuint64_t*>(b.dims), reinterpret_cast<const cuuint64_t*>(b.strides),
-                              b.box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                              b.box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzled ? swizzle : CU_TENSOR_MAP_SWIZZLE_NONE,
                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return r == CUDA_SUCCESS ? ETT_OK : ett_fail(ETT_CUDA_ERROR, int32_t(r), op, "launch", "a tensor map that the driver refuses", "a valid tensor map");
 }

@@ -10,10 +10,15 @@
 // numerics: products are summed in f32 in ascending order of C (f32: fused multiply-adds, no TF32), then the bias or
 // the old y is added and the result is rounded once; gelu is applied before rounding. Bitwise repeatable.
 // work: 2*N*C*O FLOP; (N*C + C*O + N*O)*size bytes (linear_gelu: N*O*size more).
-// limits: none beyond memory. Operands whose rows are not whole 16-byte pieces are copied element by element, which is
+// implementations: "hopper" (hopper_matmul.cuh): wgmma and TMA, for bf16 on Hopper, if the rows of a and b, and of an f32
+// y, begin at multiples of 16 bytes. "large", "small": tiles of gemm.cuh; "large" if the rows of a and b are whole 16-byte
+// pieces.
+// limits: none beyond memory. "small" copies operands whose rows are not whole 16-byte pieces element by element, which is
 // several times slower.
+#include <stdlib.h>
 #include "activation.cuh"
 #include "gemm.cuh"
+#include "hopper_matmul.cuh"
 
 namespace ett {
 namespace {
@@ -120,10 +125,22 @@ int32_t run(const char* op, Check& check, const Product& p, const ett_launch* l)
     const int64_t n = rows(*p.y), o = cols(*p.y);
     if (numel(*p.y) == 0) return ett_done("");
     const bool vectors = wide(*p.a) && wide(*p.b);
+#ifdef ETT_SHIM
+    const Implementation hopper_tiles{"hopper", false};
+#else
+    const hopper::Operands operands{p.a, p.b, p.bias, p.y, p.pre, p.ta, p.tb, p.add};
+    const Implementation hopper_tiles{"hopper", hopper::can_multiply(operands)};
+#endif
     const Implementation small_tiles{"small", true}, large_tiles{"large", vectors};
-    const char* kernel = prefers_large(n, o, p.a->dtype, multiprocessors()) ? check.choose(l, {large_tiles, small_tiles})
-                                                                            : check.choose(l, {small_tiles, large_tiles});
+    const char* kernel = prefers_large(n, o, p.a->dtype, multiprocessors()) ? check.choose(l, {hopper_tiles, large_tiles, small_tiles})
+                                                                            : check.choose(l, {hopper_tiles, small_tiles, large_tiles});
     if (!check.ok()) return check.status();
+#ifndef ETT_SHIM
+    if (strcmp(kernel, "hopper") == 0) {
+        const int32_t status = hopper::multiply(op, operands, multiprocessors(), l);
+        return status == ETT_OK ? ett_done(kernel) : status;
+    }
+#endif
     const bool large = strcmp(kernel, "large") == 0;
     const int64_t pair = 2 * dtype_size(p.y->dtype);
     const bool pairs = wide(*p.y, pair) && (!p.pre || wide(*p.pre, pair));
