@@ -20,13 +20,32 @@ struct Result {
     float* v;
 };
 
-#ifndef ETT_SHIM
 namespace hopper_nearest {
 
+inline constexpr int kTokens = 128, kCodes = 128;  // of a block and of a tile
+inline constexpr int kMostCols = 512, kMostSplitCols = 256;
+
+// Where half[k] = |e_k|^2 / 2 is stored: the four values that a thread needs of 16 codes are neighbours.
+__device__ __forceinline__ int64_t half_place(int64_t k) { return (k & ~int64_t(15)) + (k % 8 / 2 * 4 + k / 8 % 2 * 2 + k % 2); }
+
+// Columns of a packed part, of which a row has two.
+inline int64_t split_cols(int64_t d) { return round_up(d, 128); }
+// Codes per chunk of the packed ones.
+inline int64_t split_chunk(int64_t codes, int64_t d) { return chunk_rows(codes, split_cols(d) * 4, kPackBytes, 2 * kCodes); }
+
+// Whether these kernels run on the current device. `plan`: also without a device, for workspace queries.
+inline bool on_hopper(bool plan) {
+#ifdef ETT_SHIM
+    return plan && false;
+#else
+    return plan ? hopper::plan_hopper() : hopper::is_hopper();
+#endif
+}
+
+#ifndef ETT_SHIM
 using namespace hopper;
 
-inline constexpr int kTokens = 128, kCodes = 128;  // of a block and of a tile
-inline constexpr int kRegPanels = 4;               // of the tokens in registers, at most
+inline constexpr int kRegPanels = kMostSplitCols / kPanelCols;  // of the tokens in registers, at most
 inline constexpr int kPanelBytes = kCodes * kPanelRowBytes;
 inline constexpr int kThreads = 3 * kWarpgroup;
 
@@ -43,7 +62,8 @@ template <int PANELS, bool SPLIT> struct Config {
     // Tokens on their way to registers lie in the last stages, which are filled later.
     static constexpr int kTokenStages = kInRegisters / kStagePanels;
     static_assert(kTokenStages * kStagePanels == kInRegisters);
-    // Halves of norms are copied with the tiles and read one tile later than the codes.
+    // Half norms are copied with the first stage of a tile; they are read after its products, when the next tiles are
+    // being copied.
     static constexpr int halves(int stages) { return stages / kSteps + 2; }
     static constexpr int smem(int stages) { return 1024 + kTokenBytes + stages * (kStageBytes + 2 * 8) + 2 * 8 + halves(stages) * kCodes * 4; }
     static constexpr int stages() {
@@ -55,14 +75,11 @@ template <int PANELS, bool SPLIT> struct Config {
     static_assert(kStages > kSteps && kStages > kTokenStages);
 };
 
-// Where half[k] = |e_k|^2 / 2 is stored: the four values that a thread needs of 16 codes are neighbours.
-__device__ __forceinline__ int64_t half_place(int64_t k) { return (k & ~int64_t(15)) + (k % 8 / 2 * 4 + k / 8 % 2 * 2 + k % 2); }
-
 // The arguments of a sweep besides the maps.
 template <class T> struct Sweep {
     gemm::Matrix<T> z;
     int32_t codes, first;  // the number of codes, and the index of the first
-    const float* half;     // of the codes from there on, padded to an even number of tiles; null for the dot product
+    const float* half;     // half norms of these codes, padded to an even number of tiles; null for the dot product
     Result out;
     bool resume;      // `out` holds the results of codes before `first`
     bool wide_boxes;  // a copy moves all panels of a stage
@@ -120,9 +137,9 @@ template <bool L2> __device__ __forceinline__ void take(float (&d)[64], Best& be
             best.k[i] = code0 + mine + at[i];
         }
 #pragma unroll
-        for (int d = 1; d <= 2; d *= 2) {
-            const float v = __shfl_xor_sync(kAllLanes, best.v[i], d);
-            const int32_t k = __shfl_xor_sync(kAllLanes, best.k[i], d);
+        for (int lane = 1; lane <= 2; lane *= 2) {
+            const float v = __shfl_xor_sync(kAllLanes, best.v[i], lane);
+            const int32_t k = __shfl_xor_sync(kAllLanes, best.k[i], lane);
             if (v > best.v[i] || (v == best.v[i] && k < best.k[i])) {
                 best.v[i] = v;
                 best.k[i] = k;
@@ -132,7 +149,8 @@ template <bool L2> __device__ __forceinline__ void take(float (&d)[64], Best& be
 }
 
 template <class C, class T, bool L2>
-__global__ void __launch_bounds__(kThreads, 1) nearest_kernel(const __grid_constant__ CUtensorMap codes_map, const __grid_constant__ CUtensorMap tokens_map, const Sweep<T> s) {
+__global__ void __launch_bounds__(kThreads, 1)
+nearest_kernel(const __grid_constant__ CUtensorMap codes_map, const __grid_constant__ CUtensorMap tokens_map, const Sweep<T> s) {
 #ifdef ETT_SM90A
     ETT_DYNAMIC_SMEM(raw);
     unsigned char* const smem = panel_smem(raw);
@@ -270,7 +288,8 @@ __global__ void __launch_bounds__(kThreads, 1) nearest_kernel(const __grid_const
         half = half + 1 == C::kHalves ? 0 : half + 1;
     };
     constexpr int kHeld = C::kSteps < 2 ? 1 : 2;  // stages of a tile that are not released before its end
-    // Ends the products of tile t, starts those of the next one, and looks at the scores of tile t meanwhile.
+    // Ends the products of tile t, starts those of the next one, and looks at the scores of tile t meanwhile. Only a wait
+    // for all products tells ptxas, across iterations, that accumulators may be read; the other warpgroup fills the gap.
     auto turn = [&](float (&d)[64], float (&d_next)[64], int t) {
         products_wait<0>();
         pin(d);
@@ -321,13 +340,6 @@ __global__ void __launch_bounds__(kThreads, 1) nearest_kernel(const __grid_const
 
 // ---- host ------------------------------------------------------------------------------------------------
 
-inline constexpr int64_t kMostCols = 512, kMostSplitCols = kRegPanels * kPanelCols;
-
-// Columns of a packed part, of which a row has two.
-inline int64_t split_cols(int64_t d) { return round_up(d, 2 * kPanelCols); }
-// Codes per chunk of the packed ones.
-inline int64_t split_chunk(int64_t codes, int64_t d) { return chunk_rows(codes, split_cols(d) * 4, kPackBytes, 2 * kCodes); }
-
 template <class C, class T> int32_t launch_config(const CUtensorMap& codes, const CUtensorMap& tokens, const Sweep<T>& s, const ett_launch* l) {
     return launch("nearest", s.half ? nearest_kernel<C, T, true> : nearest_kernel<C, T, false>, dim3(unsigned(s.row_tiles * s.parts)),
                   dim3(kThreads), C::kSmem, l, codes, tokens, s);
@@ -376,8 +388,7 @@ inline int32_t launch_split(const gemm::Matrix<float>& e, Sweep<float> s, bf16* 
     return status;
 }
 
-}  // namespace hopper_nearest
 #endif  // ETT_SHIM
-
+}  // namespace hopper_nearest
 }  // namespace codebook
 }  // namespace ett

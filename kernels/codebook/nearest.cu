@@ -288,12 +288,8 @@ half_norm_kernel(const Matrix<T> e, float* half, int64_t padded) {
             add(std::false_type{});
 #pragma unroll
         for (int c = 0; c < kCodes; ++c) {
-            int64_t at = k + c;
-#ifndef ETT_SHIM
-            if constexpr (HOPPER) at = hopper_nearest::half_place(at);
-#endif
             const float all = warp_sum(sum[c]);
-            if (lane == 0) half[at] = 0.5f * all;
+            if (lane == 0) half[HOPPER ? hopper_nearest::half_place(k + c) : k + c] = 0.5f * all;
         }
     }
 }
@@ -368,26 +364,17 @@ std::array<Kernel, kImplementations> choose_nearest_config(const ett_nearest_arg
     const Kernel n = {{"narrow", pieces && Narrow::smem(d) <= smem}, Narrow::Tile::kRows, Narrow::Tile::kCols, Narrow::kBlocks, Narrow::smem(d), 0, false};
     const Kernel s = is_bf16 ? Kernel{{"simple", true}, SimpleBf16::kRows, SimpleBf16::kCols, 2, SimpleBf16::kSmem, 0, false}
                              : Kernel{{"simple", true}, SimpleF32::kRows, SimpleF32::kCols, 2, SimpleF32::kSmem, 0, false};
-#ifdef ETT_SHIM
-    (void)on_hopper;
-    const Kernel h = {{"hopper", false}, 1, 1, 1, 0, 0, false}, hs = {{"hopper_split", false}, 1, 1, 1, 0, 0, false};
-#else
     namespace hn = hopper_nearest;
     const bool split_fits = !is_bf16 && d > 0 && d <= hn::kMostSplitCols;
     const int64_t chunk = split_fits ? hn::split_chunk(rows(a.e), d) : 0;
     const Kernel h = {{"hopper", on_hopper && pieces && d <= hn::kMostCols}, hn::kTokens, 2 * hn::kCodes, 1, 0, 0, false};
     const Kernel hs = {{"hopper_split", on_hopper && split_fits}, hn::kTokens, 2 * hn::kCodes, 1, 0, chunk * hn::split_cols(d) * 4, chunk < rows(a.e)};
-#endif
     return rows(a.z) > n.rows ? std::array{h, hs, w, n, s} : std::array{h, hs, n, w, s};
 }
 
 // The parts into which the codes (of a chunk) are divided.
 int64_t parts_of(const Kernel& kernel, const ett_nearest_args& a) {
-#ifdef ETT_SHIM
-    const int64_t codes = rows(a.e);
-#else
-    const int64_t codes = kernel.pack ? hopper_nearest::split_chunk(rows(a.e), cols(a.z)) : rows(a.e);
-#endif
+    const int64_t codes = kernel.pack > 0 ? hopper_nearest::split_chunk(rows(a.e), cols(a.z)) : rows(a.e);
     return choose_parts(ceil_div(rows(a.z), kernel.rows), ceil_div(codes, kernel.codes), kernel.blocks * multiprocessors());
 }
 
@@ -423,13 +410,8 @@ extern "C" int64_t ett_nearest_workspace(const ett_nearest_args* a) {
     using namespace ett::codebook;
     Check check("nearest", a);
     if (!sound(check, a)) return -1;
-#ifdef ETT_SHIM
-    const bool on_hopper = false;
-#else
-    const bool on_hopper = hopper::plan_hopper();
-#endif
     int64_t most = 0;
-    for (const Kernel& kernel : choose_nearest_config(*a, most_smem(), on_hopper))
+    for (const Kernel& kernel : choose_nearest_config(*a, most_smem(), hopper_nearest::on_hopper(true)))
         if (kernel.is.able) most = std::max(most, layout_of(*a, kernel, parts_of(kernel, *a)).bytes);
     return most;
 }
@@ -441,12 +423,7 @@ extern "C" int32_t ett_nearest(const ett_nearest_args* a, const ett_launch* l) {
     if (!sound(check, a)) return check.status();
     const int64_t m = rows(a->z), k = rows(a->e);
     if (m == 0) return ett_done("");
-#ifdef ETT_SHIM
-    const bool on_hopper = false;
-#else
-    const bool on_hopper = hopper::is_hopper();
-#endif
-    const std::array<Kernel, kImplementations> all = choose_nearest_config(*a, most_smem(), on_hopper);
+    const std::array<Kernel, kImplementations> all = choose_nearest_config(*a, most_smem(), hopper_nearest::on_hopper(false));
     const char* name = check.choose(l, {all[0].is, all[1].is, all[2].is, all[3].is, all[4].is});
     if (!check.ok()) return check.status();
     const Kernel* kernel = all.data();
