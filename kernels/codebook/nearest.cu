@@ -1,23 +1,32 @@
 // nearest.cu: the best code of each token.
 //
 //   idx_m = the first k with the largest s_mk,   s_mk = z_m . e_k (dot)   or   z_m . e_k - |e_k|^2 / 2 (l2)
+//   score_m = that s_mk
 //   bad += the number of tokens whose largest score is not finite
 //
-// z     M,D  act  rows of any stride   in
-// e     K,D  act  rows of any stride   in
-// idx   M    i32  contiguous           out
-// bad   1    f32                       added to; may be absent
+// z      M,D  act  rows of any stride   in
+// e      K,D  act  rows of any stride   in
+// idx    M    i32  contiguous           out
+// score  M    f32  contiguous           out; may be absent
+// bad    1    f32                       added to; may be absent
 //
-// A NaN score ranks below every number; a token whose scores are all NaN gets code 0. The l2 score is -|z - e|^2 / 2 up
-// to a constant of the token. Scores are not stored: a block has a tile of tokens, sweeps a part of the codes and keeps
-// the best score and code of each row in registers; the results of several parts are merged in order.
-// "wide" and "narrow" (bf16): the tokens stay in shared memory while the codes stream through it, without a pause
-// between tiles. "simple": one product of gemm.cuh per tile.
-// numerics: products and sums in f32, z . e summed in the order of D, so that a score does not depend on the
-// implementation; ties go to the smallest index. Bitwise repeatable, on any device.
-// workspace: 4 bytes a code for l2; 8 bytes per token and part if there are several parts or `bad` is present.
-// limits: "wide" requires D from 129 to 256, "narrow" a D that fits into shared memory besides its stages; both require
-// rows at multiples of 16 bytes.
+// A NaN score ranks below every number; a token whose scores are all NaN gets code 0 and the score -infinity. The l2
+// score is -|z - e|^2 / 2 up to a constant of the token. The scores of all codes are not stored: a block has a tile of
+// tokens, sweeps a part of the codes and keeps the best score and code of each row in registers; the results of several
+// parts are merged in order.
+// "hopper" (bf16), "hopper_split" (f32): products of warpgroups, codes copied by TMA (hopper_nearest.cuh). "wide", "narrow"
+// (bf16): the tokens stay in shared memory while the codes stream through it, without a pause between tiles. "simple":
+// one product of gemm.cuh per tile.
+// numerics: products and sums in f32, z . e summed in the order of D. bf16: a score does not depend on the implementation.
+// f32: "simple" uses fused multiply-adds. "hopper_split", the default on Hopper, cuts each number into two bf16 numbers,
+// high + low, and sums three of their four products; a score then has an error below 2^-15 |z| |e| (measured: 2^-19), so
+// that codes whose scores are closer than that may be exchanged, and an infinite element of a code may make its score NaN.
+// Ties go to the smallest index. Bitwise repeatable, on any device.
+// workspace: 4 bytes a code for l2; 8 bytes per token and part if there are several parts; else 4 bytes per token if
+// `bad` is present, or "hopper_split" packs codes more than once, and `score` is absent. "hopper_split": up to 16 MB of
+// packed codes.
+// limits: "hopper" requires D up to 512, "wide" a D from 129 to 256, "narrow" a D that fits into shared memory besides its
+// stages; all three require rows at multiples of 16 bytes. "hopper_split" requires D up to 256.
 // work: 2*M*K*D FLOP; (M + K)*D*size + 4*M bytes.
 #include <array>
 
@@ -253,38 +262,64 @@ resident_kernel(const Matrix<bf16> z, const Matrix<bf16> e, const float* half, c
     best.finish(out, row0, z.rows, part, smem);
 }
 
-// half[k] = |e[k]|^2 / 2; one warp per code.
-template <class T>
+// half[k] = |e[k]|^2 / 2; a warp takes four codes at a time. `padded` is a multiple of 4. HOPPER: in the order of half_place.
+template <class T, bool HOPPER>
 __global__ void __launch_bounds__(kThreads)
 half_norm_kernel(const Matrix<T> e, float* half, int64_t padded) {
+    constexpr int kCodes = 4;
     const int lane = int(threadIdx.x) % kWarp;
-    for (int64_t k = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / kWarp; k < padded; k += int64_t(gridDim.x) * kThreads / kWarp) {
-        float sum = 0.f;
-        if (k < e.rows)
-            for (int64_t d = lane; d < e.cols; d += kWarp) {
-                const float v = to_float(e.p[k * e.ld + d]);
-                sum = fmaf(v, v, sum);
+    for (int64_t k = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / kWarp * kCodes; k < padded; k += int64_t(gridDim.x) * kThreads / kWarp * kCodes) {
+        float sum[kCodes] = {};
+        auto add = [&](auto vectors) {
+            constexpr int kN = decltype(vectors)::value ? kWide<T> : 1;
+            for (int64_t d = lane * kN; d < e.cols; d += kWarp * kN) {
+#pragma unroll
+                for (int c = 0; c < kCodes; ++c) {
+                    float v[kN] = {};
+                    if (k + c < e.rows) load<kN>(v, e.p + (k + c) * e.ld + d);
+#pragma unroll
+                    for (int i = 0; i < kN; ++i) sum[c] = fmaf(v[i], v[i], sum[c]);
+                }
             }
-        sum = warp_sum(sum);
-        if (lane == 0) half[k] = 0.5f * sum;
+        };
+        if (e.vectors)
+            add(std::true_type{});
+        else
+            add(std::false_type{});
+#pragma unroll
+        for (int c = 0; c < kCodes; ++c) {
+            const float all = warp_sum(sum[c]);
+            if (lane == 0) half[HOPPER ? hopper_nearest::half_place(k + c) : k + c] = 0.5f * all;
+        }
     }
 }
 
 // The best codes of all rows from the results of the parts, and unless null their scores. The best score is left in the
-// place of the first part too.
+// place of the first part too. A warp takes every eighth part of a block's 32 rows.
 __global__ void __launch_bounds__(kThreads) combine_kernel(const Result from, int32_t* idx, float* score, int64_t rows, int parts) {
-    const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-    if (row >= rows) return;
+    constexpr int kWarps = kThreads / kWarp;
+    __shared__ float smem_v[kWarps][kWarp];
+    __shared__ int32_t smem_k[kWarps][kWarp];
+    const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+    const int64_t row = int64_t(blockIdx.x) * kWarp + lane;
     float best = -INFINITY;
     int32_t at = 0;
-    for (int p = 0; p < parts; ++p) {
-        const float v = from.v[p * rows + row];
-        const int32_t k = from.k[p * rows + row];
+    auto merge = [&](float v, int32_t k) {
         if (v > best || (v == best && k < at)) {
             best = v;
             at = k;
         }
+    };
+    if (row < rows) {
+#pragma unroll 4
+        for (int p = warp; p < parts; p += kWarps) merge(from.v[p * rows + row], from.k[p * rows + row]);
     }
+    smem_v[warp][lane] = best;
+    smem_k[warp][lane] = at;
+    __syncthreads();  // the warps' results are visible, and no thread reads `from` any more
+    if (warp != 0 || row >= rows) return;
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) merge(smem_v[w][lane], smem_k[w][lane]);
     idx[row] = at;
     from.v[row] = best;
     if (score) score[row] = best;
@@ -329,26 +364,17 @@ std::array<Kernel, kImplementations> choose_nearest_config(const ett_nearest_arg
     const Kernel n = {{"narrow", pieces && Narrow::smem(d) <= smem}, Narrow::Tile::kRows, Narrow::Tile::kCols, Narrow::kBlocks, Narrow::smem(d), 0, false};
     const Kernel s = is_bf16 ? Kernel{{"simple", true}, SimpleBf16::kRows, SimpleBf16::kCols, 2, SimpleBf16::kSmem, 0, false}
                              : Kernel{{"simple", true}, SimpleF32::kRows, SimpleF32::kCols, 2, SimpleF32::kSmem, 0, false};
-#ifdef ETT_SHIM
-    (void)on_hopper;
-    const Kernel h = {{"hopper", false}, 1, 1, 1, 0, 0, false}, hs = {{"hopper_split", false}, 1, 1, 1, 0, 0, false};
-#else
     namespace hn = hopper_nearest;
     const bool split_fits = !is_bf16 && d > 0 && d <= hn::kMostSplitCols;
     const int64_t chunk = split_fits ? hn::split_chunk(rows(a.e), d) : 0;
     const Kernel h = {{"hopper", on_hopper && pieces && d <= hn::kMostCols}, hn::kTokens, 2 * hn::kCodes, 1, 0, 0, false};
     const Kernel hs = {{"hopper_split", on_hopper && split_fits}, hn::kTokens, 2 * hn::kCodes, 1, 0, chunk * hn::split_cols(d) * 4, chunk < rows(a.e)};
-#endif
     return rows(a.z) > n.rows ? std::array{h, hs, w, n, s} : std::array{h, hs, n, w, s};
 }
 
 // The parts into which the codes (of a chunk) are divided.
 int64_t parts_of(const Kernel& kernel, const ett_nearest_args& a) {
-#ifdef ETT_SHIM
-    const int64_t codes = rows(a.e);
-#else
-    const int64_t codes = kernel.pack ? hopper_nearest::split_chunk(rows(a.e), cols(a.z)) : rows(a.e);
-#endif
+    const int64_t codes = kernel.pack > 0 ? hopper_nearest::split_chunk(rows(a.e), cols(a.z)) : rows(a.e);
     return choose_parts(ceil_div(rows(a.z), kernel.rows), ceil_div(codes, kernel.codes), kernel.blocks * multiprocessors());
 }
 
@@ -384,13 +410,8 @@ extern "C" int64_t ett_nearest_workspace(const ett_nearest_args* a) {
     using namespace ett::codebook;
     Check check("nearest", a);
     if (!sound(check, a)) return -1;
-#ifdef ETT_SHIM
-    const bool on_hopper = false;
-#else
-    const bool on_hopper = hopper::plan_hopper();
-#endif
     int64_t most = 0;
-    for (const Kernel& kernel : choose_nearest_config(*a, most_smem(), on_hopper))
+    for (const Kernel& kernel : choose_nearest_config(*a, most_smem(), hopper_nearest::on_hopper(true)))
         if (kernel.is.able) most = std::max(most, layout_of(*a, kernel, parts_of(kernel, *a)).bytes);
     return most;
 }
@@ -402,12 +423,7 @@ extern "C" int32_t ett_nearest(const ett_nearest_args* a, const ett_launch* l) {
     if (!sound(check, a)) return check.status();
     const int64_t m = rows(a->z), k = rows(a->e);
     if (m == 0) return ett_done("");
-#ifdef ETT_SHIM
-    const bool on_hopper = false;
-#else
-    const bool on_hopper = hopper::is_hopper();
-#endif
-    const std::array<Kernel, kImplementations> all = choose_nearest_config(*a, most_smem(), on_hopper);
+    const std::array<Kernel, kImplementations> all = choose_nearest_config(*a, most_smem(), hopper_nearest::on_hopper(false));
     const char* name = check.choose(l, {all[0].is, all[1].is, all[2].is, all[3].is, all[4].is});
     if (!check.ok()) return check.status();
     const Kernel* kernel = all.data();
@@ -424,9 +440,11 @@ extern "C" int32_t ett_nearest(const ett_nearest_args* a, const ett_launch* l) {
     int32_t status = ETT_OK;
     if (l2) {
         const int64_t padded = round_up(k, kernel->codes);
-        const dim3 grid(unsigned(std::min<int64_t>(ceil_div(padded, kThreads / kWarp), int64_t(multiprocessors()) * 16)));
+        const dim3 grid(unsigned(std::min<int64_t>(ceil_div(padded, kThreads / kWarp * 4), int64_t(multiprocessors()) * 16)));
         status = with_act(a->z.dtype, [&](auto t) {
-            return launch("nearest", half_norm_kernel<decltype(t)>, grid, dim3(kThreads), 0, l, gemm::matrix<decltype(t)>(a->e), half, padded);
+            using T = decltype(t);
+            return launch("nearest", strncmp(name, "hopper", 6) == 0 ? half_norm_kernel<T, true> : half_norm_kernel<T, false>, grid, dim3(kThreads), 0,
+                          l, gemm::matrix<T>(a->e), half, padded);
         });
     }
     if (status != ETT_OK) return status;
@@ -453,7 +471,7 @@ extern "C" int32_t ett_nearest(const ett_nearest_args* a, const ett_launch* l) {
     else
         status = go(simple_kernel<SimpleF32, false>, simple_kernel<SimpleF32, true>, SimpleF32::kThreads, float{});
     if (status == ETT_OK && parts > 1)
-        status = launch("nearest", combine_kernel, dim3(unsigned(ceil_div(m, kThreads))), dim3(kThreads), 0, l, result,
+        status = launch("nearest", combine_kernel, dim3(unsigned(ceil_div(m, kWarp))), dim3(kThreads), 0, l, result,
                         data<int32_t>(a->idx), data<float>(a->score), m, int(parts));
     if (status == ETT_OK && present(a->bad)) status = launch_count_bad("nearest", scores, m, data<float>(a->bad), l);
     return status == ETT_OK ? ett_done(name) : status;

@@ -55,8 +55,19 @@ __global__ void __launch_bounds__(kPackThreads) static pack_kernel(const gemm::M
     for (int64_t i = int64_t(blockIdx.x) * kPackThreads + threadIdx.x; i < from.rows * pieces; i += int64_t(gridDim.x) * kPackThreads) {
         const int64_t row = i / pieces, at = (i - row * pieces) * 8;
         float v[8];
+        const T* const p = from.p + row * from.ld + at;
+        if (from.vectors && at + 8 <= from.cols) {
 #pragma unroll
-        for (int e = 0; e < 8; ++e) v[e] = at + e < from.cols ? to_float(from.p[row * from.ld + at + e]) : 0.f;
+            for (int e = 0; e < 8; e += kWide<T>) {
+                float some[kWide<T>];
+                load<kWide<T>>(some, p + e);
+#pragma unroll
+                for (int i = 0; i < kWide<T>; ++i) v[e + i] = some[i];
+            }
+        } else {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) v[e] = at + e < from.cols ? to_float(p[e]) : 0.f;
+        }
         pack_piece<PARTS>(to + row * PARTS * part, part, at, v);
     }
 }
