@@ -17,7 +17,7 @@
 // found, the old one is added to them and they are rescaled to the new maximum (docs/quantizer.md). A thread holds the
 // sums over its own columns; four lanes share a row and its best code. Parts are combined in order.
 // "hopper" (bf16): tokens stay in registers, codes stream through shared memory, products by wgmma. "sweep": any device.
-// numerics: scores as in scores.cuh; sums and exponentials (2^-22, or a polynomial with the same error) in f32; scores are subtracted before the division by
+// numerics: scores as in scores.cuh; sums and exponentials (2^-22) in f32; scores are subtracted before the division by
 // the temperature; ties go to the smallest index. Exponentials that underflow to 0 are skipped, eight rows at a time.
 // Bitwise repeatable.
 // workspace: 20 bytes, and 20 for each part of the codes, for each of at most 65,536 tokens; packed copies of z and e
@@ -78,28 +78,6 @@ __device__ __forceinline__ Stats join(const Stats& a, const Stats& b, float to_q
     return s;
 }
 
-// e^d for d from kLeastNear to 0, interpolated (relative error 1.3e-7); exactly 1 at 0.
-constexpr float kLeastNear = -0.5615f;
-__device__ __forceinline__ float exp_near(float d) {
-    float e = fmaf(0.006311214063316584f, d, 0.04045095667243004f);
-    e = fmaf(e, d, 0.16632089018821716f);
-    e = fmaf(e, d, 0.49995505809783936f);
-    e = fmaf(e, d, 0.9999978542327881f);
-    return fmaf(e, d, 1.f);
-}
-
-// The smallest of a thread's scores of row i, NaN if any is.
-template <int N, class Acc> __device__ __forceinline__ float row_min(Acc& acc, int i) {
-    float x[N];
-#pragma unroll
-    for (int j = 0; j < N; ++j) x[j] = acc.at(i, j);
-#pragma unroll
-    for (int n = 1; n < N; n *= 2)
-#pragma unroll
-        for (int j = 0; j < N; j += 2 * n) x[j] = min_or_nan(x[j], x[j + n]);
-    return x[0];
-}
-
 // The running statistics of a thread's rows: v and k are the same in the four lanes that share a row, the sums are over the
 // thread's own columns.
 template <class Tile, bool ENTROPY> struct Running {
@@ -134,52 +112,26 @@ template <class Tile, bool ENTROPY> struct Running {
             top -= v[i];
             // Skips the row too if `top` is NaN, which means that all its scores are.
             if (!__any_sync(kAllLanes, top * kLog2e > kZero)) continue;
-            if constexpr (ENTROPY) {
-                if (__any_sync(kAllLanes, top * to_q > kZero)) {
-                    take_both(acc, i, to_q);
-                    continue;
+            const bool both = ENTROPY && __any_sync(kAllLanes, top * to_q > kZero);
+            float sum_p = 0.f, sum_q = 0.f, sum_w = 0.f;
+            if (both) {
+#pragma unroll
+                for (int j = 0; j < Tile::kAccCols; ++j) {
+                    const float d = fmaxf(acc.at(i, j) - v[i], kNoWeight), x = d * to_q, e = exp2_approx(x);
+                    sum_p += exp2_approx(d * kLog2e);
+                    sum_q += e;
+                    sum_w = fmaf(e, x, sum_w);
                 }
+            } else {
+#pragma unroll
+                for (int j = 0; j < Tile::kAccCols; ++j) sum_p += exp2_approx(fmaxf(acc.at(i, j) - v[i], kNoWeight) * kLog2e);
             }
-            float sum = 0.f;
-#pragma unroll
-            for (int j = 0; j < Tile::kAccCols; ++j) sum += exp2_approx(fmaxf(acc.at(i, j) - v[i], kNoWeight) * kLog2e);
-            rest_p[i] += sum;
+            rest_p[i] += sum_p;
+            if constexpr (ENTROPY) {
+                rest_q[i] += sum_q;
+                w[i] += sum_w;
+            }
         }
-    }
-
-    // Adds scores of row i to the sums for both temperatures.
-    template <class Acc> __device__ __forceinline__ void take_both(Acc& acc, int i, float to_q) {
-        if (!__any_sync(kAllLanes, !(row_min<Tile::kAccCols>(acc, i) - v[i] >= kLeastNear))) {
-            take_near(acc, i, to_q);
-            return;
-        }
-        float sum_p = 0.f, sum_q = 0.f, sum_w = 0.f;
-#pragma unroll
-        for (int j = 0; j < Tile::kAccCols; ++j) {
-            const float d = fmaxf(acc.at(i, j) - v[i], kNoWeight), x = d * to_q, e = exp2_approx(x);
-            sum_p += exp2_approx(d * kLog2e);
-            sum_q += e;
-            sum_w = fmaf(e, x, sum_w);
-        }
-        rest_p[i] += sum_p;
-        rest_q[i] += sum_q;
-        w[i] += sum_w;
-    }
-
-    // Adds scores of row i that are all near the best one, which is how they are where both sums have many terms. Units
-    // for exponentials are as scarce as those for products: every other exponential is computed as a polynomial.
-    template <class Acc> __device__ __forceinline__ void take_near(Acc& acc, int i, float to_q) {
-        float sum_p = 0.f, sum_q = 0.f, sum_w = 0.f;
-#pragma unroll
-        for (int j = 0; j < Tile::kAccCols; ++j) {
-            const float d = acc.at(i, j) - v[i], x = d * to_q, e = exp2_approx(x);
-            sum_p += j % 2 ? exp2_approx(d * kLog2e) : exp_near(d);
-            sum_q += e;
-            sum_w = fmaf(e, x, sum_w);
-        }
-        rest_p[i] += sum_p;
-        rest_q[i] += sum_q;
-        w[i] += sum_w;
     }
 
     // Finds the best code of row i among the previous ones and those of the tile. If it is a new one, the old best code
@@ -279,7 +231,7 @@ template <class S, bool ENTROPY> __global__ void __launch_bounds__(S::kThreads, 
 // "hopper": tokens stay in registers, tiles of 128 codes stream through shared memory; while a warpgroup processes the
 // scores of one tile, the products of the next are under way.
 template <int PANELS> struct HopperRows {
-    static constexpr int kCols = ROWS_N, kTile = PANELS * kCols * kPanelRowBytes, kStages = PANELS == 4 && ROWS_N == 128 ? 3 : 6;
+    static constexpr int kCols = 128, kTile = PANELS * kCols * kPanelRowBytes, kStages = PANELS == 4 ? 3 : 4;
     static constexpr size_t kSmem = 1024 + kStages * kTile + 16 * kStages;
 };
 
@@ -339,17 +291,6 @@ __global__ void __launch_bounds__(kSweepThreads, 1) hopper_rows_kernel(const __g
         if (threadIdx.x % kWarpgroup == 0) bar_arrive(empty + 8 * done.slot);
         done.next();
     };
-#if !ROWS_DOUBLE
-#pragma unroll 1
-    for (int n = 0; n < 2 * pairs; ++n) {
-        issue(0);
-        finish(0);
-        const int64_t code = int64_t(range.first + n) * S::kCols;
-        stats.take(acc[0], a.code0 + int32_t(code), n < range.count() ? a.e.m.rows - code : 0, a.to_q);
-    }
-    issue(0);
-    finish(0);
-#else
     issue(0);
 #pragma unroll 1
     for (int n = 0; n < 2 * pairs; n += 2) {
@@ -363,7 +304,6 @@ __global__ void __launch_bounds__(kSweepThreads, 1) hopper_rows_kernel(const __g
         }
     }
     finish(0);
-#endif
     stats.finish(a.out + part * a.z.m.rows, row0, a.z.m.rows, a.to_q, smem);
 #endif
 }
@@ -456,6 +396,7 @@ int32_t launch_hopper(const Rows& r, bool entropy, const ett_launch* l) {
     (void)r, (void)entropy, (void)l;
     return ETT_UNSUPPORTED;
 #else
+    static_assert(kTileTokens == kSweepRows && kTileCodes == HopperRows<1>::kCols, "the same tiles as the portable sweep");
     return with_panels(r.e.m.cols, [&](auto panels) {
         using S = HopperRows<panels>;
         Tiles tiles;

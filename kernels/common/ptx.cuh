@@ -55,17 +55,6 @@ __device__ __forceinline__ float exp2_approx(float x) {
 #endif
 }
 
-// The smaller of two numbers, or NaN if one of them is.
-__device__ __forceinline__ float min_or_nan(float a, float b) {
-#ifdef ETT_SHIM
-    return a < b || a != a ? a : b;
-#else
-    float y;
-    asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-    return y;
-#endif
-}
-
 // The square root of x >= 0, approximate (relative error 2^-22).
 __device__ __forceinline__ float sqrt_approx(float x) {
 #ifdef ETT_SHIM
