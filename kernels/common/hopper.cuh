@@ -60,12 +60,9 @@ template <int STAGES> struct Ring {
     }
 };
 
-// Synchronises `threads` threads that use the same number, 1 to 15; `named_arrive` counts as one of them and does not wait.
+// Synchronises `threads` threads that use the same number, 1 to 15.
 __device__ __forceinline__ void named_barrier(int number, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void named_arrive(int number, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
 // ---- copies ----------------------------------------------------------------------------------------------
@@ -186,7 +183,6 @@ __device__ __forceinline__ int acc_col(int c) { return 2 * (int(threadIdx.x) % 4
 #define ETT_D96 "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define ETT_D32_HALF "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define ETT_D64_HALF "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
-#define ETT_D96_HALF "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
 #define ETT_F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define ETT_F16(d, i) ETT_F4(d, i), ETT_F4(d, i + 4), ETT_F4(d, i + 8), ETT_F4(d, i + 12)
 #define ETT_F32(d, i) ETT_F16(d, i), ETT_F16(d, i + 16)
@@ -199,7 +195,7 @@ __device__ __forceinline__ int acc_col(int c) { return 2 * (int(threadIdx.x) % 4
                  "wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" list "}, " pa ", " pb ", p, 1, 1, " pta ", " ptb ";}" \
                  : __VA_ARGS__ : "l"(a), "l"(b), "r"(int(add)), "n"(int(TA)), "n"(int(TB)))
 template <int N, bool TA, bool TB, int D> __device__ __forceinline__ void mma(float (&d)[D], uint32_t a_low, uint32_t b_low, bool add) {
-    static_assert(N >= 64 && N <= 256 && N % 32 == 0 && D >= N / 2);
+    static_assert((N == 64 || N == 96 || N == 128 || N == 160 || N == 192 || N == 256) && D >= N / 2);
     const uint64_t a = descriptor(a_low), b = descriptor(b_low);
     if constexpr (N == 64) ETT_MMA_SS("64", ETT_D0, "%34", "%32", "%33", "%35", "%36", ETT_F32(d, 0));
     if constexpr (N == 96) ETT_MMA_SS("96", ETT_D0 "," ETT_D32_HALF, "%50", "%48", "%49", "%51", "%52", ETT_F32(d, 0), ETT_F16(d, 32));
@@ -207,9 +203,6 @@ template <int N, bool TA, bool TB, int D> __device__ __forceinline__ void mma(fl
     if constexpr (N == 160)
         ETT_MMA_SS("160", ETT_D0 "," ETT_D32 "," ETT_D64_HALF, "%82", "%80", "%81", "%83", "%84", ETT_F64(d, 0), ETT_F16(d, 64));
     if constexpr (N == 192) ETT_MMA_SS("192", ETT_D0 "," ETT_D32 "," ETT_D64, "%98", "%96", "%97", "%99", "%100", ETT_F64(d, 0), ETT_F32(d, 64));
-    if constexpr (N == 224)
-        ETT_MMA_SS("224", ETT_D0 "," ETT_D32 "," ETT_D64 "," ETT_D96_HALF, "%114", "%112", "%113", "%115", "%116", ETT_F64(d, 0), ETT_F32(d, 64),
-                   ETT_F16(d, 96));
     if constexpr (N == 256)
         ETT_MMA_SS("256", ETT_D0 "," ETT_D32 "," ETT_D64 "," ETT_D96, "%130", "%128", "%129", "%131", "%132", ETT_F64(d, 0), ETT_F64(d, 64));
 }
@@ -237,7 +230,6 @@ template <int N, bool TB> __device__ __forceinline__ void mma(float (&d)[N / 2],
 #undef ETT_D96
 #undef ETT_D32_HALF
 #undef ETT_D64_HALF
-#undef ETT_D96_HALF
 #undef ETT_F4
 #undef ETT_F16
 #undef ETT_F32

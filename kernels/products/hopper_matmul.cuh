@@ -38,8 +38,7 @@ struct Plan {
     int cluster, width[2], whole, pieces;
 };
 
-// What becomes of the sums. One of y and y_acc is null; y_acc is added to. bias may be null. If not null, pre receives the
-// sums, and y their GELU.
+// What becomes of the sums. bias may be null.
 struct ProductOutput {
     const bf16* bias;
     bf16 *y, *pre;
@@ -48,7 +47,6 @@ struct ProductOutput {
     int rows, cols, depth;
     bool vectors;  // y and pre may be stored in pieces of 16 bytes
     Plan plan;
-    int skew;
 };
 
 __host__ __device__ constexpr int panels_of(int width) { return (width + kPanelCols - 1) / kPanelCols; }
@@ -82,16 +80,20 @@ template <int CLUSTER> struct Phase {
     }
 };
 
-// A warpgroup's products of its rows and the tile's COLS columns, one stage after the other.
-template <int COLS, int CLUSTER, bool TA, bool TB> struct Products {
-    float (&acc)[kMostCols / 2];
-    Phase<CLUSTER>& phase;
-    uint32_t ring;
-    int part, skew;
+// acc = the products of the warpgroup's rows and the tile's COLS columns.
+template <int COLS, int CLUSTER, bool TA, bool TB>
+__device__ __forceinline__ void multiply_part(float (&acc)[kMostCols / 2], Phase<CLUSTER>& phase, uint32_t ring, int part, int steps) {
+    const int lane = int(threadIdx.x) % 32;
     uint32_t before = 0;
-
-    // Starts the products of stage k.
-    __device__ __forceinline__ void start(int k) {
+    auto release = [&] {
+        if constexpr (CLUSTER > 1) {
+            if (lane < CLUSTER) bar_arrive_at(lane, phase.empty + before * 8);
+        } else {
+            if (lane == 0) bar_arrive(phase.empty + before * 8);
+        }
+    };
+#pragma unroll 1
+    for (int k = 0; k < steps; ++k) {
         const uint32_t a = ring + phase.slot * stage_bytes(COLS) + part * kPanel, b = ring + phase.slot * stage_bytes(COLS) + 2 * kPanel;
         const uint32_t low_a = TA ? mn_major(a, kPanel) : k_major(a), low_b = TB ? k_major(b) : mn_major(b, kPanel);
         bar_wait(phase.full + phase.slot * 8, phase.parity);
@@ -100,87 +102,19 @@ template <int COLS, int CLUSTER, bool TA, bool TB> struct Products {
         for (int s = 0; s < kDepth / 16; ++s)
             mma<COLS, TA, !TB>(acc, low_a + s * step(TA ? 2048 : 32), low_b + s * step(TB ? 32 : 2048), k > 0 || s > 0);
         products_end();
-        if (k == skew && part == 0) named_arrive(3, 2 * kWarpgroup);
-    }
-    // Waits for those of the stage before it, and gives its slot back.
-    __device__ __forceinline__ void finish(int k) {
         products_wait<1>();
         if (k > 0) release();
         before = phase.slot;
         phase.next();
     }
-    __device__ __forceinline__ void end() {
-        products_wait<0>();
-        pin(acc);
-        release();
-    }
-
-  private:
-    __device__ __forceinline__ void release() {
-        const int lane = int(threadIdx.x) % 32;
-        if constexpr (CLUSTER > 1) {
-            if (lane < CLUSTER) bar_arrive_at(lane, phase.empty + before * 8);
-        } else {
-            if (lane == 0) bar_arrive(phase.empty + before * 8);
-        }
-    }
-};
+    products_wait<0>();
+    pin(acc);
+    release();
+}
 
 // A warp passes its 16 rows of results from the layout of the accumulators to that of memory through 16 rows of 256 bytes,
-// in which the pieces of 16 bytes are exchanged so that neither side has bank conflicts. A lane then has piece lane % 16
-// of every second row.
+// in which piece c of 16 bytes is stored as piece c ^ `exchange`(row). A lane then has piece lane % 16 of every second row.
 inline constexpr int kWarpRows = 16, kWarpBytes = kWarpRows * 256;
-
-// The warp's rows of a tile in y: the first of them at the tile's first column; how many rows and columns there are from
-// there on; whether 16 bytes may be stored at once.
-struct Rows {
-    bf16* y;
-    int64_t ld;
-    int rows, cols;
-    bool vectors;
-};
-
-__device__ __forceinline__ Rows rows_of(bf16* y, int64_t ld, const ProductOutput& out, int row, int col, int width) {
-    return {y + row * ld + col, ld, out.rows - row, min(out.cols - col, width), out.vectors};
-}
-
-// Sums + bias of columns 16 * group .., rounded, as fragments.
-__device__ __forceinline__ void fragments(uint32_t (&two)[4], const float (&acc)[kMostCols / 2], const bf16* bias, int group) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-        float add[2];
-        load<2>(add, bias + group * 16 + j * 8 + acc_col(0));
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const float* const sum = acc + group * 8 + j * 4 + i * 2;
-            two[j * 2 + i] = pack_bf16x2(sum[0] + add[0], sum[1] + add[1]);
-        }
-    }
-}
-__device__ __forceinline__ void put_fragments(unsigned char* stage, int group, const uint32_t (&two)[4]) {
-    const int lane = opaque(int(threadIdx.x) % 32);
-    const uint32_t first = smem_address(stage) + lane % 16 * 256 + (lane / 16 ^ lane % 8) * 16;
-    stmatrix_x4(first ^ group % 8 * 32, two[0], two[1], two[2], two[3]);
-}
-// Stores columns 128 * half .. .
-__device__ __forceinline__ void store_half(const unsigned char* stage, const Rows& to, int half) {
-    const int lane = opaque(int(threadIdx.x) % 32), col = half * 128 + lane % 16 * 8;
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kWarpRows; i += 2) {
-        const int row = i + lane / 16;
-        const Vec<bf16, 8> v = load_vec<8>(reinterpret_cast<const bf16*>(stage + row * 256 + ((lane % 16 ^ lane / 16) * 16 ^ i % 8 * 16)));
-        if (row >= to.rows || col >= to.cols) continue;
-        bf16* const at = to.y + row * to.ld + col;
-        if (to.vectors)
-            store_vec(at, v);
-        else
-#pragma unroll
-            for (int e = 0; e < 8; ++e)
-                if (col + e < to.cols) at[e] = v.v[e];
-    }
-    __syncwarp();
-}
 
 // GELU of two values, with one reciprocal. (The limit keeps their product finite, and is far below rounding.)
 __device__ __forceinline__ void gelu_tanh_two(float& x0, float& x1) {
@@ -191,77 +125,44 @@ __device__ __forceinline__ void gelu_tanh_two(float& x0, float& x1) {
     x1 *= d0 * inverse;
 }
 
-// Applies GELU to a warp's rows of a tile, which it has stored in pre, in steps under the first products of its next tile.
-// Every lane loads what it stored itself, one step before its use.
-struct Gelu {
-    static constexpr int kSteps = 8, kPieces = 2;  // per step
-    Vec<bf16, 8> next[kPieces] = {};
-    int row = 0, col = 0, rows = 0, cols = 0;  // the first ones, and how many there are from there on
-
-    __device__ __forceinline__ void begin(int row0, int col0, const ProductOutput& out, int width) {
-        row = row0, col = col0, rows = out.rows - row0, cols = min(out.cols - col0, width);
-        load_next(0, out);
-    }
-    __device__ __forceinline__ void run(int step, const ProductOutput& out) {
-        Vec<bf16, 8> x[kPieces] = {next[0], next[1]};
-        if (step + 1 < kSteps) load_next(step + 1, out);
+// Stores columns 128 * HALF .. of sums + bias, or of their GELU, rounded. `y`: the warp's first row at the tile's first
+// column; `rows`, `cols`: how many there are from there on.
+template <int HALF, bool GELU>
+__device__ __forceinline__ void store_rows(const float (&acc)[kMostCols / 2], unsigned char* stage, const bf16* bias, bf16* y, int64_t ld, int rows,
+                                           int cols, bool vectors) {
+    const int lane = opaque(int(threadIdx.x) % 32);
+    __syncwarp();
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-            float v[8];
-            unpack(v, x[i]);
+    for (int s = 0; s < 8; ++s) {  // 16 columns
+        uint32_t two[4];
 #pragma unroll
-            for (int e = 0; e < 8; e += 2) gelu_tanh_two(v[e], v[e + 1]);
-            int r, c;
-            if (!place(step, i, r, c)) continue;
-            const Vec<bf16, 8> y = pack<bf16>(v);
-            bf16* const to = out.y + (row + r) * out.ld + col + c;
-            if (out.vectors)
-                store_vec(to, y);
-            else
+        for (int j = 0; j < 2; ++j) {
+            float add[2];
+            load<2>(add, bias + HALF * 128 + (2 * s + j) * 8 + lane % 4 * 2);
 #pragma unroll
-                for (int e = 0; e < 8; ++e)
-                    if (c + e < cols) to[e] = y.v[e];
+            for (int i = 0; i < 2; ++i) {
+                const float* const sum = acc + HALF * 64 + s * 8 + j * 4 + i * 2;
+                float v0 = sum[0] + add[0], v1 = sum[1] + add[1];
+                if constexpr (GELU) gelu_tanh_two(v0, v1);
+                two[j * 2 + i] = pack_bf16x2(v0, v1);
+            }
         }
+        stmatrix_x4(smem_address(stage) + lane % 16 * 256 + ((2 * s + lane / 16) ^ (lane % 8)) * 16, two[0], two[1], two[2], two[3]);
     }
-
-  private:
-    __device__ __forceinline__ bool place(int step, int i, int& r, int& c) const {
-        const int lane = opaque(int(threadIdx.x) % 32);
-        r = (step % 4 * kPieces + i) * 2 + lane / 16, c = step / 4 * 128 + lane % 16 * 8;
-        return r < rows && c < cols;
-    }
-    __device__ __forceinline__ void load_next(int step, const ProductOutput& out) {
+    __syncwarp();
+    const int col = HALF * 128 + lane % 16 * 8;
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-            int r, c;
-            if (!place(step, i, r, c)) continue;
-            const bf16* const from = out.pre + (row + r) * out.ld_pre + col + c;
-            if (out.vectors)
-                next[i] = load_vec<8>(from);
-            else
+    for (int i = 0; i < kWarpRows; i += 2) {
+        const int row = i + lane / 16;
+        const Vec<bf16, 8> v = load_vec<8>(reinterpret_cast<const bf16*>(stage + row * 256 + (lane % 16 ^ row % 8) * 16));
+        if (row >= rows || col >= cols) continue;
+        bf16* const to = y + row * ld + col;
+        if (vectors)
+            store_vec(to, v);
+        else
 #pragma unroll
-                for (int e = 0; e < 8; ++e)
-                    if (c + e < cols) next[i].v[e] = from[e];
-        }
-    }
-};
-
-// The products of a part of a tile; meanwhile the last tile's GELU.
-template <int COLS, int CLUSTER, bool TA, bool TB, bool GELU>
-__device__ __forceinline__ void multiply_part(float (&acc)[kMostCols / 2], Phase<CLUSTER>& phase, uint32_t ring, int part, int steps, Gelu& gelu,
-                                              const ProductOutput& out) {
-    Products<COLS, CLUSTER, TA, TB> products{acc, phase, ring, part, out.skew};
-    if (part == 1 && out.skew < steps) named_barrier(3, 2 * kWarpgroup);
-#pragma unroll 1
-    for (int k = 0; k < steps; ++k) {
-        products.start(k);
-        if (GELU && k < Gelu::kSteps) gelu.run(k, out);
-        products.finish(k);
-    }
-    products.end();
-    if constexpr (GELU) {
-#pragma unroll 1
-        for (int k = steps; k < Gelu::kSteps; ++k) gelu.run(k, out);
+            for (int e = 0; e < 8; ++e)
+                if (col + e < cols) to[e] = v.v[e];
     }
 }
 
@@ -310,7 +211,7 @@ __device__ __forceinline__ void add_rows(const float (&acc)[kMostCols / 2], unsi
 
 #endif  // ETT_SM90A
 
-// GELU: pre receives the sums, and y their GELU.
+// GELU: pre receives the sums, and y their GELU. Otherwise one of y and y_acc is null; y_acc is added to.
 template <int CLUSTER, bool TA, bool TB, bool GELU>
 __global__ void ETT_CLUSTER(CLUSTER) __launch_bounds__(kThreads, 1)
     hopper_matmul_kernel(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b, const __grid_constant__ ProductOutput out) {
@@ -379,7 +280,6 @@ __global__ void ETT_CLUSTER(CLUSTER) __launch_bounds__(kThreads, 1)
         bf16* const bias = reinterpret_cast<bf16*>(smem + kBias) + part * kMostCols;
         unsigned char* const stage = smem + kStores + (part * 4 + thread / 32) * kWarpBytes;
         float acc[kMostCols / 2];
-        [[maybe_unused]] Gelu gelu;
 #pragma unroll
         for (int i = 0; i < kMostCols / 2; ++i) acc[i] = 0.f;
 #pragma unroll 1
@@ -396,13 +296,12 @@ __global__ void ETT_CLUSTER(CLUSTER) __launch_bounds__(kThreads, 1)
                     mine[i] = out.bias && col < out.cols ? out.bias[col] : bf16{0};
                 }
                 switch (width) {
-                case 64: multiply_part<64, CLUSTER, TA, TB, GELU>(acc, phase, ring, part, steps, gelu, out); break;
-                case 96: multiply_part<96, CLUSTER, TA, TB, GELU>(acc, phase, ring, part, steps, gelu, out); break;
-                case 128: multiply_part<128, CLUSTER, TA, TB, GELU>(acc, phase, ring, part, steps, gelu, out); break;
-                case 160: multiply_part<160, CLUSTER, TA, TB, GELU>(acc, phase, ring, part, steps, gelu, out); break;
-                case 192: multiply_part<192, CLUSTER, TA, TB, GELU>(acc, phase, ring, part, steps, gelu, out); break;
-                case 224: multiply_part<224, CLUSTER, TA, TB, GELU>(acc, phase, ring, part, steps, gelu, out); break;
-                default: multiply_part<256, CLUSTER, TA, TB, GELU>(acc, phase, ring, part, steps, gelu, out);
+                case 64: multiply_part<64, CLUSTER, TA, TB>(acc, phase, ring, part, steps); break;
+                case 96: multiply_part<96, CLUSTER, TA, TB>(acc, phase, ring, part, steps); break;
+                case 128: multiply_part<128, CLUSTER, TA, TB>(acc, phase, ring, part, steps); break;
+                case 160: multiply_part<160, CLUSTER, TA, TB>(acc, phase, ring, part, steps); break;
+                case 192: multiply_part<192, CLUSTER, TA, TB>(acc, phase, ring, part, steps); break;
+                default: multiply_part<256, CLUSTER, TA, TB>(acc, phase, ring, part, steps);
                 }
                 if (out.bias) {
                     named_barrier(1 + part, kWarpgroup);  // the last tile's bias is no longer needed
@@ -411,28 +310,20 @@ __global__ void ETT_CLUSTER(CLUSTER) __launch_bounds__(kThreads, 1)
                     named_barrier(1 + part, kWarpgroup);
                 }
                 const int row0 = place.x + part * kPartRows + thread / 32 * kWarpRows, rows = out.rows - row0, cols = min(out.cols - col0, width);
-                if (!GELU && out.y_acc) {
-                    add_rows(acc, stage, out.y_acc + row0 * out.ld + col0, out.ld, rows, cols);
-                    continue;
+                const int64_t at = row0 * out.ld + col0;
+                if constexpr (GELU) {
+                    bf16* const pre = out.pre + row0 * out.ld_pre + col0;
+                    store_rows<0, false>(acc, stage, bias, pre, out.ld_pre, rows, cols, out.vectors);
+                    if (cols > 128) store_rows<1, false>(acc, stage, bias, pre, out.ld_pre, rows, cols, out.vectors);
+                    store_rows<0, true>(acc, stage, bias, out.y + at, out.ld, rows, cols, out.vectors);
+                    if (cols > 128) store_rows<1, true>(acc, stage, bias, out.y + at, out.ld, rows, cols, out.vectors);
+                } else if (out.y_acc) {
+                    add_rows(acc, stage, out.y_acc + at, out.ld, rows, cols);
+                } else {
+                    store_rows<0, false>(acc, stage, bias, out.y + at, out.ld, rows, cols, out.vectors);
+                    if (cols > 128) store_rows<1, false>(acc, stage, bias, out.y + at, out.ld, rows, cols, out.vectors);
                 }
-                const Rows to = GELU ? rows_of(out.pre, out.ld_pre, out, row0, col0, width) : rows_of(out.y, out.ld, out, row0, col0, width);
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    if (half * 128 >= cols) continue;
-#pragma unroll
-                    for (int g = half * 8; g < half * 8 + 8; ++g) {
-                        uint32_t two[4];
-                        fragments(two, acc, bias, g);
-                        put_fragments(stage, g, two);
-                    }
-                    store_half(stage, to, half);
-                }
-                if constexpr (GELU) gelu.begin(row0, col0, out, width);
             }
-        }
-        if constexpr (GELU) {
-#pragma unroll 1
-            for (int k = 0; k < Gelu::kSteps; ++k) gelu.run(k, out);
         }
     }
     if constexpr (CLUSTER > 1) cluster_sync();
@@ -456,32 +347,30 @@ inline bool can_multiply(const Operands& p) {
            depth > 0 && depth < most && rows(*p.y) < most && cols(*p.y) < most;
 }
 
-// The plan that is expected to take the least time, in clocks of a multiprocessor.
+// The plan that is expected to take the least time, in clocks of a multiprocessor, as measured.
 inline Plan choose_plan(int64_t n, int64_t o, int64_t depth, int multiprocessors) {
     static constexpr struct {
-        int cols, clocks;  // of a stage
-    } kWidths[] = {{256, 1024}, {224, 910}, {192, 785}, {160, 700}, {128, 550}, {96, 500}, {64, 400}};
-    constexpr int kRound = 1500, kSwitch = 2000, kStart = 1000;  // clocks between tiles, more before pieces, more to start a cluster
+        int cols, clocks[2];  // of a stage, in a cluster of 1 and of 2
+    } kWidths[] = {{256, {1060, 1024}}, {192, {840, 810}}, {160, {730, 700}}, {128, {580, 550}}, {96, {600, 500}}, {64, {410, 400}}};
+    constexpr int kRound = 1500, kSwitch = 2000, kStart = 600;  // more for every tile, before pieces, and to start a cluster of 2
+    const double steps = double(ceil_div(depth, kDepth));
     Plan best{};
     double least = 0;
-    const double steps = double(ceil_div(depth, kDepth));
-    for (const int cluster : {2, 1}) {
-        const int64_t units = std::max(multiprocessors / cluster, 1);
-        for (const auto& w : kWidths) {
-            const int64_t tiles = ceil_div(n, cluster * kTileRows) * ceil_div(o, w.cols), whole = tiles / units * units, rest = tiles - whole;
+    for (int cluster = 2; cluster >= 1; --cluster) {
+        const int64_t units = std::max(multiprocessors / cluster, 1), tile_rows = ceil_div(n, cluster * kTileRows);
+        for (const auto& tile : kWidths) {
+            const int64_t tiles = tile_rows * ceil_div(o, tile.cols), rest = tiles % units;
             for (const auto& piece : kWidths) {
-                if (w.cols % piece.cols != 0 || (piece.cols != w.cols && rest == 0)) continue;
-                const int64_t pieces = w.cols / piece.cols;
-                double time = double(whole / units) * (steps * w.clocks + kRound);
-                if (rest > 0) time += double(ceil_div(rest * pieces, units)) * (steps * piece.clocks + kRound);
-                if (whole > 0 && pieces > 1) time += kSwitch;
-                time = cluster == 1 ? time * 1.02 : time + kStart;
-                if (best.cluster == 0 || time < least) least = time, best = {cluster, {w.cols, piece.cols}, int(whole), int(pieces)};
+                const int64_t pieces = tile.cols / piece.cols, whole = pieces == 1 ? tiles : tiles - rest;
+                if (pieces * piece.cols != tile.cols || (pieces > 1 && rest == 0)) continue;
+                double time = double(ceil_div(whole, units)) * (steps * tile.clocks[cluster - 1] + kRound);
+                time += double(ceil_div((tiles - whole) * pieces, units)) * (steps * piece.clocks[cluster - 1] + kRound);
+                if (whole > 0 && whole < tiles) time += kSwitch;
+                if (cluster == 2) time += kStart;
+                if (best.cluster == 0 || time < least) least = time, best = {cluster, {tile.cols, piece.cols}, int(whole), int(pieces)};
             }
         }
     }
-    // Tiles that are not divided are of the same phase as the others.
-    if (best.pieces == 1) best.whole = int(ceil_div(n, best.cluster * kTileRows) * ceil_div(o, best.width[0]));
     return best;
 }
 
@@ -495,14 +384,7 @@ inline int32_t multiply(const char* op, const Operands& p, int multiprocessors, 
     if (status != ETT_OK) return status;
 
     const int64_t n = rows(*p.y), o = cols(*p.y), depth = p.ta ? rows(*p.a) : cols(*p.a);
-    Plan plan = choose_plan(n, o, depth, multiprocessors);
-    if (const char* e = getenv("PLAN")) {
-        int c, w, v;
-        sscanf(e, "%d/%d/%d", &c, &w, &v);
-        const int64_t tiles = ceil_div(n, c * kTileRows) * ceil_div(o, w), units = multiprocessors / c;
-        plan = {c, {w, v}, int(w == v ? tiles : tiles / units * units), w / v};
-    }
-    if (getenv("SHOW")) printf("[%d: %d x %d, %d x %d] ", plan.cluster, plan.whole, plan.width[0], plan.pieces, plan.width[1]), fflush(stdout);
+    const Plan plan = choose_plan(n, o, depth, multiprocessors);
     const int64_t tiles = ceil_div(n, plan.cluster * kTileRows) * ceil_div(o, plan.width[0]), units = std::max(multiprocessors / plan.cluster, 1);
     const int64_t items = std::max<int64_t>(plan.whole, (tiles - plan.whole) * plan.pieces);
     const ProductOutput out{p.bias ? data<const bf16>(*p.bias) : nullptr,
@@ -515,7 +397,7 @@ inline int32_t multiply(const char* op, const Operands& p, int multiprocessors, 
                             int(o),
                             int(depth),
                             wide(*p.y) && (!p.pre || wide(*p.pre)),
-                            plan, getenv("SKEW") ? atoi(getenv("SKEW")) : 1};
+                            plan};
     const dim3 grid(unsigned(std::min(items, units) * plan.cluster));
     auto go = [&](auto kernel) { return launch(op, kernel, grid, dim3(kThreads), kSmem, l, a, b, out); };
     auto clustered = [&](auto cluster) {

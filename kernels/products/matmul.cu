@@ -15,7 +15,6 @@
 // pieces.
 // limits: none beyond memory. "small" copies operands whose rows are not whole 16-byte pieces element by element, which is
 // several times slower.
-#include <stdlib.h>
 #include "activation.cuh"
 #include "gemm.cuh"
 #include "hopper_matmul.cuh"
