@@ -88,7 +88,6 @@ class Record:
         """The measurements of a peer, or why there are none."""
         if time.monotonic() > self.end:
             return dict(name=name, median_us=None, error="not run: out of time")
-        begin = time.monotonic()
         try:
             result = dict(name=name, extra_bytes=extra_bytes(call), **self.clock.time(call), error=None)
         except torch.cuda.OutOfMemoryError:
@@ -97,7 +96,6 @@ class Record:
             text = str(e).strip().splitlines() or [""]
             result = dict(name=name, median_us=None, error=f"{type(e).__name__}: {text[0][:120]}")
         free()
-        result["wall_s"] = round(time.monotonic() - begin, 2)
         return result
 
     def row(self, op, shape, dtype, call, flop, peers=(), sound=(), **more):

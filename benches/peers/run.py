@@ -89,7 +89,7 @@ class Bench:
         ours = self.library.call("nearest", **arguments)
         sound = {"Triton, fused", "matmul + argmax, float32 scores"}
         if dtype == F32:
-            sound = {"Triton, fused, tf32x3", "matmul + argmax"}
+            sound = {"Triton, fused, tf32x3", "Triton, fused, bf16 split", "matmul + argmax"}
         functions = self.once(dtype, lambda: search.peers(dtype))
         peers = [(name, lambda f=f: f(z, e)) for name, f in functions.items()]
         name = "bf16" if dtype == BF16 else "f32"
@@ -169,14 +169,14 @@ class Bench:
 
             functions = {"ours": own, **self.once(dtype, lambda: search.peers(dtype))}
             for name, f in functions.items():
+                row = dict(what="wrong codes", mode=f"{'bf16' if dtype == BF16 else 'f32'}: {name}",
+                           shape=f"M {m} K {k} D {D}", of_inputs=None, of_unrounded=None, error=None)
                 try:
                     found = f(a, b)
-                    wrong = [(found != t).double().mean().item() for t in (rounded, true)]
-                except Exception as e:
-                    print(name, type(e).__name__, str(e)[:200])
-                    continue
-                row = dict(what="wrong codes", mode=f"{'bf16' if dtype == BF16 else 'f32'}: {name}",
-                           shape=f"M {m} K {k} D {D}", of_inputs=wrong[0], of_unrounded=wrong[1])
+                    row["of_inputs"], row["of_unrounded"] = (
+                        (found != t).double().mean().item() for t in (rounded, true))
+                except Exception as failure:
+                    row["error"] = f"{type(failure).__name__}: {str(failure)[:120]}"
                 self.record.accuracy.append(row)
                 print(row, flush=True)
             self.record.write()
@@ -184,10 +184,11 @@ class Bench:
 
 
 def shapes(quick):
+    """Tokens and codes of the search; tokens and codes of the curves."""
     if quick:
-        return [1024], [16384, 131072], [1024, 131072], [1024]
-    tokens = [1024, 4096, 16384]
-    return tokens, [16384, 131072, 262144], [1 << n for n in (10, 12, 14, 16, 17, 18, 19, 20)], tokens + [65536]
+        return [1024], [16384, 131072], [1024, 2048], [1024, 131072]
+    over_k = [1 << n for n in (10, 12, 14, 16, 17, 18, 19, 20)]
+    return [1024, 4096, 16384], [16384, 131072, 262144], [256, 1024, 4096, 16384, 65536], over_k
 
 
 def main():
@@ -202,35 +203,31 @@ def main():
     bench = Bench(record, library, args.quick)
     git = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     record.head = dict(
-        command="benches/peers/run.py" + " --quick" * args.quick, commit=os.environ.get("ETT_COMMIT") or git.stdout.strip(),
+        command="benches/peers/run.py" + " --quick" * args.quick,
+        commit=os.environ.get("ETT_COMMIT") or git.stdout.strip(),
         device=f"cuda:0 ({torch.cuda.get_device_name()})", torch=torch.__version__,
         triton=search.triton.__version__ if search.triton else None,
         ceilings=dict(product_tflops=bench.ceiling()))
     print(record.head, flush=True)
-    tokens, codes, over_k, over_m = shapes(args.quick)
-    few, many = tokens[0], tokens[-1]
+    tokens, codes, over_m, over_k = shapes(args.quick)
+    few, many, fixed = tokens[0], tokens[-1], min(4096, tokens[-1])
+    published_forms = [PUBLISHED + ", compiled, bf16 autocast", PUBLISHED + ", bf16 autocast"]
 
-    bench.wrong_codes(1024 if args.quick else 4096, 131072)
+    bench.wrong_codes(fixed, 131072)
     for case in ("z normal", "0.25 (z near codes, sigma 0.5)"):
         bench.gradient_errors(case, 1024, 16384)
     for m in tokens:
         for k in codes:
             bench.nearest(m, k, BF16)
     bench.nearest(many, 131072, F32)
-    every = [CLOSED, CHUNKED + ", compiled", CHUNKED, PUBLISHED + ", compiled, bf16 autocast",
-             PUBLISHED + ", bf16 autocast"]
-    bench.quantizer("z normal", many, 131072, every, parts=True)
     for case in CASES:
-        if case != "z normal":
-            bench.quantizer(case, many, 131072, [CLOSED], parts=case == "z 1e-4 normal")
-    bench.quantizer("z 1e-4 normal", few, 131072, [CLOSED])
-    for m in over_m:
-        if m != many:
-            bench.quantizer("z normal", m, 131072, [CLOSED, CHUNKED, PUBLISHED + ", bf16 autocast"])
-    for k in over_k:
-        m = min(4096, many)
-        if (m, k) != (few, 131072) and (k != 131072 or m not in over_m):
-            bench.quantizer("z normal", m, k, [CLOSED, CHUNKED, PUBLISHED + ", bf16 autocast"])
+        others = [CHUNKED + ", compiled", CHUNKED, *published_forms] if case == "z normal" else []
+        bench.quantizer(case, many, 131072, [CLOSED, *others], parts=case in ("z normal", "z 1e-4 normal"))
+    if few != many:
+        bench.quantizer("z 1e-4 normal", few, 131072, [CLOSED])
+    curve = {(fixed, k) for k in over_k} | {(m, 131072) for m in over_m}
+    for m, k in sorted(curve - {(many, 131072)}):
+        bench.quantizer("z normal", m, k, [CLOSED, CHUNKED, *published_forms])
     table.write(args.out)
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Tables and plots of a raw.json of run.py: `table.py FOLDER` writes FOLDER/table.md and, if matplotlib is there, two PNG
-files."""
+"""Tables and plots of a raw.json of run.py: `table.py FOLDER` writes FOLDER/table.md and, if matplotlib is there, two
+PNG files."""
 
 import json
 import sys
@@ -37,7 +37,8 @@ def cell(peer, memory=False):
 def compared(rows, memory):
     """A line per row, a column per peer."""
     names = list(dict.fromkeys(p["name"] for row in rows for p in row["peers"]))
-    head = ["shape", "type", "ours" + (", extra" if memory else ""), "of the ceiling", *names, "faster than the best sound peer"]
+    own = "ours" + (", extra" if memory else "")
+    head = ["shape", "type", own, "of the ceiling", *names, "faster than the best sound peer"]
     body = []
     for row in rows:
         peers = {p["name"]: p for p in row["peers"]}
@@ -54,12 +55,14 @@ def accuracy(raw):
     text = ""
     if gradients:
         names = [n for n in gradients[0] if isinstance(gradients[0][n], dict)]
-        body = [[a["case"], a["shape"], a["losses"], n, number(a[n]["dz"]), number(a[n]["de"])] for a in gradients for n in names]
+        errors = lambda a, n: [number(a[n]["dz"]), number(a[n]["de"])]
+        body = [[a["case"], a["shape"], a["losses"], n, *errors(a, n)] for a in gradients for n in names]
         text += "\n## Errors of gradients against float64\n\n"
         text += markdown(["data", "shape", "terms", "form", "dz", "dE"], body)
     wrong = [a for a in raw["accuracy"] if a["what"] == "wrong codes"]
     if wrong:
-        body = [[a["mode"], a["shape"], f"{100 * a['of_inputs']:.3f}%", f"{100 * a['of_unrounded']:.3f}%"] for a in wrong]
+        share = lambda v: "failed" if v is None else f"{100 * v:.3f}%"
+        body = [[a["mode"], a["shape"], share(a["of_inputs"]), share(a["of_unrounded"])] for a in wrong]
         text += "\n## Wrong indices against float64\n\n"
         text += markdown(["search", "shape", "of the inputs", "of the data before rounding"], body)
     return text
@@ -68,9 +71,13 @@ def accuracy(raw):
 def tables(raw):
     rows = raw["rows"]
     pick = lambda op: [r for r in rows if r["op"] == op]
-    text = f"{raw['device']}, PyTorch {raw['torch']}, Triton {raw['triton']}. Product of 8192x8192 bf16 matrices in the same run: "
-    text += f"{raw['ceilings']['product_tflops']:.0f} TFLOP/s. Medians in ms; extra: memory beyond inputs and outputs.\n"
-    text += "\n## Nearest code\n\n" + compared(pick("nearest"), False)
+    text = f"`{raw['command']}`, kernels of {raw['commit']}, {raw['device']}, PyTorch {raw['torch']}, "
+    text += f"Triton {raw['triton']}. "
+    text += f"Product of 8192x8192 bf16 matrices in the same run: {raw['ceilings']['product_tflops']:.0f} TFLOP/s. "
+    text += "Medians in ms; extra: memory beyond inputs and outputs.\n"
+    for dtype in ("bf16", "f32"):
+        found = [r for r in pick("nearest") if r["dtype"] == dtype]
+        text += f"\n## Nearest code, {dtype}\n\n" + compared(found, False)
     text += "\n## IBQ, forward and backward with all losses\n\n" + compared(pick("ibq"), True)
     single = [r for r in rows if r["op"] in ("ibq_rows", "ibq_cols", "ibq_bwd")]
     body = [[r["op"], r["shape"], ms(r["median_us"]), percent(r["of_ceiling"]), size(r["extra_bytes"])] for r in single]
@@ -98,8 +105,8 @@ def plot(raw, folder):
     from matplotlib import pyplot
 
     normal = [r for r in raw["rows"] if r["op"] == "ibq" and r["case"] == "z normal"]
-    over_k = [r for r in normal if r["m"] == 4096]
-    over_m = [r for r in normal if r["k"] == 131072]
+    over_k = curves([r for r in normal if r["m"] == 4096], "k")
+    over_m = curves([r for r in normal if r["k"] == 131072], "m")
 
     def panel(axes, found, which, x, y):
         for name, curve in found.items():
@@ -114,14 +121,13 @@ def plot(raw, folder):
     title = f"IBQ forward + backward, D 256, bf16, {raw['device'].split('(')[-1].rstrip(')')}"
     if over_k:
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-        found = curves(over_k, "k")
-        panel(left, found, 1, "codes K", "ms")
-        panel(right, found, 2, "codes K", "extra memory, MiB")
+        panel(left, over_k, 1, "codes K", "ms")
+        panel(right, over_k, 2, "codes K", "extra memory, MiB")
         figure.suptitle(f"{title}, M 4096 tokens")
         figure.savefig(folder / "over_k.png", dpi=110)
     if over_m:
         figure, axes = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
-        panel(axes, curves(over_m, "m"), 1, "tokens M", "ms")
+        panel(axes, over_m, 1, "tokens M", "ms")
         axes.set_title(f"{title}, K 131072 codes", fontsize=10)
         figure.savefig(folder / "over_m.png", dpi=110)
 
