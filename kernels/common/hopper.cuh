@@ -188,8 +188,8 @@ __device__ __forceinline__ int acc_col(int c) { return 2 * (int(threadIdx.x) % 4
 #define ETT_F32(d, i) ETT_F16(d, i), ETT_F16(d, i + 16)
 #define ETT_F64(d, i) ETT_F32(d, i), ETT_F32(d, i + 32)
 
-// d += a b, or d = a b if not `add`: a 64 x 16, b 16 x N of bf16, d as the first N / 2 of D floats a thread. Both operands in shared
-// memory, TA and TB: MN-major.
+// d += a b, or d = a b if not `add`: a 64 x 16, b 16 x N of bf16, d as the first N / 2 of D floats a thread. Both operands
+// in shared memory, TA and TB: MN-major.
 #define ETT_MMA_SS(n, list, p, pa, pb, pta, ptb, ...)                                                                          \
     asm volatile("{.reg .pred p; setp.ne.b32 p, " p ", 0;\n"                                                                   \
                  "wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" list "}, " pa ", " pb ", p, 1, 1, " pta ", " ptb ";}" \
@@ -274,7 +274,7 @@ struct Box {
 };
 
 // Describes boxes of bf16 (or f32) for tma_load and tma_store. `swizzled`: as panels; the box is then at most 128 bytes
-// wide. A box of 64 bytes has rows of 64 bytes and their swizzle: piece c of row r is stored at r * 64 + (c ^ r / 2 % 4) * 16.
+// wide.
 inline int32_t make_map(const char* op, CUtensorMap* map, int32_t dtype, const void* p, const Box& b, bool swizzled) {
     using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
                                 const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -286,11 +286,10 @@ inline int32_t make_map(const char* op, CUtensorMap* map, int32_t dtype, const v
     }();
     if (!encode) return ett_fail(ETT_CUDA_ERROR, 0, op, "launch", "a driver without cuTensorMapEncodeTiled", "a driver of CUDA 12 or newer");
     const cuuint32_t ones[5] = {1, 1, 1, 1, 1};
-    const CUtensorMapSwizzle swizzle = b.box[0] * dtype_size(dtype) == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B;
     memset(map, 0, sizeof *map);
     const CUresult r = encode(map, dtype == ETT_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32, cuuint32_t(b.rank),
                               const_cast<void*>(p), reinterpret_cast<const cuuint64_t*>(b.dims), reinterpret_cast<const cuuint64_t*>(b.strides),
-                              b.box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzled ? swizzle : CU_TENSOR_MAP_SWIZZLE_NONE,
+                              b.box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return r == CUDA_SUCCESS ? ETT_OK : ett_fail(ETT_CUDA_ERROR, int32_t(r), op, "launch", "a tensor map that the driver refuses", "a valid tensor map");
 }

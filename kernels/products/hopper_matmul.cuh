@@ -1,12 +1,12 @@
 // hopper_matmul.cuh: the products of matmul.cu on Hopper: bf16, by wgmma, with operands and results copied by TMA.
 //
 // A block computes tiles of 128 rows, one after the other. One thread fills a ring of stages, each 64 of the inner
-// dimension of both operands; two warpgroups multiply them, 64 rows each. Neither waits for the other: they share only
-// the ring, and while one rounds and stores its part of a tile, the other has products to do, of the same tile or of the
-// next one. Two blocks of a cluster compute tiles below each other and load half of b's tile each, for both.
+// dimension of both operands; two warpgroups multiply them, 64 rows each, and share nothing but the ring: while one stores
+// its part of a tile, the other may multiply, and the stages of the next tile arrive. Two blocks of a cluster compute tiles
+// below each other and load half of b's tile each, for both, which saves a third of the traffic from the L2.
 //
-// Tiles are 256 columns wide, or narrower where that fills more multiprocessors; those that are left for the last round,
-// and are too few for it, are divided into still narrower ones.
+// Tiles are 256 columns wide, or narrower where that fills more multiprocessors. If too few tiles are left for a last
+// round of all multiprocessors, these are divided into narrower pieces. A value does not depend on the tile's width.
 #pragma once
 
 #include "activation.cuh"
@@ -80,7 +80,7 @@ template <int CLUSTER> struct Phase {
     }
 };
 
-// acc = the products of the warpgroup's rows and the tile's COLS columns.
+// acc = the sums of the warpgroup's rows and the tile's COLS columns.
 template <int COLS, int CLUSTER, bool TA, bool TB>
 __device__ __forceinline__ void multiply_part(float (&acc)[kMostCols / 2], Phase<CLUSTER>& phase, uint32_t ring, int part, int steps) {
     const int lane = int(threadIdx.x) % 32;
@@ -113,7 +113,8 @@ __device__ __forceinline__ void multiply_part(float (&acc)[kMostCols / 2], Phase
 }
 
 // A warp passes its 16 rows of results from the layout of the accumulators to that of memory through 16 rows of 256 bytes,
-// in which piece c of 16 bytes is stored as piece c ^ `exchange`(row). A lane then has piece lane % 16 of every second row.
+// whose pieces of 16 bytes are exchanged so that neither side has bank conflicts. A lane then has piece lane % 16 of every
+// second row.
 inline constexpr int kWarpRows = 16, kWarpBytes = kWarpRows * 256;
 
 // GELU of two values, with one reciprocal. (The limit keeps their product finite, and is far below rounding.)
@@ -126,7 +127,7 @@ __device__ __forceinline__ void gelu_tanh_two(float& x0, float& x1) {
 }
 
 // Stores columns 128 * HALF .. of sums + bias, or of their GELU, rounded. `y`: the warp's first row at the tile's first
-// column; `rows`, `cols`: how many there are from there on.
+// column; `rows`, `cols`: how many there are from there on; `vectors`: in pieces of 16 bytes.
 template <int HALF, bool GELU>
 __device__ __forceinline__ void store_rows(const float (&acc)[kMostCols / 2], unsigned char* stage, const bf16* bias, bf16* y, int64_t ld, int rows,
                                            int cols, bool vectors) {
@@ -351,12 +352,12 @@ inline bool can_multiply(const Operands& p) {
 inline Plan choose_plan(int64_t n, int64_t o, int64_t depth, int multiprocessors) {
     static constexpr struct {
         int cols, clocks[2];  // of a stage, in a cluster of 1 and of 2
-    } kWidths[] = {{256, {1060, 1024}}, {192, {840, 810}}, {160, {730, 700}}, {128, {580, 550}}, {96, {600, 500}}, {64, {410, 400}}};
+    } kWidths[] = {{256, {1060, 1024}}, {192, {840, 810}}, {160, {730, 700}}, {128, {580, 550}}, {96, {600, 500}}, {64, {395, 400}}};
     constexpr int kRound = 1500, kSwitch = 2000, kStart = 600;  // more for every tile, before pieces, and to start a cluster of 2
     const double steps = double(ceil_div(depth, kDepth));
     Plan best{};
     double least = 0;
-    for (int cluster = 2; cluster >= 1; --cluster) {
+    for (int cluster = n > kTileRows ? 2 : 1; cluster >= 1; --cluster) {
         const int64_t units = std::max(multiprocessors / cluster, 1), tile_rows = ceil_div(n, cluster * kTileRows);
         for (const auto& tile : kWidths) {
             const int64_t tiles = tile_rows * ceil_div(o, tile.cols), rest = tiles % units;
