@@ -13,16 +13,19 @@ namespace codebook {
 
 #ifdef ETT_SHIM
 inline bool hopper_fits(const ett_view&, const ett_view&) { return false; }
+inline bool hopper_planned(const ett_view&, const ett_view&) { return false; }
 #else
 using namespace hopper;
 
 inline constexpr int kSweepRows = 128;                                  // of the operand that stays
 inline constexpr int kConsumers = 2 * kWarpgroup, kSweepThreads = 3 * kWarpgroup;  // the third warpgroup copies
 
-// Whether the scores of z and e are computed by wgmma, in all sweeps alike.
-inline bool hopper_fits(const ett_view& z, const ett_view& e) {
-    return is_hopper() && z.dtype == ETT_BF16 && wide(z) && wide(e) && cols(z) > 0 && cols(z) <= 256;
+// Whether the scores of z and e are computed by wgmma, in all sweeps alike; and whether a workspace query counts that.
+inline bool hopper_shape(const ett_view& z, const ett_view& e) {
+    return z.dtype == ETT_BF16 && wide(z) && wide(e) && cols(z) > 0 && cols(z) <= 256;
 }
+inline bool hopper_fits(const ett_view& z, const ett_view& e) { return hopper_shape(z, e) && is_hopper(); }
+inline bool hopper_planned(const ett_view& z, const ett_view& e) { return hopper_shape(z, e) && plan_hopper(); }
 // Panels that hold d columns: 1, 2 or 4, the numbers that kernels are compiled for.
 inline int panels_of(int64_t d) { return d <= 64 ? 1 : d <= 128 ? 2 : 4; }
 template <class F> int32_t with_panels(int64_t d, F f) {

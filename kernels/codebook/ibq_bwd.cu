@@ -848,7 +848,7 @@ extern "C" int64_t ett_ibq_bwd_workspace(const ett_ibq_bwd_args* a) {
     Check check(kOp, a);
     if (!sound(check, a)) return -1;
     if (rows(a->z) == 0) return 0;
-    return std::max(workspace_bytes(*a, false), hopper_fits(a->z, a->e) ? workspace_bytes(*a, true) : 0);
+    return std::max(workspace_bytes(*a, false), hopper_planned(a->z, a->e) ? workspace_bytes(*a, true) : 0);
 }
 
 extern "C" int32_t ett_ibq_bwd(const ett_ibq_bwd_args* a, const ett_launch* l) {

@@ -15,8 +15,13 @@
 #ifndef ETT_SHIM
 #include <cuda.h>
 
+#include <algorithm>
+#include <iterator>
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define ETT_SM90A
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+#error "compile for sm_90a, not sm_90: the kernels for Hopper would be empty"
 #endif
 
 namespace ett {
@@ -246,8 +251,10 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t row, uint32_t a, uint
 
 // ---- host ------------------------------------------------------------------------------------------------
 
-// Whether the current device runs code for sm_90a.
+// Whether the current device runs code for sm_90a, and this was compiled for it.
 inline bool is_hopper() {
+    constexpr int kArchs[] = {__CUDA_ARCH_LIST__};
+    if (std::find(std::begin(kArchs), std::end(kArchs), 900) == std::end(kArchs)) return false;
     int device = 0, major = 0, minor = 0;
     if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
