@@ -272,6 +272,7 @@ half_norm_kernel(const Matrix<T> e, float* half, int64_t padded) {
         float sum[kCodes] = {};
         auto add = [&](auto vectors) {
             constexpr int kN = decltype(vectors)::value ? kWide<T> : 1;
+#pragma unroll 1
             for (int64_t d = lane * kN; d < e.cols; d += kWarp * kN) {
 #pragma unroll
                 for (int c = 0; c < kCodes; ++c) {
