@@ -53,6 +53,9 @@ pub struct Config {
     pub train: TrainConfig,
     /// Training and held-out pictures.
     pub data: DataConfig,
+    /// How the trained model draws, in the closing evaluation and by `ett generate`, whose options override these
+    /// keys.
+    pub sampling: SamplingConfig,
     /// The stages of a run, in order.
     pub stage: Vec<StageConfig>,
 }
@@ -574,6 +577,26 @@ impl DataConfig {
     }
 }
 
+/// `[sampling]`: how a code of a drawing is chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SamplingConfig {
+    /// Divisor of the logits: below 1 makes likely codes more likely; 0 always takes the most likely one.
+    pub temperature: f64,
+    /// Sample from this many of the most likely codes; 0: all.
+    pub top_k: usize,
+    /// Of those, sample from the most likely that together have this probability.
+    pub top_p: f64,
+    /// Classifier-free guidance: 1 as in training; higher values exaggerate the prompt.
+    pub guidance: f64,
+}
+
+impl Default for SamplingConfig {
+    fn default() -> Self {
+        SamplingConfig { temperature: 1.0, top_k: 0, top_p: 1.0, guidance: 3.0 }
+    }
+}
+
 /// The kinds of stages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -857,7 +880,7 @@ impl Config {
             ));
         }
         let (t, q, d, llm) = (&self.tokenizer, &self.quantizer, &self.discriminator, &self.llm);
-        let (loss, train, data) = (&self.loss, &self.train, &self.data);
+        let (loss, train, data, sampling) = (&self.loss, &self.train, &self.data, &self.sampling);
         for (key, v, allowed) in [
             ("tokenizer.ch", t.ch, 1..=MAX_WIDTH),
             ("tokenizer.num_res_blocks", t.num_res_blocks, 1..=1024),
@@ -879,6 +902,7 @@ impl Config {
             ("train.keep", train.keep, 1..=MAX_COUNT),
             ("train.eval_every", train.eval_every, 0..=MAX_COUNT),
             ("train.usage_window", train.usage_window, 1..=MAX_COUNT),
+            ("sampling.top_k", sampling.top_k, 0..=MAX_INDEX),
         ] {
             count(key, v, allowed)?;
         }
@@ -933,6 +957,9 @@ impl Config {
             ("train.warmup", train.warmup, DECAY),
             ("train.ema_decay", train.ema_decay, DECAY),
             ("train.prompt_dropout", train.prompt_dropout, SHARE),
+            ("sampling.temperature", sampling.temperature, AMOUNT),
+            ("sampling.top_p", sampling.top_p, PROBABILITY),
+            ("sampling.guidance", sampling.guidance, FACTOR),
         ] {
             number(key, v, allowed)?;
         }
@@ -1088,6 +1115,9 @@ const EPS: Allowed = (1e-30..=1.0, "a number from 1e-30 to 1");
 const SCALE: Allowed = (1e-12..=1e12, "a number from 1e-12 to 1e12");
 const AMOUNT: Allowed = (0.0..=1e9, "a number from 0 to 1e9");
 const SHARE: Allowed = (0.0..=1.0, "a share from 0 to 1");
+/// Above 0, so that there is something to choose from.
+const PROBABILITY: Allowed = (0.0f64.next_up()..=1.0, "a number above 0, at most 1");
+const FACTOR: Allowed = (-1e9..=1e9, "a number from -1e9 to 1e9");
 const DECAY: Allowed = (0.0..=1.0f64.next_down(), "a number from 0 to below 1");
 
 fn count(key: &str, v: usize, allowed: RangeInclusive<usize>) -> Result<()> {
@@ -1213,6 +1243,15 @@ mod tests {
         let c = load("", &[]).expect("defaults are valid");
         assert_eq!((c.quantizer.codes, c.quantizer.dim, c.llm.layers), (131_072, 256, 28));
         assert_eq!(c.tokenizer.downsampling(), 16);
+        let s = c.sampling;
+        assert_eq!((s.temperature, s.top_k, s.top_p, s.guidance), (1.0, 0, 1.0, 3.0));
+    }
+
+    #[test]
+    fn drawings_are_sampled_as_the_file_says() {
+        let text = "[sampling]\ntemperature = 0\ntop_k = 9\nguidance = -2.5\n";
+        let s = load(text, &["sampling.top_p=0.5"]).expect("valid").sampling;
+        assert_eq!(s, SamplingConfig { temperature: 0.0, top_k: 9, top_p: 0.5, guidance: -2.5 });
     }
 
     #[test]

@@ -106,17 +106,21 @@ enum Command {
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..), allow_negative_numbers = true)]
         count: u16,
         /// Divisor of the logits: below 1 makes likely codes more likely; 0 always takes the most likely one.
-        #[arg(long, default_value_t = Sampling::default().temperature, allow_negative_numbers = true)]
-        temperature: f64,
+        /// Default: the model's sampling.temperature.
+        #[arg(long, allow_negative_numbers = true)]
+        temperature: Option<f64>,
         /// Sample from this many of the most likely codes; 0: all.
-        #[arg(long, default_value_t = Sampling::default().top_k, allow_negative_numbers = true)]
-        top_k: usize,
+        /// Default: the model's sampling.top_k.
+        #[arg(long, allow_negative_numbers = true)]
+        top_k: Option<usize>,
         /// Of those, sample from the most likely that together have this probability.
-        #[arg(long, default_value_t = Sampling::default().top_p, allow_negative_numbers = true)]
-        top_p: f64,
+        /// Default: the model's sampling.top_p.
+        #[arg(long, allow_negative_numbers = true)]
+        top_p: Option<f64>,
         /// Classifier-free guidance: 1 as in training; higher values exaggerate the prompt.
-        #[arg(long, default_value_t = Sampling::default().guidance, allow_negative_numbers = true)]
-        guidance: f64,
+        /// Default: the model's sampling.guidance.
+        #[arg(long, allow_negative_numbers = true)]
+        guidance: Option<f64>,
         /// Seed of the random numbers.
         #[arg(long, default_value_t = Sampling::default().seed, allow_negative_numbers = true)]
         seed: u64,
@@ -254,8 +258,15 @@ fn run(command: Command) -> Result<()> {
             seed,
         } => {
             writable(&out)?;
-            let sampling = Sampling { temperature, top_k, top_p, seed, guidance };
-            sampling.check()?;
+            let chosen = |model: Sampling| Sampling {
+                temperature: temperature.unwrap_or(model.temperature),
+                top_k: top_k.unwrap_or(model.top_k),
+                top_p: top_p.unwrap_or(model.top_p),
+                seed,
+                guidance: guidance.unwrap_or(model.guidance),
+            };
+            // Wrong options are reported before the model is loaded.
+            chosen(Sampling::default()).check()?;
             if let Some(path) = file {
                 let text = read_text(&path)?;
                 prompts.extend(text.lines().filter(|l| !trimmed(l).is_empty()).map(String::from));
@@ -266,7 +277,8 @@ fn run(command: Command) -> Result<()> {
             let count = usize::from(count);
             let each: Vec<String> = prompts.iter().flat_map(|p| vec![p.clone(); count]).collect();
             let bar = ProgressBar::new(0);
-            let images = model.open(Some(Skill::Draw))?.draw(&each, &sampling, &mut |done, all| {
+            let model = model.open(Some(Skill::Draw))?;
+            let images = model.draw(&each, &chosen(model.sampling()), &mut |done, all| {
                 bar.set_length(all as u64);
                 bar.set_position(done as u64);
             })?;

@@ -145,7 +145,7 @@ fn drawings<'a>(
     let tokens = data.size / model.cfg.tokenizer.downsampling();
     let texts: Vec<Vec<Part>> =
         asked.iter().map(|(p, _)| Ok(vec![Part::context(template.drawing(p)?)])).collect::<Result<_>>()?;
-    let sampling = Sampling { seed: model.cfg.train.seed, ..Sampling::default() };
+    let sampling = Sampling::of(&model.cfg.sampling, model.cfg.train.seed);
     let grid = (tokens, tokens);
     let images = draw(model, &texts, template.begin_picture(), grid, &sampling, &mut |_, _| ())?;
     Ok(asked

@@ -117,6 +117,11 @@ impl Trained {
         self.say(image, &self.template.question(Some(0), question)?, Special::ImEnd)
     }
 
+    /// The settings of the model's configuration for drawings, with the default seed.
+    pub fn sampling(&self) -> Sampling {
+        Sampling::of(&self.model.cfg.sampling, Sampling::default().seed)
+    }
+
     /// Draws a picture of the training size for each prompt; see [`draw`].
     pub fn draw(
         &self,

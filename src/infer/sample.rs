@@ -3,6 +3,7 @@
 use super::continued::indices;
 use crate::autograd::Tape;
 use crate::backend::{DType, Kernels, Role, Sample, Stream};
+use crate::config::SamplingConfig;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
@@ -25,13 +26,19 @@ pub struct Sampling {
 impl Default for Sampling {
     /// The paper's settings (arXiv 2505.10562): all codes, with their probabilities, and guidance 3.
     fn default() -> Self {
-        Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, seed: 1, guidance: 3.0 }
+        Sampling::of(&SamplingConfig::default(), 1)
     }
 }
 
 impl Sampling {
     /// Always takes the most likely index.
     pub const GREEDY: Sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0, guidance: 1.0 };
+
+    /// The settings of a configuration.
+    pub fn of(cfg: &SamplingConfig, seed: u64) -> Self {
+        let SamplingConfig { temperature, top_k, top_p, guidance } = *cfg;
+        Sampling { temperature, top_k, top_p, seed, guidance }
+    }
 
     /// Fails on invalid values.
     pub fn check(&self) -> Result<()> {

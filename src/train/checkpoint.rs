@@ -69,7 +69,7 @@ fn shape(model: &Ett, carried: &Carried) -> (FileType, Vec<usize>) {
 
 /// Configuration keys that may change when a run is resumed, since no weight depends on them. Data may be moved, as
 /// long as they are the same, see [`check_data`].
-const FREE: [&str; 12] = [
+const FREE: [&str; 16] = [
     "train.threads",
     "train.graph",
     "train.workers",
@@ -82,6 +82,10 @@ const FREE: [&str; 12] = [
     "data.cache_mib",
     "data.eval_samples",
     "data.eval_drawings",
+    "sampling.temperature",
+    "sampling.top_k",
+    "sampling.top_p",
+    "sampling.guidance",
 ];
 
 /// The data of a stage may be moved, too.
@@ -91,7 +95,7 @@ fn is_free(key: &str) -> bool {
 }
 
 /// Fails if a run would be resumed with another configuration than its checkpoint's, and names the keys. Threads,
-/// saving, evaluation and the location of the data may change.
+/// saving, evaluation, sampling and the location of the data may change.
 pub fn check_config(folder: &Path, cfg: &Config) -> Result<()> {
     let then = Config::load(&folder.join(CONFIG), &[])?;
     let table = |cfg: &Config| -> Result<BTreeMap<String, String>> {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use ett::config::{Config, DataConfig, StageKind, VisualHeadKind};
+use ett::config::{Config, DataConfig, SamplingConfig, StageKind, VisualHeadKind};
 use ett::data::{Crop, DataSet, Source, TextTokenizer};
 use ett::eval::closing;
 use ett::feed::Template;
@@ -90,6 +90,17 @@ fn the_closing_evaluation_reports_every_kind_of_question_and_what_drawings_show(
     let rows: String = report.rows().iter().map(|(name, value)| format!("{name}: {value}\n")).collect();
     assert!(rows.contains("right in colour, count and place: 0."), "{rows}");
     assert!(rows.contains("\"what does it say?\": 0."), "{rows}");
+    // Drawings are sampled as the configuration says: the most likely codes, in two ways, are the same ones.
+    let drawings =
+        |model: &mut Ett, sampling: SamplingConfig| -> Result<Vec<u8>, Box<dyn std::error::Error>> {
+            (model.cfg.data.eval_samples, model.cfg.sampling) = (8, sampling);
+            closing(model, &test, &template, &dir.path(""))?;
+            Ok(std::fs::read(dir.path("drawings.png"))?)
+        };
+    let paper = SamplingConfig::default();
+    let likeliest = drawings(&mut model, SamplingConfig { top_k: 1, ..paper })?;
+    assert!(drawings(&mut model, SamplingConfig { temperature: 0.0, ..paper })? == likeliest);
+    assert!(drawings(&mut model, paper)? != likeliest);
     // A model that cannot draw, and pictures of a folder, have no such results.
     model.visual_head = None;
     assert!(closing(&mut model, &test, &template, &dir.path(""))?.drawings.is_empty());

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-use ett::config::{Config, Operands, StageKind};
+use ett::config::{Config, Operands, SamplingConfig, StageKind};
 use ett::error::Result;
 use ett::files::{Lines, probe, replace, write_synced};
 use ett::infer::Trained;
@@ -218,6 +218,7 @@ fn changed_configurations_are_named() -> Outcome {
     let mut cfg = small("f32");
     checkpoint::check_config(&folder, &cfg)?;
     (cfg.train.threads, cfg.data.eval_samples, cfg.data.train) = (7, 3, "elsewhere".into());
+    cfg.sampling = SamplingConfig { temperature: 0.5, top_k: 5, top_p: 0.5, guidance: 2.0 };
     checkpoint::check_config(&folder, &cfg)?;
     cfg.train.lr = 0.5;
     cfg.tokenizer.ch_mult.push(2);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use ett::autograd::{Tape, Var};
 use ett::backend::{Kernels, Role};
 use ett::compare::{Bounds, compare};
-use ett::config::{Arm, Config, QuantizerMetric, VisualHeadKind};
+use ett::config::{Arm, Config, QuantizerMetric, SamplingConfig, VisualHeadKind};
 use ett::data::{Image, Special, TextTokenizer};
 use ett::error::{Error, Result};
 use ett::feed::{Batch, images_to_device};
@@ -466,6 +466,30 @@ fn a_finished_run_draws_from_the_command_line() -> Outcome {
     let parts: Vec<Vec<Part>> =
         twice.iter().map(|p| Ok(vec![Part::context(text.encode(p)?)])).collect::<Result<_>>()?;
     assert!(draw(&open.model, &parts, start, (2, 2), &Sampling::default(), &mut silent)? == drawn);
+
+    // Options that are left out are as in the model's configuration.
+    let own = SamplingConfig { temperature: 0.3, top_k: 3, top_p: 0.9, guidance: 2.0 };
+    std::fs::write(dir.path("config.toml"), toml::to_string(&Config { sampling: own, ..cfg })?)?;
+    let open = Trained::open(&dir.path(""), cpu(1), false)?;
+    assert_eq!(open.sampling(), Sampling::of(&own, 1));
+    let mut different = Vec::new();
+    for (options, s) in [
+        (&[][..], Sampling::of(&own, 1)),
+        (
+            &["--temperature", "2", "--guidance", "1"],
+            Sampling { temperature: 2.0, guidance: 1.0, ..open.sampling() },
+        ),
+        (&["--temperature", "1", "--top-k", "0", "--top-p", "1", "--guidance", "3"], Sampling::default()),
+    ] {
+        let out = sheet.display().to_string();
+        let done = run(&[&["red", "--count", "2", "--out", &out][..], options].concat());
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        let drawn = open.draw(&["red".into(), "red".into()], &s, &mut silent)?;
+        let want = ett::data::grid(&[drawn.iter().collect::<Vec<_>>()], 2)?.to_u8();
+        assert!(Image::open(&sheet)?.to_u8() == want, "{options:?}");
+        different.push(want);
+    }
+    assert!(different[0] != different[1] && different[1] != different[2] && different[0] != different[2]);
 
     for (args, what) in [
         (&["red", "--top-p", "0"][..], "`top_p` is 0"),

@@ -20,7 +20,7 @@ fn the_small_model_reads_and_draws_held_out_pictures() -> Outcome {
     let bytes: u64 = fs::read_dir(folder())?.flatten().map(|f| f.metadata().map_or(0, |m| m.len())).sum();
     assert!(bytes < 4 << 20, "{bytes} bytes");
     let mut trained = Trained::open(&folder(), cpu(2), false)?;
-    trained.model.cfg.data.eval_drawings = 16;
+    trained.model.cfg.data.eval_drawings = 32;
     let report = evaluate_run(&mut trained, None, Some(64), &dir.path("out"))?;
     let share = report.mse / report.mse_mean_image;
     assert!(share < 0.02, "reconstructions: {share} of the mean image's error");
@@ -32,7 +32,9 @@ fn the_small_model_reads_and_draws_held_out_pictures() -> Outcome {
     }
     let all = report.accuracy.ok_or("questions")?;
     assert!(all.seen >= 0.95, "answers: {all:?}");
-    let colour = report.drawings.iter().find(|d| d.aspect == "colour").ok_or("drawings are looked at")?;
-    assert!(colour.drawings >= 4 && colour.right.seen >= 0.5, "{colour:?}");
+    // 15 of 16 are right; rounding, and with it a choice of codes, may be another on this machine.
+    let scenes = "colour, count and place";
+    let scenes = report.drawings.iter().find(|d| d.aspect == scenes).ok_or("drawings are looked at")?;
+    assert!(scenes.drawings == 16 && scenes.right.seen >= 0.75 && scenes.right.other < 0.25, "{scenes:?}");
     Ok(())
 }
