@@ -174,11 +174,11 @@ __global__ void __launch_bounds__(kSweepThreads, 1) hopper_expect_kernel(const _
                 r[i] += sum;
             }
         }
+        __syncwarp();  // all lanes have read c
         if (threadIdx.x % kWarp == 0) {
             if (live) a.live[(row0 / kSide) * a.ld_live + t] = 1;
             bar_arrive(empty + 8 * ring.slot);
         }
-        __syncwarp();
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -293,7 +293,8 @@ hopper_dz_kernel(const __grid_constant__ Tiles tokens, const __grid_constant__ T
     const int group = __shfl_sync(kAllLanes, int(threadIdx.x) / kWarpgroup, 0);
     if (group == 2) {
         give_registers<24>();
-        if (threadIdx.x / kWarp == kConsumers / kWarp) {
+        // Without a tile nobody waits for copies, which must not outlive the block.
+        if (threadIdx.x / kWarp == kConsumers / kWarp && count > 0) {
             const bool lead = threadIdx.x % kWarp == 0;
             if (lead) {
                 bar_expect(ready, 2 * S::kResident);
