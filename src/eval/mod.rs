@@ -232,7 +232,7 @@ struct Pixels {
     psnr: f64,
     ssim: f64,
     perceptual: f64,
-    counts: HashMap<i32, usize>,
+    counts: BTreeMap<i32, usize>,
     codes_used: usize,
     perplexity: f64,
 }
@@ -241,7 +241,7 @@ impl Pixels {
     fn new(model: &Ett, drawn: &[Drawn]) -> Result<Self> {
         let n = drawn.len() as f64;
         let (mut mse, mut ratio, mut similar, mut perceptual) = (0.0, 0.0, 0.0, 0.0);
-        let mut counts = HashMap::<i32, usize>::new();
+        let mut counts = BTreeMap::<i32, usize>::new();
         for (i, chunk) in drawn.chunks(BATCH).enumerate() {
             go_on(i)?;
             let images: Vec<Image> = chunk.iter().map(|d| d.image.clone()).collect();
@@ -386,7 +386,7 @@ fn codes(
     test: &DataSet,
     template: &Template,
     drawn: &[Drawn],
-    counts: &HashMap<i32, usize>,
+    counts: &BTreeMap<i32, usize>,
 ) -> Result<Option<Codes>> {
     let loss = |shift| -> Result<(f64, usize)> { code_nats(model, test, template, drawn, shift) };
     let (seen, other) = (mean(loss(0)?), mean(loss(drawn.len() / 2)?));
