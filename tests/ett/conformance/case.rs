@@ -204,6 +204,7 @@ pub struct Seen<'a> {
     pub want: &'a [f64],
     /// All arguments, rounded to their types.
     pub args: &'a [Arg],
+    pub prec: Precision,
     pub oracle: &'a dyn Kernels,
 }
 

@@ -444,7 +444,7 @@ impl Trial<'_> {
             return Ok(());
         }
         match &a.judge {
-            Judge::By(judge) => judge(&Seen { what, got, want, args, oracle: self.oracle }),
+            Judge::By(judge) => judge(&Seen { what, got, want, args, prec: self.prec, oracle: self.oracle }),
             Judge::Exact => {
                 let want: Vec<f64> = want.iter().map(|&v| dtype.rounded(v)).collect();
                 same_bits(what, got, &want, cols)
