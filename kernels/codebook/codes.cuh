@@ -146,18 +146,29 @@ template <class T> __global__ void __launch_bounds__(kCodeThreads, 4) static sca
         sum[c] = a.de.row(code)[col];
     }
 #pragma unroll 1
-    for (int base = n; base < count; base += kWarp) {
-        unsigned same = __ballot_sync(kAllLanes, base + lane < count && idx[min(base + lane, count - 1)] == code);
-        for (; same; same &= same - 1) {
-            const int64_t m = first + base + __ffs(int(same)) - 1;
-            const float own = has_own ? a.own[m] : 0.f;
+    for (int first_of_window = n; first_of_window < count; first_of_window += kScatterWindow * kWarp) {
+        // Few windows have a token with this code, so look at all of a window at once first.
+        bool any = false;
 #pragma unroll
-            for (int c = 0; c < kScatterCols; ++c) {
-                const int col = col0 + c * kWarp;
-                if (col >= dim) continue;
-                const float g = a.g.ptr ? to_float(a.g.row(m)[col]) : 0.f;
-                const float z = to_float(a.c.z.row(m)[col]);
-                sum[c] += g + weight * (e[c] - z) + own * z;
+        for (int w = 0; w < kScatterWindow; ++w) {
+            const int at = first_of_window + w * kWarp + lane;
+            any |= at < count && idx[min(at, count - 1)] == code;
+        }
+        if (!__any_sync(kAllLanes, any)) continue;
+#pragma unroll 1
+        for (int base = first_of_window; base < first_of_window + kScatterWindow * kWarp; base += kWarp) {
+            unsigned same = __ballot_sync(kAllLanes, base + lane < count && idx[min(base + lane, count - 1)] == code);
+            for (; same; same &= same - 1) {
+                const int64_t m = first + base + __ffs(int(same)) - 1;
+                const float own = has_own ? a.own[m] : 0.f;
+#pragma unroll
+                for (int c = 0; c < kScatterCols; ++c) {
+                    const int col = col0 + c * kWarp;
+                    if (col >= dim) continue;
+                    const float g = a.g.ptr ? to_float(a.g.row(m)[col]) : 0.f;
+                    const float z = to_float(a.c.z.row(m)[col]);
+                    sum[c] += g + weight * (e[c] - z) + own * z;
+                }
             }
         }
     }

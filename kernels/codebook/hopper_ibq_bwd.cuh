@@ -6,7 +6,7 @@
 //   de      codes stay in shared memory, tokens stream: de += ds^T z
 // ds stays in registers, as the fragments of its product. Its rounding to bf16 is the only one; the best codes are left out
 // of ds, and their part is added in f32 (finish_kernel, scatter_kernel). Nothing is added across blocks, except the parts
-// of dz, in order.
+// of dz, and those of de where there are few codes, in order.
 #pragma once
 
 #include "hopper_scores.cuh"
@@ -15,8 +15,6 @@
 namespace ett {
 namespace codebook {
 namespace {
-
-inline constexpr int kSide = 64;                 // of a tile with or without weight; rows of a streamed tile
 
 // What the weights of 64 tokens need; exponents have base 2:
 //   ds = 2^((s - max) log2(e) + log_p) (dp - mean) + 2^((s - max) to_q + log_q) (slope (s - max) + avg c - shift)
@@ -44,9 +42,10 @@ struct HopperSweep {
     int64_t ld_live;
     float* delta;                   // parts, padded tokens
     float* r;
-    float* sums;                    // parts, padded tokens, D
+    float* sums;                    // parts, padded tokens, D: of dz; or parts, codes, D: of de
     float* de;
     int64_t ld_de;
+    bool pairs;                     // two neighbours of de can be accessed as one
     const float* g_sample;
     const float* g_avg;
     const float* inv_count;
@@ -55,6 +54,66 @@ struct HopperSweep {
 };
 
 // ---- expect ----------------------------------------------------------------------------------------------
+
+// delta and r of a thread's two rows over its own columns.
+template <bool ENTROPY> struct Expectation {
+    float delta[2] = {}, r[2] = {};
+
+    // Adds a tile of 64 codes from code0 on, of which `left` exist. Returns whether any has weight. `rows`: of the warpgroup,
+    // read again for each tile, since registers are scarce.
+    __device__ __forceinline__ bool take(WarpgroupAcc<kSide>& s, WarpgroupAcc<kSide>& dp, const Row* rows, int code0, int left, const float* c, float to_q) {
+        if (left < kSide) {
+#pragma unroll
+            for (int j = 0; j < kSide / 4; ++j)
+                if (j / 2 * 8 + acc_col(j % 2) >= left) s.at(0, j) = s.at(1, j) = kNoWeight;
+        }
+        bool live = false;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const Row& row = rows[acc_row(i)];
+            const float max = row.max;
+            // Keep the best code out of the sums.
+            const int at = row.best - code0;
+            if (__any_sync(kAllLanes, unsigned(at) < unsigned(kSide))) {
+#pragma unroll
+                for (int j = 0; j < kSide / 4; ++j)
+                    if (at == j / 2 * 8 + acc_col(j % 2)) s.at(i, j) = kNoWeight;
+            }
+            const float top = row_max(s, i) - max;
+            if (__any_sync(kAllLanes, top > row.least_p)) {
+                live = true;
+                const float dp_best = row.dp_best;
+                float sum = 0.f;
+#pragma unroll
+                for (int j = 0; j < kSide / 4; ++j)
+                    sum = fmaf(exp2_approx(above_floor((s.at(i, j) - max) * kLog2e)), dp.at(i, j) - dp_best, sum);
+                delta[i] += sum;
+            }
+            if constexpr (ENTROPY) {
+                if (!__any_sync(kAllLanes, top > row.least_q)) continue;
+                live = true;
+                const float c_best = row.c_best;
+                float sum = 0.f;
+#pragma unroll
+                for (int j = 0; j < kSide / 4; j += 2) {
+                    float two[2];
+                    load<2>(two, c + j * 4 + acc_col(0));
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) sum = fmaf(exp2_approx(above_floor((s.at(i, j + h) - max) * to_q)), two[h] - c_best, sum);
+                }
+                r[i] += sum;
+            }
+        }
+        return live;
+    }
+};
+
+// Whether a thread of the block's first 128 has a token with any weight besides its best code.
+__device__ __forceinline__ bool has_weight(const Row* rows) {
+    if (threadIdx.x >= kSweepRows) return false;
+    const Row& row = rows[threadIdx.x];
+    return row.least_p < INFINITY || row.least_q < INFINITY;
+}
 
 template <int PANELS> struct HopperExpect {
     static constexpr int kTile = PANELS * kSide * kPanelRowBytes, kStages = 4;
@@ -80,12 +139,7 @@ __global__ void __launch_bounds__(kSweepThreads, 1) hopper_expect_kernel(const _
         bar_init_done();
     }
     // Tokens without any weight besides the best code need no sweep.
-    bool some = false;
-    if (threadIdx.x < kSweepRows) {
-        const Row& row = a.rows[row_tile * kSweepRows + int(threadIdx.x)];
-        some = row.least_p < INFINITY || row.least_q < INFINITY;
-    }
-    if (!__syncthreads_or(some)) {  // the barriers are initialised too
+    if (!__syncthreads_or(has_weight(a.rows + row_tile * kSweepRows))) {  // the barriers are initialised too
         if (threadIdx.x < kSweepRows) {
             const int64_t to = part * padded + row_tile * kSweepRows + int(threadIdx.x);
             a.delta[to] = 0.f;
@@ -114,13 +168,7 @@ __global__ void __launch_bounds__(kSweepThreads, 1) hopper_expect_kernel(const _
     uint32_t z[PANELS * 4][4], g[PANELS * 4][4];
     load_fragments<PANELS>(z, a.z, row0);
     load_fragments<PANELS>(g, a.full, row0);
-    float max[2], least_p[2], least_q[2], dp_best[2], c_best[2], delta[2] = {}, r[2] = {};
-    int best[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const Row& row = a.rows[row0 + acc_row(i)];
-        max[i] = row.max, least_p[i] = row.least_p, least_q[i] = row.least_q, dp_best[i] = row.dp_best, c_best[i] = row.c_best, best[i] = row.best;
-    }
+    Expectation<ENTROPY> sums;
     WarpgroupAcc<kSide> s, dp;
     Ring<S::kStages> ring;
 #pragma unroll 1
@@ -134,63 +182,15 @@ __global__ void __launch_bounds__(kSweepThreads, 1) hopper_expect_kernel(const _
         pin(s.d);
         pin(dp.d);
         const int code0 = t * kSide;
-        const int64_t left = a.e.rows - code0;
-        if (left < kSide) {
-#pragma unroll
-            for (int j = 0; j < kSide / 4; ++j)
-                if (j / 2 * 8 + acc_col(j % 2) >= left) s.at(0, j) = s.at(1, j) = kNoWeight;
-        }
-        bool live = false;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            // Keep the best code out of the sums.
-            const int at = best[i] - code0;
-            if (__any_sync(kAllLanes, unsigned(at) < unsigned(kSide))) {
-#pragma unroll
-                for (int j = 0; j < kSide / 4; ++j)
-                    if (at == j / 2 * 8 + acc_col(j % 2)) s.at(i, j) = kNoWeight;
-            }
-            const float top = row_max(s, i) - max[i];
-            if (__any_sync(kAllLanes, top > least_p[i])) {
-                live = true;
-                float sum = 0.f;
-#pragma unroll
-                for (int j = 0; j < kSide / 4; ++j)
-                    sum = fmaf(exp2_approx(above_floor((s.at(i, j) - max[i]) * kLog2e)), dp.at(i, j) - dp_best[i], sum);
-                delta[i] += sum;
-            }
-            if constexpr (ENTROPY) {
-                if (!__any_sync(kAllLanes, top > least_q[i])) continue;
-                live = true;
-                const float* const c = c_at + ring.slot * kSide;
-                float sum = 0.f;
-#pragma unroll
-                for (int j = 0; j < kSide / 4; j += 2) {
-                    float two[2];
-                    load<2>(two, c + j * 4 + acc_col(0));
-#pragma unroll
-                    for (int h = 0; h < 2; ++h) sum = fmaf(exp2_approx(above_floor((s.at(i, j + h) - max[i]) * a.to_q)), two[h] - c_best[i], sum);
-                }
-                r[i] += sum;
-            }
-        }
+        const bool live = sums.take(s, dp, a.rows + row0, code0, int(a.e.rows) - code0, c_at + ring.slot * kSide, a.to_q);
         __syncwarp();  // all lanes have read c
         if (threadIdx.x % kWarp == 0) {
             if (live) a.live[(row0 / kSide) * a.ld_live + t] = 1;
             bar_arrive(empty + 8 * ring.slot);
         }
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int d = 1; d <= 2; d *= 2) {
-            delta[i] += __shfl_xor_sync(kAllLanes, delta[i], d);
-            if constexpr (ENTROPY) r[i] += __shfl_xor_sync(kAllLanes, r[i], d);
-        }
-        if (threadIdx.x % 4 != 0) continue;
-        a.delta[part * padded + row0 + acc_row(i)] = delta[i];
-        if constexpr (ENTROPY) a.r[part * padded + row0 + acc_row(i)] = r[i];
-    }
+    put_rows(a.delta + part * padded + row0, sums.delta, 64);
+    if constexpr (ENTROPY) put_rows(a.r + part * padded + row0, sums.r, 64);
 #endif
 }
 
@@ -231,6 +231,38 @@ __device__ __forceinline__ float weight(float d, float dp, float log_p, float lo
     float ds = exp2_approx(fmaf(d, kLog2e, log_p)) * (dp - mean);
     if constexpr (ENTROPY) ds = fmaf(exp2_approx(fmaf(d, f.to_q, log_q)), fmaf(d, f.slope, fmaf(f.avg, c, -shift)), ds);
     return ds;
+}
+
+// s becomes ds, for a tile of 64 codes from code0 on, of which `left` exist; the best codes get 0. row(i): log_p, log_q,
+// mean and shift of the thread's row i.
+template <bool ENTROPY, class Get>
+__device__ __forceinline__ void weigh_codes(float (&s)[kSide / 2], const float (&dp)[kSide / 2], const float (&max)[2], const int (&best)[2], int code0, int left,
+                                            const float* c, const Factors& f, Get get) {
+    if (left < kSide) {
+#pragma unroll
+        for (int n = 0; n < kSide / 2; ++n)
+            if (n / 4 * 8 + acc_col(n % 2) >= left) s[n] = kNoWeight;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int at = best[i] - code0;
+        if (__any_sync(kAllLanes, unsigned(at) < unsigned(kSide))) {
+#pragma unroll
+            for (int n = 0; n < kSide / 2; ++n)
+                if (n / 2 % 2 == i && at == n / 4 * 8 + acc_col(n % 2)) s[n] = kNoWeight;
+        }
+        const float4 row = get(i);
+#pragma unroll
+        for (int j = 0; j < kSide / 8; ++j) {
+            float two[2] = {};
+            if constexpr (ENTROPY) load<2>(two, c + 8 * j + acc_col(0));
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int n = 4 * j + 2 * i + h;
+                s[n] = weight<ENTROPY>(s[n] - max[i], dp[n], row.x, row.y, row.z, row.w, two[h], f);
+            }
+        }
+    }
 }
 
 // The fragments of a 64 x 64 tile of ds, rounded.
@@ -341,33 +373,8 @@ hopper_dz_kernel(const __grid_constant__ Tiles tokens, const __grid_constant__ T
     };
     auto weigh = [&] {
         const int code0 = tile_of[here.slot] * kSide;
-        const int left = int(a.e.rows) - code0;
-        if (left < kSide) {
-#pragma unroll
-            for (int n = 0; n < kSide / 2; ++n)
-                if (n / 4 * 8 + acc_col(n % 2) >= left) s[n] = kNoWeight;
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int at = best[i] - code0;
-            if (__any_sync(kAllLanes, unsigned(at) < unsigned(kSide))) {
-#pragma unroll
-                for (int n = 0; n < kSide / 2; ++n)
-                    if (n / 2 % 2 == i && at == n / 4 * 8 + acc_col(n % 2)) s[n] = kNoWeight;
-            }
-            const float4 row = rows[group * 64 + acc_row(i)];
-            const float* const c = c_at + here.slot * kSide;
-#pragma unroll
-            for (int j = 0; j < kSide / 8; ++j) {
-                float two[2] = {};
-                if constexpr (ENTROPY) load<2>(two, c + 8 * j + acc_col(0));
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const int n = 4 * j + 2 * i + h;
-                    s[n] = weight<ENTROPY>(s[n] - max[i], dp[n], row.x, row.y, row.z, row.w, two[h], f);
-                }
-            }
-        }
+        weigh_codes<ENTROPY>(s, dp, max, best, code0, int(a.e.rows) - code0, c_at + here.slot * kSide, f,
+                             [&](int i) { return rows[group * 64 + acc_row(i)]; });
         round_tile(ds, s);
     };
     if (count > 0) {
@@ -405,6 +412,18 @@ hopper_dz_kernel(const __grid_constant__ Tiles tokens, const __grid_constant__ T
 #endif
 }
 
+// Two neighbouring elements: to = v, or to += v with `add`; `pair`: as one access.
+__device__ __forceinline__ void put_pair(float* to, float v0, float v1, bool add, bool pair) {
+    float two[2] = {};
+    if (add && pair) load<2>(two, to);
+    if (add && !pair) two[0] = to[0], two[1] = to[1];
+    two[0] += v0, two[1] += v1;
+    if (pair)
+        store<2>(to, two);
+    else
+        to[0] = two[0], to[1] = two[1];
+}
+
 // ---- de --------------------------------------------------------------------------------------------------
 
 template <int PANELS> struct HopperDe {
@@ -428,8 +447,8 @@ hopper_de_kernel(const __grid_constant__ Tiles tokens, const __grid_constant__ T
     volatile int* const tile_of = reinterpret_cast<int*>(extra + S::kWeights);
     const uint32_t z_full = smem_address(extra + S::kWeights + 16), z_empty = z_full + 8 * S::kZStages, g_full = z_empty + 8 * S::kZStages,
                    g_empty = g_full + 8 * S::kGStages, ready = g_empty + 8 * S::kGStages;
-    const int code_tile = int(blockIdx.x);
-    const Consecutive range = {0, int((a.z.rows + kSide - 1) / kSide)};
+    const int code_tiles = int((a.e.rows + kSweepRows - 1) / kSweepRows), part = int(blockIdx.x) / code_tiles, code_tile = int(blockIdx.x) - part * code_tiles;
+    const Consecutive range = part_of((a.z.rows + kSide - 1) / kSide, part, a.parts);
     const uint8_t* const live = a.live + int64_t(code_tile) * 2;
     const int64_t other = (int64_t(code_tile) * 2 + 1) * kSide < a.e.rows ? 1 : 0;  // the last tile may have no neighbour
     if (threadIdx.x == 0) {
@@ -446,12 +465,12 @@ hopper_de_kernel(const __grid_constant__ Tiles tokens, const __grid_constant__ T
     }
     const int count = count_live(live, a.ld_live, other, range);
     __syncthreads();  // the barriers are initialised
-    if (count == 0) return;
+    if (count == 0 && a.parts == 1) return;
 
     const int group = __shfl_sync(kAllLanes, int(threadIdx.x) / kWarpgroup, 0);
     if (group == 2) {
         give_registers<24>();
-        if (threadIdx.x / kWarp == kConsumers / kWarp) {
+        if (threadIdx.x / kWarp == kConsumers / kWarp && count > 0) {
             const bool lead = threadIdx.x % kWarp == 0;
             if (lead) {
                 bar_expect(ready, S::kResident);
@@ -531,44 +550,54 @@ hopper_de_kernel(const __grid_constant__ Tiles tokens, const __grid_constant__ T
         if (lane == 0) bar_arrive(g_empty + 8 * g_here.slot);
         g_here.next();
     };
-    bar_wait(ready, 0);
-    uint32_t before = 0;
+    if (count > 0) {
+        bar_wait(ready, 0);
+        uint32_t before = 0;
 #pragma unroll 1
-    for (int n = 0; n < count; ++n) {
-        bar_wait(z_full + 8 * z_here.slot, z_here.parity);
-        bar_wait(g_full + 8 * g_here.slot, g_here.parity);
+        for (int n = 0; n < count; ++n) {
+            bar_wait(z_full + 8 * z_here.slot, z_here.parity);
+            bar_wait(g_full + 8 * g_here.slot, g_here.parity);
+            products_begin();
+            add_product<PANELS>(acc, ds, z_at + before * S::kTile, n > 0);
+            scores();
+            products_end();
+            products_wait<0>();
+            pin(s);
+            pin(dp);
+            pin(acc);
+            if (n > 0 && threadIdx.x % kWarp == 0) bar_arrive(z_empty + 8 * before);  // its product has ended
+            weigh();
+            before = z_here.slot;
+            z_here.next();
+        }
         products_begin();
-        add_product<PANELS>(acc, ds, z_at + before * S::kTile, n > 0);
-        scores();
+        add_product<PANELS>(acc, ds, z_at + before * S::kTile, true);
         products_end();
         products_wait<0>();
-        pin(s);
-        pin(dp);
         pin(acc);
-        if (n > 0 && threadIdx.x % kWarp == 0) bar_arrive(z_empty + 8 * before);  // its product has ended
-        weigh();
-        before = z_here.slot;
-        z_here.next();
     }
-    products_begin();
-    add_product<PANELS>(acc, ds, z_at + before * S::kTile, true);
-    products_end();
-    products_wait<0>();
-    pin(acc);
+    const bool whole = a.parts == 1;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const int64_t row = row0 + acc_row(i);
         if (row >= a.e.rows) continue;
-        float* const to = a.de + row * a.ld_de;
+        float* const to = whole ? a.de + row * a.ld_de : a.sums + (part * a.e.rows + row) * a.z.cols;
 #pragma unroll
         for (int j = 0; j < PANELS * 8; ++j)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const int col = 8 * j + acc_col(h);
-                if (col < a.z.cols) to[col] += acc[4 * j + 2 * i + h];
-            }
+            if (const int col = 8 * j + acc_col(0); col < a.z.cols)  // D is a multiple of 8
+                put_pair(to + col, acc[4 * j + 2 * i], acc[4 * j + 2 * i + 1], whole, a.pairs || !whole);
     }
 #endif
+}
+
+// Adds the parts of de, in order.
+__global__ void __launch_bounds__(kThreads) add_de_kernel(float* de, int64_t ld, const float* parts, int count, int64_t codes, int64_t dim) {
+    const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    if (i >= codes * dim) return;
+    const int64_t row = i / dim;
+    float sum = de[row * ld + i - row * dim];
+    for (int p = 0; p < count; ++p) sum += parts[p * codes * dim + i];
+    de[row * ld + i - row * dim] = sum;
 }
 
 }  // namespace

@@ -19,6 +19,7 @@ using namespace hopper;
 
 inline constexpr int kSweepRows = 128;                                  // of the operand that stays
 inline constexpr int kConsumers = 2 * kWarpgroup, kSweepThreads = 3 * kWarpgroup;  // the third warpgroup copies
+inline constexpr int kSide = 64;  // rows of a streamed tile where tiles have 64; of a tile with or without weight
 
 // Whether the scores of z and e are computed by wgmma, in all sweeps alike; and whether a workspace query counts that.
 inline bool hopper_shape(const ett_view& z, const ett_view& e) {
@@ -124,6 +125,17 @@ template <int N> __device__ __forceinline__ float row_max(WarpgroupAcc<N>& acc, 
 #pragma unroll
         for (int j = 0; j < N / 4; j += 2 * n) x[j] = fmaxf(x[j], x[j + n]);
     return x[0];
+}
+
+// Adds the sums of the lanes that share a row; writes those of the warpgroup's 64 rows, of which `rows` exist.
+__device__ __forceinline__ void put_rows(float* out, const float (&sum)[2], int64_t rows) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        float total = sum[i];
+#pragma unroll
+        for (int d = 1; d <= 2; d *= 2) total += __shfl_xor_sync(kAllLanes, total, d);
+        if (threadIdx.x % 4 == 0 && acc_row(i) < rows) out[acc_row(i)] = total;
+    }
 }
 #endif  // ETT_SHIM
 

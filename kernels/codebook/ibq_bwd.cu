@@ -33,7 +33,7 @@
 // (error 2^-18), three for f32 (exact); "hopper" rounds it to one, except for the best code. With bf16, full is rounded
 // before it is multiplied by e, like any activation; one rounding of dz. Exponentials have an error of 2^-22. A weight below 2^-24 * rest_p / K (or 2^-24 * rest_q / K) counts
 // as 0 if its whole tile, or its eight rows of the tile, have no larger one. Bitwise repeatable.
-// workspace: at most 60 MiB for D up to 512 and K up to 2^22; beyond that a byte for every 128 tokens and 64 codes.
+// workspace: at most 54 MiB for D up to 512 and K up to 2^22; beyond that a byte for every 128 tokens and 64 codes.
 // "hopper": at most 44 MiB, 4 bytes a code, and a byte for every 64 of at most 16,384 tokens and 64 codes.
 // limits: D up to 512; "hopper" requires bf16, D up to 256 and rows at multiples of 16 bytes.
 // work: 8*M*K*D FLOP (bf16 executes 16*M*K*D, f32 72*M*K*D); two exponentials per score and sweep;
@@ -120,6 +120,17 @@ template <class T> __device__ __forceinline__ Row known(const Tokens<T>& a, int6
     return r;
 }
 
+// Writes eight elements of full, as PARTS parts of bf16, or as f32 if PARTS is 0.
+template <int PARTS> __device__ __forceinline__ void put_full(bf16* full, int64_t n, int64_t part, int64_t at, const float (&v)[8]) {
+    if constexpr (PARTS == 0) {
+        float* const to = reinterpret_cast<float*>(full) + n * part + at;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) to[i] = v[i];
+    } else {
+        pack_piece<PARTS>(full + n * PARTS * part, part, at, v);
+    }
+}
+
 // One warp per token: computes its row, and full as an operand of the sweeps.
 template <class T, int PARTS> __global__ void __launch_bounds__(kCodeThreads) tokens_kernel(const __grid_constant__ Tokens<T> a) {
     const int lane = int(threadIdx.x) % kWarp, n = int(blockIdx.x) * kCodeWarps + int(threadIdx.x) / kWarp;
@@ -135,7 +146,7 @@ template <class T, int PARTS> __global__ void __launch_bounds__(kCodeThreads) to
         }
         if (n < a.count) {
             const float nothing[8] = {};
-            for (int64_t at = lane * 8; at < a.part; at += kWarp * 8) pack_piece<PARTS>(a.full + n * PARTS * a.part, a.part, at, nothing);
+            for (int64_t at = lane * 8; at < a.part; at += kWarp * 8) put_full<PARTS>(a.full, n, a.part, at, nothing);
         }
         return;
     }
@@ -153,7 +164,7 @@ template <class T, int PARTS> __global__ void __launch_bounds__(kCodeThreads) to
             if constexpr (PARTS == 1) full[i] = rounded<bf16>(full[i]);
             dot = fmaf(full[i], e, dot);
         }
-        pack_piece<PARTS>(a.full + n * PARTS * a.part, a.part, at, full);
+        put_full<PARTS>(a.full, n, a.part, at, full);
     }
     dot = warp_sum(dot);
     if (lane == 0) {
@@ -513,6 +524,7 @@ template <class T> __global__ void __launch_bounds__(kCodeThreads) finish_kernel
 }  // namespace ett
 
 #include "hopper_ibq_bwd.cuh"
+#include "hopper_ibq_split.cuh"
 
 namespace ett {
 namespace codebook {
@@ -520,14 +532,11 @@ namespace {
 
 // ---- host ------------------------------------------------------------------------------------------------
 
-constexpr int64_t kBytes = 60 * kMiB;      // of the workspace
+constexpr int64_t kBytes = 54 * kMiB;      // of the workspace
 constexpr int64_t kTokenBytes = 8 * kMiB;  // of these, for tokens
 constexpr int64_t kMostSplits = 8;
 
 int64_t score_slots() { return int64_t(multiprocessors()) * kScoreBlocks; }
-
-// Rows per chunk, in whole tiles: the fewest chunks of at most `most` rows, of equal size.
-int64_t equal_chunks(int64_t rows, int64_t most, int64_t tile) { return round_up(ceil_div(rows, ceil_div(rows, most)), tile); }
 
 // The sizes of chunks and the layout of the workspace.
 struct Space {
@@ -741,6 +750,11 @@ struct HopperSpace {
         const int64_t slots = multiprocessors();
         return std::min(choose_parts(tiles, code_tiles, slots), std::max<int64_t>(1, slots / tiles));
     }
+    // Parts of de for `codes` codes and `tiles` tiles of tokens.
+    int64_t de_parts(int64_t codes, int64_t tiles) const {
+        const int64_t slots = multiprocessors();
+        return std::min(choose_parts(ceil_div(codes, kSweepRows), tiles, slots), std::max<int64_t>(1, slots * kSweepRows / codes));
+    }
 };
 
 class HopperBackward {
@@ -788,8 +802,8 @@ class HopperBackward {
         tile(z_rows, z, kSweepRows), tile(full_rows, full, kSweepRows), tile(e_rows, e, kSweepRows);
 
         HopperSweep sweep = {z, full, e, s_.rows, s_.weights, s_.best, entropy_ ? s_.c : nullptr, s_.live, code_tiles, s_.delta, s_.r, s_.sums,
-                             present(a_.de) ? data<float>(a_.de) : nullptr, present(a_.de) ? stride(a_.de) : 0, number(a_.g_sample), number(a_.g_avg),
-                             number(a_.inv_count), inv_t, to_q, int(row_tiles), int(choose_parts(row_tiles, code_tiles, multiprocessors()))};
+                             present(a_.de) ? data<float>(a_.de) : nullptr, present(a_.de) ? stride(a_.de) : 0, wide(a_.de, 2 * sizeof(float)),
+                             number(a_.g_sample), number(a_.g_avg), number(a_.inv_count), inv_t, to_q, int(row_tiles), int(choose_parts(row_tiles, code_tiles, multiprocessors()))};
         go(hopper_expect_kernel<PANELS, ENTROPY>, row_tiles * sweep.parts, kSweepThreads, HopperExpect<PANELS>::kSmem, e_side, sweep);
         const float* const rest_q = entropy_ ? number(a_.rest_q) + token : nullptr;
         go(join_kernel, ceil_div(padded, kThreads), kThreads, 0, s_.rows, s_.delta, entropy_ ? s_.r : nullptr, rest_q, int(padded), int(count), sweep.parts, true);
@@ -803,7 +817,11 @@ class HopperBackward {
                                      float(w * (1.0 + a_.beta_commit)), token, int(count), sweep.parts};
         go(finish_kernel<bf16>, ceil_div(count, kCodeWarps), kCodeThreads, 0, finish);
         if (present(a_.de)) {
-            go(hopper_de_kernel<PANELS, ENTROPY>, ceil_div(k_, kSweepRows), kSweepThreads, HopperDe<PANELS>::kSmem, z_side, full_side, e_rows, sweep);
+            const int64_t tiles = ceil_div(k_, kSweepRows);
+            sweep.parts = int(s_.de_parts(k_, ceil_div(count, kSide)));
+            go(hopper_de_kernel<PANELS, ENTROPY>, tiles * sweep.parts, kSweepThreads, HopperDe<PANELS>::kSmem, z_side, full_side, e_rows, sweep);
+            if (sweep.parts > 1)
+                go(add_de_kernel, ceil_div(k_ * s_.d, kThreads), kThreads, 0, sweep.de, sweep.ld_de, s_.sums, sweep.parts, k_, s_.d);
             const Scatter<bf16> hard = {codes_,           matrix<const bf16>(a_.g), matrix<float>(a_.de), s_.own - token,
                                         number(a_.g_quant), number(a_.inv_count),     float(w * (1.0 + a_.beta_code))};
             if (status_ == ETT_OK) status_ = launch_scatter(kOp, hard, token, count, l_);
@@ -819,23 +837,184 @@ class HopperBackward {
     const int64_t m_, k_;
     int32_t status_ = ETT_OK;
 };
+
+// "hopper_split": the sweeps of hopper_ibq_split.cuh, one chunk of tokens and codes at a time.
+struct SplitSpace {
+    static constexpr int64_t kBytes = 96 * kMiB, kMostTokens = 4096, kMostCodes = 16384;
+
+    Pieces pieces;
+    int64_t d, width, tokens, splits, codes;  // per chunk
+    int64_t expect_codes;                     // per chunk of the sweep for delta and r
+    Row* rows;
+    Weights* weights;
+    int32_t* best;
+    float* own;
+    uint16_t* z;
+    bf16* z_parts;
+    Unscale* z_unscale;
+    uint16_t* full;
+    Unscale* full_unscale;
+    float* sums;           // before the products: full as f32
+    float* delta;
+    float* r;
+    uint8_t* live;
+    CodeNumbers* numbers;
+    uint16_t* e;
+    bf16* e_parts;
+    bf16* ds;              // before the weights: the codes of the sweep for delta and r
+
+    SplitSpace(const ett_ibq_bwd_args& a, void* start) : pieces(start), d(cols(a.z)), width(split_width(d)) {
+        const int64_t m = ett::rows(a.z), k = ett::rows(a.e), halves = 2 * width;
+        tokens = equal_chunks(m, kMostTokens, kSweepRows);
+        rows = pieces.take<Row>(tokens);
+        weights = pieces.take<Weights>(tokens / kSide);
+        best = pieces.take<int32_t>(tokens);
+        own = pieces.take<float>(tokens);
+        z = pieces.take<uint16_t>(tokens * halves);
+        z_parts = pieces.take<bf16>(tokens * halves);
+        z_unscale = pieces.take<Unscale>(tokens / kSide);
+        full = pieces.take<uint16_t>(tokens * halves);
+        full_unscale = pieces.take<Unscale>(tokens / kSide);
+        const int64_t all = most_rows(tokens, kSweepRows, multiprocessors());
+        delta = pieces.take<float>(all);
+        r = pieces.take<float>(all);
+        live = pieces.take<uint8_t>(tokens / kSweepRows * ceil_div(k, kSweepRows));
+        // A code's halves, parts and row of ds. With few tokens and many codes, the sums over the codes are split to balance the
+        // work of the blocks.
+        const int64_t code = 4 * halves + int64_t(sizeof(CodeNumbers)) / kSide + 4 * tokens;
+        auto fit = [&](int64_t sums_bytes) { return std::clamp((kBytes - pieces.bytes() - sums_bytes) / code / kSweepRows * kSweepRows, int64_t(kSweepRows), kMostCodes); };
+        const int64_t sum = tokens * width * int64_t(sizeof(float));
+        splits = std::clamp<int64_t>(std::min(fit(sum), k) / tokens, 1, 8);
+        codes = equal_chunks(k, fit(splits * sum), kSweepRows);
+        splits = std::min(splits, codes / kSweepRows);
+        sums = pieces.take<float>(splits * tokens * width);
+        e = pieces.take<uint16_t>(codes * halves);
+        e_parts = pieces.take<bf16>(codes * halves);
+        const int64_t ds_elements = 2 * tokens * codes;
+        expect_codes = equal_chunks(k, std::max(codes, ds_elements / halves / kSweepRows * kSweepRows), kSweepRows);
+        ds = pieces.take<bf16>(std::max(ds_elements, expect_codes * halves));
+        numbers = pieces.take<CodeNumbers>(std::max(codes, expect_codes) / kSide);
+    }
+};
+
+class SplitBackward {
+  public:
+    SplitBackward(const ett_ibq_bwd_args& a, const ett_launch* l)
+        : a_(a), l_(l), s_(a, l->workspace), codes_(codes_of<float>(a, l)), entropy_(present(a.rest_q)), m_(rows(a.z)), k_(rows(a.e)) {}
+
+    int32_t run() {
+        for (int64_t token = 0; token < m_ && status_ == ETT_OK; token += s_.tokens)
+            status_ = with_panels(s_.d, [&](auto panels) { return entropy_ ? chunk<panels, true>(token) : chunk<panels, false>(token); });
+        return status_;
+    }
+
+  private:
+    template <class K, class... A> void go(K* kernel, int64_t blocks, int threads, size_t smem, const A&... args) {
+        if (status_ == ETT_OK) status_ = launch(kOp, kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), smem, l_, args...);
+    }
+    const float* number(const ett_view& v) const { return present(v) ? data<const float>(v) : nullptr; }
+    void pack(const SplitPack& p) {
+        if (status_ == ETT_OK) status_ = launch_split_pack(kOp, p, l_);
+    }
+    void map(CUtensorMap& m, const void* p, int64_t rows, int tile_rows) {
+        if (status_ == ETT_OK) status_ = make_split_map(kOp, &m, p, rows, s_.width, tile_rows);
+    }
+
+    template <int PANELS, bool ENTROPY> int32_t chunk(int64_t token) {
+        const int64_t count = std::min(s_.tokens, m_ - token), row_tiles = ceil_div(count, kSweepRows), padded = row_tiles * kSweepRows;
+        const int64_t code_tiles = ceil_div(k_, kSweepRows), slots = multiprocessors();
+        const float inv_t = entropy_ ? float(1.0 / a_.temperature) : 0.f, to_q = entropy_ ? float(double(kLog2e) / a_.temperature) : 1.f;
+        const Tokens<float> tokens = {codes_,          matrix<const float>(a_.g), number(a_.smax),    number(a_.rest_p),  number(a_.rest_q), number(a_.xbar),
+                                      number(a_.c),    number(a_.g_sample),       number(a_.g_avg),   number(a_.g_quant), number(a_.inv_count), inv_t,
+                                      to_q,            token,                     int(count),         int(padded),        reinterpret_cast<bf16*>(s_.sums), s_.width,
+                                      s_.rows};
+        go(tokens_kernel<float, 0>, ceil_div(padded, kCodeWarps), kCodeThreads, 0, tokens);
+        pack({rows_of(a_.z, token, count), s_.z, s_.z_parts, nullptr, s_.z_unscale, nullptr, s_.width, padded});
+        pack({{s_.sums, count, s_.d, s_.width, true}, s_.full, nullptr, nullptr, s_.full_unscale, nullptr, s_.width, padded});
+        if (status_ == ETT_OK) status_ = zero(kOp, s_.live, size_t(row_tiles * code_tiles), l_);
+        CUtensorMap z_map, full_map, z_parts_map, e_map, e_parts_map, ds_rows_map, ds_cols_map;
+        map(z_map, s_.z, count, kSweepRows), map(full_map, s_.full, count, kSweepRows);
+        constexpr int kProductPanels = PANELS < 2 ? PANELS : 2;
+        auto parts_map = [&](CUtensorMap& m, const void* p, int64_t rows) {
+            if (status_ == ETT_OK) status_ = make_panels_map(kOp, &m, p, rows, 2 * s_.width, 2 * s_.width, kSide, kProductPanels);
+        };
+        parts_map(z_parts_map, s_.z_parts, count);
+
+        const float* const rest_q = entropy_ ? number(a_.rest_q) + token : nullptr;
+        SplitSweep sweep = {high_of(s_.z, count, s_.width), high_of(s_.full, count, s_.width), s_.z_unscale, s_.full_unscale, s_.numbers, s_.rows, s_.weights, s_.best,
+                            s_.live, code_tiles, s_.delta, s_.r, s_.ds, s_.codes, number(a_.g_sample), number(a_.g_avg), number(a_.inv_count), inv_t, to_q, 0, 0,
+                            int(row_tiles), 1};
+        auto begin_codes = [&](int64_t code, int64_t most, uint16_t* halves, bf16* parts) {
+            const int64_t n = std::min(most, k_ - code);
+            pack({rows_of(a_.e, code, n), halves, parts, entropy_ ? number(a_.c) + code : nullptr, nullptr, s_.numbers, s_.width, round_up(n, kSweepRows)});
+            map(e_map, halves, n, kSide);
+            sweep.live = s_.live + code / kSweepRows;
+            sweep.code0 = int32_t(code);
+            sweep.codes = int(n);
+            return n;
+        };
+        for (int64_t code = 0; code < k_ && status_ == ETT_OK; code += s_.expect_codes) {
+            const int64_t n = begin_codes(code, s_.expect_codes, reinterpret_cast<uint16_t*>(s_.ds), nullptr);
+            sweep.parts = int(choose_parts(row_tiles, ceil_div(n, kSide), slots));
+            go(split_expect_kernel<PANELS, ENTROPY>, row_tiles * sweep.parts, kSweepThreads, SplitTokenSmem<PANELS>::kBytes, z_map, full_map, e_map, sweep);
+            go(join_kernel, ceil_div(padded, kThreads), kThreads, 0, s_.rows, s_.delta, entropy_ ? s_.r : nullptr, rest_q, int(padded), int(count), sweep.parts,
+               code + n == k_);
+        }
+        const PackWeights weights = {s_.rows, rest_q, s_.weights, s_.best, s_.own, int(count), int(padded)};
+        go(pack_weights_kernel, ceil_div(padded, kThreads), kThreads, 0, weights, number(a_.g_sample), number(a_.g_avg), number(a_.inv_count), inv_t, to_q);
+
+        if (status_ == ETT_OK) status_ = make_panel_map(kOp, &ds_rows_map, s_.ds, 2 * padded, s_.codes, s_.codes, kSweepRows);
+        if (status_ == ETT_OK) status_ = make_panels_map(kOp, &ds_cols_map, s_.ds, 2 * padded, s_.codes, s_.codes, kSide, 2);
+        for (int64_t code = 0; code < k_ && status_ == ETT_OK; code += s_.codes) {
+            const int64_t n = begin_codes(code, s_.codes, s_.e, s_.e_parts), tiles = ceil_div(n, kSweepRows), col_tiles = s_.width / (kProductPanels * kPanelCols);
+            parts_map(e_parts_map, s_.e_parts, n);
+            sweep.parts = int(choose_parts(row_tiles, tiles, slots));
+            go(split_weights_kernel<PANELS, ENTROPY>, row_tiles * sweep.parts, kSweepThreads, SplitTokenSmem<PANELS>::kBytes, z_map, full_map, e_map, sweep);
+            const int64_t for_e = present(a_.de) ? tiles * col_tiles : 0;
+            const SplitProducts p = {sweep.live, code_tiles, s_.sums, s_.width, for_e ? data<float>(a_.de) + code * stride(a_.de) : nullptr, for_e ? stride(a_.de) : 0,
+                                     wide(a_.de, 2 * sizeof(float)), s_.d, int(n), int(row_tiles), int(tiles), int(s_.splits), int(for_e), code > 0};
+            go(split_products_kernel<kProductPanels>, for_e + row_tiles * s_.splits * col_tiles, kSweepThreads, SplitProductSmem<kProductPanels>::kBytes, ds_rows_map,
+               ds_cols_map, e_parts_map, z_parts_map, p);
+        }
+
+        const double w = 2.0 / double(s_.d);
+        const Finish<float> finish = {codes_, matrix<float>(a_.dz), s_.sums, s_.width, padded, number(a_.g_quant), number(a_.inv_count), s_.own,
+                                      float(w * (1.0 + a_.beta_commit)), token, int(count), int(s_.splits)};
+        go(finish_kernel<float>, ceil_div(count, kCodeWarps), kCodeThreads, 0, finish);
+        if (status_ == ETT_OK && present(a_.de)) {
+            const Scatter<float> hard = {codes_,           matrix<const float>(a_.g), matrix<float>(a_.de), s_.own - token,
+                                         number(a_.g_quant), number(a_.inv_count),      float(w * (1.0 + a_.beta_code))};
+            status_ = launch_scatter(kOp, hard, token, count, l_);
+        }
+        return status_;
+    }
+
+    const ett_ibq_bwd_args& a_;
+    const ett_launch* l_;
+    const SplitSpace s_;
+    const Codes<float> codes_;
+    const bool entropy_;
+    const int64_t m_, k_;
+    int32_t status_ = ETT_OK;
+};
 #endif  // ETT_SHIM
 
 // Bytes of workspace of an implementation.
-int64_t workspace_bytes(const ett_ibq_bwd_args& a, bool hopper) {
+int64_t workspace_bytes(const ett_ibq_bwd_args& a, const char* kernel) {
 #ifndef ETT_SHIM
-    if (hopper) return HopperSpace(a, nullptr).pieces.bytes();
+    if (strcmp(kernel, "hopper") == 0) return HopperSpace(a, nullptr).pieces.bytes();
+    if (strcmp(kernel, "hopper_split") == 0) return SplitSpace(a, nullptr).pieces.bytes();
 #endif
-    (void)hopper;
+    (void)kernel;
     return Space(a, nullptr).pieces.bytes();
 }
-int32_t run_hopper(const ett_ibq_bwd_args& a, const ett_launch* l) {
-#ifdef ETT_SHIM
-    (void)a, (void)l;
-    return ETT_UNSUPPORTED;
-#else
-    return HopperBackward(a, l).run();
+int32_t run(const ett_ibq_bwd_args& a, const char* kernel, const ett_launch* l) {
+#ifndef ETT_SHIM
+    if (strcmp(kernel, "hopper") == 0) return HopperBackward(a, l).run();
+    if (strcmp(kernel, "hopper_split") == 0) return SplitBackward(a, l).run();
 #endif
+    (void)kernel;
+    return a.z.dtype == ETT_BF16 ? Backward<bf16, 1, 2>(a, l).run() : Backward<float, 3, 3>(a, l).run();
 }
 
 }  // namespace
@@ -848,7 +1027,10 @@ extern "C" int64_t ett_ibq_bwd_workspace(const ett_ibq_bwd_args* a) {
     Check check(kOp, a);
     if (!sound(check, a)) return -1;
     if (rows(a->z) == 0) return 0;
-    return std::max(workspace_bytes(*a, false), hopper_planned(a->z, a->e) ? workspace_bytes(*a, true) : 0);
+    int64_t most = workspace_bytes(*a, "chunks");
+    if (hopper_planned(a->z, a->e)) most = std::max(most, workspace_bytes(*a, "hopper"));
+    if (split_planned(a->z, a->e)) most = std::max(most, workspace_bytes(*a, "hopper_split"));
+    return most;
 }
 
 extern "C" int32_t ett_ibq_bwd(const ett_ibq_bwd_args* a, const ett_launch* l) {
@@ -857,10 +1039,9 @@ extern "C" int32_t ett_ibq_bwd(const ett_ibq_bwd_args* a, const ett_launch* l) {
     Check check(kOp, a, l);
     if (!sound(check, a)) return check.status();
     if (rows(a->z) == 0) return ett_done("");
-    const char* kernel = check.choose(l, {{"hopper", hopper_fits(a->z, a->e)}, {"chunks", true}});
-    const bool hopper = strcmp(kernel, "hopper") == 0;
-    check.workspace(l, workspace_bytes(*a, hopper));
+    const char* kernel = check.choose(l, {{"hopper", hopper_fits(a->z, a->e)}, {"hopper_split", split_fits(a->z, a->e)}, {"chunks", true}});
+    check.workspace(l, workspace_bytes(*a, kernel));
     if (!check.ok()) return check.status();
-    const int32_t status = hopper ? run_hopper(*a, l) : a->z.dtype == ETT_BF16 ? Backward<bf16, 1, 2>(*a, l).run() : Backward<float, 3, 3>(*a, l).run();
+    const int32_t status = run(*a, kernel, l);
     return status == ETT_OK ? ett_done(kernel) : status;
 }

@@ -11,16 +11,17 @@
 //
 // A block has a tile of codes and sweeps a part of the tokens; a thread sums its own columns, and the threads' sums are
 // added at the end. Parts are added in order. "hopper" (bf16): codes stay in registers, tokens stream through shared
-// memory, products by wgmma; tiles of 128 tokens without weight besides their best codes are not multiplied. "sweep": any
-// device.
-// numerics: scores as in scores.cuh, with the same bits as smax; exponentials (2^-22) and sums in f32. A NaN score has
+// memory, products by wgmma; tiles of 128 tokens without weight besides their best codes are not multiplied.
+// "hopper_split": the same for f32, by products of halves. "sweep": any device.
+// numerics: scores as in scores.cuh, or ("hopper_split") hopper_split.cuh, with the same bits as smax; exponentials (2^-22) and sums in f32. A NaN score has
 // weight 0. Exponentials that underflow to 0 are skipped, eight rows at a time. Bitwise repeatable.
 // workspace: 4 bytes for each part of the tokens, for each of at most 2^20 codes; 9 bytes per token; packed copies of z and e if they need
 // packing, at most 16 MiB each.
-// limits: D up to 512; "hopper" requires bf16, D up to 256 and rows at multiples of 16 bytes.
+// limits: D up to 512; "hopper" requires bf16, D up to 256 and rows at multiples of 16 bytes, "hopper_split"
+// f32 and D up to 256.
 // work: 2*M*K*D FLOP (f32 executes 12*M*K*D), one exponential per score; (M + K)*D*size bytes.
 // papers: IBQ (2412.02692).
-#include "hopper_scores.cuh"
+#include "hopper_split.cuh"
 #include "operands.cuh"
 
 namespace ett {
@@ -211,13 +212,94 @@ hopper_cols_kernel(const __grid_constant__ Tiles tokens, const Columns* columns,
         }
     }
     products_wait<0>();
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-        for (int d = 1; d <= 2; d *= 2) sum[r] += __shfl_xor_sync(kAllLanes, sum[r], d);
-        const int64_t code = col0 + group * 64 + acc_row(r);
-        if (threadIdx.x % 4 == 0 && code < a.e.m.rows) a.out[part * a.e.m.rows + code] = sum[r];
+    put_rows(a.out + part * a.e.m.rows + col0 + group * 64, sum, a.e.m.rows - col0 - group * 64);
+#endif
+}
+
+// "hopper_split": the same for f32, with scores by halves. What it needs of 64 tokens:
+struct alignas(16) TokenNumbers {
+    float max[kSide], log_q[kSide];
+    Unscale unscale;
+};
+static_assert(kColumns == 2 * kSide);
+
+struct SplitCols {
+    gemm::Matrix<bf16> high;  // halves of the codes
+    const Unscale* e_unscale;
+    const Unscale* z_unscale;
+    const Columns* columns;   // of the chunk of tokens
+    const uint8_t* live;
+    float* out;
+    int64_t tokens, codes;    // of the chunks
+    float to_q;
+    int col_tiles, parts;
+};
+
+template <int PANELS>
+__global__ void __launch_bounds__(kSweepThreads, 1)
+split_cols_kernel(const __grid_constant__ CUtensorMap codes, const __grid_constant__ CUtensorMap tokens, const __grid_constant__ SplitCols a) {
+#ifdef ETT_SM90A
+    using S = SplitSmem<PANELS, 1, TokenNumbers>;
+    ETT_DYNAMIC_SMEM(dynamic);
+    const S smem = {panel_smem(dynamic)};
+    const int part = int(blockIdx.x) / a.col_tiles;
+    const int64_t col0 = int64_t(int(blockIdx.x) - part * a.col_tiles) * kSweepRows;
+    const Consecutive range = part_of((a.tokens + kColumns - 1) / kColumns, part, a.parts);
+    smem.init();
+    __syncthreads();  // the barriers are initialised
+    const int tiles = 2 * count_live(a.live, 1, 0, range);
+
+    const int group = __shfl_sync(kAllLanes, int(threadIdx.x) / kWarpgroup, 0);
+    if (group == 2) {
+        give_registers<40>();
+        if (threadIdx.x / kWarp == kConsumers / kWarp && tiles > 0) {
+            const bool lead = threadIdx.x % kWarp == 0;
+            if (lead) {
+                bar_expect(smem.ready(), S::kResident);
+                load_half<PANELS, kSweepRows>(smem.low(0), &codes, smem.ready(), int(col0), true);
+            }
+            SplitCopies<PANELS, S> copies = {smem};
+            auto copy = [&](int t) {  // a tile of 64
+                if (!lead) return;
+                copies.tile(&tokens, t * kSide, false, sizeof(TokenNumbers), [&](int at, uint32_t bar) {
+                    TokenNumbers& to = smem.numbers(at);
+                    const Columns* const from = a.columns + t / 2;
+                    bulk_load(smem_address(to.max), from->max + t % 2 * kSide, sizeof to.max, bar);
+                    bulk_load(smem_address(to.log_q), from->log_q + t % 2 * kSide, sizeof to.log_q, bar);
+                    bulk_load(smem_address(&to.unscale), a.z_unscale + t, sizeof to.unscale, bar);
+                });
+            };
+            int last = 0;
+            for_live(a.live, 1, 0, range, [&](int t) {
+                copy(2 * t);
+                copy(2 * t + 1);
+                __syncwarp();
+                last = 2 * t;
+            });
+            copy(last);  // for the product that is started after the last tile
+        }
+        return;
     }
+    take_registers<232>();
+    uint32_t high[PANELS * 4][4];
+    load_fragments<PANELS>(high, a.high, col0 + group * 64);
+    float by[2], sum[2] = {};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) by[i] = a.e_unscale[(col0 + group * 64) / kSide].by[acc_row(i)];
+    auto take = [&](float(&d)[kSide / 2], int, const TokenNumbers& t) {
+        float s[kSide / 2];
+        unscale_columns(s, d, by, t.unscale);
+#pragma unroll
+        for (int j = 0; j < kSide / 8; ++j) {
+            float max[2], log_q[2];
+            load<2>(max, t.max + 8 * j + acc_col(0));
+            load<2>(log_q, t.log_q + 8 * j + acc_col(0));
+#pragma unroll
+            for (int n = 0; n < 4; ++n) sum[n / 2] += exp2_approx(above_floor(fmaf(s[4 * j + n] - max[n % 2], a.to_q, log_q[n % 2])));
+        }
+    };
+    if (tiles > 0) split_sweep<PANELS, true>(smem, high, group, tiles, take);
+    put_rows(a.out + part * a.codes + col0 + group * 64, sum, a.codes - col0 - group * 64);
 #endif
 }
 #endif  // ETT_SHIM
@@ -268,13 +350,13 @@ bool sound(Check& check, const ett_ibq_cols_args* a) {
            check.require(a->temperature > 0, "temperature", "not above 0", "a number above 0");
 }
 
-// Prepares "hopper": packs the columns, and begins col with the tokens that need no sweep.
-int32_t begin_hopper(const ett_ibq_cols_args& a, const Space& s, const ett_launch* l) {
+// Prepares "hopper" and "hopper_split": packs the columns, and begins col with the tokens that need no sweep.
+int32_t begin_hopper(const ett_ibq_cols_args& a, Columns* columns, uint8_t* live, const ett_launch* l) {
 #ifdef ETT_SHIM
-    (void)a, (void)s, (void)l;
+    (void)a, (void)columns, (void)live, (void)l;
     return ETT_UNSUPPORTED;
 #else
-    const PackColumns pack = {data<const int32_t>(a.idx), data<const float>(a.smax), data<const float>(a.rest_q), s.columns, s.live, data<float>(a.col),
+    const PackColumns pack = {data<const int32_t>(a.idx), data<const float>(a.smax), data<const float>(a.rest_q), columns, live, data<float>(a.col),
                               rows(a.z),                  rows(a.e)};
     const int32_t status = zero(kOp, a.col.ptr, size_t(pack.codes) * sizeof(float), l);
     return status == ETT_OK ? launch(kOp, columns_kernel, dim3(unsigned(ceil_div(pack.tokens, kColumns))), dim3(kColumns), 0, l, pack) : status;
@@ -298,13 +380,84 @@ int32_t launch_hopper(const Cols& c, const Space& s, const ett_launch* l) {
 #endif
 }
 
+#ifdef ETT_SHIM
+int32_t run_split(const ett_ibq_cols_args&, const ett_launch*) { return ETT_UNSUPPORTED; }
+#else
+// "hopper_split".
+struct SplitSpace {
+    static constexpr int64_t kMost = 16384;  // tokens or codes of a chunk
+
+    Pieces pieces;
+    int64_t width, tokens, codes;
+    uint16_t* z;
+    uint16_t* e;
+    Unscale* z_unscale;
+    Unscale* e_unscale;
+    Columns* columns;
+    uint8_t* live;
+    float* parts;
+
+    SplitSpace(const ett_ibq_cols_args& a, void* start)
+        : pieces(start),
+          width(split_width(cols(a.z))),
+          tokens(equal_chunks(rows(a.z), kMost, kSweepRows)),
+          codes(equal_chunks(rows(a.e), kMost, kSweepRows)),
+          z(pieces.take<uint16_t>(tokens * 2 * width)),
+          e(pieces.take<uint16_t>(codes * 2 * width)),
+          z_unscale(pieces.take<Unscale>(tokens / kSide)),
+          e_unscale(pieces.take<Unscale>(codes / kSide)),
+          columns(pieces.take<Columns>(ceil_div(rows(a.z), kColumns))),
+          live(pieces.take<uint8_t>(ceil_div(rows(a.z), kColumns))),
+          parts(pieces.take<float>(most_rows(codes, kSweepRows, multiprocessors()))) {}
+};
+
+int32_t run_split(const ett_ibq_cols_args& a, const ett_launch* l) {
+    const SplitSpace s(a, l->workspace);
+    const float to_q = float(double(kLog2e) / a.temperature);
+    const int64_t m = rows(a.z), k = rows(a.e);
+    int32_t status = begin_hopper(a, s.columns, s.live, l);
+    for (int64_t token = 0; token < m && status == ETT_OK; token += s.tokens) {
+        const int64_t tokens = std::min(s.tokens, m - token), padded = round_up(tokens, kColumns);
+        status = launch_split_pack(kOp, {rows_of(a.z, token, tokens), s.z, nullptr, nullptr, s.z_unscale, nullptr, s.width, padded}, l);
+        CUtensorMap z_map, e_map;
+        if (status == ETT_OK) status = make_split_map(kOp, &z_map, s.z, tokens, s.width, kSide);
+        for (int64_t code = 0; code < k && status == ETT_OK; code += s.codes) {
+            const int64_t codes = std::min(s.codes, k - code), col_tiles = ceil_div(codes, kSweepRows);
+            const int64_t parts = choose_parts(col_tiles, padded / kColumns, multiprocessors());
+            status = launch_split_pack(kOp, {rows_of(a.e, code, codes), s.e, nullptr, nullptr, s.e_unscale, nullptr, s.width, col_tiles * kSweepRows}, l);
+            if (status == ETT_OK) status = make_split_map(kOp, &e_map, s.e, codes, s.width, kSweepRows);
+            if (status != ETT_OK) break;
+            const SplitCols c = {high_of(s.e, codes, s.width), s.e_unscale, s.z_unscale, s.columns + token / kColumns, s.live + token / kColumns, s.parts, tokens,
+                                 codes, to_q, int(col_tiles), int(parts)};
+            status = with_panels(s.width, [&](auto panels) {
+                return launch(kOp, split_cols_kernel<panels>, dim3(unsigned(col_tiles * parts)), dim3(kSweepThreads), SplitSmem<panels, 1, TokenNumbers>::kBytes, l,
+                              e_map, z_map, c);
+            });
+            if (status == ETT_OK)
+                status = launch(kOp, add_parts_kernel, dim3(unsigned(ceil_div(codes, kThreads))), dim3(kThreads), 0, l, s.parts, int(parts),
+                                data<float>(a.col) + code, codes, true);
+        }
+    }
+    return status;
+}
+#endif  // ETT_SHIM
+
+// Bytes of workspace of an implementation.
+int64_t workspace_bytes(const ett_ibq_cols_args& a, bool split) {
+#ifndef ETT_SHIM
+    if (split) return SplitSpace(a, nullptr).pieces.bytes();
+#endif
+    (void)split;
+    return Space(a, nullptr).pieces.bytes();
+}
+
 template <int PARTS> int32_t run(const ett_ibq_cols_args& a, const ett_launch* l, const char* name) {
     using S = ColSweep<PARTS>;
     const Space s(a, l->workspace);
     const bool hopper = strcmp(name, "hopper") == 0;
     const float to_q = float(double(kLog2e) / a.temperature);
     const int64_t m = rows(a.z), k = rows(a.e);
-    int32_t status = hopper ? begin_hopper(a, s, l) : ETT_OK;
+    int32_t status = hopper ? begin_hopper(a, s.columns, s.live, l) : ETT_OK;
     for (int64_t code = 0; code < k && status == ETT_OK; code += s.codes) {
         const int64_t codes = std::min(s.codes, k - code), col_tiles = ceil_div(codes, kTileCodes);
         Operand z, e;
@@ -320,7 +473,7 @@ template <int PARTS> int32_t run(const ett_ibq_cols_args& a, const ett_launch* l
                                 data<float>(a.col) + code, codes, hopper || token > 0);
         }
     }
-    return status == ETT_OK ? ett_done(name) : status;
+    return status;
 }
 
 }  // namespace
@@ -332,7 +485,8 @@ extern "C" int64_t ett_ibq_cols_workspace(const ett_ibq_cols_args* a) {
     using namespace ett::codebook;
     Check check(kOp, a);
     if (!sound(check, a)) return -1;
-    return rows(a->z) == 0 ? 0 : Space(*a, nullptr).pieces.bytes();
+    if (rows(a->z) == 0) return 0;
+    return std::max(workspace_bytes(*a, false), split_planned(a->z, a->e) ? workspace_bytes(*a, true) : 0);
 }
 
 extern "C" int32_t ett_ibq_cols(const ett_ibq_cols_args* a, const ett_launch* l) {
@@ -344,8 +498,10 @@ extern "C" int32_t ett_ibq_cols(const ett_ibq_cols_args* a, const ett_launch* l)
         const int32_t status = zero(kOp, a->col.ptr, size_t(rows(a->e)) * sizeof(float), l);
         return status == ETT_OK ? ett_done("") : status;
     }
-    check.workspace(l, Space(*a, nullptr).pieces.bytes());
-    const char* kernel = check.choose(l, {{"hopper", hopper_fits(a->z, a->e)}, {"sweep", true}});
+    const char* kernel = check.choose(l, {{"hopper", hopper_fits(a->z, a->e)}, {"hopper_split", split_fits(a->z, a->e)}, {"sweep", true}});
+    const bool split = strcmp(kernel, "hopper_split") == 0;
+    check.workspace(l, workspace_bytes(*a, split));
     if (!check.ok()) return check.status();
-    return with_parts(a->z.dtype, [&](auto parts) { return run<parts>(*a, l, kernel); });
+    const int32_t status = split ? run_split(*a, l) : with_parts(a->z.dtype, [&](auto parts) { return run<parts>(*a, l, kernel); });
+    return status == ETT_OK ? ett_done(kernel) : status;
 }

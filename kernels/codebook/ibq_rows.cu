@@ -16,17 +16,19 @@
 // tile of tokens and sweeps a part of the codes. The best code so far is kept out of the sums; when a better one is
 // found, the old one is added to them and they are rescaled to the new maximum (docs/quantizer.md). A thread holds the
 // sums over its own columns; four lanes share a row and its best code. Parts are combined in order.
-// "hopper" (bf16): tokens stay in registers, codes stream through shared memory, products by wgmma. "sweep": any device.
-// numerics: scores as in scores.cuh; sums and exponentials (2^-22) in f32; scores are subtracted before the division by
+// "hopper" (bf16): tokens stay in registers, codes stream through shared memory, products by wgmma. "hopper_split": the
+// same for f32, by products of halves. "sweep": any device.
+// numerics: scores as in scores.cuh, or ("hopper_split") hopper_split.cuh; sums and exponentials (2^-22) in f32; scores are subtracted before the division by
 // the temperature; ties go to the smallest index. Exponentials that underflow to 0 are skipped, eight rows at a time.
 // Bitwise repeatable.
 // workspace: 20 bytes, and 20 for each part of the codes, for each of at most 65,536 tokens; packed copies of z and e
 // if they need packing, at most 16 MiB each.
-// limits: D up to 512; "hopper" requires bf16, D up to 256 and rows at multiples of 16 bytes.
+// limits: D up to 512; "hopper" requires bf16, D up to 256 and rows at multiples of 16 bytes, "hopper_split" f32 and D up
+// to 256.
 // work: 2*M*K*D FLOP (f32 executes 12*M*K*D), one exponential per score (two with rest_q); (M + K)*D*size bytes.
 // papers: IBQ (2412.02692).
 #include "bad.cuh"
-#include "hopper_scores.cuh"
+#include "hopper_split.cuh"
 #include "operands.cuh"
 
 namespace ett {
@@ -307,6 +309,70 @@ __global__ void __launch_bounds__(kSweepThreads, 1) hopper_rows_kernel(const __g
     stats.finish(a.out + part * a.z.m.rows, row0, a.z.m.rows, a.to_q, smem);
 #endif
 }
+
+// "hopper_split": the same for f32, with scores by halves.
+struct SplitRows {
+    gemm::Matrix<bf16> high;   // halves of the tokens
+    const Unscale* z_unscale;
+    const Unscale* e_unscale;
+    StatsOf out;
+    int64_t tokens, codes;     // of the chunk
+    int32_t code0;
+    float to_q;
+    int row_tiles, parts;
+};
+
+template <int PANELS, bool ENTROPY>
+__global__ void __launch_bounds__(kSweepThreads, 1)
+split_rows_kernel(const __grid_constant__ CUtensorMap tokens, const __grid_constant__ CUtensorMap codes, const __grid_constant__ SplitRows a) {
+#ifdef ETT_SM90A
+    using S = SplitSmem<PANELS, 1, Unscale>;
+    using Tile = WarpgroupTile<kSide>;
+    ETT_DYNAMIC_SMEM(dynamic);
+    const S smem = {panel_smem(dynamic)};
+    const int part = int(blockIdx.x) / a.row_tiles;
+    const int64_t row0 = int64_t(int(blockIdx.x) - part * a.row_tiles) * kSweepRows;
+    const Consecutive range = part_of((a.codes + kSide - 1) / kSide, part, a.parts);
+    const int tiles = (range.count() + 1) / 2 * 2;
+    smem.init();
+    __syncthreads();  // the barriers are initialised
+
+    const int group = __shfl_sync(kAllLanes, int(threadIdx.x) / kWarpgroup, 0);
+    if (group == 2) {
+        give_registers<40>();
+        if (threadIdx.x == kConsumers) {
+            bar_expect(smem.ready(), S::kResident);
+            load_half<PANELS, kSweepRows>(smem.low(0), &tokens, smem.ready(), int(row0), true);
+            SplitCopies<PANELS, S> copies = {smem};
+            for (int n = 0; n <= tiles; ++n) {
+                const int t = range.first + n;
+                copies.tile(&codes, t * kSide, true, sizeof(Unscale), [&](int at, uint32_t bar) {
+                    bulk_load(smem_address(&smem.numbers(at)), a.e_unscale + min(t, range.end - 1), sizeof(Unscale), bar);
+                });
+            }
+        }
+        __syncthreads();  // those of Running::finish
+        __syncthreads();
+        return;
+    }
+    take_registers<232>();
+    uint32_t high[PANELS * 4][4];
+    load_fragments<PANELS>(high, a.high, row0 + group * 64);
+    float by[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) by[i] = a.z_unscale[(row0 + group * 64) / kSide].by[acc_row(i)];
+    Running<Tile, ENTROPY> stats;
+    stats.clear();
+    split_sweep<PANELS, false>(smem, high, group, tiles, [&](float(&d)[kSide / 2], int n, const Unscale& e) {
+        WarpgroupAcc<kSide> acc;
+        unscale_columns(acc.d, d, by, e);
+        const int64_t code = int64_t(range.first + n) * kSide;
+        // The last pair may reach past the end of this part.
+        stats.take(acc, a.code0 + int32_t(code), n < range.count() ? a.codes - code : 0, a.to_q);
+    });
+    stats.finish(a.out + part * a.tokens, row0, a.tokens, a.to_q, smem.smem);
+#endif
+}
 #endif  // ETT_SHIM
 
 constexpr int kThreads = 256;
@@ -345,6 +411,20 @@ constexpr int64_t kTileTokens = RowSweep<1>::Tile::kRows, kTileCodes = RowSweep<
 
 int64_t slots() { return int64_t(multiprocessors()) * kBlocks; }
 
+StatsOf take_stats(Pieces& pieces, int64_t n) {
+    StatsOf s;
+    s.v = pieces.take<float>(n), s.rest_p = pieces.take<float>(n), s.rest_q = pieces.take<float>(n), s.w = pieces.take<float>(n);
+    s.k = pieces.take<int32_t>(n);
+    return s;
+}
+
+// The outputs of the tokens from `token` on.
+Outputs outputs(const ett_ibq_rows_args& a, int64_t token) {
+    const bool entropy = present(a.rest_q);
+    return {data<int32_t>(a.idx) + token, data<float>(a.smax) + token, data<float>(a.rest_p) + token, entropy ? data<float>(a.rest_q) + token : nullptr,
+            entropy ? data<float>(a.xbar) + token : nullptr};
+}
+
 // The sizes of chunks and the layout of the workspace.
 struct Space {
     Pieces pieces;
@@ -362,16 +442,8 @@ struct Space {
           codes(chunk_rows(rows(a.e), e.bytes, kPackBytes, kTileCodes)),
           packed_z(pieces.take<bf16>(tokens * z.bytes / 2)),
           packed_e(pieces.take<bf16>(codes * e.bytes / 2)),
-          parts(take(most_rows(tokens, kTileTokens, slots()))),
-          state(take(tokens)) {}
-
-  private:
-    StatsOf take(int64_t n) {
-        StatsOf s;
-        s.v = pieces.take<float>(n), s.rest_p = pieces.take<float>(n), s.rest_q = pieces.take<float>(n), s.w = pieces.take<float>(n);
-        s.k = pieces.take<int32_t>(n);
-        return s;
-    }
+          parts(take_stats(pieces, most_rows(tokens, kTileTokens, slots()))),
+          state(take_stats(pieces, tokens)) {}
 };
 
 bool sound(Check& check, const ett_ibq_rows_args* a) {
@@ -408,6 +480,73 @@ int32_t launch_hopper(const Rows& r, bool entropy, const ett_launch* l) {
 #endif
 }
 
+#ifdef ETT_SHIM
+int32_t run_split(const ett_ibq_rows_args&, const ett_launch*) { return ETT_UNSUPPORTED; }
+#else
+// "hopper_split".
+struct SplitSpace {
+    static constexpr int64_t kMost = 16384;  // tokens or codes of a chunk
+
+    Pieces pieces;
+    int64_t width, tokens, codes;
+    uint16_t* z;
+    uint16_t* e;
+    Unscale* z_unscale;
+    Unscale* e_unscale;
+    StatsOf parts, state;
+
+    SplitSpace(const ett_ibq_rows_args& a, void* start)
+        : pieces(start),
+          width(split_width(cols(a.z))),
+          tokens(equal_chunks(rows(a.z), kMost, kSweepRows)),
+          codes(equal_chunks(rows(a.e), kMost, kSweepRows)),
+          z(pieces.take<uint16_t>(tokens * 2 * width)),
+          e(pieces.take<uint16_t>(codes * 2 * width)),
+          z_unscale(pieces.take<Unscale>(tokens / kSide)),
+          e_unscale(pieces.take<Unscale>(codes / kSide)),
+          parts(take_stats(pieces, most_rows(tokens, kSweepRows, multiprocessors()))),
+          state(take_stats(pieces, tokens)) {}
+};
+
+int32_t run_split(const ett_ibq_rows_args& a, const ett_launch* l) {
+    const SplitSpace s(a, l->workspace);
+    const bool entropy = present(a.rest_q);
+    const float to_q = entropy ? float(double(kLog2e) / a.temperature) : 0.f;
+    const int64_t m = rows(a.z), k = rows(a.e);
+    int32_t status = ETT_OK;
+    for (int64_t token = 0; token < m && status == ETT_OK; token += s.tokens) {
+        const int64_t tokens = std::min(s.tokens, m - token), row_tiles = ceil_div(tokens, kSweepRows);
+        status = launch_split_pack(kOp, {rows_of(a.z, token, tokens), s.z, nullptr, nullptr, s.z_unscale, nullptr, s.width, row_tiles * kSweepRows}, l);
+        CUtensorMap z_map, e_map;
+        if (status == ETT_OK) status = make_split_map(kOp, &z_map, s.z, tokens, s.width, kSweepRows);
+        for (int64_t code = 0; code < k && status == ETT_OK; code += s.codes) {
+            const int64_t codes = std::min(s.codes, k - code), tiles = ceil_div(codes, kSide), parts = choose_parts(row_tiles, tiles, multiprocessors());
+            status = launch_split_pack(kOp, {rows_of(a.e, code, codes), s.e, nullptr, nullptr, s.e_unscale, nullptr, s.width, tiles * kSide}, l);
+            if (status == ETT_OK) status = make_split_map(kOp, &e_map, s.e, codes, s.width, kSide);
+            if (status != ETT_OK) break;
+            const SplitRows r = {high_of(s.z, tokens, s.width), s.z_unscale, s.e_unscale, s.parts, tokens, codes, int32_t(code), to_q, int(row_tiles), int(parts)};
+            status = with_panels(s.width, [&](auto panels) {
+                return launch(kOp, entropy ? split_rows_kernel<panels, true> : split_rows_kernel<panels, false>, dim3(unsigned(row_tiles * parts)),
+                              dim3(kSweepThreads), SplitSmem<panels, 1, Unscale>::kBytes, l, z_map, e_map, r);
+            });
+            if (status == ETT_OK)
+                status = launch(kOp, join_kernel, dim3(unsigned(ceil_div(tokens, kThreads))), dim3(kThreads), 0, l, s.parts, int(parts), s.state, tokens, to_q,
+                                code == 0, code + codes == k, outputs(a, token));
+        }
+    }
+    return status;
+}
+#endif  // ETT_SHIM
+
+// Bytes of workspace of an implementation.
+int64_t workspace_bytes(const ett_ibq_rows_args& a, bool split) {
+#ifndef ETT_SHIM
+    if (split) return SplitSpace(a, nullptr).pieces.bytes();
+#endif
+    (void)split;
+    return Space(a, nullptr).pieces.bytes();
+}
+
 template <int PARTS> int32_t run(const ett_ibq_rows_args& a, const ett_launch* l, const char* name) {
     using S = RowSweep<PARTS>;
     const Space s(a, l->workspace);
@@ -419,8 +558,6 @@ template <int PARTS> int32_t run(const ett_ibq_rows_args& a, const ett_launch* l
         const int64_t tokens = std::min(s.tokens, m - token);
         Operand z, e;
         status = operand(kOp, a.z, s.z, token, tokens, s.packed_z, z, l);
-        const Outputs out = {data<int32_t>(a.idx) + token, data<float>(a.smax) + token, data<float>(a.rest_p) + token,
-                             entropy ? data<float>(a.rest_q) + token : nullptr, entropy ? data<float>(a.xbar) + token : nullptr};
         for (int64_t code = 0; code < k && status == ETT_OK; code += s.codes) {
             const int64_t codes = std::min(s.codes, k - code), row_tiles = ceil_div(tokens, kTileTokens);
             const int64_t parts = choose_parts(row_tiles, ceil_div(codes, kTileCodes), hopper ? multiprocessors() : slots());
@@ -432,11 +569,10 @@ template <int PARTS> int32_t run(const ett_ibq_rows_args& a, const ett_launch* l
                                      S::kSmem, l, r);
             if (status == ETT_OK)
                 status = launch(kOp, join_kernel, dim3(unsigned(ceil_div(tokens, kThreads))), dim3(kThreads), 0, l, s.parts, int(parts), s.state,
-                                tokens, to_q, code == 0, code + codes == k, out);
+                                tokens, to_q, code == 0, code + codes == k, outputs(a, token));
         }
     }
-    if (status == ETT_OK) status = launch_count_bad(kOp, data<const float>(a.smax), m, data<float>(a.bad), l);
-    return status == ETT_OK ? ett_done(name) : status;
+    return status;
 }
 
 }  // namespace
@@ -448,7 +584,8 @@ extern "C" int64_t ett_ibq_rows_workspace(const ett_ibq_rows_args* a) {
     using namespace ett::codebook;
     Check check(kOp, a);
     if (!sound(check, a)) return -1;
-    return rows(a->z) == 0 ? 0 : Space(*a, nullptr).pieces.bytes();
+    if (rows(a->z) == 0) return 0;
+    return std::max(workspace_bytes(*a, false), split_planned(a->z, a->e) ? workspace_bytes(*a, true) : 0);
 }
 
 extern "C" int32_t ett_ibq_rows(const ett_ibq_rows_args* a, const ett_launch* l) {
@@ -457,8 +594,11 @@ extern "C" int32_t ett_ibq_rows(const ett_ibq_rows_args* a, const ett_launch* l)
     Check check(kOp, a, l);
     if (!sound(check, a)) return check.status();
     if (rows(a->z) == 0) return ett_done("");
-    check.workspace(l, Space(*a, nullptr).pieces.bytes());
-    const char* kernel = check.choose(l, {{"hopper", hopper_fits(a->z, a->e)}, {"sweep", true}});
+    const char* kernel = check.choose(l, {{"hopper", hopper_fits(a->z, a->e)}, {"hopper_split", split_fits(a->z, a->e)}, {"sweep", true}});
+    const bool split = strcmp(kernel, "hopper_split") == 0;
+    check.workspace(l, workspace_bytes(*a, split));
     if (!check.ok()) return check.status();
-    return with_parts(a->z.dtype, [&](auto parts) { return run<parts>(*a, l, kernel); });
+    int32_t status = split ? run_split(*a, l) : with_parts(a->z.dtype, [&](auto parts) { return run<parts>(*a, l, kernel); });
+    if (status == ETT_OK) status = launch_count_bad(kOp, data<const float>(a->smax), rows(a->z), data<float>(a->bad), l);
+    return status == ETT_OK ? ett_done(kernel) : status;
 }

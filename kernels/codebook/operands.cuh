@@ -125,6 +125,9 @@ inline int64_t chunk_rows(int64_t rows, int64_t bytes_a_row, int64_t space, int6
     return bytes_a_row == 0 ? rows : std::min(rows, std::max(space / bytes_a_row / tile, int64_t(1)) * tile);
 }
 
+// Rows per chunk, in whole tiles: the fewest chunks of at most `most` rows, of equal size.
+inline int64_t equal_chunks(int64_t rows, int64_t most, int64_t tile) { return round_up(ceil_div(rows, ceil_div(rows, most)), tile); }
+
 // Calls f with the number of parts for an element type, as a std::integral_constant.
 template <class F> auto with_parts(int32_t dtype, F f) {
     return dtype == ETT_BF16 ? f(std::integral_constant<int, 1>{}) : f(std::integral_constant<int, 3>{});

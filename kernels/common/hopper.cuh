@@ -150,6 +150,20 @@ template <int N> __device__ __forceinline__ void take_registers() { asm volatile
 
 // ---- products --------------------------------------------------------------------------------------------
 
+// An IEEE half, for products; other arithmetic is done in float.
+struct f16 {
+    uint16_t bits;
+};
+// Two floats as halves, rounded to nearest; `low` is in the lower half of the register. And back.
+__device__ __forceinline__ uint32_t pack_f16x2(float low, float high) {
+    uint32_t two;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
+    return two;
+}
+__device__ __forceinline__ void unpack_f16x2(float (&v)[2], uint32_t two) {
+    asm("{.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;}" : "=f"(v[0]), "=f"(v[1]) : "r"(two));
+}
+
 // The lower half of an operand's descriptor is its address and (MN-major) the distance of panels; adding `step(bytes)`
 // moves it. The upper half is the distance of groups of 8 rows, and the swizzle.
 //
@@ -193,15 +207,21 @@ __device__ __forceinline__ int acc_col(int c) { return 2 * (int(threadIdx.x) % 4
 #define ETT_F32(d, i) ETT_F16(d, i), ETT_F16(d, i + 16)
 #define ETT_F64(d, i) ETT_F32(d, i), ETT_F32(d, i + 32)
 
-// d += a b, or d = a b if not `add`: a 64 x 16, b 16 x N of bf16, d as the first N / 2 of D floats a thread. Both operands
-// in shared memory, TA and TB: MN-major.
-#define ETT_MMA_SS(n, list, p, pa, pb, pta, ptb, ...)                                                                          \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, " p ", 0;\n"                                                                   \
-                 "wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" list "}, " pa ", " pb ", p, 1, 1, " pta ", " ptb ";}" \
+// d += a b, or d = a b if not `add`: a 64 x 16, b 16 x N, d as the first N / 2 of D floats a thread. Both operands in shared
+// memory, TA and TB: MN-major. T: bf16, or f16 for N = 64.
+#define ETT_MMA_SS_OF(type, n, list, p, pa, pb, pta, ptb, ...)                                                                       \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, " p ", 0;\n"                                                                         \
+                 "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" list "}, " pa ", " pb ", p, 1, 1, " pta ", " ptb ";}" \
                  : __VA_ARGS__ : "l"(a), "l"(b), "r"(int(add)), "n"(int(TA)), "n"(int(TB)))
-template <int N, bool TA, bool TB, int D> __device__ __forceinline__ void mma(float (&d)[D], uint32_t a_low, uint32_t b_low, bool add) {
+#define ETT_MMA_SS(...) ETT_MMA_SS_OF("bf16", __VA_ARGS__)
+template <int N, bool TA, bool TB, class T = bf16, int D> __device__ __forceinline__ void mma(float (&d)[D], uint32_t a_low, uint32_t b_low, bool add) {
     static_assert((N == 64 || N == 96 || N == 128 || N == 160 || N == 192 || N == 256) && D >= N / 2);
     const uint64_t a = descriptor(a_low), b = descriptor(b_low);
+    if constexpr (std::is_same_v<T, f16>) {
+        static_assert(N == 64);
+        ETT_MMA_SS_OF("f16", "64", ETT_D0, "%34", "%32", "%33", "%35", "%36", ETT_F32(d, 0));
+        return;
+    }
     if constexpr (N == 64) ETT_MMA_SS("64", ETT_D0, "%34", "%32", "%33", "%35", "%36", ETT_F32(d, 0));
     if constexpr (N == 96) ETT_MMA_SS("96", ETT_D0 "," ETT_D32_HALF, "%50", "%48", "%49", "%51", "%52", ETT_F32(d, 0), ETT_F16(d, 32));
     if constexpr (N == 128) ETT_MMA_SS("128", ETT_D0 "," ETT_D32, "%66", "%64", "%65", "%67", "%68", ETT_F64(d, 0));
@@ -213,13 +233,19 @@ template <int N, bool TA, bool TB, int D> __device__ __forceinline__ void mma(fl
 }
 // The same with a in registers: a[0] holds (r, c..c+1), a[1] (r+8, c..), a[2] (r, c+8..), a[3] (r+8, c+8..) for the r
 // and c of acc_row(0) and acc_col(0): neighbouring accumulators, rounded in pairs, are the fragments of their columns.
-#define ETT_MMA_RS(n, list, p, pa, pb, ptb, ...)                                                                                  \
+#define ETT_MMA_RS_OF(type, n, list, p, pa, pb, ptb, ...)                                                                        \
     asm volatile("{.reg .pred p; setp.ne.b32 p, " p ", 0;\n"                                                                      \
-                 "wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" list "}, {" pa "}, " pb ", p, 1, 1, " ptb ";}"          \
+                 "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" list "}, {" pa "}, " pb ", p, 1, 1, " ptb ";}"   \
                  : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(TB)))
-template <int N, bool TB> __device__ __forceinline__ void mma(float (&d)[N / 2], const uint32_t (&a)[4], uint32_t b_low, bool add) {
+#define ETT_MMA_RS(...) ETT_MMA_RS_OF("bf16", __VA_ARGS__)
+template <int N, bool TB, class T = bf16> __device__ __forceinline__ void mma(float (&d)[N / 2], const uint32_t (&a)[4], uint32_t b_low, bool add) {
     static_assert(N == 64 || N == 128 || N == 192 || N == 256);
     const uint64_t b = descriptor(b_low);
+    if constexpr (std::is_same_v<T, f16>) {
+        static_assert(N == 64);
+        ETT_MMA_RS_OF("f16", "64", ETT_D0, "%37", "%32,%33,%34,%35", "%36", "%38", ETT_F32(d, 0));
+        return;
+    }
     if constexpr (N == 64) ETT_MMA_RS("64", ETT_D0, "%37", "%32,%33,%34,%35", "%36", "%38", ETT_F32(d, 0));
     if constexpr (N == 128) ETT_MMA_RS("128", ETT_D0 "," ETT_D32, "%69", "%64,%65,%66,%67", "%68", "%70", ETT_F64(d, 0));
     if constexpr (N == 192)
@@ -228,7 +254,9 @@ template <int N, bool TB> __device__ __forceinline__ void mma(float (&d)[N / 2],
         ETT_MMA_RS("256", ETT_D0 "," ETT_D32 "," ETT_D64 "," ETT_D96, "%133", "%128,%129,%130,%131", "%132", "%134", ETT_F64(d, 0), ETT_F64(d, 64));
 }
 #undef ETT_MMA_SS
+#undef ETT_MMA_SS_OF
 #undef ETT_MMA_RS
+#undef ETT_MMA_RS_OF
 #undef ETT_D0
 #undef ETT_D32
 #undef ETT_D64
