@@ -1,7 +1,7 @@
 """The quantizer with the forward and backward of docs/quantizer.md written out, in chunks of tokens. With
 torch.compile the strongest sound form in PyTorch that we know.
 
-z and e are bfloat16, scores float32, the winner is kept out of the sums that cancel. Only the statistics of rows and
+z and e are bfloat16 (or all is float32), scores float32, the winner is kept out of the sums that cancel. Only the statistics of rows and
 columns are kept between forward and backward: five products of all tokens with all codes in total.
 """
 
@@ -11,8 +11,8 @@ import torch
 
 
 def product(a, b, out=torch.float32):
-    """a b^T of bfloat16 matrices with sums in float32, not rounded unless out says so."""
-    if out == a.dtype or a.dtype == torch.float64:
+    """a b^T of bfloat16 matrices with sums in float32, not rounded unless out says so; of wider ones, in their type."""
+    if out == a.dtype or a.dtype != torch.bfloat16:
         return a @ b.t()
     return torch.mm(a, b.t(), out_dtype=out) if a.is_cuda else (a.float() @ b.float().t()).to(out)
 
@@ -32,8 +32,8 @@ def row_statistics(s, temperature):
     return idx, smax, p.sum(1), rest_q, xbar, col
 
 
-def score_gradient(s, dp, dp_best, c, c_best, smax, rest_p, rest_q, xbar, temperature, ws, wa):
-    """dS of a chunk in bfloat16. ws and wa, tensors, are the weights of the entropies divided by M T."""
+def score_gradient(s, dp, dp_best, c, c_best, smax, rest_p, rest_q, xbar, temperature, ws, wa, grad_type):
+    """dS of a chunk in grad_type. ws and wa, tensors, are the weights of the entropies divided by M T."""
     y = s - smax[:, None]
     x = y * (1 / temperature)
     p = torch.exp(y) / (1 + rest_p)[:, None]
@@ -44,7 +44,7 @@ def score_gradient(s, dp, dp_best, c, c_best, smax, rest_p, rest_q, xbar, temper
     delta = (p * dp).sum(1, keepdim=True)
     r = (q * c).sum(1, keepdim=True)
     ds = p * (dp - delta) + q * (wa * (c - r) - ws * (x - xbar[:, None]))
-    return ds if s.dtype == torch.float64 else ds.to(torch.bfloat16)
+    return ds.to(grad_type)
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Closed:
             dp = product(g[rows], e, z.dtype)
             ds = self.score_gradient(
                 product(z[rows], e), dp, dp.gather(1, idx[:, None])[:, 0].to(wide), kept.c, kept.c[idx],
-                kept.smax[rows], kept.rest_p[rows], kept.rest_q[rows], kept.xbar[rows], s.temperature, ws, wa)
+                kept.smax[rows], kept.rest_p[rows], kept.rest_q[rows], kept.xbar[rows], s.temperature, ws, wa, z.dtype)
             del dp
             dz[rows] += product(ds, e.t())
             de += product(ds.t(), z[rows].t())

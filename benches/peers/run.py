@@ -97,11 +97,15 @@ class Bench:
                         extra_bytes=ours.workspace_bytes, implementation=ours.implementation())
         free()
 
-    def quantizer(self, case, m, k, peers, parts=False):
+    def quantizer(self, case, m, k, peers, parts=False, dtype=BF16):
         z, e = CASES[case](m, k)
         g = normal(m, D, seed=9) / m
-        z16, e16, g16 = (x.to(BF16) for x in (z, e, g))
+        z16, e16, g16 = (x.to(dtype) for x in (z, e, g))
         ours = Quantizer(self.library, z16, e16, g16, WEIGHTS, SETTING)
+        ours()
+        rows = ours.kernels["ibq_rows"].keep
+        live = reference.live_share(z16, e16, *(rows[n] for n in ("idx", "smax", "rest_p", "rest_q")), SETTING.temperature)
+        free()
         chunk = chunk_of(m, k)
         closed = self.once(("closed", chunk), lambda: Closed(SETTING, chunk))
         leaf = lambda x: x.detach().requires_grad_()
@@ -119,13 +123,14 @@ class Bench:
 
         shape = f"M {m} K {k} D {D}, {case}"
         unit = 2 * m * k * D
-        self.record.row("ibq", shape, "bf16", ours, 6 * unit, [(name, make(name)) for name in peers], {CLOSED},
-                        extra_bytes=ours.extra_bytes, m=m, k=k, case=case)
+        name = "bf16" if dtype == BF16 else "f32"
+        self.record.row("ibq", shape, name, ours, 6 * unit, [(name, make(name)) for name in peers], {CLOSED},
+                        extra_bytes=ours.extra_bytes, m=m, k=k, case=case, live=live)
         if parts:
             ours()
-            for name, units in (("ibq_rows", 1), ("ibq_cols", 1), ("ibq_bwd", 4)):
-                kernel = ours.kernels[name]
-                self.record.row(name, shape, "bf16", kernel, units * unit, extra_bytes=kernel.workspace_bytes,
+            for part, units in (("ibq_rows", 1), ("ibq_cols", 1), ("ibq_bwd", 4)):
+                kernel = ours.kernels[part]
+                self.record.row(part, shape, name, kernel, units * unit, extra_bytes=kernel.workspace_bytes,
                                 m=m, k=k, case=case)
         free()
 
@@ -225,6 +230,7 @@ def main():
         bench.quantizer(case, many, 131072, [CLOSED, *others], parts=case in ("z normal", "z 1e-4 normal"))
     if few != many:
         bench.quantizer("z 1e-4 normal", few, 131072, [CLOSED])
+    bench.quantizer("z 1e-4 normal", many, 131072, [CLOSED], parts=True, dtype=F32)
     curve = {(fixed, k) for k in over_k} | {(m, 131072) for m in over_m}
     for m, k in sorted(curve - {(many, 131072)}):
         bench.quantizer("z normal", m, k, [CLOSED, CHUNKED, *published_forms])

@@ -38,12 +38,13 @@ def compared(rows, memory):
     """A line per row, a column per peer."""
     names = list(dict.fromkeys(p["name"] for row in rows for p in row["peers"]))
     own = "ours" + (", extra" if memory else "")
-    head = ["shape", "type", own, "of the ceiling", *names, "faster than the best sound peer"]
+    live = any("live" in row for row in rows)
+    head = ["shape", "type", *["live tiles"] * live, own, "of the ceiling", *names, "faster than the best sound peer"]
     body = []
     for row in rows:
         peers = {p["name"]: p for p in row["peers"]}
         own = ms(row["median_us"]) or row["error"]
-        body.append([row["shape"], row["dtype"], own + (f", {size(row['extra_bytes'])}" if memory else ""),
+        body.append([row["shape"], row["dtype"], *[percent(row.get("live")) or "0%"] * live, own + (f", {size(row['extra_bytes'])}" if memory else ""),
                      percent(row["of_ceiling"]), *(cell(peers.get(n), memory) for n in names),
                      f"{row['faster_than_peer']:.2f}" if row["faster_than_peer"] else ""])
     return markdown(head, body)
@@ -80,8 +81,8 @@ def tables(raw):
         text += f"\n## Nearest code, {dtype}\n\n" + compared(found, False)
     text += "\n## IBQ, forward and backward with all losses\n\n" + compared(pick("ibq"), True)
     single = [r for r in rows if r["op"] in ("ibq_rows", "ibq_cols", "ibq_bwd")]
-    body = [[r["op"], r["shape"], ms(r["median_us"]), percent(r["of_ceiling"]), size(r["extra_bytes"])] for r in single]
-    text += "\n## Single kernels\n\n" + markdown(["kernel", "shape", "ms", "of the ceiling", "workspace"], body)
+    body = [[r["op"], r["shape"], r["dtype"], ms(r["median_us"]), percent(r["of_ceiling"]), size(r["extra_bytes"])] for r in single]
+    text += "\n## Single kernels\n\n" + markdown(["kernel", "shape", "type", "ms", "of the ceiling", "workspace"], body)
     return text + accuracy(raw)
 
 
@@ -104,7 +105,7 @@ def plot(raw, folder):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    normal = [r for r in raw["rows"] if r["op"] == "ibq" and r["case"] == "z normal"]
+    normal = [r for r in raw["rows"] if r["op"] == "ibq" and r["case"] == "z normal" and r["dtype"] == "bf16"]
     over_k = curves([r for r in normal if r["m"] == 4096], "k")
     over_m = curves([r for r in normal if r["k"] == 131072], "m")
 

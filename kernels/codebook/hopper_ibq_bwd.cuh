@@ -59,9 +59,9 @@ struct HopperSweep {
 template <bool ENTROPY> struct Expectation {
     float delta[2] = {}, r[2] = {};
 
-    // Adds a tile of 64 codes from code0 on, of which `left` exist. Returns whether any has weight. `rows`: of the warpgroup,
-    // read again for each tile, since registers are scarce.
-    __device__ __forceinline__ bool take(WarpgroupAcc<kSide>& s, WarpgroupAcc<kSide>& dp, const Row* rows, int code0, int left, const float* c, float to_q) {
+    // Adds a tile of 64 codes from code0 on, of which `left` exist. Returns whether any has weight. dp_of(i, j): dp of row i.
+    // `rows`: of the warpgroup, read again for each tile, since registers are scarce.
+    template <class Dp> __device__ __forceinline__ bool take(WarpgroupAcc<kSide>& s, Dp dp_of, const Row* rows, int code0, int left, const float* c, float to_q) {
         if (left < kSide) {
 #pragma unroll
             for (int j = 0; j < kSide / 4; ++j)
@@ -86,7 +86,7 @@ template <bool ENTROPY> struct Expectation {
                 float sum = 0.f;
 #pragma unroll
                 for (int j = 0; j < kSide / 4; ++j)
-                    sum = fmaf(exp2_approx(above_floor((s.at(i, j) - max) * kLog2e)), dp.at(i, j) - dp_best, sum);
+                    sum = fmaf(exp2_approx(above_floor((s.at(i, j) - max) * kLog2e)), dp_of(i, j) - dp_best, sum);
                 delta[i] += sum;
             }
             if constexpr (ENTROPY) {
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kSweepThreads, 1) hopper_expect_kernel(const _
         pin(s.d);
         pin(dp.d);
         const int code0 = t * kSide;
-        const bool live = sums.take(s, dp, a.rows + row0, code0, int(a.e.rows) - code0, c_at + ring.slot * kSide, a.to_q);
+        const bool live = sums.take(s, [&](int i, int j) { return dp.at(i, j); }, a.rows + row0, code0, int(a.e.rows) - code0, c_at + ring.slot * kSide, a.to_q);
         __syncwarp();  // all lanes have read c
         if (threadIdx.x % kWarp == 0) {
             if (live) a.live[(row0 / kSide) * a.ld_live + t] = 1;
@@ -233,10 +233,10 @@ __device__ __forceinline__ float weight(float d, float dp, float log_p, float lo
     return ds;
 }
 
-// s becomes ds, for a tile of 64 codes from code0 on, of which `left` exist; the best codes get 0. row(i): log_p, log_q,
-// mean and shift of the thread's row i.
-template <bool ENTROPY, class Get>
-__device__ __forceinline__ void weigh_codes(float (&s)[kSide / 2], const float (&dp)[kSide / 2], const float (&max)[2], const int (&best)[2], int code0, int left,
+// s becomes ds, for a tile of 64 codes from code0 on, of which `left` exist; the best codes get 0. dp_of(n): dp of
+// accumulator n; get(i): log_p, log_q, mean and shift of the thread's row i.
+template <bool ENTROPY, class Dp, class Get>
+__device__ __forceinline__ void weigh_codes(float (&s)[kSide / 2], Dp dp_of, const float (&max)[2], const int (&best)[2], int code0, int left,
                                             const float* c, const Factors& f, Get get) {
     if (left < kSide) {
 #pragma unroll
@@ -259,7 +259,7 @@ __device__ __forceinline__ void weigh_codes(float (&s)[kSide / 2], const float (
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const int n = 4 * j + 2 * i + h;
-                s[n] = weight<ENTROPY>(s[n] - max[i], dp[n], row.x, row.y, row.z, row.w, two[h], f);
+                s[n] = weight<ENTROPY>(s[n] - max[i], dp_of(n), row.x, row.y, row.z, row.w, two[h], f);
             }
         }
     }
@@ -373,7 +373,7 @@ hopper_dz_kernel(const __grid_constant__ Tiles tokens, const __grid_constant__ T
     };
     auto weigh = [&] {
         const int code0 = tile_of[here.slot] * kSide;
-        weigh_codes<ENTROPY>(s, dp, max, best, code0, int(a.e.rows) - code0, c_at + here.slot * kSide, f,
+        weigh_codes<ENTROPY>(s, [&](int n) { return dp[n]; }, max, best, code0, int(a.e.rows) - code0, c_at + here.slot * kSide, f,
                              [&](int i) { return rows[group * 64 + acc_row(i)]; });
         round_tile(ds, s);
     };

@@ -40,6 +40,20 @@ struct SplitSweep {
     int row_tiles, parts;
 };
 
+// What undoes the scaling of a thread's two rows of the warpgroup's rows from row0 on; read again for each tile, since
+// registers are scarce.
+struct TokenScales {
+    float z[2], g[2];
+
+    __device__ __forceinline__ TokenScales(const SplitSweep& a, int row0) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            z[i] = a.z_unscale[row0 / kSide].by[acc_row(i)];
+            g[i] = a.full_unscale[row0 / kSide].by[acc_row(i)];
+        }
+    }
+};
+
 // The resident operands of a warpgroup: z and full.
 template <int PANELS> struct SplitTokens {
     uint32_t z[PANELS * 4][4], g[PANELS * 4][4];
@@ -48,15 +62,6 @@ template <int PANELS> struct SplitTokens {
         load_fragments<PANELS>(z, a.z, row0);
         load_fragments<PANELS>(g, a.full, row0);
     }
-    // Unscales the scores of a tile. The tokens' factors are read again for each tile, since registers are scarce.
-    __device__ __forceinline__ void unscale(float (&s)[kSide / 2], float (&dp)[kSide / 2], const SplitSweep& a, int row0, const Unscale& codes) const {
-        const Unscale& of_z = a.z_unscale[row0 / kSide];
-        const Unscale& of_g = a.full_unscale[row0 / kSide];
-        const float by_z[2] = {of_z.by[acc_row(0)], of_z.by[acc_row(1)]}, by_g[2] = {of_g.by[acc_row(0)], of_g.by[acc_row(1)]};
-        unscale_columns(s, s, by_z, codes);
-        unscale_columns(dp, dp, by_g, codes);
-    }
-
     // s and dp of the next tile, of which both halves are copied to the ring's slots; these are given back. The scores are
     // still scaled.
     template <class S> __device__ __forceinline__ void multiply(float (&s)[kSide / 2], float (&dp)[kSide / 2], const S& smem, Ring<S::kSlots>& ring, int group) {
@@ -157,9 +162,11 @@ split_expect_kernel(const __grid_constant__ CUtensorMap tokens, const __grid_con
         mine.multiply(s.d, dp.d, smem, ring, group);
         const CodeNumbers& n = smem.numbers(numbers);
         const int row0 = opaque(tokens0);
-        mine.unscale(s.d, dp.d, a, row0, n.unscale);
+        const TokenScales by(a, row0);
+        unscale_columns(s.d, s.d, by.z, n.unscale);
         const int code = t * kSide;
-        const bool live = sums.take(s, dp, a.rows + row0, a.code0 + code, a.codes - code, n.c, a.to_q);
+        auto dp_of = [&](int i, int j) { return dp.at(i, j) * (by.g[i] * n.unscale.by[j / 2 * 8 + acc_col(j % 2)]); };
+        const bool live = sums.take(s, dp_of, a.rows + row0, a.code0 + code, a.codes - code, n.c, a.to_q);
         if (live && threadIdx.x % kWarp == 0) a.live[row0 / kSweepRows * a.ld_live + t / 2] = 1;
         __syncwarp();
         numbers = numbers + 1 == S::kNumbers ? 0 : numbers + 1;
@@ -195,7 +202,8 @@ __device__ __forceinline__ void store_weights(bf16* to, int64_t ld, int64_t part
     }
 }
 
-template <int PANELS, bool ENTROPY>
+// Without entropies the weights q are 0.
+template <int PANELS>
 __global__ void __launch_bounds__(kSweepThreads, 1)
 split_weights_kernel(const __grid_constant__ CUtensorMap tokens, const __grid_constant__ CUtensorMap fulls, const __grid_constant__ CUtensorMap codes,
                      const __grid_constant__ SplitSweep a) {
@@ -241,12 +249,14 @@ split_weights_kernel(const __grid_constant__ CUtensorMap tokens, const __grid_co
         mine.multiply(s, dp, smem, ring, group);
         const CodeNumbers& c = smem.numbers(numbers);
         const int code = smem.tile(numbers) * kSide, row0 = opaque(tokens0);
-        mine.unscale(s, dp, a, row0, c.unscale);
+        const TokenScales by(a, row0);
+        unscale_columns(s, s, by.z, c.unscale);
         const Weights& w = a.weights[row0 / kSide];
         const float max[2] = {w.max[acc_row(0)], w.max[acc_row(1)]};
         const int best[2] = {a.best[row0 + acc_row(0)], a.best[row0 + acc_row(1)]};
         auto row = [&](int i) { return float4{w.log_p[acc_row(i)], w.log_q[acc_row(i)], w.mean[acc_row(i)], w.shift[acc_row(i)]}; };
-        weigh_codes<ENTROPY>(s, dp, max, best, a.code0 + code, a.codes - code, c.c, f, row);
+        auto dp_of = [&](int n) { return dp[n] * (by.g[n / 2 % 2] * c.unscale.by[n / 4 * 8 + acc_col(n % 2)]); };
+        weigh_codes<true>(s, dp_of, max, best, a.code0 + code, a.codes - code, c.c, f, row);
         store_weights(a.ds + row0 * a.ld_ds + code, a.ld_ds, int64_t(a.row_tiles) * kSweepRows * a.ld_ds, s);
         __syncwarp();  // all lanes have read the numbers
         numbers = numbers + 1 == S::kNumbers ? 0 : numbers + 1;

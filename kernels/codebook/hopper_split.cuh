@@ -234,6 +234,7 @@ __device__ __forceinline__ void unscale_columns(float (&to)[kSide / 2], const fl
         load<2>(by, b.by + 8 * j + acc_col(0));
 #pragma unroll
         for (int n = 0; n < 4; ++n) to[4 * j + n] = d[4 * j + n] * (a[n / 2] * by[n % 2]);
+        if (j % 2 == 1) __syncwarp();  // keeps ptxas from loading all factors at once, into registers that are few
     }
 }
 

@@ -969,7 +969,7 @@ class SplitBackward {
             const int64_t n = begin_codes(code, s_.codes, s_.e, s_.e_parts), tiles = ceil_div(n, kSweepRows), col_tiles = s_.width / (kProductPanels * kPanelCols);
             parts_map(e_parts_map, s_.e_parts, n);
             sweep.parts = int(choose_parts(row_tiles, tiles, slots));
-            go(split_weights_kernel<PANELS, ENTROPY>, row_tiles * sweep.parts, kSweepThreads, SplitTokenSmem<PANELS>::kBytes, z_map, full_map, e_map, sweep);
+            go(split_weights_kernel<PANELS>, row_tiles * sweep.parts, kSweepThreads, SplitTokenSmem<PANELS>::kBytes, z_map, full_map, e_map, sweep);
             const int64_t for_e = present(a_.de) ? tiles * col_tiles : 0;
             const SplitProducts p = {sweep.live, code_tiles, s_.sums, s_.width, for_e ? data<float>(a_.de) + code * stride(a_.de) : nullptr, for_e ? stride(a_.de) : 0,
                                      wide(a_.de, 2 * sizeof(float)), s_.d, int(n), int(row_tiles), int(tiles), int(s_.splits), int(for_e), code > 0};
