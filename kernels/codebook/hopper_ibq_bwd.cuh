@@ -63,9 +63,10 @@ template <bool ENTROPY> struct Expectation {
     // `rows`: of the warpgroup, read again for each tile, since registers are scarce.
     template <class Dp> __device__ __forceinline__ bool take(WarpgroupAcc<kSide>& s, Dp dp_of, const Row* rows, int code0, int left, const float* c, float to_q) {
         if (left < kSide) {
+            const int mine = left - acc_col(0);
 #pragma unroll
             for (int j = 0; j < kSide / 4; ++j)
-                if (j / 2 * 8 + acc_col(j % 2) >= left) s.at(0, j) = s.at(1, j) = kNoWeight;
+                if (j / 2 * 8 + j % 2 >= mine) s.at(0, j) = s.at(1, j) = kNoWeight;
         }
         bool live = false;
 #pragma unroll
@@ -75,9 +76,10 @@ template <bool ENTROPY> struct Expectation {
             // Keep the best code out of the sums.
             const int at = row.best - code0;
             if (__any_sync(kAllLanes, unsigned(at) < unsigned(kSide))) {
+                const int mine = at - acc_col(0);
 #pragma unroll
                 for (int j = 0; j < kSide / 4; ++j)
-                    if (at == j / 2 * 8 + acc_col(j % 2)) s.at(i, j) = kNoWeight;
+                    if (mine == j / 2 * 8 + j % 2) s.at(i, j) = kNoWeight;
             }
             const float top = row_max(s, i) - max;
             if (__any_sync(kAllLanes, top > row.least_p)) {
@@ -234,24 +236,30 @@ __device__ __forceinline__ float weight(float d, float dp, float log_p, float lo
 }
 
 // s becomes ds, for a tile of 64 codes from code0 on, of which `left` exist; the best codes get 0. dp_of(n): dp of
-// accumulator n; get(i): log_p, log_q, mean and shift of the thread's row i.
+// accumulator n; get(i): what the weights of the thread's row i need.
+struct TokenWeight {
+    float max;
+    int best;
+    float log_p, log_q, mean, shift;
+};
 template <bool ENTROPY, class Dp, class Get>
-__device__ __forceinline__ void weigh_codes(float (&s)[kSide / 2], Dp dp_of, const float (&max)[2], const int (&best)[2], int code0, int left,
-                                            const float* c, const Factors& f, Get get) {
+__device__ __forceinline__ void weigh_codes(float (&s)[kSide / 2], Dp dp_of, int code0, int left, const float* c, const Factors& f, Get get) {
     if (left < kSide) {
+        const int mine = left - acc_col(0);
 #pragma unroll
         for (int n = 0; n < kSide / 2; ++n)
-            if (n / 4 * 8 + acc_col(n % 2) >= left) s[n] = kNoWeight;
+            if (n / 4 * 8 + n % 2 >= mine) s[n] = kNoWeight;
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const int at = best[i] - code0;
+        const TokenWeight row = get(i);
+        const int at = row.best - code0;
         if (__any_sync(kAllLanes, unsigned(at) < unsigned(kSide))) {
+            const int mine = at - acc_col(0);
 #pragma unroll
             for (int n = 0; n < kSide / 2; ++n)
-                if (n / 2 % 2 == i && at == n / 4 * 8 + acc_col(n % 2)) s[n] = kNoWeight;
+                if (n / 2 % 2 == i && mine == n / 4 * 8 + n % 2) s[n] = kNoWeight;
         }
-        const float4 row = get(i);
 #pragma unroll
         for (int j = 0; j < kSide / 8; ++j) {
             float two[2] = {};
@@ -259,7 +267,7 @@ __device__ __forceinline__ void weigh_codes(float (&s)[kSide / 2], Dp dp_of, con
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const int n = 4 * j + 2 * i + h;
-                s[n] = weight<ENTROPY>(s[n] - max[i], dp_of(n), row.x, row.y, row.z, row.w, two[h], f);
+                s[n] = weight<ENTROPY>(s[n] - row.max, dp_of(n), row.log_p, row.log_q, row.mean, row.shift, two[h], f);
             }
         }
     }
@@ -373,8 +381,11 @@ hopper_dz_kernel(const __grid_constant__ Tiles tokens, const __grid_constant__ T
     };
     auto weigh = [&] {
         const int code0 = tile_of[here.slot] * kSide;
-        weigh_codes<ENTROPY>(s, [&](int n) { return dp[n]; }, max, best, code0, int(a.e.rows) - code0, c_at + here.slot * kSide, f,
-                             [&](int i) { return rows[group * 64 + acc_row(i)]; });
+        auto row = [&](int i) {
+            const float4 r = rows[group * 64 + acc_row(i)];
+            return TokenWeight{max[i], best[i], r.x, r.y, r.z, r.w};
+        };
+        weigh_codes<ENTROPY>(s, [&](int n) { return dp[n]; }, code0, int(a.e.rows) - code0, c_at + here.slot * kSide, f, row);
         round_tile(ds, s);
     };
     if (count > 0) {

@@ -65,21 +65,20 @@ template <int PANELS> struct SplitTokens {
     // s and dp of the next tile, of which both halves are copied to the ring's slots; these are given back. The scores are
     // still scaled.
     template <class S> __device__ __forceinline__ void multiply(float (&s)[kSide / 2], float (&dp)[kSide / 2], const S& smem, Ring<S::kSlots>& ring, int group) {
-        const uint32_t low_z = uint32_t(opaque(int(smem.low(0) + group * 64 * kPanelRowBytes))), low_g = low_z + S::kResident;
-        // opaque: keeps the many addresses out of registers.
+        // opaque: keeps the many addresses, of which the compiler would compute common ones once, out of registers.
+        auto hidden = [](uint32_t address) { return uint32_t(opaque(int(address))); };
+        const uint32_t own = group * 64 * kPanelRowBytes;
         const uint32_t slots[2] = {ring.slot, ring.slot + 1 == S::kSlots ? 0 : ring.slot + 1};
-        uint32_t tile = uint32_t(opaque(int(smem.slot(slots[0]))));
         bar_wait(smem.full(slots[0]), ring.parity);
         products_begin();
-        first<PANELS, false>(s, z, low_z, tile);
-        first<PANELS, false>(dp, g, low_g, tile);
+        first<PANELS, false>(s, z, 0, hidden(smem.slot(slots[0])));
+        first<PANELS, false>(dp, g, 0, hidden(smem.slot(slots[0])));
         products_end();
         ring.next();
-        tile = uint32_t(opaque(int(smem.slot(slots[1]))));
         bar_wait(smem.full(slots[1]), ring.parity);
         products_begin();
-        second<PANELS, false>(s, z, low_z, 0, tile);
-        second<PANELS, false>(dp, g, low_g, 0, tile);
+        second<PANELS, false>(s, z, hidden(smem.low(0) + own), 0, hidden(smem.slot(slots[1])));
+        second<PANELS, false>(dp, g, hidden(smem.low(1) + own), 0, hidden(smem.slot(slots[1])));
         products_end();
         ring.next();
         products_wait<1>();
@@ -155,21 +154,19 @@ split_expect_kernel(const __grid_constant__ CUtensorMap tokens, const __grid_con
     Expectation<ENTROPY> sums;
     WarpgroupAcc<kSide> s, dp;
     Ring<S::kSlots> ring;
-    int numbers = 0;
     bar_wait(smem.ready(), 0);
 #pragma unroll 1
     for (int t = range.first; t < range.end; ++t) {
         mine.multiply(s.d, dp.d, smem, ring, group);
-        const CodeNumbers& n = smem.numbers(numbers);
+        const CodeNumbers& n = smem.numbers((t - range.first) % S::kNumbers);
         const int row0 = opaque(tokens0);
         const TokenScales by(a, row0);
         unscale_columns(s.d, s.d, by.z, n.unscale);
         const int code = t * kSide;
-        auto dp_of = [&](int i, int j) { return dp.at(i, j) * (by.g[i] * n.unscale.by[j / 2 * 8 + acc_col(j % 2)]); };
+        auto dp_of = [&](int i, int j) { return dp.at(i, j) * n.unscale.again(j / 2 * 8 + acc_col(j % 2)) * by.g[i]; };
         const bool live = sums.take(s, dp_of, a.rows + row0, a.code0 + code, a.codes - code, n.c, a.to_q);
         if (live && threadIdx.x % kWarp == 0) a.live[row0 / kSweepRows * a.ld_live + t / 2] = 1;
         __syncwarp();
-        numbers = numbers + 1 == S::kNumbers ? 0 : numbers + 1;
     }
     const int64_t to = int64_t(opaque(int(blockIdx.x))) * kSweepRows + group * 64;
     put_rows(a.delta + to, sums.delta, 64);
@@ -182,10 +179,12 @@ split_expect_kernel(const __grid_constant__ CUtensorMap tokens, const __grid_con
 // Stores a tile of ds as two parts; `to`: of the warpgroup's first row. Two lanes exchange pairs, so that each stores four
 // neighbouring elements.
 __device__ __forceinline__ void store_weights(bf16* to, int64_t ld, int64_t part, const float (&ds)[kSide / 2]) {
-    const bool odd = threadIdx.x % 2 != 0;
+    const int thread = opaque(int(threadIdx.x));  // nothing that depends on it is kept in registers between tiles
+    const bool odd = thread % 2 != 0;
+    bf16* const first_row = to + (thread / kWarp % 4 * 16 + thread % kWarp / 4) * ld + thread % 4 / 2 * 4 + (odd ? 8 : 0);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        bf16* const row = to + acc_row(i) * ld + int(threadIdx.x) % 4 / 2 * 4 + (odd ? 8 : 0);
+        bf16* const row = first_row + 8 * i * ld;
 #pragma unroll
         for (int j = 0; j < kSide / 8; j += 2) {
             float cuts[4][2];
@@ -239,27 +238,27 @@ split_weights_kernel(const __grid_constant__ CUtensorMap tokens, const __grid_co
     SplitTokens<PANELS> mine;
     const int tokens0 = int(block0) + group * 64;
     mine.begin(a, tokens0);
-    const Factors f = factors_of(a.g_sample, a.g_avg, a.inv_count, a.inv_t, a.to_q);
     float s[kSide / 2], dp[kSide / 2];
     Ring<S::kSlots> ring;
-    int numbers = 0;
     bar_wait(smem.ready(), 0);
 #pragma unroll 1
     for (int n = 0; n < tiles; ++n) {
-        mine.multiply(s, dp, smem, ring, group);
-        const CodeNumbers& c = smem.numbers(numbers);
-        const int code = smem.tile(numbers) * kSide, row0 = opaque(tokens0);
+        // Whatever can be computed or read again for each tile is: all registers are taken.
+        mine.multiply(s, dp, smem, ring, __shfl_sync(kAllLanes, opaque(int(threadIdx.x)) / kWarpgroup, 0));
+        const CodeNumbers& c = smem.numbers(n % S::kNumbers);
+        const int code = smem.tile(n % S::kNumbers) * kSide, row0 = opaque(tokens0);
         const TokenScales by(a, row0);
         unscale_columns(s, s, by.z, c.unscale);
         const Weights& w = a.weights[row0 / kSide];
-        const float max[2] = {w.max[acc_row(0)], w.max[acc_row(1)]};
-        const int best[2] = {a.best[row0 + acc_row(0)], a.best[row0 + acc_row(1)]};
-        auto row = [&](int i) { return float4{w.log_p[acc_row(i)], w.log_q[acc_row(i)], w.mean[acc_row(i)], w.shift[acc_row(i)]}; };
-        auto dp_of = [&](int n) { return dp[n] * (by.g[n / 2 % 2] * c.unscale.by[n / 4 * 8 + acc_col(n % 2)]); };
-        weigh_codes<true>(s, dp_of, max, best, a.code0 + code, a.codes - code, c.c, f, row);
+        auto row = [&](int i) {
+            const int at = acc_row(i);
+            return TokenWeight{w.max[at], a.best[row0 + at], w.log_p[at], w.log_q[at], w.mean[at], w.shift[at]};
+        };
+        const Factors f = factors_of(a.g_sample, a.g_avg, a.inv_count, a.inv_t, a.to_q);
+        auto dp_of = [&](int n) { return dp[n] * c.unscale.again(n / 4 * 8 + acc_col(n % 2)) * by.g[n / 2 % 2]; };
+        weigh_codes<true>(s, dp_of, a.code0 + code, a.codes - code, c.c, f, row);
         store_weights(a.ds + row0 * a.ld_ds + code, a.ld_ds, int64_t(a.row_tiles) * kSweepRows * a.ld_ds, s);
         __syncwarp();  // all lanes have read the numbers
-        numbers = numbers + 1 == S::kNumbers ? 0 : numbers + 1;
     }
 #endif
 }

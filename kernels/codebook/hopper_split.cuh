@@ -33,6 +33,8 @@ inline int64_t split_width(int64_t d) { return panels_of(d) * kPanelCols; }
 // For each 64 rows: what undoes their scaling (0 past the last row), and, for codes of the backward, the weights c.
 struct alignas(16) Unscale {
     float by[kSide];
+    // volatile: loads the number again, instead of keeping all of a tile in registers, which are few.
+    __device__ __forceinline__ float again(int row) const { return static_cast<const volatile float*>(by)[row]; }
 };
 struct alignas(16) CodeNumbers {
     Unscale unscale;
@@ -233,9 +235,9 @@ __device__ __forceinline__ void unscale_columns(float (&to)[kSide / 2], const fl
         float by[2];
         load<2>(by, b.by + 8 * j + acc_col(0));
 #pragma unroll
-        for (int n = 0; n < 4; ++n) to[4 * j + n] = d[4 * j + n] * (a[n / 2] * by[n % 2]);
-        if (j % 2 == 1) __syncwarp();  // keeps ptxas from loading all factors at once, into registers that are few
+        for (int n = 0; n < 4; ++n) to[4 * j + n] = d[4 * j + n] * by[n % 2] * a[n / 2];  // in this order: registers are few
     }
+    __syncwarp();  // what follows is not begun before, for the same reason
 }
 
 // A sweep with one resident operand and two sets of accumulators: while a warpgroup processes the scores of one tile, the
