@@ -2,9 +2,9 @@
 //
 // A row is scaled by a power of two, so that its largest element is in [2^14, 2^15), and split into two f16 numbers,
 // high + low, which hold 22 bits. A score is the sum of three of the four products of such halves, unscaled:
-//   s = (sum_d z_high e_low + sum_d (z_low e_high + z_high e_high)) / (scale of z * scale of e)
-// The omitted product is below 2^-22 |z| |e|. Sums are added in this order in every sweep, so that a score has the same
-// bits everywhere.
+//   s = (sum_d z_high e_low + sum_d z_low e_high + sum_d z_high e_high) / (scale of z * scale of e)
+// The omitted product is below 2^-22 |z| |e|. Sums are added in this order in every sweep, the large ones last, since
+// tensor cores truncate; so a score has the same bits everywhere.
 //
 // As in hopper_scores.cuh, 128 rows of one operand (or of two) stay in a block: the high halves in registers, the low ones
 // in shared memory. Tiles of 64 rows of the other operand stream through shared memory, as two halves.
@@ -218,14 +218,14 @@ template <int PANELS, bool CODES>
 __device__ __forceinline__ void second(float (&d)[32], const uint32_t (&high)[PANELS * 4][4], uint32_t low, uint32_t b_first, uint32_t b_second) {
 #pragma unroll
     for (int k = 0; k < PANELS * 4; ++k) {
-        if constexpr (CODES) {
+        if constexpr (CODES)
             mma<kSide, false, f16>(d, high[k], k_major(b_second) + tile_step(k), true);
-            mma<kSide, false, f16>(d, high[k], k_major(b_first) + tile_step(k), true);
-        } else {
+        else
             mma<kSide, false, false, f16>(d, k_major(low) + resident_step(k), k_major(b_second) + tile_step(k), true);
-            mma<kSide, false, f16>(d, high[k], k_major(b_second) + tile_step(k), true);
-        }
     }
+    const uint32_t b_high = CODES ? b_first : b_second;
+#pragma unroll
+    for (int k = 0; k < PANELS * 4; ++k) mma<kSide, false, f16>(d, high[k], k_major(b_high) + tile_step(k), true);
 }
 
 // Scores from products of scaled rows: `a` of the thread's two resident rows, `b` of the tile's rows.

@@ -26,17 +26,22 @@
 //
 // Steps, for each chunk of tokens: compute the constants of each token; sweep over the codes for delta and r, and mark
 // the tiles with any non-zero weight; "chunks": for each chunk of codes, store ds and multiply it by e and z; "hopper"
-// (bf16): one sweep each for dz and de, with ds in registers (hopper_ibq_bwd.cuh); finally round dz, and add full to the
-// rows of the codes. Every sum has a single owner and a fixed order.
-// numerics: scores as in scores.cuh, with the same bits as smax; p, q, ds and all sums in f32; the best code stays out
-// of every cancelling sum (docs/quantizer.md). For its two products ds is split into bf16 parts: "chunks" two for bf16
-// (error 2^-18), three for f32 (exact); "hopper" rounds it to one, except for the best code. With bf16, full is rounded
-// before it is multiplied by e, like any activation; one rounding of dz. Exponentials have an error of 2^-22. A weight below 2^-24 * rest_p / K (or 2^-24 * rest_q / K) counts
-// as 0 if its whole tile, or its eight rows of the tile, have no larger one. Bitwise repeatable.
+// (bf16): one sweep each for dz and de, with ds in registers (hopper_ibq_bwd.cuh); "hopper_split" (f32): as "chunks", with
+// products of halves (hopper_ibq_split.cuh); finally round dz, and add full to the rows of the codes. Every sum has a
+// single owner and a fixed order.
+// numerics: scores as in scores.cuh, or ("hopper_split") hopper_split.cuh, with the same bits as smax; p, q, ds and all sums
+// in f32; the best code stays out of every cancelling sum (docs/quantizer.md). For its two products ds is split into
+// bf16 parts: "chunks" two for bf16 (error 2^-18), three for f32 (exact); "hopper" rounds it to one, "hopper_split" has
+// two, both except for the best code. With bf16, full is rounded before it is multiplied by e, like any activation; one
+// rounding of dz. Exponentials have an error of 2^-22. A weight below 2^-24 * rest_p / K (or 2^-24 * rest_q / K) counts as
+// 0 if its whole tile, or its eight rows of the tile, have no larger one. Bitwise repeatable.
 // workspace: at most 54 MiB for D up to 512 and K up to 2^22; beyond that a byte for every 128 tokens and 64 codes.
-// "hopper": at most 44 MiB, 4 bytes a code, and a byte for every 64 of at most 16,384 tokens and 64 codes.
-// limits: D up to 512; "hopper" requires bf16, D up to 256 and rows at multiples of 16 bytes.
-// work: 8*M*K*D FLOP (bf16 executes 16*M*K*D, f32 72*M*K*D); two exponentials per score and sweep;
+// "hopper": at most 44 MiB, 4 bytes a code, and a byte for every 64 of at most 16,384 tokens and 64 codes. "hopper_split":
+// at most 61 MiB, and a byte for every 128 of at most 2048 tokens and 128 codes.
+// limits: D up to 512; "hopper" requires bf16, D up to 256 and rows at multiples of 16 bytes, "hopper_split" f32 and D up
+// to 256.
+// work: 8*M*K*D FLOP (bf16 executes 16*M*K*D, "hopper" the same; f32 72*M*K*D, "hopper_split" 36*M*K*D); two exponentials
+//       per score and sweep;
 //       (4*M*D + K*D)*size + 8*K*D bytes.
 // papers: IBQ (2412.02692).
 #include "codes.cuh"
@@ -601,13 +606,74 @@ bool sound(Check& check, const ett_ibq_bwd_args* a) {
     return check.ok();
 }
 
+// What the ways to compute the backward share.
+template <class T> class Pass {
+  protected:
+    Pass(const ett_ibq_bwd_args& a, const ett_launch* l)
+        : a_(a),
+          l_(l),
+          codes_(codes_of<T>(a, l)),
+          entropy_(present(a.rest_q)),
+          m_(rows(a.z)),
+          k_(rows(a.e)),
+          inv_t_(entropy_ ? float(1.0 / a.temperature) : 0.f),
+          to_q_(entropy_ ? float(double(kLog2e) / a.temperature) : 1.f) {}
+
+    template <class K, class... A> void go(K* kernel, int64_t blocks, int threads, size_t smem, const A&... args) {
+        if (status_ == ETT_OK) status_ = launch(kOp, kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), smem, l_, args...);
+    }
+    // Does the next step, unless one failed before.
+    template <class F> void then(F step) {
+        if (status_ == ETT_OK) status_ = step();
+    }
+    const float* number(const ett_view& v) const { return present(v) ? data<const float>(v) : nullptr; }
+    // rest_q from a token on, or null.
+    const float* rest_q(int64_t token) const { return entropy_ ? number(a_.rest_q) + token : nullptr; }
+
+    // Computes the constants of tokens [token, token + count), and full in PARTS parts.
+    template <int PARTS> void tokens(int64_t token, int64_t count, int64_t padded, bf16* full, int64_t width, Row* to) {
+        const Tokens<T> tokens = {codes_,           matrix<const T>(a_.g), number(a_.smax),  number(a_.rest_p),  number(a_.rest_q),    number(a_.xbar),
+                                  number(a_.c),     number(a_.g_sample),   number(a_.g_avg), number(a_.g_quant), number(a_.inv_count), inv_t_,
+                                  to_q_,            token,                 int(count),       int(padded),        full,                 width,
+                                  to};
+        go(tokens_kernel<T, PARTS>, ceil_div(padded, kCodeWarps), kCodeThreads, 0, tokens);
+    }
+    // Adds the parts of delta and r to the rows.
+    void join(Row* to, const float* delta, const float* r, int64_t token, int64_t count, int64_t padded, int64_t parts, bool last) {
+        go(join_kernel, ceil_div(padded, kThreads), kThreads, 0, to, delta, entropy_ ? r : nullptr, rest_q(token), int(padded), int(count), int(parts), last);
+    }
+    // dz from its sums, and the direct terms of de. `own`: of these tokens, or null.
+    void finish(int64_t token, int64_t count, int64_t padded, const float* sums, int64_t width, int64_t splits, const float* own) {
+        const double w = 2.0 / double(codes_.dim);
+        const Finish<T> finish = {codes_, matrix<T>(a_.dz), sums, width, padded, number(a_.g_quant), number(a_.inv_count), own, float(w * (1.0 + a_.beta_commit)),
+                                  token,  int(count),       int(splits)};
+        go(finish_kernel<T>, ceil_div(count, kCodeWarps), kCodeThreads, 0, finish);
+    }
+    void scatter(int64_t token, int64_t count, const float* own) {
+        if (!present(a_.de)) return;
+        const double w = 2.0 / double(codes_.dim);
+        const Scatter<T> hard = {codes_,           matrix<const T>(a_.g), matrix<float>(a_.de), own ? own - token : nullptr,
+                                 number(a_.g_quant), number(a_.inv_count),  float(w * (1.0 + a_.beta_code))};
+        then([&] { return launch_scatter(kOp, hard, token, count, l_); });
+    }
+
+    const ett_ibq_bwd_args& a_;
+    const ett_launch* l_;
+    const Codes<T> codes_;
+    const bool entropy_;
+    const int64_t m_, k_;
+    const float inv_t_, to_q_;
+    int32_t status_ = ETT_OK;
+};
+
 // OTHERS: parts of z, e and full; PARTS: parts of ds.
-template <class T, int OTHERS, int PARTS> class Backward {
+template <class T, int OTHERS, int PARTS> class Backward : Pass<T> {
     using S = ScoreSweep<OTHERS>;
+    using P = Pass<T>;
+    using P::a_, P::l_, P::codes_, P::entropy_, P::m_, P::k_, P::to_q_, P::status_, P::go, P::then, P::number;
 
   public:
-    Backward(const ett_ibq_bwd_args& a, const ett_launch* l)
-        : a_(a), l_(l), s_(a, l->workspace), codes_(codes_of<T>(a, l)), entropy_(present(a.rest_q)), m_(rows(a.z)), k_(rows(a.e)) {}
+    Backward(const ett_ibq_bwd_args& a, const ett_launch* l) : P(a, l), s_(a, l->workspace) {}
 
     int32_t run() {
         for (int64_t token = 0; token < m_ && status_ == ETT_OK; token += s_.tokens) chunk(token, std::min(s_.tokens, m_ - token));
@@ -615,39 +681,28 @@ template <class T, int OTHERS, int PARTS> class Backward {
     }
 
   private:
-    template <class K, class... A> void go(K* kernel, int64_t blocks, int threads, size_t smem, const A&... args) {
-        if (status_ == ETT_OK) status_ = launch(kOp, kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), smem, l_, args...);
-    }
-    const float* number(const ett_view& v) const { return present(v) ? data<const float>(v) : nullptr; }
-
     void chunk(int64_t token, int64_t count) {
         const int64_t row_tiles = ceil_div(count, kTileTokens), padded = row_tiles * kTileTokens, code_tiles = ceil_div(k_, kTileCodes);
-        const float inv_t = entropy_ ? float(1.0 / a_.temperature) : 0.f, to_q = entropy_ ? float(double(kLog2e) / a_.temperature) : 1.f;
         Operand z, e;
-        status_ = operand(kOp, a_.z, s_.z, token, count, s_.packed_z, z, l_);
-        const Tokens<T> tokens = {codes_,           matrix<const T>(a_.g), number(a_.smax),    number(a_.rest_p),    number(a_.rest_q), number(a_.xbar),
-                                  number(a_.c),     number(a_.g_sample),   number(a_.g_avg),   number(a_.g_quant),   number(a_.inv_count), inv_t,
-                                  to_q,             token,                 int(count),         int(padded),          s_.full,           s_.width,
-                                  s_.token_rows};
-        go(tokens_kernel<T, OTHERS>, ceil_div(padded, kCodeWarps), kCodeThreads, 0, tokens);
-        if (status_ == ETT_OK) status_ = zero(kOp, s_.live, size_t(row_tiles * code_tiles), l_);
+        then([&] { return operand(kOp, a_.z, s_.z, token, count, s_.packed_z, z, l_); });
+        this->template tokens<OTHERS>(token, count, padded, s_.full, s_.width, s_.token_rows);
+        then([&] { return zero(kOp, s_.live, size_t(row_tiles * code_tiles), l_); });
         const Operand full = {{s_.full, count, s_.width, OTHERS * s_.width, true}, s_.width};
 
         // delta and r. Codes that need no packing are swept in one chunk.
         const int64_t all = s_.e.packed ? s_.codes : k_;
         for (int64_t code = 0; code < k_ && status_ == ETT_OK; code += all) {
             const int64_t n = std::min(all, k_ - code), parts = choose_parts(row_tiles, ceil_div(n, kTileCodes), score_slots());
-            status_ = operand(kOp, a_.e, s_.e, code, n, s_.packed_e, e, l_);
+            then([&] { return operand(kOp, a_.e, s_.e, code, n, s_.packed_e, e, l_); });
             go(entropy_ ? expect_kernel<S, true> : expect_kernel<S, false>, row_tiles * parts, S::kThreads, S::kSmem,
-               scores(z, full, e, code, row_tiles, parts, to_q, code_tiles));
-            go(join_kernel, ceil_div(padded, kThreads), kThreads, 0, s_.token_rows, s_.delta, entropy_ ? s_.r : nullptr,
-               entropy_ ? number(a_.rest_q) + token : nullptr, int(padded), int(count), int(parts), code + n == k_);
+               scores(z, full, e, code, row_tiles, parts, code_tiles));
+            P::join(s_.token_rows, s_.delta, s_.r, token, count, padded, parts, code + n == k_);
         }
 
         for (int64_t code = 0; code < k_ && status_ == ETT_OK; code += s_.codes) {
             const int64_t n = std::min(s_.codes, k_ - code), tiles = ceil_div(n, kTileCodes), parts = choose_parts(row_tiles, tiles, score_slots());
-            status_ = operand(kOp, a_.e, s_.e, code, n, s_.packed_e, e, l_);
-            const Scores w = scores(z, full, e, code, row_tiles, parts, to_q, code_tiles);
+            then([&] { return operand(kOp, a_.e, s_.e, code, n, s_.packed_e, e, l_); });
+            const Scores w = scores(z, full, e, code, row_tiles, parts, code_tiles);
             go(entropy_ ? weights_kernel<S, true, PARTS> : weights_kernel<S, false, PARTS>, row_tiles * parts, S::kThreads, S::kSmem, w);
             const Operand ds = {{s_.ds, padded, tiles * kTileCodes, w.ld_ds, true}, w.part_ds};
             const int64_t for_e = present(a_.de) ? tiles * ceil_div(codes_.dim, ForE::kCols) : 0;
@@ -670,18 +725,11 @@ template <class T, int OTHERS, int PARTS> class Backward {
             go(products_kernel<PARTS, OTHERS>, for_e + row_tiles * s_.splits * ceil_div(codes_.dim, ForZ::kCols), ForZ::kThreads, ForZ::kSmem, p);
         }
 
-        const double w = 2.0 / double(codes_.dim);
-        const Finish<T> finish = {codes_, matrix<T>(a_.dz), s_.sums, s_.width, padded, number(a_.g_quant), number(a_.inv_count),
-                                  nullptr, float(w * (1.0 + a_.beta_commit)), token, int(count), int(s_.splits)};
-        go(finish_kernel<T>, ceil_div(count, kCodeWarps), kCodeThreads, 0, finish);
-        if (status_ == ETT_OK && present(a_.de)) {
-            const Scatter<T> hard = {codes_,           matrix<const T>(a_.g), matrix<float>(a_.de), nullptr,
-                                     number(a_.g_quant), number(a_.inv_count),  float(w * (1.0 + a_.beta_code))};
-            status_ = launch_scatter(kOp, hard, token, count, l_);
-        }
+        P::finish(token, count, padded, s_.sums, s_.width, s_.splits, nullptr);
+        P::scatter(token, count, nullptr);
     }
 
-    Scores scores(const Operand& z, const Operand& full, const Operand& e, int64_t code, int64_t row_tiles, int64_t parts, float to_q, int64_t code_tiles) const {
+    Scores scores(const Operand& z, const Operand& full, const Operand& e, int64_t code, int64_t row_tiles, int64_t parts, int64_t code_tiles) const {
         const int64_t ld = s_.codes;
         return {z,
                 full,
@@ -696,18 +744,12 @@ template <class T, int OTHERS, int PARTS> class Backward {
                 ld,
                 row_tiles * kTileTokens * ld,
                 int32_t(code),
-                to_q,
+                to_q_,
                 int(row_tiles),
                 int(parts)};
     }
 
-    const ett_ibq_bwd_args& a_;
-    const ett_launch* l_;
     const Space s_;
-    const Codes<T> codes_;
-    const bool entropy_;
-    const int64_t m_, k_;
-    int32_t status_ = ETT_OK;
 };
 
 #ifndef ETT_SHIM
@@ -757,16 +799,15 @@ struct HopperSpace {
     }
 };
 
-class HopperBackward {
+class HopperBackward : Pass<bf16> {
   public:
-    HopperBackward(const ett_ibq_bwd_args& a, const ett_launch* l)
-        : a_(a), l_(l), s_(a, l->workspace), codes_(codes_of<bf16>(a, l)), entropy_(present(a.rest_q)), m_(rows(a.z)), k_(rows(a.e)) {}
+    HopperBackward(const ett_ibq_bwd_args& a, const ett_launch* l) : Pass(a, l), s_(a, l->workspace) {}
 
     int32_t run() {
         if (entropy_) {
             const cudaError_t e = cudaMemcpyAsync(s_.c, a_.c.ptr, size_t(k_) * sizeof(float), cudaMemcpyDeviceToDevice, reinterpret_cast<cudaStream_t>(l_->stream));
             if (e != cudaSuccess) return ett_fail(ETT_CUDA_ERROR, int32_t(e), kOp, "launch", cudaGetErrorName(e), cudaGetErrorString(e));
-            status_ = zero(kOp, s_.c + k_, size_t(round_up(k_, kSide) - k_) * sizeof(float), l_);
+            then([&] { return zero(kOp, s_.c + k_, size_t(round_up(k_, kSide) - k_) * sizeof(float), l_); });
         }
         for (int64_t token = 0; token < m_ && status_ == ETT_OK; token += s_.tokens)
             status_ = with_panels(s_.d, [&](auto panels) { return entropy_ ? chunk<panels, true>(token) : chunk<panels, false>(token); });
@@ -774,21 +815,11 @@ class HopperBackward {
     }
 
   private:
-    template <class K, class... A> void go(K* kernel, int64_t blocks, int threads, size_t smem, const A&... args) {
-        if (status_ == ETT_OK) status_ = launch(kOp, kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), smem, l_, args...);
-    }
-    const float* number(const ett_view& v) const { return present(v) ? data<const float>(v) : nullptr; }
-
     template <int PANELS, bool ENTROPY> int32_t chunk(int64_t token) {
         const int64_t count = std::min(s_.tokens, m_ - token), row_tiles = ceil_div(count, kSweepRows), padded = row_tiles * kSweepRows;
         const int64_t code_tiles = ceil_div(k_, kSide);
-        const float inv_t = entropy_ ? float(1.0 / a_.temperature) : 0.f, to_q = entropy_ ? float(double(kLog2e) / a_.temperature) : 1.f;
-        const Tokens<bf16> tokens = {codes_,          matrix<const bf16>(a_.g), number(a_.smax),    number(a_.rest_p),  number(a_.rest_q), number(a_.xbar),
-                                     number(a_.c),    number(a_.g_sample),      number(a_.g_avg),   number(a_.g_quant), number(a_.inv_count), inv_t,
-                                     to_q,            token,                    int(count),         int(padded),        s_.full,           s_.d,
-                                     s_.rows};
-        go(tokens_kernel<bf16, 1>, ceil_div(padded, kCodeWarps), kCodeThreads, 0, tokens);
-        if (status_ == ETT_OK) status_ = zero(kOp, s_.live, size_t(padded / kSide * code_tiles), l_);
+        tokens<1>(token, count, padded, s_.full, s_.d, s_.rows);
+        then([&] { return zero(kOp, s_.live, size_t(padded / kSide * code_tiles), l_); });
 
         gemm::Matrix<bf16> z = gemm::matrix<bf16>(a_.z), e = gemm::matrix<bf16>(a_.e);
         z.p += token * z.ld;
@@ -796,51 +827,39 @@ class HopperBackward {
         const gemm::Matrix<bf16> full = {s_.full, count, s_.d, s_.d, true};
         Tiles z_side, z_rows, full_side, full_rows, e_side, e_rows;
         auto tile = [&](Tiles& t, const gemm::Matrix<bf16>& m, int rows) {
-            if (status_ == ETT_OK) status_ = make_tiles(kOp, &t, m.p, m.rows, m.cols, m.ld, rows);
+            then([&] { return make_tiles(kOp, &t, m.p, m.rows, m.cols, m.ld, rows); });
         };
         tile(z_side, z, kSide), tile(full_side, full, kSide), tile(e_side, e, kSide);
         tile(z_rows, z, kSweepRows), tile(full_rows, full, kSweepRows), tile(e_rows, e, kSweepRows);
 
         HopperSweep sweep = {z, full, e, s_.rows, s_.weights, s_.best, entropy_ ? s_.c : nullptr, s_.live, code_tiles, s_.delta, s_.r, s_.sums,
                              present(a_.de) ? data<float>(a_.de) : nullptr, present(a_.de) ? stride(a_.de) : 0, wide(a_.de, 2 * sizeof(float)),
-                             number(a_.g_sample), number(a_.g_avg), number(a_.inv_count), inv_t, to_q, int(row_tiles), int(choose_parts(row_tiles, code_tiles, multiprocessors()))};
+                             number(a_.g_sample), number(a_.g_avg), number(a_.inv_count), inv_t_, to_q_, int(row_tiles), int(choose_parts(row_tiles, code_tiles, multiprocessors()))};
         go(hopper_expect_kernel<PANELS, ENTROPY>, row_tiles * sweep.parts, kSweepThreads, HopperExpect<PANELS>::kSmem, e_side, sweep);
-        const float* const rest_q = entropy_ ? number(a_.rest_q) + token : nullptr;
-        go(join_kernel, ceil_div(padded, kThreads), kThreads, 0, s_.rows, s_.delta, entropy_ ? s_.r : nullptr, rest_q, int(padded), int(count), sweep.parts, true);
-        const PackWeights pack = {s_.rows, rest_q, s_.weights, s_.best, s_.own, int(count), int(padded)};
-        go(pack_weights_kernel, ceil_div(padded, kThreads), kThreads, 0, pack, number(a_.g_sample), number(a_.g_avg), number(a_.inv_count), inv_t, to_q);
+        join(s_.rows, s_.delta, s_.r, token, count, padded, sweep.parts, true);
+        const PackWeights pack = {s_.rows, rest_q(token), s_.weights, s_.best, s_.own, int(count), int(padded)};
+        go(pack_weights_kernel, ceil_div(padded, kThreads), kThreads, 0, pack, number(a_.g_sample), number(a_.g_avg), number(a_.inv_count), inv_t_, to_q_);
 
         sweep.parts = int(s_.dz_parts(row_tiles, code_tiles));
         go(hopper_dz_kernel<PANELS, ENTROPY>, row_tiles * sweep.parts, kSweepThreads, HopperDz<PANELS>::kSmem, z_rows, full_rows, e_side, sweep);
-        const double w = 2.0 / double(s_.d);
-        const Finish<bf16> finish = {codes_, matrix<bf16>(a_.dz), s_.sums, s_.d, padded, number(a_.g_quant), number(a_.inv_count), s_.own,
-                                     float(w * (1.0 + a_.beta_commit)), token, int(count), sweep.parts};
-        go(finish_kernel<bf16>, ceil_div(count, kCodeWarps), kCodeThreads, 0, finish);
+        finish(token, count, padded, s_.sums, s_.d, sweep.parts, s_.own);
         if (present(a_.de)) {
             const int64_t tiles = ceil_div(k_, kSweepRows);
             sweep.parts = int(s_.de_parts(k_, ceil_div(count, kSide)));
             go(hopper_de_kernel<PANELS, ENTROPY>, tiles * sweep.parts, kSweepThreads, HopperDe<PANELS>::kSmem, z_side, full_side, e_rows, sweep);
             if (sweep.parts > 1)
                 go(add_de_kernel, ceil_div(k_ * s_.d, kThreads), kThreads, 0, sweep.de, sweep.ld_de, s_.sums, sweep.parts, k_, s_.d);
-            const Scatter<bf16> hard = {codes_,           matrix<const bf16>(a_.g), matrix<float>(a_.de), s_.own - token,
-                                        number(a_.g_quant), number(a_.inv_count),     float(w * (1.0 + a_.beta_code))};
-            if (status_ == ETT_OK) status_ = launch_scatter(kOp, hard, token, count, l_);
         }
+        scatter(token, count, s_.own);
         return status_;
     }
 
-    const ett_ibq_bwd_args& a_;
-    const ett_launch* l_;
     const HopperSpace s_;
-    const Codes<bf16> codes_;
-    const bool entropy_;
-    const int64_t m_, k_;
-    int32_t status_ = ETT_OK;
 };
 
 // "hopper_split": the sweeps of hopper_ibq_split.cuh, one chunk of tokens and codes at a time.
 struct SplitSpace {
-    static constexpr int64_t kBytes = 96 * kMiB, kMostTokens = 4096, kMostCodes = 16384;
+    static constexpr int64_t kBytes = 60 * kMiB, kMostTokens = 2048, kMostCodes = 16384;
 
     Pieces pieces;
     int64_t d, width, tokens, splits, codes;  // per chunk
@@ -885,7 +904,7 @@ struct SplitSpace {
         auto fit = [&](int64_t sums_bytes) { return std::clamp((kBytes - pieces.bytes() - sums_bytes) / code / kSweepRows * kSweepRows, int64_t(kSweepRows), kMostCodes); };
         const int64_t sum = tokens * width * int64_t(sizeof(float));
         splits = std::clamp<int64_t>(std::min(fit(sum), k) / tokens, 1, 8);
-        codes = equal_chunks(k, fit(splits * sum), kSweepRows);
+        codes = balanced(std::min(fit(splits * sum), round_up(k, kSweepRows))) * kSweepRows;
         splits = std::min(splits, codes / kSweepRows);
         sums = pieces.take<float>(splits * tokens * width);
         e = pieces.take<uint16_t>(codes * halves);
@@ -895,12 +914,25 @@ struct SplitSpace {
         ds = pieces.take<bf16>(std::max(ds_elements, expect_codes * halves));
         numbers = pieces.take<CodeNumbers>(std::max(codes, expect_codes) / kSide);
     }
+
+    // Tiles of codes per chunk, of at most `most` codes, with which the products take the shortest time per tile: blocks take
+    // turns on the multiprocessors, and beginning a chunk costs as much as about 16 steps of 64.
+    int64_t balanced(int64_t most) const {
+        const int64_t cols = ceil_div(width, 2 * kPanelCols), for_z = tokens / kSweepRows * splits * cols;
+        int64_t best = 1;
+        double least = INFINITY;
+        for (int64_t tiles = most / kSweepRows; tiles >= 1; --tiles) {
+            const int64_t steps = std::max(tokens / kSide, ceil_div(2 * tiles, splits)), turns = ceil_div(tiles * cols + for_z, multiprocessors());
+            const double time = double(turns * steps + 16) / double(tiles);
+            if (time < least) least = time, best = tiles;
+        }
+        return best;
+    }
 };
 
-class SplitBackward {
+class SplitBackward : Pass<float> {
   public:
-    SplitBackward(const ett_ibq_bwd_args& a, const ett_launch* l)
-        : a_(a), l_(l), s_(a, l->workspace), codes_(codes_of<float>(a, l)), entropy_(present(a.rest_q)), m_(rows(a.z)), k_(rows(a.e)) {}
+    SplitBackward(const ett_ibq_bwd_args& a, const ett_launch* l) : Pass(a, l), s_(a, l->workspace) {}
 
     int32_t run() {
         for (int64_t token = 0; token < m_ && status_ == ETT_OK; token += s_.tokens)
@@ -909,40 +941,30 @@ class SplitBackward {
     }
 
   private:
-    template <class K, class... A> void go(K* kernel, int64_t blocks, int threads, size_t smem, const A&... args) {
-        if (status_ == ETT_OK) status_ = launch(kOp, kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), smem, l_, args...);
-    }
-    const float* number(const ett_view& v) const { return present(v) ? data<const float>(v) : nullptr; }
     void pack(const SplitPack& p) {
-        if (status_ == ETT_OK) status_ = launch_split_pack(kOp, p, l_);
+        then([&] { return launch_split_pack(kOp, p, l_); });
     }
     void map(CUtensorMap& m, const void* p, int64_t rows, int tile_rows) {
-        if (status_ == ETT_OK) status_ = make_split_map(kOp, &m, p, rows, s_.width, tile_rows);
+        then([&] { return make_split_map(kOp, &m, p, rows, s_.width, tile_rows); });
     }
 
     template <int PANELS, bool ENTROPY> int32_t chunk(int64_t token) {
         const int64_t count = std::min(s_.tokens, m_ - token), row_tiles = ceil_div(count, kSweepRows), padded = row_tiles * kSweepRows;
         const int64_t code_tiles = ceil_div(k_, kSweepRows), slots = multiprocessors();
-        const float inv_t = entropy_ ? float(1.0 / a_.temperature) : 0.f, to_q = entropy_ ? float(double(kLog2e) / a_.temperature) : 1.f;
-        const Tokens<float> tokens = {codes_,          matrix<const float>(a_.g), number(a_.smax),    number(a_.rest_p),  number(a_.rest_q), number(a_.xbar),
-                                      number(a_.c),    number(a_.g_sample),       number(a_.g_avg),   number(a_.g_quant), number(a_.inv_count), inv_t,
-                                      to_q,            token,                     int(count),         int(padded),        reinterpret_cast<bf16*>(s_.sums), s_.width,
-                                      s_.rows};
-        go(tokens_kernel<float, 0>, ceil_div(padded, kCodeWarps), kCodeThreads, 0, tokens);
+        tokens<0>(token, count, padded, reinterpret_cast<bf16*>(s_.sums), s_.width, s_.rows);
         pack({rows_of(a_.z, token, count), s_.z, s_.z_parts, nullptr, s_.z_unscale, nullptr, s_.width, padded});
         pack({{s_.sums, count, s_.d, s_.width, true}, s_.full, nullptr, nullptr, s_.full_unscale, nullptr, s_.width, padded});
-        if (status_ == ETT_OK) status_ = zero(kOp, s_.live, size_t(row_tiles * code_tiles), l_);
+        then([&] { return zero(kOp, s_.live, size_t(row_tiles * code_tiles), l_); });
         CUtensorMap z_map, full_map, z_parts_map, e_map, e_parts_map, ds_rows_map, ds_cols_map;
         map(z_map, s_.z, count, kSweepRows), map(full_map, s_.full, count, kSweepRows);
         constexpr int kProductPanels = PANELS < 2 ? PANELS : 2;
         auto parts_map = [&](CUtensorMap& m, const void* p, int64_t rows) {
-            if (status_ == ETT_OK) status_ = make_panels_map(kOp, &m, p, rows, 2 * s_.width, 2 * s_.width, kSide, kProductPanels);
+            then([&] { return make_panels_map(kOp, &m, p, rows, 2 * s_.width, 2 * s_.width, kSide, kProductPanels); });
         };
         parts_map(z_parts_map, s_.z_parts, count);
 
-        const float* const rest_q = entropy_ ? number(a_.rest_q) + token : nullptr;
         SplitSweep sweep = {high_of(s_.z, count, s_.width), high_of(s_.full, count, s_.width), s_.z_unscale, s_.full_unscale, s_.numbers, s_.rows, s_.weights, s_.best,
-                            s_.live, code_tiles, s_.delta, s_.r, s_.ds, s_.codes, number(a_.g_sample), number(a_.g_avg), number(a_.inv_count), inv_t, to_q, 0, 0,
+                            s_.live, code_tiles, s_.delta, s_.r, s_.ds, s_.codes, number(a_.g_sample), number(a_.g_avg), number(a_.inv_count), inv_t_, to_q_, 0, 0,
                             int(row_tiles), 1};
         auto begin_codes = [&](int64_t code, int64_t most, uint16_t* halves, bf16* parts) {
             const int64_t n = std::min(most, k_ - code);
@@ -957,14 +979,13 @@ class SplitBackward {
             const int64_t n = begin_codes(code, s_.expect_codes, reinterpret_cast<uint16_t*>(s_.ds), nullptr);
             sweep.parts = int(choose_parts(row_tiles, ceil_div(n, kSide), slots));
             go(split_expect_kernel<PANELS, ENTROPY>, row_tiles * sweep.parts, kSweepThreads, SplitTokenSmem<PANELS>::kBytes, z_map, full_map, e_map, sweep);
-            go(join_kernel, ceil_div(padded, kThreads), kThreads, 0, s_.rows, s_.delta, entropy_ ? s_.r : nullptr, rest_q, int(padded), int(count), sweep.parts,
-               code + n == k_);
+            join(s_.rows, s_.delta, s_.r, token, count, padded, sweep.parts, code + n == k_);
         }
-        const PackWeights weights = {s_.rows, rest_q, s_.weights, s_.best, s_.own, int(count), int(padded)};
-        go(pack_weights_kernel, ceil_div(padded, kThreads), kThreads, 0, weights, number(a_.g_sample), number(a_.g_avg), number(a_.inv_count), inv_t, to_q);
+        const PackWeights weights = {s_.rows, rest_q(token), s_.weights, s_.best, s_.own, int(count), int(padded)};
+        go(pack_weights_kernel, ceil_div(padded, kThreads), kThreads, 0, weights, number(a_.g_sample), number(a_.g_avg), number(a_.inv_count), inv_t_, to_q_);
 
-        if (status_ == ETT_OK) status_ = make_panel_map(kOp, &ds_rows_map, s_.ds, 2 * padded, s_.codes, s_.codes, kSweepRows);
-        if (status_ == ETT_OK) status_ = make_panels_map(kOp, &ds_cols_map, s_.ds, 2 * padded, s_.codes, s_.codes, kSide, 2);
+        then([&] { return make_panel_map(kOp, &ds_rows_map, s_.ds, 2 * padded, s_.codes, s_.codes, kSweepRows); });
+        then([&] { return make_panels_map(kOp, &ds_cols_map, s_.ds, 2 * padded, s_.codes, s_.codes, kSide, 2); });
         for (int64_t code = 0; code < k_ && status_ == ETT_OK; code += s_.codes) {
             const int64_t n = begin_codes(code, s_.codes, s_.e, s_.e_parts), tiles = ceil_div(n, kSweepRows), col_tiles = s_.width / (kProductPanels * kPanelCols);
             parts_map(e_parts_map, s_.e_parts, n);
@@ -977,25 +998,12 @@ class SplitBackward {
                ds_cols_map, e_parts_map, z_parts_map, p);
         }
 
-        const double w = 2.0 / double(s_.d);
-        const Finish<float> finish = {codes_, matrix<float>(a_.dz), s_.sums, s_.width, padded, number(a_.g_quant), number(a_.inv_count), s_.own,
-                                      float(w * (1.0 + a_.beta_commit)), token, int(count), int(s_.splits)};
-        go(finish_kernel<float>, ceil_div(count, kCodeWarps), kCodeThreads, 0, finish);
-        if (status_ == ETT_OK && present(a_.de)) {
-            const Scatter<float> hard = {codes_,           matrix<const float>(a_.g), matrix<float>(a_.de), s_.own - token,
-                                         number(a_.g_quant), number(a_.inv_count),      float(w * (1.0 + a_.beta_code))};
-            status_ = launch_scatter(kOp, hard, token, count, l_);
-        }
+        finish(token, count, padded, s_.sums, s_.width, s_.splits, s_.own);
+        scatter(token, count, s_.own);
         return status_;
     }
 
-    const ett_ibq_bwd_args& a_;
-    const ett_launch* l_;
     const SplitSpace s_;
-    const Codes<float> codes_;
-    const bool entropy_;
-    const int64_t m_, k_;
-    int32_t status_ = ETT_OK;
 };
 #endif  // ETT_SHIM
 
