@@ -111,6 +111,7 @@ template <int N> struct WarpgroupTile {
     static __device__ __forceinline__ int col(int j) { return j / 2 * 8 + acc_col(j % 2); }
     static __device__ __forceinline__ int warp_col() { return 0; }
 };
+template <int N> __device__ __forceinline__ void synchronize(WarpgroupTile<N>) { named_barrier(1, kConsumers); }
 template <int N> struct WarpgroupAcc {
     float d[N / 2];
     __device__ __forceinline__ float& at(int i, int j) { return d[j / 2 * 4 + 2 * i + j % 2]; }

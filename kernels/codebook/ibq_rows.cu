@@ -80,6 +80,9 @@ __device__ __forceinline__ Stats join(const Stats& a, const Stats& b, float to_q
     return s;
 }
 
+// Synchronises the threads that hold a tile: the whole block, or (hopper_scores.cuh) the two warpgroups that multiply.
+template <class Tile> __device__ __forceinline__ void synchronize(Tile) { __syncthreads(); }
+
 // The running statistics of a thread's rows: v and k are the same in the four lanes that share a row, the sums are over the
 // thread's own columns.
 template <class Tile, bool ENTROPY> struct Running {
@@ -178,7 +181,7 @@ template <class Tile, bool ENTROPY> struct Running {
     __device__ __forceinline__ void finish(const StatsOf& out, int64_t row0, int64_t rows, float to_q, unsigned char* smem) {
         constexpr int kParts = Tile::kCols / Tile::kWarpCols;
         Stats* const all = reinterpret_cast<Stats*>(smem);
-        __syncthreads();  // the tiles in this memory have been read
+        synchronize(Tile{});  // the tiles in this memory have been read
 #pragma unroll
         for (int i = 0; i < Tile::kAccRows; ++i) {
             Stats s = {v[i], rest_p[i], 0.f, 0.f, k[i]};
@@ -191,7 +194,7 @@ template <class Tile, bool ENTROPY> struct Running {
             }
             if (Tile::lane() % 4 == 0) all[Tile::warp_col() / Tile::kWarpCols * Tile::kRows + Tile::row(i)] = s;
         }
-        __syncthreads();  // the warps' results are visible
+        synchronize(Tile{});  // the warps' results are visible
         for (int r = int(threadIdx.x); r < Tile::kRows && row0 + r < rows; r += Tile::kThreads) {
             Stats s = all[r];
 #pragma unroll
@@ -269,8 +272,6 @@ __global__ void __launch_bounds__(kSweepThreads, 1) hopper_rows_kernel(const __g
                 load_tile<PANELS, S::kCols>(tiles_at + ring.slot * S::kTile, codes, full + 8 * ring.slot, (range.first + n) * S::kCols);
             }
         }
-        __syncthreads();  // those of Running::finish
-        __syncthreads();
         return;
     }
     take_registers<240>();
@@ -351,8 +352,6 @@ split_rows_kernel(const __grid_constant__ CUtensorMap tokens, const __grid_const
                 });
             }
         }
-        __syncthreads();  // those of Running::finish
-        __syncthreads();
         return;
     }
     take_registers<232>();
