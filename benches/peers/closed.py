@@ -1,8 +1,8 @@
 """The quantizer with the forward and backward of docs/quantizer.md written out, in chunks of tokens. With
 torch.compile the strongest sound form in PyTorch that we know.
 
-z and e are bfloat16 (or all is float32), scores float32, the winner is kept out of the sums that cancel. Only the statistics of rows and
-columns are kept between forward and backward: five products of all tokens with all codes in total.
+z and e are bfloat16 (or all is float32), scores float32, the winner is kept out of the sums that cancel. Only the
+statistics of rows and columns are kept between forward and backward: five products of all tokens with all codes in total.
 """
 
 from dataclasses import dataclass

@@ -19,6 +19,7 @@ from library import HERE, Library, Quantizer
 from measure import Clock, Record, free
 
 BF16, F32 = torch.bfloat16, torch.float32
+NAMES = {BF16: "bf16", F32: "f32"}
 D = 256
 CLOSED, CHUNKED, PUBLISHED = "PyTorch, closed form, compiled", "PyTorch, chunks + checkpoint", "PyTorch, as published"
 WEIGHTS = (1.0, 0.05, -0.05)  # gradients of the losses quant, sample and avg
@@ -92,19 +93,18 @@ class Bench:
             sound = {"Triton, fused, tf32x3", "Triton, fused, bf16 split", "matmul + argmax"}
         functions = self.once(dtype, lambda: search.peers(dtype))
         peers = [(name, lambda f=f: f(z, e)) for name, f in functions.items()]
-        name = "bf16" if dtype == BF16 else "f32"
-        self.record.row("nearest", f"M {m} K {k} D {D} dot", name, ours, 2 * m * k * D, peers, sound,
+        self.record.row("nearest", f"M {m} K {k} D {D} dot", NAMES[dtype], ours, 2 * m * k * D, peers, sound,
                         extra_bytes=ours.workspace_bytes, implementation=ours.implementation())
         free()
 
     def quantizer(self, case, m, k, peers, parts=False, dtype=BF16):
         z, e = CASES[case](m, k)
         g = normal(m, D, seed=9) / m
-        z16, e16, g16 = (x.to(dtype) for x in (z, e, g))
-        ours = Quantizer(self.library, z16, e16, g16, WEIGHTS, SETTING)
+        z_in, e_in, g_in = (x.to(dtype) for x in (z, e, g))
+        ours = Quantizer(self.library, z_in, e_in, g_in, WEIGHTS, SETTING)
         ours()
         rows = ours.kernels["ibq_rows"].keep
-        live = reference.live_share(z16, e16, *(rows[n] for n in ("idx", "smax", "rest_p", "rest_q")), SETTING.temperature)
+        live = reference.live_share(z_in, e_in, *(rows[n] for n in ("idx", "smax", "rest_p", "rest_q")), SETTING.temperature)
         free()
         chunk = chunk_of(m, k)
         closed = self.once(("closed", chunk), lambda: Closed(SETTING, chunk))
@@ -112,25 +112,24 @@ class Bench:
 
         def make(name):
             if name == CLOSED:
-                return lambda: closed.step(z16, e16, g16, WEIGHTS)
+                return lambda: closed.step(z_in, e_in, g_in, WEIGHTS)
             if name.startswith(CHUNKED):
                 part = self.once("chunked", chunked.compiled) if "compiled" in name else chunked.soft_part
-                zl, el = leaf(z16), leaf(e16)
-                return lambda: chunked.step(zl, el, g16, WEIGHTS, SETTING, chunk, part)
+                zl, el = leaf(z_in), leaf(e_in)
+                return lambda: chunked.step(zl, el, g_in, WEIGHTS, SETTING, chunk, part)
             form = self.once("published", published.compiled) if "compiled" in name else published.quantize
             zl, el = leaf(z), leaf(e)
             return lambda: published.step(zl, el, g, WEIGHTS, SETTING, form)
 
         shape = f"M {m} K {k} D {D}, {case}"
         unit = 2 * m * k * D
-        name = "bf16" if dtype == BF16 else "f32"
-        self.record.row("ibq", shape, name, ours, 6 * unit, [(name, make(name)) for name in peers], {CLOSED},
+        self.record.row("ibq", shape, NAMES[dtype], ours, 6 * unit, [(name, make(name)) for name in peers], {CLOSED},
                         extra_bytes=ours.extra_bytes, m=m, k=k, case=case, live=live)
         if parts:
             ours()
             for part, units in (("ibq_rows", 1), ("ibq_cols", 1), ("ibq_bwd", 4)):
                 kernel = ours.kernels[part]
-                self.record.row(part, shape, name, kernel, units * unit, extra_bytes=kernel.workspace_bytes,
+                self.record.row(part, shape, NAMES[dtype], kernel, units * unit, extra_bytes=kernel.workspace_bytes,
                                 m=m, k=k, case=case)
         free()
 
@@ -174,7 +173,7 @@ class Bench:
 
             functions = {"ours": own, **self.once(dtype, lambda: search.peers(dtype))}
             for name, f in functions.items():
-                row = dict(what="wrong codes", mode=f"{'bf16' if dtype == BF16 else 'f32'}: {name}",
+                row = dict(what="wrong codes", mode=f"{NAMES[dtype]}: {name}",
                            shape=f"M {m} K {k} D {D}", of_inputs=None, of_unrounded=None, error=None)
                 try:
                     found = f(a, b)

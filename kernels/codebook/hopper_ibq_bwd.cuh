@@ -235,13 +235,14 @@ __device__ __forceinline__ float weight(float d, float dp, float log_p, float lo
     return ds;
 }
 
-// s becomes ds, for a tile of 64 codes from code0 on, of which `left` exist; the best codes get 0. dp_of(n): dp of
-// accumulator n; get(i): what the weights of the thread's row i need.
+// What the weights of a token need (Weights).
 struct TokenWeight {
     float max;
     int best;
     float log_p, log_q, mean, shift;
 };
+// s becomes ds, for a tile of 64 codes from code0 on, of which `left` exist; the best codes get 0. dp_of(n): dp of
+// accumulator n; get(i): the TokenWeight of the thread's row i.
 template <bool ENTROPY, class Dp, class Get>
 __device__ __forceinline__ void weigh_codes(float (&s)[kSide / 2], Dp dp_of, int code0, int left, const float* c, const Factors& f, Get get) {
     if (left < kSide) {

@@ -13,12 +13,13 @@
 // added at the end. Parts are added in order. "hopper" (bf16): codes stay in registers, tokens stream through shared
 // memory, products by wgmma; tiles of 128 tokens without weight besides their best codes are not multiplied.
 // "hopper_split": the same for f32, by products of halves. "sweep": any device.
-// numerics: scores as in scores.cuh, or ("hopper_split") hopper_split.cuh, with the same bits as smax; exponentials (2^-22) and sums in f32. A NaN score has
-// weight 0. Exponentials that underflow to 0 are skipped, eight rows at a time. Bitwise repeatable.
-// workspace: 4 bytes for each part of the tokens, for each of at most 2^20 codes; 9 bytes per token; packed copies of z and e if they need
-// packing, at most 16 MiB each.
-// limits: D up to 512; "hopper" requires bf16, D up to 256 and rows at multiples of 16 bytes, "hopper_split"
-// f32 and D up to 256.
+// numerics: scores as in scores.cuh, or ("hopper_split") hopper_split.cuh, with the same bits as smax; exponentials (2^-22)
+// and sums in f32. A NaN score has weight 0. Exponentials that underflow to 0 are skipped, eight rows at a time. Bitwise
+// repeatable.
+// workspace: 4 bytes for each part of the tokens, for each of at most 2^20 codes; 9 bytes per token; packed copies of z and
+// e if they need packing, at most 16 MiB each ("hopper_split": 16 MiB and 64 KiB).
+// limits: D up to 512; "hopper" requires bf16, D up to 256 and rows at multiples of 16 bytes, "hopper_split" f32 and D up
+// to 256.
 // work: 2*M*K*D FLOP (f32 executes 12*M*K*D), one exponential per score; (M + K)*D*size bytes.
 // papers: IBQ (2412.02692).
 #include "hopper_split.cuh"

@@ -18,11 +18,11 @@
 // sums over its own columns; four lanes share a row and its best code. Parts are combined in order.
 // "hopper" (bf16): tokens stay in registers, codes stream through shared memory, products by wgmma. "hopper_split": the
 // same for f32, by products of halves. "sweep": any device.
-// numerics: scores as in scores.cuh, or ("hopper_split") hopper_split.cuh; sums and exponentials (2^-22) in f32; scores are subtracted before the division by
-// the temperature; ties go to the smallest index. Exponentials that underflow to 0 are skipped, eight rows at a time.
-// Bitwise repeatable.
+// numerics: scores as in scores.cuh, or ("hopper_split") hopper_split.cuh; sums and exponentials (2^-22) in f32; scores are
+// subtracted before the division by the temperature; ties go to the smallest index. Exponentials that underflow to 0 are
+// skipped, eight rows at a time. Bitwise repeatable.
 // workspace: 20 bytes, and 20 for each part of the codes, for each of at most 65,536 tokens; packed copies of z and e
-// if they need packing, at most 16 MiB each ("hopper_split": 16 MiB and 256 KiB).
+// if they need packing, at most 16 MiB each ("hopper_split": 16 MiB and 64 KiB).
 // limits: D up to 512; "hopper" requires bf16, D up to 256 and rows at multiples of 16 bytes, "hopper_split" f32 and D up
 // to 256.
 // work: 2*M*K*D FLOP (f32 executes 12*M*K*D), one exponential per score (two with rest_q); (M + K)*D*size bytes.
