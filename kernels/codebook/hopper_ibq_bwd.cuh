@@ -1,7 +1,7 @@
 // hopper_ibq_bwd.cuh: the sweeps of the IBQ quantizer's backward for Hopper.
 //
 // Three sweeps of scores s = z e^T and products dp = full e^T, with 128 rows in a block and 64 in a warpgroup:
-//   expect  tokens stay in registers, codes stream: delta, r, and which tiles of 64 x 64 have any weight
+//   expect  tokens stay in registers, codes stream: delta, r, and which tiles of 64 x 64 have any weight; dp only for these
 //   dz      tokens stay in shared memory, codes stream: dz = ds e
 //   de      codes stay in shared memory, tokens stream: de += ds^T z
 // ds stays in registers, as the fragments of its product. Its rounding to bf16 is the only one; the best codes are left out
@@ -59,21 +59,24 @@ struct HopperSweep {
 template <bool ENTROPY> struct Expectation {
     float delta[2] = {}, r[2] = {};
 
-    // Adds a tile of 64 codes from code0 on, of which `left` exist. Returns whether any has weight. dp_of(i, j): dp of row i.
-    // `rows`: of the warpgroup, read again for each tile, since registers are scarce.
-    template <class Dp> __device__ __forceinline__ bool take(WarpgroupAcc<kSide>& s, Dp dp_of, const Row* rows, int code0, int left, const float* c, float to_q) {
+    // Whether a warp has any weight p or q in a tile, for each row of a thread.
+    struct Found {
+        bool p[2], q[2];
+        __device__ __forceinline__ bool any() const { return p[0] || p[1] || q[0] || q[1]; }
+    };
+    // Looks at a tile of 64 codes from code0 on, of which `left` exist, and takes the best codes and those past the last out of
+    // s. `rows`: of the warpgroup, read again for each tile, since registers are scarce.
+    __device__ __forceinline__ Found look(WarpgroupAcc<kSide>& s, const Row* rows, int code0, int left) const {
         if (left < kSide) {
             const int mine = left - acc_col(0);
 #pragma unroll
             for (int j = 0; j < kSide / 4; ++j)
                 if (j / 2 * 8 + j % 2 >= mine) s.at(0, j) = s.at(1, j) = kNoWeight;
         }
-        bool live = false;
+        Found found;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const Row& row = rows[acc_row(i)];
-            const float max = row.max;
-            // Keep the best code out of the sums.
             const int at = row.best - code0;
             if (__any_sync(kAllLanes, unsigned(at) < unsigned(kSide))) {
                 const int mine = at - acc_col(0);
@@ -81,9 +84,19 @@ template <bool ENTROPY> struct Expectation {
                 for (int j = 0; j < kSide / 4; ++j)
                     if (mine == j / 2 * 8 + j % 2) s.at(i, j) = kNoWeight;
             }
-            const float top = row_max(s, i) - max;
-            if (__any_sync(kAllLanes, top > row.least_p)) {
-                live = true;
+            const float top = row_max(s, i) - row.max;
+            found.p[i] = __any_sync(kAllLanes, top > row.least_p) != 0;
+            found.q[i] = ENTROPY && __any_sync(kAllLanes, top > row.least_q) != 0;
+        }
+        return found;
+    }
+    // Adds the tile to the rows where weight was found. dp_of(i, j): dp of row i; c: of the tile.
+    template <class Dp> __device__ __forceinline__ void add(WarpgroupAcc<kSide>& s, Dp dp_of, const Found& found, const Row* rows, const float* c, float to_q) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const Row& row = rows[acc_row(i)];
+            const float max = row.max;
+            if (found.p[i]) {
                 const float dp_best = row.dp_best;
                 float sum = 0.f;
 #pragma unroll
@@ -92,8 +105,7 @@ template <bool ENTROPY> struct Expectation {
                 delta[i] += sum;
             }
             if constexpr (ENTROPY) {
-                if (!__any_sync(kAllLanes, top > row.least_q)) continue;
-                live = true;
+                if (!found.q[i]) continue;
                 const float c_best = row.c_best;
                 float sum = 0.f;
 #pragma unroll
@@ -106,7 +118,6 @@ template <bool ENTROPY> struct Expectation {
                 r[i] += sum;
             }
         }
-        return live;
     }
 };
 
@@ -176,15 +187,22 @@ __global__ void __launch_bounds__(kSweepThreads, 1) hopper_expect_kernel(const _
 #pragma unroll 1
     for (int t = range.first; t < range.end; ++t, ring.next()) {
         bar_wait(full + 8 * ring.slot, ring.parity);
-        products_begin();
-        multiply<PANELS, kSide>(s.d, z, tiles_at + ring.slot * S::kTile);
-        multiply<PANELS, kSide>(dp.d, g, tiles_at + ring.slot * S::kTile);
-        products_end();
-        products_wait<0>();
-        pin(s.d);
-        pin(dp.d);
+        auto product = [&](float(&to)[kSide / 2], const uint32_t(&a)[PANELS * 4][4]) {
+            products_begin();
+            multiply<PANELS, kSide>(to, a, tiles_at + ring.slot * S::kTile);
+            products_end();
+            products_wait<0>();
+            pin(to);
+        };
+        product(s.d, z);
         const int code0 = t * kSide;
-        const bool live = sums.take(s, [&](int i, int j) { return dp.at(i, j); }, a.rows + row0, code0, int(a.e.rows) - code0, c_at + ring.slot * kSide, a.to_q);
+        const auto found = sums.look(s, a.rows + row0, code0, int(a.e.rows) - code0);
+        const bool live = found.any();
+        // dp only for tiles with weight; all warps of the warpgroup multiply together.
+        if (named_barrier_or(1 + group, kWarpgroup, live)) {
+            product(dp.d, g);
+            sums.add(s, [&](int i, int j) { return dp.at(i, j); }, found, a.rows + row0, c_at + ring.slot * kSide, a.to_q);
+        }
         __syncwarp();  // all lanes have read c
         if (threadIdx.x % kWarp == 0) {
             if (live) a.live[(row0 / kSide) * a.ld_live + t] = 1;
@@ -289,6 +307,68 @@ template <int PANELS> __device__ __forceinline__ void add_product(float (&acc)[P
         mma<PANELS * kPanelCols, true>(acc, ds[k], mn_major(b, kSide * kPanelRowBytes) + step(k * 16 * kPanelRowBytes), add || k > 0);
 }
 
+// A tile, and which warpgroups have weight there, as one number.
+__device__ __forceinline__ int marked(int t, uint8_t first, uint8_t second) { return t * 4 + (first ? 1 : 0) + (second ? 2 : 0); }
+__device__ __forceinline__ int tile_in(int marked) { return marked / 4; }
+__device__ __forceinline__ bool has(int marked, int group) { return (marked >> group & 1) != 0; }
+
+// What a warpgroup does with the `count` tiles of its block, of which `mine` have weight in its rows. wait(): for the tile
+// in slot `slot`; has(): whether it has weight here; scores(): starts s and dp; weigh(): ds from them; product(slot, add):
+// starts acc += ds b, or acc = ds b if not `add`; skip() in place of weigh(); free(slot): after the tile's product; next().
+template <int N, class Wait, class Has, class Scores, class Weigh, class Product, class Skip, class Free, class Next>
+__device__ __forceinline__ void for_tiles(int count, int mine, float (&acc)[N], float (&s)[kSide / 2], float (&dp)[kSide / 2], const uint32_t& slot, Wait wait, Has has,
+                                          Scores scores, Weigh weigh, Product product, Skip skip, Free free, Next next) {
+    if (5 * mine > 4 * count) {
+        // The product of a tile and the scores of the next are under way together.
+        uint32_t before = 0;
+#pragma unroll 1
+        for (int n = 0; n < count; ++n) {
+            wait();
+            products_begin();
+            product(before, n > 0);  // the first time with ds = 0
+            scores();
+            products_end();
+            products_wait<0>();
+            pin(s);
+            pin(dp);
+            pin(acc);
+            if (n > 0) free(before);
+            weigh();
+            before = slot;
+            next();
+        }
+        products_begin();
+        product(before, true);
+        products_end();
+        products_wait<0>();
+        pin(acc);
+    } else {
+        // Many tiles have weight only for the other warpgroup.
+#pragma unroll 1
+        for (int n = 0; n < count; ++n) {
+            wait();
+            if (has()) {
+                products_begin();
+                scores();
+                products_end();
+                products_wait<0>();
+                pin(s);
+                pin(dp);
+                weigh();
+                products_begin();
+                product(slot, true);
+                products_end();
+                products_wait<0>();
+                pin(acc);
+            } else {
+                skip();
+            }
+            free(slot);
+            next();
+        }
+    }
+}
+
 // ---- dz --------------------------------------------------------------------------------------------------
 
 template <int PANELS> struct HopperDz {
@@ -328,7 +408,7 @@ hopper_dz_kernel(const __grid_constant__ Tiles tokens, const __grid_constant__ T
         const int at = int(threadIdx.x) % kSide;
         rows[threadIdx.x] = {w.log_p[at], w.log_q[at], w.mean[at], w.shift[at]};
     }
-    const int count = count_live(live, 1, a.ld_live, range);
+    const int count = count_live(live, 1, a.ld_live, range), first = count_live(live, 1, 0, range), second = count_live(live + a.ld_live, 1, 0, range);
     __syncthreads();  // the barriers are initialised, the rows are visible
 
     const int group = __shfl_sync(kAllLanes, int(threadIdx.x) / kWarpgroup, 0);
@@ -347,7 +427,7 @@ hopper_dz_kernel(const __grid_constant__ Tiles tokens, const __grid_constant__ T
                 if (lead) {
                     const uint32_t bar = full + 8 * ring.slot;
                     bar_wait(empty + 8 * ring.slot, ring.parity ^ 1);
-                    tile_of[ring.slot] = t;
+                    tile_of[ring.slot] = marked(t, live[t], live[t + a.ld_live]);
                     bar_expect(bar, S::kTile + (ENTROPY ? kSide * sizeof(float) : 0));
                     load_tile<PANELS, kSide>(tiles_at + ring.slot * S::kTile, codes, bar, t * kSide);
                     if (ENTROPY) bulk_load(smem_address(c_at + ring.slot * kSide), a.c + int64_t(t) * kSide, kSide * sizeof(float), bar);
@@ -381,7 +461,7 @@ hopper_dz_kernel(const __grid_constant__ Tiles tokens, const __grid_constant__ T
         multiply<PANELS, kSide, kSweepRows>(dp, own + S::kResident, tile);
     };
     auto weigh = [&] {
-        const int code0 = tile_of[here.slot] * kSide;
+        const int code0 = tile_in(tile_of[here.slot]) * kSide;
         auto row = [&](int i) {
             const float4 r = rows[group * 64 + acc_row(i)];
             return TokenWeight{max[i], best[i], r.x, r.y, r.z, r.w};
@@ -389,30 +469,15 @@ hopper_dz_kernel(const __grid_constant__ Tiles tokens, const __grid_constant__ T
         weigh_codes<ENTROPY>(s, [&](int n) { return dp[n]; }, code0, int(a.e.rows) - code0, c_at + here.slot * kSide, f, row);
         round_tile(ds, s);
     };
+    auto product = [&](uint32_t slot, bool add) { add_product<PANELS>(acc, ds, tiles_at + slot * S::kTile, add); };
+    auto free = [&](uint32_t slot) {
+        __syncwarp();  // all lanes have read tile_of
+        if (threadIdx.x % kWarp == 0) bar_arrive(empty + 8 * slot);
+    };
     if (count > 0) {
         bar_wait(ready, 0);
-        uint32_t before = 0;
-#pragma unroll 1
-        for (int n = 0; n < count; ++n) {
-            bar_wait(full + 8 * here.slot, here.parity);
-            products_begin();
-            add_product<PANELS>(acc, ds, tiles_at + before * S::kTile, n > 0);
-            scores();
-            products_end();
-            products_wait<0>();
-            pin(s);
-            pin(dp);
-            pin(acc);
-            if (n > 0 && threadIdx.x % kWarp == 0) bar_arrive(empty + 8 * before);  // its product has ended
-            weigh();
-            before = here.slot;
-            here.next();
-        }
-        products_begin();
-        add_product<PANELS>(acc, ds, tiles_at + before * S::kTile, true);
-        products_end();
-        products_wait<0>();
-        pin(acc);
+        for_tiles(count, group ? second : first, acc, s, dp, here.slot, [&] { bar_wait(full + 8 * here.slot, here.parity); },
+                  [&] { return has(tile_of[here.slot], group); }, scores, weigh, product, [] {}, free, [&] { here.next(); });
     }
     float* const to = a.sums + (int64_t(part) * a.row_tiles * kSweepRows + row0) * a.z.cols;
 #pragma unroll
@@ -476,6 +541,7 @@ hopper_de_kernel(const __grid_constant__ Tiles tokens, const __grid_constant__ T
         bar_init_done();
     }
     const int count = count_live(live, a.ld_live, other, range);
+    const int first = count_live(live, a.ld_live, 0, range), second = count_live(live + other, a.ld_live, 0, range);
     __syncthreads();  // the barriers are initialised
     if (count == 0 && a.parts == 1) return;
 
@@ -497,7 +563,7 @@ hopper_de_kernel(const __grid_constant__ Tiles tokens, const __grid_constant__ T
                     bar_expect(z_bar, S::kTile);
                     load_tile<PANELS, kSide>(z_at + z.slot * S::kTile, tokens, z_bar, t * kSide);
                     bar_wait(g_empty + 8 * g.slot, g.parity ^ 1);
-                    tile_of[g.slot] = t;
+                    tile_of[g.slot] = marked(t, live[t * a.ld_live], live[t * a.ld_live + other]);
                     bar_expect(g_bar, S::kTile + sizeof(Weights));
                     load_tile<PANELS, kSide>(g_at + g.slot * S::kTile, fulls, g_bar, t * kSide);
                     bulk_load(smem_address(weights + g.slot), a.weights + t, sizeof(Weights), g_bar);
@@ -527,10 +593,16 @@ hopper_de_kernel(const __grid_constant__ Tiles tokens, const __grid_constant__ T
         multiply<PANELS, kSide, kSweepRows>(s, e_at + group * 64 * kPanelRowBytes, z_at + z_here.slot * S::kTile);
         multiply<PANELS, kSide, kSweepRows>(dp, e_at + group * 64 * kPanelRowBytes, g_at + g_here.slot * S::kTile);
     };
+    // full and the weights of the tile are no longer needed.
+    auto free_g = [&] {
+        __syncwarp();
+        if (threadIdx.x % kWarp == 0) bar_arrive(g_empty + 8 * g_here.slot);
+        g_here.next();
+    };
     auto weigh = [&] {
         const Weights& w = weights[g_here.slot];
         // Leave out the best codes. Few tiles have one, so look at all tokens at once first.
-        const int32_t* const best = a.best + tile_of[g_here.slot] * kSide;
+        const int32_t* const best = a.best + tile_in(tile_of[g_here.slot]) * kSide;
         const int lane = int(threadIdx.x) % kWarp;
         if (__any_sync(kAllLanes, unsigned(best[lane] - row0) < 64u || unsigned(best[lane + kWarp] - row0) < 64u)) {
 #pragma unroll
@@ -557,36 +629,20 @@ hopper_de_kernel(const __grid_constant__ Tiles tokens, const __grid_constant__ T
                 }
         }
         round_tile(ds, s);
-        // full and the weights of this tile are no longer needed.
-        __syncwarp();
-        if (lane == 0) bar_arrive(g_empty + 8 * g_here.slot);
-        g_here.next();
+        free_g();
+    };
+    auto wait = [&] {
+        bar_wait(z_full + 8 * z_here.slot, z_here.parity);
+        bar_wait(g_full + 8 * g_here.slot, g_here.parity);
+    };
+    auto product = [&](uint32_t slot, bool add) { add_product<PANELS>(acc, ds, z_at + slot * S::kTile, add); };
+    auto free = [&](uint32_t slot) {
+        if (threadIdx.x % kWarp == 0) bar_arrive(z_empty + 8 * slot);
     };
     if (count > 0) {
         bar_wait(ready, 0);
-        uint32_t before = 0;
-#pragma unroll 1
-        for (int n = 0; n < count; ++n) {
-            bar_wait(z_full + 8 * z_here.slot, z_here.parity);
-            bar_wait(g_full + 8 * g_here.slot, g_here.parity);
-            products_begin();
-            add_product<PANELS>(acc, ds, z_at + before * S::kTile, n > 0);
-            scores();
-            products_end();
-            products_wait<0>();
-            pin(s);
-            pin(dp);
-            pin(acc);
-            if (n > 0 && threadIdx.x % kWarp == 0) bar_arrive(z_empty + 8 * before);  // its product has ended
-            weigh();
-            before = z_here.slot;
-            z_here.next();
-        }
-        products_begin();
-        add_product<PANELS>(acc, ds, z_at + before * S::kTile, true);
-        products_end();
-        products_wait<0>();
-        pin(acc);
+        for_tiles(count, group ? second : first, acc, s, dp, z_here.slot, wait, [&] { return has(tile_of[g_here.slot], group); }, scores, weigh, product, free_g,
+                  free, [&] { z_here.next(); });
     }
     const bool whole = a.parts == 1;
 #pragma unroll

@@ -164,8 +164,9 @@ split_expect_kernel(const __grid_constant__ CUtensorMap tokens, const __grid_con
         unscale_columns(s.d, s.d, by.z, n.unscale);
         const int code = t * kSide;
         auto dp_of = [&](int i, int j) { return dp.at(i, j) * n.unscale.again(j / 2 * 8 + acc_col(j % 2)) * by.g[i]; };
-        const bool live = sums.take(s, dp_of, a.rows + row0, a.code0 + code, a.codes - code, n.c, a.to_q);
-        if (live && threadIdx.x % kWarp == 0) a.live[row0 / kSweepRows * a.ld_live + t / 2] = 1;
+        const auto found = sums.look(s, a.rows + row0, a.code0 + code, a.codes - code);
+        sums.add(s, dp_of, found, a.rows + row0, n.c, a.to_q);
+        if (found.any() && threadIdx.x % kWarp == 0) a.live[row0 / kSweepRows * a.ld_live + t / 2] = 1;
         __syncwarp();
     }
     const int64_t to = int64_t(opaque(int(blockIdx.x))) * kSweepRows + group * 64;

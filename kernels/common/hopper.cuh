@@ -69,6 +69,12 @@ template <int STAGES> struct Ring {
 __device__ __forceinline__ void named_barrier(int number, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
+// The same; whether `vote` holds for any of them.
+__device__ __forceinline__ bool named_barrier_or(int number, int threads, bool vote) {
+    int any;
+    asm volatile("{\n.reg .pred p, q;\nsetp.ne.b32 p, %1, 0;\nbar.red.or.pred q, %2, %3, p;\nselp.b32 %0, 1, 0, q;\n}" : "=r"(any) : "r"(int(vote)), "r"(number), "r"(threads) : "memory");
+    return any != 0;
+}
 
 // ---- copies ----------------------------------------------------------------------------------------------
 
