@@ -42,6 +42,8 @@ fn build() -> Result<()> {
 
     let root = Path::new("/");
     let toolkit = cuda::Toolkit::find(root)?;
+    let targets = if toolkit.is_some() { cuda::targets() } else { String::new() };
+    cc.define("ETT_TARGETS", &*format!("\"{targets}\""));
     if let Some(toolkit) = &toolkit {
         let mut sources = Vec::new();
         for folder in &folders {

@@ -147,12 +147,16 @@ fn said(command: &mut Command) -> Result<String> {
     if out.status.success() { Ok(text.into()) } else { Err(format!("{text}\n`{name}` failed")) }
 }
 
+/// The compute capabilities to compile for, separated by spaces.
+pub fn targets() -> String {
+    variable("ETT_CUDA_ARCHS").unwrap_or_else(|| "80 90a".into())
+}
+
 /// Compiles `sources`, which are paths inside `kernels`, and returns the objects in the same order. Compiler warnings,
 /// and kernels that spill registers or need a stack, are errors.
 pub fn compile(toolkit: &Toolkit, kernels: &Path, sources: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut flags = makefile_flags(kernels)?;
-    let archs = variable("ETT_CUDA_ARCHS").unwrap_or_else(|| "80 90a".into());
-    flags.extend(archs.split_whitespace().map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")));
+    flags.extend(targets().split_whitespace().map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")));
     flags.push("-gencode=arch=compute_80,code=compute_80".into());
     flags.extend(["-Xptxas".into(), "-v".into()]);
     let mut common = DefaultHasher::new();

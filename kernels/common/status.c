@@ -52,3 +52,7 @@ const char* ett_last_kernel(void) {
 int32_t ett_abi_version(void) {
     return ETT_ABI_VERSION;
 }
+
+const char* ett_version(void) {
+    return ETT_VERSION;
+}

@@ -2,19 +2,61 @@
  *
  * One argument struct and one launcher per kernel, in the order of the table in src/backend/contract.rs. A
  * test of the crate compares the two: names, fields, order and types are the same. The CUDA files implement
- * the launchers, common/status.c the functions that need no CUDA.
+ * the launchers, common/status.c and common/kernels.c the functions that need no CUDA. Valid C99 and C++17.
+ * kernels/INTERFACE.md lists what changed from version to version.
  *
- * A launcher checks its arguments, enqueues its work on the stream and returns a status. It allocates no
- * memory, does not wait and prints nothing, so that it may be captured into a graph. An empty problem (a
- * dimension of 0) is ETT_OK. The argument structs are read before the launcher returns and may live on the
- * caller's stack; the memory behind its views must stay valid until the work is done. Work on one stream runs
- * in the order of the calls. Kernels are deterministic: the same input gives the same bits.
+ * Launching
+ * - A launcher checks its arguments, enqueues its work on the stream and returns a status. It allocates no
+ *   memory, does not wait and prints nothing.
+ * - Any status but ETT_OK means that nothing was enqueued, except ETT_CUDA_ERROR, after which outputs are
+ *   unspecified. ett_last_status says why, in a sentence.
+ * - The argument structs are read before the launcher returns and may live on the caller's stack. The memory
+ *   behind the views, the workspace and the fault slot must stay valid until the work is done. Work on one
+ *   stream runs in the order of the calls, so the next call on that stream may use the same workspace; calls
+ *   on two streams need two.
+ * - The calling thread's current device must be the one that the stream and all memory belong to, in its
+ *   primary context, which is the one that the CUDA runtime, PyTorch and cudarc use.
+ * - Launchers may be called from any number of threads at once. ett_last_status and ett_last_kernel are the
+ *   calling thread's.
+ * - Every call may be captured into a graph and replayed, also the first call of a kernel (which loads its
+ *   code; capture it in the modes "thread local" or "relaxed"). A replay reads the memory behind the views
+ *   again; dimensions, numbers and addresses are those of the capture.
+ * - A kernel with several implementations chooses one by shapes, alignment and device; ett_launch.force
+ *   overrides that, ett_implementations lists their names. A name of no implementation is ETT_BAD_ARGUMENT, one
+ *   that does not support the call ETT_UNSUPPORTED.
  *
- * ett_<kernel>_workspace returns the bytes of scratch memory that a call needs besides its arguments: 0 for
- * none, -1 if the launcher would refuse the arguments (it reports why). It reads the argument struct, but not
- * the memory behind its views. For a kernel without an implementation it returns 0, or -1 if args is null.
- * A kernel with several implementations chooses one by shape and device; ett_launch.force overrides that. A
- * name of no implementation is ETT_BAD_ARGUMENT, one that does not support the call ETT_UNSUPPORTED.
+ * Workspaces
+ * - ett_<kernel>_workspace returns the bytes of scratch memory that a call needs besides its arguments: 0 for
+ *   none, -1 if the launcher would refuse the arguments. It suffices for every implementation that the current
+ *   device can run, forced or chosen. Without a GPU it answers for an H100.
+ * - It reads the argument struct, but not the memory behind its views, so it can be asked before there is any:
+ *   give the present views the address ETT_PLACEHOLDER. The answer then holds for memory whose rows begin at
+ *   multiples of 16 bytes, the largest alignment that any kernel makes use of.
+ *
+ * Memory
+ * - Views must be aligned to their elements, the workspace to 256 bytes. Everything else is a matter of speed:
+ *   the fast implementations need all rows to begin at multiples of 16 bytes and to consist of whole pieces of
+ *   16 bytes; others are several times slower.
+ * - No argument that is written, "out" or "add", shares a byte with any other argument of the same call, nor
+ *   with the workspace. Slices of different columns or rows of one tensor share none. "may be x": this argument
+ *   may be x itself, with the same strides. Arguments that are only read may overlap and may be one buffer. The
+ *   caller ensures this, and that memory belongs to the device: launchers do not check it.
+ *
+ * Empty problems
+ * - A dimension of 0 is ETT_OK unless a comment asks for more ("K at least 1"). Outputs that are not empty
+ *   then get what the formula says of nothing: sums are 0, a product over an empty inner dimension is its bias
+ *   or 0, the loss of no rows is 0, "add" adds nothing. Only statistics of rows without elements (mean, rstd,
+ *   norm) are not written.
+ * - A view whose ptr is null is absent, whatever its dimensions. An empty tensor that has to be present needs
+ *   some address; ETT_PLACEHOLDER will do.
+ *
+ * Values
+ * - NaN and infinity go through the arithmetic of the formula. Where a kernel does something else with them,
+ *   its comment says so (nearest, the ibq kernels, sample, sum_squares, adamw).
+ * - Logarithms are natural.
+ * - Kernels are deterministic: the same call with the same input gives the same bits, on every GPU of the same
+ *   compute capability and number of multiprocessors, with the same build of the library. Results of other GPUs
+ *   differ by rounding: sums are divided among the multiprocessors, and implementations differ.
  *
  * Letters: B batch, T tokens of a sequence, N rows of a flat batch, C channels, O output channels, H heads
  * (or height), W width, D head or code dimension, K codes, M visual tokens, V vocabulary, F MLP width, S
@@ -22,21 +64,20 @@
  *
  * Comments of the fields: "in" is only read, "out" is overwritten and never read, "add" is read and added
  * to, or updated in place; "?" marks an argument that may be absent. Then, separated by semicolons:
- * - the shape. [N, C]: rows of any stride, in any number of dimensions; [C]: a vector, elements without gaps
- *   in any shape; [B, H, W, C]: these dimensions; [..]: rows as [N, C], in the same shape as the others of the
- *   call that say so. A letter is the same number all over a call; other names are the call's own numbers;
+ * - the shape. [N, C]: rows of any stride, in any number of dimensions: [B, T, C] is B*T rows; [C]: a vector,
+ *   elements without gaps in any shape, so that [1] is also a scalar of rank 0; [B, H, W, C]: these dimensions;
+ *   [..]: rows as [N, C], in the same shape as the others of the call that say so. A letter is the same number
+ *   all over a call, and a number that no argument states is told by a shape: group_norm has as many groups as
+ *   mean has columns. Other names are the call's own numbers;
  * - the element type: "act" is the activation type of the run, "acc" its accumulator type, in which all sums
- *   are formed: (act, acc) is (bf16, f32), (f32, f32) or (f64, f64);
+ *   are formed: (act, acc) is (bf16, f32) or (f32, f32); the CPU's oracle also has (f64, f64). All arguments of
+ *   type act have the same one: weights kept in f32 beside bf16 activations have to be converted (ett_cast);
  * - what else holds, if anything. "with x": present exactly if x is; "unless x": exactly if x is not; "only
- *   with x": absent if x is; "values below R": indices, which are reported as faults if they are not; "may be x": see the next paragraph. Of a
- *   number, "if x": it is ignored unless x is present.
- * Booleans are int32_t, 0 or 1.
- *
- * No argument that is written, "out" or "add", shares a byte with any other argument of the same call. Slices
- * of different columns or rows of one tensor share none. "may be x": this argument may be x itself, with the
- * same strides. The caller ensures this, and that memory belongs to the device: launchers do not check it.
- *
- * Valid C99 and C++17. */
+ *   with x": absent if x is; "values below R": indices, which are reported as faults if they are not; negative
+ *   ones too, unless the comment gives them a meaning; "may be x": see above. Of a number, "if x": it is ignored
+ *   unless x is present.
+ * Booleans are int32_t: 0 is false, anything else true. Sizes are int64_t; a kernel that counts something in 32
+ * bits refuses more with ETT_UNSUPPORTED. */
 #ifndef ETT_KERNELS_H
 #define ETT_KERNELS_H
 
@@ -46,11 +87,34 @@
 extern "C" {
 #endif
 
-/* Incremented when a struct or the meaning of a field changes. */
-#define ETT_ABI_VERSION 7
+/* Marks what a shared library exports; all else is hidden. */
+#ifndef ETT_API
+#ifdef __GNUC__
+#define ETT_API __attribute__((visibility("default")))
+#else
+#define ETT_API
+#endif
+#endif
 
-/* The version that the library was built with; compare it with ETT_ABI_VERSION. */
-int32_t ett_abi_version(void);
+/* Incremented when a struct or the meaning of a field changes. */
+#define ETT_ABI_VERSION 8
+/* The version of the library that this header belongs to: that of the crate. */
+#define ETT_VERSION "0.1.0"
+
+/* The interface version that the library was built with; compare it with ETT_ABI_VERSION. */
+ETT_API int32_t ett_abi_version(void);
+
+/* ETT_VERSION of the header that the library was built with. */
+ETT_API const char* ett_version(void);
+
+/* What the library was compiled for: compute capabilities, separated by spaces, such as "80 90a"; every GPU from
+   8.0 on can run it, since PTX of 8.0 is included. "shim": for the CPU. "" if it contains no kernels. */
+ETT_API const char* ett_targets(void);
+
+/* The implementations of a kernel in this version, such as "hopper hopper_split sweep" for "ibq_rows", the names
+   that ett_launch.force accepts; null for a name of no kernel. The last one supports every call that the kernel
+   does. They are told of the whole library, not of what was linked from it. */
+ETT_API const char* ett_implementations(const char* kernel);
 
 /* ---- status -------------------------------------------------------------------------------------------- */
 
@@ -63,7 +127,7 @@ typedef enum ett_status_code {
 } ett_status_code;
 
 /* The name of a code in lower case with spaces; "unknown status" for any other number. Never null. */
-const char* ett_status_name(int32_t code);
+ETT_API const char* ett_status_name(int32_t code);
 
 /* Why a launcher did not return ETT_OK. Strings are UTF-8, truncated to fit and always null-terminated; ""
    before any failure. They read as one sentence: "<op>: argument `<arg>` is <got>, wanted <want>". */
@@ -78,9 +142,13 @@ typedef struct ett_status {
 
 /* Copies the status of the calling thread's last failed launch. A successful launch does not change it; code
    is ETT_OK if no launch has failed. */
-void ett_last_status(ett_status* status);
+ETT_API void ett_last_status(ett_status* status);
 
 /* ---- views --------------------------------------------------------------------------------------------- */
+
+/* An address of nothing that is not null, aligned for every kernel: for the views of a workspace query before there
+   is memory, and for empty tensors. Never dereferenced. */
+#define ETT_PLACEHOLDER ((void*)256)
 
 /* A CUDA stream; the same type as cudaStream_t and CUstream. Null is the default stream. */
 struct CUstream_st;
@@ -110,7 +178,8 @@ typedef struct ett_view {
 /* ---- launches ------------------------------------------------------------------------------------------ */
 
 /* A fault is an error in the data that a kernel reads, such as an index out of bounds. A launcher cannot
-   return it, so the kernel writes the first fault to ett_launch.fault and treats the element as absent. */
+   return it, so the kernel writes the first fault to ett_launch.fault and treats the element as absent: gathered
+   rows and gradients are 0 there, losses leave it out, rows addressed by it keep what they held. */
 typedef enum ett_fault_kind {
     ETT_FAULT_NONE = 0,
     ETT_FAULT_INDEX = 1    /* an index, target or offset outside its range */
@@ -118,9 +187,10 @@ typedef enum ett_fault_kind {
 
 /* In device memory, 8-byte aligned, zeroed by the caller. */
 typedef struct ett_fault {
-    int32_t kind;          /* ett_fault_kind; later faults do not overwrite the first */
+    int32_t kind;          /* ett_fault_kind; later faults do not overwrite the first. Of several in one launch, any
+                              one is kept */
     int32_t launch;        /* ett_launch.number of the launch that found it */
-    int64_t where;         /* the element, counted from the start of the argument */
+    int64_t where;         /* the element of the indices, which are always without gaps, counted from their start */
     int64_t value;         /* the value found */
     int64_t limit;         /* valid values are 0 <= value < limit */
 } ett_fault;
@@ -137,7 +207,7 @@ typedef struct ett_launch {
 
 /* The implementation that the calling thread's last successful launch used; "" before the first launch and
    after an empty problem. A string literal. */
-const char* ett_last_kernel(void);
+ETT_API const char* ett_last_kernel(void);
 
 /* ---- enumerations -------------------------------------------------------------------------------------- */
 
@@ -194,8 +264,8 @@ typedef struct ett_matmul_args {
     ett_view bias;          // in?  [O]; act
     ett_view y;             // out  [N, O]; act
 } ett_matmul_args;
-int64_t ett_matmul_workspace(const ett_matmul_args* args);
-int32_t ett_matmul(const ett_matmul_args* args, const ett_launch* launch);
+ETT_API int64_t ett_matmul_workspace(const ett_matmul_args* args);
+ETT_API int32_t ett_matmul(const ett_matmul_args* args, const ett_launch* launch);
 
 /* A linear layer fused with the tanh form of GELU: pre = x w^T + bias, y = gelu(pre). Whether GELU is applied
    before or after pre is rounded to act depends on the implementation. */
@@ -206,8 +276,8 @@ typedef struct ett_linear_gelu_args {
     ett_view pre;           // out  [N, O]; act
     ett_view y;             // out  [N, O]; act
 } ett_linear_gelu_args;
-int64_t ett_linear_gelu_workspace(const ett_linear_gelu_args* args);
-int32_t ett_linear_gelu(const ett_linear_gelu_args* args, const ett_launch* launch);
+ETT_API int64_t ett_linear_gelu_workspace(const ett_linear_gelu_args* args);
+ETT_API int32_t ett_linear_gelu(const ett_linear_gelu_args* args, const ett_launch* launch);
 
 /* y += op(a) op(b) in the accumulator type: weight gradients. */
 typedef struct ett_matmul_acc_args {
@@ -217,16 +287,16 @@ typedef struct ett_matmul_acc_args {
     int32_t tb;             //      transpose b
     ett_view y;             // add  [N, O]; acc
 } ett_matmul_acc_args;
-int64_t ett_matmul_acc_workspace(const ett_matmul_acc_args* args);
-int32_t ett_matmul_acc(const ett_matmul_acc_args* args, const ett_launch* launch);
+ETT_API int64_t ett_matmul_acc_workspace(const ett_matmul_acc_args* args);
+ETT_API int32_t ett_matmul_acc(const ett_matmul_acc_args* args, const ett_launch* launch);
 
 /* y[c] += sum_n x[n, c]: bias gradients. */
 typedef struct ett_col_sum_args {
     ett_view x;             // in   [N, C]; act
     ett_view y;             // add  [C]; acc
 } ett_col_sum_args;
-int64_t ett_col_sum_workspace(const ett_col_sum_args* args);
-int32_t ett_col_sum(const ett_col_sum_args* args, const ett_launch* launch);
+ETT_API int64_t ett_col_sum_workspace(const ett_col_sum_args* args);
+ETT_API int32_t ett_col_sum(const ett_col_sum_args* args, const ett_launch* launch);
 
 /* ---- convolution --------------------------------------------------------------------------------------- */
 
@@ -252,8 +322,8 @@ typedef struct ett_conv2d_fwd_args {
     int64_t pad_top;        //      zero rows above; below 268435456
     int64_t pad_left;       //      zero columns to the left; below 268435456
 } ett_conv2d_fwd_args;
-int64_t ett_conv2d_fwd_workspace(const ett_conv2d_fwd_args* args);
-int32_t ett_conv2d_fwd(const ett_conv2d_fwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_conv2d_fwd_workspace(const ett_conv2d_fwd_args* args);
+ETT_API int32_t ett_conv2d_fwd(const ett_conv2d_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of conv2d_fwd for its input; with x, through SiLU and the GroupNorm and its statistics, plus skip. The
    gradient of the GroupNorm's output is rounded to act on the way. */
@@ -274,8 +344,8 @@ typedef struct ett_conv2d_bwd_data_args {
     int64_t pad_top;        //      as in the forward; below 268435456
     int64_t pad_left;       //      as in the forward; below 268435456
 } ett_conv2d_bwd_data_args;
-int64_t ett_conv2d_bwd_data_workspace(const ett_conv2d_bwd_data_args* args);
-int32_t ett_conv2d_bwd_data(const ett_conv2d_bwd_data_args* args, const ett_launch* launch);
+ETT_API int64_t ett_conv2d_bwd_data_workspace(const ett_conv2d_bwd_data_args* args);
+ETT_API int32_t ett_conv2d_bwd_data(const ett_conv2d_bwd_data_args* args, const ett_launch* launch);
 
 /* Gradient of conv2d_fwd for weights and bias; with statistics, x is normalised again. */
 typedef struct ett_conv2d_bwd_weight_args {
@@ -291,8 +361,8 @@ typedef struct ett_conv2d_bwd_weight_args {
     int64_t pad_top;        //      as in the forward; below 268435456
     int64_t pad_left;       //      as in the forward; below 268435456
 } ett_conv2d_bwd_weight_args;
-int64_t ett_conv2d_bwd_weight_workspace(const ett_conv2d_bwd_weight_args* args);
-int32_t ett_conv2d_bwd_weight(const ett_conv2d_bwd_weight_args* args, const ett_launch* launch);
+ETT_API int64_t ett_conv2d_bwd_weight_workspace(const ett_conv2d_bwd_weight_args* args);
+ETT_API int32_t ett_conv2d_bwd_weight(const ett_conv2d_bwd_weight_args* args, const ett_launch* launch);
 
 /* The weights of the transposed convolution of stride 2 and padding 1, conv2d_bwd_data, that equals upsample2x_fwd and
    then the 3x3 convolution of padding 1 by w: v[c,t,s,o] is the sum of w[o,i,j,c] over i in I(t) and j in I(s), with
@@ -301,40 +371,40 @@ typedef struct ett_upsample2x_weights_fwd_args {
     ett_view w;             // in   [O, 3, 3, C]; act
     ett_view v;             // out  [C, 4, 4, O]; act
 } ett_upsample2x_weights_fwd_args;
-int64_t ett_upsample2x_weights_fwd_workspace(const ett_upsample2x_weights_fwd_args* args);
-int32_t ett_upsample2x_weights_fwd(const ett_upsample2x_weights_fwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_upsample2x_weights_fwd_workspace(const ett_upsample2x_weights_fwd_args* args);
+ETT_API int32_t ett_upsample2x_weights_fwd(const ett_upsample2x_weights_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of upsample2x_weights_fwd: every element of dw gets the sum of four elements of dv. */
 typedef struct ett_upsample2x_weights_bwd_args {
     ett_view dv;            // in   [C, 4, 4, O]; acc
     ett_view dw;            // add  [O, 3, 3, C]; acc
 } ett_upsample2x_weights_bwd_args;
-int64_t ett_upsample2x_weights_bwd_workspace(const ett_upsample2x_weights_bwd_args* args);
-int32_t ett_upsample2x_weights_bwd(const ett_upsample2x_weights_bwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_upsample2x_weights_bwd_workspace(const ett_upsample2x_weights_bwd_args* args);
+ETT_API int32_t ett_upsample2x_weights_bwd(const ett_upsample2x_weights_bwd_args* args, const ett_launch* launch);
 
 /* y[b, i, j, c] = x[b, i/2, j/2, c]: nearest-neighbour upsampling by two. */
 typedef struct ett_upsample2x_fwd_args {
     ett_view x;             // in   [B, H, W, C]; act
     ett_view y;             // out  [B, 2H, 2W, C]; act
 } ett_upsample2x_fwd_args;
-int64_t ett_upsample2x_fwd_workspace(const ett_upsample2x_fwd_args* args);
-int32_t ett_upsample2x_fwd(const ett_upsample2x_fwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_upsample2x_fwd_workspace(const ett_upsample2x_fwd_args* args);
+ETT_API int32_t ett_upsample2x_fwd(const ett_upsample2x_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of upsample2x_fwd: each element is the sum of four. */
 typedef struct ett_upsample2x_bwd_args {
     ett_view dy;            // in   [B, 2H, 2W, C]; act
     ett_view dx;            // out  [B, H, W, C]; act
 } ett_upsample2x_bwd_args;
-int64_t ett_upsample2x_bwd_workspace(const ett_upsample2x_bwd_args* args);
-int32_t ett_upsample2x_bwd(const ett_upsample2x_bwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_upsample2x_bwd_workspace(const ett_upsample2x_bwd_args* args);
+ETT_API int32_t ett_upsample2x_bwd(const ett_upsample2x_bwd_args* args, const ett_launch* launch);
 
 /* 2x2 maximum, stride 2; an odd last row or column is dropped. */
 typedef struct ett_max_pool2x2_fwd_args {
     ett_view x;             // in   [B, H, W, C]; act
     ett_view y;             // out  [B, H/2, W/2, C]; act
 } ett_max_pool2x2_fwd_args;
-int64_t ett_max_pool2x2_fwd_workspace(const ett_max_pool2x2_fwd_args* args);
-int32_t ett_max_pool2x2_fwd(const ett_max_pool2x2_fwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_max_pool2x2_fwd_workspace(const ett_max_pool2x2_fwd_args* args);
+ETT_API int32_t ett_max_pool2x2_fwd(const ett_max_pool2x2_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of max_pool2x2_fwd; ties go to the first element in row-major order, dropped rows and columns get
    0. */
@@ -343,8 +413,8 @@ typedef struct ett_max_pool2x2_bwd_args {
     ett_view x;             // in   [B, H, W, C]; act
     ett_view dx;            // out  [B, H, W, C]; act
 } ett_max_pool2x2_bwd_args;
-int64_t ett_max_pool2x2_bwd_workspace(const ett_max_pool2x2_bwd_args* args);
-int32_t ett_max_pool2x2_bwd(const ett_max_pool2x2_bwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_max_pool2x2_bwd_workspace(const ett_max_pool2x2_bwd_args* args);
+ETT_API int32_t ett_max_pool2x2_bwd(const ett_max_pool2x2_bwd_args* args, const ett_launch* launch);
 
 /* ---- norms --------------------------------------------------------------------------------------------- */
 
@@ -360,8 +430,8 @@ typedef struct ett_group_norm_fwd_args {
     double eps;             //      added to the variance
     int32_t silu;           //      apply SiLU
 } ett_group_norm_fwd_args;
-int64_t ett_group_norm_fwd_workspace(const ett_group_norm_fwd_args* args);
-int32_t ett_group_norm_fwd(const ett_group_norm_fwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_group_norm_fwd_workspace(const ett_group_norm_fwd_args* args);
+ETT_API int32_t ett_group_norm_fwd(const ett_group_norm_fwd_args* args, const ett_launch* launch);
 
 /* Statistics of a GroupNorm, for kernels that normalise what they read. */
 typedef struct ett_group_norm_stats_args {
@@ -370,8 +440,8 @@ typedef struct ett_group_norm_stats_args {
     ett_view rstd;          // out  [B, G]; acc; without gaps
     double eps;             //      added to the variance
 } ett_group_norm_stats_args;
-int64_t ett_group_norm_stats_workspace(const ett_group_norm_stats_args* args);
-int32_t ett_group_norm_stats(const ett_group_norm_stats_args* args, const ett_launch* launch);
+ETT_API int64_t ett_group_norm_stats_workspace(const ett_group_norm_stats_args* args);
+ETT_API int32_t ett_group_norm_stats(const ett_group_norm_stats_args* args, const ett_launch* launch);
 
 /* Gradient of group_norm_fwd; the normalised values are recomputed from x. */
 typedef struct ett_group_norm_bwd_args {
@@ -386,8 +456,8 @@ typedef struct ett_group_norm_bwd_args {
     ett_view db;            // add? [C]; acc
     int32_t silu;           //      SiLU was applied
 } ett_group_norm_bwd_args;
-int64_t ett_group_norm_bwd_workspace(const ett_group_norm_bwd_args* args);
-int32_t ett_group_norm_bwd(const ett_group_norm_bwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_group_norm_bwd_workspace(const ett_group_norm_bwd_args* args);
+ETT_API int32_t ett_group_norm_bwd(const ett_group_norm_bwd_args* args, const ett_launch* launch);
 
 /* s = x + residual (or x), y = s * rstd * w with rstd = 1 / sqrt(mean(s^2) + eps). s is rounded to act before
    the statistics are computed, s * rstd before it is multiplied by w. */
@@ -400,8 +470,8 @@ typedef struct ett_rms_norm_fwd_args {
     ett_view rstd;          // out  [N]; acc
     double eps;             //      added to the mean square
 } ett_rms_norm_fwd_args;
-int64_t ett_rms_norm_fwd_workspace(const ett_rms_norm_fwd_args* args);
-int32_t ett_rms_norm_fwd(const ett_rms_norm_fwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_rms_norm_fwd_workspace(const ett_rms_norm_fwd_args* args);
+ETT_API int32_t ett_rms_norm_fwd(const ett_rms_norm_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of rms_norm_fwd for s: dx = d(norm)/ds . dy + dsum. It is the gradient of x and of residual. */
 typedef struct ett_rms_norm_bwd_args {
@@ -413,8 +483,8 @@ typedef struct ett_rms_norm_bwd_args {
     ett_view dx;            // out  [N, C]; act
     ett_view dw;            // add? [C]; acc
 } ett_rms_norm_bwd_args;
-int64_t ett_rms_norm_bwd_workspace(const ett_rms_norm_bwd_args* args);
-int32_t ett_rms_norm_bwd(const ett_rms_norm_bwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_rms_norm_bwd_workspace(const ett_rms_norm_bwd_args* args);
+ETT_API int32_t ett_rms_norm_bwd(const ett_rms_norm_bwd_args* args, const ett_launch* launch);
 
 /* LayerNorm over the last dimension: y = (x - mean) * rstd * w + b with rstd = 1 / sqrt(var + eps), biased
    variance. */
@@ -427,8 +497,8 @@ typedef struct ett_layer_norm_fwd_args {
     ett_view rstd;          // out  [N]; acc
     double eps;             //      added to the variance
 } ett_layer_norm_fwd_args;
-int64_t ett_layer_norm_fwd_workspace(const ett_layer_norm_fwd_args* args);
-int32_t ett_layer_norm_fwd(const ett_layer_norm_fwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_layer_norm_fwd_workspace(const ett_layer_norm_fwd_args* args);
+ETT_API int32_t ett_layer_norm_fwd(const ett_layer_norm_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of layer_norm_fwd. */
 typedef struct ett_layer_norm_bwd_args {
@@ -441,8 +511,8 @@ typedef struct ett_layer_norm_bwd_args {
     ett_view dw;            // add? [C]; acc
     ett_view db;            // add? [C]; acc
 } ett_layer_norm_bwd_args;
-int64_t ett_layer_norm_bwd_workspace(const ett_layer_norm_bwd_args* args);
-int32_t ett_layer_norm_bwd(const ett_layer_norm_bwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_layer_norm_bwd_workspace(const ett_layer_norm_bwd_args* args);
+ETT_API int32_t ett_layer_norm_bwd(const ett_layer_norm_bwd_args* args, const ett_launch* launch);
 
 /* BatchNorm with the statistics of this batch, then LeakyReLU (slope 1: none):
    y = leaky((x - mean) / sqrt(var + eps) * w + b), biased variance. */
@@ -456,8 +526,8 @@ typedef struct ett_batch_norm_fwd_args {
     double eps;             //      added to the variance
     double slope;           //      slope below zero
 } ett_batch_norm_fwd_args;
-int64_t ett_batch_norm_fwd_workspace(const ett_batch_norm_fwd_args* args);
-int32_t ett_batch_norm_fwd(const ett_batch_norm_fwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_batch_norm_fwd_workspace(const ett_batch_norm_fwd_args* args);
+ETT_API int32_t ett_batch_norm_fwd(const ett_batch_norm_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of batch_norm_fwd, including the gradient through the statistics. */
 typedef struct ett_batch_norm_bwd_args {
@@ -473,8 +543,8 @@ typedef struct ett_batch_norm_bwd_args {
     double eps;             //      as in the forward
     double slope;           //      as in the forward
 } ett_batch_norm_bwd_args;
-int64_t ett_batch_norm_bwd_workspace(const ett_batch_norm_bwd_args* args);
-int32_t ett_batch_norm_bwd(const ett_batch_norm_bwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_batch_norm_bwd_workspace(const ett_batch_norm_bwd_args* args);
+ETT_API int32_t ett_batch_norm_bwd(const ett_batch_norm_bwd_args* args, const ett_launch* launch);
 
 /* BatchNorm with given statistics, such as the running ones, then LeakyReLU (slope 1: none): y = leaky((x -
    mean) * rstd * w + b) with rstd = 1 / sqrt(var + eps). */
@@ -488,8 +558,8 @@ typedef struct ett_batch_norm_eval_fwd_args {
     double eps;             //      added to the variance
     double slope;           //      slope below zero
 } ett_batch_norm_eval_fwd_args;
-int64_t ett_batch_norm_eval_fwd_workspace(const ett_batch_norm_eval_fwd_args* args);
-int32_t ett_batch_norm_eval_fwd(const ett_batch_norm_eval_fwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_batch_norm_eval_fwd_workspace(const ett_batch_norm_eval_fwd_args* args);
+ETT_API int32_t ett_batch_norm_eval_fwd(const ett_batch_norm_eval_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of batch_norm_eval_fwd; the statistics are constants. */
 typedef struct ett_batch_norm_eval_bwd_args {
@@ -505,8 +575,8 @@ typedef struct ett_batch_norm_eval_bwd_args {
     double eps;             //      as in the forward
     double slope;           //      as in the forward
 } ett_batch_norm_eval_bwd_args;
-int64_t ett_batch_norm_eval_bwd_workspace(const ett_batch_norm_eval_bwd_args* args);
-int32_t ett_batch_norm_eval_bwd(const ett_batch_norm_eval_bwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_batch_norm_eval_bwd_workspace(const ett_batch_norm_eval_bwd_args* args);
+ETT_API int32_t ett_batch_norm_eval_bwd(const ett_batch_norm_eval_bwd_args* args, const ett_launch* launch);
 
 /* running = (1 - momentum) * running + momentum * batch, with the unbiased estimate of the variance. */
 typedef struct ett_batch_norm_running_args {
@@ -517,8 +587,8 @@ typedef struct ett_batch_norm_running_args {
     int64_t rows;           //      rows that the statistics were computed from
     double momentum;        //      weight of the new value
 } ett_batch_norm_running_args;
-int64_t ett_batch_norm_running_workspace(const ett_batch_norm_running_args* args);
-int32_t ett_batch_norm_running(const ett_batch_norm_running_args* args, const ett_launch* launch);
+ETT_API int64_t ett_batch_norm_running_workspace(const ett_batch_norm_running_args* args);
+ETT_API int32_t ett_batch_norm_running(const ett_batch_norm_running_args* args, const ett_launch* launch);
 
 /* y = x / max(|x|, eps) row by row. */
 typedef struct ett_l2_norm_fwd_args {
@@ -527,8 +597,8 @@ typedef struct ett_l2_norm_fwd_args {
     ett_view norm;          // out  [N]; acc; max(|x|, eps)
     double eps;             //      lower bound of the norm
 } ett_l2_norm_fwd_args;
-int64_t ett_l2_norm_fwd_workspace(const ett_l2_norm_fwd_args* args);
-int32_t ett_l2_norm_fwd(const ett_l2_norm_fwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_l2_norm_fwd_workspace(const ett_l2_norm_fwd_args* args);
+ETT_API int32_t ett_l2_norm_fwd(const ett_l2_norm_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of l2_norm_fwd: (dy - y (y . dy)) / norm, or dy / norm where the norm was raised to eps.
    Exactly one of dx and dx_acc is present. */
@@ -540,8 +610,8 @@ typedef struct ett_l2_norm_bwd_args {
     ett_view dx_acc;        // add? [N, D]; acc; unless dx
     double eps;             //      as in the forward
 } ett_l2_norm_bwd_args;
-int64_t ett_l2_norm_bwd_workspace(const ett_l2_norm_bwd_args* args);
-int32_t ett_l2_norm_bwd(const ett_l2_norm_bwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_l2_norm_bwd_workspace(const ett_l2_norm_bwd_args* args);
+ETT_API int32_t ett_l2_norm_bwd(const ett_l2_norm_bwd_args* args, const ett_launch* launch);
 
 /* ---- pointwise ----------------------------------------------------------------------------------------- */
 
@@ -551,8 +621,8 @@ typedef struct ett_unary_fwd_args {
     ett_view y;             // out  [..]; act
     ett_unary f;            //      the function
 } ett_unary_fwd_args;
-int64_t ett_unary_fwd_workspace(const ett_unary_fwd_args* args);
-int32_t ett_unary_fwd(const ett_unary_fwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_unary_fwd_workspace(const ett_unary_fwd_args* args);
+ETT_API int32_t ett_unary_fwd(const ett_unary_fwd_args* args, const ett_launch* launch);
 
 /* dx = dy * f'(x). */
 typedef struct ett_unary_bwd_args {
@@ -561,8 +631,8 @@ typedef struct ett_unary_bwd_args {
     ett_view dx;            // out  [..]; act
     ett_unary f;            //      the function
 } ett_unary_bwd_args;
-int64_t ett_unary_bwd_workspace(const ett_unary_bwd_args* args);
-int32_t ett_unary_bwd(const ett_unary_bwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_unary_bwd_workspace(const ett_unary_bwd_args* args);
+ETT_API int32_t ett_unary_bwd(const ett_unary_bwd_args* args, const ett_launch* launch);
 
 /* y = a + b. */
 typedef struct ett_add_args {
@@ -570,40 +640,40 @@ typedef struct ett_add_args {
     ett_view b;             // in   [..]; act
     ett_view y;             // out  [..]; act
 } ett_add_args;
-int64_t ett_add_workspace(const ett_add_args* args);
-int32_t ett_add(const ett_add_args* args, const ett_launch* launch);
+ETT_API int64_t ett_add_workspace(const ett_add_args* args);
+ETT_API int32_t ett_add(const ett_add_args* args, const ett_launch* launch);
 
 /* y += x; the element types may differ. */
 typedef struct ett_accumulate_args {
     ett_view x;             // in   [N, C]; any float
     ett_view y;             // add  [N, C]; any float
 } ett_accumulate_args;
-int64_t ett_accumulate_workspace(const ett_accumulate_args* args);
-int32_t ett_accumulate(const ett_accumulate_args* args, const ett_launch* launch);
+ETT_API int64_t ett_accumulate_workspace(const ett_accumulate_args* args);
+ETT_API int32_t ett_accumulate(const ett_accumulate_args* args, const ett_launch* launch);
 
 /* y = x, rounded to the type of y; both may be column slices. */
 typedef struct ett_cast_args {
     ett_view x;             // in   [N, C]; any float
     ett_view y;             // out  [N, C]; any float
 } ett_cast_args;
-int64_t ett_cast_workspace(const ett_cast_args* args);
-int32_t ett_cast(const ett_cast_args* args, const ett_launch* launch);
+ETT_API int64_t ett_cast_workspace(const ett_cast_args* args);
+ETT_API int32_t ett_cast(const ett_cast_args* args, const ett_launch* launch);
 
 /* y = x / 127.5 - 1: the bytes of pictures, as values in [-1, 1]. */
 typedef struct ett_scale_bytes_args {
     ett_view x;             // in   [..]; u8
     ett_view y;             // out  [..]; act
 } ett_scale_bytes_args;
-int64_t ett_scale_bytes_workspace(const ett_scale_bytes_args* args);
-int32_t ett_scale_bytes(const ett_scale_bytes_args* args, const ett_launch* launch);
+ETT_API int64_t ett_scale_bytes_workspace(const ett_scale_bytes_args* args);
+ETT_API int32_t ett_scale_bytes(const ett_scale_bytes_args* args, const ett_launch* launch);
 
 /* y = value. */
 typedef struct ett_fill_args {
     ett_view y;             // out  [..]; any type
     double value;           //      the value
 } ett_fill_args;
-int64_t ett_fill_workspace(const ett_fill_args* args);
-int32_t ett_fill(const ett_fill_args* args, const ett_launch* launch);
+ETT_API int64_t ett_fill_workspace(const ett_fill_args* args);
+ETT_API int32_t ett_fill(const ett_fill_args* args, const ett_launch* launch);
 
 /* y = (x - shift) / scale, channel by channel. */
 typedef struct ett_channel_affine_fwd_args {
@@ -612,8 +682,8 @@ typedef struct ett_channel_affine_fwd_args {
     ett_view scale;         // in   [C]; act
     ett_view y;             // out  [N, C]; act
 } ett_channel_affine_fwd_args;
-int64_t ett_channel_affine_fwd_workspace(const ett_channel_affine_fwd_args* args);
-int32_t ett_channel_affine_fwd(const ett_channel_affine_fwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_channel_affine_fwd_workspace(const ett_channel_affine_fwd_args* args);
+ETT_API int32_t ett_channel_affine_fwd(const ett_channel_affine_fwd_args* args, const ett_launch* launch);
 
 /* dx = dy / scale. */
 typedef struct ett_channel_affine_bwd_args {
@@ -621,16 +691,16 @@ typedef struct ett_channel_affine_bwd_args {
     ett_view scale;         // in   [C]; act
     ett_view dx;            // out  [N, C]; act
 } ett_channel_affine_bwd_args;
-int64_t ett_channel_affine_bwd_workspace(const ett_channel_affine_bwd_args* args);
-int32_t ett_channel_affine_bwd(const ett_channel_affine_bwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_channel_affine_bwd_workspace(const ett_channel_affine_bwd_args* args);
+ETT_API int32_t ett_channel_affine_bwd(const ett_channel_affine_bwd_args* args, const ett_launch* launch);
 
 /* y = silu(gate) * up. */
 typedef struct ett_swiglu_fwd_args {
     ett_view gate_up;       // in   [N, 2F]; act; gate, then up
     ett_view y;             // out  [N, F]; act
 } ett_swiglu_fwd_args;
-int64_t ett_swiglu_fwd_workspace(const ett_swiglu_fwd_args* args);
-int32_t ett_swiglu_fwd(const ett_swiglu_fwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_swiglu_fwd_workspace(const ett_swiglu_fwd_args* args);
+ETT_API int32_t ett_swiglu_fwd(const ett_swiglu_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of swiglu_fwd. */
 typedef struct ett_swiglu_bwd_args {
@@ -638,8 +708,8 @@ typedef struct ett_swiglu_bwd_args {
     ett_view gate_up;       // in   [N, 2F]; act
     ett_view dgate_up;      // out  [N, 2F]; act; may be gate_up
 } ett_swiglu_bwd_args;
-int64_t ett_swiglu_bwd_workspace(const ett_swiglu_bwd_args* args);
-int32_t ett_swiglu_bwd(const ett_swiglu_bwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_swiglu_bwd_workspace(const ett_swiglu_bwd_args* args);
+ETT_API int32_t ett_swiglu_bwd(const ett_swiglu_bwd_args* args, const ett_launch* launch);
 
 /* Rotary embedding, half-split: in each of the first `heads` heads of D columns, dimensions d and d + D/2 are
    rotated by position * theta^(-2d/D); further columns are copied. The gradient is the inverse rotation. */
@@ -652,8 +722,8 @@ typedef struct ett_rope_args {
     double theta;           //      base of the angles, which are computed in float32 (float64 for the oracle)
     int32_t inverse;        //      rotate by the negative angles
 } ett_rope_args;
-int64_t ett_rope_workspace(const ett_rope_args* args);
-int32_t ett_rope(const ett_rope_args* args, const ett_launch* launch);
+ETT_API int64_t ett_rope_workspace(const ett_rope_args* args);
+ETT_API int32_t ett_rope(const ett_rope_args* args, const ett_launch* launch);
 
 /* ---- rows ---------------------------------------------------------------------------------------------- */
 
@@ -663,8 +733,8 @@ typedef struct ett_gather_fwd_args {
     ett_view idx;           // in   [N]; i32; values below R
     ett_view y;             // out  [N, C]; act
 } ett_gather_fwd_args;
-int64_t ett_gather_fwd_workspace(const ett_gather_fwd_args* args);
-int32_t ett_gather_fwd(const ett_gather_fwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_gather_fwd_workspace(const ett_gather_fwd_args* args);
+ETT_API int32_t ett_gather_fwd(const ett_gather_fwd_args* args, const ett_launch* launch);
 
 /* dtable[idx[n]] += dy[n], in the order of n; negative indices are skipped. */
 typedef struct ett_gather_bwd_args {
@@ -672,8 +742,8 @@ typedef struct ett_gather_bwd_args {
     ett_view idx;           // in   [N]; i32; values below R
     ett_view dtable;        // add  [R, C]; acc
 } ett_gather_bwd_args;
-int64_t ett_gather_bwd_workspace(const ett_gather_bwd_args* args);
-int32_t ett_gather_bwd(const ett_gather_bwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_gather_bwd_workspace(const ett_gather_bwd_args* args);
+ETT_API int32_t ett_gather_bwd(const ett_gather_bwd_args* args, const ett_launch* launch);
 
 /* y[idx[n]] = x[n]; negative indices are skipped, and the other rows of y keep their values. No row has two indices. */
 typedef struct ett_put_rows_args {
@@ -681,8 +751,8 @@ typedef struct ett_put_rows_args {
     ett_view idx;           // in   [N]; i32; values below R
     ett_view y;             // add  [R, C]; type of x
 } ett_put_rows_args;
-int64_t ett_put_rows_workspace(const ett_put_rows_args* args);
-int32_t ett_put_rows(const ett_put_rows_args* args, const ett_launch* launch);
+ETT_API int64_t ett_put_rows_workspace(const ett_put_rows_args* args);
+ETT_API int32_t ett_put_rows(const ett_put_rows_args* args, const ett_launch* launch);
 
 /* y[n] = x[idx[n]], integers instead of rows; a negative index gives -1. */
 typedef struct ett_pick_args {
@@ -690,8 +760,8 @@ typedef struct ett_pick_args {
     ett_view idx;           // in   [N]; i32; values below R
     ett_view y;             // out  [N]; i32
 } ett_pick_args;
-int64_t ett_pick_workspace(const ett_pick_args* args);
-int32_t ett_pick(const ett_pick_args* args, const ett_launch* launch);
+ETT_API int64_t ett_pick_workspace(const ett_pick_args* args);
+ETT_API int32_t ett_pick(const ett_pick_args* args, const ett_launch* launch);
 
 /* x[n] += 1, which wraps: positions, lengths and step counts that a recorded step moves on by itself. Nothing
    changes if norm[1] > 0. */
@@ -699,8 +769,8 @@ typedef struct ett_count_up_args {
     ett_view x;             // add  [N]; i32
     ett_view norm;          // in?  [2]; acc; as for adamw: a step that is skipped does not count
 } ett_count_up_args;
-int64_t ett_count_up_workspace(const ett_count_up_args* args);
-int32_t ett_count_up(const ett_count_up_args* args, const ett_launch* launch);
+ETT_API int64_t ett_count_up_workspace(const ett_count_up_args* args);
+ETT_API int32_t ett_count_up(const ett_count_up_args* args, const ett_launch* launch);
 
 /* y[n] = n * step: the offsets of sequences of equal length. */
 typedef struct ett_arange_args {
@@ -708,14 +778,15 @@ typedef struct ett_arange_args {
     int64_t step;           //      difference between neighbours; the last value has to be below 2^31; at most
                             //      2147483647
 } ett_arange_args;
-int64_t ett_arange_workspace(const ett_arange_args* args);
-int32_t ett_arange(const ett_arange_args* args, const ett_launch* launch);
+ETT_API int64_t ett_arange_workspace(const ett_arange_args* args);
+ETT_API int32_t ett_arange(const ett_arange_args* args, const ett_launch* launch);
 
 /* ---- attention ----------------------------------------------------------------------------------------- */
 
 /* Softmax attention over a flat batch of sequences; query head h reads key/value head h /
    (heads/kv_heads). A causal mask aligns the ends of queries and keys: query i of T attends to keys up to
-   i + Tk - T. Rows of k and v outside the sequences are not read. */
+   i + Tk - T. Rows of k and v outside the sequences are not read. A query that sees no key has y = 0 and lse = 0.
+   head_dim is at most 512, heads below 65536. A sequence with wrong offsets is a fault and counts as empty. */
 typedef struct ett_attention_fwd_args {
     ett_view q;             // in   [N, heads*head_dim]; act
     ett_view k;             // in   [Nk, kv_heads*head_dim]; act
@@ -731,14 +802,14 @@ typedef struct ett_attention_fwd_args {
     int64_t heads;          //      query heads
     int64_t kv_heads;       //      key/value heads; divides heads
     int64_t head_dim;       //      head dimension; at least 1
-    int64_t max_q;          //      longest query sequence
-    int64_t max_k;          //      longest key sequence; with len_k the most keys that a sequence may have, now or when
+    int64_t max_q;          //      longest query sequence, or more; the rows of a longer one are not computed
+    int64_t max_k;          //      longest key sequence, or more; with len_k the most keys that a sequence may have, now or when
                             //      a recorded call is replayed
     double scale;           //      factor on the scores
     int32_t causal;         //      mask the future
 } ett_attention_fwd_args;
-int64_t ett_attention_fwd_workspace(const ett_attention_fwd_args* args);
-int32_t ett_attention_fwd(const ett_attention_fwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_attention_fwd_workspace(const ett_attention_fwd_args* args);
+ETT_API int32_t ett_attention_fwd(const ett_attention_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of attention_fwd; probabilities are recomputed from lse. */
 typedef struct ett_attention_bwd_args {
@@ -761,13 +832,15 @@ typedef struct ett_attention_bwd_args {
     double scale;           //      as in the forward
     int32_t causal;         //      as in the forward
 } ett_attention_bwd_args;
-int64_t ett_attention_bwd_workspace(const ett_attention_bwd_args* args);
-int32_t ett_attention_bwd(const ett_attention_bwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_attention_bwd_workspace(const ett_attention_bwd_args* args);
+ETT_API int32_t ett_attention_bwd(const ett_attention_bwd_args* args, const ett_launch* launch);
 
 /* ---- losses -------------------------------------------------------------------------------------------- */
 
 /* Cross-entropy of a linear layer that never stores its logits: loss = scale * sum_n (lse_n - x_n .
-   w[target_n]) over rows with target >= 0. Logits are computed one tile at a time. */
+   w[target_n]) over rows with target >= 0; rows with any negative target, such as -1 or -100, are ignored. Logits
+   are computed one tile at a time. loss is overwritten here and in ibq_losses and vq_losses; the other losses are
+   added, so that they can be summed over tensors. In all of them scale is read on the device. */
 typedef struct ett_linear_xent_fwd_args {
     ett_view x;             // in   [N, C]; act
     ett_view w;             // in   [V, C]; act
@@ -776,8 +849,8 @@ typedef struct ett_linear_xent_fwd_args {
     ett_view lse;           // out  [N]; acc; log-sum-exp, 0 in unsupervised rows
     ett_view loss;          // out  [1]; acc
 } ett_linear_xent_fwd_args;
-int64_t ett_linear_xent_fwd_workspace(const ett_linear_xent_fwd_args* args);
-int32_t ett_linear_xent_fwd(const ett_linear_xent_fwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_linear_xent_fwd_workspace(const ett_linear_xent_fwd_args* args);
+ETT_API int32_t ett_linear_xent_fwd(const ett_linear_xent_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of linear_xent_fwd; logits are recomputed tile by tile. */
 typedef struct ett_linear_xent_bwd_args {
@@ -790,8 +863,8 @@ typedef struct ett_linear_xent_bwd_args {
     ett_view dx;            // out  [N, C]; act; 0 in unsupervised rows
     ett_view dw;            // add? [V, C]; acc
 } ett_linear_xent_bwd_args;
-int64_t ett_linear_xent_bwd_workspace(const ett_linear_xent_bwd_args* args);
-int32_t ett_linear_xent_bwd(const ett_linear_xent_bwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_linear_xent_bwd_workspace(const ett_linear_xent_bwd_args* args);
+ETT_API int32_t ett_linear_xent_bwd(const ett_linear_xent_bwd_args* args, const ett_launch* launch);
 
 /* Cross-entropy of stored logits: loss += scale * sum_n weight_n (lse_n - logits[n, target_n]) over rows with
    target >= 0, where lse_n is the log-sum-exp of row n. */
@@ -803,8 +876,8 @@ typedef struct ett_xent_fwd_args {
     ett_view lse;           // out  [N]; acc; log-sum-exp, 0 in ignored rows
     ett_view loss;          // add  [1]; acc
 } ett_xent_fwd_args;
-int64_t ett_xent_fwd_workspace(const ett_xent_fwd_args* args);
-int32_t ett_xent_fwd(const ett_xent_fwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_xent_fwd_workspace(const ett_xent_fwd_args* args);
+ETT_API int32_t ett_xent_fwd(const ett_xent_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of xent_fwd: dlogits = g * scale * weight_n * (softmax - onehot). */
 typedef struct ett_xent_bwd_args {
@@ -816,8 +889,8 @@ typedef struct ett_xent_bwd_args {
     ett_view g;             // in   [1]; acc; gradient of the loss
     ett_view dlogits;       // out  [N, V]; act; may be logits; 0 in ignored rows
 } ett_xent_bwd_args;
-int64_t ett_xent_bwd_workspace(const ett_xent_bwd_args* args);
-int32_t ett_xent_bwd(const ett_xent_bwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_xent_bwd_workspace(const ett_xent_bwd_args* args);
+ETT_API int32_t ett_xent_bwd(const ett_xent_bwd_args* args, const ett_launch* launch);
 
 /* loss += scale * sum |a - b|. */
 typedef struct ett_l1_fwd_args {
@@ -826,8 +899,8 @@ typedef struct ett_l1_fwd_args {
     ett_view scale;         // in   [1]; acc; factor on the sum, such as one over the elements of the whole batch
     ett_view loss;          // add  [1]; acc
 } ett_l1_fwd_args;
-int64_t ett_l1_fwd_workspace(const ett_l1_fwd_args* args);
-int32_t ett_l1_fwd(const ett_l1_fwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_l1_fwd_workspace(const ett_l1_fwd_args* args);
+ETT_API int32_t ett_l1_fwd(const ett_l1_fwd_args* args, const ett_launch* launch);
 
 /* da = g * scale * sign(a - b), 0 where equal. */
 typedef struct ett_l1_bwd_args {
@@ -837,8 +910,8 @@ typedef struct ett_l1_bwd_args {
     ett_view g;             // in   [1]; acc
     ett_view da;            // out  [..]; act
 } ett_l1_bwd_args;
-int64_t ett_l1_bwd_workspace(const ett_l1_bwd_args* args);
-int32_t ett_l1_bwd(const ett_l1_bwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_l1_bwd_workspace(const ett_l1_bwd_args* args);
+ETT_API int32_t ett_l1_bwd(const ett_l1_bwd_args* args, const ett_launch* launch);
 
 /* One layer of LPIPS: loss += factor * scale * sum_p sum_c w[c] (n0 - n1)^2 over pixels p, with n = f /
    (sqrt(sum_c f^2) + eps). */
@@ -851,8 +924,8 @@ typedef struct ett_lpips_fwd_args {
     double eps;             //      added to the norm
     double factor;          //      constant factor on the sum, such as one over the pixels of a picture
 } ett_lpips_fwd_args;
-int64_t ett_lpips_fwd_workspace(const ett_lpips_fwd_args* args);
-int32_t ett_lpips_fwd(const ett_lpips_fwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_lpips_fwd_workspace(const ett_lpips_fwd_args* args);
+ETT_API int32_t ett_lpips_fwd(const ett_lpips_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of lpips_fwd for f1; 0 in pixels whose features are all 0. */
 typedef struct ett_lpips_bwd_args {
@@ -865,8 +938,8 @@ typedef struct ett_lpips_bwd_args {
     double eps;             //      as in the forward
     double factor;          //      as in the forward
 } ett_lpips_bwd_args;
-int64_t ett_lpips_bwd_workspace(const ett_lpips_bwd_args* args);
-int32_t ett_lpips_bwd(const ett_lpips_bwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_lpips_bwd_workspace(const ett_lpips_bwd_args* args);
+ETT_API int32_t ett_lpips_bwd(const ett_lpips_bwd_args* args, const ett_launch* launch);
 
 /* Generator's adversarial loss: loss += scale * sum_b softplus(-mean_p x[b, p]). */
 typedef struct ett_gan_generator_fwd_args {
@@ -874,8 +947,8 @@ typedef struct ett_gan_generator_fwd_args {
     ett_view scale;         // in   [1]; acc; factor on the sum, such as one over the pictures of the whole batch
     ett_view loss;          // add  [1]; acc
 } ett_gan_generator_fwd_args;
-int64_t ett_gan_generator_fwd_workspace(const ett_gan_generator_fwd_args* args);
-int32_t ett_gan_generator_fwd(const ett_gan_generator_fwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_gan_generator_fwd_workspace(const ett_gan_generator_fwd_args* args);
+ETT_API int32_t ett_gan_generator_fwd(const ett_gan_generator_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of gan_generator_fwd. */
 typedef struct ett_gan_generator_bwd_args {
@@ -884,8 +957,8 @@ typedef struct ett_gan_generator_bwd_args {
     ett_view g;             // in   [1]; acc
     ett_view dx;            // out  [B, P]; act
 } ett_gan_generator_bwd_args;
-int64_t ett_gan_generator_bwd_workspace(const ett_gan_generator_bwd_args* args);
-int32_t ett_gan_generator_bwd(const ett_gan_generator_bwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_gan_generator_bwd_workspace(const ett_gan_generator_bwd_args* args);
+ETT_API int32_t ett_gan_generator_bwd(const ett_gan_generator_bwd_args* args, const ett_launch* launch);
 
 /* Hinge loss: loss += factor * scale * sum relu(1 - x) for real logits, relu(1 + x) for fake ones. */
 typedef struct ett_hinge_fwd_args {
@@ -895,8 +968,8 @@ typedef struct ett_hinge_fwd_args {
     int32_t real;           //      1: the logits of real pictures, 0: of fake ones
     double factor;          //      constant factor on the sum
 } ett_hinge_fwd_args;
-int64_t ett_hinge_fwd_workspace(const ett_hinge_fwd_args* args);
-int32_t ett_hinge_fwd(const ett_hinge_fwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_hinge_fwd_workspace(const ett_hinge_fwd_args* args);
+ETT_API int32_t ett_hinge_fwd(const ett_hinge_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of hinge_fwd; 0 at the kink. */
 typedef struct ett_hinge_bwd_args {
@@ -907,8 +980,8 @@ typedef struct ett_hinge_bwd_args {
     int32_t real;           //      as in the forward
     double factor;          //      as in the forward
 } ett_hinge_bwd_args;
-int64_t ett_hinge_bwd_workspace(const ett_hinge_bwd_args* args);
-int32_t ett_hinge_bwd(const ett_hinge_bwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_hinge_bwd_workspace(const ett_hinge_bwd_args* args);
+ETT_API int32_t ett_hinge_bwd(const ett_hinge_bwd_args* args, const ett_launch* launch);
 
 /* Updated LeCAM averages: out = decay * ema + (1 - decay) * (mean(real), mean(fake)). */
 typedef struct ett_lecam_update_args {
@@ -918,8 +991,8 @@ typedef struct ett_lecam_update_args {
     ett_view out;           // out  [2]; acc
     double decay;           //      weight of the old value
 } ett_lecam_update_args;
-int64_t ett_lecam_update_workspace(const ett_lecam_update_args* args);
-int32_t ett_lecam_update(const ett_lecam_update_args* args, const ett_launch* launch);
+ETT_API int64_t ett_lecam_update_workspace(const ett_lecam_update_args* args);
+ETT_API int32_t ett_lecam_update(const ett_lecam_update_args* args, const ett_launch* launch);
 
 /* LeCAM regularizer: loss += scale * (sum relu(real - ema[1])^2 + sum relu(ema[0] - fake)^2). */
 typedef struct ett_lecam_fwd_args {
@@ -929,8 +1002,8 @@ typedef struct ett_lecam_fwd_args {
     ett_view scale;         // in   [1]; acc; factor on the sums: one over the patch logits of the whole batch
     ett_view loss;          // add  [1]; acc
 } ett_lecam_fwd_args;
-int64_t ett_lecam_fwd_workspace(const ett_lecam_fwd_args* args);
-int32_t ett_lecam_fwd(const ett_lecam_fwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_lecam_fwd_workspace(const ett_lecam_fwd_args* args);
+ETT_API int32_t ett_lecam_fwd(const ett_lecam_fwd_args* args, const ett_launch* launch);
 
 /* Gradient of lecam_fwd; the averages are constants. */
 typedef struct ett_lecam_bwd_args {
@@ -942,8 +1015,8 @@ typedef struct ett_lecam_bwd_args {
     ett_view dreal;         // out  [R, P]; act
     ett_view dfake;         // out  [F, Q]; act
 } ett_lecam_bwd_args;
-int64_t ett_lecam_bwd_workspace(const ett_lecam_bwd_args* args);
-int32_t ett_lecam_bwd(const ett_lecam_bwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_lecam_bwd_workspace(const ett_lecam_bwd_args* args);
+ETT_API int32_t ett_lecam_bwd(const ett_lecam_bwd_args* args, const ett_launch* launch);
 
 /* Samples an index from each row of logits, the same one on every device (docs/sampling.md). If `without` is
    present, the logits are without + guidance * (logits - without). They are divided by temperature; a
@@ -963,13 +1036,14 @@ typedef struct ett_sample_args {
     double guidance;        //      factor on logits - without; finite; if without
     uint64_t seed;          //      seed of the random numbers
 } ett_sample_args;
-int64_t ett_sample_workspace(const ett_sample_args* args);
-int32_t ett_sample(const ett_sample_args* args, const ett_launch* launch);
+ETT_API int64_t ett_sample_workspace(const ett_sample_args* args);
+ETT_API int32_t ett_sample(const ett_sample_args* args, const ett_launch* launch);
 
 /* ---- quantizer (docs/quantizer.md) --------------------------------------------------------------------- */
 
 /* The best code of each token. Ties go to the smallest index; NaN ranks below all numbers; a row of NaN gives
-   0 and the score -infinity. The score is z.e, for ETT_METRIC_L2 z.e - |e|^2 / 2. */
+   0 and the score -infinity. The score is z.e, for ETT_METRIC_L2 z.e - |e|^2 / 2. M and K are
+   below 2^31, D is any number. */
 typedef struct ett_nearest_args {
     ett_view z;             // in   [M, D]; act
     ett_view e;             // in   [K, D]; act; K at least 1
@@ -978,12 +1052,14 @@ typedef struct ett_nearest_args {
     ett_view bad;           // add? [1]; acc; count of rows without a finite score
     int32_t metric;         //      ett_metric: how codes are scored
 } ett_nearest_args;
-int64_t ett_nearest_workspace(const ett_nearest_args* args);
-int32_t ett_nearest(const ett_nearest_args* args, const ett_launch* launch);
+ETT_API int64_t ett_nearest_workspace(const ett_nearest_args* args);
+ETT_API int32_t ett_nearest(const ett_nearest_args* args, const ett_launch* launch);
 
 /* Row statistics of S = z E^T, in one sweep over the codes. With t the best code and x_j = (S_j - S_t) /
    temperature: rest_p = sum_{j != t} exp(S_j - S_t), rest_q = sum_{j != t} exp(x_j), xbar = sum_j q_j x_j.
-   Without entropies rest_q and xbar are absent and temperature is ignored. */
+   Without entropies rest_q and xbar are absent and temperature is ignored. A code with a NaN score has weight 0; a row
+   without a finite score gets idx 0, smax -infinity or +infinity, and no weights. M and K are below 2^31, D is at most
+   512, here and in the other ibq kernels. */
 typedef struct ett_ibq_rows_args {
     ett_view z;             // in   [M, D]; act
     ett_view e;             // in   [K, D]; act; K at least 1
@@ -995,10 +1071,12 @@ typedef struct ett_ibq_rows_args {
     ett_view bad;           // add  [1]; acc; count of rows without a finite score
     double temperature;     //      T of the entropies; above 0; if rest_q
 } ett_ibq_rows_args;
-int64_t ett_ibq_rows_workspace(const ett_ibq_rows_args* args);
-int32_t ett_ibq_rows(const ett_ibq_rows_args* args, const ett_launch* launch);
+ETT_API int64_t ett_ibq_rows_workspace(const ett_ibq_rows_args* args);
+ETT_API int32_t ett_ibq_rows(const ett_ibq_rows_args* args, const ett_launch* launch);
 
-/* Column sums sum_i q_ij, not divided by the count, so that those of several ranks can be added. */
+/* Column sums sum_i q_ij, not divided by the count, so that those of several ranks can be added. idx, smax and rest_q
+   are those of ibq_rows for the same z and e on the same device, bit for bit: the scores are computed again, and the
+   best one must come out as smax. */
 typedef struct ett_ibq_cols_args {
     ett_view z;             // in   [M, D]; act
     ett_view e;             // in   [K, D]; act; K at least 1
@@ -1008,8 +1086,8 @@ typedef struct ett_ibq_cols_args {
     ett_view col;           // out  [K]; acc
     double temperature;     //      T of the entropies; above 0
 } ett_ibq_cols_args;
-int64_t ett_ibq_cols_workspace(const ett_ibq_cols_args* args);
-int32_t ett_ibq_cols(const ett_ibq_cols_args* args, const ett_launch* launch);
+ETT_API int64_t ett_ibq_cols_workspace(const ett_ibq_cols_args* args);
+ETT_API int32_t ett_ibq_cols(const ett_ibq_cols_args* args, const ett_launch* launch);
 
 /* Values: zq = E[idx], quant = (1 + beta_commit + beta_code) * inv_count/D * sum (zq - z)^2, sample =
    inv_count * sum_i H_i, avg = -sum_j a_j log(a_j + eps) with a = col * inv_count, and c_j = -(log(a_j + eps)
@@ -1032,12 +1110,14 @@ typedef struct ett_ibq_losses_args {
     double beta_commit;     //      weight of the commitment term
     double beta_code;       //      weight of the codebook term
 } ett_ibq_losses_args;
-int64_t ett_ibq_losses_workspace(const ett_ibq_losses_args* args);
-int32_t ett_ibq_losses(const ett_ibq_losses_args* args, const ett_launch* launch);
+ETT_API int64_t ett_ibq_losses_workspace(const ett_ibq_losses_args* args);
+ETT_API int32_t ett_ibq_losses(const ett_ibq_losses_args* args, const ett_launch* launch);
 
 /* The whole backward of the IBQ quantizer: soft path, hard scatter, both entropies and the direct terms of
    the quantization loss, with the best code kept out of every cancelling sum (docs/quantizer.md). Without
-   entropies rest_q, xbar, c, g_sample and g_avg are all absent. */
+   entropies rest_q, xbar, c, g_sample and g_avg are all absent. idx, smax, rest_p, rest_q and xbar are those of
+   ibq_rows, as for ibq_cols. de is the gradient of the whole codebook, of both entropies and of the hard assignment;
+   a wrong idx is a fault: dz is 0 there, and the token adds nothing to de. */
 typedef struct ett_ibq_bwd_args {
     ett_view z;             // in   [M, D]; act
     ett_view e;             // in   [K, D]; act; K at least 1
@@ -1058,8 +1138,8 @@ typedef struct ett_ibq_bwd_args {
     double beta_commit;     //      weight of the commitment term
     double beta_code;       //      weight of the codebook term
 } ett_ibq_bwd_args;
-int64_t ett_ibq_bwd_workspace(const ett_ibq_bwd_args* args);
-int32_t ett_ibq_bwd(const ett_ibq_bwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_ibq_bwd_workspace(const ett_ibq_bwd_args* args);
+ETT_API int32_t ett_ibq_bwd(const ett_ibq_bwd_args* args, const ett_launch* launch);
 
 /* The plain VQ baseline: zq = E[idx], quant = (beta_commit + beta_code) * inv_count/D * sum (zq - z)^2. */
 typedef struct ett_vq_losses_args {
@@ -1072,8 +1152,8 @@ typedef struct ett_vq_losses_args {
     double beta_commit;     //      weight of the commitment term
     double beta_code;       //      weight of the codebook term
 } ett_vq_losses_args;
-int64_t ett_vq_losses_workspace(const ett_vq_losses_args* args);
-int32_t ett_vq_losses(const ett_vq_losses_args* args, const ett_launch* launch);
+ETT_API int64_t ett_vq_losses_workspace(const ett_vq_losses_args* args);
+ETT_API int32_t ett_vq_losses(const ett_vq_losses_args* args, const ett_launch* launch);
 
 /* Gradient of vq_losses: g passes straight through to z; the commitment term goes to z, the codebook term to
    e. */
@@ -1089,8 +1169,8 @@ typedef struct ett_vq_bwd_args {
     double beta_commit;     //      weight of the commitment term
     double beta_code;       //      weight of the codebook term
 } ett_vq_bwd_args;
-int64_t ett_vq_bwd_workspace(const ett_vq_bwd_args* args);
-int32_t ett_vq_bwd(const ett_vq_bwd_args* args, const ett_launch* launch);
+ETT_API int64_t ett_vq_bwd_workspace(const ett_vq_bwd_args* args);
+ETT_API int32_t ett_vq_bwd(const ett_vq_bwd_args* args, const ett_launch* launch);
 
 /* ---- optimizer ----------------------------------------------------------------------------------------- */
 
@@ -1099,8 +1179,8 @@ typedef struct ett_sum_squares_args {
     ett_view x;             // in   [n]; acc
     ett_view out;           // add  [2]; acc
 } ett_sum_squares_args;
-int64_t ett_sum_squares_workspace(const ett_sum_squares_args* args);
-int32_t ett_sum_squares(const ett_sum_squares_args* args, const ett_launch* launch);
+ETT_API int64_t ett_sum_squares_workspace(const ett_sum_squares_args* args);
+ETT_API int32_t ett_sum_squares(const ett_sum_squares_args* args, const ett_launch* launch);
 
 /* One AdamW step on a flat range, all in the accumulator type. rate and clip come from row `group` of the step
    state, and bias = 1 / (1 - beta^t) with t = steps + 1:
@@ -1127,8 +1207,8 @@ typedef struct ett_adamw_args {
     double weight_decay;    //      decoupled weight decay
     double ema_decay;       //      decay of the moving average of the weights
 } ett_adamw_args;
-int64_t ett_adamw_workspace(const ett_adamw_args* args);
-int32_t ett_adamw(const ett_adamw_args* args, const ett_launch* launch);
+ETT_API int64_t ett_adamw_workspace(const ett_adamw_args* args);
+ETT_API int32_t ett_adamw(const ett_adamw_args* args, const ett_launch* launch);
 
 /* y = x if norm[1] > 0: restores the values from before a step that is skipped. */
 typedef struct ett_restore_args {
@@ -1136,8 +1216,8 @@ typedef struct ett_restore_args {
     ett_view norm;          // in   [2]; acc; as for adamw
     ett_view y;             // add  [n]; type of x
 } ett_restore_args;
-int64_t ett_restore_workspace(const ett_restore_args* args);
-int32_t ett_restore(const ett_restore_args* args, const ett_launch* launch);
+ETT_API int64_t ett_restore_workspace(const ett_restore_args* args);
+ETT_API int32_t ett_restore(const ett_restore_args* args, const ett_launch* launch);
 
 #ifdef __cplusplus
 }

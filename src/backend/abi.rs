@@ -7,6 +7,9 @@ use std::ffi::{CStr, c_char};
 unsafe extern "C" {
     fn ett_status_name(code: i32) -> *const c_char;
     fn ett_abi_version() -> i32;
+    fn ett_version() -> *const c_char;
+    fn ett_targets() -> *const c_char;
+    fn ett_implementations(kernel: *const c_char) -> *const c_char;
 }
 
 /// The name of a launcher's status code; "unknown status" for any other number.
@@ -19,6 +22,30 @@ pub fn status_name(code: i32) -> &'static str {
 pub fn version() -> i32 {
     // SAFETY: it takes nothing and returns a constant.
     unsafe { ett_abi_version() }
+}
+
+/// The version of the linked library.
+pub fn library_version() -> &'static str {
+    // SAFETY: the C function returns a string literal.
+    unsafe { CStr::from_ptr(ett_version()) }.to_str().unwrap_or_default()
+}
+
+/// The compute capabilities that the linked library was compiled for, separated by spaces; "" without kernels.
+pub fn targets() -> &'static str {
+    // SAFETY: the C function returns a string literal.
+    unsafe { CStr::from_ptr(ett_targets()) }.to_str().unwrap_or_default()
+}
+
+/// The names of a kernel's implementations for a GPU; none if there is no kernel of this name.
+pub fn implementations(kernel: &str) -> Vec<&'static str> {
+    let Ok(name) = std::ffi::CString::new(kernel) else { return Vec::new() };
+    // SAFETY: the argument is a string; the C function returns a string literal or null.
+    let found = unsafe { ett_implementations(name.as_ptr()) };
+    if found.is_null() {
+        return Vec::new();
+    }
+    // SAFETY: not null, so a string literal.
+    unsafe { CStr::from_ptr(found) }.to_str().unwrap_or_default().split(' ').collect()
 }
 
 #[cfg(test)]
@@ -72,8 +99,8 @@ mod tests {
                     }
                     let k = &current.kernel;
                     waiting = vec![
-                        format!("int32_t ett_{k}(const ett_{k}_args* args, const ett_launch* launch);"),
-                        format!("int64_t ett_{k}_workspace(const ett_{k}_args* args);"),
+                        format!("ETT_API int32_t ett_{k}(const ett_{k}_args* args, const ett_launch* launch);"),
+                        format!("ETT_API int64_t ett_{k}_workspace(const ett_{k}_args* args);"),
                     ];
                     all.extend(open.take());
                 } else if let Some(more) = line.strip_prefix("//") {
@@ -97,7 +124,7 @@ mod tests {
                 if line != launcher {
                     return bad(&format!("wanted {launcher}"));
                 }
-            } else if line.starts_with("int") && line.contains("_args*") {
+            } else if line.starts_with("ETT_API int") && line.contains("_args*") {
                 return bad("a launcher that does not follow its struct");
             } else if let Some(kernel) =
                 line.strip_prefix("typedef struct ett_").and_then(|l| l.strip_suffix("_args {"))
@@ -179,6 +206,17 @@ mod tests {
     }
 
     #[test]
+    fn the_library_says_what_it_is() {
+        assert!(HEADER.contains(&format!("#define ETT_VERSION \"{}\"\n", env!("CARGO_PKG_VERSION"))));
+        assert_eq!(library_version(), env!("CARGO_PKG_VERSION"));
+        assert_eq!(targets().is_empty(), !cfg!(ett_cuda));
+        for kernel in KERNELS {
+            assert!(!implementations(kernel.name).is_empty(), "{}", kernel.name);
+        }
+        assert!(implementations("nothing").is_empty() && implementations("a\0b").is_empty());
+    }
+
+    #[test]
     fn header_mirrors_the_contract() {
         assert_eq!(difference(HEADER), None);
     }
@@ -205,10 +243,10 @@ mod tests {
             ("another end of a struct", "} ett_rope_args;", "} ett_rop_args;"),
             (
                 "a missing launcher",
-                "int32_t ett_rope(const ett_rope_args* args, const ett_launch* launch);\n",
+                "ETT_API int32_t ett_rope(const ett_rope_args* args, const ett_launch* launch);\n",
                 "",
             ),
-            ("a missing query", "int64_t ett_rope_workspace(const ett_rope_args* args);\n", ""),
+            ("a missing query", "ETT_API int64_t ett_rope_workspace(const ett_rope_args* args);\n", ""),
             (
                 "another launcher",
                 "int32_t ett_rope(const ett_rope_args*",

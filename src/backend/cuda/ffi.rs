@@ -4,7 +4,7 @@
 #![allow(dead_code, missing_docs, non_camel_case_types)]
 pub use cudarc::driver::sys::CUstream_st;
 
-pub const ETT_ABI_VERSION: i32 = 7;
+pub const ETT_ABI_VERSION: i32 = 8;
 pub const ETT_OK: ett_status_code = 0;
 pub const ETT_BAD_ARGUMENT: ett_status_code = 1;
 pub const ETT_UNSUPPORTED: ett_status_code = 2;
@@ -2687,6 +2687,9 @@ impl Default for ett_restore_args {
 }
 unsafe extern "C" {
     pub fn ett_abi_version() -> i32;
+    pub fn ett_version() -> *const ::std::os::raw::c_char;
+    pub fn ett_targets() -> *const ::std::os::raw::c_char;
+    pub fn ett_implementations(kernel: *const ::std::os::raw::c_char) -> *const ::std::os::raw::c_char;
     pub fn ett_status_name(code: i32) -> *const ::std::os::raw::c_char;
     pub fn ett_last_status(status: *mut ett_status);
     pub fn ett_last_kernel() -> *const ::std::os::raw::c_char;

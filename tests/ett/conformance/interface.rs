@@ -95,6 +95,9 @@ fn shim_names_of_no_implementation_are_refused() -> Outcome {
         once.sort();
         once.dedup();
         assert_eq!(once.len(), all.len(), "{name}: {want} says a name twice");
+        let mut listed = ett::backend::abi::implementations(name);
+        listed.sort();
+        assert_eq!(listed, once, "{name}: what kernels/common/kernels.c lists");
         assert_eq!(all.len() > 1, want.starts_with("one of "), "{name}: {want}");
         let sentence =
             format!("configuration: `ETT_FORCE` is {name}=magic, wanted an implementation of {name}: {want}");

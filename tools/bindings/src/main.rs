@@ -32,6 +32,8 @@ fn generate() -> Result<String, String> {
         .raw_line("pub use cudarc::driver::sys::CUstream_st;")
         .blocklist_type("CUstream_st")
         .allowlist_item("ett_.*|ETT_.*")
+        // A string that no Rust code needs.
+        .blocklist_item("ETT_VERSION")
         .prepend_enum_name(false)
         .default_macro_constant_type(bindgen::MacroTypeVariation::Signed)
         .merge_extern_blocks(true)
