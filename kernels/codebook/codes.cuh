@@ -114,78 +114,149 @@ template <class T> struct Scatter {
 };
 
 inline constexpr int64_t kScatterTokens = 4096;  // tokens per launch, which are scanned for equal codes
-inline constexpr int kScatterCols = 8, kScatterWindow = 4;
+inline constexpr int kScatterThreads = 512, kScatterWarps = kScatterThreads / kWarp;
+inline constexpr int kScatterCols = 8, kScatterWindow = 4;  // columns of a lane; warps' widths of indices looked at together
+inline constexpr int kScatterRows = 4;    // gradients loaded together
+inline constexpr int kScatterAlone = 16;  // a warp adds up to so many gradients by itself
 
-// de[idx[m]] += the gradient of token m, for tokens [first, first + count), in ascending order of m, whatever the order
-// of the threads: there is one warp per token and 256 columns. If no earlier token has the same code, the warp scans
-// the tokens and adds the gradients of all that have this code.
-template <class T> __global__ void __launch_bounds__(kCodeThreads, 4) static scatter_kernel(const __grid_constant__ Scatter<T> a, int64_t first, int count) {
-    const int lane = int(threadIdx.x) % kWarp, n = int(blockIdx.x) * kCodeWarps + int(threadIdx.x) / kWarp;
-    if (n >= count || !a.c.has_code(first + n)) return;
-    const int32_t* const idx = a.c.idx + first;
-    const int32_t code = idx[n];
-#pragma unroll 1
-    for (int base = 0; base < n; base += kScatterWindow * kWarp) {
-        bool before = false;
-#pragma unroll
-        for (int w = 0; w < kScatterWindow; ++w) {
-            const int at = base + w * kWarp + lane;
-            before |= at < n && idx[at] == code;
-        }
-        if (__any_sync(kAllLanes, before)) return;
+// A lane's part of the sum over the tokens of one code: columns col0 + p * 32 * N + [0, N).
+template <class T, int N> struct CodeSum {
+    static constexpr int kPieces = kScatterCols / N;
+    const Scatter<T>& a;
+    int64_t first;  // first token of the launch
+    int col0, dim;
+    float weight;
+    float e[kPieces][N] = {}, sum[kPieces][N] = {};
+
+    __device__ __forceinline__ CodeSum(const Scatter<T>& scatter, int64_t first_token, int32_t code)
+        : a(scatter), first(first_token), col0(int(blockIdx.y) * kScatterCols * kWarp + int(threadIdx.x) % kWarp * N), dim(int(scatter.c.dim)),
+          weight(scatter.factor * *scatter.g_quant * *scatter.inv_count) {
+        each([&](int p, int col) { load<N>(e[p], a.c.e.row(code) + col); });
     }
-    const float weight = a.factor * *a.g_quant * *a.inv_count;
-    const bool has_own = a.own != nullptr;
-    const int col0 = int(blockIdx.y) * kScatterCols * kWarp + lane, dim = int(a.c.dim);
-    float e[kScatterCols] = {}, sum[kScatterCols] = {};
+    // Calls f(piece, its first column) for the pieces inside of the row.
+    template <class F> __device__ __forceinline__ void each(F f) const {
 #pragma unroll
-    for (int c = 0; c < kScatterCols; ++c) {
-        const int col = col0 + c * kWarp;
-        if (col >= dim) continue;
-        e[c] = to_float(a.c.e.row(code)[col]);
-        sum[c] = a.de.row(code)[col];
+        for (int p = 0; p < kPieces; ++p)
+            if (const int col = col0 + p * kWarp * N; col < dim) f(p, col);
     }
-#pragma unroll 1
-    for (int first_of_window = n; first_of_window < count; first_of_window += kScatterWindow * kWarp) {
-        // Few windows have a token with this code, so look at all of a window at once first.
-        bool any = false;
+    // Adds the gradients of the tokens whose bits are set in `same`, from token `base` of the launch on, in order.
+    __device__ __forceinline__ void add(unsigned same, int base) {
+        while (same) {
+            bool there[kScatterRows];
+            Vec<T, N> g[kScatterRows][kPieces] = {}, z[kScatterRows][kPieces] = {};
+            float own[kScatterRows] = {};
 #pragma unroll
-        for (int w = 0; w < kScatterWindow; ++w) {
-            const int at = first_of_window + w * kWarp + lane;
-            any |= at < count && idx[min(at, count - 1)] == code;
-        }
-        if (!__any_sync(kAllLanes, any)) continue;
-#pragma unroll 1
-        for (int base = first_of_window; base < first_of_window + kScatterWindow * kWarp; base += kWarp) {
-            unsigned same = __ballot_sync(kAllLanes, base + lane < count && idx[min(base + lane, count - 1)] == code);
-            for (; same; same &= same - 1) {
+            for (int r = 0; r < kScatterRows; ++r) {
+                there[r] = same != 0;
+                if (!there[r]) continue;
                 const int64_t m = first + base + __ffs(int(same)) - 1;
-                const float own = has_own ? a.own[m] : 0.f;
+                same &= same - 1;
+                if (a.own) own[r] = a.own[m];
+                each([&](int p, int col) {
+                    if (a.g.ptr) g[r][p] = load_vec<N>(a.g.row(m) + col);
+                    z[r][p] = load_vec<N>(a.c.z.row(m) + col);
+                });
+            }
 #pragma unroll
-                for (int c = 0; c < kScatterCols; ++c) {
-                    const int col = col0 + c * kWarp;
-                    if (col >= dim) continue;
-                    const float g = a.g.ptr ? to_float(a.g.row(m)[col]) : 0.f;
-                    const float z = to_float(a.c.z.row(m)[col]);
-                    sum[c] += g + weight * (e[c] - z) + own * z;
+            for (int r = 0; r < kScatterRows; ++r) {
+                if (!there[r]) continue;
+#pragma unroll
+                for (int p = 0; p < kPieces; ++p) {
+                    float gs[N], zs[N];
+                    unpack(gs, g[r][p]);
+                    unpack(zs, z[r][p]);
+#pragma unroll
+                    for (int i = 0; i < N; ++i) sum[p][i] += gs[i] + weight * (e[p][i] - zs[i]) + own[r] * zs[i];
                 }
             }
         }
     }
+};
+
+// Calls f(lanes, base) for each 32 of the tokens [from, end) of which any has this code; lanes: those that have it.
+template <class F> __device__ __forceinline__ void for_code(const int32_t* idx, int32_t code, int from, int end, F f) {
+    const int lane = int(threadIdx.x) % kWarp;
+#pragma unroll 1
+    for (int window = from; window < end; window += kScatterWindow * kWarp) {
+        // Few windows have a token with this code, so look at all of a window at once first.
+        bool any = false;
 #pragma unroll
-    for (int c = 0; c < kScatterCols; ++c) {
-        const int col = col0 + c * kWarp;
-        if (col < dim) a.de.row(code)[col] = sum[c];
+        for (int w = 0; w < kScatterWindow; ++w) {
+            const int at = window + w * kWarp + lane;
+            any |= at < end && idx[min(at, end - 1)] == code;
+        }
+        if (!__any_sync(kAllLanes, any)) continue;
+#pragma unroll 1
+        for (int base = window; base < window + kScatterWindow * kWarp; base += kWarp)
+            if (const unsigned same = __ballot_sync(kAllLanes, base + lane < end && idx[min(base + lane, end - 1)] == code)) f(same, base);
     }
 }
 
-// Launches the scatter of tokens [first, first + count).
-template <class T> int32_t launch_scatter(const char* op, const Scatter<T>& s, int64_t first, int64_t count, const ett_launch* l) {
+// de[idx[m]] += the gradient of token m, for tokens [first, first + count), in an order that does not depend on that of the
+// threads. There is one warp per token and 256 columns. If no earlier token has the same code, it counts those that have: a
+// few it adds in ascending order; for more, all warps of the block add equal parts of the following tokens, and then the
+// parts in order. N elements at a time.
+template <class T, int N> __global__ void __launch_bounds__(kScatterThreads, 1) static scatter_kernel(const __grid_constant__ Scatter<T> a, int64_t first, int count) {
+    using Sum = CodeSum<T, N>;
+    __shared__ float parts[kScatterWarps][kScatterCols * kWarp];
+    __shared__ int shared[kScatterWarps];      // of each warp: its token, if the block is to add those of its code, or -1
+    __shared__ bool has_part[kScatterWarps];
+    const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp, n = int(blockIdx.x) * kScatterWarps + warp;
+    const int32_t* const idx = a.c.idx + first;
+    int total = 0;
+    if (n < count && a.c.has_code(first + n)) {
+        bool before = false;
+        for_code(idx, idx[n], 0, n, [&](unsigned, int) { before = true; });
+        if (!before) for_code(idx, idx[n], n, count, [&](unsigned same, int) { total += __popc(same); });
+    }
+    if (lane == 0) shared[warp] = total > kScatterAlone ? n : -1;
+    if (total > 0 && total <= kScatterAlone) {
+        Sum s(a, first, idx[n]);
+        float* const to = a.de.row(idx[n]);
+        s.each([&](int p, int col) { load<N>(s.sum[p], to + col); });
+        for_code(idx, idx[n], n, count, [&](unsigned same, int base) { s.add(same, base); });
+        s.each([&](int p, int col) { store<N>(to + col, s.sum[p]); });
+    }
+    __syncthreads();  // shared is visible
+#pragma unroll 1
+    for (int w = 0; w < kScatterWarps; ++w) {
+        const int start = shared[w];
+        if (start < 0) continue;
+        const int32_t code = idx[start];
+        const int length = (count - start + kScatterWarps - 1) / kScatterWarps, from = start + warp * length;
+        Sum s(a, first, code);
+        bool any = false;
+        for_code(idx, code, from, min(from + length, count), [&](unsigned same, int base) {
+            s.add(same, base);
+            any = true;
+        });
+        if (any) s.each([&](int p, int) { store<N>(parts[warp] + p * kWarp * N + lane * N, s.sum[p]); });
+        if (lane == 0) has_part[warp] = any;
+        __syncthreads();  // the parts are visible
+        for (int c = int(threadIdx.x); c < kScatterCols * kWarp; c += kScatterThreads) {
+            const int col = int(blockIdx.y) * kScatterCols * kWarp + c;
+            if (col >= s.dim) continue;
+            float sum = a.de.row(code)[col];
+            for (int part = 0; part < kScatterWarps; ++part)
+                if (has_part[part]) sum += parts[part][c];
+            a.de.row(code)[col] = sum;
+        }
+        __syncthreads();  // the parts are read
+    }
+}
+
+// Whether the rows of an operand of the scatter consist of whole pieces of four elements.
+inline constexpr int kScatterPiece = 4;
+inline bool has_scatter_pieces(const ett_view& v) { return wide(v, kScatterPiece * dtype_size(v.dtype)); }
+
+// Launches the scatter of tokens [first, first + count); `pieces`: all operands have pieces.
+template <class T> int32_t launch_scatter(const char* op, const Scatter<T>& s, bool pieces, int64_t first, int64_t count, const ett_launch* l) {
     int32_t status = ETT_OK;
     for (int64_t at = 0; at < count && status == ETT_OK; at += kScatterTokens) {
         const int64_t n = std::min(kScatterTokens, count - at);
-        const dim3 grid(unsigned(ceil_div(n, kCodeWarps)), unsigned(ceil_div(s.c.dim, kScatterCols * kWarp)));
-        status = launch(op, scatter_kernel<T>, grid, dim3(kCodeThreads), 0, l, s, first + at, int(n));
+        const dim3 grid(unsigned(ceil_div(n, kScatterWarps)), unsigned(ceil_div(s.c.dim, kScatterCols * kWarp)));
+        auto go = [&](auto* kernel) { return launch(op, kernel, grid, dim3(kScatterThreads), 0, l, s, first + at, int(n)); };
+        status = pieces ? go(scatter_kernel<T, kScatterPiece>) : go(scatter_kernel<T, 1>);
     }
     return status;
 }

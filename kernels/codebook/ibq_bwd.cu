@@ -654,7 +654,8 @@ template <class T> class Pass {
         const double w = 2.0 / double(codes_.dim);
         const Scatter<T> hard = {codes_,           matrix<const T>(a_.g), matrix<float>(a_.de), own ? own - token : nullptr,
                                  number(a_.g_quant), number(a_.inv_count),  float(w * (1.0 + a_.beta_code))};
-        then([&] { return launch_scatter(kOp, hard, token, count, l_); });
+        const bool pieces = has_scatter_pieces(a_.z) && has_scatter_pieces(a_.e) && has_scatter_pieces(a_.g) && has_scatter_pieces(a_.de);
+        then([&] { return launch_scatter(kOp, hard, pieces, token, count, l_); });
     }
 
     const ett_ibq_bwd_args& a_;

@@ -15,7 +15,7 @@
 // de         K,D  f32  rows of any stride   added to; may be absent
 //
 // numerics: f32, one rounding of dz; zq is a copy. The loss is summed over blocks of 32 tokens, then over the blocks in
-// a fixed order; one warp per 256 columns sums a row of de in ascending order of its tokens. Bitwise repeatable.
+// a fixed order; a warp, or for a popular code a block, sums 256 columns of a row of de. Bitwise repeatable.
 // workspace: vq_losses 4 bytes per 32 tokens.
 // work: forward 3*M*D*size bytes; backward 4*M*D*size + (M*size + 8*U)*D bytes for U different codes, and a scan for
 // equal codes that reads, for each token, up to 4096 indices of 4 bytes.
@@ -79,7 +79,7 @@ template <class T> int32_t run(const ett_vq_bwd_args& a, const ett_launch* l, co
     int32_t status = launch("vq_bwd", strcmp(name, "wide") == 0 ? tokens_kernel<T, kWide<T>> : tokens_kernel<T, 1>, grid, dim3(kCodeThreads), 0, l, z);
     if (status == ETT_OK && present(a.de)) {
         const Scatter<T> e = {c, {nullptr, 0}, matrix<float>(a.de), nullptr, g_quant, inv, float(two * a.beta_code)};
-        status = launch_scatter("vq_bwd", e, 0, c.tokens, l);
+        status = launch_scatter("vq_bwd", e, has_scatter_pieces(a.z) && has_scatter_pieces(a.e) && has_scatter_pieces(a.de), 0, c.tokens, l);
     }
     return status == ETT_OK ? ett_done(name) : status;
 }
