@@ -5,11 +5,6 @@
 #include <stdio.h>
 #include <string.h>
 
-/* Launchers check addresses for null and alignment only, and nothing below reaches a launch. */
-#ifndef ETT_PLACEHOLDER
-#define ETT_PLACEHOLDER ((void*)256)
-#endif
-
 static int wrong = 0;
 
 /* The launcher returned `code`; of a failure, prints the sentence, which is about `arg`. */
@@ -28,7 +23,7 @@ static void expect(const char* what, int32_t code, int32_t want, const char* arg
     }
 }
 
-/* A vector of n elements. Members that are not named are zero. */
+/* A vector of n elements, without memory: nothing below reaches a launch. Members that are not named are zero. */
 static ett_view vector(int32_t dtype, int64_t n) {
     ett_view v = {ETT_PLACEHOLDER, 0, 1, {1, 1, 1, 1}, 0};
     v.dtype = dtype;
@@ -43,7 +38,9 @@ int main(void) {
     int64_t bytes;
     ett_status first, second;
 
-    printf("interface %d of the library, %d of the header\n", (int)ett_abi_version(), ETT_ABI_VERSION);
+    printf("version %s for `%s`, interface %d; header: version %s, interface %d\n", ett_version(), ett_targets(), (int)ett_abi_version(),
+           ETT_VERSION, ETT_ABI_VERSION);
+    printf("implementations of sum_squares: %s\n", ett_implementations("sum_squares"));
     if (ett_abi_version() != ETT_ABI_VERSION) return 1; /* structs may differ */
 
     /* A view whose address is null is absent. */
