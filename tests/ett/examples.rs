@@ -1,6 +1,6 @@
 //! The numbered examples, which assert what they claim.
 
-use crate::common::Outcome;
+use crate::common::{Outcome, gpu_turn};
 
 #[path = "../../examples/2_kernel_and_oracle.rs"]
 mod kernel_and_oracle;
@@ -18,6 +18,8 @@ fn example_1_computes_a_gradient() -> Outcome {
 
 #[test]
 fn example_2_compares_a_kernel_with_its_oracle() -> Outcome {
+    // It uses a GPU if there is one.
+    gpu_turn();
     kernel_and_oracle::main()
 }
 

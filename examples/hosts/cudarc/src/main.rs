@@ -13,7 +13,7 @@ type Outcome<T> = Result<T, Box<dyn Error>>;
 /// Tokens, codes and their dimension.
 const SIZES: [usize; 3] = [300, 1000, 64];
 /// Largest error of a score, relative to the largest score.
-const BOUND: f64 = 1e-5;
+const BOUND: f64 = 1e-4;
 
 /// The call, for any device.
 fn nearest(dev: &dyn Kernels, z: In, e: In, idx: Out, score: Out) -> ett::error::Result<()> {

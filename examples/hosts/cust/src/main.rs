@@ -130,7 +130,7 @@ fn main() -> Outcome<()> {
     }
     // The primary context, the one that the launchers use. A stream that waits for the default stream, on which cust
     // copies.
-    let context = cust::quick_init().map_err(|e| format!("no GPU can be used: {e}"))?;
+    let context = cust::quick_init().map_err(|e| format!("no GPU can be used: {e:?}"))?;
     let gpu = Gpu { stream: Stream::new(StreamFlags::DEFAULT, None)?, _context: context };
 
     let [m, k, d] = SIZES;
