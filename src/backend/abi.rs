@@ -99,7 +99,9 @@ mod tests {
                     }
                     let k = &current.kernel;
                     waiting = vec![
-                        format!("ETT_API int32_t ett_{k}(const ett_{k}_args* args, const ett_launch* launch);"),
+                        format!(
+                            "ETT_API int32_t ett_{k}(const ett_{k}_args* args, const ett_launch* launch);"
+                        ),
                         format!("ETT_API int64_t ett_{k}_workspace(const ett_{k}_args* args);"),
                     ];
                     all.extend(open.take());

@@ -29,6 +29,6 @@ fn example_3_trains_a_small_model() -> Outcome {
 }
 
 #[test]
-fn example_4_trains_a_tokenizer() -> Outcome {
+fn example_4_trains_a_language_model() -> Outcome {
     training_step::main()
 }
