@@ -146,7 +146,7 @@ impl Error {
     }
 
     /// Says in which stage and step a device failed; all other errors stay as they are.
-    pub(crate) fn at(self, stage: &str, step: Option<usize>) -> Self {
+    pub fn at(self, stage: &str, step: Option<usize>) -> Self {
         use Error::{Argument, Device, OutOfMemory, Unsupported};
         match self {
             e @ (Argument { .. } | Unsupported { .. } | OutOfMemory { .. } | Device { .. }) => {

@@ -12,6 +12,7 @@ mod conformance;
 mod contract;
 mod data;
 mod dense;
+mod examples;
 mod failures;
 mod fixtures;
 mod formats;
