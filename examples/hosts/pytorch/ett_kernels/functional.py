@@ -1,9 +1,10 @@
 """The kernels in the forms that PyTorch programs expect. B batch, H heads (or height), T tokens, C channels, D head or code
 dimension, K codes, V vocabulary.
 
-Tensors are float32 or bfloat16. Under torch.autocast the operators made of matrix products (nearest, ibq_quantize,
-attention, linear_cross_entropy) compute in its type, which has to be bfloat16; sums and scores are float32 in every case.
-Norms and cross_entropy keep the type of their input, since they compute in float32 inside.
+Activations are float32 or bfloat16 and set the type that an operator computes in; parameters (codes, weights) are converted
+inside and get gradients of their own type. Under torch.autocast the operators made of matrix products (nearest,
+ibq_quantize, attention, linear_cross_entropy) convert their activations to its type, which has to be bfloat16. Norms and
+cross_entropy keep the type of their input. Scores, statistics and sums are float32 in every case.
 """
 
 import functools
@@ -25,15 +26,16 @@ class Quantized(NamedTuple):
     avg: Optional[Tensor]
 
 
-def _type(*tensors):
-    """The type of a matrix product: autocast's, or the common one."""
+def _activation(*tensors):
+    """Activations of a matrix product in the type of autocast, else in their common type."""
     device = tensors[0].device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         if dtype == torch.float16:
             raise TypeError("autocast is to float16, wanted bfloat16: torch.autocast(..., dtype=torch.bfloat16)")
-        return dtype
-    return functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    else:
+        dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    return [t.to(dtype) for t in tensors]
 
 
 def nearest(z: Tensor, e: Tensor, metric: str = "dot") -> Tensor:
@@ -43,8 +45,8 @@ def nearest(z: Tensor, e: Tensor, metric: str = "dot") -> Tensor:
     """
     if metric not in ("dot", "l2"):
         raise ValueError(f'metric is {metric!r}, wanted "dot" or "l2"')
-    dtype = _type(z, e)
-    idx = ops.nearest(z.detach().to(dtype).reshape(-1, z.shape[-1]), e.detach(), metric)
+    (tokens,) = _activation(z.detach())
+    idx = ops.nearest(tokens.reshape(-1, z.shape[-1]), e.detach(), metric)
     return idx.long().reshape(z.shape[:-1])
 
 
@@ -58,8 +60,8 @@ def ibq_quantize(
     entropy of the tokens and the entropy of the mean assignment, of softmax(z e^T / temperature). The entropy loss is
     sample - avg. Nothing of size tokens x codes is stored, forward or backward.
     """
-    flat = z.to(_type(z, e)).reshape(-1, z.shape[-1])
-    outputs = ops.ibq(flat, e, temperature, eps, beta_commit, beta_code, entropies)
+    (tokens,) = _activation(z)
+    outputs = ops.ibq(tokens.reshape(-1, z.shape[-1]), e, temperature, eps, beta_commit, beta_code, entropies)
     zq, quant, sample, avg, idx = outputs[:5]
     shaped = zq.reshape(z.shape), idx.long().reshape(z.shape[:-1])
     return Quantized(*shaped, quant, *((sample, avg) if entropies else (None, None)))
@@ -71,10 +73,9 @@ def attention_varlen(
 ) -> Tensor:  # fmt: skip
     """Attention over S sequences that lie one after the other: q [N, H, D], k and v [Nk, kv_heads, D], offsets cu_q and
     cu_k [S + 1]; kv_heads divides H. A causal mask aligns the ends of queries and keys."""
-    dtype = _type(q, k, v)
     heads, kv_heads = q.shape[1], k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    flat = (t.to(dtype).reshape(len(t), -1) for t in (q, k, v))
+    flat = (t.reshape(len(t), -1) for t in _activation(q, k, v))
     offsets = cu_q.to(torch.int32), cu_k.to(torch.int32)
     y, _ = ops.attention(*flat, *offsets, heads, kv_heads, max_q, max_k, scale, causal)
     return y.reshape(q.shape)
@@ -110,8 +111,8 @@ def linear_cross_entropy(
 
     The mean over no targets is 0 (PyTorch: NaN). A target of V or more is a fault: see check_faults.
     """
-    flat = x.to(_type(x, weight)).reshape(-1, x.shape[-1])
-    return ops.linear_cross_entropy(flat, weight, *_targets(target, ignore_index, reduction))[0]
+    (rows,) = _activation(x)
+    return ops.linear_cross_entropy(rows.reshape(-1, x.shape[-1]), weight, *_targets(target, ignore_index, reduction))[0]
 
 
 def cross_entropy(

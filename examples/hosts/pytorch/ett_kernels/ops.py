@@ -92,6 +92,7 @@ def gradient(grad, like):
 
 
 def keep(ctx, tensors, statistics, **numbers):
+    """What a backward reads."""
     ctx.save_for_backward(*tensors, *statistics)
     ctx.mark_non_differentiable(*statistics)
     ctx.set_materialize_grads(False)
@@ -201,15 +202,13 @@ def attention_backward(
 
 def _attention_setup(ctx, inputs, output):
     q, k, v, cu_q, cu_k, *numbers = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.numbers = numbers
+    keep(ctx, (q, k, v, cu_q, cu_k, output[0]), output[1:], all=numbers)
 
 
 def _attention_gradient(ctx, dy, _):
-    q, *saved = ctx.saved_tensors
-    return *attention_backward(gradient(dy, q), q, *saved, *ctx.numbers), *[None] * 8
+    q, k, v, cu_q, cu_k, y, lse = ctx.saved_tensors
+    grads = attention_backward(gradient(dy, q), q, k, v, y, lse, cu_q, cu_k, *ctx.numbers["all"])
+    return *grads, *[None] * 8
 
 
 @define(lambda q, k, v, cu_q, cu_k, heads, *rest: (q.new_empty(q.shape), q.new_empty(len(q), heads, dtype=F32)),
@@ -252,7 +251,11 @@ def _loss_outputs(x):
     return x.new_empty((), dtype=F32), x.new_empty(len(x), dtype=F32)
 
 
-@define(lambda x, w, target, scale: _loss_outputs(x), lambda ctx, i, o: keep(ctx, i, o[1:]), _linear_gradient)
+def _loss_setup(ctx, inputs, output):
+    keep(ctx, inputs, output[1:])
+
+
+@define(lambda x, w, target, scale: _loss_outputs(x), _loss_setup, _linear_gradient)
 def linear_cross_entropy(x: Tensor, w: Tensor, target: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """x [N, C], w [V, C], target [N] int32 (negative: left out), scale [1] f32: the scaled sum of losses, and lse [N]."""
     loss, lse = _loss_outputs(x)
@@ -274,8 +277,7 @@ def _cross_entropy_gradient(ctx, g, _):
     return cross_entropy_backward(gradient(g, lse.new_empty(())), *saved, lse), None, None, None
 
 
-@define(lambda logits, target, weight, scale: _loss_outputs(logits), lambda ctx, i, o: keep(ctx, i, o[1:]),
-        _cross_entropy_gradient)  # fmt: skip
+@define(lambda logits, target, weight, scale: _loss_outputs(logits), _loss_setup, _cross_entropy_gradient)
 def cross_entropy(logits: Tensor, target: Tensor, weight: Optional[Tensor], scale: Tensor) -> tuple[Tensor, Tensor]:
     """logits [N, V], target [N] int32 (negative: left out), weight [N] f32, scale [1] f32: scaled sum of losses, lse [N]."""
     loss, lse = _loss_outputs(logits)
@@ -285,6 +287,11 @@ def cross_entropy(logits: Tensor, target: Tensor, weight: Optional[Tensor], scal
 
 
 # ---- norms ----
+
+
+def _norm_setup(ctx, inputs, output):
+    x, w, b, *_ = inputs
+    keep(ctx, (x, w, b), output[1:], last=inputs[-1])  # silu of the GroupNorm
 
 
 def _parameter_gradients(x, *parameters):
@@ -308,11 +315,10 @@ def _group_norm_outputs(x, groups):
 
 def _group_norm_gradient(ctx, dy, *_):
     x, *saved = ctx.saved_tensors
-    return *group_norm_backward(gradient(dy, x), x, *saved, **ctx.numbers), None, None, None
+    return *group_norm_backward(gradient(dy, x), x, *saved, ctx.numbers["last"]), None, None, None
 
 
-@define(lambda x, w, b, groups, eps, silu: _group_norm_outputs(x, groups),
-        lambda ctx, i, o: keep(ctx, i[:3], o[1:], silu=i[5]), _group_norm_gradient)  # fmt: skip
+@define(lambda x, w, b, groups, *rest: _group_norm_outputs(x, groups), _norm_setup, _group_norm_gradient)
 def group_norm(
     x: Tensor, w: Tensor, b: Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -340,7 +346,7 @@ def _layer_norm_gradient(ctx, dy, *_):
     return *layer_norm_backward(gradient(dy, x), x, *saved), None
 
 
-@define(lambda x, w, b, eps: _layer_norm_outputs(x), lambda ctx, i, o: keep(ctx, i[:3], o[1:]), _layer_norm_gradient)
+@define(lambda x, w, b, eps: _layer_norm_outputs(x), _norm_setup, _layer_norm_gradient)
 def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """x [N, C], w and b [C]: y, mean and rstd [N]."""
     y, mean, rstd = _layer_norm_outputs(x)
