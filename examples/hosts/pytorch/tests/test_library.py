@@ -20,12 +20,13 @@ C_TYPES = {"f32": ctypes.c_float, "i32": ctypes.c_int32}
 
 
 class Buffer:
-    """A tensor in a ctypes array, filled with `values` or with NaN (-1), its rows `stride` elements apart."""
+    """A tensor in a ctypes array, filled with `values` or else with NaN or -1, its rows `stride` elements apart."""
 
     def __init__(self, shape, values=None, dtype="f32", stride=None):
         *outer, inner = shape
         self.rows, self.inner, self.stride = math.prod(outer), inner, stride or inner
-        self.memory = (C_TYPES[dtype] * (self.rows * self.stride))(*[math.nan if dtype == "f32" else -1] * (self.rows * self.stride))
+        count = self.rows * self.stride
+        self.memory = (C_TYPES[dtype] * count)(*[math.nan if dtype == "f32" else -1] * count)
         strides = [1]
         for size in reversed([*outer[1:], self.stride] if outer else []):
             strides.insert(0, strides[0] * size)
@@ -148,7 +149,8 @@ class LibraryTest(unittest.TestCase):
         smax, rest_p, rest_q, xbar = (Buffer((m,)) for _ in range(4))
         col, count = Buffer((k,)), Buffer((1,), [1 / m])
         losses = dict(quant=Buffer((1,)), sample=Buffer((1,)), avg=Buffer((1,)))
-        both, rest, betas = dict(z=z, e=e, idx=idx), dict(rest_q=rest_q, xbar=xbar), dict(beta_commit=commit, beta_code=code)
+        both, rest = dict(z=z, e=e, idx=idx), dict(rest_q=rest_q, xbar=xbar)
+        betas = dict(beta_commit=commit, beta_code=code)
         run("ibq_rows", **both, smax=smax, rest_p=rest_p, **rest, bad=zeros(1), temperature=t)
         run("ibq_cols", **both, smax=smax, rest_q=rest_q, col=col, temperature=t)
         run("ibq_losses", **both, **rest, col=col, inv_count=count, zq=zq, c=c, **losses, eps=eps, **betas)
