@@ -7,7 +7,9 @@ matplotlib, OUT/train.png.
     examples/hosts/pytorch/train.py --pictures data/easy-vqa/train --out runs/pytorch
 
 Everything is float32 without TF32, so that the two runs may be compared; with --bf16 both run under autocast, where the
-published form also rounds its scores to bfloat16.
+published form also rounds its scores to bfloat16. Rounding makes a token choose another code now and then, after which two
+runs differ for good: --reference adds a run of the published form in float64, from which both are equally far if only
+rounding tells them apart.
 """
 
 import argparse
@@ -26,7 +28,8 @@ import ett_kernels
 from published import PublishedQuantizer
 
 DEVICE = torch.device("cpu" if ett_kernels.library.on_cpu else "cuda")
-FORMS = {"published": PublishedQuantizer, "ett_kernels": ett_kernels.nn.IBQQuantizer}
+FORMS = ("published", "ett_kernels")
+REFERENCE = "published, float64"
 LOSSES = ("total", "reconstruction", "quantization", "entropy")
 
 
@@ -61,8 +64,12 @@ class Autoencoder(nn.Module):
 
 def train(form, pictures, args):
     torch.manual_seed(args.seed)
-    arguments = {} if form == "published" else dict(use_entropy_loss=True)
-    model = Autoencoder(FORMS[form](args.codes, args.dim, **arguments), args.width, args.dim).to(DEVICE)
+    if form == "ett_kernels":
+        quantizer = ett_kernels.nn.IBQQuantizer(args.codes, args.dim, use_entropy_loss=True)
+    else:
+        quantizer = PublishedQuantizer(args.codes, args.dim)
+    dtype = torch.float64 if form == REFERENCE else torch.float32
+    model = Autoencoder(quantizer, args.width, args.dim).to(DEVICE, dtype)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.rate, betas=(0.5, 0.9))
     draw = torch.Generator().manual_seed(args.seed)
     cuda = DEVICE.type == "cuda"
@@ -75,10 +82,10 @@ def train(form, pictures, args):
         batch = torch.randint(len(pictures), (args.batch,), generator=draw).to(DEVICE)
         synchronize()
         start = time.perf_counter()
-        x = pictures[batch].float() / 127.5 - 1
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.bf16):
+        x = pictures[batch].to(dtype) / 127.5 - 1
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.bf16 and form != REFERENCE):
             y, quant, entropy = model(x)
-            reconstruction = F.l1_loss(y.float(), x)
+            reconstruction = F.l1_loss(y.to(dtype), x)
             total = reconstruction + quant + args.entropy * entropy
         optimizer.zero_grad()
         total.backward()
@@ -93,9 +100,10 @@ def train(form, pictures, args):
     )
 
 
-def difference(a, b):
-    """Largest difference of two curves, relative to the largest value."""
-    return max(abs(x - y) for x, y in zip(a, b)) / max(abs(x) for x in a)
+def differences(losses, others):
+    """Of each loss, the largest difference of two runs, relative to the largest value."""
+    largest = lambda values: max(abs(v) for v in values)
+    return {name: largest([x - y for x, y in zip(losses[name], others[name])]) / largest(others[name]) for name in LOSSES}
 
 
 def plot(result, file):
@@ -109,11 +117,13 @@ def plot(result, file):
     for name in ("total", "reconstruction"):
         curve.plot(forms["published"]["losses"][name], color="tab:orange", linewidth=4, alpha=0.5, label=f"{name}, published")
         curve.plot(forms["ett_kernels"]["losses"][name], color="tab:blue", linewidth=1, label=f"{name}, ett_kernels")
+        if REFERENCE in forms:
+            curve.plot(forms[REFERENCE]["losses"][name], color="black", linestyle=":", linewidth=1, label=f"{name}, float64")
     curve.set(xlabel="step", ylabel="loss", yscale="log", title=result["what"])
     curve.legend(fontsize=8)
     for axis, key, title in ((memory, "peak_mib", "peak memory, MiB"), (speed, "ms_per_step", "ms a step")):
         values = [forms[form][key] or 0 for form in FORMS]
-        axis.bar_label(axis.bar(list(FORMS), values, color=["tab:orange", "tab:blue"]), fmt="%.0f")
+        axis.bar_label(axis.bar(FORMS, values, color=["tab:orange", "tab:blue"]), fmt="%.0f")
         axis.set_title(title)
     figure.savefig(file, dpi=120)
 
@@ -123,6 +133,7 @@ def main():
     parser.add_argument("--pictures", type=Path, required=True, help="folder of PNG or JPEG files")
     parser.add_argument("--out", type=Path, default=Path("runs/pytorch"), help="folder for the results")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast in both runs")
+    parser.add_argument("--reference", action="store_true", help="a further run in float64; needs twice the memory")
     for name, value in dict(steps=100, batch=16, codes=65536, dim=256, size=64, width=128, most=2000, seed=0).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     for name, value in dict(rate=1e-4, entropy=0.05).items():
@@ -137,14 +148,16 @@ def main():
     result = dict(what=what, device=device, torch=torch.__version__, pictures=len(pictures), forms={})
     result["arguments"] = {k: v for k, v in vars(args).items() if k not in ("pictures", "out")}
     train("ett_kernels", pictures, argparse.Namespace(**vars(args) | dict(steps=2)))  # loads libraries
-    for form in FORMS:
+    for form in (*FORMS, REFERENCE) if args.reference else FORMS:
         result["forms"][form] = run = train(form, pictures, args)
         last = {name: round(values[-1], 5) for name, values in run["losses"].items()}
         memory = f"{run['peak_mib']:.0f} MiB, " if run["peak_mib"] else ""
         print(f"{form}: {run['ms_per_step']:.2f} ms a step, {memory}losses {last}", flush=True)
-    curves = [result["forms"][form]["losses"] for form in FORMS]
-    result["difference"] = {name: difference(curves[0][name], curves[1][name]) for name in LOSSES}
-    print(f"largest difference of the losses, of their largest value: {result['difference']}")
+    forms = result["forms"]
+    pairs = [(form, REFERENCE) for form in FORMS] if args.reference else [FORMS]
+    result["differences"] = {f"{a} from {b}": differences(forms[a]["losses"], forms[b]["losses"]) for a, b in pairs}
+    for pair, values in result["differences"].items():
+        print(f"{pair}: largest differences of the losses, relative to their largest value, {values}")
     (args.out / "train.json").write_text(json.dumps(result, indent=1))
     plot(result, args.out / "train.png")
 
