@@ -1,6 +1,5 @@
 """Modules with the interfaces of published ones."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -7,7 +7,6 @@ type, rounded once from sums in f32. Statistics that a backward needs are output
 """
 
 import contextlib
-import functools
 from typing import Optional
 
 import torch
@@ -319,9 +318,7 @@ def _group_norm_gradient(ctx, dy, *_):
 
 
 @define(lambda x, w, b, groups, *rest: _group_norm_outputs(x, groups), _norm_setup, _group_norm_gradient)
-def group_norm(
-    x: Tensor, w: Tensor, b: Tensor, groups: int, eps: float, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def group_norm(x: Tensor, w: Tensor, b: Tensor, groups: int, eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
     """x [B, H, W, C], w and b [C]: y, mean and rstd [B, groups]."""
     y, mean, rstd = _group_norm_outputs(x, groups)
     launch("group_norm_fwd", x=x, w=w.to(x.dtype), b=b.to(x.dtype), y=y, mean=mean, rstd=rstd, eps=eps, silu=silu)

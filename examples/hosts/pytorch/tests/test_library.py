@@ -182,8 +182,7 @@ class LibraryTest(unittest.TestCase):
             dp = [dot(full, b) for b in em]
             delta, r = dot(p[i], dp), dot(q[i], slope)
             ds = [
-                p[i][j] * (dp[j] - delta)
-                + q[i][j] / (m * t) * (-ws * (math.log(q[i][j]) + entropy[i]) + wa * (slope[j] - r))
+                p[i][j] * (dp[j] - delta) + q[i][j] / (m * t) * (-ws * (math.log(q[i][j]) + entropy[i]) + wa * (slope[j] - r))
                 for j in range(k)
             ]
             direct = -(2 + 2 * commit) * wq / (m * d)
