@@ -75,7 +75,7 @@ def attention_varlen(
     cu_k [S + 1]; kv_heads divides H. A causal mask aligns the ends of queries and keys."""
     heads, kv_heads = q.shape[1], k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    flat = (t.reshape(len(t), -1) for t in _activation(q, k, v))
+    flat = (t.flatten(1) for t in _activation(q, k, v))
     offsets = cu_q.to(torch.int32), cu_k.to(torch.int32)
     y, _ = ops.attention(*flat, *offsets, heads, kv_heads, max_q, max_k, scale, causal)
     return y.reshape(q.shape)

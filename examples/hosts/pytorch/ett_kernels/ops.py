@@ -101,10 +101,10 @@ def keep(ctx, tensors, statistics, **numbers):
 # ---- quantizer ----
 
 
-@define(lambda z, e, metric: z.new_empty(len(z), dtype=I32))
+@define(lambda z, e, metric: z.new_empty(z.shape[0], dtype=I32))
 def nearest(z: Tensor, e: Tensor, metric: str) -> Tensor:
     """z [M, D], e [K, D]: the index of the best code of each token, by "dot" or "l2"."""
-    idx = z.new_empty(len(z), dtype=I32)
+    idx = z.new_empty(z.shape[0], dtype=I32)
     metric = LIBRARY.constants["ETT_METRIC_" + metric.upper()]
     launch("nearest", z=z, e=e.to(z.dtype), idx=idx, metric=metric)
     return idx
@@ -132,11 +132,11 @@ def ibq_backward(
 
 
 def _inverse(z):
-    return torch.full((1,), 1 / max(len(z), 1), dtype=F32, device=z.device)
+    return torch.full((1,), 1 / max(z.shape[0], 1), dtype=F32, device=z.device)
 
 
 def _ibq_outputs(z, e, temperature, eps, beta_commit, beta_code, entropies):
-    (m, _), k = z.shape, len(e)
+    (m, _), k = z.shape, e.shape[0]
     new = lambda *shape, present=True: z.new_empty(shape if present else (0,), dtype=F32)
     scalars = new(), new(present=entropies), new(present=entropies)
     rows = new(m), new(m), new(m, present=entropies), new(m, present=entropies)
@@ -210,14 +210,14 @@ def _attention_gradient(ctx, dy, _):
     return *grads, *[None] * 8
 
 
-@define(lambda q, k, v, cu_q, cu_k, heads, *rest: (q.new_empty(q.shape), q.new_empty(len(q), heads, dtype=F32)),
+@define(lambda q, k, v, cu_q, cu_k, heads, *rest: (q.new_empty(q.shape), q.new_empty(q.shape[0], heads, dtype=F32)),
         _attention_setup, _attention_gradient)  # fmt: skip
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, heads: int, kv_heads: int, max_q: int, max_k: int,
     scale: float, causal: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q [N, heads * D], k and v [Nk, kv_heads * D], cu_q and cu_k [S + 1] int32: y [N, heads * D] and lse [N, heads]."""
-    y, lse = q.new_empty(q.shape), q.new_empty(len(q), heads, dtype=F32)
+    y, lse = q.new_empty(q.shape), q.new_empty(q.shape[0], heads, dtype=F32)
     launch(
         "attention_fwd", q=q, k=k, v=v, cu_q=cu_q, cu_k=cu_k, y=y, lse=lse, heads=heads, kv_heads=kv_heads,
         head_dim=q.shape[1] // heads, max_q=max_q, max_k=max_k, scale=scale, causal=causal,
@@ -247,7 +247,7 @@ def _linear_gradient(ctx, g, _):
 
 
 def _loss_outputs(x):
-    return x.new_empty((), dtype=F32), x.new_empty(len(x), dtype=F32)
+    return x.new_empty((), dtype=F32), x.new_empty(x.shape[0], dtype=F32)
 
 
 def _loss_setup(ctx, inputs, output):
@@ -309,7 +309,7 @@ def group_norm_backward(
 
 
 def _group_norm_outputs(x, groups):
-    return x.new_empty(x.shape), *(x.new_empty(len(x), groups, dtype=F32) for _ in range(2))
+    return x.new_empty(x.shape), *(x.new_empty(x.shape[0], groups, dtype=F32) for _ in range(2))
 
 
 def _group_norm_gradient(ctx, dy, *_):
@@ -335,7 +335,7 @@ def layer_norm_backward(
 
 
 def _layer_norm_outputs(x):
-    return x.new_empty(x.shape), *(x.new_empty(len(x), dtype=F32) for _ in range(2))
+    return x.new_empty(x.shape), *(x.new_empty(x.shape[0], dtype=F32) for _ in range(2))
 
 
 def _layer_norm_gradient(ctx, dy, *_):
@@ -359,7 +359,7 @@ def rms_norm_backward(dy: Tensor, dsum: Optional[Tensor], s: Tensor, w: Tensor, 
 
 
 def _rms_norm_outputs(x, residual):
-    return x.new_empty(x.shape), x.new_empty((0,) if residual is None else x.shape), x.new_empty(len(x), dtype=F32)
+    return x.new_empty(x.shape), x.new_empty((0,) if residual is None else x.shape), x.new_empty(x.shape[0], dtype=F32)
 
 
 def _rms_norm_setup(ctx, inputs, output):
