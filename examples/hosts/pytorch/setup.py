@@ -38,7 +38,10 @@ class BuildKernels(build_py):
         if library is None:
             self.warn("no nvcc and no libett_kernels.so: ETT_KERNELS_LIBRARY has to name one when ett_kernels is imported")
         elif not self.editable_mode:
-            header = os.environ.get("ETT_KERNELS_HEADER") or KERNELS / "include/ett_kernels.h"
+            header = Path(os.environ.get("ETT_KERNELS_HEADER") or KERNELS / "include/ett_kernels.h")
+            for file, variable in ((library, "ETT_KERNELS_LIBRARY"), (header, "ETT_KERNELS_HEADER")):
+                if not file.is_file():
+                    raise SystemExit(f"{file} is not a file: {variable} has to name one")
             folder = Path(self.build_lib, "ett_kernels/lib")
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy2(library, folder / "libett_kernels.so")
