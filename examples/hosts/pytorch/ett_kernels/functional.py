@@ -98,10 +98,9 @@ def _targets(target, ignore_index, reduction):
     """Targets as int32 with -1 for those to ignore, and the factor on the sum of losses."""
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction is {reduction!r}, wanted "mean" or "sum"')
-    used = target != ignore_index
-    target = torch.where(used, target, -1).to(torch.int32).reshape(-1)
-    count = used.sum().clamp(min=1) if reduction == "mean" else used.new_ones(())
-    return target, count.to(torch.float32).reciprocal().reshape(1)
+    ignored = target == ignore_index
+    count = (~ignored).sum().clamp(min=1) if reduction == "mean" else ignored.new_ones(())
+    return target.masked_fill(ignored, -1).to(torch.int32).reshape(-1), count.to(torch.float32).reciprocal().reshape(1)
 
 
 def linear_cross_entropy(
@@ -109,7 +108,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of the logits x weight^T, which are never stored: x [.., C], weight [V, C], target [..].
 
-    The mean over no targets is 0 (PyTorch: NaN). A target of V or more is a fault: see check_faults.
+    The mean over no targets is 0 (PyTorch: NaN). Other negative targets than ignore_index add nothing, but count in the mean. A
+    target of V or more is a fault: see check_faults.
     """
     (rows,) = _activation(x)
     return ops.linear_cross_entropy(rows.reshape(-1, x.shape[-1]), weight, *_targets(target, ignore_index, reduction))[0]
