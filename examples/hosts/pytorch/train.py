@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ett_kernels
+import plot
 from published import PublishedQuantizer
 
 DEVICE = torch.device("cpu" if ett_kernels.library.on_cpu else "cuda")
@@ -106,28 +107,6 @@ def differences(losses, others):
     return {name: largest([x - y for x, y in zip(losses[name], others[name])]) / largest(others[name]) for name in LOSSES}
 
 
-def plot(result, file):
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        print("matplotlib is missing: no plot")
-        return
-    forms = result["forms"]
-    figure, (curve, memory, speed) = pyplot.subplots(1, 3, figsize=(11, 3.6), width_ratios=(3, 1, 1), layout="constrained")
-    for name in ("total", "reconstruction"):
-        curve.plot(forms["published"]["losses"][name], color="tab:orange", linewidth=4, alpha=0.5, label=f"{name}, published")
-        curve.plot(forms["ett_kernels"]["losses"][name], color="tab:blue", linewidth=1, label=f"{name}, ett_kernels")
-        if REFERENCE in forms:
-            curve.plot(forms[REFERENCE]["losses"][name], color="black", linestyle=":", linewidth=1, label=f"{name}, float64")
-    curve.set(xlabel="step", ylabel="loss", yscale="log", title=result["what"])
-    curve.legend(fontsize=8)
-    for axis, key, title in ((memory, "peak_mib", "peak memory, MiB"), (speed, "ms_per_step", "ms a step")):
-        values = [forms[form][key] or 0 for form in FORMS]
-        axis.bar_label(axis.bar(FORMS, values, color=["tab:orange", "tab:blue"]), fmt="%.0f")
-        axis.set_title(title)
-    figure.savefig(file, dpi=120)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=Path, required=True, help="folder of PNG or JPEG files")
@@ -159,7 +138,10 @@ def main():
     for pair, values in result["differences"].items():
         print(f"{pair}: largest differences of the losses, relative to their largest value, {values}")
     (args.out / "train.json").write_text(json.dumps(result, indent=1))
-    plot(result, args.out / "train.png")
+    try:
+        plot.draw(args.out)
+    except ImportError:
+        print(f"matplotlib is missing: plot.py {args.out} draws the plot elsewhere")
 
 
 if __name__ == "__main__":
