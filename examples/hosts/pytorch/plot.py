@@ -21,7 +21,7 @@ def draw(folder):
     result = json.loads((Path(folder) / "train.json").read_text())
     forms = result["forms"]
     figure, (curve, memory, speed) = pyplot.subplots(1, 3, figsize=(11, 3.6), width_ratios=(3, 1, 1), layout="constrained")
-    for name in ("total", "reconstruction"):
+    for name in ("reconstruction", "quantization"):
         for form, run in forms.items():
             curve.plot(run["losses"][name], label=f"{name}, {form}", **STYLES[form])
     curve.set(xlabel="step", ylabel="loss", yscale="log", title=result["what"])

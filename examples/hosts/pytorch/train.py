@@ -71,7 +71,10 @@ def train(form, pictures, args):
         quantizer = PublishedQuantizer(args.codes, args.dim)
     dtype = torch.float64 if form == REFERENCE else torch.float32
     model = Autoencoder(quantizer, args.width, args.dim).to(DEVICE, dtype)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.rate, betas=(0.5, 0.9))
+    model.quantize.embedding.weight.data.mul_(args.spread)
+    # A warm-up and a large eps, so that gradients of the size of rounding errors make no steps.
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.rate, betas=(0.9, 0.99), eps=1e-5)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / args.warmup))
     draw = torch.Generator().manual_seed(args.seed)
     cuda = DEVICE.type == "cuda"
     synchronize = torch.cuda.synchronize if cuda else lambda: None
@@ -91,6 +94,7 @@ def train(form, pictures, args):
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
+        warmup.step()
         synchronize()
         times.append(1e3 * (time.perf_counter() - start))
         losses.append([float(v.detach()) for v in (total, reconstruction, quant, entropy)])
@@ -113,9 +117,9 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/pytorch"), help="folder for the results")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast in both runs")
     parser.add_argument("--reference", action="store_true", help="a further run in float64; needs twice the memory")
-    for name, value in dict(steps=100, batch=16, codes=65536, dim=256, size=64, width=128, most=2000, seed=0).items():
+    for name, value in dict(steps=100, batch=32, codes=65536, dim=256, size=64, width=128, most=2000, seed=0, warmup=30).items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    for name, value in dict(rate=1e-4, entropy=0.05).items():
+    for name, value in dict(rate=3e-5, entropy=0.05, spread=0.1).items():
         parser.add_argument(f"--{name}", type=float, default=value)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -90,8 +90,9 @@ class Library:
         if version != wanted:
             raise ImportError(f"{path} has interface version {version}, {header} has {wanted}: use the two of one build")
         #: Whether this is the library for the CPU (`make -C kernels shim`), which computes on the host's memory.
-        self.on_cpu = hasattr(self.dll, "_ZN4shim4laneEv")  # shim::lane()
-        self.names = re.findall(r"^int32_t ett_(\w+)\(const ett_\1_args\* args", self.text, re.M)
+        self.dll.ett_targets.restype = ctypes.c_char_p
+        self.on_cpu = self.dll.ett_targets() == b"shim"
+        self.names = re.findall(r"^ETT_API int32_t ett_(\w+)\(const ett_\1_args\* args", self.text, re.M)
         self.struct = functools.cache(self._struct)
 
     def _struct(self, name):

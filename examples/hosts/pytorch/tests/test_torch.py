@@ -4,6 +4,8 @@ Run by test-gpu. With the library for the CPU (`make -C kernels shim`) the same 
 of streams, graphs and memory.
 """
 
+import subprocess
+import sys
 import unittest
 
 import torch
@@ -22,6 +24,24 @@ F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 # the entropies divide it by the temperature: SPLIT. bfloat16: an output is rounded once, 2^-9 = 2e-3, as are probabilities
 # or normalised values on the way to a gradient.
 BOUND, SPLIT = {F32: 2e-5, BF16: 1e-2}, {F32: 5e-4, BF16: 1e-2}
+
+
+FIRST_CALL = """
+import torch, ett_kernels
+from ett_kernels._library import Array
+z, e = (torch.randn(n, 64, device="cuda").bfloat16() for n in (300, 1000))
+idx = torch.empty(300, dtype=torch.int32, device="cuda")
+array = lambda t, dtype: Array(t.data_ptr(), dtype, t.shape, t.stride())
+call = ett_kernels.library.call("nearest", z=array(z, "bf16"), e=array(e, "bf16"), idx=array(idx, "i32"), metric=0)
+workspace = torch.empty(max(call.workspace_bytes, 1), dtype=torch.uint8, device="cuda")
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    call.launch(torch.cuda.current_stream().cuda_stream, workspace.data_ptr())
+idx.fill_(-1)
+graph.replay()
+best = (z.float() @ e.float().t()).argmax(1)
+assert (idx == best).float().mean() > 0.99, "the replay found other codes"
+"""
 
 
 def normal(*shape, seed, scale=1.0):
@@ -332,6 +352,11 @@ class TorchTest(unittest.TestCase):
                     x.mul_(0.5)
             graph.replay()
             self.same([y.detach() for y in captured], [y.detach() for y in step()], case.name)
+
+    @unittest.skipIf(CPU, "needs a GPU")
+    def test_the_first_call_may_be_captured(self):
+        """In a process of its own, where no kernel has run before."""
+        subprocess.run([sys.executable, "-c", FIRST_CALL], check=True)
 
     @unittest.skipIf(CPU, "needs a GPU")
     def test_memory(self):
