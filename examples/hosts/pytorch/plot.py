@@ -29,6 +29,7 @@ def draw(folder):
     for axis, key, title in ((memory, "peak_mib", "peak memory, MiB"), (speed, "ms_per_step", "ms a step")):
         bars = {form: run[key] or 0 for form, run in forms.items() if "float64" not in form}
         axis.bar_label(axis.bar(list(bars), list(bars.values()), color=["tab:orange", "tab:blue"]), fmt="%.0f")
+        axis.margins(y=0.1)  # room for the numbers
         axis.set_title(title)
     figure.suptitle(result["device"], fontsize=9)
     figure.savefig(Path(folder) / "train.png", dpi=120)
