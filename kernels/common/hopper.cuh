@@ -72,7 +72,14 @@ __device__ __forceinline__ void named_barrier(int number, int threads) {
 // The same; whether `vote` holds for any of them.
 __device__ __forceinline__ bool named_barrier_or(int number, int threads, bool vote) {
     int any;
-    asm volatile("{\n.reg .pred p, q;\nsetp.ne.b32 p, %1, 0;\nbar.red.or.pred q, %2, %3, p;\nselp.b32 %0, 1, 0, q;\n}" : "=r"(any) : "r"(int(vote)), "r"(number), "r"(threads) : "memory");
+    asm volatile(
+        "{\n.reg .pred p, q;\n"
+        "setp.ne.b32 p, %1, 0;\n"
+        "bar.red.or.pred q, %2, %3, p;\n"
+        "selp.b32 %0, 1, 0, q;\n}"
+        : "=r"(any)
+        : "r"(int(vote)), "r"(number), "r"(threads)
+        : "memory");
     return any != 0;
 }
 

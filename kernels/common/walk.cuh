@@ -74,10 +74,11 @@ inline Extent extent(Views views) {
     return flat ? Extent{1, numel(first)} : Extent{rows(first), cols(first)};
 }
 
-// True if every row consists of whole pieces of n elements and all pieces are aligned to their size in every view.
+// True if every row consists of whole pieces of n elements and all pieces are aligned to their size in every view, also in
+// those that have other rows than the extent, such as a table that is indexed.
 inline bool covers(const Extent& e, int n, Views views) {
     return e.cols % n == 0 && std::all_of(views.begin(), views.end(), [&](const ett_view* v) {
-               return reinterpret_cast<uintptr_t>(v->ptr) % (n * dtype_size(v->dtype)) == 0 && (e.rows == 1 || v->ld % n == 0);
+               return reinterpret_cast<uintptr_t>(v->ptr) % (n * dtype_size(v->dtype)) == 0 && (v->ld % n == 0 || rows(*v) == 1 || (e.rows == 1 && contiguous(*v)));
            });
 }
 

@@ -8,7 +8,7 @@
  * Launching
  * - A launcher checks its arguments, enqueues its work on the stream and returns a status. It allocates no
  *   memory, does not wait and prints nothing.
- * - Any status but ETT_OK means that nothing was enqueued, except ETT_CUDA_ERROR, after which outputs are
+ * - ETT_BAD_ARGUMENT and ETT_UNSUPPORTED mean that no output is written; after ETT_CUDA_ERROR outputs are
  *   unspecified. ett_last_status says why, in a sentence.
  * - The argument structs are read before the launcher returns and may live on the caller's stack. The memory
  *   behind the views, the workspace and the fault slot must stay valid until the work is done. Work on one
@@ -23,12 +23,12 @@
  *   again; dimensions, numbers and addresses are those of the capture.
  * - A kernel with several implementations chooses one by shapes, alignment and device; ett_launch.force
  *   overrides that, ett_implementations lists their names. A name of no implementation is ETT_BAD_ARGUMENT, one
- *   that does not support the call ETT_UNSUPPORTED.
+ *   that does not support the call ETT_UNSUPPORTED; a call that has nothing to compute may ignore it.
  *
  * Workspaces
  * - ett_<kernel>_workspace returns the bytes of scratch memory that a call needs besides its arguments: 0 for
- *   none, -1 if the launcher would refuse the arguments. It suffices for every implementation that the current
- *   device can run, forced or chosen. Without a GPU it answers for an H100.
+ *   none, -1 if the arguments are outside the contract (the launcher then says why). It suffices for every
+ *   implementation that the current device can run, forced or chosen. Without a GPU it answers for an H100.
  * - It reads the argument struct, but not the memory behind its views, so it can be asked before there is any:
  *   give the present views the address ETT_PLACEHOLDER. The answer then holds for memory whose rows begin at
  *   multiples of 16 bytes, the largest alignment that any kernel makes use of.
@@ -45,18 +45,21 @@
  * Empty problems
  * - A dimension of 0 is ETT_OK unless a comment asks for more ("K at least 1"). Outputs that are not empty
  *   then get what the formula says of nothing: sums are 0, a product over an empty inner dimension is its bias
- *   or 0, the loss of no rows is 0, "add" adds nothing. Only statistics of rows without elements (mean, rstd,
- *   norm) are not written.
+ *   or 0, the loss of no rows is 0, "add" adds nothing. Statistics over nothing are the exception: those of rows
+ *   without columns or pixels without channels are not written, those of groups and channels without pixels
+ *   (group_norm, batch_norm, y_mean and y_rstd of conv2d_fwd) are NaN.
  * - A view whose ptr is null is absent, whatever its dimensions. An empty tensor that has to be present needs
  *   some address; ETT_PLACEHOLDER will do.
  *
  * Values
  * - NaN and infinity go through the arithmetic of the formula. Where a kernel does something else with them,
- *   its comment says so (nearest, the ibq kernels, sample, sum_squares, adamw).
+ *   its comment says so (nearest, the ibq kernels, sample, sum_squares, adamw, batch_norm_running, lecam_update,
+ *   l2_norm). Derivatives of ReLU and of the hinge are 0 at NaN.
  * - Logarithms are natural.
- * - Kernels are deterministic: the same call with the same input gives the same bits, on every GPU of the same
- *   compute capability and number of multiprocessors, with the same build of the library. Results of other GPUs
- *   differ by rounding: sums are divided among the multiprocessors, and implementations differ.
+ * - Kernels are deterministic: the same call with the same input, at addresses of the same alignment, gives the
+ *   same bits, on every GPU of the same compute capability and number of multiprocessors, with the same build of
+ *   the library. Results of other GPUs differ by rounding: sums are divided among the multiprocessors, and
+ *   implementations differ.
  *
  * Letters: B batch, T tokens of a sequence, N rows of a flat batch, C channels, O output channels, H heads
  * (or height), W width, D head or code dimension, K codes, M visual tokens, V vocabulary, F MLP width, S
@@ -76,8 +79,9 @@
  *   with x": absent if x is; "values below R": indices, which are reported as faults if they are not; negative
  *   ones too, unless the comment gives them a meaning; "may be x": see above. Of a number, "if x": it is ignored
  *   unless x is present.
- * Booleans are int32_t: 0 is false, anything else true. Sizes are int64_t; a kernel that counts something in 32
- * bits refuses more with ETT_UNSUPPORTED. */
+ * Booleans are int32_t: 0 is false, anything else true. Sizes are int64_t; a kernel that counts something in fewer
+ * bits refuses more, with ETT_BAD_ARGUMENT or ETT_UNSUPPORTED and the limit: most allow 2^31 rows, the losses of
+ * logits 2^30, sample 2^21 logits a row, convolutions sides below 2^15 of w. */
 #ifndef ETT_KERNELS_H
 #define ETT_KERNELS_H
 
@@ -112,7 +116,7 @@ ETT_API const char* ett_version(void);
 ETT_API const char* ett_targets(void);
 
 /* The implementations of a kernel in this version, such as "hopper hopper_split sweep" for "ibq_rows", the names
-   that ett_launch.force accepts; null for a name of no kernel. The last one supports every call that the kernel
+   that ett_launch.force accepts; null for a name of no kernel. The last one supports every shape that the kernel
    does. They are told of the whole library, not of what was linked from it. */
 ETT_API const char* ett_implementations(const char* kernel);
 
@@ -121,8 +125,8 @@ ETT_API const char* ett_implementations(const char* kernel);
 /* What a launcher returns. */
 typedef enum ett_status_code {
     ETT_OK = 0,            /* the work is enqueued */
-    ETT_BAD_ARGUMENT = 1,  /* an argument is outside the contract; nothing was enqueued */
-    ETT_UNSUPPORTED = 2,   /* within the contract, but not implemented here; nothing was enqueued */
+    ETT_BAD_ARGUMENT = 1,  /* an argument is outside the contract; no output is written */
+    ETT_UNSUPPORTED = 2,   /* within the contract, but not implemented here; no output is written */
     ETT_CUDA_ERROR = 3     /* a CUDA runtime call failed; its code is in ett_status.cuda_error */
 } ett_status_code;
 
@@ -134,7 +138,7 @@ ETT_API const char* ett_status_name(int32_t code);
 typedef struct ett_status {
     int32_t code;        /* ett_status_code */
     int32_t cuda_error;  /* cudaError_t; 0 unless code is ETT_CUDA_ERROR */
-    char op[32];         /* the kernel, without the prefix ett_ */
+    char op[32];         /* the kernel, or one that it calls, without the prefix ett_ */
     char arg[32];        /* the argument: the name of its field */
     char got[96];        /* its value or shape; the name of the error for ETT_CUDA_ERROR */
     char want[96];       /* what the kernel accepts; the text of the error for ETT_CUDA_ERROR */
@@ -179,7 +183,8 @@ typedef struct ett_view {
 
 /* A fault is an error in the data that a kernel reads, such as an index out of bounds. A launcher cannot
    return it, so the kernel writes the first fault to ett_launch.fault and treats the element as absent: gathered
-   rows and gradients are 0 there, losses leave it out, rows addressed by it keep what they held. */
+   rows and gradients are 0 there, losses leave it out, rows addressed by it keep what they held. Where a kernel
+   does something else, its comment says so (attention, pick, vq_bwd). */
 typedef enum ett_fault_kind {
     ETT_FAULT_NONE = 0,
     ETT_FAULT_INDEX = 1    /* an index, target or offset outside its range */
@@ -190,9 +195,10 @@ typedef struct ett_fault {
     int32_t kind;          /* ett_fault_kind; later faults do not overwrite the first. Of several in one launch, any
                               one is kept */
     int32_t launch;        /* ett_launch.number of the launch that found it */
-    int64_t where;         /* the element of the indices, which are always without gaps, counted from their start */
+    int64_t where;         /* the element of the indices, which are always without gaps, counted from their start;
+                              of the offsets of attention, the number of the sequence */
     int64_t value;         /* the value found */
-    int64_t limit;         /* valid values are 0 <= value < limit */
+    int64_t limit;         /* valid values are 0 <= value < limit; offsets also have to ascend */
 } ett_fault;
 
 /* How a kernel is launched: everything but its arguments. */
@@ -206,7 +212,7 @@ typedef struct ett_launch {
 } ett_launch;
 
 /* The implementation that the calling thread's last successful launch used; "" before the first launch and
-   after an empty problem. A string literal. */
+   after a call that had nothing to compute. A string literal. */
 ETT_API const char* ett_last_kernel(void);
 
 /* ---- enumerations -------------------------------------------------------------------------------------- */
@@ -578,7 +584,8 @@ typedef struct ett_batch_norm_eval_bwd_args {
 ETT_API int64_t ett_batch_norm_eval_bwd_workspace(const ett_batch_norm_eval_bwd_args* args);
 ETT_API int32_t ett_batch_norm_eval_bwd(const ett_batch_norm_eval_bwd_args* args, const ett_launch* launch);
 
-/* running = (1 - momentum) * running + momentum * batch, with the unbiased estimate of the variance. */
+/* running = (1 - momentum) * running + momentum * batch, with the unbiased estimate of the variance.
+   A channel whose batch statistics are not finite keeps its running ones. */
 typedef struct ett_batch_norm_running_args {
     ett_view mean;          // in   [C]; acc
     ett_view var;           // in   [C]; acc; biased
@@ -590,7 +597,7 @@ typedef struct ett_batch_norm_running_args {
 ETT_API int64_t ett_batch_norm_running_workspace(const ett_batch_norm_running_args* args);
 ETT_API int32_t ett_batch_norm_running(const ett_batch_norm_running_args* args, const ett_launch* launch);
 
-/* y = x / max(|x|, eps) row by row. */
+/* y = x / max(|x|, eps) row by row. The norm of a row with NaN is eps. */
 typedef struct ett_l2_norm_fwd_args {
     ett_view x;             // in   [N, D]; act
     ett_view y;             // out  [N, D]; act
@@ -712,7 +719,8 @@ ETT_API int64_t ett_swiglu_bwd_workspace(const ett_swiglu_bwd_args* args);
 ETT_API int32_t ett_swiglu_bwd(const ett_swiglu_bwd_args* args, const ett_launch* launch);
 
 /* Rotary embedding, half-split: in each of the first `heads` heads of D columns, dimensions d and d + D/2 are
-   rotated by position * theta^(-2d/D); further columns are copied. The gradient is the inverse rotation. */
+   rotated by position * theta^(-2d/D); further columns are copied. The gradient is the inverse rotation. head_dim
+   is at most 512. */
 typedef struct ett_rope_args {
     ett_view x;             // in   [N, C]; act; C at least heads*head_dim
     ett_view position;      // in   [N]; i32
@@ -754,7 +762,7 @@ typedef struct ett_put_rows_args {
 ETT_API int64_t ett_put_rows_workspace(const ett_put_rows_args* args);
 ETT_API int32_t ett_put_rows(const ett_put_rows_args* args, const ett_launch* launch);
 
-/* y[n] = x[idx[n]], integers instead of rows; a negative index gives -1. */
+/* y[n] = x[idx[n]], integers instead of rows; a negative index gives -1, and so does a fault. */
 typedef struct ett_pick_args {
     ett_view x;             // in   [R]; i32
     ett_view idx;           // in   [N]; i32; values below R
@@ -786,13 +794,14 @@ ETT_API int32_t ett_arange(const ett_arange_args* args, const ett_launch* launch
 /* Softmax attention over a flat batch of sequences; query head h reads key/value head h /
    (heads/kv_heads). A causal mask aligns the ends of queries and keys: query i of T attends to keys up to
    i + Tk - T. Rows of k and v outside the sequences are not read. A query that sees no key has y = 0 and lse = 0.
-   head_dim is at most 512, heads below 65536. A sequence with wrong offsets is a fault and counts as empty. */
+   head_dim is at most 512, heads below 65536. Offsets that descend, leave their tensor or make a sequence longer
+   than max_q or max_k are a fault: the sequence then has no keys, or (cu_q) its rows of y and lse are not written. */
 typedef struct ett_attention_fwd_args {
     ett_view q;             // in   [N, heads*head_dim]; act
     ett_view k;             // in   [Nk, kv_heads*head_dim]; act
     ett_view v;             // in   [Nk, kv_heads*head_dim]; act
     ett_view cu_q;          // in   [S+1]; i32; values at most N; sequence offsets into N. Rows past the last offset
-                            //      are padding: y is 0 there
+                            //      are padding: y and lse are 0 there
     ett_view cu_k;          // in   [S+1]; i32; sequence offsets into Nk
     ett_view len_k;         // in?  [S]; i32; keys of each sequence. Sequence s then has the rows [cu_k[s], cu_k[s] +
                             //      len_k[s]) of k and v, as in a cache with free rows after each sequence, and the
@@ -802,7 +811,7 @@ typedef struct ett_attention_fwd_args {
     int64_t heads;          //      query heads
     int64_t kv_heads;       //      key/value heads; divides heads
     int64_t head_dim;       //      head dimension; at least 1
-    int64_t max_q;          //      longest query sequence, or more; the rows of a longer one are not computed
+    int64_t max_q;          //      longest query sequence, or more
     int64_t max_k;          //      longest key sequence, or more; with len_k the most keys that a sequence may have, now or when
                             //      a recorded call is replayed
     double scale;           //      factor on the scores
@@ -811,7 +820,8 @@ typedef struct ett_attention_fwd_args {
 ETT_API int64_t ett_attention_fwd_workspace(const ett_attention_fwd_args* args);
 ETT_API int32_t ett_attention_fwd(const ett_attention_fwd_args* args, const ett_launch* launch);
 
-/* Gradient of attention_fwd; probabilities are recomputed from lse. */
+/* Gradient of attention_fwd; probabilities are recomputed from lse. After a fault in the
+   offsets, rows of dq (cu_q) or of dk and dv (cu_k) that the sequence would own are not written. */
 typedef struct ett_attention_bwd_args {
     ett_view dy;            // in   [N, heads*head_dim]; act
     ett_view q;             // in   [N, heads*head_dim]; act
@@ -983,7 +993,8 @@ typedef struct ett_hinge_bwd_args {
 ETT_API int64_t ett_hinge_bwd_workspace(const ett_hinge_bwd_args* args);
 ETT_API int32_t ett_hinge_bwd(const ett_hinge_bwd_args* args, const ett_launch* launch);
 
-/* Updated LeCAM averages: out = decay * ema + (1 - decay) * (mean(real), mean(fake)). */
+/* Updated LeCAM averages: out = decay * ema + (1 - decay) * (mean(real), mean(fake)). A mean that
+   is not finite leaves its average unchanged. */
 typedef struct ett_lecam_update_args {
     ett_view real;          // in   [R, P]; act; R at least 1; P at least 1; any shape
     ett_view fake;          // in   [F, Q]; act; F at least 1; Q at least 1; any shape
@@ -1042,7 +1053,8 @@ ETT_API int32_t ett_sample(const ett_sample_args* args, const ett_launch* launch
 /* ---- quantizer (docs/quantizer.md) --------------------------------------------------------------------- */
 
 /* The best code of each token. Ties go to the smallest index; NaN ranks below all numbers; a row of NaN gives
-   0 and the score -infinity. The score is z.e, for ETT_METRIC_L2 z.e - |e|^2 / 2. M and K are
+   0 and the score -infinity. The score is z.e, for ETT_METRIC_L2 z.e - |e|^2 / 2; of f32 on
+   Hopper with an error below 2^-15 |z| |e|. M and K are
    below 2^31, D is any number. */
 typedef struct ett_nearest_args {
     ett_view z;             // in   [M, D]; act
@@ -1058,8 +1070,9 @@ ETT_API int32_t ett_nearest(const ett_nearest_args* args, const ett_launch* laun
 /* Row statistics of S = z E^T, in one sweep over the codes. With t the best code and x_j = (S_j - S_t) /
    temperature: rest_p = sum_{j != t} exp(S_j - S_t), rest_q = sum_{j != t} exp(x_j), xbar = sum_j q_j x_j.
    Without entropies rest_q and xbar are absent and temperature is ignored. A code with a NaN score has weight 0; a row
-   without a finite score gets idx 0, smax -infinity or +infinity, and no weights. M and K are below 2^31, D is at most
-   512, here and in the other ibq kernels. */
+   whose best score is not finite has no weights and counts in bad; without any score above -infinity it gets idx 0 and
+   smax -infinity. M and K are below 2^31, D is from 1 to 512, here and in ibq_cols and ibq_bwd. idx may differ from that
+   of nearest where two scores are the same within rounding, which is not the same in both. */
 typedef struct ett_ibq_rows_args {
     ett_view z;             // in   [M, D]; act
     ett_view e;             // in   [K, D]; act; K at least 1
@@ -1075,8 +1088,8 @@ ETT_API int64_t ett_ibq_rows_workspace(const ett_ibq_rows_args* args);
 ETT_API int32_t ett_ibq_rows(const ett_ibq_rows_args* args, const ett_launch* launch);
 
 /* Column sums sum_i q_ij, not divided by the count, so that those of several ranks can be added. idx, smax and rest_q
-   are those of ibq_rows for the same z and e on the same device, bit for bit: the scores are computed again, and the
-   best one must come out as smax. */
+   are those of ibq_rows for the same views z and e, by the same implementation on the same device: the scores are
+   computed again, and the best one must come out as smax, bit for bit. */
 typedef struct ett_ibq_cols_args {
     ett_view z;             // in   [M, D]; act
     ett_view e;             // in   [K, D]; act; K at least 1
@@ -1092,7 +1105,7 @@ ETT_API int32_t ett_ibq_cols(const ett_ibq_cols_args* args, const ett_launch* la
 /* Values: zq = E[idx], quant = (1 + beta_commit + beta_code) * inv_count/D * sum (zq - z)^2, sample =
    inv_count * sum_i H_i, avg = -sum_j a_j log(a_j + eps) with a = col * inv_count, and c_j = -(log(a_j + eps)
    + a_j / (a_j + eps)), the derivative of avg. Without entropies rest_q, xbar, col, c, sample and avg are all
-   absent. */
+   absent. A wrong idx is a fault: zq is 0 and quant leaves the token out; sample does not need it. */
 typedef struct ett_ibq_losses_args {
     ett_view z;             // in   [M, D]; act
     ett_view e;             // in   [K, D]; act; K at least 1
@@ -1141,7 +1154,8 @@ typedef struct ett_ibq_bwd_args {
 ETT_API int64_t ett_ibq_bwd_workspace(const ett_ibq_bwd_args* args);
 ETT_API int32_t ett_ibq_bwd(const ett_ibq_bwd_args* args, const ett_launch* launch);
 
-/* The plain VQ baseline: zq = E[idx], quant = (beta_commit + beta_code) * inv_count/D * sum (zq - z)^2. */
+/* The plain VQ baseline: zq = E[idx], quant = (beta_commit + beta_code) * inv_count/D * sum (zq - z)^2. D is from 1
+   to 2^20. A wrong idx is a fault: zq is 0 there, and quant leaves the token out. */
 typedef struct ett_vq_losses_args {
     ett_view z;             // in   [M, D]; act
     ett_view e;             // in   [K, D]; act; K at least 1
@@ -1156,7 +1170,7 @@ ETT_API int64_t ett_vq_losses_workspace(const ett_vq_losses_args* args);
 ETT_API int32_t ett_vq_losses(const ett_vq_losses_args* args, const ett_launch* launch);
 
 /* Gradient of vq_losses: g passes straight through to z; the commitment term goes to z, the codebook term to
-   e. */
+   e. A wrong idx is a fault: dz is g there, and the token adds nothing to de. */
 typedef struct ett_vq_bwd_args {
     ett_view z;             // in   [M, D]; act
     ett_view e;             // in   [K, D]; act; K at least 1

@@ -49,9 +49,10 @@ struct Tiling {
     int64_t chunks, chunk;
 };
 
-// The tiling for pieces of n channels.
+// The tiling for pieces of n channels; any if there are none.
 inline Tiling choose_tiling(const Planes& s, int n, int multiprocessors) {
-    const int64_t pieces = ceil_div(s.c, n), tiles = ceil_div(pieces, kTile), side = ceil_div(pieces, tiles), lanes = kThreads / side;
+    const int64_t pieces = ceil_div(s.c, n), tiles = std::max<int64_t>(1, ceil_div(pieces, kTile)), side = std::max<int64_t>(1, ceil_div(pieces, tiles)),
+                  lanes = kThreads / side;
     const int64_t wanted = std::max<int64_t>(1, int64_t(multiprocessors) * kBlocks / std::max<int64_t>(1, s.b * tiles));
     const int64_t most = std::max<int64_t>(1, ceil_div(s.p, lanes * kTogether));
     const int64_t chunk = round_up(std::max<int64_t>(1, ceil_div(s.p, std::min(wanted, most))), lanes);
@@ -496,6 +497,7 @@ inline int32_t launch_join(const char* op, const Planes& s, const Tiles& tiles, 
 template <class T>
 int32_t launch_statistics(const char* op, bool is_wide, const Planes& s, const ett_view& x, const ett_view& mean, const ett_view& spread, bool is_var,
                           double eps, void* workspace, const ett_launch* l) {
+    if (s.c == 0) return ETT_OK;
     float* const partials = static_cast<float*>(workspace);
     return with_pieces<T>(is_wide, [&](auto n) {
         const Tiling t = choose_tiling(s, n, multiprocessors());

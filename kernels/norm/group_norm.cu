@@ -96,7 +96,7 @@ extern "C" int32_t ett_group_norm_fwd(const ett_group_norm_fwd_args* a, const et
     const int32_t status = with_act(a->x.dtype, [&](auto t) {
         using T = decltype(t);
         const int32_t status = channels::launch_statistics<T>("group_norm_fwd", is_wide, s, a->x, a->mean, a->rstd, false, a->eps, l->workspace, l);
-        if (status != ETT_OK || s.p == 0) return status;
+        if (status != ETT_OK || s.p == 0 || s.c == 0) return status;
         const channels::Scale<T> scale{data<const T>(a->w), data<const T>(a->b), data<const float>(a->mean), data<const float>(a->rstd), 0.f, false};
         return with_activation(a->silu, [&](auto f) {
             return channels::launch_normalize<T>("group_norm_fwd", is_wide, s, a->x, a->y, scale, f, l);

@@ -31,9 +31,17 @@ static ett_view vector(int32_t dtype, int64_t n) {
     return v;
 }
 
+static ett_view image(int64_t b, int64_t h, int64_t w, int64_t c) {
+    ett_view v = vector(ETT_F32, c);
+    v.rank = 4;
+    v.dims[0] = b, v.dims[1] = h, v.dims[2] = w, v.dims[3] = c;
+    return v;
+}
+
 int main(void) {
     const int64_t n = 1000000;
     ett_sum_squares_args args = {{0}, {0}};
+    ett_group_norm_fwd_args channels = {{0}, {0}, {0}, {0}, {0}, {0}, 1e-5, 0};
     ett_launch launch = {0};
     int64_t bytes;
     ett_status first, second;
@@ -82,6 +90,16 @@ int main(void) {
     expect("no elements", ett_sum_squares(&args, &launch), ETT_OK, "");
     ett_last_status(&second);
     if (*ett_last_kernel() || memcmp(&first, &second, sizeof first) != 0) wrong = 1;
+
+    /* Nor is a tensor without channels, which has no statistics. */
+    channels.x = channels.y = image(1, 2, 2, 0);
+    channels.w = channels.b = vector(ETT_F32, 0);
+    channels.mean = channels.rstd = image(1, 1, 1, 2);
+    channels.mean.rank = channels.rstd.rank = 2;
+    channels.mean.dims[1] = channels.rstd.dims[1] = 2;
+    channels.mean.dims[3] = channels.rstd.dims[3] = 1;
+    launch.workspace_bytes = ett_group_norm_fwd_workspace(&channels);
+    expect("no channels", ett_group_norm_fwd(&channels, &launch), ETT_OK, "");
 
     puts(wrong ? "the library does not keep its contract" : "the library keeps its contract");
     return wrong;

@@ -226,6 +226,8 @@ pub enum Layout {
     Shifted,
     /// Columns of a wider tensor whose rows begin anywhere.
     Odd,
+    /// The same from a multiple of 256 bytes, so that only the rows after the first tell.
+    Ragged,
 }
 
 impl std::fmt::Display for Layout {
@@ -235,6 +237,7 @@ impl std::fmt::Display for Layout {
             Layout::Gapped => "gapped rows",
             Layout::Shifted => "one element in",
             Layout::Odd => "odd rows, one element in",
+            Layout::Ragged => "odd rows",
         })
     }
 }
@@ -255,6 +258,8 @@ const COPIED: Runs = &[EVERY[0]];
 const COPIED_LARGE: Runs = &[(1.0, &[Layout::Dense, Layout::Odd])];
 /// For named cases, which are about particular values.
 pub const ONCE: Runs = &[(1.0, &[Layout::Dense])];
+/// For rows that are not aligned like the first one.
+pub const RAGGED: Runs = &[(1.0, &[Layout::Ragged])];
 /// For the sanitizers: the vector path and the scalar one.
 pub const SANITIZER: Runs = &[(1.0, &[Layout::Dense, Layout::Odd])];
 

@@ -47,7 +47,7 @@ impl Placed {
             _ if arg.dense || rows <= 1 => cols,
             Layout::Dense | Layout::Shifted => cols,
             Layout::Gapped => cols.next_multiple_of(16) + 16,
-            Layout::Odd => (cols + 2) | 1,
+            Layout::Odd | Layout::Ragged => (cols + 2) | 1,
         };
         let shift = matches!(layout, Layout::Shifted | Layout::Odd) as usize;
         let off = GUARD / size + shift;

@@ -348,7 +348,8 @@ fn shapes() -> Vec<(Size, Shape)> {
     ];
     let large: [Shape; 5] =
         [[1031, 8192, 256], [67, 131_071, 64], [33, 131_073, 32], [4200, 1024, 64], [2100, 6000, 512]];
-    let first = [(Size::Sanitizer, [20, 40, 16])].into_iter();
+    // The second has more tokens of one code than a warp adds by itself.
+    let first = [(Size::Sanitizer, [20, 40, 16]), (Size::Sanitizer, [50, 2, 16])].into_iter();
     first.chain(small.map(|s| (Size::Tiny, s))).chain(large.map(|s| (Size::Full, s))).collect()
 }
 
@@ -506,7 +507,7 @@ fn vq_shapes() -> Vec<(Size, Shape)> {
         [0, 5, 8],
     ];
     let large: [Shape; 4] = [[16_384, 8192, 256], [5000, 131_072, 64], [50, 131_073, 8], [9000, 2, 520]];
-    let first = [(Size::Sanitizer, [20, 11, 32])].into_iter();
+    let first = [(Size::Sanitizer, [20, 11, 32]), (Size::Sanitizer, [50, 2, 32])].into_iter();
     first.chain(small.map(|s| (Size::Tiny, s))).chain(large.map(|s| (Size::Full, s))).collect()
 }
 

@@ -3,7 +3,7 @@
 use ett::backend::{Arange, CountUp, DType, GatherBwd, GatherFwd, Pick, PutRows, Rope, Stream};
 
 use super::Size;
-use super::case::{Arg, Case, Draw, Judge, Layout, Type, acc, act, add, input, int, near, out};
+use super::case::{Arg, Case, Draw, Judge, Layout, RAGGED, Type, acc, act, add, input, int, near, out};
 
 const S: Stream = Stream::COMPUTE;
 
@@ -178,19 +178,24 @@ fn gather_fwd_case(shape: Shape) -> Case {
 }
 
 pub fn gather_fwd() -> Vec<Case> {
-    shapes().map(|(size, shape)| gather_fwd_case(shape).copied(size)).collect()
+    let one = with_indices(gather_fwd_case([1, 9, 8]), vec![7]).runs(RAGGED);
+    shapes().map(|(size, shape)| gather_fwd_case(shape).copied(size)).chain([one]).collect()
 }
 
-/// Indices below the smallest size of the table that is tried.
-fn plain_indices(case: Case, n: usize) -> Case {
+fn with_indices(case: Case, indices: Vec<i32>) -> Case {
     let args = case.args;
     let args = move |d: &Draw| {
         let mut args = args(d);
         let idx = args.iter_mut().find(|a| a.name == "idx").expect("a case with indices");
-        *idx = int("idx", (0..n as i32).map(|i| i % 2).collect());
+        *idx = int("idx", indices.clone());
         args
     };
     Case { args: Box::new(args), ..case }
+}
+
+/// Indices below the smallest size of the table that is tried.
+fn plain_indices(case: Case, n: usize) -> Case {
+    with_indices(case, (0..n as i32).map(|i| i % 2).collect())
 }
 
 pub fn gather_fwd_sample() -> Case {
@@ -276,7 +281,8 @@ pub fn put_rows() -> Vec<Case> {
     let all = small.map(|shape| (Size::Tiny, shape)).into_iter();
     let all = all.chain([(Size::Sanitizer, [5, 7, 16]), (Size::Full, [513, 3000, 512])]);
     let types = [Type::Act, Type::Is(DType::F64), Type::Is(DType::I32), Type::Is(DType::U8)];
-    all.flat_map(|(size, shape)| types.map(|ty| put_rows_case(shape, ty).copied(size))).collect()
+    let one = put_rows_case([1, 9, 8], Type::Act).runs(RAGGED);
+    all.flat_map(|(size, shape)| types.map(|ty| put_rows_case(shape, ty).copied(size))).chain([one]).collect()
 }
 
 pub fn put_rows_sample() -> Case {
