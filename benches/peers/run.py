@@ -15,7 +15,7 @@ import reference
 import search
 import table
 from closed import Closed
-from library import HERE, Library, Quantizer
+from library import HERE, Call, Quantizer
 from measure import Clock, Record, free
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -69,8 +69,8 @@ def chunk_of(m, k):
 
 
 class Bench:
-    def __init__(self, record, library, quick):
-        self.record, self.library, self.quick = record, library, quick
+    def __init__(self, record, quick):
+        self.record, self.quick = record, quick
         self.closed, self.functions = {}, {}
 
     def once(self, name, make):
@@ -87,7 +87,7 @@ class Bench:
         z, e = (x.to(dtype) for x in independent(m, k, 1.0))
         idx = torch.empty(m, dtype=torch.int32, device="cuda")
         arguments = dict(z=z, e=e, idx=idx, metric=0)
-        ours = self.library.call("nearest", **arguments)
+        ours = Call("nearest", **arguments)
         sound = {"Triton, fused", "matmul + argmax, float32 scores"}
         if dtype == F32:
             sound = {"Triton, fused, tf32x3", "Triton, fused, bf16 split", "matmul + argmax"}
@@ -101,7 +101,7 @@ class Bench:
         z, e = CASES[case](m, k)
         g = normal(m, D, seed=9) / m
         z_in, e_in, g_in = (x.to(dtype) for x in (z, e, g))
-        ours = Quantizer(self.library, z_in, e_in, g_in, WEIGHTS, SETTING)
+        ours = Quantizer(z_in, e_in, g_in, WEIGHTS, SETTING)
         ours()
         rows = ours.kernels["ibq_rows"].keep
         live = reference.live_share(z_in, e_in, *(rows[n] for n in ("idx", "smax", "rest_p", "rest_q")), SETTING.temperature)
@@ -141,7 +141,7 @@ class Bench:
         for weights, what in ((WEIGHTS, "all losses"), ((0.0, 0.0, 0.0), "soft path alone")):
             want = reference.gradients(z, e, g, weights, SETTING)
             free()
-            ours = Quantizer(self.library, z, e, g, weights, SETTING)
+            ours = Quantizer(z, e, g, weights, SETTING)
             ours()
             closed = Closed(SETTING, chunk, compiled=False).step(z, e, g, weights)
             zl, el = z.float().requires_grad_(), e.float().requires_grad_()
@@ -165,7 +165,7 @@ class Bench:
             a, b = z.to(dtype), e.to(dtype)
             rounded = reference.best_codes(a, b)
             idx = torch.empty(m, dtype=torch.int32, device="cuda")
-            ours = self.library.call("nearest", z=a, e=b, idx=idx, metric=0)
+            ours = Call("nearest", z=a, e=b, idx=idx, metric=0)
 
             def own(_z, _e):
                 ours()
@@ -199,15 +199,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("peers"), help="folder for raw.json, table.md and the plots")
     parser.add_argument("--quick", action="store_true", help="a few small shapes")
+    parser.add_argument("--tokens", type=Path, help="measure only these tokens and codes, which train.py --save wrote")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which peers are left out")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    library, record = Library(), Record(args.out, args.quick, args.limit)
+    record = Record(args.out, args.quick, args.limit)
     torch._dynamo.config.cache_size_limit = 64  # a compiled form per shape
-    bench = Bench(record, library, args.quick)
+    bench = Bench(record, args.quick)
     git = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     record.head = dict(
-        command="benches/peers/run.py" + " --quick" * args.quick,
+        command="benches/peers/run.py" + " --quick" * args.quick + f" --tokens {args.tokens}" * bool(args.tokens),
         commit=os.environ.get("ETT_COMMIT") or git.stdout.strip(),
         device=f"cuda:0 ({torch.cuda.get_device_name()})", torch=torch.__version__,
         triton=search.triton.__version__ if search.triton else None,
@@ -216,6 +217,16 @@ def main():
     tokens, codes, over_m, over_k = shapes(args.quick)
     few, many, fixed = tokens[0], tokens[-1], min(4096, tokens[-1])
     published_forms = [PUBLISHED + ", compiled, bf16 autocast", PUBLISHED + ", bf16 autocast"]
+
+    if args.tokens:
+        saved = torch.load(args.tokens, map_location="cuda")
+        if saved["z"].shape[1] != D:
+            raise SystemExit(f"{args.tokens} has tokens of {saved['z'].shape[1]} dimensions, wanted {D}: train.py --dim {D}")
+        case, (z, e) = "z of a trained tokenizer", (saved[name].float() for name in ("z", "e"))
+        CASES[case] = lambda m, k: (z, e)
+        bench.quantizer(case, len(z), len(e), [CLOSED], parts=True)
+        table.write(args.out)
+        return
 
     bench.wrong_codes(fixed, 131072)
     for case in ("z normal", "0.25 (z near codes, sigma 0.5)"):

@@ -78,7 +78,8 @@ def tables(raw):
     text += "Medians in ms; extra: memory beyond inputs and outputs.\n"
     for dtype in ("bf16", "f32"):
         found = [r for r in pick("nearest") if r["dtype"] == dtype]
-        text += f"\n## Nearest code, {dtype}\n\n" + compared(found, False)
+        if found:
+            text += f"\n## Nearest code, {dtype}\n\n" + compared(found, False)
     text += "\n## IBQ, forward and backward with all losses\n\n" + compared(pick("ibq"), True)
     single = [r for r in rows if r["op"] in ("ibq_rows", "ibq_cols", "ibq_bwd")]
     body = [[r["op"], r["shape"], r["dtype"], ms(r["median_us"]), percent(r["of_ceiling"]), size(r["extra_bytes"])] for r in single]

@@ -397,7 +397,8 @@ Layout layout_of(const ett_nearest_args& a, const Kernel& kernel, int64_t parts)
 
 bool sound(Check& check, const ett_nearest_args* a) {
     return check.ok() && check.act("z", a->z) && check.type("e", a->e, a->z.dtype) && check.range("e", rows(a->e), 1, INT32_MAX) &&
-           check.range("z", rows(a->z), 0, INT32_MAX) && check.matrix("e", a->e, a->z.dtype, rows(a->e), cols(a->z)) && check.vector("idx", a->idx, ETT_I32, rows(a->z)) &&
+           check.range("z", rows(a->z), 0, INT32_MAX) && check.matrix("e", a->e, a->z.dtype, rows(a->e), cols(a->z)) &&
+           check.vector("idx", a->idx, ETT_I32, rows(a->z)) &&
            (!present(a->score) || check.vector("score", a->score, ETT_F32, rows(a->z))) &&
            (!present(a->bad) || check.vector("bad", a->bad, ETT_F32, 1)) && check.range("metric", a->metric, ETT_METRIC_DOT, ETT_METRIC_L2);
 }

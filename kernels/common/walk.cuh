@@ -78,7 +78,8 @@ inline Extent extent(Views views) {
 // those that have other rows than the extent, such as a table that is indexed.
 inline bool covers(const Extent& e, int n, Views views) {
     return e.cols % n == 0 && std::all_of(views.begin(), views.end(), [&](const ett_view* v) {
-               return reinterpret_cast<uintptr_t>(v->ptr) % (n * dtype_size(v->dtype)) == 0 && (v->ld % n == 0 || rows(*v) == 1 || (e.rows == 1 && contiguous(*v)));
+               const bool one_row = rows(*v) == 1 || (e.rows == 1 && contiguous(*v));  // whose stride is not used
+               return reinterpret_cast<uintptr_t>(v->ptr) % (n * dtype_size(v->dtype)) == 0 && (one_row || v->ld % n == 0);
            });
 }
 

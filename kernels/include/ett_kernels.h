@@ -812,16 +812,16 @@ typedef struct ett_attention_fwd_args {
     int64_t kv_heads;       //      key/value heads; divides heads
     int64_t head_dim;       //      head dimension; at least 1
     int64_t max_q;          //      longest query sequence, or more
-    int64_t max_k;          //      longest key sequence, or more; with len_k the most keys that a sequence may have, now or when
-                            //      a recorded call is replayed
+    int64_t max_k;          //      longest key sequence, or more; with len_k the most keys that a sequence may have, now
+                            //      or when a recorded call is replayed
     double scale;           //      factor on the scores
     int32_t causal;         //      mask the future
 } ett_attention_fwd_args;
 ETT_API int64_t ett_attention_fwd_workspace(const ett_attention_fwd_args* args);
 ETT_API int32_t ett_attention_fwd(const ett_attention_fwd_args* args, const ett_launch* launch);
 
-/* Gradient of attention_fwd; probabilities are recomputed from lse. After a fault in the
-   offsets, rows of dq (cu_q) or of dk and dv (cu_k) that the sequence would own are not written. */
+/* Gradient of attention_fwd; probabilities are recomputed from lse. After a fault in the offsets, the rows of dq
+   (cu_q) or of dk and dv (cu_k) that the sequence would own are not written. */
 typedef struct ett_attention_bwd_args {
     ett_view dy;            // in   [N, heads*head_dim]; act
     ett_view q;             // in   [N, heads*head_dim]; act
@@ -993,8 +993,8 @@ typedef struct ett_hinge_bwd_args {
 ETT_API int64_t ett_hinge_bwd_workspace(const ett_hinge_bwd_args* args);
 ETT_API int32_t ett_hinge_bwd(const ett_hinge_bwd_args* args, const ett_launch* launch);
 
-/* Updated LeCAM averages: out = decay * ema + (1 - decay) * (mean(real), mean(fake)). A mean that
-   is not finite leaves its average unchanged. */
+/* Updated LeCAM averages: out = decay * ema + (1 - decay) * (mean(real), mean(fake)). A mean
+   that is not finite leaves its average unchanged. */
 typedef struct ett_lecam_update_args {
     ett_view real;          // in   [R, P]; act; R at least 1; P at least 1; any shape
     ett_view fake;          // in   [F, Q]; act; F at least 1; Q at least 1; any shape
@@ -1053,9 +1053,8 @@ ETT_API int32_t ett_sample(const ett_sample_args* args, const ett_launch* launch
 /* ---- quantizer (docs/quantizer.md) --------------------------------------------------------------------- */
 
 /* The best code of each token. Ties go to the smallest index; NaN ranks below all numbers; a row of NaN gives
-   0 and the score -infinity. The score is z.e, for ETT_METRIC_L2 z.e - |e|^2 / 2; of f32 on
-   Hopper with an error below 2^-15 |z| |e|. M and K are
-   below 2^31, D is any number. */
+   0 and the score -infinity. The score is z.e, for ETT_METRIC_L2 z.e - |e|^2 / 2; on Hopper
+   that of f32 has an error below 2^-15 |z| |e|. M and K are below 2^31, D is any number. */
 typedef struct ett_nearest_args {
     ett_view z;             // in   [M, D]; act
     ett_view e;             // in   [K, D]; act; K at least 1

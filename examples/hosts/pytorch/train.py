@@ -73,6 +73,8 @@ def train(form, pictures, args):
     model = Autoencoder(quantizer, args.width, args.dim).to(DEVICE, dtype)
     model.quantize.embedding.weight.data.mul_(args.spread)
     # A warm-up and a large eps, so that gradients of the size of rounding errors make no steps.
+    tokens = {}
+    model.quantize.register_forward_hook(lambda _, inputs, __: tokens.update(z=inputs[0]))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.rate, betas=(0.9, 0.99), eps=1e-5)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / args.warmup))
     draw = torch.Generator().manual_seed(args.seed)
@@ -98,6 +100,9 @@ def train(form, pictures, args):
         synchronize()
         times.append(1e3 * (time.perf_counter() - start))
         losses.append([float(v.detach()) for v in (total, reconstruction, quant, entropy)])
+    if args.save and form == "ett_kernels":
+        z = tokens["z"].detach().movedim(1, -1).flatten(0, -2)
+        torch.save(dict(z=z.cpu(), e=model.quantize.embedding.weight.detach().cpu()), args.save)
     return dict(
         losses=dict(zip(LOSSES, zip(*losses))),
         ms_per_step=statistics.median(times[len(times) // 10 :]),  # without the first steps
@@ -116,6 +121,7 @@ def main():
     parser.add_argument("--pictures", type=Path, required=True, help="folder of PNG or JPEG files")
     parser.add_argument("--out", type=Path, default=Path("runs/pytorch"), help="folder for the results")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast in both runs")
+    parser.add_argument("--save", type=Path, help="file for the last tokens and the codes, for benches/peers/run.py --tokens")
     parser.add_argument("--reference", action="store_true", help="a further run in float64; needs twice the memory")
     for name, value in dict(steps=100, batch=32, codes=65536, dim=256, size=64, width=128, most=2000, seed=0, warmup=30).items():
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -129,7 +135,7 @@ def main():
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     what = f"{tokens} tokens, {args.codes} codes of {args.dim}, {'bf16 autocast' if args.bf16 else 'f32'}"
     result = dict(what=what, device=device, torch=torch.__version__, pictures=len(pictures), forms={})
-    result["arguments"] = {k: v for k, v in vars(args).items() if k not in ("pictures", "out")}
+    result["arguments"] = {k: v for k, v in vars(args).items() if k not in ("pictures", "out", "save")}
     train("ett_kernels", pictures, argparse.Namespace(**vars(args) | dict(steps=2)))  # loads libraries
     for form in (*FORMS, REFERENCE) if args.reference else FORMS:
         result["forms"][form] = run = train(form, pictures, args)
