@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::backend::{Cpu, Precision};
-use crate::data::{Crop, LoadOptions, Source, Split, Wanted, read_text};
+use crate::data::{Columns, Crop, Frames, Framing, LoadOptions, Source, Split, Wanted, read_text};
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -474,12 +474,20 @@ impl Default for TrainConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataConfig {
-    /// `folder`, `scenes`, `words` or `mixed`.
+    /// Where the pictures come from; docs/data.md describes each source.
     pub source: Source,
-    /// Folder of training pictures.
+    /// Training pictures: the folder, file or files that the source reads.
     pub train: PathBuf,
-    /// Folder of held-out pictures.
+    /// Held-out pictures, likewise.
     pub test: Option<PathBuf>,
+    /// Folder of the pictures that `train` names, if it is not the one of `train` itself.
+    pub images: Option<PathBuf>,
+    /// Folder of the pictures that `test` names; as `images` if omitted.
+    pub test_images: Option<PathBuf>,
+    /// Columns of tables.
+    pub columns: Columns,
+    /// A mixture of several sources, which replaces `source` and what it reads.
+    pub mix: Vec<MixConfig>,
     /// Number of built-in training pictures.
     pub train_samples: usize,
     /// Number of built-in held-out pictures; 0: none.
@@ -487,6 +495,8 @@ pub struct DataConfig {
     /// Side of the pictures in pixels: the shorter side is resized to it (antialiased bicubic), then the picture is
     /// cropped to a square.
     pub size: usize,
+    /// Which sizes pictures are brought to in training. Held-out pictures are squares.
+    pub framing: Framing,
     /// `centre` or `random`.
     pub crop: Crop,
     /// Mirror half of the pictures; not allowed for built-in pictures, whose captions say where things are.
@@ -494,6 +504,8 @@ pub struct DataConfig {
     /// A Hugging Face `tokenizer.json` with the special tokens of Qwen2.5; without one every byte is a token. A run
     /// keeps a copy.
     pub tokenizer: Option<PathBuf>,
+    /// The line of the system at the start of every conversation, in training and in use; empty: none.
+    pub system: String,
     /// Text tokens per sample that `--plan` assumes.
     pub text_tokens: usize,
     /// Maximum tokens of a caption, a prompt, a question or an answer. Longer texts are cut; a stage reports their
@@ -515,12 +527,18 @@ impl Default for DataConfig {
             source: Source::Folder,
             train: PathBuf::new(),
             test: None,
+            images: None,
+            test_images: None,
+            columns: Columns::default(),
+            mix: Vec::new(),
             train_samples: 4096,
             test_samples: 512,
             size: 512,
+            framing: Framing::Square,
             crop: Crop::Centre,
             flip: false,
             tokenizer: None,
+            system: String::new(),
             text_tokens: 128,
             max_text_tokens: 1024,
             cache_mib: 4096,
@@ -531,47 +549,126 @@ impl Default for DataConfig {
 }
 
 impl DataConfig {
-    /// What to load for the training set or the held-out set.
-    pub(crate) fn part(&self, split: Split) -> Wanted<'_> {
+    /// The sources of the data with their weights: one, or those of the mixture.
+    pub(crate) fn parts(&self) -> Vec<MixConfig> {
+        match self.mix.is_empty() {
+            false => self.mix.clone(),
+            true => vec![MixConfig {
+                weight: 1.0,
+                source: self.source,
+                train: self.train.clone(),
+                test: self.test.clone(),
+                images: self.images.clone(),
+                test_images: self.test_images.clone(),
+                columns: self.columns.clone(),
+                train_samples: self.train_samples,
+                test_samples: self.test_samples,
+            }],
+        }
+    }
+
+    /// How training pictures or held-out pictures are loaded, for a tokenizer that makes one token of `side` x `side`
+    /// pixels.
+    pub(crate) fn options(&self, split: Split, side: usize) -> LoadOptions {
         let memory = (self.cache_mib as u64).saturating_mul(1 << 20);
         let options = LoadOptions { memory, ..LoadOptions::new(self.size) };
         match split {
-            Split::Train => Wanted {
-                split,
-                folder: Some(&self.train),
-                samples: self.train_samples,
-                options: LoadOptions { crop: self.crop, flip: self.flip, ..options },
+            Split::Train => LoadOptions {
+                frames: Frames::new(self.framing, self.size, side),
+                crop: self.crop,
+                flip: self.flip,
+                ..options
             },
-            Split::Test => Wanted {
-                split,
-                folder: self.test.as_deref(),
-                samples: self.test_samples,
-                options: LoadOptions { most: self.eval_samples, ..options },
-            },
+            Split::Test => options,
         }
     }
 
     /// Whether there are held-out pictures.
     pub fn has_test(&self) -> bool {
-        self.source.has(&self.part(Split::Test))
+        self.parts().iter().any(|m| m.source.has(&m.wanted(Split::Test, self)))
     }
 
-    /// Fails on values that the source does not support, with keys named by `section`; [`Config::check`] checks the
+    /// Fails on values that the sources do not support, with keys named by `section`; [`Config::check`] checks the
     /// rest.
     fn check(&self, section: &str) -> Result<()> {
+        for (i, part) in self.parts().iter().enumerate() {
+            let section = match self.mix.is_empty() {
+                true => section.to_string(),
+                false => format!("{section}.mix.{i}"),
+            };
+            part.check(self, &section)?;
+        }
+        Ok(())
+    }
+}
+
+/// `[[data.mix]]`: one of the sources of a mixture.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MixConfig {
+    /// The share of the steps' samples that come from it is this number over the sum of all weights. An epoch of a
+    /// source ends when all of its samples have been used, independently of the others.
+    pub weight: f64,
+    /// As `data.source`.
+    pub source: Source,
+    /// As `data.train`.
+    pub train: PathBuf,
+    /// As `data.test`.
+    pub test: Option<PathBuf>,
+    /// As `data.images`.
+    pub images: Option<PathBuf>,
+    /// As `data.test_images`.
+    pub test_images: Option<PathBuf>,
+    /// As `data.columns`.
+    pub columns: Columns,
+    /// As `data.train_samples`.
+    pub train_samples: usize,
+    /// As `data.test_samples`.
+    pub test_samples: usize,
+}
+
+impl Default for MixConfig {
+    fn default() -> Self {
+        DataConfig::default().parts().remove(0)
+    }
+}
+
+impl MixConfig {
+    /// What to list for the training set or the held-out set.
+    pub(crate) fn wanted<'a>(&'a self, split: Split, data: &DataConfig) -> Wanted<'a> {
+        let images = self.images.as_deref();
+        let (path, images, samples) = match split {
+            Split::Train => (Some(&*self.train), images, self.train_samples),
+            Split::Test => {
+                let samples = self.test_samples.min(data.eval_samples);
+                (self.test.as_deref(), self.test_images.as_deref().or(images), samples)
+            }
+        };
+        Wanted { split, path, images, columns: &self.columns, samples, size: data.size }
+    }
+
+    fn paths(&mut self) -> impl Iterator<Item = &mut PathBuf> {
+        let given = [&mut self.test, &mut self.images, &mut self.test_images];
+        given.into_iter().flatten().chain([&mut self.train])
+    }
+
+    fn check(&self, data: &DataConfig, section: &str) -> Result<()> {
+        if !(self.weight > 0.0 && self.weight.is_finite()) {
+            return Err(Error::config(format!("{section}.weight"), self.weight, "a number above 0"));
+        }
         let Some(smallest) = self.source.smallest_drawn() else { return Ok(()) };
         let source = self.source.name();
-        if self.size < smallest {
+        if data.size < smallest {
             let want = format!("{smallest} or more with data.source = {source:?}");
-            return Err(Error::config(format!("{section}.size"), self.size, want));
+            return Err(Error::config(format!("{section}.size"), data.size, want));
         }
         if self.train_samples == 0 {
             let want = format!("1 or more with data.source = {source:?}");
             return Err(Error::config(format!("{section}.train_samples"), self.train_samples, want));
         }
-        if self.flip {
+        if data.flip {
             let want = format!("false with data.source = {source:?}, whose captions say where things are");
-            return Err(Error::config(format!("{section}.flip"), self.flip, want));
+            return Err(Error::config(format!("{section}.flip"), data.flip, want));
         }
         Ok(())
     }
@@ -731,12 +828,22 @@ pub struct StageData {
     pub train: Option<PathBuf>,
     /// As `data.test`.
     pub test: Option<PathBuf>,
+    /// As `data.images`.
+    pub images: Option<PathBuf>,
+    /// As `data.test_images`.
+    pub test_images: Option<PathBuf>,
+    /// As `data.columns`.
+    pub columns: Option<Columns>,
+    /// As `data.mix`; a stage that names a source of its own has no mixture.
+    pub mix: Option<Vec<MixConfig>>,
     /// As `data.train_samples`.
     pub train_samples: Option<usize>,
     /// As `data.test_samples`.
     pub test_samples: Option<usize>,
     /// As `data.size`.
     pub size: Option<usize>,
+    /// As `data.framing`.
+    pub framing: Option<Framing>,
     /// As `data.crop`.
     pub crop: Option<Crop>,
     /// As `data.flip`.
@@ -756,13 +863,23 @@ impl StageData {
             source: self.source.unwrap_or(all.source),
             train: self.train.clone().unwrap_or_else(|| all.train.clone()),
             test: self.test.clone().or_else(|| all.test.clone()),
+            images: self.images.clone().or_else(|| all.images.clone()),
+            test_images: self.test_images.clone().or_else(|| all.test_images.clone()),
+            columns: self.columns.clone().unwrap_or_else(|| all.columns.clone()),
+            mix: match (&self.mix, self.source) {
+                (Some(mix), _) => mix.clone(),
+                (None, Some(_)) => Vec::new(),
+                (None, None) => all.mix.clone(),
+            },
             train_samples: self.train_samples.unwrap_or(all.train_samples),
             test_samples: self.test_samples.unwrap_or(all.test_samples),
             size: self.size.unwrap_or(all.size),
+            framing: self.framing.unwrap_or(all.framing),
             crop: self.crop.unwrap_or(all.crop),
             flip: self.flip.unwrap_or(all.flip),
             text_tokens: self.text_tokens.unwrap_or(all.text_tokens),
             tokenizer: all.tokenizer.clone(),
+            system: all.system.clone(),
             max_text_tokens: all.max_text_tokens,
             cache_mib: all.cache_mib,
             eval_samples: all.eval_samples,
@@ -830,8 +947,14 @@ impl Config {
     pub fn resolve(&mut self, base: &Path) -> Result<()> {
         let data = &mut self.data;
         let mut paths = vec![&mut data.train];
-        paths.extend([&mut data.test, &mut data.tokenizer, &mut self.lpips.weights].into_iter().flatten());
-        paths.extend(self.stage.iter_mut().flat_map(|s| [&mut s.data.train, &mut s.data.test]).flatten());
+        let given = [&mut data.test, &mut data.images, &mut data.test_images, &mut data.tokenizer];
+        paths.extend(given.into_iter().chain([&mut self.lpips.weights]).flatten());
+        paths.extend(data.mix.iter_mut().flat_map(MixConfig::paths));
+        for StageConfig { data, .. } in &mut self.stage {
+            let given = [&mut data.train, &mut data.test, &mut data.images, &mut data.test_images];
+            paths.extend(given.into_iter().flatten());
+            paths.extend(data.mix.iter_mut().flatten().flat_map(MixConfig::paths));
+        }
         for path in paths.into_iter().filter(|p| !p.as_os_str().is_empty()) {
             *path = absolute(base, path)?;
         }
@@ -1000,6 +1123,11 @@ impl Config {
 
     /// Checks a stage; errors name its keys by the prefix `at`.
     fn check_stage(&self, at: &str, s: &StageConfig) -> Result<()> {
+        if self.data_of(s).framing == Framing::Buckets && s.accumulate > 1 {
+            let want =
+                "1 with data.framing = \"buckets\", since parts of a batch have equally many visual tokens";
+            return Err(Error::config(format!("{at}.accumulate"), s.accumulate, want));
+        }
         let key = |name: &str| format!("{at}.{name}");
         count(&key("steps"), s.steps, 0..=MAX_COUNT)?;
         count(&key("batch"), s.batch, 1..=MAX_BATCH)?;
@@ -1160,8 +1288,16 @@ fn migrate(table: &mut toml::Table) -> bool {
     }
 }
 
-/// Keys with paths as values.
-const PATHS: [&str; 4] = ["data.train", "data.test", "data.tokenizer", "lpips.weights"];
+/// The last parts of keys with paths as values.
+const PATHS: [&str; 6] = ["train", "test", "images", "test_images", "tokenizer", "weights"];
+
+/// Whether a dotted key has a path as value.
+fn is_path(key: &str) -> bool {
+    match key.trim().rsplit_once('.') {
+        Some((section, last)) => PATHS.contains(&last) && (section.contains("data") || section == "lpips"),
+        None => false,
+    }
+}
 
 /// The absolute form of a path that is relative to the folder `base`.
 fn absolute(base: &Path, path: &Path) -> Result<PathBuf> {
@@ -1200,7 +1336,7 @@ fn set(table: &mut toml::Table, assignment: &str) -> Result<()> {
         return Err(Error::config("--set", assignment, want));
     };
     if let toml::Value::String(path) = &mut value
-        && PATHS.iter().any(|p| key.trim().ends_with(p))
+        && is_path(key)
         && !path.is_empty()
     {
         *path = absolute(Path::new(""), Path::new(path))?.to_string_lossy().into_owned();

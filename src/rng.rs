@@ -25,6 +25,8 @@ pub enum Purpose {
     TestPicture = 7,
     /// The choice of what is held out of the built-in pictures.
     Split = 8,
+    /// The order of the sources of a mixture.
+    Mixture = 9,
 }
 
 /// A stream of random numbers, Philox4x32-10. The 128-bit counter is (index, stream), low words first, and the 64-bit

@@ -2,43 +2,51 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::draw::Drawing;
-use super::folder::Sample;
-use super::image::{Crop, Image, cut, fit_shorter};
+use super::bitmap::Bitmap;
+use super::fit::{Crop, Fitted, Frames};
+use super::image::Image;
+use super::sample::Sample;
+use super::source::Pictures;
 use crate::error::{Error, Result};
 use crate::rng::Philox;
 
-/// Pictures decoded between two checks of the memory in use.
-const CHUNK: usize = 256;
+/// Pictures that are decoded when a data set is opened.
+const TRIED: usize = 256;
 const NAMED: usize = 5;
-/// Time between two progress messages while loading.
-const TOLD: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How pictures are brought to the training size.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoadOptions {
-    /// Side of the square pictures, in pixels.
-    pub size: usize,
-    /// Which square is cropped.
+    /// The sizes of the pictures.
+    pub frames: Frames,
+    /// Which part of a picture is used.
     pub crop: Crop,
     /// Mirrors a random half of the pictures left to right.
     pub flip: bool,
     /// Limit of the memory for pictures, in bytes; the remaining pictures are decoded again at each use.
     pub memory: u64,
-    /// Maximum number of pictures: the first usable ones are taken.
-    pub most: usize,
+    /// How long a folder that cannot be reached is waited for, such as one on a network after a lost connection.
+    pub patience: Duration,
 }
 
 impl LoadOptions {
-    /// Central squares of `size` pixels, not mirrored; all pictures, up to 4 GiB of them in memory.
+    /// Central squares of `size` pixels, not mirrored; up to 4 GiB of pictures in memory, a minute of patience.
     pub fn new(size: usize) -> Self {
-        LoadOptions { size, crop: Crop::Centre, flip: false, memory: 4 << 30, most: usize::MAX }
+        LoadOptions {
+            frames: Frames::square(size),
+            crop: Crop::Centre,
+            flip: false,
+            memory: 4 << 30,
+            patience: PATIENCE,
+        }
     }
 }
 
@@ -60,6 +68,13 @@ impl Skipped {
         }
     }
 
+    /// Adds those of another part of the data.
+    pub fn join(&mut self, other: Skipped) {
+        self.count += other.count;
+        self.first.extend(other.first);
+        self.first.truncate(NAMED);
+    }
+
     /// The first ones with their reasons, and how many more there are.
     pub fn names(&self) -> String {
         let mut all: Vec<String> =
@@ -72,175 +87,114 @@ impl Skipped {
     }
 }
 
-/// A picture returned by [`ImageSet::get`].
+/// A picture returned by [`ImageSet::take`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct Drawn {
     /// Index of the sample in its data set.
     pub sample: usize,
-    /// The picture, `size` x `size`.
+    /// The picture.
     pub image: Image,
 }
 
 /// The pictures of a data set at training size, three bytes per pixel.
 ///
-/// Unusable pictures are left out. A picture has the same values whether it is held in memory or decoded at each use.
+/// Pictures are decoded when they are first used, and kept until the memory limit is reached; those after that are
+/// decoded at each use. What is kept has no influence on the values. A picture that cannot be used is counted, and the
+/// next usable one takes its place.
 #[derive(Debug)]
 pub struct ImageSet {
     root: PathBuf,
     options: LoadOptions,
-    entries: Vec<Entry>,
-    /// Samples examined so far.
-    total: usize,
-    bytes: u64,
+    samples: Arc<Vec<Sample>>,
+    pictures: Box<dyn Pictures>,
+    /// One for each sample, unless the pictures are in memory anyway.
+    kept: Vec<OnceLock<Fitted>>,
+    bytes: AtomicU64,
     bad: Mutex<BTreeMap<usize, (PathBuf, String)>>,
-}
-
-#[derive(Debug)]
-struct Entry {
-    sample: usize,
-    picture: Picture,
-}
-
-#[derive(Debug)]
-enum Picture {
-    Kept(Small),
-    OnDisk(PathBuf),
-}
-
-/// A picture whose shorter side has the training size; already cropped to the square if the crop is fixed.
-#[derive(Debug)]
-struct Small {
-    height: u32,
-    width: u32,
-    rgb: Box<[u8]>,
+    /// How many could not be used when the set was opened.
+    bad_at_first: usize,
 }
 
 impl ImageSet {
-    /// Decodes the pictures of `samples` on all cores, in their order, until the memory limit is reached; the
-    /// pictures after that are decoded when they are requested. Unusable pictures are skipped and counted; if they
-    /// are more than half, an error about `root` is returned.
-    pub fn load(root: &Path, samples: &[Sample], options: LoadOptions) -> Result<Self> {
-        let mut entries = Vec::new();
-        let mut bad = BTreeMap::new();
-        let (mut bytes, mut full) = (0, options.memory == 0);
-        if options.size == 0 {
-            return Err(Error::arg("ImageSet::load", "size", options.size, "at least 1"));
+    /// The pictures of `samples`, which are named by them in messages. 256 of them, spread over the set, are decoded now,
+    /// on all cores: if more than half cannot be used, an error about `root` is returned.
+    pub fn new(
+        root: &Path,
+        samples: Arc<Vec<Sample>>,
+        pictures: Box<dyn Pictures>,
+        options: LoadOptions,
+    ) -> Result<Self> {
+        let n = samples.len();
+        if options.frames.sizes().iter().any(|&(h, w)| h == 0 || w == 0) {
+            return Err(Error::arg("ImageSet::new", "frames", "a side of 0", "at least 1"));
         }
-        let (mut total, mut told) = (0, Instant::now());
-        while total < samples.len() && entries.len() < options.most {
-            // Pictures left on disk take no memory, and the number of usable ones among them is not known yet.
-            let chunk = match full {
-                true => total..samples.len(),
-                false => total..samples.len().min(total + CHUNK.min(options.most - entries.len())),
-            };
-            total = chunk.end;
-            if full {
-                entries.extend(
-                    chunk.map(|sample| Entry {
-                        sample,
-                        picture: Picture::OnDisk(samples[sample].image.clone()),
-                    }),
-                );
-                continue;
-            }
-            let decoded: Vec<Result<Small>> = chunk
-                .clone()
-                .into_par_iter()
-                .map(|i| Small::open(&samples[i].image, options.size, options.crop))
-                .collect();
-            for (sample, small) in chunk.zip(decoded) {
-                let path = &samples[sample].image;
-                match small {
-                    Ok(small) => {
-                        // After the first picture that does not fit, decoding the others now would be wasted.
-                        full |= bytes + small.rgb.len() as u64 > options.memory;
-                        let picture = match full {
-                            true => Picture::OnDisk(path.clone()),
-                            false => Picture::Kept(small),
-                        };
-                        bytes += picture.bytes();
-                        entries.push(Entry { sample, picture });
-                    }
-                    Err(e) => {
-                        bad.insert(sample, (path.clone(), e.reason(path)));
-                    }
-                }
-            }
-            if told.elapsed() > TOLD {
-                told = Instant::now();
-                tracing::info!("{}: {total} of {} pictures are loaded", root.display(), samples.len());
-            }
+        let keeps = options.memory > 0 && !pictures.in_memory();
+        let kept = if keeps { (0..n).map(|_| OnceLock::new()).collect() } else { Vec::new() };
+        let mut set = ImageSet {
+            root: root.into(),
+            options,
+            samples,
+            pictures,
+            kept,
+            bytes: AtomicU64::new(0),
+            bad: Mutex::default(),
+            bad_at_first: 0,
+        };
+        if !set.pictures.in_memory() {
+            set.attempt()?;
         }
-        let root = root.to_path_buf();
-        let set = ImageSet { root, options, entries, total, bytes, bad: Mutex::new(bad) };
-        set.check()?;
         Ok(set)
     }
 
-    /// Generates pictures `0..n` on all cores, keeps all of them in memory, and returns them with their samples.
-    /// Messages use `name` in place of a folder.
-    pub fn draw(
-        name: &Path,
-        n: usize,
-        options: LoadOptions,
-        draw: impl Fn(usize) -> Drawing + Sync,
-    ) -> Result<(Vec<Sample>, Self)> {
-        let drawn: Vec<(Sample, Entry)> = (0..n)
+    fn attempt(&mut self) -> Result<()> {
+        let pictured: Vec<usize> = (0..self.len()).filter(|&i| self.samples[i].has_picture()).collect();
+        let (n, tried) = (pictured.len(), pictured.len().min(TRIED));
+        let failures: Vec<(usize, Error)> = (0..tried)
             .into_par_iter()
-            .map(|i| {
-                let Drawing { image, sample } = draw(i);
-                let small = Small::new(image, options.size, options.crop)?;
-                Ok((sample, Entry { sample: i, picture: Picture::Kept(small) }))
+            .filter_map(|i| {
+                let sample = pictured[i * n / tried];
+                self.fitted(sample, |_| ()).err().map(|e| (sample, e))
             })
-            .collect::<Result<_>>()?;
-        let (samples, entries): (Vec<_>, Vec<Entry>) = drawn.into_iter().unzip();
-        let bytes = entries.iter().map(|e| e.picture.bytes()).sum();
-        let root = name.to_path_buf();
-        Ok((samples, ImageSet { root, options, entries, total: n, bytes, bad: Mutex::default() }))
+            .collect();
+        self.bad_at_first = failures.len();
+        for (sample, e) in failures {
+            self.note(sample, &e);
+        }
+        self.check(tried)
     }
 
     /// The number of pictures.
     pub fn len(&self) -> usize {
-        self.entries.len()
+        self.samples.len()
     }
 
     /// True if there are none.
     pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+        self.samples.is_empty()
     }
 
-    /// Bytes of pictures in memory.
+    /// Bytes of pictures that are kept.
     pub fn bytes(&self) -> u64 {
-        self.bytes
+        self.bytes.load(Ordering::Relaxed)
     }
 
-    /// The number of pictures that are decoded at each use.
-    pub fn on_disk(&self) -> usize {
-        self.entries.iter().filter(|e| matches!(e.picture, Picture::OnDisk(_))).count()
+    /// The number of pictures that were not found unusable when the set was opened.
+    pub fn usable(&self) -> usize {
+        self.len() - self.bad_at_first
     }
 
-    /// Index in the data set of picture `index` of this set.
-    pub fn sample(&self, index: usize) -> Option<usize> {
-        self.entries.get(index).map(|e| e.sample)
-    }
-
-    /// Pictures skipped so far: while loading, and since then while decoding at each use.
+    /// Pictures skipped so far.
     pub fn skipped(&self) -> Skipped {
         let bad = self.bad.lock().unwrap_or_else(PoisonError::into_inner);
         Skipped { count: bad.len(), first: bad.values().take(NAMED).cloned().collect() }
     }
 
-    /// Picture `index` of `0..len()`, cropped and mirrored with random numbers from `rng`.
-    ///
-    /// If the picture has to be decoded now and cannot be, it is counted as skipped and the next usable one takes its
-    /// place; [`Drawn::sample`] tells which one was used.
-    pub fn get(&self, index: usize, rng: &mut Philox) -> Result<Drawn> {
-        let others = (index.saturating_add(1)..self.len()).chain(0..index.min(self.len()));
-        self.first(std::iter::once(index).chain(others), rng)
-    }
-
-    /// Like [`ImageSet::get`], for the first usable picture of `indices`.
-    pub fn first(&self, indices: impl IntoIterator<Item = usize>, rng: &mut Philox) -> Result<Drawn> {
+    /// The first usable picture of `indices` and its index, cropped and mirrored with random numbers from `rng`.
+    pub fn first(
+        &self,
+        indices: impl IntoIterator<Item = usize>,
+        rng: &mut Philox,
+    ) -> Result<(usize, Bitmap)> {
         self.find(&mut indices.into_iter(), rng)?.ok_or_else(|| {
             let what = "none of the requested pictures can be used; put them back or correct the folder";
             Error::data(&self.root, what)
@@ -251,97 +205,110 @@ impl ImageSet {
     pub fn take(&self, n: usize, rng: &mut Philox) -> Result<Vec<Drawn>> {
         let (mut left, mut all) = (0..self.len(), Vec::new());
         while all.len() < n {
-            let Some(drawn) = self.find(&mut left, rng)? else { break };
-            all.push(drawn);
+            let Some((sample, bitmap)) = self.find(&mut left, rng)? else { break };
+            all.push(Drawn { sample, image: Image::from(&bitmap) });
         }
         Ok(all)
     }
 
-    /// The first usable picture of `indices`, if there is one.
-    fn find(&self, indices: &mut dyn Iterator<Item = usize>, rng: &mut Philox) -> Result<Option<Drawn>> {
-        let LoadOptions { size, crop, flip, .. } = self.options;
+    fn find(
+        &self,
+        indices: &mut dyn Iterator<Item = usize>,
+        rng: &mut Philox,
+    ) -> Result<Option<(usize, Bitmap)>> {
+        let LoadOptions { crop, flip, .. } = self.options;
         for index in indices {
-            let Some(entry) = self.entries.get(index) else {
+            if index >= self.len() {
                 let want = format!("below {}", self.len());
                 return Err(Error::arg("ImageSet::first", "index", index, want));
-            };
-            let image = match &entry.picture {
-                Picture::Kept(small) => small.image()?,
-                Picture::OnDisk(path) => match Small::open(path, size, crop) {
-                    Ok(small) => small.image()?,
-                    Err(e) => {
-                        self.skip(entry.sample, path, &e)?;
-                        continue;
+            }
+            match self.fitted(index, |fitted| fitted.cut(crop, flip, rng)) {
+                Ok(bitmap) => return Ok(Some((index, bitmap))),
+                Err(e) => {
+                    if self.note(index, &e) {
+                        let name = &self.samples[index].image;
+                        tracing::warn!("{}: skipped: {}", name.display(), e.reason(name));
                     }
-                },
-            };
-            let image = cut(&image, size, crop, flip, rng);
-            return Ok(Some(Drawn { sample: entry.sample, image }));
+                    self.check(self.len())?;
+                }
+            }
         }
         Ok(None)
     }
 
-    fn skip(&self, sample: usize, path: &Path, e: &Error) -> Result<()> {
-        let why = (path.to_path_buf(), e.reason(path));
-        self.bad.lock().unwrap_or_else(PoisonError::into_inner).insert(sample, why);
-        self.check()
+    /// Passes a picture that covers its size to `use_it`.
+    fn fitted<T>(&self, sample: usize, use_it: impl FnOnce(&Fitted) -> T) -> Result<T> {
+        if let Some(fitted) = self.kept.get(sample).and_then(OnceLock::get) {
+            return Ok(use_it(fitted));
+        }
+        let LoadOptions { frames, crop, memory, .. } = &self.options;
+        let fitted = Fitted::new(self.decode(sample, frames.shorter())?, frames, *crop)?;
+        let result = use_it(&fitted);
+        if let Some(slot) = self.kept.get(sample) {
+            let bytes = fitted.bytes();
+            let before = self.bytes.fetch_add(bytes, Ordering::Relaxed);
+            // Another thread may have decoded the same picture meanwhile.
+            if before + bytes > *memory || slot.set(fitted).is_err() {
+                self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+            }
+        }
+        Ok(result)
     }
 
-    fn check(&self) -> Result<()> {
+    /// Decodes a picture. Waits for a while if its data set cannot be reached.
+    fn decode(&self, sample: usize, shorter: usize) -> Result<Bitmap> {
+        match self.pictures.decode(sample, shorter) {
+            Err(Error::Io { .. }) if self.waited_for(sample) => self.pictures.decode(sample, shorter),
+            result => result,
+        }
+    }
+
+    /// Waits until the folder of a picture can be reached, if it cannot be now. Returns whether it had to wait.
+    fn waited_for(&self, sample: usize) -> bool {
+        let Some(folder) = self.pictures.folder(sample) else { return false };
+        let reachable = || std::fs::metadata(folder).is_ok();
+        if reachable() {
+            return false;
+        }
+        let (patience, since) = (self.options.patience, Instant::now());
+        let seconds = patience.as_secs();
+        tracing::warn!("{}: cannot be reached now; waiting for up to {seconds} s", folder.display());
+        let mut pause = Duration::from_millis(50);
+        while since.elapsed() < patience && !reachable() {
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_secs(2));
+        }
+        true
+    }
+
+    /// Counts a picture that cannot be used. Returns whether it is new and among the first ones.
+    fn note(&self, sample: usize, e: &Error) -> bool {
+        let name = &self.samples[sample].image;
+        let mut bad = self.bad.lock().unwrap_or_else(PoisonError::into_inner);
+        let new = bad.insert(sample, (name.clone(), e.reason(name))).is_none();
+        new && bad.len() <= NAMED
+    }
+
+    /// Fails if more than half of `of` pictures cannot be used.
+    fn check(&self, of: usize) -> Result<()> {
         let skipped = self.skipped();
-        if 2 * skipped.count <= self.total {
+        if 2 * skipped.count <= of {
             return Ok(());
         }
         let what = format!(
-            "{} of {} pictures cannot be used, more than half; replace or remove them: {}",
+            "{} of {of} pictures cannot be used, more than half; replace or remove them: {}",
             skipped.count,
-            self.total,
             skipped.names()
         );
         Err(Error::data(&self.root, what))
     }
 }
 
-impl Picture {
-    /// Bytes in memory.
-    fn bytes(&self) -> u64 {
-        match self {
-            Picture::Kept(small) => small.rgb.len() as u64,
-            Picture::OnDisk(_) => 0,
-        }
-    }
-}
-
-impl Small {
-    fn open(path: &Path, size: usize, crop: Crop) -> Result<Self> {
-        // Opening a pipe would block until another process writes to it.
-        match std::fs::metadata(path).map_err(Error::io(path))?.file_type() {
-            kind if kind.is_file() || kind.is_dir() => Self::new(Image::open(path)?, size, crop),
-            _ => Err(Error::data(path, "this is a device or a pipe, not a picture")),
-        }
-    }
-
-    fn new(mut image: Image, size: usize, crop: Crop) -> Result<Self> {
-        if let Some(resized) = fit_shorter(&image, size)? {
-            image = resized;
-        }
-        if crop == Crop::Centre {
-            image = cut(&image, size, crop, false, &mut Philox::new(0, 0));
-        }
-        let rgb = image.to_u8().into_boxed_slice();
-        Ok(Small { height: image.height as u32, width: image.width as u32, rgb })
-    }
-
-    fn image(&self) -> Result<Image> {
-        Image::from_u8(self.height as usize, self.width as usize, &self.rgb)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::folder::Folder;
-    use crate::data::image::fit;
+    use crate::data::fit::fit;
+    use crate::data::folder::{Files, Folder};
     use crate::data::save_png;
     use crate::data::scratch::Scratch;
 
@@ -361,7 +328,13 @@ mod tests {
     }
 
     fn load(folder: &Folder, options: LoadOptions) -> Result<ImageSet> {
-        ImageSet::load(&folder.root, &folder.samples, options)
+        let pictures = Box::new(Files::new(&folder.root, &folder.samples));
+        ImageSet::new(&folder.root, Arc::new(folder.samples.clone()), pictures, options)
+    }
+
+    /// Picture `index`, or the next usable one.
+    fn get(set: &ImageSet, index: usize, rng: &mut Philox) -> Result<(usize, Bitmap)> {
+        set.first((index..set.len()).chain(0..index), rng)
     }
 
     fn options(crop: Crop, memory: u64) -> LoadOptions {
@@ -376,15 +349,17 @@ mod tests {
             let kept = load(&folder, options(crop, u64::MAX)).unwrap();
             let some = load(&folder, options(crop, 900)).unwrap();
             let none = load(&folder, options(crop, 0)).unwrap();
-            assert_eq!((kept.on_disk(), none.on_disk(), none.bytes()), (0, 12, 0));
-            assert!((1..12).contains(&some.on_disk()) && some.bytes() <= 900);
             for i in 0..12 {
-                let draw = |set: &ImageSet| set.get(i, &mut Philox::new(9, i as u64)).unwrap();
-                let drawn = draw(&kept);
-                assert_eq!((drawn.sample, drawn.image.height, drawn.image.width), (i, 8, 8));
-                assert_eq!(drawn, draw(&some));
-                assert_eq!(drawn, draw(&none));
+                let draw = |set: &ImageSet| get(set, i, &mut Philox::new(9, i as u64)).unwrap();
+                let (sample, bitmap) = draw(&kept);
+                assert_eq!((sample, bitmap.height, bitmap.width), (i, 8, 8));
+                for set in [&kept, &some, &none] {
+                    assert_eq!(draw(set), (sample, bitmap.clone()));
+                }
             }
+            assert!(kept.bytes() >= 12 * 192);
+            assert!((1..=900).contains(&some.bytes()), "{}", some.bytes());
+            assert_eq!(none.bytes(), 0);
         }
     }
 
@@ -396,63 +371,74 @@ mod tests {
         for i in 0..6 {
             let whole = Image::open(&folder.samples[i].image).unwrap();
             let want = fit(&whole, 8, Crop::Random, true, &mut Philox::new(2, i as u64)).unwrap();
-            let got = set.get(i, &mut Philox::new(2, i as u64)).unwrap().image;
-            assert_eq!(got.to_u8(), want.to_u8());
+            assert_eq!(get(&set, i, &mut Philox::new(2, i as u64)).unwrap().1, Bitmap::from(&want));
         }
-        assert!(set.get(6, &mut Philox::new(0, 0)).is_err());
+        assert!(set.first([6], &mut Philox::new(0, 0)).is_err());
     }
 
     #[test]
-    fn drawn_pictures_are_kept_with_their_samples() {
-        let scenes = crate::data::Scenes::new(24, 1).unwrap();
-        let draw = |i| scenes.get(crate::data::Split::Test, i);
-        let (samples, set) = ImageSet::draw(Path::new("scenes"), 5, LoadOptions::new(24), draw).unwrap();
-        assert_eq!((samples.len(), set.len(), set.bytes(), set.on_disk()), (5, 5, 5 * 24 * 24 * 3, 0));
-        for (i, sample) in samples.iter().enumerate() {
-            let drawn = set.get(i, &mut Philox::new(0, 0)).unwrap();
-            assert_eq!((drawn.sample, drawn.image.to_u8()), (i, draw(i).image.to_u8()));
-            assert_eq!(sample, &draw(i).sample);
-        }
-        let none = ImageSet::draw(Path::new("scenes"), 5, LoadOptions::new(0), draw);
-        assert!(none.unwrap_err().to_string().contains("`size` is 0"));
+    fn a_large_set_is_not_decoded_before_it_is_used() {
+        let dir = Scratch::new("cache-large");
+        let folder = folder(&dir, 1, &[]);
+        let samples = vec![folder.samples[0].clone(); 5000];
+        let pictures = Files::new(dir.root(), &samples);
+        let set =
+            ImageSet::new(dir.root(), Arc::new(samples), Box::new(pictures), options(Crop::Centre, u64::MAX));
+        let set = set.unwrap();
+        assert_eq!((set.len(), set.bytes()), (5000, 256 * 192));
+        get(&set, 1, &mut Philox::new(0, 0)).unwrap();
+        assert_eq!(set.bytes(), 257 * 192);
     }
 
     #[test]
     fn broken_pictures_are_skipped_counted_and_named() {
         let dir = Scratch::new("cache-broken");
         let folder = folder(&dir, 14, &[0, 2, 3, 5, 7, 13]);
-        let kept = load(&folder, options(Crop::Centre, u64::MAX)).unwrap();
-        assert_eq!((kept.len(), kept.skipped().count, kept.skipped().first.len()), (8, 6, 5));
-        let (path, why) = &kept.skipped().first[1];
-        assert_eq!(path, &folder.samples[2].image);
-        assert_eq!(why, "this is not a PNG, JPEG or WebP picture");
-        assert_eq!((0..8).map(|i| kept.sample(i).unwrap()).collect::<Vec<_>>(), [1, 4, 6, 8, 9, 10, 11, 12]);
-
-        let disk = load(&folder, options(Crop::Centre, 0)).unwrap();
-        assert_eq!((disk.len(), disk.skipped().count), (14, 0));
-        let drawn: Vec<usize> =
-            (0..14).map(|i| disk.get(i, &mut Philox::new(0, 0)).unwrap().sample).collect();
-        assert_eq!(drawn, [1, 1, 4, 4, 4, 6, 6, 8, 8, 9, 10, 11, 12, 1]);
-        assert_eq!(disk.skipped(), kept.skipped());
+        for memory in [u64::MAX, 0] {
+            let set = load(&folder, options(Crop::Centre, memory)).unwrap();
+            assert_eq!((set.len(), set.usable()), (14, 8));
+            assert_eq!((set.skipped().count, set.skipped().first.len()), (6, 5));
+            let (path, why) = &set.skipped().first[1];
+            assert_eq!(path, &folder.samples[2].image);
+            assert_eq!(why, "this is not a PNG, JPEG or WebP picture");
+            let drawn: Vec<usize> =
+                (0..14).map(|i| get(&set, i, &mut Philox::new(0, 0)).unwrap().0).collect();
+            assert_eq!(drawn, [1, 1, 4, 4, 4, 6, 6, 8, 8, 9, 10, 11, 12, 1]);
+            assert_eq!(set.skipped().count, 6);
+        }
     }
 
     #[test]
-    fn the_first_usable_pictures_are_taken_and_no_more_are_looked_at() {
+    fn the_first_usable_pictures_are_taken() {
         let dir = Scratch::new("cache-most");
         let folder = folder(&dir, 12, &[0, 2, 3, 9]);
-        let taken = |set: &ImageSet, n| -> Vec<usize> {
-            set.take(n, &mut Philox::new(0, 0)).unwrap().iter().map(|d| d.sample).collect()
-        };
         for memory in [u64::MAX, 0] {
-            let all = load(&folder, options(Crop::Centre, memory)).unwrap();
-            assert_eq!(taken(&all, 4), [1, 4, 5, 6]);
-            assert_eq!(taken(&all, 99), [1, 4, 5, 6, 7, 8, 10, 11]);
-            assert_eq!(all.skipped().count, 4);
+            let set = load(&folder, options(Crop::Centre, memory)).unwrap();
+            let taken = |n| -> Vec<usize> {
+                set.take(n, &mut Philox::new(0, 0)).unwrap().iter().map(|d| d.sample).collect()
+            };
+            assert_eq!(taken(4), [1, 4, 5, 6]);
+            assert_eq!(taken(99), [1, 4, 5, 6, 7, 8, 10, 11]);
+            assert_eq!((taken(0).len(), set.skipped().count), (0, 4));
         }
-        let few = load(&folder, LoadOptions { most: 4, ..options(Crop::Centre, u64::MAX) }).unwrap();
-        assert_eq!((few.len(), few.skipped().count, taken(&few, 9)), (4, 3, vec![1, 4, 5, 6]));
-        let none = load(&folder, LoadOptions { most: 0, ..options(Crop::Centre, u64::MAX) }).unwrap();
-        assert!(none.is_empty() && none.skipped().count == 0);
+    }
+
+    #[test]
+    fn a_folder_that_comes_back_is_waited_for() {
+        let dir = Scratch::new("cache-away");
+        let folder = folder(&dir, 4, &[2]);
+        let set = load(&folder, options(Crop::Centre, 0)).unwrap();
+        let want = get(&set, 1, &mut Philox::new(0, 0)).unwrap();
+        let away = dir.root().with_extension("away");
+        std::fs::rename(dir.root(), &away).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(300));
+                std::fs::rename(&away, dir.root()).unwrap();
+            });
+            assert_eq!(get(&set, 1, &mut Philox::new(0, 0)).unwrap(), want);
+        });
+        assert_eq!(set.skipped().count, 1);
     }
 
     #[cfg(unix)]
@@ -469,7 +455,7 @@ mod tests {
         dir.write("empty.png", b"");
         let folder = Folder::open(dir.root()).unwrap();
         let set = load(&folder, LoadOptions::new(8)).unwrap();
-        assert_eq!((folder.samples.len(), set.len(), set.skipped().count), (8, 4, 4));
+        assert_eq!((folder.samples.len(), set.usable(), set.skipped().count), (8, 4, 4));
         let names = set.skipped().names();
         for want in
             ["dangling.png: No such file", "itself.png: ", "zero.png: this is a device", "empty.png: "]
@@ -483,7 +469,7 @@ mod tests {
         dir.write("metadata.jsonl", lines.join("\n").as_bytes());
         let folder = Folder::open(dir.root()).unwrap();
         let set = load(&folder, LoadOptions::new(8)).unwrap();
-        assert_eq!((folder.samples.len(), set.len(), set.skipped().count), (8, 5, 3));
+        assert_eq!((folder.samples.len(), set.usable(), set.skipped().count), (8, 5, 3));
         let names = set.skipped().names();
         assert!(
             names.contains("missing.png: No such file") && names.contains("sub: this is a folder"),
@@ -498,8 +484,5 @@ mod tests {
         let e = load(&folder, options(Crop::Centre, u64::MAX)).unwrap_err().to_string();
         assert!(e.contains("3 of 5 pictures cannot be used, more than half; replace or remove them"), "{e}");
         assert!(e.contains("000.png: this is not a PNG"), "{e}");
-        let disk = load(&folder, options(Crop::Centre, 0)).unwrap();
-        assert!(disk.get(0, &mut Philox::new(0, 0)).is_ok());
-        assert!(disk.get(4, &mut Philox::new(0, 0)).unwrap_err().to_string().contains("3 of 5"));
     }
 }

@@ -2,8 +2,8 @@
 
 use font8x8::{BASIC_FONTS, UnicodeFonts};
 
-use super::folder::Sample;
 use super::image::Image;
+use super::sample::Sample;
 use crate::rng::{Philox, Purpose};
 
 /// Samples along each side of a pixel, for smooth edges.

@@ -8,10 +8,11 @@ use std::path::{Component, Path, PathBuf};
 use serde::Deserialize;
 use unicode_normalization::UnicodeNormalization;
 
-use super::cache::{ImageSet, Skipped};
-use super::look::Scene;
+use super::bitmap::{self, Bitmap};
+use super::cache::Skipped;
 use super::plain::{read_text, trimmed};
-use super::source::{DataSet, DataSource, Wanted};
+use super::sample::{Chat, Sample};
+use super::source::{DataSource, Listed, Pictures, Wanted};
 use crate::error::{Error, Result};
 
 /// Metadata files that list the pictures of a folder, in order of precedence.
@@ -26,28 +27,6 @@ const EXTENSIONS: [&str; 22] = [
 const MAX_DEPTH: usize = 32;
 const WANTED: &str = "wanted {\"file_name\": \"...\", \"text\": \"...\", \"prompt\": \"...\", \"qa\": [[\"question\", \
                       \"answer\"]]} with all but file_name optional";
-
-/// One picture and its texts.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Sample {
-    /// The picture's file, or the name of a built-in picture.
-    pub image: PathBuf,
-    /// Its caption.
-    pub caption: Option<String>,
-    /// What to draw, if it is worded differently from the caption.
-    pub prompt: Option<String>,
-    /// Questions about it, each with its answer.
-    pub qa: Vec<(String, String)>,
-    /// What a built-in picture shows.
-    pub scene: Option<Scene>,
-}
-
-impl Sample {
-    /// The text from which a model draws the picture: the prompt, or else the caption.
-    pub fn drawing_prompt(&self) -> Option<&str> {
-        self.prompt.as_deref().or(self.caption.as_deref())
-    }
-}
 
 /// A data set in a folder, after the imagefolder convention of Hugging Face.
 ///
@@ -83,33 +62,35 @@ impl DataSource for FromFolder {
         "folder"
     }
 
-    fn smallest_drawn(&self) -> Option<usize> {
-        None
+    fn open(&self, part: &Wanted) -> Result<Listed> {
+        let Folder { root, samples, ignored } = Folder::open(part.path.unwrap_or(Path::new("")))?;
+        let pictures = Box::new(Files::new(&root, &samples));
+        Ok(Listed { root, samples, pictures, ignored, about: Vec::new() })
+    }
+}
+
+/// Pictures in files of their own.
+#[derive(Debug)]
+pub(super) struct Files {
+    root: PathBuf,
+    paths: Vec<PathBuf>,
+}
+
+impl Files {
+    /// The files that these samples name, all of them in the folder `root`.
+    pub fn new(root: &Path, samples: &[Sample]) -> Self {
+        Files { root: root.into(), paths: samples.iter().map(|s| s.image.clone()).collect() }
+    }
+}
+
+impl Pictures for Files {
+    fn decode(&self, sample: usize, shorter: usize) -> Result<Bitmap> {
+        let path = &self.paths[sample];
+        Bitmap::decode(&bitmap::read(path)?, path, shorter)
     }
 
-    fn open(&self, part: &Wanted) -> Result<DataSet> {
-        let path = part.folder.unwrap_or(Path::new(""));
-        let Folder { root, samples, ignored } = Folder::open(path)?;
-        if ignored.count > 0 {
-            tracing::warn!("{}: {} are ignored: {}", path.display(), ignored.count, ignored.names());
-        }
-        let images = ImageSet::load(&root, &samples, part.options.clone())?;
-        let skipped = images.skipped();
-        if skipped.count > 0 {
-            let of = samples.len();
-            let names = skipped.names();
-            tracing::warn!("{}: {} of {of} pictures are skipped: {names}", path.display(), skipped.count);
-        }
-        if images.on_disk() > 0 {
-            tracing::info!(
-                "{}: {} pictures are kept in memory ({} MiB), {} are decoded at each use; data.cache_mib changes this",
-                path.display(),
-                images.len() - images.on_disk(),
-                images.bytes() >> 20,
-                images.on_disk()
-            );
-        }
-        Ok(DataSet { root, samples, images })
+    fn folder(&self, _: usize) -> Option<&Path> {
+        Some(&self.root)
     }
 }
 
@@ -216,7 +197,11 @@ impl Found {
             } else if has_extension(&path, &EXTENSIONS) {
                 let at = path.with_extension("txt");
                 let caption = if at.is_file() { self.caption(&at) } else { None };
-                self.samples.push(Sample { image: path, caption, prompt: None, qa: Vec::new(), scene: None });
+                self.samples.push(Sample {
+                    image: path,
+                    captions: caption.into_iter().collect(),
+                    ..Sample::default()
+                });
             } else if has_extension(&path, &["txt"]) {
                 captions.push(path);
             } else {
@@ -322,9 +307,9 @@ impl Found {
         }
         self.samples.push(Sample {
             image: names.find(folder, &line.file_name),
-            caption: said(line.text),
+            captions: said(line.text).into_iter().collect(),
             prompt: said(line.prompt),
-            qa,
+            chats: qa.into_iter().map(|(q, a)| Chat::of(q, a)).collect(),
             scene: None,
         });
         Ok(())
@@ -449,10 +434,10 @@ mod tests {
         assert_eq!(folder.samples.len(), 3);
         let first = &folder.samples[0];
         assert_eq!(first.image, dir.path("images/b.png"));
-        assert_eq!(first.caption.as_deref(), Some("a béé"));
-        assert_eq!(first.qa, [("q?".into(), "a".into()), ("r?".into(), "b".into())]);
-        assert_eq!((&folder.samples[1].caption, folder.samples[1].qa.len()), (&None, 0));
-        assert_eq!(folder.samples[2].qa, [("q?".into(), "yes".into())]);
+        assert_eq!(first.caption(), Some("a béé"));
+        assert_eq!(first.chats, [Chat::of("q?", "a"), Chat::of("r?", "b")]);
+        assert_eq!((folder.samples[1].caption(), folder.samples[1].chats.len()), (None, 0));
+        assert_eq!(folder.samples[2].chats, [Chat::of("q?", "yes")]);
         let prompts: Vec<Option<&str>> = folder.samples.iter().map(Sample::drawing_prompt).collect();
         assert_eq!(prompts, [Some("a béé"), None, Some("draw c")]);
     }
@@ -473,8 +458,8 @@ mod tests {
         let names: Vec<PathBuf> = folder.samples.iter().map(|s| s.image.clone()).collect();
         let want = ["a.png", "b.JPG", "sub/c.webp", "sub/d.jpeg", "z/g.png"].map(|n| dir.path(n));
         assert_eq!(names, want);
-        assert_eq!(folder.samples[0].caption.as_deref(), Some("ein Kreis, größer"));
-        assert!(folder.samples[1..4].iter().all(|s| s.caption.is_none()));
+        assert_eq!(folder.samples[0].caption(), Some("ein Kreis, größer"));
+        assert!(folder.samples[1..4].iter().all(|s| s.caption().is_none()));
     }
 
     #[test]
@@ -538,12 +523,16 @@ mod tests {
         let line = "\u{feff}{\"file_name\": \"a.png\", \"text\": \"\u{feff}a cat\", \"qa\": [[\"\u{feff}q?\", \" a\"]]}\r\n";
         dir.write("json/metadata.jsonl", format!("{line}{line}").as_bytes());
         dir.write("csv/metadata.csv", "\u{feff}file_name,text\r\na.png,a cat\r\n".as_bytes());
-        let captions: Vec<Option<String>> =
-            Folder::open(dir.root()).unwrap().samples.into_iter().map(|s| s.caption).collect();
+        let captions: Vec<Option<String>> = Folder::open(dir.root())
+            .unwrap()
+            .samples
+            .into_iter()
+            .map(|s| s.captions.into_iter().next())
+            .collect();
         let want = ["a cat", "a cat", "a cat", "a cat", "größer", ""];
         assert_eq!(captions, want.map(|c| Some(c.to_string()).filter(|c| !c.is_empty())));
         let json = Folder::open(dir.path("json")).unwrap();
-        assert_eq!(json.samples[1].qa, [("q?".into(), "a".into())]);
+        assert_eq!(json.samples[1].chats, [Chat::of("q?", "a")]);
     }
 
     #[test]
@@ -555,8 +544,12 @@ mod tests {
             r#"{"file_name": "c.png", "text": "\\", "x": NaN}"#,
         ];
         dir.write(JSONL, lines.join("\n").as_bytes());
-        let captions: Vec<Option<String>> =
-            Folder::open(dir.root()).unwrap().samples.into_iter().map(|s| s.caption).collect();
+        let captions: Vec<Option<String>> = Folder::open(dir.root())
+            .unwrap()
+            .samples
+            .into_iter()
+            .map(|s| s.captions.into_iter().next())
+            .collect();
         assert_eq!(captions, [Some("NaN \" NaN".into()), None, Some("\\".into())]);
         dir.write(JSONL, br#"{"file_name": NaN, "text": "x"}"#);
         assert!(error(&dir).contains("line 1: invalid type: null, expected a string"), "{}", error(&dir));
@@ -571,7 +564,7 @@ mod tests {
             "prompt, file_name ,text,rating\n,a.png,\"a \"\"big\"\" cat,\nand a dog\",3\n\ndraw b,b.png,,\n";
         dir.write("metadata.csv", csv.as_bytes());
         let folder = Folder::open(dir.root()).unwrap();
-        let said = |s: &Sample| (s.image.clone(), s.caption.clone(), s.prompt.clone());
+        let said = |s: &Sample| (s.image.clone(), s.caption().map(String::from), s.prompt.clone());
         let want = [
             (dir.path("a.png"), Some("a \"big\" cat,\nand a dog".into()), None),
             (dir.path("b.png"), None, Some("draw b".into())),
@@ -658,7 +651,7 @@ mod tests {
         let line = "{\"file_name\": \"a.png\", \"qa\": [[\"q?\", \" \"], [\"r?\", \"b\"], [\"\", \"c\"]]}";
         dir.write(JSONL, line.as_bytes());
         let folder = Folder::open(dir.root()).unwrap();
-        assert_eq!(folder.samples[0].qa, [("r?".into(), "b".into())]);
+        assert_eq!(folder.samples[0].chats, [Chat::of("r?", "b")]);
         assert!(folder.ignored.names().ends_with("line 1: a question or its answer is empty"));
     }
 

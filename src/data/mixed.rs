@@ -2,7 +2,7 @@
 
 use super::draw::{Drawing, Split};
 use super::scenes::Scenes;
-use super::source::{DRAWN, DataSet, DataSource, Wanted};
+use super::source::{DRAWN, DataSource, Listed, Wanted};
 use super::words::{MIN_SIZE, Words};
 use crate::error::Result;
 
@@ -25,9 +25,9 @@ impl DataSource for FromMixed {
         Some(MIN_SIZE)
     }
 
-    fn open(&self, part: &Wanted) -> Result<DataSet> {
-        let all = Mixed::new(part.options.size, DRAWN)?;
-        DataSet::drawn(self.name(), part, |i| all.get(part.split, i))
+    fn open(&self, part: &Wanted) -> Result<Listed> {
+        let all = Mixed::new(part.size, DRAWN)?;
+        Ok(Listed::drawn(self.name(), part, |i| all.get(part.split, i)))
     }
 }
 

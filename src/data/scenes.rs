@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use super::draw::{Canvas, Colour, Drawing, MIDDLE_GREY, Shape, Split, around, pick, yes_or_no};
-use super::folder::Sample;
 use super::look::Scene;
-use super::source::{DRAWN, DataSet, DataSource, Wanted};
+use super::sample::{Chat, Sample};
+use super::source::{DRAWN, DataSource, Listed, Wanted};
 use crate::error::{Error, Result};
 use crate::rng::Philox;
 
@@ -145,7 +145,7 @@ impl Shapes {
     }
 
     /// One question of every kind, in random order.
-    fn questions(&self, rng: &mut Philox) -> Vec<(String, String)> {
+    fn questions(&self, rng: &mut Philox) -> Vec<Chat> {
         let open = [
             ("what color?", self.colour.name()),
             ("what shape?", self.shape.name()),
@@ -157,7 +157,7 @@ impl Shapes {
         all.push(yes_or_no(rng, &Colour::ALL, self.colour, |c| format!("is it {}?", c.name())));
         all.push(yes_or_no(rng, &Shape::ALL, self.shape, |s| format!("is it a {}?", s.name())));
         rng.shuffle(&mut all);
-        all
+        all.into_iter().map(|(q, a)| Chat::of(q, a)).collect()
     }
 
     /// The centres of the shapes and their radius, as shares of the side.
@@ -205,9 +205,9 @@ impl DataSource for FromScenes {
         Some(MIN_SIZE)
     }
 
-    fn open(&self, part: &Wanted) -> Result<DataSet> {
-        let all = Scenes::new(part.options.size, DRAWN)?;
-        DataSet::drawn(self.name(), part, |i| all.get(part.split, i))
+    fn open(&self, part: &Wanted) -> Result<Listed> {
+        let all = Scenes::new(part.size, DRAWN)?;
+        Ok(Listed::drawn(self.name(), part, |i| all.get(part.split, i)))
     }
 }
 
@@ -228,8 +228,8 @@ impl Scenes {
         let sample = Sample {
             image: PathBuf::from(format!("scenes/{}/{index}", split.name())),
             prompt: Some(format!("draw {caption}")),
-            caption: Some(caption),
-            qa: shown.questions(&mut { rng }),
+            captions: vec![caption],
+            chats: shown.questions(&mut { rng }),
             scene: Some(Scene::Shapes(shown)),
         };
         Drawing { image: canvas.image(), sample }
@@ -279,7 +279,7 @@ mod tests {
     fn captions_of_test_pictures_never_occur_in_training() {
         let scenes = Scenes::new(16, 3).unwrap();
         let captions = |split| -> HashSet<String> {
-            (0..3000).map(|i| scenes.get(split, i).sample.caption.unwrap()).collect()
+            (0..3000).map(|i| scenes.get(split, i).sample.captions.remove(0)).collect()
         };
         let (train, test) = (captions(Split::Train), captions(Split::Test));
         assert!(train.len() > 550 && test.len() > 95, "{} and {}", train.len(), test.len());
@@ -304,16 +304,16 @@ mod tests {
         let mut yes = 0;
         for i in 0..1000 {
             let sample = scenes.get(Split::Train, i).sample;
-            let caption = sample.caption.clone().unwrap();
+            let caption = sample.captions[0].clone();
             assert_eq!(sample.drawing_prompt(), Some(format!("draw {caption}").as_str()));
-            assert_eq!(sample.qa.len(), 7);
-            for (q, a) in &sample.qa {
-                match q.as_str() {
+            assert_eq!(sample.chats.len(), 7);
+            for (q, a) in sample.questions() {
+                match q {
                     "what color?" | "what shape?" | "what size?" | "where?" => {
-                        assert!(caption.contains(a.as_str()), "{caption}: {q} {a}")
+                        assert!(caption.contains(a), "{caption}: {q} {a}")
                     }
                     "how many?" => {
-                        assert!(caption.starts_with(a.as_str()) || a == "one" && caption.starts_with("a "))
+                        assert!(caption.starts_with(a) || a == "one" && caption.starts_with("a "))
                     }
                     asked => {
                         let last = asked.trim_end_matches('?').rsplit(' ').next().unwrap();

@@ -1,13 +1,17 @@
 //! Sources of pictures. A new source is a file in this folder with a [`DataSource`], and a value of [`Source`].
 
+use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::cache::{ImageSet, LoadOptions};
+use super::bitmap::Bitmap;
+use super::cache::Skipped;
 use super::draw::{Drawing, Split};
-use super::folder::{FromFolder, Sample};
+use super::folder::FromFolder;
 use super::mixed::FromMixed;
+use super::sample::Sample;
 use super::scenes::FromScenes;
 use super::words::FromWords;
 use crate::error::Result;
@@ -27,6 +31,9 @@ pub enum Source {
 }
 
 impl Source {
+    /// All of them.
+    pub const ALL: [Source; 4] = [Source::Folder, Source::Scenes, Source::Words, Source::Mixed];
+
     fn of(self) -> &'static dyn DataSource {
         match self {
             Source::Folder => &FromFolder,
@@ -44,27 +51,69 @@ impl std::ops::Deref for Source {
     }
 }
 
+/// `[data.columns]`: the columns of a table that hold pictures and texts.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Columns {
+    /// The column of the pictures; if omitted, the one that the file declares as pictures, or `image`.
+    pub image: Option<String>,
+    /// The columns of captions; if omitted, those of `text` and `caption` that exist.
+    pub captions: Option<Vec<String>>,
+    /// The column of what to draw; if omitted, `prompt` if it exists.
+    pub prompt: Option<String>,
+    /// The column of questions; if omitted, `question` if it exists.
+    pub question: Option<String>,
+    /// The column of answers; if omitted, `answer` if it exists.
+    pub answer: Option<String>,
+}
+
 /// A part of the data, as requested by a configuration.
 #[derive(Debug, Clone)]
 pub struct Wanted<'a> {
     /// The training part or the held-out part.
     pub split: Split,
-    /// The folder of this part; ignored by sources that generate their pictures.
-    pub folder: Option<&'a Path>,
+    /// The folder or files of this part; ignored by sources that generate their pictures.
+    pub path: Option<&'a Path>,
+    /// The folder that the names of pictures in `path` are relative to, if it is not that of `path`.
+    pub images: Option<&'a Path>,
+    /// The columns of tables.
+    pub columns: &'a Columns,
     /// Number of pictures to generate; ignored by sources that read their pictures.
     pub samples: usize,
-    /// How pictures are resized and kept in memory.
-    pub options: LoadOptions,
+    /// Side of the generated pictures, in pixels.
+    pub size: usize,
 }
 
-/// Pictures with captions and questions.
-pub struct DataSet {
-    /// The folder, or the name of the built-in data.
+/// The samples of a source and its pictures, before any picture is decoded.
+#[derive(Debug)]
+pub struct Listed {
+    /// The folder or file, or the name of the built-in data.
     pub root: PathBuf,
     /// The texts of the pictures.
     pub samples: Vec<Sample>,
-    /// The pictures at training size.
-    pub images: ImageSet,
+    /// Their pictures, in the same order.
+    pub pictures: Box<dyn Pictures>,
+    /// Entries that are not part of the data set, with the reasons.
+    pub ignored: Skipped,
+    /// What the source says about itself, such as licences: pairs of a name and a text.
+    pub about: Vec<(String, String)>,
+}
+
+/// The pictures of a data set.
+pub trait Pictures: Debug + Send + Sync {
+    /// Decodes picture `sample`. If its shorter side is larger than `shorter`, it may be decoded at a reduced size that
+    /// is not below it. The result is the same at each call.
+    fn decode(&self, sample: usize, shorter: usize) -> Result<Bitmap>;
+
+    /// Whether the pictures are in memory already, so that nobody needs to keep them.
+    fn in_memory(&self) -> bool {
+        false
+    }
+
+    /// The folder without which the picture cannot be read. While it cannot be reached, readers wait for it.
+    fn folder(&self, _sample: usize) -> Option<&Path> {
+        None
+    }
 }
 
 /// A source of pictures.
@@ -73,33 +122,53 @@ pub trait DataSource: Sync {
     fn name(&self) -> &'static str;
 
     /// The smallest side of pictures that the source generates; `None` if it reads pictures, which may have any size.
-    fn smallest_drawn(&self) -> Option<usize>;
+    fn smallest_drawn(&self) -> Option<usize> {
+        None
+    }
 
     /// Whether the source has this part.
     fn has(&self, part: &Wanted) -> bool {
         match self.smallest_drawn() {
-            None => part.folder.is_some_and(|f| !f.as_os_str().is_empty()),
+            None => part.path.is_some_and(|f| !f.as_os_str().is_empty()),
             Some(_) => part.samples > 0,
         }
     }
 
-    /// Opens a part for which [`DataSource::has`] is true.
-    fn open(&self, part: &Wanted) -> Result<DataSet>;
+    /// Lists a part for which [`DataSource::has`] is true.
+    fn open(&self, part: &Wanted) -> Result<Listed>;
 }
 
 /// Seed of the built-in pictures, which are the same for every seed of a run.
 pub(super) const DRAWN: u64 = 1;
 
-impl DataSet {
-    /// The pictures generated by a built-in source.
-    pub(super) fn drawn(
-        name: &str,
-        part: &Wanted,
-        draw: impl Fn(usize) -> Drawing + Sync,
-    ) -> Result<DataSet> {
-        let root = PathBuf::from(name);
-        let (samples, images) =
-            ImageSet::draw(&root, part.samples.min(part.options.most), part.options.clone(), draw)?;
-        Ok(DataSet { root, samples, images })
+/// Pictures in memory.
+#[derive(Debug)]
+struct InMemory(Vec<Bitmap>);
+
+impl Pictures for InMemory {
+    fn decode(&self, sample: usize, _: usize) -> Result<Bitmap> {
+        Ok(self.0[sample].clone())
+    }
+
+    fn in_memory(&self) -> bool {
+        true
+    }
+}
+
+impl Listed {
+    /// The pictures generated by a built-in source, drawn on all cores.
+    pub(super) fn drawn(name: &str, part: &Wanted, draw: impl Fn(usize) -> Drawing + Sync) -> Listed {
+        let drawn = (0..part.samples).into_par_iter().map(|i| {
+            let Drawing { image, sample } = draw(i);
+            (sample, Bitmap::from(&image))
+        });
+        let (samples, bitmaps) = drawn.unzip();
+        Listed {
+            root: PathBuf::from(name),
+            samples,
+            pictures: Box::new(InMemory(bitmaps)),
+            ignored: Skipped::default(),
+            about: Vec::new(),
+        }
     }
 }

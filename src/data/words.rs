@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use super::draw::{Canvas, Colour, Drawing, LETTER, Shape, Split, background, pick, pick_other, yes_or_no};
-use super::folder::Sample;
 use super::look::Scene;
-use super::source::{DRAWN, DataSet, DataSource, Wanted};
+use super::sample::{Chat, Sample};
+use super::source::{DRAWN, DataSource, Listed, Wanted};
 use crate::error::{Error, Result};
 use crate::rng::Philox;
 
@@ -89,7 +89,7 @@ impl Written {
     }
 
     /// One question of every kind that the picture can answer, in random order.
-    fn questions(&self, rng: &mut Philox) -> Vec<(String, String)> {
+    fn questions(&self, rng: &mut Philox) -> Vec<Chat> {
         let mut all: Vec<(String, String)> = vec![
             ("what does it say?".into(), self.word.clone()),
             ("what color is the word?".into(), self.colour.name().into()),
@@ -100,7 +100,7 @@ impl Written {
             all.push(("what color is the shape?".into(), colour.name().into()));
         }
         rng.shuffle(&mut all);
-        all
+        all.into_iter().map(|(q, a)| Chat::of(q, a)).collect()
     }
 
     fn draw(&self, size: usize, rng: &mut Philox) -> Canvas {
@@ -149,9 +149,9 @@ impl DataSource for FromWords {
         Some(MIN_SIZE)
     }
 
-    fn open(&self, part: &Wanted) -> Result<DataSet> {
-        let all = Words::new(part.options.size, DRAWN)?;
-        DataSet::drawn(self.name(), part, |i| all.get(part.split, i))
+    fn open(&self, part: &Wanted) -> Result<Listed> {
+        let all = Words::new(part.size, DRAWN)?;
+        Ok(Listed::drawn(self.name(), part, |i| all.get(part.split, i)))
     }
 }
 
@@ -184,8 +184,8 @@ impl Words {
         let sample = Sample {
             image: PathBuf::from(format!("words/{}/{index}", split.name())),
             prompt: Some(format!("draw {caption}")),
-            caption: Some(caption),
-            qa: shown.questions(&mut rng),
+            captions: vec![caption],
+            chats: shown.questions(&mut rng),
             scene: Some(Scene::Word(shown)),
         };
         Drawing { image, sample }
@@ -235,9 +235,10 @@ mod tests {
             (0..2000)
                 .map(|i| {
                     let sample = words.get(split, i).sample;
-                    let caption = sample.caption.unwrap();
+                    let caption = sample.captions[0].clone();
                     assert_eq!(sample.prompt, Some(format!("draw {caption}")));
-                    let answer = |asked| sample.qa.iter().find(|(q, _)| q == asked).map(|(_, a)| a.clone());
+                    let answer =
+                        |asked| sample.questions().find(|(q, _)| *q == asked).map(|(_, a)| a.to_string());
                     let word = answer("what does it say?").unwrap();
                     let colour = answer("what color is the word?").unwrap();
                     let end = format!("the word \"{word}\" in {colour}");
@@ -262,7 +263,7 @@ mod tests {
             let words = Words::new(size, 7).unwrap();
             for i in 0..60 {
                 let drawing = words.get(Split::Train, i);
-                let word = &drawing.sample.qa.iter().find(|(q, _)| q == "what does it say?").unwrap().1;
+                let word = drawing.sample.questions().find(|(q, _)| *q == "what does it say?").unwrap().1;
                 let rgb = &drawing.image.pixels;
                 let pixel = |y: usize, x: usize| &rgb[(y * size + x) * 3..][..3];
                 let dots = |y: usize, x: usize, scale: usize| -> Option<()> {

@@ -4,9 +4,9 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use crate::data::{DataSet, Drawn, Image, Scene, grid, look, save_png};
+use crate::data::{Drawn, Image, Scene, grid, look, save_png};
 use crate::error::{Error, Result};
-use crate::feed::Template;
+use crate::feed::{DataSet, Template};
 use crate::files;
 use crate::infer::{Sampling, Seen, draw, reconstruct};
 use crate::io::REPORT;
@@ -93,9 +93,9 @@ fn held_out(model: &Ett, test: &DataSet, template: &Template, drawn: &[Drawn], p
     let (mut captions, mut answers) = (Vec::new(), Vec::new());
     for (k, d) in shown.iter().enumerate() {
         let s = &test.samples[d.sample];
-        captions.extend(s.caption.iter().map(|c| (k, "caption", c.as_str(), template.picture(k))));
-        for (q, a) in s.qa.iter().take(QUESTIONS) {
-            answers.push((k, q.as_str(), a.as_str(), template.question(Some(k), q)?));
+        captions.extend(s.caption().map(|c| (k, "caption", c, template.picture(k))));
+        for (q, a) in s.questions().take(QUESTIONS) {
+            answers.push((k, q, a, template.question(Some(k), q)?));
         }
     }
     let mut rows: Vec<(usize, &str, &str, String)> = Vec::new();

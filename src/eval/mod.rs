@@ -10,9 +10,9 @@ use std::path::Path;
 use crate::autograd::Tape;
 use crate::backend::Role;
 use crate::config::StageKind;
-use crate::data::{DataSet, Drawn, Image, Source};
+use crate::data::{Chat, Drawn, Image, Source};
 use crate::error::{Error, Result};
-use crate::feed::{Template, images_to_device};
+use crate::feed::{DataSet, Template, images_to_device};
 use crate::infer::{Seen, Trained, reconstruct};
 use crate::interrupt;
 use crate::model::{Ett, Part};
@@ -188,7 +188,7 @@ pub fn during(
         StageKind::Text => {
             let mut said = Vec::new();
             for d in &drawn {
-                said.extend(test.samples[d.sample].caption.iter().map(|c| template.text_caption(c)));
+                said.extend(test.samples[d.sample].caption().map(|c| template.text_caption(c)));
             }
             add("cap", mean(Seen::nothing(model)?.nats(&said.into_iter().collect::<Result<Vec<_>>>()?)?));
         }
@@ -361,12 +361,12 @@ impl Language {
             let (mut said, mut chats, mut asked) = (Vec::new(), Vec::new(), Vec::new());
             for (k, i) in here.enumerate() {
                 let s = &test.samples[drawn[i].sample];
-                if let Some(c) = &s.caption {
+                if let Some(c) = s.caption() {
                     said.push(template.caption(k, c)?);
                 }
-                for (q, a) in s.qa.iter().take(QUESTIONS) {
-                    chats.push(template.chat(k, q, a)?);
-                    asked.push(Asked { question: q.clone(), answer: a.clone(), right: false });
+                for (q, a) in s.questions().take(QUESTIONS) {
+                    chats.push(template.chat(k, &Chat::of(q, a))?);
+                    asked.push(Asked { question: q.into(), answer: a.into(), right: false });
                 }
             }
             let (nats, tokens) = seen.nats(&said)?;

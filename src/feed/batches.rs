@@ -5,9 +5,9 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::data_set::{texts, wanted};
-use super::{HostBatch, HostPart, PAD, Template};
+use super::{DataSet, HostBatch, HostPart, PAD, Template};
 use crate::config::{Config, StageConfig, StageKind};
-use crate::data::{DataSet, Order};
+use crate::data::{Bitmap, Order};
 use crate::error::{Error, Result};
 use crate::model::{Part, Sizes};
 use crate::rng::{Philox, Purpose};
@@ -45,7 +45,7 @@ impl<'a> Feed<'a> {
             return Err(Error::config("stage", format!("number {number}"), "a stage of the configuration"));
         };
         let usable = data.usable(cfg.kind);
-        let (name, pictured) = (cfg.kind.name(), data.images.len());
+        let (name, pictured) = (cfg.kind.name(), data.samples.len());
         if usable.is_empty() {
             let what = format!(
                 "none of its {pictured} pictures has {}, which stage `{name}` trains on",
@@ -62,19 +62,32 @@ impl<'a> Feed<'a> {
             ),
         }
         let long = |&i: &usize| -> Result<usize> {
-            let texts = data.said(i).map(|s| texts(s, cfg)).unwrap_or_default();
-            texts.into_iter().try_fold(0, |n, text| Ok(n + usize::from(template.is_cut(text)?)))
+            let s = &data.samples[i];
+            let texts = texts(s, cfg).into_iter().map(|text| template.is_cut(text));
+            let chats = s.chats.iter().map(|chat| template.loses_turns(chat));
+            texts.chain(chats).try_fold(0, |n, cut| Ok(n + usize::from(cut?)))
         };
         let long: usize = usable.par_iter().map(long).sum::<Result<_>>()?;
         if long > 0 {
             tracing::warn!(
-                "stage {name}: {long} texts are longer than data.max_text_tokens = {} and are cut there",
+                "stage {name}: {long} texts and conversations are longer than data.max_text_tokens = {} and are cut",
                 template.max_text_tokens()
             );
         }
         // Each stage has its own stream of random numbers.
         let seed = all.train.seed.wrapping_add((number as u64 + 1) << 32);
-        let order = Order::new(usable.len(), seed)?;
+        let mut sources = Vec::new();
+        for share in &data.shares {
+            let n = usable.iter().filter(|i| share.samples.contains(i)).count();
+            match n {
+                0 => {
+                    let what = format!("nothing here has {}, which stage `{name}` needs", wanted(cfg.kind));
+                    tracing::warn!("{}: {what}; its weight goes to the others", share.root.display());
+                }
+                n => sources.push((n, share.weight)),
+            }
+        }
+        let order = Order::mixture(&sources, seed)?;
         let prompt_dropout = all.train.prompt_dropout;
         let side = all.tokenizer.downsampling();
         let tokens = if pictures { (all.data_of(cfg).size / side).pow(2) } else { 0 };
@@ -101,8 +114,7 @@ impl<'a> Feed<'a> {
     /// the mean, but at most what the longest sequences need.
     fn common_sizes(&self) -> Result<Sizes> {
         let longest = |&place: &usize| -> Result<[usize; 2]> {
-            let sample = self.data.images.sample(place).unwrap_or(0);
-            let all = self.sequences(sample, 0)?;
+            let all = self.sequences(place, 0)?;
             let most = |of: &dyn Fn(&Part) -> usize| {
                 all.iter().map(|parts| parts.iter().map(of).sum()).max().unwrap_or(0)
             };
@@ -148,11 +160,11 @@ impl<'a> Feed<'a> {
             StageKind::Gen => (captions > 0.0, answers > 0.0, true),
         };
         let text = kind == StageKind::Text;
-        if let Some(c) = s.caption.as_ref().filter(|_| caption) {
+        for c in s.captions.iter().filter(|_| caption) {
             all.push(if text { t.text_caption(c)? } else { t.caption(image, c)? });
         }
-        for (q, a) in s.qa.iter().filter(|_| asks) {
-            all.push(if text { t.text_chat(q, a)? } else { t.chat(image, q, a)? });
+        for chat in s.chats.iter().filter(|_| asks) {
+            all.push(if text { t.text_chat(chat)? } else { t.chat(image, chat)? });
         }
         if draws {
             all.push(t.drawn(image, s.drawing_prompt())?);
@@ -162,34 +174,31 @@ impl<'a> Feed<'a> {
 
     /// The sequence of sample `sample`; its picture is image `image` of its part of the batch.
     fn sequence(&self, sample: usize, image: usize, rng: &mut Philox) -> Result<Vec<Part>> {
-        let s = &self.data.samples[sample];
-        let qa = |rng: &mut Philox| &s.qa[rng.below(s.qa.len())];
+        let (s, t) = (&self.data.samples[sample], self.template);
         let StageConfig { kind, captions, answers, .. } = *self.stage;
-        match (kind, &s.caption) {
-            (StageKind::Align | StageKind::Semantic, Some(c)) => self.template.caption(image, c),
-            (StageKind::Text, Some(c)) if s.qa.is_empty() || rng.below(2) == 0 => {
-                self.template.text_caption(c)
-            }
-            (StageKind::Text, _) => {
-                let (q, a) = qa(rng);
-                self.template.text_chat(q, a)
-            }
-            (StageKind::Gen, caption) => match (rng.uniform(), caption) {
-                (u, Some(c)) if u < captions => self.template.caption(image, c),
-                (u, _) if u < captions + answers && !s.qa.is_empty() => {
-                    let (q, a) = qa(rng);
-                    self.template.chat(image, q, a)
+        let said = |rng: &mut Philox| one_of(&s.captions, rng).as_str();
+        let about = |rng: &mut Philox| t.chat(image, one_of(&s.chats, rng));
+        match kind {
+            StageKind::Align | StageKind::Semantic => t.caption(image, said(rng)),
+            StageKind::Text => {
+                let caption = s.chats.is_empty() || !s.captions.is_empty() && rng.below(2) == 0;
+                match caption {
+                    true => t.text_caption(said(rng)),
+                    false => t.text_chat(one_of(&s.chats, rng)),
                 }
+            }
+            StageKind::Gen => match rng.uniform() {
+                u if u < captions && !s.captions.is_empty() => t.caption(image, said(rng)),
+                u if u < captions + answers && !s.chats.is_empty() => about(rng),
                 _ => {
                     let kept = s.drawing_prompt().filter(|_| rng.uniform() >= self.prompt_dropout);
-                    self.template.drawn(image, kept)
+                    t.drawn(image, kept)
                 }
             },
-            (StageKind::Chat, Some(c)) if rng.uniform() < captions => self.template.caption(image, c),
-            _ => {
-                let (q, a) = qa(rng);
-                self.template.chat(image, q, a)
+            StageKind::Chat if !s.captions.is_empty() && rng.uniform() < captions => {
+                t.caption(image, said(rng))
             }
+            StageKind::Tokenizer | StageKind::Chat => about(rng),
         }
     }
 
@@ -208,25 +217,66 @@ impl<'a> Feed<'a> {
 
     /// The part of a batch with the samples at these positions of the stage, and its sequences.
     fn part(&self, positions: Range<usize>) -> Result<(HostPart, Vec<Vec<Part>>)> {
-        let (mut images, mut sequences) = (Vec::new(), Vec::new());
-        for (i, position) in positions.enumerate() {
+        let (mut images, mut samples) = (Vec::new(), Vec::new());
+        for position in positions {
             let place = self.order.index(position as u64);
-            let mut rng = Philox::of(self.seed, Purpose::Augment, position as u32);
             let sample = match self.pictures {
                 true => {
-                    // A picture that can no longer be read is replaced by the next one that the stage can use.
+                    let mut rng = Philox::of(self.seed, Purpose::Augment, position as u32);
+                    // A picture that cannot be read is replaced by the next one that the stage can use.
                     let (before, from) = self.usable.split_at(place);
-                    let drawn = self.data.images.first(from.iter().chain(before).copied(), &mut rng)?;
-                    images.push(drawn.image);
-                    drawn.sample
+                    let (sample, bitmap) =
+                        self.data.images.first(from.iter().chain(before).copied(), &mut rng)?;
+                    images.push(bitmap);
+                    sample
                 }
-                false => self.data.images.sample(self.usable[place]).unwrap_or(0),
+                false => self.usable[place],
             };
-            if self.stage.kind != StageKind::Tokenizer {
+            samples.push((position, sample));
+        }
+        let (images, places) = by_size(images);
+        let mut sequences = Vec::new();
+        if self.stage.kind != StageKind::Tokenizer {
+            for (i, (position, sample)) in samples.into_iter().enumerate() {
                 let mut rng = Philox::of(self.seed, Purpose::Text, position as u32);
-                sequences.push(self.sequence(sample, i, &mut rng)?);
+                sequences.push(self.sequence(sample, places.get(i).copied().unwrap_or(i), &mut rng)?);
             }
         }
-        Ok((HostPart::new(&images, &sequences, self.side, self.sizes)?, sequences))
+        Ok((HostPart::new(images, &sequences, self.side, self.sizes)?, sequences))
     }
+}
+
+/// One of several; random numbers are drawn only if there is a choice.
+fn one_of<'a, T>(all: &'a [T], rng: &mut Philox) -> &'a T {
+    match all {
+        [one] => one,
+        all => &all[rng.below(all.len())],
+    }
+}
+
+/// Pictures of equal size together, in the order in which the sizes first occur; and the place of each picture then.
+fn by_size(images: Vec<Bitmap>) -> (Vec<Vec<Bitmap>>, Vec<usize>) {
+    let mut sizes: Vec<(usize, usize)> = Vec::new();
+    let of = |b: &Bitmap| (b.height, b.width);
+    let groups: Vec<usize> = images
+        .iter()
+        .map(|b| {
+            sizes.iter().position(|&s| s == of(b)).unwrap_or_else(|| {
+                sizes.push(of(b));
+                sizes.len() - 1
+            })
+        })
+        .collect();
+    let mut all: Vec<Vec<Bitmap>> = sizes.iter().map(|_| Vec::new()).collect();
+    let inside: Vec<usize> = images
+        .into_iter()
+        .zip(&groups)
+        .map(|(b, &group)| {
+            all[group].push(b);
+            all[group].len() - 1
+        })
+        .collect();
+    let start = |group: usize| all[..group].iter().map(Vec::len).sum::<usize>();
+    let places = groups.iter().zip(inside).map(|(&group, i)| start(group) + i).collect();
+    (all, places)
 }

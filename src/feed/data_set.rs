@@ -1,58 +1,152 @@
 //! Data sets as named by a configuration, and the samples and texts that each stage can use.
 
-use std::path::Path;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::config::{DataConfig, StageConfig, StageKind};
-use crate::data::{DataSet, Sample, Split};
+use crate::data::{Bitmap, ImageSet, Listed, LoadOptions, Pictures, Sample, Skipped, Split};
 use crate::error::{Error, Result};
 use crate::io::{Fingerprint, Texts};
 
+/// Pictures with captions and questions.
+pub struct DataSet {
+    /// The folder or file, or the name of the built-in data; those of a mixture in one name.
+    pub root: PathBuf,
+    /// The texts of the pictures.
+    pub samples: Arc<Vec<Sample>>,
+    /// The pictures at training size, in the same order.
+    pub images: ImageSet,
+    /// The sources that it consists of: one, or those of a mixture.
+    pub shares: Vec<Share>,
+}
+
+/// A source in a data set.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Share {
+    /// The folder or file, or the name of the built-in data.
+    pub root: PathBuf,
+    /// Its samples.
+    pub samples: Range<usize>,
+    /// Its weight in a mixture.
+    pub weight: f64,
+}
+
+/// The pictures of several sources, one after another.
+#[derive(Debug)]
+struct Joined(Vec<(usize, Box<dyn Pictures>)>);
+
+impl Joined {
+    /// The pictures of the source of a sample, and its number among them.
+    fn of(&self, sample: usize) -> (&dyn Pictures, usize) {
+        let at = self.0.partition_point(|(start, _)| *start <= sample) - 1;
+        let (start, pictures) = &self.0[at];
+        (&**pictures, sample - start)
+    }
+}
+
+impl Pictures for Joined {
+    fn decode(&self, sample: usize, shorter: usize) -> Result<Bitmap> {
+        let (pictures, sample) = self.of(sample);
+        pictures.decode(sample, shorter)
+    }
+
+    fn in_memory(&self) -> bool {
+        self.0.iter().all(|(_, pictures)| pictures.in_memory())
+    }
+
+    fn folder(&self, sample: usize) -> Option<&Path> {
+        let (pictures, sample) = self.of(sample);
+        pictures.folder(sample)
+    }
+}
+
 impl DataSet {
-    /// The training pictures.
-    pub fn train(cfg: &DataConfig) -> Result<Self> {
-        Self::part(cfg, Split::Train)?.ok_or_else(|| {
+    /// The training pictures, for a tokenizer that makes one token of `side` x `side` pixels.
+    pub fn train(cfg: &DataConfig, side: usize) -> Result<Self> {
+        Self::part(cfg, Split::Train, side)?.ok_or_else(|| {
             Error::config("data.train", "empty", "a folder, or a built-in data.source such as \"scenes\"")
         })
     }
 
-    /// The first `data.eval_samples` usable held-out pictures, cropped at the centre; `None` if the configuration
-    /// names none.
+    /// The held-out pictures, cropped at the centre; `None` if the configuration names none.
     pub fn test(cfg: &DataConfig) -> Result<Option<Self>> {
-        Self::part(cfg, Split::Test)
+        Self::part(cfg, Split::Test, 1)
     }
 
-    fn part(cfg: &DataConfig, split: Split) -> Result<Option<Self>> {
-        let part = cfg.part(split);
-        cfg.source.has(&part).then(|| cfg.source.open(&part)).transpose()
+    fn part(cfg: &DataConfig, split: Split, side: usize) -> Result<Option<Self>> {
+        let mut listed = Vec::new();
+        for part in cfg.parts() {
+            let wanted = part.wanted(split, cfg);
+            match part.source.has(&wanted) {
+                true => listed.push((part.source.open(&wanted)?, part.weight)),
+                false if split == Split::Train && !cfg.mix.is_empty() => {
+                    let want = "a path or a number of samples for every source of the mixture";
+                    return Err(Error::config("data.mix.train", "empty", want));
+                }
+                false => {}
+            }
+        }
+        match listed.is_empty() {
+            true => Ok(None),
+            false => Self::of(listed, cfg.options(split, side)).map(Some),
+        }
     }
 
-    /// The texts of picture `index`.
-    pub(super) fn said(&self, index: usize) -> Option<&Sample> {
-        self.images.sample(index).and_then(|s| self.samples.get(s))
+    /// The data of these sources with their weights.
+    pub fn of(listed: Vec<(Listed, f64)>, options: LoadOptions) -> Result<Self> {
+        let (mut samples, mut joined, mut shares) = (Vec::new(), Vec::new(), Vec::<Share>::new());
+        for (part, weight) in listed {
+            let Listed { root, samples: more, pictures, ignored, .. } = part;
+            if ignored.count > 0 {
+                tracing::warn!("{}: {} are ignored: {}", root.display(), ignored.count, ignored.names());
+            }
+            let start = samples.len();
+            shares.push(Share { root, samples: start..start + more.len(), weight });
+            joined.push((start, pictures));
+            samples.extend(more);
+        }
+        let samples = Arc::new(samples);
+        let roots: Vec<String> = shares.iter().map(|s| s.root.display().to_string()).collect();
+        let root = PathBuf::from(roots.join(" + "));
+        let pictures: Box<dyn Pictures> = match joined.len() {
+            1 => joined.remove(0).1,
+            _ => Box::new(Joined(joined)),
+        };
+        let images = ImageSet::new(&root, samples.clone(), pictures, options)?;
+        let Skipped { count, .. } = images.skipped();
+        if count > 0 {
+            let names = images.skipped().names();
+            tracing::warn!("{}: {count} pictures cannot be used: {names}", root.display());
+        }
+        Ok(DataSet { root, samples, images, shares })
     }
 
     /// Indices of the pictures that a stage of this kind can use.
     pub fn usable(&self, kind: StageKind) -> Vec<usize> {
         let fits = |s: &Sample| match kind {
-            StageKind::Tokenizer => true,
-            StageKind::Text => s.caption.is_some() || !s.qa.is_empty(),
-            StageKind::Align | StageKind::Semantic => s.caption.is_some(),
-            StageKind::Gen => s.drawing_prompt().is_some(),
-            StageKind::Chat => !s.qa.is_empty(),
+            StageKind::Tokenizer => s.has_picture(),
+            StageKind::Text => !s.captions.is_empty() || !s.chats.is_empty(),
+            StageKind::Align | StageKind::Semantic => s.has_picture() && !s.captions.is_empty(),
+            StageKind::Gen => s.has_picture() && s.drawing_prompt().is_some(),
+            StageKind::Chat => s.has_picture() && !s.chats.is_empty(),
         };
-        (0..self.images.len()).filter(|&i| self.said(i).is_some_and(fits)).collect()
+        (0..self.samples.len()).filter(|&i| fits(&self.samples[i])).collect()
     }
 
     /// The fingerprint of the data set.
     pub fn fingerprint(&self) -> Fingerprint {
         let samples = || self.samples.iter();
+        let named = self.shares.iter().flat_map(|share| {
+            self.samples[share.samples.clone()].iter().map(|s| [name(&s.image, &share.root)])
+        });
         Fingerprint {
-            names: Texts::of(samples().map(|s| [name(&s.image, &self.root)])),
-            pictures: self.images.len(),
-            captions: Texts::of(samples().map(|s| s.caption.as_deref().map(str::as_bytes))),
+            names: Texts::of(named),
+            pictures: self.images.usable(),
+            captions: Texts::of(samples().map(|s| s.captions.iter().map(String::as_bytes))),
             prompts: Texts::of(samples().map(|s| s.prompt.as_deref().map(str::as_bytes))),
             questions: Texts::of(
-                samples().map(|s| s.qa.iter().flat_map(|(q, a)| [q.as_bytes(), a.as_bytes()])),
+                samples().map(|s| s.turns().flat_map(|(q, a)| [q.as_bytes(), a.as_bytes()])),
             ),
         }
     }
@@ -82,12 +176,12 @@ pub(super) fn texts<'a>(s: &'a Sample, cfg: &StageConfig) -> Vec<&'a str> {
         StageKind::Chat => (cfg.captions > 0.0, true),
         StageKind::Gen => (cfg.captions > 0.0, cfg.answers > 0.0),
     };
-    let mut all: Vec<&str> = s.caption.as_deref().filter(|_| captions).into_iter().collect();
+    let mut all: Vec<&str> = s.captions.iter().filter(|_| captions).map(String::as_str).collect();
     if asked {
-        all.extend(s.qa.iter().flat_map(|(q, a)| [q.as_str(), a.as_str()]));
+        all.extend(s.turns().flat_map(|(q, a)| [q, a]));
     }
     if cfg.kind == StageKind::Gen {
-        all.extend(s.drawing_prompt().filter(|&p| !captions || s.caption.as_deref() != Some(p)));
+        all.extend(s.drawing_prompt().filter(|&p| !captions || s.caption() != Some(p)));
     }
     all
 }

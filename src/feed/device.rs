@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::backend::{DType, Role, Stream};
-use crate::data::Image;
+use crate::data::{Bitmap, Image};
 use crate::error::{Error, Result};
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, FlatBatch, Packed, Part, Sizes};
@@ -41,42 +41,45 @@ fn visual_rows(grids: &[Grid]) -> Vec<Range<usize>> {
 
 /// One of the equal parts of a batch, on the host.
 pub struct HostPart {
-    /// Pictures, three bytes per pixel, and their shape `[B, H, W, 3]`.
-    pub images: Option<(Vec<u8>, [usize; 4])>,
+    /// Pictures, three bytes per pixel, and their shape `[B, H, W, 3]`, one entry per size.
+    pub images: Vec<(Vec<u8>, [usize; 4])>,
     /// The sequences that refer to them.
     pub rows: Option<FlatBatch>,
 }
 
 /// The sizes of a part of a batch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PartSizes {
-    /// Shape of the pictures.
-    images: Option<[usize; 4]>,
+    /// Shapes of the pictures.
+    images: Vec<[usize; 4]>,
     /// Sizes of the sequences.
     rows: Option<Sizes>,
 }
 
 impl HostPart {
-    /// Pictures of the same size, and sequences that refer to them; `side` is the factor by which the tokenizer reduces
-    /// them. The sequences are padded to `sizes` if they fit, otherwise to a multiple of 64 rows.
+    /// Pictures, those of each size together, and sequences that refer to them; `side` is the factor by which the
+    /// tokenizer reduces them. The sequences are padded to `sizes` if they fit, otherwise to a multiple of 64 rows.
     pub(crate) fn new(
-        images: &[Image],
+        images: Vec<Vec<Bitmap>>,
         sequences: &[Vec<Part>],
         side: usize,
         sizes: Option<Sizes>,
     ) -> Result<Self> {
-        let images = match same_size(images)? {
-            Some((h, w)) => {
-                let bytes = images.iter().flat_map(Image::to_u8).collect();
-                Some((bytes, [images.len(), h, w, 3]))
-            }
-            None => None,
+        let group = |group: Vec<Bitmap>| {
+            let [n, h, w] = [group.len(), group[0].height, group[0].width];
+            let bytes = group.into_iter().fold(Vec::with_capacity(n * h * w * 3), |mut all, one| {
+                all.extend(one.rgb);
+                all
+            });
+            (bytes, [n, h, w, 3])
         };
-        let grid = images.as_ref().map(|(_, [n, h, w, _])| Grid { images: *n, h: h / side, w: w / side });
+        let images: Vec<(Vec<u8>, [usize; 4])> = images.into_iter().map(group).collect();
+        let grids: Vec<Grid> =
+            images.iter().map(|&(_, [n, h, w, _])| Grid { images: n, h: h / side, w: w / side }).collect();
         let rows = match sequences.is_empty() {
             true => None,
             false => {
-                let mut rows = FlatBatch::new(sequences, &visual_rows(grid.as_slice()), PAD)?;
+                let mut rows = FlatBatch::new(sequences, &visual_rows(&grids), PAD)?;
                 if let Some(sizes) = sizes {
                     rows.widen(sizes);
                 }
@@ -88,7 +91,7 @@ impl HostPart {
 
     fn sizes(&self) -> PartSizes {
         PartSizes {
-            images: self.images.as_ref().map(|(_, dims)| *dims),
+            images: self.images.iter().map(|(_, dims)| *dims).collect(),
             rows: self.rows.as_ref().map(FlatBatch::sizes),
         }
     }
@@ -108,7 +111,7 @@ impl HostBatch {
     pub(crate) fn new(parts: Vec<HostPart>, sequences: Vec<Vec<Part>>) -> Self {
         let mut block = Block::default();
         for part in &parts {
-            if let Some((bytes, _)) = &part.images {
+            for (bytes, _) in &part.images {
                 block.push(bytes);
             }
             if let Some(rows) = &part.rows {
@@ -163,9 +166,10 @@ impl Uploaded {
         let mut arrays = Parts::of(&block);
         let mut parts = Vec::new();
         for PartSizes { images, rows } in sizes {
-            let images = images.map(|dims| arrays.take(DType::U8, dims)).transpose()?;
+            let images =
+                images.iter().map(|&dims| arrays.take(DType::U8, dims)).collect::<Result<Vec<_>>>()?;
             let packed = rows.map(|sizes| Packed::of(&mut arrays, sizes)).transpose()?;
-            parts.push(Batch { images: images.into_iter().collect(), packed });
+            parts.push(Batch { images, packed });
         }
         Ok(Uploaded { block, parts })
     }

@@ -9,6 +9,7 @@ mod template;
 
 pub use ahead::Ahead;
 pub use batches::Feed;
+pub use data_set::{DataSet, Share};
 pub(crate) use device::PAD;
 pub use device::{Batch, HostBatch, HostPart, PartSizes, Uploaded, images_to_device};
 pub use template::Template;

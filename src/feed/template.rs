@@ -1,7 +1,7 @@
 //! The layout of text and pictures as sequences for the language model.
 
 use crate::config::Config;
-use crate::data::{Special, TextTokenizer};
+use crate::data::{Chat, Special, TextTokenizer};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::model::Part;
@@ -10,6 +10,7 @@ use crate::model::Part;
 pub struct Template {
     text: TextTokenizer,
     most: usize,
+    system: String,
 }
 
 impl Template {
@@ -17,7 +18,8 @@ impl Template {
     /// [`History`](crate::io::History).
     pub(crate) fn of(cfg: &Config) -> Result<(Self, String)> {
         let path = cfg.data.tokenizer.as_deref();
-        let template = Template::new(TextTokenizer::open(path)?, cfg.data.max_text_tokens);
+        let template =
+            Template::new(TextTokenizer::open(path)?, cfg.data.max_text_tokens).with_system(&cfg.data.system);
         let vocabulary = template.tokenizer().vocabulary();
         if cfg.llm.vocab < vocabulary {
             let want = format!("at least {vocabulary}, the text tokenizer's");
@@ -32,7 +34,12 @@ impl Template {
 
     /// The layout with this text tokenizer; texts are cut after `max_text_tokens` tokens.
     pub fn new(text: TextTokenizer, max_text_tokens: usize) -> Self {
-        Template { text, most: max_text_tokens }
+        Template { text, most: max_text_tokens, system: String::new() }
+    }
+
+    /// The same with a line of the system at the start of every conversation that has none of its own; empty: none.
+    pub fn with_system(self, system: &str) -> Self {
+        Template { system: system.into(), ..self }
     }
 
     /// The text tokenizer.
@@ -92,21 +99,49 @@ impl Template {
         Ok(parts)
     }
 
-    /// A user's turn with an optional picture and a question, up to the start of the answer.
+    /// The start of a conversation with an optional picture: the line of the system, if there is one, and the user's turn
+    /// with a question, up to the start of the answer.
     pub fn question(&self, image: Option<usize>, question: &str) -> Result<Vec<Part>> {
-        let mut open = vec![self.special(Special::ImStart)];
-        open.extend(self.text.encode("user\n")?);
+        self.first_turn(image, None, question)
+    }
+
+    fn first_turn(&self, image: Option<usize>, system: Option<&str>, question: &str) -> Result<Vec<Part>> {
+        let mut open = Vec::new();
+        let system = system.unwrap_or(&self.system);
+        if !system.is_empty() {
+            self.turn(&mut open, "system\n")?;
+            open.extend(self.encode(system, None)?);
+            self.end_turn(&mut open)?;
+        }
+        self.turn(&mut open, "user\n")?;
         let mut parts = vec![Part::context(open)];
         if let Some(image) = image {
             parts.extend(self.picture(image));
         }
-        let mut close = self.encode(question, None)?;
-        close.push(self.special(Special::ImEnd));
-        close.extend(self.text.encode("\n")?);
-        close.push(self.special(Special::ImStart));
-        close.extend(self.text.encode("assistant\n")?);
-        parts.push(Part::context(close));
+        parts.push(Part::context(self.asked(question)?));
         Ok(parts)
+    }
+
+    /// `<|im_start|>` and the name of the speaker.
+    fn turn(&self, ids: &mut Vec<i32>, speaker: &str) -> Result<()> {
+        ids.push(self.special(Special::ImStart));
+        ids.extend(self.text.encode(speaker)?);
+        Ok(())
+    }
+
+    /// `<|im_end|>` and the line break after it.
+    fn end_turn(&self, ids: &mut Vec<i32>) -> Result<()> {
+        ids.push(self.special(Special::ImEnd));
+        ids.extend(self.text.encode("\n")?);
+        Ok(())
+    }
+
+    /// A question up to the start of its answer.
+    fn asked(&self, question: &str) -> Result<Vec<i32>> {
+        let mut ids = self.encode(question, None)?;
+        self.end_turn(&mut ids)?;
+        self.turn(&mut ids, "assistant\n")?;
+        Ok(ids)
     }
 
     /// The supervised tokens of an answer: its text and the end of the turn.
@@ -114,11 +149,47 @@ impl Template {
         self.encode(answer, Some(Special::ImEnd))
     }
 
-    /// A question about a picture, and its answer as the supervised part.
-    pub fn chat(&self, image: usize, question: &str, answer: &str) -> Result<Vec<Part>> {
-        let mut parts = self.question(Some(image), question)?;
-        parts.push(Part::target(self.answer(answer)?));
+    /// A conversation about a picture. Its supervised parts are the answers, each with the end of its turn.
+    ///
+    /// A conversation ends before the turn with which its questions and answers would have more than `max_text_tokens`
+    /// tokens, but has at least one turn.
+    pub fn chat(&self, image: usize, chat: &Chat) -> Result<Vec<Part>> {
+        self.conversation(Some(image), chat)
+    }
+
+    fn conversation(&self, image: Option<usize>, chat: &Chat) -> Result<Vec<Part>> {
+        let mut parts = Vec::new();
+        for (i, (question, answer)) in chat.turns.iter().take(self.turns(chat)?).enumerate() {
+            match i {
+                0 => parts = self.first_turn(image, chat.system.as_deref(), question)?,
+                _ => {
+                    let mut ids = self.text.encode("\n")?;
+                    self.turn(&mut ids, "user\n")?;
+                    ids.extend(self.asked(question)?);
+                    parts.push(Part::context(ids));
+                }
+            }
+            parts.push(Part::target(self.answer(answer)?));
+        }
         Ok(parts)
+    }
+
+    /// The number of turns that a conversation may have.
+    fn turns(&self, chat: &Chat) -> Result<usize> {
+        let mut tokens = 0;
+        for (i, (question, answer)) in chat.turns.iter().enumerate() {
+            tokens += self.encode(question, None)?.len() + self.encode(answer, None)?.len();
+            if i > 0 && tokens > self.most {
+                return Ok(i);
+            }
+        }
+        Ok(chat.turns.len())
+    }
+
+    /// Whether a conversation is too long and loses its last turns.
+    pub fn loses_turns(&self, chat: &Chat) -> Result<bool> {
+        let bytes: usize = chat.turns.iter().map(|(q, a)| q.len() + a.len()).sum();
+        Ok(bytes > self.most && self.turns(chat)? < chat.turns.len())
     }
 
     /// The tokens before `<|vision_start|>` in a request to draw a picture: the text of the prompt.
@@ -143,16 +214,15 @@ impl Template {
         Ok(vec![Part::target(self.encode(caption, Some(Special::EndOfText))?)])
     }
 
-    /// A question and its answer without the picture, with every token supervised.
-    pub fn text_chat(&self, question: &str, answer: &str) -> Result<Vec<Part>> {
-        let mut ids = Vec::new();
-        for part in self.question(None, question)? {
-            if let Part::Tokens { ids: more, .. } = part {
-                ids.extend(more);
+    /// A conversation without the picture, with every token supervised.
+    pub fn text_chat(&self, chat: &Chat) -> Result<Vec<Part>> {
+        let mut all = Vec::new();
+        for part in self.conversation(None, chat)? {
+            if let Part::Tokens { ids, .. } = part {
+                all.extend(ids);
             }
         }
-        ids.extend(self.answer(answer)?);
-        Ok(vec![Part::target(ids)])
+        Ok(vec![Part::target(all)])
     }
 
     /// A sequence as readable text: special tokens by name, pictures as `<image 0>`, supervised parts in `[[ ]]`.

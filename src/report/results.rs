@@ -6,9 +6,9 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::config::StageKind;
-use crate::data::{DataSet, Skipped};
+use crate::data::Skipped;
 use crate::error::Result;
-use crate::feed::Template;
+use crate::feed::{DataSet, Template};
 use crate::model::Ett;
 
 /// An evaluation on held-out pictures, called by a run. `eval::HeldOut` implements it.

@@ -16,10 +16,10 @@ pub(super) fn dump(out: &Path, stage: &str, step: usize, batch: &HostBatch) -> R
     }
     let mut tensors = Vec::new();
     for (i, part) in batch.parts.iter().enumerate() {
-        if let Some((bytes, dims)) = &part.images {
+        for (k, (bytes, dims)) in part.images.iter().enumerate() {
             let values = bytes.iter().map(|&b| f64::from(b)).collect();
             tensors.push((
-                format!("part.{i}.image.0"),
+                format!("part.{i}.image.{k}"),
                 HostTensor { dims: dims.to_vec(), values },
                 FileType::F32,
             ));

@@ -9,9 +9,8 @@ use super::running::{Inputs, Running};
 use super::{Ending, Finished};
 use crate::backend::{Kernels, Target, size};
 use crate::config::{Config, DataConfig, Recompute};
-use crate::data::DataSet;
 use crate::error::{Error, Result};
-use crate::feed::Template;
+use crate::feed::{DataSet, Template};
 use crate::files::{self, Lines};
 use crate::interrupt;
 use crate::io::weights::{TensorFile, load_averages};
@@ -38,7 +37,8 @@ impl Sets {
             if sets.find(&data).is_some() {
                 continue;
             }
-            let train = if trains { Some(DataSet::train(&data)?) } else { None };
+            let train =
+                if trains { Some(DataSet::train(&data, cfg.tokenizer.downsampling())?) } else { None };
             let test = DataSet::test(&data)?;
             if let Some(test) = &test {
                 evaluation.check(test, data.eval_samples)?;

@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 
 use ett::config::{Config, DataConfig, SamplingConfig, StageKind, VisualHeadKind};
-use ett::data::{Crop, DataSet, Source, TextTokenizer};
+use ett::data::{Crop, Source, TextTokenizer};
 use ett::eval::closing;
-use ett::feed::Template;
+use ett::feed::{DataSet, Template};
 use ett::model::Ett;
 use ett::rng::Philox;
 
@@ -19,11 +19,11 @@ fn config(source: Source, size: usize) -> DataConfig {
 fn built_in_data_is_like_a_folder_and_the_same_every_time() -> Outcome {
     for (source, size) in [(Source::Scenes, 32), (Source::Words, 64), (Source::Mixed, 48)] {
         let cfg = config(source, size);
-        let train = DataSet::train(&cfg)?;
+        let train = DataSet::train(&cfg, 16)?;
         let test = DataSet::test(&cfg)?.ok_or("20 test pictures")?;
         assert_eq!((train.images.len(), train.samples.len(), test.images.len()), (60, 60, 20));
         assert_eq!(train.root.to_str(), Some(source.name()));
-        assert_eq!((train.images.on_disk(), train.images.skipped().count), (0, 0));
+        assert_eq!((train.images.bytes(), train.images.skipped().count), (0, 0));
         for kind in [StageKind::Tokenizer, StageKind::Text, StageKind::Align, StageKind::Chat] {
             assert_eq!(train.usable(kind).len(), 60, "{}", kind.name());
         }
@@ -32,12 +32,12 @@ fn built_in_data_is_like_a_folder_and_the_same_every_time() -> Outcome {
         };
         assert!(captions(&train).is_disjoint(&captions(&test)) && captions(&test).len() > 10);
         // A larger set begins with the same pictures; a random crop of a square picture is the picture itself.
-        let more = DataSet::train(&DataConfig { train_samples: 70, crop: Crop::Random, ..cfg.clone() })?;
-        assert_eq!(more.samples[..60], train.samples);
+        let more = DataSet::train(&DataConfig { train_samples: 70, crop: Crop::Random, ..cfg.clone() }, 16)?;
+        assert_eq!(more.samples[..60], train.samples[..]);
         for i in [0, 59] {
-            let drawn = |data: &DataSet| data.images.get(i, &mut Philox::new(3, 0));
+            let drawn = |data: &DataSet| data.images.first([i], &mut Philox::new(3, 0));
             assert_eq!(drawn(&more)?, drawn(&train)?);
-            assert_eq!((drawn(&train)?.image.height, drawn(&train)?.image.width), (size, size));
+            assert_eq!((drawn(&train)?.1.height, drawn(&train)?.1.width), (size, size));
         }
         assert!(DataSet::test(&DataConfig { test_samples: 0, ..cfg })?.is_none());
     }

@@ -7,9 +7,9 @@ use std::process::{Command, Output};
 use std::sync::{Arc, Mutex};
 
 use ett::config::{Config, StageConfig, StageKind, VisualHeadKind};
-use ett::data::{DataSet, Image, Source, Special, TextTokenizer, save_png};
+use ett::data::{Image, Source, Special, TextTokenizer, save_png};
 use ett::eval::{self, HeldOut};
-use ett::feed::{Feed, Template};
+use ett::feed::{DataSet, Feed, Template};
 use ett::infer::{Sampling, Trained};
 use ett::model::{Ett, Part};
 use ett::train::{self, RunOptions, Stage};
@@ -102,7 +102,7 @@ fn stages_say_how_many_pictures_they_can_use() -> Outcome {
     lines[6] = serde_json::json!({"qa": [["what?", "a cow"]]});
     folder(&dir, &lines)?;
     let c = config(&dir);
-    let data = DataSet::train(&c.data)?;
+    let data = DataSet::train(&c.data, 8)?;
     let model = Ett::new(&c, cpu(1))?;
     let template = Template::new(TextTokenizer::Bytes, 100);
     let start = |data: &DataSet, kind: StageKind| {
@@ -128,7 +128,7 @@ fn stages_say_how_many_pictures_they_can_use() -> Outcome {
     // Prompts alone are enough to learn to draw, and are used for nothing else.
     let prompts = |i: usize| serde_json::json!({"prompt": format!("draw {i}")});
     folder(&dir, &(0..10).map(prompts).collect::<Vec<_>>())?;
-    let data = DataSet::train(&c.data)?;
+    let data = DataSet::train(&c.data, 8)?;
     let (sequences, _) = start(&data, StageKind::Gen);
     for sequence in sequences? {
         let text = template.tokenizer().decode(&ids(&sequence));
@@ -168,7 +168,7 @@ fn long_texts_are_cut_and_counted() -> Outcome {
     folder(&dir, &lines)?;
     let mut c = config(&dir);
     c.data.max_text_tokens = 64;
-    let data = DataSet::train(&c.data)?;
+    let data = DataSet::train(&c.data, 8)?;
     let model = Ett::new(&c, cpu(1))?;
     let template = Template::new(TextTokenizer::Bytes, c.data.max_text_tokens);
     for (kind, cut) in [

@@ -5,8 +5,10 @@ use std::sync::Arc;
 
 use ett::autograd::{Tape, Var};
 use ett::backend::{DType, Kernels, Plan, Precision, Target, Unary};
-use ett::config::{Config, DataConfig, GroupConfig, StageConfig, StageData, StageKind, VisualHeadKind};
-use ett::data::{Crop, Source};
+use ett::config::{
+    Config, DataConfig, GroupConfig, MixConfig, StageConfig, StageData, StageKind, VisualHeadKind,
+};
+use ett::data::{Columns, Crop, Framing, Source};
 use ett::error::Result;
 use ett::ops::{self, Conv, ConvWith, Entropy, Heads, IbqOptions, InputNorm, Rotary, Seqs};
 use ett::train::plan_stage;
@@ -475,6 +477,11 @@ fn every_key() -> Config {
         source: Some(Source::Scenes),
         train: Some("train".into()),
         test: Some("test".into()),
+        images: Some("images".into()),
+        test_images: Some("test images".into()),
+        columns: Some(Columns { image: Some("picture".into()), ..Columns::default() }),
+        mix: Some(vec![MixConfig { source: Source::Scenes, weight: 2.0, ..MixConfig::default() }]),
+        framing: Some(Framing::Buckets),
         train_samples: Some(9),
         test_samples: Some(3),
         size: Some(16),

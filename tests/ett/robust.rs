@@ -3,15 +3,16 @@
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ett::backend::{Cpu, DType, Device, Fill, Kernels, Plan, Role, Stream};
 use ett::config::{Config, StageConfig, StageKind};
 use ett::data::{
-    DataSet, Folder, Image, ImageSet, LoadOptions, Scenes, Source, Split, TextTokenizer, save_png,
+    Columns, Folder, Image, LoadOptions, Scenes, Source, Split, TextTokenizer, Wanted, save_png,
 };
 use ett::error::Result;
 use ett::eval::{self, HeldOut};
-use ett::feed::{Feed, Template};
+use ett::feed::{DataSet, Feed, Template};
 use ett::io::weights::TensorFile;
 use ett::io::{load_weights, save_weights};
 use ett::model::Ett;
@@ -228,9 +229,9 @@ fn pictures(dir: &Scratch) -> Outcome {
     for i in 0..10 {
         let drawing = scenes.get(Split::Train, i);
         save_png(dir.path(&format!("{i}.png")), &drawing.image)?;
-        let mut line = serde_json::json!({"file_name": format!("{i}.png"), "text": drawing.sample.caption});
+        let mut line = serde_json::json!({"file_name": format!("{i}.png"), "text": drawing.sample.caption()});
         if i % 2 == 0 {
-            line["qa"] = serde_json::json!(drawing.sample.qa);
+            line["qa"] = serde_json::json!(drawing.sample.questions().collect::<Vec<_>>());
         }
         lines += &format!("{line}\n");
     }
@@ -255,9 +256,9 @@ fn pictures_that_are_none_are_skipped_counted_and_named() -> Outcome {
 
     let mut c = config();
     (c.data.source, c.data.train) = (Source::Folder, dir.path(""));
-    let data = DataSet::train(&c.data)?;
+    let data = DataSet::train(&c.data, 16)?;
     let skipped = data.images.skipped();
-    assert_eq!((data.samples.len(), data.images.len(), skipped.count), (10, 6, 4));
+    assert_eq!((data.samples.len(), data.images.usable(), skipped.count), (10, 6, 4));
     let names: Vec<&Path> = skipped.first.iter().map(|(path, _)| path.as_path()).collect();
     assert_eq!(names, ["1.png", "3.png", "4.png", "6.png"].map(|n| dir.path(n)));
     assert!(skipped.first[3].1.contains("too large"), "{:?}", skipped.first[3]);
@@ -265,7 +266,7 @@ fn pictures_that_are_none_are_skipped_counted_and_named() -> Outcome {
     for name in ["2.png", "5.png"] {
         fs::write(dir.path(name), "no picture")?;
     }
-    let Err(e) = DataSet::train(&c.data) else { panic!("a folder of broken pictures was accepted") };
+    let Err(e) = DataSet::train(&c.data, 16) else { panic!("a folder of broken pictures was accepted") };
     assert!(
         e.to_string().contains("6 of 10 pictures cannot be used, more than half; replace or remove"),
         "{e}"
@@ -277,10 +278,17 @@ fn pictures_that_are_none_are_skipped_counted_and_named() -> Outcome {
 fn pictures_that_vanish_in_training_are_replaced_by_others_of_their_kind() -> Outcome {
     let dir = Scratch::new();
     pictures(&dir)?;
-    let Folder { root, samples, .. } = Folder::open(dir.path(""))?;
-    let options = LoadOptions { memory: 0, ..LoadOptions::new(32) };
-    let images = ImageSet::load(&root, &samples, options)?;
-    let data = DataSet { root, samples, images };
+    let (path, columns) = (dir.path(""), Columns::default());
+    let part = Wanted {
+        split: Split::Train,
+        path: Some(&path),
+        images: None,
+        columns: &columns,
+        samples: 0,
+        size: 32,
+    };
+    let options = LoadOptions { memory: 0, patience: Duration::ZERO, ..LoadOptions::new(32) };
+    let data = DataSet::of(vec![(Source::Folder.open(&part)?, 1.0)], options)?;
     let model = Ett::new(&config(), Arc::new(Plan::new()))?;
     let template = Template::new(TextTokenizer::Bytes, 1024);
     let chat = Stage::new(StageKind::Chat, &model)?;
@@ -304,10 +312,10 @@ fn pictures_that_vanish_in_training_are_replaced_by_others_of_their_kind() -> Ou
     assert!(e.contains("none of the requested pictures") || e.contains("more than half"), "{e}");
     let mut c = config();
     (c.data.source, c.data.train) = (Source::Folder, dir.path("gone"));
-    let Err(e) = DataSet::train(&c.data) else { panic!("a folder that is gone was opened") };
+    let Err(e) = DataSet::train(&c.data, 16) else { panic!("a folder that is gone was opened") };
     assert!(e.to_string().contains("gone: there is no such folder; fetch the data set first"), "{e}");
     c.data.train = Default::default();
-    let Err(e) = DataSet::train(&c.data) else { panic!("no folder was opened") };
+    let Err(e) = DataSet::train(&c.data, 16) else { panic!("no folder was opened") };
     assert!(
         e.to_string().contains("`data.train` is empty, wanted a folder, or a built-in data.source"),
         "{e}"
