@@ -1123,10 +1123,15 @@ impl Config {
 
     /// Checks a stage; errors name its keys by the prefix `at`.
     fn check_stage(&self, at: &str, s: &StageConfig) -> Result<()> {
-        if self.data_of(s).framing == Framing::Buckets && s.accumulate > 1 {
-            let want =
-                "1 with data.framing = \"buckets\", since parts of a batch have equally many visual tokens";
-            return Err(Error::config(format!("{at}.accumulate"), s.accumulate, want));
+        if self.data_of(s).framing == Framing::Buckets {
+            if s.accumulate > 1 {
+                let want = "1 with data.framing = \"buckets\", since all parts of a batch need equally many tokens";
+                return Err(Error::config(format!("{at}.accumulate"), s.accumulate, want));
+            }
+            if s.kind == StageKind::Gen {
+                let want = "\"square\" in this stage, since a model is not told the shape of what it draws";
+                return Err(Error::config(format!("{at}.data.framing"), "buckets", want));
+            }
         }
         let key = |name: &str| format!("{at}.{name}");
         count(&key("steps"), s.steps, 0..=MAX_COUNT)?;

@@ -201,6 +201,11 @@ impl ImageSet {
         })
     }
 
+    /// Picture `index`; `None` if it cannot be used.
+    pub fn one(&self, index: usize, rng: &mut Philox) -> Result<Option<Bitmap>> {
+        Ok(self.find(&mut std::iter::once(index), rng)?.map(|(_, bitmap)| bitmap))
+    }
+
     /// The first `n` usable pictures, each once, or all of them if there are fewer.
     pub fn take(&self, n: usize, rng: &mut Philox) -> Result<Vec<Drawn>> {
         let (mut left, mut all) = (0..self.len(), Vec::new());

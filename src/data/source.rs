@@ -14,7 +14,7 @@ use super::mixed::FromMixed;
 use super::sample::Sample;
 use super::scenes::FromScenes;
 use super::words::FromWords;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// The source of the pictures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,6 +33,14 @@ pub enum Source {
 impl Source {
     /// All of them.
     pub const ALL: [Source; 4] = [Source::Folder, Source::Scenes, Source::Words, Source::Mixed];
+
+    /// The source with this name in configurations.
+    pub fn named(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|s| s.name() == name).ok_or_else(|| {
+            let names = Self::ALL.map(|s| s.name()).join(", ");
+            Error::config("data.source", name, format!("one of {names}"))
+        })
+    }
 
     fn of(self) -> &'static dyn DataSource {
         match self {

@@ -28,7 +28,12 @@ pub struct Feed<'a> {
     tokens: usize,
     /// The sizes of all parts of batches.
     sizes: Option<Sizes>,
+    /// This rank and the number of ranks that share a batch.
+    rank: (usize, usize),
 }
+
+/// Samples from which the sizes of batches are estimated.
+const MEASURED: usize = 4096;
 
 impl<'a> Feed<'a> {
     /// Batches for stage `number` of the configuration, with or without pictures. With `same_sizes`, nearly all of
@@ -103,6 +108,7 @@ impl<'a> Feed<'a> {
             side,
             tokens,
             sizes: None,
+            rank: (0, 1),
         };
         if same_sizes && cfg.kind != StageKind::Tokenizer {
             feed.sizes = Some(feed.common_sizes()?);
@@ -110,8 +116,20 @@ impl<'a> Feed<'a> {
         Ok(feed)
     }
 
+    /// The batches of rank `rank` of `ranks`, each of which has an equal share of every part: batches are functions of
+    /// the seed, the step and these two.
+    pub fn of_rank(mut self, rank: usize, ranks: usize) -> Result<Self> {
+        let size = self.stage.batch / self.stage.accumulate;
+        if ranks == 0 || rank >= ranks || !size.is_multiple_of(ranks) {
+            let want = format!("a multiple of the number of ranks, {ranks}, in each of its parts");
+            return Err(Error::config("stage.batch", self.stage.batch, want));
+        }
+        self.rank = (rank, ranks);
+        Ok(self)
+    }
+
     /// Sizes into which all parts of batches fit, except for rare ones if lengths vary much: 4 standard deviations above
-    /// the mean, but at most what the longest sequences need.
+    /// the mean, but at most what the longest sequences need. Lengths are those of 4096 samples, if there are more.
     fn common_sizes(&self) -> Result<Sizes> {
         let longest = |&place: &usize| -> Result<[usize; 2]> {
             let all = self.sequences(place, 0)?;
@@ -128,7 +146,8 @@ impl<'a> Feed<'a> {
             });
             Ok([rows, targets])
         };
-        let lengths = self.usable.par_iter().map(longest).collect::<Result<Vec<_>>>()?;
+        let every = self.usable.len().div_ceil(MEASURED).max(1);
+        let lengths = self.usable.par_iter().step_by(every).map(longest).collect::<Result<Vec<_>>>()?;
         let parts = self.stage.batch / self.stage.accumulate;
         let bound = |i: usize| {
             let (n, m) = (lengths.len() as f64, parts as f64);
@@ -207,8 +226,9 @@ impl<'a> Feed<'a> {
         let size = self.stage.batch / self.stage.accumulate;
         let (mut parts, mut all) = (Vec::new(), Vec::new());
         for part in 0..self.stage.accumulate {
-            let start = step * self.stage.batch + part * size;
-            let (part, sequences) = self.part(start..start + size)?;
+            let (rank, ranks) = self.rank;
+            let start = step * self.stage.batch + part * size + rank * (size / ranks);
+            let (part, sequences) = self.part(start..start + size / ranks)?;
             parts.push(part);
             all.extend(sequences);
         }

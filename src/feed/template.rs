@@ -1,6 +1,6 @@
 //! The layout of text and pictures as sequences for the language model.
 
-use crate::config::Config;
+use crate::config::{Config, DataConfig};
 use crate::data::{Chat, Special, TextTokenizer};
 use crate::error::{Error, Result};
 use crate::files;
@@ -17,19 +17,23 @@ impl Template {
     /// The layout for a configuration, and the name of its text tokenizer as recorded in
     /// [`History`](crate::io::History).
     pub(crate) fn of(cfg: &Config) -> Result<(Self, String)> {
-        let path = cfg.data.tokenizer.as_deref();
-        let template =
-            Template::new(TextTokenizer::open(path)?, cfg.data.max_text_tokens).with_system(&cfg.data.system);
+        let template = Template::of_data(&cfg.data)?;
         let vocabulary = template.tokenizer().vocabulary();
         if cfg.llm.vocab < vocabulary {
             let want = format!("at least {vocabulary}, the text tokenizer's");
             return Err(Error::config("llm.vocab", cfg.llm.vocab, want));
         }
-        let name = match path {
+        let name = match &cfg.data.tokenizer {
             None => "bytes".into(),
             Some(path) => format!("checksum {:08x}", files::checksum(path)?.crc32),
         };
         Ok((template, name))
+    }
+
+    /// The layout for `[data]` of a configuration.
+    pub fn of_data(data: &DataConfig) -> Result<Self> {
+        let text = TextTokenizer::open(data.tokenizer.as_deref())?;
+        Ok(Template::new(text, data.max_text_tokens).with_system(&data.system))
     }
 
     /// The layout with this text tokenizer; texts are cut after `max_text_tokens` tokens.

@@ -143,7 +143,9 @@ impl<'a> Running<'a> {
         }
         let pictures = stage.reads_pictures();
         let records = model.params.device().can_record();
-        let feed = Feed::new(run.all, number, run.data, run.template, pictures, records)?;
+        let ranks = model.params.device().collectives();
+        let feed = Feed::new(run.all, number, run.data, run.template, pictures, records)?
+            .of_rank(ranks.rank(), ranks.ranks())?;
         let update = Update::new(model, cfg, &stage)?;
         match from {
             Some(folder) => checkpoint::load(folder, model, &update.saved())?,

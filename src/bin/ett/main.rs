@@ -1,4 +1,6 @@
-//! Uses a trained model: parses the command line and calls the library.
+//! Uses a trained model, and looks at data: parses the command line and calls the library.
+
+mod data;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -14,7 +16,7 @@ use ett::io::{Skill, inspect};
 use ett::terminal::{self, Output, one_line, paragraphs};
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Use a model trained by ett-train: reconstruct, describe, ask, draw and evaluate.
+/// Use a model trained by ett-train: reconstruct, describe, ask, draw and evaluate. Look at data to train on.
 #[derive(Parser)]
 #[command(
     version,
@@ -155,6 +157,9 @@ enum Command {
         #[arg(long)]
         tensors: bool,
     },
+    /// Look at data to train on, measure how fast it is read, convert it.
+    #[command(subcommand)]
+    Data(data::Command),
 }
 
 /// Maximum number of pictures on a sheet.
@@ -233,6 +238,7 @@ fn run(command: Command) -> Result<()> {
         Command::Inspect { path, tensors } => {
             say.put(&inspect(&path, tensors)?);
         }
+        Command::Data(command) => data::run(command, &mut say)?,
         Command::Caption { model, images } => {
             let model = model.open(Some(Skill::Caption))?;
             let done = one_by_one(

@@ -1,0 +1,149 @@
+//! `ett data`: looks at sources of data, measures them and converts them.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Subcommand, ValueEnum};
+use ett::config::{Config, DataConfig};
+use ett::data::{Columns, Framing, Source, Split};
+use ett::error::{Error, Result};
+use ett::feed::Template;
+use ett::files;
+use ett::report::Survey;
+use ett::terminal::Output;
+
+/// What to look at.
+#[derive(Args)]
+pub struct Which {
+    /// Folder, file or pattern of files with pictures, or the name of built-in data (scenes, words, mixed).
+    #[arg(required_unless_present = "config")]
+    path: Option<PathBuf>,
+    /// How to read it: folder, webdataset, parquet, llava, coco, vector; by default the program looks at it.
+    #[arg(long, value_name = "NAME")]
+    source: Option<String>,
+    /// Folder that the names of pictures in a file are relative to; default: the file's own.
+    #[arg(long, value_name = "FOLDER")]
+    images: Option<PathBuf>,
+    /// Column of pictures in a table.
+    #[arg(long, value_name = "COLUMN")]
+    image_column: Option<String>,
+    /// Column of captions in a table; may be repeated.
+    #[arg(long = "caption-column", value_name = "COLUMN")]
+    captions: Vec<String>,
+    /// Use the data of this configuration, with all of its settings.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["path", "source", "images", "image_column", "captions"])]
+    config: Option<PathBuf>,
+    /// The part of the data.
+    #[arg(long, value_enum, default_value_t = Part::Train)]
+    split: Part,
+    /// Side of the pictures in pixels. Default: 256, or the configuration's.
+    #[arg(long, allow_negative_numbers = true)]
+    size: Option<usize>,
+    /// Keep the aspect ratio as far as there is a bucket for it, as data.framing = "buckets".
+    #[arg(long)]
+    buckets: bool,
+    /// A tokenizer.json; without one every byte is a token.
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Part {
+    Train,
+    Test,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Show what a source holds, and the first samples as a model will see them.
+    ///
+    /// Prints counts and lengths of texts, then each of the first samples with its sequences: supervised parts stand in
+    /// [[ ]]. Writes their pictures, numbered, into one PNG.
+    Inspect {
+        #[command(flatten)]
+        which: Which,
+        /// Samples to show.
+        #[arg(long, default_value_t = 16, allow_negative_numbers = true)]
+        samples: usize,
+        /// Output picture (.png).
+        #[arg(long, default_value = "inspect.png")]
+        out: PathBuf,
+    },
+}
+
+/// The data of a command line, and the side of the square that a token stands for.
+struct Chosen {
+    data: DataConfig,
+    split: Split,
+    side: usize,
+    template: Template,
+}
+
+impl Which {
+    fn choose(&self) -> Result<Chosen> {
+        let mut cfg = match &self.config {
+            Some(path) => Config::load(path, &[])?,
+            None => Config { data: self.data()?, ..Config::default() },
+        };
+        let split = match self.split {
+            Part::Train => Split::Train,
+            Part::Test => Split::Test,
+        };
+        let data = &mut cfg.data;
+        if let Some(size) = self.size {
+            data.size = size;
+        }
+        if self.buckets {
+            data.framing = Framing::Buckets;
+        }
+        if self.tokenizer.is_some() {
+            data.tokenizer.clone_from(&self.tokenizer);
+        }
+        let side = cfg.tokenizer.downsampling();
+        if cfg.data.size == 0 || !cfg.data.size.is_multiple_of(side) {
+            let want = format!("a multiple of {side}, the side in pixels of a visual token");
+            return Err(Error::config("size", cfg.data.size, want));
+        }
+        let template = Template::of_data(&cfg.data)?;
+        Ok(Chosen { data: cfg.data, split, side, template })
+    }
+
+    /// `[data]` for the path on the command line.
+    fn data(&self) -> Result<DataConfig> {
+        let path = self.path.as_deref().unwrap_or(Path::new(""));
+        let built_in = |s: &&Source| s.smallest_drawn().is_some() && Path::new(s.name()) == path;
+        let source = match (&self.source, Source::ALL.iter().find(built_in)) {
+            (Some(name), _) => Source::named(name)?,
+            (None, Some(built_in)) => *built_in,
+            (None, None) => Source::guess(path)?,
+        };
+        let columns = Columns {
+            image: self.image_column.clone(),
+            captions: (!self.captions.is_empty()).then(|| self.captions.clone()),
+            ..Columns::default()
+        };
+        Ok(DataConfig {
+            source,
+            train: path.into(),
+            test: Some(path.into()),
+            images: self.images.clone(),
+            columns,
+            size: 256,
+            ..DataConfig::default()
+        })
+    }
+}
+
+pub fn run(command: Command, say: &mut Output) -> Result<()> {
+    match command {
+        Command::Inspect { which, samples, out } => {
+            files::probe(&out)?;
+            let Chosen { data, split, side, template } = which.choose()?;
+            let survey = Survey::new(&data, split, &template, side, samples)?;
+            say.put(&survey.text());
+            if survey.draw(&out)? > 0 {
+                say.line(format!("\npictures as a model sees them: {}", out.display()));
+            }
+        }
+    }
+    Ok(())
+}
