@@ -579,7 +579,7 @@ impl DataConfig {
                 flip: self.flip,
                 ..options
             },
-            Split::Test => options,
+            Split::Test => LoadOptions { most: Some(self.eval_samples), ..options },
         }
     }
 
@@ -653,9 +653,12 @@ impl MixConfig {
     }
 
     fn check(&self, data: &DataConfig, section: &str) -> Result<()> {
-        if !(self.weight > 0.0 && self.weight.is_finite()) {
-            return Err(Error::config(format!("{section}.weight"), self.weight, "a number above 0"));
+        if !(self.weight > 0.0 && self.weight <= MAX_WEIGHT) {
+            let want = format!("a number above 0 and up to {MAX_WEIGHT}");
+            return Err(Error::config(format!("{section}.weight"), self.weight, want));
         }
+        count(&format!("{section}.train_samples"), self.train_samples, 0..=MAX_COUNT)?;
+        count(&format!("{section}.test_samples"), self.test_samples, 0..=MAX_COUNT)?;
         let Some(smallest) = self.source.smallest_drawn() else { return Ok(()) };
         let source = self.source.name();
         if data.size < smallest {
@@ -1125,7 +1128,8 @@ impl Config {
     fn check_stage(&self, at: &str, s: &StageConfig) -> Result<()> {
         if self.data_of(s).framing == Framing::Buckets {
             if s.accumulate > 1 {
-                let want = "1 with data.framing = \"buckets\", since all parts of a batch need equally many tokens";
+                let want =
+                    "1 with data.framing = \"buckets\", since all parts of a batch need equally many tokens";
                 return Err(Error::config(format!("{at}.accumulate"), s.accumulate, want));
             }
             if s.kind == StageKind::Gen {
@@ -1233,6 +1237,8 @@ const MAX_WIDTH: usize = 1 << 16;
 const MAX_INDEX: usize = i32::MAX as usize;
 /// Steps, samples.
 const MAX_COUNT: usize = u32::MAX as usize;
+/// Weight of a source in a mixture.
+const MAX_WEIGHT: f64 = 1e6;
 /// Side of a picture in pixels.
 const MAX_SIDE: usize = 1 << 14;
 /// Text tokens per sample.

@@ -33,18 +33,23 @@ pub struct LoadOptions {
     pub flip: bool,
     /// Limit of the memory for pictures, in bytes; the remaining pictures are decoded again at each use.
     pub memory: u64,
+    /// How many pictures will be used: the first usable ones. These are decoded when the set is opened; without a limit,
+    /// 256 of them, spread over the set.
+    pub most: Option<usize>,
     /// How long a folder that cannot be reached is waited for, such as one on a network after a lost connection.
     pub patience: Duration,
 }
 
 impl LoadOptions {
-    /// Central squares of `size` pixels, not mirrored; up to 4 GiB of pictures in memory, a minute of patience.
+    /// Central squares of `size` pixels, not mirrored; all of them, up to 4 GiB in memory, with a minute of
+    /// patience.
     pub fn new(size: usize) -> Self {
         LoadOptions {
             frames: Frames::square(size),
             crop: Crop::Centre,
             flip: false,
             memory: 4 << 30,
+            most: None,
             patience: PATIENCE,
         }
     }
@@ -116,8 +121,8 @@ pub struct ImageSet {
 }
 
 impl ImageSet {
-    /// The pictures of `samples`, which are named by them in messages. 256 of them, spread over the set, are decoded now,
-    /// on all cores: if more than half cannot be used, an error about `root` is returned.
+    /// The pictures of `samples`, which are named by them in messages. Some are decoded now, on all cores (see
+    /// [`LoadOptions::most`]): if more than half of these cannot be used, an error about `root` is returned.
     pub fn new(
         root: &Path,
         samples: Arc<Vec<Sample>>,
@@ -146,21 +151,39 @@ impl ImageSet {
         Ok(set)
     }
 
+    /// Decodes the pictures that are decoded when the set is opened.
     fn attempt(&mut self) -> Result<()> {
         let pictured: Vec<usize> = (0..self.len()).filter(|&i| self.samples[i].has_picture()).collect();
-        let (n, tried) = (pictured.len(), pictured.len().min(TRIED));
-        let failures: Vec<(usize, Error)> = (0..tried)
-            .into_par_iter()
-            .filter_map(|i| {
-                let sample = pictured[i * n / tried];
-                self.fitted(sample, |_| ()).err().map(|e| (sample, e))
-            })
-            .collect();
-        self.bad_at_first = failures.len();
-        for (sample, e) in failures {
-            self.note(sample, &e);
+        let n = pictured.len();
+        let (mut tried, mut bad) = (0, 0);
+        match self.options.most {
+            None => {
+                tried = n.min(TRIED);
+                let spread: Vec<usize> = (0..tried).map(|i| pictured[i * n / tried]).collect();
+                bad = self.decode_all(&spread);
+            }
+            Some(most) => {
+                while tried < n && tried - bad < most {
+                    let more = &pictured[tried..n.min(tried + (most - (tried - bad)).min(TRIED))];
+                    bad += self.decode_all(more);
+                    tried += more.len();
+                }
+            }
         }
+        self.bad_at_first = bad;
         self.check(tried)
+    }
+
+    /// Decodes pictures on all cores, to keep them; returns how many cannot be used.
+    fn decode_all(&self, samples: &[usize]) -> usize {
+        let failed = samples.par_iter().filter(|&&sample| match self.fitted(sample, |_| ()) {
+            Ok(()) => false,
+            Err(e) => {
+                self.note(sample, &e);
+                true
+            }
+        });
+        failed.count()
     }
 
     /// The number of pictures.

@@ -50,7 +50,7 @@ impl<'a> Feed<'a> {
             return Err(Error::config("stage", format!("number {number}"), "a stage of the configuration"));
         };
         let usable = data.usable(cfg.kind);
-        let (name, pictured) = (cfg.kind.name(), data.samples.len());
+        let (name, pictured) = (cfg.kind.name(), data.images.usable());
         if usable.is_empty() {
             let what = format!(
                 "none of its {pictured} pictures has {}, which stage `{name}` trains on",

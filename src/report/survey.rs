@@ -62,7 +62,8 @@ impl Survey {
         if data.shares.len() > 1 {
             let sum: f64 = data.shares.iter().map(|s| s.weight).sum();
             rows.extend(data.shares.iter().map(|s| {
-                let text = format!("{} samples, {:.1} % of the steps", s.samples.len(), 100.0 * s.weight / sum);
+                let text =
+                    format!("{} samples, {:.1} % of the steps", s.samples.len(), 100.0 * s.weight / sum);
                 (s.root.display().to_string(), text)
             }));
         }

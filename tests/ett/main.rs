@@ -34,6 +34,7 @@ mod rooms;
 mod run;
 mod shipped;
 mod slice;
+mod sources;
 mod training;
 
 /// Counts the heap of the process, so that the memory test sees every allocation.
