@@ -200,8 +200,8 @@ impl Part<'_> {
     fn there(&self, shown: &[Shown], rng: &mut Philox) -> Option<(String, String)> {
         let labels: Vec<&str> = shown.iter().map(|s| s.label.as_str()).collect();
         match rng.below(2) {
-            0 => Some(ask(format!("is there {}?", shown[rng.below(shown.len())].phrase), "yes")),
-            _ => self.other(&labels, rng).map(|other| ask(format!("is there {other}?"), "no")),
+            0 => Some(ask(whether(&shown[rng.below(shown.len())].phrase), "yes")),
+            _ => self.other(&labels, rng).map(|other| ask(whether(&other), "no")),
         }
     }
 
@@ -512,6 +512,15 @@ fn the(phrase: &str) -> String {
     match phrase.split_once(' ') {
         Some(("a" | "an" | "the", rest)) => format!("the {rest}"),
         _ => format!("the {phrase}"),
+    }
+}
+
+/// The question whether something is there.
+fn whether(phrase: &str) -> String {
+    let article = ["a ", "an ", "the "].iter().any(|a| phrase.starts_with(a));
+    match article || !phrase.ends_with('s') {
+        true => format!("is there {phrase}?"),
+        false => format!("are there {phrase}?"),
     }
 }
 

@@ -13,7 +13,7 @@ mod compose;
 mod letters;
 mod measure;
 mod names;
-mod sets;
+pub mod sets;
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -77,7 +77,7 @@ impl Packages {
     }
 }
 
-fn main() -> Outcome {
+pub fn main() -> Outcome {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let (packages, out, limit) = match arguments.as_slice() {
         [packages, out] => (packages, out, usize::MAX),

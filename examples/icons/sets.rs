@@ -10,6 +10,13 @@ use super::{Outcome, Packages};
 /// Heavier bodies are left out, in bytes: they are few and would double the size of the file.
 const HEAVY: usize = 12_000;
 
+/// Icons of one colour that have these words in their names are left out: the picture chooses the colour, and "abstract 026"
+/// names nothing.
+const COLOURED: [&str; 14] = [
+    "white", "black", "gray", "grey", "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
+    "golden", "abstract",
+];
+
 /// How a set names its pictures.
 #[derive(Clone, Copy, PartialEq)]
 enum Naming {
@@ -60,6 +67,11 @@ const SETS: [Set; 32] = [
     Set("temaki", Words, "map style", &[]),
     Set("maki", Words, "map style", &[]),
 ];
+
+/// The names of all sets.
+pub fn prefixes() -> impl Iterator<Item = &'static str> {
+    SETS.iter().map(|set| set.0)
+}
 
 /// An icon.
 #[derive(Debug, Clone)]
@@ -125,7 +137,10 @@ pub fn read(packages: &Packages, origins: &mut Vec<Origin>, limit: usize) -> Out
             if svg.contains("<animate") || svg.contains("<marker") || !seen.insert(svg.to_string()) {
                 continue;
             }
-            let plain = plain && !svg.contains("#");
+            let plain = plain && !svg.contains('#');
+            if plain && label.split(' ').any(|w| COLOURED.contains(&w)) {
+                continue;
+            }
             icons.push(Icon {
                 body: Body { name: name.to_string(), origin, view, svg: svg.into() },
                 key: key(&label, kind),
@@ -185,7 +200,7 @@ fn logos(set: &serde_json::Value) -> HashSet<&str> {
 
 /// Logos outside of such categories.
 fn is_logo(name: &str) -> bool {
-    const BRANDS: [&str; 44] = [
+    const BRANDS: [&str; 46] = [
         "logo",
         "brand",
         "google",
@@ -228,6 +243,8 @@ fn is_logo(name: &str) -> bool {
         "openai",
         "chatgpt",
         "adobe",
+        "ios",
+        "ipados",
         "wechat",
         "messenger",
     ];
