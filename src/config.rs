@@ -659,8 +659,12 @@ impl MixConfig {
         }
         count(&format!("{section}.train_samples"), self.train_samples, 0..=MAX_COUNT)?;
         count(&format!("{section}.test_samples"), self.test_samples, 0..=MAX_COUNT)?;
-        let Some(smallest) = self.source.smallest_drawn() else { return Ok(()) };
         let source = self.source.name();
+        if data.flip && self.source.says_where() {
+            let want = format!("false with data.source = {source:?}, whose captions say where things are");
+            return Err(Error::config(format!("{section}.flip"), data.flip, want));
+        }
+        let Some(smallest) = self.source.smallest_drawn() else { return Ok(()) };
         if data.size < smallest {
             let want = format!("{smallest} or more with data.source = {source:?}");
             return Err(Error::config(format!("{section}.size"), data.size, want));
@@ -668,10 +672,6 @@ impl MixConfig {
         if self.train_samples == 0 {
             let want = format!("1 or more with data.source = {source:?}");
             return Err(Error::config(format!("{section}.train_samples"), self.train_samples, want));
-        }
-        if data.flip {
-            let want = format!("false with data.source = {source:?}, whose captions say where things are");
-            return Err(Error::config(format!("{section}.flip"), data.flip, want));
         }
         Ok(())
     }

@@ -17,6 +17,7 @@ mod save;
 mod scenes;
 mod source;
 mod text;
+pub mod vector;
 mod words;
 
 pub use bitmap::Bitmap;

@@ -13,6 +13,7 @@ use super::folder::FromFolder;
 use super::mixed::FromMixed;
 use super::sample::Sample;
 use super::scenes::FromScenes;
+use super::vector::FromVector;
 use super::words::FromWords;
 use crate::error::{Error, Result};
 
@@ -28,11 +29,15 @@ pub enum Source {
     Words,
     /// Both kinds of built-in pictures in turn; `data.size` is 48 or more.
     Mixed,
+    /// Vector graphics, drawn at the size of training: the files `data.train` and `data.test`, which may be the same, since
+    /// a file holds both parts; `examples/fetch-icons.sh` makes one.
+    Vector,
 }
 
 impl Source {
     /// All of them.
-    pub const ALL: [Source; 4] = [Source::Folder, Source::Scenes, Source::Words, Source::Mixed];
+    pub const ALL: [Source; 5] =
+        [Source::Folder, Source::Scenes, Source::Words, Source::Mixed, Source::Vector];
 
     /// The source with this name in configurations.
     pub fn named(name: &str) -> Result<Self> {
@@ -48,6 +53,7 @@ impl Source {
             Source::Scenes => &FromScenes,
             Source::Words => &FromWords,
             Source::Mixed => &FromMixed,
+            Source::Vector => &FromVector,
         }
     }
 }
@@ -132,6 +138,11 @@ pub trait DataSource: Sync {
     /// The smallest side of pictures that the source generates; `None` if it reads pictures, which may have any size.
     fn smallest_drawn(&self) -> Option<usize> {
         None
+    }
+
+    /// Whether its texts say where things are, so that mirrored pictures would contradict them.
+    fn says_where(&self) -> bool {
+        self.smallest_drawn().is_some()
     }
 
     /// Whether the source has this part.
