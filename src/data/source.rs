@@ -13,6 +13,7 @@ use super::folder::FromFolder;
 use super::mixed::FromMixed;
 use super::sample::Sample;
 use super::scenes::FromScenes;
+use super::webdataset::FromWebDataset;
 use super::words::FromWords;
 use crate::error::Result;
 
@@ -28,11 +29,15 @@ pub enum Source {
     Words,
     /// Both kinds of built-in pictures in turn; `data.size` is 48 or more.
     Mixed,
+    /// The tar shards that `data.train` and `data.test` name, such as `shards/train-{000..015}.tar`; see
+    /// docs/data/webdataset.md.
+    WebDataset,
 }
 
 impl Source {
     /// All of them.
-    pub const ALL: [Source; 4] = [Source::Folder, Source::Scenes, Source::Words, Source::Mixed];
+    pub const ALL: [Source; 5] =
+        [Source::Folder, Source::Scenes, Source::Words, Source::Mixed, Source::WebDataset];
 
     fn of(self) -> &'static dyn DataSource {
         match self {
@@ -40,6 +45,7 @@ impl Source {
             Source::Scenes => &FromScenes,
             Source::Words => &FromWords,
             Source::Mixed => &FromMixed,
+            Source::WebDataset => &FromWebDataset,
         }
     }
 }
@@ -108,6 +114,11 @@ pub trait Pictures: Debug + Send + Sync {
     /// Whether the pictures are in memory already, so that nobody needs to keep them.
     fn in_memory(&self) -> bool {
         false
+    }
+
+    /// The bytes of the file that holds picture `sample`, if there is such a file and it can be read.
+    fn encoded(&self, _sample: usize) -> Result<Option<Vec<u8>>> {
+        Ok(None)
     }
 
     /// The folder without which the picture cannot be read. While it cannot be reached, readers wait for it.
