@@ -6,13 +6,15 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
+use serde::de::{DeserializeOwned, Deserializer, Error as _};
 use unicode_normalization::UnicodeNormalization;
 
 use super::bitmap::{self, Bitmap};
 use super::cache::Skipped;
 use super::plain::{read_text, trimmed};
-use super::sample::{Chat, Sample};
+use super::sample::Sample;
 use super::source::{DataSource, Listed, Pictures, Wanted};
+use super::texts::{ChatLine, chats, joined, said};
 use crate::error::{Error, Result};
 
 /// Metadata files that list the pictures of a folder, in order of precedence.
@@ -36,7 +38,9 @@ const WANTED: &str = "wanted {\"file_name\": \"...\", \"text\": \"...\", \"promp
 /// {"file_name": "images/0.png", "text": "a blue circle", "prompt": "draw a blue circle", "qa": [["what color is it?", "blue"]]}
 /// ```
 ///
-/// `text`, `prompt` and `qa` are optional. `file_name` is relative to the folder of the metadata and must stay inside
+/// `text`, `prompt` and `qa` are optional. `captions` is a list of captions, and `chats` one of conversations of several
+/// turns, `{"system": "...", "turns": [["question", "answer"], ..]}` with an optional `system`. A line with
+/// `"text_only": true` has no picture and no `file_name`. `file_name` is relative to the folder of the metadata and must stay inside
 /// it. Other keys are ignored. A `metadata.csv` with the columns `file_name`, `text` and `prompt` works the same way.
 /// A folder without metadata holds every file with the extension of a picture, sorted by name; a `.txt` file of the
 /// same stem is the picture's caption. Subfolders are read likewise, by their own metadata if they have any; names
@@ -89,6 +93,10 @@ impl Pictures for Files {
         Bitmap::decode(&bitmap::read(path)?, path, shorter)
     }
 
+    fn encoded(&self, sample: usize) -> Result<Option<Vec<u8>>> {
+        bitmap::read(&self.paths[sample]).map(Some)
+    }
+
     fn folder(&self, _: usize) -> Option<&Path> {
         Some(&self.root)
     }
@@ -96,10 +104,20 @@ impl Pictures for Files {
 
 #[derive(Default, Deserialize)]
 struct Line {
-    file_name: String,
+    #[serde(default, deserialize_with = "given")]
+    file_name: Option<String>,
     text: Option<String>,
+    captions: Option<Vec<String>>,
     prompt: Option<String>,
     qa: Option<Vec<(String, String)>>,
+    chats: Option<Vec<ChatLine>>,
+    #[serde(default)]
+    text_only: bool,
+}
+
+/// A text that must not be null if its key is there.
+fn given<'de, D: Deserializer<'de>>(value: D) -> std::result::Result<Option<String>, D::Error> {
+    String::deserialize(value).map(Some)
 }
 
 impl Folder {
@@ -234,11 +252,17 @@ impl Found {
             if text.is_empty() {
                 continue;
             }
-            let line = parse(text).map_err(|e| {
+            let line =
+                parse::<Line>(text).and_then(|line| match line.file_name.is_some() || line.text_only {
+                    true => Ok(line),
+                    false => Err(serde_json::Error::missing_field("file_name")),
+                });
+            let line = line.map_err(|e| {
                 // serde_json counts lines within the single line that it was given.
                 let reason = e.to_string();
                 let reason = reason.split(" at line ").next().unwrap_or_default();
-                let what = format!("line {}: {reason} (column {}); {WANTED}", i + 1, e.column());
+                let column = if e.column() == 0 { text.len() } else { e.column() };
+                let what = format!("line {}: {reason} (column {column}); {WANTED}", i + 1);
                 Error::data(path, what)
             })?;
             self.line(folder, path, i + 1, line, &mut names)?;
@@ -273,10 +297,10 @@ impl Found {
             let record = record.map_err(wrong)?;
             let value = |i: Option<usize>| i.and_then(|i| record.get(i)).map(String::from);
             let line = Line {
-                file_name: value(Some(name)).unwrap_or_default(),
+                file_name: Some(value(Some(name)).unwrap_or_default()),
                 text: value(caption),
                 prompt: value(prompt),
-                qa: None,
+                ..Line::default()
             };
             let number = record.position().map_or(0, csv::Position::line) as usize;
             self.line(folder, path, number, line, &mut names)?;
@@ -293,23 +317,23 @@ impl Found {
         line: Line,
         names: &mut Names,
     ) -> Result<()> {
-        if !is_inside(&line.file_name) {
-            let got = &line.file_name;
+        let file_name = line.file_name.filter(|_| !line.text_only);
+        if let Some(got) = file_name.as_ref().filter(|name| !is_inside(name)) {
             let what = format!("file_name {got:?} is not a path inside this folder; move the picture there");
             return Err(Error::data(path, format!("line {number}: {what}")));
         }
-        let mut qa = line.qa.unwrap_or_default();
-        let asked = qa.len();
-        qa.iter_mut().for_each(|(q, a)| (*q, *a) = (trimmed(q).into(), trimmed(a).into()));
-        qa.retain(|(q, a)| !q.is_empty() && !a.is_empty());
-        if qa.len() < asked {
+        let (chats, empty) = chats(line.qa.unwrap_or_default(), line.chats.unwrap_or_default());
+        if empty {
             self.ignored.add(path, format!("line {number}: a question or its answer is empty"));
         }
         self.samples.push(Sample {
-            image: names.find(folder, &line.file_name),
-            captions: said(line.text).into_iter().collect(),
+            image: file_name.map(|name| names.find(folder, &name)).unwrap_or_default(),
+            captions: joined(
+                said(line.text).into_iter().collect(),
+                line.captions.into_iter().flatten().filter_map(|c| said(Some(c))).collect(),
+            ),
             prompt: said(line.prompt),
-            chats: qa.into_iter().map(|(q, a)| Chat::of(q, a)).collect(),
+            chats,
             scene: None,
         });
         Ok(())
@@ -320,18 +344,13 @@ fn has_extension(path: &Path, known: &[&str]) -> bool {
     path.extension().is_some_and(|e| known.iter().any(|known| e.eq_ignore_ascii_case(known)))
 }
 
-/// The text without surrounding whitespace, unless it is empty.
-fn said(text: Option<String>) -> Option<String> {
-    text.map(|t| trimmed(&t).to_string()).filter(|t| !t.is_empty())
-}
-
 fn is_inside(name: &str) -> bool {
     let inside = |c| matches!(c, Component::Normal(_) | Component::CurDir);
     !name.is_empty() && !name.contains('\0') && Path::new(name).components().all(inside)
 }
 
-/// Parses a line of JSON, accepting the NaN and infinities that Python writes.
-fn parse(text: &str) -> serde_json::Result<Line> {
+/// Parses JSON, accepting the NaN and infinities that Python writes.
+pub(super) fn parse<T: DeserializeOwned>(text: &str) -> serde_json::Result<T> {
     serde_json::from_str(text).or_else(|e| match without_nan(text) {
         Some(text) => serde_json::from_str(&text),
         None => Err(e),
@@ -406,6 +425,7 @@ fn is_there(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::Chat;
     use crate::data::scratch::Scratch;
 
     const JSONL: &str = METADATA[0];

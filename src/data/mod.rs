@@ -3,6 +3,8 @@
 
 mod bitmap;
 mod cache;
+mod cache_folder;
+mod convert;
 mod draw;
 mod fit;
 mod folder;
@@ -17,11 +19,15 @@ mod save;
 mod scenes;
 mod source;
 mod text;
+mod texts;
 pub mod vector;
+mod webdataset;
 mod words;
 
 pub use bitmap::Bitmap;
 pub use cache::{Drawn, ImageSet, LoadOptions, Skipped};
+pub use cache_folder::cache_folder;
+pub use convert::{Converted, Encode, write_folder, write_shards};
 pub use draw::{Colour, Drawing, Shape, Split};
 pub use fit::{Crop, Frames, Framing, fit, fit_multiple};
 pub use folder::{Folder, pictures};

@@ -54,21 +54,30 @@ pub fn save_png(path: impl AsRef<Path>, image: &Image) -> Result<()> {
 
 fn write(path: &Path, image: &Image, format: Format) -> Result<()> {
     image.check("save")?;
-    let (pixels, color) = (image.to_u8(), ExtendedColorType::Rgb8);
-    let (width, height) = (image.width as u32, image.height as u32);
+    let bytes = encode(path, &image.to_u8(), image.height, image.width, format)?;
+    files::replace(path, |file| file.put(&bytes))?;
+    Ok(())
+}
+
+/// The bytes of a picture file with these `[height, width, 3]` pixels; errors are about `name`.
+pub(super) fn encode(
+    name: &Path,
+    pixels: &[u8],
+    height: usize,
+    width: usize,
+    format: Format,
+) -> Result<Vec<u8>> {
+    let (width, height, color) = (width as u32, height as u32, ExtendedColorType::Rgb8);
     let mut bytes = Cursor::new(Vec::new());
     let encoded = match format {
-        Format::Png => write_buffer_with_format(&mut bytes, &pixels, width, height, color, ImageFormat::Png),
-        Format::WebP => {
-            write_buffer_with_format(&mut bytes, &pixels, width, height, color, ImageFormat::WebP)
-        }
+        Format::Png => write_buffer_with_format(&mut bytes, pixels, width, height, color, ImageFormat::Png),
+        Format::WebP => write_buffer_with_format(&mut bytes, pixels, width, height, color, ImageFormat::WebP),
         Format::Jpeg => {
-            JpegEncoder::new_with_quality(&mut bytes, QUALITY).encode(&pixels, width, height, color)
+            JpegEncoder::new_with_quality(&mut bytes, QUALITY).encode(pixels, width, height, color)
         }
     };
-    encoded.map_err(|e| Error::data(path, format!("this picture cannot be written ({e})")))?;
-    files::replace(path, |file| file.put(bytes.get_ref()))?;
-    Ok(())
+    encoded.map_err(|e| Error::data(name, format!("this picture cannot be written ({e})")))?;
+    Ok(bytes.into_inner())
 }
 
 #[cfg(test)]

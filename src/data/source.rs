@@ -14,6 +14,7 @@ use super::mixed::FromMixed;
 use super::sample::Sample;
 use super::scenes::FromScenes;
 use super::vector::FromVector;
+use super::webdataset::FromWebDataset;
 use super::words::FromWords;
 use crate::error::{Error, Result};
 
@@ -32,12 +33,15 @@ pub enum Source {
     /// Vector graphics, drawn at the size of training: the files `data.train` and `data.test`, which may be the same, since
     /// a file holds both parts; `examples/fetch-icons.sh` makes one.
     Vector,
+    /// The tar shards that `data.train` and `data.test` name, such as `shards/train-{000..015}.tar`; see
+    /// docs/data/webdataset.md.
+    WebDataset,
 }
 
 impl Source {
     /// All of them.
-    pub const ALL: [Source; 5] =
-        [Source::Folder, Source::Scenes, Source::Words, Source::Mixed, Source::Vector];
+    pub const ALL: [Source; 6] =
+        [Source::Folder, Source::Scenes, Source::Words, Source::Mixed, Source::Vector, Source::WebDataset];
 
     /// The source with this name in configurations.
     pub fn named(name: &str) -> Result<Self> {
@@ -54,6 +58,7 @@ impl Source {
             Source::Words => &FromWords,
             Source::Mixed => &FromMixed,
             Source::Vector => &FromVector,
+            Source::WebDataset => &FromWebDataset,
         }
     }
 }
@@ -122,6 +127,11 @@ pub trait Pictures: Debug + Send + Sync {
     /// Whether the pictures are in memory already, so that nobody needs to keep them.
     fn in_memory(&self) -> bool {
         false
+    }
+
+    /// The bytes of the file that holds picture `sample`, if there is such a file and it can be read.
+    fn encoded(&self, _sample: usize) -> Result<Option<Vec<u8>>> {
+        Ok(None)
     }
 
     /// The folder without which the picture cannot be read. While it cannot be reached, readers wait for it.
