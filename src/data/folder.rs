@@ -325,7 +325,7 @@ fn said(text: Option<String>) -> Option<String> {
     text.map(|t| trimmed(&t).to_string()).filter(|t| !t.is_empty())
 }
 
-fn is_inside(name: &str) -> bool {
+pub(super) fn is_inside(name: &str) -> bool {
     let inside = |c| matches!(c, Component::Normal(_) | Component::CurDir);
     !name.is_empty() && !name.contains('\0') && Path::new(name).components().all(inside)
 }
@@ -339,7 +339,7 @@ fn parse(text: &str) -> serde_json::Result<Line> {
 }
 
 /// The text with NaN and infinities outside strings replaced by `null`; `None` if there are none.
-fn without_nan(text: &str) -> Option<String> {
+pub(super) fn without_nan(text: &str) -> Option<String> {
     let (mut out, mut rest, mut quoted, mut found) = (String::new(), text, false, false);
     while let Some(c) = rest.chars().next() {
         let name = ["NaN", "Infinity", "-Infinity"].into_iter().find(|n| !quoted && rest.starts_with(n));

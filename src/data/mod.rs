@@ -3,14 +3,20 @@
 
 mod bitmap;
 mod cache;
+mod coco;
+mod conversation;
 mod draw;
 mod fit;
 mod folder;
+mod guess;
 mod image;
 mod jpeg;
+mod json;
+mod llava;
 mod look;
 mod mixed;
 mod order;
+mod parquet;
 mod plain;
 mod sample;
 mod save;

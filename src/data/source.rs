@@ -8,13 +8,17 @@ use serde::{Deserialize, Serialize};
 
 use super::bitmap::Bitmap;
 use super::cache::Skipped;
+use super::coco::FromCoco;
 use super::draw::{Drawing, Split};
 use super::folder::FromFolder;
+use super::guess;
+use super::llava::FromLlava;
 use super::mixed::FromMixed;
+use super::parquet::FromParquet;
 use super::sample::Sample;
 use super::scenes::FromScenes;
 use super::words::FromWords;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// The source of the pictures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,6 +26,12 @@ use crate::error::Result;
 pub enum Source {
     /// The folders `data.train` and `data.test`.
     Folder,
+    /// Tables in Parquet files, with pictures in a column as Hugging Face stores them.
+    Parquet,
+    /// Conversations in a JSON file of the form of LLaVA, whose pictures are beside it or in `data.images`.
+    Llava,
+    /// The captions of a COCO file, whose pictures are beside it or in `data.images`.
+    Coco,
     /// Built-in pictures of coloured shapes, drawn by the program; `data.size` is 16 or more.
     Scenes,
     /// Built-in pictures of short words, some beside a shape; `data.size` is 48 or more.
@@ -32,11 +42,35 @@ pub enum Source {
 
 impl Source {
     /// All of them.
-    pub const ALL: [Source; 4] = [Source::Folder, Source::Scenes, Source::Words, Source::Mixed];
+    pub const ALL: [Source; 7] = [
+        Source::Folder,
+        Source::Parquet,
+        Source::Llava,
+        Source::Coco,
+        Source::Scenes,
+        Source::Words,
+        Source::Mixed,
+    ];
+
+    /// The source that reads `path`, by its content: the kinds of files in a folder, the ending of a file, the first keys
+    /// of JSON.
+    pub fn guess(path: &Path) -> Result<Source> {
+        let name = guess::name(path)?;
+        Self::ALL.into_iter().find(|s| s.name() == name).ok_or_else(|| {
+            let known: Vec<&str> = Self::ALL.iter().map(|s| s.name()).collect();
+            Error::data(
+                path,
+                format!("this is data of the source {name}, wanted one of {}", known.join(", ")),
+            )
+        })
+    }
 
     fn of(self) -> &'static dyn DataSource {
         match self {
             Source::Folder => &FromFolder,
+            Source::Parquet => &FromParquet,
+            Source::Llava => &FromLlava,
+            Source::Coco => &FromCoco,
             Source::Scenes => &FromScenes,
             Source::Words => &FromWords,
             Source::Mixed => &FromMixed,
@@ -55,9 +89,10 @@ impl std::ops::Deref for Source {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Columns {
-    /// The column of the pictures; if omitted, the one that the file declares as pictures, or `image`.
+    /// The column of the pictures; if omitted, the one that the file declares as pictures, or the first that exists of
+    /// `image`, `jpg`, `png`, `jpeg`, `webp` and `images`.
     pub image: Option<String>,
-    /// The columns of captions; if omitted, those of `text` and `caption` that exist.
+    /// The columns of captions; if omitted, those of `text`, `caption` and `captions` that exist.
     pub captions: Option<Vec<String>>,
     /// The column of what to draw; if omitted, `prompt` if it exists.
     pub prompt: Option<String>,
@@ -65,6 +100,8 @@ pub struct Columns {
     pub question: Option<String>,
     /// The column of answers; if omitted, `answer` if it exists.
     pub answer: Option<String>,
+    /// The column of conversations; if omitted, the first that exists of `conversations`, `messages` and `texts`.
+    pub conversations: Option<String>,
 }
 
 /// A part of the data, as requested by a configuration.
