@@ -344,7 +344,7 @@ fn has_extension(path: &Path, known: &[&str]) -> bool {
     path.extension().is_some_and(|e| known.iter().any(|known| e.eq_ignore_ascii_case(known)))
 }
 
-fn is_inside(name: &str) -> bool {
+pub(super) fn is_inside(name: &str) -> bool {
     let inside = |c| matches!(c, Component::Normal(_) | Component::CurDir);
     !name.is_empty() && !name.contains('\0') && Path::new(name).components().all(inside)
 }
@@ -358,7 +358,7 @@ pub(super) fn parse<T: DeserializeOwned>(text: &str) -> serde_json::Result<T> {
 }
 
 /// The text with NaN and infinities outside strings replaced by `null`; `None` if there are none.
-fn without_nan(text: &str) -> Option<String> {
+pub(super) fn without_nan(text: &str) -> Option<String> {
     let (mut out, mut rest, mut quoted, mut found) = (String::new(), text, false, false);
     while let Some(c) = rest.chars().next() {
         let name = ["NaN", "Infinity", "-Infinity"].into_iter().find(|n| !quoted && rest.starts_with(n));

@@ -8,9 +8,13 @@ use serde::{Deserialize, Serialize};
 
 use super::bitmap::Bitmap;
 use super::cache::Skipped;
+use super::coco::FromCoco;
 use super::draw::{Drawing, Split};
 use super::folder::FromFolder;
+use super::guess;
+use super::llava::FromLlava;
 use super::mixed::FromMixed;
+use super::parquet::FromParquet;
 use super::sample::Sample;
 use super::scenes::FromScenes;
 use super::vector::FromVector;
@@ -24,24 +28,44 @@ use crate::error::{Error, Result};
 pub enum Source {
     /// The folders `data.train` and `data.test`.
     Folder,
+    /// The tar shards that `data.train` and `data.test` name, such as `shards/train-{000..015}.tar`.
+    WebDataset,
+    /// Tables in Parquet files, with pictures in a column as Hugging Face stores them.
+    Parquet,
+    /// Conversations in a JSON file of the form of LLaVA, whose pictures are beside it or in `data.images`.
+    Llava,
+    /// The captions of a COCO file, whose pictures are beside it or in `data.images`.
+    Coco,
+    /// Vector graphics, drawn at the size of training: the files `data.train` and `data.test`, which may be the same, since
+    /// a file holds both parts; `examples/fetch-icons.sh` makes one.
+    Vector,
     /// Built-in pictures of coloured shapes, drawn by the program; `data.size` is 16 or more.
     Scenes,
     /// Built-in pictures of short words, some beside a shape; `data.size` is 48 or more.
     Words,
     /// Both kinds of built-in pictures in turn; `data.size` is 48 or more.
     Mixed,
-    /// Vector graphics, drawn at the size of training: the files `data.train` and `data.test`, which may be the same, since
-    /// a file holds both parts; `examples/fetch-icons.sh` makes one.
-    Vector,
-    /// The tar shards that `data.train` and `data.test` name, such as `shards/train-{000..015}.tar`; see
-    /// docs/data/webdataset.md.
-    WebDataset,
 }
 
 impl Source {
     /// All of them.
-    pub const ALL: [Source; 6] =
-        [Source::Folder, Source::Scenes, Source::Words, Source::Mixed, Source::Vector, Source::WebDataset];
+    pub const ALL: [Source; 9] = [
+        Source::Folder,
+        Source::WebDataset,
+        Source::Parquet,
+        Source::Llava,
+        Source::Coco,
+        Source::Vector,
+        Source::Scenes,
+        Source::Words,
+        Source::Mixed,
+    ];
+
+    /// The source that reads `path`, by its content: the kinds of files in a folder, the ending of a file, the first keys
+    /// of JSON.
+    pub fn guess(path: &Path) -> Result<Source> {
+        Self::named(guess::name(path)?)
+    }
 
     /// The source with this name in configurations.
     pub fn named(name: &str) -> Result<Self> {
@@ -54,6 +78,9 @@ impl Source {
     fn of(self) -> &'static dyn DataSource {
         match self {
             Source::Folder => &FromFolder,
+            Source::Parquet => &FromParquet,
+            Source::Llava => &FromLlava,
+            Source::Coco => &FromCoco,
             Source::Scenes => &FromScenes,
             Source::Words => &FromWords,
             Source::Mixed => &FromMixed,
@@ -74,9 +101,10 @@ impl std::ops::Deref for Source {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Columns {
-    /// The column of the pictures; if omitted, the one that the file declares as pictures, or `image`.
+    /// The column of the pictures; if omitted, the one that the file declares as pictures, or the first that exists of
+    /// `image`, `jpg`, `png`, `jpeg`, `webp` and `images`.
     pub image: Option<String>,
-    /// The columns of captions; if omitted, those of `text` and `caption` that exist.
+    /// The columns of captions; if omitted, those of `text`, `caption` and `captions` that exist.
     pub captions: Option<Vec<String>>,
     /// The column of what to draw; if omitted, `prompt` if it exists.
     pub prompt: Option<String>,
@@ -84,6 +112,8 @@ pub struct Columns {
     pub question: Option<String>,
     /// The column of answers; if omitted, `answer` if it exists.
     pub answer: Option<String>,
+    /// The column of conversations; if omitted, the first that exists of `conversations`, `messages` and `texts`.
+    pub conversations: Option<String>,
 }
 
 /// A part of the data, as requested by a configuration.
