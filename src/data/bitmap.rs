@@ -2,9 +2,13 @@
 
 use std::fs::File;
 use std::io::{Cursor, Read};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-use ::image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits};
+use ::image::metadata::Orientation;
+use ::image::{
+    ColorType, DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, RgbImage,
+};
 
 use super::jpeg;
 use crate::error::{Error, Result};
@@ -27,48 +31,77 @@ pub struct Bitmap {
     pub rgb: Vec<u8>,
 }
 
+/// Why a picture is refused.
+#[derive(Debug)]
+pub(super) enum Refused {
+    /// It exceeds a limit.
+    TooLarge,
+    /// It cannot be decoded, for this reason.
+    Broken(String),
+}
+
+impl Refused {
+    /// It cannot be decoded, for a reason that may be anything printable.
+    pub fn broken(why: impl ToString) -> Self {
+        Refused::Broken(why.to_string())
+    }
+}
+
+impl From<ImageError> for Refused {
+    fn from(e: ImageError) -> Self {
+        match e {
+            ImageError::Limits(_) => Refused::TooLarge,
+            e => Refused::broken(e),
+        }
+    }
+}
+
 impl Bitmap {
-    /// Decodes a PNG, JPEG or WebP file; the format is recognised by the content, not by the name. EXIF orientation
-    /// is applied, transparency is flattened onto white, and 16-bit values are rounded to 8 bits. Of an animation,
-    /// the first frame is taken.
+    /// Decodes a PNG, JPEG, WebP or GIF file; the format is recognised by the content, not by the name. EXIF
+    /// orientation is applied, transparency is flattened onto white, CMYK is converted to RGB, and 16-bit values are
+    /// rounded to 8 bits. Colour profiles (ICC) and gamma are ignored: values are taken as they are. Of an animation, the
+    /// first frame is taken.
     ///
-    /// Pictures with a side over 16384 pixels, or that need more than 256 MiB to decode, are refused. So are files
-    /// that are truncated or have holes, as far as their format allows this to be detected: a lossy WebP has no
-    /// checksum.
+    /// Pictures with a side over 16384 pixels, or that need more than 256 MiB to decode, are refused, before memory is
+    /// allocated for them; so are JPEGs of more scans than any program writes. So are files that are truncated or have
+    /// holes, as far as their format allows this to be detected: a GIF and a lossy WebP have no checksum.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         Self::decode(&read(path)?, path, usize::MAX)
     }
 
-    /// Decodes the bytes of a picture, see [`Bitmap::open`]; errors are about `name`. A picture whose shorter side is
-    /// larger than `shorter` may be decoded at a reduced size that is not below it.
+    /// Decodes the bytes of a picture, see [`Bitmap::open`]; errors are about `name`. A JPEG is decoded at 1/2, 1/4 or
+    /// 1/8 of its size if its shorter side is at least `shorter` then. The result is the same at each call.
     pub fn decode(bytes: &[u8], name: &Path, shorter: usize) -> Result<Self> {
-        let _ = shorter;
-        let broken = |why: &dyn std::fmt::Display| {
-            Error::data(name, format!("this picture cannot be decoded ({why})"))
-        };
         let format = format(bytes).map_err(|what| Error::data(name, what))?;
-        let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
-        let mut limits = Limits::default();
-        limits.max_image_width = Some(MAX_SIDE);
-        limits.max_image_height = Some(MAX_SIDE);
-        limits.max_alloc = Some(MAX_BYTES);
-        reader.limits(limits);
-        let decoded = decode(reader).map_err(|e| match e {
-            ImageError::Limits(_) => too_large(name),
-            e => broken(&e),
-        })?;
-        // The decoders of these two formats accept incomplete files.
-        match format {
-            ImageFormat::Jpeg => jpeg::check(bytes).map_err(|why| broken(&why))?,
-            ImageFormat::WebP => whole_riff(bytes).map_err(|why| broken(&why))?,
-            _ => {}
+        // A panic of a decoder is a fault of the file to whoever uses the picture: one file must not end a run. Nothing
+        // that a decoder has changed is used after it.
+        let decoded = catch_unwind(AssertUnwindSafe(|| match format {
+            ImageFormat::Jpeg => jpeg::decode(bytes, shorter),
+            format => other(bytes, format),
+        }));
+        let broken = |why: &str| Error::data(name, format!("this picture cannot be decoded ({why})"));
+        match decoded {
+            Ok(Ok(bitmap)) if bitmap.rgb.is_empty() => Err(Error::data(name, "this picture has no pixels")),
+            Ok(Ok(bitmap)) => Ok(bitmap),
+            Ok(Err(Refused::TooLarge)) => Err(too_large(name)),
+            Ok(Err(Refused::Broken(why))) => Err(broken(&why)),
+            Err(_) => Err(broken("the decoder failed")),
         }
-        let bitmap = flatten(decoded);
-        if bitmap.rgb.is_empty() {
-            return Err(Error::data(name, "this picture has no pixels"));
+    }
+
+    /// The picture turned as a camera noted it.
+    pub(super) fn turned(self, orientation: Orientation) -> Self {
+        let (height, width) = (self.height as u32, self.width as u32);
+        if orientation == Orientation::NoTransforms {
+            return self;
         }
-        Ok(bitmap)
+        let Some(image) = RgbImage::from_raw(width, height, self.rgb) else {
+            return Bitmap { height: 0, width: 0, rgb: Vec::new() };
+        };
+        let mut image = DynamicImage::ImageRgb8(image);
+        image.apply_orientation(orientation);
+        Bitmap { height: image.height() as usize, width: image.width() as usize, rgb: image.into_bytes() }
     }
 }
 
@@ -98,13 +131,15 @@ pub(super) fn read(path: &Path) -> Result<Vec<u8>> {
 /// The format given by the first bytes of a file, if it can be decoded; otherwise what is wrong.
 fn format(bytes: &[u8]) -> std::result::Result<ImageFormat, String> {
     match ::image::guess_format(bytes) {
-        Ok(format @ (ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP)) => Ok(format),
+        Ok(format @ (ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP | ImageFormat::Gif)) => {
+            Ok(format)
+        }
         Ok(other) => {
             let name = other.extensions_str().first().unwrap_or(&"").to_uppercase();
-            Err(format!("this is a {name} picture, not a PNG, JPEG or WebP picture; convert it"))
+            Err(format!("this is a {name} picture, not a PNG, JPEG, WebP or GIF picture; convert it"))
         }
-        Err(_) if bytes.is_empty() => Err("this file is empty, not a PNG, JPEG or WebP picture".into()),
-        Err(_) => Err("this is not a PNG, JPEG or WebP picture".into()),
+        Err(_) if bytes.is_empty() => Err("this file is empty, not a PNG, JPEG, WebP or GIF picture".into()),
+        Err(_) => Err("this is not a PNG, JPEG, WebP or GIF picture".into()),
     }
 }
 
@@ -124,172 +159,80 @@ fn whole_riff(bytes: &[u8]) -> std::result::Result<(), String> {
     }
 }
 
-fn decode(reader: ImageReader<Cursor<&[u8]>>) -> std::result::Result<DynamicImage, ImageError> {
-    let mut decoder = reader.into_decoder()?;
-    // Not every decoder counts its output against its limit.
-    let mut output = Limits::default();
-    output.max_alloc = Some(MAX_BYTES);
-    output.reserve(decoder.total_bytes())?;
-    // A broken EXIF block is no reason to lose the picture.
-    let orientation = decoder.orientation().ok();
-    let mut image = DynamicImage::from_decoder(decoder)?;
-    if let Some(orientation) = orientation {
-        image.apply_orientation(orientation);
+/// Decodes a picture that is not a JPEG.
+fn other(bytes: &[u8], format: ImageFormat) -> std::result::Result<Bitmap, Refused> {
+    if format == ImageFormat::WebP {
+        // Its decoder accepts incomplete files.
+        whole_riff(bytes).map_err(Refused::Broken)?;
     }
-    Ok(image)
+    let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
+    let mut limits = Limits::default();
+    limits.max_image_width = Some(MAX_SIDE);
+    limits.max_image_height = Some(MAX_SIDE);
+    limits.max_alloc = Some(MAX_BYTES);
+    reader.limits(limits);
+    let mut decoder = reader.into_decoder()?;
+    let (width, height) = decoder.dimensions();
+    let (color, size) = (decoder.color_type(), decoder.total_bytes());
+    // Not every decoder counts its output against its limit. Pixels of fewer than three bytes are copied at the end.
+    let pixels = u64::from(width) * u64::from(height);
+    let copy = if color.bytes_per_pixel() < 3 { 3 * pixels } else { 0 };
+    if size.saturating_add(copy) > MAX_BYTES {
+        return Err(Refused::TooLarge);
+    }
+    // A broken EXIF block is no reason to lose the picture.
+    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let mut values = vec![0; size as usize];
+    decoder.read_image(&mut values)?;
+    let rgb = flatten(values, color)?;
+    Ok(Bitmap { height: height as usize, width: width as usize, rgb }.turned(orientation))
 }
 
-fn flatten(image: DynamicImage) -> Bitmap {
-    let (height, width) = (image.height() as usize, image.width() as usize);
-    let rgb = if image.color().has_alpha() {
-        let on_white = |c: u8, a: u8| {
-            let (c, a) = (u32::from(c), u32::from(a));
-            ((c * a + 255 * (255 - a) + 127) / 255) as u8
-        };
-        image.into_rgba8().pixels().flat_map(|p| [0, 1, 2].map(|i| on_white(p.0[i], p.0[3]))).collect()
-    } else {
-        image.into_rgb8().into_raw()
+/// The RGB bytes of decoded pixels, on white where they are transparent.
+fn flatten(values: Vec<u8>, color: ColorType) -> std::result::Result<Vec<u8>, Refused> {
+    let byte = |p: &[u8], i: usize| u32::from(p[i]);
+    let word = |p: &[u8], i: usize| u32::from(u16::from_ne_bytes([p[2 * i], p[2 * i + 1]]));
+    let on_white = |c: u32, a: u32| ((c * a + 255 * (255 - a) + 127) / 255) as u8;
+    let deep_on_white = |c: u32, a: u32| {
+        let (c, a) = (u64::from(c), u64::from(a));
+        rounded(((c * a + 65535 * (65535 - a) + 32767) / 65535) as u32)
     };
-    Bitmap { height, width, rgb }
+    Ok(match color {
+        ColorType::Rgb8 => values,
+        ColorType::L8 => pixels(values, 1, |p| [p[0]; 3]),
+        ColorType::La8 => pixels(values, 2, |p| [on_white(byte(p, 0), byte(p, 1)); 3]),
+        ColorType::Rgba8 => pixels(values, 4, |p| [0, 1, 2].map(|i| on_white(byte(p, i), byte(p, 3)))),
+        ColorType::L16 => pixels(values, 2, |p| [rounded(word(p, 0)); 3]),
+        ColorType::La16 => pixels(values, 4, |p| [deep_on_white(word(p, 0), word(p, 1)); 3]),
+        ColorType::Rgb16 => pixels(values, 6, |p| [0, 1, 2].map(|i| rounded(word(p, i)))),
+        ColorType::Rgba16 => pixels(values, 8, |p| [0, 1, 2].map(|i| deep_on_white(word(p, i), word(p, 3)))),
+        other => return Err(Refused::Broken(format!("its colours are {other:?}, wanted grey or RGB"))),
+    })
+}
+
+/// A 16-bit value as a byte.
+fn rounded(value: u32) -> u8 {
+    ((value + 128) / 257) as u8
+}
+
+/// Converts pixels of `size` bytes, in place if three bytes are not more than that.
+fn pixels(mut values: Vec<u8>, size: usize, rgb: impl Fn(&[u8]) -> [u8; 3]) -> Vec<u8> {
+    if size < 3 {
+        return values.chunks_exact(size).flat_map(rgb).collect();
+    }
+    let count = values.len() / size;
+    for i in 0..count {
+        let pixel = rgb(&values[i * size..][..size]);
+        values[3 * i..][..3].copy_from_slice(&pixel);
+    }
+    values.truncate(3 * count);
+    values.shrink_to_fit();
+    values
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::data::image::Image;
-    use crate::data::save_png;
-    use crate::data::scratch::Scratch;
-
-    /// A picture in which every pixel differs from its neighbours.
-    fn ramp(height: usize, width: usize) -> Image {
-        let rgb: Vec<u8> = (0..height * width * 3).map(|i| (i * 37 % 256) as u8).collect();
-        Image::from_u8(height, width, &rgb).unwrap()
-    }
-
-    #[test]
-    fn formats_are_told_by_content() {
-        let dir = Scratch::new("formats");
-        let rgb = ::image::RgbImage::from_pixel(9, 5, ::image::Rgb([200, 40, 90]));
-        let grey = ::image::GrayImage::from_pixel(9, 5, ::image::Luma([77]));
-        rgb.save_with_format(dir.path("a.png"), ImageFormat::Jpeg).unwrap();
-        rgb.save_with_format(dir.path("b.jpg"), ImageFormat::WebP).unwrap();
-        grey.save_with_format(dir.path("c"), ImageFormat::Png).unwrap();
-        for (name, want, tolerance) in
-            [("a.png", [200, 40, 90], 4), ("b.jpg", [200, 40, 90], 0), ("c", [77, 77, 77], 0)]
-        {
-            let image = Image::open(dir.path(name)).unwrap();
-            assert_eq!((image.height, image.width), (5, 9));
-            for pixel in image.to_u8().chunks(3) {
-                for (got, want) in pixel.iter().zip(want) {
-                    assert!((i32::from(*got) - want).abs() <= tolerance, "{name}: {pixel:?}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn alpha_is_flattened_on_white() {
-        let dir = Scratch::new("alpha");
-        let mut rgba = ::image::RgbaImage::new(3, 1);
-        rgba.put_pixel(0, 0, ::image::Rgba([10, 20, 30, 255]));
-        rgba.put_pixel(1, 0, ::image::Rgba([10, 20, 30, 0]));
-        rgba.put_pixel(2, 0, ::image::Rgba([0, 0, 255, 51]));
-        rgba.save(dir.path("a.png")).unwrap();
-        let image = Image::open(dir.path("a.png")).unwrap();
-        assert_eq!(image.to_u8(), [10, 20, 30, 255, 255, 255, 204, 204, 255]);
-    }
-
-    #[test]
-    fn sixteen_bits_are_rounded_to_eight() {
-        let dir = Scratch::new("sixteen");
-        let deep = ::image::ImageBuffer::from_pixel(2, 2, ::image::Rgb([0u16, 65535, 257 * 99]));
-        deep.save(dir.path("a.png")).unwrap();
-        assert_eq!(Image::open(dir.path("a.png")).unwrap().to_u8()[..3], [0, 255, 99]);
-    }
-
-    #[test]
-    fn what_is_no_picture_is_refused() {
-        let dir = Scratch::new("corrupt");
-        let text = |name: &str| Image::open(dir.path(name)).unwrap_err().to_string();
-        assert!(text("missing.png").contains("missing.png: "));
-        dir.write("text.png", b"hello");
-        assert!(text("text.png").contains("not a PNG, JPEG or WebP picture"));
-        dir.write("empty.png", b"");
-        assert!(text("empty.png").contains("not a PNG, JPEG or WebP picture"));
-        save_png(dir.path("whole.png"), &ramp(40, 40)).unwrap();
-        let whole = std::fs::read(dir.path("whole.png")).unwrap();
-        dir.write("half.png", &whole[..whole.len() / 2]);
-        assert!(text("half.png").contains("cannot be decoded"), "{}", text("half.png"));
-        ::image::RgbImage::new(MAX_SIDE + 1, 1).save(dir.path("wide.png")).unwrap();
-        assert!(text("wide.png").contains("too large"), "{}", text("wide.png"));
-        // A header that declares 16384 x 16384 pixels is refused before anything is allocated.
-        let mut bomb = whole[..33].to_vec();
-        bomb[16..24].copy_from_slice(&[0, 0, 0x40, 0, 0, 0, 0x40, 0]);
-        let crc = crc32(&bomb[12..29]);
-        bomb[29..33].copy_from_slice(&crc.to_be_bytes());
-        bomb.extend_from_slice(&whole[33..]);
-        dir.write("bomb.png", &bomb);
-        assert!(text("bomb.png").contains("too large"), "{}", text("bomb.png"));
-    }
-
-    #[test]
-    fn cut_and_holed_files_of_every_format_are_refused() {
-        let dir = Scratch::new("cut");
-        save_png(dir.path("a.png"), &ramp(61, 83)).unwrap();
-        let rgb = ramp(61, 83).to_u8();
-        ::image::save_buffer(dir.path("a.webp"), &rgb, 83, 61, ::image::ExtendedColorType::Rgb8).unwrap();
-        let files = [
-            ("baseline.jpg", include_bytes!("../../tests/pictures/baseline.jpg").to_vec(), true),
-            ("progressive.jpg", include_bytes!("../../tests/pictures/progressive.jpg").to_vec(), true),
-            ("restart.jpg", include_bytes!("../../tests/pictures/restart.jpg").to_vec(), true),
-            ("cmyk.jpg", include_bytes!("../../tests/pictures/cmyk.jpg").to_vec(), true),
-            ("a.png", std::fs::read(dir.path("a.png")).unwrap(), true),
-            // Neither lossless nor lossy WebP has a checksum.
-            ("a.webp", std::fs::read(dir.path("a.webp")).unwrap(), false),
-            ("lossy.webp", include_bytes!("../../tests/pictures/lossy.webp").to_vec(), false),
-        ];
-        for (name, whole, checked) in files {
-            dir.write(name, &whole);
-            let image = Image::open(dir.path(name)).unwrap();
-            assert_eq!((image.height, image.width), (61, 83), "{name}");
-            dir.write(name, &[&whole[..], &[0; 100]].concat());
-            assert_eq!(Image::open(dir.path(name)).unwrap(), image, "{name} with bytes after it");
-            for percent in [60, 50, 30, 95] {
-                dir.write(name, &whole[..whole.len() * percent / 100]);
-                let e = Image::open(dir.path(name)).expect_err(name).to_string();
-                assert!(e.contains("cannot be decoded ("), "{name} cut to {percent}%: {e}");
-            }
-            if checked {
-                let mut holed = whole.clone();
-                holed[whole.len() * 6 / 10..whole.len() * 8 / 10].fill(0);
-                dir.write(name, &holed);
-                let e = Image::open(dir.path(name)).expect_err(name).to_string();
-                assert!(e.contains("cannot be decoded ("), "{name} with a hole: {e}");
-            }
-        }
-    }
-
-    #[test]
-    fn other_formats_folders_and_empty_files_are_named() {
-        let dir = Scratch::new("others");
-        dir.write("a.jpg", b"GIF89a...........");
-        dir.write("b.jpg", b"II*\0............");
-        dir.write("c.jpg", b"");
-        dir.write("d.jpg/inside", b"");
-        for (name, want) in [
-            ("a.jpg", "this is a GIF picture, not a PNG, JPEG or WebP picture; convert it"),
-            ("b.jpg", "this is a TIFF picture, not"),
-            ("c.jpg", "this file is empty, not"),
-            ("d.jpg", "this is a folder, not a picture"),
-        ] {
-            let e = Image::open(dir.path(name)).unwrap_err().to_string();
-            assert!(e.contains(&format!("{name}: {want}")), "{e}");
-        }
-    }
-
-    fn crc32(bytes: &[u8]) -> u32 {
-        !bytes.iter().fold(!0u32, |crc, &b| {
-            (0..8).fold(crc ^ u32::from(b), |c, _| if c & 1 == 1 { c >> 1 ^ 0xEDB8_8320 } else { c >> 1 })
-        })
-    }
-}
+mod hostile;
+#[cfg(test)]
+mod kinds;
+#[cfg(test)]
+mod tests;

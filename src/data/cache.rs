@@ -428,7 +428,7 @@ mod tests {
             assert_eq!((set.skipped().count, set.skipped().first.len()), (6, 5));
             let (path, why) = &set.skipped().first[1];
             assert_eq!(path, &folder.samples[2].image);
-            assert_eq!(why, "this is not a PNG, JPEG or WebP picture");
+            assert_eq!(why, "this is not a PNG, JPEG, WebP or GIF picture");
             let drawn: Vec<usize> =
                 (0..14).map(|i| get(&set, i, &mut Philox::new(0, 0)).unwrap().0).collect();
             assert_eq!(drawn, [1, 1, 4, 4, 4, 6, 6, 8, 8, 9, 10, 11, 12, 1]);

@@ -146,7 +146,7 @@ impl Folder {
         }
         if found.samples.is_empty() {
             let what = format!(
-                "no pictures found; put PNG, JPEG or WebP files or a {} into this folder",
+                "no pictures found; put PNG, JPEG, WebP or GIF files or a {} into this folder",
                 METADATA[0]
             );
             return Err(Error::data(&root, what));

@@ -61,7 +61,7 @@ enum Command {
     Reconstruct {
         #[command(flatten)]
         model: Model,
-        /// PNG, JPEG or WebP files, or folders of them.
+        /// PNG, JPEG, WebP or GIF files, or folders of them.
         #[arg(required = true)]
         images: Vec<PathBuf>,
         /// Output picture (.png, .jpg or .webp), one row per picture: original left, reconstruction right.
@@ -78,7 +78,7 @@ enum Command {
     Caption {
         #[command(flatten)]
         model: Model,
-        /// PNG, JPEG or WebP files, or folders of them.
+        /// PNG, JPEG, WebP or GIF files, or folders of them.
         #[arg(required = true)]
         images: Vec<PathBuf>,
     },
@@ -86,7 +86,7 @@ enum Command {
     Ask {
         #[command(flatten)]
         model: Model,
-        /// PNG, JPEG or WebP file.
+        /// PNG, JPEG, WebP or GIF file.
         image: PathBuf,
         /// The question.
         question: String,
