@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::backend::{Cpu, Precision};
-use crate::data::{Columns, Crop, Frames, Framing, LoadOptions, Source, Split, Wanted, read_text};
+use crate::data::{Columns, Crop, Frames, Framing, Listed, LoadOptions, Source, Split, Wanted, read_text};
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -550,7 +550,7 @@ impl Default for DataConfig {
 
 impl DataConfig {
     /// The sources of the data with their weights: one, or those of the mixture.
-    pub(crate) fn parts(&self) -> Vec<MixConfig> {
+    pub fn parts(&self) -> Vec<MixConfig> {
         match self.mix.is_empty() {
             false => self.mix.clone(),
             true => vec![MixConfig {
@@ -569,7 +569,7 @@ impl DataConfig {
 
     /// How training pictures or held-out pictures are loaded, for a tokenizer that makes one token of `side` x `side`
     /// pixels.
-    pub(crate) fn options(&self, split: Split, side: usize) -> LoadOptions {
+    pub fn options(&self, split: Split, side: usize) -> LoadOptions {
         let memory = (self.cache_mib as u64).saturating_mul(1 << 20);
         let options = LoadOptions { memory, ..LoadOptions::new(self.size) };
         match split {
@@ -645,6 +645,16 @@ impl MixConfig {
             }
         };
         Wanted { split, path, images, columns: &self.columns, samples, size: data.size }
+    }
+
+    /// Lists the training pictures or the held-out ones. Fails if the configuration names none.
+    pub fn open(&self, split: Split, data: &DataConfig) -> Result<Listed> {
+        let wanted = self.wanted(split, data);
+        if !self.source.has(&wanted) {
+            let key = if split == Split::Train { "data.train" } else { "data.test" };
+            return Err(Error::config(key, "empty", "a folder, or a built-in data.source such as \"scenes\""));
+        }
+        self.source.open(&wanted)
     }
 
     fn paths(&mut self) -> impl Iterator<Item = &mut PathBuf> {

@@ -55,7 +55,7 @@ impl Evaluation for HeldOut {
     }
 }
 
-/// Evaluates a finished run on the first `samples` pictures of the folder `data`, or of the run's own held-out set,
+/// Evaluates a finished run on the first `samples` pictures of `data`, which any source can read, or of the run's own held-out set,
 /// and writes results and pictures into `out`; see [`closing`].
 pub fn evaluate_run(
     trained: &mut Trained,
@@ -65,7 +65,8 @@ pub fn evaluate_run(
 ) -> Result<Report> {
     let cfg = &mut trained.model.cfg.data;
     if let Some(folder) = data {
-        (cfg.source, cfg.test) = (Source::Folder, Some(folder.into()));
+        (cfg.source, cfg.test, cfg.test_images) = (Source::guess(folder)?, Some(folder.into()), None);
+        (cfg.images, cfg.mix) = (None, Vec::new());
     }
     cfg.eval_samples = samples.unwrap_or(cfg.eval_samples);
     let test = DataSet::test(cfg)?.ok_or_else(|| {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::plots::labelled_grid;
 use crate::config::DataConfig;
 use crate::data::{Image, Sample, Skipped, Split};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::feed::{DataSet, Template};
 use crate::rng::Philox;
 use crate::terminal::one_line;
@@ -47,12 +47,7 @@ impl Survey {
         let mut listed = Vec::new();
         let (mut ignored, mut about) = (Skipped::default(), Vec::new());
         for part in cfg.parts() {
-            let wanted = part.wanted(split, cfg);
-            if !part.source.has(&wanted) {
-                let key = if split == Split::Train { "data.train" } else { "data.test" };
-                return Err(Error::config(key, "empty", "the pictures to look at"));
-            }
-            let one = part.source.open(&wanted)?;
+            let one = part.open(split, cfg)?;
             ignored.join(one.ignored.clone());
             about.extend(one.about.iter().cloned());
             listed.push((one, part.weight));

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use ett::config::{Config, MixConfig, StageConfig, StageKind};
-use ett::data::{Bitmap, Chat, Framing, Image, Source, TextTokenizer, save_png};
+use ett::data::{Bitmap, Chat, Crop, Framing, Image, Source, TextTokenizer, save_png};
 use ett::eval::HeldOut;
 use ett::feed::{DataSet, Feed, Template};
 use ett::model::Part;
@@ -201,6 +201,68 @@ fn a_mixture_takes_its_sources_by_their_weights() -> Outcome {
     c.data.mix[0].weight = 0.0;
     let e = c.check().expect_err("a source without weight").to_string();
     assert!(e.contains("data.mix.0.weight"), "{e}");
+    Ok(())
+}
+
+/// Shards of a mixture, one with a broken picture: 20 steps are 10 and 10, bit for bit.
+#[test]
+fn a_run_on_shards_resumes_at_its_sample() -> Outcome {
+    let dir = Scratch::new();
+    folder(&dir.path("a"), 14, &[(20, 20), (10, 40)])?;
+    folder(&dir.path("b"), 9, &[(30, 20)])?;
+    let mut c = config();
+    for name in ["a", "b"] {
+        shards(&dir.path(name), &dir.path(&format!("{name}-shards")))?;
+    }
+    // The first picture of a shard loses its signature.
+    let shard = dir.path("b-shards/train-000001.tar");
+    let mut bytes = fs::read(&shard)?;
+    let at = bytes.windows(4).position(|w| w == b"\x89PNG").ok_or("a PNG")?;
+    bytes[at..at + 4].fill(b'?');
+    fs::write(&shard, bytes)?;
+    let part = |name: &str, weight| MixConfig {
+        source: Source::WebDataset,
+        train: dir.path(name).join("*.tar"),
+        weight,
+        ..MixConfig::default()
+    };
+    c.data.mix = vec![part("a-shards", 1.0), part("b-shards", 2.0)];
+    (c.data.framing, c.data.crop, c.data.cache_mib) = (Framing::Buckets, Crop::Random, 0);
+    (c.train.save_every, c.train.keep) = (10, 2);
+    c.stage = vec![StageConfig::new(StageKind::Semantic, 20, 3)];
+    let out = dir.path("run");
+    train::run(&c, cpu(1), &RunOptions { out: &out, init: None, quiet: true, evaluation: &HeldOut })?;
+    let weights = || fs::read(out.join("model.safetensors"));
+    let whole = weights()?;
+
+    // Back to the checkpoint in the middle.
+    let folders = fs::read_dir(out.join("checkpoints"))?.flatten().filter(|e| e.path().is_dir());
+    let mut names: Vec<String> =
+        folders.map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    assert_eq!(names.len(), 2, "{names:?}");
+    fs::write(out.join("checkpoints/latest"), format!("{}\n", names[0]))?;
+    fs::remove_dir_all(out.join("checkpoints").join(&names[1]))?;
+    fs::remove_file(out.join("model.safetensors"))?;
+    // Where the shards were indexed meanwhile does not matter.
+    for entry in fs::read_dir(dir.path("a-shards"))?.flatten() {
+        if entry.path().extension().is_some_and(|e| e == "ett-index") {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    train::resume(&out, cpu(1), true, &HeldOut)?;
+    assert!(weights()? == whole, "the resumed run has other weights");
+    Ok(())
+}
+
+/// Converts a folder to shards of five samples by the program.
+fn shards(from: &Path, to: &Path) -> Outcome {
+    let told = Command::new(crate::common::program("ett"))
+        .args(["data", "convert", "--per-shard", "5"])
+        .args([from, to])
+        .output()?;
+    let (out, err) = (String::from_utf8_lossy(&told.stdout), String::from_utf8_lossy(&told.stderr));
+    assert!(told.status.success() && out.contains("samples in"), "{out}{err}");
     Ok(())
 }
 

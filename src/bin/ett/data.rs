@@ -1,15 +1,19 @@
 //! `ett data`: looks at sources of data, measures them and converts them.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use clap::{Args, Subcommand, ValueEnum};
 use ett::config::{Config, DataConfig};
-use ett::data::{Columns, Framing, Source, Split};
+use ett::data::{
+    Columns, Encode, Format, Framing, Listed, Source, Split, speed, write_folder, write_shards,
+};
 use ett::error::{Error, Result};
 use ett::feed::Template;
 use ett::files;
 use ett::report::Survey;
 use ett::terminal::Output;
+use indicatif::{ProgressBar, ProgressStyle};
 
 /// What to look at.
 #[derive(Args)]
@@ -67,6 +71,38 @@ pub enum Command {
         /// Output picture (.png).
         #[arg(long, default_value = "inspect.png")]
         out: PathBuf,
+    },
+    /// Write data as WebDataset shards, or as a folder.
+    ///
+    /// Pictures in files are copied byte for byte, others are written as PNG. Pictures that cannot be used are left out.
+    Convert {
+        #[command(flatten)]
+        which: Which,
+        /// New or empty folder for the shards.
+        out: PathBuf,
+        /// Write pictures and a metadata.jsonl into the folder instead of shards.
+        #[arg(long)]
+        folder: bool,
+        /// Samples in a shard.
+        #[arg(long, default_value_t = 1000, allow_negative_numbers = true)]
+        per_shard: usize,
+        /// Names of the shards are PREFIX-000000.tar and so on. Default: train or test, the part of the data.
+        #[arg(long)]
+        prefix: Option<String>,
+        /// Encode all pictures anew: png, jpg or webp.
+        #[arg(long, value_name = "FORMAT")]
+        encode: Option<String>,
+    },
+    /// Measure how fast pictures are read, decoded and brought to the size of training.
+    Speed {
+        #[command(flatten)]
+        which: Which,
+        /// Threads; 0: one per core.
+        #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
+        threads: usize,
+        /// Maximum number of pictures.
+        #[arg(long, default_value_t = 20_000, allow_negative_numbers = true)]
+        samples: usize,
     },
 }
 
@@ -133,6 +169,22 @@ impl Which {
     }
 }
 
+/// The only source of the data.
+fn listed(data: &DataConfig, split: Split) -> Result<Listed> {
+    match &data.parts()[..] {
+        [part] => part.open(split, data),
+        parts => {
+            let want = "one source; name it instead of the configuration of a mixture";
+            Err(Error::config("data.mix", format!("{} sources", parts.len()), want))
+        }
+    }
+}
+
+fn bar(n: usize) -> ProgressBar {
+    let style = ProgressStyle::with_template("{bar:32} {pos:>7}/{len} {elapsed} (left {eta})");
+    ProgressBar::new(n as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
 pub fn run(command: Command, say: &mut Output) -> Result<()> {
     match command {
         Command::Inspect { which, samples, out } => {
@@ -143,6 +195,47 @@ pub fn run(command: Command, say: &mut Output) -> Result<()> {
             if survey.draw(&out)? > 0 {
                 say.line(format!("\npictures as a model sees them: {}", out.display()));
             }
+        }
+        Command::Convert { which, out, folder, per_shard, prefix, encode } => {
+            let encode = match encode {
+                Some(name) => Encode::As(Format::of(&Path::new("picture").with_extension(name))?),
+                None => Encode::Source,
+            };
+            let Chosen { data, split, .. } = which.choose()?;
+            let prefix = prefix.unwrap_or(if split == Split::Train { "train" } else { "test" }.into());
+            let listed = listed(&data, split)?;
+            let bar = bar(listed.samples.len());
+            let mut progress = |done: usize, _: usize| {
+                bar.set_position(done as u64);
+                Ok(())
+            };
+            let done = match folder {
+                true => write_folder(&listed, &out, encode, &mut progress)?,
+                false => write_shards(&listed, &out, &prefix, per_shard, encode, &mut progress)?,
+            };
+            bar.finish_and_clear();
+            let what = if folder { "pictures" } else { "shards" };
+            let mib = done.bytes >> 20;
+            say.line(format!("{} samples in {} {what}, {mib} MiB: {}", done.samples, done.files, out.display()));
+            if done.skipped.count > 0 {
+                say.line(format!("{} samples are left out: {}", done.skipped.count, done.skipped.names()));
+            }
+        }
+        Command::Speed { which, threads, samples } => {
+            let Chosen { data, split, side, .. } = which.choose()?;
+            let clock = Instant::now();
+            let listed = listed(&data, split)?;
+            let opened = clock.elapsed().as_secs_f64();
+            say.line(format!("opened {} samples in {opened:.2} s", listed.samples.len()));
+            let threads = match threads {
+                0 => std::thread::available_parallelism().map_or(1, usize::from),
+                n => n,
+            };
+            let bar = bar(samples.min(listed.samples.len()));
+            let measured =
+                speed(&listed, &data.options(split, side), threads, samples, &mut |n| bar.set_position(n as u64))?;
+            bar.finish_and_clear();
+            say.put(&measured.text());
         }
     }
     Ok(())

@@ -131,7 +131,7 @@ enum Command {
     Eval {
         #[command(flatten)]
         model: Model,
-        /// Folder of pictures; default: the run's held-out ones.
+        /// Folder of pictures, or any other data that `ett data inspect` knows; default: the run's held-out ones.
         #[arg(long)]
         data: Option<PathBuf>,
         /// Number of pictures; default: the run's data.eval_samples.

@@ -1,6 +1,6 @@
 use super::*;
 use crate::data::scratch::Scratch;
-use crate::data::{Columns, DataSource, Source, Wanted};
+use crate::data::{Columns, Source, Wanted};
 use crate::rng::Philox;
 
 const CIRCLE: &str = "<circle cx=\"5\" cy=\"5\" r=\"4\" fill=\"#ff0000\"/>";
