@@ -6,7 +6,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use ::image::metadata::Orientation;
-use ::image::{ColorType, DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, RgbImage};
+use ::image::{
+    ColorType, DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, RgbImage,
+};
 
 use super::jpeg;
 use crate::error::{Error, Result};
@@ -68,8 +70,8 @@ impl Bitmap {
         Self::decode(&read(path)?, path, usize::MAX)
     }
 
-    /// Decodes the bytes of a picture, see [`Bitmap::open`]; errors are about `name`. A JPEG is decoded at 1/2, 1/4 or
-    /// 1/8 of its size if its shorter side is at least `shorter` then. The result is the same at each call.
+    /// Decodes the bytes of a picture, see [`Bitmap::open`]; errors are about `name`. A JPEG is decoded at 1/2 or 1/4
+    /// of its size if its shorter side is at least twice `shorter` then. The result is the same at each call.
     pub fn decode(bytes: &[u8], name: &Path, shorter: usize) -> Result<Self> {
         let format = format(bytes).map_err(|what| Error::data(name, what))?;
         // A panic of a decoder is a fault of the file to whoever uses the picture: one file must not end a run. Nothing
@@ -129,7 +131,9 @@ pub(super) fn read(path: &Path) -> Result<Vec<u8>> {
 /// The format given by the first bytes of a file, if it can be decoded; otherwise what is wrong.
 fn format(bytes: &[u8]) -> std::result::Result<ImageFormat, String> {
     match ::image::guess_format(bytes) {
-        Ok(format @ (ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP | ImageFormat::Gif)) => Ok(format),
+        Ok(format @ (ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP | ImageFormat::Gif)) => {
+            Ok(format)
+        }
         Ok(other) => {
             let name = other.extensions_str().first().unwrap_or(&"").to_uppercase();
             Err(format!("this is a {name} picture, not a PNG, JPEG, WebP or GIF picture; convert it"))
@@ -201,9 +205,7 @@ fn flatten(values: Vec<u8>, color: ColorType) -> std::result::Result<Vec<u8>, Re
         ColorType::L16 => pixels(values, 2, |p| [rounded(word(p, 0)); 3]),
         ColorType::La16 => pixels(values, 4, |p| [deep_on_white(word(p, 0), word(p, 1)); 3]),
         ColorType::Rgb16 => pixels(values, 6, |p| [0, 1, 2].map(|i| rounded(word(p, i)))),
-        ColorType::Rgba16 => {
-            pixels(values, 8, |p| [0, 1, 2].map(|i| deep_on_white(word(p, i), word(p, 3))))
-        }
+        ColorType::Rgba16 => pixels(values, 8, |p| [0, 1, 2].map(|i| deep_on_white(word(p, i), word(p, 3)))),
         other => return Err(Refused::Broken(format!("its colours are {other:?}, wanted grey or RGB"))),
     })
 }

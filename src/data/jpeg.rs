@@ -19,8 +19,12 @@ const LOOKUP: u32 = 9;
 const MAX_SCANS: usize = 100;
 const MAX_BLOCKS: usize = 1 << 26;
 
-/// Decodes the first picture in `bytes`, a JPEG, turned as its EXIF block says: at 1/8, 1/4 or 1/2 of its size if its
-/// shorter side is at least `shorter` then.
+/// How far above the wanted size a reduced picture has to be. The decoder drops the high frequencies of each block, which
+/// sharpens gradients inside of a block by 6 to 10 % against those between blocks; a resize by two averages that away.
+const REDUCED_ABOVE: usize = 2;
+
+/// Decodes the first picture in `bytes`, a JPEG, turned as its EXIF block says: at 1/4 or 1/2 of its size if its shorter
+/// side is at least twice `shorter` then.
 pub(super) fn decode(bytes: &[u8], shorter: usize) -> Result<Bitmap, Refused> {
     let checked = check(bytes, shorter)?;
     if checked.reduction > 1
@@ -141,9 +145,10 @@ impl Jpeg {
     fn checked(&self) -> Checked {
         let (width, height) = self.size;
         let side = width.min(height);
-        // Only grey and colour can be reduced, not CMYK.
+        let least = self.shorter.saturating_mul(REDUCED_ABOVE);
+        // Only grey and colour can be reduced, not CMYK. At 1/8, the decoder rounds down, and saves little more time.
         let plain = matches!(self.components.len(), 1 | 3);
-        let reduction = [8, 4, 2].into_iter().find(|&n| plain && side.div_ceil(n) >= self.shorter).unwrap_or(1);
+        let reduction = [4, 2].into_iter().find(|&n| plain && side.div_ceil(n) >= least).unwrap_or(1);
         let blocks: usize = self.components.iter().map(|c| c.stride * c.rows).sum();
         let holds = self.progressive || self.scans > 1;
         Checked {
@@ -175,21 +180,26 @@ impl Jpeg {
                 _ => {}
             }
             let length = bytes.get(at..at + 2).map(|b| usize::from(b[0]) << 8 | usize::from(b[1]));
-            let body = length.filter(|&n| n >= 2).and_then(|n| bytes.get(at + 2..at + n)).ok_or(Refused::broken(CUT))?;
+            let body = length
+                .filter(|&n| n >= 2)
+                .and_then(|n| bytes.get(at + 2..at + n))
+                .ok_or(Refused::broken(CUT))?;
             at += 2 + body.len();
             match marker {
-                0xC0..=0xC2 => {
-                    self.frame(body, marker == 0xC2).ok_or(Refused::broken("its frame header is broken"))??
-                }
+                0xC0..=0xC2 => self
+                    .frame(body, marker == 0xC2)
+                    .ok_or(Refused::broken("its frame header is broken"))??,
                 0xC3 | 0xC5..=0xC7 | 0xC9..=0xCB | 0xCD..=0xCF => {
                     let coding = if marker > 0xC8 { "arithmetic" } else { "lossless or hierarchical" };
-                    let what = format!("it uses {coding} coding, wanted baseline or progressive Huffman coding");
+                    let what =
+                        format!("it uses {coding} coding, wanted baseline or progressive Huffman coding");
                     return Err(Refused::Broken(what + "; convert it"));
                 }
                 0xC4 => self.huffman(body).ok_or(Refused::broken("a Huffman table is broken"))?,
                 0xDD => {
                     let interval = number(body);
-                    self.restart_interval = interval.ok_or(Refused::broken("its restart interval is broken"))?;
+                    self.restart_interval =
+                        interval.ok_or(Refused::broken("its restart interval is broken"))?;
                 }
                 0xDA => {
                     let scan = self.scan(body).ok_or(Refused::broken("a scan's header is broken"))?;
@@ -284,11 +294,8 @@ impl Jpeg {
         // In a progressive scan, only DC coefficients can be interleaved.
         let together = !self.progressive || of.len() == 1 || band == (0, 0);
         let mixed = self.progressive && band.0 == 0 && band.1 > 0;
-        ((1..=4).contains(&of.len()) && together && !mixed && band.0 <= band.1 && band.1 < 64).then_some(Scan {
-            of,
-            band,
-            refines: self.progressive && approximation >> 4 > 0,
-        })
+        ((1..=4).contains(&of.len()) && together && !mixed && band.0 <= band.1 && band.1 < 64)
+            .then_some(Scan { of, band, refines: self.progressive && approximation >> 4 > 0 })
     }
 
     /// Reads the data of a scan from `at` and returns where they end.

@@ -16,6 +16,7 @@ mod sample;
 mod save;
 mod scenes;
 mod source;
+mod speed;
 mod text;
 mod words;
 
@@ -33,6 +34,7 @@ pub use sample::{Chat, Sample};
 pub use save::{Format, save, save_png};
 pub use scenes::{Place, Scenes, Shapes, Size};
 pub use source::{Columns, DataSource, Listed, Pictures, Source, Wanted};
+pub use speed::{Speed, speed};
 pub use text::{Special, TextTokenizer};
 pub use words::{Words, Written};
 
