@@ -652,7 +652,11 @@ impl MixConfig {
         let wanted = self.wanted(split, data);
         if !self.source.has(&wanted) {
             let key = if split == Split::Train { "data.train" } else { "data.test" };
-            return Err(Error::config(key, "empty", "a folder, or a built-in data.source such as \"scenes\""));
+            return Err(Error::config(
+                key,
+                "empty",
+                "a folder, or a built-in data.source such as \"scenes\"",
+            ));
         }
         self.source.open(&wanted)
     }

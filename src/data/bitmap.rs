@@ -70,8 +70,8 @@ impl Bitmap {
         Self::decode(&read(path)?, path, usize::MAX)
     }
 
-    /// Decodes the bytes of a picture, see [`Bitmap::open`]; errors are about `name`. A JPEG is decoded at 1/2, 1/4 or
-    /// 1/8 of its size if its shorter side is at least `shorter` then. The result is the same at each call.
+    /// Decodes the bytes of a picture, see [`Bitmap::open`]; errors are about `name`. A JPEG is decoded at 1/2 or 1/4
+    /// of its size if its shorter side is at least twice `shorter` then. The result is the same at each call.
     pub fn decode(bytes: &[u8], name: &Path, shorter: usize) -> Result<Self> {
         let format = format(bytes).map_err(|what| Error::data(name, what))?;
         // A panic of a decoder is a fault of the file to whoever uses the picture: one file must not end a run. Nothing

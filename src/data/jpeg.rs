@@ -19,8 +19,12 @@ const LOOKUP: u32 = 9;
 const MAX_SCANS: usize = 100;
 const MAX_BLOCKS: usize = 1 << 26;
 
-/// Decodes the first picture in `bytes`, a JPEG, turned as its EXIF block says: at 1/8, 1/4 or 1/2 of its size if its
-/// shorter side is at least `shorter` then.
+/// How far above the wanted size a reduced picture has to be. The decoder drops the high frequencies of each block, which
+/// sharpens gradients inside of a block by 6 to 10 % against those between blocks; a resize by two averages that away.
+const REDUCED_ABOVE: usize = 2;
+
+/// Decodes the first picture in `bytes`, a JPEG, turned as its EXIF block says: at 1/4 or 1/2 of its size if its shorter
+/// side is at least twice `shorter` then.
 pub(super) fn decode(bytes: &[u8], shorter: usize) -> Result<Bitmap, Refused> {
     let checked = check(bytes, shorter)?;
     if checked.reduction > 1
@@ -141,10 +145,10 @@ impl Jpeg {
     fn checked(&self) -> Checked {
         let (width, height) = self.size;
         let side = width.min(height);
-        // Only grey and colour can be reduced, not CMYK.
+        let least = self.shorter.saturating_mul(REDUCED_ABOVE);
+        // Only grey and colour can be reduced, not CMYK. At 1/8, the decoder rounds down, and saves little more time.
         let plain = matches!(self.components.len(), 1 | 3);
-        let reduction =
-            [8, 4, 2].into_iter().find(|&n| plain && side.div_ceil(n) >= self.shorter).unwrap_or(1);
+        let reduction = [4, 2].into_iter().find(|&n| plain && side.div_ceil(n) >= least).unwrap_or(1);
         let blocks: usize = self.components.iter().map(|c| c.stride * c.rows).sum();
         let holds = self.progressive || self.scans > 1;
         Checked {

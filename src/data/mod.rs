@@ -24,6 +24,7 @@ mod sample;
 mod save;
 mod scenes;
 mod source;
+mod speed;
 mod text;
 mod texts;
 pub mod vector;
@@ -46,6 +47,7 @@ pub use sample::{Chat, Sample};
 pub use save::{Format, save, save_png};
 pub use scenes::{Place, Scenes, Shapes, Size};
 pub use source::{Columns, DataSource, Listed, Pictures, Source, Wanted};
+pub use speed::{Speed, speed};
 pub use text::{Special, TextTokenizer};
 pub use words::{Words, Written};
 

@@ -237,8 +237,7 @@ fn a_run_on_shards_resumes_at_its_sample() -> Outcome {
 
     // Back to the checkpoint in the middle.
     let folders = fs::read_dir(out.join("checkpoints"))?.flatten().filter(|e| e.path().is_dir());
-    let mut names: Vec<String> =
-        folders.map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+    let mut names: Vec<String> = folders.map(|e| e.file_name().to_string_lossy().into_owned()).collect();
     names.sort();
     assert_eq!(names.len(), 2, "{names:?}");
     fs::write(out.join("checkpoints/latest"), format!("{}\n", names[0]))?;

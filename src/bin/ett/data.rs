@@ -5,9 +5,7 @@ use std::time::Instant;
 
 use clap::{Args, Subcommand, ValueEnum};
 use ett::config::{Config, DataConfig};
-use ett::data::{
-    Columns, Encode, Format, Framing, Listed, Source, Split, speed, write_folder, write_shards,
-};
+use ett::data::{Columns, Encode, Format, Framing, Listed, Source, Split, speed, write_folder, write_shards};
 use ett::error::{Error, Result};
 use ett::feed::Template;
 use ett::files;
@@ -216,7 +214,12 @@ pub fn run(command: Command, say: &mut Output) -> Result<()> {
             bar.finish_and_clear();
             let what = if folder { "pictures" } else { "shards" };
             let mib = done.bytes >> 20;
-            say.line(format!("{} samples in {} {what}, {mib} MiB: {}", done.samples, done.files, out.display()));
+            say.line(format!(
+                "{} samples in {} {what}, {mib} MiB: {}",
+                done.samples,
+                done.files,
+                out.display()
+            ));
             if done.skipped.count > 0 {
                 say.line(format!("{} samples are left out: {}", done.skipped.count, done.skipped.names()));
             }
@@ -232,8 +235,9 @@ pub fn run(command: Command, say: &mut Output) -> Result<()> {
                 n => n,
             };
             let bar = bar(samples.min(listed.samples.len()));
-            let measured =
-                speed(&listed, &data.options(split, side), threads, samples, &mut |n| bar.set_position(n as u64))?;
+            let measured = speed(&listed, &data.options(split, side), threads, samples, &mut |n| {
+                bar.set_position(n as u64)
+            })?;
             bar.finish_and_clear();
             say.put(&measured.text());
         }

@@ -140,8 +140,10 @@ fn sizes_that_no_file_holds_are_refused() {
 fn scans_without_number_are_refused() {
     let jpeg = fixture("progressive.jpg");
     let end = jpeg.len() - 2;
-    let last = jpeg.windows(2).rposition(|w| w == [0xFF, 0xDA]).unwrap();
-    let bomb = [&jpeg[..end], &jpeg[last..end].repeat(5000), &jpeg[end..]].concat();
+    let first = jpeg.windows(2).position(|w| w == [0xFF, 0xDA]).unwrap();
+    let length = jpeg[first + 4..].windows(2).position(|w| w[0] == 0xFF && w[1] != 0).unwrap() + 4;
+    let scan = &jpeg[first..first + length];
+    let bomb = [&jpeg[..end], &scan.repeat(5000), &jpeg[end..]].concat();
     let e = refused(&bomb);
     assert!(e.contains("more than 100 scans"), "{e}");
 }
