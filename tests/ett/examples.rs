@@ -8,6 +8,7 @@ use serde_json::json;
 
 use crate::common::{Outcome, gpu_turn};
 
+#[expect(dead_code, reason = "the test calls what its main calls")]
 #[path = "../../examples/icons/main.rs"]
 mod icons;
 #[path = "../../examples/2_kernel_and_oracle.rs"]

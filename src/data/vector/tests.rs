@@ -252,7 +252,7 @@ fn files_that_are_something_else_are_named() {
     let all_but = |n: usize| lines[..lines.len() - n].concat();
     for (bytes, want) in [
         (b"hello".to_vec(), "this is not a file of vector graphics ("),
-        (Vec::new(), "empty"),
+        (Vec::new(), "this is not a file of vector graphics ("),
         (packed(""), "this file is empty"),
         (packed("hello\n"), "does not say \"ett vector graphics\""),
         (
