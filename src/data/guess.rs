@@ -137,6 +137,7 @@ mod tests {
             assert!(e.contains(want), "{e}");
         }
         assert_eq!(Source::guess(&dir.path("e.json")).unwrap(), Source::Llava);
+        assert_eq!(Source::guess(&dir.path("tables")).unwrap(), Source::Parquet);
         assert_eq!(Source::guess(&dir.path("g.json")).unwrap(), Source::Coco);
         assert_eq!(Source::guess(&dir.path("plain")).unwrap(), Source::Folder);
     }

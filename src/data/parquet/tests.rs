@@ -362,8 +362,8 @@ fn what_is_damaged_or_not_supported_is_named() {
     assert_eq!(listed.pictures.decode(1, 8).unwrap().rgb, [2; 6]);
 }
 
-/// What happens to damaged files: an error, or pictures and errors of pictures, within a second, without a panic of our
-/// code. Panics of the parquet crate are counted by the hook, and become errors.
+/// Damaged files are errors, or give pictures and errors of pictures, in bounded time. Panics of the parquet crate become
+/// errors too, but are printed.
 #[test]
 fn truncated_and_mutated_files_are_survived() {
     let dir = Scratch::new("parquet-mutated");
@@ -399,7 +399,7 @@ fn truncated_and_mutated_files_are_survived() {
         }
         assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
     };
-    let rounds = if cfg!(debug_assertions) { 400 } else { 3000 };
+    let rounds = 400;
     for (i, good) in files.iter().enumerate() {
         for cut in (0..good.len()).step_by(7) {
             attempt(&good[..cut]);
