@@ -77,7 +77,6 @@ impl Packages {
     }
 }
 
-#[cfg_attr(test, allow(dead_code, reason = "the tests call `build`"))]
 pub fn main() -> Outcome {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let (packages, out, limit) = match arguments.as_slice() {
