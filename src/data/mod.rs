@@ -19,6 +19,7 @@ mod look;
 mod mixed;
 mod order;
 mod parquet;
+mod pattern;
 mod plain;
 mod sample;
 mod save;

@@ -19,6 +19,7 @@ use super::bitmap::{self, Bitmap};
 use super::cache::Skipped;
 use super::conversation::chat;
 use super::folder::is_inside;
+use super::pattern::{self, Kind};
 use super::plain::trimmed;
 use super::sample::{Chat, Sample};
 use super::source::{Columns, DataSource, Listed, Pictures, Wanted};
@@ -41,7 +42,8 @@ impl DataSource for FromParquet {
 
     fn open(&self, part: &Wanted) -> Result<Listed> {
         let path = part.path.unwrap_or(Path::new(""));
-        let paths = files(path, "parquet")?;
+        let mut ignored = Skipped::default();
+        let paths = pattern::files(path, TABLES, &mut ignored)?;
         let handles = Arc::new(Handles::default());
         let read: Vec<(Table, Rows)> = paths
             .par_iter()
@@ -53,7 +55,6 @@ impl DataSource for FromParquet {
             })
             .collect::<Result<_>>()?;
         let (mut tables, mut samples, mut places) = (Vec::new(), Vec::new(), Vec::new());
-        let mut ignored = Skipped::default();
         for (table, rows) in read {
             for (sample, place) in rows.found {
                 samples.push(sample);
@@ -81,59 +82,8 @@ impl DataSource for FromParquet {
     }
 }
 
-/// The files that `path` stands for, sorted by name: a file, the files of a folder with this ending, or those of a
-/// pattern with `*` and `?` in the last part of the path.
-fn files(path: &Path, ending: &str) -> Result<Vec<PathBuf>> {
-    let (folder, pattern) = match path.is_dir() {
-        true => (path, format!("*.{ending}")),
-        false => {
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            if path.exists() || !name.contains(['*', '?']) {
-                return Ok(vec![path.into()]);
-            }
-            (parent(path), name)
-        }
-    };
-    let pattern: Vec<char> = pattern.chars().collect();
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
-        let entry = entry.map_err(Error::io(folder))?;
-        let name: Vec<char> = entry.file_name().to_string_lossy().chars().collect();
-        if name.first() != Some(&'.') && matches(&pattern, &name) {
-            found.push(entry.path());
-        }
-    }
-    if found.is_empty() {
-        let pattern: String = pattern.iter().collect();
-        let what = format!("no files like {pattern} found; fetch the data set first or correct the path");
-        return Err(Error::data(folder, what));
-    }
-    found.sort();
-    Ok(found)
-}
-
-/// Whether a name has the form of a pattern.
-fn matches(pattern: &[char], name: &[char]) -> bool {
-    // The rest of the pattern after the last star, and where the rest of the name began when it was tried last.
-    let (mut p, mut n, mut star) = (0, 0, None);
-    while n < name.len() {
-        match pattern.get(p) {
-            Some('*') => {
-                star = Some((p + 1, n));
-                p += 1;
-            }
-            Some(c) if *c == '?' || *c == name[n] => (p, n) = (p + 1, n + 1),
-            _ => match &mut star {
-                Some((after, from)) => {
-                    *from += 1;
-                    (p, n) = (*after, *from);
-                }
-                None => return false,
-            },
-        }
-    }
-    pattern[p..].iter().all(|&c| c == '*')
-}
+/// The files of this source.
+const TABLES: Kind = Kind { noun: "table", endings: &[".parquet"], beside: None };
 
 /// Where a picture is.
 enum Place {

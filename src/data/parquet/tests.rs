@@ -310,8 +310,9 @@ fn folders_and_patterns_stand_for_files() {
     assert_eq!(colours(""), [9, 10, 0, 1, 5, 6]);
     assert_eq!(colours("train-*"), [0, 1, 5, 6]);
     assert_eq!(colours("t*t-?.parquet"), [9, 10]);
+    assert_eq!(colours("train-{0,1}.parquet"), [0, 1, 5, 6]);
     let e = open(&dir.path("valid-*.parquet")).unwrap_err().to_string();
-    assert!(e.contains("no files like valid-*.parquet found; fetch"), "{e}");
+    assert!(e.contains("no table matches this pattern; correct it or fetch"), "{e}");
     assert!(open(&dir.path("none.parquet")).unwrap_err().to_string().contains("none.parquet: "));
 }
 

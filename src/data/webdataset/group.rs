@@ -6,6 +6,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::super::bitmap::MAX_BYTES;
+use super::super::conversation;
 use super::super::folder::parse;
 use super::super::sample::Chat;
 use super::super::texts::{ChatLine, chats, joined, said};
@@ -245,11 +246,10 @@ impl Texts {
     }
 }
 
-/// The conversations of an object in LLaVA's form, `conversations` with `from` and `value`. This is the only place in
-/// shards that knows of them.
+/// The conversation of an object in LLaVA's form.
 fn conversations(object: &Map<String, Value>) -> Result<Vec<Chat>, String> {
     match object.get("conversations") {
         None | Some(Value::Null) => Ok(Vec::new()),
-        Some(_) => Err("`conversations` are not read from shards; give them as `chats`".into()),
+        Some(turns) => Ok(vec![conversation::chat(turns)?.chat]),
     }
 }

@@ -3,7 +3,6 @@
 mod group;
 mod handles;
 mod index;
-mod pattern;
 mod tar;
 #[cfg(test)]
 mod tests;
@@ -20,11 +19,16 @@ use self::index::{Index, Listing, Stamp};
 use super::bitmap::Bitmap;
 use super::cache::Skipped;
 use super::cache_folder::cache_folder;
+use super::pattern::{self, Kind};
 use super::sample::{Chat, Sample};
 use super::source::{DataSource, Listed, Pictures, Wanted};
 use crate::error::{Error, Result};
 
 pub(super) use self::write::{END, member};
+
+/// The files of this source.
+pub(super) const SHARDS: Kind =
+    Kind { noun: "shard", endings: &[".tar", ".tar.gz", ".tgz"], beside: Some(index::ENDING) };
 
 /// Shards as a source of data.
 pub(super) struct FromWebDataset;
@@ -115,7 +119,7 @@ impl Pictures for Members {
 /// Lists the shards that `path` names.
 fn open(path: &Path, cache: Result<PathBuf>) -> Result<Listed> {
     let mut ignored = Skipped::default();
-    let named = pattern::shards(path, &mut ignored)?;
+    let named = pattern::files(path, SHARDS, &mut ignored)?;
     // All of them are tried, so that the error is about the first one of the list.
     let opened: Vec<Result<Shard>> = named.par_iter().map(|shard| Shard::open(shard, &cache)).collect();
     let (mut samples, mut places) = (Vec::new(), Vec::new());

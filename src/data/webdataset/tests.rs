@@ -449,7 +449,7 @@ fn many_shards_share_few_handles() {
         dir.write(&format!("a-{i:02}.tar"), &shard(2 * i, 2));
     }
     let mut ignored = Skipped::default();
-    let shards = pattern::shards(&dir.path("a-*.tar"), &mut ignored).unwrap();
+    let shards = pattern::files(&dir.path("a-*.tar"), SHARDS, &mut ignored).unwrap();
     let opened: Vec<Shard> = shards.iter().map(|s| Shard::open(s, &Ok(dir.path("c"))).unwrap()).collect();
     let handles = Handles::new(opened.iter().map(|s| (s.file.clone(), s.index.shard)).collect());
     let read = |i: usize| {

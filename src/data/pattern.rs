@@ -1,48 +1,63 @@
-//! The names of shards: brace ranges, wildcards, several patterns.
+//! The names of files that a source reads: brace ranges, wildcards, folders, several patterns.
 
 use std::path::{Path, PathBuf};
 
-use super::super::cache::Skipped;
+use super::cache::Skipped;
 use crate::error::{Error, Result};
 
 /// Maximum number of names that braces stand for.
 const MAX_NAMES: usize = 100_000;
-/// Endings of shards.
-const ENDINGS: [&str; 3] = [".tar", ".tar.gz", ".tgz"];
+/// The files that a source reads.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Kind {
+    /// What one is called.
+    pub noun: &'static str,
+    /// Endings of their names.
+    pub endings: &'static [&'static str],
+    /// Ending of files that the program keeps beside them.
+    pub beside: Option<&'static str>,
+}
 
-/// The shards that `path` names, in the order of the patterns, each once.
-pub(super) fn shards(path: &Path, ignored: &mut Skipped) -> Result<Vec<PathBuf>> {
+impl Kind {
+    /// Whether a name is that of a file kept beside the others.
+    fn is_beside(&self, name: &str) -> bool {
+        self.beside.is_some_and(|ending| name.ends_with(ending))
+    }
+}
+
+/// The files that `path` names, in the order of the patterns, each once.
+pub(super) fn files(path: &Path, kind: Kind, ignored: &mut Skipped) -> Result<Vec<PathBuf>> {
     let Some(text) = path.to_str() else {
         return match path.exists() {
-            true => one(path, ignored),
+            true => one(path, kind, ignored),
             false => Err(Error::data(path, "there is no such file or folder; correct the path")),
         };
     };
     for scheme in ["http:", "https:", "s3:", "gs:", "hf:", "pipe:"] {
         let part = |p: &str| p.split('/').any(|c| c == scheme || scheme == "pipe:" && c.starts_with(scheme));
         if text.split("::").any(part) {
-            let what = format!("shards at {scheme} are not read; download them and name the files");
+            let what = format!("{}s at {scheme} are not read; download them and name the files", kind.noun);
             return Err(Error::data(path, what));
         }
     }
     let mut all: Vec<PathBuf> = Vec::new();
     if path.exists() {
-        all = one(path, ignored)?;
+        all = one(path, kind, ignored)?;
     } else {
         let mut parts = text.split("::");
         let first = parts.next().unwrap_or_default();
         let folder = folder_of(first);
-        all.extend(pattern(path, first, ignored)?);
+        all.extend(pattern(path, first, kind, ignored)?);
         for part in parts.filter(|p| !p.is_empty()) {
             let full = if Path::new(part).is_absolute() { part.into() } else { format!("{folder}{part}") };
-            all.extend(pattern(path, &full, ignored)?);
+            all.extend(pattern(path, &full, kind, ignored)?);
         }
     }
     let mut seen = std::collections::HashSet::new();
     all.retain(|shard| {
         let new = seen.insert(shard.clone());
         if !new {
-            ignored.add(shard, "this shard is named twice; it is read once");
+            ignored.add(shard, format!("this {} is named twice; it is read once", kind.noun));
         }
         new
     });
@@ -63,16 +78,16 @@ fn folder_of(part: &str) -> &str {
     &part[..end]
 }
 
-/// The shards of one pattern; errors are about `whole`.
-fn pattern(whole: &Path, part: &str, ignored: &mut Skipped) -> Result<Vec<PathBuf>> {
+/// The files of one pattern; errors are about `whole`.
+fn pattern(whole: &Path, part: &str, kind: Kind, ignored: &mut Skipped) -> Result<Vec<PathBuf>> {
     let (mut found, mut absent) = (Vec::new(), Vec::new());
     let names = expand(part).map_err(|what| Error::data(whole, what))?;
     for name in &names {
         let path = Path::new(name);
         if path.exists() {
-            found.extend(one(path, ignored)?);
+            found.extend(one(path, kind, ignored)?);
         } else if name.contains(['*', '?', '[']) {
-            let matches = globbed(name).map_err(|what| Error::data(whole, what))?;
+            let matches = globbed(name, kind).map_err(|what| Error::data(whole, what))?;
             if matches.is_empty() {
                 absent.push(name);
             }
@@ -82,47 +97,51 @@ fn pattern(whole: &Path, part: &str, ignored: &mut Skipped) -> Result<Vec<PathBu
         }
     }
     let Some(first) = absent.first() else { return Ok(found) };
+    let noun = kind.noun;
     let what = match (first.contains(['*', '?', '[']), names.len(), absent.len()) {
-        (true, ..) => "no shard matches this pattern; correct it or fetch the data first".into(),
-        (_, 1, _) => "there is no such shard or folder; fetch the data first or correct the path".into(),
+        (true, ..) => format!("no {noun} matches this pattern; correct it or fetch the data first"),
+        (_, 1, _) => format!("there is no such {noun} or folder; fetch the data first or correct the path"),
         (_, n, 1) => format!(
-            "this shard is absent, one of {n} that the braces stand for; fetch it or correct the range"
+            "this {noun} is absent, one of {n} that the braces stand for; fetch it or correct the range"
         ),
         (_, n, a) => format!(
-            "this shard is absent, and {} more of the {n} that the braces stand for; fetch them or correct the range",
+            "this {noun} is absent, and {} more of the {n} that the braces stand for; fetch them or correct the range",
             a - 1
         ),
     };
     Err(Error::data(first, what))
 }
 
-/// A file, or the shards in a folder.
-fn one(path: &Path, ignored: &mut Skipped) -> Result<Vec<PathBuf>> {
+/// A file, or the files in a folder.
+fn one(path: &Path, kind: Kind, ignored: &mut Skipped) -> Result<Vec<PathBuf>> {
     if !path.is_dir() {
         return Ok(vec![path.into()]);
     }
+    let (noun, endings) = (kind.noun, kind.endings.join(", "));
     let mut shards = Vec::new();
     for entry in std::fs::read_dir(path).map_err(Error::io(path))? {
         let entry = entry.map_err(Error::io(path))?;
         let (name, at) = (entry.file_name(), entry.path());
         let name = name.to_string_lossy();
-        if name.starts_with('.') || name.ends_with(super::index::ENDING) {
+        if name.starts_with('.') || kind.is_beside(&name) {
             continue;
         }
-        match ENDINGS.iter().any(|e| name.to_ascii_lowercase().ends_with(e)) && at.is_file() {
+        match kind.endings.iter().any(|e| name.to_ascii_lowercase().ends_with(e)) && at.is_file() {
             true => shards.push(at),
-            false => ignored.add(&at, "this is not a shard: its name does not end in .tar, .tar.gz or .tgz"),
+            false => ignored.add(&at, format!("this is not a {noun}: its name does not end in {endings}")),
         }
     }
     shards.sort();
     if shards.is_empty() {
-        let what = "there are no shards in this folder; name the folder or the files that end in .tar, .tar.gz or .tgz";
+        let what = format!(
+            "there are no {noun}s in this folder; name the folder or the files that end in {endings}"
+        );
         return Err(Error::data(path, what));
     }
     Ok(shards)
 }
 
-fn globbed(name: &str) -> std::result::Result<Vec<PathBuf>, String> {
+fn globbed(name: &str, kind: Kind) -> std::result::Result<Vec<PathBuf>, String> {
     let options = glob::MatchOptions {
         case_sensitive: true,
         require_literal_separator: true,
@@ -132,7 +151,7 @@ fn globbed(name: &str) -> std::result::Result<Vec<PathBuf>, String> {
     let mut found = Vec::new();
     for path in paths {
         let path = path.map_err(|e| format!("{} cannot be read ({})", e.path().display(), e.error()))?;
-        let is_index = path.as_os_str().to_string_lossy().ends_with(super::index::ENDING);
+        let is_index = kind.is_beside(&path.as_os_str().to_string_lossy());
         if path.is_file() && !is_index {
             found.push(path);
         }
@@ -218,6 +237,7 @@ fn choices(inside: &str) -> std::result::Result<Vec<String>, String> {
 mod tests {
     use super::*;
     use crate::data::scratch::Scratch;
+    use crate::data::webdataset::SHARDS;
 
     fn names(text: &str) -> Vec<String> {
         expand(text).unwrap()
@@ -262,7 +282,7 @@ mod tests {
         dir.write("empty/notes.md", b"");
         let find = |pattern: &str| -> std::result::Result<Vec<String>, String> {
             let mut ignored = Skipped::default();
-            let found = shards(&dir.path(pattern), &mut ignored).map_err(|e| e.to_string())?;
+            let found = files(&dir.path(pattern), SHARDS, &mut ignored).map_err(|e| e.to_string())?;
             let name = |p: &PathBuf| p.strip_prefix(dir.root()).unwrap().display().to_string();
             Ok(found.iter().map(name).collect())
         };
