@@ -70,7 +70,7 @@ pub fn measure(icons: Vec<Icon>, origins: &[Origin]) -> Outcome<(Vec<Seen>, Vec<
             }
             let hues: Vec<_> = pixels.iter().filter_map(|p| hue(*p)).collect();
             let share = |name: &str| hues.iter().filter(|h| **h == name).count() as f64 / pixels.len() as f64;
-            let main = HUES.into_iter().find(|name| !icon.plain && share(*name) >= MAIN);
+            let main = HUES.into_iter().find(|name| !icon.plain && share(name) >= MAIN);
             Ok(Seen { icon, pixels, main })
         })
         .collect();

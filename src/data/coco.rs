@@ -121,10 +121,10 @@ impl Image {
     /// Whether a split file has it in this part; files without splits are one part. Karpathy's `restval` belongs to the
     /// training part, and his `val` to neither.
     fn is_in(&self, part: Split) -> bool {
-        match (self.split.as_deref(), part) {
-            (None, _) | (Some("train" | "restval"), Split::Train) | (Some("test"), Split::Test) => true,
-            _ => false,
-        }
+        matches!(
+            (self.split.as_deref(), part),
+            (None, _) | (Some("train" | "restval"), Split::Train) | (Some("test"), Split::Test)
+        )
     }
 }
 

@@ -93,7 +93,7 @@ impl Order {
 fn shares(weights: &[f64]) -> Result<Vec<usize>> {
     let sum: f64 = weights.iter().sum();
     let exact: Vec<f64> = weights.iter().map(|w| w / sum * BLOCK as f64).collect();
-    if let Some(i) = exact.iter().position(|&share| !(share >= 1.0)) {
+    if let Some(i) = exact.iter().position(|&share| share < 1.0 || share.is_nan()) {
         let want = format!("at least 1/{BLOCK} of the sum of all weights");
         return Err(Error::config(format!("data.mix.{i}.weight"), weights[i], want));
     }

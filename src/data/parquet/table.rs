@@ -61,6 +61,9 @@ impl Handles {
     }
 }
 
+/// What is called with the number of a row and an entry of it; `None` for null. Returns why the entry is wrong.
+type Each<'a> = dyn FnMut(usize, Option<&[u8]>) -> std::result::Result<(), String> + 'a;
+
 impl Table {
     /// Reads the metadata of file `number`.
     pub fn open(path: &Path, number: usize, handles: Arc<Handles>) -> Result<Table> {
@@ -191,12 +194,7 @@ impl Table {
 
     /// Passes the entries of column `leaf` of a row group to `each`, with the number of their row in the group: `None`
     /// for nulls, which an empty list has none of. Lists are one level deep at most.
-    pub fn entries(
-        &self,
-        group: usize,
-        leaf: usize,
-        each: &mut dyn FnMut(usize, Option<&[u8]>) -> std::result::Result<(), String>,
-    ) -> Result<()> {
+    pub fn entries(&self, group: usize, leaf: usize, each: &mut Each) -> Result<()> {
         let rows = self.meta.row_group(group).num_rows() as usize;
         let (list, most) = self.levels(leaf);
         let mut read = || {

@@ -187,7 +187,7 @@ fn check(document: &Document) -> Told<()> {
     let work = work(document.root_element(), &ids, &mut known, 0)?.0;
     match work <= MAX_WORK {
         true => Ok(()),
-        false => Err(format!("takes too much work to draw through its references")),
+        false => Err("takes too much work to draw through its references".into()),
     }
 }
 

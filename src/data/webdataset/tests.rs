@@ -207,8 +207,8 @@ fn long_names_and_sizes_of_all_kinds() {
     let images: Vec<_> = listed.samples.iter().map(|s| s.image.clone()).collect();
     let want = [&long, "pax größe.png", "sized.png", "binary.png", "old.png", "prefix/name.png"];
     assert_eq!(images, want.map(|n| dir.path("a.tar").join(n)));
-    for i in 0..want.len() {
-        assert_eq!(listed.pictures.encoded(i).unwrap().as_ref(), Some(&picture), "{}", want[i]);
+    for (i, name) in want.iter().enumerate() {
+        assert_eq!(listed.pictures.encoded(i).unwrap().as_ref(), Some(&picture), "{name}");
     }
 }
 
@@ -322,7 +322,7 @@ fn random_damage_does_no_harm() {
             bytes[at] = rng.u32() as u8;
         }
         // Half of them with right checksums, so that the other fields matter.
-        if rng.u32() % 2 == 0 {
+        if rng.u32().is_multiple_of(2) {
             for at in (0..bytes.len()).step_by(BLOCK as usize) {
                 let header = &mut bytes[at..at + BLOCK as usize];
                 if header[257..262] == *b"ustar" {
