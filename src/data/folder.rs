@@ -46,8 +46,8 @@ const WANTED: &str = "wanted {\"file_name\": \"...\", \"text\": \"...\", \"promp
 /// same stem is the picture's caption. Subfolders are read likewise, by their own metadata if they have any; names
 /// that begin with a dot are skipped.
 ///
-/// Listing does not check whether a picture exists and can be decoded; [`super::ImageSet::load`] does. A file name
-/// matches in any Unicode normalization of its accents, and backslashes match slashes.
+/// Listing does not check whether a picture exists and can be decoded; [`super::ImageSet`] does. A file name matches in
+/// any Unicode normalization of its accents, and backslashes match slashes.
 #[derive(Debug, Clone)]
 pub struct Folder {
     /// The folder.
