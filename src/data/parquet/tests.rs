@@ -359,7 +359,7 @@ fn what_is_damaged_or_not_supported_is_named() {
     dir.write("a.parquet", &bytes(PICTURES, props(), &[noise]));
     let listed = open(&dir.path("a.parquet")).unwrap();
     let e = listed.pictures.decode(0, 8).unwrap_err().to_string();
-    assert!(e.contains("a.parquet/0: this is not a PNG, JPEG or WebP"), "{e}");
+    assert!(e.contains("a.parquet/0: this is not a PNG, JPEG, WebP or GIF"), "{e}");
     assert_eq!(listed.pictures.decode(1, 8).unwrap().rgb, [2; 6]);
 }
 
