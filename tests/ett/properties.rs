@@ -481,7 +481,7 @@ fn every_key() -> Config {
         test_images: Some("test images".into()),
         columns: Some(Columns { image: Some("picture".into()), ..Columns::default() }),
         mix: Some(vec![MixConfig { source: Source::Scenes, weight: 2.0, ..MixConfig::default() }]),
-        framing: Some(Framing::Buckets),
+        framing: Some(Framing::Square),
         train_samples: Some(9),
         test_samples: Some(3),
         size: Some(16),

@@ -225,7 +225,7 @@ fn keys_and_values_without_a_comment_are_found() -> Outcome {
     let mut all = sources();
     all.get_mut("Source").ok_or("an enum")?[1].doc.clear();
     let e = page(&all).expect_err("a missing comment").to_string();
-    assert!(e.contains("data.source = scenes has no comment"), "{e}");
+    assert!(e.contains("data.source = webdataset has no comment"), "{e}");
     let mut all = sources();
     all.get_mut("DataConfig").ok_or("a struct")?.retain(|i| i.name != "flip");
     assert!(page(&all).expect_err("a missing key").to_string().contains("data.flip is written"));

@@ -14,7 +14,7 @@ use ett::train::{self, RunOptions};
 
 use crate::common::{Outcome, Scratch, cpu};
 
-/// A small model, for pictures of 16 x 16 pixels with tokens of 4 x 4.
+/// A small model, for pictures of 32 x 32 pixels with tokens of 4 x 4.
 fn config() -> Config {
     let mut c = Config::default();
     (c.tokenizer.ch, c.tokenizer.ch_mult, c.tokenizer.norm_groups) = (8, vec![1, 2, 2], 4);
@@ -26,7 +26,7 @@ fn config() -> Config {
     c.loss.gan = 0.0;
     let l = &mut c.llm;
     (l.vocab, l.width, l.layers, l.heads, l.kv_heads, l.head_dim, l.mlp) = (264, 16, 1, 2, 1, 8, 24);
-    (c.data.source, c.data.size) = (Source::Folder, 16);
+    (c.data.source, c.data.size) = (Source::Folder, 32);
     (c.train.threads, c.train.workers) = (1, 2);
     c
 }
@@ -130,7 +130,7 @@ fn wide_pictures_stay_wide_and_keep_their_texts() -> Outcome {
             let (number, place) = said(&template, sequence);
             let (h, w, pixel) = pictures[place];
             assert_eq!(pixel, &coloured(1, 1, number).to_u8()[..], "the picture of caption {number}");
-            assert_eq!((h, w), [(16, 16), (8, 32), (32, 8)][number % 3], "caption {number}");
+            assert_eq!((h, w), [(32, 32), (16, 64), (64, 16)][number % 3], "caption {number}");
             sizes.insert((h, w));
         }
         let visual: usize = pictures.iter().map(|(h, w, _)| h * w / 16).sum();
