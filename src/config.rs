@@ -1140,6 +1140,27 @@ impl Config {
 
     /// Checks a stage; errors name its keys by the prefix `at`.
     fn check_stage(&self, at: &str, s: &StageConfig) -> Result<()> {
+        let StageData {
+            source,
+            train,
+            test,
+            images,
+            test_images,
+            columns,
+            mix,
+            train_samples,
+            test_samples,
+            ..
+        } = &s.data;
+        let paths = [train, test, images, test_images].iter().any(|p| p.is_some());
+        if !self.data.mix.is_empty()
+            && mix.is_none()
+            && source.is_none()
+            && (paths || columns.is_some() || train_samples.is_some() || test_samples.is_some())
+        {
+            let want = "the name of the source, since data.mix would be used otherwise";
+            return Err(Error::config(format!("{at}.data.source"), "none", want));
+        }
         if self.data_of(s).framing == Framing::Buckets {
             if s.accumulate > 1 {
                 let want =

@@ -149,14 +149,30 @@ fn too_large(path: &Path) -> Error {
     Error::data(path, what)
 }
 
-/// Fails if a RIFF file is shorter than the size in its header.
+/// Fails if a RIFF file is shorter than the sizes in it.
 fn whole_riff(bytes: &[u8]) -> std::result::Result<(), String> {
     let size = bytes.get(4..8).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes);
     let (got, want) = (bytes.len() as u64, u64::from(size) + 8);
     match got < want {
         true => Err(format!("it has {got} bytes of {want}")),
-        false => Ok(()),
+        false => chunks(bytes.get(12..).unwrap_or_default()),
     }
+}
+
+/// Fails if a chunk is longer than the file: a decoder would reserve that much memory.
+fn chunks(mut bytes: &[u8]) -> std::result::Result<(), String> {
+    while let Some((head, rest)) = bytes.split_at_checked(8) {
+        let size = u32::from_le_bytes([head[4], head[5], head[6], head[7]]) as usize;
+        let Some(chunk) = rest.get(..size) else {
+            return Err(format!("it has a chunk of {size} bytes, of which {} are there", rest.len()));
+        };
+        // A frame of an animation has chunks of its own.
+        if &head[..4] == b"ANMF" {
+            chunks(chunk.get(16..).unwrap_or_default())?;
+        }
+        bytes = rest.get(size.next_multiple_of(2)..).unwrap_or_default();
+    }
+    Ok(())
 }
 
 /// Decodes a picture that is not a JPEG.
@@ -176,7 +192,12 @@ fn other(bytes: &[u8], format: ImageFormat) -> std::result::Result<Bitmap, Refus
     let (color, size) = (decoder.color_type(), decoder.total_bytes());
     // Not every decoder counts its output against its limit. Pixels of fewer than three bytes are copied at the end.
     let pixels = u64::from(width) * u64::from(height);
-    let copy = if color.bytes_per_pixel() < 3 { 3 * pixels } else { 0 };
+    let copy = match format {
+        // Planes of a lossy picture and of its transparency.
+        ImageFormat::WebP => 5 * pixels,
+        _ if color.bytes_per_pixel() < 3 => 3 * pixels,
+        _ => 0,
+    };
     if size.saturating_add(copy) > MAX_BYTES {
         return Err(Refused::TooLarge);
     }

@@ -1,6 +1,7 @@
 //! The pictures of a data set at training size, held in memory up to a limit.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -116,20 +117,25 @@ pub struct ImageSet {
     kept: Vec<OnceLock<Fitted>>,
     bytes: AtomicU64,
     bad: Mutex<BTreeMap<usize, (PathBuf, String)>>,
-    /// How many could not be used when the set was opened.
-    bad_at_first: usize,
+    /// The samples of each source.
+    parts: Vec<Range<usize>>,
+    /// How many have a picture that was not found unusable when the set was opened.
+    usable: usize,
 }
 
 impl ImageSet {
     /// The pictures of `samples`, which are named by them in messages. Some are decoded now, on all cores (see
-    /// [`LoadOptions::most`]): if more than half of these cannot be used, an error about `root` is returned.
+    /// [`LoadOptions::most`]): if more than half of these cannot be used, an error about `root` is returned. `parts` are the
+    /// samples of each source; one source whose pictures cannot be used is an error, too.
     pub fn new(
         root: &Path,
         samples: Arc<Vec<Sample>>,
         pictures: Box<dyn Pictures>,
+        parts: Vec<Range<usize>>,
         options: LoadOptions,
     ) -> Result<Self> {
         let n = samples.len();
+        let usable = samples.iter().filter(|s| s.has_picture()).count();
         if options.frames.sizes().iter().any(|&(h, w)| h == 0 || w == 0) {
             return Err(Error::arg("ImageSet::new", "frames", "a side of 0", "at least 1"));
         }
@@ -143,7 +149,8 @@ impl ImageSet {
             kept,
             bytes: AtomicU64::new(0),
             bad: Mutex::default(),
-            bad_at_first: 0,
+            parts,
+            usable,
         };
         if !set.pictures.in_memory() {
             set.attempt()?;
@@ -153,25 +160,30 @@ impl ImageSet {
 
     /// Decodes the pictures that are decoded when the set is opened.
     fn attempt(&mut self) -> Result<()> {
-        let pictured: Vec<usize> = (0..self.len()).filter(|&i| self.samples[i].has_picture()).collect();
-        let n = pictured.len();
-        let (mut tried, mut bad) = (0, 0);
         match self.options.most {
             None => {
-                tried = n.min(TRIED);
-                let spread: Vec<usize> = (0..tried).map(|i| pictured[i * n / tried]).collect();
-                bad = self.decode_all(&spread);
+                for part in self.parts.clone() {
+                    let pictured: Vec<usize> =
+                        part.clone().filter(|&i| self.samples[i].has_picture()).collect();
+                    let (n, tried) = (pictured.len(), pictured.len().min(TRIED));
+                    let spread: Vec<usize> = (0..tried).map(|i| pictured[i * n / tried]).collect();
+                    self.usable -= self.decode_all(&spread);
+                    self.check(&part, tried)?;
+                }
+                Ok(())
             }
             Some(most) => {
-                while tried < n && tried - bad < most {
-                    let more = &pictured[tried..n.min(tried + (most - (tried - bad)).min(TRIED))];
+                let all = self.in_turn();
+                let (mut tried, mut bad) = (0, 0);
+                while tried < all.len() && tried - bad < most {
+                    let more = &all[tried..all.len().min(tried + (most - (tried - bad)).min(TRIED))];
                     bad += self.decode_all(more);
                     tried += more.len();
                 }
+                self.usable -= bad;
+                self.check(&(0..self.len()), tried)
             }
         }
-        self.bad_at_first = bad;
-        self.check(tried)
     }
 
     /// Decodes pictures on all cores, to keep them; returns how many cannot be used.
@@ -201,15 +213,20 @@ impl ImageSet {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// The number of pictures that were not found unusable when the set was opened.
+    /// The number of samples with a picture that was not found unusable when the set was opened.
     pub fn usable(&self) -> usize {
-        self.len() - self.bad_at_first
+        self.usable
     }
 
     /// Pictures skipped so far.
     pub fn skipped(&self) -> Skipped {
+        self.skipped_of(0..self.len())
+    }
+
+    fn skipped_of(&self, part: Range<usize>) -> Skipped {
         let bad = self.bad.lock().unwrap_or_else(PoisonError::into_inner);
-        Skipped { count: bad.len(), first: bad.values().take(NAMED).cloned().collect() }
+        let these = || bad.range(part.clone()).map(|(_, named)| named);
+        Skipped { count: these().count(), first: these().take(NAMED).cloned().collect() }
     }
 
     /// The first usable picture of `indices` and its index, cropped and mirrored with random numbers from `rng`.
@@ -229,9 +246,9 @@ impl ImageSet {
         Ok(self.find(&mut std::iter::once(index), rng)?.map(|(_, bitmap)| bitmap))
     }
 
-    /// The first `n` usable pictures, each once, or all of them if there are fewer.
+    /// The first `n` usable pictures, of each source in turn, each once, or all of them if there are fewer.
     pub fn take(&self, n: usize, rng: &mut Philox) -> Result<Vec<Drawn>> {
-        let (mut left, mut all) = (0..self.len(), Vec::new());
+        let (mut left, mut all) = (self.in_turn().into_iter(), Vec::new());
         while all.len() < n {
             let Some((sample, bitmap)) = self.find(&mut left, rng)? else { break };
             all.push(Drawn { sample, image: Image::from(&bitmap) });
@@ -257,7 +274,9 @@ impl ImageSet {
                         let name = &self.samples[index].image;
                         tracing::warn!("{}: skipped: {}", name.display(), e.reason(name));
                     }
-                    self.check(self.len())?;
+                    let part = self.parts.iter().find(|part| part.contains(&index)).cloned();
+                    let part = part.unwrap_or(0..self.len());
+                    self.check(&part, part.len())?;
                 }
             }
         }
@@ -317,9 +336,16 @@ impl ImageSet {
         new && bad.len() <= NAMED
     }
 
-    /// Fails if more than half of `of` pictures cannot be used.
-    fn check(&self, of: usize) -> Result<()> {
-        let skipped = self.skipped();
+    /// The samples with pictures, one of each source in turn.
+    fn in_turn(&self) -> Vec<usize> {
+        let longest = self.parts.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
+        let rounds = (0..longest).flat_map(|k| self.parts.iter().filter_map(move |part| part.clone().nth(k)));
+        rounds.filter(|&i| self.samples[i].has_picture()).collect()
+    }
+
+    /// Fails if more than half of `of` pictures of a source cannot be used.
+    fn check(&self, part: &Range<usize>, of: usize) -> Result<()> {
+        let skipped = self.skipped_of(part.clone());
         if 2 * skipped.count <= of {
             return Ok(());
         }
@@ -357,7 +383,8 @@ mod tests {
 
     fn load(folder: &Folder, options: LoadOptions) -> Result<ImageSet> {
         let pictures = Box::new(Files::new(&folder.root, &folder.samples));
-        ImageSet::new(&folder.root, Arc::new(folder.samples.clone()), pictures, options)
+        let parts = std::iter::once(0..folder.samples.len()).collect();
+        ImageSet::new(&folder.root, Arc::new(folder.samples.clone()), pictures, parts, options)
     }
 
     /// Picture `index`, or the next usable one.
@@ -410,8 +437,16 @@ mod tests {
         let folder = folder(&dir, 1, &[]);
         let samples = vec![folder.samples[0].clone(); 5000];
         let pictures = Files::new(dir.root(), &samples);
-        let set =
-            ImageSet::new(dir.root(), Arc::new(samples), Box::new(pictures), options(Crop::Centre, u64::MAX));
+        let set = {
+            let parts = std::iter::once(0..samples.len()).collect();
+            ImageSet::new(
+                dir.root(),
+                Arc::new(samples),
+                Box::new(pictures),
+                parts,
+                options(Crop::Centre, u64::MAX),
+            )
+        };
         let set = set.unwrap();
         assert_eq!((set.len(), set.bytes()), (5000, 256 * 192));
         get(&set, 1, &mut Philox::new(0, 0)).unwrap();

@@ -23,6 +23,9 @@ pub struct Order {
     block: Mutex<Option<(u64, Block)>>,
 }
 
+/// Makes seeds of sources that differ in all bits.
+const SPREAD: u64 = 0x9E37_79B9_7F4A_7C15;
+
 type Block = Arc<[(u16, u16)]>;
 
 /// The order of one source.
@@ -51,7 +54,12 @@ impl Order {
         let sources = sources.iter().enumerate().map(|(i, &(n, _))| {
             start += n;
             // The first source has the order that it has alone.
-            Permutations { start: start - n, n, seed: seed ^ (i as u64) << 56, epoch: Mutex::new(None) }
+            Permutations {
+                start: start - n,
+                n,
+                seed: seed ^ (i as u64).wrapping_mul(SPREAD),
+                epoch: Mutex::new(None),
+            }
         });
         Ok(Order { seed, sources: sources.collect(), shares, block: Mutex::new(None) })
     }

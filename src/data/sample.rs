@@ -54,6 +54,13 @@ impl Sample {
     pub fn questions(&self) -> impl Iterator<Item = (&str, &str)> {
         self.chats.iter().filter_map(|c| c.turns.first()).map(|(q, a)| (q.as_str(), a.as_str()))
     }
+
+    /// The conversations up to their first answer.
+    pub fn openings(&self) -> impl Iterator<Item = Chat> {
+        let first =
+            |c: &Chat| Chat { system: c.system.clone(), turns: c.turns[..c.turns.len().min(1)].to_vec() };
+        self.chats.iter().filter(|c| !c.turns.is_empty()).map(first)
+    }
 }
 
 impl Chat {

@@ -94,8 +94,8 @@ fn held_out(model: &Ett, test: &DataSet, template: &Template, drawn: &[Drawn], p
     for (k, d) in shown.iter().enumerate() {
         let s = &test.samples[d.sample];
         captions.extend(s.caption().map(|c| (k, "caption", c, template.picture(k))));
-        for (q, a) in s.questions().take(QUESTIONS) {
-            answers.push((k, q, a, template.question(Some(k), q)?));
+        for ((q, a), chat) in s.questions().zip(s.openings()).take(QUESTIONS) {
+            answers.push((k, q, a, template.opening(k, &chat, q)?));
         }
     }
     let mut rows: Vec<(usize, &str, &str, String)> = Vec::new();

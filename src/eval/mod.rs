@@ -10,7 +10,7 @@ use std::path::Path;
 use crate::autograd::Tape;
 use crate::backend::Role;
 use crate::config::StageKind;
-use crate::data::{Chat, Drawn, Image, Source};
+use crate::data::{Drawn, Image, Source};
 use crate::error::{Error, Result};
 use crate::feed::{DataSet, Template, images_to_device};
 use crate::infer::{Seen, Trained, reconstruct};
@@ -365,9 +365,10 @@ impl Language {
                 if let Some(c) = s.caption() {
                     said.push(template.caption(k, c)?);
                 }
-                for (q, a) in s.questions().take(QUESTIONS) {
-                    chats.push(template.chat(k, &Chat::of(q, a))?);
-                    asked.push(Asked { question: q.into(), answer: a.into(), right: false });
+                for mut chat in s.openings().take(QUESTIONS) {
+                    chats.push(template.chat(k, &chat)?);
+                    let (question, answer) = chat.turns.remove(0);
+                    asked.push(Asked { question, answer, right: false });
                 }
             }
             let (nats, tokens) = seen.nats(&said)?;

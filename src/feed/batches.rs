@@ -50,7 +50,8 @@ impl<'a> Feed<'a> {
             return Err(Error::config("stage", format!("number {number}"), "a stage of the configuration"));
         };
         let usable = data.usable(cfg.kind);
-        let (name, pictured) = (cfg.kind.name(), data.images.usable());
+        let name = cfg.kind.name();
+        let pictured = if cfg.kind == StageKind::Text { data.samples.len() } else { data.images.usable() };
         if usable.is_empty() {
             let what = format!(
                 "none of its {pictured} pictures has {}, which stage `{name}` trains on",
@@ -243,10 +244,12 @@ impl<'a> Feed<'a> {
             let sample = match self.pictures {
                 true => {
                     let mut rng = Philox::of(self.seed, Purpose::Augment, position as u32);
-                    // A picture that cannot be read is replaced by the next one that the stage can use.
+                    // A picture that cannot be read is replaced by the next one of its source that the stage can use.
                     let (before, from) = self.usable.split_at(place);
+                    let share = self.data.shares.iter().find(|s| s.samples.contains(&self.usable[place]));
+                    let same = |i: &usize| share.is_none_or(|s| s.samples.contains(i));
                     let (sample, bitmap) =
-                        self.data.images.first(from.iter().chain(before).copied(), &mut rng)?;
+                        self.data.images.first(from.iter().chain(before).copied().filter(same), &mut rng)?;
                     images.push(bitmap);
                     sample
                 }

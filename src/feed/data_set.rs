@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::config::{DataConfig, StageConfig, StageKind};
-use crate::data::{Bitmap, ImageSet, Listed, LoadOptions, Pictures, Sample, Skipped, Split};
+use crate::data::{Bitmap, Chat, ImageSet, Listed, LoadOptions, Pictures, Sample, Skipped, Split};
 use crate::error::{Error, Result};
 use crate::io::{Fingerprint, Texts};
 
@@ -75,22 +75,29 @@ impl DataSet {
     }
 
     fn part(cfg: &DataConfig, split: Split, side: usize) -> Result<Option<Self>> {
-        let mut listed = Vec::new();
-        for part in cfg.parts() {
-            let wanted = part.wanted(split, cfg);
-            match part.source.has(&wanted) {
-                true => listed.push((part.source.open(&wanted)?, part.weight)),
-                false if split == Split::Train && !cfg.mix.is_empty() => {
-                    let want = "a path or a number of samples for every source of the mixture";
-                    return Err(Error::config("data.mix.train", "empty", want));
-                }
-                false => {}
-            }
-        }
+        let listed = Self::listed(cfg, split)?;
         match listed.is_empty() {
             true => Ok(None),
             false => Self::of(listed, cfg.options(split, side)).map(Some),
         }
+    }
+
+    /// The sources that have this part of the data, with their weights. Every source of a mixture has to have training
+    /// pictures.
+    pub fn listed(cfg: &DataConfig, split: Split) -> Result<Vec<(Listed, f64)>> {
+        let mut listed = Vec::new();
+        for (i, part) in cfg.parts().iter().enumerate() {
+            let wanted = part.wanted(split, cfg);
+            match part.source.has(&wanted) {
+                true => listed.push((part.source.open(&wanted)?, part.weight)),
+                false if split == Split::Train && !cfg.mix.is_empty() => {
+                    let want = "a path, or a number of samples of a built-in source";
+                    return Err(Error::config(format!("data.mix.{i}.train"), "empty", want));
+                }
+                false => {}
+            }
+        }
+        Ok(listed)
     }
 
     /// The data of these sources with their weights.
@@ -113,7 +120,8 @@ impl DataSet {
             1 => joined.remove(0).1,
             _ => Box::new(Joined(joined)),
         };
-        let images = ImageSet::new(&root, samples.clone(), pictures, options)?;
+        let parts = shares.iter().map(|s| s.samples.clone()).collect();
+        let images = ImageSet::new(&root, samples.clone(), pictures, parts, options)?;
         let Skipped { count, .. } = images.skipped();
         if count > 0 {
             let names = images.skipped().names();
@@ -145,11 +153,20 @@ impl DataSet {
             pictures: self.images.usable(),
             captions: Texts::of(samples().map(|s| s.captions.iter().map(String::as_bytes))),
             prompts: Texts::of(samples().map(|s| s.prompt.as_deref().map(str::as_bytes))),
-            questions: Texts::of(
-                samples().map(|s| s.turns().flat_map(|(q, a)| [q.as_bytes(), a.as_bytes()])),
-            ),
+            questions: Texts::of(samples().map(|s| s.chats.iter().flat_map(conversation))),
         }
     }
+}
+
+/// The texts of a conversation. What is more than a question and its answer begins with the line of the system and ends
+/// with an empty text, so that the turns of one conversation are not those of several.
+fn conversation(chat: &Chat) -> Vec<&[u8]> {
+    let mut all: Vec<&[u8]> = chat.turns.iter().flat_map(|(q, a)| [q.as_bytes(), a.as_bytes()]).collect();
+    if chat.turns.len() > 1 || chat.system.is_some() {
+        all.insert(0, chat.system.as_deref().unwrap_or_default().as_bytes());
+        all.push(b"");
+    }
+    all
 }
 
 fn name<'a>(image: &'a Path, root: &Path) -> &'a [u8] {

@@ -109,6 +109,11 @@ impl Template {
         self.first_turn(image, None, question)
     }
 
+    /// The start of a conversation about a picture, with its own line of the system if it has one.
+    pub fn opening(&self, image: usize, chat: &Chat, question: &str) -> Result<Vec<Part>> {
+        self.first_turn(Some(image), chat.system.as_deref(), question)
+    }
+
     fn first_turn(&self, image: Option<usize>, system: Option<&str>, question: &str) -> Result<Vec<Part>> {
         let mut open = Vec::new();
         let system = system.unwrap_or(&self.system);

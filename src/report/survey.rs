@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::plots::labelled_grid;
 use crate::config::DataConfig;
 use crate::data::{Image, Sample, Skipped, Split};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::feed::{DataSet, Template};
 use crate::rng::Philox;
 use crate::terminal::one_line;
@@ -44,21 +44,22 @@ impl Survey {
     /// Looks at a part of the data of a configuration; the first `n` samples are decoded, for a tokenizer that makes one
     /// token of `side` x `side` pixels.
     pub fn new(cfg: &DataConfig, split: Split, template: &Template, side: usize, n: usize) -> Result<Self> {
-        let mut listed = Vec::new();
+        let listed = DataSet::listed(cfg, split)?;
+        if listed.is_empty() {
+            let key = if split == Split::Train { "data.train" } else { "data.test" };
+            return Err(Error::config(key, "empty", "the pictures to look at"));
+        }
         let (mut ignored, mut about) = (Skipped::default(), Vec::new());
-        for part in cfg.parts() {
-            let one = part.open(split, cfg)?;
+        for (one, _) in &listed {
             ignored.join(one.ignored.clone());
             about.extend(one.about.iter().cloned());
-            listed.push((one, part.weight));
         }
         let data = DataSet::of(listed, cfg.options(split, side))?;
         let mut rows = counts(&data.samples);
         if data.shares.len() > 1 {
             let sum: f64 = data.shares.iter().map(|s| s.weight).sum();
             rows.extend(data.shares.iter().map(|s| {
-                let text =
-                    format!("{} samples, {:.1} % of the steps", s.samples.len(), 100.0 * s.weight / sum);
+                let text = format!("{} samples, {:.1} % of a batch", s.samples.len(), 100.0 * s.weight / sum);
                 (s.root.display().to_string(), text)
             }));
         }

@@ -198,6 +198,23 @@ fn a_mixture_takes_its_sources_by_their_weights() -> Outcome {
     c.data.mix[1] = part("elsewhere", 1.0);
     assert_eq!(DataSet::train(&c.data, 4)?.fingerprint(), before);
 
+    // A source whose pictures are gone is an error, however many the others have.
+    let mut gone = c.clone();
+    fs::create_dir_all(dir.path("gone"))?;
+    fs::copy(dir.path("a/metadata.jsonl"), dir.path("gone/metadata.jsonl"))?;
+    gone.data.mix[0] = part("gone", 1.0);
+    let e = DataSet::train(&gone.data, 4).err().ok_or("missing pictures")?.to_string();
+    assert!(e.contains("10 of 10 pictures cannot be used"), "{e}");
+    // An evaluation looks at all sources.
+    let test = DataSet::test(&c.data)?.ok_or("held-out data")?;
+    let drawn: Vec<usize> = ett::eval::held_out(&test, 4)?.iter().map(|d| d.sample).collect();
+    assert_eq!(drawn, [0, 10, 1, 11]);
+    // A stage that names only a path would be given the mixture.
+    let mut stage = c.clone();
+    stage.stage[0].data.train = Some(dir.path("a"));
+    let e = stage.check().expect_err("a path without its source").to_string();
+    assert!(e.contains("stage.0.data.source"), "{e}");
+
     c.data.mix[0].weight = 0.0;
     let e = c.check().expect_err("a source without weight").to_string();
     assert!(e.contains("data.mix.0.weight"), "{e}");
