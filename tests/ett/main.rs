@@ -16,6 +16,7 @@ mod examples;
 mod failures;
 mod fixtures;
 mod formats;
+mod fuzz;
 mod generate;
 mod gpu;
 mod gradients;

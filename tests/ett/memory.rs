@@ -62,6 +62,11 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
+/// The most bytes that the heap has held.
+pub fn peak() -> usize {
+    PEAK.load(Relaxed)
+}
+
 const M: usize = 4096;
 const K: usize = 131_072;
 const D: usize = 32;

@@ -1,0 +1,13 @@
+//! Conversations in JSON.
+
+use std::fs;
+
+use ett::data::Source;
+
+use super::{open, scratch};
+
+pub fn run(bytes: &[u8]) {
+    let path = scratch("llava").join("a.json");
+    fs::write(&path, bytes).expect("a file");
+    open(Source::Llava, &path);
+}
