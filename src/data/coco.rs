@@ -9,9 +9,10 @@ use super::cache::Skipped;
 use super::draw::Split;
 use super::folder::{Files, is_inside, without_nan};
 use super::json;
-use super::plain::{read_text, trimmed};
+use super::plain::read_text;
 use super::sample::Sample;
 use super::source::{DataSource, Listed, Wanted};
+use super::texts::said;
 use crate::error::{Error, Result};
 use crate::files::parent;
 
@@ -95,7 +96,7 @@ impl DataSource for FromCoco {
                 );
                 return Err(Error::data(path, what));
             }
-            let said = image.sentences.into_iter().filter_map(|s| said(&s.raw));
+            let said = image.sentences.into_iter().filter_map(|s| said(Some(s.raw)));
             let said: Vec<String> =
                 image.id.and_then(|id| captions.remove(&id)).into_iter().flatten().chain(said).collect();
             if said.is_empty() {
@@ -136,10 +137,6 @@ fn parse(path: &Path, text: &str) -> Result<Coco> {
     parsed.map_err(|e| json::wrong(path, &e, WANTED))
 }
 
-fn said(text: &str) -> Option<String> {
-    Some(trimmed(text)).filter(|t| !t.is_empty()).map(String::from)
-}
-
 /// The captions of each picture in the order of their IDs.
 fn by_picture(
     path: &Path,
@@ -154,7 +151,7 @@ fn by_picture(
     annotations.sort_by(|a, b| a.id.cmp(&b.id));
     let mut captions: HashMap<Id, Vec<String>> = HashMap::new();
     for Annotation { image_id, caption, .. } in annotations {
-        match caption.as_deref().and_then(said) {
+        match said(caption) {
             Some(caption) => captions.entry(image_id).or_default().push(caption),
             None => ignored.add(path, "a caption is empty"),
         }

@@ -52,10 +52,10 @@ pub(super) fn chat(turns: &Value) -> Result<Talk, String> {
         let Value::Object(turn) = turn else {
             return Err("a turn of the conversation is not an object".into());
         };
-        let text = |key: &str| turn.get(key).map(content);
-        match (name(turn, "from"), name(turn, "role"), text("user"), text("assistant")) {
-            (Some(from), ..) => said.push((Speaker::of(from)?, text("value").unwrap_or_default())),
-            (_, Some(role), ..) => said.push((Speaker::of(role)?, text("content").unwrap_or_default())),
+        let text = |key: &str| turn.get(key).map(content).transpose();
+        match (name(turn, "from"), name(turn, "role"), text("user")?, text("assistant")?) {
+            (Some(from), ..) => said.push((Speaker::of(from)?, text("value")?.unwrap_or_default())),
+            (_, Some(role), ..) => said.push((Speaker::of(role)?, text("content")?.unwrap_or_default())),
             (_, _, Some(question), Some(answer)) => {
                 said.extend([(Speaker::User, question), (Speaker::Assistant, answer)]);
             }
@@ -73,16 +73,18 @@ fn name<'a>(turn: &'a Map<String, Value>, key: &str) -> Option<&'a str> {
     turn.get(key).and_then(Value::as_str)
 }
 
-/// The text of a turn; pictures among its parts become placeholders.
-fn content(value: &Value) -> String {
+/// The text of a turn; pictures among its parts become placeholders. Without parts of other types, such as videos,
+/// nobody knows what was asked.
+fn content(value: &Value) -> Result<String, String> {
     let part = |part: &Value| match part.get("type").and_then(Value::as_str) {
-        Some("image" | "image_url") => PLACEHOLDER.to_string(),
-        _ => part.get("text").map(content).unwrap_or_default(),
+        Some("image" | "image_url") => Ok(PLACEHOLDER.to_string()),
+        None | Some("text") => part.get("text").map_or(Ok(String::new()), content),
+        Some(other) => Err(format!("a turn has a part of type {other:?}, wanted \"text\" or \"image\"")),
     };
     match value {
-        Value::String(text) => text.clone(),
+        Value::String(text) => Ok(text.clone()),
         Value::Array(parts) => parts.iter().map(part).collect(),
-        _ => String::new(),
+        _ => Ok(String::new()),
     }
 }
 
@@ -113,6 +115,9 @@ fn talk(said: Vec<(Speaker, String)>) -> Result<Talk, String> {
         let places = question.matches(PLACEHOLDER).count();
         if places > 0 && !chat.turns.is_empty() {
             return Err(format!("{PLACEHOLDER} stands in a later turn, wanted only in the first question"));
+        }
+        if answer.contains(PLACEHOLDER) {
+            return Err(format!("{PLACEHOLDER} stands in an answer, wanted only in the first question"));
         }
         shown += places;
         let question = without_placeholder(&question);
@@ -216,6 +221,11 @@ mod tests {
             (json!([q, a, later, a]), "<image> stands in a later turn"),
             (json!([{"from": "cat", "value": "q"}, a]), "from \"cat\", wanted"),
             (json!([q, {"from": "gpt"}]), "an answer is empty"),
+            (json!([q, {"from": "gpt", "value": "<image>\na"}]), "<image> stands in an answer"),
+            (
+                json!([{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "q"}]}, a]),
+                "a part of type \"video\", wanted",
+            ),
         ] {
             let reason = chat(&value).unwrap_err();
             assert!(reason.contains(want), "{reason}: wanted {want}");

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::fmt::Write;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
@@ -186,6 +187,10 @@ impl<'a> Stream<'a> {
             for (sample, made) in made {
                 match made {
                     Ok(picture) => self.ready.push_back(Ready { sample, picture }),
+                    // A file that is absent is one sample's fault; a disk that fails is not.
+                    Err(Error::Io { path, source }) if source.kind() != ErrorKind::NotFound => {
+                        return Err(Error::Io { path, source });
+                    }
                     Err(e) => {
                         let name = &listed.samples[sample].image;
                         self.skipped.add(name, e.reason(name));
@@ -203,7 +208,7 @@ impl<'a> Stream<'a> {
         Ok(self.ready.pop_front())
     }
 
-    /// Fails if nothing could be written.
+    /// Fails if nothing could be written, or if more than half of the samples cannot be used.
     fn finish(self, folder: &Path, mut done: Converted) -> Result<Converted> {
         done.skipped = self.skipped;
         if done.samples == 0 {
@@ -212,6 +217,15 @@ impl<'a> Stream<'a> {
                 _ => format!("nothing was written, because no picture can be used: {}", done.skipped.names()),
             };
             return Err(Error::data(folder, what));
+        }
+        let (all, skipped) = (self.listed.samples.len(), &done.skipped);
+        if 2 * skipped.count > all {
+            let what = format!(
+                "{} of {all} samples cannot be used, more than half; replace or remove them: {}",
+                skipped.count,
+                skipped.names()
+            );
+            return Err(Error::data(&self.listed.root, what));
         }
         Ok(done)
     }
@@ -268,7 +282,8 @@ fn ending(bytes: &[u8]) -> Option<&'static str> {
 mod tests {
     use super::*;
     use crate::data::scratch::Scratch;
-    use crate::data::{Columns, Source, Split, Wanted};
+    use crate::data::source::Pictures;
+    use crate::data::{Columns, Sample, Source, Split, Wanted};
 
     fn open(source: Source, path: Option<&Path>, samples: usize) -> Listed {
         let columns = Columns::default();
@@ -390,5 +405,40 @@ mod tests {
         let bad = open(Source::Folder, Some(&dir.path("bad")), 0);
         let e = write_folder(&bad, &dir.path("z"), Encode::Source, &mut quiet()).unwrap_err().to_string();
         assert!(e.contains("nothing was written, because no picture can be used: "), "{e}");
+        dir.write("bad/b.png", b"bad");
+        let pixels = save::encode(Path::new("c"), &[9; 12], 2, 2, Format::Png).unwrap();
+        dir.write("bad/c.png", &pixels);
+        let bad = open(Source::Folder, Some(&dir.path("bad")), 0);
+        let e = write_folder(&bad, &dir.path("w"), Encode::Source, &mut quiet()).unwrap_err().to_string();
+        assert!(e.contains("bad: 2 of 3 samples cannot be used, more than half; replace"), "{e}");
+    }
+
+    /// Pictures that lie on a disk that fails.
+    #[derive(Debug)]
+    struct Failing(ErrorKind);
+
+    impl Pictures for Failing {
+        fn decode(&self, sample: usize, _: usize) -> Result<Bitmap> {
+            match sample {
+                0 => Err(Error::io("disk")(self.0.into())),
+                _ => Ok(Bitmap { height: 1, width: 1, rgb: vec![0; 3] }),
+            }
+        }
+    }
+
+    #[test]
+    fn a_disk_that_fails_ends_the_work() {
+        let dir = Scratch::new("convert-disk");
+        let samples = (0..3).map(|i| Sample { image: format!("{i}.png").into(), ..Sample::default() });
+        let samples: Vec<Sample> = samples.collect();
+        let write = |to: &str, kind| {
+            let pictures = Box::new(Failing(kind));
+            let (root, samples) = (dir.root().to_path_buf(), samples.clone());
+            let listed = Listed { root, samples, pictures, ignored: Skipped::default(), about: Vec::new() };
+            write_folder(&listed, &dir.path(to), Encode::Source, &mut quiet())
+        };
+        assert_eq!(write("a", ErrorKind::NotFound).unwrap().skipped.count, 1);
+        let e = write("b", ErrorKind::PermissionDenied).unwrap_err();
+        assert!(matches!(e, Error::Io { .. }), "{e}");
     }
 }

@@ -1,9 +1,11 @@
 //! Which source reads a folder or a file.
 
 use std::fs::File;
-use std::io::{Read, Seek};
+use std::io::{ErrorKind, Read, Seek};
 use std::path::Path;
 
+use super::parquet::TABLES;
+use super::webdataset::SHARDS;
 use crate::error::{Error, Result};
 
 /// Bytes of a JSON file in which keys are looked for.
@@ -18,12 +20,15 @@ pub(super) fn name(path: &Path) -> Result<&'static str> {
     }
     let file = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
     let ends = |endings: &[&str]| endings.iter().any(|e| file.ends_with(e));
-    if ends(&[".tar", ".tgz", ".tar.gz"]) {
+    if SHARDS.has(&file) {
         Ok("webdataset")
-    } else if ends(&[".parquet"]) {
+    } else if TABLES.has(&file) {
         Ok("parquet")
     } else if let Err(e) = meta {
-        Err(Error::io(path)(e))
+        match e.kind() {
+            ErrorKind::NotFound => absent(path),
+            _ => Err(Error::io(path)(e)),
+        }
     } else if ends(&[".vector"]) {
         Ok("vector")
     } else if ends(&[".json", ".jsonl"]) {
@@ -35,6 +40,24 @@ pub(super) fn name(path: &Path) -> Result<&'static str> {
     }
 }
 
+/// The source for a pattern, by its first match.
+fn absent(path: &Path) -> Result<&'static str> {
+    let text = path.to_string_lossy();
+    if !text.contains(['*', '?', '[', '{']) && !text.contains("::") {
+        return Err(Error::data(path, "there is no such file or folder; correct the path"));
+    }
+    let first =
+        glob::glob(&text).ok().and_then(|mut found| found.find_map(|at| at.ok().filter(|at| at.exists())));
+    match first {
+        Some(first) => name(&first),
+        None => {
+            let what = "cannot tell what data this pattern stands for; name the source, such as webdataset \
+                        (--source or data.source), or correct the pattern";
+            Err(Error::data(path, what))
+        }
+    }
+}
+
 fn folder(path: &Path) -> Result<&'static str> {
     let mut name = "folder";
     for entry in std::fs::read_dir(path).map_err(Error::io(path))? {
@@ -43,12 +66,14 @@ fn folder(path: &Path) -> Result<&'static str> {
         if entry.starts_with('.') {
             continue;
         }
-        match entry.rsplit_once('.').map(|(_, ending)| ending) {
+        if ["metadata.jsonl", "metadata.csv"].contains(&&*entry) {
             // A list of pictures by name says more than files beside it.
-            _ if ["metadata.jsonl", "metadata.csv"].contains(&&*entry) => return Ok("folder"),
-            Some("tar") => name = "webdataset",
-            Some("parquet") if name == "folder" => name = "parquet",
-            _ => {}
+            return Ok("folder");
+        }
+        if SHARDS.has(&entry) {
+            name = "webdataset";
+        } else if TABLES.has(&entry) && name == "folder" {
+            name = "parquet";
         }
     }
     Ok(name)
@@ -107,6 +132,9 @@ mod tests {
             ("tars/a-0.tar", b""),
             ("tables/a.parquet", b""),
             ("tables/README.md", b""),
+            ("packed/a.tar.gz", b""),
+            ("upper/a.TGZ", b""),
+            ("upper tables/a.Parquet", b""),
             ("plain/a.png", b""),
             ("listed/a.tar", b""),
             ("listed/metadata.jsonl", b""),
@@ -125,14 +153,23 @@ mod tests {
             ("i.json", "coco"),
             ("tars", "webdataset"),
             ("tables", "parquet"),
+            ("packed", "webdataset"),
+            ("upper", "webdataset"),
+            ("upper tables", "parquet"),
+            ("tars/*", "webdataset"),
+            ("tars/a-{0..1}.tar", "webdataset"),
             ("plain", "folder"),
             ("listed", "folder"),
         ] {
             assert_eq!(name(&dir.path(path)).unwrap(), want, "{path}");
         }
-        for (path, want) in
-            [("j.json", "cannot tell"), ("k.json", "cannot tell"), ("l.txt", "ends in"), ("m", "m: ")]
-        {
+        for (path, want) in [
+            ("j.json", "cannot tell"),
+            ("k.json", "cannot tell"),
+            ("l.txt", "ends in"),
+            ("m", "m: there is no such file or folder; correct the path"),
+            ("m/*", "m/*: cannot tell what data this pattern stands for; name the source"),
+        ] {
             let e = name(&dir.path(path)).unwrap_err().to_string();
             assert!(e.contains(want), "{e}");
         }

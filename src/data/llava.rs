@@ -58,8 +58,7 @@ enum Unusable {
 }
 
 fn entry(root: &Path, value: &Value) -> std::result::Result<Sample, Unusable> {
-    let turns = ["conversations", "messages"].iter().find_map(|key| value.get(key));
-    let Some(turns) = turns else {
+    let Some(turns) = first(value, ["conversations", "messages"]) else {
         return Err(Unusable::Ignored("it has neither conversations nor messages".into()));
     };
     let image = picture(value).map_err(Unusable::Ignored)?;
@@ -77,10 +76,15 @@ fn entry(root: &Path, value: &Value) -> std::result::Result<Sample, Unusable> {
     Ok(Sample { image, chats: vec![talk.chat], ..Sample::default() })
 }
 
+/// The value of the first of two keys that is there and not null.
+fn first<'a>(value: &'a Value, keys: [&str; 2]) -> Option<&'a Value> {
+    keys.iter().filter_map(|key| value.get(key)).find(|v| !v.is_null())
+}
+
 /// The name of the picture, if there is one.
 fn picture(value: &Value) -> std::result::Result<Option<&str>, String> {
-    match ["image", "images"].iter().find_map(|key| value.get(key)) {
-        None | Some(Value::Null) => Ok(None),
+    match first(value, ["image", "images"]) {
+        None => Ok(None),
         Some(Value::String(name)) => Ok(Some(name)),
         Some(Value::Array(names)) => match &names[..] {
             [] => Ok(None),
@@ -149,6 +153,14 @@ mod tests {
         assert_eq!(listed.samples[0].image, dir.path("x.jpg"));
         assert_eq!(listed.samples[0].chats[0].system.as_deref(), Some("s"));
         assert!(!listed.samples[1].has_picture());
+    }
+
+    #[test]
+    fn a_key_that_is_null_does_not_hide_the_other_name() {
+        let value = serde_json::json!({"image": null, "images": ["1.png"], "conversations": null,
+            "messages": [{"user": "q", "assistant": "a"}]});
+        let Ok(sample) = entry(Path::new("p"), &value) else { panic!("it is not used") };
+        assert_eq!((sample.image.as_path(), sample.chats), (Path::new("p/1.png"), vec![Chat::of("q", "a")]));
     }
 
     #[test]

@@ -19,6 +19,12 @@ pub(super) struct Kind {
 }
 
 impl Kind {
+    /// Whether a name ends as those of the files, in upper or lower case.
+    pub fn has(&self, name: &str) -> bool {
+        let name = name.to_ascii_lowercase();
+        self.endings.iter().any(|ending| name.ends_with(ending))
+    }
+
     /// Whether a name is that of a file kept beside the others.
     fn is_beside(&self, name: &str) -> bool {
         self.beside.is_some_and(|ending| name.ends_with(ending))
@@ -126,7 +132,7 @@ fn one(path: &Path, kind: Kind, ignored: &mut Skipped) -> Result<Vec<PathBuf>> {
         if name.starts_with('.') || kind.is_beside(&name) {
             continue;
         }
-        match kind.endings.iter().any(|e| name.to_ascii_lowercase().ends_with(e)) && at.is_file() {
+        match kind.has(&name) && at.is_file() {
             true => shards.push(at),
             false => ignored.add(&at, format!("this is not a {noun}: its name does not end in {endings}")),
         }

@@ -275,7 +275,9 @@ fn a_run_on_shards_resumes_at_its_sample() -> Outcome {
 fn shards(from: &Path, to: &Path) -> Outcome {
     let told = Command::new(crate::common::program("ett"))
         .args(["data", "convert", "--per-shard", "5"])
-        .args([from, to])
+        .arg(from)
+        .arg("--out")
+        .arg(to)
         .output()?;
     let (out, err) = (String::from_utf8_lossy(&told.stdout), String::from_utf8_lossy(&told.stderr));
     assert!(told.status.success() && out.contains("samples in"), "{out}{err}");

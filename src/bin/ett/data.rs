@@ -54,6 +54,25 @@ enum Part {
     Test,
 }
 
+/// A format of pictures.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum As {
+    Png,
+    #[value(alias = "jpeg")]
+    Jpg,
+    Webp,
+}
+
+impl From<As> for Format {
+    fn from(format: As) -> Self {
+        match format {
+            As::Png => Format::Png,
+            As::Jpg => Format::Jpeg,
+            As::Webp => Format::WebP,
+        }
+    }
+}
+
 #[derive(Subcommand)]
 pub enum Command {
     /// Show what a source holds, and the first samples as a model will see them.
@@ -76,7 +95,8 @@ pub enum Command {
     Convert {
         #[command(flatten)]
         which: Which,
-        /// New or empty folder for the shards.
+        /// New or empty folder for the shards or pictures.
+        #[arg(long, value_name = "FOLDER")]
         out: PathBuf,
         /// Write pictures and a metadata.jsonl into the folder instead of shards.
         #[arg(long)]
@@ -87,9 +107,9 @@ pub enum Command {
         /// Names of the shards are PREFIX-000000.tar and so on. Default: train or test, the part of the data.
         #[arg(long)]
         prefix: Option<String>,
-        /// Encode all pictures anew: png, jpg or webp.
-        #[arg(long, value_name = "FORMAT")]
-        encode: Option<String>,
+        /// Encode all pictures anew in this format.
+        #[arg(long, value_enum, value_name = "FORMAT")]
+        encode: Option<As>,
     },
     /// Measure how fast pictures are read, decoded and brought to the size of training.
     Speed {
@@ -186,6 +206,9 @@ fn bar(n: usize) -> ProgressBar {
 pub fn run(command: Command, say: &mut Output) -> Result<()> {
     match command {
         Command::Inspect { which, samples, out } => {
+            if !out.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("png")) {
+                return Err(Error::data(&out, "the picture is written as PNG; use a name that ends in .png"));
+            }
             files::probe(&out)?;
             let Chosen { data, split, side, template } = which.choose()?;
             let survey = Survey::new(&data, split, &template, side, samples)?;
@@ -195,10 +218,7 @@ pub fn run(command: Command, say: &mut Output) -> Result<()> {
             }
         }
         Command::Convert { which, out, folder, per_shard, prefix, encode } => {
-            let encode = match encode {
-                Some(name) => Encode::As(Format::of(&Path::new("picture").with_extension(name))?),
-                None => Encode::Source,
-            };
+            let encode = encode.map_or(Encode::Source, |format| Encode::As(format.into()));
             let Chosen { data, split, .. } = which.choose()?;
             let prefix = prefix.unwrap_or(if split == Split::Train { "train" } else { "test" }.into());
             let listed = listed(&data, split)?;

@@ -83,7 +83,7 @@ impl DataSource for FromParquet {
 }
 
 /// The files of this source.
-const TABLES: Kind = Kind { noun: "table", endings: &[".parquet"], beside: None };
+pub(super) const TABLES: Kind = Kind { noun: "table", endings: &[".parquet"], beside: None };
 
 /// Where a picture is.
 enum Place {

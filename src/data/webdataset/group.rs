@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::super::bitmap::MAX_BYTES;
-use super::super::conversation;
+use super::super::conversation::{self, Talk};
 use super::super::folder::parse;
 use super::super::sample::Chat;
 use super::super::texts::{ChatLine, chats, joined, said};
@@ -53,6 +53,8 @@ struct Texts {
     prompt: Option<String>,
     chats: Vec<Chat>,
     text_only: bool,
+    /// Whether its conversation shows a picture.
+    shown: bool,
     /// What cannot be used.
     wrong: Vec<String>,
 }
@@ -168,6 +170,10 @@ impl Groups {
             }
             return;
         }
+        if picture.is_none() && json.shown {
+            let name = text.unwrap_or_default();
+            return self.ignore(&name, "its conversation shows <image>, but its sample has no picture");
+        }
         let captions = joined([txt, caption].into_iter().filter_map(said).collect(), json.captions);
         let at = picture.unwrap_or(Member { name: Vec::new(), offset: 0, bytes: 0, header: 0 });
         self.samples.push(Listing {
@@ -209,7 +215,11 @@ impl Texts {
         }
         texts.chats = all;
         match conversations(&object) {
-            Ok(more) => texts.chats.extend(more),
+            Ok(None) => {}
+            Ok(Some(talk)) => {
+                texts.shown = talk.shown;
+                texts.chats.push(talk.chat);
+            }
             Err(why) => texts.wrong.push(why),
         }
         texts
@@ -247,9 +257,6 @@ impl Texts {
 }
 
 /// The conversation of an object in LLaVA's form.
-fn conversations(object: &Map<String, Value>) -> Result<Vec<Chat>, String> {
-    match object.get("conversations") {
-        None | Some(Value::Null) => Ok(Vec::new()),
-        Some(turns) => Ok(vec![conversation::chat(turns)?.chat]),
-    }
+fn conversations(object: &Map<String, Value>) -> Result<Option<Talk>, String> {
+    object.get("conversations").filter(|v| !v.is_null()).map(conversation::chat).transpose()
 }

@@ -21,7 +21,7 @@ use crate::files;
 /// What the name of an index ends in.
 pub(super) const ENDING: &str = ".ett-index";
 /// The format of indices. It also rises when other texts are read from the members of a shard.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// Maximum size of an index.
 const MAX_INDEX: u64 = 4 << 30;
 

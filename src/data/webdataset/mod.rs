@@ -23,6 +23,7 @@ use super::pattern::{self, Kind};
 use super::sample::{Chat, Sample};
 use super::source::{DataSource, Listed, Pictures, Wanted};
 use crate::error::{Error, Result};
+use crate::files::parent;
 
 pub(super) use self::write::{END, member};
 
@@ -108,7 +109,7 @@ impl Pictures for Members {
     }
 
     fn folder(&self, sample: usize) -> Option<&Path> {
-        self.shards.path(self.places[sample].shard as usize).parent()
+        Some(parent(self.shards.path(self.places[sample].shard as usize)))
     }
 
     fn encoded(&self, sample: usize) -> Result<Option<Vec<u8>>> {
@@ -173,9 +174,9 @@ fn sample(shard: &Path, number: u32, listing: Listing) -> (Sample, Place) {
 
 /// The deepest folder that holds all shards.
 fn common(shards: &[PathBuf]) -> PathBuf {
-    let mut folder = shards.first().and_then(|s| s.parent()).unwrap_or(Path::new("")).to_path_buf();
+    let mut folder = shards.first().map_or(Path::new("."), |s| parent(s)).to_path_buf();
     for shard in shards {
-        while !shard.starts_with(&folder) && folder.pop() {}
+        while !parent(shard).starts_with(&folder) && folder.pop() {}
     }
-    folder
+    if folder == Path::new("") { ".".into() } else { folder }
 }

@@ -113,6 +113,48 @@ fn members_with_a_common_key_are_a_sample() {
 }
 
 #[test]
+fn a_conversation_about_a_picture_needs_one() {
+    let json = |shown: &str| {
+        let text = r#"{"text_only": true, "conversations": [{"user": "SHOWNq", "assistant": "a"}]}"#;
+        text.replace("SHOWN", shown).into_bytes()
+    };
+    let archive =
+        Archive::default().file("1.json", &json("<image>")).file("2.json", &json("")).file("3.png", &png(3));
+    let (_dir, listed) = listed("wds-shown", &archive.file("3.json", &json("<image>")).end());
+    let pictures: Vec<bool> = listed.samples.iter().map(Sample::has_picture).collect();
+    assert_eq!(pictures, [false, true]);
+    assert!(listed.samples.iter().all(|s| s.chats == [Chat::of("q", "a")]));
+    assert!(reasons(&listed).contains("1.json: its conversation shows <image>"), "{}", reasons(&listed));
+    assert_eq!(listed.ignored.count, 1);
+}
+
+#[test]
+fn the_folder_of_relative_names_is_not_empty() {
+    for (shards, want) in [
+        (&["a.tar"][..], "."),
+        (&["a.tar", "s/b.tar"], "."),
+        (&["s/a.tar", "t/b.tar"], "."),
+        (&["s/a.tar", "s/t/b.tar"], "s"),
+        (&["/s/a.tar", "/t/b.tar"], "/"),
+    ] {
+        let shards: Vec<PathBuf> = shards.iter().map(PathBuf::from).collect();
+        assert_eq!(common(&shards), Path::new(want));
+    }
+}
+
+#[test]
+fn a_cache_that_cannot_be_written_has_a_remedy() {
+    let dir = Scratch::new("wds-no-cache");
+    dir.write("cache", b"a file");
+    dir.write("a.tgz", b"");
+    let e = list(&dir, "a.tgz").unwrap_err().to_string();
+    assert!(
+        e.contains("cache: the cache cannot be written (") && e.contains("set ETT_CACHE to a folder"),
+        "{e}"
+    );
+}
+
+#[test]
 fn odd_texts_are_counted_with_reasons() {
     let archive = Archive::default()
         .file("1.png", b"")
@@ -369,7 +411,7 @@ fn indices_are_used_while_they_fit_and_made_anew_otherwise() {
     }
     // An index that is whole, but lies.
     for (from, to) in
-        [("\"offset\":512", "\"offset\":100"), ("0000.png", "/etc.png"), ("\"format\":1", "\"format\":9")]
+        [("\"offset\":512", "\"offset\":100"), ("0000.png", "/etc.png"), ("\"format\":2", "\"format\":9")]
     {
         let text = String::from_utf8(good[..good.len() - 10].to_vec()).unwrap();
         let text = text.replacen(from, to, 1);

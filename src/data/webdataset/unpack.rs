@@ -46,7 +46,7 @@ pub(super) fn unpacked(shard: &Path, cache: &Path, limits: Limits) -> Result<Pat
     if to.is_file() {
         return Ok(to);
     }
-    fs::create_dir_all(cache).map_err(Error::io(cache))?;
+    fs::create_dir_all(cache).map_err(|e| unusable(cache, &e))?;
     tracing::info!("{}: unpacking it to {}", shard.display(), to.display());
     // Another program may unpack the same shard at this moment.
     static COUNT: AtomicU64 = AtomicU64::new(0);
@@ -61,7 +61,10 @@ pub(super) fn unpacked(shard: &Path, cache: &Path, limits: Limits) -> Result<Pat
                 shard.display()
             ),
         ),
-        false => e,
+        false => match e {
+            Error::Io { path, source } if path != shard => unusable(cache, &source),
+            e => e,
+        },
     })?;
     if Stamp::of(&fs::metadata(shard).map_err(Error::io(shard))?) != stamp {
         let _ = fs::remove_file(&own);
@@ -79,6 +82,11 @@ pub(super) fn unpacked(shard: &Path, cache: &Path, limits: Limits) -> Result<Pat
     files::sync_dir(cache)?;
     clean(cache, &of_shard, &name);
     Ok(to)
+}
+
+/// The error about a cache that cannot be written.
+fn unusable(cache: &Path, e: &std::io::Error) -> Error {
+    Error::data(cache, format!("the cache cannot be written ({e}); set ETT_CACHE to a folder that can"))
 }
 
 /// Passes the unpacked bytes on.
