@@ -142,7 +142,9 @@ impl Pages {
     pub fn new(bytes: FileBytes, column: &ColumnChunkMetaData, rows: usize, most: u64) -> Fallible<Self> {
         let props = Arc::new(ReaderProperties::builder().build());
         let pages = SerializedPageReader::new_with_properties(Arc::new(bytes), column, rows, None, props)?;
-        Ok(Pages { pages, checks: Checks { words: false, left: most } })
+        let depth = column.column_descr().max_rep_level().max(0) as u32;
+        let width = (i32::BITS - depth.leading_zeros()) as usize;
+        Ok(Pages { pages, checks: Checks { words: false, left: most, width } })
     }
 }
 
@@ -152,6 +154,8 @@ struct Checks {
     words: bool,
     /// Entries that may still follow.
     left: u64,
+    /// Bits of a repetition level; 0 for columns without lists.
+    width: usize,
 }
 
 impl Checks {
@@ -166,17 +170,32 @@ impl Checks {
                 }
                 return Ok(());
             }
-            Page::DataPage { def_level_encoding, rep_level_encoding, .. } => {
+            Page::DataPage { buf, def_level_encoding, rep_level_encoding, .. } => {
                 // Columns without levels name any encoding for them.
                 #[expect(deprecated, reason = "older writers name it")]
                 let known = |e: &Encoding| matches!(e, Encoding::RLE | Encoding::BIT_PACKED);
                 if !known(def_level_encoding) || !known(rep_level_encoding) {
                     return Err("its levels have an unknown encoding".into());
                 }
+                let (n, width) = (n as usize, self.width);
+                let whole = match rep_level_encoding {
+                    Encoding::RLE => {
+                        let size = buf.first_chunk().map_or(0, |b| u32::from_le_bytes(*b) as usize);
+                        repeated(buf.get(4..4usize.saturating_add(size)).unwrap_or_default(), width, n)
+                    }
+                    _ => buf.len() >= (n * width).div_ceil(8),
+                };
+                if !whole {
+                    return Err("its repetition levels end too early".into());
+                }
             }
-            Page::DataPageV2 { def_levels_byte_len, rep_levels_byte_len, .. } => {
+            Page::DataPageV2 { buf, def_levels_byte_len, rep_levels_byte_len, .. } => {
                 if u64::from(*def_levels_byte_len) + u64::from(*rep_levels_byte_len) > bytes as u64 {
                     return Err(format!("a page of {bytes} bytes declares more bytes of levels"));
+                }
+                let levels = buf.get(..*rep_levels_byte_len as usize).unwrap_or_default();
+                if !repeated(levels, self.width, n as usize) {
+                    return Err("its repetition levels end too early".into());
                 }
             }
         }
@@ -193,6 +212,33 @@ impl Checks {
             }
         }
     }
+}
+
+/// Whether levels of `width` bits, in runs and packed groups of eight, are at least `n`. The crate's reader would wait
+/// forever for those that are missing.
+fn repeated(mut bytes: &[u8], width: usize, n: usize) -> bool {
+    let mut count = 0usize;
+    while width > 0 && count < n {
+        let (mut header, mut shift) = (0u64, 0);
+        loop {
+            let Some((byte, rest)) = bytes.split_first() else { return false };
+            bytes = rest;
+            header |= u64::from(byte & 0x7f) << shift;
+            shift += 7;
+            if byte & 0x80 == 0 || shift > 56 {
+                break;
+            }
+        }
+        let many = usize::try_from(header >> 1).unwrap_or(usize::MAX);
+        let size = if header & 1 == 1 { many.saturating_mul(width) } else { width.div_ceil(8) };
+        // A run or group without entries would make no progress either.
+        if many == 0 || size > bytes.len() {
+            return false;
+        }
+        bytes = &bytes[size..];
+        count = count.saturating_add(if header & 1 == 1 { many.saturating_mul(8) } else { many });
+    }
+    true
 }
 
 impl Iterator for Pages {
@@ -247,8 +293,18 @@ mod tests {
     }
 
     #[test]
+    fn levels_are_counted_before_they_are_waited_for() {
+        // A run of 5, a group of 8 bits, and both with something missing.
+        assert!(repeated(&[5 << 1, 1], 1, 5) && !repeated(&[5 << 1, 1], 1, 6) && !repeated(&[5 << 1], 1, 5));
+        assert!(
+            repeated(&[3, 0xff], 1, 8) && repeated(&[3, 0xff, 2, 0], 1, 9) && !repeated(&[5, 0xff], 1, 8)
+        );
+        assert!(repeated(&[], 0, 100) && !repeated(&[], 1, 1) && !repeated(&[0, 0, 0], 1, 1));
+    }
+
+    #[test]
     fn pages_that_declare_too_much_are_refused() {
-        let check = |left, words, page: &Page| Checks { words, left }.check(page);
+        let check = |left, words, page: &Page| Checks { words, left, width: 0 }.check(page);
         let buf = Bytes::from(vec![0; 40]);
         let dictionary = |num_values| Page::DictionaryPage {
             buf: buf.clone(),
