@@ -1,6 +1,7 @@
 //! Tables in Parquet files, with pictures as Hugging Face stores them.
 
 mod columns;
+mod footer;
 mod pages;
 mod table;
 #[cfg(test)]

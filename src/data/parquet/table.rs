@@ -14,6 +14,7 @@ use parquet::errors::ParquetError;
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
 
 use super::super::bitmap::MAX_BYTES;
+use super::footer;
 use super::pages::{Fallible, FileBytes, Pages, bytes_at};
 use crate::error::{Error, Result};
 
@@ -90,8 +91,9 @@ impl Table {
         if footer > len - 12 || footer > MAX_BYTES {
             return Err(wrong(format!("its metadata would have {footer} bytes, but the file has {len}")));
         }
-        let footer = read(len - 8 - footer, footer as usize)?;
-        let meta = guarded(|| ParquetMetaDataReader::decode_metadata(&footer))
+        let metadata = read(len - 8 - footer, footer as usize)?;
+        footer::check(&metadata).map_err(wrong)?;
+        let meta = guarded(|| ParquetMetaDataReader::decode_metadata(&metadata))
             .map_err(|e| wrong(format!("its metadata cannot be read ({})", plain(&e))))?;
         let mut table = Table { path: path.into(), meta, starts: vec![0], len, number, handles };
         table.check().map_err(wrong)?;

@@ -363,6 +363,64 @@ fn what_is_damaged_or_not_supported_is_named() {
     assert_eq!(listed.pictures.decode(1, 8).unwrap().rgb, [2; 6]);
 }
 
+/// A file without rows whose schema has the root and these elements, each with its number of members.
+fn schema_of(elements: &[u32]) -> Vec<u8> {
+    let varint = |mut n: u32| {
+        let mut all = Vec::new();
+        while n >= 0x80 {
+            all.push(n as u8 | 0x80);
+            n >>= 7;
+        }
+        all.push(n as u8);
+        all
+    };
+    // The version; then the list of elements, the root with the name r and one member.
+    let mut meta = [vec![0x15, 2, 0x19, 0xfc], varint(elements.len() as u32 + 1)].concat();
+    meta.extend([0x48, 1, b'r', 0x15, 2, 0]);
+    for &members in elements {
+        // The type of a column, its repetition and its name; the members of a group.
+        meta.extend(if members == 0 { vec![0x15, 12, 0x25, 0] } else { vec![0x35, 0] });
+        meta.extend([0x18, 1, b'a']);
+        if members > 0 {
+            meta.push(0x15);
+            meta.extend(varint(members * 2));
+        }
+        meta.push(0);
+    }
+    // No rows, and no row groups.
+    meta.extend([0x16, 0, 0x19, 0x0c, 0]);
+    let size = (meta.len() as u32).to_le_bytes();
+    [b"PAR1", &meta[..], &size, b"PAR1"].concat()
+}
+
+#[test]
+fn schemas_that_are_too_deep_or_too_large_are_refused() {
+    let dir = Scratch::new("parquet-deep");
+    let error = |elements: &[u32]| {
+        dir.write("a.parquet", &schema_of(elements));
+        open(&dir.path("a.parquet")).unwrap_err().to_string()
+    };
+    let deep = |n: usize| [vec![1; n], vec![0]].concat();
+    for levels in [64, 5_000] {
+        let e = error(&deep(levels));
+        assert!(e.contains("a.parquet: its schema is nested more than 64 deep; write"), "{e}");
+    }
+    let e = error(&[vec![9_999], vec![0; 9_999]].concat());
+    assert!(e.contains("a.parquet: its schema has 10001 elements, wanted at most 10000; write"), "{e}");
+    // What is allowed comes to the columns.
+    for fine in [deep(63), [vec![9_998], vec![0; 9_998]].concat()] {
+        let e = error(&fine);
+        assert!(e.contains("no column of pictures found among a"), "{e}");
+    }
+    // A field of another type could hide what follows.
+    let mut odd = schema_of(&deep(1));
+    let name = odd.iter().position(|&b| b == 0x48).unwrap();
+    odd[name] = 0x45;
+    dir.write("a.parquet", &odd);
+    let e = open(&dir.path("a.parquet")).unwrap_err().to_string();
+    assert!(e.contains("its metadata cannot be read (the schema is damaged)"), "{e}");
+}
+
 /// Damaged files are errors, or give pictures and errors of pictures, in bounded time. Panics of the parquet crate become
 /// errors too, but are printed.
 #[test]
