@@ -5,17 +5,23 @@ use std::fmt::Write;
 
 use resvg::tiny_skia::{Color, Pixmap, PixmapPaint, Transform};
 use resvg::usvg::roxmltree::{Document, Node, NodeId, ParsingOptions};
-use resvg::usvg::{ImageHrefResolver, Options, Tree};
+use resvg::usvg::{Group, ImageHrefResolver, Node as Drawn, Options, Tree};
 
 use super::format::{Alphabet, Body, EM, Item, Letter, Paint, Picture};
 
 /// Maximum length of a body, in bytes.
 const MAX_BODY: usize = 64 << 10;
-/// Maximum work of drawing a body: bytes of attributes, and [`ELEMENT`] for each element, after its references have been
+/// Maximum work of drawing a body, and all items of a picture together: bytes of attributes, and [`ELEMENT`] for each element, after its references have been
 /// followed. References in references would otherwise multiply without bound.
 const MAX_WORK: u64 = 512 << 10;
 /// What an element counts besides its attributes.
 const ELEMENT: u64 = 128;
+/// What a step of a filter counts: it visits all pixels of its picture.
+const FILTER: u64 = 2_000;
+/// Maximum magnitude of coordinates and stroke widths.
+const MAX_NUMBER: f32 = 1e5;
+/// The shortest repeated part of dashes, as a part of the longer side of their path.
+const MIN_DASH: f32 = 1e-3;
 /// Maximum number of nodes of a document: more than a body of elements of the shortest kind has.
 const MAX_NODES: u32 = 32 << 10;
 /// Maximum nesting of elements, those in references included. Drawing uses the stack and, for some elements, a picture
@@ -80,7 +86,11 @@ fn rgb(
     let Paint([r, g, b]) = picture.background;
     canvas.fill(Color::from_rgba8(r, g, b, 255));
     let scale = [width as f64 / picture.size[0] as f64, height as f64 / picture.size[1] as f64];
+    let mut work = 0;
     for item in &picture.items {
+        if work > MAX_WORK {
+            return Err(too_much());
+        }
         match item {
             Item::Icon { body, at, paint } => {
                 let body = bodies.get(*body).ok_or("a body is missing")?;
@@ -89,7 +99,7 @@ fn rgb(
                 let (left, top) = (end(at[0], scale[0]), end(at[1], scale[1]));
                 let right = end(at[0].saturating_add(at[2]), scale[0]).max(left + 1);
                 let bottom = end(at[1].saturating_add(at[3]), scale[1]).max(top + 1);
-                let icon = icon(body, *paint, right - left, bottom - top)?;
+                let icon = icon(body, *paint, right - left, bottom - top, &mut work)?;
                 // In a picture of its own, so that what lies outside of the view box is cut off.
                 let (left, top) = (left as i32, top as i32);
                 let plain = PixmapPaint::default();
@@ -97,7 +107,7 @@ fn rgb(
             }
             Item::Text { alphabet, text, at, em, paint } => {
                 let alphabet = alphabets.get(*alphabet).ok_or("an alphabet is missing")?;
-                let svg = line(alphabet, text, *at, *em, *paint, picture.size)?;
+                let svg = line(alphabet, text, *at, *em, *paint, picture.size, &mut work)?;
                 let document = Document::parse(&svg).map_err(|e| e.to_string())?;
                 let tree = tree(&document)?;
                 let transform = Transform::from_scale(scale[0] as f32, scale[1] as f32);
@@ -115,7 +125,7 @@ fn pixmap(width: usize, height: usize) -> Told<Pixmap> {
         .ok_or_else(|| format!("{width} x {height} pixels are too many to draw"))
 }
 
-fn icon(body: &Body, paint: Paint, width: usize, height: usize) -> Told<Pixmap> {
+fn icon(body: &Body, paint: Paint, width: usize, height: usize, all: &mut u64) -> Told<Pixmap> {
     let named = |e: String| format!("{}: {e}", body.name);
     if body.svg.len() > MAX_BODY {
         return Err(named(format!("has {} bytes, wanted at most {MAX_BODY}", body.svg.len())));
@@ -129,8 +139,9 @@ fn icon(body: &Body, paint: Paint, width: usize, height: usize) -> Told<Pixmap> 
     // Entities could be declared only in front of the root, where a body cannot write.
     let limited = ParsingOptions { allow_dtd: false, nodes_limit: MAX_NODES, ..Default::default() };
     let document = Document::parse_with_options(&svg, limited).map_err(|e| named(e.to_string()))?;
-    check(&document).map_err(named)?;
+    spend(all, check(&document).map_err(named)?)?;
     let tree = tree(&document).map_err(named)?;
+    check_paths(tree.root()).map_err(named)?;
     let mut icon = pixmap(width, height)?;
     resvg::render(&tree, Transform::identity(), &mut icon.as_mut());
     Ok(icon)
@@ -143,6 +154,16 @@ fn tree(document: &Document) -> Told<Tree> {
     Tree::from_xmltree(document, &options).map_err(|e| e.to_string())
 }
 
+fn too_much() -> String {
+    "takes too much work to draw all of its items".into()
+}
+
+/// Adds the work of an item to that of the items before it.
+fn spend(all: &mut u64, work: u64) -> Told<()> {
+    *all += work;
+    if *all > MAX_WORK { Err(too_much()) } else { Ok(()) }
+}
+
 /// A line of text as an SVG document of the size of the canvas.
 fn line(
     alphabet: &Alphabet,
@@ -151,6 +172,7 @@ fn line(
     em: f32,
     paint: Paint,
     [width, height]: [usize; 2],
+    all: &mut u64,
 ) -> Told<String> {
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\"><g fill=\"{paint}\" \
@@ -163,6 +185,7 @@ fn line(
             return Err(format!("the alphabet {:?} has no {c:?}", alphabet.name));
         };
         if !outline.is_empty() {
+            spend(all, ELEMENT + outline.len() as u64)?;
             let _ = write!(svg, "<path transform=\"translate({pen})\" d=\"{outline}\"/>");
         }
         pen += advance;
@@ -172,7 +195,7 @@ fn line(
 }
 
 /// Refuses elements and references that bodies do not need, and work without bound.
-fn check(document: &Document) -> Told<()> {
+fn check(document: &Document) -> Told<u64> {
     let mut ids = HashMap::new();
     for node in document.descendants().filter(Node::is_element) {
         let name = node.tag_name().name();
@@ -186,9 +209,59 @@ fn check(document: &Document) -> Told<()> {
     let mut known = HashMap::new();
     let work = work(document.root_element(), &ids, &mut known, 0)?.0;
     match work <= MAX_WORK {
-        true => Ok(()),
+        true => Ok(work),
         false => Err("takes too much work to draw through its references".into()),
     }
+}
+
+/// Refuses paths whose strokes would take memory and time without bound.
+fn check_paths(group: &Group) -> Told<()> {
+    for node in group.children() {
+        match node {
+            Drawn::Group(group) => check_paths(group)?,
+            Drawn::Path(path) => {
+                let bounds = path.data().bounds();
+                let width = path.stroke().map_or(0.0, |s| s.width().get());
+                let ends = [bounds.left(), bounds.top(), bounds.right(), bounds.bottom(), width];
+                if ends.iter().any(|x| x.abs() > MAX_NUMBER) {
+                    return Err(far());
+                }
+                let dashes = path.stroke().and_then(|s| s.dasharray());
+                let least = bounds.width().max(bounds.height()) * MIN_DASH;
+                if dashes.is_some_and(|d| d.iter().sum::<f32>() < least) {
+                    return Err("has dashes shorter than a thousandth of their path".into());
+                }
+            }
+            _ => {}
+        }
+        let mut below = Ok(());
+        node.subroots(|group| below = below.clone().and_then(|()| check_paths(group)));
+        below?;
+    }
+    Ok(())
+}
+
+fn far() -> String {
+    format!("has coordinates or stroke widths of more than {MAX_NUMBER}")
+}
+
+/// Whether the coordinates in an attribute are far too large. Flags of arcs may stand in front of a number without a
+/// space, so that two digits more are allowed here; the paths made of it are checked again.
+fn is_far(name: &str, value: &str) -> bool {
+    matches!(name, "d" | "points" | "stroke-width")
+        && value.split(|c: char| !(c.is_ascii_digit() || matches!(c, '.' | 'e' | 'E' | '+' | '-'))).any(
+            |part| {
+                // A sign ends the number before it, except in an exponent.
+                let starts = part
+                    .char_indices()
+                    .filter(|&(i, c)| i == 0 || matches!(c, '+' | '-') && !part[..i].ends_with(['e', 'E']));
+                let starts: Vec<usize> = starts.map(|(i, _)| i).chain([part.len()]).collect();
+                starts.windows(2).any(|w| {
+                    let number = part[w[0]..w[1]].parse::<f32>();
+                    number.is_ok_and(|x| x.abs() > 100.0 * MAX_NUMBER)
+                })
+            },
+        )
 }
 
 /// The work of drawing a node and everything that it refers to, and how deeply that is nested.
@@ -208,7 +281,8 @@ fn work<'a, 'i>(
         Some(None) => return Err("refers to itself".into()),
         None => known.insert(node.id(), None),
     };
-    let (mut sum, mut below) = (ELEMENT, 0);
+    let step = node.tag_name().name().starts_with("fe");
+    let (mut sum, mut below) = (if step { FILTER } else { ELEMENT }, 0);
     let mut add = |other, known: &mut _| -> Told<()> {
         let (more, deep) = work(other, ids, known, depth + 1)?;
         sum = (sum + more).min(MAX_WORK + 1);
@@ -219,6 +293,9 @@ fn work<'a, 'i>(
         add(child, known)?;
     }
     for attribute in node.attributes() {
+        if is_far(attribute.name(), attribute.value()) {
+            return Err(far());
+        }
         for id in references(attribute.name(), attribute.value())? {
             if let Some(target) = ids.get(id) {
                 add(*target, known)?;

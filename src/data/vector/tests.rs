@@ -185,6 +185,55 @@ fn bodies_reach_nothing_outside_and_do_bounded_work() {
 }
 
 #[test]
+fn work_is_bounded_by_picture_and_numbers_are_bounded() {
+    let error = |svg: &str, items: usize| {
+        let mut picture = icon(Split::Train, [20, 20], [0, 0, 20, 20]);
+        picture.items = vec![picture.items[0].clone(); items];
+        with(vec![body(svg)], vec![picture]).unwrap().draw(0).err().map(|e| e.to_string())
+    };
+    let blurs = format!(
+        "<filter id=\"f\"><feGaussianBlur stdDeviation=\"1\"/></filter>{}{CIRCLE}{}",
+        "<g filter=\"url(#f)\">".repeat(20),
+        "</g>".repeat(20)
+    );
+    assert_eq!(error(&blurs, 1), None);
+    assert!(error(&blurs, 64).unwrap().contains("too much work to draw all of its items"));
+    for (svg, want) in [
+        ("<path d=\"M0 0C1e9 1e9 -1e9 1e9 5 5\" stroke=\"#000\"/>", "coordinates or stroke widths"),
+        ("<path d=\"M0 0L200000 5\" stroke=\"#000\"/>", "coordinates or stroke widths"),
+        ("<path d=\"M0 0L5 5\" stroke=\"#000\" style=\"stroke-width:1e8\"/>", "coordinates or stroke widths"),
+        ("<path d=\"M0 0L9 9\" stroke=\"#000\" stroke-dasharray=\"0.00002\"/>", "has dashes shorter than"),
+    ] {
+        let e = error(svg, 1).unwrap();
+        assert!(e.contains(want), "{svg}: {e}");
+    }
+    for fine in [
+        "<path d=\"M0 0a9 9 0 119999-9999\"/>",
+        "<path d=\"M0 0L9 9\" stroke=\"#000\" stroke-dasharray=\"0.5 1\"/>",
+        "<path d=\"M0 0L9 9\" stroke=\"#000\" stroke-dasharray=\"0\"/>",
+    ] {
+        assert_eq!(error(fine, 1), None, "{fine}");
+    }
+    // Letters that take no room.
+    let letter = Letter(0.0, "M0 0L400 0L400 -400L0 -400Z".repeat(1000));
+    let alphabet = Alphabet { letters: [('a', letter)].into(), ..alphabet() };
+    let all = Drawings::new("tests", vec![origin()], vec![alphabet], vec![], vec![text(&"a".repeat(20_000))]);
+    let e = all.unwrap().draw(0).unwrap_err().to_string();
+    assert!(e.contains("too much work to draw all of its items"), "{e}");
+}
+
+/// Draws everything of the file that `ETT_VECTOR` names.
+#[test]
+#[ignore = "needs a file"]
+fn a_whole_file_is_drawn() {
+    use rayon::prelude::*;
+    let all = Drawings::open(std::env::var_os("ETT_VECTOR").unwrap()).unwrap();
+    let draw = |i| all.draw_shorter(i, 16).err().map(|e| e.to_string());
+    let bad: Vec<String> = (0..all.pictures().len()).into_par_iter().filter_map(draw).collect();
+    assert!(bad.is_empty(), "{} of {}: {:#?}", bad.len(), all.pictures().len(), &bad[..bad.len().min(20)]);
+}
+
+#[test]
 fn odd_numbers_in_bodies_are_harmless() {
     for svg in [
         "<circle r=\"1e38\" cx=\"-1e38\"/>",
