@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::cache::Skipped;
 use crate::error::{Error, Result};
+use crate::files::parent;
 
 /// Maximum number of names that braces stand for.
 const MAX_NAMES: usize = 100_000;
@@ -68,6 +69,15 @@ pub(super) fn files(path: &Path, kind: Kind, ignored: &mut Skipped) -> Result<Ve
         new
     });
     Ok(all)
+}
+
+/// The deepest folder that holds all files.
+pub(super) fn common(files: &[PathBuf]) -> PathBuf {
+    let mut folder = files.first().map_or(Path::new("."), |f| parent(f)).to_path_buf();
+    for file in files {
+        while !parent(file).starts_with(&folder) && folder.pop() {}
+    }
+    if folder == Path::new("") { ".".into() } else { folder }
 }
 
 /// The text up to the last slash outside of braces.

@@ -24,6 +24,7 @@ use super::pattern::{self, Kind};
 use super::plain::trimmed;
 use super::sample::{Chat, Sample};
 use super::source::{Columns, DataSource, Listed, Pictures, Wanted};
+use super::texts::joined;
 use crate::error::{Error, Result};
 use crate::files::parent;
 
@@ -77,8 +78,8 @@ impl DataSource for FromParquet {
         let images = part.images.map(PathBuf::from);
         let names = samples.iter().map(|s| s.image.clone()).collect();
         let pictures = Box::new(Cells { tables, places, names, images });
-        // The folder, so that the names of samples do not depend on where the data set lies.
-        let root = if path.is_dir() { path } else { parent(path) }.to_path_buf();
+        // So that the names of samples do not depend on where the data set lies.
+        let root = pattern::common(&paths);
         Ok(Listed { root, samples, pictures, ignored, about: Vec::new() })
     }
 }
@@ -141,7 +142,8 @@ impl Group<'_> {
         let mut samples = vec![Sample::default(); n];
         for &leaf in &layout.captions {
             for (sample, texts) in samples.iter_mut().zip(self.texts(leaf)?) {
-                sample.captions.extend(texts.into_iter().flatten().filter(|t| !t.is_empty()));
+                let texts = texts.into_iter().flatten().filter(|t| !t.is_empty()).collect();
+                sample.captions = joined(std::mem::take(&mut sample.captions), texts);
             }
         }
         if let Some(leaf) = layout.prompt {
@@ -277,7 +279,7 @@ impl Group<'_> {
         let mut places: Vec<Found> = match image.bytes {
             None => (0..n).map(|_| Found::Nowhere).collect(),
             Some(leaf) => {
-                let here = self.present(leaf, n, image.listed)?;
+                let here = self.present(leaf, n, image)?;
                 here.into_iter().map(|here| if here { Found::Here } else { Found::Nowhere }).collect()
             }
         };
@@ -294,16 +296,18 @@ impl Group<'_> {
         Ok(places)
     }
 
-    /// Which rows have bytes. Pictures are read for this only if the metadata counts nulls among them, but not all;
-    /// where it does not count them, a missing picture is found at its use.
-    fn present(&self, leaf: usize, n: usize, listed: bool) -> Result<Vec<bool>> {
+    /// Which rows have bytes. Pictures are read for this only if the metadata counts nulls among them, but not all, or
+    /// does not count them and there are names; without names, a missing picture is found at its use.
+    fn present(&self, leaf: usize, n: usize, image: &Images) -> Result<Vec<bool>> {
         let column = self.table.meta.row_group(self.group).column(leaf);
-        let nulls = column.statistics().and_then(|s| s.null_count_opt()).unwrap_or(0);
-        if listed || nulls == 0 {
+        let nulls = column.statistics().and_then(|s| s.null_count_opt());
+        // A name may stand for a picture without bytes.
+        let nulls = nulls.unwrap_or(if image.path.is_some() { 1 } else { 0 });
+        if image.listed || nulls == 0 {
             return Ok(vec![true; n]);
         }
         let mut here = vec![false; n];
-        if nulls < n as u64 {
+        if nulls < n as u64 || n == 1 {
             self.table.entries(self.group, leaf, &mut |row, value| {
                 here.get_mut(row).into_iter().for_each(|here| *here = value.is_some());
                 Ok(())
@@ -331,11 +335,12 @@ struct Cells {
     images: Option<PathBuf>,
 }
 
-impl Pictures for Cells {
-    fn decode(&self, sample: usize, shorter: usize) -> Result<Bitmap> {
+impl Cells {
+    /// Passes the bytes of a picture to `with`.
+    fn picture<T>(&self, sample: usize, with: impl FnOnce(&[u8], &Path) -> Result<T>) -> Result<T> {
         let (name, (table, row, leaf)) = (&self.names[sample], self.places[sample]);
         let Some(table) = self.tables.get(table) else {
-            return Bitmap::decode(&bitmap::read(name)?, name, shorter);
+            return with(&bitmap::read(name)?, name);
         };
         let values = table.values(leaf, row).map_err(|e| match e {
             Error::Data { what, .. } => Error::data(name, what),
@@ -345,10 +350,20 @@ impl Pictures for Cells {
             }
         })?;
         match &values[..] {
-            [bytes] => Bitmap::decode(bytes.data(), name, shorter),
+            [bytes] => with(bytes.data(), name),
             [] => Err(Error::data(name, "it has no picture")),
             all => Err(Error::data(name, format!("it has {} pictures, wanted one", all.len()))),
         }
+    }
+}
+
+impl Pictures for Cells {
+    fn decode(&self, sample: usize, shorter: usize) -> Result<Bitmap> {
+        self.picture(sample, |bytes, name| Bitmap::decode(bytes, name, shorter))
+    }
+
+    fn encoded(&self, sample: usize) -> Result<Option<Vec<u8>>> {
+        self.picture(sample, |bytes, _| Ok(Some(bytes.to_vec())))
     }
 
     fn folder(&self, sample: usize) -> Option<&Path> {

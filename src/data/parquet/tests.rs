@@ -151,11 +151,22 @@ fn missing_pictures_are_files_or_ignored() {
     {
         assert!(names.contains(want), "{names}");
     }
-    // Where nulls are not counted, a missing picture is an error of its sample only.
+    // Where nulls are not counted, names are used too.
+    let columns = vec![
+        (vec![png(&dir, 1)], vec![2, 1], vec![]),
+        (vec![text("x"), text("sub/3.png")], vec![2, 2], vec![]),
+        (vec![text("a")], vec![1, 0], vec![]),
+    ];
+    let none = || props().set_statistics_enabled(EnabledStatistics::None);
+    dir.write("c.parquet", &bytes(PICTURES, none(), &[columns]));
+    let listed = open_with(&dir.path("c.parquet"), &Columns::default(), Some(&dir.path("pics"))).unwrap();
+    assert_eq!(listed.samples[1].image, path);
+    assert_eq!(listed.pictures.encoded(0).unwrap(), Some(png(&dir, 1)));
+    assert_eq!(listed.pictures.encoded(1).unwrap(), Some(png(&dir, 3)));
+    // Without names, a missing picture is an error of its sample only.
     let columns = vec![(vec![png(&dir, 1)], vec![0, 1], vec![])];
     let schema = "message m { optional binary jpg; }";
-    let none = props().set_statistics_enabled(EnabledStatistics::None);
-    dir.write("b.parquet", &bytes(schema, none, &[columns]));
+    dir.write("b.parquet", &bytes(schema, none(), &[columns]));
     let listed = open(&dir.path("b.parquet")).unwrap();
     let e = listed.pictures.decode(0, 8).unwrap_err().to_string();
     assert!(e.ends_with("b.parquet/0: it has no picture"), "{e}");
@@ -314,6 +325,28 @@ fn folders_and_patterns_stand_for_files() {
     let e = open(&dir.path("valid-*.parquet")).unwrap_err().to_string();
     assert!(e.contains("no table matches this pattern; correct it or fetch"), "{e}");
     assert!(open(&dir.path("none.parquet")).unwrap_err().to_string().contains("none.parquet: "));
+}
+
+#[test]
+fn captions_of_several_columns_are_not_repeated() {
+    let dir = Scratch::new("parquet-captions");
+    let schema =
+        "message m { required binary image; required binary text (UTF8); required binary caption (UTF8); }";
+    let columns = vec![
+        (vec![png(&dir, 1), png(&dir, 2)], vec![], vec![]),
+        (vec![text("a"), text("b")], vec![], vec![]),
+        (vec![text("a"), text("c")], vec![], vec![]),
+    ];
+    for folder in ["one", "two"] {
+        dir.write(
+            &format!("x/{folder}/a-0.parquet"),
+            &bytes(schema, props(), std::slice::from_ref(&columns)),
+        );
+    }
+    let listed = open(&dir.path("x/*/a-*.parquet")).unwrap();
+    let captions: Vec<_> = listed.samples.iter().map(|s| s.captions.join("+")).collect();
+    assert_eq!(captions, ["a", "b+c", "a", "b+c"]);
+    assert_eq!(listed.root, dir.path("x"));
 }
 
 #[test]

@@ -158,7 +158,7 @@ fn open(path: &Path, cache: Result<PathBuf>) -> Result<Listed> {
         let kinds: Vec<String> = unknown.iter().map(|(kind, n)| format!("{kind} {n}")).collect();
         about.push(("members that are not used".into(), kinds.join(", ")));
     }
-    let root = common(&named);
+    let root = pattern::common(&named);
     let pictures = Box::new(Members { shards: Handles::new(shards), named, places });
     Ok(Listed { root, samples, pictures, ignored, about })
 }
@@ -170,13 +170,4 @@ fn sample(shard: &Path, number: u32, listing: Listing) -> (Sample, Place) {
     let chats = chats.into_iter().map(Chat::from).collect();
     let place = Place { shard: number, header, offset, bytes, name: name.into() };
     (Sample { image, captions, prompt, chats, scene: None }, place)
-}
-
-/// The deepest folder that holds all shards.
-fn common(shards: &[PathBuf]) -> PathBuf {
-    let mut folder = shards.first().map_or(Path::new("."), |s| parent(s)).to_path_buf();
-    for shard in shards {
-        while !parent(shard).starts_with(&folder) && folder.pop() {}
-    }
-    if folder == Path::new("") { ".".into() } else { folder }
 }

@@ -138,7 +138,7 @@ fn the_folder_of_relative_names_is_not_empty() {
         (&["/s/a.tar", "/t/b.tar"], "/"),
     ] {
         let shards: Vec<PathBuf> = shards.iter().map(PathBuf::from).collect();
-        assert_eq!(common(&shards), Path::new(want));
+        assert_eq!(pattern::common(&shards), Path::new(want));
     }
 }
 
