@@ -71,7 +71,11 @@ impl Read for Header {
             }
             self.checked = true;
         }
-        self.read.read(to)
+        // The crate passes over a list that is declared to be long at the end of the file, too, element by element.
+        match self.read.read(to)? {
+            0 if !to.is_empty() => Err(io::ErrorKind::UnexpectedEof.into()),
+            n => Ok(n),
+        }
     }
 }
 
