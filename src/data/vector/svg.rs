@@ -11,15 +11,17 @@ use super::format::{Alphabet, Body, EM, Item, Letter, Paint, Picture};
 
 /// Maximum length of a body, in bytes.
 const MAX_BODY: usize = 64 << 10;
-/// Maximum work of drawing a body, and all items of a picture together: bytes of attributes, and [`ELEMENT`] for each element, after its references have been
+/// Maximum work of drawing a body: bytes of attributes, and [`ELEMENT`] for each element, after its references have been
 /// followed. References in references would otherwise multiply without bound.
 const MAX_WORK: u64 = 512 << 10;
+/// The same for all items of a picture together.
+const MAX_PICTURE: u64 = 4 * MAX_WORK;
 /// What an element counts besides its attributes.
 const ELEMENT: u64 = 128;
 /// What a step of a filter counts: it visits all pixels of its picture.
 const FILTER: u64 = 2_000;
 /// Maximum magnitude of coordinates and stroke widths.
-const MAX_NUMBER: f32 = 1e5;
+const MAX_NUMBER: f32 = 1e6;
 /// The shortest repeated part of dashes, as a part of the longer side of their path.
 const MIN_DASH: f32 = 1e-3;
 /// Maximum number of nodes of a document: more than a body of elements of the shortest kind has.
@@ -88,7 +90,7 @@ fn rgb(
     let scale = [width as f64 / picture.size[0] as f64, height as f64 / picture.size[1] as f64];
     let mut work = 0;
     for item in &picture.items {
-        if work > MAX_WORK {
+        if work > MAX_PICTURE {
             return Err(too_much());
         }
         match item {
@@ -161,7 +163,7 @@ fn too_much() -> String {
 /// Adds the work of an item to that of the items before it.
 fn spend(all: &mut u64, work: u64) -> Told<()> {
     *all += work;
-    if *all > MAX_WORK { Err(too_much()) } else { Ok(()) }
+    if *all > MAX_PICTURE { Err(too_much()) } else { Ok(()) }
 }
 
 /// A line of text as an SVG document of the size of the canvas.
