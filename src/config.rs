@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::backend::{Cpu, Precision};
-use crate::data::{Columns, Crop, Frames, Framing, Listed, LoadOptions, Source, Split, Wanted, read_text};
+use crate::data::{Columns, Crop, Frames, Framing, LoadOptions, Source, Split, Wanted, read_text};
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -645,20 +645,6 @@ impl MixConfig {
             }
         };
         Wanted { split, path, images, columns: &self.columns, samples, size: data.size }
-    }
-
-    /// Lists the training pictures or the held-out ones. Fails if the configuration names none.
-    pub fn open(&self, split: Split, data: &DataConfig) -> Result<Listed> {
-        let wanted = self.wanted(split, data);
-        if !self.source.has(&wanted) {
-            let key = if split == Split::Train { "data.train" } else { "data.test" };
-            return Err(Error::config(
-                key,
-                "empty",
-                "a folder, or a built-in data.source such as \"scenes\"",
-            ));
-        }
-        self.source.open(&wanted)
     }
 
     fn paths(&mut self) -> impl Iterator<Item = &mut PathBuf> {

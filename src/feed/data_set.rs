@@ -64,27 +64,35 @@ impl Pictures for Joined {
 impl DataSet {
     /// The training pictures, for a tokenizer that makes one token of `side` x `side` pixels.
     pub fn train(cfg: &DataConfig, side: usize) -> Result<Self> {
-        Self::part(cfg, Split::Train, side)?.ok_or_else(|| {
-            Error::config("data.train", "empty", "a folder, or a built-in data.source such as \"scenes\"")
-        })
+        Self::of(Self::required(cfg, Split::Train)?, cfg.options(Split::Train, side))
     }
 
     /// The held-out pictures, cropped at the centre; `None` if the configuration names none.
     pub fn test(cfg: &DataConfig) -> Result<Option<Self>> {
-        Self::part(cfg, Split::Test, 1)
-    }
-
-    fn part(cfg: &DataConfig, split: Split, side: usize) -> Result<Option<Self>> {
-        let listed = Self::listed(cfg, split)?;
+        let listed = Self::listed(cfg, Split::Test)?;
         match listed.is_empty() {
             true => Ok(None),
-            false => Self::of(listed, cfg.options(split, side)).map(Some),
+            // Held-out pictures are squares, which need no factor.
+            false => Self::of(listed, cfg.options(Split::Test, 1)).map(Some),
+        }
+    }
+
+    /// The sources that have this part of the data, with their weights; fails if none has.
+    pub fn required(cfg: &DataConfig, split: Split) -> Result<Vec<(Listed, f64)>> {
+        let listed = Self::listed(cfg, split)?;
+        match listed.is_empty() {
+            true => {
+                let key = if split == Split::Train { "data.train" } else { "data.test" };
+                let want = "a folder, or a built-in data.source such as \"scenes\"";
+                Err(Error::config(key, "empty", want))
+            }
+            false => Ok(listed),
         }
     }
 
     /// The sources that have this part of the data, with their weights. Every source of a mixture has to have training
     /// pictures.
-    pub fn listed(cfg: &DataConfig, split: Split) -> Result<Vec<(Listed, f64)>> {
+    fn listed(cfg: &DataConfig, split: Split) -> Result<Vec<(Listed, f64)>> {
         let mut listed = Vec::new();
         for (i, part) in cfg.parts().iter().enumerate() {
             let wanted = part.wanted(split, cfg);

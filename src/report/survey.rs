@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::plots::labelled_grid;
 use crate::config::DataConfig;
 use crate::data::{Image, Sample, Skipped, Split};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::feed::{DataSet, Template};
 use crate::rng::Philox;
 use crate::terminal::one_line;
@@ -44,11 +44,7 @@ impl Survey {
     /// Looks at a part of the data of a configuration; the first `n` samples are decoded, for a tokenizer that makes one
     /// token of `side` x `side` pixels.
     pub fn new(cfg: &DataConfig, split: Split, template: &Template, side: usize, n: usize) -> Result<Self> {
-        let listed = DataSet::listed(cfg, split)?;
-        if listed.is_empty() {
-            let key = if split == Split::Train { "data.train" } else { "data.test" };
-            return Err(Error::config(key, "empty", "the pictures to look at"));
-        }
+        let listed = DataSet::required(cfg, split)?;
         let (mut ignored, mut about) = (Skipped::default(), Vec::new());
         for (one, _) in &listed {
             ignored.join(one.ignored.clone());

@@ -7,7 +7,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use ett::config::{Config, DataConfig};
 use ett::data::{Columns, Encode, Format, Framing, Listed, Source, Split, speed, write_folder, write_shards};
 use ett::error::{Error, Result};
-use ett::feed::Template;
+use ett::feed::{DataSet, Template};
 use ett::files;
 use ett::report::Survey;
 use ett::terminal::Output;
@@ -189,11 +189,12 @@ impl Which {
 
 /// The only source of the data.
 fn listed(data: &DataConfig, split: Split) -> Result<Listed> {
-    match &data.parts()[..] {
-        [part] => part.open(split, data),
-        parts => {
+    let mut all = DataSet::required(data, split)?;
+    match all.len() {
+        1 => Ok(all.remove(0).0),
+        n => {
             let want = "one source; name it instead of the configuration of a mixture";
-            Err(Error::config("data.mix", format!("{} sources", parts.len()), want))
+            Err(Error::config("data.mix", format!("{n} sources"), want))
         }
     }
 }
