@@ -33,6 +33,8 @@ pub struct Config {
     /// Version of the keys. A file without it is read as one of this version, or as an older one where that differs; one
     /// with a later version is an error.
     pub format: Format,
+    /// Weights that a run starts from.
+    pub init: InitConfig,
     /// Encoder and decoder.
     pub tokenizer: TokenizerConfig,
     /// Codebook and its losses.
@@ -58,6 +60,20 @@ pub struct Config {
     pub sampling: SamplingConfig,
     /// The stages of a run, in order.
     pub stage: Vec<StageConfig>,
+}
+
+/// `[init]`: weights that a run starts from; docs/weights.md describes the formats. What they determine need not be
+/// repeated in other sections: their sizes become the defaults of `[llm]`, or of `[tokenizer]` and `[quantizer]`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct InitConfig {
+    /// Language model: a Hugging Face folder, or one that `ett import` has written. Its `tokenizer.json` becomes the default
+    /// of `data.tokenizer`.
+    pub llm: Option<PathBuf>,
+    /// Vision tokenizer: a file that `ett import` or `ett export` has written, a published checkpoint, or the folder of a run.
+    pub tokenizer: Option<PathBuf>,
+    /// Start from the averages of the tokenizer's weights where the file has them.
+    pub averages: bool,
 }
 
 /// `[tokenizer]`: the VQGAN around the quantizer (IBQ's code).
@@ -283,6 +299,12 @@ pub struct LlmConfig {
     pub rms_eps: f64,
     /// Base of the rotary angles.
     pub rope_theta: f64,
+    /// The embedding is the output head, too; else `lm_head.weight` is a matrix of its own.
+    pub tied: bool,
+    /// Queries, keys and values have biases, as in Qwen2; models of Llama's type have none.
+    pub qkv_bias: bool,
+    /// The longest sequence, in tokens, that the model was made for; only passed on to exported models.
+    pub positions: usize,
     /// Standard deviation of the initial weights.
     pub init_std: f64,
 }
@@ -299,6 +321,9 @@ impl Default for LlmConfig {
             mlp: 8960,
             rms_eps: 1e-6,
             rope_theta: 1e6,
+            tied: true,
+            qkv_bias: true,
+            positions: 32_768,
             init_std: 0.02,
         }
     }
@@ -951,7 +976,8 @@ impl Config {
         let data = &mut self.data;
         let mut paths = vec![&mut data.train];
         let given = [&mut data.test, &mut data.images, &mut data.test_images, &mut data.tokenizer];
-        paths.extend(given.into_iter().chain([&mut self.lpips.weights]).flatten());
+        let weights = [&mut self.lpips.weights, &mut self.init.llm, &mut self.init.tokenizer];
+        paths.extend(given.into_iter().chain(weights).flatten());
         paths.extend(data.mix.iter_mut().flat_map(MixConfig::paths));
         for StageConfig { data, .. } in &mut self.stage {
             let given = [&mut data.train, &mut data.test, &mut data.images, &mut data.test_images];
@@ -1022,6 +1048,7 @@ impl Config {
             ("llm.kv_heads", llm.kv_heads, 1..=4096),
             ("llm.head_dim", llm.head_dim, 1..=4096),
             ("llm.mlp", llm.mlp, 1..=16 * MAX_WIDTH),
+            ("llm.positions", llm.positions, 1..=MAX_INDEX),
             ("train.threads", train.threads, 0..=Cpu::MAX_THREADS),
             ("train.workers", train.workers, 0..=Cpu::MAX_THREADS),
             ("train.save_every", train.save_every, 0..=MAX_COUNT),
@@ -1320,15 +1347,15 @@ fn migrate(table: &mut toml::Table) -> bool {
     }
 }
 
-/// The last parts of keys with paths as values.
-const PATHS: [&str; 6] = ["train", "test", "images", "test_images", "tokenizer", "weights"];
+/// The last parts of keys of data with paths as values.
+const PATHS: [&str; 5] = ["train", "test", "images", "test_images", "tokenizer"];
 
 /// Whether a dotted key has a path as value.
 fn is_path(key: &str) -> bool {
-    match key.trim().rsplit_once('.') {
-        Some((section, last)) => PATHS.contains(&last) && (section.contains("data") || section == "lpips"),
-        None => false,
-    }
+    let key = key.trim();
+    let of_data = |(section, last): (&str, &str)| section.contains("data") && PATHS.contains(&last);
+    ["lpips.weights", "init.llm", "init.tokenizer"].contains(&key)
+        || key.rsplit_once('.').is_some_and(of_data)
 }
 
 /// The absolute form of a path that is relative to the folder `base`.

@@ -25,6 +25,8 @@ pub mod feed;
 #[cfg(feature = "train")]
 pub mod files;
 #[cfg(feature = "train")]
+pub mod formats;
+#[cfg(feature = "train")]
 pub mod infer;
 #[cfg(feature = "train")]
 pub mod interrupt;

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use super::model_folder;
 use crate::backend::Plan;
 use crate::error::Result;
-use crate::io::weights::{Entry, FileType, Note, TensorFile};
+use crate::formats::Encoding;
+use crate::io::weights::{Entry, Note, TensorFile};
 use crate::io::{EMA, History, WEIGHTS, run_config, write_model};
 use crate::model::{Ett, MODULES};
 
@@ -37,5 +38,5 @@ pub fn pack(run: &Path, out: &Path) -> Result<()> {
 /// A tensor of a file, in bf16.
 fn small<'a>(file: &'a TensorFile, (name, dims): (&'a str, &[usize])) -> Entry<'a> {
     let values = Box::new(move || Ok(file.read_finite(name)?.values));
-    Entry { name: name.into(), dims: dims.to_vec(), ty: FileType::Bf16, values }
+    Entry { name: name.into(), dims: dims.to_vec(), encoding: Encoding::Bf16, values }
 }

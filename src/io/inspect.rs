@@ -100,8 +100,8 @@ fn file(path: &Path, all: bool) -> Result<String> {
         let _ = writeln!(out, "  without what only training needs: {without}");
     }
     if all {
-        for (name, (dtype, dims)) in &tensors {
-            let _ = writeln!(out, "  {name:<64} {dtype:?} {dims:?}");
+        for (name, (encoding, dims)) in &tensors {
+            let _ = writeln!(out, "  {name:<64} {:<5} {dims:?}", encoding.name());
         }
         return Ok(out);
     }

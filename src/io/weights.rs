@@ -1,19 +1,17 @@
 //! Reading and writing weights: safetensors under the public names.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use safetensors::Dtype;
-use safetensors::tensor::{Metadata, TensorInfo};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::History;
-use crate::backend::{DType, Precision, to_bf16};
+use crate::backend::{DType, Precision};
 use crate::config::LpipsConfig;
 use crate::error::{Error, Result};
 use crate::files::{self, FileWriter, replace};
+use crate::formats::{Archive, Encoding, FileTensor, Selection, write_safetensors};
 use crate::nn::{HostTensor, Params, Stored};
 
 /// The only key used in the format's metadata.
@@ -48,48 +46,28 @@ impl Note {
     }
 }
 
-/// A safetensors file whose tensors are read one at a time.
+/// A file of weights with its note.
 pub struct TensorFile {
-    path: PathBuf,
-    file: File,
-    /// Offset of the tensors' bytes.
-    start: u64,
-    header: Metadata,
+    archive: Archive,
     note: Option<Note>,
 }
 
 impl TensorFile {
     /// Opens a file and reads its header. Fails if it says that it has a newer format than this program reads.
     pub fn open(path: &Path) -> Result<Self> {
-        let broken = |why: &dyn std::fmt::Display| {
-            Error::weights(path, format!("not a complete safetensors file ({why})"))
-        };
-        let mut file = File::open(path).map_err(Error::io(path))?;
-        let bytes = file.metadata().map_err(Error::io(path))?.len();
-        let mut length = [0; 8];
-        file.read_exact(&mut length).map_err(|e| broken(&e))?;
-        let length = u64::from_le_bytes(length);
-        let start = length.checked_add(8).filter(|&s| s <= bytes);
-        let start = start.ok_or_else(|| broken(&format!("{bytes} bytes are too few for its header")))?;
-        let mut header = vec![0; length as usize];
-        file.read_exact(&mut header).map_err(|e| broken(&e))?;
-        let header: Metadata = serde_json::from_slice(&header).map_err(|e| broken(&e))?;
-        let want = start + header.data_len() as u64;
-        if want != bytes {
-            return Err(broken(&format!("it has {bytes} bytes, wanted {want}")));
-        }
-        let note = header.metadata().as_ref().and_then(|all| all.get(NOTE));
-        let note = note.and_then(|text| serde_json::from_str::<serde_json::Value>(text).ok());
+        let archive = Archive::open(path)?;
+        let note = archive.about().get(NOTE).and_then(Value::as_str);
+        let note = note.and_then(|text| serde_json::from_str::<Value>(text).ok());
         let format = note.as_ref().and_then(|note| note["format"].as_u64()).unwrap_or(first().into());
         files::check_format(path, format.try_into().unwrap_or(u32::MAX), first()..=FORMAT)?;
         let note = note.and_then(|note| serde_json::from_value(note).ok());
-        Ok(TensorFile { path: path.into(), file, start, header, note })
+        Ok(TensorFile { archive, note })
     }
 
-    /// Names of the tensors with type and shape.
-    pub fn tensors(&self) -> BTreeMap<String, (Dtype, Vec<usize>)> {
-        let all = self.header.tensors().into_iter();
-        all.map(|(name, info)| (name, (info.dtype, info.shape.clone()))).collect()
+    /// Names of the tensors with encoding and shape.
+    pub fn tensors(&self) -> BTreeMap<String, (Encoding, Vec<usize>)> {
+        let all = self.archive.tensors().iter();
+        all.map(|(name, info)| (name.clone(), (info.encoding, info.dims.clone()))).collect()
     }
 
     /// The note in the file's header, if it has one.
@@ -97,26 +75,19 @@ impl TensorFile {
         self.note.as_ref()
     }
 
+    /// The file without its note.
+    pub fn into_archive(self) -> Archive {
+        self.archive
+    }
+
     /// Reads a tensor, widened to f64.
     pub fn read(&self, name: &str) -> Result<HostTensor> {
-        let info = self.header.info(name);
-        let info = info.ok_or_else(|| Error::weights(&self.path, format!("missing `{name}`")))?;
-        let (from, to) = info.data_offsets;
-        let mut bytes = vec![0; to - from];
-        let mut file = &self.file;
-        file.seek(SeekFrom::Start(self.start + from as u64))
-            .and_then(|_| file.read_exact(&mut bytes))
-            .map_err(Error::io(&self.path))?;
-        let values = widen(info.dtype, &bytes).ok_or_else(|| {
-            let what = format!("`{name}` has type {:?}, wanted a float or integer", info.dtype);
-            Error::weights(&self.path, what)
-        })?;
-        Ok(HostTensor { dims: info.shape.clone(), values })
+        self.archive.read(name)
     }
 
     /// Reads every tensor, widened to f64.
     pub fn read_all(&self) -> Result<BTreeMap<String, HostTensor>> {
-        self.tensors().into_keys().map(|name| Ok((name.clone(), self.read(&name)?))).collect()
+        self.archive.tensors().keys().map(|name| Ok((name.clone(), self.read(name)?))).collect()
     }
 
     /// Like [`TensorFile::read`], but fails if a value is not finite.
@@ -124,7 +95,8 @@ impl TensorFile {
         let t = self.read(name)?;
         match not_finite(name, &t) {
             Some(what) => {
-                Err(Error::weights(&self.path, format!("{what}; continue from an earlier checkpoint")))
+                let what = format!("{what}; continue from an earlier checkpoint");
+                Err(Error::weights(self.archive.path(), what))
             }
             None => Ok(t),
         }
@@ -142,68 +114,11 @@ pub fn read_file(path: &Path) -> Result<BTreeMap<String, HostTensor>> {
     TensorFile::open(path)?.read_all()
 }
 
-/// Bytes of a file as f64; `None` for types other than the floats and integers supported here.
-fn widen(dtype: Dtype, b: &[u8]) -> Option<Vec<f64>> {
-    fn all<T: bytemuck::AnyBitPattern + bytemuck::NoUninit>(b: &[u8], f: fn(T) -> f64) -> Option<Vec<f64>> {
-        Some(b.chunks_exact(size_of::<T>()).map(|c| f(bytemuck::pod_read_unaligned(c))).collect())
-    }
-    match dtype {
-        Dtype::F64 => all::<f64>(b, |x| x),
-        Dtype::F32 => all::<f32>(b, f64::from),
-        Dtype::BF16 => all::<half::bf16>(b, f64::from),
-        Dtype::F16 => all::<half::f16>(b, f64::from),
-        Dtype::I32 => all::<i32>(b, f64::from),
-        Dtype::I64 => all::<i64>(b, |x| x as f64),
-        _ => None,
-    }
-}
-
-/// Element type of a written tensor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FileType {
-    /// 8-byte floats.
-    F64,
-    /// 4-byte floats.
-    F32,
-    /// 2-byte floats with the exponents of 4-byte ones.
-    Bf16,
-    /// 4-byte integers.
-    I32,
-    /// 8-byte integers.
-    I64,
-}
-
-impl FileType {
-    /// The type in which parameters, moments and statistics of a run are written without loss.
-    pub fn of(prec: Precision) -> Self {
-        match prec.acc {
-            DType::F64 => FileType::F64,
-            _ => FileType::F32,
-        }
-    }
-
-    /// Its name in the format.
-    pub fn dtype(self) -> Dtype {
-        match self {
-            FileType::F64 => Dtype::F64,
-            FileType::F32 => Dtype::F32,
-            FileType::Bf16 => Dtype::BF16,
-            FileType::I32 => Dtype::I32,
-            FileType::I64 => Dtype::I64,
-        }
-    }
-
-    fn put(self, file: &mut FileWriter, values: &[f64]) -> Result<()> {
-        fn cast<T: bytemuck::NoUninit>(values: &[f64], f: fn(f64) -> T) -> Vec<T> {
-            values.iter().map(|&x| f(x)).collect()
-        }
-        match self {
-            FileType::F64 => file.put(bytemuck::cast_slice(values)),
-            FileType::F32 => file.put(bytemuck::cast_slice(&cast(values, |x| x as f32))),
-            FileType::Bf16 => file.put(bytemuck::cast_slice(&cast(values, to_bf16))),
-            FileType::I32 => file.put(bytemuck::cast_slice(&cast(values, |x| x as i32))),
-            FileType::I64 => file.put(bytemuck::cast_slice(&cast(values, |x| x as i64))),
-        }
+/// The encoding in which parameters, moments and statistics of a run are written without loss.
+pub fn lossless(prec: Precision) -> Encoding {
+    match prec.acc {
+        DType::F64 => Encoding::F64,
+        _ => Encoding::F32,
     }
 }
 
@@ -214,47 +129,35 @@ pub struct Entry<'a> {
     pub name: String,
     /// Shape in files.
     pub dims: Vec<usize>,
-    /// Element type.
-    pub ty: FileType,
+    /// How the values are stored.
+    pub encoding: Encoding,
     /// Computes the values, row-major.
     pub values: Box<dyn Fn() -> Result<Vec<f64>> + 'a>,
 }
 
-/// Writes tensors in the safetensors format, with a note in the header.
-pub fn write_tensors(file: &mut FileWriter, mut entries: Vec<Entry>, note: Option<&Note>) -> Result<()> {
-    let unwritable = |e: &dyn std::fmt::Display| Error::data(file.path(), format!("cannot be written ({e})"));
-    // The order of the format: wide types first, for alignment.
-    entries.sort_by(|a, b| b.ty.dtype().cmp(&a.ty.dtype()).then_with(|| a.name.cmp(&b.name)));
-    let mut at = 0;
-    let infos = entries.iter().map(|e| {
-        let from = at;
-        at += e.dims.iter().product::<usize>() * e.ty.dtype().bitsize() / 8;
-        (e.name.clone(), TensorInfo { dtype: e.ty.dtype(), shape: e.dims.clone(), data_offsets: (from, at) })
-    });
-    let note = note.map(serde_json::to_string).transpose().map_err(|e| unwritable(&e))?;
-    let note = note.map(|note| HashMap::from([(NOTE.to_string(), note)]));
-    let header = Metadata::new(note, infos.collect()).map_err(|e| unwritable(&e))?;
-    let mut header = serde_json::to_vec(&header).map_err(|e| unwritable(&e))?;
-    header.resize(header.len().next_multiple_of(8), b' ');
-    file.put(&(header.len() as u64).to_le_bytes())?;
-    file.put(&header)?;
-    for e in entries {
-        let (values, want) = ((e.values)()?, e.dims.iter().product::<usize>());
-        if values.len() != want {
-            let what = format!("`{}` has {} values, wanted {want} for {:?}", e.name, values.len(), e.dims);
-            return Err(Error::weights(file.path(), what));
-        }
-        e.ty.put(file, &values)?;
+impl<'a> Entry<'a> {
+    /// The tensor with its bytes.
+    pub fn encoded(self) -> FileTensor<'a> {
+        let (encoding, values) = (self.encoding, self.values);
+        let bytes = Box::new(move || encoding.encode(&values()?));
+        FileTensor { name: self.name, dims: self.dims, encoding, bytes }
     }
-    Ok(())
+}
+
+/// Writes tensors in the safetensors format, with a note in the header.
+pub fn write_tensors(file: &mut FileWriter, entries: Vec<Entry>, note: Option<&Note>) -> Result<()> {
+    let unwritable = |e: serde_json::Error| Error::data(file.path(), format!("cannot be written ({e})"));
+    let note = note.map(serde_json::to_string).transpose().map_err(unwritable)?;
+    let metadata: HashMap<_, _> = note.map(|note| (NOTE.to_string(), note)).into_iter().collect();
+    write_safetensors(file, entries.into_iter().map(Entry::encoded).collect(), metadata)
 }
 
 /// Writes tensors to a safetensors file, see [`replace`].
-pub fn write_file(path: &Path, tensors: &[(String, HostTensor, FileType)]) -> Result<()> {
-    let entries = tensors.iter().map(|(name, t, ty)| Entry {
+pub fn write_file(path: &Path, tensors: &[(String, HostTensor, Encoding)]) -> Result<()> {
+    let entries = tensors.iter().map(|(name, t, encoding)| Entry {
         name: name.clone(),
         dims: t.dims.clone(),
-        ty: *ty,
+        encoding: *encoding,
         values: Box::new(|| Ok(t.values.clone())),
     });
     replace(path, |file| write_tensors(file, entries.collect(), None))?;
@@ -263,12 +166,12 @@ pub fn write_file(path: &Path, tensors: &[(String, HostTensor, FileType)]) -> Re
 
 /// Entries for one copy of all parameters that have it, under their public names with a prefix.
 pub fn entries<'a>(params: &'a Params, stored: Stored, prefix: &str) -> Vec<Entry<'a>> {
-    let ty = FileType::of(params.precision());
+    let encoding = lossless(params.precision());
     let kept = params.names().filter(|(_, group, _)| params.has(group, stored));
     let entry = |(name, _, dims): (&'a str, _, &[usize])| Entry {
         name: format!("{prefix}{name}"),
         dims: dims.to_vec(),
-        ty,
+        encoding,
         values: Box::new(move || Ok(params.read(name, stored)?.map_or(vec![], |t| t.values))),
     };
     kept.map(entry).collect()
@@ -282,6 +185,88 @@ pub(crate) fn misfit(what: &str, mut problems: Vec<String>) -> String {
         problems.push(format!("and {more} more"));
     }
     format!("does not fit {what}: {}", problems.join("; "))
+}
+
+/// What of a model is loaded from a file, and what may differ.
+#[derive(Clone, Copy)]
+pub struct Fit<'a> {
+    /// The parameters to overwrite.
+    pub wanted: &'a dyn Fn(&str) -> bool,
+    /// Those of them that stay as they are where the file lacks them.
+    pub optional: &'a dyn Fn(&str) -> bool,
+    /// Those of which the file may hold only the first rows; the others stay as they are.
+    pub grows: &'a dyn Fn(&str) -> bool,
+}
+
+impl Fit<'_> {
+    /// All parameters as they are in the model.
+    pub const EXACT: Fit<'static> = Fit { wanted: &|_| true, optional: &|_| false, grows: &|_| false };
+}
+
+/// Whether a tensor is the first rows of one with these dimensions.
+fn fewer_rows(have: &[usize], want: &[usize]) -> bool {
+    have.len() == want.len() && have[1..] == want[1..] && have[0] <= want[0]
+}
+
+/// Overwrites parameters. Missing, extra and misshapen tensors, values that are not floats and non-finite ones give a single
+/// error that names them; then nothing is changed. Returns what differs from the file, in words.
+pub fn load_selection(params: &Params, from: &Selection, fit: Fit) -> Result<Vec<String>> {
+    let (mut problems, mut differences, mut known) = (Vec::new(), Vec::new(), BTreeSet::new());
+    for (name, _, dims) in params.names().filter(|(name, ..)| (fit.wanted)(name)) {
+        match from.dims(name) {
+            None if (fit.optional)(name) => differences.push(format!("`{name}` {dims:?} is new")),
+            None => problems.push(format!("missing `{name}` {dims:?}")),
+            Some(have) if have == dims => {}
+            Some(have) if (fit.grows)(name) && fewer_rows(have, dims) => {
+                differences.push(format!("`{name}` has {} rows, {} are new", dims[0], dims[0] - have[0]));
+            }
+            Some(have) => problems.push(format!("`{name}` is {have:?}, wanted {dims:?}")),
+        }
+        known.insert(name);
+    }
+    problems
+        .extend(from.tensors().filter(|(n, _)| !known.contains(n)).map(|(n, _)| format!("unknown `{n}`")));
+    known.retain(|name| from.dims(name).is_some());
+    if problems.is_empty() {
+        for name in &known {
+            problems.extend(unusable(from, name)?);
+        }
+    }
+    if !problems.is_empty() {
+        return Err(Error::weights(from.path(), misfit("the model", problems)));
+    }
+    for name in &known {
+        match from.raw(name)? {
+            Some((encoding, bytes)) if let Some(dtype) = device_type(encoding) => {
+                params.write_stored(name, Stored::Master, dtype, bytes)?;
+            }
+            _ => params.write_rows(name, Stored::Master, &from.read(name)?.values)?,
+        }
+    }
+    params.refresh()?;
+    Ok(differences)
+}
+
+/// The element type in which a device reads stored values, if it does.
+fn device_type(encoding: Encoding) -> Option<DType> {
+    match encoding {
+        Encoding::F64 => Some(DType::F64),
+        Encoding::F32 => Some(DType::F32),
+        Encoding::Bf16 => Some(DType::Bf16),
+        _ => None,
+    }
+}
+
+/// Why a stored tensor cannot be a weight, if it cannot.
+fn unusable(from: &Selection, name: &str) -> Result<Option<String>> {
+    let encoding = from.encoding(name)?;
+    if !encoding.is_float() {
+        return Ok(Some(format!("`{name}` has type {}, wanted floats", encoding.name())));
+    }
+    let Some((encoding, bytes)) = from.raw(name)? else { return Ok(not_finite(name, &from.read(name)?)) };
+    let Some(bad) = encoding.count_not_finite(bytes) else { return Ok(not_finite(name, &from.read(name)?)) };
+    let all = bytes.len() / encoding.bytes(1).unwrap_or(1);
+    Ok((bad > 0).then(|| format!("`{name}` has {bad} of {all} values that are not finite")))
 }
 
 /// Overwrites the parameters named in `wanted` (all if `None`) from `tensors`. Missing, extra and misshapen tensors
@@ -321,10 +306,12 @@ pub fn set_weights(
 /// without: these stay as they are.
 pub fn load_weights(params: &Params, path: &Path) -> Result<()> {
     let file = TensorFile::open(path)?;
-    let without = file.note().map_or(&[][..], |note| &note.without);
+    let without = file.note().map_or(vec![], |note| note.without.clone());
     let held = params.names().filter(|(_, group, _)| !without.iter().any(|g| g == group));
     let held: BTreeSet<&str> = held.map(|(name, ..)| name).collect();
-    set_weights(params, path, &file.read_all()?, Some(&|name| held.contains(name)))
+    let fit = Fit { wanted: &|name| held.contains(name), ..Fit::EXACT };
+    load_selection(params, &Selection::whole(file.into_archive()), fit)?;
+    Ok(())
 }
 
 /// Loads the LPIPS weights that the configuration names, or says that its features are random.

@@ -132,8 +132,8 @@ impl Ett {
     /// device scalar, the reciprocal of the number of supervised tokens of the whole batch.
     pub fn text_loss(&self, t: &Tape, hidden: &Var, b: &Packed, inv_tokens: &Tensor) -> Result<(Var, Var)> {
         let rows = ops::gather(t, hidden, &b.select)?;
-        let embed = self.llm.embedding(t, &self.params)?;
-        let loss = ops::linear_cross_entropy(t, &rows, &embed, &b.target, inv_tokens)?;
+        let head = self.llm.head(t, &self.params)?;
+        let loss = ops::linear_cross_entropy(t, &rows, &head, &b.target, inv_tokens)?;
         Ok((rows, loss))
     }
 
@@ -169,6 +169,6 @@ impl Ett {
 
     /// Logits `[n, V]` of hidden states `[n, C]`, for evaluation.
     pub fn text_logits(&self, t: &Tape, rows: &Var) -> Result<Var> {
-        ops::linear(t, rows, &self.llm.embedding(t, &self.params)?, None)
+        ops::linear(t, rows, &self.llm.head(t, &self.params)?, None)
     }
 }

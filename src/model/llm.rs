@@ -133,9 +133,10 @@ impl Cache {
     }
 }
 
-/// Embedding, blocks and final norm; the output head is tied to the embedding.
+/// Embedding, blocks, final norm and output head, which may be the embedding.
 pub struct Llm {
     embed: Param,
+    head: Param,
     blocks: Vec<Block>,
     norm: RmsNorm,
     cfg: LlmConfig,
@@ -146,7 +147,7 @@ impl Llm {
     pub fn new(b: &mut ParamBuilder, cfg: &LlmConfig) -> Self {
         b.group("llm");
         let init = Init::Normal(0.0, cfg.init_std);
-        let zero = Some(Init::Constant(0.0));
+        let bias = cfg.qkv_bias.then_some(Init::Constant(0.0));
         let (c, wq, wk) = (cfg.width, cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim);
         let embed = b.add("model.embed_tokens.weight", [cfg.vocab, c], init);
         let blocks = (0..cfg.layers)
@@ -157,7 +158,7 @@ impl Llm {
                 let gate_up = ["gate", "up"].map(|n| (at(&format!("mlp.{n}_proj")), cfg.mlp));
                 Block {
                     input_norm: RmsNorm::new(b, &at("input_layernorm"), c, cfg.rms_eps),
-                    qkv: Linear::stacked(b, &qkv, c, &[c], zero, init),
+                    qkv: Linear::stacked(b, &qkv, c, &[c], bias, init),
                     out: Linear::new(b, &at("self_attn.o_proj"), wq, c, None, init),
                     post_norm: RmsNorm::new(b, &at("post_attention_layernorm"), c, cfg.rms_eps),
                     gate_up: Linear::stacked(b, &gate_up, c, &[c], None, init),
@@ -166,12 +167,18 @@ impl Llm {
             })
             .collect();
         let norm = RmsNorm::new(b, "model.norm", c, cfg.rms_eps);
-        Llm { embed, blocks, norm, cfg: cfg.clone() }
+        let head = if cfg.tied { embed } else { b.add("lm_head.weight", [cfg.vocab, c], init) };
+        Llm { embed, head, blocks, norm, cfg: cfg.clone() }
     }
 
-    /// The embedding `[V, C]`, which is also the output head.
+    /// The embedding `[V, C]`.
     pub fn embedding(&self, t: &Tape, p: &Params) -> Result<Var> {
         p.var(t, self.embed)
+    }
+
+    /// The output head `[V, C]`.
+    pub fn head(&self, t: &Tape, p: &Params) -> Result<Var> {
+        p.var(t, self.head)
     }
 
     /// Applies all blocks and the final norm to `x` `[N, C]`: `[N, C]`. `position` is `[N]` i32.

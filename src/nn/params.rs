@@ -8,7 +8,7 @@ use crate::autograd::{Tape, Var};
 use crate::backend::{Cast, DType, Dims, Fill, Kernels, Precision, Role, Stream};
 use crate::error::{Error, Result};
 use crate::rng::Philox;
-use crate::tensor::Tensor;
+use crate::tensor::{Tensor, to_f64};
 
 /// Items start at multiples of this many elements: 256 bytes in the smallest type.
 const ALIGN: usize = 128;
@@ -448,8 +448,8 @@ impl Params {
         Ok(Some(HostTensor { dims: p.dims.clone(), values }))
     }
 
-    /// Overwrites one copy of a public tensor. After writing master weights, call [`Params::refresh`].
-    pub fn write_public(&self, name: &str, stored: Stored, t: &HostTensor) -> Result<()> {
+    /// The first `n` values of one copy of a public tensor, and its name in files.
+    fn target(&self, name: &str, stored: Stored, n: usize) -> Result<(Tensor, &Public)> {
         let Some((g, item, p)) = self.find(name) else {
             return Err(Error::arg("write_public", "name", name, "a parameter of this model"));
         };
@@ -461,6 +461,18 @@ impl Params {
                 "one that the group has",
             ));
         };
+        let all: usize = p.dims.iter().product();
+        let row = all / p.rows.len().max(1);
+        if n > all || !n.is_multiple_of(row.max(1)) || (p.oihw && n != all) {
+            let want = format!("rows of {:?}", p.dims);
+            return Err(Error::arg("write_public", "values", format!("{n} of {name}"), want));
+        }
+        Ok((to.range(item.offset + p.rows.start * row, n)?, p))
+    }
+
+    /// Overwrites one copy of a public tensor. After writing master weights, call [`Params::refresh`].
+    pub fn write_public(&self, name: &str, stored: Stored, t: &HostTensor) -> Result<()> {
+        let (_, p) = self.target(name, stored, t.values.len())?;
         if t.dims != p.dims {
             return Err(Error::arg(
                 "write_public",
@@ -469,13 +481,35 @@ impl Params {
                 format!("{:?}", p.dims),
             ));
         }
-        let n = t.values.len();
-        let row = n / p.rows.len().max(1);
-        let to = to.range(item.offset + p.rows.start * row, n)?;
+        self.write_rows(name, stored, &t.values)
+    }
+
+    /// Overwrites the first rows of one copy of a public tensor, or all of them.
+    pub fn write_rows(&self, name: &str, stored: Stored, values: &[f64]) -> Result<()> {
+        let (to, p) = self.target(name, stored, values.len())?;
         match p.oihw {
-            true => self.write(&to, &permute(&t.values, &p.dims, false)),
-            false => self.write(&to, &t.values),
+            true => self.write(&to, &permute(values, &p.dims, false)),
+            false => self.write(&to, values),
         }
+    }
+
+    /// The same with values as a file stores them, row-major, which the device converts.
+    pub fn write_stored(&self, name: &str, stored: Stored, dtype: DType, bytes: &[u8]) -> Result<()> {
+        /// Values that are on the device in both types at a time.
+        const PIECE: usize = 16 << 20;
+        let (to, p) = self.target(name, stored, bytes.len() / dtype.size())?;
+        // Only a few weights are of convolutions.
+        if p.oihw {
+            return self.write_rows(name, stored, &to_f64(dtype, bytes));
+        }
+        for (i, piece) in bytes.chunks(PIECE * dtype.size()).enumerate() {
+            let n = piece.len() / dtype.size();
+            let from = Tensor::empty(&*self.dev, Role::Input, dtype, [n])?;
+            self.dev.copy_in(Stream::COMPUTE, piece, from.out())?;
+            let to = to.range(i * PIECE, n)?;
+            self.dev.cast(Stream::COMPUTE, &Cast { x: from.view(), y: to.out() })?;
+        }
+        Ok(())
     }
 }
 

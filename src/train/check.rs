@@ -12,7 +12,8 @@ use crate::config::{Config, ScheduleKind, StageConfig, StageKind};
 use crate::error::{Error, Result};
 use crate::feed::Batch;
 use crate::files;
-use crate::io::weights::{FileType, read_file, set_weights, write_file};
+use crate::formats::Encoding;
+use crate::io::weights::{read_file, set_weights, write_file};
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Part};
 use crate::nn::{HostTensor, Stored};
@@ -92,7 +93,7 @@ pub fn check(
     for (prefix, stored) in [("grad", Stored::Gradient), ("after", Stored::Master)] {
         for name in &names {
             if let Some(v) = model.params.read(name, stored)? {
-                entries.push((format!("{prefix}.{name}"), v, FileType::F64));
+                entries.push((format!("{prefix}.{name}"), v, Encoding::F64));
             }
         }
     }
@@ -120,10 +121,10 @@ fn read_batch(path: &Path) -> Result<(HostTensor, HostTensor)> {
     }
 }
 
-type Entry = (String, HostTensor, FileType);
+type Entry = (String, HostTensor, Encoding);
 
 fn number(name: &str, v: f64) -> Entry {
-    (name.into(), HostTensor { dims: vec![1], values: vec![v] }, FileType::F64)
+    (name.into(), HostTensor { dims: vec![1], values: vec![v] }, Encoding::F64)
 }
 
 fn losses(model: &Ett, stage: &Stage, state: &StepState, out: &Outcome) -> Result<Vec<Entry>> {
@@ -163,7 +164,7 @@ fn activations(
     let mut entries = Vec::new();
     let mut put = |name: &str, t: &Tensor, dims: Option<Vec<usize>>| -> Result<()> {
         let dims = dims.unwrap_or_else(|| t.dims().as_slice().to_vec());
-        let ty = if t.dtype() == DType::I32 { FileType::I32 } else { FileType::F64 };
+        let ty = if t.dtype() == DType::I32 { Encoding::I32 } else { Encoding::F64 };
         entries.push((name.into(), HostTensor { dims, values: t.to_f64(dev)? }, ty));
         Ok(())
     };

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use super::Optimizer;
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::formats::Encoding;
 use crate::io::checkpoints::{self, Contents, Draft, TRAINING, WINDOW};
-use crate::io::weights::{Entry, FileType, Note, TensorFile, entries, misfit};
+use crate::io::weights::{Entry, Note, TensorFile, entries, lossless, misfit};
 use crate::io::{CONFIG, Checkpoints, EMA, Fingerprint, Progress, TOKENIZER, WEIGHTS, config_text};
 use crate::model::{Carried, Ett};
 use crate::nn::Stored;
@@ -41,13 +42,13 @@ fn fill(draft: &mut Draft, model: &Ett, optimizers: &[&Optimizer], progress: &Pr
     let mut training = entries(&model.params, Stored::Moment1, "moment1.");
     training.extend(entries(&model.params, Stored::Moment2, "moment2."));
     training.extend(model.carried().into_iter().map(|(name, carried)| {
-        let (ty, dims) = shape(model, &carried);
-        Entry { name, dims, ty, values: Box::new(move || carried.values(model)) }
+        let (encoding, dims) = shape(model, &carried);
+        Entry { name, dims, encoding, values: Box::new(move || carried.values(model)) }
     }));
     training.push(Entry {
         name: WINDOW.into(),
         dims: vec![progress.window.len()],
-        ty: FileType::I32,
+        encoding: Encoding::I32,
         values: Box::new(|| Ok(progress.window.iter().map(|&c| c.into()).collect())),
     });
     draft.tensors(TRAINING, training, None)?;
@@ -60,10 +61,10 @@ fn fill(draft: &mut Draft, model: &Ett, optimizers: &[&Optimizer], progress: &Pr
 }
 
 /// The type and shape in which a file holds state that the model carries from step to step.
-fn shape(model: &Ett, carried: &Carried) -> (FileType, Vec<usize>) {
+fn shape(model: &Ett, carried: &Carried) -> (Encoding, Vec<usize>) {
     match carried {
-        Carried::Tensor(t) => (FileType::of(model.params.precision()), t.dims().as_slice().to_vec()),
-        Carried::Count(_) => (FileType::I64, vec![]),
+        Carried::Tensor(t) => (lossless(model.params.precision()), t.dims().as_slice().to_vec()),
+        Carried::Count(_) => (Encoding::I64, vec![]),
     }
 }
 
@@ -158,19 +159,19 @@ enum Target {
 /// A tensor that a file must hold.
 struct Wanted {
     name: String,
-    ty: FileType,
+    encoding: Encoding,
     dims: Vec<usize>,
     target: Target,
 }
 
 /// The tensors that the files of a checkpoint must hold for a model.
 fn wanted(model: &Ett, contents: &Contents) -> Vec<(&'static str, Vec<Wanted>)> {
-    let ty = FileType::of(model.params.precision());
+    let encoding = lossless(model.params.precision());
     let params = |stored: Stored, prefix: &'static str, kept: &dyn Fn(&str) -> bool| -> Vec<Wanted> {
         let all = model.params.names().filter(|(_, group, _)| kept(group));
         all.map(|(name, _, dims)| Wanted {
             name: format!("{prefix}{name}"),
-            ty,
+            encoding,
             dims: dims.to_vec(),
             target: Target::Param(name.into(), stored),
         })
@@ -181,10 +182,15 @@ fn wanted(model: &Ett, contents: &Contents) -> Vec<(&'static str, Vec<Wanted>)> 
     let mut training = params(Stored::Moment1, "moment1.", &trained);
     training.extend(params(Stored::Moment2, "moment2.", &trained));
     training.extend(model.carried().into_iter().map(|(name, carried)| {
-        let (ty, dims) = shape(model, &carried);
-        Wanted { name, ty, dims, target: Target::Carried }
+        let (encoding, dims) = shape(model, &carried);
+        Wanted { name, encoding, dims, target: Target::Carried }
     }));
-    training.push(Wanted { name: WINDOW.into(), ty: FileType::I32, dims: vec![], target: Target::Window });
+    training.push(Wanted {
+        name: WINDOW.into(),
+        encoding: Encoding::I32,
+        dims: vec![],
+        target: Target::Window,
+    });
     let mut all = vec![(WEIGHTS, params(Stored::Master, "", &|_| true)), (TRAINING, training)];
     if !contents.averaged.is_empty() {
         all.push((EMA, params(Stored::Ema, "", &averaged)));
@@ -217,8 +223,13 @@ pub fn load(folder: &Path, model: &mut Ett, optimizers: &[&Optimizer]) -> Result
                 Some((_, dims)) if dims != w.dims && !any_length => {
                     problems.push(format!("`{}` is {dims:?}, wanted {:?}", w.name, w.dims));
                 }
-                Some((dtype, _)) if dtype != w.ty.dtype() => {
-                    problems.push(format!("`{}` is {dtype:?}, wanted {:?}", w.name, w.ty.dtype()));
+                Some((encoding, _)) if encoding != w.encoding => {
+                    problems.push(format!(
+                        "`{}` is {}, wanted {}",
+                        w.name,
+                        encoding.name(),
+                        w.encoding.name()
+                    ));
                 }
                 Some(_) => {}
             }

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use crate::error::Result;
 use crate::feed::HostBatch;
-use crate::io::weights::{FileType, write_file};
+use crate::formats::Encoding;
+use crate::io::weights::write_file;
 use crate::nn::HostTensor;
 
 /// Writes `nonfinite-STAGE-STEP.safetensors` with the pictures (as values from 0 to 255) and sequences of each part of
@@ -21,7 +22,7 @@ pub(super) fn dump(out: &Path, stage: &str, step: usize, batch: &HostBatch) -> R
             tensors.push((
                 format!("part.{i}.image.{k}"),
                 HostTensor { dims: dims.to_vec(), values },
-                FileType::F32,
+                Encoding::F32,
             ));
         }
         for (name, v) in part.rows.iter().flat_map(|rows| rows.arrays()) {
@@ -29,7 +30,7 @@ pub(super) fn dump(out: &Path, stage: &str, step: usize, batch: &HostBatch) -> R
             tensors.push((
                 format!("part.{i}.{name}"),
                 HostTensor { dims: vec![v.len()], values },
-                FileType::I32,
+                Encoding::I32,
             ));
         }
     }

@@ -11,8 +11,9 @@ use ett::backend::{DType, Kernels};
 use ett::compare::{Bounds, compare};
 use ett::config::{Arm, Config, Operands, QuantizerKind, QuantizerMetric, StageKind, VisualHeadKind};
 use ett::error::Result;
+use ett::formats::Encoding;
 use ett::io::save_weights;
-use ett::io::weights::{FileType, read_file, write_file};
+use ett::io::weights::{read_file, write_file};
 use ett::model::Ett;
 use ett::nn::{HostTensor, Stored};
 use ett::ops;
@@ -132,7 +133,7 @@ impl Step {
     }
 
     fn write(&self, name: &str, tensors: Tensors) -> Result<()> {
-        let ty = |n: &str| if n == "input.text" { FileType::I32 } else { FileType::F32 };
+        let ty = |n: &str| if n == "input.text" { Encoding::I32 } else { Encoding::F32 };
         let entries: Vec<_> = tensors.into_iter().map(|(n, t)| (n.clone(), t, ty(&n))).collect();
         write_file(&self.path(name), &entries)
     }

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use ett::backend::Plan;
 use ett::compare::{Bounds, compare};
 use ett::config::{Config, StageKind};
-use ett::io::weights::{FileType, read_file, write_file};
+use ett::formats::Encoding;
+use ett::io::weights::{read_file, write_file};
 use ett::model::Ett;
 use ett::nn::HostTensor;
 use ett::train::check;
@@ -213,7 +214,7 @@ fn changed(scratch: &Scratch, file: &str, change: impl FnOnce(&mut Tensors)) -> 
     let entries: Vec<_> = tensors
         .into_iter()
         .map(|(n, t)| {
-            let ty = if n == "input.text" { FileType::I32 } else { FileType::F32 };
+            let ty = if n == "input.text" { Encoding::I32 } else { Encoding::F32 };
             (n, t, ty)
         })
         .collect();

@@ -8,8 +8,9 @@ use ett::backend::{Cpu, DType};
 use ett::config::{Config, StageConfig, StageKind};
 use ett::data::Image;
 use ett::eval::{HeldOut, evaluate_run};
+use ett::formats::Encoding;
 use ett::infer::{Sampling, Trained, pack, reconstruct};
-use ett::io::weights::{FileType, TensorFile, read_file, write_file};
+use ett::io::weights::{TensorFile, read_file, write_file};
 use ett::io::{self, Skill, inspect};
 use ett::nn::Stored;
 use ett::train::{self, RunOptions};
@@ -152,7 +153,7 @@ fn weights_are_only_missing_where_the_file_says_so() -> Outcome {
         fs::create_dir(dir.path("broken"))?;
         fs::copy(from.join("config.toml"), dir.path("broken/config.toml"))?;
         let all = read_file(&from.join("model.safetensors"))?.into_iter().filter(|(name, _)| kept(name));
-        let all: Vec<_> = all.map(|(name, t)| (name, t, FileType::F32)).collect();
+        let all: Vec<_> = all.map(|(name, t)| (name, t, Encoding::F32)).collect();
         Ok(write_file(&dir.path("broken/model.safetensors"), &all)?)
     };
     tensors(&whole, |_| true)?;
