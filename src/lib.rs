@@ -21,6 +21,8 @@ pub mod data;
 #[cfg(feature = "train")]
 pub mod eval;
 #[cfg(feature = "train")]
+pub mod exchange;
+#[cfg(feature = "train")]
 pub mod feed;
 #[cfg(feature = "train")]
 pub mod files;
