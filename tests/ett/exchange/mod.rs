@@ -1,0 +1,3 @@
+//! Weights of other programs.
+
+mod llm;
