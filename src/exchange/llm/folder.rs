@@ -13,10 +13,10 @@ use super::layout::{Tensors, is_buffer, misfit};
 use crate::error::{Error, Result};
 use crate::formats::{Archive, Change};
 
-/// Largest sizes of files that are read as a whole, in bytes; the largest published ones have a tenth of that.
+/// Largest sizes of files that are read as a whole, in bytes; published ones have much less.
 const CONFIG: u64 = 4 << 20;
 const INDEX: u64 = 64 << 20;
-const TOKENIZER: u64 = 256 << 20;
+const TOKENIZER: u64 = 128 << 20;
 
 /// Opens a folder.
 pub(super) fn open(path: &Path) -> Result<ForeignLlm> {
@@ -94,7 +94,12 @@ fn shards(folder: &Path, index: Keys) -> Result<BTreeMap<String, Arc<Archive>>> 
             Error::weights(index.path, what)
         })?;
         if !files.contains_key(file) {
-            files.insert(file, Arc::new(Archive::open(&folder.join(file))?));
+            let shard = folder.join(file);
+            if !shard.exists() {
+                let what = format!("names {file}, which is not in the folder; fetch it, too");
+                return Err(Error::weights(index.path, what));
+            }
+            files.insert(file, Arc::new(Archive::open(&shard)?));
         }
         let archive = &files[file];
         match archive.tensors().contains_key(name) {

@@ -17,6 +17,9 @@ use crate::formats::{Encoding, FileTensor, Selection, write_safetensors};
 /// Bytes of weights in a file, from which on there are several.
 const SHARD: usize = 5_000_000_000;
 
+/// The encodings in which weights are written.
+const WRITTEN: [Encoding; 4] = [Encoding::Bf16, Encoding::F16, Encoding::F32, Encoding::F64];
+
 const CONFIG: &str = "config.json";
 const GENERATION: &str = "generation_config.json";
 const WEIGHTS: &str = "model.safetensors";
@@ -52,6 +55,13 @@ fn write_shards(
     encoding: Option<Encoding>,
     most: usize,
 ) -> Result<Vec<PathBuf>> {
+    if let Some(other) = encoding.filter(|e| !WRITTEN.contains(e)) {
+        let want = WRITTEN.map(Encoding::name).join(", ");
+        return Err(Error::weights(
+            out,
+            format!("cannot have weights in {}, wanted one of {want}", other.name()),
+        ));
+    }
     let tensors = tensors(cfg, weights, encoding)?;
     let ends = Ends::of(out, text, cfg)?;
     fs::create_dir_all(out).map_err(Error::io(out))?;
@@ -102,17 +112,35 @@ fn tensors<'a>(
                     other => other,
                 });
                 let public = name.clone();
-                let bytes = move || match weights.raw(&public)? {
-                    Some((stored, bytes)) if stored == encoding => Ok(bytes.to_vec()),
-                    _ => encoding.encode(&weights.read(&public)?.values),
-                };
-                tensors.push(FileTensor { name, dims, encoding, bytes: Box::new(bytes) });
+                let bytes = Box::new(move || bytes(weights, &public, encoding));
+                tensors.push(FileTensor { name, dims, encoding, bytes });
             }
         }
     }
     match problems.is_empty() {
         true => Ok(tensors),
         false => Err(misfit(weights.path(), "the configuration", problems)),
+    }
+}
+
+/// The bytes of a tensor in an encoding; values that it cannot hold are an error.
+fn bytes(weights: &Selection, name: &str, encoding: Encoding) -> Result<Vec<u8>> {
+    let stored = weights.raw(name)?;
+    if let Some((stored, bytes)) = stored
+        && stored == encoding
+    {
+        return Ok(bytes.to_vec());
+    }
+    let bytes = encoding.encode(&weights.read(name)?.values)?;
+    match encoding.count_not_finite(&bytes).unwrap_or(0) {
+        0 => Ok(bytes),
+        n => {
+            let what = format!(
+                "`{name}` has {n} values that are not finite in {}; use BF16 or F32",
+                encoding.name()
+            );
+            Err(Error::weights(weights.path(), what))
+        }
     }
 }
 
@@ -292,4 +320,57 @@ fn tokenizer_config(cfg: &LlmConfig) -> Value {
         "pad_token": Special::EndOfText.name(),
         "tokenizer_class": "PreTrainedTokenizerFast",
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::open_llm;
+    use super::*;
+    use crate::formats::Archive;
+
+    #[test]
+    fn large_models_are_written_in_several_files() {
+        let dir = std::env::temp_dir().join(format!("ett-llm-write-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir_all(&dir).unwrap();
+        let cfg = LlmConfig {
+            vocab: 16,
+            width: 8,
+            layers: 2,
+            heads: 2,
+            kv_heads: 1,
+            head_dim: 4,
+            mlp: 12,
+            tied: false,
+            ..LlmConfig::default()
+        };
+        let value = |i: usize| move || Ok(vec![i as u8; 2 * 128]);
+        let tensor = |(i, (name, dims)): (usize, (String, Vec<usize>))| {
+            let bytes = 2 * dims.iter().product::<usize>();
+            let bytes = Box::new(move || Ok(value(i)()?[..bytes].to_vec()));
+            FileTensor { name, dims, encoding: Encoding::Bf16, bytes }
+        };
+        let all = || layout(&cfg).into_iter().enumerate().map(tensor).collect();
+        let whole = dir.join("whole.safetensors");
+        replace(&whole, |file| write_safetensors(file, all(), HashMap::new())).unwrap();
+        let weights = Selection::whole(Archive::open(&whole).unwrap());
+        let out = dir.join("out");
+        let files = write_shards(&out, &cfg, &weights, None, None, 600).unwrap();
+        let names: Vec<String> =
+            files.iter().map(|f| f.file_name().unwrap().to_string_lossy().into_owned()).collect();
+        assert!(
+            names[0].starts_with("model-00001-of-000") && names.contains(&INDEX.to_string()),
+            "{names:?}"
+        );
+        assert!(names.len() > 5 && !names.contains(&WEIGHTS.to_string()), "{names:?}");
+        let index: Value = serde_json::from_slice(&fs::read(out.join(INDEX)).unwrap()).unwrap();
+        let bytes: usize = layout(&cfg).iter().map(|(_, dims)| 2 * dims.iter().product::<usize>()).sum();
+        assert_eq!(index["metadata"]["total_size"], bytes);
+        let again = open_llm(&out).unwrap();
+        assert_eq!(again.config, cfg);
+        for (name, _) in layout(&cfg) {
+            assert_eq!(again.weights.raw(&name).unwrap(), weights.raw(&name).unwrap(), "{name}");
+        }
+        fs::remove_dir_all(&dir).unwrap();
+    }
 }
