@@ -48,8 +48,8 @@ pub(super) struct Tensors<'a> {
 }
 
 impl Tensors<'_> {
-    /// The tensors of a model under public names. Missing, extra and misshapen ones and those that are not floats give a
-    /// single error that names them; `why` explains extra ones.
+    /// The tensors of a model under public names. Missing, extra and misshapen ones and those that are not floats give
+    /// a single error that names them; `why` explains extra ones.
     pub fn select(
         &self,
         cfg: &LlmConfig,

@@ -1,5 +1,5 @@
-//! Language models of `transformers` and llama.cpp: logits and continuations as `transformers` computes them, folders that
-//! are read as they were written, and what is refused. `tests/oracle/llm.py` makes the files.
+//! Language models of `transformers` and llama.cpp: logits and continuations as `transformers` computes them, folders
+//! that are read as they were written, and what is refused. `tests/oracle/llm.py` makes the files.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -590,7 +590,20 @@ fn shards_that_do_not_fit() -> Outcome {
     Ok(())
 }
 
-/// A real model. `ETT_SMOLLM2` names a folder with its GGUF file and what `tests/oracle/llm.py --smollm2` wrote beside it.
+/// Writes every model into the folder that `ETT_LLM_OUT` names, for `tests/oracle/llm.py --check`.
+#[test]
+#[ignore = "writes files for another program"]
+fn written() -> Outcome {
+    let out = PathBuf::from(std::env::var("ETT_LLM_OUT")?);
+    for name in HUGGING_FACE.into_iter().chain(GGUF) {
+        let of = open_llm(&source(name))?;
+        write_llm(&out.join(name), &of.config, &of.weights, of.text.as_deref().map(str::as_bytes), None)?;
+    }
+    Ok(())
+}
+
+/// A real model. `ETT_SMOLLM2` names a folder with its GGUF file and what `tests/oracle/llm.py --smollm2` wrote
+/// beside it.
 #[test]
 #[ignore = "needs a file of 98 MB"]
 fn smollm2() -> Outcome {
