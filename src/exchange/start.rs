@@ -63,8 +63,28 @@ fn complete(table: &mut toml::Table, base: &Path) -> Result<()> {
             let free = ["lecam_decay", "slope", "norm_eps", "momentum"];
             fill(table, "discriminator", d, &free, &path)?;
         }
+        fill_widths(table, &t.weights, &path)?;
+    }
+    let features = table.get("lpips").and_then(|l| l.get("weights")?.as_str()).map(|p| base.join(p));
+    if let Some(path) = features {
+        fill_widths(table, &open_perceptual(std::slice::from_ref(&path))?, &path)?;
     }
     Ok(())
+}
+
+/// Adds the widths of VGG16, if these weights have one.
+fn fill_widths(table: &mut toml::Table, weights: &Selection, path: &Path) -> Result<()> {
+    #[derive(serde::Serialize)]
+    struct Widths {
+        widths: Vec<usize>,
+    }
+    let first = ["slice1.0", "slice2.5", "slice3.10", "slice4.17", "slice5.24"];
+    let width = |name: &&str| weights.dims(&format!("{PERCEPTUAL}net.{name}.weight"))?.first().copied();
+    let widths: Vec<usize> = first.iter().filter_map(width).collect();
+    match widths.len() == first.len() {
+        true => fill(table, "lpips", &Widths { widths }, &[], path),
+        false => Ok(()),
+    }
 }
 
 /// A section of a configuration, made if it is not there; `None` if the key is no section.
