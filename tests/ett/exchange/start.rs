@@ -142,7 +142,7 @@ fn weights_that_are_missing_or_of_another_kind_are_named() -> Outcome {
     assert!(e.contains("holds no averages of weights; set `init.averages = false`"), "{e}");
     assert!(!dir.path("x").exists(), "nothing is left of a run that did not begin");
     // What changed since the configuration was completed is found when the weights are read.
-    let cfg = open(&dir, "llm = \"llm\"", &["tokenizer.ch=8", "tokenizer.norm_groups=4"])?;
+    let cfg = open(&dir, "llm = \"llm\"", &["tokenizer.ch=8", "tokenizer.norm_groups=4", "quantizer.codes=16", "lpips.widths=[4, 4, 4, 4, 4]"])?;
     let file = dir.path("llm/model.safetensors");
     let mut bytes = fs::read(&file)?;
     let end = bytes.len();
