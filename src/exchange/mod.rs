@@ -2,10 +2,11 @@
 
 mod inception;
 mod llm;
+mod named;
 mod perceptual;
 mod tokenizer;
 
-pub use inception::{open_inception, write_inception};
+pub use inception::{inception_shapes, open_inception, write_inception};
 pub use llm::{ForeignLlm, open_llm, write_llm};
-pub use perceptual::{open_perceptual, write_perceptual};
+pub use perceptual::{ForeignPerceptual, open_perceptual, write_perceptual};
 pub use tokenizer::{ForeignTokenizer, open_tokenizer, write_checkpoint, write_tokenizer};
