@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use super::run::is_run;
 use super::{
-    ForeignLlm, ForeignTokenizer, open_inception, open_llm, open_perceptual, open_tokenizer, write_inception,
-    write_llm, write_perceptual, write_tokenizer,
+    ForeignLlm, ForeignPerceptual, ForeignTokenizer, open_inception, open_llm, open_perceptual,
+    open_tokenizer, write_inception, write_llm, write_perceptual, write_tokenizer,
 };
 use crate::error::{Error, Result};
 use crate::formats::{Archive, Encoding, Format, Selection};
@@ -19,9 +19,9 @@ pub enum Foreign {
     /// A vision tokenizer.
     Tokenizer(ForeignTokenizer),
     /// The features of a perceptual loss.
-    Perceptual(Selection),
+    Perceptual(ForeignPerceptual),
     /// The Inception network of FID.
-    Inception(Selection),
+    Inception(Selection, Vec<String>),
 }
 
 /// Recognises the weights in a folder, a file, or several files of a perceptual loss.
@@ -46,7 +46,8 @@ pub fn recognise(paths: &[PathBuf]) -> Result<Foreign> {
         return Ok(Foreign::Tokenizer(open_tokenizer(path)?));
     }
     if has("Conv2d_1a_3x3.") {
-        return Ok(Foreign::Inception(open_inception(path)?));
+        let (all, notes) = open_inception(path)?;
+        return Ok(Foreign::Inception(all, notes));
     }
     if ["features.0.weight", "net.slice1.", "lin0.model.1."].iter().any(|part| has(part)) {
         return Ok(Foreign::Perceptual(open_perceptual(paths)?));
@@ -65,7 +66,8 @@ impl Foreign {
         match self {
             Foreign::Llm(llm) => &llm.weights,
             Foreign::Tokenizer(t) => &t.weights,
-            Foreign::Perceptual(all) | Foreign::Inception(all) => all,
+            Foreign::Perceptual(p) => &p.weights,
+            Foreign::Inception(all, _) => all,
         }
     }
 
@@ -73,10 +75,8 @@ impl Foreign {
     pub fn becomes(&self) -> String {
         // Writing to a String cannot fail.
         let mut out = String::new();
-        let mut notes: &[String] = &[];
-        match self {
-            Foreign::Llm(ForeignLlm { config: l, architecture, notes: all, text, .. }) => {
-                notes = all;
+        let notes = match self {
+            Foreign::Llm(ForeignLlm { config: l, architecture, notes, text, .. }) => {
                 let _ = writeln!(
                     out,
                     "a language model ({architecture}): {} layers, width {}, {} heads ({} of keys and values) of {}, \
@@ -91,9 +91,9 @@ impl Foreign {
                     if l.tied { "head tied to the embedding" } else { "a head of its own" },
                     if text.is_some() { "with its text tokenizer" } else { "without a text tokenizer" }
                 );
+                notes
             }
             Foreign::Tokenizer(t) => {
-                notes = &t.notes;
                 let has = |part: &str| t.weights.tensors().any(|(name, _)| name.starts_with(part));
                 let (c, q) = (&t.tokenizer, &t.quantizer);
                 let _ = writeln!(
@@ -112,14 +112,19 @@ impl Foreign {
                     if has("loss.perceptual_loss.") { ", perceptual loss" } else { "" },
                     s = c.downsampling()
                 );
+                &t.notes
             }
-            Foreign::Perceptual(all) => {
-                let heads = all.tensors().any(|(name, _)| name.contains(".lin0."));
+            Foreign::Perceptual(p) => {
+                let heads = p.weights.tensors().any(|(name, _)| name.contains(".lin0."));
                 let with = if heads { "with" } else { "without" };
                 let _ = writeln!(out, "the features of a perceptual loss, {with} the heads of LPIPS");
+                &p.notes
             }
-            Foreign::Inception(_) => out.push_str("the Inception network of FID\n"),
-        }
+            Foreign::Inception(_, notes) => {
+                out.push_str("the Inception network of FID\n");
+                notes
+            }
+        };
         for note in notes {
             let _ = writeln!(out, "  {note}");
         }
@@ -134,19 +139,34 @@ impl Foreign {
     }
 
     /// Writes it as a configuration names it: a folder for a language model, a safetensors file for all others. Returns the
-    /// key that names it, if there is one.
-    pub fn write(&self, out: &Path, encoding: Option<Encoding>) -> Result<Option<&'static str>> {
+    /// key that names it, if there is one, and what was left out, in words.
+    pub fn write(
+        &self,
+        out: &Path,
+        encoding: Option<Encoding>,
+    ) -> Result<(Option<&'static str>, Vec<String>)> {
         let encoding = self.lossless(encoding);
-        match self {
+        let mut notes = Vec::new();
+        let key = match self {
             Foreign::Llm(llm) => {
                 let text = llm.text.as_deref().map(str::as_bytes);
                 write_llm(out, &llm.config, &llm.weights, text, encoding)?;
-                Ok(Some("init.llm"))
+                Some("init.llm")
             }
-            Foreign::Tokenizer(t) => write_tokenizer(out, t, encoding).map(|()| Some("init.tokenizer")),
-            Foreign::Perceptual(all) => write_perceptual(out, all).map(|()| Some("lpips.weights")),
-            Foreign::Inception(all) => write_inception(out, all).map(|()| None),
-        }
+            Foreign::Tokenizer(t) => {
+                notes = write_tokenizer(out, t, encoding)?;
+                Some("init.tokenizer")
+            }
+            Foreign::Perceptual(p) => {
+                write_perceptual(out, &p.weights)?;
+                Some("lpips.weights")
+            }
+            Foreign::Inception(all, _) => {
+                write_inception(out, all)?;
+                None
+            }
+        };
+        Ok((key, notes))
     }
 }
 

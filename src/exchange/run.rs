@@ -32,6 +32,7 @@ pub fn llm_of_run(folder: &Path) -> Result<ForeignLlm> {
         weights: chosen(&folder.join(WEIGHTS), is_of_llm)?,
         text,
         architecture: architecture.into(),
+        ends: Vec::new(),
         notes: Vec::new(),
     })
 }
@@ -42,11 +43,14 @@ pub fn tokenizer_of_run(folder: &Path) -> Result<ForeignTokenizer> {
     let weights = chosen(&folder.join(WEIGHTS), is_of_tokenizer)?;
     let averages = folder.join(EMA);
     let averages = averages.is_file().then(|| chosen(&averages, is_of_tokenizer)).transpose()?;
-    let discriminates = weights.tensors().any(|(name, _)| name.starts_with("loss.discriminator."));
+    let has = |prefix: &str| weights.tensors().any(|(name, _)| name.starts_with(prefix));
+    let (discriminates, perceives) = (has("loss.discriminator."), has("loss.perceptual_loss."));
     Ok(ForeignTokenizer {
         tokenizer: cfg.tokenizer,
         quantizer: cfg.quantizer,
         discriminator: discriminates.then_some(cfg.discriminator),
+        widths: perceives.then_some(cfg.lpips.widths),
+        decay: averages.is_some().then_some(cfg.train.ema_decay),
         weights,
         averages,
         updates: None,

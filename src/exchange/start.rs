@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::run::{is_run, llm_of_run, tokenizer_of_run};
-use super::{ForeignLlm, ForeignTokenizer, open_llm, open_perceptual, open_tokenizer};
+use super::{ForeignLlm, ForeignPerceptual, ForeignTokenizer, open_llm, open_perceptual, open_tokenizer};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::files;
@@ -63,28 +63,23 @@ fn complete(table: &mut toml::Table, base: &Path) -> Result<()> {
             let free = ["lecam_decay", "slope", "norm_eps", "momentum"];
             fill(table, "discriminator", d, &free, &path)?;
         }
-        fill_widths(table, &t.weights, &path)?;
+        fill_widths(table, t.widths, &path)?;
     }
     let features = table.get("lpips").and_then(|l| l.get("weights")?.as_str()).map(|p| base.join(p));
     if let Some(path) = features {
-        fill_widths(table, &open_perceptual(std::slice::from_ref(&path))?, &path)?;
+        let features = open_perceptual(std::slice::from_ref(&path))?;
+        fill_widths(table, Some(features.widths), &path)?;
     }
     Ok(())
 }
 
-/// Adds the widths of VGG16, if these weights have one.
-fn fill_widths(table: &mut toml::Table, weights: &Selection, path: &Path) -> Result<()> {
+/// Adds the widths of VGG16, if the weights have one.
+fn fill_widths(table: &mut toml::Table, widths: Option<[usize; 5]>, path: &Path) -> Result<()> {
     #[derive(serde::Serialize)]
     struct Widths {
-        widths: Vec<usize>,
+        widths: [usize; 5],
     }
-    let first = ["slice1.0", "slice2.5", "slice3.10", "slice4.17", "slice5.24"];
-    let width = |name: &&str| weights.dims(&format!("{PERCEPTUAL}net.{name}.weight"))?.first().copied();
-    let widths: Vec<usize> = first.iter().filter_map(width).collect();
-    match widths.len() == first.len() {
-        true => fill(table, "lpips", &Widths { widths }, &[], path),
-        false => Ok(()),
-    }
+    widths.map_or(Ok(()), |widths| fill(table, "lpips", &Widths { widths }, &[], path))
 }
 
 /// A section of a configuration, made if it is not there; `None` if the key is no section.
@@ -127,7 +122,7 @@ fn same(a: &toml::Value, b: &toml::Value) -> bool {
 pub struct Start {
     llm: Option<ForeignLlm>,
     tokenizer: Option<ForeignTokenizer>,
-    perceptual: Option<Selection>,
+    perceptual: Option<ForeignPerceptual>,
     vocab: usize,
 }
 
@@ -155,7 +150,7 @@ impl Start {
             Some(dims) if ROWS.contains(&name) => dims.first() == Some(&self.vocab),
             Some(_) => true,
             None => {
-                let others = [tokenizer.map(|t| &t.weights), self.perceptual.as_ref()];
+                let others = [tokenizer.map(|t| &t.weights), self.perceptual.as_ref().map(|p| &p.weights)];
                 others.into_iter().flatten().any(|part| part.dims(name).is_some())
             }
         }
@@ -188,8 +183,8 @@ impl Start {
                 let wanted = |name: &str| name.starts_with(PERCEPTUAL);
                 let optional = |name: &str| name.contains(".lin") || name.contains(".scaling_layer.");
                 let fit = Fit { wanted: &wanted, optional: &optional, ..exact };
-                let differences = load_selection(params, perceptual, fit)?;
-                tell("perceptual loss", perceptual, &[], &differences);
+                let differences = load_selection(params, &perceptual.weights, fit)?;
+                tell("perceptual loss", &perceptual.weights, &perceptual.notes, &differences);
                 false
             }
             (None, Some(t)) => !t.weights.tensors().any(|(name, _)| name.starts_with(PERCEPTUAL)),

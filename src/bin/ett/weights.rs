@@ -50,7 +50,10 @@ impl Import {
     pub fn run(self, say: &mut Output) -> Result<()> {
         let foreign = recognise(&self.from)?;
         say.put(&foreign.becomes());
-        let key = foreign.write(&self.out, self.kind.encoding())?;
+        let (key, notes) = foreign.write(&self.out, self.kind.encoding())?;
+        for note in notes {
+            say.line(note);
+        }
         let out = self.out.display();
         say.line(match key {
             Some(key) => format!("written to {out}; a configuration names it: {key} = \"{out}\""),

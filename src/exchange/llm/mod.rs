@@ -1,10 +1,20 @@
 //! Language models of Hugging Face and llama.cpp.
 
-use std::path::{Path, PathBuf};
+mod config;
+mod folder;
+mod gguf;
+mod gguf_text;
+mod keys;
+mod layout;
+mod text;
+mod write;
+
+use std::path::Path;
 
 use crate::config::LlmConfig;
-use crate::error::{Error, Result};
-use crate::formats::{Encoding, Selection};
+use crate::error::Result;
+use crate::formats::Selection;
+pub use write::write_llm;
 
 /// A language model of another program.
 pub struct ForeignLlm {
@@ -16,23 +26,38 @@ pub struct ForeignLlm {
     pub text: Option<String>,
     /// The class that `transformers` loads it with, such as `Qwen2ForCausalLM`.
     pub architecture: String,
+    /// The tokens with which it ends a text, as its files say.
+    pub ends: Vec<usize>,
     /// What was changed or added on the way, in words.
     pub notes: Vec<String>,
 }
 
-/// Opens a language model: a Hugging Face folder, or a GGUF file.
-pub fn open_llm(path: &Path) -> Result<ForeignLlm> {
-    Err(Error::weights(path, "is not read yet"))
+impl ForeignLlm {
+    /// Adds the text tokenizer with the special tokens that it lacks, and the rows that its ids need.
+    fn with_text(mut self, path: &Path, text: Option<String>) -> Result<Self> {
+        let Some(text) = text else { return Ok(self) };
+        let complete = text::complete(path, text)?;
+        self.notes.extend(complete.notes);
+        let (rows, vocabulary) = (self.config.vocab, complete.vocabulary);
+        if vocabulary > rows {
+            self.config.vocab = vocabulary;
+            let new = vocabulary - rows;
+            self.notes.push(format!("the vocabulary has {vocabulary} rows, the file {rows}; {new} are new"));
+        } else if vocabulary < rows {
+            self.notes.push(format!(
+                "the vocabulary has {rows} rows, the text tokenizer needs {vocabulary}; all are kept"
+            ));
+        }
+        self.text = Some(complete.json);
+        Ok(self)
+    }
 }
 
-/// Writes a language model as a folder that `transformers` loads; `None` keeps the encoding of every tensor. `weights` may hold
-/// more than the language model.
-pub fn write_llm(
-    out: &Path,
-    _cfg: &LlmConfig,
-    _weights: &Selection,
-    _text: Option<&[u8]>,
-    _encoding: Option<Encoding>,
-) -> Result<Vec<PathBuf>> {
-    Err(Error::weights(out, "is not written yet"))
+/// Opens a language model: a Hugging Face folder, or a GGUF file. Values are read later, but names, shapes and types of
+/// all tensors are checked now.
+pub fn open_llm(path: &Path) -> Result<ForeignLlm> {
+    match path.is_dir() {
+        true => folder::open(path),
+        false => gguf::open(path),
+    }
 }

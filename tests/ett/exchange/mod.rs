@@ -1,3 +1,6 @@
 //! Published weights in and out.
 
+mod llm;
+mod start;
+mod table;
 mod tokenizer;

@@ -72,7 +72,10 @@ fn a_run_starts_from_the_parts_of_others() -> Outcome {
             let init = format!("llm = \"llm\"\ntokenizer = \"{from}\"\naverages = {averaged}");
             let cfg = open(&dir, &init, &[])?;
             assert_eq!((&cfg.tokenizer, cfg.quantizer.codes), (&was.tokenizer, was.quantizer.codes));
-            assert_eq!((cfg.quantizer.dim, cfg.discriminator.ndf), (was.quantizer.dim, was.discriminator.ndf));
+            assert_eq!(
+                (cfg.quantizer.dim, cfg.discriminator.ndf),
+                (was.quantizer.dim, was.discriminator.ndf)
+            );
             assert_eq!((cfg.llm.width, cfg.llm.tied, cfg.llm.qkv_bias), (was.llm.width, false, false));
             assert_eq!(cfg.lpips.widths, was.lpips.widths);
             // Only the projector is trained.
@@ -142,7 +145,11 @@ fn weights_that_are_missing_or_of_another_kind_are_named() -> Outcome {
     assert!(e.contains("holds no averages of weights; set `init.averages = false`"), "{e}");
     assert!(!dir.path("x").exists(), "nothing is left of a run that did not begin");
     // What changed since the configuration was completed is found when the weights are read.
-    let cfg = open(&dir, "llm = \"llm\"", &["tokenizer.ch=8", "tokenizer.norm_groups=4", "quantizer.codes=16", "lpips.widths=[4, 4, 4, 4, 4]"])?;
+    let cfg = open(
+        &dir,
+        "llm = \"llm\"",
+        &["tokenizer.ch=8", "tokenizer.norm_groups=4", "quantizer.codes=16", "lpips.widths=[4, 4, 4, 4, 4]"],
+    )?;
     let file = dir.path("llm/model.safetensors");
     let mut bytes = fs::read(&file)?;
     let end = bytes.len();

@@ -49,7 +49,7 @@ fn every_row_is_read_and_written_as_it_says() -> Outcome {
         assert!(foreign.becomes().starts_with(becomes.as_str()), "{weights}: {}", foreign.becomes());
         let dir = Scratch::new();
         let out = dir.path(if matches!(foreign, Foreign::Llm(_)) { "model" } else { "model.safetensors" });
-        let key = foreign.write(&out, None)?;
+        let (key, _) = foreign.write(&out, None)?;
         let again = recognise(&[out])?;
         let first = |text: String| text.lines().next().unwrap_or_default().to_string();
         assert_eq!(first(again.becomes()), first(foreign.becomes()), "{weights}");

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use ett::data::{Bitmap, Columns, Listed, Source, Split, Wanted};
 
 mod coco;
+mod config;
 mod folder;
 #[cfg(test)]
 mod inputs;
@@ -21,6 +22,7 @@ pub type Target = fn(&[u8]);
 /// All of them, by name.
 pub const TARGETS: &[(&str, Target)] = &[
     ("coco", coco::run),
+    ("config", config::run),
     ("folder", folder::run),
     ("llava", llava::run),
     ("parquet", parquet::run),
