@@ -156,9 +156,12 @@ impl Archive {
     }
 }
 
+/// Reads the header of a file in one format.
+type Reader = fn(&[u8]) -> std::result::Result<Contents, String>;
+
 /// Recognises a format and reads the list of tensors.
 fn list(bytes: &[u8]) -> std::result::Result<(Format, Contents), String> {
-    let (format, read): (_, fn(&[u8]) -> std::result::Result<Contents, String>) = match bytes {
+    let (format, read): (_, Reader) = match bytes {
         [b'G', b'G', b'U', b'F', ..] => (Format::Gguf, gguf::read),
         [b'P', b'K', 3 | 5, 4 | 6, ..] => (Format::Torch, torch::read),
         // The length of a header of JSON may look like the beginning of a pickle.

@@ -50,8 +50,8 @@ pub(super) fn read(bytes: &[u8]) -> std::result::Result<Contents, String> {
     Ok(Contents { tensors, about: Value::Object(about.collect()) })
 }
 
-/// The header. It is not read by the library, which would keep the whole of it as a tree of values first, and takes the last
-/// of several tensors with one name.
+/// The header. It is not read by the library, which would keep the whole of it as a tree of values first, and takes the
+/// last of several tensors with one name.
 #[derive(Default)]
 struct Header {
     metadata: BTreeMap<String, String>,

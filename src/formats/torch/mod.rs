@@ -1,6 +1,6 @@
-//! What `torch.save` writes, read without executing anything: a pickle of values and of references to storages, and the
-//! bytes of these storages. Either all of it is in a zip archive, without compression, or, before PyTorch 1.6, in a sequence
-//! of pickles with the storages behind them.
+//! What `torch.save` writes, read without executing anything: a pickle of values and of references to storages, and
+//! the bytes of these storages. Either all of it is in a zip archive, without compression, or, before PyTorch 1.6, in a
+//! sequence of pickles with the storages behind them.
 
 mod pickle;
 mod place;

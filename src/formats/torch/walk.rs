@@ -15,10 +15,12 @@ use crate::formats::{Contents, Info, MOST_DIMS};
 /// Bytes of all names together, and a little for each value. Dictionaries that contain one another, or one in many
 /// places, would otherwise have names without end.
 const NAMES: usize = 64 << 20;
-/// What a name costs besides its bytes.
-const EACH: usize = 64;
+/// What a tensor, or a list or dictionary on the way to one, costs besides its name.
+const EACH: usize = 256;
 /// Bytes of what a file says besides its tensors.
 const ABOUT: usize = 1 << 20;
+/// What an entry of a dictionary costs there besides its name.
+const ENTRY: usize = 32;
 /// Values within values of it.
 const DEPTH: usize = 32;
 
@@ -64,6 +66,7 @@ fn tensors(file: &TorchFile) -> Result<BTreeMap<String, Info>, String> {
                 // A file may hold a tensor alone.
                 let name = if path.is_empty() { "tensor".into() } else { path };
                 let info = tensor(file, *arguments).map_err(|why| format!("its tensor `{name}` {why}"))?;
+                spend(2 * size_of_val(&*info.dims))?;
                 match tensors.entry(name) {
                     Entry::Vacant(place) => drop(place.insert(info)),
                     Entry::Occupied(old) => return Err(format!("has two tensors `{}`; {REMEDY}", old.key())),
@@ -163,13 +166,13 @@ impl About<'_, '_> {
                 }
                 let name = key(self.pickle, name, i);
                 if let Some(value) =
-                    self.json(id, depth + 1).filter(|_| self.spend(name.len() + EACH).is_some())
+                    self.json(id, depth + 1).filter(|_| self.spend(name.len() + ENTRY).is_some())
                 {
                     map.insert(name.into_owned(), value);
                 }
             }
         }
-        (!map.is_empty() || items.is_empty()).then(|| Json::Object(map))
+        (!map.is_empty() || items.is_empty()).then_some(Json::Object(map))
     }
 
     fn spend(&mut self, bytes: usize) -> Option<()> {

@@ -135,8 +135,8 @@ fn class(encoding: Encoding) -> Option<&'static str> {
     })
 }
 
-/// An archive that is written from its beginning to its end. The library's writer would need to go back, or to leave the
-/// sizes out of the headers, and writes to the standard error stream when a disk is full.
+/// An archive that is written from its beginning to its end. The library's writer would need to go back, or to leave
+/// the sizes out of the headers, and writes to the standard error stream when a disk is full.
 struct Zip<'f> {
     file: &'f mut FileWriter,
     at: u64,
