@@ -401,9 +401,9 @@ fn files_that_are_no_tokenizer_are_refused() -> Outcome {
     let whole = fs::read(fixture("ibq.ckpt"))?;
     for (name, bytes) in [
         ("half.ckpt", &whole[..whole.len() / 2]),
-        ("class.pth", b"\x80\x02cos\nsystem\nX\x02\x00\x00\x00ls\x85R."),
-        ("text.bin", b"once upon a time"),
-        ("empty.ckpt", b""),
+        ("class.pth", &b"\x80\x02cos\nsystem\nX\x02\x00\x00\x00ls\x85R."[..]),
+        ("text.bin", &b"once upon a time"[..]),
+        ("empty.ckpt", &[][..]),
     ] {
         fs::write(dir.path(name), bytes)?;
         let e = refused(&dir.path(name));
