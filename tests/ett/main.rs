@@ -13,6 +13,7 @@ mod contract;
 mod data;
 mod dense;
 mod examples;
+mod exchange;
 mod failures;
 mod fixtures;
 mod formats;

@@ -1,0 +1,3 @@
+//! Published weights in and out.
+
+mod tokenizer;
