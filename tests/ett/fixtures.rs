@@ -69,7 +69,7 @@ fn files_are_the_ones_listed() -> Outcome {
         listed.push(path.to_string());
     }
     let mut found = Vec::new();
-    for case in CASES.into_iter().chain(["ibq", "ibq/emu"]) {
+    for case in CASES.into_iter().chain(["files", "ibq", "ibq/emu"]) {
         for entry in std::fs::read_dir(fixtures().join(case))? {
             let entry = entry?;
             if entry.file_type()?.is_file() {

@@ -14,6 +14,7 @@ mod parquet;
 mod pictures;
 mod tar;
 mod vector;
+mod weights;
 
 /// Fails by a panic if the program misbehaves on an input.
 pub type Target = fn(&[u8]);
@@ -22,9 +23,12 @@ pub type Target = fn(&[u8]);
 pub const TARGETS: &[(&str, Target)] = &[
     ("coco", coco::run),
     ("folder", folder::run),
+    ("gguf", weights::gguf),
     ("llava", llava::run),
     ("parquet", parquet::run),
+    ("pickle", weights::pickle),
     ("pictures", pictures::run),
+    ("safetensors", weights::safetensors),
     ("tar", tar::run),
     ("vector", vector::run),
 ];
