@@ -415,6 +415,8 @@ fn files_that_are_no_tokenizer_are_refused() -> Outcome {
     assert!(e.ends_with(want), "{e}");
     let e = refused(&dir.path("nothing.ckpt"));
     assert!(e.contains("nothing.ckpt: "), "{e}");
+    let e = refused(&fixture("ibq.yaml"));
+    assert!(e.ends_with("is a configuration; name the file of weights, or the folder of both"), "{e}");
     let e = refused(&fixture("heads.pth"));
     assert!(
         e.contains("holds no vision tokenizer of IBQ: it lacks `encoder.conv_in.weight` and has `lin0."),
