@@ -86,10 +86,7 @@ pub fn open_perceptual(files: &[PathBuf]) -> Result<ForeignPerceptual> {
         }
         all.extend(part);
     }
-    let widths = widths(|name| all.dims(name)).map_err(|why| match problems.is_empty() {
-        true => Error::weights(first, why),
-        false => Error::weights(first, format!("{why}; {}", problems.join("; "))),
-    })?;
+    let widths = widths(|name| all.dims(name)).map_err(|why| Error::weights(first, why))?;
     problems.extend(misfits(&all, &vgg(&widths)));
     for (optional, missing) in [
         (heads(&widths), "no file has the heads of LPIPS (`lin0` to `lin4`): every channel counts the same"),

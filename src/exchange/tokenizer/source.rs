@@ -21,6 +21,12 @@ impl Source {
     /// A folder with a file of weights, or such a file; a configuration lies beside it under the same stem.
     pub fn find(path: &Path) -> Result<Self> {
         if !path.is_dir() {
+            if ending(path).is_some_and(|ending| SETTINGS.contains(&ending)) {
+                return Err(Error::weights(
+                    path,
+                    "is a configuration; name the file of weights, or the folder of both",
+                ));
+            }
             let beside = SETTINGS.map(|ending| path.with_extension(ending));
             let settings = beside.into_iter().find(|beside| beside != path && beside.is_file());
             return Ok(Source { weights: path.into(), settings });
@@ -54,13 +60,16 @@ impl Source {
     }
 }
 
+fn ending(path: &Path) -> Option<&str> {
+    path.extension()?.to_str()
+}
+
 /// The files of a folder with one of these endings, in order.
 fn files(folder: &Path, endings: &[&str]) -> Result<Vec<PathBuf>> {
     let mut found = vec![];
     for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
         let path = entry.map_err(Error::io(folder))?.path();
-        let fits = path.extension().and_then(|e| e.to_str()).is_some_and(|e| endings.contains(&e));
-        if fits && path.is_file() {
+        if ending(&path).is_some_and(|ending| endings.contains(&ending)) && path.is_file() {
             found.push(path);
         }
     }

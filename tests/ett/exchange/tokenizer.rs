@@ -401,9 +401,9 @@ fn files_that_are_no_tokenizer_are_refused() -> Outcome {
     let whole = fs::read(fixture("ibq.ckpt"))?;
     for (name, bytes) in [
         ("half.ckpt", &whole[..whole.len() / 2]),
-        ("class.pth", b"\x80\x02cos\nsystem\nX\x02\x00\x00\x00ls\x85R."),
-        ("text.bin", b"once upon a time"),
-        ("empty.ckpt", b""),
+        ("class.pth", &b"\x80\x02cos\nsystem\nX\x02\x00\x00\x00ls\x85R."[..]),
+        ("text.bin", &b"once upon a time"[..]),
+        ("empty.ckpt", &[][..]),
     ] {
         fs::write(dir.path(name), bytes)?;
         let e = refused(&dir.path(name));
@@ -415,6 +415,8 @@ fn files_that_are_no_tokenizer_are_refused() -> Outcome {
     assert!(e.ends_with(want), "{e}");
     let e = refused(&dir.path("nothing.ckpt"));
     assert!(e.contains("nothing.ckpt: "), "{e}");
+    let e = refused(&fixture("ibq.yaml"));
+    assert!(e.ends_with("is a configuration; name the file of weights, or the folder of both"), "{e}");
     let e = refused(&fixture("heads.pth"));
     assert!(
         e.contains("holds no vision tokenizer of IBQ: it lacks `encoder.conv_in.weight` and has `lin0."),
