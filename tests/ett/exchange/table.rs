@@ -40,20 +40,28 @@ fn every_row_is_read_and_written_as_it_says() -> Outcome {
     let rows = rows()?;
     let mut shown = BTreeSet::new();
     for row in &rows {
-        let [weights, becomes, _files, written, example] = &row[..] else { panic!("{row:?}") };
+        let [weights, becomes, _files, key, example] = &row[..] else { panic!("{row:?}") };
         let names = named(example);
-        assert!(!names.is_empty(), "{weights} has no example");
+        if names.is_empty() {
+            // `exchange::tokenizer` draws it.
+            assert_eq!(becomes, "the Inception network of FID");
+            continue;
+        }
         shown.extend(names.iter().map(|n| n.split('/').take(2).collect::<Vec<_>>().join("/")));
         let paths: Vec<PathBuf> = names.iter().map(|n| fixtures().join(n)).collect();
         let foreign = recognise(&paths)?;
         assert!(foreign.becomes().starts_with(becomes.as_str()), "{weights}: {}", foreign.becomes());
         let dir = Scratch::new();
         let out = dir.path(if matches!(foreign, Foreign::Llm(_)) { "model" } else { "model.safetensors" });
-        let (key, _) = foreign.write(&out, None)?;
-        let again = recognise(&[out])?;
-        let first = |text: String| text.lines().next().unwrap_or_default().to_string();
-        assert_eq!(first(again.becomes()), first(foreign.becomes()), "{weights}");
-        assert_eq!(named(written), key.into_iter().map(String::from).collect::<Vec<_>>(), "{weights}");
+        let (written, _) = foreign.write(&out, None)?;
+        assert_eq!(named(key).first().map(String::as_str), written, "{weights}");
+        // Mistral's block is Llama's, by which name it is written.
+        let sizes = |foreign: &Foreign| {
+            let text = foreign.becomes();
+            let first = text.lines().next().unwrap_or_default();
+            first.split_once("): ").map_or(first, |(_, sizes)| sizes).to_string()
+        };
+        assert_eq!(sizes(&recognise(&[out])?), sizes(&foreign), "{weights}");
     }
     let missing: Vec<_> = examples()?.difference(&shown).cloned().collect();
     assert!(missing.is_empty(), "docs/weights.md lacks {missing:?}");
