@@ -33,21 +33,22 @@ pub(super) struct Storage<'p> {
 
 /// Reads the tuple `('storage', class, key, location, count)`, with a view of it behind in old files.
 pub(super) fn storage<'p>(pickle: &'p Pickle, tuple: Id) -> Result<Storage<'p>, String> {
-    let unknown = || "its pickle refers to a storage in an unknown way".to_string();
+    let unknown = || "refers to a storage in an unknown way".to_string();
     let &[tag, class, key, _, count, ref rest @ ..] = pickle.list(tuple) else { return Err(unknown()) };
     let (Value::Text("storage"), &Value::Global(Global::Storage(encoding)), Value::Text(key)) =
         (pickle.get(tag), pickle.get(class), pickle.get(key))
     else {
         return Err(unknown());
     };
-    let encoding =
-        encoding.ok_or("it has a storage of complex or quantized values, which ett does not read")?;
+    let encoding = encoding.ok_or("has a storage of complex or quantized values, which ett does not read")?;
     let count = size(pickle, count).ok_or_else(unknown)?;
     let part = match rest.first().map(|&view| pickle.list(view)) {
         Some(&[_, offset, length, ..]) => {
             let offset = size(pickle, offset).ok_or_else(unknown)?;
             let end = size(pickle, length).and_then(|n| offset.checked_add(n)).filter(|&end| end <= count);
-            offset..end.ok_or_else(|| format!("a view of its storage `{key}` is larger than the storage"))?
+            offset..end.ok_or_else(|| {
+                format!("refers to a part of the storage `{key}` that is larger than the whole")
+            })?
         }
         _ => 0..count,
     };

@@ -123,6 +123,25 @@ fn places_of_tensors() {
     }
 }
 
+/// Old files say which part of a storage a view of it is.
+#[test]
+fn parts_of_storages() {
+    let scratch = Scratch::new();
+    let whole = tensor(2, &[6], &[1]);
+    let at = whole.windows(2).position(|w| w == b"tQ").unwrap();
+    let view = |from: i32, count: i32| {
+        let view = [b"(", &*text("view"), &tuple(&[from, count])[1..]].concat();
+        archive(&item("t", &[&whole[..at], &view, &whole[at..]].concat()))
+    };
+    let bytes = view(4, 8);
+    let storage = bytes.windows(64).position(|w| w == [1; 64]).unwrap();
+    let archive = scratch.open(&bytes).unwrap();
+    assert_eq!(archive.tensors()["t"].bytes, storage + 24..storage + 48);
+    assert!(scratch.refused(&view(4, 7)).contains("beyond its storage, which ends at 11"));
+    assert!(scratch.refused(&view(4, 13)).contains("larger than the whole"));
+    assert!(scratch.refused(&view(-1, 8)).contains("unknown way"));
+}
+
 #[test]
 fn names_of_tensors() {
     let scratch = Scratch::new();
