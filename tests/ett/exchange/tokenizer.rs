@@ -533,7 +533,7 @@ fn inception_of_pytorch() -> Outcome {
 
 /// Writes a checkpoint at the size of IBQ's and what it computes here, for `ibq.py --reference` (tests/oracle).
 #[test]
-#[ignore = "writes half a gigabyte into the folder ETT_IBQ"]
+#[ignore = "writes two gigabytes into the folder ETT_IBQ"]
 fn writes_for_the_reference() -> Outcome {
     let dir = PathBuf::from(std::env::var("ETT_IBQ").map_err(|_| "ETT_IBQ names no folder")?);
     let mut cfg = small("f32");
