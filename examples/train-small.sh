@@ -7,5 +7,5 @@ cd "$(dirname "$0")/.."
 target=${1:-runs/small}
 cargo build --release --bins
 target/release/ett-train run --config configs/small.toml --device cuda --out "$target"
-target/release/ett pack "$target" --out "$target-packed"
+target/release/ett export model "$target" --out "$target-packed"
 echo "$target-packed can be used like a run: target/release/ett eval --run $target-packed"

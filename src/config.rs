@@ -672,6 +672,10 @@ impl MixConfig {
         Wanted { split, path, images, columns: &self.columns, samples, size: data.size }
     }
 
+    fn forget(&mut self) {
+        (self.train, self.test, self.images, self.test_images) = Default::default();
+    }
+
     fn paths(&mut self) -> impl Iterator<Item = &mut PathBuf> {
         let given = [&mut self.test, &mut self.images, &mut self.test_images];
         given.into_iter().flatten().chain([&mut self.train])
@@ -960,13 +964,23 @@ impl Config {
     /// The demo: small sizes, built-in pictures, every stage.
     pub fn demo() -> Result<Self> {
         let path = Path::new("configs/demo.toml");
-        Self::parse(path, include_str!("../configs/demo.toml"), &[])
+        Self::parse(path, include_str!("../configs/demo.toml"), &[], &|_| Ok(()))
     }
 
     /// Reads and checks a file; `overrides` are `key=value` with dotted keys, values in TOML. Relative paths become
     /// absolute: those in the file are relative to its folder, those in `overrides` to the working directory.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
-        let mut config = Self::parse(path, &read_text(path)?, overrides)?;
+        Self::load_completed(path, overrides, &|_| Ok(()))
+    }
+
+    /// The same, but before its values are checked, `complete` may add keys, for example those that weights determine.
+    /// Paths that it finds or adds are relative to the folder of the file.
+    pub fn load_completed(
+        path: &Path,
+        overrides: &[String],
+        complete: &dyn Fn(&mut toml::Table) -> Result<()>,
+    ) -> Result<Self> {
+        let mut config = Self::parse(path, &read_text(path)?, overrides, complete)?;
         config.resolve(files::parent(path))?;
         Ok(config)
     }
@@ -990,7 +1004,26 @@ impl Config {
         Ok(())
     }
 
-    fn parse(path: &Path, text: &str, overrides: &[String]) -> Result<Self> {
+    /// The same without the paths of data and weights, which mean nothing on another machine. The text tokenizer stays.
+    pub(crate) fn without_paths(&self) -> Self {
+        let mut cfg = self.clone();
+        (cfg.init, cfg.lpips.weights) = (InitConfig::default(), None);
+        let data = &mut cfg.data;
+        (data.train, data.test, data.images, data.test_images) = Default::default();
+        data.mix.iter_mut().for_each(MixConfig::forget);
+        for StageConfig { data, .. } in &mut cfg.stage {
+            (data.train, data.test, data.images, data.test_images) = Default::default();
+            data.mix.iter_mut().flatten().for_each(MixConfig::forget);
+        }
+        cfg
+    }
+
+    fn parse(
+        path: &Path,
+        text: &str,
+        overrides: &[String],
+        complete: &dyn Fn(&mut toml::Table) -> Result<()>,
+    ) -> Result<Self> {
         let bad = |text, e| Error::data(path, format!("not a configuration: {}", explain(text, &e)));
         let mut table: toml::Table = toml::from_str(text).map_err(|e| bad(Some(text), e))?;
         // Checked first: other keys may mean something else, or not exist here.
@@ -1002,9 +1035,18 @@ impl Config {
         for o in overrides {
             set(&mut table, o)?;
         }
-        let config: Config = match current {
+        let read: Config = match current {
             true => toml::from_str(text).map_err(|e| bad(Some(text), e))?,
-            false => table.try_into().map_err(|e| blame(text, overrides).unwrap_or_else(|| bad(None, e)))?,
+            false => {
+                let all = table.clone().try_into();
+                all.map_err(|e| blame(text, overrides).unwrap_or_else(|| bad(None, e)))?
+            }
+        };
+        let before = table.clone();
+        complete(&mut table)?;
+        let config = match table == before {
+            true => read,
+            false => table.try_into().map_err(|e| bad(None, e))?,
         };
         config.check()?;
         Ok(config)

@@ -10,6 +10,7 @@ use ett::backend::{self, Kernels, Target};
 use ett::config::{Config, StageKind};
 use ett::error::{Error, Result};
 use ett::eval::HeldOut;
+use ett::exchange::load_config;
 use ett::interrupt;
 use ett::io::{run_config, written};
 use ett::terminal::{self, Output};
@@ -53,7 +54,8 @@ enum Command {
         /// Folder for weights, metrics and pictures; default: the configuration's name under runs/.
         #[arg(long)]
         out: Option<PathBuf>,
-        /// Weights to start from (safetensors, public names).
+        /// Weights of a whole model to start from (safetensors, public names), such as those of another run. Weights of other
+        /// programs are named in the configuration (init.llm, init.tokenizer).
         #[arg(long)]
         init: Option<PathBuf>,
         /// Change a configuration value: --set train.seed=2, --set stage.0.steps=100. Paths given here are relative
@@ -139,7 +141,7 @@ fn run(command: Option<Command>) -> Result<()> {
     match command {
         None => demo(),
         Some(Command::Run { config, set, plan: true, memory, common, .. }) => {
-            let cfg = Config::load(&config, &set)?;
+            let cfg = load_config(&config, &set)?;
             let memory = memory.map(|text| train::parse_memory(&text)).transpose()?;
             let (target, free) = planned(&common.device, &cfg, memory.is_none())?;
             let mut out = Output::default();
@@ -147,7 +149,7 @@ fn run(command: Option<Command>) -> Result<()> {
             out.finish()
         }
         Some(Command::Run { config, out, init, set, common, .. }) => {
-            let cfg = Config::load(&config, &set)?;
+            let cfg = load_config(&config, &set)?;
             let name = config
                 .file_stem()
                 .ok_or_else(|| Error::data(&config, "has no file name to name the run after; give --out"))?;
@@ -165,7 +167,7 @@ fn run(command: Option<Command>) -> Result<()> {
             Ok(())
         }
         Some(Command::Speed { config, stage, steps, json, set, common }) => {
-            let cfg = Config::load(&config, &set)?;
+            let cfg = load_config(&config, &set)?;
             let kind = stage.map(|name| StageKind::named(&name)).transpose()?;
             let all = train::speed(&cfg, &|| common.device(&cfg), kind, steps, &HeldOut)?;
             if let Some(path) = json {

@@ -2,7 +2,6 @@
 
 mod continued;
 mod draw;
-mod pack;
 mod sample;
 
 use std::path::{Path, PathBuf};
@@ -15,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::feed::{Batch, Template, images_to_device};
 use crate::interrupt;
 use crate::io::weights::{TensorFile, load_averages, read_file, set_weights};
-use crate::io::{Checkpoints, EMA, History, Skill, WEIGHTS, load_weights, run_config};
+use crate::io::{EMA, History, Skill, WEIGHTS, load_weights, model_folder, run_config};
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Packed, Part};
 use crate::ops;
@@ -23,7 +22,6 @@ use crate::rng::Philox;
 use crate::tensor::Tensor;
 pub use continued::Continued;
 pub use draw::{decode_codes, draw, draw_codes};
-pub use pack::pack;
 pub use sample::Sampling;
 
 /// Rows of logits held at a time.
@@ -43,18 +41,20 @@ pub struct Trained {
 }
 
 impl Trained {
-    /// Loads the model of a run folder, a checkpoint or the folder that [`pack`] has written; for an unfinished run, its
+    /// Loads the model of a run folder, a checkpoint or an exported folder; for an unfinished run, its
     /// last checkpoint. With `ema`, the averages replace the weights of the groups for which the run kept them.
     pub fn open(run: &Path, dev: Arc<dyn Kernels>, ema: bool) -> Result<Self> {
         let folder = model_folder(run)?;
         let cfg = run_config(&folder)?;
         let (template, text) = Template::of(&cfg)?;
         let weights = folder.join(WEIGHTS);
-        let history = History::of(&TensorFile::open(&weights)?);
+        let file = TensorFile::open(&weights)?;
+        let history = History::of(&file);
         if let Some(history) = &history {
             history.check_text(&text, &cfg, &folder)?;
         }
-        let model = Ett::new(&cfg, dev)?;
+        let held = file.tensors();
+        let model = Ett::without(&cfg, dev, &|name| held.contains_key(name))?;
         load_weights(&model.params, &weights)?;
         let averages = folder.join(EMA);
         let averages = averages.exists().then_some(averages);
@@ -150,17 +150,6 @@ impl Trained {
             None => Err(Error::arg("reconstruct", "image", "empty", "at least one pixel")),
         }
     }
-}
-
-/// The folder with the weights of a run: its own, or its last checkpoint if it has not ended.
-fn model_folder(run: &Path) -> Result<PathBuf> {
-    if run.join(WEIGHTS).exists() {
-        return Ok(run.to_path_buf());
-    }
-    Checkpoints::latest(run)?.ok_or_else(|| {
-        let what = format!("holds neither {WEIGHTS} nor a checkpoint; name the folder of a run of ett-train");
-        Error::data(run, what)
-    })
 }
 
 /// Pictures encoded for the language model.

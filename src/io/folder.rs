@@ -22,6 +22,8 @@ pub const METRICS: &str = "metrics.jsonl";
 pub const PROFILE: &str = "profile.json";
 /// The held-out results, written last.
 pub const REPORT: &str = "eval.json";
+/// The card of an exported model, under the name that Hugging Face shows.
+pub(crate) const CARD: &str = "README.md";
 
 /// The configuration of a run folder.
 pub fn run_config(out: &Path) -> Result<Config> {
@@ -32,6 +34,17 @@ pub fn run_config(out: &Path) -> Result<Config> {
         return Err(Error::data(out, what));
     }
     Config::load(&path, &[])
+}
+
+/// The folder with the weights of a run: its own, or its last checkpoint if it has not ended.
+pub fn model_folder(run: &Path) -> Result<PathBuf> {
+    if run.join(WEIGHTS).exists() {
+        return Ok(run.to_path_buf());
+    }
+    Checkpoints::latest(run)?.ok_or_else(|| {
+        let what = format!("holds neither {WEIGHTS} nor a checkpoint; name the folder of a run of ett-train");
+        Error::data(run, what)
+    })
 }
 
 /// The files in the folder of a finished run that users look at, each with a description.
@@ -80,11 +93,12 @@ pub fn config_text(cfg: &Config) -> Result<String> {
     toml::to_string(&cfg).map_err(|e| Error::config("configuration", e, "values TOML can hold"))
 }
 
-/// Writes the folder of a model for use only: weights with their note, averages if there are any, the text tokenizer,
-/// and the configuration without the paths of data, which mean nothing elsewhere. Fails if the folder is in use.
+/// Writes the folder of a model: weights with their note, averages if there are any, the text tokenizer, a model card, and
+/// the configuration without paths, which mean nothing elsewhere. Fails if the folder is in use.
 pub(crate) fn write_model(
     out: &Path,
     cfg: &Config,
+    card: &str,
     weights: Vec<Entry>,
     note: &Note,
     averages: Vec<Entry>,
@@ -95,13 +109,12 @@ pub(crate) fn write_model(
         let file = std::fs::read(from).map_err(Error::io(from))?;
         files::replace(&out.join(TOKENIZER), |f| f.put(&file))?;
     }
-    let mut cfg = cfg.clone();
-    (cfg.data.train, cfg.data.test, cfg.lpips.weights) = (PathBuf::new(), None, None);
-    cfg.stage.iter_mut().for_each(|s| (s.data.train, s.data.test) = (None, None));
+    let mut cfg = cfg.without_paths();
     // A run settles this for its device.
     cfg.train.recompute = Recompute::Auto;
     let text = config_text(&cfg)?;
     files::replace(&out.join(CONFIG), |f| f.put(text.as_bytes()))?;
+    files::replace(&out.join(CARD), |f| f.put(card.as_bytes()))?;
     if !averages.is_empty() {
         files::replace(&out.join(EMA), |f| write_tensors(f, averages, None))?;
     }

@@ -85,13 +85,26 @@ fn settings(folder: &Path) -> Result<String> {
     ))
 }
 
+/// Describes a file of weights in any format.
 fn file(path: &Path, all: bool) -> Result<String> {
     let weights = TensorFile::open(path)?;
-    let tensors = weights.tensors();
-    let bytes = std::fs::metadata(path).map_err(Error::io(path))?.len();
+    let archive = weights.archive();
+    let tensors = archive.tensors();
     let count = |dims: &[usize]| dims.iter().product::<usize>();
-    let total: usize = tensors.values().map(|(_, dims)| count(dims)).sum();
-    let mut out = format!("{}: {} tensors, {total} values, {}\n", path.display(), tensors.len(), size(bytes));
+    let total: usize = tensors.values().map(|t| count(&t.dims)).sum();
+    let mut kinds = BTreeMap::<&str, usize>::new();
+    tensors.values().for_each(|t| *kinds.entry(t.encoding.name()).or_default() += 1);
+    let kinds: Vec<String> = kinds.into_iter().map(|(kind, n)| format!("{n} {kind}")).collect();
+    // Writing to a String cannot fail.
+    let mut out = format!(
+        "{}: {}, {} tensors ({}), {total} values, {}, CRC-32 {:08x}\n",
+        path.display(),
+        archive.format().name(),
+        tensors.len(),
+        kinds.join(", "),
+        size(archive.size() as u64),
+        archive.checksum()
+    );
     if let Some(history) = History::of(&weights) {
         let _ = writeln!(out, "  trained to {}", history.words());
     }
@@ -100,18 +113,26 @@ fn file(path: &Path, all: bool) -> Result<String> {
         let _ = writeln!(out, "  without what only training needs: {without}");
     }
     if all {
-        for (name, (encoding, dims)) in &tensors {
-            let _ = writeln!(out, "  {name:<64} {:<5} {dims:?}", encoding.name());
+        for (name, t) in tensors {
+            let sum =
+                archive.raw(name)?.map_or(String::new(), |(_, b)| format!("{:08x}", crc32fast::hash(b)));
+            let _ = writeln!(out, "  {name:<64} {:<5} {sum:<8} {:?}", t.encoding.name(), t.dims);
         }
         return Ok(out);
     }
     let mut modules = BTreeMap::<&str, (usize, usize)>::new();
-    for (name, (_, dims)) in &tensors {
+    for (name, t) in tensors {
         let module = modules.entry(name.split('.').next().unwrap_or(name)).or_default();
-        *module = (module.0 + 1, module.1 + count(dims));
+        *module = (module.0 + 1, module.1 + count(&t.dims));
     }
-    for (name, (n, values)) in modules {
+    // Names without a structure would fill pages.
+    const MODULES: usize = 24;
+    let more = modules.len().saturating_sub(MODULES);
+    for (name, (n, values)) in modules.into_iter().take(MODULES) {
         let _ = writeln!(out, "  {name:<20} {n:>5} tensors {values:>14} values");
+    }
+    if more > 0 {
+        let _ = writeln!(out, "  and {more} more");
     }
     Ok(out)
 }

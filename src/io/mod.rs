@@ -12,7 +12,7 @@ pub mod weights;
 pub use checkpoints::{Checkpoints, Progress};
 pub use fingerprint::{Fingerprint, Texts};
 pub use folder::{
-    CONFIG, EMA, METRICS, PROFILE, REPORT, TOKENIZER, WEIGHTS, config_text, run_config, written,
+    CONFIG, EMA, METRICS, PROFILE, REPORT, TOKENIZER, WEIGHTS, config_text, model_folder, run_config, written,
 };
 pub(crate) use folder::{refuse_part, refuse_used, write_model};
 pub use history::{History, Skill};

@@ -8,7 +8,6 @@ use serde_json::Value;
 
 use super::History;
 use crate::backend::{DType, Precision};
-use crate::config::LpipsConfig;
 use crate::error::{Error, Result};
 use crate::files::{self, FileWriter, replace};
 use crate::formats::{Archive, Encoding, FileTensor, Selection, write_safetensors};
@@ -70,9 +69,19 @@ impl TensorFile {
         all.map(|(name, info)| (name.clone(), (info.encoding, info.dims.clone()))).collect()
     }
 
+    /// How the values of a tensor are stored, if there is such a tensor.
+    pub fn encoding(&self, name: &str) -> Option<Encoding> {
+        self.archive.tensors().get(name).map(|info| info.encoding)
+    }
+
     /// The note in the file's header, if it has one.
     pub fn note(&self) -> Option<&Note> {
         self.note.as_ref()
+    }
+
+    /// The file, in any format.
+    pub fn archive(&self) -> &Archive {
+        &self.archive
     }
 
     /// The file without its note.
@@ -312,20 +321,6 @@ pub fn load_weights(params: &Params, path: &Path) -> Result<()> {
     let fit = Fit { wanted: &|name| held.contains(name), ..Fit::EXACT };
     load_selection(params, &Selection::whole(file.into_archive()), fit)?;
     Ok(())
-}
-
-/// Loads the LPIPS weights that the configuration names, or says that its features are random.
-pub(crate) fn load_lpips(params: &Params, cfg: &LpipsConfig) -> Result<()> {
-    const PREFIX: &str = "loss.perceptual_loss.";
-    let Some(path) = &cfg.weights else {
-        tracing::info!(
-            "perceptual loss: random VGG features from a fixed seed (lpips.weights names no file)"
-        );
-        return Ok(());
-    };
-    let named = |n: String| if n.starts_with(PREFIX) { n } else { format!("{PREFIX}{n}") };
-    let tensors = read_file(path)?.into_iter().map(|(n, t)| (named(n), t)).collect();
-    set_weights(params, path, &tensors, Some(&|n| n.starts_with(PREFIX)))
 }
 
 /// Loads the averages of weights that a file holds beside the weights themselves.

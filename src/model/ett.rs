@@ -45,6 +45,11 @@ pub struct Ett {
 impl Ett {
     /// Builds the model with fresh weights; `arm` decides how visual tokens enter the language model.
     pub fn new(cfg: &Config, dev: Arc<dyn Kernels>) -> Result<Self> {
+        Self::without(cfg, dev, &|_| false)
+    }
+
+    /// The same without drawing the weights of the public names that are `given`, which are about to be loaded.
+    pub fn without(cfg: &Config, dev: Arc<dyn Kernels>, given: &dyn Fn(&str) -> bool) -> Result<Self> {
         cfg.check()?;
         let prec = cfg.precision()?;
         let mut b = ParamBuilder::new();
@@ -68,7 +73,7 @@ impl Ett {
         };
         let visual_head = VisualHead::new(&mut b, cfg);
         let discriminator_state = discriminator.state(&*dev, prec.acc)?;
-        let params = b.build(dev, prec, cfg.train.seed)?;
+        let params = b.build_without(dev, prec, cfg.train.seed, given)?;
         Ok(Ett {
             cfg: cfg.clone(),
             params,

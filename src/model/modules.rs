@@ -119,6 +119,18 @@ pub const MODULES: [Module; 8] = [
     },
 ];
 
+/// Whether a parameter with this public name belongs to the language model.
+pub fn is_of_llm(name: &str) -> bool {
+    name.starts_with("model.") || name == "lm_head.weight"
+}
+
+/// Whether a parameter with this public name belongs to the vision tokenizer or to its losses.
+pub fn is_of_tokenizer(name: &str) -> bool {
+    const PARTS: [&str; 6] =
+        ["encoder.", "quant_conv.", "quantize.", "post_quant_conv.", "decoder.", "loss."];
+    PARTS.iter().any(|part| name.starts_with(part))
+}
+
 /// State that training carries from step to step, besides the weights.
 pub enum Carried<'a> {
     /// A tensor on the device, in the accumulator type.

@@ -4,6 +4,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use rayon::prelude::*;
+
 use crate::autograd::{Tape, Var};
 use crate::backend::{Cast, DType, Dims, Fill, Kernels, Precision, Role, Stream};
 use crate::error::{Error, Result};
@@ -42,6 +44,38 @@ impl Init {
     pub fn kaiming(fan_in: usize) -> Self {
         Init::Uniform(1.0 / (fan_in.max(1) as f64).sqrt())
     }
+
+    /// The values of a tensor from its value `start` on, a multiple of [`Init::CHUNK`]. Threads share the work, since a
+    /// block of random numbers makes two values whatever came before it.
+    fn fill(self, values: &mut [f64], start: usize, seed: u64, name: &str) {
+        if let Init::Values(all) = self {
+            values.copy_from_slice(&all[start..start + values.len()]);
+            return;
+        }
+        values.par_chunks_mut(Self::CHUNK).enumerate().for_each(|(i, chunk)| {
+            let block = ((start + i * Self::CHUNK) / 2) as u64;
+            let rng = |seed| Philox::new(seed, key(name)).from_block(block);
+            match self {
+                Init::Constant(c) => chunk.fill(c),
+                Init::Fixed(std) => {
+                    let mut rng = rng(0);
+                    chunk.iter_mut().for_each(|v| *v = std * rng.normal());
+                }
+                Init::Normal(mean, std) => {
+                    let mut rng = rng(seed);
+                    chunk.iter_mut().for_each(|v| *v = mean + std * rng.normal());
+                }
+                Init::Uniform(bound) => {
+                    let mut rng = rng(seed);
+                    chunk.iter_mut().for_each(|v| *v = bound * (2.0 * rng.uniform() - 1.0));
+                }
+                Init::Values(_) => {}
+            }
+        });
+    }
+
+    /// Values that one thread draws at a time.
+    const CHUNK: usize = 1 << 14;
 }
 
 /// A name in public weight files and the rows of the item that it names.
@@ -144,6 +178,17 @@ impl ParamBuilder {
     /// Allocates memory and draws initial values, each from (seed, public name), so that adding a layer changes the
     /// initial values of no other layer.
     pub fn build(self, dev: Arc<dyn Kernels>, prec: Precision, seed: u64) -> Result<Params> {
+        self.build_without(dev, prec, seed, &|_| false)
+    }
+
+    /// The same without drawing the values of the public names that are `given`: they are 0 until they are written.
+    pub fn build_without(
+        self,
+        dev: Arc<dyn Kernels>,
+        prec: Precision,
+        seed: u64,
+        given: &dyn Fn(&str) -> bool,
+    ) -> Result<Params> {
         let mut groups = Vec::new();
         for layout in self.groups {
             let largest = layout.items.iter().find(|i| i.dims.bytes(prec.acc).is_none());
@@ -165,7 +210,7 @@ impl ParamBuilder {
             groups.push(Store { layout: Arc::new(layout), master, shadow, train: None, ema: None });
         }
         let params = Params { dev, prec, groups };
-        params.draw(seed)?;
+        params.draw(seed, given)?;
         Ok(params)
     }
 }
@@ -228,36 +273,31 @@ fn key(name: &str) -> u64 {
 }
 
 impl Params {
-    fn draw(&self, seed: u64) -> Result<()> {
+    fn draw(&self, seed: u64, given: &dyn Fn(&str) -> bool) -> Result<()> {
         if self.dev.has_data() {
             for g in &self.groups {
                 for item in &g.layout.items {
                     let row = item.dims.numel() / item.dims.as_slice().first().copied().unwrap_or(1).max(1);
-                    for p in &item.publics {
-                        let n = p.rows.len() * row;
-                        let values = match item.init {
-                            Init::Constant(c) => vec![c; n],
-                            Init::Values(v) => v.to_vec(),
-                            Init::Fixed(std) => {
-                                let mut rng = Philox::new(0, key(&p.name));
-                                (0..n).map(|_| std * rng.normal()).collect()
-                            }
-                            Init::Normal(mean, std) => {
-                                let mut rng = Philox::new(seed, key(&p.name));
-                                (0..n).map(|_| mean + std * rng.normal()).collect()
-                            }
-                            Init::Uniform(bound) => {
-                                let mut rng = Philox::new(seed, key(&p.name));
-                                (0..n).map(|_| bound * (2.0 * rng.uniform() - 1.0)).collect()
-                            }
-                        };
-                        let to = g.master.range(item.offset + p.rows.start * row, n)?;
-                        self.write(&to, &values)?;
+                    for p in item.publics.iter().filter(|p| !given(&p.name)) {
+                        let to = g.master.range(item.offset + p.rows.start * row, p.rows.len() * row)?;
+                        self.draw_into(&to, item.init, seed, &p.name)?;
                     }
                 }
             }
         }
         self.refresh()
+    }
+
+    /// Draws the values of one public tensor, in pieces that bound the memory of the host.
+    fn draw_into(&self, to: &Tensor, init: Init, seed: u64, name: &str) -> Result<()> {
+        const PIECE: usize = 16 << 20;
+        let n = to.dims().numel();
+        for start in (0..n).step_by(PIECE) {
+            let mut values = vec![0.0; PIECE.min(n - start)];
+            init.fill(&mut values, start, seed, name);
+            self.write(&to.range(start, values.len())?, &values)?;
+        }
+        Ok(())
     }
 
     fn write(&self, to: &Tensor, values: &[f64]) -> Result<()> {

@@ -8,11 +8,12 @@ use super::session::Session;
 use crate::backend::Kernels;
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::exchange::Start;
 use crate::files;
-use crate::io::weights::load_lpips;
+use crate::io::weights::TensorFile;
 use crate::io::{
-    CONFIG, Checkpoints, Lock, TOKENIZER, WEIGHTS, config_text, load_weights, refuse_part, refuse_used,
-    run_config,
+    CONFIG, Checkpoints, Lock, Skill, TOKENIZER, WEIGHTS, config_text, load_weights, refuse_part,
+    refuse_used, run_config,
 };
 use crate::model::Ett;
 use crate::report::{Evaluation, Profiles, Report};
@@ -22,7 +23,8 @@ use crate::report::{Evaluation, Profiles, Report};
 pub struct RunOptions<'a> {
     /// The run folder.
     pub out: &'a Path,
-    /// Weights to start from (safetensors, public names).
+    /// Weights of a whole model to start from (safetensors, public names), instead of those of `init` and
+    /// `lpips.weights` in the configuration.
     pub init: Option<&'a Path>,
     /// Hides progress bars.
     pub quiet: bool,
@@ -97,11 +99,24 @@ fn begin<'a>(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions<'a>) -> Result<
     refuse_used(o.out)?;
     let mut cfg = cfg.clone();
     cfg.resolve(Path::new(""))?;
-    let mut session = Session::new(&cfg, dev, o.out, o.quiet, o.evaluation)?;
-    load_lpips(&session.model.params, &session.model.cfg.lpips)?;
-    if let Some(path) = o.init {
-        load_weights(&session.model.params, path)?;
-        session.progress.history.start_from(path)?;
+    let start = Start::open(&cfg)?;
+    let whole = o.init.map(|path| Ok(TensorFile::open(path)?.tensors())).transpose()?;
+    let given = |name: &str| match &whole {
+        Some(held) => held.contains_key(name),
+        None => start.gives(name),
+    };
+    let mut session = Session::new(&cfg, dev, o.out, o.quiet, o.evaluation, &given)?;
+    match o.init {
+        None => {
+            start.load(&session.model)?;
+            if start.reconstructs() {
+                session.progress.history.learnt.insert(Skill::Reconstruct);
+            }
+        }
+        Some(path) => {
+            load_weights(&session.model.params, path)?;
+            session.progress.history.start_from(path)?;
+        }
     }
     if let Some(bytes) = &session.progress.tokenizer {
         let path = o.out.join(TOKENIZER);
@@ -138,5 +153,5 @@ pub fn resume(
         return Err(Error::data(out, what));
     };
     checkpoint::check_config(&from, &cfg)?;
-    Session::new(&cfg, dev, out, quiet, evaluation)?.go(Some(&from))
+    Session::new(&cfg, dev, out, quiet, evaluation, &|_| true)?.go(Some(&from))
 }

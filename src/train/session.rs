@@ -93,13 +93,14 @@ pub(super) struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    /// A run before its first step, with fresh weights.
+    /// A run before its first step, with fresh weights, except for those that are `given`, which are about to be loaded.
     pub fn new(
         cfg: &Config,
         dev: Arc<dyn Kernels>,
         out: &Path,
         quiet: bool,
         evaluation: &'a dyn Evaluation,
+        given: &dyn Fn(&str) -> bool,
     ) -> Result<Self> {
         let (template, text) = Template::of(cfg)?;
         let tokenizer = match &cfg.data.tokenizer {
@@ -108,7 +109,7 @@ impl<'a> Session<'a> {
         };
         let sets = Sets::open(cfg, evaluation)?;
         let memory = dev.available();
-        let model = Ett::new(cfg, dev)?;
+        let model = Ett::without(cfg, dev, given)?;
         let progress = Progress {
             data: sets.fingerprints(),
             history: History::new(text),
@@ -147,7 +148,7 @@ impl<'a> Session<'a> {
         if let Some(history) = History::of(&TensorFile::open(&weights)?) {
             history.check_text(&text, cfg, out)?;
         }
-        let mut model = Ett::new(cfg, dev)?;
+        let mut model = Ett::without(cfg, dev, &|_| true)?;
         load_weights(&model.params, &weights)?;
         // From here on, an interrupt loses nothing.
         interrupt::enter(interrupt::Phase::Closing);

@@ -90,7 +90,7 @@ fn stage_speed(cfg: &Config, dev: Arc<dyn Kernels>, evaluation: &dyn Evaluation)
     let scratch = Scratch::new()?;
     let target = dev.target();
     let graph = cfg.train.graph && dev.can_record();
-    let session = Session::new(cfg, dev, &scratch.0, false, evaluation)?;
+    let session = Session::new(cfg, dev, &scratch.0, false, evaluation, &|_| false)?;
     let (recompute, profiles) = session.measure()?;
     let metrics = scratch.0.join(METRICS);
     let lines = std::fs::read_to_string(&metrics).map_err(Error::io(&metrics))?;

@@ -419,3 +419,57 @@ fn a_profile_counts_every_launch_and_the_time_between_them() -> Outcome {
     assert!(dev.record(&mut || Err(Error::device("cuda", "is not to be recorded")))?.is_none());
     Ok(())
 }
+
+/// A model of 3 GB in bf16 is on the device in at most 1.5 times what reading its file takes.
+#[test]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
+fn weights_arrive_nearly_as_fast_as_their_file_is_read() -> Outcome {
+    use std::io::Read;
+    use std::time::Instant;
+
+    use ett::formats::{Archive, Encoding, FileTensor, Selection, write_safetensors};
+    use ett::io::weights::{Fit, load_selection};
+
+    let dev = gpu();
+    let cfg = ett::config::LlmConfig::default();
+    let mut b = ett::nn::ParamBuilder::new();
+    ett::model::Llm::new(&mut b, &cfg);
+    let prec = ett::backend::Precision::parse("bf16").ok_or("a precision")?;
+    let params = b.build_without(dev.clone(), prec, 1, &|_| true)?;
+    let dir = crate::common::Scratch::new();
+    let path = dir.path("model.safetensors");
+    let tensors = params.names().map(|(name, _, dims)| {
+        let bytes = 2 * dims.iter().product::<usize>();
+        let (name, dims) = (name.to_string(), dims.to_vec());
+        FileTensor { name, dims, encoding: Encoding::Bf16, bytes: Box::new(move || Ok(vec![0x3c; bytes])) }
+    });
+    let tensors = tensors.collect();
+    ett::files::replace(&path, |f| write_safetensors(f, tensors, Default::default()))?;
+    let bytes = std::fs::metadata(&path)?.len() as f64;
+
+    let read = || -> std::io::Result<f64> {
+        let (start, mut piece) = (Instant::now(), vec![0; 16 << 20]);
+        let mut file = std::fs::File::open(&path)?;
+        while file.read(&mut piece)? > 0 {}
+        Ok(start.elapsed().as_secs_f64())
+    };
+    let load = || -> Result<f64> {
+        let start = Instant::now();
+        load_selection(&params, &Selection::whole(Archive::open(&path)?), Fit::EXACT)?;
+        dev.synchronize()?;
+        Ok(start.elapsed().as_secs_f64())
+    };
+    // The first times fill the page cache and the pool of pinned memory.
+    let (mut reading, mut loading) = (Vec::new(), Vec::new());
+    for _ in 0..5 {
+        reading.push(read()?);
+        loading.push(load()?);
+    }
+    println!("{:.2} GB: reading {reading:.3?} s, loading {loading:.3?} s", bytes / 1e9);
+    let least = |all: &[f64]| all.iter().copied().fold(f64::INFINITY, f64::min);
+    assert!(least(&loading) <= 1.5 * least(&reading));
+    let want = f64::from(half::bf16::from_le_bytes([0x3c, 0x3c]));
+    let t = params.read("model.norm.weight", ett::nn::Stored::Master)?.ok_or("a weight")?;
+    assert!(t.values.iter().all(|&v| v == want));
+    Ok(())
+}

@@ -8,8 +8,9 @@ use ett::backend::{Cpu, DType};
 use ett::config::{Config, StageConfig, StageKind};
 use ett::data::Image;
 use ett::eval::{HeldOut, evaluate_run};
+use ett::exchange::{ModelOptions, export_model};
 use ett::formats::Encoding;
-use ett::infer::{Sampling, Trained, pack, reconstruct};
+use ett::infer::{Sampling, Trained, reconstruct};
 use ett::io::weights::{TensorFile, read_file, write_file};
 use ett::io::{self, Skill, inspect};
 use ett::nn::Stored;
@@ -35,6 +36,12 @@ fn run(dir: &Scratch, precision: &str) -> Result<Config, Box<dyn std::error::Err
     let o = RunOptions { out: &dir.path("run"), init: None, quiet: true, evaluation: &HeldOut };
     train::run(&cfg, Arc::new(Cpu::new(1)?), &o)?;
     Ok(cfg)
+}
+
+/// The copy that `ett export model` writes by default.
+fn pack(run: &Path, out: &Path) -> ett::error::Result<()> {
+    let o = ModelOptions { encoding: Some(Encoding::Bf16), training: false, licence: None };
+    export_model(run, out, &o)
 }
 
 fn open(folder: &Path, ema: bool) -> ett::error::Result<Trained> {
@@ -91,7 +98,7 @@ fn a_copy_of_a_bf16_run_says_and_draws_the_same() -> Outcome {
         all.sort();
         all
     };
-    assert_eq!(names, ["config.toml", "ema.safetensors", "model.safetensors"]);
+    assert_eq!(names, ["README.md", "config.toml", "ema.safetensors", "model.safetensors"]);
     let text = inspect(&small, false)?;
     assert!(
         text.contains("trained to ") && text.contains("only training needs: discriminator, lpips"),

@@ -68,7 +68,8 @@ fn broken_weights_are_named_and_change_nothing() -> Outcome {
     let refuse = |bytes: &[u8], what: &str| -> Outcome {
         fs::write(&path, bytes)?;
         let e = said(load_weights(&model.params, &path), &path);
-        assert!(e.contains("not a complete safetensors file") || e.contains("does not fit"), "{what}: {e}");
+        let known = ["not a complete safetensors file", "does not fit", "is empty", "wanted a float"];
+        assert!(known.iter().any(|k| e.contains(k)), "{what}: {e}");
         assert!(all()? == before, "{what}: weights were changed");
         Ok(())
     };

@@ -1,6 +1,7 @@
-//! Uses a trained model, and looks at data: parses the command line and calls the library.
+//! Uses a trained model, exchanges weights, and looks at data: parses the command line and calls the library.
 
 mod data;
+mod weights;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -10,13 +11,15 @@ use ett::backend;
 use ett::data::{Format, Image, Skipped, grid, pictures, read_text, save, trimmed};
 use ett::error::{Error, Result};
 use ett::eval::{evaluate_run, psnr, ssim};
+use ett::exchange::inspect;
 use ett::files;
-use ett::infer::{Sampling, Trained, pack};
-use ett::io::{Skill, inspect};
+use ett::infer::{Sampling, Trained};
+use ett::io::Skill;
 use ett::terminal::{self, Output, one_line, paragraphs};
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Use a model trained by ett-train: reconstruct, describe, ask, draw and evaluate. Look at data to train on.
+/// Use a model trained by ett-train: reconstruct, describe, ask, draw and evaluate. Import and export weights. Look at data to
+/// train on.
 #[derive(Parser)]
 #[command(
     version,
@@ -30,7 +33,7 @@ struct Cli {
 
 #[derive(Args)]
 struct Model {
-    /// Folder of a run, one of its checkpoints, or a folder written by `ett pack`.
+    /// Folder of a run, one of its checkpoints, or an exported model.
     #[arg(long)]
     run: PathBuf,
     /// Use the averages of the tokenizer's weights (only for runs that kept them).
@@ -141,19 +144,16 @@ enum Command {
         #[arg(long)]
         out: Option<PathBuf>,
     },
-    /// Write a small copy of a model, for use only: in bf16, and without what only training needs.
-    Pack {
-        /// Folder of a run, or one of its checkpoints.
-        run: PathBuf,
-        /// Folder for the copy; name it with --run.
-        #[arg(long)]
-        out: PathBuf,
-    },
-    /// Show the contents of a run folder, a checkpoint or a safetensors file.
+    /// Bring weights of other programs into the form that a configuration names (init.llm, init.tokenizer, lpips.weights).
+    Import(weights::Import),
+    /// Write a trained model, or a part of it, for others.
+    #[command(subcommand)]
+    Export(weights::Export),
+    /// Show the contents of a run, a checkpoint or any file or folder of weights, and what they become here.
     Inspect {
         /// Folder or file.
         path: PathBuf,
-        /// List every tensor.
+        /// List every tensor with its shape, type and checksum.
         #[arg(long)]
         tensors: bool,
     },
@@ -231,10 +231,8 @@ fn run(command: Command) -> Result<()> {
             }
             say.line(format!("written to {}", out.display()));
         }
-        Command::Pack { run, out } => {
-            pack(&run, &out)?;
-            say.put(&inspect(&out, false)?);
-        }
+        Command::Import(import) => import.run(&mut say)?,
+        Command::Export(export) => export.run(&mut say)?,
         Command::Inspect { path, tensors } => {
             say.put(&inspect(&path, tensors)?);
         }

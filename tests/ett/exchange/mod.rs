@@ -1,3 +1,6 @@
-//! Weights of other programs.
+//! Published weights in and out.
 
 mod llm;
+mod start;
+mod table;
+mod tokenizer;
