@@ -6,6 +6,8 @@ mod gguf;
 mod map;
 mod safetensors;
 mod selection;
+#[cfg(test)]
+mod tests;
 mod torch;
 
 use std::collections::BTreeMap;
@@ -44,6 +46,9 @@ impl Format {
     }
 }
 
+/// Most dimensions of a tensor, as in PyTorch.
+const MOST_DIMS: usize = 64;
+
 /// Where a tensor is in its file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Info {
@@ -62,6 +67,15 @@ impl Info {
     /// The number of values; files with more than can be addressed are refused when they are opened.
     pub fn count(&self) -> usize {
         self.dims.iter().product()
+    }
+
+    /// The values in a file, row-major.
+    fn values(&self, file: &[u8]) -> Option<Vec<f64>> {
+        let values = self.encoding.widen(&file[self.bytes.clone()])?;
+        Some(match &self.strides {
+            None => values,
+            Some(strides) => strided(&values, &self.dims, strides),
+        })
     }
 }
 
@@ -85,13 +99,7 @@ impl Archive {
     /// Opens a file of any of the formats, recognised by its first bytes, and reads its list of tensors.
     pub fn open(path: &Path) -> Result<Self> {
         let map = Map::open(path)?;
-        let bytes = map.bytes();
-        let (format, read): (_, fn(&[u8]) -> std::result::Result<Contents, String>) = match bytes {
-            [b'G', b'G', b'U', b'F', ..] => (Format::Gguf, gguf::read),
-            [b'P', b'K', 3 | 5, 4 | 6, ..] | [0x80, 2..=5, ..] => (Format::Torch, torch::read),
-            _ => (Format::Safetensors, safetensors::read),
-        };
-        let contents = read(bytes).map_err(|why| Error::weights(path, why))?;
+        let (format, contents) = list(map.bytes()).map_err(|why| Error::weights(path, why))?;
         Ok(Archive { path: path.into(), map, format, tensors: contents.tensors, about: contents.about })
     }
 
@@ -140,17 +148,28 @@ impl Archive {
     /// Reads a tensor, widened to f64.
     pub fn read(&self, name: &str) -> Result<HostTensor> {
         let info = self.info(name)?;
-        let bytes = &self.map.bytes()[info.bytes.clone()];
-        let values = info.encoding.widen(bytes).ok_or_else(|| {
+        let values = info.values(self.map.bytes()).ok_or_else(|| {
             let what = format!("`{name}` has type {}, which ett does not read", info.encoding.name());
             Error::weights(&self.path, what)
         })?;
-        let values = match &info.strides {
-            None => values,
-            Some(strides) => strided(&values, &info.dims, strides),
-        };
         Ok(HostTensor { dims: info.dims.clone(), values })
     }
+}
+
+/// Reads the header of a file in one format.
+type Reader = fn(&[u8]) -> std::result::Result<Contents, String>;
+
+/// Recognises a format and reads the list of tensors.
+fn list(bytes: &[u8]) -> std::result::Result<(Format, Contents), String> {
+    let (format, read): (_, Reader) = match bytes {
+        [b'G', b'G', b'U', b'F', ..] => (Format::Gguf, gguf::read),
+        [b'P', b'K', 3 | 5, 4 | 6, ..] => (Format::Torch, torch::read),
+        // The length of a header of JSON may look like the beginning of a pickle.
+        [_, _, _, _, _, _, _, _, b'{', ..] => (Format::Safetensors, safetensors::read),
+        [0x80, 2..=5, ..] => (Format::Torch, torch::read),
+        _ => (Format::Safetensors, safetensors::read),
+    };
+    Ok((format, read(bytes)?))
 }
 
 /// The elements of a strided array, row-major.
@@ -171,9 +190,13 @@ fn strided(values: &[f64], dims: &[usize], strides: &[usize]) -> Vec<f64> {
     out
 }
 
-/// The bytes that `count` values of this encoding take; an error for too many to address, or if they do not fill blocks.
+/// The bytes that a tensor takes; an error, to be put behind its name, for too many to address, or if its rows do not
+/// fill blocks. Sizes beside one of zero must not overflow either: products of some of the sizes are used elsewhere.
 fn size_of(encoding: Encoding, dims: &[usize]) -> std::result::Result<usize, String> {
-    let count = dims.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
-    let bytes = count.and_then(|n| encoding.bytes(n));
-    bytes.ok_or_else(|| format!("{dims:?} values of type {} cannot be stored", encoding.name()))
+    let most = dims.iter().try_fold(1usize, |n, &d| n.checked_mul(d.max(1)));
+    let count = most.filter(|&n| encoding.bytes(n.next_multiple_of(encoding.block().0)).is_some());
+    let count = count.map(|n| if dims.contains(&0) { 0 } else { n }).filter(|_| dims.len() <= MOST_DIMS);
+    let rows = dims.last().copied().unwrap_or(1).is_multiple_of(encoding.block().0);
+    let bytes = count.filter(|_| rows).and_then(|n| encoding.bytes(n));
+    bytes.ok_or_else(|| format!("of shape {dims:?} and type {} cannot be stored", encoding.name()))
 }

@@ -1,12 +1,14 @@
 //! Hugging Face's safetensors: the length of a header, the header in JSON, then the bytes of the tensors.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, btree_map};
 
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
+use serde::de::{Error as _, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
-use super::{Contents, Encoding, Info, size_of};
+use super::{Contents, Encoding, Info, MOST_DIMS, size_of};
 use crate::error::{Error, Result};
 use crate::files::FileWriter;
 
@@ -15,29 +17,108 @@ const HEADER: usize = 100_000_000;
 
 /// Reads the header of a file and checks it against the file's size.
 pub(super) fn read(bytes: &[u8]) -> std::result::Result<Contents, String> {
-    let broken = |why: String| format!("not a complete safetensors file ({why})");
+    let broken = |why: String| format!("is not a complete safetensors file ({why}); fetch or copy it again");
     let length = bytes.first_chunk().map(|b| u64::from_le_bytes(*b)).and_then(|n| usize::try_from(n).ok());
     let start = length.filter(|&n| n <= HEADER).and_then(|n| n.checked_add(8)).filter(|&s| s <= bytes.len());
     let start = start.ok_or_else(|| broken(format!("{} bytes are too few for its header", bytes.len())))?;
-    let header: Metadata = serde_json::from_slice(&bytes[8..start]).map_err(|e| broken(e.to_string()))?;
-    let want = start + header.data_len();
-    if want != bytes.len() {
-        return Err(broken(format!("it has {} bytes, wanted {want}", bytes.len())));
-    }
-    let mut tensors = BTreeMap::new();
-    for (name, info) in header.tensors() {
-        let encoding = encoding(info.dtype)
-            .ok_or_else(|| format!("`{name}` has type {:?}, wanted a float or integer", info.dtype))?;
-        let (from, to) = info.data_offsets;
-        // The library has checked that tensors follow each other without gaps.
-        if size_of(encoding, &info.shape)? != to - from {
-            return Err(broken(format!("`{name}` {:?} has {} bytes", info.shape, to - from)));
+    let mut header: Header = serde_json::from_slice(&bytes[8..start]).map_err(|e| broken(e.to_string()))?;
+    // Tensors follow each other without gaps; among those that begin at one place, all but one are empty.
+    header.tensors.sort_by_key(|(_, entry)| entry.data_offsets);
+    let (mut tensors, mut at) = (BTreeMap::new(), start);
+    for (name, Entry { dtype, shape: Shape(dims), data_offsets: (from, to) }) in header.tensors {
+        let encoding = encoding(dtype)
+            .ok_or_else(|| format!("`{name}` has type {dtype:?}, wanted a float or integer"))?;
+        let length = size_of(encoding, &dims).map_err(|why| broken(format!("`{name}` {why}")))?;
+        if start.checked_add(from) != Some(at) || from.checked_add(length) != Some(to) {
+            let what =
+                format!("`{name}` {dims:?} is at {from} to {to}, wanted {length} bytes from {}", at - start);
+            return Err(broken(what));
         }
-        let bytes = start + from..start + to;
-        tensors.insert(name, Info { encoding, dims: info.shape.clone(), strides: None, bytes });
+        let bytes = at..start.saturating_add(to);
+        at = bytes.end;
+        match tensors.entry(name) {
+            btree_map::Entry::Vacant(place) => {
+                place.insert(Info { encoding, dims, strides: None, bytes });
+            }
+            btree_map::Entry::Occupied(old) => return Err(broken(format!("`{}` occurs twice", old.key()))),
+        }
     }
-    let about = header.metadata().iter().flatten().map(|(k, v)| (k.clone(), Value::from(v.clone())));
+    if at != bytes.len() {
+        return Err(broken(format!("it has {} bytes, wanted {at}", bytes.len())));
+    }
+    let about = header.metadata.into_iter().map(|(k, v)| (k, Value::from(v)));
     Ok(Contents { tensors, about: Value::Object(about.collect()) })
+}
+
+/// The header. It is not read by the library, which would keep the whole of it as a tree of values first, and takes the
+/// last of several tensors with one name.
+#[derive(Default)]
+struct Header {
+    metadata: BTreeMap<String, String>,
+    tensors: Vec<(String, Entry)>,
+}
+
+#[derive(Deserialize)]
+struct Entry {
+    dtype: Dtype,
+    shape: Shape,
+    data_offsets: (usize, usize),
+}
+
+struct Shape(Vec<usize>);
+
+impl<'de> Deserialize<'de> for Header {
+    fn deserialize<D: Deserializer<'de>>(header: D) -> std::result::Result<Self, D::Error> {
+        struct Reader;
+        impl<'de> Visitor<'de> for Reader {
+            type Value = Header;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                f.write_str("a dictionary of tensors")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Header, A::Error> {
+                let mut header = Header::default();
+                let mut described = false;
+                while let Some(name) = map.next_key::<String>()? {
+                    if name != "__metadata__" {
+                        header.tensors.push((name, map.next_value()?));
+                    } else if std::mem::replace(&mut described, true) {
+                        return Err(A::Error::duplicate_field("__metadata__"));
+                    } else {
+                        header.metadata = map.next_value::<Option<_>>()?.unwrap_or_default();
+                    }
+                }
+                Ok(header)
+            }
+        }
+        header.deserialize_map(Reader)
+    }
+}
+
+impl<'de> Deserialize<'de> for Shape {
+    fn deserialize<D: Deserializer<'de>>(shape: D) -> std::result::Result<Self, D::Error> {
+        struct Reader;
+        impl<'de> Visitor<'de> for Reader {
+            type Value = Shape;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                write!(f, "a list of at most {MOST_DIMS} sizes")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> std::result::Result<Shape, A::Error> {
+                let mut shape = Vec::new();
+                while let Some(size) = list.next_element()? {
+                    if shape.len() == MOST_DIMS {
+                        return Err(A::Error::invalid_length(MOST_DIMS + 1, &self));
+                    }
+                    shape.push(size);
+                }
+                Ok(Shape(shape))
+            }
+        }
+        shape.deserialize_seq(Reader)
+    }
 }
 
 fn encoding(dtype: Dtype) -> Option<Encoding> {
@@ -89,7 +170,8 @@ impl FileTensor<'_> {
     /// Its bytes, as many as its shape needs.
     pub(super) fn made(&self, file: &FileWriter) -> Result<Vec<u8>> {
         let bytes = (self.bytes)()?;
-        let want = size_of(self.encoding, &self.dims).map_err(|e| Error::weights(file.path(), e))?;
+        let want = size_of(self.encoding, &self.dims);
+        let want = want.map_err(|why| Error::weights(file.path(), format!("`{}` {why}", self.name)))?;
         if bytes.len() != want {
             let each = self.encoding.block().1;
             let (got, want) = (bytes.len() / each, want / each);
@@ -113,7 +195,7 @@ pub fn write_safetensors(
     for t in &tensors {
         let from = at;
         let dtype = dtype(t.encoding).ok_or_else(|| unwritable(&format!("type {}", t.encoding.name())))?;
-        at += size_of(t.encoding, &t.dims).map_err(|e| unwritable(&e))?;
+        at += size_of(t.encoding, &t.dims).map_err(|why| unwritable(&format!("`{}` {why}", t.name)))?;
         infos.push((t.name.clone(), TensorInfo { dtype, shape: t.dims.clone(), data_offsets: (from, at) }));
     }
     let metadata = Some(metadata).filter(|m| !m.is_empty());

@@ -28,8 +28,9 @@ impl Change {
         match self {
             Change::None => {}
             Change::Halves { heads } => {
-                let rows = t.dims[0] / heads.max(1);
-                let width = t.values.len() / t.dims[0].max(1);
+                let all = t.dims.first().copied().unwrap_or(0);
+                let rows = all / heads.max(1);
+                let width = t.values.len() / all.max(1);
                 let old = t.values.clone();
                 for head in 0..heads {
                     for row in 0..rows {
@@ -42,7 +43,8 @@ impl Change {
                 }
             }
             Change::ReversedInputs => {
-                let (inputs, area) = (t.dims[1], t.dims[2..].iter().product::<usize>());
+                let &[_, inputs, ref area @ ..] = &*t.dims else { return };
+                let area = area.iter().product::<usize>();
                 for output in t.values.chunks_exact_mut((inputs * area).max(1)) {
                     let old = output.to_vec();
                     for (i, channel) in old.chunks_exact(area.max(1)).rev().enumerate() {

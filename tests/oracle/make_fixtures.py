@@ -251,8 +251,10 @@ def report(name, cfg, weights, batch, expected):
 
 
 def manifest():
+    """The checksums of all cases, and of the files that files.py writes."""
     lines = []
-    for path in sorted(f"{case}/{file}" for case in CASES for file in FILES):
+    others = [f"files/{path.name}" for path in (FIXTURES / "files").iterdir()]
+    for path in sorted([f"{case}/{file}" for case in CASES for file in FILES] + others):
         lines.append(f"{hashlib.sha256((FIXTURES / path).read_bytes()).hexdigest()}  {path}\n")
     return "".join(lines)
 

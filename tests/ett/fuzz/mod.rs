@@ -15,6 +15,7 @@ mod parquet;
 mod pictures;
 mod tar;
 mod vector;
+mod weights;
 
 /// Fails by a panic if the program misbehaves on an input.
 pub type Target = fn(&[u8]);
@@ -24,9 +25,12 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("coco", coco::run),
     ("config", config::run),
     ("folder", folder::run),
+    ("gguf", weights::gguf),
     ("llava", llava::run),
     ("parquet", parquet::run),
+    ("pickle", weights::pickle),
     ("pictures", pictures::run),
+    ("safetensors", weights::safetensors),
     ("tar", tar::run),
     ("vector", vector::run),
 ];
