@@ -45,8 +45,11 @@ fn load(model: &Ett, from: &Selection, groups: &[&str]) -> ett::error::Result<()
     Ok(())
 }
 
-/// Every tensor of a selection: name, encoding, shape and bits.
-fn all(of: &Selection) -> Result<Vec<(String, Encoding, Vec<usize>, Vec<u64>)>, ett::error::Error> {
+/// A tensor: name, encoding, shape and bits.
+type Bits = (String, Encoding, Vec<usize>, Vec<u64>);
+
+/// Every tensor of a selection.
+fn all(of: &Selection) -> ett::error::Result<Vec<Bits>> {
     let one = |(name, dims): (&str, &[usize])| {
         let bits = of.read(name)?.values.iter().map(|v| v.to_bits()).collect();
         Ok((name.to_string(), of.encoding(name)?, dims.to_vec(), bits))
