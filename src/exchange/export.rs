@@ -50,12 +50,20 @@ pub fn export_model(run: &Path, out: &Path, o: &ModelOptions) -> Result<()> {
         false => Selection::new(&averages),
     };
     let weights = Selection::whole(weights.into_archive());
-    let of = |from: &'_ Selection| -> Result<Vec<FileTensor<'_>>> {
-        let there = kept.iter().filter(|name| from.dims(name).is_some());
-        there.map(|name| from.tensor(name, name.to_string(), o.encoding)).collect()
-    };
     let card = card(run, &cfg, (&params, &without), &history, o.licence.as_deref())?;
-    write_model(out, &cfg, &card, of(&weights)?, &Note::new(&history, &without), of(&averages)?)
+    let averages = kept_tensors(&averages, &kept, o.encoding)?;
+    let weights = kept_tensors(&weights, &kept, o.encoding)?;
+    write_model(out, &cfg, &card, weights, &Note::new(&history, &without), averages)
+}
+
+/// The tensors of a file that are kept.
+fn kept_tensors<'a>(
+    from: &'a Selection,
+    kept: &[&str],
+    encoding: Option<Encoding>,
+) -> Result<Vec<FileTensor<'a>>> {
+    let there = kept.iter().filter(|name| from.dims(name).is_some());
+    there.map(|name| from.tensor(name, name.to_string(), encoding)).collect()
 }
 
 /// Writes the language model of a run as a folder that `transformers` loads. Returns the files.
