@@ -72,7 +72,7 @@ pub struct InitConfig {
     pub llm: Option<PathBuf>,
     /// Vision tokenizer: a file that `ett import` or `ett export` has written, a published checkpoint, or the folder of a run.
     pub tokenizer: Option<PathBuf>,
-    /// Start from the averages of the tokenizer's weights where the file has them.
+    /// Start from the averages of the tokenizer's weights, which the file must have.
     pub averages: bool,
 }
 
@@ -242,8 +242,9 @@ impl QuantizerConfig {
 pub struct LpipsConfig {
     /// Channels of the five blocks; only random features can differ from VGG16's.
     pub widths: [usize; 5],
-    /// Safetensors file with `net.slice*` and `lin*` tensors; without one the features are random, from a fixed seed. A
-    /// run reads the file once and then stores the tensors with its own weights.
+    /// File with VGG16 and, if it has them, the heads of LPIPS, as safetensors or `.pth`; by default those in the file of
+    /// `init.tokenizer`. Without one the features are random, from a fixed seed. A run reads the file once and then stores the
+    /// tensors with its own weights.
     pub weights: Option<PathBuf>,
     /// Added to the norm of the features.
     pub eps: f64,
@@ -1004,10 +1005,14 @@ impl Config {
         Ok(())
     }
 
-    /// The same without the paths of data and weights, which mean nothing on another machine. The text tokenizer stays.
+    /// The same without the folders of data and weights, which mean nothing on another machine: of weights, the names of
+    /// the files remain, since they say where a model comes from. The text tokenizer stays.
     pub(crate) fn without_paths(&self) -> Self {
         let mut cfg = self.clone();
-        (cfg.init, cfg.lpips.weights) = (InitConfig::default(), None);
+        for path in [&mut cfg.init.llm, &mut cfg.init.tokenizer, &mut cfg.lpips.weights].into_iter().flatten()
+        {
+            *path = path.file_name().unwrap_or_default().into();
+        }
         let data = &mut cfg.data;
         (data.train, data.test, data.images, data.test_images) = Default::default();
         data.mix.iter_mut().for_each(MixConfig::forget);
@@ -1160,6 +1165,9 @@ impl Config {
         }
         for (key, betas) in [("train.betas", train.betas), ("train.disc_betas", train.disc_betas)] {
             betas.iter().try_for_each(|&b| number(key, b, DECAY))?;
+        }
+        if self.init.averages && self.init.tokenizer.is_none() {
+            return Err(Error::config("init.averages", true, "false without init.tokenizer"));
         }
         self.check_data("data", data)?;
         self.countable("a step with a batch of 1", data, 1)?;

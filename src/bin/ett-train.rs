@@ -179,7 +179,7 @@ fn run(command: Option<Command>) -> Result<()> {
         }
         Some(Command::Check { config, weights, batch, stage, dump, dtype, device }) => {
             let kind = StageKind::named(&stage)?;
-            let cfg = Config::load(&config, &[format!("train.precision={dtype:?}")])?;
+            let cfg = load_config(&config, &[format!("train.precision={dtype:?}")])?;
             let dev = backend::open(&device, cfg.train.threads)?;
             train::check(&cfg, kind, dev, &weights, &batch, &dump)
         }

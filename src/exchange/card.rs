@@ -16,7 +16,7 @@ use crate::nn::Params;
 pub(super) fn card(
     run: &Path,
     cfg: &Config,
-    params: &Params,
+    (params, without): (&Params, &[&str]),
     history: &History,
     licence: Option<&str>,
 ) -> Result<String> {
@@ -35,7 +35,7 @@ pub(super) fn card(
         line(&name),
         history.words()
     );
-    model(&mut out, cfg, params);
+    model(&mut out, cfg, params, without);
     training(&mut out, cfg);
     data(&mut out, cfg);
     results(&mut out, &run.join(REPORT))?;
@@ -59,7 +59,7 @@ fn yaml(text: &str) -> String {
     Value::from(line(text)).to_string()
 }
 
-fn model(out: &mut String, cfg: &Config, params: &Params) {
+fn model(out: &mut String, cfg: &Config, params: &Params, without: &[&str]) {
     let (t, q, l) = (&cfg.tokenizer, &cfg.quantizer, &cfg.llm);
     let side = t.downsampling();
     let _ = write!(
@@ -86,7 +86,7 @@ fn model(out: &mut String, cfg: &Config, params: &Params) {
     );
     for (group, name) in params.groups().into_iter().enumerate() {
         let n = params.count(group);
-        if n > 0 {
+        if n > 0 && !without.contains(&name) {
             let _ = writeln!(out, "| parameters of `{name}` | {n} |");
         }
     }
@@ -100,10 +100,12 @@ fn training(out: &mut String, cfg: &Config) {
     };
     let init = [("language model", named(&cfg.init.llm)), ("vision tokenizer", named(&cfg.init.tokenizer))];
     for (what, from) in init {
-        let _ = match from {
-            Some(name) => writeln!(out, "- The {what} started from the weights in `{name}`."),
-            None => writeln!(out, "- The {what} started from random weights."),
-        };
+        if let Some(name) = from {
+            let _ = writeln!(out, "- The {what} started from the weights in `{name}`.");
+        }
+    }
+    if cfg.init.llm.is_none() && cfg.init.tokenizer.is_none() {
+        out.push_str("- The configuration names no weights that training started from.\n");
     }
     let features =
         named(&cfg.lpips.weights).map_or("random features".into(), |n| format!("the features of `{n}`"));

@@ -8,8 +8,8 @@ use super::run::{llm_of_run, tokenizer_of_run};
 use super::{write_checkpoint, write_llm, write_tokenizer};
 use crate::backend::Plan;
 use crate::error::{Error, Result};
-use crate::formats::Encoding;
-use crate::io::weights::{Entry, Note, TensorFile};
+use crate::formats::{Archive, Encoding, FileTensor, Selection};
+use crate::io::weights::{Note, TensorFile};
 use crate::io::{EMA, History, WEIGHTS, model_folder, run_config, write_model};
 use crate::model::{Ett, MODULES};
 
@@ -38,37 +38,38 @@ pub fn export_model(run: &Path, out: &Path, o: &ModelOptions) -> Result<()> {
     let needless = MODULES.iter().filter(|m| left_out(m.group) || !(m.in_use || o.training));
     let without: Vec<&str> = needless.map(|m| m.group).collect();
     let kept = params.names().filter(|(_, group, _)| !without.contains(group));
-    let kept: Vec<(&str, &[usize])> = kept.map(|(name, _, dims)| (name, dims)).collect();
+    let kept: Vec<&str> = kept.map(|(name, ..)| name).collect();
+    if let Some(name) = kept.iter().find(|name| weights.encoding(name).is_none()) {
+        return Err(Error::weights(folder.join(WEIGHTS), format!("missing `{name}`; name a complete run")));
+    }
     let history = History::of(&weights).unwrap_or(History { unknown: true, ..History::default() });
     // Evaluations reconstruct with the averages, but the language model was trained on the codes of the weights.
     let averages = folder.join(EMA);
-    let averages = if averages.exists() { Some(TensorFile::open(&averages)?) } else { None };
-    let averaged = averages.iter().flat_map(|file| {
-        let there = file.tensors();
-        kept.iter()
-            .filter(move |(name, _)| there.contains_key(*name))
-            .map(move |at| copied(file, *at, o.encoding))
-    });
-    let entries = kept.iter().map(|at| copied(&weights, *at, o.encoding)).collect();
-    let card = card(run, &cfg, &params, &history, o.licence.as_deref())?;
-    write_model(out, &cfg, &card, entries, &Note::new(&history, &without), averaged.collect())
+    let averages = match averages.exists() {
+        true => Selection::whole(Archive::open(&averages)?),
+        false => Selection::new(&averages),
+    };
+    let weights = Selection::whole(weights.into_archive());
+    let card = card(run, &cfg, (&params, &without), &history, o.licence.as_deref())?;
+    let averages = kept_tensors(&averages, &kept, o.encoding)?;
+    let weights = kept_tensors(&weights, &kept, o.encoding)?;
+    write_model(out, &cfg, &card, weights, &Note::new(&history, &without), averages)
 }
 
-/// A tensor of a file, in another encoding if one is given.
-fn copied<'a>(
-    file: &'a TensorFile,
-    (name, dims): (&'a str, &[usize]),
+/// The tensors of a file that are kept.
+fn kept_tensors<'a>(
+    from: &'a Selection,
+    kept: &[&str],
     encoding: Option<Encoding>,
-) -> Entry<'a> {
-    let values = Box::new(move || Ok(file.read_finite(name)?.values));
-    let encoding = encoding.or_else(|| file.encoding(name)).unwrap_or(Encoding::F32);
-    Entry { name: name.into(), dims: dims.to_vec(), encoding, values }
+) -> Result<Vec<FileTensor<'a>>> {
+    let there = kept.iter().filter(|name| from.dims(name).is_some());
+    there.map(|name| from.tensor(name, name.to_string(), encoding)).collect()
 }
 
 /// Writes the language model of a run as a folder that `transformers` loads. Returns the files.
 pub fn export_llm(run: &Path, out: &Path, encoding: Option<Encoding>) -> Result<Vec<PathBuf>> {
     let llm = llm_of_run(&model_folder(run)?)?;
-    write_llm(out, &llm.config, &llm.weights, llm.text.as_deref().map(str::as_bytes), encoding)
+    write_llm(out, &llm.config, &llm.weights, llm.text.as_deref().map(str::as_bytes), &[], encoding)
 }
 
 /// Writes the vision tokenizer of a run: a `.ckpt` that IBQ's code loads, or a `.safetensors` file. Returns what was left out,

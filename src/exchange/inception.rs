@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::named::{Named, Shape, no_problems, tensors, write_all};
 use crate::error::Result;
-use crate::formats::{Archive, Selection};
+use crate::formats::{Archive, Encoding, Selection};
 
 /// Classes of the network for FID; torchvision's has 1000.
 const CLASSES: usize = 1008;
@@ -138,6 +138,6 @@ pub fn open_inception(path: &Path) -> Result<(Selection, Vec<String>)> {
 }
 
 /// Writes it as a safetensors file, which [`open_inception`] reads.
-pub fn write_inception(path: &Path, from: &Selection) -> Result<()> {
-    write_all(path, from, |_| true)
+pub fn write_inception(path: &Path, from: &Selection, encoding: Option<Encoding>) -> Result<()> {
+    write_all(path, from, |_| true, encoding)
 }

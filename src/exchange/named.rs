@@ -5,8 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::files;
-use crate::formats::{Archive, Encoding, FileTensor, Info, Selection, write_safetensors};
+use crate::files::{self, FileWriter};
+use crate::formats::{Archive, Encoding, Info, Selection, write_safetensors};
+use crate::io::weights::misfit;
 
 /// A tensor of an architecture: its name and its shape.
 pub(super) type Shape = (String, Vec<usize>);
@@ -115,16 +116,6 @@ impl Named {
     }
 }
 
-/// One sentence with at most 20 of the problems.
-pub(super) fn misfit(what: &str, mut problems: Vec<String>) -> String {
-    let more = problems.len().saturating_sub(20);
-    problems.truncate(20);
-    if more > 0 {
-        problems.push(format!("and {more} more"));
-    }
-    format!("does not fit {what}: {}", problems.join("; "))
-}
-
 /// An error that lists the problems, if there are any.
 pub(super) fn no_problems(path: &Path, what: &str, problems: Vec<String>) -> Result<()> {
     match problems.is_empty() {
@@ -138,29 +129,26 @@ pub(super) fn tensors(count: usize) -> String {
     format!("{count} tensor{}", if count == 1 { "" } else { "s" })
 }
 
-/// A tensor of a selection as it is written to a file, under another name; `None` keeps its encoding.
-pub(super) fn written<'a>(
-    from: &'a Selection,
-    name: &str,
-    as_name: String,
+/// Writes tensors of a selection as a safetensors file; `None` keeps the encoding of each.
+pub(super) fn write_all(
+    path: &Path,
+    from: &Selection,
+    wanted: impl Fn(&str) -> bool,
     encoding: Option<Encoding>,
-) -> Result<FileTensor<'a>> {
-    let stored = from.encoding(name)?;
-    let encoding = encoding.unwrap_or(stored);
-    let dims = from.dims(name).unwrap_or_default().to_vec();
-    let name = name.to_string();
-    let bytes = move || match from.raw(&name)? {
-        Some((stored, bytes)) if stored == encoding => Ok(bytes.to_vec()),
-        _ => encoding.encode(&from.read(&name)?.values),
+) -> Result<()> {
+    let names = from.tensors().map(|(name, _)| name).filter(|name| wanted(name));
+    let one = |name: &str| {
+        let float = from.encoding(name)?.is_float();
+        from.tensor(name, name.into(), encoding.filter(|_| float))
     };
-    Ok(FileTensor { name: as_name, dims, encoding, bytes: Box::new(bytes) })
+    let tensors = names.map(one).collect::<Result<_>>()?;
+    create(path, |file| write_safetensors(file, tensors, HashMap::new()))
 }
 
-/// Writes tensors of a selection as a safetensors file, each in its encoding.
-pub(super) fn write_all(path: &Path, from: &Selection, wanted: impl Fn(&str) -> bool) -> Result<()> {
-    let names = from.tensors().map(|(name, _)| name).filter(|name| wanted(name));
-    let tensors: Result<Vec<_>> = names.map(|name| written(from, name, name.into(), None)).collect();
-    let tensors = tensors?;
-    files::replace(path, |file| write_safetensors(file, tensors, HashMap::new()))?;
-    Ok(())
+/// Writes a new file; one that exists is not overwritten.
+pub(super) fn create(path: &Path, fill: impl FnOnce(&mut FileWriter) -> Result<()>) -> Result<()> {
+    if path.is_file() {
+        return Err(Error::data(path, "exists already and is not overwritten; name a new file"));
+    }
+    files::replace(path, fill).map(drop)
 }

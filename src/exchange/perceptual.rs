@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::named::{Named, Shape, no_problems, tensors, write_all};
 use crate::error::{Error, Result};
-use crate::formats::{Archive, Selection};
+use crate::formats::{Archive, Encoding, Selection};
 
 /// The prefix of the names of a perceptual loss in this crate and in IBQ's checkpoints.
 pub(super) const PREFIX: &str = "loss.perceptual_loss.";
@@ -154,6 +154,6 @@ fn ours(name: &str) -> Option<String> {
 }
 
 /// Writes them as the safetensors file that `lpips.weights` names. `from` may hold more.
-pub fn write_perceptual(path: &Path, from: &Selection) -> Result<()> {
-    write_all(path, from, |name| name.starts_with(PREFIX))
+pub fn write_perceptual(path: &Path, from: &Selection, encoding: Option<Encoding>) -> Result<()> {
+    write_all(path, from, |name| name.starts_with(PREFIX), encoding)
 }

@@ -62,15 +62,6 @@ pub fn recognise(paths: &[PathBuf]) -> Result<Foreign> {
 }
 
 impl Foreign {
-    fn weights(&self) -> &Selection {
-        match self {
-            Foreign::Llm(llm) => &llm.weights,
-            Foreign::Tokenizer(t) => &t.weights,
-            Foreign::Perceptual(p) => &p.weights,
-            Foreign::Inception(all, _) => all,
-        }
-    }
-
     /// What it becomes here, in lines of text.
     pub fn becomes(&self) -> String {
         // Writing to a String cannot fail.
@@ -131,13 +122,6 @@ impl Foreign {
         out
     }
 
-    /// The encoding in which all of it can be written without loss: that of the file, but f32 for quantized values.
-    fn lossless(&self, wanted: Option<Encoding>) -> Option<Encoding> {
-        let all = self.weights();
-        let quantized = |name: &str| matches!(all.encoding(name), Ok(Encoding::Q4_1 | Encoding::Q8_0));
-        wanted.or_else(|| all.tensors().any(|(name, _)| quantized(name)).then_some(Encoding::F32))
-    }
-
     /// Writes it as a configuration names it: a folder for a language model, a safetensors file for all others. Returns the
     /// key that names it, if there is one, and what was left out, in words.
     pub fn write(
@@ -145,12 +129,11 @@ impl Foreign {
         out: &Path,
         encoding: Option<Encoding>,
     ) -> Result<(Option<&'static str>, Vec<String>)> {
-        let encoding = self.lossless(encoding);
         let mut notes = Vec::new();
         let key = match self {
             Foreign::Llm(llm) => {
                 let text = llm.text.as_deref().map(str::as_bytes);
-                write_llm(out, &llm.config, &llm.weights, text, encoding)?;
+                write_llm(out, &llm.config, &llm.weights, text, &llm.ends, encoding)?;
                 Some("init.llm")
             }
             Foreign::Tokenizer(t) => {
@@ -158,11 +141,11 @@ impl Foreign {
                 Some("init.tokenizer")
             }
             Foreign::Perceptual(p) => {
-                write_perceptual(out, &p.weights)?;
+                write_perceptual(out, &p.weights, encoding)?;
                 Some("lpips.weights")
             }
             Foreign::Inception(all, _) => {
-                write_inception(out, all)?;
+                write_inception(out, all, encoding)?;
                 None
             }
         };

@@ -5,12 +5,13 @@ use std::path::Path;
 use super::{ForeignLlm, ForeignTokenizer};
 use crate::error::{Error, Result};
 use crate::formats::{Archive, Selection};
-use crate::io::{CONFIG, EMA, TOKENIZER, WEIGHTS, run_config};
+use crate::io::checkpoints::TRAINING;
+use crate::io::{CONFIG, Checkpoints, EMA, TOKENIZER, WEIGHTS, run_config};
 use crate::model::{is_of_llm, is_of_tokenizer};
 
-/// Whether a folder is a finished run, a checkpoint or a copy of a model.
+/// Whether a folder is a run, finished or not, a checkpoint, or an exported model.
 pub fn is_run(folder: &Path) -> bool {
-    folder.join(CONFIG).is_file() && folder.join(WEIGHTS).is_file()
+    folder.join(CONFIG).is_file()
 }
 
 /// Some tensors of a file.
@@ -20,7 +21,7 @@ fn chosen(path: &Path, keep: impl Fn(&str) -> bool) -> Result<Selection> {
     Ok(all)
 }
 
-/// The language model of a run.
+/// The language model in the folder that `io::model_folder` gives.
 pub fn llm_of_run(folder: &Path) -> Result<ForeignLlm> {
     let config = run_config(folder)?.llm;
     let text = folder.join(TOKENIZER);
@@ -37,7 +38,7 @@ pub fn llm_of_run(folder: &Path) -> Result<ForeignLlm> {
     })
 }
 
-/// The vision tokenizer of a run, with what trained it.
+/// The vision tokenizer in the folder that `io::model_folder` gives, with what trained it.
 pub fn tokenizer_of_run(folder: &Path) -> Result<ForeignTokenizer> {
     let cfg = run_config(folder)?;
     let weights = chosen(&folder.join(WEIGHTS), is_of_tokenizer)?;
@@ -50,11 +51,25 @@ pub fn tokenizer_of_run(folder: &Path) -> Result<ForeignTokenizer> {
         quantizer: cfg.quantizer,
         discriminator: discriminates.then_some(cfg.discriminator),
         widths: perceives.then_some(cfg.lpips.widths),
+        random_features: cfg.lpips.weights.is_none(),
         decay: averages.is_some().then_some(cfg.train.ema_decay),
         weights,
         averages,
         updates: None,
-        state: Selection::new(folder),
+        state: state(folder)?,
         notes: Vec::new(),
     })
+}
+
+/// What the discriminator's training carries from step to step, from the last checkpoint.
+fn state(folder: &Path) -> Result<Selection> {
+    let own = folder.join(TRAINING);
+    let file = match own.is_file() {
+        true => Some(own),
+        false => Checkpoints::latest(folder)?.map(|last| last.join(TRAINING)),
+    };
+    match file.filter(|file| file.is_file()) {
+        Some(file) => chosen(&file, |name| name.starts_with("loss.")),
+        None => Ok(Selection::new(folder)),
+    }
 }

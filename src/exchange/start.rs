@@ -8,18 +8,17 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::formats::Selection;
-use crate::io::TOKENIZER;
-use crate::io::weights::{Fit, load_selection};
-use crate::model::{Ett, is_of_llm, is_of_tokenizer};
+use crate::io::weights::{Fit, TensorFile, load_selection};
+use crate::io::{History, Skill, TOKENIZER, WEIGHTS, model_folder};
+use crate::model::{Ett, PER_TOKEN, is_of_llm, is_of_tokenizer};
 
-/// The matrices with a row per token.
-const ROWS: [&str; 2] = ["model.embed_tokens.weight", "lm_head.weight"];
 const PERCEPTUAL: &str = "loss.perceptual_loss.";
+const DISCRIMINATOR: &str = "loss.discriminator.";
 
 /// Opens the language model that `init.llm` names.
 fn llm_at(path: &Path) -> Result<ForeignLlm> {
     if is_run(path) {
-        return llm_of_run(path);
+        return llm_of_run(&model_folder(path)?);
     }
     if path.is_file() {
         let what = "is a file; `init.llm` names a folder: write one with `ett import FILE --out FOLDER`";
@@ -30,7 +29,7 @@ fn llm_at(path: &Path) -> Result<ForeignLlm> {
 
 /// Opens the tokenizer that `init.tokenizer` names.
 fn tokenizer_at(path: &Path) -> Result<ForeignTokenizer> {
-    if is_run(path) { tokenizer_of_run(path) } else { open_tokenizer(path) }
+    if is_run(path) { tokenizer_of_run(&model_folder(path)?) } else { open_tokenizer(path) }
 }
 
 /// Reads a configuration, and completes it by what the weights that it names determine: sizes that the file leaves out, and
@@ -48,11 +47,16 @@ fn complete(table: &mut toml::Table, base: &Path) -> Result<()> {
         let llm = llm_at(&path)?;
         fill(table, "llm", &llm.config, &["init_std", "positions"], &path)?;
         let text = path.join(TOKENIZER);
-        if text.is_file() {
-            let text = std::path::absolute(&text).map_err(Error::io(&text))?;
-            let text = toml::Value::String(text.to_string_lossy().into_owned());
-            section(table, "data").map(|data| data.entry("tokenizer").or_insert(text));
+        let named = table.get("data").is_some_and(|data| data.get("tokenizer").is_some());
+        if text.is_file() && !named {
+            check_text(&path, &llm, &text)?;
+            add_path(table, "data", "tokenizer", &text)?;
         }
+    }
+    let features = table.get("lpips").and_then(|l| l.get("weights")?.as_str()).map(|p| base.join(p));
+    if let Some(path) = &features {
+        let features = open_perceptual(std::slice::from_ref(path))?;
+        fill_widths(table, Some(features.widths), path)?;
     }
     if let Some(path) = path(table, "tokenizer") {
         let t = tokenizer_at(&path)?;
@@ -63,13 +67,34 @@ fn complete(table: &mut toml::Table, base: &Path) -> Result<()> {
             let free = ["lecam_decay", "slope", "norm_eps", "momentum"];
             fill(table, "discriminator", d, &free, &path)?;
         }
-        fill_widths(table, t.widths, &path)?;
+        if features.is_none() {
+            fill_widths(table, t.widths, &path)?;
+        }
+        if features.is_none() && t.widths.is_some() && !t.random_features {
+            add_path(table, "lpips", "weights", t.weights.path())?;
+        }
     }
-    let features = table.get("lpips").and_then(|l| l.get("weights")?.as_str()).map(|p| base.join(p));
-    if let Some(path) = features {
-        let features = open_perceptual(std::slice::from_ref(&path))?;
-        fill_widths(table, Some(features.widths), &path)?;
+    Ok(())
+}
+
+/// Fails if a text tokenizer lacks tokens that `open_llm` has added.
+fn check_text(folder: &Path, llm: &ForeignLlm, file: &Path) -> Result<()> {
+    let text = std::fs::read_to_string(file).map_err(Error::io(file))?;
+    if llm.text.as_ref().is_none_or(|complete| *complete == text) {
+        return Ok(());
     }
+    let what = format!(
+        "lacks special tokens that ett needs; write a complete copy with `ett import {} --out FOLDER`, and name that one",
+        folder.display()
+    );
+    Err(Error::data(file, what))
+}
+
+/// Adds a key with a path.
+fn add_path(table: &mut toml::Table, name: &str, key: &str, path: &Path) -> Result<()> {
+    let path = std::path::absolute(path).map_err(Error::io(path))?;
+    let path = toml::Value::String(path.to_string_lossy().into_owned());
+    section(table, name).map(|section| section.insert(key.into(), path));
     Ok(())
 }
 
@@ -122,6 +147,8 @@ fn same(a: &toml::Value, b: &toml::Value) -> bool {
 pub struct Start {
     llm: Option<ForeignLlm>,
     tokenizer: Option<ForeignTokenizer>,
+    /// Whether the tokenizer was trained to reconstruct.
+    reconstructs: bool,
     perceptual: Option<ForeignPerceptual>,
     vocab: usize,
 }
@@ -129,74 +156,125 @@ pub struct Start {
 impl Start {
     /// Opens the weights of `init` and `lpips.weights`.
     pub fn open(cfg: &Config) -> Result<Self> {
-        let init = &cfg.init;
-        let mut tokenizer = init.tokenizer.as_deref().map(tokenizer_at).transpose()?;
-        if let (Some(t), Some(path), true) = (&mut tokenizer, &init.tokenizer, init.averages) {
-            let none = || Error::weights(path, "holds no averages of weights; set `init.averages = false`");
-            t.weights.extend(t.averages.take().ok_or_else(none)?);
+        let named = |path: &Option<PathBuf>| path.clone().filter(|p| !p.as_os_str().is_empty());
+        let (llm, tokenizer) = (named(&cfg.init.llm), named(&cfg.init.tokenizer));
+        let reconstructs = match &tokenizer {
+            Some(path) if is_run(path) => {
+                let history = History::of(&TensorFile::open(&model_folder(path)?.join(WEIGHTS))?);
+                history.is_none_or(|h| h.unknown || h.learnt.contains(&Skill::Reconstruct))
+            }
+            path => path.is_some(),
+        };
+        let llm = llm.as_deref().map(llm_at).transpose()?;
+        if let Some(llm) = &llm {
+            warn_of_text(llm, cfg)?;
         }
-        let perceptual = match &cfg.lpips.weights {
-            Some(path) => Some(open_perceptual(std::slice::from_ref(path))?),
+        let mut opened = tokenizer.as_deref().map(tokenizer_at).transpose()?;
+        if let (Some(t), Some(path)) = (&mut opened, &tokenizer) {
+            if cfg.init.averages {
+                let none =
+                    || Error::weights(path, "holds no averages of weights; set `init.averages = false`");
+                t.weights.extend(t.averages.take().ok_or_else(none)?);
+            }
+            // The perceptual loss has a key of its own, by default with this file.
+            t.weights.retain(|name| !name.starts_with(PERCEPTUAL));
+        }
+        let perceptual = match named(&cfg.lpips.weights) {
+            Some(path) => Some(open_perceptual(std::slice::from_ref(&path))?),
             None => None,
         };
-        let llm = init.llm.as_deref().map(llm_at).transpose()?;
-        Ok(Start { llm, tokenizer, perceptual, vocab: cfg.llm.vocab })
+        Ok(Start { llm, tokenizer: opened, reconstructs, perceptual, vocab: cfg.llm.vocab })
     }
 
     /// Whether [`Start::load`] overwrites the whole of a parameter.
     pub fn gives(&self, name: &str) -> bool {
-        let (llm, tokenizer) = (self.llm.as_ref(), self.tokenizer.as_ref());
-        match llm.and_then(|l| l.weights.dims(name)) {
-            Some(dims) if ROWS.contains(&name) => dims.first() == Some(&self.vocab),
+        match self.llm.as_ref().and_then(|l| l.weights.dims(name)) {
+            Some(dims) if PER_TOKEN.contains(&name) => dims.first() == Some(&self.vocab),
             Some(_) => true,
             None => {
-                let others = [tokenizer.map(|t| &t.weights), self.perceptual.as_ref().map(|p| &p.weights)];
+                let tokenizer = self.tokenizer.as_ref().map(|t| &t.weights);
+                let others = [tokenizer, self.perceptual.as_ref().map(|p| &p.weights)];
                 others.into_iter().flatten().any(|part| part.dims(name).is_some())
             }
         }
     }
 
-    /// Whether the vision tokenizer is a trained one.
+    /// Whether `init` names any weights.
+    pub fn has_parts(&self) -> bool {
+        self.llm.is_some() || self.tokenizer.is_some()
+    }
+
+    /// Whether the vision tokenizer is one that was trained to reconstruct.
     pub fn reconstructs(&self) -> bool {
-        self.tokenizer.is_some()
+        self.reconstructs
     }
 
     /// Overwrites the weights of a model by those that were named; all that differs is an error, or is logged if it may.
-    pub fn load(&self, model: &Ett) -> Result<()> {
-        let params = &model.params;
+    pub fn load(&self, model: &mut Ett) -> Result<()> {
         let exact = Fit::EXACT;
         if let Some(llm) = &self.llm {
-            let fit = Fit { wanted: &is_of_llm, grows: &|name| ROWS.contains(&name), ..exact };
-            let differences = load_selection(params, &llm.weights, fit)?;
+            let fit = Fit { wanted: &is_of_llm, grows: &|name| PER_TOKEN.contains(&name), ..exact };
+            let differences = load_selection(&model.params, &llm.weights, fit)?;
             tell(&format!("language model ({})", llm.architecture), &llm.weights, &llm.notes, &differences);
         }
         if let Some(t) = &self.tokenizer {
-            let has = |prefix: &str| t.weights.tensors().any(|(name, _)| name.starts_with(prefix));
-            let lacks: Vec<&str> =
-                ["loss.discriminator.", PERCEPTUAL].into_iter().filter(|p| !has(p)).collect();
-            let wanted = |name: &str| is_of_tokenizer(name) && !lacks.iter().any(|p| name.starts_with(p));
-            let differences = load_selection(params, &t.weights, Fit { wanted: &wanted, ..exact })?;
+            let judged = t.weights.tensors().any(|(name, _)| name.starts_with(DISCRIMINATOR));
+            let wanted = |name: &str| {
+                is_of_tokenizer(name)
+                    && !name.starts_with(PERCEPTUAL)
+                    && (judged || !name.starts_with(DISCRIMINATOR))
+            };
+            let mut differences =
+                load_selection(&model.params, &t.weights, Fit { wanted: &wanted, ..exact })?;
+            match judged {
+                true => load_state(model, &t.state)?,
+                false => differences.push("the discriminator is new".into()),
+            }
             tell("vision tokenizer", &t.weights, &t.notes, &differences);
         }
-        let random = match (&self.perceptual, &self.tokenizer) {
-            (Some(perceptual), _) => {
+        match &self.perceptual {
+            Some(perceptual) => {
                 let wanted = |name: &str| name.starts_with(PERCEPTUAL);
                 let optional = |name: &str| name.contains(".lin") || name.contains(".scaling_layer.");
                 let fit = Fit { wanted: &wanted, optional: &optional, ..exact };
-                let differences = load_selection(params, &perceptual.weights, fit)?;
-                tell("perceptual loss", &perceptual.weights, &perceptual.notes, &differences);
-                false
+                load_selection(&model.params, &perceptual.weights, fit)?;
+                tell("perceptual loss", &perceptual.weights, &perceptual.notes, &[]);
             }
-            (None, Some(t)) => !t.weights.tensors().any(|(name, _)| name.starts_with(PERCEPTUAL)),
-            (None, None) => true,
-        };
-        if random {
-            tracing::info!(
+            None => tracing::info!(
                 "perceptual loss: random VGG features from a fixed seed (lpips.weights names no file)"
-            );
+            ),
         }
         Ok(())
     }
+}
+
+/// Takes over what the discriminator's training carries from step to step.
+fn load_state(model: &mut Ett, state: &Selection) -> Result<()> {
+    let carried: Vec<String> = model.carried().into_iter().map(|(name, _)| name).collect();
+    for name in carried.iter().filter(|name| state.dims(name).is_some()) {
+        let values = state.read(name)?.values;
+        if values.iter().any(|v| !v.is_finite()) {
+            return Err(Error::weights(state.path(), format!("`{name}` has values that are not finite")));
+        }
+        model.set_carried(name, &values)?;
+    }
+    Ok(())
+}
+
+/// Warns if a run reads text by another tokenizer than its language model did.
+fn warn_of_text(llm: &ForeignLlm, cfg: &Config) -> Result<()> {
+    let Some(theirs) = &llm.text else { return Ok(()) };
+    let ours = match &cfg.data.tokenizer {
+        Some(path) => Some(std::fs::read_to_string(path).map_err(Error::io(path))?),
+        None => None,
+    };
+    if ours.as_ref() != Some(theirs) {
+        tracing::warn!(
+            "{}: this language model was trained with another text tokenizer than data.tokenizer",
+            llm.weights.path().display()
+        );
+    }
+    Ok(())
 }
 
 /// Logs which weights were loaded, and what is new or was changed.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{Archive, Encoding};
+use super::{Archive, Encoding, FileTensor};
 use crate::error::{Error, Result};
 use crate::nn::HostTensor;
 
@@ -19,8 +19,6 @@ pub enum Change {
         /// Number of heads.
         heads: usize,
     },
-    /// The input channels of a convolution are reversed: RGB for BGR.
-    ReversedInputs,
 }
 
 impl Change {
@@ -39,16 +37,6 @@ impl Change {
                         let to = head * rows + row / 2 + row % 2 * (rows / 2);
                         t.values[to * width..(to + 1) * width]
                             .copy_from_slice(&old[from * width..(from + 1) * width]);
-                    }
-                }
-            }
-            Change::ReversedInputs => {
-                let &[_, inputs, ref area @ ..] = &*t.dims else { return };
-                let area = area.iter().product::<usize>();
-                for output in t.values.chunks_exact_mut((inputs * area).max(1)) {
-                    let old = output.to_vec();
-                    for (i, channel) in old.chunks_exact(area.max(1)).rev().enumerate() {
-                        output[i * area..(i + 1) * area].copy_from_slice(channel);
                     }
                 }
             }
@@ -150,4 +138,79 @@ impl Selection {
         t.change.apply(&mut read);
         Ok(read)
     }
+
+    /// A tensor as it is written to another file, as `name_there`; `None` keeps its encoding, except that quantized values become
+    /// F32. Values that are not finite, or are not in the new encoding, are an error when it is written.
+    pub fn tensor(
+        &self,
+        name: &str,
+        name_there: String,
+        encoding: Option<Encoding>,
+    ) -> Result<FileTensor<'_>> {
+        let rows = self.dims(name).and_then(|dims| dims.first().copied()).unwrap_or(1);
+        self.tensor_of_rows(name, name_there, encoding, rows)
+    }
+
+    /// The same with at least as many rows as there are; each that is added is the mean of all others.
+    pub fn tensor_of_rows(
+        &self,
+        name: &str,
+        name_there: String,
+        encoding: Option<Encoding>,
+        rows: usize,
+    ) -> Result<FileTensor<'_>> {
+        let stored = self.encoding(name)?;
+        let encoding = encoding.unwrap_or(match stored {
+            Encoding::Q4_1 | Encoding::Q8_0 => Encoding::F32,
+            other => other,
+        });
+        let mut dims = self.chosen(name)?.dims.clone();
+        let more = dims.first().map_or(0, |&have| rows.saturating_sub(have));
+        if let Some(first) = dims.first_mut() {
+            *first += more;
+        }
+        let name = name.to_string();
+        let bytes = Box::new(move || self.encoded(&name, encoding, more));
+        Ok(FileTensor { name: name_there, dims, encoding, bytes })
+    }
+
+    fn encoded(&self, name: &str, encoding: Encoding, more: usize) -> Result<Vec<u8>> {
+        let fail = |n: usize, what: &str| {
+            Err(Error::weights(&self.path, format!("`{name}` has {n} values that are not finite{what}")))
+        };
+        if let (Some((stored, bytes)), 0) = (self.raw(name)?, more)
+            && stored == encoding
+        {
+            return match encoding.count_not_finite(bytes).unwrap_or(0) {
+                0 => Ok(bytes.to_vec()),
+                n => fail(n, "; use weights from an earlier save"),
+            };
+        }
+        let mut t = self.read(name)?;
+        match t.values.iter().filter(|v| !v.is_finite()).count() {
+            0 => {}
+            n => return fail(n, "; use weights from an earlier save"),
+        }
+        add_mean_rows(&mut t, more);
+        let bytes = encoding.encode(&t.values)?;
+        match encoding.count_not_finite(&bytes).unwrap_or(0) {
+            0 => Ok(bytes),
+            n => fail(n, &format!(" in {}; choose a type with a larger range", encoding.name())),
+        }
+    }
+}
+
+/// Appends rows that are the mean of all others.
+fn add_mean_rows(t: &mut HostTensor, more: usize) {
+    let rows = t.dims.first().copied().unwrap_or(0);
+    if more == 0 || rows == 0 {
+        return;
+    }
+    let width = t.values.len() / rows;
+    let mut mean = vec![0.0; width];
+    for row in t.values.chunks_exact(width.max(1)) {
+        mean.iter_mut().zip(row).for_each(|(m, v)| *m += v / rows as f64);
+    }
+    (0..more).for_each(|_| t.values.extend_from_slice(&mean));
+    t.dims[0] += more;
 }

@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use super::checkpoints::{self, Checkpoints};
-use super::weights::{Entry, Note, write_tensors};
+use super::weights::{Note, write_encoded};
 use crate::config::{Config, Recompute};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::formats::FileTensor;
 
 /// Weights of a run, under the public names.
 pub const WEIGHTS: &str = "model.safetensors";
@@ -99,11 +100,30 @@ pub(crate) fn write_model(
     out: &Path,
     cfg: &Config,
     card: &str,
-    weights: Vec<Entry>,
+    weights: Vec<FileTensor>,
     note: &Note,
-    averages: Vec<Entry>,
+    averages: Vec<FileTensor>,
 ) -> Result<()> {
     refuse_used(out)?;
+    // Other people's files, such as a README of theirs.
+    if let Some(name) = [CARD, TOKENIZER, EMA].into_iter().find(|name| out.join(name).exists()) {
+        return Err(Error::data(out, format!("has {name} already; name another folder with --out")));
+    }
+    fill_model(out, cfg, card, weights, note, averages).inspect_err(|_| {
+        for name in [CONFIG, CARD, TOKENIZER, EMA, WEIGHTS] {
+            let _ = std::fs::remove_file(out.join(name));
+        }
+    })
+}
+
+fn fill_model(
+    out: &Path,
+    cfg: &Config,
+    card: &str,
+    weights: Vec<FileTensor>,
+    note: &Note,
+    averages: Vec<FileTensor>,
+) -> Result<()> {
     std::fs::create_dir_all(out).map_err(Error::io(out))?;
     if let Some(from) = &cfg.data.tokenizer {
         let file = std::fs::read(from).map_err(Error::io(from))?;
@@ -116,9 +136,9 @@ pub(crate) fn write_model(
     files::replace(&out.join(CONFIG), |f| f.put(text.as_bytes()))?;
     files::replace(&out.join(CARD), |f| f.put(card.as_bytes()))?;
     if !averages.is_empty() {
-        files::replace(&out.join(EMA), |f| write_tensors(f, averages, None))?;
+        files::replace(&out.join(EMA), |f| write_encoded(f, averages, None))?;
     }
-    files::replace(&out.join(WEIGHTS), |f| write_tensors(f, weights, Some(note)))?;
+    files::replace(&out.join(WEIGHTS), |f| write_encoded(f, weights, Some(note)))?;
     Ok(())
 }
 

@@ -155,10 +155,19 @@ impl<'a> Entry<'a> {
 
 /// Writes tensors in the safetensors format, with a note in the header.
 pub fn write_tensors(file: &mut FileWriter, entries: Vec<Entry>, note: Option<&Note>) -> Result<()> {
+    write_encoded(file, entries.into_iter().map(Entry::encoded).collect(), note)
+}
+
+/// The same for tensors whose bytes are made by others.
+pub(crate) fn write_encoded(
+    file: &mut FileWriter,
+    tensors: Vec<FileTensor>,
+    note: Option<&Note>,
+) -> Result<()> {
     let unwritable = |e: serde_json::Error| Error::data(file.path(), format!("cannot be written ({e})"));
     let note = note.map(serde_json::to_string).transpose().map_err(unwritable)?;
     let metadata: HashMap<_, _> = note.map(|note| (NOTE.to_string(), note)).into_iter().collect();
-    write_safetensors(file, entries.into_iter().map(Entry::encoded).collect(), metadata)
+    write_safetensors(file, tensors, metadata)
 }
 
 /// Writes tensors to a safetensors file, see [`replace`].
@@ -213,8 +222,8 @@ impl Fit<'_> {
 }
 
 /// Whether a tensor is the first rows of one with these dimensions.
-fn fewer_rows(have: &[usize], want: &[usize]) -> bool {
-    have.len() == want.len() && have[1..] == want[1..] && have[0] <= want[0]
+pub(crate) fn fewer_rows(have: &[usize], want: &[usize]) -> bool {
+    have.len() == want.len() && have.get(1..) == want.get(1..) && have.first() <= want.first()
 }
 
 /// Overwrites parameters. Missing, extra and misshapen tensors, values that are not floats and non-finite ones give a single
@@ -238,7 +247,7 @@ pub fn load_selection(params: &Params, from: &Selection, fit: Fit) -> Result<Vec
     known.retain(|name| from.dims(name).is_some());
     if problems.is_empty() {
         for name in &known {
-            problems.extend(unusable(from, name)?);
+            problems.extend(unusable(from, name, params.precision())?);
         }
     }
     if !problems.is_empty() {
@@ -246,7 +255,7 @@ pub fn load_selection(params: &Params, from: &Selection, fit: Fit) -> Result<Vec
     }
     for name in &known {
         match from.raw(name)? {
-            Some((encoding, bytes)) if let Some(dtype) = device_type(encoding) => {
+            Some((encoding, bytes)) if let Some(dtype) = device_type(encoding, params.precision()) => {
                 params.write_stored(name, Stored::Master, dtype, bytes)?;
             }
             _ => params.write_rows(name, Stored::Master, &from.read(name)?.values)?,
@@ -256,10 +265,10 @@ pub fn load_selection(params: &Params, from: &Selection, fit: Fit) -> Result<Vec
     Ok(differences)
 }
 
-/// The element type in which a device reads stored values, if it does.
-fn device_type(encoding: Encoding) -> Option<DType> {
+/// The element type in which a device reads stored values, if it does. Only runs in f64, on the CPU, know F64.
+fn device_type(encoding: Encoding, prec: Precision) -> Option<DType> {
     match encoding {
-        Encoding::F64 => Some(DType::F64),
+        Encoding::F64 if prec.acc == DType::F64 => Some(DType::F64),
         Encoding::F32 => Some(DType::F32),
         Encoding::Bf16 => Some(DType::Bf16),
         _ => None,
@@ -267,15 +276,22 @@ fn device_type(encoding: Encoding) -> Option<DType> {
 }
 
 /// Why a stored tensor cannot be a weight, if it cannot.
-fn unusable(from: &Selection, name: &str) -> Result<Option<String>> {
+fn unusable(from: &Selection, name: &str, prec: Precision) -> Result<Option<String>> {
     let encoding = from.encoding(name)?;
     if !encoding.is_float() {
         return Ok(Some(format!("`{name}` has type {}, wanted floats", encoding.name())));
     }
-    let Some((encoding, bytes)) = from.raw(name)? else { return Ok(not_finite(name, &from.read(name)?)) };
-    let Some(bad) = encoding.count_not_finite(bytes) else { return Ok(not_finite(name, &from.read(name)?)) };
-    let all = bytes.len() / encoding.bytes(1).unwrap_or(1);
-    Ok((bad > 0).then(|| format!("`{name}` has {bad} of {all} values that are not finite")))
+    if let Some((encoding, bytes)) = from.raw(name)?
+        && device_type(encoding, prec).is_some()
+    {
+        let bad = encoding.count_not_finite(bytes).unwrap_or(0);
+        let all = bytes.len() / encoding.bytes(1).unwrap_or(1);
+        return Ok((bad > 0).then(|| format!("`{name}` has {bad} of {all} values that are not finite")));
+    }
+    let mut t = from.read(name)?;
+    // Values that are finite in the file may be too large for the model.
+    t.values.iter_mut().for_each(|v| *v = prec.acc.rounded(*v));
+    Ok(not_finite(name, &t))
 }
 
 /// Overwrites the parameters named in `wanted` (all if `None`) from `tensors`. Missing, extra and misshapen tensors

@@ -119,6 +119,9 @@ pub const MODULES: [Module; 8] = [
     },
 ];
 
+/// The matrices with a row per token of the vocabulary: the embedding, and the output head if it is one of its own.
+pub const PER_TOKEN: [&str; 2] = ["model.embed_tokens.weight", "lm_head.weight"];
+
 /// Whether a parameter with this public name belongs to the language model.
 pub fn is_of_llm(name: &str) -> bool {
     name.starts_with("model.") || name == "lm_head.weight"

@@ -23,8 +23,7 @@ use crate::report::{Evaluation, Profiles, Report};
 pub struct RunOptions<'a> {
     /// The run folder.
     pub out: &'a Path,
-    /// Weights of a whole model to start from (safetensors, public names), instead of those of `init` and
-    /// `lpips.weights` in the configuration.
+    /// Weights of a whole model to start from (safetensors, public names), instead of those that `init` names.
     pub init: Option<&'a Path>,
     /// Hides progress bars.
     pub quiet: bool,
@@ -100,23 +99,20 @@ fn begin<'a>(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions<'a>) -> Result<
     let mut cfg = cfg.clone();
     cfg.resolve(Path::new(""))?;
     let start = Start::open(&cfg)?;
+    if let (Some(path), true) = (o.init, start.has_parts()) {
+        let want = "left out, since the configuration names weights in [init]";
+        return Err(Error::config("--init", path.display(), want));
+    }
     let whole = o.init.map(|path| Ok(TensorFile::open(path)?.tensors())).transpose()?;
-    let given = |name: &str| match &whole {
-        Some(held) => held.contains_key(name),
-        None => start.gives(name),
-    };
+    let given = |name: &str| start.gives(name) || whole.as_ref().is_some_and(|held| held.contains_key(name));
     let mut session = Session::new(&cfg, dev, o.out, o.quiet, o.evaluation, &given)?;
-    match o.init {
-        None => {
-            start.load(&session.model)?;
-            if start.reconstructs() {
-                session.progress.history.learnt.insert(Skill::Reconstruct);
-            }
-        }
-        Some(path) => {
-            load_weights(&session.model.params, path)?;
-            session.progress.history.start_from(path)?;
-        }
+    start.load(&mut session.model)?;
+    if start.reconstructs() {
+        session.progress.history.learnt.insert(Skill::Reconstruct);
+    }
+    if let Some(path) = o.init {
+        load_weights(&session.model.params, path)?;
+        session.progress.history.start_from(path)?;
     }
     if let Some(bytes) = &session.progress.tokenizer {
         let path = o.out.join(TOKENIZER);

@@ -7,6 +7,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use ett::config::{Config, DataConfig};
 use ett::data::{Columns, Encode, Format, Framing, Listed, Source, Split, speed, write_folder, write_shards};
 use ett::error::{Error, Result};
+use ett::exchange::load_config;
 use ett::feed::{DataSet, Template};
 use ett::files;
 use ett::report::Survey;
@@ -135,7 +136,7 @@ struct Chosen {
 impl Which {
     fn choose(&self) -> Result<Chosen> {
         let mut cfg = match &self.config {
-            Some(path) => Config::load(path, &[])?,
+            Some(path) => load_config(path, &[])?,
             None => Config { data: self.data()?, ..Config::default() },
         };
         let split = match self.split {

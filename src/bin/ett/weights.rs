@@ -54,7 +54,9 @@ impl Import {
         for note in notes {
             say.line(note);
         }
-        let out = self.out.display();
+        // A configuration's paths are relative to its own folder.
+        let out = std::path::absolute(&self.out).unwrap_or(self.out);
+        let out = out.display();
         say.line(match key {
             Some(key) => format!("written to {out}; a configuration names it: {key} = \"{out}\""),
             None => format!("written to {out}"),

@@ -9,9 +9,10 @@ use serde_json::Value;
 use super::ForeignLlm;
 use super::config::{Described, describe};
 use super::keys::{Keys, read_object, read_some};
-use super::layout::{Tensors, is_buffer, misfit};
+use super::layout::{Tensors, is_buffer};
 use crate::error::{Error, Result};
 use crate::formats::{Archive, Change};
+use crate::io::weights::misfit;
 
 /// Largest sizes of files that are read as a whole, in bytes; published ones have much less.
 const CONFIG: u64 = 4 << 20;
@@ -115,7 +116,7 @@ fn shards(folder: &Path, index: Keys) -> Result<BTreeMap<String, Arc<Archive>>> 
     }
     match problems.is_empty() {
         true => Ok(all),
-        false => Err(misfit(index.path, "the files that it names", problems)),
+        false => Err(Error::weights(index.path, misfit("the files that it names", problems))),
     }
 }
 

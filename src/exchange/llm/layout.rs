@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crate::config::LlmConfig;
 use crate::error::{Error, Result};
 use crate::formats::{Archive, Change, Selection};
+use crate::io::weights::misfit;
 
 /// The embedding, and the head that a tied model may repeat.
 const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -83,7 +84,7 @@ impl Tensors<'_> {
         }
         match problems.is_empty() {
             true => Ok(selection),
-            false => Err(misfit(self.path, "its configuration", problems)),
+            false => Err(Error::weights(self.path, misfit("its configuration", problems))),
         }
     }
 
@@ -107,14 +108,4 @@ impl Tensors<'_> {
 /// Tables that a model computes from its configuration.
 pub(super) fn is_buffer(name: &str) -> bool {
     name.ends_with("rotary_emb.inv_freq")
-}
-
-/// An error with at most 20 of the problems.
-pub(super) fn misfit(path: &Path, what: &str, mut problems: Vec<String>) -> Error {
-    let more = problems.len().saturating_sub(20);
-    problems.truncate(20);
-    if more > 0 {
-        problems.push(format!("and {more} more"));
-    }
-    Error::weights(path, format!("does not fit {what}: {}", problems.join("; ")))
 }

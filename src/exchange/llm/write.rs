@@ -6,13 +6,15 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use super::layout::{layout, misfit};
+use super::layout::layout;
 use super::text::parse;
 use crate::config::LlmConfig;
 use crate::data::Special;
 use crate::error::{Error, Result};
 use crate::files::{self, replace};
 use crate::formats::{Encoding, FileTensor, Selection, write_safetensors};
+use crate::io::weights::{fewer_rows, misfit};
+use crate::model::PER_TOKEN;
 
 /// Bytes of weights in a file, from which on there are several.
 const SHARD: usize = 5_000_000_000;
@@ -35,15 +37,17 @@ const CHAT: &str = "{% for message in messages %}\
 
 /// Writes a language model as a folder that `transformers` loads, and returns its files; `None` keeps the encoding of
 /// every tensor, except that quantized ones become F32. `weights` may hold more than the language model, `text` is a
-/// `tokenizer.json`. A folder that has one of the files is refused, and after an error none of them is left.
+/// `tokenizer.json`, `ends` are tokens that end a text besides ett's own. The embedding and the output head may have fewer rows
+/// than the vocabulary; each row that is added is the mean of all others. A folder that has one of the files is refused, and after an error none of them is left.
 pub fn write_llm(
     out: &Path,
     cfg: &LlmConfig,
     weights: &Selection,
     text: Option<&[u8]>,
+    ends: &[usize],
     encoding: Option<Encoding>,
 ) -> Result<Vec<PathBuf>> {
-    write_shards(out, cfg, weights, text, encoding, SHARD)
+    write_shards(out, cfg, weights, (text, ends), encoding, SHARD)
 }
 
 /// The same with at most `most` bytes in a file of weights, unless a single tensor has more.
@@ -51,7 +55,7 @@ fn write_shards(
     out: &Path,
     cfg: &LlmConfig,
     weights: &Selection,
-    text: Option<&[u8]>,
+    (text, ends): (Option<&[u8]>, &[usize]),
     encoding: Option<Encoding>,
     most: usize,
 ) -> Result<Vec<PathBuf>> {
@@ -63,7 +67,7 @@ fn write_shards(
         ));
     }
     let tensors = tensors(cfg, weights, encoding)?;
-    let ends = Ends::of(out, text, cfg)?;
+    let ends = Ends::of(out, text, ends, cfg)?;
     fs::create_dir_all(out).map_err(Error::io(out))?;
     refuse_existing(out)?;
     let mut folder = Folder { out, written: Vec::new() };
@@ -91,7 +95,7 @@ fn refuse_existing(out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The tensors of the language model. Their bytes are copied where the encoding stays.
+/// The tensors of the language model; the matrices with a row per token get the rows that they lack.
 fn tensors<'a>(
     cfg: &LlmConfig,
     weights: &'a Selection,
@@ -99,48 +103,22 @@ fn tensors<'a>(
 ) -> Result<Vec<FileTensor<'a>>> {
     let (mut tensors, mut problems) = (Vec::new(), Vec::new());
     for (name, dims) in layout(cfg) {
+        let grows = PER_TOKEN.contains(&name.as_str());
         match weights.dims(&name) {
             None => problems.push(format!("missing `{name}` {dims:?}")),
-            Some(have) if have != dims => problems.push(format!("`{name}` is {have:?}, wanted {dims:?}")),
-            Some(_) => {
-                let stored = weights.encoding(&name)?;
-                if !stored.is_float() {
-                    problems.push(format!("`{name}` has type {}, wanted floats", stored.name()));
-                }
-                let encoding = encoding.unwrap_or(match stored {
-                    Encoding::Q4_1 | Encoding::Q8_0 => Encoding::F32,
-                    other => other,
-                });
-                let public = name.clone();
-                let bytes = Box::new(move || bytes(weights, &public, encoding));
-                tensors.push(FileTensor { name, dims, encoding, bytes });
+            Some(have) if have != dims && !(grows && fewer_rows(have, &dims)) => {
+                problems.push(format!("`{name}` is {have:?}, wanted {dims:?}"));
             }
+            Some(_) if !weights.encoding(&name)?.is_float() => {
+                let stored = weights.encoding(&name)?.name();
+                problems.push(format!("`{name}` has type {stored}, wanted floats"));
+            }
+            Some(_) => tensors.push(weights.tensor_of_rows(&name, name.clone(), encoding, dims[0])?),
         }
     }
     match problems.is_empty() {
         true => Ok(tensors),
-        false => Err(misfit(weights.path(), "the configuration", problems)),
-    }
-}
-
-/// The bytes of a tensor in an encoding; values that it cannot hold are an error.
-fn bytes(weights: &Selection, name: &str, encoding: Encoding) -> Result<Vec<u8>> {
-    let stored = weights.raw(name)?;
-    if let Some((stored, bytes)) = stored
-        && stored == encoding
-    {
-        return Ok(bytes.to_vec());
-    }
-    let bytes = encoding.encode(&weights.read(name)?.values)?;
-    match encoding.count_not_finite(&bytes).unwrap_or(0) {
-        0 => Ok(bytes),
-        n => {
-            let what = format!(
-                "`{name}` has {n} values that are not finite in {}; use BF16 or F32",
-                encoding.name()
-            );
-            Err(Error::weights(weights.path(), what))
-        }
+        false => Err(Error::weights(weights.path(), misfit("the configuration", problems))),
     }
 }
 
@@ -148,11 +126,14 @@ fn bytes(weights: &Selection, name: &str, encoding: Encoding) -> Result<Vec<u8>>
 struct Ends {
     /// End of a turn and of a text; `None` without a text tokenizer.
     ids: Option<(u32, u32)>,
+    /// The ends of the model that training started from.
+    others: Vec<usize>,
 }
 
 impl Ends {
-    fn of(out: &Path, text: Option<&[u8]>, cfg: &LlmConfig) -> Result<Self> {
-        let Some(text) = text else { return Ok(Ends { ids: None }) };
+    fn of(out: &Path, text: Option<&[u8]>, others: &[usize], cfg: &LlmConfig) -> Result<Self> {
+        let others = others.to_vec();
+        let Some(text) = text else { return Ok(Ends { ids: None, others }) };
         let tokenizer = parse(&out.join(TOKENIZER), text)?;
         let id = |s: Special| {
             let id = tokenizer.token_to_id(s.name()).filter(|&id| (id as usize) < cfg.vocab);
@@ -165,7 +146,7 @@ impl Ends {
                 )
             })
         };
-        Ok(Ends { ids: Some((id(Special::ImEnd)?, id(Special::EndOfText)?)) })
+        Ok(Ends { ids: Some((id(Special::ImEnd)?, id(Special::EndOfText)?)), others })
     }
 }
 
@@ -304,9 +285,17 @@ fn config(cfg: &LlmConfig, dtype: &str, ends: &Ends) -> Value {
 }
 
 fn generation_config(ends: &Ends) -> Value {
-    match ends.ids {
-        Some((turn, text)) => json!({"eos_token_id": [turn, text], "pad_token_id": text}),
-        None => json!({}),
+    let own = ends.ids.iter().flat_map(|&(turn, text)| [turn as usize, text as usize]);
+    let mut all: Vec<usize> = own.collect();
+    for &id in &ends.others {
+        if !all.contains(&id) {
+            all.push(id);
+        }
+    }
+    match (ends.ids, all.is_empty()) {
+        (Some((_, text)), _) => json!({"eos_token_id": all, "pad_token_id": text}),
+        (None, false) => json!({"eos_token_id": all}),
+        (None, true) => json!({}),
     }
 }
 
@@ -355,7 +344,7 @@ mod tests {
         replace(&whole, |file| write_safetensors(file, all(), HashMap::new())).unwrap();
         let weights = Selection::whole(Archive::open(&whole).unwrap());
         let out = dir.join("out");
-        let files = write_shards(&out, &cfg, &weights, None, None, 600).unwrap();
+        let files = write_shards(&out, &cfg, &weights, (None, &[]), None, 600).unwrap();
         let names: Vec<String> =
             files.iter().map(|f| f.file_name().unwrap().to_string_lossy().into_owned()).collect();
         assert!(

@@ -28,6 +28,8 @@ const EMA: &str = "model_ema.";
 const OWN_EMA: &str = "ema.";
 /// LeCAM's averages, which only files of [`write_tokenizer`] have.
 const LECAM: &str = "loss.lecam_ema";
+/// The key by which an exported checkpoint says that the features of its perceptual loss are random.
+const RANDOM: &str = "ett_random_features";
 /// Networks that a checkpoint may hold for measurements.
 const MEASURES: [&str; 3] = ["inception_model.", "lpips_vgg.", "lpips_alex."];
 
@@ -41,6 +43,8 @@ pub struct ForeignTokenizer {
     pub discriminator: Option<DiscriminatorConfig>,
     /// Channels of the blocks of the perceptual loss; `None` if the file has none.
     pub widths: Option<[usize; 5]>,
+    /// Whether the features of the perceptual loss are random ones, as in runs without `lpips.weights`.
+    pub random_features: bool,
     /// Weights under the names of this crate: the tokenizer's, and those of the discriminator and of the perceptual loss if
     /// the file has them.
     pub weights: Selection,
@@ -83,6 +87,7 @@ pub fn open_tokenizer(path: &Path) -> Result<ForeignTokenizer> {
         return Err(Error::weights(path, "is a language model of llama.cpp; name a vision tokenizer"));
     }
     let mut notes = progress(&archive);
+    let mut random_features = archive.about()[RANDOM].as_i64() == Some(1);
     let saved = Saved::read(path, archive.about())?;
     let contents = Contents::sorted(Named::whole(archive), &mut notes);
     let mut found = contents.measured(path)?;
@@ -96,6 +101,7 @@ pub fn open_tokenizer(path: &Path) -> Result<ForeignTokenizer> {
         quantizer = saved.quantizer;
         discriminator = discriminator.and(saved.discriminator);
         (updates, decay) = (saved.updates, saved.decay);
+        random_features = saved.random_features;
     } else if let Some(yaml) = &source.settings {
         let settings = Settings::read(yaml)?;
         notes.extend(settings.apply(&mut found.sizes, found.ndf, &mut quantizer)?);
@@ -109,6 +115,7 @@ pub fn open_tokenizer(path: &Path) -> Result<ForeignTokenizer> {
         quantizer,
         discriminator,
         widths: found.widths,
+        random_features,
         weights: contents.weights.selection(path),
         averages,
         updates: updates.filter(|_| averaged),

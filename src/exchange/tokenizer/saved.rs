@@ -10,8 +10,8 @@ use super::ForeignTokenizer;
 use super::layout::Sizes;
 use crate::config::{DiscriminatorConfig, QuantizerConfig, TokenizerConfig};
 use crate::error::{Error, Result};
-use crate::exchange::named::misfit;
 use crate::files;
+use crate::io::weights::misfit;
 
 /// Its key in the metadata of safetensors.
 const KEY: &str = "tokenizer";
@@ -32,6 +32,9 @@ pub(super) struct Saved {
     /// Decay of the averages.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decay: Option<f64>,
+    /// The features of the perceptual loss are random ones.
+    #[serde(default)]
+    pub random_features: bool,
 }
 
 impl Saved {
@@ -44,6 +47,7 @@ impl Saved {
             discriminator: from.discriminator.clone(),
             updates: from.updates,
             decay: from.decay,
+            random_features: from.random_features,
         }
     }
 

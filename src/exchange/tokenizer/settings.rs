@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::layout::Sizes;
 use crate::config::{LossConfig, QuantizerConfig};
 use crate::error::{Error, Result};
-use crate::exchange::named::misfit;
+use crate::io::weights::misfit;
 
 /// Largest configuration that is read, in bytes.
 const LARGEST: u64 = 1 << 20;

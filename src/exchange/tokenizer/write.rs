@@ -4,10 +4,11 @@ use std::path::Path;
 
 use super::layout::{self, Sizes};
 use super::saved::Saved;
-use super::{EMA, ForeignTokenizer, LECAM, LPIPS, OWN_EMA, Shape, heads, no_problems, scaling, trained, vgg};
+use super::{
+    EMA, ForeignTokenizer, LECAM, LPIPS, OWN_EMA, RANDOM, Shape, heads, no_problems, scaling, trained, vgg,
+};
 use crate::error::{Error, Result};
-use crate::exchange::named::{tensors, written};
-use crate::files;
+use crate::exchange::named::{create, tensors};
 use crate::formats::{Encoding, FileTensor, Selection, Tree, write_safetensors, write_torch};
 
 /// The decay of averages in the reference.
@@ -54,6 +55,12 @@ impl Parts {
         let there: Vec<Shape> =
             running.iter().filter(|(n, _)| from.state.dims(n).is_some()).cloned().collect();
         problems.extend(misfits(&from.state, &there));
+        if there.len() < running.len() {
+            notes.push(
+                "has the running statistics of an untrained discriminator: the trained ones are not known"
+                    .into(),
+            );
+        }
         if let Some(averages) = &from.averages {
             let (have, missing): (Vec<Shape>, Vec<Shape>) =
                 trained.iter().cloned().partition(|(name, _)| averages.dims(name).is_some());
@@ -82,7 +89,7 @@ impl Parts {
         let Some(averages) = &from.averages else { return Ok(vec![]) };
         let one = |(name, _): &Shape| {
             let source = if averages.dims(name).is_some() { averages } else { &from.weights };
-            written(source, name, renamed(name), encoding)
+            source.tensor(name, renamed(name), encoding)
         };
         self.trained.iter().map(one).collect()
     }
@@ -93,7 +100,7 @@ impl Parts {
         let mut all = vec![];
         for (name, dims) in &self.running {
             all.push(match from.state.dims(name) {
-                Some(_) => written(&from.state, name, name.clone(), None)?,
+                Some(_) => from.state.tensor(name, name.clone(), None)?,
                 None => {
                     let value = if name.ends_with("running_var") { 1.0 } else { 0.0 };
                     constant(name.clone(), dims.clone(), Encoding::F32, value)
@@ -115,7 +122,13 @@ impl Parts {
 fn misfits(from: &Selection, want: &[Shape]) -> Vec<String> {
     let check = |(name, dims): &Shape| match from.dims(name) {
         None => Some(format!("missing `{name}` {dims:?}")),
-        Some(have) => (have != dims).then(|| format!("`{name}` is {have:?}, wanted {dims:?}")),
+        Some(have) if have != dims => Some(format!("`{name}` is {have:?}, wanted {dims:?}")),
+        Some(_) => match from.encoding(name) {
+            Ok(stored) if !stored.is_float() => {
+                Some(format!("`{name}` has type {}, wanted floats", stored.name()))
+            }
+            _ => None,
+        },
     };
     want.iter().filter_map(check).collect()
 }
@@ -135,15 +148,15 @@ pub fn write_tokenizer(
     encoding: Option<Encoding>,
 ) -> Result<Vec<String>> {
     let parts = Parts::of(from)?;
-    let plain = |name: &str| written(&from.weights, name, name.into(), encoding);
+    let plain = |name: &str| from.weights.tensor(name, name.into(), encoding);
     let mut all: Vec<FileTensor> = parts.weights().map(plain).collect::<Result<_>>()?;
     all.extend(parts.averages(from, encoding, |name| format!("{OWN_EMA}{name}"))?);
     all.extend(parts.state(from)?);
     if from.discriminator.is_some() && from.state.dims(LECAM).is_some() {
-        all.push(written(&from.state, LECAM, LECAM.into(), None)?);
+        all.push(from.state.tensor(LECAM, LECAM.into(), None)?);
     }
     let metadata = Saved::of(from).metadata(path)?;
-    files::replace(path, |file| write_safetensors(file, all, metadata))?;
+    create(path, |file| write_safetensors(file, all, metadata))?;
     Ok(parts.notes)
 }
 
@@ -151,7 +164,7 @@ pub fn write_tokenizer(
 /// discriminator and a perceptual loss. `from` may hold more tensors than are written. Returns what the file lacks, in words.
 pub fn write_checkpoint(path: &Path, from: &ForeignTokenizer) -> Result<Vec<String>> {
     let mut parts = Parts::of(from)?;
-    let plain = |name: &str| written(&from.weights, name, name.into(), None);
+    let plain = |name: &str| from.weights.tensor(name, name.into(), None);
     let mut all: Vec<FileTensor> = parts.weights().map(plain).collect::<Result<_>>()?;
     all.extend(parts.state(from)?);
     // The reference finds the name of an average by the weights before it.
@@ -166,11 +179,12 @@ pub fn write_checkpoint(path: &Path, from: &ForeignTokenizer) -> Result<Vec<Stri
     }
     let tensors = all.into_iter().map(|t| (t.name.clone(), Tree::Tensor(t))).collect();
     let root = Tree::Dict(vec![
+        (RANDOM.into(), Tree::Int(from.random_features.into())),
         ("epoch".into(), Tree::Int(0)),
         ("global_step".into(), Tree::Int(0)),
         ("pytorch-lightning_version".into(), Tree::Text(LIGHTNING.into())),
         ("state_dict".into(), Tree::Dict(tensors)),
     ]);
-    files::replace(path, |file| write_torch(file, root))?;
+    create(path, |file| write_torch(file, root))?;
     Ok(parts.notes)
 }

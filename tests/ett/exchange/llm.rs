@@ -236,7 +236,8 @@ fn folders_are_read_as_they_were_written() -> Outcome {
         let dir = Scratch::new();
         let out = dir.path("out");
         let of = open_llm(&folder(name))?;
-        let files = write_llm(&out, &of.config, &of.weights, of.text.as_deref().map(str::as_bytes), None)?;
+        let files =
+            write_llm(&out, &of.config, &of.weights, of.text.as_deref().map(str::as_bytes), &[], None)?;
         assert!(
             files.iter().all(|f| f.is_file()) && files.last() == Some(&out.join("config.json")),
             "{files:?}"
@@ -247,7 +248,7 @@ fn folders_are_read_as_they_were_written() -> Outcome {
         assert!(stored(&again.weights)? == stored(&of.weights)?, "{name}");
         agrees(&again, &folder(name).join("expected.safetensors")).map_err(|e| format!("{name}: {e}"))?;
         // Nothing is overwritten.
-        let e = write_llm(&out, &of.config, &of.weights, None, None).expect_err("files").to_string();
+        let e = write_llm(&out, &of.config, &of.weights, None, &[], None).expect_err("files").to_string();
         assert!(e.contains(" already, which is not overwritten; name a new folder"), "{e}");
     }
     Ok(())
@@ -259,13 +260,41 @@ fn quantized_values_are_written_as_floats() -> Outcome {
         let dir = Scratch::new();
         let of = open_llm(&source(name))?;
         let text = of.text.as_deref().map(str::as_bytes);
-        write_llm(&dir.path("out"), &of.config, &of.weights, text, None)?;
+        write_llm(&dir.path("out"), &of.config, &of.weights, text, &[], None)?;
         let again = open_llm(&dir.path("out"))?;
         assert_eq!(again.config.rms_eps, of.config.rms_eps);
         agrees(&again, &folder(name).join("expected.safetensors"))?;
-        write_llm(&dir.path("bf16"), &of.config, &of.weights, text, Some(Encoding::Bf16))?;
+        write_llm(&dir.path("bf16"), &of.config, &of.weights, text, &[], Some(Encoding::Bf16))?;
         let small = open_llm(&dir.path("bf16"))?;
         assert!(stored(&small.weights)?.iter().all(|t| t.2 == Encoding::Bf16));
+    }
+    Ok(())
+}
+
+/// Tokens for which the file has no rows get the mean of all others, in an embedding and in a head of its own.
+#[test]
+fn a_vocabulary_grows_when_it_is_written() -> Outcome {
+    for name in ["llama", "qwen2-untied"] {
+        let dir = Scratch::new();
+        let of = open_llm(&folder(name))?;
+        let mut wide = of.config.clone();
+        wide.vocab += 8;
+        write_llm(&dir.path("out"), &wide, &of.weights, None, &[7], None)?;
+        let again = open_llm(&dir.path("out"))?;
+        assert_eq!((again.config.vocab, again.ends), (wide.vocab, vec![7]));
+        for (name, dims) in again.weights.tensors() {
+            let (new, old) = (again.weights.read(name)?.values, of.weights.read(name)?.values);
+            assert!(new[..old.len()] == old[..], "{name}");
+            let width = dims.last().copied().unwrap_or(1);
+            for row in new[old.len()..].chunks(width) {
+                let rows = old.len() / width;
+                for (i, v) in row.iter().enumerate() {
+                    let mean = (0..rows).map(|r| old[r * width + i]).sum::<f64>() / rows as f64;
+                    assert!((v - mean).abs() < 1e-6, "{name}: {v}, wanted {mean}");
+                }
+            }
+        }
+        assert!(again.weights.dims("model.embed_tokens.weight").is_some_and(|d| d[0] == wide.vocab));
     }
     Ok(())
 }
@@ -274,25 +303,29 @@ fn quantized_values_are_written_as_floats() -> Outcome {
 fn an_export_that_fails_leaves_nothing() -> Outcome {
     let dir = Scratch::new();
     let of = open_llm(&folder("qwen2"))?;
-    let mut wide = of.config.clone();
-    wide.vocab = 280;
-    let e = write_llm(&dir.path("out"), &wide, &of.weights, None, None).expect_err("fewer rows").to_string();
-    assert!(e.contains("`model.embed_tokens.weight` is [272, 32], wanted [280, 32]"), "{e}");
-    let e =
-        write_llm(&dir.path("out"), &of.config, &of.weights, Some(b"{}"), None).expect_err("no tokenizer");
+    let mut narrow = of.config.clone();
+    narrow.vocab = 264;
+    let e = write_llm(&dir.path("out"), &narrow, &of.weights, None, &[], None).expect_err("more rows");
+    assert!(e.to_string().contains("`model.embed_tokens.weight` is [272, 32], wanted [264, 32]"), "{e}");
+    let e = write_llm(&dir.path("out"), &of.config, &of.weights, Some(b"{}"), &[], None)
+        .expect_err("no tokenizer");
     assert!(e.to_string().contains("is not a tokenizer.json of Hugging Face"), "{e}");
     assert!(!dir.path("out").exists());
-    let e =
-        write_llm(&dir.path("out"), &of.config, &of.weights, None, Some(Encoding::Q8_0)).expect_err("type");
+    let e = write_llm(&dir.path("out"), &of.config, &of.weights, None, &[], Some(Encoding::Q8_0))
+        .expect_err("type");
     assert!(e.to_string().contains("cannot have weights in Q8_0, wanted one of BF16, F16, F32, F64"), "{e}");
     assert!(!dir.path("out").exists());
     // F16 ends at 65504.
     let large = copy("qwen2")?;
     rewrite(&large.path("model.safetensors"), |all| all[0].3[..4].copy_from_slice(&1e5f32.to_le_bytes()))?;
     let of = open_llm(&large.path(""))?;
-    let e =
-        write_llm(&dir.path("out"), &of.config, &of.weights, None, Some(Encoding::F16)).expect_err("large");
-    assert!(e.to_string().contains("` has 1 values that are not finite in F16; use BF16 or F32"), "{e}");
+    let e = write_llm(&dir.path("out"), &of.config, &of.weights, None, &[], Some(Encoding::F16))
+        .expect_err("large");
+    assert!(
+        e.to_string()
+            .contains("` has 1 values that are not finite in F16; choose a type with a larger range"),
+        "{e}"
+    );
     assert_eq!(fs::read_dir(dir.path("out"))?.count(), 0);
     Ok(())
 }
@@ -597,7 +630,14 @@ fn written() -> Outcome {
     let out = PathBuf::from(std::env::var("ETT_LLM_OUT")?);
     for name in HUGGING_FACE.into_iter().chain(GGUF) {
         let of = open_llm(&source(name))?;
-        write_llm(&out.join(name), &of.config, &of.weights, of.text.as_deref().map(str::as_bytes), None)?;
+        write_llm(
+            &out.join(name),
+            &of.config,
+            &of.weights,
+            of.text.as_deref().map(str::as_bytes),
+            &[],
+            None,
+        )?;
     }
     Ok(())
 }

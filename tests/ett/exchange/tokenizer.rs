@@ -45,8 +45,11 @@ fn load(model: &Ett, from: &Selection, groups: &[&str]) -> ett::error::Result<()
     Ok(())
 }
 
-/// Every tensor of a selection: name, encoding, shape and bits.
-fn all(of: &Selection) -> Result<Vec<(String, Encoding, Vec<usize>, Vec<u64>)>, ett::error::Error> {
+/// A tensor: name, encoding, shape and bits.
+type Bits = (String, Encoding, Vec<usize>, Vec<u64>);
+
+/// Every tensor of a selection.
+fn all(of: &Selection) -> ett::error::Result<Vec<Bits>> {
     let one = |(name, dims): (&str, &[usize])| {
         let bits = of.read(name)?.values.iter().map(|v| v.to_bits()).collect();
         Ok((name.to_string(), of.encoding(name)?, dims.to_vec(), bits))
@@ -471,7 +474,7 @@ fn perceptual_features_from_other_files() -> Outcome {
 
     let dir = Scratch::new();
     let path = dir.path("lpips.safetensors");
-    write_perceptual(&path, &open_tokenizer(&fixture("ibq.ckpt"))?.weights)?;
+    write_perceptual(&path, &open_tokenizer(&fixture("ibq.ckpt"))?.weights, None)?;
     assert_eq!(all(&open_perceptual(std::slice::from_ref(&path))?.weights)?, want);
     // The model takes what is complete.
     let model = Ett::new(&config(&open_tokenizer(&fixture("ibq.ckpt"))?), cpu(1))?;
@@ -517,7 +520,7 @@ fn inception_of_pytorch() -> Outcome {
     let (weights, notes) = open_inception(&path)?;
     assert_eq!(notes, ["left out the auxiliary classifier (`AuxLogits.*`, 1 tensor)"]);
     let saved = dir.path("inception.safetensors");
-    write_inception(&saved, &weights)?;
+    write_inception(&saved, &weights, None)?;
     assert_eq!(read(&saved)?, ours);
     assert_eq!(open_inception(&saved)?.0.tensors().count(), 472);
 
@@ -574,6 +577,7 @@ fn writes_for_the_reference() -> Outcome {
     }
     write_file(&statistics, &state)?;
     let from = ForeignTokenizer {
+        random_features: false,
         tokenizer: cfg.tokenizer,
         quantizer: cfg.quantizer,
         discriminator: Some(cfg.discriminator),
