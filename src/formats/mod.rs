@@ -167,7 +167,9 @@ type Reader = fn(&[u8]) -> std::result::Result<Contents, String>;
 /// Recognises a format and reads the list of tensors.
 fn list(bytes: &[u8]) -> std::result::Result<(Format, Contents), String> {
     if bytes.starts_with(POINTER) {
-        return Err("is a pointer of Git LFS instead of the file; fetch the file itself with `git lfs pull`".into());
+        return Err(
+            "is a pointer of Git LFS instead of the file; fetch the file itself with `git lfs pull`".into()
+        );
     }
     let (format, read): (_, Reader) = match bytes {
         [b'G', b'G', b'U', b'F', ..] => (Format::Gguf, gguf::read),
@@ -211,7 +213,8 @@ fn strided(values: &[f64], dims: &[usize], strides: &[usize]) -> Vec<f64> {
 fn size_of(encoding: Encoding, dims: &[usize]) -> std::result::Result<usize, String> {
     let most = dims.iter().try_fold(1usize, |n, &d| n.checked_mul(d.max(1)));
     let (values, _) = encoding.block();
-    let count = most.filter(|n| n.checked_next_multiple_of(values).is_some_and(|n| encoding.bytes(n).is_some()));
+    let count =
+        most.filter(|n| n.checked_next_multiple_of(values).is_some_and(|n| encoding.bytes(n).is_some()));
     let count = count.map(|n| if dims.contains(&0) { 0 } else { n }).filter(|_| dims.len() <= MOST_DIMS);
     // Types that are not read are packed without regard to rows.
     let rows = !encoding.is_read() || dims.last().copied().unwrap_or(1).is_multiple_of(values);

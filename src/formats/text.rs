@@ -13,7 +13,8 @@ const ENDS: (usize, usize) = (700, 300);
 
 /// Whether a character ends a line, controls a terminal, changes the order of others or has no width.
 fn is_hidden(c: char) -> bool {
-    let format = matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
+    let format =
+        matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
     c.is_control() || format
 }
 

@@ -78,7 +78,8 @@ fn ending(path: &Path) -> Option<&str> {
 /// What is in a folder, in order.
 fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     let list = std::fs::read_dir(folder).map_err(Error::io(folder))?;
-    let mut found = list.map(|e| Ok(e?.path())).collect::<std::io::Result<Vec<_>>>().map_err(Error::io(folder))?;
+    let mut found =
+        list.map(|e| Ok(e?.path())).collect::<std::io::Result<Vec<_>>>().map_err(Error::io(folder))?;
     found.sort();
     Ok(found)
 }
