@@ -26,6 +26,12 @@ pub enum Encoding {
     I16,
     /// 1-byte integers.
     I8,
+    /// 8-byte integers without a sign.
+    U64,
+    /// 4-byte integers without a sign.
+    U32,
+    /// 2-byte integers without a sign.
+    U16,
     /// Bytes.
     U8,
     /// Truth values, a byte each.
@@ -34,6 +40,15 @@ pub enum Encoding {
     Q4_1,
     /// GGUF: blocks of 32 values in 34 bytes, a scale in f16, then a signed byte a value.
     Q8_0,
+    /// A type of which ett reads no values, so that files with it can be listed, and their other tensors read.
+    Unread {
+        /// Its name in files.
+        name: &'static str,
+        /// Values that fill whole bytes.
+        values: usize,
+        /// Their bytes.
+        bytes: usize,
+    },
 }
 
 /// Values in a block of the quantized encodings.
@@ -51,14 +66,23 @@ impl Encoding {
             Encoding::I32 => "I32",
             Encoding::I16 => "I16",
             Encoding::I8 => "I8",
+            Encoding::U64 => "U64",
+            Encoding::U32 => "U32",
+            Encoding::U16 => "U16",
             Encoding::U8 => "U8",
             Encoding::Bool => "BOOL",
             Encoding::Q4_1 => "Q4_1",
             Encoding::Q8_0 => "Q8_0",
+            Encoding::Unread { name, .. } => name,
         }
     }
 
-    /// Whether its values are floats.
+    /// Whether ett reads its values.
+    pub fn is_read(self) -> bool {
+        !matches!(self, Encoding::Unread { .. })
+    }
+
+    /// Whether its values are floats that ett reads.
     pub fn is_float(self) -> bool {
         use Encoding::{Bf16, F16, F32, F64, Q4_1, Q8_0};
         matches!(self, F64 | F32 | F16 | Bf16 | Q4_1 | Q8_0)
@@ -67,12 +91,13 @@ impl Encoding {
     /// The values of a block and its bytes.
     pub(super) fn block(self) -> (usize, usize) {
         match self {
-            Encoding::F64 | Encoding::I64 => (1, 8),
-            Encoding::F32 | Encoding::I32 => (1, 4),
-            Encoding::F16 | Encoding::Bf16 | Encoding::I16 => (1, 2),
+            Encoding::F64 | Encoding::I64 | Encoding::U64 => (1, 8),
+            Encoding::F32 | Encoding::I32 | Encoding::U32 => (1, 4),
+            Encoding::F16 | Encoding::Bf16 | Encoding::I16 | Encoding::U16 => (1, 2),
             Encoding::I8 | Encoding::U8 | Encoding::Bool => (1, 1),
             Encoding::Q4_1 => (BLOCK, 20),
             Encoding::Q8_0 => (BLOCK, 34),
+            Encoding::Unread { values, bytes, .. } => (values, bytes),
         }
     }
 
@@ -85,7 +110,7 @@ impl Encoding {
             .filter(|&n| n <= isize::MAX as usize)
     }
 
-    /// The values as f64. A partial block at the end is left out.
+    /// The values as f64; `None` if they are not read. A partial block at the end is left out.
     pub(super) fn widen(self, b: &[u8]) -> Option<Vec<f64>> {
         fn all<T: bytemuck::AnyBitPattern>(b: &[u8], f: fn(T) -> f64) -> Option<Vec<f64>> {
             Some(b.chunks_exact(size_of::<T>()).map(|c| f(bytemuck::pod_read_unaligned(c))).collect())
@@ -99,6 +124,9 @@ impl Encoding {
             Encoding::I32 => all::<i32>(b, f64::from),
             Encoding::I16 => all::<i16>(b, f64::from),
             Encoding::I8 => all::<i8>(b, f64::from),
+            Encoding::U64 => all::<u64>(b, |x| x as f64),
+            Encoding::U32 => all::<u32>(b, f64::from),
+            Encoding::U16 => all::<u16>(b, f64::from),
             Encoding::U8 => all::<u8>(b, f64::from),
             Encoding::Bool => all::<u8>(b, |x| f64::from(u8::from(x != 0))),
             Encoding::Q4_1 | Encoding::Q8_0 => {
@@ -106,6 +134,7 @@ impl Encoding {
                 b.chunks_exact(self.block().1).for_each(|block| values.extend(self.block_of(block)));
                 Some(values.into_iter().map(f64::from).collect())
             }
+            Encoding::Unread { .. } => None,
         }
     }
 
@@ -123,9 +152,12 @@ impl Encoding {
             Encoding::I32 => all(values, |x| x as i32),
             Encoding::I16 => all(values, |x| x as i16),
             Encoding::I8 => all(values, |x| x as i8),
+            Encoding::U64 => all(values, |x| x as u64),
+            Encoding::U32 => all(values, |x| x as u32),
+            Encoding::U16 => all(values, |x| x as u16),
             Encoding::U8 => all(values, |x| x as u8),
             Encoding::Bool => all(values, |x| u8::from(x != 0.0)),
-            Encoding::Q4_1 | Encoding::Q8_0 => {
+            Encoding::Q4_1 | Encoding::Q8_0 | Encoding::Unread { .. } => {
                 return Err(Error::arg(
                     "encode",
                     "encoding",

@@ -1,6 +1,6 @@
 //! llama.cpp's GGUF: keys with values, the list of tensors, then their bytes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use serde_json::{Map, Number, Value as Json};
 
@@ -8,6 +8,10 @@ use super::{Contents, Encoding, Info, MOST_DIMS, size_of};
 
 /// Most values of all keys together. A list of 250 000 tokens with their scores, types and merges has a million.
 const MOST: usize = 4 << 20;
+/// Most bytes before the first tensor; texts of a large vocabulary have 20 million.
+const HEADER: usize = 64 << 20;
+/// Most tensors. Published models have a few thousand.
+const TENSORS: u64 = 1 << 18;
 /// Lists in lists.
 const DEPTH: usize = 4;
 /// Where tensors begin, unless a file says otherwise.
@@ -20,12 +24,15 @@ pub(super) fn read(bytes: &[u8]) -> Result<Contents> {
     let mut header = Header { bytes, at: 4, values: 0 };
     let version = u32::from_le_bytes(header.array()?);
     if !(2..=3).contains(&version) {
-        let why = if version.swap_bytes() <= 3 { ", the highest byte first" } else { "" };
+        let why = if (1..=3).contains(&version.swap_bytes()) { ", the highest byte first" } else { "" };
         return Err(format!(
             "is GGUF of version {version}{why}, wanted 2 or 3; convert the model again with llama.cpp"
         ));
     }
     let (tensors, keys) = (header.long()?, header.long()?);
+    if tensors > TENSORS {
+        return Err(format!("has {tensors} tensors, wanted at most {TENSORS}; fetch or copy it again"));
+    }
     let mut about = Map::new();
     for _ in 0..keys {
         let key = header.text()?;
@@ -42,9 +49,13 @@ pub(super) fn read(bytes: &[u8]) -> Result<Contents> {
             .filter(|n| n.is_power_of_two() && *n <= 1 << 30)
             .ok_or_else(|| format!("its key `general.alignment` is {n}, wanted a power of two"))?,
     };
-    let mut listed = Vec::new();
+    let (mut listed, mut names) = (Vec::new(), HashSet::new());
     for _ in 0..tensors {
-        listed.push(header.tensor()?);
+        let tensor = header.tensor()?;
+        if !names.insert(tensor.name) {
+            return Err(format!("has two tensors `{}`", tensor.name));
+        }
+        listed.push(tensor);
     }
     let start = (header.at as u64).next_multiple_of(align);
     Ok(Contents { tensors: place(listed, start, align, bytes.len())?, about: Json::Object(about) })
@@ -77,9 +88,7 @@ fn place(mut listed: Vec<Listed>, start: u64, align: u64, size: usize) -> Result
             return Err(format!("its tensor `{name}` overlaps another"));
         }
         end = end.max(range.end);
-        if tensors.insert(name.to_string(), Info { encoding, dims, strides: None, bytes: range }).is_some() {
-            return Err(format!("has two tensors `{name}`"));
-        }
+        tensors.insert(name.to_string(), Info { encoding, dims, strides: None, bytes: range });
     }
     Ok(tensors)
 }
@@ -93,8 +102,12 @@ struct Header<'a> {
 
 impl<'a> Header<'a> {
     fn take(&mut self, length: usize) -> Result<&'a [u8]> {
+        let left = HEADER - self.at;
         let taken = self.bytes[self.at..].get(..length);
         let taken = taken.ok_or("ends within its header; fetch or copy it again")?;
+        if length > left {
+            return Err(format!("has a header of more than {} MiB, which ett does not read", HEADER >> 20));
+        }
         self.at += length;
         Ok(taken)
     }
@@ -156,6 +169,9 @@ impl<'a> Header<'a> {
 
     fn tensor(&mut self) -> Result<Listed<'a>> {
         let name = self.text()?;
+        if name.is_empty() {
+            return Err("has a tensor without a name".into());
+        }
         let count = u32::from_le_bytes(self.array()?) as usize;
         if count > MOST_DIMS {
             return Err(format!("its tensor `{name}` has {count} dimensions, wanted at most {MOST_DIMS}"));

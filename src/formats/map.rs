@@ -21,8 +21,11 @@ impl Map {
         if about.len() == 0 {
             return Err(Error::weights(path, "is empty; fetch or copy it again"));
         }
-        // SAFETY: the map is only read. Another program that shortens the file meanwhile would end this one by a signal;
-        // ett itself never writes into an existing file, but replaces it (`files::replace`).
+        // SAFETY: as sound as a map of a file can be: the map is only read here, every value is copied out of it as bytes
+        // of which any bits are valid, and ett never writes into an existing file, but replaces it (`files::replace`).
+        // Nothing keeps another program from writing into it. Then bytes change under this reference, which Rust does not
+        // allow: values may differ between the check that they are finite and the copy, and lists between their check and
+        // their use. If it shortens the file, a signal ends this program. Users are told to leave open files alone.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
         Ok(Map(map))
     }

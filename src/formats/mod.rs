@@ -8,6 +8,7 @@ mod safetensors;
 mod selection;
 #[cfg(test)]
 mod tests;
+mod text;
 mod torch;
 
 use std::collections::BTreeMap;
@@ -22,6 +23,7 @@ pub use encoding::Encoding;
 use map::Map;
 pub use safetensors::{FileTensor, write_safetensors};
 pub use selection::{Change, Selection};
+pub(crate) use text::shown;
 pub use torch::{Tree, write_torch};
 
 /// The format of a file of tensors.
@@ -128,7 +130,7 @@ impl Archive {
         &self.tensors
     }
 
-    /// What the file says besides its tensors: the metadata of safetensors, the keys of GGUF without their prefixes cut,
+    /// What the file says besides its tensors, in texts that may hold anything: the metadata of safetensors, the keys of GGUF without their prefixes cut,
     /// or the numbers, texts and lists of a pickle.
     pub fn about(&self) -> &Value {
         &self.about
@@ -156,20 +158,36 @@ impl Archive {
     }
 }
 
+/// The beginning of what Git keeps in the place of a large file.
+const POINTER: &[u8] = b"version https://git-lfs";
+
 /// Reads the header of a file in one format.
 type Reader = fn(&[u8]) -> std::result::Result<Contents, String>;
 
 /// Recognises a format and reads the list of tensors.
 fn list(bytes: &[u8]) -> std::result::Result<(Format, Contents), String> {
+    if bytes.starts_with(POINTER) {
+        return Err(
+            "is a pointer of Git LFS instead of the file; fetch the file itself with `git lfs pull`".into()
+        );
+    }
     let (format, read): (_, Reader) = match bytes {
         [b'G', b'G', b'U', b'F', ..] => (Format::Gguf, gguf::read),
         [b'P', b'K', 3 | 5, 4 | 6, ..] => (Format::Torch, torch::read),
         // The length of a header of JSON may look like the beginning of a pickle.
         [_, _, _, _, _, _, _, _, b'{', ..] => (Format::Safetensors, safetensors::read),
         [0x80, 2..=5, ..] => (Format::Torch, torch::read),
-        _ => (Format::Safetensors, safetensors::read),
+        // Too short for more than the length of a header.
+        _ if bytes.len() <= 8 => (Format::Safetensors, safetensors::read),
+        _ => {
+            let what = "is in none of the formats safetensors, PyTorch and GGUF, or its beginning is damaged; fetch it \
+                again or name a file of weights";
+            return Err(what.into());
+        }
     };
-    Ok((format, read(bytes)?))
+    let contents = read(bytes).map_err(|why| text::message(&why))?;
+    text::check_names(&contents.tensors)?;
+    Ok((format, contents))
 }
 
 /// The elements of a strided array, row-major.
@@ -194,9 +212,12 @@ fn strided(values: &[f64], dims: &[usize], strides: &[usize]) -> Vec<f64> {
 /// fill blocks. Sizes beside one of zero must not overflow either: products of some of the sizes are used elsewhere.
 fn size_of(encoding: Encoding, dims: &[usize]) -> std::result::Result<usize, String> {
     let most = dims.iter().try_fold(1usize, |n, &d| n.checked_mul(d.max(1)));
-    let count = most.filter(|&n| encoding.bytes(n.next_multiple_of(encoding.block().0)).is_some());
+    let (values, _) = encoding.block();
+    let count =
+        most.filter(|n| n.checked_next_multiple_of(values).is_some_and(|n| encoding.bytes(n).is_some()));
     let count = count.map(|n| if dims.contains(&0) { 0 } else { n }).filter(|_| dims.len() <= MOST_DIMS);
-    let rows = dims.last().copied().unwrap_or(1).is_multiple_of(encoding.block().0);
+    // Types that are not read are packed without regard to rows.
+    let rows = !encoding.is_read() || dims.last().copied().unwrap_or(1).is_multiple_of(values);
     let bytes = count.filter(|_| rows).and_then(|n| encoding.bytes(n));
     bytes.ok_or_else(|| format!("of shape {dims:?} and type {} cannot be stored", encoding.name()))
 }

@@ -131,10 +131,30 @@ fn encoding(dtype: Dtype) -> Option<Encoding> {
         Dtype::I32 => Encoding::I32,
         Dtype::I16 => Encoding::I16,
         Dtype::I8 => Encoding::I8,
+        Dtype::U64 => Encoding::U64,
+        Dtype::U32 => Encoding::U32,
+        Dtype::U16 => Encoding::U16,
         Dtype::U8 => Encoding::U8,
         Dtype::BOOL => Encoding::Bool,
-        _ => return None,
+        _ => return unread(dtype),
     })
+}
+
+/// A type that is only listed.
+fn unread(dtype: Dtype) -> Option<Encoding> {
+    let (name, values, bytes) = match dtype {
+        Dtype::F4 => ("F4", 2, 1),
+        Dtype::F6_E2M3 => ("F6_E2M3", 4, 3),
+        Dtype::F6_E3M2 => ("F6_E3M2", 4, 3),
+        Dtype::F8_E4M3 => ("F8_E4M3", 1, 1),
+        Dtype::F8_E4M3FNUZ => ("F8_E4M3FNUZ", 1, 1),
+        Dtype::F8_E5M2 => ("F8_E5M2", 1, 1),
+        Dtype::F8_E5M2FNUZ => ("F8_E5M2FNUZ", 1, 1),
+        Dtype::F8_E8M0 => ("F8_E8M0", 1, 1),
+        Dtype::C64 => ("C64", 1, 8),
+        _ => return None,
+    };
+    Some(Encoding::Unread { name, values, bytes })
 }
 
 fn dtype(encoding: Encoding) -> Option<Dtype> {
@@ -147,9 +167,12 @@ fn dtype(encoding: Encoding) -> Option<Dtype> {
         Encoding::I32 => Dtype::I32,
         Encoding::I16 => Dtype::I16,
         Encoding::I8 => Dtype::I8,
+        Encoding::U64 => Dtype::U64,
+        Encoding::U32 => Dtype::U32,
+        Encoding::U16 => Dtype::U16,
         Encoding::U8 => Dtype::U8,
         Encoding::Bool => Dtype::BOOL,
-        Encoding::Q4_1 | Encoding::Q8_0 => return None,
+        Encoding::Q4_1 | Encoding::Q8_0 | Encoding::Unread { .. } => return None,
     })
 }
 

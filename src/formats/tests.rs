@@ -155,6 +155,116 @@ fn damaged_files() {
     }
 }
 
+/// Headers in files of zeros, which take no place on the disk.
+#[test]
+fn long_headers_of_gguf() {
+    let scratch = Scratch::new();
+    let refused = |header: &[u8], length: u64| {
+        std::fs::write(&scratch.0, [b"GGUF\x03\0\0\0", header].concat()).unwrap();
+        std::fs::File::options().write(true).open(&scratch.0).unwrap().set_len(length).unwrap();
+        Archive::open(&scratch.0).err().expect("a file that cannot be used").to_string()
+    };
+    let counts = |tensors: u64, keys: u64| [tensors.to_le_bytes(), keys.to_le_bytes()].concat();
+    for (tensors, want) in [(4_000_000, "has 4000000 tensors, wanted at most 262144"), (9, "without a name")]
+    {
+        let e = refused(&counts(tensors, 0), 96 << 20);
+        assert!(e.contains(want), "{e}");
+    }
+    // A key without a name, whose value has the type 0; the next one has the same name.
+    let e = refused(&counts(0, u64::MAX), 1 << 40);
+    assert!(e.contains("has the key `` twice"), "{e}");
+    // A key with a long text.
+    let text = [&1u64.to_le_bytes()[..], b"k", &8u32.to_le_bytes(), &(65u64 << 20).to_le_bytes()].concat();
+    let e = refused(&[counts(0, 1), text].concat(), 66 << 20);
+    assert!(e.contains("has a header of more than 64 MiB"), "{e}");
+}
+
+/// Whatever a file says, a message is a short line.
+#[test]
+fn names_that_cannot_be_shown() {
+    let scratch = Scratch::new();
+    let long = "n".repeat(2 << 20);
+    let entry = |name: &str, kind: &str| {
+        let name = serde_json::to_string(name).unwrap();
+        safetensors(&format!(r#"{{{name}:{{"dtype":"{kind}","shape":[1],"data_offsets":[0,1]}}}}"#), 1)
+    };
+    let gguf =
+        |name: &str, kind| Gguf { tensors: vec![(name.into(), vec![1], kind, 0)], ..Gguf::small() }.bytes();
+    for (name, want) in [
+        ("a\x1b[31mb", r"control characters (`a\u{1b}[31mb`)"),
+        ("a\x1b]0;b\x07", r"control characters (`a\u{1b}]0;b\u{7}`)"),
+        ("a\nb: loaded", r"control characters (`a\nb: loaded`)"),
+        ("a\u{202e}b", r"control characters (`a\u{202e}b`)"),
+        (&long, "is 2097152 bytes long (`nnn"),
+    ] {
+        for bytes in [entry(name, "U8"), gguf(name, 0), entry(name, "U7"), entry(name, "F32"), gguf(name, 12)]
+        {
+            let e = scratch.refused(&bytes);
+            assert!(e.len() < 2000 && !e.contains(|c: char| c.is_control() || c == '\u{202e}'), "{e:?}");
+        }
+        for bytes in [entry(name, "U8"), gguf(name, 0)] {
+            let e = scratch.refused(&bytes);
+            assert!(e.contains(want) && e.ends_with("; rename it"), "{e}");
+        }
+    }
+    let keys = vec![("k\n".repeat(1 << 20), 77, vec![])];
+    let e = scratch.refused(&Gguf { keys, ..Gguf::small() }.bytes());
+    assert!(e.len() < 2000 && !e.contains('\n') && e.ends_with("has the unknown type 77"), "{e}");
+    // Other characters are names like any.
+    scratch.open(&entry(&"é\u{301} \"'\\".repeat(100), "U8")).unwrap();
+}
+
+#[test]
+fn other_formats_are_named() {
+    let scratch = Scratch::new();
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n";
+    let e = scratch.refused(pointer.as_bytes());
+    assert!(e.contains("is a pointer of Git LFS") && e.contains("git lfs pull"), "{e}");
+    for beginning in [
+        &b"<!DOCTYPE html>\n<html>"[..],
+        b"\x89PNG\r\n\x1a\n",
+        b"\x89HDF\r\n\x1a\n",
+        b"\n\n\n\n",
+        b"\x02\0\0\0\0\0\0\0[]",
+    ] {
+        let mut bytes = beginning.to_vec();
+        bytes.resize(100_022, b' ');
+        let e = scratch.refused(&bytes);
+        assert!(e.contains("is in none of the formats safetensors, PyTorch and GGUF"), "{e}");
+    }
+}
+
+/// Types of safetensors beyond floats and signed integers: what is not read hides nothing else.
+#[test]
+fn types_that_are_only_listed() {
+    let scratch = Scratch::new();
+    let header = r#"{
+        "four":{"dtype":"F4","shape":[2,3],"data_offsets":[0,3]},
+        "six":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[3,6]},
+        "eight":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[6,8]},
+        "short":{"dtype":"U16","shape":[2],"data_offsets":[8,12]},
+        "int":{"dtype":"U32","shape":[1],"data_offsets":[12,16]},
+        "long":{"dtype":"U64","shape":[1],"data_offsets":[16,24]}
+    }"#;
+    let mut bytes = safetensors(header.trim(), 0);
+    bytes.extend([[1; 8].as_slice(), &[0xff; 8], &[0, 0, 0, 0, 0, 0, 0, 0x80]].concat());
+    let archive = scratch.open(&bytes).unwrap();
+    for (name, values) in [("short", &[65535.0; 2][..]), ("int", &[4294967295.0]), ("long", &[2f64.powi(63)])]
+    {
+        assert_eq!(archive.read(name).unwrap().values, values, "{name}");
+        let encoding = archive.tensors()[name].encoding;
+        assert!(encoding.is_read() && !encoding.is_float());
+        assert_eq!(encoding.encode(values).unwrap(), archive.raw(name).unwrap().unwrap().1, "{name}");
+    }
+    for (name, kind) in [("four", "F4"), ("six", "F6_E2M3"), ("eight", "F8_E4M3")] {
+        let encoding = archive.tensors()[name].encoding;
+        assert_eq!((encoding.name(), encoding.is_read(), encoding.is_float()), (kind, false, false));
+        let e = archive.read(name).err().expect("values that are not read").to_string();
+        assert!(e.ends_with(&format!("`{name}` has type {kind}, which ett does not read")), "{e}");
+        assert!(encoding.encode(&[0.0]).is_err());
+    }
+}
+
 fn safetensors(header: &str, data: usize) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &vec![0; data]].concat()
 }
@@ -270,6 +380,8 @@ fn wrong_files_of_gguf() {
     let cases = [
         (Gguf { version: 1, ..good.clone() }, "version 1"),
         (Gguf { version: 3 << 24, ..good.clone() }, "highest byte first"),
+        (Gguf { version: 0, ..good.clone() }, "version 0, wanted 2 or 3"),
+        (Gguf { tensors: tensors(&[("", &[1], 0, 0)]), ..good.clone() }, "a tensor without a name"),
         (Gguf { keys: key("k", 77, &[]), ..good.clone() }, "`k` has the unknown type 77"),
         (Gguf { keys: key("k", 9, &list(0, u64::MAX)), ..good.clone() }, "more than there are bytes"),
         (Gguf { keys: key("k", 9, &nested), ..good.clone() }, "`k` has the unknown type 9"),

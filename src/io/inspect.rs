@@ -8,6 +8,12 @@ use super::weights::TensorFile;
 use super::{CONFIG, Checkpoints, EMA, History, WEIGHTS, checkpoints, run_config};
 use crate::backend::size;
 use crate::error::{Error, Result};
+use crate::formats::shown;
+
+/// Most names that are listed where nothing bounds their number; more would fill pages.
+const LISTED: usize = 24;
+/// Most characters of a text of a file.
+const SHOWN: usize = 100;
 
 /// Describes a safetensors file (parameters by module, or every tensor if `all`), a checkpoint or a run folder.
 pub fn inspect(path: &Path, all: bool) -> Result<String> {
@@ -27,10 +33,14 @@ pub fn inspect(path: &Path, all: bool) -> Result<String> {
         let _ = writeln!(
             out,
             "checkpoint after {} steps: stage {} ({}), {} steps done in it, {} updates skipped",
-            p.total, p.stage, p.stage_name, p.step, p.skipped
+            p.total,
+            p.stage,
+            shown(&p.stage_name, SHOWN),
+            p.step,
+            p.skipped
         );
         for (stage, seconds) in &p.seconds {
-            let _ = writeln!(out, "  {stage:<12} {seconds:>8.1} s");
+            let _ = writeln!(out, "  {:<12} {seconds:>8.1} s", shown(stage, SHOWN));
         }
     } else if let Some(last) = Checkpoints::latest(path)? {
         let p = checkpoints::progress(&last)?;
@@ -41,7 +51,7 @@ pub fn inspect(path: &Path, all: bool) -> Result<String> {
             last.display(),
             p.total,
             p.stage,
-            p.stage_name
+            shown(&p.stage_name, SHOWN)
         );
     }
     for name in [WEIGHTS, EMA] {
@@ -108,9 +118,10 @@ fn file(path: &Path, all: bool) -> Result<String> {
     if let Some(history) = History::of(&weights) {
         let _ = writeln!(out, "  trained to {}", history.words());
     }
-    let without = weights.note().map_or(String::new(), |note| note.without.join(", "));
+    let without = weights.note().map_or(&[][..], |note| &note.without);
     if !without.is_empty() {
-        let _ = writeln!(out, "  without what only training needs: {without}");
+        let groups: Vec<String> = without.iter().take(LISTED).map(|g| shown(g, SHOWN)).collect();
+        let _ = writeln!(out, "  without what only training needs: {}", groups.join(", "));
     }
     if all {
         for (name, t) in tensors {
@@ -125,10 +136,8 @@ fn file(path: &Path, all: bool) -> Result<String> {
         let module = modules.entry(name.split('.').next().unwrap_or(name)).or_default();
         *module = (module.0 + 1, module.1 + count(&t.dims));
     }
-    // Names without a structure would fill pages.
-    const MODULES: usize = 24;
-    let more = modules.len().saturating_sub(MODULES);
-    for (name, (n, values)) in modules.into_iter().take(MODULES) {
+    let more = modules.len().saturating_sub(LISTED);
+    for (name, (n, values)) in modules.into_iter().take(LISTED) {
         let _ = writeln!(out, "  {name:<20} {n:>5} tensors {values:>14} values");
     }
     if more > 0 {

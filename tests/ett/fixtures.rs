@@ -68,15 +68,18 @@ fn files_are_the_ones_listed() -> Outcome {
         assert_eq!(got, sum, "{path}");
         listed.push(path.to_string());
     }
-    let mut found = Vec::new();
-    for case in CASES.into_iter().chain(["files", "ibq", "ibq/emu"]) {
-        for entry in std::fs::read_dir(fixtures().join(case))? {
+    let (mut found, mut folders) = (Vec::new(), vec![String::new()]);
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(fixtures().join(&folder))? {
             let entry = entry?;
-            if entry.file_type()?.is_file() {
-                found.push(format!("{case}/{}", entry.file_name().to_string_lossy()));
+            let path = format!("{folder}{}", entry.file_name().to_string_lossy());
+            match entry.file_type()?.is_dir() {
+                true => folders.push(format!("{path}/")),
+                false => found.push(path),
             }
         }
     }
+    found.retain(|path| path != "MANIFEST.sha256");
     found.sort();
     assert_eq!(found, listed);
     Ok(())

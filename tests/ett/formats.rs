@@ -6,9 +6,11 @@ use std::path::Path;
 use ett::config::{Config, Recompute};
 use ett::error::Error;
 use ett::io::weights::TensorFile;
-use ett::io::{History, Skill, config_text, load_weights, save_weights_of};
+use ett::io::{History, Skill, config_text, inspect, load_weights, save_weights, save_weights_of};
 use ett::model::Ett;
 use ett::nn::Stored;
+
+use serde_json::{Value, json};
 
 use crate::common::{Outcome, Scratch, cpu};
 use crate::training::small;
@@ -47,18 +49,26 @@ fn configurations_of_another_version() -> Outcome {
     Ok(())
 }
 
-/// Changes the text of the note in the header of a file.
-fn annotate(path: &Path, change: impl Fn(&mut serde_json::Value)) -> Outcome {
+/// Changes the header of a file and its values.
+fn edit(path: &Path, change: impl FnOnce(&mut Value, &mut Vec<u8>) -> Outcome) -> Outcome {
     let bytes = fs::read(path)?;
     let end = 8 + u64::from_le_bytes(bytes[..8].try_into()?) as usize;
-    let mut header: serde_json::Value = serde_json::from_slice(&bytes[8..end])?;
-    let note = header["__metadata__"]["ett"].as_str().ok_or("a note")?;
-    let mut note: serde_json::Value = serde_json::from_str(note)?;
-    change(&mut note);
-    header["__metadata__"]["ett"] = note.to_string().into();
+    let (mut header, mut values) = (serde_json::from_slice(&bytes[8..end])?, bytes[end..].to_vec());
+    change(&mut header, &mut values)?;
     let header = header.to_string().into_bytes();
     let length = (header.len() as u64).to_le_bytes();
-    Ok(fs::write(path, [&length[..], &header, &bytes[end..]].concat())?)
+    Ok(fs::write(path, [&length[..], &header, &values].concat())?)
+}
+
+/// Changes the text of the note in the header of a file.
+fn annotate(path: &Path, change: impl Fn(&mut Value)) -> Outcome {
+    edit(path, |header, _| {
+        let note = header["__metadata__"]["ett"].as_str().ok_or("a note")?;
+        let mut note: Value = serde_json::from_str(note)?;
+        change(&mut note);
+        header["__metadata__"]["ett"] = note.to_string().into();
+        Ok(())
+    })
 }
 
 #[test]
@@ -83,5 +93,42 @@ fn weights_of_another_version() -> Outcome {
     })?;
     let e = load_weights(&model.params, &path).expect_err("a newer file");
     assert_eq!(e.to_string(), format!("{}: {NEWER}", path.display()));
+    Ok(())
+}
+
+#[test]
+fn what_a_file_says_is_shown_without_control_of_the_terminal() -> Outcome {
+    let dir = Scratch::new();
+    let path = dir.path("model.safetensors");
+    let model = Ett::new(&small("f32"), cpu(1))?;
+    save_weights_of(&model.params, &path, Stored::Master, &History::default())?;
+    annotate(&path, |note| note["without"] = json!(["\u{1b}[31mred\n", "x".repeat(1 << 20)]))?;
+    let text = inspect(&path, false)?;
+    assert!(text.contains(r"training needs: \u{1b}[31mred\n, xxx") && text.len() < 4000, "{text}");
+    Ok(())
+}
+
+/// A type that is not read hides no other tensor, and is refused where a weight is wanted.
+#[test]
+fn weights_of_a_type_that_is_not_read() -> Outcome {
+    let dir = Scratch::new();
+    let path = dir.path("model.safetensors");
+    let model = Ett::new(&small("f32"), cpu(1))?;
+    save_weights(&model.params, &path, Stored::Master)?;
+    let mut last = String::new();
+    edit(&path, |header, values| {
+        let end = values.len();
+        let all = header.as_object_mut().ok_or("a dictionary")?;
+        let (name, entry) = all.iter_mut().find(|(_, e)| e["data_offsets"][1] == end).ok_or("a tensor")?;
+        let start = entry["data_offsets"][0].as_u64().ok_or("a number")? as usize;
+        values.truncate(start + (end - start) / 4);
+        (entry["dtype"], entry["data_offsets"][1]) = ("F8_E4M3".into(), values.len().into());
+        last = name.clone();
+        Ok(())
+    })?;
+    let text = inspect(&path, true)?;
+    assert!(text.contains(&last) && text.contains("1 F8_E4M3"), "{text}");
+    let e = load_weights(&model.params, &path).expect_err("no floats").to_string();
+    assert!(e.ends_with(&format!("does not fit the model: `{last}` has type F8_E4M3, wanted floats")), "{e}");
     Ok(())
 }

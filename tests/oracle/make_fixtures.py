@@ -251,9 +251,9 @@ def report(name, cfg, weights, batch, expected):
 
 
 def manifest():
-    """The checksums of all cases, and of the files that files.py and ibq.py write."""
+    """The checksums of all cases, and of the files that files.py, ibq.py and llm.py write."""
     lines = []
-    found = [path for folder in ("files", "ibq") for path in (FIXTURES / folder).rglob("*") if path.is_file()]
+    found = [path for folder in ("files", "ibq", "llm") for path in (FIXTURES / folder).rglob("*") if path.is_file()]
     others = [path.relative_to(FIXTURES).as_posix() for path in found]
     for path in sorted([f"{case}/{file}" for case in CASES for file in FILES] + others):
         lines.append(f"{hashlib.sha256((FIXTURES / path).read_bytes()).hexdigest()}  {path}\n")

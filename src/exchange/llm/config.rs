@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 use super::keys::Keys;
 use crate::config::{Config, LlmConfig};
 use crate::error::{Error, Result};
+use crate::formats::shown;
 
 /// What a configuration says.
 pub(super) struct Described {
@@ -21,6 +22,9 @@ pub(super) struct Described {
 /// The classes that are read, with their `model_type`.
 const CLASSES: [(&str, &str); 3] =
     [("LlamaForCausalLM", "llama"), ("MistralForCausalLM", "mistral"), ("Qwen2ForCausalLM", "qwen2")];
+
+/// Most characters of a text of a file that errors show.
+const SHOWN: usize = 60;
 
 /// The value that a key may have, beside being absent.
 enum Only {
@@ -110,6 +114,11 @@ pub(super) fn describe(path: &Path, map: &Map<String, Value>) -> Result<Describe
     if !qwen && keys.get("sliding_window").is_some() {
         return Err(not_computed(keys, "sliding_window", "null"));
     }
+    // `transformers` takes 4096 for Mistral where the key is not there.
+    if architecture == "MistralForCausalLM" && !map.contains_key("sliding_window") {
+        let want = "null, since `transformers` computes a window of 4096 without the key, and ett none";
+        return Err(keys.wrong("sliding_window", want));
+    }
     full_attention(keys)?;
     let llm = sizes(keys, architecture)?;
     check(path, &llm, spelled)?;
@@ -138,7 +147,7 @@ fn class(keys: Keys) -> Result<&'static str> {
         true => " (its queries and keys pass through norms, q_norm and k_norm, which ett does not compute)",
         false => "",
     };
-    let name: String = name.chars().take(60).collect();
+    let name = shown(name, SHOWN);
     found.map(|(class, _)| *class).ok_or_else(|| {
         let all = CLASSES.map(|(class, _)| class).join(", ");
         Error::weights(keys.path, format!("is a model of the class {name}{why}, wanted one of {all}"))
@@ -150,7 +159,7 @@ fn full_attention(keys: Keys) -> Result<()> {
     match keys.list("layer_types")? {
         Some(all) if all.iter().any(|v| v.as_str() != Some("full_attention")) => {
             let other = all.iter().find(|v| v.as_str() != Some("full_attention"));
-            let other: String = other.map_or(String::new(), |v| v.to_string().chars().take(60).collect());
+            let other = other.map_or(String::new(), |v| shown(&v.to_string(), SHOWN));
             let what = format!("`layer_types` names {other}, wanted \"full_attention\" for every layer");
             Err(Error::weights(keys.path, what))
         }
@@ -199,7 +208,7 @@ fn rope_theta(keys: Keys) -> Result<Option<f64>> {
             match under.text(name)? {
                 None | Some("default") => {}
                 Some(kind) => {
-                    let kind: String = kind.chars().take(60).collect();
+                    let kind = shown(kind, SHOWN);
                     let what =
                         format!("`{key}` is of the type {kind}, which ett does not compute; wanted default");
                     return Err(Error::weights(keys.path, what));
@@ -220,7 +229,7 @@ fn rope_theta(keys: Keys) -> Result<Option<f64>> {
                 "partial_rotary_factor" => return Err(not_computed(under, name, "1")),
                 _ if under.get(name).is_none() => {}
                 _ => {
-                    let name: String = name.chars().take(60).collect();
+                    let name = shown(name, SHOWN);
                     let what = format!("`{key}` has `{name}`, which ett does not compute; remove it");
                     return Err(Error::weights(keys.path, what));
                 }

@@ -313,3 +313,24 @@ fn what_is_written_for_torch_is_read() {
     let e = files::replace(&scratch.0, |f| write_torch(f, Tree::Tensor(quantized))).unwrap_err();
     assert!(e.to_string().contains("`t` has a type"), "{e}");
 }
+
+#[test]
+fn names_that_cannot_be_shown() {
+    let scratch = Scratch::new();
+    let long = "n".repeat(2 << 20);
+    let one = tensor(0, &[2], &[1]);
+    for (name, want) in
+        [("a\x1b[31m", r"control characters (`a\u{1b}[31m`)"), (&long, "is 2097152 bytes long")]
+    {
+        let e = scratch.refused(&archive(&item(name, &one)));
+        assert!(e.contains(want) && e.len() < 2000, "{e}");
+        // Of a tensor that is wrong, of a storage that is missing, and of a class.
+        let outside = item(name, &tensor(0, &[17], &[1]));
+        let missing = item("a", &tensor_of(name, "FloatStorage", 16, 0, &[2], &[1]));
+        let class = [b"\x80\x02c", name.as_bytes(), b"\nx\n."].concat();
+        for pickle in [outside, missing, class] {
+            let e = scratch.refused(&archive(&pickle));
+            assert!(e.len() < 2000 && !e.contains(char::is_control), "{e:?}");
+        }
+    }
+}

@@ -131,7 +131,9 @@ fn class(encoding: Encoding) -> Option<&'static str> {
         Encoding::I8 => "CharStorage",
         Encoding::U8 => "ByteStorage",
         Encoding::Bool => "BoolStorage",
-        Encoding::Q4_1 | Encoding::Q8_0 => return None,
+        // PyTorch has no storages of these.
+        Encoding::U64 | Encoding::U32 | Encoding::U16 => return None,
+        Encoding::Q4_1 | Encoding::Q8_0 | Encoding::Unread { .. } => return None,
     })
 }
 

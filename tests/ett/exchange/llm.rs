@@ -400,7 +400,7 @@ fn configurations_that_ett_does_not_compute() -> Outcome {
             json!({"bits": 4}),
             format!("`quantization_config` is a dictionary, wanted null, {only}"),
         ),
-        ("llama", "rms_norm_eps", json!(-1.0), "`rms_norm_eps` is -1, wanted".into()),
+        ("llama", "rms_norm_eps", json!(-1.0), "`rms_norm_eps` is -1.0, wanted".into()),
         (
             "llama",
             "rope_interleaved",
@@ -451,6 +451,13 @@ fn configurations_that_ett_does_not_compute() -> Outcome {
         let e = refused(name, "config.json", |c| c[key] = value.clone())?;
         assert!(e.contains(&want), "{key}: {e}");
     }
+    // Without the key, `transformers` computes a window of 4096.
+    let e = refused("mistral", "config.json", |c| {
+        c.as_object_mut().expect("a dictionary").remove("sliding_window");
+    })?;
+    assert!(e.contains("`sliding_window` is missing, wanted null, since `transformers` computes"), "{e}");
+    let e = refused("llama", "config.json", |c| c["architectures"] = json!(["A\u{1b}[31m\n"]))?;
+    assert!(e.contains(r"class A\u{1b}[31m\n, wanted"), "{e}");
     // Qwen2.5 says how wide a window would be that it does not use.
     let dir = copy("qwen2")?;
     edit(&dir.path("config.json"), |c| {

@@ -229,10 +229,10 @@ fn weights_that_are_missing_or_of_another_kind_are_named() -> Outcome {
         let e = open(&dir, init, &[]).expect_err(init).to_string();
         assert!(e.contains(want), "{init}: {e}");
     };
-    refused("llm = \"nowhere\"", "nowhere");
+    refused("llm = \"nowhere\"", "No such file");
     refused("llm = \"t.safetensors\"", "`init.llm` names a folder");
-    refused("tokenizer = \"llm\"", "llm");
-    refused("tokenizer = \"c.toml\"", "c.toml");
+    refused("tokenizer = \"llm\"", "holds no vision tokenizer of IBQ: it lacks `encoder.conv_in.weight`");
+    refused("tokenizer = \"c.toml\"", "is in none of the formats safetensors, PyTorch and GGUF");
     // Without averages, they cannot be asked for.
     fs::remove_file(dir.path("old/ema.safetensors"))?;
     let cfg = open(&dir, "tokenizer = \"old\"\naverages = true", &["llm.width=16", "llm.layers=1"])?;

@@ -599,3 +599,24 @@ fn writes_for_the_reference() -> Outcome {
     write_file(&dir.join("pictures.safetensors"), &results)?;
     Ok(())
 }
+
+#[test]
+fn folders_without_a_tokenizer() -> Outcome {
+    let dir = Scratch::new();
+    let refused = || open_tokenizer(&dir.path("")).err().map_or(String::new(), |e| e.to_string());
+    assert!(refused().contains("holds no file of weights (.ckpt, "), "{}", refused());
+    assert!(refused().contains(") but nothing; name"), "{}", refused());
+    for i in 0..9 {
+        fs::write(dir.path(&format!("{i}.txt")), "")?;
+    }
+    let e = refused();
+    assert!(e.contains(") but 0.txt, 1.txt, 2.txt, 3.txt, 4.txt, 5.txt, 3 more; name another folder"), "{e}");
+    fs::write(dir.path("model.gguf"), "GGUF")?;
+    let e = refused();
+    assert!(
+        e.contains("holds model.gguf, but no vision tokenizer: files of GGUF are language models"),
+        "{e}"
+    );
+    assert!(e.contains("`ett import model.gguf --out FOLDER`"), "{e}");
+    Ok(())
+}
