@@ -290,7 +290,8 @@ fn a_vocabulary_grows_when_it_is_written() -> Outcome {
                 let rows = old.len() / width;
                 for (i, v) in row.iter().enumerate() {
                     let mean = (0..rows).map(|r| old[r * width + i]).sum::<f64>() / rows as f64;
-                    assert!((v - mean).abs() < 1e-6, "{name}: {v}, wanted {mean}");
+                    // Rounded to bf16 at most.
+                    assert!((v - mean).abs() <= 4e-3 * mean.abs() + 1e-6, "{name}: {v}, wanted {mean}");
                 }
             }
         }

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use ett::backend::Cpu;
 use ett::config::{Config, StageConfig, StageKind};
 use ett::eval::HeldOut;
-use ett::exchange::{export_llm, export_tokenizer, load_config};
-use ett::io::weights::read_file;
+use ett::exchange::{ModelOptions, export_llm, export_model, export_tokenizer, load_config, open_tokenizer};
+use ett::io::weights::{TensorFile, read_file};
 use ett::io::{History, Skill};
 use ett::model::{is_of_llm, is_of_tokenizer};
 use ett::nn::HostTensor;
@@ -19,6 +19,17 @@ use crate::common::{Outcome, Scratch};
 use crate::run::{config, pictures};
 
 const YAML: &str = "model:\n  class_path: IBQ\n  init_args:\n    ddconfig:\n      norm_groups: 4\n";
+
+/// A small language model for configurations that name none.
+const LLM: [&str; 7] = [
+    "llm.vocab=264",
+    "llm.width=16",
+    "llm.layers=1",
+    "llm.heads=2",
+    "llm.kv_heads=1",
+    "llm.head_dim=8",
+    "llm.mlp=24",
+];
 
 /// Runs stages of two steps each.
 fn train(cfg: &Config, kinds: &[StageKind], out: &Path) -> ett::error::Result<()> {
@@ -94,10 +105,82 @@ fn a_run_starts_from_the_parts_of_others() -> Outcome {
                 assert!(want != tokenizer);
             }
             assert!(kept(&new, is_of_tokenizer)? == want, "{from}, averages {averaged}: tokenizer");
-            let history = History::of(&ett::io::weights::TensorFile::open(&new)?).ok_or("a history")?;
+            let history = History::of(&TensorFile::open(&new)?).ok_or("a history")?;
             assert!(history.learnt.contains(&Skill::Reconstruct) && !history.unknown);
         }
     }
+    Ok(())
+}
+
+/// The discriminator goes on where it was, and exports say what it has seen.
+#[test]
+fn statistics_of_the_discriminator_go_along() -> Outcome {
+    let dir = Scratch::new();
+    parts(&dir)?;
+    let last = ett::io::Checkpoints::latest(&dir.path("old"))?.ok_or("a checkpoint")?;
+    let was = TensorFile::open(&last.join("training.safetensors"))?;
+    let exported = open_tokenizer(&dir.path("t.safetensors"))?;
+    let names: Vec<String> = was.tensors().into_keys().filter(|n| n.starts_with("loss.")).collect();
+    assert!(names.iter().any(|n| n.ends_with("running_var")) && names.iter().any(|n| n.contains("lecam")));
+    for name in &names {
+        assert_eq!(exported.state.read(name)?.values, was.read(name)?.values, "{name}");
+    }
+    let cfg = open(&dir, "tokenizer = \"t.safetensors\"", &LLM)?;
+    train(&cfg, &[StageKind::Align], &dir.path("new"))?;
+    let now = ett::io::Checkpoints::latest(&dir.path("new"))?.ok_or("a checkpoint")?;
+    let now = TensorFile::open(&now.join("training.safetensors"))?;
+    for name in &names {
+        assert_eq!(now.read(name)?.values, was.read(name)?.values, "{name}");
+    }
+    // A copy for use has no discriminator, one for training has no checkpoint.
+    let o = ModelOptions { encoding: None, training: true, licence: Some("MIT | x".into()) };
+    export_model(&dir.path("old"), &dir.path("copy"), &o)?;
+    let notes = export_tokenizer(&dir.path("copy"), &dir.path("copy.safetensors"), None)?;
+    assert!(
+        notes.iter().any(|n| n.contains("running statistics of an untrained discriminator")),
+        "{notes:?}"
+    );
+    Ok(())
+}
+
+/// A copy of everything is the run's weights bit for bit, with a card that says where they come from.
+#[test]
+fn a_whole_model_has_a_card() -> Outcome {
+    let dir = Scratch::new();
+    parts(&dir)?;
+    let cfg = open(&dir, "llm = \"llm\"\ntokenizer = \"t.safetensors\"", &[])?;
+    train(&cfg, &[StageKind::Align], &dir.path("new"))?;
+    let o = ModelOptions { encoding: None, training: true, licence: Some("apache-2.0\n# x".into()) };
+    export_model(&dir.path("new"), &dir.path("copy"), &o)?;
+    let (new, copy) = (dir.path("new/model.safetensors"), dir.path("copy/model.safetensors"));
+    assert!(read_file(&new)? == read_file(&copy)?);
+    let card = fs::read_to_string(dir.path("copy/README.md"))?;
+    for part in [
+        "license: \"apache-2.0 # x\"\n",
+        "# new\n",
+        "| codebook | 16 codes of 4 dimensions |",
+        "| parameters of `discriminator` |",
+        "- The language model started from the weights in `llm`.",
+        "- The vision tokenizer started from the weights in `t.safetensors`.",
+        "- The perceptual loss used random features.",
+        "| align | 2 | 3 | 1e-2 |",
+        "- folder `data`, pictures of 32x32",
+        "None on held-out data were stored with the run.",
+    ] {
+        assert!(card.contains(part), "{part} in {card}");
+    }
+    // A copy of the copy knows as much; one for use only leaves out what it does not hold.
+    let o = ModelOptions { encoding: None, training: false, licence: None };
+    export_model(&dir.path("copy"), &dir.path("again"), &o)?;
+    let again = fs::read_to_string(dir.path("again/README.md"))?;
+    assert!(again.contains("`t.safetensors`") && !again.contains("`discriminator`"), "{again}");
+    assert!(again.contains("license: other\n") && again.contains("The weights: not stated."), "{again}");
+    // Other people's files stay.
+    fs::create_dir(dir.path("mine"))?;
+    fs::write(dir.path("mine/README.md"), "mine")?;
+    let e = export_model(&dir.path("new"), &dir.path("mine"), &o).expect_err("a README").to_string();
+    assert!(e.contains("has README.md already; name another folder with --out"), "{e}");
+    assert_eq!(fs::read_to_string(dir.path("mine/README.md"))?, "mine");
     Ok(())
 }
 
@@ -126,9 +209,16 @@ fn sizes_may_only_repeat_those_of_the_weights() -> Outcome {
         let (old, new) = (&old[name], &new[name]);
         assert_eq!((&old.dims[..], &new.dims[..]), (&[264, 16][..], &[272, 16][..]));
         assert!(new.values[..264 * 16] == old.values[..]);
-        assert!(new.values[264 * 16..].iter().all(|v| *v != 0.0));
+        assert!(new.values[264 * 16..] == drawn(&cfg, name)?[264 * 16..]);
     }
     Ok(())
+}
+
+/// A weight of a model that starts from no other.
+fn drawn(cfg: &Config, name: &str) -> Result<Vec<f64>, Box<dyn std::error::Error>> {
+    let model = ett::model::Ett::new(cfg, Arc::new(Cpu::new(1)?))?;
+    let t = model.params.read(name, ett::nn::Stored::Master)?;
+    Ok(t.ok_or("a weight")?.values)
 }
 
 #[test]

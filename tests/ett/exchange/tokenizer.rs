@@ -147,8 +147,8 @@ fn same(a: &ForeignTokenizer, b: &ForeignTokenizer) -> Outcome {
 
 #[test]
 fn tokenizers_survive_every_format() -> Outcome {
-    let dir = Scratch::new();
     for (name, yaml) in [("ibq.ckpt", "ibq.yaml"), ("emu", "emu/config.yaml")] {
+        let dir = Scratch::new();
         let mut from = open_tokenizer(&fixture(name))?;
         from.quantizer.metric = QuantizerMetric::L2norm;
         let ours = dir.path("ours.safetensors");
@@ -161,7 +161,13 @@ fn tokenizers_survive_every_format() -> Outcome {
         assert_eq!(write_checkpoint(&theirs, &from)?, missing);
         fs::copy(fixture(yaml), dir.path("theirs.yaml"))?;
         same(&from, &open_tokenizer(&theirs)?)?;
+        // Nothing is overwritten.
+        for e in [write_tokenizer(&ours, &from, None), write_checkpoint(&theirs, &from)] {
+            let e = e.expect_err("a file").to_string();
+            assert!(e.contains("exists already and is not overwritten; name a new file"), "{e}");
+        }
     }
+    let dir = Scratch::new();
     // Another encoding, for weights and averages only.
     let from = open_tokenizer(&fixture("ibq.ckpt"))?;
     let path = dir.path("bf16.safetensors");
