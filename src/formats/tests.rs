@@ -259,7 +259,7 @@ fn types_that_are_only_listed() {
     for (name, kind) in [("four", "F4"), ("six", "F6_E2M3"), ("eight", "F8_E4M3")] {
         let encoding = archive.tensors()[name].encoding;
         assert_eq!((encoding.name(), encoding.is_read(), encoding.is_float()), (kind, false, false));
-        let e = archive.read(name).err().expect("values that are not read").to_string();
+        let e = archive.read(name).expect_err("values that are not read").to_string();
         assert!(e.ends_with(&format!("`{name}` has type {kind}, which ett does not read")), "{e}");
         assert!(encoding.encode(&[0.0]).is_err());
     }
