@@ -140,9 +140,16 @@ impl Error {
         Error::Data { path: path.as_ref().into(), what: what.to_string() }
     }
 
-    /// An [`Error::Weights`] about `path`.
+    /// An [`Error::Weights`] about `path`. Names of tensors and files come from other people's files, so control characters
+    /// are escaped.
     pub fn weights(path: impl AsRef<Path>, what: impl ToString) -> Self {
-        Error::Weights { path: path.as_ref().into(), what: what.to_string() }
+        let what = what.to_string();
+        let escaped = |c: char| match c.is_control() {
+            true => c.escape_default().to_string(),
+            false => c.to_string(),
+        };
+        let what = if what.contains(char::is_control) { what.chars().map(escaped).collect() } else { what };
+        Error::Weights { path: path.as_ref().into(), what }
     }
 
     /// Says in which stage and step a device failed; all other errors stay as they are.
