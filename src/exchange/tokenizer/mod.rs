@@ -28,8 +28,6 @@ const EMA: &str = "model_ema.";
 const OWN_EMA: &str = "ema.";
 /// LeCAM's averages, which only files of [`write_tokenizer`] have.
 const LECAM: &str = "loss.lecam_ema";
-/// The key by which an exported checkpoint says that the features of its perceptual loss are random.
-const RANDOM: &str = "ett_random_features";
 /// Networks that a checkpoint may hold for measurements.
 const MEASURES: [&str; 3] = ["inception_model.", "lpips_vgg.", "lpips_alex."];
 
@@ -87,7 +85,7 @@ pub fn open_tokenizer(path: &Path) -> Result<ForeignTokenizer> {
         return Err(Error::weights(path, "is a language model of llama.cpp; name a vision tokenizer"));
     }
     let mut notes = progress(&archive);
-    let mut random_features = archive.about()[RANDOM].as_i64() == Some(1);
+    let mut random_features = false;
     let saved = Saved::read(path, archive.about())?;
     let contents = Contents::sorted(Named::whole(archive), &mut notes);
     let mut found = contents.measured(path)?;

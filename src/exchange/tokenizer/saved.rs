@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::io::weights::misfit;
 
-/// Its key in the metadata of safetensors.
+/// Its key in the metadata of safetensors, and beside the `state_dict` of a checkpoint.
 const KEY: &str = "tokenizer";
 /// The version of its contents.
 const FORMAT: u32 = 1;

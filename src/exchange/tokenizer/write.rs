@@ -4,9 +4,7 @@ use std::path::Path;
 
 use super::layout::{self, Sizes};
 use super::saved::Saved;
-use super::{
-    EMA, ForeignTokenizer, LECAM, LPIPS, OWN_EMA, RANDOM, Shape, heads, no_problems, scaling, trained, vgg,
-};
+use super::{EMA, ForeignTokenizer, LECAM, LPIPS, OWN_EMA, Shape, heads, no_problems, scaling, trained, vgg};
 use crate::error::{Error, Result};
 use crate::exchange::named::{create, tensors};
 use crate::formats::{Encoding, FileTensor, Selection, Tree, write_safetensors, write_torch};
@@ -178,13 +176,15 @@ pub fn write_checkpoint(path: &Path, from: &ForeignTokenizer) -> Result<Vec<Stri
         parts.notes.push("LeCAM's averages are left out, which such checkpoints do not have".into());
     }
     let tensors = all.into_iter().map(|t| (t.name.clone(), Tree::Tensor(t))).collect();
-    let root = Tree::Dict(vec![
-        (RANDOM.into(), Tree::Int(from.random_features.into())),
+    // For ett; other programs pass over it.
+    let said = Saved::of(from).metadata(path)?.into_iter().map(|(key, text)| (key, Tree::Text(text)));
+    let mut root: Vec<(String, Tree)> = said.collect();
+    root.extend([
         ("epoch".into(), Tree::Int(0)),
         ("global_step".into(), Tree::Int(0)),
         ("pytorch-lightning_version".into(), Tree::Text(LIGHTNING.into())),
         ("state_dict".into(), Tree::Dict(tensors)),
     ]);
-    create(path, |file| write_torch(file, root))?;
+    create(path, |file| write_torch(file, Tree::Dict(root)))?;
     Ok(parts.notes)
 }

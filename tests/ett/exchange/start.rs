@@ -18,8 +18,6 @@ use ett::train::{self, RunOptions};
 use crate::common::{Outcome, Scratch};
 use crate::run::{config, pictures};
 
-const YAML: &str = "model:\n  class_path: IBQ\n  init_args:\n    ddconfig:\n      norm_groups: 4\n";
-
 /// A small language model for configurations that name none.
 const LLM: [&str; 7] = [
     "llm.vocab=264",
@@ -55,8 +53,6 @@ fn parts(dir: &Scratch) -> Outcome {
     for name in ["t.ckpt", "t.safetensors"] {
         export_tokenizer(&dir.path("old"), &dir.path(name), None)?;
     }
-    // A checkpoint does not say how many groups its norms have.
-    fs::write(dir.path("t.yaml"), YAML)?;
     Ok(())
 }
 
