@@ -94,7 +94,8 @@ def main():
             tensors = network(weights)
     write(args.target, tensors)
     count = sum(t.size for t in tensors.values())
-    print(f"{args.target}: {len(tensors)} tensors, {count} values, for the configuration `lpips.weights = \"{args.target}\"`")
+    path = os.path.abspath(args.target)
+    print(f"{path}: {len(tensors)} tensors, {count} values, for the configuration `lpips.weights = \"{path}\"`")
 
 
 if __name__ == "__main__":

