@@ -15,8 +15,19 @@ use crate::model::{Ett, PER_TOKEN, is_of_llm, is_of_tokenizer};
 const PERCEPTUAL: &str = "loss.perceptual_loss.";
 const DISCRIMINATOR: &str = "loss.discriminator.";
 
+/// Fails if a key names nothing.
+fn there(key: &str, path: &Path) -> Result<()> {
+    match path.exists() {
+        true => Ok(()),
+        false => {
+            Err(Error::config(key, path.display(), "weights that are there; fetch them, or correct the path"))
+        }
+    }
+}
+
 /// Opens the language model that `init.llm` names.
 fn llm_at(path: &Path) -> Result<ForeignLlm> {
+    there("init.llm", path)?;
     if is_run(path) {
         return llm_of_run(&model_folder(path)?);
     }
@@ -29,7 +40,14 @@ fn llm_at(path: &Path) -> Result<ForeignLlm> {
 
 /// Opens the tokenizer that `init.tokenizer` names.
 fn tokenizer_at(path: &Path) -> Result<ForeignTokenizer> {
+    there("init.tokenizer", path)?;
     if is_run(path) { tokenizer_of_run(&model_folder(path)?) } else { open_tokenizer(path) }
+}
+
+/// Opens the features that `lpips.weights` names.
+fn features_at(path: &PathBuf) -> Result<ForeignPerceptual> {
+    there("lpips.weights", path)?;
+    open_perceptual(std::slice::from_ref(path))
 }
 
 /// Reads a configuration, and completes it by what the weights that it names determine: sizes that the file leaves out, and
@@ -55,8 +73,7 @@ fn complete(table: &mut toml::Table, base: &Path) -> Result<()> {
     }
     let features = table.get("lpips").and_then(|l| l.get("weights")?.as_str()).map(|p| base.join(p));
     if let Some(path) = &features {
-        let features = open_perceptual(std::slice::from_ref(path))?;
-        fill_widths(table, Some(features.widths), path)?;
+        fill_widths(table, Some(features_at(path)?.widths), path)?;
     }
     if let Some(path) = path(table, "tokenizer") {
         let t = tokenizer_at(&path)?;
@@ -180,7 +197,7 @@ impl Start {
             t.weights.retain(|name| !name.starts_with(PERCEPTUAL));
         }
         let perceptual = match named(&cfg.lpips.weights) {
-            Some(path) => Some(open_perceptual(std::slice::from_ref(&path))?),
+            Some(path) => Some(features_at(&path)?),
             None => None,
         };
         Ok(Start { llm, tokenizer: opened, reconstructs, perceptual, vocab: cfg.llm.vocab })

@@ -12,8 +12,9 @@ use crate::backend::{Kernels, Role};
 use crate::data::{Crop, Image, Special, fit, fit_multiple, trimmed};
 use crate::error::{Error, Result};
 use crate::feed::{Batch, Template, images_to_device};
+use crate::formats::Selection;
 use crate::interrupt;
-use crate::io::weights::{TensorFile, load_averages, read_file, set_weights};
+use crate::io::weights::{Fit, TensorFile, load_averages, load_selection};
 use crate::io::{EMA, History, Skill, WEIGHTS, load_weights, model_folder, run_config};
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Packed, Part};
@@ -63,8 +64,9 @@ impl Trained {
                 let what = format!("holds no {EMA}; leave --ema out, or train with `ema = true` in a stage");
                 return Err(Error::data(folder, what));
             };
-            let averages = read_file(path)?;
-            set_weights(&model.params, path, &averages, Some(&|name| averages.contains_key(name)))?;
+            let averages = Selection::whole(TensorFile::open(path)?.into_archive());
+            let wanted = |name: &str| averages.dims(name).is_some();
+            load_selection(&model.params, &averages, Fit { wanted: &wanted, ..Fit::EXACT })?;
         }
         let averages = averages.filter(|_| !ema);
         Ok(Trained { model, template, history, averages })

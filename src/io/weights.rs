@@ -294,39 +294,6 @@ fn unusable(from: &Selection, name: &str, prec: Precision) -> Result<Option<Stri
     Ok(not_finite(name, &t))
 }
 
-/// Overwrites the parameters named in `wanted` (all if `None`) from `tensors`. Missing, extra and misshapen tensors
-/// and non-finite values give a single error that names them; then nothing is changed.
-pub fn set_weights(
-    params: &Params,
-    path: &Path,
-    tensors: &BTreeMap<String, HostTensor>,
-    wanted: Option<&dyn Fn(&str) -> bool>,
-) -> Result<()> {
-    let mut problems = Vec::new();
-    let mut known = BTreeSet::new();
-    for (name, _, dims) in params.names() {
-        if wanted.is_some_and(|w| !w(name)) {
-            continue;
-        }
-        known.insert(name.to_string());
-        match tensors.get(name) {
-            None => problems.push(format!("missing `{name}` {dims:?}")),
-            Some(t) if t.dims != dims => {
-                problems.push(format!("`{name}` is {:?}, wanted {dims:?}", t.dims));
-            }
-            Some(t) => problems.extend(not_finite(name, t)),
-        }
-    }
-    problems.extend(tensors.keys().filter(|n| !known.contains(*n)).map(|n| format!("unknown `{n}`")));
-    if !problems.is_empty() {
-        return Err(Error::weights(path, misfit("the model", problems)));
-    }
-    for name in &known {
-        params.write_public(name, Stored::Master, &tensors[name])?;
-    }
-    params.refresh()
-}
-
 /// Loads a safetensors file that holds exactly the model's parameters, except for the groups that its note says it does
 /// without: these stay as they are.
 pub fn load_weights(params: &Params, path: &Path) -> Result<()> {

@@ -12,8 +12,8 @@ use crate::config::{Config, ScheduleKind, StageConfig, StageKind};
 use crate::error::{Error, Result};
 use crate::feed::Batch;
 use crate::files;
-use crate::formats::Encoding;
-use crate::io::weights::{read_file, set_weights, write_file};
+use crate::formats::{Archive, Encoding, Selection};
+use crate::io::weights::{Fit, load_selection, read_file, write_file};
 use crate::model::tokenizer::Grid;
 use crate::model::{Ett, Part};
 use crate::nn::{HostTensor, Stored};
@@ -30,7 +30,7 @@ pub fn check(
 ) -> Result<()> {
     files::probe(dump)?;
     let mut model = Ett::new(cfg, dev.clone())?;
-    set_weights(&model.params, weights, &read_file(weights)?, None)?;
+    load_selection(&model.params, &Selection::whole(Archive::open(weights)?), Fit::EXACT)?;
     let stage = Stage::new(kind, &model)?;
     model.params.train(&stage.trained())?;
 

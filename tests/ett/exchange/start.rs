@@ -225,7 +225,7 @@ fn weights_that_are_missing_or_of_another_kind_are_named() -> Outcome {
         let e = open(&dir, init, &[]).expect_err(init).to_string();
         assert!(e.contains(want), "{init}: {e}");
     };
-    refused("llm = \"nowhere\"", "No such file");
+    refused("llm = \"nowhere\"", "wanted weights that are there; fetch them, or correct the path");
     refused("llm = \"t.safetensors\"", "`init.llm` names a folder");
     refused("tokenizer = \"llm\"", "holds no vision tokenizer of IBQ: it lacks `encoder.conv_in.weight`");
     refused("tokenizer = \"c.toml\"", "is in none of the formats safetensors, PyTorch and GGUF");
