@@ -96,16 +96,8 @@ impl Named {
     /// What is wrong with the tensors of an architecture here: missing ones, misshapen ones, ones without floats. `prefix`
     /// stands before their names in messages.
     pub fn misfits(&self, want: &[Shape], prefix: &str) -> Vec<String> {
-        want.iter().filter_map(|shape| self.misfit(shape, prefix)).collect()
-    }
-
-    fn misfit(&self, (name, dims): &Shape, prefix: &str) -> Option<String> {
-        let Some(info) = self.info(name) else { return Some(format!("missing `{prefix}{name}` {dims:?}")) };
-        if info.dims != *dims {
-            return Some(format!("`{prefix}{name}` is {:?}, wanted {dims:?}", info.dims));
-        }
-        let float = info.encoding.is_float();
-        (!float).then(|| format!("`{prefix}{name}` has type {}, wanted floats", info.encoding.name()))
+        let found = |name: &str| self.info(name).map(|info| (info.dims.as_slice(), info.encoding));
+        want.iter().filter_map(|shape| problem(shape, found(&shape.0), prefix)).collect()
     }
 
     /// The tensors that no architecture in `known` has.
@@ -114,6 +106,24 @@ impl Named {
             known.iter().flat_map(|shapes| shapes.iter().map(|(name, _)| name.as_str())).collect();
         self.names().filter(|name| !known.contains(name)).map(|n| format!("unknown `{prefix}{n}`")).collect()
     }
+}
+
+/// What is wrong with a tensor, given the shape and the encoding that were found.
+fn problem((name, dims): &Shape, found: Option<(&[usize], Encoding)>, prefix: &str) -> Option<String> {
+    match found {
+        None => Some(format!("missing `{prefix}{name}` {dims:?}")),
+        Some((have, _)) if have != dims => Some(format!("`{prefix}{name}` is {have:?}, wanted {dims:?}")),
+        Some((_, stored)) if !stored.is_float() => {
+            Some(format!("`{prefix}{name}` has type {}, wanted floats", stored.name()))
+        }
+        Some(_) => None,
+    }
+}
+
+/// What is wrong with the tensors of an architecture in a selection, like [`Named::misfits`].
+pub(super) fn misfits(all: &Selection, want: &[Shape]) -> Vec<String> {
+    let found = |name: &str| Some((all.dims(name)?, all.encoding(name).ok()?));
+    want.iter().filter_map(|shape| problem(shape, found(&shape.0), "")).collect()
 }
 
 /// An error that lists the problems, if there are any.

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::named::{Named, Shape, no_problems, tensors, write_all};
+use super::named::{Named, Shape, misfits, no_problems, tensors, write_all};
 use crate::error::{Error, Result};
 use crate::formats::{Archive, Encoding, Selection};
 
@@ -99,19 +99,6 @@ pub fn open_perceptual(files: &[PathBuf]) -> Result<ForeignPerceptual> {
     }
     no_problems(first, "VGG16 and LPIPS", problems)?;
     Ok(ForeignPerceptual { weights: all, widths, notes })
-}
-
-/// What is wrong with these tensors in a selection.
-fn misfits(all: &Selection, want: &[Shape]) -> Vec<String> {
-    let check = |(name, dims): &Shape| match all.dims(name) {
-        None => Some(format!("missing `{name}` {dims:?}")),
-        Some(have) if have != dims => Some(format!("`{name}` is {have:?}, wanted {dims:?}")),
-        Some(_) => match all.encoding(name) {
-            Ok(e) if !e.is_float() => Some(format!("`{name}` has type {}, wanted floats", e.name())),
-            _ => None,
-        },
-    };
-    want.iter().filter_map(check).collect()
 }
 
 /// The tensors of one file under our names, and those that are unknown.

@@ -109,37 +109,28 @@ pub(crate) fn write_model(
     if let Some(name) = [CARD, TOKENIZER, EMA].into_iter().find(|name| out.join(name).exists()) {
         return Err(Error::data(out, format!("has {name} already; name another folder with --out")));
     }
-    fill_model(out, cfg, card, weights, note, averages).inspect_err(|_| {
+    let fill = || {
+        std::fs::create_dir_all(out).map_err(Error::io(out))?;
+        if let Some(from) = &cfg.data.tokenizer {
+            let file = std::fs::read(from).map_err(Error::io(from))?;
+            files::replace(&out.join(TOKENIZER), |f| f.put(&file))?;
+        }
+        let mut cfg = cfg.without_paths();
+        // A run settles this for its device.
+        cfg.train.recompute = Recompute::Auto;
+        let text = config_text(&cfg)?;
+        files::replace(&out.join(CONFIG), |f| f.put(text.as_bytes()))?;
+        files::replace(&out.join(CARD), |f| f.put(card.as_bytes()))?;
+        if !averages.is_empty() {
+            files::replace(&out.join(EMA), |f| write_encoded(f, averages, None))?;
+        }
+        files::replace(&out.join(WEIGHTS), |f| write_encoded(f, weights, Some(note))).map(drop)
+    };
+    fill().inspect_err(|_| {
         for name in [CONFIG, CARD, TOKENIZER, EMA, WEIGHTS] {
             let _ = std::fs::remove_file(out.join(name));
         }
     })
-}
-
-fn fill_model(
-    out: &Path,
-    cfg: &Config,
-    card: &str,
-    weights: Vec<FileTensor>,
-    note: &Note,
-    averages: Vec<FileTensor>,
-) -> Result<()> {
-    std::fs::create_dir_all(out).map_err(Error::io(out))?;
-    if let Some(from) = &cfg.data.tokenizer {
-        let file = std::fs::read(from).map_err(Error::io(from))?;
-        files::replace(&out.join(TOKENIZER), |f| f.put(&file))?;
-    }
-    let mut cfg = cfg.without_paths();
-    // A run settles this for its device.
-    cfg.train.recompute = Recompute::Auto;
-    let text = config_text(&cfg)?;
-    files::replace(&out.join(CONFIG), |f| f.put(text.as_bytes()))?;
-    files::replace(&out.join(CARD), |f| f.put(card.as_bytes()))?;
-    if !averages.is_empty() {
-        files::replace(&out.join(EMA), |f| write_encoded(f, averages, None))?;
-    }
-    files::replace(&out.join(WEIGHTS), |f| write_encoded(f, weights, Some(note)))?;
-    Ok(())
 }
 
 /// Fails if the folder is a checkpoint of a run or the folder of its checkpoints.

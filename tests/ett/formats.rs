@@ -5,7 +5,8 @@ use std::path::Path;
 
 use ett::config::{Config, Recompute};
 use ett::error::Error;
-use ett::io::weights::TensorFile;
+use ett::formats::Encoding;
+use ett::io::weights::{TensorFile, write_file};
 use ett::io::{History, Skill, config_text, inspect, load_weights, save_weights, save_weights_of};
 use ett::model::Ett;
 use ett::nn::Stored;
@@ -130,5 +131,27 @@ fn weights_of_a_type_that_is_not_read() -> Outcome {
     assert!(text.contains(&last) && text.contains("1 F8_E4M3"), "{text}");
     let e = load_weights(&model.params, &path).expect_err("no floats").to_string();
     assert!(e.ends_with(&format!("does not fit the model: `{last}` has type F8_E4M3, wanted floats")), "{e}");
+    Ok(())
+}
+
+/// A file in f64 fits a model in f32 as far as its values do.
+#[test]
+fn weights_in_f64_are_rounded_or_refused() -> Outcome {
+    let dir = Scratch::new();
+    let path = dir.path("model.safetensors");
+    let model = Ett::new(&small("f32"), cpu(1))?;
+    let mut all = Vec::new();
+    for (name, ..) in model.params.names() {
+        let t = model.params.read(name, Stored::Master)?.ok_or("a weight")?;
+        all.push((name.to_string(), t, Encoding::F64));
+    }
+    write_file(&path, &all)?;
+    load_weights(&model.params, &path)?;
+    let first = all[0].0.clone();
+    assert_eq!(model.params.read(&first, Stored::Master)?.as_ref(), Some(&all[0].1));
+    all[0].1.values[0] = 1e39;
+    write_file(&path, &all)?;
+    let e = load_weights(&model.params, &path).expect_err("too large").to_string();
+    assert!(e.contains(&format!("`{first}` has 1 of ")) && e.ends_with("values that are not finite"), "{e}");
     Ok(())
 }

@@ -6,8 +6,8 @@ use super::layout::{self, Sizes};
 use super::saved::Saved;
 use super::{EMA, ForeignTokenizer, LECAM, LPIPS, OWN_EMA, Shape, heads, no_problems, scaling, trained, vgg};
 use crate::error::{Error, Result};
-use crate::exchange::named::{create, tensors};
-use crate::formats::{Encoding, FileTensor, Selection, Tree, write_safetensors, write_torch};
+use crate::exchange::named::{create, misfits, tensors};
+use crate::formats::{Encoding, FileTensor, Tree, write_safetensors, write_torch};
 
 /// The decay of averages in the reference.
 const DECAY: f64 = 0.999;
@@ -114,21 +114,6 @@ impl Parts {
         }
         Ok(all)
     }
-}
-
-/// What is wrong with tensors that are to be written.
-fn misfits(from: &Selection, want: &[Shape]) -> Vec<String> {
-    let check = |(name, dims): &Shape| match from.dims(name) {
-        None => Some(format!("missing `{name}` {dims:?}")),
-        Some(have) if have != dims => Some(format!("`{name}` is {have:?}, wanted {dims:?}")),
-        Some(_) => match from.encoding(name) {
-            Ok(stored) if !stored.is_float() => {
-                Some(format!("`{name}` has type {}, wanted floats", stored.name()))
-            }
-            _ => None,
-        },
-    };
-    want.iter().filter_map(check).collect()
 }
 
 /// A tensor with one value throughout.

@@ -8,11 +8,15 @@ use std::sync::Arc;
 use ett::backend::Cpu;
 use ett::config::{Config, StageConfig, StageKind};
 use ett::eval::HeldOut;
-use ett::exchange::{ModelOptions, export_llm, export_model, export_tokenizer, load_config, open_tokenizer};
+use ett::exchange::{
+    ModelOptions, Start, export_llm, export_model, export_tokenizer, load_config, open_tokenizer,
+};
 use ett::io::weights::{TensorFile, read_file};
 use ett::io::{History, Skill};
+use ett::model::Ett;
 use ett::model::{is_of_llm, is_of_tokenizer};
 use ett::nn::HostTensor;
+use ett::nn::Stored;
 use ett::train::{self, RunOptions};
 
 use crate::common::{Outcome, Scratch};
@@ -180,6 +184,31 @@ fn a_whole_model_has_a_card() -> Outcome {
     Ok(())
 }
 
+/// The perceptual loss of the tokenizer's file is used, unless `lpips.weights` names another, which then brings its own heads.
+#[test]
+fn the_perceptual_loss_comes_from_one_file() -> Outcome {
+    const HEAD: &str = "loss.perceptual_loss.lin0.model.1.weight";
+    let dir = Scratch::new();
+    let ibq = crate::common::fixtures().join("ibq");
+    let (ckpt, vgg) = (ibq.join("ibq.ckpt"), ibq.join("vgg16.pth"));
+    let init = format!("tokenizer = {:?}", ckpt.display().to_string());
+    let heads = |cfg: &Config| -> Result<Vec<f64>, Box<dyn std::error::Error>> {
+        let mut model = Ett::new(cfg, Arc::new(Cpu::new(1)?))?;
+        Start::open(cfg)?.load(&mut model)?;
+        Ok(model.params.read(HEAD, Stored::Master)?.ok_or("heads")?.values)
+    };
+    let cfg = open(&dir, &init, &LLM)?;
+    assert_eq!(cfg.lpips.weights.as_ref(), Some(&ckpt));
+    let own = open_tokenizer(&ckpt)?.weights.read(HEAD)?.values;
+    assert_eq!(heads(&cfg)?, own);
+    assert!(own.iter().any(|h| *h != 1.0));
+    let named = format!("lpips.weights={:?}", vgg.display().to_string());
+    let cfg = open(&dir, &init, &[&LLM[..], &[&named]].concat())?;
+    assert_eq!(cfg.lpips.weights.as_ref(), Some(&vgg));
+    assert!(heads(&cfg)?.iter().all(|h| *h == 1.0));
+    Ok(())
+}
+
 #[test]
 fn sizes_may_only_repeat_those_of_the_weights() -> Outcome {
     let dir = Scratch::new();
@@ -212,8 +241,8 @@ fn sizes_may_only_repeat_those_of_the_weights() -> Outcome {
 
 /// A weight of a model that starts from no other.
 fn drawn(cfg: &Config, name: &str) -> Result<Vec<f64>, Box<dyn std::error::Error>> {
-    let model = ett::model::Ett::new(cfg, Arc::new(Cpu::new(1)?))?;
-    let t = model.params.read(name, ett::nn::Stored::Master)?;
+    let model = Ett::new(cfg, Arc::new(Cpu::new(1)?))?;
+    let t = model.params.read(name, Stored::Master)?;
     Ok(t.ok_or("a weight")?.values)
 }
 
