@@ -173,6 +173,18 @@ impl Recompute {
     }
 }
 
+/// What each rank keeps only its part of. The weights that products read are whole on every rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Shard {
+    /// Nothing.
+    None,
+    /// Moments, averages, and master weights if products read a copy in another type.
+    Optimizer,
+    /// These, and gradients beyond those that the backward pass is adding to.
+    Gradients,
+}
+
 /// The quantization term that beta is the weight of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -270,11 +282,20 @@ pub struct DiscriminatorConfig {
     pub norm_eps: f64,
     /// Weight of a batch in BatchNorm's running statistics.
     pub momentum: f64,
+    /// Takes BatchNorm's statistics and LeCAM's averages over all ranks; otherwise each rank has its own.
+    pub sync: bool,
 }
 
 impl Default for DiscriminatorConfig {
     fn default() -> Self {
-        DiscriminatorConfig { ndf: 64, lecam_decay: 0.999, slope: 0.2, norm_eps: 1e-5, momentum: 0.1 }
+        DiscriminatorConfig {
+            ndf: 64,
+            lecam_decay: 0.999,
+            slope: 0.2,
+            norm_eps: 1e-5,
+            momentum: 0.1,
+            sync: false,
+        }
     }
 }
 
@@ -467,6 +488,13 @@ pub struct TrainConfig {
     pub eval_every: usize,
     /// Number of latest tokens over which codebook use is measured.
     pub usage_window: usize,
+    /// What several ranks share among them instead of keeping it whole, with the same bits.
+    pub shard: Shard,
+    /// Gradients that are reduced over the ranks at a time, in MiB: while the backward pass goes on with others.
+    pub range_mib: usize,
+    /// Seconds without progress of a rank after which the run ends. Saving, evaluation and the first step of a stage may
+    /// take longer.
+    pub stall_s: usize,
 }
 
 impl Default for TrainConfig {
@@ -492,6 +520,9 @@ impl Default for TrainConfig {
             keep: 3,
             eval_every: 0,
             usage_window: 65536,
+            shard: Shard::Optimizer,
+            range_mib: 64,
+            stall_s: 60,
         }
     }
 }
@@ -1102,6 +1133,8 @@ impl Config {
             ("train.keep", train.keep, 1..=MAX_COUNT),
             ("train.eval_every", train.eval_every, 0..=MAX_COUNT),
             ("train.usage_window", train.usage_window, 1..=MAX_COUNT),
+            ("train.range_mib", train.range_mib, 1..=MAX_COUNT),
+            ("train.stall_s", train.stall_s, 1..=MAX_COUNT),
             ("sampling.top_k", sampling.top_k, 0..=MAX_INDEX),
         ] {
             count(key, v, allowed)?;

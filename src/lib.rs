@@ -11,6 +11,7 @@ pub mod compare;
 pub mod error;
 pub mod nn;
 pub mod ops;
+pub mod ranks;
 pub mod rng;
 pub mod tensor;
 

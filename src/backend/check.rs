@@ -404,6 +404,40 @@ pub(crate) fn copy(own: DeviceId, src: &In, dst: &super::Out) -> Result<()> {
     Ok(())
 }
 
+/// Checks the views of a collective, named `x` and `y`: of `ranks` parts, `part` is one and `whole` has all. Returns whether
+/// `part` is part `rank` of `whole`; else the two must share no memory.
+pub(crate) fn parts(
+    own: DeviceId,
+    op: &'static str,
+    part: (&'static str, &In),
+    whole: (&'static str, &In),
+    rank: usize,
+    ranks: usize,
+) -> Result<bool> {
+    let mut both = [part, whole];
+    both.sort_by_key(|(name, _)| *name);
+    for (name, v) in both {
+        view(own, op, name, v)?;
+        if !v.is_contiguous() {
+            return Err(Error::arg(op, name, format!("strided by {}", v.ld), "contiguous"));
+        }
+    }
+    if part.1.dtype != whole.1.dtype {
+        return Err(Error::arg(op, "y", both[1].1.dtype, format!("{}, as `x`", both[0].1.dtype)));
+    }
+    let (n, all) = (part.1.dims.numel(), whole.1.dims.numel());
+    if n.checked_mul(ranks) != Some(all) {
+        let want = format!("{ranks} parts of as many elements as {} {}", part.0, part.1.dims);
+        return Err(Error::arg(op, whole.0, whole.1.dims, want));
+    }
+    let at = whole.1.addr().wrapping_add(rank as u64 * part.1.bytes());
+    let same = std::ptr::eq(part.1.buffer(), whole.1.buffer()) && part.1.addr() == at;
+    if !same {
+        apart(op, both[0], both[1])?;
+    }
+    Ok(same)
+}
+
 /// The accumulator type of a float type; `None` for integers.
 fn sums(t: DType) -> Option<DType> {
     match t {
@@ -725,7 +759,7 @@ mod tests {
                     ("add", "y", to.add(S, &Add { a: own.view(), b: own.view(), y: y.out() })),
                     ("copy_in", "dst", to.copy_in(S, &[0; 32], y.out())),
                     ("read_later", "src", to.read_later(S, y.view()).map(|_| ())),
-                    ("all_reduce", "x", to.collectives().all_reduce(S, y.acc())),
+                    ("all_reduce", "x", to.collectives().all_reduce(S, y.acc(), Reduction::Sum)),
                     ("all_gather", "x", to.collectives().all_gather(S, x.view(), own.out())),
                     ("all_gather", "y", to.collectives().all_gather(S, own.view(), y.out())),
                 ];
@@ -774,8 +808,12 @@ mod tests {
         // Empty tensors do not overlap anything.
         let none = f32(&p, [0, 4]);
         assert!(add(&none, &none, &none).is_ok());
-        let e = refusal(p.collectives().all_gather(S, x.view(), x.out()));
+        let all = f32(&p, [5, 4]);
+        let gather = |x: &Tensor, y: &Tensor| p.collectives().all_gather(S, x.view(), y.out());
+        let e = refusal(gather(&all.rows(0, 4).expect("rows"), &all.rows(1, 4).expect("rows")));
         assert_eq!(e, "all_gather: argument `y` is memory shared with `x`, wanted memory of its own");
+        // A rank's own part of the whole stays where it is.
+        assert!(gather(&all, &all).is_ok());
     }
 
     #[test]

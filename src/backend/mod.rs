@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
+use crate::ranks::Group;
 pub use contract::*;
 pub use cpu::Cpu;
 #[cfg(ett_cuda)]
@@ -86,6 +87,8 @@ impl Stream {
     pub const COMPUTE: Stream = Stream(0);
     /// Copies batches.
     pub const COPY: Stream = Stream(1);
+    /// Runs collectives beside the kernels.
+    pub const PEERS: Stream = Stream(2);
 }
 
 /// Identifies a device of this process. A device only accesses its own memory.
@@ -273,17 +276,30 @@ impl Pending {
     }
 }
 
-/// Collective operations over ranks. With a single rank each is the identity.
+/// How [`Collectives::all_reduce`] combines the values of all ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reduction {
+    /// Their sum.
+    Sum,
+    /// Their sum divided by the number of ranks.
+    Mean,
+}
+
+/// Collective operations over ranks, those of NCCL: all ranks make the same calls in the same order, with views of the same
+/// shapes. Views are contiguous. With a single rank each is the identity. A rank's own part of `n` elements is the one from
+/// element `rank * n` on.
 pub trait Collectives {
     /// Number of ranks.
     fn ranks(&self) -> usize;
     /// This rank.
     fn rank(&self) -> usize;
-    /// Sums `x` over all ranks in place.
-    fn all_reduce(&self, s: Stream, x: Acc) -> Result<()>;
-    /// Sums `x` over all ranks; every rank gets its own `1/ranks` slice of the sum in `y`.
+    /// Replaces `x` `[n]` by the sum or mean over all ranks, with the same bits on all of them.
+    fn all_reduce(&self, s: Stream, x: Acc, how: Reduction) -> Result<()>;
+    /// Writes this rank's own part of the sum of all `x` `[ranks * n]` into `y` `[n]`, which shares no memory with `x`
+    /// or is its own part.
     fn reduce_scatter(&self, s: Stream, x: In, y: Out) -> Result<()>;
-    /// Concatenates every rank's `x` in `y`.
+    /// Writes the `x` `[n]` of all ranks, in their order, into `y` `[ranks * n]`; `x` shares no memory with `y` or is its
+    /// own part.
     fn all_gather(&self, s: Stream, x: In, y: Out) -> Result<()>;
 }
 
@@ -534,9 +550,14 @@ impl Named {
 
 /// Opens a device by name: `cpu`, with `threads` threads (0: one per core), `cuda` or `cuda:N`.
 pub fn open(name: &str, threads: usize) -> Result<Arc<dyn Kernels>> {
+    open_of(name, threads, &Group::alone())
+}
+
+/// Opens the device of a rank of `group` by name, as [`open`]: all ranks have to call this.
+pub fn open_of(name: &str, threads: usize, group: &Arc<Group>) -> Result<Arc<dyn Kernels>> {
     match Named::parse(name)? {
-        Named::Cpu => Ok(Arc::new(Cpu::new(threads)?)),
-        Named::Cuda(ordinal) => open_cuda(ordinal),
+        Named::Cpu => Ok(Arc::new(Cpu::of(threads, group.clone())?)),
+        Named::Cuda(ordinal) => open_cuda(ordinal, group),
     }
 }
 
@@ -548,11 +569,11 @@ fn no_cuda() -> Error {
 }
 
 #[cfg(ett_cuda)]
-fn open_cuda(ordinal: usize) -> Result<Arc<dyn Kernels>> {
-    Ok(Arc::new(Cuda::new(ordinal)?))
+fn open_cuda(ordinal: usize, group: &Arc<Group>) -> Result<Arc<dyn Kernels>> {
+    Ok(Arc::new(Cuda::of(ordinal, group.clone())?))
 }
 
 #[cfg(not(ett_cuda))]
-fn open_cuda(_ordinal: usize) -> Result<Arc<dyn Kernels>> {
+fn open_cuda(_ordinal: usize, _group: &Arc<Group>) -> Result<Arc<dyn Kernels>> {
     Err(no_cuda())
 }

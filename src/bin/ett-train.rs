@@ -13,6 +13,7 @@ use ett::eval::HeldOut;
 use ett::exchange::load_config;
 use ett::interrupt;
 use ett::io::{run_config, written};
+use ett::ranks::Group;
 use ett::terminal::{self, Output};
 use ett::train::{self, Ending, Finished, RunOptions};
 
@@ -154,8 +155,13 @@ fn run(command: Option<Command>) -> Result<()> {
                 .file_stem()
                 .ok_or_else(|| Error::data(&config, "has no file name to name the run after; give --out"))?;
             let out = out.unwrap_or_else(|| PathBuf::from("runs").join(name));
-            let o =
-                RunOptions { out: &out, init: init.as_deref(), quiet: common.quiet, evaluation: &HeldOut };
+            let o = RunOptions {
+                out: &out,
+                init: init.as_deref(),
+                quiet: common.quiet,
+                evaluation: &HeldOut,
+                group: Group::alone(),
+            };
             interrupt::install()?;
             done(&out, &train::run(&cfg, common.device(&cfg)?, &o)?);
             Ok(())
@@ -163,7 +169,7 @@ fn run(command: Option<Command>) -> Result<()> {
         Some(Command::Resume { run, common }) => {
             interrupt::install()?;
             let cfg = run_config(&run)?;
-            done(&run, &train::resume(&run, common.device(&cfg)?, common.quiet, &HeldOut)?);
+            done(&run, &train::resume(&run, common.device(&cfg)?, common.quiet, &HeldOut, &Group::alone())?);
             Ok(())
         }
         Some(Command::Speed { config, stage, steps, json, set, common }) => {
@@ -193,7 +199,7 @@ fn demo() -> Result<()> {
     let intro = "The demo (configs/demo.toml) trains all stages on built-in pictures, into";
     Output::default().line(format!("{intro} {}.", out.display()));
     interrupt::install()?;
-    let o = RunOptions { out: &out, init: None, quiet: false, evaluation: &HeldOut };
+    let o = RunOptions { out: &out, init: None, quiet: false, evaluation: &HeldOut, group: Group::alone() };
     let finished =
         train::choose_device(&cfg).and_then(|(_, dev)| train::run(&cfg, dev, &o)).inspect_err(|_| {
             // Removes the folder only if the run has left it empty.

@@ -2,7 +2,9 @@
 
 use super::{S, expect_rank};
 use crate::autograd::{Tape, Var};
-use crate::backend::{DType, IbqBwd, IbqCols, IbqLosses, IbqRows, Metric, Nearest, Role, VqBwd, VqLosses};
+use crate::backend::{
+    DType, IbqBwd, IbqCols, IbqLosses, IbqRows, Metric, Nearest, Reduction, Role, VqBwd, VqLosses,
+};
 use crate::error::Result;
 use crate::tensor::Tensor;
 
@@ -116,7 +118,7 @@ pub fn ibq(tape: &Tape, z: &Var, e: &Var, inv_count: &Tensor, o: IbqOptions) -> 
                 temperature,
             };
             tape.dev().ibq_cols(S, &a)?;
-            tape.dev().collectives().all_reduce(S, col.acc())?;
+            tape.dev().collectives().all_reduce(S, col.acc(), Reduction::Sum)?;
             Some(col)
         }
         None => None,

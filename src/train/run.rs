@@ -16,10 +16,11 @@ use crate::io::{
     refuse_used, run_config,
 };
 use crate::model::Ett;
+use crate::ranks::Group;
 use crate::report::{Evaluation, Profiles, Report};
 
 /// Options of a run that are not part of its configuration.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct RunOptions<'a> {
     /// The run folder.
     pub out: &'a Path,
@@ -29,6 +30,15 @@ pub struct RunOptions<'a> {
     pub quiet: bool,
     /// Evaluates the model on held-out pictures, during training and at the end.
     pub evaluation: &'a dyn Evaluation,
+    /// The ranks that train together, of which the device is one.
+    pub group: Arc<Group>,
+}
+
+impl<'a> RunOptions<'a> {
+    /// A run of one rank, without progress bars.
+    pub fn quiet(out: &'a Path, evaluation: &'a dyn Evaluation) -> Self {
+        RunOptions { out, init: None, quiet: true, evaluation, group: Group::alone() }
+    }
 }
 
 /// A run that has ended.
@@ -135,6 +145,7 @@ pub fn resume(
     dev: Arc<dyn Kernels>,
     quiet: bool,
     evaluation: &dyn Evaluation,
+    _group: &Arc<Group>,
 ) -> Result<Finished> {
     refuse_part(out)?;
     let cfg = run_config(out)?;

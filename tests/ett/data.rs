@@ -293,7 +293,7 @@ fn the_program_goes_on_after_broken_pictures_and_fails_at_the_end() -> Outcome {
     c.loss.gan = 0.0;
     (c.data.eval_samples, c.data.max_text_tokens) = (3, 20);
     let run = dir.path("run");
-    train::run(&c, cpu(1), &RunOptions { out: &run, init: None, quiet: true, evaluation: &HeldOut })?;
+    train::run(&c, cpu(1), &RunOptions::quiet(&run, &HeldOut))?;
     broken(&dir, &[1, 4])?;
     let (data, sheet) = (dir.path("data"), dir.path("sheet.png"));
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();

@@ -71,7 +71,7 @@ macro_rules! delegate {
 ett::kernel_table!(delegate);
 
 fn run(cfg: &Config, dev: Arc<dyn Kernels>, out: &Path) -> Result<Finished> {
-    train::run(cfg, dev, &RunOptions { out, init: None, quiet: true, evaluation: &HeldOut })
+    train::run(cfg, dev, &RunOptions::quiet(out, &HeldOut))
 }
 
 #[test]
@@ -95,7 +95,7 @@ fn a_failed_launch_names_stage_and_step_and_leaves_the_checkpoint_before_it() ->
     assert!(e.starts_with("stage semantic, step 3: cuda:0: linear_xent_fwd failed: an illegal"), "{e}");
     let last = broken.join("checkpoints/step-00000007");
     assert!(e.ends_with(&format!("the last checkpoint, {}, is complete", last.display())), "{e}");
-    train::resume(&broken, cpu(1), true, &HeldOut)?;
+    train::resume(&broken, cpu(1), true, &HeldOut, &ett::ranks::Group::alone())?;
     let weights = |out: &Path| std::fs::read(out.join("model.safetensors"));
     assert!(weights(&broken)? == weights(&whole)?, "the bits of a run that was not interrupted");
     Ok(())

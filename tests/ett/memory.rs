@@ -193,7 +193,8 @@ fn gpu_later_steps_take_no_memory_from_the_driver() -> Outcome {
     cfg.train.eval_every = 1;
     cfg.stage.iter_mut().for_each(|s| s.steps = 6);
     let watch = Watch::default();
-    let o = RunOptions { out: &dir.path("out"), init: None, quiet: true, evaluation: &watch };
+    let out = dir.path("out");
+    let o = RunOptions::quiet(&out, &watch);
     train::run(&cfg, gpu(), &o)?;
     let taken = watch.0.into_inner()?;
     for kind in StageKind::ALL {

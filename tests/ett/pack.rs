@@ -33,7 +33,8 @@ fn run(dir: &Scratch, precision: &str) -> Result<Config, Box<dyn std::error::Err
             ..StageConfig::new(kind, 4, 3)
         })
         .to_vec();
-    let o = RunOptions { out: &dir.path("run"), init: None, quiet: true, evaluation: &HeldOut };
+    let out = dir.path("run");
+    let o = RunOptions::quiet(&out, &HeldOut);
     train::run(&cfg, Arc::new(Cpu::new(1)?), &o)?;
     Ok(cfg)
 }

@@ -432,11 +432,7 @@ fn a_run_takes_what_the_plan_says() -> Outcome {
         cfg.stage = vec![StageConfig { lr: Some(1e-4), ..StageConfig::new(kind, 2, 8) }];
         let dev = Arc::new(Cpu::new(2)?);
         let out = dir.path(kind.name());
-        train::run(
-            &cfg,
-            dev.clone(),
-            &RunOptions { out: &out, init: None, quiet: true, evaluation: &HeldOut },
-        )?;
+        train::run(&cfg, dev.clone(), &RunOptions::quiet(&out, &HeldOut))?;
         let measured = dev.memory().peak as f64;
         let planned = plan_stage(&cfg, &cfg.stage[0], Target::Cpu { threads: 2 })?.memory.peak as f64;
         let ratio = planned / measured;

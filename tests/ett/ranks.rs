@@ -21,7 +21,7 @@ impl Collectives for Twin {
     fn rank(&self) -> usize {
         0
     }
-    fn all_reduce(&self, s: Stream, x: Acc) -> Result<()> {
+    fn all_reduce(&self, s: Stream, x: Acc, _how: Reduction) -> Result<()> {
         let copy = Tensor::empty(self, Role::Workspace, x.0.dtype, x.0.dims)?;
         self.cast(s, &Cast { x: x.0, y: copy.out() })?;
         self.accumulate(s, &Accumulate { x: copy.view(), y: x })

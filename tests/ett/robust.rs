@@ -349,7 +349,7 @@ fn what_cannot_be_written_is_named() -> Outcome {
             assert!(e.to_string().contains(&*below.to_string_lossy()), "{what}: {e}");
         };
         let out = below.join("run");
-        let o = RunOptions { out: &out, init: None, quiet: true, evaluation: &HeldOut };
+        let o = RunOptions::quiet(&out, &HeldOut);
         named(train::run(&c, cpu(1), &o).map(drop), "a run");
         named(save_weights(&model.params, &below.join("model.safetensors"), Stored::Master), "weights");
         named(save_png(below.join("a.png"), &picture), "a picture");

@@ -88,7 +88,7 @@ pub fn config(data: &Path) -> Config {
 }
 
 fn run(c: &Config, out: &Path) -> ett::error::Result<train::Finished> {
-    let o = RunOptions { out, init: None, quiet: true, evaluation: &HeldOut };
+    let o = RunOptions::quiet(out, &HeldOut);
     train::run(c, Arc::new(Cpu::poisoned(c.train.threads)?), &o)
 }
 
@@ -205,7 +205,7 @@ fn gpu_replayed_steps_are_bitwise_launched_ones() {
         for (graph, workers) in [(false, 1), (true, 3)] {
             (c.train.graph, c.train.workers) = (graph, workers);
             let out = dir.0.join(format!("{precision}-{graph}"));
-            let o = RunOptions { out: &out, init: None, quiet: true, evaluation: &HeldOut };
+            let o = RunOptions::quiet(&out, &HeldOut);
             train::run(&c, crate::common::gpu(), &o).expect("the run ends");
             let read = |name: &str| std::fs::read(out.join(name)).expect(name);
             results.push([read("model.safetensors"), read("ema.safetensors")]);
@@ -307,7 +307,7 @@ fn not_finite(name: &str, dev: Arc<dyn Kernels>) {
     model.params.write_public("model.norm.weight", Stored::Master, &norm).expect("a weight");
     let (init, out) = (dir.0.join("nan.safetensors"), dir.0.join("out"));
     io::save_weights(&model.params, &init, Stored::Master).expect("weights");
-    let o = RunOptions { out: &out, init: Some(&init), quiet: true, evaluation: &HeldOut };
+    let o = RunOptions { init: Some(&init), ..RunOptions::quiet(&out, &HeldOut) };
     let Err(e) = train::run(&c, dev, &o) else { panic!("a model of NaN was trained") };
     assert!(e.to_string().contains("21 updates in a row had non-finite losses or gradients"), "{e}");
     let metrics = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap_or_default();
@@ -406,7 +406,7 @@ fn a_profile_has_every_stage_and_the_evaluation() {
     let dev = Arc::new(Cpu::poisoned(1).expect("a thread"));
     dev.start_profile().expect("the CPU measures");
     let out = dir.0.join("out");
-    let o = RunOptions { out: &out, init: None, quiet: true, evaluation: &HeldOut };
+    let o = RunOptions::quiet(&out, &HeldOut);
     let done = train::run(&c, dev, &o).expect("the run ends");
     let text = std::fs::read_to_string(out.join("profile.json")).expect("a profile");
     let all: serde_json::Value = serde_json::from_str(&text).expect("JSON");

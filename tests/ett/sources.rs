@@ -147,8 +147,7 @@ fn wide_pictures_stay_wide_and_keep_their_texts() -> Outcome {
     }
     assert_eq!(sizes.len(), 3);
     let out = dir.path("run");
-    let finished =
-        train::run(&c, cpu(1), &RunOptions { out: &out, init: None, quiet: true, evaluation: &HeldOut })?;
+    let finished = train::run(&c, cpu(1), &RunOptions::quiet(&out, &HeldOut))?;
     assert!(finished.report.is_some());
     let metrics = fs::read_to_string(out.join("metrics.jsonl"))?;
     let lines: Vec<serde_json::Value> =
@@ -248,7 +247,7 @@ fn a_run_on_shards_resumes_at_its_sample() -> Outcome {
     (c.train.save_every, c.train.keep) = (10, 2);
     c.stage = vec![StageConfig::new(StageKind::Semantic, 20, 3)];
     let out = dir.path("run");
-    train::run(&c, cpu(1), &RunOptions { out: &out, init: None, quiet: true, evaluation: &HeldOut })?;
+    train::run(&c, cpu(1), &RunOptions::quiet(&out, &HeldOut))?;
     let weights = || fs::read(out.join("model.safetensors"));
     let whole = weights()?;
 
@@ -266,7 +265,7 @@ fn a_run_on_shards_resumes_at_its_sample() -> Outcome {
             fs::remove_file(entry.path())?;
         }
     }
-    train::resume(&out, cpu(1), true, &HeldOut)?;
+    train::resume(&out, cpu(1), true, &HeldOut, &ett::ranks::Group::alone())?;
     assert!(weights()? == whole, "the resumed run has other weights");
     Ok(())
 }

@@ -5,6 +5,7 @@
 
 mod attention;
 mod codebook;
+mod collectives;
 mod conv;
 mod elem;
 mod gather;
@@ -28,6 +29,7 @@ use std::time::Instant;
 
 use super::*;
 use crate::error::{Error, Result};
+use crate::ranks::Group;
 pub(crate) use elem::{Elem, Real};
 pub(crate) use gemm::{FEW, Mat, gemm};
 pub(crate) use pool::Pool;
@@ -44,24 +46,31 @@ pub struct Cpu {
     turn: Mutex<()>,
     /// The times of kernels since they were last asked for, if they are measured, and the end of the last call.
     profile: OnceLock<Mutex<(Profile, Option<Instant>)>>,
+    /// The ranks that train together.
+    group: Arc<Group>,
 }
 
 impl Cpu {
     /// A CPU device with `threads` threads, at most [`Cpu::MAX_THREADS`]; 0 for one per core.
     pub fn new(threads: usize) -> Result<Self> {
-        Self::build(threads, false)
+        Self::of(threads, Group::alone())
+    }
+
+    /// The same as the device of a rank of `group`.
+    pub fn of(threads: usize, group: Arc<Group>) -> Result<Self> {
+        Self::build(threads, false, group)
     }
 
     /// Like [`Cpu::new`], but every allocation is filled with NaN (-1 for indices), so that tests detect kernels that
     /// leave outputs unwritten or read uninitialised memory.
     pub fn poisoned(threads: usize) -> Result<Self> {
-        Self::build(threads, true)
+        Self::build(threads, true, Group::alone())
     }
 
     /// Maximum number of threads of a device.
     pub const MAX_THREADS: usize = 1024;
 
-    fn build(threads: usize, poison: bool) -> Result<Self> {
+    fn build(threads: usize, poison: bool, group: Arc<Group>) -> Result<Self> {
         if threads > Self::MAX_THREADS {
             let want = format!("0 (one per core) to {}", Self::MAX_THREADS);
             return Err(Error::arg("Cpu::new", "threads", threads, want));
@@ -71,7 +80,8 @@ impl Cpu {
             .build()
             .map_err(|e| Error::arg("Cpu::new", "threads", e, "a number of threads the system can start"))?;
         let pool = Arc::new(Pool::new(poison));
-        Ok(Cpu { id: DeviceId::unique(), threads, pool, turn: Mutex::default(), profile: OnceLock::new() })
+        let (turn, profile) = (Mutex::default(), OnceLock::new());
+        Ok(Cpu { id: DeviceId::unique(), threads, pool, turn, profile, group })
     }
 
     /// Number of threads that kernels run on.
@@ -143,35 +153,6 @@ impl Cpu {
 pub(super) trait Query: Args {
     /// Bytes of workspace with this many threads.
     fn workspace(&self, threads: usize) -> usize;
-}
-
-/// One CPU is one rank.
-impl Collectives for Cpu {
-    fn ranks(&self) -> usize {
-        1
-    }
-    fn rank(&self) -> usize {
-        0
-    }
-    fn all_reduce(&self, _s: Stream, x: Acc) -> Result<()> {
-        check::view(self.id, "all_reduce", "x", &x.0)
-    }
-    fn reduce_scatter(&self, s: Stream, x: In, y: Out) -> Result<()> {
-        self.all_gather(s, x, y)
-    }
-    fn all_gather(&self, _s: Stream, x: In, y: Out) -> Result<()> {
-        check::view(self.id, "all_gather", "x", &x)?;
-        check::view(self.id, "all_gather", "y", &y.0)?;
-        check::apart("all_gather", ("x", &x), ("y", &y.0))?;
-        let _turn = self.turn();
-        let from = bytes("all_gather", "x", &x)?;
-        let to = bytes_mut("all_gather", "y", &y.0)?;
-        if from.len() != to.len() {
-            return Err(Error::arg("all_gather", "y", y.0.dims, x.dims));
-        }
-        to.copy_from_slice(from);
-        Ok(())
-    }
 }
 
 impl Device for Cpu {

@@ -14,6 +14,7 @@ use super::profile::Profiler;
 use super::{ffi, record};
 use crate::backend::*;
 use crate::error::{Error, Result};
+use crate::ranks::Group;
 
 /// The CUDA release that the kernels were compiled with, as the driver counts: 1000 * major + 10 * minor.
 const CUDA: i32 = 13000;
@@ -84,6 +85,11 @@ pub struct Cuda {
 impl Cuda {
     /// Opens GPU `ordinal` with [`Options::from_env`].
     pub fn new(ordinal: usize) -> Result<Self> {
+        Self::with(ordinal, &Options::from_env())
+    }
+
+    /// Opens GPU `ordinal` with [`Options::from_env`] as the device of a rank of `group`.
+    pub fn of(ordinal: usize, _group: Arc<Group>) -> Result<Self> {
         Self::with(ordinal, &Options::from_env())
     }
 
@@ -373,14 +379,20 @@ impl Collectives for Cuda {
     fn rank(&self) -> usize {
         0
     }
-    fn all_reduce(&self, _s: Stream, x: Acc) -> Result<()> {
+    fn all_reduce(&self, _s: Stream, x: Acc, _how: Reduction) -> Result<()> {
         check::view(self.gpu.id, "all_reduce", "x", &x.0)
     }
     fn reduce_scatter(&self, s: Stream, x: In, y: Out) -> Result<()> {
-        self.all_gather(s, x, y)
+        match check::parts(self.gpu.id, "reduce_scatter", ("y", &y.0), ("x", &x), 0, 1)? {
+            true => Ok(()),
+            false => self.copy(s, x, y),
+        }
     }
     fn all_gather(&self, s: Stream, x: In, y: Out) -> Result<()> {
-        self.cast(s, &Cast { x, y })
+        match check::parts(self.gpu.id, "all_gather", ("x", &x), ("y", &y.0), 0, 1)? {
+            true => Ok(()),
+            false => self.copy(s, x, y),
+        }
     }
 }
 

@@ -43,7 +43,7 @@ fn train(cfg: &Config, kinds: &[StageKind], out: &Path) -> ett::error::Result<()
         ..StageConfig::new(kind, 2, 3)
     };
     cfg.stage = kinds.iter().map(stage).collect();
-    let o = RunOptions { out, init: None, quiet: true, evaluation: &HeldOut };
+    let o = RunOptions::quiet(out, &HeldOut);
     train::run(&cfg, Arc::new(Cpu::new(1)?), &o).map(drop)
 }
 
