@@ -142,6 +142,30 @@ impl From<&Kept> for Key {
     }
 }
 
+/// Names a weight to whoever follows a backward pass, by two numbers of its owner.
+pub type WeightId = (usize, usize);
+
+/// Where the gradient of a weight is added, in the accumulator type.
+#[derive(Clone)]
+pub struct Target {
+    id: Option<WeightId>,
+    tensor: Rc<dyn Fn() -> Result<Tensor>>,
+}
+
+impl Target {
+    /// The tensor that `tensor` returns, which is asked for during the backward pass, as often as something is added.
+    pub fn new(id: WeightId, tensor: impl Fn() -> Result<Tensor> + 'static) -> Self {
+        Target { id: Some(id), tensor: Rc::new(tensor) }
+    }
+}
+
+impl From<Tensor> for Target {
+    /// A weight that has no name.
+    fn from(tensor: Tensor) -> Self {
+        Target { id: None, tensor: Rc::new(move || Ok(tensor.clone())) }
+    }
+}
+
 type Backward = Box<dyn FnOnce(&mut Grads, &[Key]) -> Result<()>>;
 
 struct Node {
@@ -153,9 +177,13 @@ struct Node {
 struct Inner {
     nodes: Vec<Node>,
     next: usize,
-    targets: HashMap<usize, Tensor>,
+    targets: HashMap<usize, Target>,
     /// Whether a weight that is being trained was used; set whether or not the tape records.
     trains: bool,
+    /// The weights with a name, in the order of their first use; set whether or not the tape records.
+    used: Vec<WeightId>,
+    /// The node that used each weight first, which is the last one to add to its gradient.
+    first: HashMap<WeightId, usize>,
 }
 
 /// What a tape computes again in the backward pass instead of keeping it. The bits are the same, because forward passes are
@@ -247,11 +275,14 @@ impl Tape {
     }
 
     /// A weight: its gradient is added to `grad` (accumulator type, same element count), if given.
-    pub fn weight(&self, value: Tensor, grad: Option<Tensor>) -> Var {
+    pub fn weight(&self, value: Tensor, grad: Option<impl Into<Target>>) -> Var {
         let v = self.var(value, grad.is_some());
-        self.inner.borrow_mut().trains |= grad.is_some();
-        if let (true, Some(grad)) = (v.key.grad, grad) {
-            self.inner.borrow_mut().targets.insert(v.key.id, grad);
+        let Some(target) = grad.map(Into::into) else { return v };
+        let mut inner = self.inner.borrow_mut();
+        inner.trains = true;
+        inner.used.extend(target.id);
+        if v.key.grad {
+            inner.targets.insert(v.key.id, target);
         }
         v
     }
@@ -269,12 +300,17 @@ impl Tape {
         outputs: Vec<Tensor>,
         backward: impl FnOnce(&mut Grads, &[Key]) -> Result<()> + 'static,
     ) -> Vec<Var> {
-        self.node(inputs.iter().any(|v| v.key.grad), outputs, backward)
+        let read = || inputs.iter().filter(|v| v.key.grad);
+        let named = |v: &&Var| self.inner.borrow().targets.get(&v.key.id)?.id;
+        let weights: Vec<WeightId> = read().filter_map(named).collect();
+        self.node(read().count() > 0, &weights, outputs, backward)
     }
 
+    /// Records an op that adds to the gradients of `weights`.
     fn node(
         &self,
         grad: bool,
+        weights: &[WeightId],
         outputs: Vec<Tensor>,
         backward: impl FnOnce(&mut Grads, &[Key]) -> Result<()> + 'static,
     ) -> Vec<Var> {
@@ -282,7 +318,11 @@ impl Tape {
         let outputs: Vec<Var> = outputs.into_iter().map(|t| self.var(t, grad)).collect();
         if grad {
             let node = Node { outputs: outputs.iter().map(Var::key).collect(), backward: Box::new(backward) };
-            self.inner.borrow_mut().nodes.push(node);
+            let inner = &mut *self.inner.borrow_mut();
+            for &id in weights {
+                inner.first.entry(id).or_insert(inner.nodes.len());
+            }
+            inner.nodes.push(node);
         }
         outputs
     }
@@ -320,11 +360,12 @@ impl Tape {
         }
         let inner = Tape::inference(self.device(), self.prec);
         let outputs = f(&inner, &inputs.iter().map(Var::detach).collect::<Vec<_>>())?;
-        let grad = inputs.iter().any(|v| v.key.grad) || inner.inner.borrow().trains;
+        let inner = inner.inner.into_inner();
+        let grad = inputs.iter().any(|v| v.key.grad) || inner.trains;
         let outputs = outputs.into_iter().map(|v| v.value).collect();
         let (dev, prec, cheap) = (self.device(), self.prec, self.recomputing.cheap);
         let inputs: Vec<Kept> = inputs.iter().map(Var::keep).collect();
-        Ok(self.node(grad, outputs, move |g, outs| {
+        Ok(self.node(grad, &inner.used, outputs, move |g, outs| {
             let t = Tape::new(dev, prec).recomputing(Recomputing { cheap, blocks: false });
             let mut again = Vec::new();
             for v in &inputs {
@@ -349,7 +390,20 @@ impl Tape {
     /// Runs the tape backwards from `seeds` (values and the gradients they receive). The saved values of a node are
     /// freed as soon as it has run. Gradients of leaves stay in the result.
     pub fn backward(self, seeds: &[(&Var, &Tensor)]) -> Result<Grads> {
+        self.backward_telling(seeds, &mut |_| Ok(()))
+    }
+
+    /// The same, calling `done` for each weight with a name as soon as nothing more will be added to its gradient: the
+    /// weights that a node used first, after it has run.
+    pub fn backward_telling(
+        self,
+        seeds: &[(&Var, &Tensor)],
+        done: &mut dyn FnMut(WeightId) -> Result<()>,
+    ) -> Result<Grads> {
         let inner = self.inner.into_inner();
+        let mut weights: Vec<(usize, WeightId)> =
+            inner.first.into_iter().map(|(id, node)| (node, id)).collect();
+        weights.sort_unstable();
         let mut grads =
             Grads { dev: self.dev, prec: self.prec, slots: HashMap::new(), targets: inner.targets };
         for (v, g) in seeds {
@@ -358,9 +412,12 @@ impl Tape {
             }
             grads.give(*v, (*g).clone())?;
         }
-        for node in inner.nodes.into_iter().rev() {
+        for (i, node) in inner.nodes.into_iter().enumerate().rev() {
             if node.outputs.iter().any(|key| grads.slots.contains_key(&key.id)) {
                 (node.backward)(&mut grads, &node.outputs)?;
+            }
+            while let Some((_, id)) = weights.pop_if(|(first, _)| *first == i) {
+                done(id)?;
             }
         }
         Ok(grads)
@@ -380,7 +437,7 @@ pub struct Grads {
     dev: Arc<dyn Kernels>,
     prec: Precision,
     slots: HashMap<usize, SlotGrad>,
-    targets: HashMap<usize, Tensor>,
+    targets: HashMap<usize, Target>,
 }
 
 impl Grads {
@@ -411,7 +468,7 @@ impl Grads {
             return Ok(());
         }
         if let Some(target) = self.targets.get(&to.id) {
-            let target = target.reshape(g.dims())?;
+            let target = (target.tensor)()?.reshape(g.dims())?;
             return self.dev.accumulate(Stream::COMPUTE, &Accumulate { x: g.view(), y: target.acc() });
         }
         let old = self.slots.entry(to.id).or_default().value.take();
@@ -436,7 +493,7 @@ impl Grads {
             return Ok(None);
         }
         if let Some(t) = self.targets.get(&of.id) {
-            return Ok(Some(t.reshape(of.dims)?));
+            return Ok(Some((t.tensor)()?.reshape(of.dims)?));
         }
         let slot = self.slots.entry(of.id).or_default();
         if slot.acc.is_none() {

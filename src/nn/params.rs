@@ -6,14 +6,14 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use crate::autograd::{Tape, Var};
+use super::reduce::Spans;
+use super::share::{Sharing, Span, place};
+use super::shared::{Form, Kept};
+use crate::autograd::{Tape, Target, Var};
 use crate::backend::{Cast, DType, Dims, Fill, Kernels, Precision, Role, Stream};
 use crate::error::{Error, Result};
 use crate::rng::Philox;
 use crate::tensor::{Tensor, to_f64};
-
-/// Items start at multiples of this many elements: 256 bytes in the smallest type.
-const ALIGN: usize = 128;
 
 /// A parameter: its position in a [`Params`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,23 +88,27 @@ struct Public {
     oihw: bool,
 }
 
-struct Item {
+pub(super) struct Item {
     dims: Dims,
-    offset: usize,
+    pub offset: usize,
     init: Init,
     publics: Vec<Public>,
 }
 
-struct Group {
+pub(super) struct Group {
     name: String,
-    items: Vec<Item>,
-    len: usize,
+    pub items: Vec<Item>,
+    pub len: usize,
+    pub spans: Vec<Span>,
+    /// Products read master weights of the group, too.
+    masters: bool,
 }
 
 /// Collects parameters before memory is allocated for them.
 #[derive(Default)]
 pub struct ParamBuilder {
     groups: Vec<Group>,
+    sharing: Option<Sharing>,
 }
 
 impl ParamBuilder {
@@ -115,7 +119,20 @@ impl ParamBuilder {
 
     /// Starts a group; parameters added afterwards belong to it.
     pub fn group(&mut self, name: &str) {
-        self.groups.push(Group { name: name.into(), items: Vec::new(), len: 0 });
+        let (items, spans) = (Vec::new(), Vec::new());
+        self.groups.push(Group { name: name.into(), items, len: 0, spans, masters: false });
+    }
+
+    /// Says that master weights of the current group are read by [`Params::var_as`], so that every rank needs all of them.
+    pub fn reads_masters(&mut self) {
+        if let Some(group) = self.groups.last_mut() {
+            group.masters = true;
+        }
+    }
+
+    /// Shares what is kept per parameter among ranks; without this, every rank has everything.
+    pub fn share(&mut self, sharing: Sharing) {
+        self.sharing = Some(sharing);
     }
 
     /// Adds a parameter under one public name, with the same shape in files.
@@ -167,11 +184,7 @@ impl ParamBuilder {
         }
         let group = self.groups.len() - 1;
         let g = &mut self.groups[group];
-        let offset = g.len;
-        // A saturated length cannot be allocated; `build` reports it.
-        let len = dims.numel().checked_next_multiple_of(ALIGN).unwrap_or(usize::MAX);
-        g.len = g.len.saturating_add(len);
-        g.items.push(Item { dims, offset, init, publics });
+        g.items.push(Item { dims, offset: 0, init, publics });
         Param { group, item: g.items.len() - 1 }
     }
 
@@ -189,8 +202,14 @@ impl ParamBuilder {
         seed: u64,
         given: &dyn Fn(&str) -> bool,
     ) -> Result<Params> {
+        let sharing = self.sharing.unwrap_or(Sharing::ALONE);
         let mut groups = Vec::new();
-        for layout in self.groups {
+        for mut layout in self.groups {
+            // A saturated length cannot be allocated.
+            let lengths: Vec<usize> = layout.items.iter().map(|i| i.dims.numel()).collect();
+            let (offsets, spans, len) = place(&lengths, &sharing);
+            layout.items.iter_mut().zip(offsets).for_each(|(item, offset)| item.offset = offset);
+            (layout.spans, layout.len) = (spans, len);
             let largest = layout.items.iter().find(|i| i.dims.bytes(prec.acc).is_none());
             if let Some((item, name)) = largest.and_then(|i| Some((i, &i.publics.first()?.name))) {
                 let got = format!("{name} {}", item.dims);
@@ -201,15 +220,18 @@ impl ParamBuilder {
                     "fewer elements, so that they can be addressed",
                 ));
             }
-            let master = Tensor::empty(&*dev, Role::Weight, prec.acc, [layout.len])?;
-            dev.fill(Stream::COMPUTE, &Fill { y: master.out(), value: 0.0 })?;
             let shadow = match prec.act == prec.acc {
                 true => None,
-                false => Some(Tensor::empty(&*dev, Role::Weight, prec.act, [layout.len])?),
+                false => Some(Tensor::empty(&*dev, Role::Weight, prec.act, [len])?),
             };
+            let parts = sharing.state && shadow.is_some() && !layout.masters;
+            let master = Kept::empty(&*dev, Role::Weight, prec.acc, len, parts.then_some(&sharing))?;
+            let zeros = |y: &Tensor| dev.fill(Stream::COMPUTE, &Fill { y: y.out(), value: 0.0 });
+            zeros(&master.tensor)?;
+            shadow.iter().try_for_each(zeros)?;
             groups.push(Store { layout: Arc::new(layout), master, shadow, train: None, ema: None });
         }
-        let params = Params { dev, prec, groups };
+        let params = Params { dev, prec, sharing, groups };
         params.draw(seed, given)?;
         Ok(params)
     }
@@ -224,15 +246,17 @@ pub struct Training {
     pub m: Tensor,
     /// Second moment.
     pub v: Tensor,
+    /// Where the backward pass adds to, if `grad` has only the own parts of the sums over the ranks.
+    pub(super) spans: Option<Arc<Spans>>,
 }
 
 #[derive(Clone)]
-struct Store {
-    layout: Arc<Group>,
-    master: Tensor,
-    shadow: Option<Tensor>,
-    train: Option<Training>,
-    ema: Option<Tensor>,
+pub(super) struct Store {
+    pub layout: Arc<Group>,
+    pub master: Kept,
+    pub shadow: Option<Tensor>,
+    pub train: Option<Training>,
+    pub ema: Option<Kept>,
 }
 
 /// One of the tensors kept per parameter.
@@ -262,9 +286,10 @@ pub struct HostTensor {
 /// All parameters of a model. A clone shares their memory.
 #[derive(Clone)]
 pub struct Params {
-    dev: Arc<dyn Kernels>,
+    pub(super) dev: Arc<dyn Kernels>,
     prec: Precision,
-    groups: Vec<Store>,
+    pub(super) sharing: Sharing,
+    pub(super) groups: Vec<Store>,
 }
 
 fn key(name: &str) -> u64 {
@@ -279,8 +304,8 @@ impl Params {
                 for item in &g.layout.items {
                     let row = item.dims.numel() / item.dims.as_slice().first().copied().unwrap_or(1).max(1);
                     for p in item.publics.iter().filter(|p| !given(&p.name)) {
-                        let to = g.master.range(item.offset + p.rows.start * row, p.rows.len() * row)?;
-                        self.draw_into(&to, item.init, seed, &p.name)?;
+                        let at = item.offset + p.rows.start * row;
+                        self.draw_into(g, at..at + p.rows.len() * row, item.init, seed, &p.name)?;
                     }
                 }
             }
@@ -289,13 +314,15 @@ impl Params {
     }
 
     /// Draws the values of one public tensor, in pieces that bound the memory of the host.
-    fn draw_into(&self, to: &Tensor, init: Init, seed: u64, name: &str) -> Result<()> {
+    fn draw_into(&self, g: &Store, to: Range<usize>, init: Init, seed: u64, name: &str) -> Result<()> {
         const PIECE: usize = 16 << 20;
-        let n = to.dims().numel();
-        for start in (0..n).step_by(PIECE) {
-            let mut values = vec![0.0; PIECE.min(n - start)];
+        for start in (0..to.len()).step_by(PIECE) {
+            let mut values = vec![0.0; PIECE.min(to.len() - start)];
             init.fill(&mut values, start, seed, name);
-            self.write(&to.range(start, values.len())?, &values)?;
+            let at = to.start + start;
+            for (of, part) in self.places(g, &g.master.tensor, g.master.form(), at..at + values.len())? {
+                self.write(&part, &values[of])?;
+            }
         }
         Ok(())
     }
@@ -303,16 +330,6 @@ impl Params {
     fn write(&self, to: &Tensor, values: &[f64]) -> Result<()> {
         let t = Tensor::from_f64(&*self.dev, Role::Input, to.dtype(), values, to.dims())?;
         self.dev.cast(Stream::COMPUTE, &Cast { x: t.view(), y: to.out() })
-    }
-
-    /// Rounds the master weights into the copies that products read.
-    pub fn refresh(&self) -> Result<()> {
-        for g in &self.groups {
-            if let Some(s) = &g.shadow {
-                self.dev.cast(Stream::COMPUTE, &Cast { x: g.master.view(), y: s.out() })?;
-            }
-        }
-        Ok(())
     }
 
     /// The device that holds the parameters.
@@ -342,28 +359,20 @@ impl Params {
 
     /// Allocates zeroed gradients and moments for these groups and frees those of all others.
     pub fn train(&mut self, groups: &[&str]) -> Result<()> {
+        let Sharing { ranks, state, gradients, .. } = self.sharing;
         for g in &mut self.groups {
             g.train = None;
             if groups.contains(&g.layout.name.as_str()) {
-                let n = g.layout.len;
-                let zeros = |role| Tensor::zeros(&*self.dev, role, self.prec.acc, [n]);
+                let zeros = |role, parts: bool| {
+                    let n = if parts { g.layout.len / ranks } else { g.layout.len };
+                    Tensor::zeros(&*self.dev, role, self.prec.acc, [n])
+                };
                 g.train = Some(Training {
-                    grad: zeros(Role::Gradient)?,
-                    m: zeros(Role::Moment)?,
-                    v: zeros(Role::Moment)?,
+                    grad: zeros(Role::Gradient, gradients)?,
+                    m: zeros(Role::Moment, state)?,
+                    v: zeros(Role::Moment, state)?,
+                    spans: gradients.then(|| Arc::new(Spans::of(&g.layout.spans))),
                 });
-            }
-        }
-        Ok(())
-    }
-
-    /// Starts averages of these groups from the current weights; existing averages are kept.
-    pub fn average(&mut self, groups: &[&str]) -> Result<()> {
-        for g in &mut self.groups {
-            if groups.contains(&g.layout.name.as_str()) && g.ema.is_none() {
-                let ema = Tensor::empty(&*self.dev, Role::Ema, self.prec.acc, [g.layout.len])?;
-                self.dev.cast(Stream::COMPUTE, &Cast { x: g.master.view(), y: ema.out() })?;
-                g.ema = Some(ema);
             }
         }
         Ok(())
@@ -376,14 +385,8 @@ impl Params {
         }
     }
 
-    /// Swaps weights and averages of every group that has averages, for an evaluation; call again to undo.
-    pub fn swap_averages(&mut self) -> Result<()> {
-        for g in &mut self.groups {
-            if let Some(ema) = &mut g.ema {
-                std::mem::swap(&mut g.master, ema);
-            }
-        }
-        self.refresh()
+    pub(super) fn is_one_of(&self, group: usize, names: &[&str]) -> bool {
+        names.contains(&self.groups[group].layout.name.as_str())
     }
 
     /// Gradients and moments of a group; `None` if it is frozen.
@@ -391,9 +394,9 @@ impl Params {
         self.groups[group].train.as_ref()
     }
 
-    /// Master weights of a group, in the accumulator type.
+    /// Master weights of a group, in the accumulator type: all, or this rank's own parts.
     pub fn master(&self, group: usize) -> &Tensor {
-        &self.groups[group].master
+        &self.groups[group].master.tensor
     }
 
     /// The copy that products read, if it differs from the master weights.
@@ -401,9 +404,9 @@ impl Params {
         self.groups[group].shadow.as_ref()
     }
 
-    /// Averages of a group.
+    /// Averages of a group: all, or this rank's own parts.
     pub fn ema(&self, group: usize) -> Option<&Tensor> {
-        self.groups[group].ema.as_ref()
+        self.groups[group].ema.as_ref().map(|ema| &ema.tensor)
     }
 
     /// Every tensor of a group that an optimizer step changes: master weights, moments, averages, and the copy that
@@ -411,12 +414,14 @@ impl Params {
     pub fn stepped(&self, group: usize) -> Vec<&Tensor> {
         let g = &self.groups[group];
         let moments = g.train.iter().flat_map(|t| [&t.m, &t.v]);
-        [&g.master].into_iter().chain(moments).chain(&g.ema).chain(&g.shadow).collect()
+        let kept = [Some(&g.master), g.ema.as_ref()].into_iter().flatten().map(|kept| &kept.tensor);
+        kept.chain(moments).chain(&g.shadow).collect()
     }
 
     /// Sets all gradients to zero.
     pub fn zero_grad(&self) -> Result<()> {
-        for t in self.groups.iter().filter_map(|g| g.train.as_ref()) {
+        // Where `grad` has parts of sums, these are overwritten, and a backward pass begins with zeros.
+        for t in self.groups.iter().filter_map(|g| g.train.as_ref()).filter(|t| t.spans.is_none()) {
             self.dev.fill(Stream::COMPUTE, &Fill { y: t.grad.out(), value: 0.0 })?;
         }
         Ok(())
@@ -433,13 +438,33 @@ impl Params {
         let g = &self.groups[p.group];
         let item = &g.layout.items[p.item];
         let n = item.dims.numel();
-        let rounded = g.shadow.as_ref().filter(|_| dtype != g.master.dtype());
-        let value = rounded.unwrap_or(&g.master).range(item.offset, n)?.reshape(item.dims)?;
-        let grad = match &g.train {
-            Some(t) => Some(t.grad.range(item.offset, n)?.reshape(item.dims)?),
-            None => None,
-        };
-        Ok(tape.weight(value, grad))
+        let master = &g.master.tensor;
+        let rounded = g.shadow.as_ref().filter(|_| dtype != master.dtype());
+        if rounded.is_none() && g.master.parts {
+            let got = format!("{dtype} of group {}", g.layout.name);
+            return Err(Error::arg("var_as", "dtype", got, "one of which every rank has all weights"));
+        }
+        let value = rounded.unwrap_or(master).range(item.offset, n)?.reshape(item.dims)?;
+        Ok(tape.weight(value, self.gradient(p.group, p.item)?))
+    }
+
+    /// Where the gradient of a parameter is added; `None` if its group is frozen.
+    fn gradient(&self, group: usize, item: usize) -> Result<Option<Target>> {
+        let g = &self.groups[group];
+        let Item { offset, dims, .. } = &g.layout.items[item];
+        let (n, dims) = (dims.numel(), *dims);
+        let Some(t) = &g.train else { return Ok(None) };
+        let id = (group, item);
+        Ok(Some(match &t.spans {
+            None => {
+                let grad = t.grad.range(*offset, n)?.reshape(dims)?;
+                Target::new(id, move || Ok(grad.clone()))
+            }
+            Some(spans) => {
+                let (dev, spans, at, acc) = (self.dev.clone(), spans.clone(), *offset, self.prec.acc);
+                Target::new(id, move || spans.tensor(&*dev, acc, at, n)?.reshape(dims))
+            }
+        }))
     }
 
     /// A parameter as a value on a tape that no gradient reaches.
@@ -462,13 +487,15 @@ impl Params {
         })
     }
 
-    fn source<'a>(&'a self, g: &'a Store, stored: Stored) -> Option<&'a Tensor> {
+    fn source<'a>(&'a self, g: &'a Store, stored: Stored) -> Option<(&'a Tensor, Form)> {
+        let of = |parts: bool| if parts { Form::Parts } else { Form::Whole };
+        let state = of(self.sharing.state);
         match stored {
-            Stored::Master => Some(&g.master),
-            Stored::Gradient => g.train.as_ref().map(|t| &t.grad),
-            Stored::Ema => g.ema.as_ref(),
-            Stored::Moment1 => g.train.as_ref().map(|t| &t.m),
-            Stored::Moment2 => g.train.as_ref().map(|t| &t.v),
+            Stored::Master => Some((&g.master.tensor, g.master.form())),
+            Stored::Gradient => g.train.as_ref().map(|t| (&t.grad, self.sharing.form_of_gradients())),
+            Stored::Ema => g.ema.as_ref().map(|ema| (&ema.tensor, ema.form())),
+            Stored::Moment1 => g.train.as_ref().map(|t| (&t.m, state)),
+            Stored::Moment2 => g.train.as_ref().map(|t| (&t.v, state)),
         }
     }
 
@@ -477,23 +504,37 @@ impl Params {
         self.groups.iter().any(|g| g.layout.name == group && self.source(g, stored).is_some())
     }
 
-    /// A public tensor in the layout of files; `None` for an unknown name or a copy that does not exist.
+    /// A public tensor in the layout of files; `None` for an unknown name or a copy that does not exist. Where ranks share
+    /// the copy, all of them call this at the same point, or [`Params::attend`].
     pub fn read(&self, name: &str, stored: Stored) -> Result<Option<HostTensor>> {
-        let Some((g, item, p)) = self.find(name) else { return Ok(None) };
-        let Some(from) = self.source(g, stored) else { return Ok(None) };
-        let n: usize = p.dims.iter().product();
-        let row = n / p.rows.len().max(1);
-        let values = from.range(item.offset + p.rows.start * row, n)?.to_f64(&*self.dev)?;
+        let Some((g, at, p)) = self.elements(name) else { return Ok(None) };
+        let Some((from, form)) = self.source(g, stored) else { return Ok(None) };
+        let values = self.collect(g, from, form, at)?;
         let values = if p.oihw { permute(&values, &p.dims, true) } else { values };
         Ok(Some(HostTensor { dims: p.dims.clone(), values }))
     }
 
-    /// The first `n` values of one copy of a public tensor, and its name in files.
-    fn target(&self, name: &str, stored: Stored, n: usize) -> Result<(Tensor, &Public)> {
-        let Some((g, item, p)) = self.find(name) else {
+    /// Gives this rank's parts to the ranks that read a public tensor.
+    pub fn attend(&self, name: &str, stored: Stored) -> Result<()> {
+        let Some((g, at, _)) = self.elements(name) else { return Ok(()) };
+        let Some((from, form)) = self.source(g, stored) else { return Ok(()) };
+        self.gathered(g, from, form, &at).try_for_each(|piece| piece.map(drop))
+    }
+
+    /// The elements of a public tensor in its group.
+    fn elements(&self, name: &str) -> Option<(&Store, Range<usize>, &Public)> {
+        let (g, item, p) = self.find(name)?;
+        let n: usize = p.dims.iter().product();
+        let at = item.offset + p.rows.start * (n / p.rows.len().max(1));
+        Some((g, at..at + n, p))
+    }
+
+    /// Where this rank keeps the first `n` values of one copy of a public tensor: which values, and the tensors for them.
+    fn target(&self, name: &str, stored: Stored, n: usize) -> Result<(Vec<(Range<usize>, Tensor)>, &Public)> {
+        let Some((g, at, p)) = self.elements(name) else {
             return Err(Error::arg("write_public", "name", name, "a parameter of this model"));
         };
-        let Some(to) = self.source(g, stored) else {
+        let Some((to, form)) = self.source(g, stored) else {
             return Err(Error::arg(
                 "write_public",
                 "stored",
@@ -501,16 +542,16 @@ impl Params {
                 "one that the group has",
             ));
         };
-        let all: usize = p.dims.iter().product();
-        let row = all / p.rows.len().max(1);
-        if n > all || !n.is_multiple_of(row.max(1)) || (p.oihw && n != all) {
+        let row = at.len() / p.rows.len().max(1);
+        if n > at.len() || !n.is_multiple_of(row.max(1)) || (p.oihw && n != at.len()) {
             let want = format!("rows of {:?}", p.dims);
             return Err(Error::arg("write_public", "values", format!("{n} of {name}"), want));
         }
-        Ok((to.range(item.offset + p.rows.start * row, n)?, p))
+        Ok((self.places(g, to, form, at.start..at.start + n)?, p))
     }
 
-    /// Overwrites one copy of a public tensor. After writing master weights, call [`Params::refresh`].
+    /// Overwrites one copy of a public tensor. After writing master weights, call [`Params::refresh`]. Where ranks share the
+    /// copy, each keeps its own parts of the values.
     pub fn write_public(&self, name: &str, stored: Stored, t: &HostTensor) -> Result<()> {
         let (_, p) = self.target(name, stored, t.values.len())?;
         if t.dims != p.dims {
@@ -527,27 +568,29 @@ impl Params {
     /// Overwrites the first rows of one copy of a public tensor, or all of them.
     pub fn write_rows(&self, name: &str, stored: Stored, values: &[f64]) -> Result<()> {
         let (to, p) = self.target(name, stored, values.len())?;
-        match p.oihw {
-            true => self.write(&to, &permute(values, &p.dims, false)),
-            false => self.write(&to, values),
-        }
+        let permuted = p.oihw.then(|| permute(values, &p.dims, false));
+        let values = permuted.as_deref().unwrap_or(values);
+        to.into_iter().try_for_each(|(of, to)| self.write(&to, &values[of]))
     }
 
     /// The same with values as a file stores them, row-major, which the device converts.
     pub fn write_stored(&self, name: &str, stored: Stored, dtype: DType, bytes: &[u8]) -> Result<()> {
         /// Values that are on the device in both types at a time.
         const PIECE: usize = 16 << 20;
-        let (to, p) = self.target(name, stored, bytes.len() / dtype.size())?;
+        let (all, p) = self.target(name, stored, bytes.len() / dtype.size())?;
         // Only a few weights are of convolutions.
         if p.oihw {
             return self.write_rows(name, stored, &to_f64(dtype, bytes));
         }
-        for (i, piece) in bytes.chunks(PIECE * dtype.size()).enumerate() {
-            let n = piece.len() / dtype.size();
-            let from = Tensor::empty(&*self.dev, Role::Input, dtype, [n])?;
-            self.dev.copy_in(Stream::COMPUTE, piece, from.out())?;
-            let to = to.range(i * PIECE, n)?;
-            self.dev.cast(Stream::COMPUTE, &Cast { x: from.view(), y: to.out() })?;
+        for (of, to) in all {
+            let bytes = &bytes[of.start * dtype.size()..of.end * dtype.size()];
+            for (i, piece) in bytes.chunks(PIECE * dtype.size()).enumerate() {
+                let n = piece.len() / dtype.size();
+                let from = Tensor::empty(&*self.dev, Role::Input, dtype, [n])?;
+                self.dev.copy_in(Stream::COMPUTE, piece, from.out())?;
+                let to = to.range(i * PIECE, n)?;
+                self.dev.cast(Stream::COMPUTE, &Cast { x: from.view(), y: to.out() })?;
+            }
         }
         Ok(())
     }
