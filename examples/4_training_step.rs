@@ -46,7 +46,7 @@ pub fn main() -> Result<(), Box<dyn Error>> {
     rows.write(&mut block);
     let block = block.upload(&*dev, Stream::COMPUTE)?;
     let packed = Packed::of(&mut Parts::of(&block), rows.sizes())?;
-    let batch = [Batch { images: vec![], packed: Some(packed) }];
+    let batch = [Batch { images: vec![], packed: Some(packed), most: None }];
 
     let hyper = Hyper { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.01, ema_decay: 0.0, clip: 1.0 };
     let optimizer = Optimizer::new(&model.params, &stage.groups, hyper)?;

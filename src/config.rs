@@ -491,7 +491,7 @@ pub struct TrainConfig {
     /// What several ranks share among them instead of keeping it whole, with the same bits.
     pub shard: Shard,
     /// Gradients that are reduced over the ranks at a time, in MiB: while the backward pass goes on with others.
-    pub range_mib: usize,
+    pub range_mib: f64,
     /// Seconds without progress of a rank after which the run ends. Saving, evaluation and the first step of a stage may
     /// take longer.
     pub stall_s: usize,
@@ -521,7 +521,7 @@ impl Default for TrainConfig {
             eval_every: 0,
             usage_window: 65536,
             shard: Shard::Optimizer,
-            range_mib: 64,
+            range_mib: 64.0,
             stall_s: 60,
         }
     }
@@ -1133,7 +1133,6 @@ impl Config {
             ("train.keep", train.keep, 1..=MAX_COUNT),
             ("train.eval_every", train.eval_every, 0..=MAX_COUNT),
             ("train.usage_window", train.usage_window, 1..=MAX_COUNT),
-            ("train.range_mib", train.range_mib, 1..=MAX_COUNT),
             ("train.stall_s", train.stall_s, 1..=MAX_COUNT),
             ("sampling.top_k", sampling.top_k, 0..=MAX_INDEX),
         ] {

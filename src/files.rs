@@ -199,11 +199,17 @@ pub fn is_full(e: &Error) -> bool {
 /// A file to which lines are appended, such as `metrics.jsonl`.
 pub struct Lines {
     path: PathBuf,
-    file: BufWriter<File>,
+    /// `None`: they are written nowhere.
+    file: Option<BufWriter<File>>,
     bytes: u64,
 }
 
 impl Lines {
+    /// Lines that are written nowhere, as those of a rank that does not write the files of its run.
+    pub fn nowhere() -> Self {
+        Lines { path: PathBuf::new(), file: None, bytes: 0 }
+    }
+
     /// Continues after the first `bytes` bytes, as returned by [`Lines::sync`] (0 for a new file); later lines are
     /// cut off. If the file is shorter or missing, its complete lines are kept and a warning is logged.
     pub fn resume(path: &Path, bytes: u64) -> Result<Self> {
@@ -221,19 +227,22 @@ impl Lines {
         }
         file.set_len(keep).map_err(io)?;
         file.seek(SeekFrom::Start(keep)).map_err(io)?;
-        Ok(Lines { path: path.into(), file: BufWriter::new(file), bytes: keep })
+        Ok(Lines { path: path.into(), file: Some(BufWriter::new(file)), bytes: keep })
     }
 
     /// Appends a line, given without its line break.
     pub fn push(&mut self, line: &str) -> Result<()> {
-        writeln!(self.file, "{line}").map_err(Error::io(&self.path))?;
+        let Some(file) = &mut self.file else { return Ok(()) };
+        writeln!(file, "{line}").map_err(Error::io(&self.path))?;
         self.bytes += line.len() as u64 + 1;
         Ok(())
     }
 
     /// Waits until all lines are on disk and returns their length in bytes.
     pub fn sync(&mut self) -> Result<u64> {
-        self.file.flush().and_then(|()| self.file.get_ref().sync_all()).map_err(Error::io(&self.path))?;
+        if let Some(file) = &mut self.file {
+            file.flush().and_then(|()| file.get_ref().sync_all()).map_err(Error::io(&self.path))?;
+        }
         Ok(self.bytes)
     }
 }

@@ -175,7 +175,7 @@ fn run(command: Option<Command>) -> Result<()> {
         Some(Command::Speed { config, stage, steps, json, set, common }) => {
             let cfg = load_config(&config, &set)?;
             let kind = stage.map(|name| StageKind::named(&name)).transpose()?;
-            let all = train::speed(&cfg, &|| common.device(&cfg), kind, steps, &HeldOut)?;
+            let all = train::speed(&cfg, &|| common.device(&cfg), kind, steps, &HeldOut, &Group::alone())?;
             if let Some(path) = json {
                 train::write_speeds(&all, &path)?;
             }

@@ -18,6 +18,8 @@ pub struct Batch {
     pub images: Vec<Tensor>,
     /// Packed sequences that refer to these images.
     pub packed: Option<Packed>,
+    /// Visual tokens of the rank that has the most; `None`: all ranks have as many.
+    pub most: Option<usize>,
 }
 
 impl Batch {
@@ -169,7 +171,7 @@ impl Uploaded {
             let images =
                 images.iter().map(|&dims| arrays.take(DType::U8, dims)).collect::<Result<Vec<_>>>()?;
             let packed = rows.map(|sizes| Packed::of(&mut arrays, sizes)).transpose()?;
-            parts.push(Batch { images, packed });
+            parts.push(Batch { images, packed, most: None });
         }
         Ok(Uploaded { block, parts })
     }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::weights::{Entry, Note, TensorFile, write_tensors};
+use super::weights::{Entry, Note, TensorFile, attend, write_tensors};
 use super::{Fingerprint, History, TOKENIZER};
 use crate::error::{Error, Result};
 use crate::files::{self, FileWriter, Written, replace, sync_dir, write_synced};
@@ -72,6 +72,13 @@ pub(crate) struct Contents {
     pub trained: Vec<String>,
     /// The groups with averages.
     pub averaged: Vec<String>,
+    /// Number of ranks that the run had.
+    #[serde(default = "one")]
+    pub ranks: usize,
+}
+
+fn one() -> usize {
+    1
 }
 
 /// `state.json`.
@@ -93,7 +100,8 @@ struct Listed {
 
 /// A checkpoint being written.
 pub(crate) struct Draft<'a> {
-    folder: &'a Path,
+    /// `None`: this rank takes part, but another one writes.
+    folder: Option<&'a Path>,
     name: &'a str,
     files: Vec<Listed>,
 }
@@ -101,14 +109,16 @@ pub(crate) struct Draft<'a> {
 impl Draft<'_> {
     /// Writes a file.
     pub fn file(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
-        let written = write_synced(&self.folder.join(name), bytes)?;
+        let Some(folder) = self.folder else { return Ok(()) };
+        let written = write_synced(&folder.join(name), bytes)?;
         self.list(name, written);
         Ok(())
     }
 
     /// Writes tensors in the safetensors format, with a note in the header.
     pub fn tensors(&mut self, name: &str, entries: Vec<Entry>, note: Option<&Note>) -> Result<()> {
-        let mut file = FileWriter::create(&self.folder.join(name))?;
+        let Some(folder) = self.folder else { return attend(entries) };
+        let mut file = FileWriter::create(&folder.join(name))?;
         write_tensors(&mut file, entries, note)?;
         let written = file.finish()?;
         self.list(name, written);
@@ -121,18 +131,23 @@ impl Draft<'_> {
     }
 
     /// Writes `state.json`, which completes the checkpoint.
-    fn finish(self, progress: &Progress, contents: Contents) -> Result<()> {
+    fn finish(self, folder: &Path, progress: &Progress, contents: Contents) -> Result<()> {
         let state = State { format: FORMAT, progress: progress.clone(), contents, files: self.files };
-        let path = self.folder.join(STATE);
+        let path = folder.join(STATE);
         let state = serde_json::to_string_pretty(&state)
             .map_err(|e| Error::data(&path, format!("cannot be written ({e})")))?;
         let text = format!("{}{:08x}{}{state}}}\n", SUM[0], crc32fast::hash(state.as_bytes()), SUM[1]);
         write_synced(&path, text.as_bytes())?;
         phase(self.name, STATE);
-        sync_dir(self.folder)?;
+        sync_dir(folder)?;
         phase(self.name, "synced");
         Ok(())
     }
+}
+
+/// The name of a checkpoint's folder.
+fn name(progress: &Progress) -> String {
+    format!("step-{:08}", progress.total)
 }
 
 /// The checkpoints of a run.
@@ -155,6 +170,17 @@ impl Checkpoints {
         fill: impl FnOnce(&mut Draft) -> Result<Contents>,
     ) -> Result<PathBuf> {
         self.place(progress, fill).map_err(|e| self.explain(e))
+    }
+
+    /// Takes part in [`Checkpoints::write`] of rank 0, which writes the files, and returns the folder.
+    pub(crate) fn attend(
+        &self,
+        progress: &Progress,
+        fill: impl FnOnce(&mut Draft) -> Result<Contents>,
+    ) -> Result<PathBuf> {
+        let name = name(progress);
+        fill(&mut Draft { folder: None, name: &name, files: Vec::new() })?;
+        Ok(self.run.join(CHECKPOINTS).join(name))
     }
 
     /// For a full disk, adds to the error which checkpoint the run can be resumed from; returns other errors
@@ -188,7 +214,7 @@ impl Checkpoints {
             sync_dir(&self.run)?;
         }
         sweep(&all)?;
-        let name = format!("step-{:08}", progress.total);
+        let name = name(progress);
         let (part, to) = (all.join(format!(".{name}.part")), all.join(&name));
         std::fs::create_dir(&part).map_err(Error::io(&part))?;
         phase(&name, "begun");
@@ -196,8 +222,8 @@ impl Checkpoints {
             let _ = std::fs::remove_dir_all(&part);
             e
         };
-        let mut draft = Draft { folder: &part, name: &name, files: Vec::new() };
-        fill(&mut draft).and_then(|contents| draft.finish(progress, contents)).map_err(undo)?;
+        let mut draft = Draft { folder: Some(&part), name: &name, files: Vec::new() };
+        fill(&mut draft).and_then(|contents| draft.finish(&part, progress, contents)).map_err(undo)?;
         // A checkpoint of this step exists if a run was killed before it became the latest, or if it is saved twice.
         // A crash between the two renames leaves the temporary folder, which `latest` then uses.
         let before = aside(&to)?;

@@ -182,7 +182,8 @@ pub fn write_file(path: &Path, tensors: &[(String, HostTensor, Encoding)]) -> Re
     Ok(())
 }
 
-/// Entries for one copy of all parameters that have it, under their public names with a prefix.
+/// Entries for one copy of all parameters that have it, under their public names with a prefix. Where ranks share the copy,
+/// rank 0 gets the values, and all others ask for the values of the same entries in the same order, see [`attend`].
 pub fn entries<'a>(params: &'a Params, stored: Stored, prefix: &str) -> Vec<Entry<'a>> {
     let encoding = lossless(params.precision());
     let kept = params.names().filter(|(_, group, _)| params.has(group, stored));
@@ -190,9 +191,17 @@ pub fn entries<'a>(params: &'a Params, stored: Stored, prefix: &str) -> Vec<Entr
         name: format!("{prefix}{name}"),
         dims: dims.to_vec(),
         encoding,
-        values: Box::new(move || Ok(params.read(name, stored)?.map_or(vec![], |t| t.values))),
+        values: Box::new(move || match params.sharing().rank {
+            0 => Ok(params.read(name, stored)?.map_or(vec![], |t| t.values)),
+            _ => params.attend(name, stored).map(|()| vec![]),
+        }),
     };
     kept.map(entry).collect()
+}
+
+/// What a rank does that writes no files, while rank 0 writes these entries.
+pub fn attend(entries: Vec<Entry>) -> Result<()> {
+    entries.into_iter().try_for_each(|entry| (entry.values)().map(drop))
 }
 
 /// One sentence with at most 20 of the problems.

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use super::tokenizer::{Discriminator, DiscriminatorState, Lpips, Tokenizer};
 use super::{Keys, Llm, Packed, Projector, VisualHead};
 use crate::autograd::{Tape, Var};
-use crate::backend::{DType, Kernels, Metric, Nearest, Pick, Role, Stream};
-use crate::config::{Arm, Config, QuantizerKind};
+use crate::backend::{DType, Kernels, Metric, Nearest, Pick, Precision, Role, Stream};
+use crate::config::{Arm, Config, QuantizerKind, Shard};
 use crate::error::{Error, Result};
-use crate::nn::{Init, Param, ParamBuilder, Params};
+use crate::nn::{Init, Param, ParamBuilder, Params, Sharing};
 use crate::ops;
 use crate::tensor::Tensor;
 
@@ -42,6 +42,13 @@ pub struct Ett {
     pub visual_head: Option<VisualHead>,
 }
 
+/// How the ranks of a device share what is kept per parameter.
+fn sharing(cfg: &Config, dev: &dyn Kernels, prec: Precision) -> Sharing {
+    let bytes = (cfg.train.range_mib * f64::from(1 << 20)) as usize;
+    let shard = cfg.train.shard;
+    Sharing::between(dev, bytes, prec.acc.size(), shard != Shard::None, shard == Shard::Gradients)
+}
+
 impl Ett {
     /// Builds the model with fresh weights; `arm` decides how visual tokens enter the language model.
     pub fn new(cfg: &Config, dev: Arc<dyn Kernels>) -> Result<Self> {
@@ -53,6 +60,7 @@ impl Ett {
         cfg.check()?;
         let prec = cfg.precision()?;
         let mut b = ParamBuilder::new();
+        b.share(sharing(cfg, &*dev, prec));
         let tokenizer = Tokenizer::new(&mut b, &cfg.tokenizer, &cfg.quantizer);
         let discriminator = Discriminator::new(&mut b, &cfg.discriminator);
         let lpips = Lpips::new(&mut b, &cfg.lpips);

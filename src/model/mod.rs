@@ -9,6 +9,8 @@ pub mod tokenizer;
 
 pub use ett::{Ett, VisualInput};
 pub use llm::{Cache, Keys, Llm};
-pub use modules::{Carried, MODULES, Module, PER_TOKEN, TrainedBy, is_of_llm, is_of_tokenizer, tuned};
+pub use modules::{
+    BACKWARD, Carried, MODULES, Module, PER_TOKEN, TrainedBy, is_of_llm, is_of_tokenizer, tuned,
+};
 pub use pack::{FlatBatch, Packed, Part, Sizes};
 pub use projector::{Projector, VisualHead};

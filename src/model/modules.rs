@@ -119,6 +119,10 @@ pub const MODULES: [Module; 8] = [
     },
 ];
 
+/// The groups in the order in which a backward pass is done with their gradients, as far as it trains them.
+pub const BACKWARD: [&str; 8] =
+    ["visual_head", "llm", "visual_embed", "projector", "decoder", "encoder", "discriminator", "lpips"];
+
 /// The matrices with a row per token of the vocabulary: the embedding, and the output head if it is one of its own.
 pub const PER_TOKEN: [&str; 2] = ["model.embed_tokens.weight", "lm_head.weight"];
 
@@ -158,6 +162,16 @@ impl Ett {
         self.discriminator_state.carried()
     }
 
+    /// Those of [`Ett::carried`] of which every rank has its own, unless `discriminator.sync` is set, and on which training
+    /// depends. BatchNorm's running statistics are those of rank 0, as with PyTorch.
+    pub fn own_of_rank(&self) -> Vec<(String, &Tensor)> {
+        let own = |(name, carried)| match carried {
+            Carried::Tensor(t) if std::ptr::eq(t, &self.discriminator_state.lecam) => Some((name, t)),
+            _ => None,
+        };
+        self.carried().into_iter().filter_map(own).collect()
+    }
+
     /// Overwrites a piece of state named by [`Ett::carried`].
     pub fn set_carried(&mut self, name: &str, values: &[f64]) -> Result<()> {
         let count = match self.carried().into_iter().find(|(n, _)| n == name) {
@@ -193,6 +207,9 @@ mod tests {
             groups.sort_unstable();
             modules.sort_unstable();
             assert_eq!(groups, modules);
+            let mut backward = BACKWARD.to_vec();
+            backward.sort_unstable();
+            assert_eq!(groups, backward);
         }
         Ok(())
     }

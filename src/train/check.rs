@@ -64,7 +64,7 @@ pub fn check(
         (false, _) => 0,
     };
     let codes = if stage.recipe.codes { grid.tokens() } else { 0 };
-    let batch = Batch { images, packed };
+    let batch = Batch { images, packed, most: None };
 
     let parts = [batch];
     // The gradients are written as computed, so there is no clipping; there is no weight decay either.

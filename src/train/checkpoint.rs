@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use super::Optimizer;
+use crate::backend::{Kernels, Role, Stream};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::formats::Encoding;
@@ -12,16 +13,22 @@ use crate::io::checkpoints::{self, Contents, Draft, TRAINING, WINDOW};
 use crate::io::weights::{Entry, Note, TensorFile, entries, lossless, misfit};
 use crate::io::{CONFIG, Checkpoints, EMA, Fingerprint, Progress, TOKENIZER, WEIGHTS, config_text};
 use crate::model::{Carried, Ett};
-use crate::nn::Stored;
+use crate::nn::{HostTensor, Stored};
+use crate::tensor::Tensor;
 
-/// Saves everything needed to resume a run as its latest checkpoint and returns the checkpoint's folder.
+/// Saves everything needed to resume a run as its latest checkpoint and returns the checkpoint's folder. All ranks call this at
+/// the same point; rank 0 writes.
 pub fn save(
     checkpoints: &Checkpoints,
     model: &Ett,
     optimizers: &[&Optimizer],
     progress: &Progress,
 ) -> Result<PathBuf> {
-    checkpoints.write(progress, |draft| fill(draft, model, optimizers, progress))
+    let fill = |draft: &mut Draft| fill(draft, model, optimizers, progress);
+    match model.params.device().collectives().rank() {
+        0 => checkpoints.write(progress, fill),
+        _ => checkpoints.attend(progress, fill),
+    }
 }
 
 fn fill(draft: &mut Draft, model: &Ett, optimizers: &[&Optimizer], progress: &Progress) -> Result<Contents> {
@@ -45,6 +52,16 @@ fn fill(draft: &mut Draft, model: &Ett, optimizers: &[&Optimizer], progress: &Pr
         let (encoding, dims) = shape(model, &carried);
         Entry { name, dims, encoding, values: Box::new(move || carried.values(model)) }
     }));
+    let dev = &**model.params.device();
+    let ranks = dev.collectives().ranks();
+    if has_own(model, ranks) {
+        training.extend(model.own_of_rank().into_iter().map(|(name, t)| Entry {
+            name: format!("{OWN}{name}"),
+            dims: vec![ranks, t.dims().numel()],
+            encoding: lossless(model.params.precision()),
+            values: Box::new(move || of_all_ranks(dev, t)),
+        }));
+    }
     training.push(Entry {
         name: WINDOW.into(),
         dims: vec![progress.window.len()],
@@ -52,12 +69,28 @@ fn fill(draft: &mut Draft, model: &Ett, optimizers: &[&Optimizer], progress: &Pr
         values: Box::new(|| Ok(progress.window.iter().map(|&c| c.into()).collect())),
     });
     draft.tensors(TRAINING, training, None)?;
-    let dev = &**model.params.device();
     Ok(Contents {
+        ranks,
         optimizers: optimizers.iter().map(|o| o.steps(dev)).collect::<Result<_>>()?,
         trained: groups(Stored::Moment1),
         averaged,
     })
+}
+
+/// Begins the names of state of which every rank has its own, one row for each.
+const OWN: &str = "ranks.";
+
+/// Whether ranks have state of their own.
+fn has_own(model: &Ett, ranks: usize) -> bool {
+    ranks > 1 && !model.cfg.discriminator.sync
+}
+
+/// The values of a small tensor on all ranks.
+fn of_all_ranks(dev: &dyn Kernels, t: &Tensor) -> Result<Vec<f64>> {
+    let peers = dev.collectives();
+    let all = Tensor::empty(dev, Role::Input, t.dtype(), [peers.ranks() * t.dims().numel()])?;
+    peers.all_gather(Stream::COMPUTE, t.view(), all.out())?;
+    all.to_f64(dev)
 }
 
 /// The type and shape in which a file holds state that the model carries from step to step.
@@ -70,8 +103,11 @@ fn shape(model: &Ett, carried: &Carried) -> (Encoding, Vec<usize>) {
 
 /// Configuration keys that may change when a run is resumed, since no weight depends on them. Data may be moved, as
 /// long as they are the same, see [`check_data`].
-const FREE: [&str; 16] = [
+const FREE: [&str; 19] = [
     "train.threads",
+    "train.shard",
+    "train.range_mib",
+    "train.stall_s",
     "train.graph",
     "train.workers",
     "train.recompute",
@@ -152,6 +188,8 @@ fn flatten(key: &str, value: &toml::Value, keys: &mut BTreeMap<String, String>) 
 enum Target {
     Param(String, Stored),
     Carried,
+    /// Rows of all ranks.
+    Own(String),
     /// Has any length; [`checkpoints::progress`] reads it.
     Window,
 }
@@ -185,6 +223,14 @@ fn wanted(model: &Ett, contents: &Contents) -> Vec<(&'static str, Vec<Wanted>)> 
         let (encoding, dims) = shape(model, &carried);
         Wanted { name, encoding, dims, target: Target::Carried }
     }));
+    if has_own(model, contents.ranks) {
+        training.extend(model.own_of_rank().into_iter().map(|(name, t)| Wanted {
+            name: format!("{OWN}{name}"),
+            encoding,
+            dims: vec![contents.ranks, t.dims().numel()],
+            target: Target::Own(name),
+        }));
+    }
     training.push(Wanted {
         name: WINDOW.into(),
         encoding: Encoding::I32,
@@ -196,6 +242,16 @@ fn wanted(model: &Ett, contents: &Contents) -> Vec<(&'static str, Vec<Wanted>)> 
         all.push((EMA, params(Stored::Ema, "", &averaged)));
     }
     all
+}
+
+/// This rank's row of the rows of all ranks; their mean if there were more or fewer.
+fn own(model: &Ett, rows: &HostTensor) -> Vec<f64> {
+    let peers = model.params.device().collectives();
+    let (ranks, n) = (rows.dims[0], rows.dims[1]);
+    if ranks == peers.ranks() {
+        return rows.values[peers.rank() * n..][..n].to_vec();
+    }
+    (0..n).map(|i| rows.values[i..].iter().step_by(n).sum::<f64>() / ranks as f64).collect()
 }
 
 /// Restores weights, averages, moments, the optimizers' step counts and the discriminator's statistics, bit for bit,
@@ -252,6 +308,7 @@ pub fn load(folder: &Path, model: &mut Ett, optimizers: &[&Optimizer]) -> Result
                     model.params.write_public(&name, stored, &file.read_finite(&w.name)?)?;
                 }
                 Target::Carried => model.set_carried(&w.name, &file.read(&w.name)?.values)?,
+                Target::Own(name) => model.set_carried(&name, &own(model, &file.read(&w.name)?))?,
                 Target::Window => {}
             }
         }

@@ -2,11 +2,11 @@
 
 use super::StepState;
 use crate::backend::{
-    Accumulate, Adamw, Cast, CountUp, DType, Fill, Kernels, Role, Slot, Stream, SumSquares,
+    Accumulate, Adamw, Cast, CountUp, DType, Fill, Kernels, Reduction, Role, Slot, Stream, SumSquares,
 };
 use crate::config::ScheduleKind;
 use crate::error::{Error, Result};
-use crate::nn::Params;
+use crate::nn::{Params, Slice};
 use crate::tensor::Tensor;
 
 /// Constants of an optimizer.
@@ -54,8 +54,9 @@ pub struct Optimizer {
     hyper: Hyper,
     /// `[1]` i32 number of updates so far. On the device, because the host learns only later whether a step was skipped.
     steps: Tensor,
+    /// `[n + 1, 2]`: the norms, and the counts of non-finite values elsewhere. One tensor, since ranks add both up.
+    sums: Tensor,
     norm: Tensor,
-    bad: Tensor,
 }
 
 impl Optimizer {
@@ -70,15 +71,16 @@ impl Optimizer {
                 None => Err(Error::arg("Optimizer", "groups", g, "a group of the model")),
             })
             .collect::<Result<_>>()?;
-        let norm = Self::norms(params, 1)?;
-        let dev = &**params.device();
-        let bad = Tensor::zeros(dev, Role::Input, params.precision().acc, [2])?;
-        let steps = Tensor::zeros(dev, Role::Input, DType::I32, [1])?;
-        Ok(Optimizer { members, hyper, steps, norm, bad })
+        let (sums, norm) = Self::sums(params, 1)?;
+        let steps = Tensor::zeros(&**params.device(), Role::Input, DType::I32, [1])?;
+        Ok(Optimizer { members, hyper, steps, sums, norm })
     }
 
-    fn norms(params: &Params, rows: usize) -> Result<Tensor> {
-        Tensor::zeros(&**params.device(), Role::Input, params.precision().acc, [rows, 2])
+    /// All sums of an optimizer with this many norms, and those that are norms.
+    fn sums(params: &Params, norms: usize) -> Result<(Tensor, Tensor)> {
+        let sums = Tensor::zeros(&**params.device(), Role::Input, params.precision().acc, [norms + 1, 2])?;
+        let norm = sums.rows(0, norms)?;
+        Ok((sums, norm))
     }
 
     /// Gives a group its own learning rate, decay rates and clip.
@@ -91,7 +93,7 @@ impl Optimizer {
         m.own = own;
         if own.clip.is_some() && m.norm == 0 {
             m.norm = rows;
-            self.norm = Self::norms(params, rows + 1)?;
+            (self.sums, self.norm) = Self::sums(params, rows + 1)?;
         }
         Ok(())
     }
@@ -116,8 +118,9 @@ impl Optimizer {
         }
     }
 
-    /// Updates the weights from the accumulated gradients. Nothing changes if a gradient or one of `losses` `[n]` is not
-    /// finite, or if one of `bad`, counts of such values elsewhere, is above 0.
+    /// Updates the weights from the accumulated gradients, which are summed over the ranks already. Nothing changes on any
+    /// rank if a gradient or one of `losses` `[n]` is not finite, or if one of `bad`, counts of such values elsewhere, is
+    /// above 0.
     pub fn apply<'a>(
         &self,
         params: &Params,
@@ -125,54 +128,84 @@ impl Optimizer {
         losses: &Tensor,
         bad: impl Iterator<Item = &'a Tensor>,
     ) -> Result<()> {
+        self.add_up(params, losses, bad)?;
         let dev = &**params.device();
-        let s = Stream::COMPUTE;
-        for t in [&self.norm, &self.bad] {
-            dev.fill(s, &Fill { y: t.out(), value: 0.0 })?;
-        }
-        let rows = self.norm.dims()[0];
-        let row = |i: usize| self.norm.range(2 * i, 2);
+        let mut gathers = false;
         for m in &self.members {
-            if let Some(t) = params.training(m.group) {
-                dev.sum_squares(s, &SumSquares { x: t.grad.view(), out: row(m.norm)?.acc() })?;
+            let norm = self.norm.range(2 * m.norm, 2)?;
+            for slice in params.slices(m.group)? {
+                self.update(dev, state, m, &slice, &norm)?;
+                // While the next slice is updated.
+                for (part, whole) in &slice.gathers {
+                    dev.order(Stream::COMPUTE, Stream::PEERS)?;
+                    dev.collectives().all_gather(Stream::PEERS, part.view(), whole.out())?;
+                    gathers = true;
+                }
             }
         }
-        // Of the losses, only the count of non-finite ones is used. All counts are added up and written to every row,
-        // so that all groups are updated or skipped together.
-        dev.sum_squares(s, &SumSquares { x: losses.view(), out: self.bad.acc() })?;
-        let all = self.bad.range(1, 1)?;
-        let counts = (0..rows).map(|i| self.norm.range(2 * i + 1, 1)).collect::<Result<Vec<_>>>()?;
+        if gathers { dev.order(Stream::PEERS, Stream::COMPUTE) } else { Ok(()) }
+    }
+
+    /// Computes the norms, with the count of all non-finite values in every row, so that all groups are updated or skipped
+    /// together.
+    fn add_up<'a>(
+        &self,
+        params: &Params,
+        losses: &Tensor,
+        bad: impl Iterator<Item = &'a Tensor>,
+    ) -> Result<()> {
+        let (dev, s) = (&**params.device(), Stream::COMPUTE);
+        let rows = self.norm.dims()[0];
+        dev.fill(s, &Fill { y: self.sums.out(), value: 0.0 })?;
+        for m in &self.members {
+            let norm = self.norm.range(2 * m.norm, 2)?;
+            for grad in params.own_gradients(m.group)? {
+                dev.sum_squares(s, &SumSquares { x: grad.view(), out: norm.acc() })?;
+            }
+        }
+        // Of the losses, only the count of non-finite ones is used.
+        let others = self.sums.range(2 * rows, 2)?;
+        dev.sum_squares(s, &SumSquares { x: losses.view(), out: others.acc() })?;
+        let all = others.range(1, 1)?;
         let add = |count: &Tensor| dev.accumulate(s, &Accumulate { x: count.view(), y: all.acc() });
-        counts.iter().try_for_each(add)?;
         for count in bad {
             add(count)?;
         }
-        for count in &counts {
-            dev.cast(s, &Cast { x: all.view(), y: count.out() })?;
+        if params.sharing().ranks > 1 {
+            dev.collectives().all_reduce(s, self.sums.acc(), Reduction::Sum)?;
         }
-        for m in &self.members {
-            let Some(t) = params.training(m.group) else { continue };
-            let norm = row(m.norm)?;
-            let a = Adamw {
-                master: params.master(m.group).acc(),
-                grad: t.grad.view(),
-                m: t.m.acc(),
-                v: t.v.acc(),
-                ema: params.ema(m.group).map(Tensor::acc),
-                shadow: params.shadow(m.group).map(Tensor::out),
-                state: state.tensor().view(),
-                steps: self.steps.view(),
-                norm: norm.view(),
-                group: m.group,
-                beta1: m.own.betas[0],
-                beta2: m.own.betas[1],
-                eps: m.own.eps,
-                weight_decay: m.own.weight_decay,
-                ema_decay: self.hyper.ema_decay,
-            };
-            dev.adamw(s, &a)?;
-        }
-        Ok(())
+        let counts = (0..rows).map(|i| self.norm.range(2 * i + 1, 1)).collect::<Result<Vec<_>>>()?;
+        counts.iter().try_for_each(add)?;
+        let set = |count: &Tensor| dev.cast(s, &Cast { x: all.view(), y: count.out() });
+        counts.iter().try_for_each(set)
+    }
+
+    fn update(
+        &self,
+        dev: &dyn Kernels,
+        state: &StepState,
+        m: &Member,
+        slice: &Slice,
+        norm: &Tensor,
+    ) -> Result<()> {
+        let a = Adamw {
+            master: slice.master.acc(),
+            grad: slice.grad.view(),
+            m: slice.m.acc(),
+            v: slice.v.acc(),
+            ema: slice.ema.as_ref().map(Tensor::acc),
+            shadow: slice.shadow.as_ref().map(Tensor::out),
+            state: state.tensor().view(),
+            steps: self.steps.view(),
+            norm: norm.view(),
+            group: m.group,
+            beta1: m.own.betas[0],
+            beta2: m.own.betas[1],
+            eps: m.own.eps,
+            weight_decay: m.own.weight_decay,
+            ema_decay: self.hyper.ema_decay,
+        };
+        dev.adamw(Stream::COMPUTE, &a)
     }
 
     /// Counts the update of a step, unless `norm` counts non-finite values.

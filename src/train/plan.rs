@@ -150,7 +150,7 @@ fn part(data: &DataConfig, model: &Ett, stage: &Stage, n: usize) -> Result<Batch
         }
         false => None,
     };
-    Ok(Batch { images, packed })
+    Ok(Batch { images, packed, most: None })
 }
 
 /// The largest batch of a stage without earlier stages, in one part, whose step takes at most `bytes`; 0 if none

@@ -92,11 +92,13 @@ pub fn run(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions) -> Result<Finish
         return Err(Error::config("stage", "none", "at least one [[stage]]"));
     }
     // Taken before the folder is inspected: another run may be starting there at this moment.
-    let lock = Lock::take(o.out)?;
+    let lock = if o.group.leads() { Some(Lock::take(o.out)?) } else { None };
     match begin(cfg, dev, o) {
         Ok(session) => session.go(None),
         Err(e) => {
-            lock.abandon();
+            if let Some(lock) = lock {
+                lock.abandon();
+            }
             Err(e)
         }
     }
@@ -105,7 +107,10 @@ pub fn run(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions) -> Result<Finish
 /// Prepares everything before the first step. The configuration is written last: its presence marks a run that has
 /// begun.
 fn begin<'a>(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions<'a>) -> Result<Session<'a>> {
-    refuse_used(o.out)?;
+    let leads = o.group.leads();
+    if leads {
+        refuse_used(o.out)?;
+    }
     let mut cfg = cfg.clone();
     cfg.resolve(Path::new(""))?;
     let start = Start::open(&cfg)?;
@@ -115,7 +120,7 @@ fn begin<'a>(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions<'a>) -> Result<
     }
     let whole = o.init.map(|path| Ok(TensorFile::open(path)?.tensors())).transpose()?;
     let given = |name: &str| start.gives(name) || whole.as_ref().is_some_and(|held| held.contains_key(name));
-    let mut session = Session::new(&cfg, dev, o.out, o.quiet, o.evaluation, &given)?;
+    let mut session = Session::new(&cfg, dev, o, &given)?;
     start.load(&mut session.model)?;
     if start.reconstructs() {
         session.progress.history.learnt.insert(Skill::Reconstruct);
@@ -123,6 +128,9 @@ fn begin<'a>(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions<'a>) -> Result<
     if let Some(path) = o.init {
         load_weights(&session.model.params, path)?;
         session.progress.history.start_from(path)?;
+    }
+    if !leads {
+        return Ok(session);
     }
     if let Some(bytes) = &session.progress.tokenizer {
         let path = o.out.join(TOKENIZER);
@@ -138,27 +146,36 @@ fn begin<'a>(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions<'a>) -> Result<
     Ok(session)
 }
 
-/// Resumes an interrupted run from its last checkpoint, with the same bits as without the interruption. If the weights
-/// are trained but not evaluated, only evaluates them. The folder is locked against other processes meanwhile.
+/// Resumes an interrupted run from its last checkpoint, with the same bits as without the interruption if the number of
+/// ranks is the same. If the weights are trained but not evaluated, only evaluates them. The folder is locked against other
+/// processes meanwhile.
 pub fn resume(
     out: &Path,
     dev: Arc<dyn Kernels>,
     quiet: bool,
     evaluation: &dyn Evaluation,
-    _group: &Arc<Group>,
+    group: &Arc<Group>,
 ) -> Result<Finished> {
     refuse_part(out)?;
     let cfg = run_config(out)?;
-    let _lock = Lock::take(out)?;
+    let leads = group.leads();
+    let _lock = if leads { Some(Lock::take(out)?) } else { None };
     if out.join(WEIGHTS).exists() {
-        return Session::trained(&cfg, dev, out, evaluation)?.only_evaluate();
+        group.agree("what is left to do", "the evaluation")?;
+        let session = Session::trained(&cfg, dev, out, evaluation)?;
+        return if leads { session.only_evaluate() } else { Ok(session.nothing_left()) };
     }
-    Checkpoints::recover(out)?;
+    if leads {
+        Checkpoints::recover(out)?;
+    }
+    group.agree("what is left to do", "training")?;
     let Some(from) = Checkpoints::latest(out)? else {
         let what = "holds a run that ended before its first checkpoint; remove the folder and start again with \
                     `ett-train run`";
         return Err(Error::data(out, what));
     };
+    group.agree("the checkpoint", &from.file_name().unwrap_or_default().to_string_lossy())?;
     checkpoint::check_config(&from, &cfg)?;
-    Session::new(&cfg, dev, out, quiet, evaluation, &|_| true)?.go(Some(&from))
+    let o = RunOptions { out, init: None, quiet, evaluation, group: group.clone() };
+    Session::new(&cfg, dev, &o, &|_| true)?.go(Some(&from))
 }

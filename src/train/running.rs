@@ -19,6 +19,7 @@ use crate::files::Lines;
 use crate::interrupt;
 use crate::io::{Checkpoints, Progress};
 use crate::model::Ett;
+use crate::ranks::{Group, Phase};
 use crate::report::{Evaluation, Line, Sharpness, Smooth, Usage};
 use crate::tensor::Tensor;
 
@@ -42,11 +43,12 @@ pub(super) struct Inputs<'a> {
     /// Whether checkpoints are written.
     pub saves: bool,
     pub evaluation: &'a dyn Evaluation,
+    /// The ranks that train together.
+    pub group: &'a Group,
 }
 
 /// A step that was recorded, and the memory that it reads and writes.
 struct Recorded {
-    sizes: Vec<PartSizes>,
     input: Uploaded,
     launches: Box<dyn Recording>,
     outcome: Outcome,
@@ -64,6 +66,8 @@ struct Launched {
     z: Option<Tensor>,
     /// Time spent waiting for the batch.
     waited: Duration,
+    /// Rows of the language model's input, of all ranks.
+    rows: u64,
 }
 
 /// A batch on its way to the device.
@@ -73,6 +77,20 @@ struct Taken {
     data: Uploaded,
     /// Time spent waiting for the batch.
     waited: Duration,
+}
+
+/// What all ranks know before a step.
+struct Agreed {
+    /// The counts of the batch, of all ranks together.
+    counts: Counts,
+    /// Rows of the language model's input, of all ranks.
+    rows: u64,
+    /// Whether one of them was asked to stop.
+    stop: bool,
+    /// Whether the batch has the same sizes as the one before on every rank, and as many visual tokens on all ranks.
+    same: bool,
+    /// The most visual tokens that a rank has, if they are not all the same.
+    most: Option<usize>,
 }
 
 /// The batches of the remaining steps.
@@ -108,6 +126,8 @@ pub(super) struct Running<'a> {
     update: Update,
     /// Whether steps are recorded; not while the device measures kernels.
     records: bool,
+    /// The first step since the run was started or resumed.
+    first: usize,
     /// The step that is replayed, once it is recorded.
     recorded: Option<Recorded>,
     /// The sizes of the last batch.
@@ -143,9 +163,8 @@ impl<'a> Running<'a> {
         }
         let pictures = stage.reads_pictures();
         let records = model.params.device().can_record();
-        let ranks = model.params.device().collectives();
         let feed = Feed::new(run.all, number, run.data, run.template, pictures, records)?
-            .of_rank(ranks.rank(), ranks.ranks())?;
+            .of_rank(run.group.rank(), run.group.ranks())?;
         let update = Update::new(model, cfg, &stage)?;
         match from {
             Some(folder) => checkpoint::load(folder, model, &update.saved())?,
@@ -173,6 +192,7 @@ impl<'a> Running<'a> {
             feed: Arc::new(feed),
             update,
             records: run.all.train.graph && records,
+            first: 0,
             recorded: None,
             sizes: Vec::new(),
         })
@@ -181,6 +201,7 @@ impl<'a> Running<'a> {
     /// Runs the remaining steps. If the run is interrupted, returns the checkpoint that was saved.
     pub fn train(mut self) -> Result<Option<PathBuf>> {
         interrupt::enter(interrupt::Phase::Training);
+        self.first = self.progress.step;
         let feed = self.feed.clone();
         let (steps, workers) = (self.progress.step..self.cfg.steps, self.run.all.train.workers);
         let saved = std::thread::scope(|scope| {
@@ -209,15 +230,18 @@ impl<'a> Running<'a> {
         let mut next: Option<Taken> = None;
         self.arrived = Instant::now();
         while self.progress.step < self.cfg.steps {
+            if next.is_none() {
+                next = batches.take(self.model)?;
+            }
             // Read once per step, so that a run that stops has always saved a checkpoint first.
             let stop = interrupt::requested();
+            let agreed = self.agree(stop, next.as_ref())?;
+            let stop = agreed.stop;
             let pause = running.as_ref().is_some_and(|r| stop || self.pauses_after(r.step));
             let mut launched = None;
-            if !pause
-                && let Some(batch) = next.take().map_or_else(|| batches.take(self.model), |b| Ok(Some(b)))?
-            {
+            if !pause && let Some(batch) = next.take() {
                 let (stage, step) = (self.cfg.kind.name(), batch.step);
-                launched = Some(self.launch(batch).map_err(|e| e.at(stage, Some(step)))?);
+                launched = Some(self.launch(batch, &agreed).map_err(|e| e.at(stage, Some(step)))?);
                 // Copied while the device computes.
                 next = batches.take(self.model)?;
             }
@@ -230,6 +254,7 @@ impl<'a> Running<'a> {
                 self.model.params.device().profile()?;
             }
             if between {
+                self.enter(Phase::Busy);
                 self.evaluate(&mut line);
             }
             self.write(&line)?;
@@ -244,6 +269,45 @@ impl<'a> Running<'a> {
         Ok(None)
     }
 
+    /// Tells the other ranks what this one is doing.
+    fn enter(&self, phase: Phase) {
+        let (stage, step) = (self.cfg.kind.name(), self.progress.step);
+        self.run.group.enter(phase, &format!("stage {stage}, step {step}"));
+    }
+
+    /// What the ranks have to agree on before they go on, `next` being the next batch of this one.
+    fn agree(&mut self, stop: bool, next: Option<&Taken>) -> Result<Agreed> {
+        let group = self.run.group;
+        let own =
+            |n: u64| (0..group.ranks()).map(|r| if r == group.rank() { n } else { 0 }).collect::<Vec<_>>();
+        let (counts, rows, same) = match next {
+            Some(next) => {
+                let batch = &next.batch;
+                let counts = Counts::new(self.model, &next.data.parts, batch.tokens(), batch.codes());
+                (counts, batch.rows() as u64, self.sizes == batch.sizes())
+            }
+            None => (Counts::default(), 0, false),
+        };
+        let mut said = counts.numbers().to_vec();
+        said.extend([u64::from(stop), rows, u64::from(same)]);
+        said.extend(own(counts.visual as u64));
+        // The first step takes what it takes.
+        self.enter(if self.progress.step == self.first { Phase::Busy } else { Phase::Training });
+        let all = if group.ranks() > 1 { group.sum(&said)? } else { said };
+        let [tokens, codes, pictures, elements, patches, visual, stops, rows, same, each @ ..] = &all[..]
+        else {
+            return Err(Error::Training(format!("the ranks sent {} numbers", all.len())));
+        };
+        let equal = each.iter().all(|n| n == &each[0]);
+        Ok(Agreed {
+            counts: Counts::of([*tokens, *codes, *pictures, *elements, *patches, *visual]),
+            rows: *rows,
+            stop: *stops > 0,
+            same: *same as usize == group.ranks() && equal,
+            most: if equal { None } else { each.iter().max().map(|n| *n as usize) },
+        })
+    }
+
     /// Whether the results of this step have to be there before the next one begins.
     fn pauses_after(&self, step: usize) -> bool {
         let (t, done) = (&self.run.all.train, step + 1);
@@ -254,23 +318,25 @@ impl<'a> Running<'a> {
     }
 
     /// Gives a step to the device.
-    fn launch(&mut self, taken: Taken) -> Result<Launched> {
-        let Taken { step: s, batch, data, waited } = taken;
+    fn launch(&mut self, taken: Taken, agreed: &Agreed) -> Result<Launched> {
+        let Taken { step: s, batch, mut data, waited } = taken;
         self.show_first(s, &batch);
-        let counts = self.counts(s, &batch, &data)?;
-        let rate = self.update.prepare(self.model, self.cfg, &counts, s)?;
+        self.refuse_empty(s, &agreed.counts)?;
+        let rate = self.update.prepare(self.model, self.cfg, &agreed.counts, s)?;
         let dev = self.model.params.device().clone();
         dev.order(Stream::COPY, Stream::COMPUTE)?;
         let sizes = batch.sizes();
         let launched = |outcome: &Outcome| -> Result<(Reading, u64, Option<Tensor>)> {
             Ok((outcome.read_later(&*dev)?, outcome.passes, outcome.z.clone().filter(|_| s == 0)))
         };
-        if self.recorded.as_ref().is_some_and(|r| r.sizes != sizes) {
+        // All ranks record and replay the same steps.
+        if !agreed.same {
             // Its memory is needed for the step of other sizes.
             self.recorded = None;
+            data.parts.iter_mut().for_each(|part| part.most = agreed.most);
         }
-        if self.recorded.is_none() && self.records && self.sizes == sizes {
-            self.recorded = self.record(&data, sizes.clone())?;
+        if self.recorded.is_none() && self.records && agreed.same {
+            self.recorded = self.record(&data, &sizes)?;
             self.records = self.recorded.is_some();
         } else if let Some(r) = &self.recorded {
             r.input.replace(self.model, &data)?;
@@ -287,13 +353,13 @@ impl<'a> Running<'a> {
             }
         };
         self.sizes = sizes;
-        Ok(Launched { step: s, rate, batch, reading, passes, z, waited })
+        Ok(Launched { step: s, rate, batch, reading, passes, z, waited, rows: agreed.rows })
     }
 
     /// Records a step on batches of these sizes, with the contents of `data`, if the device can.
-    fn record(&mut self, data: &Uploaded, sizes: Vec<PartSizes>) -> Result<Option<Recorded>> {
+    fn record(&mut self, data: &Uploaded, sizes: &[PartSizes]) -> Result<Option<Recorded>> {
         let dev = self.model.params.device().clone();
-        let input = data.duplicate(self.model, &sizes)?;
+        let input = data.duplicate(self.model, sizes)?;
         let Update { state, main, disc, .. } = &self.update;
         let (model, recipe) = (&mut *self.model, &self.stage.recipe);
         let mut outcome = None;
@@ -302,12 +368,12 @@ impl<'a> Running<'a> {
             Ok(())
         })?;
         let recorded = launches.zip(outcome);
-        Ok(recorded.map(|(launches, outcome)| Recorded { sizes, input, launches, outcome }))
+        Ok(recorded.map(|(launches, outcome)| Recorded { input, launches, outcome }))
     }
 
     /// Waits for the results of a step and returns its line of metrics.
     fn finish(&mut self, done: Launched) -> Result<Line> {
-        let Launched { step: s, rate, batch, reading, passes, z, waited } = done;
+        let Launched { step: s, rate, batch, reading, passes, z, waited, rows } = done;
         let values = reading.wait()?;
         let took = self.arrived.elapsed().as_secs_f64().max(1e-9);
         let mut line = Line {
@@ -317,7 +383,7 @@ impl<'a> Running<'a> {
             rate,
             grad_norm: values.grad_norm,
             images_per_s: self.cfg.batch as f64 / took,
-            tokens_per_s: batch.rows() as f64 / took,
+            tokens_per_s: rows as f64 / took,
             waited_ms: waited.as_secs_f64() * 1e3,
             ..Line::default()
         };
@@ -345,18 +411,17 @@ impl<'a> Running<'a> {
         }
     }
 
-    /// The numbers of terms over which the losses of a batch are averaged. Fails if a stage that trains on texts or
-    /// codes gets a batch without any.
-    fn counts(&self, s: usize, batch: &HostBatch, data: &Uploaded) -> Result<Counts> {
-        let (recipe, tokens, codes) = (&self.stage.recipe, batch.tokens(), batch.codes());
-        if (recipe.text || recipe.codes) && tokens + codes == 0 {
+    /// Fails if a stage that trains on texts or codes gets a batch without any.
+    fn refuse_empty(&self, s: usize, counts: &Counts) -> Result<()> {
+        let recipe = &self.stage.recipe;
+        if (recipe.text || recipe.codes) && counts.tokens + counts.codes == 0 {
             let what = if recipe.codes { "code" } else { "token" };
             return Err(Error::Training(format!(
                 "step {s} of stage {} has no supervised {what}; check the captions and questions",
                 self.cfg.kind.name()
             )));
         }
-        Ok(Counts::new(self.model, &data.parts, tokens, codes))
+        Ok(())
     }
 
     /// Puts the losses of a step, its codebook usage and its peak memory into its line.
@@ -377,9 +442,11 @@ impl<'a> Running<'a> {
         self.progress.in_a_row += 1;
         let name = self.cfg.kind.name();
         let what = format!("step {s} of stage {name}");
-        let inputs = match dump(self.run.out, name, s, batch) {
-            Ok(path) => path.map(|p| format!("its inputs are in {}", p.display())),
-            Err(e) => Some(format!("its inputs cannot be written: {e}")),
+        let whose = if self.run.group.ranks() > 1 { "its inputs on rank 0" } else { "its inputs" };
+        let leads = self.run.group.leads();
+        let inputs = match if leads { dump(self.run.out, name, s, batch) } else { Ok(None) } {
+            Ok(path) => path.map(|p| format!("{whose} are in {}", p.display())),
+            Err(e) => Some(format!("{whose} cannot be written: {e}")),
         };
         if let Some(inputs) = inputs {
             self.bar.suspend(|| {
@@ -439,6 +506,7 @@ impl<'a> Running<'a> {
         }
         self.progress.metrics = self.metrics.sync().map_err(|e| self.checkpoints.explain(e))?;
         self.progress.window = self.usage.window();
+        self.enter(Phase::Busy);
         if let Some((_, seconds)) = self.progress.seconds.last_mut() {
             *seconds += self.since.elapsed().as_secs_f64();
         }

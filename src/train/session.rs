@@ -6,20 +6,21 @@ use std::sync::Arc;
 use super::checkpoint;
 use super::plan::{choose_recompute, fitting};
 use super::running::{Inputs, Running};
-use super::{Ending, Finished};
+use super::{Ending, Finished, RunOptions};
 use crate::backend::{Kernels, Target, size};
 use crate::config::{Config, DataConfig, Recompute};
 use crate::error::{Error, Result};
 use crate::feed::{DataSet, Template};
 use crate::files::{self, Lines};
 use crate::interrupt;
-use crate::io::weights::{TensorFile, load_averages};
+use crate::io::weights::{TensorFile, attend, entries, load_averages};
 use crate::io::{
     Checkpoints, EMA, Fingerprint, History, METRICS, PROFILE, Progress, REPORT, WEIGHTS, checkpoints,
-    load_weights, save_weights, save_weights_of,
+    config_text, load_weights, save_weights, save_weights_of,
 };
 use crate::model::Ett;
 use crate::nn::Stored;
+use crate::ranks::{Group, Phase};
 use crate::report::{Evaluation, Profiles, Report, plots};
 
 /// The data sets of a run, shared by stages with the same data.
@@ -87,6 +88,8 @@ pub(super) struct Session<'a> {
     /// Whether checkpoints are written.
     saves: bool,
     evaluation: &'a dyn Evaluation,
+    /// The ranks that train together.
+    group: Arc<Group>,
     /// Bytes that the device had free before the model was made, if known.
     memory: Option<u64>,
     profiles: Profiles,
@@ -94,28 +97,26 @@ pub(super) struct Session<'a> {
 
 impl<'a> Session<'a> {
     /// A run before its first step, with fresh weights, except for those that are `given`, which are about to be loaded.
+    /// Fails on all ranks if their configurations or data differ.
     pub fn new(
         cfg: &Config,
         dev: Arc<dyn Kernels>,
-        out: &Path,
-        quiet: bool,
-        evaluation: &'a dyn Evaluation,
+        o: &RunOptions<'a>,
         given: &dyn Fn(&str) -> bool,
     ) -> Result<Self> {
+        let (out, quiet, evaluation, group) = (o.out, o.quiet, o.evaluation, o.group.clone());
+        group.agree("the configuration", &config_text(&cfg.without_paths())?)?;
         let (template, text) = Template::of(cfg)?;
         let tokenizer = match &cfg.data.tokenizer {
             Some(path) => Some(std::fs::read(path).map_err(Error::io(path))?.into()),
             None => None,
         };
         let sets = Sets::open(cfg, evaluation)?;
+        let data = sets.fingerprints();
+        group.agree("the training data", &format!("{data:#?}"))?;
         let memory = dev.available();
         let model = Ett::without(cfg, dev, given)?;
-        let progress = Progress {
-            data: sets.fingerprints(),
-            history: History::new(text),
-            tokenizer,
-            ..Progress::default()
-        };
+        let progress = Progress { data, history: History::new(text), tokenizer, ..Progress::default() };
         let (cfg, out, profiles) = (cfg.clone(), out.into(), Profiles::default());
         Ok(Session {
             cfg,
@@ -127,6 +128,7 @@ impl<'a> Session<'a> {
             quiet,
             saves: true,
             evaluation,
+            group,
             memory,
             profiles,
         })
@@ -171,6 +173,7 @@ impl<'a> Session<'a> {
             quiet: true,
             saves: true,
             evaluation,
+            group: Group::alone(),
             memory: None,
             profiles: Profiles::default(),
         })
@@ -185,6 +188,11 @@ impl<'a> Session<'a> {
             return Ok(self.finished(None, Ending::Saved(at)));
         }
         self.save_weights()?;
+        // From here on, rank 0 needs no other.
+        self.model.params.unshare()?;
+        if !self.group.leads() {
+            return Ok(self.nothing_left());
+        }
         let (report, ending) = ended(self.evaluate()).unwrap_or_else(|e| {
             tracing::warn!("the weights are saved, but the evaluation failed: {e}");
             (None, Ending::Unevaluated { interrupted: false })
@@ -216,7 +224,10 @@ impl<'a> Session<'a> {
 
     /// Trains the remaining stages. If the run is interrupted, returns the checkpoint that was saved.
     fn train(&mut self, mut from: Option<&Path>) -> Result<Option<PathBuf>> {
-        let mut metrics = Lines::resume(&self.out.join(METRICS), self.progress.metrics)?;
+        let mut metrics = match self.group.leads() {
+            true => Lines::resume(&self.out.join(METRICS), self.progress.metrics)?,
+            false => Lines::nowhere(),
+        };
         for (number, stage) in self.cfg.stage.clone().iter().enumerate().skip(self.progress.stage) {
             let name = stage.kind.name();
             self.model.cfg.train.recompute = self.recompute(number)?;
@@ -234,6 +245,7 @@ impl<'a> Session<'a> {
                     quiet: self.quiet,
                     saves: self.saves,
                     evaluation: self.evaluation,
+                    group: &self.group,
                 },
                 stage,
                 number,
@@ -298,6 +310,11 @@ impl<'a> Session<'a> {
     /// Writes the trained weights, and the averages of the groups that have them.
     fn save_weights(&self) -> Result<()> {
         let (params, history) = (&self.model.params, &self.progress.history);
+        self.group.enter(Phase::Busy, "the end of the training");
+        if !self.group.leads() {
+            attend(entries(params, Stored::Ema, ""))?;
+            return attend(entries(params, Stored::Master, ""));
+        }
         let explain = |e| Checkpoints::new(&self.out, 1).explain(e);
         if (0..params.groups().len()).any(|g| params.ema(g).is_some()) {
             save_weights(params, &self.out.join(EMA), Stored::Ema).map_err(explain)?;
@@ -310,6 +327,11 @@ impl<'a> Session<'a> {
     pub fn only_evaluate(mut self) -> Result<Finished> {
         let (report, ending) = ended(self.evaluate())?;
         Ok(self.finished(report, ending))
+    }
+
+    /// The end of a rank that leaves the evaluation to rank 0.
+    pub fn nothing_left(self) -> Finished {
+        self.finished(None, Ending::Whole)
     }
 
     /// Plots the losses and evaluates the trained model; `None` without held-out data.
@@ -328,7 +350,7 @@ impl<'a> Session<'a> {
     /// folder.
     fn measured(&mut self, part: &str, steps: usize) -> Result<()> {
         let dev = self.model.params.device();
-        let Some(profile) = dev.profile()? else { return Ok(()) };
+        let Some(profile) = dev.profile()?.filter(|_| self.group.leads()) else { return Ok(()) };
         self.profiles.add(part, steps, profile);
         let text = self.profiles.json(&dev.name())?;
         files::replace(&self.out.join(PROFILE), |f| f.put(text.as_bytes()))?;

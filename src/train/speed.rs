@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
+use super::RunOptions;
 use super::plan::plan_stage;
 use super::session::Session;
 use crate::backend::Kernels;
@@ -13,6 +14,7 @@ use crate::config::{Config, DataConfig, StageKind};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::io::METRICS;
+use crate::ranks::Group;
 use crate::report::{Evaluation, Profiles};
 
 /// Steps that are not counted: the first ones take memory, fill caches and are recorded.
@@ -62,6 +64,7 @@ pub fn speed(
     kind: Option<StageKind>,
     steps: usize,
     evaluation: &dyn Evaluation,
+    group: &Arc<Group>,
 ) -> Result<Vec<Speed>> {
     if steps <= FIRST {
         return Err(Error::config("--steps", steps, format!("more than {FIRST}, which are not counted")));
@@ -80,18 +83,27 @@ pub fn speed(
         // The closing evaluation is left out, and with it its pictures.
         one.data = DataConfig { test: None, test_samples: 0, ..cfg.data_of(stage) };
         one.stage[0].data = Default::default();
-        all.push(stage_speed(&one, dev()?, evaluation)?);
+        all.extend(stage_speed(&one, dev()?, evaluation, group)?);
     }
     Ok(all)
 }
 
-/// The speed of the only stage of a configuration.
-fn stage_speed(cfg: &Config, dev: Arc<dyn Kernels>, evaluation: &dyn Evaluation) -> Result<Speed> {
+/// The speed of the only stage of a configuration, on rank 0.
+fn stage_speed(
+    cfg: &Config,
+    dev: Arc<dyn Kernels>,
+    evaluation: &dyn Evaluation,
+    group: &Arc<Group>,
+) -> Result<Option<Speed>> {
     let scratch = Scratch::new()?;
     let target = dev.target();
     let graph = cfg.train.graph && dev.can_record();
-    let session = Session::new(cfg, dev, &scratch.0, false, evaluation, &|_| false)?;
-    let (recompute, profiles) = session.measure()?;
+    let quiet = !group.leads();
+    let o = RunOptions { out: &scratch.0, init: None, quiet, evaluation, group: group.clone() };
+    let (recompute, profiles) = Session::new(cfg, dev, &o, &|_| false)?.measure()?;
+    if !group.leads() {
+        return Ok(None);
+    }
     let metrics = scratch.0.join(METRICS);
     let lines = std::fs::read_to_string(&metrics).map_err(Error::io(&metrics))?;
     let lines: Vec<serde_json::Value> = lines
@@ -112,13 +124,13 @@ fn stage_speed(cfg: &Config, dev: Arc<dyn Kernels>, evaluation: &dyn Evaluation)
     let plan = target.map(|target| plan_stage(&planned, stage, target)).transpose()?;
     let tflop = plan.as_ref().map_or(f64::NAN, |p| p.flop as f64 / 1e12 / batch as f64);
     let gib = |bytes: f64| bytes / f64::from(1 << 30);
-    Ok(Speed {
+    Ok(Some(Speed {
         op: format!("step:{}", stage.kind.name()),
         shape: format!("batch {batch} of {}x{}, {}", cfg.data.size, cfg.data.size, cfg.train.precision),
         median_us: step_s * 1e6,
         images_per_s: batch as f64 / step_s,
         batch,
-        ranks: 1,
+        ranks: group.ranks(),
         scaling: 1.0,
         tflop_per_image: tflop,
         tflop_per_s: tflop * batch as f64 / step_s,
@@ -128,7 +140,7 @@ fn stage_speed(cfg: &Config, dev: Arc<dyn Kernels>, evaluation: &dyn Evaluation)
         graph: graph && profiles.is_empty(),
         peer_images_per_s: None,
         profiles,
-    })
+    }))
 }
 
 /// The speeds as a table, and the time of each kernel.

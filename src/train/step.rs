@@ -5,11 +5,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::Optimizer;
 use super::StepState;
 use crate::autograd::{Recomputing, Tape, Var};
-use crate::backend::{Accumulate, Cast, DType, Kernels, Pending, Restore, Role, ScaleBytes, Slot, Stream};
+use crate::backend::{
+    Accumulate, Cast, DType, Fill, Kernels, Pending, Reduction, Restore, Role, ScaleBytes, Slot, Stream,
+};
 use crate::config::Recompute;
 use crate::error::{Error, Result};
 use crate::feed::Batch;
-use crate::model::{Carried, Ett, MODULES, TrainedBy};
+use crate::model::{BACKWARD, Carried, Ett, MODULES, TrainedBy};
+use crate::nn::Reducer;
 use crate::ops::{self, BatchStats};
 use crate::tensor::{Tensor, to_f64};
 
@@ -143,9 +146,11 @@ pub struct Outcome {
     present: BTreeSet<Loss>,
     /// Number of parts of the batch.
     parts: usize,
+    /// Number of ranks.
+    ranks: usize,
     /// Quantizer input `[M, D]`.
     pub z: Option<Tensor>,
-    /// Codes `[M]` i32 of each part.
+    /// Codes i32 of each part: `[M]`, or with several ranks those of all of them, and -1 where a rank has fewer than others.
     pub idx: Vec<Tensor>,
     /// Quantizer output `[M, D]`.
     pub zq: Option<Tensor>,
@@ -156,6 +161,9 @@ pub struct Outcome {
     /// Number of passes that the step adds to the discriminator's running statistics.
     pub passes: u64,
 }
+
+/// The group whose gradients come from a tape of its own.
+const DISCRIMINATOR: &str = "discriminator";
 
 /// Elements of a report before the norms.
 const LOSSES: usize = Loss::ALL.len();
@@ -173,6 +181,7 @@ impl Outcome {
             )?,
             present: BTreeSet::new(),
             parts,
+            ranks: model.params.device().collectives().ranks(),
             z: None,
             idx: Vec::new(),
             zq: None,
@@ -190,6 +199,7 @@ impl Outcome {
             idx: self.idx.iter().map(|t| dev.read_later(Stream::COMPUTE, t.view())).collect::<Result<_>>()?,
             present: self.present.clone(),
             parts: self.parts,
+            ranks: self.ranks,
         })
     }
 
@@ -227,6 +237,7 @@ pub struct Reading {
     idx: Vec<Pending>,
     present: BTreeSet<Loss>,
     parts: usize,
+    ranks: usize,
 }
 
 /// What the host learns of a step.
@@ -251,7 +262,9 @@ impl Reading {
         for pending in self.idx {
             idx.extend(bytemuck::pod_collect_to_vec::<u8, i32>(&pending.wait()?));
         }
-        let share = |loss: Loss| if loss.of_a_part() { self.parts.max(1) as f64 } else { 1.0 };
+        // Every rank computes the entropy of the average over the tokens of all ranks.
+        let ranks = |loss: Loss| if loss == Loss::EntAvg { self.ranks.max(1) as f64 } else { 1.0 };
+        let share = |loss: Loss| ranks(loss) * if loss.of_a_part() { self.parts.max(1) as f64 } else { 1.0 };
         let norms = &report[NORMS..];
         Ok(Values {
             losses: self.present.into_iter().map(|l| (l, report[l as usize] / share(l))).collect(),
@@ -281,15 +294,13 @@ pub struct Counts {
 }
 
 impl Counts {
-    /// Counts of a batch of equal parts, of which every rank has an equal share; supervised `tokens` and `codes` are
-    /// those of the whole batch.
+    /// Counts of what this rank has of a batch of equal parts, with this many supervised `tokens` and `codes`.
     pub fn new(model: &Ett, parts: &[Batch], tokens: usize, codes: usize) -> Self {
-        let ranks = model.params.device().collectives().ranks();
         let mut all = Counts { tokens, codes, ..Counts::default() };
         let side = model.cfg.tokenizer.downsampling();
         for (i, part) in parts.iter().enumerate() {
             for d in part.images.iter().map(|x| x.dims()) {
-                let (n, h, w) = (ranks * d[0], d[1], d[2]);
+                let (n, h, w) = (d[0], d[1], d[2]);
                 all.pictures += n;
                 all.elements += n * h * w * d[3];
                 all.patches += n * model.discriminator.patches(h, w);
@@ -299,6 +310,18 @@ impl Counts {
             }
         }
         all
+    }
+
+    /// As numbers that can be added up over ranks.
+    pub fn numbers(&self) -> [u64; 6] {
+        let Counts { tokens, codes, pictures, elements, patches, visual } = *self;
+        [tokens, codes, pictures, elements, patches, visual].map(|n| n as u64)
+    }
+
+    /// The counts of [`Counts::numbers`].
+    pub fn of(numbers: [u64; 6]) -> Self {
+        let [tokens, codes, pictures, elements, patches, visual] = numbers.map(|n| n as usize);
+        Counts { tokens, codes, pictures, elements, patches, visual }
     }
 
     /// Writes their reciprocals into the step state.
@@ -347,7 +370,8 @@ impl Before {
     }
 }
 
-/// Runs one step over the parts of a batch, one after another. `main` trains the recipe's groups, `disc` the
+/// Runs one step over the parts of a batch, one after another. With several ranks, all of them call this with what they have
+/// of the batch, and get the same losses and weights. `main` trains the recipe's groups, `disc` the
 /// discriminator; gradients start from zero. The step state must have been sent to the device, with the loss weights
 /// for this number of parts and the counts of this batch. If any loss, gradient or score is not finite, the model
 /// does not change.
@@ -368,18 +392,18 @@ pub fn step(
     // the discriminator therefore gets reconstructions of its own, computed without a backward pass.
     let first = match disc {
         Some(disc) if parts.len() > 1 => {
-            for part in parts {
+            for (i, part) in parts.iter().enumerate() {
                 let images = values(model, &part.images)?;
                 let rec = reconstruct(model, &images, &mut out)?;
-                discriminator_part(model, &images, &rec, state, &mut out)?;
+                discriminator_part(model, i, &images, &rec, state, &mut out)?;
             }
             update_discriminator(model, state, disc, &out)?;
             None
         }
         first => first,
     };
-    for part in parts {
-        generator_part(model, recipe, part, state, disc.is_some(), first, &mut out)?;
+    for (i, part) in parts.iter().enumerate() {
+        generator_part(model, recipe, (i, part), state, disc.is_some(), first, &mut out)?;
     }
     let counted = disc.map(Optimizer::norm).map(|norm| norm.rows(0, 1)?.columns(1, 1)).transpose()?;
     main.apply(
@@ -394,6 +418,10 @@ pub fn step(
     }
     for optimizer in [Some(main), disc].into_iter().flatten() {
         optimizer.count(&*dev, &norm)?;
+    }
+    if out.ranks > 1 {
+        let sums = out.report.range(0, NORMS)?;
+        dev.collectives().all_reduce(Stream::COMPUTE, sums.acc(), Reduction::Sum)?;
     }
     let norms = out.report.range(NORMS, main.norm().dims().numel())?;
     dev.cast(Stream::COMPUTE, &Cast { x: main.norm().reshape(norms.dims())?.view(), y: norms.out() })?;
@@ -436,7 +464,7 @@ fn recomputing(what: Recompute) -> Recomputing {
 fn generator_part(
     model: &mut Ett,
     recipe: &Recipe,
-    batch: &Batch,
+    (number, batch): (usize, &Batch),
     state: &StepState,
     judged: bool,
     first: Option<&Optimizer>,
@@ -476,14 +504,14 @@ fn generator_part(
             out.rec = rec.iter().map(|r| r.value().clone()).collect();
             if let Some(disc) = first {
                 let rec = out.rec.clone();
-                discriminator_part(model, &pictures, &rec, state, out)?;
+                discriminator_part(model, number, &pictures, &rec, state, out)?;
                 update_discriminator(model, state, disc, out)?;
             }
             let passes = reconstruction_losses(model, &t, &images, &rec, judged, state, &mut losses)?;
             out.passes += passes;
         }
         out.zq = Some(zq.value().clone());
-        out.idx.push(idx.clone());
+        out.idx.push(of_all_ranks(t.dev(), &idx, batch.most)?);
         visual = Some((zq, idx));
     }
     if recipe.text || recipe.codes {
@@ -508,15 +536,47 @@ fn generator_part(
             losses.push((Loss::Code, loss));
         }
     }
-    backward(t, losses, state, out)
+    let trained: Vec<&str> = BACKWARD.into_iter().filter(|g| *g != DISCRIMINATOR).collect();
+    let reducer = Reducer::new(&model.params, &trained, number, out.parts);
+    backward(t, losses, state, reducer, out)
 }
 
-/// Seeds every loss with its weight from the step state and runs the tape backwards.
-fn backward(t: Tape, losses: Vec<(Loss, Var)>, state: &StepState, out: &mut Outcome) -> Result<()> {
+/// Codes `[M]` of all ranks one after another, `most` of each or -1 where it has fewer; `None`: all have as many.
+fn of_all_ranks(dev: &dyn Kernels, idx: &Tensor, most: Option<usize>) -> Result<Tensor> {
+    let (peers, m) = (dev.collectives(), idx.dims().numel());
+    let n = most.unwrap_or(m);
+    if peers.ranks() == 1 {
+        return Ok(idx.clone());
+    }
+    let new = |n: usize| Tensor::empty(dev, Role::Activation, idx.dtype(), [n]);
+    let own = match n == m {
+        true => idx.clone(),
+        false => {
+            let own = new(n)?;
+            dev.fill(Stream::COMPUTE, &Fill { y: own.out(), value: -1.0 })?;
+            dev.copy(Stream::COMPUTE, idx.view(), own.range(0, m)?.out())?;
+            own
+        }
+    };
+    let all = new(n * peers.ranks())?;
+    peers.all_gather(Stream::COMPUTE, own.view(), all.out())?;
+    Ok(all)
+}
+
+/// Seeds every loss with its weight from the step state and runs the tape backwards, while `reducer` sums the gradients that
+/// are done over the ranks.
+fn backward(
+    t: Tape,
+    losses: Vec<(Loss, Var)>,
+    state: &StepState,
+    mut reducer: Reducer,
+    out: &mut Outcome,
+) -> Result<()> {
     let weights: Vec<Tensor> = losses.iter().map(|(l, _)| state.slot(l.slot())).collect::<Result<_>>()?;
     let seeds: Vec<(&Var, &Tensor)> = losses.iter().map(|(_, v)| v).zip(&weights).collect();
     let dev = t.device();
-    t.backward(&seeds)?;
+    t.backward_telling(&seeds, &mut |id| reducer.done(id))?;
+    reducer.finish()?;
     for (loss, v) in losses {
         out.present.insert(loss);
         out.add(&*dev, loss as usize, v.value())?;
@@ -559,6 +619,7 @@ fn reconstruction_losses(
 /// The discriminator's losses for real images and reconstructions, and their gradients.
 fn discriminator_part(
     model: &mut Ett,
+    number: usize,
     images: &[Tensor],
     rec: &[Tensor],
     state: &StepState,
@@ -589,7 +650,8 @@ fn discriminator_part(
         (Loss::DHinge, ops::hinge(&t, &fake, false, &inv_patches, 0.5)?),
         (Loss::DLecam, ops::lecam(&t, &real, &fake, &averages, &inv_patches)?),
     ];
-    backward(t, losses, state, out)?;
+    let reducer = Reducer::new(&model.params, &[DISCRIMINATOR], number, out.parts);
+    backward(t, losses, state, reducer, out)?;
     out.passes += passes.len() as u64;
     model.discriminator.commit(&*dev, &mut model.discriminator_state, &passes)?;
     model.discriminator.commit_lecam(&*dev, &model.discriminator_state, &averages)

@@ -9,6 +9,7 @@ use ett::backend::*;
 use ett::config::{Config, Recompute, StageConfig, StageKind};
 use ett::error::{Error, Result};
 use ett::eval::HeldOut;
+use ett::ranks::Group;
 use ett::train::{self, Finished, RunOptions, plan_stage};
 
 use crate::common::{Outcome, Scratch, cpu};
@@ -95,7 +96,7 @@ fn a_failed_launch_names_stage_and_step_and_leaves_the_checkpoint_before_it() ->
     assert!(e.starts_with("stage semantic, step 3: cuda:0: linear_xent_fwd failed: an illegal"), "{e}");
     let last = broken.join("checkpoints/step-00000007");
     assert!(e.ends_with(&format!("the last checkpoint, {}, is complete", last.display())), "{e}");
-    train::resume(&broken, cpu(1), true, &HeldOut, &ett::ranks::Group::alone())?;
+    train::resume(&broken, cpu(1), true, &HeldOut, &Group::alone())?;
     let weights = |out: &Path| std::fs::read(out.join("model.safetensors"));
     assert!(weights(&broken)? == weights(&whole)?, "the bits of a run that was not interrupted");
     Ok(())

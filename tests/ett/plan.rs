@@ -319,7 +319,7 @@ fn batch(model: &Ett, stage: &Stage, n: usize) -> Result<Batch> {
         true => Some(Batch::pack(model, &(0..n).map(sequence).collect::<Vec<_>>(), &grids, 64)?),
         false => None,
     };
-    Ok(Batch { images, packed })
+    Ok(Batch { images, packed, most: None })
 }
 
 /// Memory that a step of a stage took on a device.

@@ -11,6 +11,7 @@ use ett::infer::Trained;
 use ett::io;
 use ett::model::Ett;
 use ett::nn::Stored;
+use ett::ranks::Group;
 use ett::train::{self, RunOptions};
 
 struct Folder(PathBuf);
@@ -220,7 +221,7 @@ fn speeds_are_measured_without_saving_anything() {
     pictures(&dir.0.join("data"));
     let c = config(&dir.0.join("data"));
     let open = || -> ett::error::Result<Arc<dyn Kernels>> { Ok(Arc::new(Cpu::poisoned(1)?)) };
-    let all = train::speed(&c, &open, None, 5, &HeldOut).expect("speeds");
+    let all = train::speed(&c, &open, None, 5, &HeldOut, &Group::alone()).expect("speeds");
     let kinds: Vec<&str> = all.iter().filter_map(|s| s.op.strip_prefix("step:")).collect();
     assert_eq!(kinds, ["tokenizer", "text", "align", "semantic", "chat", "gen"]);
     for s in &all {
@@ -232,10 +233,13 @@ fn speeds_are_measured_without_saving_anything() {
     assert!(std::fs::read_to_string(&json).expect("a file").contains("\"step:semantic\""));
     // Nothing is left but the file and the data.
     assert_eq!(std::fs::read_dir(&dir.0).expect("a folder").count(), 2);
-    let e = train::speed(&c, &open, None, 3, &HeldOut).expect_err("no step is counted").to_string();
+    let e = train::speed(&c, &open, None, 3, &HeldOut, &Group::alone())
+        .expect_err("no step is counted")
+        .to_string();
     assert!(e.contains("`--steps` is 3, wanted more than 3"), "{e}");
     let text = Config { stage: vec![c.stage[1].clone()], ..c.clone() };
-    let e = train::speed(&text, &open, Some(StageKind::Gen), 5, &HeldOut).expect_err("no such stage");
+    let e = train::speed(&text, &open, Some(StageKind::Gen), 5, &HeldOut, &Group::alone())
+        .expect_err("no such stage");
     assert!(e.to_string().contains("`stage` is gen"), "{e}");
 }
 

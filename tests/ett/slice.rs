@@ -116,7 +116,7 @@ impl Trainer {
         let first = rows(&sizes, 0)?;
         let block = block(&first).upload(&*dev, Stream::COMPUTE)?;
         let packed = Packed::of(&mut Parts::of(&block), first.sizes())?;
-        let batch = Batch { images: vec![], packed: Some(packed) };
+        let batch = Batch { images: vec![], packed: Some(packed), most: None };
         Ok(Trainer { model, recipe: stage.recipe, state, main, sizes, batch, block })
     }
 

@@ -10,6 +10,7 @@ use ett::data::{Bitmap, Chat, Crop, Framing, Image, Source, TextTokenizer, save_
 use ett::eval::HeldOut;
 use ett::feed::{DataSet, Feed, Template};
 use ett::model::Part;
+use ett::ranks::Group;
 use ett::train::{self, RunOptions};
 
 use crate::common::{Outcome, Scratch, cpu};
@@ -265,7 +266,7 @@ fn a_run_on_shards_resumes_at_its_sample() -> Outcome {
             fs::remove_file(entry.path())?;
         }
     }
-    train::resume(&out, cpu(1), true, &HeldOut, &ett::ranks::Group::alone())?;
+    train::resume(&out, cpu(1), true, &HeldOut, &Group::alone())?;
     assert!(weights()? == whole, "the resumed run has other weights");
     Ok(())
 }

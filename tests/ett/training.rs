@@ -80,7 +80,7 @@ pub fn batch(model: &Ett, sizes: &[[usize; 3]], kind: StageKind) -> Result<Batch
         _ => Some(Batch::pack(model, &sequences, &grids, 8)?),
     };
     let images = if kind == StageKind::Text { vec![] } else { images };
-    Ok(Batch { images, packed })
+    Ok(Batch { images, packed, most: None })
 }
 
 /// A stage in progress.
@@ -119,22 +119,28 @@ impl Run {
     }
 
     fn step_in_parts(&mut self, parts: &[Batch]) -> Result<Step> {
-        self.step_of_ranks(parts, 1)
+        let counts = self.counts(parts)?;
+        self.step_counting(parts, &counts)
     }
 
-    /// The step of one of `ranks` ranks that hold equally many tokens.
-    pub fn step_of_ranks(&mut self, parts: &[Batch], ranks: usize) -> Result<Step> {
-        self.recipe.weights(&self.model, &mut self.state, parts.len());
-        self.main.prepare(&mut self.state, self.rate);
-        if let Some(d) = &mut self.disc {
-            d.prepare(&mut self.state, self.rate);
-        }
+    /// The counts of a batch of one rank.
+    pub fn counts(&self, parts: &[Batch]) -> Result<Counts> {
         let packed = || parts.iter().filter_map(|b| b.packed.as_ref());
         let dev = self.model.params.device().clone();
         let count = |t: &Tensor| t.to_f64(&*dev).map(|v| v.iter().filter(|&&i| i >= 0.0).count());
         let tokens = packed().map(|p| count(&p.target)).sum::<Result<usize>>()?;
         let codes = packed().map(|p| count(&p.code_of)).sum::<Result<usize>>()?;
-        Counts::new(&self.model, parts, ranks * tokens, ranks * codes).set(&mut self.state);
+        Ok(Counts::new(&self.model, parts, tokens, codes))
+    }
+
+    /// A step on the part of a batch that a rank has; `counts` are those of the whole batch.
+    pub fn step_counting(&mut self, parts: &[Batch], counts: &Counts) -> Result<Step> {
+        self.recipe.weights(&self.model, &mut self.state, parts.len());
+        self.main.prepare(&mut self.state, self.rate);
+        if let Some(d) = &mut self.disc {
+            d.prepare(&mut self.state, self.rate);
+        }
+        counts.set(&mut self.state);
         self.state.send(&**self.model.params.device())?;
         step(&mut self.model, &self.recipe, parts, &self.state, &self.main, self.disc.as_ref())
     }
@@ -367,7 +373,7 @@ fn second_alone(cfg: &Config) -> Result<BTreeMap<Loss, f64>> {
     let mut run = Run::new(cfg, cpu(2), StageKind::Tokenizer, 1e-3)?;
     let dev = run.model.params.device().clone();
     let image = tensor(&*dev, DType::F64, &pixels(1, [1, 32, 48]), [1, 32, 48, 3]);
-    let out = run.step(&Batch { images: vec![image], packed: None })?;
+    let out = run.step(&Batch { images: vec![image], packed: None, most: None })?;
     Loss::ALL.into_iter().map(|l| Ok((l, run.value(&out, l)?))).collect()
 }
 
@@ -734,7 +740,7 @@ fn gradients_of(cfg: &Config, kind: StageKind, parts: usize, copies: bool) -> Re
                 StageKind::Tokenizer => None,
                 _ => Some(Batch::pack(&run.model, &sequences, &[Grid { images: n, h: 8, w: 8 }], 8)?),
             };
-            Ok(Batch { images: vec![tensor(&*dev, DType::F64, own, [n, 32, 32, 3])], packed })
+            Ok(Batch { images: vec![tensor(&*dev, DType::F64, own, [n, 32, 32, 3])], packed, most: None })
         })
         .collect::<Result<_>>()?;
     let out = run.step_in_parts(&batches)?;

@@ -59,6 +59,9 @@ impl Tokenizer {
             QuantizerKind::Vq => Init::Uniform(1.0 / q.codes as f64),
         };
         let codebook = b.add("quantize.embedding.weight", [q.codes, q.dim], init);
+        if q.precision == Operands::F32 {
+            b.reads_masters();
+        }
         b.group("decoder");
         let post_quant_conv = Conv2d::new(b, "post_quant_conv", q.dim, cfg.z_channels, 1, Conv::same(1));
         let decoder = Decoder::new(b, cfg);
