@@ -6,7 +6,7 @@
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys};
 
@@ -15,6 +15,8 @@ use crate::ranks::Group;
 
 /// The longest time between two looks after the group.
 const PAUSE: Duration = Duration::from_micros(200);
+/// Time that the group has to say why NCCL failed.
+const GRACE: Duration = Duration::from_secs(2);
 /// Time for which a device that is closed waits for NCCL, which waits for the other ranks of the host.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -109,27 +111,39 @@ impl Peers {
         }
     }
 
+    /// Fails if a collective has failed.
+    fn state(&self) -> Result<()> {
+        let comm = self.comm();
+        // SAFETY: it is alive while the lock is held.
+        comm.as_ref().map_or(Ok(()), |comm| unsafe { self.nccl.state(comm.handle()) })
+    }
+
     /// Fails if a rank is lost or a collective has failed. The first time, this stops all collectives, also one that the
     /// GPU waits in.
     pub(super) fn look(&self) -> Result<()> {
         if let Some(why) = self.lost.get() {
             return Err(why.clone());
         }
-        let why = match self.group.failure() {
-            Some(why) => why,
-            None => {
-                let comm = self.comm();
-                // SAFETY: it is alive while the lock is held.
-                let state = comm.as_ref().map_or(Ok(()), |comm| unsafe { self.nccl.state(comm.handle()) });
-                match state {
-                    Ok(()) => return Ok(()),
-                    Err(why) => why,
-                }
-            }
+        let why = match (self.group.failure(), self.state()) {
+            (None, Ok(())) => return Ok(()),
+            (Some(why), _) => why,
+            (None, Err(why)) => self.reason().unwrap_or(why),
         };
         let _ = self.lost.set(why.clone());
         self.end(End::Stop);
         Err(why)
+    }
+
+    /// Why the group has failed, as it learns soon after NCCL has met the end of a rank; `None` if it has not.
+    fn reason(&self) -> Option<String> {
+        let start = Instant::now();
+        loop {
+            let why = self.group.failure();
+            if why.is_some() || start.elapsed() > GRACE {
+                return why;
+            }
+            std::thread::sleep(PAUSE);
+        }
     }
 
     /// Returns when the device has reached `event`, or when a rank is lost: the device then reaches it soon.
