@@ -87,7 +87,8 @@ impl Stream {
     pub const COMPUTE: Stream = Stream(0);
     /// Copies batches.
     pub const COPY: Stream = Stream(1);
-    /// Runs collectives beside the kernels.
+    /// Runs collectives beside the kernels. Their views stay allocated until [`Device::order`] has made the compute stream
+    /// wait for them.
     pub const PEERS: Stream = Stream(2);
 }
 
@@ -286,8 +287,8 @@ pub enum Reduction {
 }
 
 /// Collective operations over ranks, those of NCCL: all ranks make the same calls in the same order, with views of the same
-/// shapes. Views are contiguous. With a single rank each is the identity. A rank's own part of `n` elements is the one from
-/// element `rank * n` on.
+/// shapes, on the compute stream or on that of the peers, and in the same recordings. Views are contiguous. With a single
+/// rank each is the identity. A rank's own part of `n` elements is the one from element `rank * n` on.
 pub trait Collectives {
     /// Number of ranks.
     fn ranks(&self) -> usize;
@@ -345,10 +346,11 @@ pub trait Device: Send + Sync {
     }
     /// Calls `work` once and records the launches that it enqueues on the compute stream, without executing them; a
     /// replay costs as much as one launch. Results differ between replays only through memory that is written outside
-    /// of the recording: the step state and the batch. Copies to and from the host, orders and waits cannot be
-    /// recorded. Memory that `work` allocates belongs to the recording, so that replays write to no other memory;
-    /// tensors that `work` reads but did not create must outlive the recording. Returns `None` without calling `work`
-    /// on devices that cannot record, and while kernels are measured.
+    /// of the recording: the step state and the batch. Copies to and from the host, orders with them and waits cannot be
+    /// recorded. Collectives can: on the compute stream, and on that of the peers once it was ordered after the former.
+    /// Memory that `work` allocates belongs to the recording, so that replays write to no other memory; tensors that
+    /// `work` reads but did not create must outlive the recording. Returns `None` without calling `work` on devices that
+    /// cannot record, and while kernels are measured.
     fn record(&self, _work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Box<dyn Recording>>> {
         Ok(None)
     }

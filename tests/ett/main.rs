@@ -20,6 +20,8 @@ mod formats;
 mod fuzz;
 mod generate;
 mod gpu;
+#[cfg(ett_cuda)]
+mod gpu_ranks;
 mod gradients;
 mod kill;
 mod losses;

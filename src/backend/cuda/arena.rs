@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys};
 
+use super::peers::Peers;
 use crate::backend::{DeviceId, Memory, Reclaim, Role, size};
 use crate::error::{Error, Result};
 
@@ -18,21 +19,28 @@ pub(super) struct Gpu {
     pub(super) compute: Arc<CudaStream>,
     /// Copies batches.
     pub(super) copy: Arc<CudaStream>,
+    /// The other ranks, if there are any, with the stream of collectives.
+    pub(super) peers: Option<Peers>,
     /// Allocates and frees memory; never part of a recording.
     taking: Arc<CudaStream>,
-    /// During a recording, an event after all work enqueued on the compute stream before it. Work enqueued during the
-    /// recording is stored instead of run, and the stream supports neither waits nor events until the recording ends.
+    /// During a recording, an event after all work enqueued before it on the compute stream and on that of the peers. Work
+    /// enqueued during the recording is stored instead of run, and the streams support neither waits nor events of
+    /// others until the recording ends.
     recording: Mutex<Option<CudaEvent>>,
     /// Bytes by role, over all arenas.
     pub(super) memory: Mutex<Memory>,
 }
 
 impl Gpu {
-    pub(super) fn new(name: String, context: Arc<CudaContext>) -> std::result::Result<Self, DriverError> {
+    pub(super) fn new(
+        name: String,
+        context: Arc<CudaContext>,
+        peers: Option<Peers>,
+    ) -> std::result::Result<Self, DriverError> {
         let [compute, copy, taking] = [context.new_stream()?, context.new_stream()?, context.new_stream()?];
         let (recording, memory) = (Mutex::default(), Mutex::default());
         let id = DeviceId::unique();
-        Ok(Gpu { id, name, context, compute, copy, taking, recording, memory })
+        Ok(Gpu { id, name, context, compute, copy, peers, taking, recording, memory })
     }
 
     /// A driver error during `what`.
@@ -63,11 +71,49 @@ impl Gpu {
         }
     }
 
-    /// Waits until all enqueued work is done, except work being recorded.
+    /// Makes `stream` wait for all work enqueued on the stream of the peers, except work being recorded.
+    fn after_peers(&self, stream: &CudaStream) -> std::result::Result<(), DriverError> {
+        match (&self.peers, &*self.before_recording()) {
+            (Some(peers), None) => stream.join(&peers.stream),
+            // The work before a recording is before its event.
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits until all enqueued work is done, except work being recorded. If a rank is lost, the collectives stop.
     pub(super) fn finish(&self) -> std::result::Result<(), DriverError> {
         self.after_compute(&self.taking)?;
+        self.after_peers(&self.taking)?;
         self.taking.wait(&self.copy.record_event(None)?)?;
-        self.taking.synchronize()
+        self.reach(&self.taking.record_event(None)?)
+    }
+
+    /// Waits until the device has reached an event. If a rank is lost, the collectives before it stop.
+    pub(super) fn reach(&self, event: &CudaEvent) -> std::result::Result<(), DriverError> {
+        if let Some(peers) = &self.peers {
+            peers.watch(event)?;
+        }
+        event.synchronize()
+    }
+
+    /// Waits, as `what`, until the device has reached an event. Fails if a rank is lost, since the collectives before the
+    /// event have no result then.
+    pub(super) fn wait(&self, event: &CudaEvent, what: &str) -> Result<()> {
+        let reached = self.reach(event);
+        self.look(what)?;
+        reached.map_err(|e| self.error(what, e))
+    }
+
+    /// The same for all work enqueued on a stream.
+    pub(super) fn drain(&self, stream: &CudaStream, what: &str) -> Result<()> {
+        let event = stream.record_event(None).map_err(|e| self.error(what, e))?;
+        self.wait(&event, what)
+    }
+
+    /// Fails, as `what`, if a rank is lost or a collective has failed.
+    fn look(&self, what: &str) -> Result<()> {
+        let looked = self.peers.as_ref().map_or(Ok(()), Peers::look);
+        looked.map_err(|why| Error::device(&self.name, format!("{what}: {why}")))
     }
 
     fn memory(&self) -> MutexGuard<'_, Memory> {

@@ -62,7 +62,7 @@ impl Pinned {
                 && let Some(i) = all.iter().position(|b| b.bytes == size)
             {
                 let block = all.swap_remove(i);
-                block.done.synchronize()?;
+                self.gpu.reach(&block.done)?;
                 return Ok(block);
             }
         }
@@ -157,7 +157,7 @@ struct Held {
 impl Held {
     fn wait(self, gpu: &Gpu, bytes: usize, slot: usize, fault: u64) -> Result<Vec<u8>> {
         let Some(block) = &self.block else { return Ok(Vec::new()) };
-        block.done.synchronize().map_err(|e| gpu.error("waiting for a value", e))?;
+        gpu.wait(&block.done, "waiting for a value")?;
         // SAFETY: both copies are done, and the block is as long as both; a fault consists of numbers.
         let (v, found) = unsafe {
             let v = std::slice::from_raw_parts(block.at, bytes).to_vec();
@@ -196,7 +196,7 @@ impl Drop for Pinned {
         }
         for block in self.blocks.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
             // Errors are ignored: a device that fails here also fails in a call that reports it.
-            let _ = block.done.synchronize();
+            let _ = self.gpu.reach(&block.done);
             // SAFETY: it came from `malloc_host`, and its copy is done.
             let _ = unsafe { result::free_host(block.at.cast()) };
         }

@@ -4,11 +4,12 @@ use std::collections::HashSet;
 use std::ffi::{CString, c_void};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use cudarc::driver::{CudaContext, CudaStream, result, sys};
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 use super::arena::{Arena, Gpu, keep_pool};
 use super::call::{self, ToC};
 use super::copies::Pinned;
+use super::peers::Peers;
 use super::products::{Product, Products, WORKSPACE};
 use super::profile::Profiler;
 use super::{ffi, record};
@@ -30,6 +31,9 @@ pub struct Options {
     pub poison: bool,
     /// Implementations to use instead of those that launchers choose: `op=kernel,op=kernel`.
     pub force: String,
+    /// Thread blocks that a collective runs at most, each of which takes a part of a multiprocessor from the kernels;
+    /// `None`: as many as NCCL chooses.
+    pub collective_blocks: Option<u32>,
 }
 
 impl Options {
@@ -39,6 +43,7 @@ impl Options {
             sync: std::env::var("ETT_SYNC").is_ok_and(|v| v != "0"),
             poison: false,
             force: std::env::var("ETT_FORCE").unwrap_or_default(),
+            collective_blocks: None,
         }
     }
 }
@@ -66,18 +71,18 @@ fn bytes(a: &impl Args, answer: i64) -> Result<usize> {
 
 /// A GPU.
 pub struct Cuda {
-    gpu: Arc<Gpu>,
+    pub(super) gpu: Arc<Gpu>,
     /// The arena for allocations: the device's, or that of the recording being made.
     arena: Mutex<Arc<Arena>>,
     pinned: Arc<Pinned>,
     products: Option<Products>,
     products_workspace: Buffer,
     fault: Buffer,
-    sync: bool,
+    pub(super) sync: bool,
     poison: bool,
     forced: Vec<(&'static str, CString)>,
     /// Measures the launches, once it is set.
-    profiler: OnceLock<Profiler>,
+    pub(super) profiler: OnceLock<Profiler>,
     /// Kernels whose first launch was logged.
     seen: Mutex<HashSet<(&'static str, &'static str)>>,
 }
@@ -88,9 +93,10 @@ impl Cuda {
         Self::with(ordinal, &Options::from_env())
     }
 
-    /// Opens GPU `ordinal` with [`Options::from_env`] as the device of a rank of `group`.
-    pub fn of(ordinal: usize, _group: Arc<Group>) -> Result<Self> {
-        Self::with(ordinal, &Options::from_env())
+    /// Opens GPU `ordinal` with [`Options::from_env`] as the device of a rank of `group`. With several ranks, all of them
+    /// call this, each with a GPU of its own, and it fails if NCCL is missing.
+    pub fn of(ordinal: usize, group: Arc<Group>) -> Result<Self> {
+        Self::joined(ordinal, &Options::from_env(), group)
     }
 
     /// Number of GPUs that the driver reports. Fails if the driver is missing, does not start or is too old.
@@ -125,6 +131,11 @@ impl Cuda {
 
     /// Opens GPU `ordinal`.
     pub fn with(ordinal: usize, options: &Options) -> Result<Self> {
+        Self::joined(ordinal, options, Group::alone())
+    }
+
+    /// Opens GPU `ordinal` as the device of a rank of `group`, as [`Cuda::of`].
+    pub fn joined(ordinal: usize, options: &Options, group: Arc<Group>) -> Result<Self> {
         let n = Self::count()?;
         let name = format!("cuda:{ordinal}");
         if ordinal >= n {
@@ -151,7 +162,12 @@ impl Cuda {
             return Err(Error::device(name, what));
         }
         keep_pool(&context).map_err(fail)?;
-        let gpu = Arc::new(Gpu::new(name.clone(), context).map_err(fail)?);
+        let peers = match group.ranks() {
+            1 => None,
+            _ => Some(Peers::join(&context, group, options.collective_blocks)),
+        };
+        let peers = peers.transpose().map_err(|why| Error::device(&name, why))?;
+        let gpu = Arc::new(Gpu::new(name.clone(), context, peers).map_err(fail)?);
         let products = Products::new().inspect_err(|why| {
             tracing::warn!("cuBLASLt {why}; matrix products use the portable kernel, which is slower");
         });
@@ -197,7 +213,33 @@ impl Cuda {
     }
 
     fn stream(&self, s: Stream) -> &CudaStream {
-        if s == Stream::COPY { &self.gpu.copy } else { &self.gpu.compute }
+        match (s, &self.gpu.peers) {
+            (Stream::COPY, _) => &self.gpu.copy,
+            (Stream::PEERS, Some(peers)) => &peers.stream,
+            _ => &self.gpu.compute,
+        }
+    }
+
+    /// Whether the stream of the peers is a part of the recording being made; true outside of recordings.
+    fn peers_take_part(&self) -> std::result::Result<bool, DriverError> {
+        match &self.gpu.peers {
+            Some(peers) if self.gpu.is_recording() => peers.is_recorded(),
+            _ => Ok(true),
+        }
+    }
+
+    /// Fails if work on `s` would run at once although a recording is being made.
+    pub(super) fn takes_part(&self, op: &'static str, s: Stream) -> Result<()> {
+        if s != Stream::PEERS || self.peers_take_part().map_err(|e| self.gpu.error(op, e))? {
+            return Ok(());
+        }
+        let got = "that of the peers, which is no part of the recording yet";
+        Err(Error::arg(
+            op,
+            "stream",
+            got,
+            "one that was ordered after the compute stream during the recording",
+        ))
     }
 
     /// Fails during a recording, which cannot contain `what`.
@@ -226,7 +268,7 @@ impl Cuda {
                 name,
                 "stream",
                 s.0,
-                "the compute stream, since the other one only copies",
+                "the compute stream, since the others only copy and run collectives",
             ));
         }
         check::call(self.gpu.id, a)?;
@@ -282,10 +324,7 @@ impl Cuda {
             tracing::debug!(op = name, kernel, "first launch: {}", views.join(", "));
         }
         if self.sync && !self.gpu.is_recording() {
-            self.gpu
-                .compute
-                .synchronize()
-                .map_err(|e| self.gpu.error(&format!("{name} ({kernel}) failed"), e))?;
+            self.gpu.drain(&self.gpu.compute, &format!("{name} ({kernel}) failed"))?;
         }
         Ok(())
     }
@@ -371,31 +410,6 @@ fn buffer(arena: &Arc<Arena>, role: Role, bytes: usize) -> Result<Buffer> {
     Ok(unsafe { Buffer::new(addr, bytes, role, arena.device(), arena.clone()) })
 }
 
-/// One GPU is one rank.
-impl Collectives for Cuda {
-    fn ranks(&self) -> usize {
-        1
-    }
-    fn rank(&self) -> usize {
-        0
-    }
-    fn all_reduce(&self, _s: Stream, x: Acc, _how: Reduction) -> Result<()> {
-        check::view(self.gpu.id, "all_reduce", "x", &x.0)
-    }
-    fn reduce_scatter(&self, s: Stream, x: In, y: Out) -> Result<()> {
-        match check::parts(self.gpu.id, "reduce_scatter", ("y", &y.0), ("x", &x), 0, 1)? {
-            true => Ok(()),
-            false => self.copy(s, x, y),
-        }
-    }
-    fn all_gather(&self, s: Stream, x: In, y: Out) -> Result<()> {
-        match check::parts(self.gpu.id, "all_gather", ("x", &x), ("y", &y.0), 0, 1)? {
-            true => Ok(()),
-            false => self.copy(s, x, y),
-        }
-    }
-}
-
 impl Device for Cuda {
     fn name(&self) -> String {
         match self.model() {
@@ -444,6 +458,7 @@ impl Device for Cuda {
 
     fn copy(&self, s: Stream, src: In, dst: Out) -> Result<()> {
         check::copy(self.gpu.id, &src, &dst)?;
+        self.takes_part("copy", s)?;
         let (from, to, bytes) = (src.addr(), dst.0.addr(), src.bytes() as usize);
         let bound = self.gpu.context.bind_to_thread();
         let copied = bound.and_then(|()| {
@@ -462,15 +477,23 @@ impl Device for Cuda {
     }
 
     fn order(&self, before: Stream, after: Stream) -> Result<()> {
-        self.not_recording("order", "after", "an order of streams")?;
-        let done = self.stream(before).record_event(None).and_then(|e| self.stream(after).wait(&e));
-        done.map_err(|e| self.gpu.error("ordering two streams", e))
+        let fail = |e| self.gpu.error("ordering two streams", e);
+        if before == Stream::COPY || after == Stream::COPY {
+            self.not_recording("order", "after", "an order with copies")?;
+        }
+        let (from, to) = (self.stream(before), self.stream(after));
+        // What was enqueued for the peers before a recording is waited for by its replays.
+        if from == to || before == Stream::PEERS && !self.peers_take_part().map_err(fail)? {
+            return Ok(());
+        }
+        to.join(from).map_err(fail)
     }
 
     fn synchronize(&self) -> Result<()> {
         self.not_recording("synchronize", "device", "a wait for the device")?;
-        let done = self.gpu.copy.synchronize().and_then(|()| self.gpu.compute.synchronize());
-        done.map_err(|e| self.gpu.error("waiting for the device", e))
+        [Stream::COPY, Stream::COMPUTE, Stream::PEERS]
+            .iter()
+            .try_for_each(|s| self.gpu.drain(self.stream(*s), "waiting for the device"))
     }
 
     fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Box<dyn Recording>>> {

@@ -13,9 +13,15 @@ mod shim;
 #[cfg(ett_cuda)]
 mod arena;
 #[cfg(ett_cuda)]
+mod collectives;
+#[cfg(ett_cuda)]
 mod copies;
 #[cfg(ett_cuda)]
 mod device;
+#[cfg(ett_cuda)]
+mod nccl;
+#[cfg(ett_cuda)]
+mod peers;
 #[cfg(ett_cuda)]
 mod products;
 #[cfg(ett_cuda)]

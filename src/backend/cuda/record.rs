@@ -20,6 +20,9 @@ pub(super) struct Graph {
 pub(super) fn begin(gpu: &Gpu) -> std::result::Result<(), DriverError> {
     gpu.context.bind_to_thread()?;
     let mut recording = gpu.before_recording();
+    if let Some(peers) = &gpu.peers {
+        gpu.compute.join(&peers.stream)?;
+    }
     let before = gpu.compute.record_event(None)?;
     // Relaxed: memory is allocated and freed on another stream during the recording.
     let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
@@ -29,14 +32,24 @@ pub(super) fn begin(gpu: &Gpu) -> std::result::Result<(), DriverError> {
     Ok(())
 }
 
-/// Ends the recording. Afterwards the stream is usable again, also in case of an error.
+/// Makes the compute stream wait for what the recording contains on the stream of the peers, without which it cannot end.
+fn join_peers(gpu: &Gpu) -> std::result::Result<(), DriverError> {
+    match &gpu.peers {
+        Some(peers) if peers.is_recorded()? => gpu.compute.join(&peers.stream),
+        _ => Ok(()),
+    }
+}
+
+/// Ends the recording. Afterwards the streams are usable again, also in case of an error.
 pub(super) fn end(gpu: &Arc<Gpu>, memory: Arc<Arena>) -> std::result::Result<Graph, DriverError> {
     // SAFETY: the stream is alive; the returned graph is destroyed once, here or by `Graph`.
     unsafe {
+        let joined = join_peers(gpu);
         let ended = result::stream::end_capture(gpu.compute.cu_stream());
         *gpu.before_recording() = None;
         let graph = ended?;
-        match result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) {
+        let made = joined.and_then(|()| result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)));
+        match made {
             Ok(executable) => Ok(Graph { gpu: gpu.clone(), graph, executable, _memory: memory }),
             Err(e) => {
                 result::graph::destroy(graph)?;
@@ -49,12 +62,17 @@ pub(super) fn end(gpu: &Arc<Gpu>, memory: Arc<Arena>) -> std::result::Result<Gra
 impl Recording for Graph {
     fn replay(&self) -> Result<()> {
         let gpu = &self.gpu;
-        let bound = gpu.context.bind_to_thread();
-        let done = bound.and_then(|()| {
+        let launch = || {
+            gpu.context.bind_to_thread()?;
+            // Collectives have one order, those of the recording and others.
+            if let Some(peers) = &gpu.peers {
+                gpu.compute.join(&peers.stream)?;
+            }
             // SAFETY: graph and stream are alive, and so is the memory used by the launches.
-            unsafe { result::graph::launch(self.executable, gpu.compute.cu_stream()) }
-        });
-        done.map_err(|e| gpu.error("replaying a recorded step", e))
+            unsafe { result::graph::launch(self.executable, gpu.compute.cu_stream())? };
+            gpu.peers.as_ref().map_or(Ok(()), |peers| peers.stream.join(&gpu.compute))
+        };
+        launch().map_err(|e| gpu.error("replaying a recorded step", e))
     }
 }
 
