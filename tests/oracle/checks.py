@@ -386,6 +386,147 @@ def finite_differences_agree_where_no_gradient_is_stopped():
             assert abs((plus - minus) / (2 * step) - want) < 1e-6 * max(1.0, abs(want)), (name, parameter)
 
 
+# ------------------------------------------------------------------------------------------------
+# Steps of several ranks
+# ------------------------------------------------------------------------------------------------
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
+
+
+def of_kind(tensors, prefix):
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+@check
+def one_rank_or_synchronised_ranks_make_the_usual_step():
+    for name in ["dot", "l2norm"]:
+        cfg, weights, batch, expected = load_case(name)
+        step = twin.training_step(cfg, weights, batch, ranks=1)
+        for key, want in expected.items():
+            assert relative(step[key].double(), want.double()) < 1e-9 or want.norm() < 1e-12, (name, key)
+    cfg, weights, batch, expected = load_case("ranks")
+    one = twin.training_step(cfg, weights, batch)
+    cfg["discriminator"]["sync"] = True
+    synchronised = twin.training_step(cfg, weights, batch, ranks=2)
+    assert one.keys() == synchronised.keys() and all(torch.equal(one[key], synchronised[key]) for key in one)
+
+    # Statistics of their own change everything that depends on the discriminator, and nothing else.
+    for key in ["loss.gan", "loss.d_hinge", "loss.d_lecam", "grad.decoder.conv_out.weight", "grad.loss.discriminator.main.0.weight"]:
+        assert relative(expected[key], one[key]) > 1e-3, key
+    for key in ["loss.cap", "loss.ent_avg", "act.rec", "grad.model.embed_tokens.weight"]:
+        assert relative(expected[key], one[key]) < 1e-12, key
+
+
+def rank_alone(cfg, W, stepped, image, text, total, others_usage):
+    """A rank with its own pictures and texts: its shares of the discriminator's loss and of the total loss. Sums over its
+    pictures, tokens and patches are divided by the counts of all `total` pictures. Only the entropy of the average code
+    distribution is no sum over ranks: `others_usage` is the sum of the distributions of the other ranks' tokens. `stepped`
+    has the updated discriminator."""
+    share, weight, q = len(image) / total, cfg["loss"], cfg["quantizer"]
+    z, grid = twin.encode(W, image, cfg)
+    codebook = W["quantize.embedding.weight"]
+    out = twin.quantize(z, codebook, cfg)
+    rec = twin.decode(W, out["z_q"], grid, cfg)
+
+    real, fake = twin.discriminator(W, image), twin.discriminator(W, rec.detach())
+    rate, patches = 1.0 - cfg["discriminator"]["lecam_decay"], real.numel() / share
+    averages = rate * real.detach().mean(), rate * fake.detach().mean()
+    lecam = ((real - averages[1]).relu() ** 2).sum() / patches + ((averages[0] - fake).relu() ** 2).sum() / patches
+    hinge = ((1 - real).relu().sum() + (1 + fake).relu().sum()) / (2 * patches)
+
+    usage = others_usage + torch.softmax(z @ codebook.T / q["temperature"], dim=1).sum(dim=0)
+    usage = usage / (len(z) / share)
+    ent_avg = -(usage * torch.log(usage + q["entropy_eps"])).sum()
+    logits = twin.discriminator(stepped, rec).mean(dim=(1, 2, 3))
+    vq = (
+        weight["rec"] * (image - rec).abs().sum() / (image.numel() / share)
+        + weight["lpips"] * twin.lpips(W, image, rec).sum() / total
+        + weight["gan"] * torch.log1p(torch.exp(-logits)).sum() / total
+        + share * (weight["quant"] * out["quant"] + weight["entropy"] * out["ent_sample"])
+        - weight["entropy"] * ent_avg
+    )
+    visual = twin.projector(W, out["z_q"], cfg).reshape(len(image), grid[0] * grid[1], -1)
+    log_p = torch.log_softmax(twin.text_logits(W, visual, text, cfg), dim=-1)
+    cap = -log_p.gather(2, text[..., None]).sum() / (text.numel() / share)
+    return hinge + weight["lecam"] * lecam, cap + weight["alpha"] * vq
+
+
+@check
+def the_gradient_of_a_step_is_the_sum_over_ranks_that_compute_alone():
+    cfg, weights, batch, expected = load_case("ranks")
+    generator, discriminator = twin.trained_names(cfg, weights)
+    W = {n: w.double().requires_grad_(n in generator + discriminator) for n, w in weights.items()}
+    images, texts = batch["input.image"].double().permute(0, 3, 1, 2), batch["input.text"].long()
+    total, temperature = len(images), cfg["quantizer"]["temperature"]
+    stepped = {n: v for n, v in of_kind(expected, "after.").items() if n in discriminator}
+
+    def usage(image):
+        z, _ = twin.encode(W, image, cfg)
+        return torch.softmax(z @ W["quantize.embedding.weight"].T / temperature, dim=1).sum(dim=0).detach()
+
+    shares = list(zip(images.chunk(2), texts.chunk(2)))
+    sums = {n: torch.zeros_like(W[n]) for n in generator + discriminator}
+    for (image, text), (other, _) in [shares, shares[::-1]]:
+        d_loss, loss = rank_alone(cfg, W, stepped, image, text, total, usage(other))
+        for n, g in (twin.gradients(d_loss, W, discriminator) | twin.gradients(loss, W, generator)).items():
+            sums[n] += g
+    for n, got in sums.items():
+        want = expected[f"grad.{n}"]
+        assert (got - want).norm() < 1e-10 * want.norm() + 1e-14, (n, relative(got, want))
+
+
+@check
+def clipping_and_the_state_of_the_first_rank_by_hand():
+    cfg, weights, batch, expected = load_case("ranks")
+    clipped = load_file(FIXTURES / "ranks" / "clipped.safetensors")
+    W, train = {n: w.double() for n, w in weights.items()}, cfg["train"]
+    for key, names in [("norm.disc", twin.DISCRIMINATOR), ("norm.main", (*twin.TOKENIZER, *twin.LANGUAGE))]:
+        grads = {n: g for n, g in of_kind(expected, "grad.").items() if n.startswith(names)}
+        norm = math.sqrt(sum(g.square().sum().item() for g in grads.values()))
+        # The updated discriminator is another one with clipping, and with it the gradient of the decoder.
+        close(clipped[key], norm, 1e-12 if key == "norm.disc" else 1e-2)
+        assert norm > 2 * train["clip"], (key, norm)
+        for n, g in grads.items():
+            if key == "norm.disc" or n.startswith("model."):
+                g = g * train["clip"] / (clipped[key] + 1e-6)
+                close(clipped[f"after.{n}"], W[n] - train["lr"] * g / (g.abs() + train["adam_eps"]))
+
+    image = batch["input.image"][:2].double().permute(0, 3, 1, 2)
+    rec = expected["act.rec"][:2].permute(0, 3, 1, 2)
+    stepped = {n: v for n, v in of_kind(clipped, "after.").items() if n.startswith(twin.DISCRIMINATOR)}
+    mean, var = 0.0, 1.0
+    for weights_of_the_pass, pictures in [(W, image), (W, rec), (stepped, rec)]:
+        x = torch.nn.functional.conv2d(
+            pictures, *(weights_of_the_pass[f"loss.discriminator.main.0.{p}"] for p in ["weight", "bias"]), stride=2, padding=1
+        )
+        x = torch.where(x > 0, x, 0.2 * x)
+        x = torch.nn.functional.conv2d(x, weights_of_the_pass["loss.discriminator.main.2.weight"], stride=2, padding=1)
+        mean = 0.9 * mean + 0.1 * x.mean(dim=(0, 2, 3))
+        var = 0.9 * var + 0.1 * x.var(dim=(0, 2, 3), unbiased=True)
+    close(clipped["state.loss.discriminator.main.3.running_mean"], mean)
+    close(clipped["state.loss.discriminator.main.3.running_var"], var)
+    rate = 1.0 - cfg["discriminator"]["lecam_decay"]
+    averages = [rate * twin.discriminator(W, x).mean() for x in (image, rec)]
+    close(clipped["state.loss.lecam_ema"], torch.stack(averages))
+
+
+@check
+def the_tokenizer_stage_is_a_part_of_the_step():
+    expected = load_file(FIXTURES / "ranks" / "expected.safetensors")
+    tokenizer = load_file(FIXTURES / "ranks" / "tokenizer.safetensors")
+    for key, value in tokenizer.items():
+        if key.startswith(("act.", "grad.loss.", "loss.")) and key not in ("loss.cap", "loss.total"):
+            assert torch.equal(value, expected[key]), key
+    assert tokenizer["loss.cap"] == 0.0 and tokenizer["loss.total"] == tokenizer["loss.vq"]
+    # Only L_vq reaches the decoder, with a weight of alpha in one stage and of 1 in the other.
+    alpha = load_case("ranks")[0]["loss"]["alpha"]
+    for key in [k for k in tokenizer if k.startswith(("grad.decoder.", "grad.post_quant_conv."))]:
+        assert (expected[key] - alpha * tokenizer[key]).norm() < 1e-11 * expected[key].norm() + 1e-14, key
+    assert not any(k.startswith(("grad.model.", "grad.projector.")) for k in tokenizer)
+
+
 @check
 def configurations_are_those_of_the_cases():
     for name, (*_, changes) in CASES.items():

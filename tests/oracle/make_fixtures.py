@@ -1,11 +1,12 @@
 """Writes the fixtures under tests/fixtures, or checks the committed ones.
 
     python make_fixtures.py            # write every case and MANIFEST.sha256
+    python make_fixtures.py ranks      # write this case only, and MANIFEST.sha256
     python make_fixtures.py --check    # run the twin on the committed inputs, compare with the committed outputs
 
 Each case is a directory with config.toml, weights.safetensors, batch.safetensors (the inputs, float32 and
-int32) and expected.safetensors (the twin's outputs, float64). The twin reads the inputs back from these
-files, so that the outputs depend on nothing else.
+int32) and expected.safetensors (the twin's outputs, float64); those of several ranks have more outputs. The twin
+reads the inputs back from these files, so that the outputs depend on nothing else.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import twin
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
-FILES = ["config.toml", "weights.safetensors", "batch.safetensors", "expected.safetensors"]
+INPUTS = ["config.toml", "weights.safetensors", "batch.safetensors"]
 
 BASE = {
     "tokenizer": dict(ch=4, ch_mult=[1, 2, 2], num_res_blocks=1, z_channels=8, norm_groups=2, norm_eps=1e-6),
@@ -64,7 +65,27 @@ CASES = {
     "alpha0": (22, 2, 32, 32, 6, {"loss": dict(alpha=0.0)}),
     "embed": (15, 2, 32, 32, 6, {"projector": dict(norm=True), "train": dict(arm="embed")}),
     "index": (16, 2, 32, 32, 6, {"train": dict(arm="index")}),
+    "ranks": (
+        17, 4, 24, 32, 5,
+        {
+            "tokenizer": dict(ch_mult=[1, 1, 2]),
+            "quantizer": dict(codes=20, temperature=0.1),
+            "lpips": dict(widths=[4, 4, 4, 4, 4]),
+            # Averages that matter in the first step, in which they start at 0.
+            "discriminator": dict(ndf=2, lecam_decay=0.4, sync=False),
+            "llm": dict(vocab=24, width=12, layers=1, heads=2, kv_heads=1, head_dim=6, mlp=16),
+            "loss": dict(gan=0.3, entropy=0.3, lecam=0.5),
+            # Gradients so small that Adam depends on their size, and thus on clipping.
+            "train": dict(lr=1e-3, adam_eps=1e-3, clip=0.2),
+        },
+    ),
 }  # fmt: skip
+
+# Cases that are the step of several ranks.
+RANKS = {"ranks": 2}
+
+# Keys that not every case has.
+OPTIONAL = {"discriminator": {"sync"}, "train": {"clip"}}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -75,7 +96,7 @@ CASES = {
 def config_of(changes):
     cfg = copy.deepcopy(BASE)
     for section, values in changes.items():
-        assert values.keys() <= cfg[section].keys()
+        assert values.keys() <= cfg[section].keys() | OPTIONAL.get(section, set())
         cfg[section] |= values
     return cfg
 
@@ -180,12 +201,28 @@ def set_quantizer(rng, cfg, weights, image):
 # ------------------------------------------------------------------------------------------------
 
 
-def run_case(directory):
+def outputs(name):
+    """The files of outputs of a case."""
+    return ["expected.safetensors"] + (["tokenizer.safetensors", "clipped.safetensors"] if name in RANKS else [])
+
+
+def run_case(name, directory):
+    """The inputs of a case, and the contents of its outputs."""
     cfg = twin.load_config(directory / "config.toml")
     weights = load_file(directory / "weights.safetensors")
     batch = load_file(directory / "batch.safetensors")
     assert {n: tuple(w.shape) for n, w in weights.items()} == twin.parameter_shapes(cfg)
-    return cfg, weights, batch, twin.training_step(cfg, weights, batch)
+
+    def step(kinds, **how):
+        out = twin.training_step(cfg, weights, batch, RANKS.get(name, 1), **how)
+        return {key: value for key, value in out.items() if key.startswith(kinds)}
+
+    usual = ("loss.", "act.", "grad.", "after.")
+    found = {"expected.safetensors": step(usual)}
+    if name in RANKS:
+        found["tokenizer.safetensors"] = step(usual, stage="tokenizer")
+        found["clipped.safetensors"] = step(("loss.", "norm.", "after.", "state."), clip=cfg["train"]["clip"])
+    return cfg, weights, batch, found
 
 
 def save(tensors, path):
@@ -206,9 +243,10 @@ def write_case(name, directory):
     save(weights, directory / "weights.safetensors")
     save({"input.image": image, "input.text": text}, directory / "batch.safetensors")
     assert twin.load_config(directory / "config.toml") == cfg
-    cfg, weights, batch, expected = run_case(directory)
-    report(name, cfg, weights, batch, expected)
-    save(expected, directory / "expected.safetensors")
+    cfg, weights, batch, found = run_case(name, directory)
+    report(name, cfg, weights, batch, found["expected.safetensors"])
+    for file in outputs(name):
+        save(found[file], directory / file)
 
 
 def report(name, cfg, weights, batch, expected):
@@ -255,7 +293,7 @@ def manifest():
     lines = []
     found = [path for folder in ("files", "ibq", "llm") for path in (FIXTURES / folder).rglob("*") if path.is_file()]
     others = [path.relative_to(FIXTURES).as_posix() for path in found]
-    for path in sorted([f"{case}/{file}" for case in CASES for file in FILES] + others):
+    for path in sorted([f"{case}/{file}" for case in CASES for file in INPUTS + outputs(case)] + others):
         lines.append(f"{hashlib.sha256((FIXTURES / path).read_bytes()).hexdigest()}  {path}\n")
     return "".join(lines)
 
@@ -265,11 +303,11 @@ def check():
     failures = []
     if (FIXTURES / "MANIFEST.sha256").read_text() != manifest():
         failures.append("MANIFEST.sha256 does not fit the files")
-    for name in CASES:
-        *_, fresh = run_case(FIXTURES / name)
-        expected = load_file(FIXTURES / name / "expected.safetensors")
+    for name, file in [(name, file) for name in CASES for file in outputs(name)]:
+        *_, found = run_case(name, FIXTURES / name)
+        fresh, expected = found[file], load_file(FIXTURES / name / file)
         if fresh.keys() != expected.keys():
-            failures.append(f"{name}: other tensors")
+            failures.append(f"{name}/{file}: other tensors")
             continue
         worst = 0.0
         for key, value in expected.items():
@@ -277,8 +315,8 @@ def check():
             error = ((fresh[key] - value).double().norm() / (value.double().norm() + 0.1)).item()
             worst = max(worst, error)
             if error > (0 if key == "act.ind" else 1e-11):
-                failures.append(f"{name}: {key} is off by {error:.1e}")
-        print(f"{name}: {len(expected)} tensors, worst relative error {worst:.1e}")
+                failures.append(f"{name}/{file}: {key} is off by {error:.1e}")
+        print(f"{name}/{file}: {len(expected)} tensors, worst relative error {worst:.1e}")
     for failure in failures:
         print("FAILED", failure)
     return 1 if failures else 0
@@ -286,13 +324,14 @@ def check():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", choices=[[], *CASES], help="write only these; all if none is named")
     parser.add_argument("--check", action="store_true", help="compare the committed fixtures with a fresh run; write nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     if arguments.check:
         sys.exit(check())
-    for name in CASES:
+    for name in arguments.cases or CASES:
         write_case(name, FIXTURES / name)
     (FIXTURES / "MANIFEST.sha256").write_text(manifest())
 

@@ -1,4 +1,4 @@
-"""A small, naive float64 twin of ETT in PyTorch: one semantic-stage training step.
+"""A small, naive float64 twin of ETT in PyTorch: one training step of the semantic stage or of the tokenizer stage.
 
 It is a reference for comparisons, so it is written for readability and not for speed: the score matrix
 S = z E^T and both softmaxes are materialised, the straight-through estimator is written as in IBQ
@@ -9,6 +9,8 @@ S = z E^T and both softmaxes are materialised, the straight-through estimator is
 
 Letters: B batch, H W image height and width, h w height and width of the token grid, M = B*h*w visual tokens,
 D code dimension, K codes, C width of the language model, L text tokens of a sample, V vocabulary.
+A step may be that of several ranks, each with an equal share of the pictures. Sums over all pictures are then sums over
+ranks, so that the batch is computed as a whole; only BatchNorm and LeCAM see `groups` shares one at a time.
 Parameters are in one dictionary `W` with the names of the public checkpoints; convolution weights
 are [out, in, kh, kw], linear weights [out, in]. Images are [B, H, W, 3] in files and [B, 3, H, W] in the model.
 """
@@ -31,6 +33,7 @@ LEAKY_SLOPE = 0.2
 LPIPS_EPS = 1e-10
 L2NORM_EPS = 1e-12
 LAYER_NORM_EPS = 1e-5
+BATCH_NORM_MOMENTUM = 0.1
 
 LOSSES = ["cap", "rec", "lpips", "gan", "quant", "ent_sample", "ent_avg", "d_hinge", "d_lecam", "vq", "total", "d_loss"]
 
@@ -171,9 +174,9 @@ def vq_losses_on(cfg):
     return cfg["train"]["arm"] == "ett" and cfg["loss"]["alpha"] != 0
 
 
-def trained_names(cfg, names):
+def trained_names(cfg, names, stage="semantic"):
     """The parameters trained by the generator-side optimizer, and those trained by the discriminator's."""
-    generator = [n for n in names if n.startswith(LANGUAGE)]
+    generator = [n for n in names if n.startswith(LANGUAGE)] if stage == "semantic" else []
     discriminator = []
     if cfg["train"]["arm"] == "ett":
         generator += [n for n in names if n.startswith(TOKENIZER) and (vq_losses_on(cfg) or not n.startswith(RECONSTRUCTION))]
@@ -352,35 +355,60 @@ def lpips(W, image, reconstruction):
     return distance
 
 
-def discriminator(W, image):
-    """Patch logits [B, 1, h', w']; BatchNorm in training mode, with the statistics of this batch alone."""
-    x = image
+def running_statistics(cfg):
+    """BatchNorm's running statistics before the first step, by public name."""
+    running, names = {}, [norm for _, norm, _, _ in PATCHGAN if norm is not None]
+    for norm, channels in zip(names, [2, 4, 8]):
+        size = channels * cfg["discriminator"]["ndf"]
+        running[f"loss.discriminator.main.{norm}.running_mean"] = torch.zeros(size, dtype=torch.float64)
+        running[f"loss.discriminator.main.{norm}.running_var"] = torch.ones(size, dtype=torch.float64)
+    return running
+
+
+def discriminator(W, image, running=None):
+    """Patch logits [B, 1, h', w']; BatchNorm in training mode, with the statistics of this batch alone, which are added to
+    `running`."""
+    x, running = image, running or {}
     for index, norm, stride, activation in PATCHGAN:
         name = f"loss.discriminator.main.{index}"
         x = F.conv2d(x, W[f"{name}.weight"], W.get(f"{name}.bias"), stride=stride, padding=1)
         if norm is not None:
             name = f"loss.discriminator.main.{norm}"
-            x = F.batch_norm(x, None, None, W[f"{name}.weight"], W[f"{name}.bias"], training=True, eps=BATCH_NORM_EPS)
+            averages = running.get(f"{name}.running_mean"), running.get(f"{name}.running_var")
+            affine = W[f"{name}.weight"], W[f"{name}.bias"]
+            x = F.batch_norm(x, *averages, *affine, training=True, momentum=BATCH_NORM_MOMENTUM, eps=BATCH_NORM_EPS)
         if activation:
             x = F.leaky_relu(x, LEAKY_SLOPE)
     return x
 
 
-def discriminator_losses(W, image, reconstruction, cfg):
-    """Hinge and LeCAM terms, unweighted, and the two maps of logits; both LeCAM averages start at 0."""
-    real = discriminator(W, image)
-    fake = discriminator(W, reconstruction.detach())
-    hinge = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+def patch_logits(W, image, groups=1, running=None):
+    """The logits of all images, where each of `groups` equal shares has statistics of its own. `running` are those of the
+    first."""
+    first, *others = image.chunk(groups)
+    return torch.cat([discriminator(W, first, running), *(discriminator(W, share) for share in others)])
+
+
+def averages_after(logits, cfg, groups=1):
+    """LeCAM's averages of the shares, which start at 0, after an update with the share's mean logit: as large as `logits`."""
     decay = cfg["discriminator"]["lecam_decay"]
-    ema_real = decay * 0.0 + (1.0 - decay) * real.detach().mean()
-    ema_fake = decay * 0.0 + (1.0 - decay) * fake.detach().mean()
+    averages = [(decay * 0.0 + (1.0 - decay) * share.detach().mean()).expand_as(share) for share in logits.chunk(groups)]
+    return torch.cat(averages)
+
+
+def discriminator_losses(W, image, reconstruction, cfg, groups=1, running=None):
+    """Hinge and LeCAM terms, unweighted, and the two maps of logits."""
+    real = patch_logits(W, image, groups, running)
+    fake = patch_logits(W, reconstruction.detach(), groups, running)
+    hinge = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+    ema_real, ema_fake = averages_after(real, cfg, groups), averages_after(fake, cfg, groups)
     lecam = F.relu(real - ema_fake).square().mean() + F.relu(ema_real - fake).square().mean()
     return hinge, lecam, real, fake
 
 
-def generator_loss(W, reconstruction):
+def generator_loss(W, reconstruction, groups=1, running=None):
     """Sigmoid cross-entropy against 1 of every image's mean logit."""
-    logits = discriminator(W, reconstruction).mean(dim=(1, 2, 3))
+    logits = patch_logits(W, reconstruction, groups, running).mean(dim=(1, 2, 3))
     return F.softplus(-logits).mean()
 
 
@@ -456,26 +484,32 @@ def text_logits(W, visual, text, cfg):
 # ------------------------------------------------------------------------------------------------
 
 
-def adam_step(W, grads, lr, betas, eps):
-    """The parameters after one Adam step with fresh moments: no warm-up, clipping or weight decay."""
-    after = {}
-    for name, grad in grads.items():
-        parameter = W[name].detach().clone()
-        parameter.grad = grad.detach().clone()
+def adam_step(W, grads, lr, betas, eps, clip=0.0):
+    """The parameters after one Adam step with fresh moments, without warm-up or weight decay. If `clip` is not 0, the
+    gradients are first scaled so that their norm, over all parameters together, is at most `clip`."""
+    after = {name: W[name].detach().clone() for name in grads}
+    for name, parameter in after.items():
+        parameter.grad = grads[name].detach().clone()
+    if clip > 0:
+        torch.nn.utils.clip_grad_norm_(after.values(), clip)
+    for parameter in after.values():
         torch.optim.Adam([parameter], lr=lr, betas=tuple(betas), eps=eps).step()
-        after[name] = parameter
     return after
+
+
+def norm_of(grads):
+    return torch.sqrt(sum(grad.square().sum() for grad in grads.values()))
 
 
 def gradients(loss, W, names):
     return dict(zip(names, torch.autograd.grad(loss, [W[name] for name in names])))
 
 
-def generator_side(W, stepped_discriminator, image, text, cfg):
-    """All losses but the discriminator's own. Returns (losses, activations)."""
+def generator_side(W, stepped_discriminator, image, text, cfg, groups=1, running=None):
+    """All losses but the discriminator's own; those of the tokenizer stage if `text` is None. Returns (losses, activations)."""
     weights, arm = cfg["loss"], cfg["train"]["arm"]
     zero = torch.zeros((), dtype=torch.float64)
-    losses = {name: zero for name in ["rec", "lpips", "gan", "quant", "ent_sample", "ent_avg", "vq"]}
+    losses = {name: zero for name in ["cap", "rec", "lpips", "gan", "quant", "ent_sample", "ent_avg", "vq"]}
 
     z, grid = encode(W, image, cfg)
     quantized = quantize(z, W["quantize.embedding.weight"], cfg)
@@ -486,7 +520,7 @@ def generator_side(W, stepped_discriminator, image, text, cfg):
         act["rec"] = reconstruction.permute(0, 2, 3, 1)
         losses["rec"] = (image - reconstruction).abs().mean()
         losses["lpips"] = lpips(W, image, reconstruction).mean()
-        losses["gan"] = generator_loss(stepped_discriminator(reconstruction), reconstruction)
+        losses["gan"] = generator_loss(stepped_discriminator(reconstruction), reconstruction, groups, running)
         for name in ["quant", "ent_sample", "ent_avg"]:
             losses[name] = quantized[name]
         losses["vq"] = (
@@ -498,6 +532,8 @@ def generator_side(W, stepped_discriminator, image, text, cfg):
         if cfg["quantizer"]["kind"] == "ibq":
             losses["vq"] = losses["vq"] + weights["entropy"] * (losses["ent_sample"] - losses["ent_avg"])
 
+    if text is None:
+        return losses | {"total": losses["vq"]}, act
     if arm == "index":
         visual = W["visual_embed.weight"][quantized["ind"]]
     else:
@@ -510,33 +546,43 @@ def generator_side(W, stepped_discriminator, image, text, cfg):
     return losses, act
 
 
-def training_step(cfg, weights, batch):
-    """One step of the semantic stage, in float64. Returns the tensors of an `expected.safetensors`."""
-    generator_names, discriminator_names = trained_names(cfg, weights)
+def training_step(cfg, weights, batch, ranks=1, stage="semantic", clip=0.0):
+    """One step in float64. Returns the tensors of an `expected.safetensors`, and besides them `norm.*` and `state.*`.
+
+    With `discriminator.sync`, or with one rank, BatchNorm and LeCAM see the whole batch at a time."""
+    generator_names, discriminator_names = trained_names(cfg, weights, stage)
+    assert stage == "semantic" or discriminator_names, "the tokenizer stage always has the losses of the tokenizer"
     trained = {*generator_names, *discriminator_names}
     W = {name: value.double().requires_grad_(name in trained) for name, value in weights.items()}
     image = batch["input.image"].double().permute(0, 3, 1, 2)
-    text = batch["input.text"].long()
+    text = batch["input.text"].long() if stage == "semantic" else None
     train, loss_weights = cfg["train"], cfg["loss"]
+    groups = 1 if cfg["discriminator"].get("sync", False) else ranks
+    running = running_statistics(cfg)
     zero = torch.zeros((), dtype=torch.float64)
-    d = {"losses": {name: zero for name in ["d_hinge", "d_lecam", "d_loss"]}, "grads": {}, "after": {}}
+    d = {"losses": {name: zero for name in ["d_hinge", "d_lecam", "d_loss"]}, "grads": {}, "after": {}, "state": {}}
 
     def stepped_discriminator(reconstruction):
         """The discriminator's own step; the generator losses then use the updated weights as constants."""
-        hinge, lecam, _, _ = discriminator_losses(W, image, reconstruction, cfg)
+        hinge, lecam, real, fake = discriminator_losses(W, image, reconstruction, cfg, groups, running)
         d_loss = hinge + loss_weights["lecam"] * lecam
         d["losses"] = {"d_hinge": hinge, "d_lecam": lecam, "d_loss": d_loss}
         d["grads"] = gradients(d_loss, W, discriminator_names)
-        d["after"] = adam_step(W, d["grads"], train["lr"], train["disc_betas"], train["adam_eps"])
+        d["after"] = adam_step(W, d["grads"], train["lr"], train["disc_betas"], train["adam_eps"], clip)
+        of_the_first = [averages_after(logits, cfg, groups).flatten()[0] for logits in (real, fake)]
+        d["state"] = running | {"loss.lecam_ema": torch.stack(of_the_first)}
         return d["after"]
 
-    losses, act = generator_side(W, stepped_discriminator, image, text, cfg)
+    losses, act = generator_side(W, stepped_discriminator, image, text, cfg, groups, running)
     grads = gradients(losses["total"], W, generator_names)
-    after = adam_step(W, grads, train["lr"], train["betas"], train["adam_eps"])
+    after = adam_step(W, grads, train["lr"], train["betas"], train["adam_eps"], clip)
+    norms = {"main": norm_of(grads)} | ({"disc": norm_of(d["grads"])} if d["grads"] else {})
 
     losses, grads, after = losses | d["losses"], grads | d["grads"], after | d["after"]
     out = {f"loss.{name}": losses[name].reshape(1) for name in LOSSES}
     out |= {f"act.{name}": value.to(torch.int32) if name == "ind" else value for name, value in act.items()}
     out |= {f"grad.{name}": value for name, value in grads.items()}
     out |= {f"after.{name}": value for name, value in after.items()}
+    out |= {f"norm.{name}": value.reshape(1) for name, value in norms.items()}
+    out |= {f"state.{name}": value for name, value in d["state"].items()}
     return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in out.items()}
