@@ -22,6 +22,7 @@ mod generate;
 mod gpu;
 mod gradients;
 mod kill;
+mod launch;
 mod losses;
 mod memory;
 mod pack;
