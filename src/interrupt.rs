@@ -1,11 +1,15 @@
 //! Signals that stop a run: the first one requests it to save and stop, the second one exits at once.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 
 /// Exit status after a second signal, the one that shells use for interrupted programs.
-const STATUS: i32 = 130;
+pub const STATUS: u8 = 130;
+/// A second signal of a rank that comes sooner after the first one is the same: systems and launchers both send one.
+const APART: Duration = Duration::from_secs(1);
 
 static REQUESTED: AtomicBool = AtomicBool::new(false);
 static PHASE: AtomicU8 = AtomicU8::new(Phase::Starting as u8);
@@ -30,22 +34,18 @@ pub fn enter(phase: Phase) {
 /// were ignored when the program was started, as `nohup` does with SIGHUP, stay ignored. To be called by programs
 /// only, not by libraries.
 pub fn install() -> Result<()> {
+    catch(|| requested_now(Duration::ZERO))
+}
+
+/// The same in one of several ranks, which takes two signals within a second for one.
+pub fn install_in_rank() -> Result<()> {
+    catch(|| requested_now(APART))
+}
+
+/// Calls `handler` at each of these signals, in a thread of its own, as [`install`] does with the one that asks a run to
+/// stop. Only the first call of the two has an effect.
+pub fn catch(handler: impl FnMut() + Send + 'static) -> Result<()> {
     let ignored = ignored();
-    let handler = || {
-        let phase = PHASE.load(Ordering::SeqCst);
-        if REQUESTED.swap(true, Ordering::SeqCst) {
-            std::process::exit(STATUS);
-        }
-        if phase == Phase::Starting as u8 {
-            tracing::warn!("interrupted before the first step: there is nothing to save");
-            std::process::exit(STATUS);
-        }
-        let what = match phase == Phase::Closing as u8 {
-            true => "stopping the evaluation, the weights are saved",
-            false => "saving after this step",
-        };
-        tracing::warn!("interrupted: {what}; interrupt again to exit at once");
-    };
     match ctrlc::set_handler(handler) {
         Ok(()) => {}
         Err(ctrlc::Error::MultipleHandlers) => return Ok(()),
@@ -53,6 +53,28 @@ pub fn install() -> Result<()> {
     }
     ignore(&ignored);
     Ok(())
+}
+
+/// A signal has come; one that comes less than `apart` after the first one changes nothing.
+fn requested_now(apart: Duration) {
+    static FIRST: OnceLock<Instant> = OnceLock::new();
+    let phase = PHASE.load(Ordering::SeqCst);
+    let first = FIRST.get_or_init(Instant::now);
+    if REQUESTED.swap(true, Ordering::SeqCst) {
+        if first.elapsed() < apart {
+            return;
+        }
+        std::process::exit(STATUS.into());
+    }
+    if phase == Phase::Starting as u8 {
+        tracing::warn!("interrupted before the first step: there is nothing to save");
+        std::process::exit(STATUS.into());
+    }
+    let what = match phase == Phase::Closing as u8 {
+        true => "stopping the evaluation, the weights are saved",
+        false => "saving after this step",
+    };
+    tracing::warn!("interrupted: {what}; interrupt again to exit at once");
 }
 
 /// True after the first signal: the run should save and stop.

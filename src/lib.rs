@@ -36,6 +36,8 @@ pub mod interrupt;
 #[cfg(feature = "train")]
 pub mod io;
 #[cfg(feature = "train")]
+pub mod launch;
+#[cfg(feature = "train")]
 pub mod model;
 #[cfg(feature = "train")]
 pub mod report;

@@ -1,8 +1,11 @@
 //! Output of the programs, robust against closed pipes and full disks.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, BufRead, BufReader, IsTerminal, Read, Write};
 
 use crate::error::{Error, Result};
+
+/// Longest part of a line that is passed on at once.
+const LINE: u64 = 1 << 16;
 
 /// Standard output. An error of it does not stop a program that has more to do than to print.
 #[derive(Default)]
@@ -66,6 +69,27 @@ pub fn complain(e: &Error) {
     let _ = writeln!(Log, "error: {e}");
 }
 
+/// Prints to standard error what another program prints, until it ends, with `prefix` before each line.
+pub fn pass_on(from: impl Read, prefix: &str) {
+    pass(from, prefix, &mut Log);
+}
+
+fn pass(from: impl Read, prefix: &str, to: &mut impl Write) {
+    let mut from = BufReader::new(from);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        line.extend_from_slice(prefix.as_bytes());
+        // In one piece, so that lines of several programs do not mix.
+        match from.by_ref().take(LINE).read_until(b'\n', &mut line) {
+            Ok(0) | Err(_) => return,
+            Ok(_) if line.ends_with(b"\n") => {}
+            Ok(_) => line.push(b'\n'),
+        }
+        let _ = to.write_all(&line);
+    }
+}
+
 /// The text of a model with control characters replaced, since they could move the terminal's cursor; line breaks and
 /// tabs stay.
 fn visible(text: &str) -> String {
@@ -97,5 +121,19 @@ mod tests {
         assert_eq!(one_line(&text), "a red square\u{fffd}[2J");
         assert_eq!(paragraphs(&text), "a  red\n\n\tsquare\u{fffd}[2J");
         assert_eq!((paragraphs(&empty), paragraphs("one\ntwo")), (String::new(), "one\ntwo".into()));
+    }
+
+    #[test]
+    fn lines_are_passed_on_with_their_origin() {
+        let passed = |text: &[u8]| {
+            let mut out = Vec::new();
+            pass(text, "rank 3: ", &mut out);
+            out
+        };
+        assert_eq!(passed(b""), b"");
+        assert_eq!(passed(b"a\n\nb"), b"rank 3: a\nrank 3: \nrank 3: b\n");
+        assert_eq!(passed(b"\xff\n"), b"rank 3: \xff\n");
+        let long = vec![b'x'; LINE as usize + 1];
+        assert_eq!(passed(&long).len(), long.len() + 2 * "rank 3: \n".len());
     }
 }

@@ -579,3 +579,15 @@ fn open_cuda(ordinal: usize, group: &Arc<Group>) -> Result<Arc<dyn Kernels>> {
 fn open_cuda(_ordinal: usize, _group: &Arc<Group>) -> Result<Arc<dyn Kernels>> {
     Err(no_cuda())
 }
+
+/// Number of GPUs of this machine; an error if there is no driver, or if the program has no kernels for them.
+#[cfg(ett_cuda)]
+pub fn gpus() -> Result<usize> {
+    Cuda::count()
+}
+
+/// Number of GPUs of this machine; an error if there is no driver, or if the program has no kernels for them.
+#[cfg(not(ett_cuda))]
+pub fn gpus() -> Result<usize> {
+    Err(no_cuda())
+}

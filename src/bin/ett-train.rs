@@ -1,21 +1,25 @@
 //! Trains ETT: parses the command line and calls the library.
 
+use std::ffi::OsString;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
+use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand};
 use ett::backend::{self, Kernels, Target};
-use ett::config::{Config, StageKind};
+use ett::config::{Config, StageConfig, StageKind};
 use ett::error::{Error, Result};
 use ett::eval::HeldOut;
 use ett::exchange::load_config;
 use ett::interrupt;
 use ett::io::{run_config, written};
-use ett::ranks::Group;
+use ett::launch::{self, Gpus, Part, Program, Request, Signals};
+use ett::ranks::{Group, Place};
 use ett::terminal::{self, Output};
-use ett::train::{self, Ending, Finished, RunOptions};
+use ett::train::{self, Ending, Finished, RunOptions, Speed};
 
 /// Train ETT (End-to-End Vision Tokenizer Tuning): a vision tokenizer and a language model, with the tokenizer tuned
 /// through the language model's loss.
@@ -30,13 +34,19 @@ struct Cli {
 
 const EXIT: &str = "Exit status: 0 success, or interrupted (Ctrl-C, SIGTERM) and saved; 1 failure, with the reason on \
                     standard error; 2 invalid command line; 130 interrupted twice or before the first step, with \
-                    nothing saved.";
+                    nothing saved. With several ranks, that of the first one that failed.";
 
 #[derive(Args)]
 struct Common {
     /// auto (a GPU if it has all kernels that the run needs, otherwise the CPU), cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]
     device: String,
+    /// Train on several GPUs of this machine, with one process for each: all, or numbers such as 0,2,3 (docs/ranks.md).
+    #[arg(long, conflicts_with = "device", value_name = "LIST")]
+    gpus: Option<Gpus>,
+    /// Number of processes: with --device cpu, each trains on its part of the cores; with --gpus, on the first of these.
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(Request::RANKS))]
+    ranks: Option<usize>,
     /// No progress bars.
     #[arg(long)]
     quiet: bool,
@@ -92,8 +102,11 @@ enum Command {
         #[arg(long, default_value_t = 20)]
         steps: usize,
         /// Also write the results to this file (JSON).
-        #[arg(long)]
+        #[arg(long, overrides_with = "json")]
         json: Option<PathBuf>,
+        /// Measure 1, 2, 4 and so on up to all ranks of --gpus or --ranks, each with the batch of the configuration.
+        #[arg(long, conflicts_with = "profile")]
+        scaling: bool,
         /// Override a value, such as train.seed=2; may be repeated.
         #[arg(long)]
         set: Vec<String>,
@@ -128,9 +141,15 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    terminal::log("info");
-    match run(cli.command) {
-        Ok(()) => ExitCode::SUCCESS,
+    let place = match &cli.command {
+        Some(Command::Run { plan: false, .. } | Command::Resume { .. } | Command::Speed { .. }) => {
+            Place::from_env(Duration::ZERO)
+        }
+        _ => Ok(None),
+    };
+    terminal::log(if matches!(&place, Ok(Some(place)) if place.rank > 0) { "warn" } else { "info" });
+    match place.and_then(|place| run(cli.command, place)) {
+        Ok(status) => status,
         Err(e) => {
             terminal::complain(&e);
             ExitCode::FAILURE
@@ -138,16 +157,17 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: Option<Command>) -> Result<()> {
+fn run(command: Option<Command>, place: Option<Place>) -> Result<ExitCode> {
     match command {
-        None => demo(),
+        None => demo()?,
         Some(Command::Run { config, set, plan: true, memory, common, .. }) => {
             let cfg = load_config(&config, &set)?;
             let memory = memory.map(|text| train::parse_memory(&text)).transpose()?;
-            let (target, free) = planned(&common.device, &cfg, memory.is_none())?;
+            let (device, ranks) = common.request().planned(backend::gpus)?;
+            let (target, free) = planned(&device, &cfg, memory.is_none())?;
             let mut out = Output::default();
-            out.put(&train::plan(&cfg, target, memory.or(free))?);
-            out.finish()
+            out.put(&train::plan(&cfg, target, memory.or(free), ranks)?);
+            out.finish()?;
         }
         Some(Command::Run { config, out, init, set, common, .. }) => {
             let cfg = load_config(&config, &set)?;
@@ -155,41 +175,58 @@ fn run(command: Option<Command>) -> Result<()> {
                 .file_stem()
                 .ok_or_else(|| Error::data(&config, "has no file name to name the run after; give --out"))?;
             let out = out.unwrap_or_else(|| PathBuf::from("runs").join(name));
-            let o = RunOptions {
-                out: &out,
-                init: init.as_deref(),
-                quiet: common.quiet,
-                evaluation: &HeldOut,
-                group: Group::alone(),
-            };
-            interrupt::install()?;
-            done(&out, &train::run(&cfg, common.device(&cfg)?, &o)?);
-            Ok(())
+            return common.start(&cfg, place, true, |rank| {
+                let o = RunOptions {
+                    out: &out,
+                    init: init.as_deref(),
+                    quiet: rank.quiet(),
+                    evaluation: &HeldOut,
+                    group: rank.group.clone(),
+                };
+                rank.done(&out, &train::run(&cfg, rank.device()?, &o)?);
+                Ok(())
+            });
         }
         Some(Command::Resume { run, common }) => {
-            interrupt::install()?;
             let cfg = run_config(&run)?;
-            done(&run, &train::resume(&run, common.device(&cfg)?, common.quiet, &HeldOut, &Group::alone())?);
-            Ok(())
+            return common.start(&cfg, place, true, |rank| {
+                rank.done(&run, &train::resume(&run, rank.device()?, rank.quiet(), &HeldOut, &rank.group)?);
+                Ok(())
+            });
         }
-        Some(Command::Speed { config, stage, steps, json, set, common }) => {
+        Some(Command::Speed { config, json, set, common, scaling: true, .. }) => {
+            let cfg = load_config(&config, &set)?;
+            return common.scaling(&cfg, place, json.as_deref());
+        }
+        Some(Command::Speed { config, stage, steps, json, set, common, .. }) => {
             let cfg = load_config(&config, &set)?;
             let kind = stage.map(|name| StageKind::named(&name)).transpose()?;
-            let all = train::speed(&cfg, &|| common.device(&cfg), kind, steps, &HeldOut, &Group::alone())?;
-            if let Some(path) = json {
-                train::write_speeds(&all, &path)?;
-            }
-            let mut out = Output::default();
-            out.put(&train::speed_table(&all));
-            out.finish()
+            return common.start(&cfg, place, false, |rank| {
+                let all = train::speed(&cfg, &|| rank.device(), kind, steps, &HeldOut, &rank.group)?;
+                match rank.group.leads() {
+                    true => print_speeds(&all, json.as_deref(), &train::speed_table(&all)),
+                    false => Ok(()),
+                }
+            });
         }
         Some(Command::Check { config, weights, batch, stage, dump, dtype, device }) => {
             let kind = StageKind::named(&stage)?;
             let cfg = load_config(&config, &[format!("train.precision={dtype:?}")])?;
             let dev = backend::open(&device, cfg.train.threads)?;
-            train::check(&cfg, kind, dev, &weights, &batch, &dump)
+            train::check(&cfg, kind, dev, &weights, &batch, &dump)?;
         }
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Writes speeds to a file, if one is named, and prints their table.
+fn print_speeds(all: &[Speed], json: Option<&Path>, table: &str) -> Result<()> {
+    if let Some(path) = json {
+        train::write_speeds(all, path)?;
+    }
+    let mut out = Output::default();
+    out.put(table);
+    out.finish()
 }
 
 /// Runs all stages on built-in pictures in the next free folder.
@@ -225,16 +262,106 @@ fn free(name: &str) -> Result<PathBuf> {
 }
 
 impl Common {
-    /// The device of a run.
-    fn device(&self, cfg: &Config) -> Result<Arc<dyn Kernels>> {
-        let dev = match &*self.device {
-            "auto" => train::choose_device(cfg)?.1,
-            name => backend::open(name, cfg.train.threads)?,
+    fn request(&self) -> Request {
+        Request { device: self.device.clone(), gpus: self.gpus.clone(), ranks: self.ranks }
+    }
+
+    /// Does `work` as the part of this process: alone, as the rank of `place`, or by starting all ranks. If it `saves`, a
+    /// signal asks it to do so.
+    fn start(
+        &self,
+        cfg: &Config,
+        place: Option<Place>,
+        saves: bool,
+        work: impl FnOnce(&Rank) -> Result<()>,
+    ) -> Result<ExitCode> {
+        let place = match self.request().part(place, backend::gpus)? {
+            Part::Launcher(ranks) => {
+                let signals = Signals::catch()?;
+                let status = Program::this(saves)?.launch(ranks, &[], &signals)?;
+                return Ok(status.into());
+            }
+            Part::Rank(place) => {
+                Some(Place { stall: Duration::from_secs(cfg.train.stall_s as u64), ..place })
+            }
+            Part::Alone => None,
         };
-        if self.profile {
+        match place {
+            _ if !saves => {}
+            Some(_) => interrupt::install_in_rank()?,
+            None => interrupt::install()?,
+        }
+        let local = place.as_ref().map(|place| place.local);
+        launch::take_part(place, |group| work(&Rank { common: self, cfg, local, group: group.clone() }))
+    }
+
+    /// Measures the speed of 1, 2, 4 and so on up to all ranks, one after another.
+    fn scaling(&self, cfg: &Config, place: Option<Place>, json: Option<&Path>) -> Result<ExitCode> {
+        let Part::Launcher(all) = self.request().part(place, backend::gpus)? else {
+            let want = "with --gpus or --ranks that name two ranks or more, and without another launcher";
+            return Err(Error::config("--scaling", "given", want));
+        };
+        let (signals, program) = (Signals::catch()?, Program::this(false)?.silent("--scaling"));
+        let file = std::env::temp_dir().join(format!("ett-scaling-{}.json", std::process::id()));
+        let mut measured = Vec::new();
+        for ranks in train::rank_counts(all) {
+            let more = self.measurement(cfg, ranks, all, &file);
+            let status = program.launch(ranks, &more, &signals)?;
+            if status != 0 {
+                return Ok(status.into());
+            }
+            measured.push((ranks, train::read_speeds(&file)?));
+            std::fs::remove_file(&file).map_err(Error::io(&file))?;
+        }
+        let all = train::scaled(measured);
+        print_speeds(&all, json, &train::scaling_table(&all))?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// The additional arguments of a measurement of `ranks` of `all` ranks: as many batches of the configuration, and for
+    /// each rank as many threads as if all were there.
+    fn measurement(&self, cfg: &Config, ranks: usize, all: usize, json: &Path) -> Vec<OsString> {
+        let batch = |(i, s): (usize, &StageConfig)| format!("--set=stage.{i}.batch={}", ranks * s.batch);
+        let mut more: Vec<OsString> = cfg.stage.iter().enumerate().map(batch).map(OsString::from).collect();
+        if self.device == "cpu" && cfg.train.threads == 0 {
+            more.push(format!("--set=train.threads={}", (launch::cores() / all).max(1)).into());
+        }
+        more.extend(["--json".into(), json.into()]);
+        more
+    }
+}
+
+/// A process that trains, with its device and the ranks that train with it.
+struct Rank<'a> {
+    common: &'a Common,
+    cfg: &'a Config,
+    /// Its number among the ranks of this machine, if there are several.
+    local: Option<usize>,
+    group: Arc<Group>,
+}
+
+impl Rank<'_> {
+    fn device(&self) -> Result<Arc<dyn Kernels>> {
+        let threads = launch::threads(self.cfg.train.threads);
+        let dev = match &*self.common.request().device(self.local, backend::gpus)? {
+            "auto" => train::choose_device(self.cfg)?.1,
+            name => backend::open_of(name, threads, &self.group)?,
+        };
+        if self.common.profile {
             dev.start_profile()?;
         }
         Ok(dev)
+    }
+
+    fn quiet(&self) -> bool {
+        self.common.quiet || !self.group.leads()
+    }
+
+    /// Rank 0 prints how the run ended.
+    fn done(&self, out: &Path, finished: &Finished) {
+        if self.group.leads() {
+            done(out, finished);
+        }
     }
 }
 

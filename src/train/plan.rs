@@ -263,11 +263,17 @@ fn gib(bytes: u64) -> f64 {
     bytes as f64 / (1u64 << 30) as f64
 }
 
-/// The plan of every stage of a configuration on `target`, as text; of the semantic stage if it has none. With
-/// `memory` in bytes, it includes the largest batch that fits.
-pub fn plan(cfg: &Config, target: Target, memory: Option<u64>) -> Result<String> {
+/// The plan of every stage of a configuration on `target`, one of `ranks` equal devices, as text; of the semantic stage if
+/// it has none. With `memory` in bytes, it includes the largest batch that fits.
+pub fn plan(cfg: &Config, target: Target, memory: Option<u64>, ranks: usize) -> Result<String> {
     let semantic = StageConfig::new(StageKind::Semantic, 1, 1);
     let stages = if cfg.stage.is_empty() { std::slice::from_ref(&semantic) } else { &cfg.stage[..] };
+    for (i, s) in cfg.stage.iter().enumerate() {
+        if s.batch % s.accumulate.saturating_mul(ranks).max(1) != 0 {
+            let want = format!("a multiple of {ranks} ranks x {} parts (accumulate)", s.accumulate);
+            return Err(Error::config(format!("stage.{i}.batch"), s.batch, want));
+        }
+    }
     let mut out = format!("planned for {target}\n");
     for (i, s) in stages.iter().enumerate() {
         let before = &stages[..i];

@@ -24,6 +24,7 @@ mod gpu;
 mod gpu_ranks;
 mod gradients;
 mod kill;
+mod launch;
 mod losses;
 mod memory;
 mod pack;

@@ -54,18 +54,18 @@ train = "../data"
 size = 32
 "#;
 
-fn stages(kinds: &[&str], steps: usize) -> String {
+pub fn stages(kinds: &[&str], steps: usize) -> String {
     let stage = |kind: &&str| format!("[[stage]]\nkind = \"{kind}\"\nsteps = {steps}\nbatch = 2\n");
     kinds.iter().map(stage).collect()
 }
 
 /// Data, a configuration in a folder of its own, and the folders of its runs.
-struct Place {
+pub struct Place {
     scratch: Scratch,
 }
 
 impl Place {
-    fn new(stages: &str) -> Result<Self, std::io::Error> {
+    pub fn new(stages: &str) -> Result<Self, std::io::Error> {
         let place = Place { scratch: Scratch::new() };
         pictures(&place.path("data"));
         fs::create_dir(place.path("configs"))?;
@@ -73,7 +73,7 @@ impl Place {
         Ok(place)
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.scratch.path(name)
     }
 
@@ -82,14 +82,14 @@ impl Place {
     }
 
     /// `ett-train run` into `out`, with additional arguments.
-    fn run(&self, out: &str, more: &[&str]) -> Command {
+    pub fn run(&self, out: &str, more: &[&str]) -> Command {
         let mut command = Command::new(TRAIN);
         command.args(["run", "--device", "cpu", "--quiet", "--config"]).arg(self.path("configs/tiny.toml"));
         command.arg("--out").arg(self.path(out)).args(more).stdin(Stdio::null());
         command
     }
 
-    fn resume(&self, out: &str) -> Command {
+    pub fn resume(&self, out: &str) -> Command {
         let mut command = Command::new(TRAIN);
         command.args(["resume", "--device", "cpu", "--quiet"]).arg(self.path(out)).stdin(Stdio::null());
         command
@@ -112,19 +112,19 @@ impl Place {
     }
 }
 
-fn text(bytes: &[u8]) -> String {
+pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
 /// Standard output and standard error of a program that has to succeed.
-fn done(command: &mut Command) -> Result<(String, String), std::io::Error> {
+pub fn done(command: &mut Command) -> Result<(String, String), std::io::Error> {
     let Output { status, stdout, stderr } = command.output()?;
     assert!(status.success(), "{status}: {}{}", text(&stdout), text(&stderr));
     Ok((text(&stdout), text(&stderr)))
 }
 
 /// The error message of a program that has to fail.
-fn refused(command: &mut Command) -> Result<String, std::io::Error> {
+pub fn refused(command: &mut Command) -> Result<String, std::io::Error> {
     let Output { status, stdout, stderr } = command.output()?;
     let said = text(&stderr);
     assert_eq!(status.code(), Some(1), "{}{said}", text(&stdout));
