@@ -27,7 +27,7 @@ pub use cpu::Cpu;
 pub use cuda::Cuda;
 pub use dims::Dims;
 pub use dtype::{DType, Element, Precision, to_bf16};
-pub use plan::{KernelCount, Plan, Target};
+pub use plan::{KernelCount, Plan, Sent, Target};
 pub use profile::{KernelTime, Profile};
 pub use slot::Slot;
 use spec::{KernelSpec, Kind};

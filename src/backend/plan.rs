@@ -64,12 +64,22 @@ pub struct KernelCount {
     pub workspace: u64,
 }
 
+/// What a rank sends to others by one collective.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Sent {
+    /// Calls.
+    pub calls: u64,
+    /// Bytes that each rank sends in a ring, the least that any algorithm can do.
+    pub bytes: u64,
+}
+
 #[derive(Default)]
 struct State {
     memory: Memory,
     next: u64,
     largest: [u64; 7],
     kernels: BTreeMap<&'static str, KernelCount>,
+    sent: BTreeMap<&'static str, Sent>,
 }
 
 struct Counter(Mutex<State>);
@@ -90,6 +100,7 @@ impl Reclaim for Counter {
 pub struct Plan {
     id: DeviceId,
     target: Target,
+    ranks: usize,
     state: Arc<Counter>,
 }
 
@@ -104,11 +115,17 @@ impl Plan {
 
     /// A plan for `target`.
     pub fn of(target: Target) -> Self {
+        Self::of_ranks(target, 1)
+    }
+
+    /// A plan for rank 0 of `ranks`, each of which has such a device.
+    pub fn of_ranks(target: Target, ranks: usize) -> Self {
         let mut state = State { next: FIRST, ..State::default() };
         for (role, bytes) in target.held() {
             state.memory.add(role, bytes);
         }
-        Plan { id: DeviceId::unique(), target, state: Arc::new(Counter(Mutex::new(state))) }
+        let ranks = ranks.max(1);
+        Plan { id: DeviceId::unique(), target, ranks, state: Arc::new(Counter(Mutex::new(state))) }
     }
 
     /// The device that the plan is for.
@@ -121,9 +138,25 @@ impl Plan {
         self.state.lock().kernels.clone()
     }
 
-    /// Resets the counts of kernels, but not of memory.
+    /// What was sent to other ranks so far, by the name of the collective.
+    pub fn sent(&self) -> BTreeMap<&'static str, Sent> {
+        self.state.lock().sent.clone()
+    }
+
+    /// Resets the counts of kernels and collectives, but not of memory.
     pub fn reset_kernels(&self) {
-        self.state.lock().kernels.clear();
+        let mut state = self.state.lock();
+        state.kernels.clear();
+        state.sent.clear();
+    }
+
+    /// Counts a collective that sends `rounds` times a share of `whole` to each of the other ranks.
+    fn send(&self, name: &'static str, rounds: u64, whole: &In) {
+        let sent = &mut *self.state.lock();
+        let sent = sent.sent.entry(name).or_default();
+        let others = self.ranks as u64 - 1;
+        sent.calls += 1;
+        sent.bytes += rounds * (whole.bytes() / self.ranks as u64) * others;
     }
 
     /// Total operations of the kernels counted so far.
@@ -159,19 +192,25 @@ impl Default for Plan {
 
 impl Collectives for Plan {
     fn ranks(&self) -> usize {
-        1
+        self.ranks
     }
     fn rank(&self) -> usize {
         0
     }
     fn all_reduce(&self, _s: Stream, x: Acc, _how: Reduction) -> Result<()> {
-        check::view(self.id, "all_reduce", "x", &x.0)
+        check::view(self.id, "all_reduce", "x", &x.0)?;
+        self.send("all_reduce", 2, &x.0);
+        Ok(())
     }
     fn reduce_scatter(&self, _s: Stream, x: In, y: Out) -> Result<()> {
-        check::parts(self.id, "reduce_scatter", ("y", &y.0), ("x", &x), 0, 1).map(drop)
+        check::parts(self.id, "reduce_scatter", ("y", &y.0), ("x", &x), 0, self.ranks)?;
+        self.send("reduce_scatter", 1, &x);
+        Ok(())
     }
     fn all_gather(&self, _s: Stream, x: In, y: Out) -> Result<()> {
-        check::parts(self.id, "all_gather", ("x", &x), ("y", &y.0), 0, 1).map(drop)
+        check::parts(self.id, "all_gather", ("x", &x), ("y", &y.0), 0, self.ranks)?;
+        self.send("all_gather", 1, &y.0);
+        Ok(())
     }
 }
 

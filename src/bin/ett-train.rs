@@ -19,7 +19,7 @@ use ett::io::{run_config, written};
 use ett::launch::{self, Gpus, Part, Program, Request, Signals};
 use ett::ranks::{Group, Place};
 use ett::terminal::{self, Output};
-use ett::train::{self, Ending, Finished, RunOptions, Speed};
+use ett::train::{self, Devices, Ending, Finished, RunOptions, Speed};
 
 /// Train ETT (End-to-End Vision Tokenizer Tuning): a vision tokenizer and a language model, with the tokenizer tuned
 /// through the language model's loss.
@@ -166,7 +166,7 @@ fn run(command: Option<Command>, place: Option<Place>) -> Result<ExitCode> {
             let (device, ranks) = common.request().planned(backend::gpus)?;
             let (target, free) = planned(&device, &cfg, memory.is_none())?;
             let mut out = Output::default();
-            out.put(&train::plan(&cfg, target, memory.or(free), ranks)?);
+            out.put(&train::plan(&cfg, Devices { target, ranks }, memory.or(free))?);
             out.finish()?;
         }
         Some(Command::Run { config, out, init, set, common, .. }) => {

@@ -84,11 +84,6 @@ impl Group {
         unimplemented!()
     }
 
-    /// Why the group has failed, if it has.
-    pub fn failure(&self) -> Option<String> {
-        None
-    }
-
     /// Leaves the group: the others may go on without this rank, which is not missed any more.
     pub fn leave(&self) {
         unimplemented!()

@@ -17,7 +17,7 @@ mod update;
 
 pub use check::check;
 pub use optim::{Hyper, Optimizer, Own, schedule};
-pub use plan::{StagePlan, choose_device, largest_batch, parse_memory, plan, plan_stage};
+pub use plan::{Devices, StagePlan, choose_device, largest_batch, parse_memory, plan, plan_stage};
 pub use run::{Ending, Finished, RunOptions, resume, run};
 pub use scaling::{rank_counts, read_speeds, scaled, scaling_table};
 pub use speed::{Speed, speed, speed_table, write_speeds};

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::stages::start_averages;
 use super::update::Update;
 use super::{Stage, TokenizerMode, step};
-use crate::backend::{self, DType, Device, KernelCount, Kernels, Memory, Plan, Role, Target};
+use crate::backend::{self, DType, Device, KernelCount, Kernels, Memory, Plan, Role, Sent, Target};
 use crate::config::{Config, DataConfig, Recompute, StageConfig, StageKind};
 use crate::error::{Error, Result};
 use crate::feed::{Batch, PAD};
@@ -37,11 +37,29 @@ pub struct StagePlan {
     pub memory: Memory,
     /// The largest single buffer of each role.
     pub largest: [u64; 7],
+    /// What a rank sends to others in a step, by collective.
+    pub sent: BTreeMap<&'static str, Sent>,
 }
 
-/// Plans a stage without earlier stages: builds the model on [`Plan`] and runs one step of it.
-pub fn plan_stage(cfg: &Config, stage_cfg: &StageConfig, target: Target) -> Result<StagePlan> {
-    plan_after(cfg, &[], stage_cfg, target)
+/// The devices that a plan is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Devices {
+    /// The device of each rank.
+    pub target: Target,
+    /// Number of ranks.
+    pub ranks: usize,
+}
+
+impl From<Target> for Devices {
+    /// One rank.
+    fn from(target: Target) -> Self {
+        Devices { target, ranks: 1 }
+    }
+}
+
+/// Plans a stage without earlier stages: builds the model on [`Plan`] and runs one step of it, of rank 0 if there are several.
+pub fn plan_stage(cfg: &Config, stage_cfg: &StageConfig, devices: impl Into<Devices>) -> Result<StagePlan> {
+    plan_after(cfg, &[], stage_cfg, devices.into())
 }
 
 /// Plans a stage after earlier stages, whose averages are kept.
@@ -49,10 +67,10 @@ fn plan_after(
     cfg: &Config,
     before: &[StageConfig],
     stage_cfg: &StageConfig,
-    target: Target,
+    devices: Devices,
 ) -> Result<StagePlan> {
     let (kind, batch) = (stage_cfg.kind, stage_cfg.batch);
-    let dev = Arc::new(Plan::of(target));
+    let dev = Arc::new(Plan::of_ranks(devices.target, devices.ranks));
     let mut model = Ett::new(cfg, dev.clone())?;
     for s in before {
         let trained = Stage::of(s, &model)?.trained();
@@ -62,8 +80,9 @@ fn plan_after(
     let trained = stage.trained();
     model.params.train(&trained)?;
     start_averages(&mut model, &trained, stage_cfg.ema)?;
+    let each = batch / stage_cfg.accumulate / devices.ranks;
     let parts: Vec<Batch> = (0..stage_cfg.accumulate)
-        .map(|_| part(&cfg.data_of(stage_cfg), &model, &stage, batch / stage_cfg.accumulate))
+        .map(|_| part(&cfg.data_of(stage_cfg), &model, &stage, each))
         .collect::<Result<_>>()?;
     let Update { state, main, disc, .. } = Update::new(&model, stage_cfg, &stage)?;
     dev.reset_kernels();
@@ -86,6 +105,7 @@ fn plan_after(
         kernels,
         memory: dev.memory(),
         largest: dev.largest(),
+        sent: dev.sent(),
     })
 }
 
@@ -96,12 +116,12 @@ pub(super) fn choose_recompute(
     cfg: &Config,
     before: &[StageConfig],
     stage: &StageConfig,
-    target: Target,
+    devices: Devices,
     bytes: u64,
 ) -> Result<(Recompute, u64)> {
     let mut choice = (cfg.train.recompute, 0);
     for what in choices(cfg) {
-        choice = (what, plan_after(&with(cfg, what), before, stage, target)?.memory.peak);
+        choice = (what, plan_after(&with(cfg, what), before, stage, devices)?.memory.peak);
         if choice.1 <= bytes {
             break;
         }
@@ -155,20 +175,26 @@ fn part(data: &DataConfig, model: &Ett, stage: &Stage, n: usize) -> Result<Batch
 
 /// The largest batch of a stage without earlier stages, in one part, whose step takes at most `bytes`; 0 if none
 /// does.
-pub fn largest_batch(cfg: &Config, stage: &StageConfig, target: Target, bytes: u64) -> Result<usize> {
-    largest_after(cfg, &[], stage, target, bytes)
+pub fn largest_batch(
+    cfg: &Config,
+    stage: &StageConfig,
+    devices: impl Into<Devices>,
+    bytes: u64,
+) -> Result<usize> {
+    largest_after(cfg, &[], stage, devices.into(), bytes)
 }
 
 fn largest_after(
     cfg: &Config,
     before: &[StageConfig],
     stage: &StageConfig,
-    target: Target,
+    devices: Devices,
     bytes: u64,
 ) -> Result<usize> {
+    // Of each rank.
     let peak = |batch: usize| -> Result<u64> {
-        let stage = StageConfig { batch, accumulate: 1, ..stage.clone() };
-        Ok(plan_after(cfg, before, &stage, target)?.memory.peak)
+        let stage = StageConfig { batch: batch * devices.ranks, accumulate: 1, ..stage.clone() };
+        Ok(plan_after(cfg, before, &stage, devices)?.memory.peak)
     };
     if peak(1)? > bytes {
         return Ok(0);
@@ -177,8 +203,8 @@ fn largest_after(
     let (mut fits, mut not) = (1, 2);
     while peak(not)? <= bytes {
         (fits, not) = (not, 2 * not);
-        if not > MAX_BATCH {
-            return Ok(fits);
+        if not * devices.ranks > MAX_BATCH {
+            return Ok(fits * devices.ranks);
         }
     }
     while not - fits > 1 {
@@ -188,7 +214,7 @@ fn largest_after(
             false => not = middle,
         }
     }
-    Ok(fits)
+    Ok(fits * devices.ranks)
 }
 
 /// In words, the largest batches of a stage, after those before it, that `bytes` hold: with what its backward pass was
@@ -198,10 +224,10 @@ pub(super) fn fitting(
     before: &[StageConfig],
     stage: &StageConfig,
     chosen: Recompute,
-    target: Target,
+    devices: Devices,
     bytes: u64,
 ) -> Result<String> {
-    let largest = |what| largest_after(&with(cfg, what), before, stage, target, bytes);
+    let largest = |what| largest_after(&with(cfg, what), before, stage, devices, bytes);
     let mut most = largest(chosen)?;
     let mut out = format!("{}, of what was free before the run, hold ", backend::size(bytes));
     out += &match most {
@@ -263,9 +289,11 @@ fn gib(bytes: u64) -> f64 {
     bytes as f64 / (1u64 << 30) as f64
 }
 
-/// The plan of every stage of a configuration on `target`, one of `ranks` equal devices, as text; of the semantic stage if
-/// it has none. With `memory` in bytes, it includes the largest batch that fits.
-pub fn plan(cfg: &Config, target: Target, memory: Option<u64>, ranks: usize) -> Result<String> {
+/// The plan of every stage of a configuration on `devices`, as text; of the semantic stage if it has none. With `memory` in
+/// bytes, it includes the largest batch that fits.
+pub fn plan(cfg: &Config, devices: impl Into<Devices>, memory: Option<u64>) -> Result<String> {
+    let devices = devices.into();
+    let Devices { target, ranks } = devices;
     let semantic = StageConfig::new(StageKind::Semantic, 1, 1);
     let stages = if cfg.stage.is_empty() { std::slice::from_ref(&semantic) } else { &cfg.stage[..] };
     for (i, s) in cfg.stage.iter().enumerate() {
@@ -274,18 +302,25 @@ pub fn plan(cfg: &Config, target: Target, memory: Option<u64>, ranks: usize) -> 
             return Err(Error::config(format!("stage.{i}.batch"), s.batch, want));
         }
     }
-    let mut out = format!("planned for {target}\n");
+    let mut out = match ranks {
+        1 => format!("planned for {target}\n"),
+        n => format!("planned for {n} ranks, each with {target}; of each rank:\n"),
+    };
     for (i, s) in stages.iter().enumerate() {
         let before = &stages[..i];
         let chosen = match memory {
-            Some(bytes) => choose_recompute(cfg, before, s, target, bytes)?.0,
+            Some(bytes) => choose_recompute(cfg, before, s, devices, bytes)?.0,
             None => cfg.train.recompute,
         };
-        let p = plan_after(&with(cfg, chosen), before, s, target)?;
+        let p = plan_after(&with(cfg, chosen), before, s, devices)?;
         // Writing to a String cannot fail.
         let parts = match s.accumulate {
             1 => String::new(),
             n => format!(" in {n} parts"),
+        };
+        let share = match ranks {
+            1 => String::new(),
+            n => format!(" on {n} ranks"),
         };
         let recompute = match chosen {
             Recompute::Auto | Recompute::None => "nothing recomputed",
@@ -294,7 +329,7 @@ pub fn plan(cfg: &Config, target: Target, memory: Option<u64>, ranks: usize) -> 
         };
         let _ = writeln!(
             out,
-            "stage {}: batch {}{parts}, {} precision, {recompute}",
+            "stage {}: batch {}{share}{parts}, {} precision, {recompute}",
             p.kind.name(),
             p.batch,
             cfg.train.precision
@@ -312,12 +347,19 @@ pub fn plan(cfg: &Config, target: Target, memory: Option<u64>, ranks: usize) -> 
             "  {:.3} TFLOP and {} launches per step, {:.3} TFLOP per sample",
             p.flop as f64 / 1e12,
             p.launches,
-            p.flop as f64 / 1e12 / p.batch as f64
+            p.flop as f64 / 1e12 / (p.batch / ranks) as f64
         );
+        if ranks > 1 {
+            let bytes: u64 = p.sent.values().map(|s| s.bytes).sum();
+            let _ = writeln!(out, "  {:<14} {:>10.3} GiB to other ranks per step", "sends", gib(bytes));
+            for (name, s) in &p.sent {
+                let _ = writeln!(out, "    {name:<12} {:>10.3} GiB in {} calls", gib(s.bytes), s.calls);
+            }
+        }
         let Some(bytes) = memory else { continue };
         for what in choices(cfg) {
             let of = format!("with recompute = {:?}", what.name());
-            let _ = match largest_after(&with(cfg, what), before, s, target, bytes)? {
+            let _ = match largest_after(&with(cfg, what), before, s, devices, bytes)? {
                 0 => writeln!(out, "  {:.1} GiB do not hold a batch of 1 {of}", gib(bytes)),
                 MAX_BATCH.. => writeln!(out, "  {:.1} GiB hold any batch up to {MAX_BATCH} {of}", gib(bytes)),
                 n => writeln!(out, "  {:.1} GiB hold a batch of up to {n} in one part {of}", gib(bytes)),

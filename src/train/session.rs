@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::checkpoint;
-use super::plan::{choose_recompute, fitting};
+use super::plan::{Devices, choose_recompute, fitting};
 use super::running::{Inputs, Running};
 use super::{Ending, Finished, RunOptions};
-use crate::backend::{Kernels, Target, size};
+use crate::backend::{Kernels, size};
 use crate::config::{Config, DataConfig, Recompute};
 use crate::error::{Error, Result};
 use crate::feed::{DataSet, Template};
@@ -268,18 +268,19 @@ impl<'a> Session<'a> {
         Ok(None)
     }
 
-    /// The bytes that a plan may fill, and its target: all that was free but a twentieth, since blocks of different
+    /// The bytes that a plan may fill, and the devices it is for: all that was free but a twentieth, since blocks of different
     /// sizes leave gaps.
-    fn budget(&self) -> Option<(u64, Target)> {
-        Some((self.memory? / 20 * 19, self.model.params.device().target()?))
+    fn budget(&self) -> Option<(u64, Devices)> {
+        let target = self.model.params.device().target()?;
+        Some((self.memory? / 20 * 19, Devices { target, ranks: self.group.ranks() }))
     }
 
     /// What the backward pass of a stage recomputes.
     fn recompute(&self, number: usize) -> Result<Recompute> {
         let (cfg, set) = (&self.cfg, self.cfg.train.recompute);
-        let (Recompute::Auto, Some((bytes, target))) = (set, self.budget()) else { return Ok(set) };
+        let (Recompute::Auto, Some((bytes, devices))) = (set, self.budget()) else { return Ok(set) };
         let stage = &cfg.stage[number];
-        let (what, peak) = choose_recompute(cfg, &cfg.stage[..number], stage, target, bytes)?;
+        let (what, peak) = choose_recompute(cfg, &cfg.stage[..number], stage, devices, bytes)?;
         if what != Recompute::None {
             let (name, peak, free) = (stage.kind.name(), size(peak), size(bytes));
             tracing::info!(
@@ -294,9 +295,9 @@ impl<'a> Session<'a> {
     /// from which the run can be resumed.
     fn explain(&self, number: usize, e: Error) -> Error {
         let Error::Stage { stage, step, source, mut remedy } = e else { return e };
-        if let (Error::OutOfMemory { .. }, Some((bytes, target))) = (&*source, self.budget()) {
+        if let (Error::OutOfMemory { .. }, Some((bytes, devices))) = (&*source, self.budget()) {
             let (cfg, chosen) = (&self.cfg, self.model.cfg.train.recompute);
-            match fitting(cfg, &cfg.stage[..number], &cfg.stage[number], chosen, target, bytes) {
+            match fitting(cfg, &cfg.stage[..number], &cfg.stage[number], chosen, devices, bytes) {
                 Ok(batches) => remedy += &format!("; {batches}"),
                 Err(e) => tracing::debug!("no batch is planned: {e}"),
             }

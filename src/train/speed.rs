@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::RunOptions;
-use super::plan::plan_stage;
+use super::plan::{Devices, plan_stage};
 use super::session::Session;
 use crate::backend::Kernels;
 use crate::config::{Config, DataConfig, StageKind};
@@ -118,11 +118,12 @@ fn stage_speed(
     };
     let stage = &cfg.stage[0];
     let batch = stage.batch;
+    let ranks = group.ranks();
     let step_s = batch as f64 * median("images_per_s", f64::recip);
     let mut planned = cfg.clone();
     planned.train.recompute = recompute;
-    let plan = target.map(|target| plan_stage(&planned, stage, target)).transpose()?;
-    let tflop = plan.as_ref().map_or(f64::NAN, |p| p.flop as f64 / 1e12 / batch as f64);
+    let plan = target.map(|target| plan_stage(&planned, stage, Devices { target, ranks })).transpose()?;
+    let tflop = plan.as_ref().map_or(f64::NAN, |p| p.flop as f64 / 1e12 / (batch / ranks) as f64);
     let gib = |bytes: f64| bytes / f64::from(1 << 30);
     Ok(Some(Speed {
         op: format!("step:{}", stage.kind.name()),
@@ -130,7 +131,7 @@ fn stage_speed(
         median_us: step_s * 1e6,
         images_per_s: batch as f64 / step_s,
         batch,
-        ranks: group.ranks(),
+        ranks,
         scaling: 1.0,
         tflop_per_image: tflop,
         tflop_per_s: tflop * batch as f64 / step_s,
