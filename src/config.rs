@@ -488,7 +488,7 @@ pub struct TrainConfig {
     pub eval_every: usize,
     /// Number of latest tokens over which codebook use is measured.
     pub usage_window: usize,
-    /// What several ranks share among them instead of keeping it whole, with the same bits.
+    /// What several ranks share among them instead of keeping it whole; docs/ranks.md.
     pub shard: Shard,
     /// Gradients that are reduced over the ranks at a time, in MiB: while the backward pass goes on with others.
     pub range_mib: f64,

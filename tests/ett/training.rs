@@ -21,7 +21,7 @@ use ett::train::{
 
 use crate::common::{Outcome, Scratch, cpu, ids, tensor};
 
-const VOCAB: usize = 40;
+pub const VOCAB: usize = 40;
 /// Pixels per side of a token.
 const S: usize = 4;
 
@@ -42,7 +42,7 @@ pub fn small(precision: &str) -> Config {
 }
 
 /// Pictures of waves, `[B, H, W, 3]`.
-fn pixels(seed: u64, [b, h, w]: [usize; 3]) -> Vec<f64> {
+pub fn pixels(seed: u64, [b, h, w]: [usize; 3]) -> Vec<f64> {
     let mut v = Vec::new();
     for i in 0..b {
         let f = 0.15 + 0.1 * ((seed as usize + i) % 5) as f64;
