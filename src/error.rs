@@ -102,6 +102,9 @@ pub enum Error {
     /// A signal asked the program to stop.
     #[error("interrupted")]
     Interrupted,
+    /// The ranks that train together cannot find each other or disagree, or one of them has ended.
+    #[error("{0}")]
+    Rank(String),
     /// Training cannot continue.
     #[error("training stopped: {0}")]
     Training(String),
