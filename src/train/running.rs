@@ -18,7 +18,8 @@ use crate::feed::{Ahead, DataSet, Feed, HostBatch, PartSizes, Template, Uploaded
 use crate::files::Lines;
 use crate::interrupt;
 use crate::io::{Checkpoints, Progress};
-use crate::model::Ett;
+use crate::model::{BACKWARD, Ett};
+use crate::nn::Reducer;
 use crate::ranks::{Group, Phase};
 use crate::report::{Evaluation, Line, Sharpness, Smooth, Usage};
 use crate::tensor::Tensor;
@@ -45,6 +46,14 @@ pub(super) struct Inputs<'a> {
     pub evaluation: &'a dyn Evaluation,
     /// The ranks that train together.
     pub group: &'a Group,
+}
+
+/// The end of a stage.
+pub(super) struct Trained {
+    /// The checkpoint that was saved if the run was interrupted.
+    pub saved: Option<PathBuf>,
+    /// The time that the collectives of a step take alone, if it was measured.
+    pub communication: Option<Duration>,
 }
 
 /// A step that was recorded, and the memory that it reads and writes.
@@ -198,8 +207,8 @@ impl<'a> Running<'a> {
         })
     }
 
-    /// Runs the remaining steps. If the run is interrupted, returns the checkpoint that was saved.
-    pub fn train(mut self) -> Result<Option<PathBuf>> {
+    /// Runs the remaining steps.
+    pub fn train(mut self) -> Result<Trained> {
         interrupt::enter(interrupt::Phase::Training);
         self.first = self.progress.step;
         let feed = self.feed.clone();
@@ -208,19 +217,43 @@ impl<'a> Running<'a> {
             let mut batches = Batches { ahead: Ahead::start(scope, &feed, steps.clone(), workers)?, steps };
             self.steps(&mut batches)
         })?;
-        match saved {
-            Some(at) => {
-                self.bar.abandon();
-                Ok(Some(at))
-            }
-            None => {
-                self.bar.finish();
-                let seconds = self.progress.seconds.last().map_or(0.0, |s| s.1);
-                let (name, steps, last) = (self.cfg.kind.name(), self.cfg.steps, &self.message);
-                tracing::info!("stage {name}: {steps} steps in {seconds:.0} s, {last}");
-                Ok(None)
-            }
+        if saved.is_some() {
+            self.bar.abandon();
+            return Ok(Trained { saved, communication: None });
         }
+        self.bar.finish();
+        let seconds = self.progress.seconds.last().map_or(0.0, |s| s.1);
+        let (name, steps, last) = (self.cfg.kind.name(), self.cfg.steps, &self.message);
+        tracing::info!("stage {name}: {steps} steps in {seconds:.0} s, {last}");
+        let measures = !self.run.saves && self.run.group.ranks() > 1;
+        let communication = if measures { Some(self.communication()?) } else { None };
+        Ok(Trained { saved: None, communication })
+    }
+
+    /// The time that the collectives of a step take without anything beside them: the median of a few.
+    fn communication(&mut self) -> Result<Duration> {
+        const TIMES: usize = 7;
+        self.enter(Phase::Busy);
+        let params = &self.model.params;
+        let dev = params.device();
+        let groups = 0..params.groups().len();
+        let slices = groups.map(|g| params.slices(g)).collect::<Result<Vec<_>>>()?;
+        let gathers = || slices.iter().flatten().flat_map(|slice| &slice.gathers);
+        let mut times = Vec::new();
+        for _ in 0..TIMES {
+            dev.synchronize()?;
+            self.run.group.sum(&[0])?;
+            let clock = Instant::now();
+            Reducer::new(params, &BACKWARD, 0, 1).finish()?;
+            for (part, whole) in gathers() {
+                dev.collectives().all_gather(Stream::PEERS, part.view(), whole.out())?;
+            }
+            dev.order(Stream::PEERS, Stream::COMPUTE)?;
+            dev.synchronize()?;
+            times.push(clock.elapsed());
+        }
+        times.sort();
+        Ok(times[TIMES / 2])
     }
 
     /// The loop over the steps. A device with queues is given a step before the results of the one before are read, so

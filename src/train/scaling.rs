@@ -44,6 +44,8 @@ fn read(one: &Value) -> Option<Speed> {
         plan_gib: number("plan_gib"),
         waited_ms: number("waited_ms"),
         graph: one["graph"].as_bool()?,
+        communication_ms: one["communication_ms"].as_f64(),
+        hidden: one["hidden"].as_f64(),
         peer_images_per_s: one["peer_images_per_s"].as_f64(),
         profiles: Profiles::default(),
     })
@@ -52,13 +54,16 @@ fn read(one: &Value) -> Option<Speed> {
 /// The speeds of all stages with several numbers of ranks, of which the first is one, with [`Speed::ranks`] and
 /// [`Speed::scaling`], stage by stage.
 pub fn scaled(measured: Vec<(usize, Vec<Speed>)>) -> Vec<Speed> {
-    let base: Vec<f64> =
-        measured.first().map_or(vec![], |(_, one)| one.iter().map(|s| s.images_per_s).collect());
+    let base: Vec<(f64, f64)> = measured
+        .first()
+        .map_or(vec![], |(_, one)| one.iter().map(|s| (s.images_per_s, s.median_us)).collect());
     let mut all: Vec<(usize, Speed)> = Vec::new();
     for (ranks, speeds) in measured {
-        for (stage, (speed, base)) in speeds.into_iter().zip(&base).enumerate() {
-            let scaling = speed.images_per_s / (ranks as f64 * base);
-            all.push((stage, Speed { ranks, scaling, ..speed }));
+        for (stage, (speed, (images_per_s, median_us))) in speeds.into_iter().zip(&base).enumerate() {
+            let scaling = speed.images_per_s / (ranks as f64 * images_per_s);
+            let longer = (speed.median_us - median_us).max(0.0) / 1e3;
+            let hidden = speed.communication_ms.map(|alone| 1.0 - longer / alone);
+            all.push((stage, Speed { ranks, scaling, hidden, ..speed }));
         }
     }
     all.sort_by_key(|(stage, _)| *stage);
@@ -68,15 +73,17 @@ pub fn scaled(measured: Vec<(usize, Vec<Speed>)>) -> Vec<Speed> {
 /// The speeds of several numbers of ranks as a table.
 pub fn scaling_table(all: &[Speed]) -> String {
     let mut out = format!(
-        "  {:<16} {:>5} {:>6} {:>10} {:>9} {:>9} {:>9} {:>9}\n",
-        "step", "ranks", "batch", "images/s", "ms", "scaling", "peak GiB", "data, ms"
+        "  {:<16} {:>5} {:>6} {:>10} {:>9} {:>9} {:>9} {:>8} {:>9} {:>9}\n",
+        "step", "ranks", "batch", "images/s", "ms", "scaling", "comm., ms", "hidden", "peak GiB", "data, ms"
     );
     for s in all {
         let scaling = format!("{:.1} %", 100.0 * s.scaling);
+        let alone = s.communication_ms.map_or(String::new(), |ms| format!("{ms:.2}"));
+        let hidden = s.hidden.map_or(String::new(), |part| format!("{:.0} %", 100.0 * part));
         // Writing to a String cannot fail.
         let _ = writeln!(
             out,
-            "  {:<16} {:>5} {:>6} {:>10.2} {:>9.2} {scaling:>9} {:>9.2} {:>9.2}",
+            "  {:<16} {:>5} {:>6} {:>10.2} {:>9.2} {scaling:>9} {alone:>9} {hidden:>8} {:>9.2} {:>9.2}",
             s.op,
             s.ranks,
             s.batch,
@@ -109,6 +116,8 @@ mod tests {
             plan_gib: f64::NAN,
             waited_ms: 0.0,
             graph: true,
+            communication_ms: None,
+            hidden: None,
             peer_images_per_s: None,
             profiles: Profiles::default(),
         }
@@ -125,7 +134,14 @@ mod tests {
     fn scaling_is_the_share_of_as_many_single_ranks() {
         let all = scaled(vec![
             (1, vec![speed("step:align", 10.0), speed("step:semantic", 5.0)]),
-            (2, vec![speed("step:align", 20.0), speed("step:semantic", 8.0)]),
+            (
+                2,
+                vec![
+                    speed("step:align", 20.0),
+                    // 1000 ms for 8 pictures instead of 800 for 4.
+                    Speed { median_us: 1e6, communication_ms: Some(800.0), ..speed("step:semantic", 8.0) },
+                ],
+            ),
         ]);
         let got: Vec<_> = all.iter().map(|s| (&*s.op, s.ranks, s.scaling)).collect();
         let want = [
@@ -135,6 +151,7 @@ mod tests {
             ("step:semantic", 2, 0.8),
         ];
         assert_eq!(got, want);
+        assert!(all[1].hidden.is_none() && all[3].hidden.is_some_and(|part| (part - 0.75).abs() < 1e-12));
         let table = scaling_table(&all);
         assert!(table.lines().count() == 5 && table.contains(" 80.0 %"), "{table}");
     }

@@ -2,10 +2,11 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::checkpoint;
 use super::plan::{Devices, choose_recompute, fitting};
-use super::running::{Inputs, Running};
+use super::running::{Inputs, Running, Trained};
 use super::{Ending, Finished, RunOptions};
 use crate::backend::{Kernels, size};
 use crate::config::{Config, DataConfig, Recompute};
@@ -93,6 +94,18 @@ pub(super) struct Session<'a> {
     /// Bytes that the device had free before the model was made, if known.
     memory: Option<u64>,
     profiles: Profiles,
+    /// The time that the collectives of a step of the last stage take alone, if it was measured.
+    communication: Option<Duration>,
+}
+
+/// What was measured of the only stage of a configuration.
+pub(super) struct Measured {
+    /// What its backward pass computed again.
+    pub recompute: Recompute,
+    /// The time of each kernel, if the device measures it.
+    pub profiles: Profiles,
+    /// The time that the collectives of a step take alone, with several ranks.
+    pub communication: Option<Duration>,
 }
 
 impl<'a> Session<'a> {
@@ -131,6 +144,7 @@ impl<'a> Session<'a> {
             group,
             memory,
             profiles,
+            communication: None,
         })
     }
 
@@ -176,6 +190,7 @@ impl<'a> Session<'a> {
             group: Group::alone(),
             memory: None,
             profiles: Profiles::default(),
+            communication: None,
         })
     }
 
@@ -214,12 +229,12 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// Trains the only stage without saving its weights; returns what its backward pass computed again, and the time of
-    /// each kernel if the device measures it.
-    pub fn measure(mut self) -> Result<(Recompute, Profiles)> {
+    /// Trains the only stage without saving its weights.
+    pub fn measure(mut self) -> Result<Measured> {
         self.saves = false;
         self.train(None)?;
-        Ok((self.model.cfg.train.recompute, self.profiles))
+        let (recompute, communication) = (self.model.cfg.train.recompute, self.communication);
+        Ok(Measured { recompute, profiles: self.profiles, communication })
     }
 
     /// Trains the remaining stages. If the run is interrupted, returns the checkpoint that was saved.
@@ -256,7 +271,8 @@ impl<'a> Session<'a> {
             )
             .map_err(|e| e.at(name, None))
             .and_then(Running::train);
-            let saved = trained.map_err(|e| self.explain(number, e))?;
+            let Trained { saved, communication } = trained.map_err(|e| self.explain(number, e))?;
+            self.communication = communication;
             // Without the first step of the stage.
             self.measured(name, self.progress.step.saturating_sub(before.max(1)))?;
             if saved.is_some() {

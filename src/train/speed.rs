@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::RunOptions;
 use super::plan::{Devices, plan_stage};
-use super::session::Session;
+use super::session::{Measured, Session};
 use crate::backend::Kernels;
 use crate::config::{Config, DataConfig, StageKind};
 use crate::error::{Error, Result};
@@ -49,6 +49,10 @@ pub struct Speed {
     pub waited_ms: f64,
     /// Whether steps were recorded and replayed.
     pub graph: bool,
+    /// Time that the collectives of a step take alone, in ms; `None` with one rank.
+    pub communication_ms: Option<f64>,
+    /// The part of it that does not make the step longer than that of one rank, if this was measured, too.
+    pub hidden: Option<f64>,
     /// The fastest other implementation in the same run.
     pub peer_images_per_s: Option<f64>,
     /// The time of each kernel, if the device measures it.
@@ -100,7 +104,8 @@ fn stage_speed(
     let graph = cfg.train.graph && dev.can_record();
     let quiet = !group.leads();
     let o = RunOptions { out: &scratch.0, init: None, quiet, evaluation, group: group.clone() };
-    let (recompute, profiles) = Session::new(cfg, dev, &o, &|_| false)?.measure()?;
+    let Measured { recompute, profiles, communication } =
+        Session::new(cfg, dev, &o, &|_| false)?.measure()?;
     if !group.leads() {
         return Ok(None);
     }
@@ -139,6 +144,8 @@ fn stage_speed(
         plan_gib: plan.map_or(f64::NAN, |p| gib(p.memory.peak as f64)),
         waited_ms: median("waited_ms", |v| v),
         graph: graph && profiles.is_empty(),
+        communication_ms: communication.map(|time| time.as_secs_f64() * 1e3),
+        hidden: None,
         peer_images_per_s: None,
         profiles,
     }))

@@ -33,6 +33,7 @@ mod process;
 mod properties;
 mod quantizer;
 mod ranks;
+mod ranks_steps;
 mod reference;
 mod robust;
 mod rooms;

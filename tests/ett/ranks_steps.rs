@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use ett::backend::{Cpu, Device, Kernels};
+use ett::backend::{self, Cpu, Kernels};
+use ett::compare::{self, Bounds};
 use ett::config::{Config, Shard, StageKind, VisualHeadKind};
 use ett::error::Result;
 use ett::feed::Batch;
@@ -15,7 +16,7 @@ use ett::nn::{HostTensor, Stored};
 use ett::ranks::Group;
 use ett::train::{Counts, Hyper, Loss, Optimizer, Stage, averaged};
 
-use crate::common::{Outcome, cpu, fixtures, ids, tensor};
+use crate::common::{Outcome, cpu, fixtures, gpu_turn, ids, norm, tensor};
 use crate::ranks::together;
 use crate::training::{Run, VOCAB, pixels, small};
 
@@ -43,8 +44,7 @@ fn share(model: &Ett, kind: StageKind, step: usize, rank: usize, ranks: usize) -
     let (dev, act) = (&**model.params.device(), model.params.precision().act);
     let n = PICTURES / ranks;
     let own = rank * n..(rank + 1) * n;
-    let values: Vec<f64> =
-        own.clone().flat_map(|i| pixels((100 * step + i) as u64, [1, 32, 32])).collect();
+    let values: Vec<f64> = own.clone().flat_map(|i| pixels((100 * step + i) as u64, [1, 32, 32])).collect();
     let grids = [Grid { images: n, h: 32 / S, w: 32 / S }];
     let sequence = |(at, i): (usize, usize)| {
         let text = ids((100 * step + i) as u64, 2 + (5 * i + step) % 7, VOCAB);
@@ -114,15 +114,23 @@ fn of_one(cfg: &Config, kind: StageKind, parts: usize) -> Result<Seen> {
     steps(cfg, cpu(1), &Group::alone(), kind, parts)
 }
 
-/// What all of `n` ranks see, which has to be the same bits.
+/// What all of `n` ranks on the CPU see, which has to be the same bits.
 fn of_many(cfg: &Config, n: usize, kind: StageKind, parts: usize) -> Result<Seen> {
+    on_devices(cfg, n, kind, parts, &|group| Ok(Arc::new(Cpu::of(1, group.clone())?)))
+}
+
+fn on_devices(
+    cfg: &Config,
+    n: usize,
+    kind: StageKind,
+    parts: usize,
+    device: &(dyn Fn(&Arc<Group>) -> Result<Arc<dyn Kernels>> + Sync),
+) -> Result<Seen> {
     let all = together(n, |group| -> Result<Seen> {
-        let dev = Arc::new(Cpu::of(1, group.clone())?);
-        let seen = steps(cfg, dev, &group, kind, parts);
+        let seen = device(&group).and_then(|dev| steps(cfg, dev, &group, kind, parts));
         if let Err(e) = &seen {
             group.fail(&e.to_string());
         }
-        group.leave();
         seen
     });
     let all = all.into_iter().collect::<Result<Vec<_>>>()?;
@@ -137,7 +145,7 @@ fn of_many(cfg: &Config, n: usize, kind: StageKind, parts: usize) -> Result<Seen
 }
 
 /// Compares with bounds relative to the largest value of each tensor.
-fn compare(what: &str, got: &Seen, want: &Seen, bound: f64) {
+fn equal(what: &str, got: &Seen, want: &Seen, bound: f64) {
     let close = |name: &str, a: &[f64], b: &[f64]| {
         assert_eq!(a.len(), b.len(), "{what}: {name}");
         let most = b.iter().fold(1e-3f64, |m, v| m.max(v.abs()));
@@ -174,7 +182,7 @@ fn several_ranks_make_the_steps_of_one() -> Outcome {
             cfg.train.shard = shards[(i + k) % shards.len()];
             let what = format!("{} on {ranks} ranks, {:?}", kind.name(), cfg.train.shard);
             let got = of_many(&cfg, ranks, kind, 1)?;
-            compare(&what, &got, &want, 1e-10);
+            equal(&what, &got, &want, 1e-10);
             same_codes(&what, &got, &want);
         }
     }
@@ -188,7 +196,7 @@ fn batches_of_several_parts_are_shared_part_by_part() -> Outcome {
     for shard in [Shard::Optimizer, Shard::Gradients] {
         cfg.train.shard = shard;
         let got = of_many(&cfg, 2, StageKind::Semantic, 2)?;
-        compare(&format!("{shard:?}"), &got, &want, 1e-10);
+        equal(&format!("{shard:?}"), &got, &want, 1e-10);
     }
     Ok(())
 }
@@ -210,6 +218,53 @@ fn what_is_shared_does_not_change_the_bits() -> Outcome {
     Ok(())
 }
 
+#[test]
+#[cfg_attr(not(ett_gpu_here), ignore = "needs a GPU")]
+fn gpu_several_ranks_make_the_steps_of_one() -> Outcome {
+    gpu_turn();
+    let gpus = backend::gpus()?;
+    let counts: Vec<usize> = [2, 3, 4].into_iter().filter(|&n| n <= gpus).collect();
+    if counts.is_empty() {
+        println!("skipped: this machine has {gpus} GPU, the test needs two");
+    }
+    for kind in [StageKind::Tokenizer, StageKind::Semantic, StageKind::Gen] {
+        let mut cfg = config("f32");
+        let alone = Group::alone();
+        let want = steps(&cfg, backend::open_of("cuda:0", 0, &alone)?, &alone, kind, 1)?;
+        for (i, &ranks) in counts.iter().enumerate() {
+            cfg.train.shard = [Shard::Optimizer, Shard::Gradients, Shard::None][i];
+            let what = format!("{} on {ranks} GPUs, {:?}", kind.name(), cfg.train.shard);
+            let run = || {
+                on_devices(&cfg, ranks, kind, 1, &|group| {
+                    backend::open_of(&format!("cuda:{}", group.rank()), 0, group)
+                })
+            };
+            let got = run()?;
+            assert!(run()? == got, "{what}: other bits the second time");
+            near(&what, &got, &want)?;
+        }
+    }
+    Ok(())
+}
+
+/// Compares results in f32: losses, norms and gradients.
+fn near(what: &str, got: &Seen, want: &Seen) -> Outcome {
+    for (step, (a, b)) in got.losses.iter().zip(&want.losses).enumerate() {
+        for (loss, v) in a {
+            let name = format!("{what}: {} of step {step}", loss.name());
+            compare::compare(&name, &[*v], &[b[loss]], 1, Bounds::norm(2e-4))?;
+        }
+    }
+    compare::compare(&format!("{what}: norms"), &got.norms, &want.norms, 1, Bounds::norm(1e-3))?;
+    let gradients = || want.kept.iter().filter(|(name, _)| name.starts_with("Gradient"));
+    let largest = gradients().map(|(_, v)| norm(v)).fold(0.0, f64::max);
+    for (name, w) in gradients() {
+        let bounds = Bounds::norm(1e-2).least(1e-3 * largest);
+        compare::compare(&format!("{what}: {name}"), &got.kept[name], w, w.len(), bounds)?;
+    }
+    Ok(())
+}
+
 /// With statistics of their own, as PyTorch computes the step of two ranks (tests/oracle/twin.py).
 #[test]
 fn ranks_with_statistics_of_their_own_agree_with_pytorch() -> Outcome {
@@ -226,7 +281,6 @@ fn ranks_with_statistics_of_their_own_agree_with_pytorch() -> Outcome {
             if let Err(e) = &got {
                 group.fail(&e.to_string());
             }
-            group.leave();
             got
         });
         let mut compared = 0;
@@ -239,8 +293,12 @@ fn ranks_with_statistics_of_their_own_agree_with_pytorch() -> Outcome {
                 let Some(w) = want.get(&name) else { continue };
                 compared += 1;
                 let most = w.values.iter().fold(1e-3f64, |m, v| m.max(v.abs()));
-                let worst = t.values.iter().zip(&w.values).map(|(a, b)| (a - b).abs() / most).fold(0.0, f64::max);
-                assert!(t.values.len() == w.values.len() && worst <= 1e-9, "{file}: {name} differs by {worst:e}");
+                let worst =
+                    t.values.iter().zip(&w.values).map(|(a, b)| (a - b).abs() / most).fold(0.0, f64::max);
+                assert!(
+                    t.values.len() == w.values.len() && worst <= 1e-9,
+                    "{file}: {name} differs by {worst:e}"
+                );
             }
         }
         assert!(compared > 2 * 200, "{file}: only {compared} tensors were compared");
@@ -274,9 +332,12 @@ fn twin_step(
     let (n, l) = (b / group.ranks(), text.dims[1]);
     let own = group.rank() * n..(group.rank() + 1) * n;
     let size = h * w * 3;
-    let pixels = tensor(&*dev, run.model.params.precision().act, &image.values[own.start * size..own.end * size], [
-        n, h, w, 3,
-    ]);
+    let pixels = tensor(
+        &*dev,
+        run.model.params.precision().act,
+        &image.values[own.start * size..own.end * size],
+        [n, h, w, 3],
+    );
     let s = cfg.tokenizer.downsampling();
     let grids = [Grid { images: n, h: h / s, w: w / s }];
     let sequence = |(at, i): (usize, usize)| {
