@@ -103,10 +103,11 @@ impl Params {
     pub fn own_gradients(&self, group: usize) -> Result<Vec<Tensor>> {
         let (g, s) = (&self.groups[group], &self.sharing);
         let Some(t) = &g.train else { return Ok(vec![]) };
-        match s.ranks == 1 || s.gradients {
-            true => Ok(vec![t.grad.clone()]),
-            false => g.pieces(s).iter().map(|piece| at(&t.grad, s.part(piece))).collect(),
+        if s.ranks == 1 {
+            return Ok(vec![t.grad.clone()]);
         }
+        let form = s.form_of_gradients();
+        g.pieces(s).iter().map(|piece| at(&t.grad, s.own(form, piece))).collect()
     }
 
     /// What an optimizer of this rank updates of a group, in order; nothing if the group is frozen.
