@@ -8,7 +8,7 @@ use super::*;
 /// Bytes up to which every rank sends the whole of a tensor to all others: one exchange instead of two.
 const WHOLE: usize = 32 << 10;
 /// Elements of a part that are reduced at a time, which bounds the memory for those of the other ranks.
-const RANGE: usize = 1 << 20;
+const RANGE: usize = 1 << 18;
 
 impl Collectives for Cpu {
     fn ranks(&self) -> usize {
