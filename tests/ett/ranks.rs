@@ -98,7 +98,7 @@ fn reduce_scatter_and_all_gather_in_place_and_apart() -> Outcome {
                 dev.reduce_scatter(Stream::COMPUTE, whole.view(), Out(part))?;
                 let want = sums(ranks, n * ranks, dtype);
                 let got = if in_place {
-                    &whole.to_f64(dev)?[rank * n..][..n] == &want[rank * n..][..n]
+                    whole.to_f64(dev)?[rank * n..][..n] == want[rank * n..][..n]
                 } else {
                     apart.to_f64(dev)? == want[rank * n..][..n]
                 };

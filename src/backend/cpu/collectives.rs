@@ -68,7 +68,7 @@ impl Collectives for Cpu {
 impl Cpu {
     fn reduce_all<T: Term>(&self, x: &In, how: Reduction) -> Result<()> {
         let (x, ranks) = (flat_mut::<T>("all_reduce", "x", x)?, self.ranks());
-        if x.len() * size_of::<T>() <= WHOLE {
+        if size_of_val(x) <= WHOLE {
             return self.reduce(&vec![&*x.to_vec(); ranks], x, how);
         }
         let bound = |rank: usize| (x.len() as u128 * rank as u128 / ranks as u128) as usize;
