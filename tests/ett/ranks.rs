@@ -45,7 +45,7 @@ const TYPES: [DType; 3] = [DType::F32, DType::F64, DType::I32];
 
 /// Sizes on both sides of every choice of algorithm.
 fn sizes(ranks: usize) -> &'static [usize] {
-    if ranks > 4 { &[0, 1, 9001] } else { &[0, 1, 7, 8192, 8193, 100_003] }
+    if ranks > 4 { &[0, 1, 9001] } else { &[0, 1, 7, 8192, 8193, 20_011] }
 }
 
 /// Runs `f` as each of 1, 2, 3, 4 and 8 ranks with a device.
@@ -95,7 +95,7 @@ fn reduce_scatter_and_all_gather_in_place_and_apart() -> Outcome {
                 dev.reduce_scatter(Stream::COMPUTE, whole.view(), Out(part))?;
                 let want = sums(ranks, n * ranks, dtype);
                 let got = if in_place {
-                    &whole.to_f64(dev)?[rank * n..][..n] == &want[rank * n..][..n]
+                    whole.to_f64(dev)?[rank * n..][..n] == want[rank * n..][..n]
                 } else {
                     apart.to_f64(dev)? == want[rank * n..][..n]
                 };
@@ -117,6 +117,22 @@ fn reduce_scatter_and_all_gather_in_place_and_apart() -> Outcome {
         }
         Ok(())
     })
+}
+
+#[test]
+fn large_tensors_are_reduced_in_ranges() -> Outcome {
+    for result in together(2, |g| -> Result<()> {
+        let dev = Cpu::of(1, g.clone())?;
+        let mine: Vec<f64> = (0..1_100_001).map(|i| (i % 1000 * (g.rank() + 1)) as f64).collect();
+        let x = tensor(&dev, DType::F32, &mine)?;
+        dev.all_reduce(Stream::COMPUTE, x.acc(), Reduction::Sum)?;
+        let got = x.to_f64(&dev)?;
+        assert!(got.iter().enumerate().all(|(i, v)| *v == (i % 1000 * 3) as f64));
+        Ok(())
+    }) {
+        result?;
+    }
+    Ok(())
 }
 
 #[test]

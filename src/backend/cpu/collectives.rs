@@ -8,7 +8,7 @@ use super::*;
 /// Bytes up to which every rank sends the whole of a tensor to all others: one exchange instead of two.
 const WHOLE: usize = 32 << 10;
 /// Elements of a part that are reduced at a time, which bounds the memory for those of the other ranks.
-const RANGE: usize = 1 << 20;
+const RANGE: usize = 1 << 18;
 
 impl Collectives for Cpu {
     fn ranks(&self) -> usize {
@@ -68,7 +68,7 @@ impl Collectives for Cpu {
 impl Cpu {
     fn reduce_all<T: Term>(&self, x: &In, how: Reduction) -> Result<()> {
         let (x, ranks) = (flat_mut::<T>("all_reduce", "x", x)?, self.ranks());
-        if x.len() * size_of::<T>() <= WHOLE {
+        if size_of_val(x) <= WHOLE {
             return self.reduce(&vec![&*x.to_vec(); ranks], x, how);
         }
         let bound = |rank: usize| (x.len() as u128 * rank as u128 / ranks as u128) as usize;
