@@ -307,11 +307,13 @@ impl Common {
         for ranks in train::rank_counts(all) {
             let more = self.measurement(cfg, ranks, all, &file);
             let status = program.launch(ranks, &more, &signals)?;
+            let speeds = if status == 0 { train::read_speeds(&file) } else { Ok(vec![]) };
+            // There is none if the measurement failed.
+            let _ = std::fs::remove_file(&file);
             if status != 0 {
                 return Ok(status.into());
             }
-            measured.push((ranks, train::read_speeds(&file)?));
-            std::fs::remove_file(&file).map_err(Error::io(&file))?;
+            measured.push((ranks, speeds?));
         }
         let all = train::scaled(measured);
         print_speeds(&all, json, &train::scaling_table(&all))?;

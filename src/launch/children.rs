@@ -7,7 +7,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::{interrupt, terminal};
+use crate::interrupt;
+use crate::terminal;
 
 /// Time between two looks at the processes.
 const POLL: Duration = Duration::from_millis(20);

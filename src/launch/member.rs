@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
+use crate::files;
 use crate::ranks::{Group, Place};
-use crate::{files, terminal};
+use crate::terminal;
 
 /// Time for a rank to end by itself after another one has failed; its device may never return.
 const GRACE: Duration = Duration::from_secs(10);
