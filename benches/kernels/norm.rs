@@ -1,6 +1,6 @@
 use ett::backend::{
-    BatchNormBwd, BatchNormFwd, Cpu, DType, GroupNormBwd, GroupNormFwd, GroupNormStats, Kernels,
-    LayerNormBwd, LayerNormFwd, RmsNormBwd, RmsNormFwd, Role, Stream,
+    BatchNormBwd, BatchNormFwd, BatchNormMerge, BatchNormMergedBwd, Cpu, DType, GroupNormBwd, GroupNormFwd,
+    GroupNormStats, Kernels, LayerNormBwd, LayerNormFwd, RmsNormBwd, RmsNormFwd, Role, Stream,
 };
 use ett::tensor::Tensor;
 
@@ -23,6 +23,7 @@ pub fn benches(b: &mut Bench) {
     }
     group(b);
     batch(b);
+    batch_merged(b);
 }
 
 fn batch(b: &mut Bench) {
@@ -65,6 +66,46 @@ fn batch(b: &mut Bench) {
                 slope: 0.2,
             };
             call(&a, |a| dev.batch_norm_bwd(S, a))
+        };
+        Ok((Box::new(run), None))
+    });
+}
+
+fn batch_merged(b: &mut Bench) {
+    let ([n, c], dtype) = if b.gpu { ([1 << 20, 128], DType::Bf16) } else { ([8192, 64], DType::F32) };
+    let (ranks, wide) = (8, 512);
+    b.kernel("batch_norm_merge", &format!("{ranks}x{wide}"), dtype, &|dev, seed| {
+        let (means, vars) =
+            (normal(dev, acc(dtype), [ranks, wide], seed)?, normal(dev, acc(dtype), [ranks, wide], 7)?);
+        let (mean, var) = (out(dev, acc(dtype), [wide])?, out(dev, acc(dtype), [wide])?);
+        let run = move |dev: &dyn Kernels| {
+            let (means, vars) = (means.view(), vars.view());
+            let a = BatchNormMerge { means, vars, mean: mean.out(), var: var.out() };
+            call(&a, |a| dev.batch_norm_merge(S, a))
+        };
+        Ok((Box::new(run), None))
+    });
+    b.kernel("batch_norm_merged_bwd", &format!("{n}x{c}"), dtype, &|dev, seed| {
+        let (x, dy) = (normal(dev, dtype, [n, c], seed)?, normal(dev, dtype, [n, c], seed + 100)?);
+        let (w, bias, dx) =
+            (normal(dev, dtype, [c], 7)?, normal(dev, dtype, [c], 8)?, out(dev, dtype, [n, c])?);
+        let (mean, sums) = (normal(dev, acc(dtype), [c], 9)?, normal(dev, acc(dtype), [2, c], 10)?);
+        let var = Tensor::from_f64(dev, Role::Input, acc(dtype), &vec![1.0; c], [c])?;
+        let run = move |dev: &dyn Kernels| {
+            let a = BatchNormMergedBwd {
+                dy: dy.view(),
+                x: x.view(),
+                w: w.view(),
+                b: bias.view(),
+                mean: mean.view(),
+                var: var.view(),
+                sums: sums.view(),
+                dx: dx.out(),
+                rows: ranks * n,
+                eps: 1e-5,
+                slope: 0.2,
+            };
+            call(&a, |a| dev.batch_norm_merged_bwd(S, a))
         };
         Ok((Box::new(run), None))
     });

@@ -38,6 +38,8 @@ static const struct {
     {"batch_norm_bwd", "wide plain"},
     {"batch_norm_eval_fwd", "wide plain"},
     {"batch_norm_eval_bwd", "wide plain"},
+    {"batch_norm_merge", "plain"},
+    {"batch_norm_merged_bwd", "wide plain"},
     {"batch_norm_running", "plain"},
     {"l2_norm_fwd", "wide plain"},
     {"l2_norm_bwd", "wide plain"},

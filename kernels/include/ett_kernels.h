@@ -101,7 +101,7 @@ extern "C" {
 #endif
 
 /* Incremented when a struct or the meaning of a field changes. */
-#define ETT_ABI_VERSION 8
+#define ETT_ABI_VERSION 9
 /* The version of the library that this header belongs to: that of the crate. */
 #define ETT_VERSION "0.1.0"
 
@@ -583,6 +583,36 @@ typedef struct ett_batch_norm_eval_bwd_args {
 } ett_batch_norm_eval_bwd_args;
 ETT_API int64_t ett_batch_norm_eval_bwd_workspace(const ett_batch_norm_eval_bwd_args* args);
 ETT_API int32_t ett_batch_norm_eval_bwd(const ett_batch_norm_eval_bwd_args* args, const ett_launch* launch);
+
+/* Statistics of R sets of equally many rows as those of all their rows: mean = sum_r means[r] / R,
+   var = sum_r (vars[r] + (means[r] - mean)^2) / R. */
+typedef struct ett_batch_norm_merge_args {
+    ett_view means;         // in   [R, C]; acc
+    ett_view vars;          // in   [R, C]; acc; biased
+    ett_view mean;          // out  [C]; acc
+    ett_view var;           // out  [C]; acc; biased
+} ett_batch_norm_merge_args;
+ETT_API int64_t ett_batch_norm_merge_workspace(const ett_batch_norm_merge_args* args);
+ETT_API int32_t ett_batch_norm_merge(const ett_batch_norm_merge_args* args, const ett_launch* launch);
+
+/* dx of batch_norm_bwd for some of the rows that the statistics were computed from, with sums over all of them:
+   dx = rstd * w * (g - sum(g) / rows - xhat * sum(g * xhat) / rows), where xhat = (x - mean) * rstd and g is dy times
+   the derivative of LeakyReLU at xhat * w + b. */
+typedef struct ett_batch_norm_merged_bwd_args {
+    ett_view dy;            // in   [N, C]; act
+    ett_view x;             // in   [N, C]; act
+    ett_view w;             // in   [C]; act
+    ett_view b;             // in   [C]; act
+    ett_view mean;          // in   [C]; acc
+    ett_view var;           // in   [C]; acc; biased
+    ett_view sums;          // in   [2, C]; acc; without gaps; over all rows: db, then dw of batch_norm_eval_bwd
+    ett_view dx;            // out  [N, C]; act
+    int64_t rows;           //      number of all rows; at least 1
+    double eps;             //      as in the forward
+    double slope;           //      as in the forward
+} ett_batch_norm_merged_bwd_args;
+ETT_API int64_t ett_batch_norm_merged_bwd_workspace(const ett_batch_norm_merged_bwd_args* args);
+ETT_API int32_t ett_batch_norm_merged_bwd(const ett_batch_norm_merged_bwd_args* args, const ett_launch* launch);
 
 /* running = (1 - momentum) * running + momentum * batch, with the unbiased estimate of the variance.
    A channel whose batch statistics are not finite keeps its running ones. */

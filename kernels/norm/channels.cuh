@@ -530,15 +530,21 @@ struct BackwardSpace {
     static int64_t bytes(const Planes& s, int64_t chunks) { return (s.b * chunks * 2 * s.c + s.b * 2 * (s.c + s.g)) * int64_t(sizeof(float)); }
 };
 
+// The means of the groups, dw and db, from sums over all chunks.
+template <class T> int32_t launch_means(const char* op, const Means<T>& k, const ett_launch* l) {
+    const Planes& s = k.shape;
+    const dim3 warps{unsigned(ceil_div(s.b * s.g + ceil_div(s.c, kWarp), kThreads / kWarp))};
+    return launch(op, means_kernel<T>, warps, dim3(kThreads), 0, l, k);
+}
+
 // From the sums of chunks to the means of the groups, and dw and db.
 template <class T>
 int32_t launch_means(const char* op, const Planes& s, const BackwardSpace& space, int64_t chunks, const T* w, bool through, const ett_view& dw,
                      const ett_view& db, const ett_launch* l) {
     const dim3 tiles{unsigned(s.b * ceil_div(2 * s.c, kWarp))};
     const int32_t status = launch(op, sum_chunks_kernel, tiles, dim3(kWarp, kWarp), 0, l, SumChunks{space.partials, space.sums, chunks, 2 * s.c});
-    const dim3 warps{unsigned(ceil_div(s.b * s.g + ceil_div(s.c, kWarp), kThreads / kWarp))};
     const Means<T> means{space.sums, w, through ? space.means : nullptr, data<float>(dw), data<float>(db), s};
-    return status == ETT_OK ? launch(op, means_kernel<T>, warps, dim3(kThreads), 0, l, means) : status;
+    return status == ETT_OK ? launch_means<T>(op, means, l) : status;
 }
 
 // dx from the means of the groups. dy may be dx.

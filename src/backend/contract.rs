@@ -341,6 +341,37 @@ norm: batch_norm_eval_bwd(BatchNormEvalBwd<'a>) flop |s| 10 * s.x.dims.numel() =
     /// As in the forward.
     slope: f64,
 }
+/// Statistics of `R` sets of equally many rows as those of all their rows: the mean of the means, and the mean of
+/// `var + (mean - mean of all)^2`.
+norm: batch_norm_merge(BatchNormMerge<'a>) flop |s| 5 * s.means.dims.numel() => {
+    means: In<'a> = "[R, C]; acc",
+    /// Biased.
+    vars: In<'a> = "[R, C]; acc",
+    mean: Out<'a> = "[C]; acc",
+    /// Biased.
+    var: Out<'a> = "[C]; acc",
+}
+/// `dx` of `batch_norm_bwd` for some of the rows that the statistics were computed from, with sums over all of them: `dx =
+/// rstd * w * (g - sum(g) / rows - xhat * sum(g * xhat) / rows)`, where `xhat = (x - mean) * rstd` and `g` is `dy` times
+/// the derivative of LeakyReLU at `xhat * w + b`.
+norm: batch_norm_merged_bwd(BatchNormMergedBwd<'a>) flop |s| 12 * s.x.dims.numel() => {
+    dy: In<'a> = "[N, C]; act",
+    x: In<'a> = "[N, C]; act",
+    w: In<'a> = "[C]; act",
+    b: In<'a> = "[C]; act",
+    mean: In<'a> = "[C]; acc",
+    /// Biased.
+    var: In<'a> = "[C]; acc",
+    /// The sums of `g` and of `g * xhat` over all rows: what `batch_norm_eval_bwd` adds to `db` and `dw`.
+    sums: In<'a> = "[2, C]; acc; without gaps",
+    dx: Out<'a> = "[N, C]; act",
+    /// Number of all rows.
+    rows: usize = "at least 1",
+    /// As in the forward.
+    eps: f64,
+    /// As in the forward.
+    slope: f64,
+}
 /// `running = (1 - momentum) * running + momentum * batch`, with the unbiased estimate of the variance. A running value
 /// does not change if the batch value is non-finite.
 norm: batch_norm_running(BatchNormRunning<'a>) flop |s| 4 * s.mean.dims.numel() => {

@@ -4,7 +4,7 @@
 #![allow(dead_code, missing_docs, non_camel_case_types)]
 pub use cudarc::driver::sys::CUstream_st;
 
-pub const ETT_ABI_VERSION: i32 = 8;
+pub const ETT_ABI_VERSION: i32 = 9;
 pub const ETT_OK: ett_status_code = 0;
 pub const ETT_BAD_ARGUMENT: ett_status_code = 1;
 pub const ETT_UNSUPPORTED: ett_status_code = 2;
@@ -1060,6 +1060,89 @@ const _: () = {
         [::std::mem::offset_of!(ett_batch_norm_eval_bwd_args, slope) - 512usize];
 };
 impl Default for ett_batch_norm_eval_bwd_args {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct ett_batch_norm_merge_args {
+    pub means: ett_view,
+    pub vars: ett_view,
+    pub mean: ett_view,
+    pub var: ett_view,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ett_batch_norm_merge_args"][::std::mem::size_of::<ett_batch_norm_merge_args>() - 224usize];
+    ["Alignment of ett_batch_norm_merge_args"][::std::mem::align_of::<ett_batch_norm_merge_args>() - 8usize];
+    ["Offset of field: ett_batch_norm_merge_args::means"]
+        [::std::mem::offset_of!(ett_batch_norm_merge_args, means) - 0usize];
+    ["Offset of field: ett_batch_norm_merge_args::vars"]
+        [::std::mem::offset_of!(ett_batch_norm_merge_args, vars) - 56usize];
+    ["Offset of field: ett_batch_norm_merge_args::mean"]
+        [::std::mem::offset_of!(ett_batch_norm_merge_args, mean) - 112usize];
+    ["Offset of field: ett_batch_norm_merge_args::var"]
+        [::std::mem::offset_of!(ett_batch_norm_merge_args, var) - 168usize];
+};
+impl Default for ett_batch_norm_merge_args {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct ett_batch_norm_merged_bwd_args {
+    pub dy: ett_view,
+    pub x: ett_view,
+    pub w: ett_view,
+    pub b: ett_view,
+    pub mean: ett_view,
+    pub var: ett_view,
+    pub sums: ett_view,
+    pub dx: ett_view,
+    pub rows: i64,
+    pub eps: f64,
+    pub slope: f64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ett_batch_norm_merged_bwd_args"]
+        [::std::mem::size_of::<ett_batch_norm_merged_bwd_args>() - 472usize];
+    ["Alignment of ett_batch_norm_merged_bwd_args"]
+        [::std::mem::align_of::<ett_batch_norm_merged_bwd_args>() - 8usize];
+    ["Offset of field: ett_batch_norm_merged_bwd_args::dy"]
+        [::std::mem::offset_of!(ett_batch_norm_merged_bwd_args, dy) - 0usize];
+    ["Offset of field: ett_batch_norm_merged_bwd_args::x"]
+        [::std::mem::offset_of!(ett_batch_norm_merged_bwd_args, x) - 56usize];
+    ["Offset of field: ett_batch_norm_merged_bwd_args::w"]
+        [::std::mem::offset_of!(ett_batch_norm_merged_bwd_args, w) - 112usize];
+    ["Offset of field: ett_batch_norm_merged_bwd_args::b"]
+        [::std::mem::offset_of!(ett_batch_norm_merged_bwd_args, b) - 168usize];
+    ["Offset of field: ett_batch_norm_merged_bwd_args::mean"]
+        [::std::mem::offset_of!(ett_batch_norm_merged_bwd_args, mean) - 224usize];
+    ["Offset of field: ett_batch_norm_merged_bwd_args::var"]
+        [::std::mem::offset_of!(ett_batch_norm_merged_bwd_args, var) - 280usize];
+    ["Offset of field: ett_batch_norm_merged_bwd_args::sums"]
+        [::std::mem::offset_of!(ett_batch_norm_merged_bwd_args, sums) - 336usize];
+    ["Offset of field: ett_batch_norm_merged_bwd_args::dx"]
+        [::std::mem::offset_of!(ett_batch_norm_merged_bwd_args, dx) - 392usize];
+    ["Offset of field: ett_batch_norm_merged_bwd_args::rows"]
+        [::std::mem::offset_of!(ett_batch_norm_merged_bwd_args, rows) - 448usize];
+    ["Offset of field: ett_batch_norm_merged_bwd_args::eps"]
+        [::std::mem::offset_of!(ett_batch_norm_merged_bwd_args, eps) - 456usize];
+    ["Offset of field: ett_batch_norm_merged_bwd_args::slope"]
+        [::std::mem::offset_of!(ett_batch_norm_merged_bwd_args, slope) - 464usize];
+};
+impl Default for ett_batch_norm_merged_bwd_args {
     fn default() -> Self {
         let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
         unsafe {
@@ -2751,6 +2834,13 @@ unsafe extern "C" {
     pub fn ett_batch_norm_eval_bwd_workspace(args: *const ett_batch_norm_eval_bwd_args) -> i64;
     pub fn ett_batch_norm_eval_bwd(
         args: *const ett_batch_norm_eval_bwd_args,
+        launch: *const ett_launch,
+    ) -> i32;
+    pub fn ett_batch_norm_merge_workspace(args: *const ett_batch_norm_merge_args) -> i64;
+    pub fn ett_batch_norm_merge(args: *const ett_batch_norm_merge_args, launch: *const ett_launch) -> i32;
+    pub fn ett_batch_norm_merged_bwd_workspace(args: *const ett_batch_norm_merged_bwd_args) -> i64;
+    pub fn ett_batch_norm_merged_bwd(
+        args: *const ett_batch_norm_merged_bwd_args,
         launch: *const ett_launch,
     ) -> i32;
     pub fn ett_batch_norm_running_workspace(args: *const ett_batch_norm_running_args) -> i64;

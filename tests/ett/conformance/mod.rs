@@ -105,6 +105,8 @@ pub const TABLE: &[Kernel] = &[
     kernel("batch_norm_bwd", norms::batch_bwd, norms::batch_bwd_sample).flat_on_cpu(),
     kernel("batch_norm_eval_fwd", norms::batch_eval_fwd, norms::batch_eval_fwd_sample).flat_on_cpu(),
     kernel("batch_norm_eval_bwd", norms::batch_eval_bwd, norms::batch_eval_bwd_sample).flat_on_cpu(),
+    kernel("batch_norm_merge", norms::batch_merge, norms::batch_merge_sample),
+    kernel("batch_norm_merged_bwd", norms::batch_merged_bwd, norms::batch_merged_bwd_sample).flat_on_cpu(),
     kernel("batch_norm_running", norms::batch_running, norms::batch_running_sample),
     kernel("l2_norm_fwd", norms::l2_fwd, norms::l2_fwd_sample),
     kernel("l2_norm_bwd", norms::l2_bwd, norms::l2_bwd_sample),

@@ -1,9 +1,9 @@
 //! Norms over rows, and over pixels per group of channels.
 
 use ett::backend::{
-    BatchNormBwd, BatchNormEvalBwd, BatchNormEvalFwd, BatchNormFwd, BatchNormRunning, GroupNormBwd,
-    GroupNormFwd, GroupNormStats, L2NormBwd, L2NormFwd, LayerNormBwd, LayerNormFwd, RmsNormBwd, RmsNormFwd,
-    Stream,
+    BatchNormBwd, BatchNormEvalBwd, BatchNormEvalFwd, BatchNormFwd, BatchNormMerge, BatchNormMergedBwd,
+    BatchNormRunning, GroupNormBwd, GroupNormFwd, GroupNormStats, L2NormBwd, L2NormFwd, LayerNormBwd,
+    LayerNormFwd, RmsNormBwd, RmsNormFwd, Stream,
 };
 
 use super::Size;
@@ -756,6 +756,85 @@ pub fn batch_eval_bwd() -> Vec<Case> {
 
 pub fn batch_eval_bwd_sample() -> Case {
     batch_eval_bwd_case([3, 4], 0.2, true, true)
+}
+
+fn batch_merge_case([r, c]: [usize; 2]) -> Case {
+    Case::new(
+        format!("[{r}, {c}]"),
+        move |d| {
+            let of = |near: Near| if r == 0 { near.specials() } else { near };
+            let vars = d.unit(r * c).iter().map(|v| d.scale * d.scale * (0.5 + v.abs())).collect();
+            vec![
+                acc("means", [r, c], d.normal(r * c)),
+                acc("vars", [r, c], vars),
+                out("mean", Type::Acc, [c], of(near().size(d.scale))),
+                out("var", Type::Acc, [c], of(near())),
+            ]
+        },
+        |dev, v| {
+            let a = BatchNormMerge {
+                means: v.input("means"),
+                vars: v.input("vars"),
+                mean: v.out("mean"),
+                var: v.out("var"),
+            };
+            dev.batch_norm_merge(S, &a)
+        },
+    )
+}
+
+pub fn batch_merge() -> Vec<Case> {
+    let sizes = [
+        (Size::Sanitizer, [2, 20]),
+        (Size::Tiny, [1, 7]),
+        (Size::Tiny, [3, 300]),
+        (Size::Tiny, [0, 5]),
+        (Size::Tiny, [4, 0]),
+        (Size::Full, [64, 4097]),
+    ];
+    sizes.map(|(size, shape)| batch_merge_case(shape).from(size)).into()
+}
+
+pub fn batch_merge_sample() -> Case {
+    batch_merge_case([3, 4])
+}
+
+fn batch_merged_bwd_case(shape: [usize; 2], slope: f64) -> Case {
+    let [n, c] = shape;
+    let rows = 3 * n + 1;
+    Case::new(
+        format!("[{n}, {c}] of {rows} rows, slope {slope}"),
+        move |d| {
+            let mut args = batch_bwd_args(d, shape, true, false, false);
+            // Large enough that a mistake in them shows.
+            args.push(acc("sums", [2, c], d.times(d.scale * rows as f64, 2 * c)).dense());
+            args
+        },
+        move |dev, v| {
+            let a = BatchNormMergedBwd {
+                dy: v.input("dy"),
+                x: v.input("x"),
+                w: v.input("w"),
+                b: v.input("b"),
+                mean: v.input("mean"),
+                var: v.input("var"),
+                sums: v.input("sums"),
+                dx: v.out("dx"),
+                rows,
+                eps: BATCH_EPS,
+                slope,
+            };
+            dev.batch_norm_merged_bwd(S, &a)
+        },
+    )
+}
+
+pub fn batch_merged_bwd() -> Vec<Case> {
+    batches().map(|(size, i, shape)| batch_merged_bwd_case(shape, slope(i)).from(size)).collect()
+}
+
+pub fn batch_merged_bwd_sample() -> Case {
+    batch_merged_bwd_case([3, 4], 0.2)
 }
 
 fn batch_running_case(c: usize, rows: usize) -> Case {

@@ -1,12 +1,12 @@
-//! Batch norm of rows, followed by LeakyReLU: with the statistics of the batch, with given statistics, and the update
-//! of running statistics.
+//! Batch norm of rows, followed by LeakyReLU: with the statistics of the batch, with given statistics, with those of a batch
+//! in several parts, and the update of running statistics.
 
 use super::channels::{Backward, Planes, normalize, statistics};
 use super::*;
 use crate::backend::cpu::pointwise::{leaky, leaky_slope};
-use crate::backend::cpu::workspace::{no_workspace, together};
+use crate::backend::cpu::workspace::{acc_size, block, no_workspace, together};
 
-no_workspace!(batch_norm_running(BatchNormRunning));
+no_workspace!(batch_norm_merge(BatchNormMerge), batch_norm_running(BatchNormRunning));
 
 pub(crate) fn batch_norm_fwd_workspace(a: &BatchNormFwd, _threads: usize) -> usize {
     let at = Planes::of_rows(&a.x);
@@ -25,6 +25,12 @@ pub(crate) fn batch_norm_eval_bwd_workspace(a: &BatchNormEvalBwd, _threads: usiz
     Planes::of_rows(&a.x).backward_bytes(a.x.dtype)
 }
 
+pub(crate) fn batch_norm_merged_bwd_workspace(a: &BatchNormMergedBwd, _threads: usize) -> usize {
+    let at = Planes::of_rows(&a.x);
+    let means = block(acc_size(a.x.dtype), at.c.saturating_mul(2));
+    together([at.spread_bytes(a.x.dtype), at.spread_bytes(a.x.dtype), means])
+}
+
 pub(crate) fn batch_norm_fwd(ws: &Workspace, s: &BatchNormFwd) -> Result<()> {
     by_dtype!("batch_norm_fwd", s.y.0.dtype, T => batch_fwd::<T>(ws, s))
 }
@@ -39,6 +45,14 @@ pub(crate) fn batch_norm_eval_fwd(ws: &Workspace, s: &BatchNormEvalFwd) -> Resul
 
 pub(crate) fn batch_norm_eval_bwd(ws: &Workspace, s: &BatchNormEvalBwd) -> Result<()> {
     by_dtype!("batch_norm_eval_bwd", s.dx.0.dtype, T => batch_eval_bwd::<T>(ws, s))
+}
+
+pub(crate) fn batch_norm_merge(_ws: &Workspace, s: &BatchNormMerge) -> Result<()> {
+    by_dtype!("batch_norm_merge", s.means.dtype, T => merge::<<T as Elem>::Acc>(s))
+}
+
+pub(crate) fn batch_norm_merged_bwd(ws: &Workspace, s: &BatchNormMergedBwd) -> Result<()> {
+    by_dtype!("batch_norm_merged_bwd", s.dx.0.dtype, T => merged_bwd::<T>(ws, s))
 }
 
 pub(crate) fn batch_norm_running(_ws: &Workspace, s: &BatchNormRunning) -> Result<()> {
@@ -102,20 +116,7 @@ fn batch_eval_bwd<T: Elem>(ws: &Workspace, s: &BatchNormEvalBwd) -> Result<()> {
 
 /// `through`: the statistics are those of `x`, and gradients pass through them.
 fn backward<T: Elem>(op: &'static str, ws: &Workspace, s: &BatchNormBwd, through: bool) -> Result<()> {
-    let at = Planes::of_rows(&s.x);
-    let mut scale = at.spread(ws, flat::<T::Acc>(op, "var", &s.var)?)?;
-    scale.iter_mut().for_each(|v| *v = rstd(*v, s.eps));
-    let back = Backward {
-        dy: flat::<T>(op, "dy", &s.dy)?,
-        x: flat(op, "x", &s.x)?,
-        w: flat(op, "w", &s.w)?,
-        b: flat(op, "b", &s.b)?,
-        at,
-        mean: at.spread(ws, flat(op, "mean", &s.mean)?)?,
-        rstd: scale,
-        through,
-        skip: None,
-    };
+    let back = inputs::<T>(op, ws, [&s.dy, &s.x, &s.w, &s.b], [&s.mean, &s.var], s.eps, through)?;
     let (dw, db) = (sums_out(op, "dw", &s.dw)?, sums_out(op, "db", &s.db)?);
     let (dx, slope) = (flat_mut(op, "dx", &s.dx.0)?, T::Acc::of(s.slope));
     back.run(
@@ -126,6 +127,64 @@ fn backward<T: Elem>(op: &'static str, ws: &Workspace, s: &BatchNormBwd, through
         #[inline(always)]
         |v| leaky_slope(v, slope),
     )
+}
+
+/// The inputs of a backward: `dy`, `x`, `w`, `b`, and mean and variance.
+fn inputs<'a, T: Elem>(
+    op: &'static str,
+    ws: &'a Workspace,
+    [dy, x, w, b]: [&In<'a>; 4],
+    [mean, var]: [&In<'a>; 2],
+    eps: f64,
+    through: bool,
+) -> Result<Backward<'a, T>> {
+    let at = Planes::of_rows(x);
+    let mut scale = at.spread(ws, flat::<T::Acc>(op, "var", var)?)?;
+    scale.iter_mut().for_each(|v| *v = rstd(*v, eps));
+    Ok(Backward {
+        dy: flat(op, "dy", dy)?,
+        x: flat(op, "x", x)?,
+        w: flat(op, "w", w)?,
+        b: flat(op, "b", b)?,
+        at,
+        mean: at.spread(ws, flat(op, "mean", mean)?)?,
+        rstd: scale,
+        through,
+        skip: None,
+    })
+}
+
+fn merged_bwd<T: Elem>(ws: &Workspace, s: &BatchNormMergedBwd) -> Result<()> {
+    const OP: &str = "batch_norm_merged_bwd";
+    let back = inputs::<T>(OP, ws, [&s.dy, &s.x, &s.w, &s.b], [&s.mean, &s.var], s.eps, true)?;
+    let sums = flat::<T::Acc>(OP, "sums", &s.sums)?;
+    let (dx, slope) = (flat_mut(OP, "dx", &s.dx.0)?, T::Acc::of(s.slope));
+    if dx.is_empty() {
+        return Ok(());
+    }
+    let mut means = ws.scratch::<T::Acc>(sums.len())?;
+    means.copy_from_slice(sums);
+    back.means(&mut means, s.rows);
+    back.dx(
+        &means,
+        dx,
+        #[inline(always)]
+        |v| leaky_slope(v, slope),
+    );
+    Ok(())
+}
+
+fn merge<R: Real>(s: &BatchNormMerge) -> Result<()> {
+    const OP: &str = "batch_norm_merge";
+    let (means, vars) = (rows::<R>(OP, "means", &s.means)?, rows::<R>(OP, "vars", &s.vars)?);
+    let (mean, var) = (flat_mut::<R>(OP, "mean", &s.mean.0)?, flat_mut::<R>(OP, "var", &s.var.0)?);
+    let sets = R::of(means.rows as f64);
+    for (c, (mean, var)) in mean.iter_mut().zip(var).enumerate() {
+        *mean = (0..means.rows).fold(R::zero(), |a, r| a + means.row(r)[c]) / sets;
+        let square = |r: usize| (means.row(r)[c] - *mean) * (means.row(r)[c] - *mean);
+        *var = (0..means.rows).fold(R::zero(), |a, r| a + (vars.row(r)[c] + square(r))) / sets;
+    }
+    Ok(())
 }
 
 fn batch_running<R: Real>(s: &BatchNormRunning) -> Result<()> {
@@ -160,6 +219,33 @@ mod tests {
         [y, mean, var]
     }
 
+    fn batch_backward(
+        r: &Run,
+        [n, c]: [usize; 2],
+        slope: f64,
+        v: &[Vec<f64>],
+        [mean, var]: &[Vec<f64>; 2],
+    ) -> Vec<Tensor> {
+        let (x, dy) = (r.act([n, c], &v[0]), r.act([n, c], &v[3]));
+        let (w, b, mean, var) = (r.act([c], &v[1]), r.act([c], &v[2]), r.acc([c], mean), r.acc([c], var));
+        let (dx, dw, db) = (r.out([n, c]), r.acc([c], &vec![0.0; c]), r.acc([c], &vec![0.0; c]));
+        let s = BatchNormBwd {
+            dy: dy.view(),
+            x: x.view(),
+            w: w.view(),
+            b: b.view(),
+            mean: mean.view(),
+            var: var.view(),
+            dx: dx.out(),
+            dw: Some(dw.acc()),
+            db: Some(db.acc()),
+            eps: 1e-5,
+            slope,
+        };
+        r.cpu.batch_norm_bwd(S, &s).unwrap();
+        vec![dx, dw, db]
+    }
+
     #[test]
     fn batch_norm_matches_loops_and_differences() {
         for ([n, c], slope) in [([5, 1], 0.2), ([31, 7], 0.2), ([2500, 3], 1.0), ([67, 1030], 0.2)] {
@@ -174,27 +260,7 @@ mod tests {
                 if y > 0.0 { y } else { slope * y }
             });
             check(&[y.collect(), mean.clone(), var.clone()], |r| batch_forward(r, [n, c], slope, &v).into());
-            let backward = |r: &Run| {
-                let (x, dy) = (r.act([n, c], &v[0]), r.act([n, c], &v[3]));
-                let (w, b, mean, var) =
-                    (r.act([c], &v[1]), r.act([c], &v[2]), r.acc([c], &mean), r.acc([c], &var));
-                let (dx, dw, db) = (r.out([n, c]), r.acc([c], &vec![0.0; c]), r.acc([c], &vec![0.0; c]));
-                let s = BatchNormBwd {
-                    dy: dy.view(),
-                    x: x.view(),
-                    w: w.view(),
-                    b: b.view(),
-                    mean: mean.view(),
-                    var: var.view(),
-                    dx: dx.out(),
-                    dw: Some(dw.acc()),
-                    db: Some(db.acc()),
-                    eps: 1e-5,
-                    slope,
-                };
-                r.cpu.batch_norm_bwd(S, &s).unwrap();
-                vec![dx, dw, db]
-            };
+            let backward = |r: &Run| batch_backward(r, [n, c], slope, &v, &[mean.clone(), var.clone()]);
             let r = Run::f64();
             let grads = r.values(&backward(&r));
             check_gradients(&[&v[0], &v[1], &v[2]], &[&grads[0], &grads[1], &grads[2]], |at| {
@@ -249,6 +315,65 @@ mod tests {
                 inner(&r.get(&forward(&r, at)), &v[3])
             });
             check(&grads, backward);
+        }
+    }
+
+    #[test]
+    fn merged_statistics_are_those_of_all_rows() {
+        for [sets, n, c] in [[1, 5, 3], [2, 31, 7], [3, 400, 2]] {
+            let x = shifted(sets * n * c, 1);
+            let of = |rows: std::ops::Range<usize>| {
+                (0..c)
+                    .map(|k| mean_var(rows.clone().map(|i| x[i * c + k]).collect::<Vec<_>>().into_iter()))
+                    .unzip()
+            };
+            let parts: Vec<(Vec<f64>, Vec<f64>)> = (0..sets).map(|r| of(r * n..(r + 1) * n)).collect();
+            let (means, vars): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
+            let (mean, var) = of(0..sets * n);
+            check(&[mean, var], |r| {
+                let (means, vars) = (r.acc([sets, c], &means.concat()), r.acc([sets, c], &vars.concat()));
+                let (mean, var) = (r.out_acc([c]), r.out_acc([c]));
+                let (means, vars) = (means.view(), vars.view());
+                let s = BatchNormMerge { means, vars, mean: mean.out(), var: var.out() };
+                r.cpu.batch_norm_merge(S, &s).unwrap();
+                vec![mean, var]
+            });
+        }
+    }
+
+    #[test]
+    fn merged_gradients_are_those_of_all_rows() {
+        for ([n, c], slope) in [([6, 1], 0.2), ([32, 7], 0.2), ([2500, 3], 1.0)] {
+            let v = [shifted(n * c, 1), values(c, 2), values(c, 3), values(n * c, 4)];
+            let r = Run::f64();
+            let [_, mean, var] = batch_forward(&r, [n, c], slope, &v);
+            let stats = [&mean, &var].map(|t| r.get(t));
+            let want = r.values(&batch_backward(&r, [n, c], slope, &v, &stats));
+            let sums = [&want[2][..], &want[1]].concat();
+            check(&want[..1], |r| {
+                let (x, dy, dx) = (r.act([n, c], &v[0]), r.act([n, c], &v[3]), r.out([n, c]));
+                let (w, b, sums) = (r.act([c], &v[1]), r.act([c], &v[2]), r.acc([2, c], &sums));
+                let [mean, var] = [0, 1].map(|i| r.acc([c], &stats[i]));
+                // Two parts of different lengths.
+                for (start, len) in [(0, n / 2 - 1), (n / 2 - 1, n - n / 2 + 1)] {
+                    let [dy, x, dx] = [&dy, &x, &dx].map(|t| t.rows(start, len).unwrap());
+                    let s = BatchNormMergedBwd {
+                        dy: dy.view(),
+                        x: x.view(),
+                        w: w.view(),
+                        b: b.view(),
+                        mean: mean.view(),
+                        var: var.view(),
+                        sums: sums.view(),
+                        dx: dx.out(),
+                        rows: n,
+                        eps: 1e-5,
+                        slope,
+                    };
+                    r.cpu.batch_norm_merged_bwd(S, &s).unwrap();
+                }
+                vec![dx]
+            });
         }
     }
 

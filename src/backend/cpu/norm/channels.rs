@@ -245,17 +245,23 @@ impl<T: Elem> Backward<'_, T> {
             }
         }
         match self.through {
-            true => sums.chunks_mut(c).for_each(|s| self.group_means(s)),
+            true => self.means(sums, self.at.p * self.at.width()),
             false => sums.fill(T::Acc::zero()),
         }
+        self.dx(sums, dx, slope);
+        Ok(())
+    }
+
+    /// Writes `dx`, given the `[B, 2, C]` result of [`Backward::means`].
+    pub(super) fn dx(&self, means: &[T::Acc], dx: &mut [T], slope: impl Fn(T::Acc) -> T::Acc + Sync) {
+        let c = self.at.c;
         self.at.par_chunks(dx, |i, image, dx| {
-            let means = &sums[image * 2 * c..][..2 * c];
+            let means = &means[image * 2 * c..][..2 * c];
             simd(
                 #[inline(always)]
                 || self.chunk_dx(i, means, dx, &slope),
             );
         });
-        Ok(())
     }
 
     /// `[B, 2, C]` sums of `g` and of `g * xhat`, where `xhat` are the normalised values and `g` is the gradient with
@@ -306,12 +312,14 @@ impl<T: Elem> Backward<'_, T> {
         }
     }
 
-    /// Replaces sums over pixels by means over the pixels and channels of each group, weighted with `w`.
-    fn group_means(&self, sums: &mut [T::Acc]) {
-        let n = T::Acc::of((self.at.p * self.at.width()) as f64);
-        for (sums, w) in sums.chunks_mut(self.at.width()).zip(self.w.chunks(self.at.width())) {
-            let sum = sums.iter().zip(w).fold(T::Acc::zero(), |a, (s, w)| a + *s * w.up());
-            sums.fill(sum / n);
+    /// Replaces the `[B, 2, C]` sums over pixels by means over the `n` values of each group, weighted with `w`.
+    pub(super) fn means(&self, sums: &mut [T::Acc], n: usize) {
+        let (n, width) = (T::Acc::of(n as f64), self.at.width());
+        for sums in sums.chunks_mut(self.at.c) {
+            for (sums, w) in sums.chunks_mut(width).zip(self.w.chunks(width)) {
+                let sum = sums.iter().zip(w).fold(T::Acc::zero(), |a, (s, w)| a + *s * w.up());
+                sums.fill(sum / n);
+            }
         }
     }
 
