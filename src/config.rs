@@ -1263,6 +1263,10 @@ impl Config {
                     "1 with data.framing = \"buckets\", since all parts of a batch need equally many tokens";
                 return Err(Error::config(format!("{at}.accumulate"), s.accumulate, want));
             }
+            if self.discriminator.sync && matches!(s.kind, StageKind::Tokenizer | StageKind::Semantic) {
+                let want = "false with data.framing = \"buckets\", since all ranks need equally many pixels";
+                return Err(Error::config("discriminator.sync", true, want));
+            }
             if s.kind == StageKind::Gen {
                 let want = "\"square\" in this stage, since a model is not told the shape of what it draws";
                 return Err(Error::config(format!("{at}.data.framing"), "buckets", want));

@@ -15,8 +15,8 @@ pub use conv::{Conv, ConvWith, InputNorm, conv2d, conv2d_with, max_pool2x2, upsa
 pub use gather::gather;
 pub use losses::{cross_entropy, gan_generator, hinge, l1, lecam, linear_cross_entropy, lpips_layer};
 pub use norm::{
-    BatchStats, GroupStats, add_rms_norm, batch_norm, batch_norm_eval, group_norm, group_stats, l2_norm,
-    layer_norm, rms_norm,
+    BatchStats, GroupStats, add_rms_norm, batch_norm, batch_norm_eval, batch_norm_merged, group_norm,
+    group_stats, l2_norm, layer_norm, rms_norm,
 };
 pub use pointwise::{
     Rotary, add, cast, channel_affine, concat_rows, reshape, rope, split_rows, swiglu, unary,

@@ -3,8 +3,9 @@
 use super::{S, expect, expect_rank};
 use crate::autograd::{Tape, Var};
 use crate::backend::{
-    BatchNormBwd, BatchNormEvalBwd, BatchNormEvalFwd, BatchNormFwd, Dims, GroupNormBwd, GroupNormFwd,
-    GroupNormStats, L2NormBwd, L2NormFwd, LayerNormBwd, LayerNormFwd, RmsNormBwd, RmsNormFwd, Role,
+    Accumulate, BatchNormBwd, BatchNormEvalBwd, BatchNormEvalFwd, BatchNormFwd, BatchNormMerge,
+    BatchNormMergedBwd, Dims, GroupNormBwd, GroupNormFwd, GroupNormStats, L2NormBwd, L2NormFwd, LayerNormBwd,
+    LayerNormFwd, Reduction, RmsNormBwd, RmsNormFwd, Role,
 };
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -288,6 +289,89 @@ pub fn batch_norm(tape: &Tape, x: &Var, w: &Var, b: &Var, eps: f64, slope: f64) 
     });
     let (xs, ws, bs) = (x.keep(), w.keep(), b.keep());
     Ok((tape.cheap(y, move || forward(&xs.value()?, &ws.value()?, &bs.value()?)), stats))
+}
+
+/// [`batch_norm`] with the statistics of the pictures of all ranks, which have equally many pixels. As from all other ops,
+/// the gradients of `w` and `b` are those of this rank's loss. Saves `x`. All ranks call it at the same point.
+pub fn batch_norm_merged(
+    tape: &Tape,
+    x: &Var,
+    w: &Var,
+    b: &Var,
+    eps: f64,
+    slope: f64,
+) -> Result<(Var, BatchStats)> {
+    expect_rank("batch_norm_merged", "w", w, 1)?;
+    expect_rank("batch_norm_merged", "b", b, 1)?;
+    let rows = x.dims().rows().saturating_mul(tape.dev().collectives().ranks());
+    if rows < 2 {
+        let want = "at least 2 pixels on all ranks to take statistics over";
+        return Err(Error::arg("batch_norm_merged", "x", x.dims(), want));
+    }
+    let y = tape.act(x.dims())?;
+    let [mean, var] = merged_statistics(tape, [x, w, b].map(Var::value), &y, eps, slope)?;
+    let (dev, of) = (tape.device(), [mean.clone(), var.clone()]);
+    let forward = move |x: &Tensor, w: &Tensor, b: &Tensor, y: Tensor| {
+        let (x, w, b, [mean, var]) = (x.view(), w.view(), b.view(), &of);
+        let (mean, var) = (mean.view(), var.view());
+        dev.batch_norm_eval_fwd(S, &BatchNormEvalFwd { x, w, b, mean, var, y: y.out(), eps, slope })?;
+        Ok(y)
+    };
+    let y = forward(x.value(), w.value(), b.value(), y)?;
+    let (xs, ws, bs, acc) = (x.keep(), w.keep(), b.keep(), tape.precision().acc);
+    let stats = BatchStats { mean: mean.clone(), var: var.clone(), rows };
+    let y = tape.op1(&[x, w, b], y, move |g, out| {
+        let Some(dy) = g.take(out)? else { return Ok(()) };
+        let (x, w, b, c) = (xs.value()?, ws.value()?, bs.value()?, mean.dims().numel());
+        let dx = g.act(xs.dims())?;
+        let sums = Tensor::zeros(g.dev(), Role::Activation, acc, [2, c])?;
+        let (db, dw) = (sums.range(0, c)?, sums.range(c, c)?);
+        let (dy, x, w, b) = (dy.view(), x.view(), w.view(), b.view());
+        let (mean, var) = (mean.view(), var.view());
+        let (to_w, to_b, to_x) = (Some(dw.acc()), Some(db.acc()), dx.out());
+        let a = BatchNormEvalBwd { dy, x, w, b, mean, var, dx: to_x, dw: to_w, db: to_b, eps, slope };
+        g.dev().batch_norm_eval_bwd(S, &a)?;
+        for (to, own) in [(&ws, &dw), (&bs, &db)] {
+            if let Some(to) = g.target(to)? {
+                g.dev().accumulate(S, &Accumulate { x: own.view(), y: to.acc() })?;
+            }
+        }
+        g.dev().collectives().all_reduce(S, sums.acc(), Reduction::Sum)?;
+        let (sums, dx_out) = (sums.view(), dx.out());
+        let a = BatchNormMergedBwd { dy, x, w, b, mean, var, sums, dx: dx_out, rows, eps, slope };
+        g.dev().batch_norm_merged_bwd(S, &a)?;
+        g.give(&xs, dx)
+    });
+    // Computed again from the statistics that are kept: without the other ranks.
+    let (xs, ws, bs, dev, act) = (x.keep(), w.keep(), b.keep(), tape.device(), tape.precision().act);
+    let again = move || {
+        let y = Tensor::empty(&*dev, Role::Activation, act, xs.dims())?;
+        forward(&xs.value()?, &ws.value()?, &bs.value()?, y)
+    };
+    Ok((tape.cheap(y, again), stats))
+}
+
+/// Mean and biased variance `[C]` of the pictures of all ranks. `y` is scratch.
+fn merged_statistics(
+    tape: &Tape,
+    [x, w, b]: [&Tensor; 3],
+    y: &Tensor,
+    eps: f64,
+    slope: f64,
+) -> Result<[Tensor; 2]> {
+    let (dev, ranks, c) = (tape.dev(), tape.dev().collectives(), x.dims().cols());
+    // A row for each rank: its means, then its variances.
+    let all = tape.stat([ranks.ranks(), c.saturating_mul(2)])?;
+    let own = all.rows(ranks.rank(), 1)?;
+    let (x, w, b, y) = (x.view(), w.view(), b.view(), y.out());
+    let (mean, var) = (own.columns(0, c)?, own.columns(c, c)?);
+    dev.batch_norm_fwd(S, &BatchNormFwd { x, w, b, y, mean: mean.out(), var: var.out(), eps, slope })?;
+    ranks.all_gather(S, own.view(), all.out())?;
+    let (means, vars) = (all.columns(0, c)?, all.columns(c, c)?);
+    let (mean, var) = (tape.stat([c])?, tape.stat([c])?);
+    let a = BatchNormMerge { means: means.view(), vars: vars.view(), mean: mean.out(), var: var.out() };
+    dev.batch_norm_merge(S, &a)?;
+    Ok([mean, var])
 }
 
 /// BatchNorm with given statistics `mean`, `var` `[C]`, such as the running ones, then LeakyReLU: `x` `[B, H, W, C]`,

@@ -280,6 +280,7 @@ fn batch_norm() -> Outcome {
         let c = dims[3];
         let norm =
             |t: &Tape, v: &[Var], slope: f64| Ok(ops::batch_norm(t, &v[0], &v[1], &v[2], 1e-2, slope)?.0);
+        let merged = |t: &Tape, v: &[Var]| Ok(ops::batch_norm_merged(t, &v[0], &v[1], &v[2], 1e-2, slope)?.0);
         // Inputs without values near LeakyReLU's kink.
         let inputs = (0..)
             .map(|s| [random(3 * s, dims), random(3 * s + 1, [c]), random(3 * s + 2, [c])])
@@ -294,6 +295,7 @@ fn batch_norm() -> Outcome {
             })
             .expect("the numbers do not run out");
         check1(&format!("batch_norm {dims:?}, slope {slope}"), &inputs, |t, v| norm(t, v, slope))?;
+        check1(&format!("batch_norm_merged {dims:?}, slope {slope}"), &inputs, merged)?;
     }
     Ok(())
 }

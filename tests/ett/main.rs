@@ -37,6 +37,7 @@ mod run;
 mod shipped;
 mod slice;
 mod sources;
+mod synced;
 mod training;
 
 /// Counts the heap of the process, so that the memory test sees every allocation.

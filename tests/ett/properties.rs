@@ -245,16 +245,17 @@ fn norms_over_rows() {
 #[test]
 fn norms_over_pictures() {
     let shapes = prop::array::uniform4(0..7usize).prop_flat_map(|x| {
-        (mostly(x.to_vec()), mostly(vec![x[3]]), mostly(vec![x[3]]), 0..5usize, any::<bool>(), any::<bool>())
+        (mostly(x.to_vec()), mostly(vec![x[3]]), mostly(vec![x[3]]), 0..5usize, any::<bool>(), 0..3usize)
     });
-    calls(128, shapes, |(x, w, b, groups, silu, batch)| {
+    calls(128, shapes, |(x, w, b, groups, silu, which)| {
         let vectors = x.len() == 4 && w == [x[3]] && b == [x[3]];
-        let fits = vectors && (batch || groups > 0 && x[3] % groups == 0);
+        let fits = vectors && (which > 0 || groups > 0 && x[3] % groups == 0);
         holds(fits.then(|| vec![x.clone()]), |t| {
             let (x, w, b) = (t.leaf(&x), t.leaf(&w), t.leaf(&b));
-            let y = match batch {
-                true => ops::batch_norm(&t.tape, &x, &w, &b, 1e-5, 0.2)?.0,
-                false => ops::group_norm(&t.tape, &x, &w, &b, groups, 1e-5, silu)?,
+            let y = match which {
+                0 => ops::group_norm(&t.tape, &x, &w, &b, groups, 1e-5, silu)?,
+                1 => ops::batch_norm(&t.tape, &x, &w, &b, 1e-5, 0.2)?.0,
+                _ => ops::batch_norm_merged(&t.tape, &x, &w, &b, 1e-5, 0.2)?.0,
             };
             Ok((vec![x, w, b], vec![y]))
         })

@@ -2,7 +2,7 @@
 //! (arXiv 2104.03310).
 
 use crate::autograd::{Tape, Var};
-use crate::backend::{BatchNormRunning, Cast, DType, Kernels, LecamUpdate, Role, Stream, Unary};
+use crate::backend::{BatchNormRunning, Cast, DType, Kernels, LecamUpdate, Reduction, Role, Stream, Unary};
 use crate::config::DiscriminatorConfig;
 use crate::error::Result;
 use crate::model::Carried;
@@ -88,6 +88,7 @@ impl Discriminator {
     /// gradients reach `x` but not the weights.
     pub fn forward(&self, t: &Tape, p: &Params, x: &Var, frozen: bool) -> Result<(Var, Vec<BatchStats>)> {
         let slope = self.cfg.slope;
+        let norm = if self.cfg.sync { ops::batch_norm_merged } else { ops::batch_norm };
         let mut h = ops::unary(t, &self.first.apply(t, p, x, frozen)?, Unary::LeakyRelu(slope))?;
         let mut stats = Vec::new();
         for layer in &self.normed {
@@ -96,7 +97,7 @@ impl Discriminator {
                 true => (p.frozen(t, layer.w)?, p.frozen(t, layer.b)?),
                 false => (p.var(t, layer.w)?, p.var(t, layer.b)?),
             };
-            let (y, s) = ops::batch_norm(t, &x, &w, &b, self.cfg.norm_eps, slope)?;
+            let (y, s) = norm(t, &x, &w, &b, self.cfg.norm_eps, slope)?;
             stats.push(s);
             h = y;
         }
@@ -123,7 +124,7 @@ impl Discriminator {
         Ok(DiscriminatorState { running, batches: 0, lecam: filled(2, 0.0)? })
     }
 
-    /// LeCAM's averages updated with these logits; the state itself does not change.
+    /// LeCAM's averages updated with these logits, of all ranks if they are synchronised; the state itself does not change.
     pub fn lecam_after(&self, t: &Tape, s: &DiscriminatorState, real: &Var, fake: &Var) -> Result<Tensor> {
         let out = t.stat([2])?;
         let a = LecamUpdate {
@@ -134,6 +135,10 @@ impl Discriminator {
             decay: self.cfg.lecam_decay,
         };
         t.dev().lecam_update(Stream::COMPUTE, &a)?;
+        if self.cfg.sync {
+            // All ranks had the same averages and have equally many logits.
+            t.dev().collectives().all_reduce(Stream::COMPUTE, out.acc(), Reduction::Mean)?;
+        }
         Ok(out)
     }
 
