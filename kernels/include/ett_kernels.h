@@ -607,7 +607,7 @@ typedef struct ett_batch_norm_merged_bwd_args {
     ett_view var;           // in   [C]; acc; biased
     ett_view sums;          // in   [2, C]; acc; without gaps; over all rows: db, then dw of batch_norm_eval_bwd
     ett_view dx;            // out  [N, C]; act
-    int64_t rows;           //      at least 1; number of all rows
+    int64_t rows;           //      number of all rows; at least 1
     double eps;             //      as in the forward
     double slope;           //      as in the forward
 } ett_batch_norm_merged_bwd_args;

@@ -5,7 +5,7 @@ use std::sync::{Arc, Barrier, Mutex, PoisonError};
 use ett::autograd::{Recomputing, Tape, Var};
 use ett::backend::*;
 use ett::compare::{Bounds, compare};
-use ett::config::{Config, DiscriminatorConfig, StageKind};
+use ett::config::{Config, DiscriminatorConfig, StageConfig, StageKind};
 use ett::data::Framing;
 use ett::error::Result;
 use ett::model::tokenizer::Discriminator;
@@ -264,9 +264,8 @@ fn synchronised_discriminators_are_that_of_all_pictures() -> Outcome {
 
 #[test]
 fn synchronised_discriminators_need_pictures_of_one_size() {
-    let mut c = Config::default();
-    c.stage.truncate(1);
-    c.stage[0].kind = StageKind::Tokenizer;
+    let stage = vec![StageConfig::new(StageKind::Tokenizer, 1, 2)];
+    let mut c = Config { stage, ..Config::default() };
     c.discriminator.sync = true;
     c.check().expect("squares");
     c.data.framing = Framing::Buckets;
