@@ -28,7 +28,7 @@ pub fn benches(b: &mut Bench) {
     let batch = 16;
     let prec = model.params.precision();
     let images = normal(&*dev, prec.act, [batch, cfg.data.size, cfg.data.size, 3], 1).expect("memory");
-    let parts = [Batch { images: vec![images], packed: None }];
+    let parts = [Batch { images: vec![images], packed: None, most: None }];
     let mut state = StepState::new(&*dev, prec.acc).expect("memory");
     stage.recipe.weights(&model, &mut state, 1);
     let h = Hyper { betas: [0.5, 0.9], eps: 1e-8, weight_decay: 0.0, ema_decay: 0.0, clip: 1.0 };
