@@ -521,7 +521,7 @@ impl Default for TrainConfig {
             eval_every: 0,
             usage_window: 65536,
             shard: Shard::Optimizer,
-            range_mib: 64.0,
+            range_mib: 95.0,
             stall_s: 60,
         }
     }

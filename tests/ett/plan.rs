@@ -156,7 +156,7 @@ fn every_stage_can_be_planned() -> Outcome {
     assert!(text < align && align < chat && chat < semantic && tokenizer < semantic);
     // The semantic stage is the tokenizer stage plus a language model step no larger than that of the chat stage.
     assert!(semantic < tokenizer + chat, "{semantic} {tokenizer} {chat}");
-    let text = plan(&cfg, CPU, None, 1)?;
+    let text = plan(&cfg, CPU, None)?;
     for word in [
         "stage semantic: batch 1, bf16",
         "TFLOP",
@@ -208,10 +208,9 @@ fn the_second_stage_of_the_paper_fits() -> Outcome {
         assert!(each <= 3.61, "{target}: {each:.3} GiB of activations a picture");
         let most = largest_batch(&with(Recompute::Blocks), &stage(1), target, memory)?;
         assert!(most >= 16, "{target}: {most} pictures in 80 GB");
-        let text =
-            plan(&Config { stage: vec![stage(16)], ..with(Recompute::Auto) }, target, Some(memory), 1)?;
+        let text = plan(&Config { stage: vec![stage(16)], ..with(Recompute::Auto) }, target, Some(memory))?;
         assert!(text.contains("bf16 precision, blocks recomputed"), "{text}");
-        let text = plan(&Config { stage: vec![stage(4)], ..with(Recompute::Auto) }, target, Some(memory), 1)?;
+        let text = plan(&Config { stage: vec![stage(4)], ..with(Recompute::Auto) }, target, Some(memory))?;
         assert!(text.contains("bf16 precision, nothing recomputed"), "{text}");
         println!(
             "{target}: {each:.3} GiB of activations a picture with cheap recomputation, {most} pictures in 80 GB"
@@ -246,7 +245,7 @@ fn the_largest_batch_is_the_last_that_fits() -> Outcome {
     };
     assert!(n > 1 && peak(n)? <= memory && peak(n + 1)? > memory, "{n}");
     assert_eq!(largest_batch(&cfg, &stage, CPU, 1 << 30)?, 0);
-    let text = plan(&Config { stage: vec![stage], ..cfg }, CPU, Some(memory), 1)?;
+    let text = plan(&Config { stage: vec![stage], ..cfg }, CPU, Some(memory))?;
     assert!(text.contains(&format!("80.0 GiB hold a batch of up to {n} in one part")), "{text}");
     for (text, bytes) in [("512MiB", 512 << 20), ("24 GB", 24_000_000_000), ("17", 17), ("1.5GiB", 3 << 29)] {
         assert_eq!(parse_memory(text)?, bytes);
@@ -263,7 +262,7 @@ fn averages_of_earlier_stages_are_counted() -> Outcome {
     cfg.data.size = 64;
     let tokenizer = StageConfig { ema: true, ..StageConfig::new(StageKind::Tokenizer, 1, 1) };
     cfg.stage = vec![tokenizer, StageConfig::new(StageKind::Text, 1, 1)];
-    let text = plan(&cfg, CPU, None, 1)?;
+    let text = plan(&cfg, CPU, None)?;
     assert!(text.starts_with("planned for the CPU with 1 thread\n"), "{text}");
     let ema = |stage: &str| -> Option<f64> {
         let line = stage.lines().find(|l| l.trim().starts_with("ema"))?;

@@ -2,7 +2,7 @@
 
 use super::device::Cuda;
 use super::nccl::{self, Line};
-use super::peers::Peers;
+use super::peers::{Peers, Use};
 use crate::backend::*;
 use crate::error::{Error, Result};
 
@@ -20,6 +20,7 @@ impl Cuda {
     fn collective(
         &self,
         peers: &Peers,
+        how: Use,
         op: &'static str,
         s: Stream,
         sent: u64,
@@ -37,7 +38,7 @@ impl Cuda {
         if joins {
             peers.stream.join(&gpu.compute).map_err(fail)?;
         }
-        peers.enqueue(enqueue).map_err(|why| Error::device(&gpu.name, why))?;
+        peers.enqueue(how, enqueue).map_err(|why| Error::device(&gpu.name, why))?;
         if joins {
             gpu.compute.join(&peers.stream).map_err(fail)?;
         }
@@ -54,6 +55,12 @@ impl Cuda {
 /// The bytes that a rank sends in a ring when parts of `bytes` bytes in all go once around it.
 fn around(bytes: u64, ranks: usize) -> u64 {
     bytes - bytes / ranks.max(1) as u64
+}
+
+/// Sums on the stream of the peers are those of gradients, while the backward pass goes on. Gathers are those of updated
+/// weights, for which the next step waits.
+fn sums(s: Stream) -> Use {
+    if s == Stream::PEERS { Use::Beside } else { Use::Alone }
 }
 
 /// One GPU is one rank.
@@ -78,7 +85,7 @@ impl Collectives for Cuda {
             return Err(Error::arg(OP, "x", dtype, "a float type, since a mean of integers is rounded"));
         }
         let Some(peers) = self.gpu.peers.as_ref().filter(|_| n > 0) else { return Ok(()) };
-        self.collective(peers, OP, s, 2 * around(x.0.bytes(), self.ranks()), |line| {
+        self.collective(peers, sums(s), OP, s, 2 * around(x.0.bytes(), self.ranks()), |line| {
             // SAFETY: the view was checked, and memory goes back to the driver after the work of all streams.
             unsafe { line.all_reduce(at, n, dtype, how) }
         })
@@ -94,7 +101,7 @@ impl Collectives for Cuda {
         if n == 0 {
             return Ok(());
         }
-        self.collective(peers, OP, s, around(x.bytes(), ranks), |line| {
+        self.collective(peers, sums(s), OP, s, around(x.bytes(), ranks), |line| {
             // SAFETY: the views were checked, as above.
             unsafe { line.reduce_scatter(from, to, n, dtype) }
         })
@@ -110,7 +117,7 @@ impl Collectives for Cuda {
         if n == 0 {
             return Ok(());
         }
-        self.collective(peers, OP, s, around(y.0.bytes(), ranks), |line| {
+        self.collective(peers, Use::Alone, OP, s, around(y.0.bytes(), ranks), |line| {
             // SAFETY: the views were checked, as above.
             unsafe { line.all_gather(from, to, n, dtype) }
         })

@@ -31,19 +31,23 @@ pub struct Options {
     pub poison: bool,
     /// Implementations to use instead of those that launchers choose: `op=kernel,op=kernel`.
     pub force: String,
-    /// Thread blocks that a collective runs at most, each of which takes a part of a multiprocessor from the kernels;
-    /// `None`: as many as NCCL chooses.
+    /// Thread blocks that sums of gradients take at most from the kernels beside them; `None`: as many as NCCL chooses.
     pub collective_blocks: Option<u32>,
 }
 
 impl Options {
-    /// Reads `ETT_SYNC` (any value but 0 turns it on) and `ETT_FORCE`.
+    /// Reads `ETT_SYNC` (any value but 0 turns it on), `ETT_FORCE` and `ETT_COLLECTIVE_BLOCKS` (a number; 0: as many as NCCL
+    /// chooses).
     pub fn from_env() -> Self {
+        /// Few enough that kernels beside them hardly notice, enough that they keep up with the backward pass.
+        const BLOCKS: u32 = 4;
+        let blocks =
+            std::env::var("ETT_COLLECTIVE_BLOCKS").ok().and_then(|v| v.parse().ok()).unwrap_or(BLOCKS);
         Options {
             sync: std::env::var("ETT_SYNC").is_ok_and(|v| v != "0"),
             poison: false,
             force: std::env::var("ETT_FORCE").unwrap_or_default(),
-            collective_blocks: None,
+            collective_blocks: (blocks > 0).then_some(blocks),
         }
     }
 }

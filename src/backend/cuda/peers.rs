@@ -20,19 +20,30 @@ const GRACE: Duration = Duration::from_secs(2);
 /// Time for which a device that is closed waits for NCCL, which waits for the other ranks of the host.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// A communicator that is alive.
-struct Communicator(Handle);
+/// How a collective shares the GPU with kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Use {
+    /// Nothing runs beside it: it takes as many thread blocks as NCCL chooses.
+    Alone,
+    /// Kernels run beside it: it takes few, since a kernel that would fill the GPU has to wait for every multiprocessor that
+    /// is not free.
+    Beside,
+}
+
+/// The communicators that are alive, one for each [`Use`].
+#[derive(Clone, Copy)]
+struct Communicators([Handle; 2]);
 
 // SAFETY: NCCL's communicators may be used from any thread, by one at a time.
-unsafe impl Send for Communicator {}
+unsafe impl Send for Communicators {}
 
-impl Communicator {
-    fn handle(&self) -> Handle {
-        self.0
+impl Communicators {
+    fn of(&self, how: Use) -> Handle {
+        self.0[how as usize]
     }
 }
 
-/// How a communicator ends.
+/// How communicators end.
 #[derive(Clone, Copy, PartialEq)]
 enum End {
     /// When all its collectives are done.
@@ -48,17 +59,17 @@ pub(super) struct Peers {
     context: Arc<CudaContext>,
     /// Runs all collectives.
     pub(super) stream: Arc<CudaStream>,
-    /// `None` once it has ended. Held during every call of NCCL.
-    comm: Mutex<Option<Communicator>>,
+    /// `None` once they have ended. Held during every call of NCCL.
+    comm: Mutex<Option<Communicators>>,
     /// Why the collectives were stopped.
     lost: OnceLock<String>,
-    /// Says when the communicator that ended is freed.
+    /// Says when the communicators that ended are freed.
     ended: Mutex<Option<Receiver<()>>>,
 }
 
 impl Peers {
     /// Connects the GPU of this rank, which the context is of, to those of all others; all ranks call this. A collective
-    /// runs at most `blocks` thread blocks.
+    /// beside kernels takes at most `blocks` thread blocks.
     pub(super) fn join(context: &Arc<CudaContext>, group: Arc<Group>, blocks: Option<u32>) -> Result<Self> {
         let nccl = Nccl::get()?;
         let plain = |e: crate::error::Error| e.to_string();
@@ -71,12 +82,15 @@ impl Peers {
             ));
         }
         let stream = first(context).map_err(|e| driver("making a stream", e))?;
-        let id = if group.leads() { nccl.unique_id()?.to_vec() } else { Vec::new() };
-        let id = group.broadcast(&id).map_err(plain)?;
-        let id: [u8; ID] = id
-            .try_into()
-            .map_err(|id: Vec<u8>| format!("got {} bytes of NCCL's name, wanted {ID}", id.len()))?;
-        let comm = Communicator(nccl.join(id, group.rank(), group.ranks(), blocks)?);
+        let join = |blocks: Option<u32>| -> Result<Handle> {
+            let id = if group.leads() { nccl.unique_id()?.to_vec() } else { Vec::new() };
+            let id = group.broadcast(&id).map_err(plain)?;
+            let id: [u8; ID] = id
+                .try_into()
+                .map_err(|id: Vec<u8>| format!("got {} bytes of NCCL's name, wanted {ID}", id.len()))?;
+            nccl.join(id, group.rank(), group.ranks(), blocks)
+        };
+        let comm = Communicators([join(None)?, join(blocks)?]);
         tracing::debug!("NCCL {}, rank {} of {}", nccl.version(), group.rank(), group.ranks());
         Ok(Peers {
             nccl,
@@ -89,7 +103,7 @@ impl Peers {
         })
     }
 
-    fn comm(&self) -> MutexGuard<'_, Option<Communicator>> {
+    fn comm(&self) -> MutexGuard<'_, Option<Communicators>> {
         self.comm.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -100,12 +114,12 @@ impl Peers {
     }
 
     /// Calls `enqueue`, which enqueues a collective.
-    pub(super) fn enqueue(&self, enqueue: impl FnOnce(Line) -> Result<()>) -> Result<()> {
+    pub(super) fn enqueue(&self, how: Use, enqueue: impl FnOnce(Line) -> Result<()>) -> Result<()> {
         let comm = self.comm();
         match &*comm {
             Some(comm) => {
                 let stream = self.stream.cu_stream();
-                enqueue(Line { nccl: self.nccl, comm: comm.handle(), stream })
+                enqueue(Line { nccl: self.nccl, comm: comm.of(how), stream })
             }
             None => Err(self.lost.get().cloned().unwrap_or_default()),
         }
@@ -114,8 +128,9 @@ impl Peers {
     /// Fails if a collective has failed.
     fn state(&self) -> Result<()> {
         let comm = self.comm();
-        // SAFETY: it is alive while the lock is held.
-        comm.as_ref().map_or(Ok(()), |comm| unsafe { self.nccl.state(comm.handle()) })
+        let all = comm.iter().flat_map(|comm| comm.0);
+        // SAFETY: they are alive while the lock is held.
+        all.into_iter().try_for_each(|comm| unsafe { self.nccl.state(comm) })
     }
 
     /// Fails if a rank is lost or a collective has failed. The first time, this stops all collectives, also one that the
@@ -156,7 +171,7 @@ impl Peers {
         Ok(())
     }
 
-    /// Ends the communicator, if that has not happened, in a thread: NCCL may wait for other ranks, and for recordings that
+    /// Ends the communicators, if that has not happened, in a thread: NCCL may wait for other ranks, and for recordings that
     /// contain collectives to be dropped.
     fn end(&self, how: End) {
         let Some(comm) = self.comm().take() else { return };
@@ -165,19 +180,22 @@ impl Peers {
         let end = move || {
             // NCCL makes the context current itself; if this fails, so does NCCL, with a message.
             let _ = context.bind_to_thread();
-            // SAFETY: it was taken from its only place, under the lock that is held while it is used.
-            let freed = unsafe {
-                match how {
-                    End::Leave => nccl.destroy(comm.handle()),
-                    End::Stop => nccl.abort(comm.handle()),
+            let comm = comm;
+            for comm in comm.0 {
+                // SAFETY: they were taken from their only place, under the lock that is held while they are used.
+                let freed = unsafe {
+                    match how {
+                        End::Leave => nccl.destroy(comm),
+                        End::Stop => nccl.abort(comm),
+                    }
+                };
+                if let Err(why) = freed {
+                    tracing::debug!("{why}");
                 }
-            };
-            if let Err(why) = freed {
-                tracing::debug!("{why}");
             }
             let _ = done.send(());
         };
-        // Without a thread, the communicator stays until the process ends.
+        // Without a thread, the communicators stay until the process ends.
         if let Err(e) = std::thread::Builder::new().name("nccl".into()).spawn(end) {
             tracing::warn!("NCCL is not closed, since no thread can be started: {e}");
         }
