@@ -126,6 +126,9 @@ impl<'a> Feed<'a> {
             return Err(Error::config("stage.batch", self.stage.batch, want));
         }
         self.rank = (rank, ranks);
+        if ranks > 1 && self.sizes.is_some() {
+            self.sizes = Some(self.common_sizes()?);
+        }
         Ok(self)
     }
 
@@ -149,7 +152,7 @@ impl<'a> Feed<'a> {
         };
         let every = self.usable.len().div_ceil(MEASURED).max(1);
         let lengths = self.usable.par_iter().step_by(every).map(longest).collect::<Result<Vec<_>>>()?;
-        let parts = self.stage.batch / self.stage.accumulate;
+        let parts = self.stage.batch / self.stage.accumulate / self.rank.1;
         let bound = |i: usize| {
             let (n, m) = (lengths.len() as f64, parts as f64);
             let mean = lengths.iter().map(|l| l[i] as f64).sum::<f64>() / n;

@@ -54,6 +54,8 @@ pub(super) struct Trained {
     pub saved: Option<PathBuf>,
     /// The time that the collectives of a step take alone, if it was measured.
     pub communication: Option<Duration>,
+    /// Whether the last steps were replayed.
+    pub replayed: bool,
 }
 
 /// A step that was recorded, and the memory that it reads and writes.
@@ -219,7 +221,7 @@ impl<'a> Running<'a> {
         })?;
         if saved.is_some() {
             self.bar.abandon();
-            return Ok(Trained { saved, communication: None });
+            return Ok(Trained { saved, communication: None, replayed: false });
         }
         self.bar.finish();
         let seconds = self.progress.seconds.last().map_or(0.0, |s| s.1);
@@ -227,7 +229,7 @@ impl<'a> Running<'a> {
         tracing::info!("stage {name}: {steps} steps in {seconds:.0} s, {last}");
         let measures = !self.run.saves && self.run.group.ranks() > 1;
         let communication = if measures { Some(self.communication()?) } else { None };
-        Ok(Trained { saved: None, communication })
+        Ok(Trained { saved: None, communication, replayed: self.recorded.is_some() })
     }
 
     /// The time that the collectives of a step take without anything beside them: the median of a few.

@@ -96,6 +96,8 @@ pub(super) struct Session<'a> {
     profiles: Profiles,
     /// The time that the collectives of a step of the last stage take alone, if it was measured.
     communication: Option<Duration>,
+    /// Whether the last steps were replayed.
+    replayed: bool,
 }
 
 /// What was measured of the only stage of a configuration.
@@ -106,6 +108,8 @@ pub(super) struct Measured {
     pub profiles: Profiles,
     /// The time that the collectives of a step take alone, with several ranks.
     pub communication: Option<Duration>,
+    /// Whether the last steps were replayed.
+    pub replayed: bool,
 }
 
 impl<'a> Session<'a> {
@@ -145,6 +149,7 @@ impl<'a> Session<'a> {
             memory,
             profiles,
             communication: None,
+            replayed: false,
         })
     }
 
@@ -191,6 +196,7 @@ impl<'a> Session<'a> {
             memory: None,
             profiles: Profiles::default(),
             communication: None,
+            replayed: false,
         })
     }
 
@@ -234,7 +240,7 @@ impl<'a> Session<'a> {
         self.saves = false;
         self.train(None)?;
         let (recompute, communication) = (self.model.cfg.train.recompute, self.communication);
-        Ok(Measured { recompute, profiles: self.profiles, communication })
+        Ok(Measured { recompute, profiles: self.profiles, communication, replayed: self.replayed })
     }
 
     /// Trains the remaining stages. If the run is interrupted, returns the checkpoint that was saved.
@@ -271,8 +277,8 @@ impl<'a> Session<'a> {
             )
             .map_err(|e| e.at(name, None))
             .and_then(Running::train);
-            let Trained { saved, communication } = trained.map_err(|e| self.explain(number, e))?;
-            self.communication = communication;
+            let Trained { saved, communication, replayed } = trained.map_err(|e| self.explain(number, e))?;
+            (self.communication, self.replayed) = (communication, replayed);
             // Without the first step of the stage.
             self.measured(name, self.progress.step.saturating_sub(before.max(1)))?;
             if saved.is_some() {

@@ -101,10 +101,9 @@ fn stage_speed(
 ) -> Result<Option<Speed>> {
     let scratch = Scratch::new()?;
     let target = dev.target();
-    let graph = cfg.train.graph && dev.can_record();
     let quiet = !group.leads();
     let o = RunOptions { out: &scratch.0, init: None, quiet, evaluation, group: group.clone() };
-    let Measured { recompute, profiles, communication } =
+    let Measured { recompute, profiles, communication, replayed } =
         Session::new(cfg, dev, &o, &|_| false)?.measure()?;
     if !group.leads() {
         return Ok(None);
@@ -143,7 +142,7 @@ fn stage_speed(
         peak_gib: lines.last().and_then(|l| l["memory_mib"].as_f64()).unwrap_or(f64::NAN) / 1024.0,
         plan_gib: plan.map_or(f64::NAN, |p| gib(p.memory.peak as f64)),
         waited_ms: median("waited_ms", |v| v),
-        graph: graph && profiles.is_empty(),
+        graph: replayed,
         communication_ms: communication.map(|time| time.as_secs_f64() * 1e3),
         hidden: None,
         peer_images_per_s: None,

@@ -306,6 +306,13 @@ fn ranks_share_the_batch_of_one() -> Outcome {
             assert_eq!([&a[part][..], &b[part][..]].concat(), all[part]);
         }
     }
+    // Padded for replays, the shares of all ranks and steps have the same sizes.
+    let padded = |rank| Feed::new(&c, 0, &data, &template, true, true)?.of_rank(rank, 2);
+    let (first, second) = (padded(0)?, padded(1)?);
+    let sizes = first.batch(0)?.sizes();
+    for step in 0..5 {
+        assert!(first.batch(step)?.sizes() == sizes && second.batch(step)?.sizes() == sizes, "step {step}");
+    }
     let e = feed(0, 3).err().ok_or("4 pictures for 3 ranks")?.to_string();
     assert!(e.contains("stage.batch") && e.contains("ranks, 3"), "{e}");
     Ok(())
