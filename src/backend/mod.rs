@@ -356,6 +356,11 @@ pub trait Device: Send + Sync {
     }
     /// Collective operations over the ranks that train together.
     fn collectives(&self) -> &dyn Collectives;
+    /// Ends the connection to other ranks, after all that was enqueued. All ranks call this at the same point, when they need
+    /// no collectives any more.
+    fn disconnect(&self) -> Result<()> {
+        Ok(())
+    }
     /// Allocated bytes by role, now and at the peak.
     fn memory(&self) -> Memory;
     /// Measures the time of every kernel from now on. Fails on devices that cannot.

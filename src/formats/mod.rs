@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::nn::HostTensor;
 pub use encoding::Encoding;
 use map::Map;
-pub use safetensors::{FileTensor, write_safetensors};
+pub use safetensors::{FileTensor, in_file_order, write_safetensors};
 pub use selection::{Change, Selection};
 pub(crate) use text::shown;
 pub use torch::{Tree, write_torch};

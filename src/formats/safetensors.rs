@@ -205,15 +205,21 @@ impl FileTensor<'_> {
     }
 }
 
+/// Tensors in the order in which [`write_safetensors`] writes them and makes their bytes: wide types first, for alignment, then
+/// by name.
+pub fn in_file_order(mut tensors: Vec<FileTensor>) -> Vec<FileTensor> {
+    tensors.sort_by(|a, b| dtype(b.encoding).cmp(&dtype(a.encoding)).then_with(|| a.name.cmp(&b.name)));
+    tensors
+}
+
 /// Writes tensors and metadata in the safetensors format.
 pub fn write_safetensors(
     file: &mut FileWriter,
-    mut tensors: Vec<FileTensor>,
+    tensors: Vec<FileTensor>,
     metadata: HashMap<String, String>,
 ) -> Result<()> {
     let unwritable = |e: &dyn std::fmt::Display| Error::data(file.path(), format!("cannot be written ({e})"));
-    // The order of the format: wide types first, for alignment.
-    tensors.sort_by(|a, b| dtype(b.encoding).cmp(&dtype(a.encoding)).then_with(|| a.name.cmp(&b.name)));
+    let tensors = in_file_order(tensors);
     let (mut at, mut infos) = (0, Vec::new());
     for t in &tensors {
         let from = at;

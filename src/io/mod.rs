@@ -7,6 +7,7 @@ mod folder;
 mod history;
 mod inspect;
 mod lock;
+mod mark;
 pub mod weights;
 
 pub use checkpoints::{Checkpoints, Progress};
@@ -18,4 +19,5 @@ pub(crate) use folder::{refuse_part, refuse_used, write_model};
 pub use history::{History, Skill};
 pub use inspect::inspect;
 pub(crate) use lock::Lock;
+pub(crate) use mark::mark;
 pub use weights::{load_weights, save_weights, save_weights_of};

@@ -10,7 +10,7 @@ use super::History;
 use crate::backend::{DType, Precision};
 use crate::error::{Error, Result};
 use crate::files::{self, FileWriter, replace};
-use crate::formats::{Archive, Encoding, FileTensor, Selection, write_safetensors};
+use crate::formats::{Archive, Encoding, FileTensor, Selection, in_file_order, write_safetensors};
 use crate::nn::{HostTensor, Params, Stored};
 
 /// The only key used in the format's metadata.
@@ -183,7 +183,7 @@ pub fn write_file(path: &Path, tensors: &[(String, HostTensor, Encoding)]) -> Re
 }
 
 /// Entries for one copy of all parameters that have it, under their public names with a prefix. Where ranks share the copy,
-/// rank 0 gets the values, and all others ask for the values of the same entries in the same order, see [`attend`].
+/// rank 0 gets the values, and all others [`attend`].
 pub fn entries<'a>(params: &'a Params, stored: Stored, prefix: &str) -> Vec<Entry<'a>> {
     let encoding = lossless(params.precision());
     let kept = params.names().filter(|(_, group, _)| params.has(group, stored));
@@ -199,9 +199,10 @@ pub fn entries<'a>(params: &'a Params, stored: Stored, prefix: &str) -> Vec<Entr
     kept.map(entry).collect()
 }
 
-/// What a rank does that writes no files, while rank 0 writes these entries.
+/// What a rank does that writes no files, while rank 0 writes these entries: asks for the values in the same order.
 pub fn attend(entries: Vec<Entry>) -> Result<()> {
-    entries.into_iter().try_for_each(|entry| (entry.values)().map(drop))
+    let tensors = in_file_order(entries.into_iter().map(Entry::encoded).collect());
+    tensors.into_iter().try_for_each(|t| (t.bytes)().map(drop))
 }
 
 /// One sentence with at most 20 of the problems.

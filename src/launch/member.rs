@@ -32,14 +32,15 @@ fn conclude(group: &Group, done: Result<()>) -> Result<ExitCode> {
         group.leave();
         return Ok(ExitCode::SUCCESS);
     };
-    // Whatever else fails here once another rank has failed, such as a collective, fails because of it.
-    let why = match &e {
-        Error::Rank(why) => Some(why.clone()),
-        _ => group.failure(),
-    };
-    let Some(why) = why else {
+    if !matches!(e, Error::Rank(_)) && group.failure().is_none() {
         group.fail(&e.to_string());
-        return Err(e);
+    }
+    // Whatever else fails here once another rank has failed, such as a collective, fails because of it; and if all fail alike,
+    // the first one tells.
+    let why = match (&e, group.failure()) {
+        (Error::Rank(why), _) => why.clone(),
+        (_, Some(why)) if !why.starts_with(&format!("rank {} ", group.rank())) => why,
+        _ => return Err(e),
     };
     if group.failure().is_none() {
         // All have the same error, such as two builds: nobody has to be told.

@@ -518,7 +518,7 @@ impl Params {
     pub fn attend(&self, name: &str, stored: Stored) -> Result<()> {
         let Some((g, at, _)) = self.elements(name) else { return Ok(()) };
         let Some((from, form)) = self.source(g, stored) else { return Ok(()) };
-        self.gathered(g, from, form, &at).try_for_each(|piece| piece.map(drop))
+        self.gathered(g, from, form, &at).try_for_each(|part| part.map(drop))
     }
 
     /// The elements of a public tensor in its group.

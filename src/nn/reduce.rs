@@ -145,7 +145,7 @@ impl<'a> Reducer<'a> {
             // Whoever uses the memory of the span before next runs after its sum.
             self.wait()?;
             let whole = spans.take(dev, t.grad.dtype(), span)?;
-            dev.order(Stream::COMPUTE, Stream::PEERS)?;
+            let mut parts = Vec::new();
             for piece in layout.pieces(s) {
                 let own = s.stored(&piece);
                 let sum = t.grad.range(own.start, own.len())?;
@@ -153,6 +153,10 @@ impl<'a> Reducer<'a> {
                     true => sum.clone(),
                     false => Tensor::empty(dev, Role::Gradient, sum.dtype(), sum.dims())?,
                 };
+                parts.push((piece, sum, to));
+            }
+            dev.order(Stream::COMPUTE, Stream::PEERS)?;
+            for (piece, sum, to) in parts {
                 let from = whole.range(piece.start - layout.elements.start, piece.len())?;
                 peers.reduce_scatter(Stream::PEERS, from.view(), to.out())?;
                 if !self.first {

@@ -229,8 +229,8 @@ impl Params {
         self.refresh()
     }
 
-    /// Ends the sharing: afterwards this rank has all weights and averages, and needs no other rank. All ranks call this at
-    /// the same point, when nothing is being trained.
+    /// Ends the sharing: afterwards rank 0 has all weights and averages, and needs no other rank. All ranks call this at the same
+    /// point, when nothing is being trained; the parameters of the others are of no use any more.
     pub fn unshare(&mut self) -> Result<()> {
         for i in 0..self.groups.len() {
             let g = &self.groups[i];
@@ -238,36 +238,56 @@ impl Params {
                 if !kept.parts {
                     return Ok(kept.clone());
                 }
-                let to = Kept::empty(&*self.dev, role, self.precision().acc, g.layout.len, None)?;
-                for (from, to) in self.pairs(g, kept, &to)? {
-                    self.cast(&from, &to)?;
+                if self.sharing.rank > 0 {
+                    self.gathered(g, &kept.tensor, Form::Parts, &(0..g.layout.len))
+                        .try_for_each(|p| p.map(drop))?;
+                    return Ok(kept.clone());
                 }
-                self.spread(g, &to.tensor)?;
+                let to = Kept::empty(&*self.dev, role, self.precision().acc, g.layout.len, None)?;
+                let mut end = 0;
+                for piece in self.gathered(g, &kept.tensor, Form::Parts, &(0..g.layout.len)) {
+                    let piece = piece?;
+                    let n = piece.dims().numel();
+                    self.cast(&piece, &to.tensor.range(end, n)?)?;
+                    end += n;
+                }
                 Ok(to)
             };
             let master = whole(&g.master, Role::Weight)?;
             let ema = g.ema.as_ref().map(|ema| whole(ema, Role::Ema)).transpose()?;
             (self.groups[i].master, self.groups[i].ema) = (master, ema);
         }
-        self.sharing = Sharing::ALONE;
+        if self.sharing.rank == 0 {
+            self.sharing = Sharing::ALONE;
+        }
         Ok(())
     }
 
-    /// The pieces that have some of these elements of a group, in turn, whole and on the device.
+    /// What ranks share of these elements of a group, in turn, from all ranks and on the device.
     pub(super) fn gathered<'a>(
         &'a self,
         g: &'a Store,
         from: &'a Tensor,
         form: Form,
         elements: &'a Range<usize>,
-    ) -> impl Iterator<Item = Result<(Range<usize>, Tensor)>> + 'a {
-        let pieces = if form == Form::Whole { vec![] } else { g.pieces(&self.sharing) };
-        let touched = move |p: &Range<usize>| p.start < elements.end && elements.start < p.end;
-        pieces.into_iter().filter(touched).map(move |piece| {
-            let own = at(from, self.sharing.own(form, &piece))?;
-            let whole = Tensor::empty(&*self.dev, Role::Activation, from.dtype(), [piece.len()])?;
-            self.dev.collectives().all_gather(Stream::COMPUTE, own.view(), whole.out())?;
-            Ok((piece, whole))
+    ) -> impl Iterator<Item = Result<Tensor>> + 'a {
+        let s = &self.sharing;
+        let pieces = if form == Form::Whole { vec![] } else { g.pieces(s) };
+        let wanted = move |p: &Range<usize>| elements.start.max(p.start)..elements.end.min(p.end);
+        let touched = pieces.into_iter().filter(move |p| !wanted(p).is_empty());
+        touched.map(move |piece| {
+            // Relative to the piece, whose parts have n elements.
+            let (n, wanted) = (piece.len() / s.ranks, wanted(&piece));
+            let wanted = wanted.start - piece.start..wanted.end - piece.start;
+            let (first, last) = (wanted.start / n, (wanted.end - 1) / n);
+            // All ranks give the same window of their parts: as little as possible if it is in one part.
+            let window = if first == last { wanted.start % n..(wanted.end - 1) % n + 1 } else { 0..n };
+            let own = s.own(form, &piece).start + window.start;
+            let own = from.range(own, window.len())?;
+            let all = Tensor::empty(&*self.dev, Role::Activation, from.dtype(), [s.ranks * window.len()])?;
+            self.dev.collectives().all_gather(Stream::COMPUTE, own.view(), all.out())?;
+            let start = if first == last { first * window.len() } else { wanted.start };
+            all.range(start, wanted.len())
         })
     }
 
@@ -283,11 +303,8 @@ impl Params {
             return at(from, elements)?.to_f64(&*self.dev);
         }
         let mut values = Vec::with_capacity(elements.len());
-        for piece in self.gathered(g, from, form, &elements) {
-            let (piece, whole) = piece?;
-            let wanted = elements.start.max(piece.start)..elements.end.min(piece.end);
-            let part = whole.range(wanted.start - piece.start, wanted.len())?;
-            values.extend(part.to_f64(&*self.dev)?);
+        for part in self.gathered(g, from, form, &elements) {
+            values.extend(part?.to_f64(&*self.dev)?);
         }
         Ok(values)
     }

@@ -181,7 +181,7 @@ impl Lead {
             guest.stream.try_clone().map_err(|e| format!("rank {rank} on host {host} was lost: {e}"))?;
         self.control[rank] = Some(stream);
         self.hosts[rank] = Some(host);
-        self.data[rank] = SocketAddr::new(from.ip(), port);
+        self.data[rank] = SocketAddr::new(from.ip().to_canonical(), port);
         Ok(())
     }
 

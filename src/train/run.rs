@@ -12,7 +12,7 @@ use crate::exchange::Start;
 use crate::files;
 use crate::io::weights::TensorFile;
 use crate::io::{
-    CONFIG, Checkpoints, Lock, Skill, TOKENIZER, WEIGHTS, config_text, load_weights, refuse_part,
+    CONFIG, Checkpoints, Lock, Skill, TOKENIZER, WEIGHTS, config_text, load_weights, mark, refuse_part,
     refuse_used, run_config,
 };
 use crate::model::Ett;
@@ -120,6 +120,13 @@ fn begin<'a>(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions<'a>) -> Result<
     }
     let whole = o.init.map(|path| Ok(TensorFile::open(path)?.tensors())).transpose()?;
     let given = |name: &str| start.gives(name) || whole.as_ref().is_some_and(|held| held.contains_key(name));
+    if o.group.ranks() > 1 {
+        let paths = [&cfg.data.tokenizer, &cfg.init.llm, &cfg.init.tokenizer, &cfg.lpips.weights];
+        let paths = paths.into_iter().flatten().map(PathBuf::as_path).chain(o.init);
+        let marks =
+            paths.map(|p| Ok(format!("{}: {}", p.display(), mark(p)?))).collect::<Result<Vec<_>>>()?;
+        o.group.agree("what the run starts from", &marks.join("\n"))?;
+    }
     let mut session = Session::new(&cfg, dev, o, &given)?;
     start.load(&mut session.model)?;
     if start.reconstructs() {
@@ -162,8 +169,13 @@ pub fn resume(
     let _lock = if leads { Some(Lock::take(out)?) } else { None };
     if out.join(WEIGHTS).exists() {
         group.agree("what is left to do", "the evaluation")?;
-        let session = Session::trained(&cfg, dev, out, evaluation)?;
-        return if leads { session.only_evaluate() } else { Ok(session.nothing_left()) };
+        let session = Session::trained(&cfg, dev.clone(), out, evaluation)?;
+        dev.disconnect()?;
+        if !leads {
+            group.leave();
+            return Ok(session.nothing_left());
+        }
+        return session.only_evaluate();
     }
     if leads {
         Checkpoints::recover(out)?;

@@ -290,7 +290,7 @@ impl<'a> Running<'a> {
             }
             if between {
                 self.enter(Phase::Busy);
-                self.evaluate(&mut line);
+                self.evaluate(&mut line)?;
             }
             self.write(&line)?;
             if between {
@@ -505,21 +505,24 @@ impl<'a> Running<'a> {
             return Ok(None);
         }
         let measured = Sharpness::measure(self.model, z)?;
-        if let Some(what) = measured.warning() {
+        if let Some(what) = measured.warning().filter(|_| self.run.group.leads()) {
             self.bar.suspend(|| tracing::warn!("{what}"));
         }
         Ok(Some(measured))
     }
 
     /// Evaluates on held-out pictures after every `train.eval_every` steps and after the last step.
-    fn evaluate(&mut self, line: &mut Line) {
+    fn evaluate(&mut self, line: &mut Line) -> Result<()> {
         let (done, every) = (line.step + 1, self.run.all.train.eval_every);
         let due = every > 0 && (done.is_multiple_of(every) || done == self.cfg.steps);
-        let Some(test) = self.run.test.filter(|_| due) else { return };
+        let Some(test) = self.run.test.filter(|_| due) else { return Ok(()) };
         match self.run.evaluation.during(self.model, test, self.run.template, self.cfg.kind) {
             Ok(values) => line.eval = Some(values),
+            // The others may wait for this rank in the midst of the evaluation.
+            Err(e) if self.run.group.ranks() > 1 => return Err(e),
             Err(e) => self.bar.suspend(|| tracing::warn!("step {} is not evaluated: {e}", line.step)),
         }
+        Ok(())
     }
 
     /// Writes the metrics of a step and counts the step as done.

@@ -177,6 +177,7 @@ impl<'a> Session<'a> {
         if averages.exists() {
             load_averages(&mut model.params, &averages)?;
         }
+        model.params.unshare()?;
         let progress = match Checkpoints::latest(out)? {
             Some(last) => checkpoints::progress(&last)?,
             None => Progress::default(),
@@ -209,8 +210,11 @@ impl<'a> Session<'a> {
             return Ok(self.finished(None, Ending::Saved(at)));
         }
         self.save_weights()?;
-        // From here on, rank 0 needs no other.
-        self.model.params.unshare()?;
+        if let Err(e) = self.part() {
+            self.report(&e);
+            tracing::warn!("the weights are saved, but the evaluation failed: {e}");
+            return Ok(self.finished(None, Ending::Unevaluated { interrupted: false }));
+        }
         if !self.group.leads() {
             return Ok(self.nothing_left());
         }
@@ -277,7 +281,8 @@ impl<'a> Session<'a> {
             )
             .map_err(|e| e.at(name, None))
             .and_then(Running::train);
-            let Trained { saved, communication, replayed } = trained.map_err(|e| self.explain(number, e))?;
+            let trained = trained.inspect_err(|e| self.report(e)).map_err(|e| self.explain(number, e));
+            let Trained { saved, communication, replayed } = trained?;
             (self.communication, self.replayed) = (communication, replayed);
             // Without the first step of the stage.
             self.measured(name, self.progress.step.saturating_sub(before.max(1)))?;
@@ -350,6 +355,24 @@ impl<'a> Session<'a> {
     pub fn only_evaluate(mut self) -> Result<Finished> {
         let (report, ending) = ended(self.evaluate())?;
         Ok(self.finished(report, ending))
+    }
+
+    /// Parts from the other ranks: rank 0 gets the whole model, and needs them no more. They leave before their devices end,
+    /// so that none can disturb its evaluation.
+    fn part(&mut self) -> Result<()> {
+        self.model.params.unshare()?;
+        self.model.params.device().disconnect()?;
+        if !self.group.leads() {
+            self.group.leave();
+        }
+        Ok(())
+    }
+
+    /// Tells the other ranks of an error at once: what this rank does before it ends may take long.
+    fn report(&self, e: &Error) {
+        if !matches!(e, Error::Rank(_)) && self.group.failure().is_none() {
+            self.group.fail(&e.to_string());
+        }
     }
 
     /// The end of a rank that leaves the evaluation to rank 0.

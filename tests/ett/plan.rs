@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use ett::backend::{Cpu, Device, Kernels, Memory, Plan, Role, Slot, Target};
-use ett::config::{Config, Recompute, StageConfig, StageKind, VisualHeadKind};
+use ett::config::{Config, Recompute, Shard, StageConfig, StageKind, VisualHeadKind};
 use ett::error::Result;
 use ett::eval::HeldOut;
 use ett::feed::Batch;
@@ -11,8 +11,8 @@ use ett::model::tokenizer::Grid;
 use ett::model::{Ett, Part};
 use ett::tensor::Tensor;
 use ett::train::{
-    self, Hyper, Optimizer, RunOptions, Stage, StagePlan, StepState, TokenizerMode, averaged, largest_batch,
-    parse_memory, plan, plan_stage, step,
+    self, Devices, Hyper, Optimizer, RunOptions, Stage, StagePlan, StepState, TokenizerMode, averaged,
+    largest_batch, parse_memory, plan, plan_stage, step,
 };
 
 use crate::common::{Outcome, Scratch, cpu, gpu, ids, scaled};
@@ -231,6 +231,52 @@ fn parts_save_memory_too() -> Outcome {
     let parts = StageConfig { accumulate: 4, ..StageConfig::new(StageKind::Semantic, 1, 4) };
     let parts = plan_stage(&cfg, &parts, CPU)?;
     assert!(2 * bytes(&parts, Role::Activation) < bytes(&whole, Role::Activation));
+    Ok(())
+}
+
+/// What a rank of 8 holds and sends, at the paper's sizes.
+#[test]
+fn ranks_hold_their_part_and_send_their_share() -> Outcome {
+    let mut cfg = paper();
+    let stage = |batch| StageConfig { ema: true, ..StageConfig::new(StageKind::Semantic, 1, batch) };
+    let one = plan_stage(&cfg, &stage(1), CPU)?;
+    let trained: usize = one.parameters.iter().filter(|p| p.2).map(|p| p.1).sum();
+    let all: usize = one.parameters.iter().map(|p| p.1).sum();
+    let near = |what: &str, got: u64, want: f64| {
+        assert!((got as f64 / want - 1.0).abs() < 0.02, "{what}: {got}, wanted about {want:.0}");
+    };
+    let eight = |cfg: &Config| plan_stage(cfg, &stage(8), Devices { target: CPU, ranks: 8 });
+    for shard in [Shard::None, Shard::Optimizer, Shard::Gradients] {
+        cfg.train.shard = shard;
+        let p = eight(&cfg)?;
+        let state = if shard == Shard::None { 1.0 } else { 8.0 };
+        near("moments", bytes(&p, Role::Moment), 8.0 * trained as f64 / state);
+        near("averages", bytes(&p, Role::Ema), bytes(&one, Role::Ema) as f64 / state);
+        // The codebook is compared in f32 with tokens, so that the group of the encoder is whole.
+        let encoder = p.parameters.iter().find(|p| p.0 == "encoder").map_or(0, |p| p.1);
+        let masters = 4.0 * ((all - encoder) as f64 / state + encoder as f64);
+        near("weights", p.memory.live[Role::Weight as usize], masters + 2.0 * all as f64);
+        if shard != Shard::Gradients {
+            near("gradients", bytes(&p, Role::Gradient), 4.0 * trained as f64);
+        } else {
+            // The embedding, from the loss to the first layer, and two spans; and the parts of sums.
+            let most = 4.0 * (trained as f64 / 8.0 + 151_936.0 * 1536.0 + 2.0 * 200e6);
+            let got = bytes(&p, Role::Gradient) as f64;
+            assert!(got < most && got > 0.5 * trained as f64, "gradients: {got}, at most {most}");
+        }
+        let sent = |name| p.sent.get(name).map_or(0, |s| s.bytes);
+        let share = 7.0 / 8.0 * trained as f64;
+        if shard == Shard::None {
+            near("sums", sent("all_reduce"), 8.0 * share + 8.0 / 8.0 * 7.0 * 131_072.0);
+            assert_eq!(sent("reduce_scatter"), 0);
+        } else {
+            near("sums", sent("reduce_scatter"), 4.0 * share);
+            near("weights", sent("all_gather"), 2.0 * share + 4.0 * 7.0 / 8.0 * encoder as f64);
+        }
+    }
+    let text = plan(&Config { stage: vec![stage(16)], ..cfg }, Devices { target: CPU, ranks: 8 }, None)?;
+    assert!(text.contains("planned for 8 ranks") && text.contains("GiB to other ranks per step"), "{text}");
+    assert!(text.contains("batch 16 on 8 ranks"), "{text}");
     Ok(())
 }
 

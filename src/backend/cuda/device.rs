@@ -525,6 +525,14 @@ impl Device for Cuda {
         self.gpu.context.mem_get_info().ok().map(|(free, _)| free as u64)
     }
 
+    fn disconnect(&self) -> Result<()> {
+        self.synchronize()?;
+        if let Some(peers) = &self.gpu.peers {
+            peers.leave();
+        }
+        Ok(())
+    }
+
     fn memory(&self) -> Memory {
         self.gpu.memory.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }

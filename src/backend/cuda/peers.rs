@@ -171,18 +171,19 @@ impl Peers {
         Ok(())
     }
 
-    /// Ends the communicators, if that has not happened, in a thread: NCCL may wait for other ranks, and for recordings that
-    /// contain collectives to be dropped.
+    /// Ends the communicators, if that has not happened, in threads: NCCL may wait for other ranks, and for recordings that
+    /// contain collectives to be dropped. Each has a thread of its own, since a recording may contain collectives of both.
     fn end(&self, how: End) {
         let Some(comm) = self.comm().take() else { return };
-        let (nccl, context) = (self.nccl, self.context.clone());
         let (done, ended) = channel();
-        let end = move || {
-            // NCCL makes the context current itself; if this fails, so does NCCL, with a message.
-            let _ = context.bind_to_thread();
-            let comm = comm;
-            for comm in comm.0 {
-                // SAFETY: they were taken from their only place, under the lock that is held while they are used.
+        for (i, handle) in comm.0.into_iter().enumerate() {
+            let (nccl, context, done) = (self.nccl, self.context.clone(), done.clone());
+            let comm = Communicators([handle; 2]);
+            let end = move || {
+                // NCCL makes the context current itself; if this fails, so does NCCL, with a message.
+                let _ = context.bind_to_thread();
+                let comm = comm.of(Use::Alone);
+                // SAFETY: it was taken from its only place, under the lock that is held while it is used.
                 let freed = unsafe {
                     match how {
                         End::Leave => nccl.destroy(comm),
@@ -192,29 +193,39 @@ impl Peers {
                 if let Err(why) = freed {
                     tracing::debug!("{why}");
                 }
+                let _ = done.send(());
+            };
+            // Without a thread, the communicator stays until the process ends.
+            if let Err(e) = std::thread::Builder::new().name(format!("nccl-{i}")).spawn(end) {
+                tracing::warn!("NCCL is not closed, since no thread can be started: {e}");
             }
-            let _ = done.send(());
-        };
-        // Without a thread, the communicators stay until the process ends.
-        if let Err(e) = std::thread::Builder::new().name("nccl".into()).spawn(end) {
-            tracing::warn!("NCCL is not closed, since no thread can be started: {e}");
         }
         *self.ended.lock().unwrap_or_else(PoisonError::into_inner) = Some(ended);
     }
-}
 
-impl Drop for Peers {
-    fn drop(&mut self) {
-        // Collectives may still run. Errors are ignored: nobody waits for a result any more.
+    /// Ends the communicators when their collectives are done, or at once if a rank is lost, and waits for that.
+    pub(super) fn leave(&self) {
+        // Errors are ignored: nobody waits for a result any more.
         if let Ok(event) = self.stream.record_event(None) {
             let _ = self.watch(&event);
         }
         let _ = self.look();
         self.end(End::Leave);
-        let ended = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner).take();
-        if ended.is_some_and(|ended| ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout)) {
+        let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let until = Instant::now() + PATIENCE;
+        let left = || until.saturating_duration_since(Instant::now());
+        let late = |ended: Receiver<()>| {
+            (0..2).any(|_| ended.recv_timeout(left()) == Err(RecvTimeoutError::Timeout))
+        };
+        if ended.is_some_and(late) {
             tracing::warn!("NCCL did not end within {} s; the process ends without it", PATIENCE.as_secs());
         }
+    }
+}
+
+impl Drop for Peers {
+    fn drop(&mut self) {
+        self.leave();
     }
 }
 
