@@ -123,8 +123,9 @@ fn begin<'a>(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions<'a>) -> Result<
     if o.group.ranks() > 1 {
         let paths = [&cfg.data.tokenizer, &cfg.init.llm, &cfg.init.tokenizer, &cfg.lpips.weights];
         let paths = paths.into_iter().flatten().map(PathBuf::as_path).chain(o.init);
-        let marks =
-            paths.map(|p| Ok(format!("{}: {}", p.display(), mark(p)?))).collect::<Result<Vec<_>>>()?;
+        // Hosts may have them at different places.
+        let name = |p: &Path| p.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let marks = paths.map(|p| Ok(format!("{}: {}", name(p), mark(p)?))).collect::<Result<Vec<_>>>()?;
         o.group.agree("what the run starts from", &marks.join("\n"))?;
     }
     let mut session = Session::new(&cfg, dev, o, &given)?;
