@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 /// Exit status after a second signal, the one that shells use for interrupted programs.
 pub const STATUS: u8 = 130;
 /// A second signal of a rank that comes sooner after the first one is the same: systems and launchers both send one.
-const APART: Duration = Duration::from_secs(1);
+pub(crate) const APART: Duration = Duration::from_secs(1);
 
 static REQUESTED: AtomicBool = AtomicBool::new(false);
 static PHASE: AtomicU8 = AtomicU8::new(Phase::Starting as u8);

@@ -72,8 +72,9 @@ pub fn supervise(
     say: impl Fn(&Error),
 ) -> Result<u8> {
     let mut all = Children::start(ranks, command)?;
-    let (mut interrupted, patience) = (false, rules.patience);
+    let (mut first, patience) = (None::<Instant>, rules.patience);
     loop {
+        let interrupted = first.is_some();
         all.look(interrupted, &say)?;
         if all.running().next().is_none() {
             break;
@@ -81,19 +82,20 @@ pub fn supervise(
         if let Some(failure) = &all.failure
             && failure.at.elapsed() >= failure.patience(interrupted, patience)
         {
-            let (first, told) = (failure.rank, !(interrupted && failure.interrupted));
+            let (rank, told) = (failure.rank, !(interrupted && failure.interrupted));
             if told {
-                all.late(first, patience, &say);
+                all.late(rank, patience, &say);
             }
             all.kill();
             break;
         }
-        if signals.came(POLL) {
+        // Those who stop a job often send two signals at once.
+        if signals.came(POLL) && first.is_none_or(|at| at.elapsed() > interrupt::APART) {
             if interrupted || !rules.saves {
                 all.kill();
                 return Ok(interrupt::STATUS);
             }
-            interrupted = true;
+            first = Some(Instant::now());
             all.terminate();
         }
     }

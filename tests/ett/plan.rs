@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use ett::backend::{Cpu, Device, Kernels, Memory, Plan, Role, Slot, Target};
-use ett::config::{Config, Recompute, Shard, StageConfig, StageKind, VisualHeadKind};
+use ett::config::{Config, Operands, Recompute, Shard, StageConfig, StageKind, VisualHeadKind};
 use ett::error::Result;
 use ett::eval::HeldOut;
 use ett::feed::Batch;
@@ -252,10 +252,7 @@ fn ranks_hold_their_part_and_send_their_share() -> Outcome {
         let state = if shard == Shard::None { 1.0 } else { 8.0 };
         near("moments", bytes(&p, Role::Moment), 8.0 * trained as f64 / state);
         near("averages", bytes(&p, Role::Ema), bytes(&one, Role::Ema) as f64 / state);
-        // The codebook is compared in f32 with tokens, so that the group of the encoder is whole.
-        let encoder = p.parameters.iter().find(|p| p.0 == "encoder").map_or(0, |p| p.1);
-        let masters = 4.0 * ((all - encoder) as f64 / state + encoder as f64);
-        near("weights", p.memory.live[Role::Weight as usize], masters + 2.0 * all as f64);
+        near("weights", p.memory.live[Role::Weight as usize], (4.0 / state + 2.0) * all as f64);
         if shard != Shard::Gradients {
             near("gradients", bytes(&p, Role::Gradient), 4.0 * trained as f64);
         } else {
@@ -271,9 +268,15 @@ fn ranks_hold_their_part_and_send_their_share() -> Outcome {
             assert_eq!(sent("reduce_scatter"), 0);
         } else {
             near("sums", sent("reduce_scatter"), 4.0 * share);
-            near("weights", sent("all_gather"), 2.0 * share + 4.0 * 7.0 / 8.0 * encoder as f64);
+            near("weights", sent("all_gather"), 2.0 * share);
         }
     }
+    // If tokens are compared with codes in f32, every rank needs the encoder's group in f32.
+    let before = eight(&cfg)?.memory.live[Role::Weight as usize];
+    cfg.quantizer.precision = Operands::F32;
+    let encoder = one.parameters.iter().find(|p| p.0 == "encoder").map_or(0, |p| p.1);
+    let more = eight(&cfg)?.memory.live[Role::Weight as usize] - before;
+    near("the encoder in f32", more, 4.0 * 7.0 / 8.0 * encoder as f64);
     let text = plan(&Config { stage: vec![stage(16)], ..cfg }, Devices { target: CPU, ranks: 8 }, None)?;
     assert!(text.contains("planned for 8 ranks") && text.contains("GiB to other ranks per step"), "{text}");
     assert!(text.contains("batch 16 on 8 ranks"), "{text}");

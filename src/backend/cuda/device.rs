@@ -40,7 +40,7 @@ impl Options {
     /// chooses).
     pub fn from_env() -> Self {
         /// Few enough that kernels beside them hardly notice, enough that they keep up with the backward pass.
-        const BLOCKS: u32 = 4;
+        const BLOCKS: u32 = 8;
         let blocks =
             std::env::var("ETT_COLLECTIVE_BLOCKS").ok().and_then(|v| v.parse().ok()).unwrap_or(BLOCKS);
         Options {
