@@ -40,7 +40,8 @@ impl Place {
 
     /// The place that the environment names; `None` if it names none, or only one rank. `stall` becomes [`Place::stall`].
     /// Understands the variables of torchrun, of Slurm's `srun` and of MPI, in this order. Variables that are there in part
-    /// or contradict each other are errors.
+    /// or contradict each other are errors. Rank 0 listens at `MASTER_PORT`, except under torchrun, which listens there itself
+    /// (`TORCHELASTIC_USE_AGENT_STORE`): at the port after it, or before it for 65535.
     pub fn from_env(stall: Duration) -> Result<Option<Self>> {
         Self::from_vars(stall, |name| std::env::var_os(name).map(|v| v.to_string_lossy().into_owned()))
     }
@@ -77,8 +78,19 @@ impl Vars<'_> {
 
     fn launched(&self, of: &Launcher, stall: Duration) -> Result<Option<Place>> {
         self.place(of, stall, |vars| {
-            let (host, port) = (vars.need("MASTER_ADDR", "the host of rank 0", of)?, vars.port(of)?);
+            let (host, port) = (vars.need("MASTER_ADDR", "the host of rank 0", of)?, vars.free_port(of)?);
             Ok(joined(&host, port))
+        })
+    }
+
+    /// The port of `MASTER_PORT`, or the one beside it if torchrun itself listens there.
+    fn free_port(&self, of: &Launcher) -> Result<u16> {
+        let port = self.port(of)?;
+        let taken = self.get("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|v| v.eq_ignore_ascii_case("true"));
+        Ok(match port {
+            _ if !taken => port,
+            u16::MAX => port - 1,
+            _ => port + 1,
         })
     }
 
@@ -262,6 +274,18 @@ mod tests {
         let want = Some((1, 2, 0, "[::1]:7".into()));
         assert_eq!(mpi("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"), want);
         assert_eq!(mpi("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"), want);
+    }
+
+    #[test]
+    fn torchrun_keeps_its_port() {
+        let at = |port: &'static str, store: &'static str| {
+            let vars =
+                [&TORCH[..4], &[("MASTER_PORT", port), ("TORCHELASTIC_USE_AGENT_STORE", store)]].concat();
+            found(&vars).map(|(.., address)| address)
+        };
+        assert_eq!(at("29500", "True").as_deref(), Some("node01:29501"));
+        assert_eq!(at("65535", "True").as_deref(), Some("node01:65534"));
+        assert_eq!(at("29500", "False").as_deref(), Some("node01:29500"));
     }
 
     #[test]

@@ -16,15 +16,15 @@ use crate::run::pictures;
 /// Kills of the long test: one at each phase of saving, the others at random times.
 const KILLS: usize = 20;
 /// Set to the seed printed by a failed test to repeat its kills.
-const SEED: &str = "ETT_KILL_SEED";
+pub const SEED: &str = "ETT_KILL_SEED";
 /// Milliseconds that a program waits in each phase of saving, to be killed there.
-const PAUSE: u64 = 60;
+pub const PAUSE: u64 = 60;
 /// Longer than any run in this file.
-const LIMIT: Duration = Duration::from_secs(60);
+pub const LIMIT: Duration = Duration::from_secs(60);
 
 /// Three stages with everything that a checkpoint holds: a discriminator, averages, and averages that a later stage
 /// does not train.
-const CONFIG: &str = r#"
+pub const CONFIG: &str = r#"
 [tokenizer]
 ch = 8
 ch_mult = [1, 2]
@@ -72,54 +72,60 @@ batch = 2
 
 /// The results that two runs must have in common.
 #[derive(PartialEq)]
-struct Result {
+pub struct Result {
     weights: Vec<u8>,
     averages: Vec<u8>,
-    lines: Vec<serde_json::Value>,
+    /// Metrics of the steps, without what depends on the machine.
+    pub lines: Vec<serde_json::Value>,
 }
 
-/// A configuration, the folder of its runs and their device.
-struct Place {
-    scratch: Scratch,
-    device: &'static str,
+/// A configuration, the folder of its run, and the arguments that name its device.
+pub struct Place {
+    pub scratch: Scratch,
+    pub device: Vec<&'static str>,
 }
 
 impl Place {
     fn new(device: &'static str) -> std::io::Result<Self> {
+        Self::of(CONFIG, &["--device", device])
+    }
+
+    /// The pictures are put in place of `DATA` in the configuration.
+    pub fn of(config: &str, device: &[&'static str]) -> std::io::Result<Self> {
         let scratch = Scratch::new();
         let data = scratch.path("data");
         pictures(&data);
-        std::fs::write(scratch.path("config.toml"), CONFIG.replace("DATA", &data.display().to_string()))?;
-        Ok(Place { scratch, device })
+        std::fs::write(scratch.path("config.toml"), config.replace("DATA", &data.display().to_string()))?;
+        Ok(Place { scratch, device: device.to_vec() })
     }
 
-    fn out(&self) -> PathBuf {
+    pub fn out(&self) -> PathBuf {
         self.scratch.path("out")
     }
 
     /// Resumes the run, or starts it if it has no checkpoint yet.
-    fn start(&self, pause: u64) -> std::result::Result<Running, Box<dyn std::error::Error>> {
+    pub fn start(&self, pause: u64) -> std::result::Result<Running, Box<dyn std::error::Error>> {
         let out = self.out();
         if Checkpoints::latest(&out)?.is_some() {
-            return Ok(Running::new(self.device, &["resume".as_ref(), out.as_ref()], pause)?);
+            return Ok(Running::new(&self.device, &["resume".as_ref(), out.as_ref()], pause)?);
         }
         if out.exists() {
             std::fs::remove_dir_all(&out)?;
         }
         let config = self.scratch.path("config.toml");
         let args = ["run".as_ref(), "--config".as_ref(), config.as_ref(), "--out".as_ref(), out.as_ref()];
-        Ok(Running::new(self.device, &args, pause)?)
+        Ok(Running::new(&self.device, &args, pause)?)
     }
 
     /// Runs or resumes to the end.
-    fn finish(&self) -> std::result::Result<Result, Box<dyn std::error::Error>> {
+    pub fn finish(&self) -> std::result::Result<Result, Box<dyn std::error::Error>> {
         let mut running = self.start(0)?;
         let status = running.wait();
         assert!(status.success(), "{status}: {}", running.said());
         self.result()
     }
 
-    fn result(&self) -> std::result::Result<Result, Box<dyn std::error::Error>> {
+    pub fn result(&self) -> std::result::Result<Result, Box<dyn std::error::Error>> {
         let out = self.out();
         let mut lines = Vec::new();
         for line in std::fs::read_to_string(out.join("metrics.jsonl"))?.lines() {
@@ -139,7 +145,7 @@ impl Place {
     }
 }
 
-fn assert_same(got: &Result, want: &Result, what: &str) {
+pub fn assert_same(got: &Result, want: &Result, what: &str) {
     for (i, (got, want)) in got.lines.iter().zip(&want.lines).enumerate() {
         assert_eq!(got, want, "{what}: line {i} of the metrics");
     }
@@ -149,17 +155,20 @@ fn assert_same(got: &Result, want: &Result, what: &str) {
 }
 
 /// The running program; it is killed when this value is dropped.
-struct Running {
-    child: Child,
+pub struct Running {
+    pub child: Child,
     lines: Receiver<String>,
     seen: Vec<String>,
 }
 
 impl Running {
-    fn new(device: &str, args: &[&std::ffi::OsStr], pause: u64) -> std::io::Result<Self> {
-        let mut child = Command::new(program("ett-train"))
-            .args(args)
-            .args(["--device", device, "--quiet"])
+    fn new(device: &[&str], args: &[&std::ffi::OsStr], pause: u64) -> std::io::Result<Self> {
+        Self::of(Command::new(program("ett-train")).args(args).args(device).arg("--quiet"), pause)
+    }
+
+    /// Starts a program that waits for `pause` milliseconds in each phase of saving.
+    pub fn of(command: &mut Command, pause: u64) -> std::io::Result<Self> {
+        let mut child = command
             .env("ETT_LOG", "warn,ett::checkpoint=debug")
             .env("ETT_SAVE_PAUSE", pause.to_string())
             .stdin(Stdio::null())
@@ -178,7 +187,7 @@ impl Running {
     }
 
     /// Waits for the `nth` line that contains `what`; false if the program ends first.
-    fn saw(&mut self, what: &str, nth: usize) -> bool {
+    pub fn saw(&mut self, what: &str, nth: usize) -> bool {
         let mut left = nth;
         while left > 0 {
             let Ok(line) = self.lines.recv_timeout(LIMIT) else { return false };
@@ -188,14 +197,14 @@ impl Running {
         true
     }
 
-    fn said(&mut self) -> String {
+    pub fn said(&mut self) -> String {
         while let Ok(line) = self.lines.recv_timeout(LIMIT) {
             self.seen.push(line);
         }
         self.seen.join("\n")
     }
 
-    fn wait(&mut self) -> ExitStatus {
+    pub fn wait(&mut self) -> ExitStatus {
         let start = Instant::now();
         loop {
             match self.child.try_wait().expect("a child can be waited for") {
@@ -207,13 +216,13 @@ impl Running {
     }
 
     /// Sends SIGKILL; true if the program had not ended by itself.
-    fn kill(&mut self) -> bool {
+    pub fn kill(&mut self) -> bool {
         let _ = self.child.kill();
         self.wait().code().is_none()
     }
 
     #[cfg(unix)]
-    fn signal(&self, signal: libc::c_int) {
+    pub fn signal(&self, signal: libc::c_int) {
         // SAFETY: sends a signal to a child that has not been waited for.
         unsafe { libc::kill(self.child.id() as libc::pid_t, signal) };
     }
@@ -227,12 +236,12 @@ impl Drop for Running {
 }
 
 /// The text after the checkpoint's name in a line of the log.
-fn phase(line: &str) -> Option<String> {
+pub fn phase(line: &str) -> Option<String> {
     let (_, rest) = line.split_once("step-")?;
     rest.split_once(": ").map(|(_, phase)| phase.to_string())
 }
 
-fn seed() -> std::result::Result<u64, Box<dyn std::error::Error>> {
+pub fn seed() -> std::result::Result<u64, Box<dyn std::error::Error>> {
     Ok(match std::env::var(SEED) {
         Ok(seed) => seed.parse()?,
         Err(_) => SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos() as u64 >> 10,
@@ -373,7 +382,7 @@ fn interrupted_runs(device: &'static str) -> Outcome {
 
 /// The program's error for a run that it does not resume.
 fn refused(out: &Path) -> std::io::Result<String> {
-    let mut running = Running::new("cpu", &["resume".as_ref(), out.as_ref()], 0)?;
+    let mut running = Running::new(&["--device", "cpu"], &["resume".as_ref(), out.as_ref()], 0)?;
     let status = running.wait();
     let said = running.said();
     assert_eq!(status.code(), Some(1), "{said}");
@@ -392,7 +401,7 @@ fn what_cannot_be_resumed_is_said() -> Outcome {
     assert!(refused(&out)?.contains("ended before its first checkpoint; remove the folder"));
     let config = place.scratch.path("config.toml");
     let args = ["run".as_ref(), "--config".as_ref(), config.as_ref(), "--out".as_ref(), out.as_ref()];
-    let mut started = Running::new("cpu", &args, 0)?;
+    let mut started = Running::new(&["--device", "cpu"], &args, 0)?;
     assert_eq!(started.wait().code(), Some(1));
     let said = started.said();
     assert!(said.contains("ended before its first checkpoint; remove the folder"), "{said}");

@@ -33,6 +33,8 @@ mod process;
 mod properties;
 mod quantizer;
 mod ranks;
+#[cfg(target_os = "linux")]
+mod ranks_runs;
 mod ranks_steps;
 mod reference;
 mod robust;

@@ -1,6 +1,6 @@
 //! Statistics over all ranks: several ranks, as threads, compute what one rank computes with all pictures.
 
-use std::sync::{Arc, Barrier, Mutex, PoisonError};
+use std::sync::Arc;
 
 use ett::autograd::{Recomputing, Tape, Var};
 use ett::backend::*;
@@ -14,109 +14,14 @@ use ett::ops::{self, BatchStats};
 use ett::tensor::Tensor;
 
 use crate::common::{Outcome, cpu, normal, tensor};
+use crate::ranks::together;
 
 const P: Precision = Precision::F64;
-const S: Stream = Stream::COMPUTE;
 const BOUNDS: Bounds = Bounds { norm: 1e-12, row: 1e-11, element: 1e-10, least: 0.0 };
-
-/// Where the ranks exchange what they have.
-struct Meeting {
-    all: Mutex<Vec<Vec<f64>>>,
-    everyone: Barrier,
-}
-
-/// One of several ranks, each a thread.
-struct Rank {
-    dev: Arc<dyn Kernels>,
-    rank: usize,
-    meeting: Arc<Meeting>,
-}
-
-impl Rank {
-    /// The values of `mine` of all ranks.
-    fn exchange(&self, mine: In) -> Result<Vec<Vec<f64>>> {
-        let bytes = self.dev.read_later(S, mine)?.wait()?;
-        let lock = || self.meeting.all.lock().unwrap_or_else(PoisonError::into_inner);
-        lock()[self.rank] = bytemuck::pod_collect_to_vec(&bytes);
-        self.meeting.everyone.wait();
-        let all = lock().clone();
-        self.meeting.everyone.wait();
-        Ok(all)
-    }
-}
-
-impl Collectives for Rank {
-    fn ranks(&self) -> usize {
-        self.meeting.all.lock().unwrap_or_else(PoisonError::into_inner).len()
-    }
-    fn rank(&self) -> usize {
-        self.rank
-    }
-    fn all_reduce(&self, s: Stream, x: Acc, how: Reduction) -> Result<()> {
-        let all = self.exchange(x.0)?;
-        let share = if how == Reduction::Mean { all.len() as f64 } else { 1.0 };
-        let sum: Vec<f64> =
-            (0..all[0].len()).map(|i| all.iter().map(|v| v[i]).sum::<f64>() / share).collect();
-        self.dev.copy_in(s, bytemuck::cast_slice(&sum), Out(x.0))
-    }
-    fn reduce_scatter(&self, _s: Stream, _x: In, _y: Out) -> Result<()> {
-        unimplemented!("no statistics need it")
-    }
-    fn all_gather(&self, s: Stream, x: In, y: Out) -> Result<()> {
-        self.dev.copy_in(s, bytemuck::cast_slice(&self.exchange(x)?.concat()), y)
-    }
-}
-
-impl Device for Rank {
-    fn name(&self) -> String {
-        format!("rank {}", self.rank)
-    }
-    fn id(&self) -> DeviceId {
-        self.dev.id()
-    }
-    fn alloc(&self, role: Role, bytes: usize) -> Result<Buffer> {
-        self.dev.alloc(role, bytes)
-    }
-    fn copy_in(&self, s: Stream, src: &[u8], dst: Out) -> Result<()> {
-        self.dev.copy_in(s, src, dst)
-    }
-    fn copy(&self, s: Stream, src: In, dst: Out) -> Result<()> {
-        self.dev.copy(s, src, dst)
-    }
-    fn read_later(&self, s: Stream, src: In) -> Result<Pending> {
-        self.dev.read_later(s, src)
-    }
-    fn collectives(&self) -> &dyn Collectives {
-        self
-    }
-    fn memory(&self) -> Memory {
-        self.dev.memory()
-    }
-}
-
-macro_rules! delegate {
-    ($($(#[$doc:meta])* $module:ident: $name:ident($args:ident<$lt:lifetime>) flop |$s:ident| $flop:expr => $fields:tt)*) => {
-        impl Kernels for Rank {
-            $(fn $name(&self, s: Stream, a: &$args<'_>) -> Result<()> {
-                self.dev.$name(s, a)
-            })*
-        }
-    };
-}
-ett::kernel_table!(delegate);
 
 /// The results of `work` on `n` ranks, of which it gets the number.
 fn ranks<R: Send>(n: usize, work: impl Fn(Arc<dyn Kernels>, usize) -> Result<R> + Sync) -> Result<Vec<R>> {
-    let all = Mutex::new(vec![Vec::new(); n]);
-    let meeting = Arc::new(Meeting { all, everyone: Barrier::new(n) });
-    std::thread::scope(|threads| {
-        let start = |rank| {
-            let (meeting, work) = (meeting.clone(), &work);
-            threads.spawn(move || work(Arc::new(Rank { dev: cpu(1), rank, meeting }), rank))
-        };
-        let all: Vec<_> = (0..n).map(start).collect();
-        all.into_iter().map(|t| t.join().expect("a rank that does not panic")).collect()
-    })
+    together(n, |group| work(Arc::new(Cpu::of(1, group.clone())?), group.rank())).into_iter().collect()
 }
 
 /// What one rank computes.
