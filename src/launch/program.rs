@@ -1,6 +1,7 @@
 //! This program, started once per rank.
 
 use std::ffi::OsString;
+use std::hash::{BuildHasher, RandomState};
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -71,10 +72,19 @@ fn place(rank: usize, ranks: usize, port: u16) -> [(&'static str, String); 6] {
     ]
 }
 
-/// A port that nobody listens at.
+/// A port that nobody listens at. It is not one that the system gives to those who ask for any, so that no other program gets
+/// it before rank 0 listens there.
 fn free_port() -> Result<u16> {
-    let socket = TcpListener::bind((HOST, 0)).and_then(|socket| socket.local_addr());
-    Ok(socket.map_err(Error::io(HOST))?.port())
+    const FIRST: u16 = 15_000;
+    const PORTS: u64 = 15_000;
+    const TRIES: u64 = 100;
+    let start = RandomState::new().hash_one(std::process::id()) % PORTS;
+    let mut ports = (0..TRIES).map(|i| FIRST + ((start + i) % PORTS) as u16);
+    let free = |port: &u16| TcpListener::bind((HOST, *port)).is_ok();
+    let taken = || {
+        Error::Rank(format!("ranks cannot meet: {TRIES} ports of {HOST} are taken; end what listens there"))
+    };
+    ports.find(free).ok_or_else(taken)
 }
 
 #[cfg(test)]
@@ -90,9 +100,11 @@ mod tests {
     }
 
     #[test]
-    fn ports_are_free() {
-        let port = free_port().expect("a port");
-        assert!(TcpListener::bind((HOST, port)).is_ok());
+    fn ports_are_none_that_systems_give_away() {
+        for _ in 0..20 {
+            let port = free_port().expect("a port");
+            assert!((15_000..30_000).contains(&port));
+        }
     }
 
     #[test]

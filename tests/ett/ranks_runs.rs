@@ -4,6 +4,7 @@
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use ett::io::Checkpoints;
@@ -91,13 +92,14 @@ fn assert_gone(ids: &[u32]) {
     }
 }
 
-/// Ports of this host that nobody listens at, `n` in a row.
-fn free_ports(n: u16) -> std::io::Result<u16> {
+/// Ports of this host that nobody listens at, `n` in a row, and none that the system or `ett-train` gives away.
+fn free_ports(n: u32) -> u16 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
     loop {
-        let first = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-        let port = first.local_addr()?.port();
-        if (1..n).all(|i| TcpListener::bind((Ipv4Addr::LOCALHOST, port.saturating_add(i))).is_ok()) {
-            return Ok(port);
+        let next = std::process::id().wrapping_mul(61).wrapping_add(NEXT.fetch_add(n, Ordering::Relaxed));
+        let first = 30_000 + (next % 2_700) as u16;
+        if (first..).take(n as usize).all(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()) {
+            return first;
         }
     }
 }
@@ -115,7 +117,7 @@ fn by_hand(place: &Place, rank: usize, ranks: usize, port: u16) -> Command {
 
 /// Two ranks that are started by hand, the second one with additional arguments.
 fn both(place: &Place, more: &[&str], pause: u64) -> std::io::Result<[Running; 2]> {
-    let port = free_ports(1)?;
+    let port = free_ports(1);
     let second = Running::of(by_hand(place, 1, 2, port).args(more), pause)?;
     Ok([Running::of(&mut by_hand(place, 0, 2, port), pause)?, second])
 }
@@ -161,7 +163,7 @@ fn ranks_that_other_programs_start_are_the_same_run() -> Outcome {
     assert_same(&place.result()?, &want, "by hand");
     std::fs::remove_dir_all(place.out())?;
     // torchrun listens at the port that it names.
-    let port = free_ports(2)?;
+    let port = free_ports(2);
     let _torchrun = TcpListener::bind((Ipv4Addr::LOCALHOST, port))?;
     let start = |rank| {
         let mut command = by_hand(&place, rank, 2, port);
@@ -180,10 +182,15 @@ fn a_signal_to_any_process_saves_once() -> Outcome {
     let want = place.finish()?;
     for to in [None, Some(1), Some(0)] {
         std::fs::remove_dir_all(place.out())?;
-        let mut running = place.start(PAUSE / 4)?;
+        let mut running = place.start(PAUSE / 2)?;
         let ranks = [0, 1].map(|rank| process(&running, rank));
         assert!(running.saw("step-00000002: begun", 1), "{}", running.said());
-        send(to.map_or(running.child.id(), |rank| ranks[rank]), libc::SIGTERM);
+        let to_whom = to.map_or(running.child.id(), |rank| ranks[rank]);
+        // Those who stop a job often send two signals at once.
+        for _ in 0..2 {
+            send(to_whom, libc::SIGTERM);
+            std::thread::sleep(Duration::from_millis(30));
+        }
         let status = running.wait();
         let said = running.said();
         assert!(status.code() == Some(0), "{to:?}, {status}: {said}");
@@ -213,11 +220,17 @@ fn a_second_signal_ends_all_at_once() -> Outcome {
     let place = Place::of(&config(2), TWO)?;
     let want = place.finish()?;
     std::fs::remove_dir_all(place.out())?;
-    let mut running = place.start(PAUSE)?;
+    let mut running = place.start(PAUSE / 4)?;
+    let ranks = [0, 1].map(|rank| process(&running, rank));
+    assert!(running.saw("step-00000002: latest replaced", 1) && running.kill(), "{}", running.said());
+    assert_gone(&ranks);
+    // Saving takes longer than the second in which two signals are one.
+    let mut running = place.start(6 * PAUSE)?;
     let ranks = [0, 1].map(|rank| process(&running, rank));
     assert!(running.saw("step-00000004: begun", 1), "{}", running.said());
     running.signal(libc::SIGINT);
     assert!(running.saw("interrupted", 1), "{}", running.said());
+    std::thread::sleep(Duration::from_millis(1100));
     running.signal(libc::SIGINT);
     assert_eq!(running.wait().code(), Some(130), "{}", running.said());
     assert_gone(&ranks);
@@ -414,7 +427,7 @@ fn ranks_that_differ_are_refused() -> Outcome {
         assert!(what.iter().all(|part| error.contains(part)), "{set}: {}", lead.1);
         assert!(!place.out().exists(), "nothing was begun");
     }
-    let port = free_ports(1)?;
+    let port = free_ports(1);
     let start = |rank, ranks| Running::of(&mut by_hand(&place, rank, ranks, port), 0);
     for (status, said) in ends([start(0, 2)?, start(1, 3)?]) {
         let wanted = ["rank 1 on host ", "as one of 3 ranks, rank 0 on host ", "same number of ranks"];
