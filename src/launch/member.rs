@@ -52,9 +52,11 @@ fn conclude(group: &Group, done: Result<()>) -> Result<ExitCode> {
     }
 }
 
-/// Whether a rank prints why another one has failed: rank 0, or if it is the one, rank 1.
+/// Whether a rank prints why another one has failed: rank 0, or if that one has ended without a word, rank 1.
 fn tells(rank: usize, why: &str) -> bool {
-    rank == usize::from(why.starts_with("rank 0 "))
+    let (of_first, said) =
+        (why.starts_with("rank 0 "), why.contains(" failed: ") || why.contains(" failed at "));
+    rank == usize::from(of_first) && !(of_first && said)
 }
 
 /// Ends the process after a while, if it has not ended by then.
@@ -89,6 +91,7 @@ mod tests {
         let tell = |why: &str| (0..4).filter(|&rank| tells(rank, why)).collect::<Vec<_>>();
         assert_eq!(tell("rank 2 on host a ended without a word at stage align, step 3"), [0]);
         assert_eq!(tell("rank 0 on host a ended without a word at stage align, step 3"), [1]);
+        assert!(tell("rank 0 on host a failed at stage align, step 3: the disk is full").is_empty());
         assert_eq!(tell("all ranks have made no progress for 60 s"), [0]);
     }
 

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::reduce::Spans;
 use super::share::{Sharing, Span, place};
-use super::shared::{Form, Kept};
+use super::shared::{Form, Kept, Places};
 use crate::autograd::{Tape, Target, Var};
 use crate::backend::{Cast, DType, Dims, Fill, Kernels, Precision, Role, Stream};
 use crate::error::{Error, Result};
@@ -529,8 +529,8 @@ impl Params {
         Some((g, at..at + n, p))
     }
 
-    /// Where this rank keeps the first `n` values of one copy of a public tensor: which values, and the tensors for them.
-    fn target(&self, name: &str, stored: Stored, n: usize) -> Result<(Vec<(Range<usize>, Tensor)>, &Public)> {
+    /// Where this rank keeps the first `n` values of one copy of a public tensor.
+    fn target(&self, name: &str, stored: Stored, n: usize) -> Result<(Places, &Public)> {
         let Some((g, at, p)) = self.elements(name) else {
             return Err(Error::arg("write_public", "name", name, "a parameter of this model"));
         };

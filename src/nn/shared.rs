@@ -64,6 +64,9 @@ impl Sharing {
     }
 }
 
+/// Where a rank keeps some values of a group: which of them, counted from the first, and the tensors for them.
+pub(super) type Places = Vec<(Range<usize>, Tensor)>;
+
 /// What a rank updates at a time.
 pub struct Slice {
     /// Master weights.
@@ -309,15 +312,14 @@ impl Params {
         Ok(values)
     }
 
-    /// Where this rank keeps some elements of a group in a tensor: which of the elements, counted from the first, and the
-    /// tensor for them.
+    /// Where this rank keeps some elements of a group in a tensor.
     pub(super) fn places(
         &self,
         g: &Store,
         tensor: &Tensor,
         form: Form,
         elements: Range<usize>,
-    ) -> Result<Vec<(Range<usize>, Tensor)>> {
+    ) -> Result<Places> {
         if form == Form::Whole {
             return Ok(vec![(0..elements.len(), at(tensor, elements)?)]);
         }

@@ -62,7 +62,7 @@ pub fn scaled(measured: Vec<(usize, Vec<Speed>)>) -> Vec<Speed> {
         for (stage, (speed, (images_per_s, median_us))) in speeds.into_iter().zip(&base).enumerate() {
             let scaling = speed.images_per_s / (ranks as f64 * images_per_s);
             let longer = (speed.median_us - median_us).max(0.0) / 1e3;
-            let hidden = speed.communication_ms.map(|alone| 1.0 - longer / alone);
+            let hidden = speed.communication_ms.map(|alone| (1.0 - longer / alone).max(0.0));
             all.push((stage, Speed { ranks, scaling, hidden, ..speed }));
         }
     }

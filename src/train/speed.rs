@@ -51,7 +51,8 @@ pub struct Speed {
     pub graph: bool,
     /// Time that the collectives of a step take alone, in ms; `None` with one rank.
     pub communication_ms: Option<f64>,
-    /// The part of it that does not make the step longer than that of one rank, if this was measured, too.
+    /// The part of it that does not make the step longer than that of one rank, if this was measured, too; 0 if the step
+    /// becomes longer by more than all of it, for other reasons.
     pub hidden: Option<f64>,
     /// The fastest other implementation in the same run.
     pub peer_images_per_s: Option<f64>,

@@ -215,6 +215,33 @@ fn a_signal_to_any_process_saves_once() -> Outcome {
     Ok(())
 }
 
+/// Files hold whole tensors, and batches are functions of the seed and the step, so that the number of ranks may change.
+#[test]
+fn a_checkpoint_of_four_ranks_is_resumed_on_any_number() -> Outcome {
+    let eight = ["--device", "cpu", "--ranks", "8"];
+    let calm = calm().replace("batch = 4", "batch = 8");
+    let mut place = Place::of(&calm, FOUR)?;
+    let want = place.finish()?;
+    std::fs::remove_dir_all(place.out())?;
+    let mut running = place.start(PAUSE / 4)?;
+    assert!(running.saw("step-00000004: latest replaced", 1), "{}", running.said());
+    send(running.child.id(), libc::SIGTERM);
+    assert!(running.wait().success(), "{}", running.said());
+    let kept = place.scratch.path("kept");
+    copy(&place.out(), &kept)?;
+    for ranks in [FOUR, ONE, TWO, &eight] {
+        place.device = ranks.to_vec();
+        let got = place.finish()?;
+        match ranks == FOUR {
+            true => assert_same(&got, &want, "four ranks again"),
+            false => assert_near(&got.lines, &want.lines, &format!("resumed with {ranks:?}")),
+        }
+        std::fs::remove_dir_all(place.out())?;
+        copy(&kept, &place.out())?;
+    }
+    Ok(())
+}
+
 #[test]
 fn a_second_signal_ends_all_at_once() -> Outcome {
     let place = Place::of(&config(2), TWO)?;

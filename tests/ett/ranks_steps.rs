@@ -119,13 +119,10 @@ fn of_many(cfg: &Config, n: usize, kind: StageKind, parts: usize) -> Result<Seen
     on_devices(cfg, n, kind, parts, &|group| Ok(Arc::new(Cpu::of(1, group.clone())?)))
 }
 
-fn on_devices(
-    cfg: &Config,
-    n: usize,
-    kind: StageKind,
-    parts: usize,
-    device: &(dyn Fn(&Arc<Group>) -> Result<Arc<dyn Kernels>> + Sync),
-) -> Result<Seen> {
+/// Opens the device of a rank.
+type Open<'a> = dyn Fn(&Arc<Group>) -> Result<Arc<dyn Kernels>> + Sync + 'a;
+
+fn on_devices(cfg: &Config, n: usize, kind: StageKind, parts: usize, device: &Open) -> Result<Seen> {
     let all = together(n, |group| -> Result<Seen> {
         let seen = device(&group).and_then(|dev| steps(cfg, dev, &group, kind, parts));
         if let Err(e) = &seen {
