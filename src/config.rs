@@ -490,7 +490,7 @@ pub struct TrainConfig {
     pub usage_window: usize,
     /// What several ranks share among them instead of keeping it whole; docs/ranks.md.
     pub shard: Shard,
-    /// Gradients that are reduced over the ranks at a time, in MiB: while the backward pass goes on with others.
+    /// MiB of gradients that are reduced over the ranks at a time, while the backward pass goes on.
     pub range_mib: f64,
     /// Seconds without progress of a rank after which the run ends. Saving, evaluation and the first step of a stage may
     /// take longer.

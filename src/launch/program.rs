@@ -50,6 +50,8 @@ impl Program {
             for (name, value) in place(rank, ranks, port) {
                 command.env(name, value);
             }
+            // It would send the ranks to another port.
+            command.env_remove("TORCHELASTIC_USE_AGENT_STORE");
             if self.silent {
                 command.stdout(Stdio::null());
             }

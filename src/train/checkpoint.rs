@@ -101,9 +101,8 @@ fn shape(model: &Ett, carried: &Carried) -> (Encoding, Vec<usize>) {
     }
 }
 
-/// Configuration keys that may change when a run is resumed, since no weight depends on them, beyond the order in which ranks add
-/// numbers up. Data may be moved, as
-/// long as they are the same, see [`check_data`].
+/// Configuration keys that may change when a run is resumed, since no weight depends on them, beyond the order in which ranks
+/// add numbers up. Data may be moved, as long as they are the same, see [`check_data`].
 const FREE: [&str; 19] = [
     "train.threads",
     "train.shard",

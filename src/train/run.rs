@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::checkpoint;
-use super::session::Session;
+use super::session::{Session, report};
 use crate::backend::Kernels;
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -107,8 +107,7 @@ pub fn run(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions) -> Result<Finish
 /// Prepares everything before the first step. The configuration is written last: its presence marks a run that has
 /// begun.
 fn begin<'a>(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions<'a>) -> Result<Session<'a>> {
-    let leads = o.group.leads();
-    if leads {
+    if o.group.leads() {
         refuse_used(o.out)?;
     }
     let mut cfg = cfg.clone();
@@ -126,9 +125,15 @@ fn begin<'a>(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions<'a>) -> Result<
         // Hosts may have them at different places.
         let name = |p: &Path| p.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let marks = paths.map(|p| Ok(format!("{}: {}", name(p), mark(p)?))).collect::<Result<Vec<_>>>()?;
-        o.group.agree("what the run starts from", &marks.join("\n"))?;
+        o.group.agree("the start weights", &marks.join("\n"))?;
     }
     let mut session = Session::new(&cfg, dev, o, &given)?;
+    fill(&mut session, &start, o).inspect_err(|e| report(&o.group, e))?;
+    Ok(session)
+}
+
+/// Loads the weights that a run starts from, and writes the first files of its folder.
+fn fill(session: &mut Session, start: &Start, o: &RunOptions) -> Result<()> {
     start.load(&mut session.model)?;
     if start.reconstructs() {
         session.progress.history.learnt.insert(Skill::Reconstruct);
@@ -137,8 +142,8 @@ fn begin<'a>(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions<'a>) -> Result<
         load_weights(&session.model.params, path)?;
         session.progress.history.start_from(path)?;
     }
-    if !leads {
-        return Ok(session);
+    if !o.group.leads() {
+        return Ok(());
     }
     if let Some(bytes) = &session.progress.tokenizer {
         let path = o.out.join(TOKENIZER);
@@ -150,8 +155,7 @@ fn begin<'a>(cfg: &Config, dev: Arc<dyn Kernels>, o: &RunOptions<'a>) -> Result<
         files::replace(&path, |f| f.put(bytes))?;
     }
     let text = config_text(&session.cfg)?;
-    files::replace(&o.out.join(CONFIG), |f| f.put(text.as_bytes()))?;
-    Ok(session)
+    files::replace(&o.out.join(CONFIG), |f| f.put(text.as_bytes())).map(drop)
 }
 
 /// Resumes an interrupted run from its last checkpoint, with the same bits as without the interruption if the number of

@@ -203,26 +203,39 @@ impl<'a> Session<'a> {
 
     /// Trains all stages, or the remaining ones after a checkpoint, and evaluates the model.
     pub fn go(mut self, from: Option<&Path>) -> Result<Finished> {
-        if let Some(folder) = from {
-            self.take_up(folder)?;
-        }
-        if let Some(at) = self.train(from)? {
+        let trained = self.train_and_save(from);
+        if let Some(at) = trained.inspect_err(|e| report(&self.group, e))? {
             return Ok(self.finished(None, Ending::Saved(at)));
         }
-        self.save_weights()?;
-        if let Err(e) = self.part() {
-            self.report(&e);
-            tracing::warn!("the weights are saved, but the evaluation failed: {e}");
-            return Ok(self.finished(None, Ending::Unevaluated { interrupted: false }));
-        }
-        if !self.group.leads() {
-            return Ok(self.nothing_left());
+        match self.part() {
+            Ok(()) if self.group.leads() => {}
+            Ok(()) => return Ok(self.nothing_left()),
+            Err(e) => {
+                report(&self.group, &e);
+                if !self.group.leads() {
+                    return Err(e);
+                }
+                tracing::warn!("the weights are saved, but the evaluation failed: {e}");
+                return Ok(self.finished(None, Ending::Unevaluated { interrupted: false }));
+            }
         }
         let (report, ending) = ended(self.evaluate()).unwrap_or_else(|e| {
             tracing::warn!("the weights are saved, but the evaluation failed: {e}");
             (None, Ending::Unevaluated { interrupted: false })
         });
         Ok(self.finished(report, ending))
+    }
+
+    /// Trains the remaining stages and saves the weights. If the run is interrupted, returns the checkpoint that was saved.
+    fn train_and_save(&mut self, from: Option<&Path>) -> Result<Option<PathBuf>> {
+        if let Some(folder) = from {
+            self.take_up(folder)?;
+        }
+        let saved = self.train(from)?;
+        if saved.is_none() {
+            self.save_weights()?;
+        }
+        Ok(saved)
     }
 
     /// Takes over the progress of a checkpoint; fails if its data or its text tokenizer differ from the run's.
@@ -242,7 +255,8 @@ impl<'a> Session<'a> {
     /// Trains the only stage without saving its weights.
     pub fn measure(mut self) -> Result<Measured> {
         self.saves = false;
-        self.train(None)?;
+        let trained = self.train(None);
+        trained.inspect_err(|e| report(&self.group, e))?;
         let (recompute, communication) = (self.model.cfg.train.recompute, self.communication);
         Ok(Measured { recompute, profiles: self.profiles, communication, replayed: self.replayed })
     }
@@ -281,7 +295,9 @@ impl<'a> Session<'a> {
             )
             .map_err(|e| e.at(name, None))
             .and_then(Running::train);
-            let trained = trained.inspect_err(|e| self.report(e)).map_err(|e| self.explain(number, e));
+            // Before it is explained, which may take long.
+            let trained =
+                trained.inspect_err(|e| report(&self.group, e)).map_err(|e| self.explain(number, e));
             let Trained { saved, communication, replayed } = trained?;
             (self.communication, self.replayed) = (communication, replayed);
             // Without the first step of the stage.
@@ -357,22 +373,14 @@ impl<'a> Session<'a> {
         Ok(self.finished(report, ending))
     }
 
-    /// Parts from the other ranks: rank 0 gets the whole model, and needs them no more. They leave before their devices end,
-    /// so that none can disturb its evaluation.
+    /// Parts from the other ranks: rank 0 gets the whole model, and needs them no more. All leave before any of them ends, so
+    /// that none can disturb its evaluation.
     fn part(&mut self) -> Result<()> {
         self.model.params.unshare()?;
         self.model.params.device().disconnect()?;
-        if !self.group.leads() {
-            self.group.leave();
-        }
+        self.group.agree("the end of the training", "")?;
+        self.group.leave();
         Ok(())
-    }
-
-    /// Tells the other ranks of an error at once: what this rank does before it ends may take long.
-    fn report(&self, e: &Error) {
-        if !matches!(e, Error::Rank(_)) && self.group.failure().is_none() {
-            self.group.fail(&e.to_string());
-        }
     }
 
     /// The end of a rank that leaves the evaluation to rank 0.
@@ -406,6 +414,13 @@ impl<'a> Session<'a> {
     fn finished(self, report: Option<Report>, ending: Ending) -> Finished {
         let (seconds, profiles) = (self.progress.seconds, self.profiles);
         Finished { model: self.model, report, seconds, profiles, ending }
+    }
+}
+
+/// Tells the other ranks of an error at once: what this rank does before it ends may take long.
+pub(super) fn report(group: &Group, e: &Error) {
+    if !matches!(e, Error::Rank(_)) && group.failure().is_none() {
+        group.fail(&e.to_string());
     }
 }
 

@@ -18,7 +18,7 @@ const PAUSE: Duration = Duration::from_micros(200);
 /// Time that the group has to say why NCCL failed.
 const GRACE: Duration = Duration::from_secs(2);
 /// Time for which a device that is closed waits for NCCL, which waits for the other ranks of the host.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How a collective shares the GPU with kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
