@@ -1189,6 +1189,7 @@ impl Config {
             ("train.warmup", train.warmup, DECAY),
             ("train.ema_decay", train.ema_decay, DECAY),
             ("train.prompt_dropout", train.prompt_dropout, SHARE),
+            ("train.range_mib", train.range_mib, MIB),
             ("sampling.temperature", sampling.temperature, AMOUNT),
             ("sampling.top_p", sampling.top_p, PROBABILITY),
             ("sampling.guidance", sampling.guidance, FACTOR),
@@ -1382,6 +1383,8 @@ const MAX_BATCH: usize = 1 << 20;
 
 /// A range of numbers, and its description in errors.
 type Allowed = (RangeInclusive<f64>, &'static str);
+/// A size in MiB.
+const MIB: Allowed = (1e-3..=1e6, "a number from 0.001 to 1e6");
 /// A constant that prevents a division by 0 or a logarithm of 0; in single precision it must not be 0 either.
 const EPS: Allowed = (1e-30..=1.0, "a number from 1e-30 to 1");
 /// A factor that enlarges or shrinks.
