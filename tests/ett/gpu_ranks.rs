@@ -7,7 +7,7 @@ use std::time::Duration;
 use ett::backend::cuda::Cuda;
 use ett::backend::{Accumulate, Add, DType, Fill, Kernels, Reduction, Role, Stream, open_of};
 use ett::error::{Error, Result};
-use ett::ranks::{Group, Place};
+use ett::ranks::Group;
 use ett::tensor::Tensor;
 
 use crate::common::{Outcome, gpu_turn, int, normal, tensor};
@@ -32,17 +32,6 @@ fn several() -> Result<Option<usize>> {
     Ok((n >= 2).then_some(n))
 }
 
-/// The groups of `n` ranks of this process.
-fn groups(n: usize) -> std::result::Result<Vec<Arc<Group>>, Box<dyn std::error::Error>> {
-    let address = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
-    let join = |rank| {
-        let (address, stall) = (address.clone(), Duration::from_secs(60));
-        move || Group::join(Place { rank, ranks: n, local: rank, address, stall })
-    };
-    let joining: Vec<_> = (0..n).map(|rank| std::thread::spawn(join(rank))).collect();
-    joining.into_iter().map(|t| Ok(t.join().map_err(|_| "a rank panicked")??)).collect()
-}
-
 /// Calls `work` in a thread for each of `n` ranks, with GPU `gpu(r)`; returns their results. A rank that fails tells the
 /// others.
 fn on_ranks<T: Send>(
@@ -50,7 +39,7 @@ fn on_ranks<T: Send>(
     gpu: fn(usize) -> usize,
     work: impl Fn(&Rank) -> Result<T> + Sync,
 ) -> std::result::Result<Vec<Result<T>>, Box<dyn std::error::Error>> {
-    let groups = groups(n)?;
+    let groups = Group::in_process(n, Duration::from_secs(60))?;
     let run = |r: usize, group: &Arc<Group>| {
         let worked = open_of(&format!("cuda:{}", gpu(r)), 0, group).and_then(|dev| {
             let rank = Rank { group: group.clone(), dev, n, r };

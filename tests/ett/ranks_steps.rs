@@ -160,8 +160,8 @@ fn equal(what: &str, got: &Seen, want: &Seen, bound: f64) {
     for (name, values) in &got.kept {
         close(name, values, &want.kept[name]);
     }
-    let sorted = |seen: &Seen| seen.idx.iter().map(|i| i.len()).collect::<Vec<_>>();
-    assert_eq!(sorted(got), sorted(want), "{what}: codes");
+    let lengths = |seen: &Seen| seen.idx.iter().map(Vec::len).collect::<Vec<_>>();
+    assert_eq!(lengths(got), lengths(want), "{what}: codes");
 }
 
 /// The codes of all ranks, in the order of the pictures, are those of one.
