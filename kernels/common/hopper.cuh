@@ -95,6 +95,10 @@ __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, ui
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
                  ::"r"(to), "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z) : "memory");
 }
+__device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, uint32_t bar, int x, int y, int z, int w) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
+                 ::"r"(to), "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+}
 // Starts the copy of `bytes` contiguous bytes (a multiple of 16, both addresses too) to shared memory.
 __device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t bar) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
@@ -110,6 +114,10 @@ __device__ __forceinline__ void tma_load_to(uint16_t blocks, uint32_t to, const 
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t from, int x, int y) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];"
                  ::"l"(map), "r"(from), "r"(x), "r"(y) : "memory");
+}
+__device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t from, int x, int y, int z, int w) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
+                 ::"l"(map), "r"(from), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }
 // Closes the group of the thread's stores; waits until all but the last N groups have been read from shared memory, or
 // (`stores_done`) written.
@@ -184,13 +192,16 @@ __device__ __forceinline__ void unpack_f16x2(float (&v)[2], uint32_t two) {
 // that. MN-major: rows are summed over, a panel has 64 of m or n: 16 rows further is step(2048); `panel`: bytes from one
 // panel of m or n to the next.
 inline constexpr uint32_t kDescHigh = 1024 / 16 | 1u << 30;
+// The same for groups of 8 rows at any distance: of pixels, a line of a tile that is wider than 8. A panel of such an operand
+// may begin at any row, as the swizzle depends on addresses alone.
+__device__ __forceinline__ constexpr uint32_t desc_high(uint32_t rows8) { return rows8 / 16 | 1u << 30; }
 __device__ __forceinline__ constexpr uint32_t step(uint32_t bytes) { return bytes / 16; }
 // In a cluster the upper bits of an address number the block; a descriptor has no place for them.
 __device__ __forceinline__ uint32_t k_major(uint32_t address) { return (address & 0x3ffff) / 16 | 1u << 16; }
 __device__ __forceinline__ uint32_t mn_major(uint32_t address, uint32_t panel) { return (address & 0x3ffff) / 16 | panel / 16 << 16; }
-__device__ __forceinline__ uint64_t descriptor(uint32_t low) {
+__device__ __forceinline__ uint64_t descriptor(uint32_t low, uint32_t high = kDescHigh) {
     uint64_t d;
-    asm("mov.b64 %0, {%1, %2};" : "=l"(d) : "r"(low), "r"(kDescHigh));
+    asm("mov.b64 %0, {%1, %2};" : "=l"(d) : "r"(low), "r"(high));
     return d;
 }
 
@@ -227,9 +238,10 @@ __device__ __forceinline__ int acc_col(int c) { return 2 * (int(threadIdx.x) % 4
                  "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" list "}, " pa ", " pb ", p, 1, 1, " pta ", " ptb ";}" \
                  : __VA_ARGS__ : "l"(a), "l"(b), "r"(int(add)), "n"(int(TA)), "n"(int(TB)))
 #define ETT_MMA_SS(...) ETT_MMA_SS_OF("bf16", __VA_ARGS__)
-template <int N, bool TA, bool TB, class T = bf16, int D> __device__ __forceinline__ void mma(float (&d)[D], uint32_t a_low, uint32_t b_low, bool add) {
+template <int N, bool TA, bool TB, class T = bf16, int D>
+__device__ __forceinline__ void mma(float (&d)[D], uint32_t a_low, uint32_t b_low, bool add, uint32_t b_high = kDescHigh) {
     static_assert((N == 64 || N == 96 || N == 128 || N == 160 || N == 192 || N == 256) && D >= N / 2);
-    const uint64_t a = descriptor(a_low), b = descriptor(b_low);
+    const uint64_t a = descriptor(a_low), b = descriptor(b_low, b_high);
     if constexpr (std::is_same_v<T, f16>) {
         static_assert(N == 64);
         ETT_MMA_SS_OF("f16", "64", ETT_D0, "%34", "%32", "%33", "%35", "%36", ETT_F32(d, 0));
