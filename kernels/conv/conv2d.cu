@@ -43,6 +43,7 @@
 // limits: coordinates below 2^28, fewer than 2^31 pixels; fewer than 2^31 elements in kh lines; fewer than 2^29 tiles.
 #include "../norm/channels.cuh"
 #include "halo.cuh"
+#include "hopper_conv.cuh"
 #include "pieces.cuh"
 
 namespace ett {
@@ -340,8 +341,10 @@ transpose_kernel(const T* w, int64_t ld, int outputs, int taps_y, int taps_x, in
 
 // ---- host ------------------------------------------------------------------------------------------------
 
-// `positions`: of all phases. `halo`, `few`, `first`: these kernels support the call; `vectors`: those of whole pieces do.
-const char* choose_conv2d_config(int64_t positions, int64_t outputs, bool vectors, bool halo, bool few, bool first, int32_t dtype, int multiprocessors) {
+// `positions`: of all phases. `hopper`, `halo`, `few`, `first`: these kernels support the call; `vectors`: those of whole pieces do.
+const char* choose_conv2d_config(int64_t positions, int64_t outputs, bool vectors, bool hopper, bool halo, bool few, bool first, int32_t dtype,
+                                 int multiprocessors) {
+    if (hopper) return "hopper";
     if (few) return "few";
     if (first && outputs > kMostOutputs) return "first";
     if (!vectors) return halo ? "halo" : "plain";
@@ -362,7 +365,13 @@ struct Fused {
     NormViews norm;            // of x, or of what `through` was read with
     const ett_view& residual;  // may be absent
     const ett_view* through;   // the input of the norm through whose gradient the results pass; null: none
-    float* partials;           // of halo_kernel; null: none
+    float* partials;           // where the sums of tiles go; null: none
+};
+
+// The implementation that ran, and the lines and columns of the tiles whose sums it wrote to `partials`; 0: none.
+struct Ran {
+    const char* kernel = "";
+    int lines = 0, across = 0;
 };
 
 // Whether first_kernel supports a product of x.
@@ -370,10 +379,22 @@ bool first_shape(const ett_view& x, int64_t taps_y, int64_t taps_x, int64_t step
     return x.dtype == ETT_BF16 && taps_y == 3 && taps_x == 3 && step == 1 && cols(x) == halo::kFewInputs;
 }
 
-// Whether an implementation is one of halo.cuh.
-bool in_tiles(const char* kernel) { return strcmp(kernel, "halo") == 0 || strcmp(kernel, "first") == 0; }
+// Lines of the tiles of hopper_conv.cuh; 0 if it does not support a product of x.
+int hopper_lines(const ett_view& x, int64_t outputs, const Layout* layouts, int64_t count, bool normed) {
+#ifdef ETT_SHIM
+    (void)x, (void)outputs, (void)layouts, (void)count, (void)normed;
+    return 0;
+#else
+    const Grid* grids[hopper_conv::kMostPhases];
+    if (count < 1 || count > hopper_conv::kMostPhases) return 0;
+    for (int64_t i = 0; i < count; ++i) grids[i] = &layouts[i].grid;
+    const int step = grids[0]->step;
+    if (x.dtype != ETT_BF16 || (normed && (step != 1 || count != 1)) || x.dims[1] < step || x.dims[2] < step) return 0;
+    return hopper_conv::lines_of(grids, int(count), x.dims[0], outputs);
+#endif
+}
 
-// The number of tiles of an image of halo_kernel and first_kernel.
+// The tiles of an image of halo_kernel and first_kernel.
 channels::Tiles halo_tiles(int64_t rows, int64_t cols) { return {rows, cols, halo::kLines, halo::kAcross}; }
 
 // Whether halo_kernel supports a product of x, as far as shapes say so.
@@ -417,10 +438,10 @@ int32_t run_tiles(const char* op, bool first, const ett_view& x, const bf16* w, 
                                                                     : go(halo::halo_kernel<128>, halo::smem_bytes<128>(g.c), 128);
 }
 
-// y = convolution of x by w, padded weights, phase by phase. `kernel`: the implementation that was chosen. Only those of
-// halo.cuh use `through` and `partials`.
+// y = convolution of x by w, padded weights, phase by phase. Only some implementations use `through` and `partials`: see
+// Ran.
 int32_t run(const char* op, Check& check, const ett_view& x, const void* w, const ett_view* bias, const ett_view& y, int64_t out_step,
-            const Layout* layouts, int64_t count, const Fused& fused, const char*& kernel, const ett_launch* l) {
+            const Layout* layouts, int64_t count, const Fused& fused, Ran& ran, const ett_launch* l) {
     const int64_t o = cols(y);
     const bool normed = !fused.through && present(fused.norm.mean), vectors = wide(x) && !normed;
     const Grid& only = layouts[0].grid;
@@ -435,10 +456,38 @@ int32_t run(const char* op, Check& check, const ett_view& x, const void* w, cons
         positions += g.positions;
         most_taps = std::max<int64_t>(most_taps, int64_t(g.taps_y) * g.taps_x);
     }
-    const char* best = choose_conv2d_config(positions, o, vectors, halo, few, first, x.dtype, multiprocessors());
-    kernel = check.choose(l, best, {{"few", few}, {"first", first}, {"halo", halo}, {"large", vectors}, {"medium", vectors}, {"small", vectors}, {"plain", true}});
+    bool hopper = false;
+#ifndef ETT_SHIM
+    const bool through = fused.through && count == 1;
+    const ett_view& extra = through ? *fused.through : fused.residual;
+    const int lines = out_step <= 2 && hopper::is_hopper() ? hopper_lines(x, o, layouts, count, normed) : 0;
+    hopper = lines > 0 && hopper_images::mappable(x) && hopper_images::mappable(y) && (!present(extra) || (hopper_images::mappable(extra) && count == 1));
+#endif
+    const char* best = choose_conv2d_config(positions, o, vectors, hopper, halo, few, first, x.dtype, multiprocessors());
+    const char* const kernel = check.choose(l, best, {{"hopper", hopper}, {"few", few}, {"first", first}, {"halo", halo}, {"large", vectors},
+                                                      {"medium", vectors}, {"small", vectors}, {"plain", true}});
     if (!check.ok()) return check.status();
-    if (in_tiles(kernel)) return run_tiles(op, strcmp(kernel, "first") == 0, x, static_cast<const bf16*>(w) + layouts[0].w, bias, y, only, fused, l);
+    ran.kernel = kernel;
+#ifndef ETT_SHIM
+    if (strcmp(kernel, "hopper") == 0) {
+        hopper_conv::Request r{};
+        r.x = x, r.y = y, r.parts = int(count), r.out_step = out_step;
+        for (int64_t i = 0; i < count; ++i) {
+            const Layout& at = layouts[i];
+            r.part[i] = {&at.grid, static_cast<const bf16*>(w) + at.w, padded<bf16>(at.grid.depth()), at.first_y, at.first_x};
+        }
+        if (normed || through) r.norm = input_norm<bf16>(fused.norm, through ? o : cols(x));
+        r.bias = bias ? data<const bf16>(*bias) : nullptr;
+        r.extra = extra, r.through = through;
+        if (count == 1 && (through || !fused.through)) r.partials = fused.partials;
+        if (r.partials) ran.lines = lines, ran.across = hopper_images::kAcross;
+        return hopper_conv::run(op, r, l);
+    }
+#endif
+    if (strcmp(kernel, "halo") == 0 || strcmp(kernel, "first") == 0) {
+        if (fused.partials) ran.lines = halo::kLines, ran.across = halo::kAcross;
+        return run_tiles(op, strcmp(kernel, "first") == 0, x, static_cast<const bf16*>(w) + layouts[0].w, bias, y, only, fused, l);
+    }
     return with_act(x.dtype, [&](auto t) {
         using T = decltype(t);
         for (int64_t first = 0; first < count; first += kPhases) {
@@ -542,19 +591,55 @@ int64_t weights_bytes(const ett_conv2d_bwd_data_args* a) {
     });
 }
 
+// The phases of a call. Pixels of rows y, y + stride, ... of dx meet the taps of rows first, first + stride, ...; the last of
+// these lies on row at_y of dy.
+struct Phases {
+    Layout layout[kPhases];
+    int64_t count = 0;
+};
+Phases phases_of(const ett_conv2d_fwd_args* a) {
+    const Taps taps{a->w.dims[1], a->w.dims[2], a->stride, -a->pad_top, -a->pad_left};
+    return {{{grid_of(a->x, a->y.dims[1], a->y.dims[2], taps), 0, 0, 0}}, 1};
+}
+// Phase (y, x) of dx.
+Layout phase_of(const ett_conv2d_bwd_data_args* a, int64_t y, int64_t x) {
+    const int64_t step = a->stride, taps_y = a->w.dims[1], taps_x = a->w.dims[2];
+    const int first_y = int((y + a->pad_top) % step), first_x = int((x + a->pad_left) % step);
+    const int64_t ny = taps_of(int(taps_y), first_y, int(step)), nx = taps_of(int(taps_x), first_x, int(step));
+    const int64_t at_y = (y + a->pad_top - first_y) / step - std::max<int64_t>(ny - 1, 0);
+    const int64_t at_x = (x + a->pad_left - first_x) / step - std::max<int64_t>(nx - 1, 0);
+    const int64_t begin = ny * nx == 0 ? 0 : with_act(a->w.dtype, [&](auto t) {
+        return phase_begin<decltype(t)>(int(taps_y), int(taps_x), first_y, first_x, int(step), int(a->w.dims[3]), int(a->w.dims[0]));
+    });
+    return {grid_of(a->dy, ceil_div(a->dx.dims[1] - y, step), ceil_div(a->dx.dims[2] - x, step), {ny, nx, 1, at_y, at_x}), begin, int(y), int(x)};
+}
+
+// The tiles of an image of hopper_conv.cuh in a call of one phase; none if it does not support the call.
+channels::Tiles hopper_tiles(const ett_view& x, const ett_view& y, const Layout& layout, bool normed) {
+#ifdef ETT_SHIM
+    const int lines = 0;
+    (void)x, (void)layout, (void)normed;
+#else
+    const int lines = hopper::plan_hopper() ? hopper_lines(x, cols(y), &layout, 1, normed) : 0;
+#endif
+    return {y.dims[1], y.dims[2], lines, lines > 0 ? 8 : 0};
+}
+
 // Bytes of what follows the weights: partial sums of statistics, for any implementation.
 int64_t sums_bytes(const ett_conv2d_fwd_args* a) {
     if (!present(a->y_mean)) return 0;
     const channels::Planes s = planes(a);
-    const bool in_tiles = halo_shape(a->x, a->w.dims[0], a->w.dims[1], a->w.dims[2], a->stride) || first_shape(a->x, a->w.dims[1], a->w.dims[2], a->stride);
-    const int64_t of_tiles = in_tiles ? s.b * halo_tiles(a->y.dims[1], a->y.dims[2]).count * 2 * s.c * int64_t(sizeof(float)) : 0;
-    return std::max(channels::partials_bytes(s, a->y.dtype), of_tiles);
+    int64_t tiles = hopper_tiles(a->x, a->y, phases_of(a).layout[0], present(a->mean)).count;
+    if (halo_shape(a->x, a->w.dims[0], a->w.dims[1], a->w.dims[2], a->stride) || first_shape(a->x, a->w.dims[1], a->w.dims[2], a->stride))
+        tiles = std::max<int64_t>(tiles, halo_tiles(a->y.dims[1], a->y.dims[2]).count);
+    return std::max(channels::partials_bytes(s, a->y.dtype), s.b * tiles * 2 * s.c * int64_t(sizeof(float)));
 }
 int64_t sums_bytes(const ett_conv2d_bwd_data_args* a) {
     if (!present(a->x) || numel(a->dx) == 0) return 0;
     const channels::Planes s = planes(a);
-    const int64_t of_tiles = first_shape(a->dy, a->w.dims[1], a->w.dims[2], a->stride) ? channels::BackwardSpace::bytes(s, halo_tiles(a->dx.dims[1], a->dx.dims[2]).count) : 0;
-    return std::max(channels::backward_bytes(s, a->dx.dtype), of_tiles);
+    int64_t tiles = a->stride == 1 ? hopper_tiles(a->dy, a->dx, phase_of(a, 0, 0), false).count : 0;
+    if (first_shape(a->dy, a->w.dims[1], a->w.dims[2], a->stride)) tiles = std::max<int64_t>(tiles, halo_tiles(a->dx.dims[1], a->dx.dims[2]).count);
+    return std::max(channels::backward_bytes(s, a->dx.dtype), tiles > 0 ? channels::BackwardSpace::bytes(s, tiles) : 0);
 }
 
 template <class A> int64_t bytes_of(const A* a) { return round_up(weights_bytes(a), 256) + sums_bytes(a); }
@@ -601,16 +686,15 @@ extern "C" int32_t ett_conv2d_fwd(const ett_conv2d_fwd_args* a, const ett_launch
         });
         if (status != ETT_OK) return status;
     }
-    const Taps taps{a->w.dims[1], a->w.dims[2], a->stride, -a->pad_top, -a->pad_left};
-    const Layout whole{grid_of(a->x, a->y.dims[1], a->y.dims[2], taps), 0, 0, 0};
     float* const partials = present(a->y_mean) ? reinterpret_cast<float*>(sums) : nullptr;
-    const char* kernel;
-    int32_t status = run(op, check, a->x, w, present(a->bias) ? &a->bias : nullptr, a->y, 1, &whole, 1, {norm_of(a), a->residual, nullptr, partials}, kernel, l);
+    Ran ran;
+    int32_t status =
+        run(op, check, a->x, w, present(a->bias) ? &a->bias : nullptr, a->y, 1, phases_of(a).layout, 1, {norm_of(a), a->residual, nullptr, partials}, ran, l);
     if (status == ETT_OK && present(a->y_mean))
-        status = !in_tiles(kernel)
-                     ? statistics()
-                     : channels::launch_join(op, planes(a), halo_tiles(a->y.dims[1], a->y.dims[2]), partials, a->y_mean, a->y_rstd, false, a->eps, l);
-    return status == ETT_OK ? ett_done(kernel) : status;
+        status = ran.lines == 0 ? statistics()
+                                : channels::launch_join(op, planes(a), {a->y.dims[1], a->y.dims[2], ran.lines, ran.across}, partials, a->y_mean, a->y_rstd,
+                                                        false, a->eps, l);
+    return status == ETT_OK ? ett_done(ran.kernel) : status;
 }
 
 extern "C" int32_t ett_conv2d_bwd_data(const ett_conv2d_bwd_data_args* a, const ett_launch* l) {
@@ -631,49 +715,39 @@ extern "C" int32_t ett_conv2d_bwd_data(const ett_conv2d_bwd_data_args* a, const 
         });
         if (status != ETT_OK) return status;
     }
-    // Pixels of rows y, y + stride, ... meet the taps of rows first, first + stride, ...; the last of these lies on row
-    // at_y of dy.
     const int64_t h = a->dx.dims[1], wd = a->dx.dims[2];
-    const auto begin = [&](int first_y, int first_x) {
-        return with_act(a->w.dtype, [&](auto t) { return phase_begin<decltype(t)>(taps_y, taps_x, first_y, first_x, step, c, o); });
-    };
     const bool through = present(a->x);
-    const channels::Planes s = through ? planes(a) : channels::Planes{};
-    const channels::Tiles tiles = halo_tiles(h, wd);
     void* const sums = static_cast<unsigned char*>(l->workspace) + round_up(weights_bytes(a), 256);
-    const channels::BackwardSpace space(sums, s, tiles.count);
     const ett_view none{};
-    const Fused fused{norm_of(a), none, through ? &a->x : nullptr, space.partials};
+    const Fused fused{norm_of(a), none, through ? &a->x : nullptr, static_cast<float*>(sums)};
     const Fused plain{{none, none, none, none}, none, nullptr, nullptr};
-    const char* kernel = "";
-    Layout layouts[kPhases];
-    int64_t count = 0;
+    Ran ran;
+    Phases phases;
     for (int64_t y = 0; y < std::min<int64_t>(step, h); ++y) {
         for (int64_t x = 0; x < std::min<int64_t>(step, wd); ++x) {
-            const int first_y = int((y + a->pad_top) % step), first_x = int((x + a->pad_left) % step);
-            const int64_t ny = taps_of(taps_y, first_y, step), nx = taps_of(taps_x, first_x, step);
-            const int64_t at_y = (y + a->pad_top - first_y) / step - std::max<int64_t>(ny - 1, 0);
-            const int64_t at_x = (x + a->pad_left - first_x) / step - std::max<int64_t>(nx - 1, 0);
-            layouts[count++] = {grid_of(a->dy, ceil_div(h - y, step), ceil_div(wd - x, step), {ny, nx, 1, at_y, at_x}),
-                                ny * nx > 0 ? begin(first_y, first_x) : 0, int(y), int(x)};
+            phases.layout[phases.count++] = phase_of(a, y, x);
             const bool last = y + 1 == std::min<int64_t>(step, h) && x + 1 == std::min<int64_t>(step, wd);
-            if (count < kPhases && !last) continue;
-            const int32_t status = run(op, check, a->dy, l->workspace, present(a->bias) ? &a->bias : nullptr, a->dx, step, layouts, count, through ? fused : plain, kernel, l);
+            if (phases.count < kPhases && !last) continue;
+            const int32_t status = run(op, check, a->dy, l->workspace, present(a->bias) ? &a->bias : nullptr, a->dx, step, phases.layout, phases.count,
+                                       through ? fused : plain, ran, l);
             if (status != ETT_OK) return status;
-            count = 0;
+            phases.count = 0;
         }
     }
-    if (!through) return ett_done(kernel);
+    if (!through) return ett_done(ran.kernel);
+    const channels::Planes s = planes(a);
     const bool is_wide = wide(a->x) && wide(a->dx) && wide(a->skip);
     const int32_t status = with_act(a->dx.dtype, [&](auto t) {
         using T = decltype(t);
         const channels::Scale<T> scale{data<const T>(a->gamma), data<const T>(a->beta), data<const float>(a->mean), data<const float>(a->rstd), 0.f, false};
-        if (!in_tiles(kernel))
+        if (ran.lines == 0)
             return channels::launch_backward<T>(op, is_wide, s, a->dx, a->x, a->skip, a->dx, a->dgamma, a->dbeta, scale, true, channels::Silu{}, sums, l);
         // dx holds the gradient of SiLU's input, and the sums of the tiles are known.
-        const int32_t status = channels::launch_means<T>(op, s, space, tiles.count, scale.w, true, a->dgamma, a->dbeta, l);
+        const int tiles = channels::Tiles(h, wd, ran.lines, ran.across).count;
+        const channels::BackwardSpace space(sums, s, tiles);
+        const int32_t status = channels::launch_means<T>(op, s, space, tiles, scale.w, true, a->dgamma, a->dbeta, l);
         if (status != ETT_OK) return status;
         return channels::launch_dx<T>(op, is_wide, s, a->dx, a->x, a->skip, a->dx, scale, space.means, channels::Leaky{1.f}, l);
     });
-    return status == ETT_OK ? ett_done(kernel) : status;
+    return status == ETT_OK ? ett_done(ran.kernel) : status;
 }
