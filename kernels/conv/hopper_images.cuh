@@ -51,10 +51,13 @@ struct PieceNorm {
 };
 
 // Replaces a box of pixels, whose first is (y, x) of an image of h x w, by their activations; pixels outside of the image
-// stay 0. The threads of a warpgroup: thread t has piece t % 8, whose channels `norm` is for, of every 16th pixel.
-__device__ __forceinline__ void activate_box(unsigned char* box, int lines, int across, int y, int x, int h, int w, const PieceNorm& norm) {
-    constexpr int kAtOnce = kWarpgroup / 8, kTogether = 4;
-    const int thread = int(threadIdx.x) % kWarpgroup, piece = thread % 8, pixels = lines * across;
+// stay 0. THREADS threads, a warpgroup or other warps: thread t has piece t % 8, whose channels `norm` is for, of every
+// (THREADS / 8)th pixel.
+template <int THREADS = kWarpgroup>
+__device__ __forceinline__ void activate_box(unsigned char* box, int lines, int across, int y, int x, int h, int w, const PieceNorm& norm,
+                                             int thread = int(threadIdx.x) % kWarpgroup) {
+    constexpr int kAtOnce = THREADS / 8, kTogether = 4;
+    const int piece = thread % 8, pixels = lines * across;
     const bool whole = y >= 0 && x >= 0 && y + lines <= h && x + across <= w;
     for (int first = thread / 8; first < pixels; first += kAtOnce * kTogether) {
         Vec<bf16, 8> v[kTogether];
