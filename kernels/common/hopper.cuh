@@ -231,30 +231,30 @@ __device__ __forceinline__ int acc_col(int c) { return 2 * (int(threadIdx.x) % 4
 #define ETT_F32(d, i) ETT_F16(d, i), ETT_F16(d, i + 16)
 #define ETT_F64(d, i) ETT_F32(d, i), ETT_F32(d, i + 32)
 
-// d += a b, or d = a b if not `add`: a 64 x 16, b 16 x N, d as the first N / 2 of D floats a thread. Both operands in shared
-// memory, TA and TB: MN-major. T: bf16, or f16 for N = 64.
+// d += a b, or d = a b if not `add`: a 64 x 16, b 16 x N, d as N / 2 of D floats a thread, from number FIRST on. Both operands in
+// shared memory, TA and TB: MN-major. T: bf16, or f16 for N = 64.
 #define ETT_MMA_SS_OF(type, n, list, p, pa, pb, pta, ptb, ...)                                                                       \
     asm volatile("{.reg .pred p; setp.ne.b32 p, " p ", 0;\n"                                                                         \
                  "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" list "}, " pa ", " pb ", p, 1, 1, " pta ", " ptb ";}" \
                  : __VA_ARGS__ : "l"(a), "l"(b), "r"(int(add)), "n"(int(TA)), "n"(int(TB)))
 #define ETT_MMA_SS(...) ETT_MMA_SS_OF("bf16", __VA_ARGS__)
-template <int N, bool TA, bool TB, class T = bf16, int D>
+template <int N, bool TA, bool TB, class T = bf16, int FIRST = 0, int D>
 __device__ __forceinline__ void mma(float (&d)[D], uint32_t a_low, uint32_t b_low, bool add, uint32_t b_high = kDescHigh) {
-    static_assert((N == 64 || N == 96 || N == 128 || N == 160 || N == 192 || N == 256) && D >= N / 2);
+    static_assert((N == 64 || N == 96 || N == 128 || N == 160 || N == 192 || N == 256) && D >= FIRST + N / 2);
     const uint64_t a = descriptor(a_low), b = descriptor(b_low, b_high);
     if constexpr (std::is_same_v<T, f16>) {
         static_assert(N == 64);
-        ETT_MMA_SS_OF("f16", "64", ETT_D0, "%34", "%32", "%33", "%35", "%36", ETT_F32(d, 0));
+        ETT_MMA_SS_OF("f16", "64", ETT_D0, "%34", "%32", "%33", "%35", "%36", ETT_F32(d, FIRST));
         return;
     }
-    if constexpr (N == 64) ETT_MMA_SS("64", ETT_D0, "%34", "%32", "%33", "%35", "%36", ETT_F32(d, 0));
-    if constexpr (N == 96) ETT_MMA_SS("96", ETT_D0 "," ETT_D32_HALF, "%50", "%48", "%49", "%51", "%52", ETT_F32(d, 0), ETT_F16(d, 32));
-    if constexpr (N == 128) ETT_MMA_SS("128", ETT_D0 "," ETT_D32, "%66", "%64", "%65", "%67", "%68", ETT_F64(d, 0));
+    if constexpr (N == 64) ETT_MMA_SS("64", ETT_D0, "%34", "%32", "%33", "%35", "%36", ETT_F32(d, FIRST));
+    if constexpr (N == 96) ETT_MMA_SS("96", ETT_D0 "," ETT_D32_HALF, "%50", "%48", "%49", "%51", "%52", ETT_F32(d, FIRST), ETT_F16(d, FIRST + 32));
+    if constexpr (N == 128) ETT_MMA_SS("128", ETT_D0 "," ETT_D32, "%66", "%64", "%65", "%67", "%68", ETT_F64(d, FIRST));
     if constexpr (N == 160)
-        ETT_MMA_SS("160", ETT_D0 "," ETT_D32 "," ETT_D64_HALF, "%82", "%80", "%81", "%83", "%84", ETT_F64(d, 0), ETT_F16(d, 64));
-    if constexpr (N == 192) ETT_MMA_SS("192", ETT_D0 "," ETT_D32 "," ETT_D64, "%98", "%96", "%97", "%99", "%100", ETT_F64(d, 0), ETT_F32(d, 64));
+        ETT_MMA_SS("160", ETT_D0 "," ETT_D32 "," ETT_D64_HALF, "%82", "%80", "%81", "%83", "%84", ETT_F64(d, FIRST), ETT_F16(d, FIRST + 64));
+    if constexpr (N == 192) ETT_MMA_SS("192", ETT_D0 "," ETT_D32 "," ETT_D64, "%98", "%96", "%97", "%99", "%100", ETT_F64(d, FIRST), ETT_F32(d, FIRST + 64));
     if constexpr (N == 256)
-        ETT_MMA_SS("256", ETT_D0 "," ETT_D32 "," ETT_D64 "," ETT_D96, "%130", "%128", "%129", "%131", "%132", ETT_F64(d, 0), ETT_F64(d, 64));
+        ETT_MMA_SS("256", ETT_D0 "," ETT_D32 "," ETT_D64 "," ETT_D96, "%130", "%128", "%129", "%131", "%132", ETT_F64(d, FIRST), ETT_F64(d, FIRST + 64));
 }
 // The same with a in registers: a[0] holds (r, c..c+1), a[1] (r+8, c..), a[2] (r, c+8..), a[3] (r+8, c+8..) for the r
 // and c of acc_row(0) and acc_col(0): neighbouring accumulators, rounded in pairs, are the fragments of their columns.

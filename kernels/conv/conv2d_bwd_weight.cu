@@ -14,20 +14,25 @@
 // A product over the positions of dy^T and the column matrix of x (gather.cuh). The positions are divided into parts,
 // whose sums go to the workspace and are added in order. db is a col_sum of dy.
 //
-// "large": pixels of x and dy are whole 16-byte pieces. "narrow": x is gathered element by element, in tiles of few
+// "hopper" (hopper_weight.cuh): 3x3 and 4x4, stride 1 or 2, bf16 on Hopper, pixels of whole 16-byte pieces: wgmma on tiles of
+// positions of dy and boxes of the pixels that they see, copied by TMA, and db from the same tiles. Chosen from 32 outputs and 32
+// channels on. "large": pixels of x and dy are whole 16-byte pieces. "narrow": x is gathered element by element, in tiles of few
 // columns; for C = 3, where dy is read once, and for any other layout. "exchanged": for few outputs (O = 3) and stride 1,
 // x^T times the column matrix of dy, taps reversed, so that x is read once. "halo": 3x3, stride 1, bf16, 32 channels with all
 // taps at a time: tiles of positions of dy and the pixels that they see, and db from the same tiles. A normalised x is formed
-// in shared memory by "halo" and "exchanged", element by element by "narrow".
+// in shared memory by "hopper", "halo" and "exchanged", element by element by "narrow".
 //
 // numerics: products are summed in f32 (f32: fused multiply-adds, no TF32) in ascending order of the positions of a part;
 // then the parts: every eighth in order, and the eight sums in order; then the old value is added. The parts depend only
-// on the shape and the number of multiprocessors: bitwise repeatable. "exchanged" and "halo" multiply pixels of x that no output
-// uses by 0, so that a non-finite value there makes dw NaN.
-// workspace: the sums of all parts, at most those of two rounds of blocks, or one part.
+// on the shape and the number of multiprocessors: bitwise repeatable. "hopper" takes the positions tile by tile, 16 at a time, which
+// the tensor cores add in an order of their own, and forms db in f32 from fixed shares of each tile. "exchanged", "halo" and "hopper"
+// multiply pixels of x that no output uses by 0, so that a non-finite value there makes dw NaN.
+// workspace: the sums of all parts, at most those of two rounds of blocks, or one part; "hopper" and "halo": and those for db.
 // work: 2*B*H'*W'*O*kh*kw*C FLOP; (B*H*W*C + B*H'*W'*O) * size + 8*O*kh*kw*C bytes; db reads dy once more.
-// limits: those of conv2d_fwd.
+// limits: those of conv2d_fwd; "hopper" requires C and O to be multiples of 8, at least as many lines and columns of x as the
+// stride, and for a normalised x a 3x3 kernel of stride 1.
 #include "halo.cuh"
+#include "hopper_weight.cuh"
 #include "pieces.cuh"
 
 namespace ett {
@@ -316,9 +321,13 @@ __global__ void __launch_bounds__(kAddThreads) add_kernel(const __grid_constant_
 
 // ---- host ------------------------------------------------------------------------------------------------
 
-// `vectors`: pixels of x and dy are whole 16-byte pieces, and x is not normalised. `halo`: halo_grad_kernel supports the
-// call. `exchangeable`: as few outputs as "exchanged" is for, and stride 1.
-const char* choose_conv2d_bwd_weight_config(int64_t outputs, int64_t channels, bool vectors, bool halo, bool exchangeable) {
+// Fewest outputs and channels that "hopper" is chosen for: half of its tiles.
+constexpr int kHopperLeast = 32;
+
+// `vectors`: pixels of x and dy are whole 16-byte pieces, and x is not normalised. `hopper`, `halo`: "hopper" and
+// halo_grad_kernel support the call. `exchangeable`: as few outputs as "exchanged" is for, and stride 1.
+const char* choose_conv2d_bwd_weight_config(int64_t outputs, int64_t channels, bool vectors, bool hopper, bool halo, bool exchangeable) {
+    if (hopper && outputs >= kHopperLeast && channels >= kHopperLeast) return "hopper";
     if (exchangeable && channels > 8) return "exchanged";
     if (halo && (outputs > kHaloRows / 2 || !vectors)) return "halo";  // whose tiles are of kHaloRows outputs
     return vectors ? "large" : "narrow";
@@ -340,8 +349,10 @@ struct Sizes {
     int64_t rows, cols, ld, row_tiles, col_tiles, steps, parts;
 
     Sizes(int64_t rows_of_sums, int64_t cols_of_sums, int64_t positions, int tile_rows, int tile_cols, int depth, int resident)
-        : rows(rows_of_sums), cols(cols_of_sums), ld(round_up(cols, 4)), row_tiles(ceil_div(rows, tile_rows)), col_tiles(ceil_div(cols, tile_cols)),
-          steps(ceil_div(positions, depth)), parts(choose_parts(row_tiles * col_tiles, steps, int64_t(multiprocessors()) * resident)) {}
+        : Sizes(rows_of_sums, cols_of_sums, ceil_div(rows_of_sums, tile_rows), ceil_div(cols_of_sums, tile_cols), ceil_div(positions, depth), resident) {}
+    Sizes(int64_t rows_of_sums, int64_t cols_of_sums, int64_t tiles_down, int64_t tiles_across, int64_t all_steps, int resident)
+        : rows(rows_of_sums), cols(cols_of_sums), ld(round_up(cols, 4)), row_tiles(tiles_down), col_tiles(tiles_across), steps(all_steps),
+          parts(choose_parts(row_tiles * col_tiles, steps, int64_t(multiprocessors()) * resident)) {}
     int64_t bytes() const { return parts * rows * ld * 4; }
 };
 
@@ -366,6 +377,12 @@ bool halo_shape(const ett_conv2d_bwd_weight_args* a) {
 Sizes sizes_of(const ett_conv2d_bwd_weight_args* a, const char* kernel) {
     const int64_t *d = a->dw.dims, taps = d[1] * d[2];
     const int depth = a->x.dtype == ETT_BF16 ? 32 : 16;
+#ifndef ETT_SHIM
+    if (strcmp(kernel, "hopper") == 0) {
+        const hopper_weight::Tiles t = hopper_weight::tiles_of(a);
+        return {d[0], taps * d[3], t.row_tiles, t.col_tiles, t.all, 1};
+    }
+#endif
     if (strcmp(kernel, "halo") == 0)
         return {d[0], taps * d[3], halo_tiles(a) * halo::kPositions, kHaloRows, halo::kTaps * halo::kDepth, halo::kPositions, 1};
     if (strcmp(kernel, "large") == 0) return {d[0], taps * d[3], rows(a->dy), 128, a->x.dtype == ETT_BF16 ? 128 : 64, depth, 2};
@@ -386,18 +403,21 @@ bool no_weights(const ett_conv2d_bwd_weight_args* a) { return numel(a->dw) == 0 
 
 ett_col_sum_args bias_args(const ett_conv2d_bwd_weight_args* a) { return {a->dy, a->db}; }
 
-// Bytes of the sums of "halo" for the gradient of the bias, which follow those for the weights.
-int64_t halo_bias_bytes(const ett_conv2d_bwd_weight_args* a, const Sizes& s) {
+// Whether an implementation has the gradient of the bias from its tiles of dy.
+bool bias_in_tiles(const char* kernel) { return strcmp(kernel, "hopper") == 0 || strcmp(kernel, "halo") == 0; }
+
+// Bytes of the sums of such an implementation for the gradient of the bias, which follow those for the weights.
+int64_t tile_bias_bytes(const ett_conv2d_bwd_weight_args* a, const Sizes& s) {
     return present(a->db) ? s.parts * s.col_tiles * s.rows * int64_t(sizeof(float)) : 0;
 }
 
 // Bytes of workspace of an implementation.
 int64_t bytes_of(const ett_conv2d_bwd_weight_args* a, const char* kernel) {
     const Sizes s = sizes_of(a, kernel);
-    return s.bytes() + (strcmp(kernel, "halo") == 0 ? halo_bias_bytes(a, s) : 0);
+    return s.bytes() + (bias_in_tiles(kernel) ? tile_bias_bytes(a, s) : 0);
 }
 
-// The workspace of the gradient of the bias, which comes before that of the weights; "halo" has it from the tiles of dy.
+// The workspace of the gradient of the bias, if it comes before that of the weights and not from tiles of dy.
 int64_t bias_bytes(const ett_conv2d_bwd_weight_args* a) {
     const ett_col_sum_args sum = bias_args(a);
     return present(a->db) ? ett_col_sum_workspace(&sum) : 0;
@@ -417,6 +437,9 @@ extern "C" int64_t ett_conv2d_bwd_weight_workspace(const ett_conv2d_bwd_weight_a
     // Which implementations there are depends on addresses.
     most = std::max({most, bytes_of(a, "large"), bytes_of(a, "narrow")});
     if (halo_shape(a)) most = std::max(most, bytes_of(a, "halo"));
+#ifndef ETT_SHIM
+    if (hopper::plan_hopper() && hopper_weight::shape_fits(a)) most = std::max(most, bytes_of(a, "hopper"));
+#endif
     return exchangeable(a) ? std::max(most, bytes_of(a, "exchanged")) : most;
 }
 
@@ -428,11 +451,16 @@ extern "C" int32_t ett_conv2d_bwd_weight(const ett_conv2d_bwd_weight_args* a, co
     if (!sound(check, a)) return check.status();
     const bool vectors = wide(a->x) && wide(a->dy) && !present(a->mean);
     const bool able = halo_shape(a) && wide(a->x) && wide(a->dy);
-    const char* best = choose_conv2d_bwd_weight_config(a->dw.dims[0], a->dw.dims[3], vectors, able, exchangeable(a));
-    const char* kernel = check.choose(l, best, {{"exchanged", exchangeable(a)}, {"halo", able}, {"large", vectors}, {"narrow", true}});
+#ifdef ETT_SHIM
+    const bool hopper_able = false;
+#else
+    const bool hopper_able = hopper_weight::can(a) && hopper::is_hopper();
+#endif
+    const char* best = choose_conv2d_bwd_weight_config(a->dw.dims[0], a->dw.dims[3], vectors, hopper_able, able, exchangeable(a));
+    const char* kernel =
+        check.choose(l, best, {{"hopper", hopper_able}, {"exchanged", exchangeable(a)}, {"halo", able}, {"large", vectors}, {"narrow", true}});
     if (!check.ok()) return check.status();
-    const bool none = no_weights(a);
-    const bool in_tiles = !none && strcmp(kernel, "halo") == 0;
+    const bool none = no_weights(a), in_tiles = !none && bias_in_tiles(kernel);
     if (!check.workspace(l, std::max(in_tiles ? 0 : bias_bytes(a), none ? 0 : bytes_of(a, kernel)))) return check.status();
     if (present(a->db) && !in_tiles) {
         const ett_col_sum_args sum = bias_args(a);
@@ -451,13 +479,20 @@ extern "C" int32_t ett_conv2d_bwd_weight(const ett_conv2d_bwd_weight_args* a, co
                                 : Taps{d[1], d[2], a->stride, -a->pad_top, -a->pad_left};
     float* const sums = static_cast<float*>(l->workspace);
     if (in_tiles) {
-        const int64_t down = ceil_div(a->dy.dims[1], halo::kLines), across = ceil_div(a->dy.dims[2], halo::kAcross);
         float* const bias_sums = present(a->db) ? sums + s.parts * s.rows * s.ld : nullptr;
-        const HaloProduct p{grid_of(a->x, a->dy.dims[1], a->dy.dims[2], taps), data<const bf16>(a->x), input_norm<bf16>(norm_of(a), cols(a->x)),
-                            data<const bf16>(a->dy), stride(a->dy), sums, bias_sums, s.ld, int(d[0]), int(s.row_tiles), int(s.col_tiles), int(s.parts),
-                            int(down), int(across), int(halo_tiles(a))};
-        auto go = [&](auto k) { return launch(op, k, dim3(unsigned(blocks)), dim3(kHaloThreads), kHaloSmem, l, p); };
-        int32_t status = p.norm.present() ? go(halo_grad_kernel<true>) : go(halo_grad_kernel<false>);
+        auto halo = [&] {
+            const int64_t down = ceil_div(a->dy.dims[1], halo::kLines), across = ceil_div(a->dy.dims[2], halo::kAcross);
+            const HaloProduct p{grid_of(a->x, a->dy.dims[1], a->dy.dims[2], taps), data<const bf16>(a->x), input_norm<bf16>(norm_of(a), cols(a->x)),
+                                data<const bf16>(a->dy), stride(a->dy), sums, bias_sums, s.ld, int(d[0]), int(s.row_tiles), int(s.col_tiles),
+                                int(s.parts), int(down), int(across), int(halo_tiles(a))};
+            auto go = [&](auto k) { return launch(op, k, dim3(unsigned(blocks)), dim3(kHaloThreads), kHaloSmem, l, p); };
+            return p.norm.present() ? go(halo_grad_kernel<true>) : go(halo_grad_kernel<false>);
+        };
+#ifdef ETT_SHIM
+        int32_t status = halo();
+#else
+        int32_t status = strcmp(kernel, "hopper") == 0 ? hopper_weight::run(op, a, s.parts, s.ld, sums, bias_sums, l) : halo();
+#endif
         const Added weights{sums, s.rows, s.ld, s.parts, data<float>(a->dw), stride(a->dw), numel(a->dw), int(d[0]), int(d[1] * d[2]), int(d[3]), false};
         if (status == ETT_OK) status = launch(op, add_kernel, dim3(unsigned(ceil_div(numel(a->dw), 32))), dim3(kAddThreads), 0, l, weights);
         // As one row of one tap.
