@@ -128,6 +128,20 @@ template <int N> __device__ __forceinline__ void stores_done() { asm volatile("c
 __device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
+// Loads or stores 16 or 8 bytes of shared memory. Loads stay in the order in which they are written, so that several are under
+// way before the first is used.
+__device__ __forceinline__ void load_shared(uint32_t (&v)[4], uint32_t from) {
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(from) : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t to, const uint32_t (&v)[4]) {
+    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+}
+__device__ __forceinline__ void load_shared(uint32_t (&v)[2], uint32_t from) {
+    asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(from) : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t to, const uint32_t (&v)[2]) {
+    asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(to), "r"(v[0]), "r"(v[1]) : "memory");
+}
 // Stores 4 bytes to shared memory.
 __device__ __forceinline__ void store_shared(uint32_t to, uint32_t v) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(v) : "memory"); }
 

@@ -20,7 +20,7 @@ static const struct {
     {"col_sum", "wide plain"},
     {"conv2d_fwd", "hopper few first halo large medium small plain"},
     {"conv2d_bwd_data", "hopper few first halo large medium small plain"},
-    {"conv2d_bwd_weight", "exchanged halo large narrow"},
+    {"conv2d_bwd_weight", "hopper exchanged halo large narrow"},
     {"upsample2x_weights_fwd", "plain"},
     {"upsample2x_weights_bwd", "plain"},
     {"upsample2x_fwd", "wide plain"},

@@ -458,7 +458,7 @@ int32_t run(const char* op, Check& check, const ett_view& x, const void* w, cons
     }
     bool hopper = false;
 #ifndef ETT_SHIM
-    const bool through = fused.through && count == 1;
+    const bool through = fused.through && count == 1 && !bias;
     const ett_view& extra = through ? *fused.through : fused.residual;
     const int lines = out_step <= 2 && hopper::is_hopper() ? hopper_lines(x, o, layouts, count, normed) : 0;
     hopper = lines > 0 && hopper_images::mappable(x) && hopper_images::mappable(y) && (!present(extra) || (hopper_images::mappable(extra) && count == 1));
@@ -479,7 +479,7 @@ int32_t run(const char* op, Check& check, const ett_view& x, const void* w, cons
         if (normed || through) r.norm = input_norm<bf16>(fused.norm, through ? o : cols(x));
         r.bias = bias ? data<const bf16>(*bias) : nullptr;
         r.extra = extra, r.through = through;
-        if (count == 1 && (through || !fused.through)) r.partials = fused.partials;
+        if (through || normed) r.partials = fused.partials;
         if (r.partials) ran.lines = lines, ran.across = hopper_images::kAcross;
         return hopper_conv::run(op, r, l);
     }
@@ -629,7 +629,7 @@ channels::Tiles hopper_tiles(const ett_view& x, const ett_view& y, const Layout&
 int64_t sums_bytes(const ett_conv2d_fwd_args* a) {
     if (!present(a->y_mean)) return 0;
     const channels::Planes s = planes(a);
-    int64_t tiles = hopper_tiles(a->x, a->y, phases_of(a).layout[0], present(a->mean)).count;
+    int64_t tiles = present(a->mean) ? hopper_tiles(a->x, a->y, phases_of(a).layout[0], true).count : 0;
     if (halo_shape(a->x, a->w.dims[0], a->w.dims[1], a->w.dims[2], a->stride) || first_shape(a->x, a->w.dims[1], a->w.dims[2], a->stride))
         tiles = std::max<int64_t>(tiles, halo_tiles(a->y.dims[1], a->y.dims[2]).count);
     return std::max(channels::partials_bytes(s, a->y.dtype), s.b * tiles * 2 * s.c * int64_t(sizeof(float)));

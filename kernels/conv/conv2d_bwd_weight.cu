@@ -319,10 +319,44 @@ __global__ void __launch_bounds__(kAddThreads) add_kernel(const __grid_constant_
         p.dw[(row * p.taps + tap) * p.ld_dw + in_tap] += sum;
 }
 
+// The same for up to kAddWarps parts of channels in whole pieces, not exchanged: a thread adds 4 elements, part by part, and so in
+// the same order. p.elements counts these pieces.
+__global__ void __launch_bounds__(kAddThreads) add_few_kernel(const __grid_constant__ Added p) {
+    const int64_t n = int64_t(blockIdx.x) * kAddThreads + threadIdx.x;
+    if (n >= p.elements) return;
+    const int pieces = p.channels / 4, width = p.taps * pieces;
+    const int64_t row = n / width;
+    const int col = int(n - row * width), tap = col / pieces, c = (col - tap * pieces) * 4;
+    const float* const from = p.sums + row * p.ld + col * 4;
+    float* const to = p.dw + (row * p.taps + tap) * p.ld_dw + c;
+    float v[kAddWarps][4], all[4], sum[4] = {};
+    load(all, to);
+#pragma unroll
+    for (int part = 0; part < kAddWarps; ++part)
+        if (part < p.parts) load(v[part], from + part * p.rows * p.ld);
+#pragma unroll
+    for (int part = 0; part < kAddWarps; ++part)
+        if (part < p.parts)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum[e] += v[part][e];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) all[e] += sum[e];
+    store_global<4>(to, all);
+}
+
 // ---- host ------------------------------------------------------------------------------------------------
 
 // Fewest outputs and channels that "hopper" is chosen for: half of its tiles.
 constexpr int kHopperLeast = 32;
+
+// Adds the sums of the parts.
+int32_t add_parts(const char* op, const Added& p, const ett_launch* l) {
+    const bool few = p.parts <= kAddWarps && !p.exchanged && p.channels % 4 == 0 && p.ld_dw % 4 == 0 && reinterpret_cast<uintptr_t>(p.dw) % 16 == 0;
+    if (!few) return launch(op, add_kernel, dim3(unsigned(ceil_div(p.elements, 32))), dim3(kAddThreads), 0, l, p);
+    Added pieces = p;
+    pieces.elements = p.elements / 4;
+    return launch(op, add_few_kernel, dim3(unsigned(ceil_div(pieces.elements, kAddThreads))), dim3(kAddThreads), 0, l, pieces);
+}
 
 // `vectors`: pixels of x and dy are whole 16-byte pieces, and x is not normalised. `hopper`, `halo`: "hopper" and
 // halo_grad_kernel support the call. `exchangeable`: as few outputs as "exchanged" is for, and stride 1.
@@ -494,10 +528,10 @@ extern "C" int32_t ett_conv2d_bwd_weight(const ett_conv2d_bwd_weight_args* a, co
         int32_t status = strcmp(kernel, "hopper") == 0 ? hopper_weight::run(op, a, s.parts, s.ld, sums, bias_sums, l) : halo();
 #endif
         const Added weights{sums, s.rows, s.ld, s.parts, data<float>(a->dw), stride(a->dw), numel(a->dw), int(d[0]), int(d[1] * d[2]), int(d[3]), false};
-        if (status == ETT_OK) status = launch(op, add_kernel, dim3(unsigned(ceil_div(numel(a->dw), 32))), dim3(kAddThreads), 0, l, weights);
+        if (status == ETT_OK) status = add_parts(op, weights, l);
         // As one row of one tap.
         const Added bias{bias_sums, 1, d[0], s.parts * s.col_tiles, data<float>(a->db), d[0], d[0], 1, 1, int(d[0]), false};
-        if (status == ETT_OK && bias_sums) status = launch(op, add_kernel, dim3(unsigned(ceil_div(d[0], 32))), dim3(kAddThreads), 0, l, bias);
+        if (status == ETT_OK && bias_sums) status = add_parts(op, bias, l);
         return status == ETT_OK ? ett_done(kernel) : status;
     }
     int32_t status = with_act(a->x.dtype, [&](auto t) {
@@ -521,6 +555,6 @@ extern "C" int32_t ett_conv2d_bwd_weight(const ett_conv2d_bwd_weight_args* a, co
     });
     if (status != ETT_OK) return status;
     const Added added{sums, s.rows, s.ld, s.parts, data<float>(a->dw), stride(a->dw), numel(a->dw), int(d[0]), int(d[1] * d[2]), int(d[3]), exchanged};
-    status = launch(op, add_kernel, dim3(unsigned(ceil_div(numel(a->dw), 32))), dim3(kAddThreads), 0, l, added);
+    status = add_parts(op, added, l);
     return status == ETT_OK ? ett_done(kernel) : status;
 }

@@ -26,17 +26,18 @@ namespace hopper_conv {
 using namespace hopper_images;
 
 inline constexpr int kMostPhases = 4, kMostTaps = 25;
-inline constexpr int kMostBoxes = 4, kMostStages = 8;       // of the rings
+inline constexpr int kMostBoxes = 3, kMostStages = 8;       // of the rings
 inline constexpr int kPartOutputs = 64;                     // of a warpgroup
 inline constexpr int kWeights = kPartOutputs * kPanelRowBytes;  // bytes of a tap's weights of 64 outputs and 64 channels
-// Results are stored, and what is added to them is loaded, 8 lines at a time: each warpgroup has two such buffers.
-inline constexpr int kStepLines = 8, kBuffer = kStepLines * kAcross * kPixelBytes, kBuffers = 2 * 2 * kBuffer;
+// A warpgroup stores its results, and receives what is added to them, through a buffer of its own.
+__host__ __device__ constexpr int buffer_bytes(int lines) { return lines * kAcross * kPixelBytes; }
 inline constexpr int kBars = 1024;  // bytes
-inline constexpr int kRings = int(kMostSmem) - 1024 - kBars - kBuffers;  // whose end is aligned as panels are
-static_assert((3 * kMostBoxes + 2 * kMostStages + 4) * 8 <= kBars && kRings % 1024 == 0);
+// Bytes of the rings of boxes and of weights.
+__host__ __device__ constexpr int ring_bytes(int lines) { return int(kMostSmem) - 1024 - kBars - 2 * buffer_bytes(lines); }
+static_assert((3 * kMostBoxes + 2 * kMostStages + 2) * 8 <= kBars && ring_bytes(32) % 1024 == 0);
 
 struct Tap {
-    int shift;   // bytes from the first pixel of the box
+    int shift;   // from the first pixel of the box, as a step of a descriptor
     int column;  // of its first channel in the weights
 };
 // A box for every 64 channels, and the taps that it serves.
@@ -54,7 +55,7 @@ struct Maps {
 };
 
 struct Product {
-    Tap tap[kMostTaps];
+    Tap tap[kMostTaps + 1];
     Source source[kMostPhases];
     Phase phase[kMostPhases];
     int phases, images, channels, outputs;
@@ -62,16 +63,20 @@ struct Product {
     int lines, pitch;             // of a box
     bool stacked;                 // the warpgroups have the same outputs
     int boxes, stages;            // of the rings
-    InputNorm<bf16> norm;         // of x, images of h x w pixels; or, with THROUGH, of the input through whose gradient the results pass
+    InputNorm<bf16> norm;         // of x, images of h x w pixels; or, with kThrough, of the input through whose gradient the results pass
     int h, w;
-    const bf16* bias;             // may be null
+    const bf16* bias;             // may be null; not read with kThrough
     bool with_extra;              // a residual, or the input of that norm
-    // Null, or [images, tiles of LINES x 8 positions, 2, outputs]: means and sums of squared differences of the rounded results; with
-    // THROUGH, sums of g and of g * xhat (channels.cuh).
+    // With kNorm, null or [images, tiles of LINES x 8 positions, 2, outputs]: means and sums of squared differences of the rounded
+    // results; with kThrough, sums of g and of g * xhat (channels.cuh).
     float* partials;
 };
 
 __host__ __device__ constexpr int stage_bytes(bool stacked) { return stacked ? kWeights : 2 * kWeights; }
+
+// What a kernel does besides the products. kNorm normalises the input and forms the sums of the results; kThrough passes the
+// results through the gradient of SiLU and forms the sums for that of the norm.
+enum class Form { kPlain, kNorm, kThrough };
 
 #ifdef ETT_SM90A
 
@@ -87,12 +92,13 @@ struct Walk {
 };
 
 // Where things lie in shared memory.
-struct Space {
+template <int LINES> struct Space {
     uint32_t boxes, stages, buffers, bars;
     int box;
 
     __device__ __forceinline__ Space(const Product& p, uint32_t smem)
-        : boxes(smem), stages(smem + p.boxes * box_space(p.lines, p.pitch)), buffers(smem + kRings), bars(smem + kRings + kBuffers), box(box_space(p.lines, p.pitch)) {}
+        : boxes(smem), stages(smem + p.boxes * box_space(p.lines, p.pitch)), buffers(smem + ring_bytes(LINES)), bars(buffers + 2 * buffer_bytes(LINES)),
+          box(box_space(p.lines, p.pitch)) {}
     __device__ __forceinline__ uint32_t box_full(int i) const { return bars + i * 8; }
     __device__ __forceinline__ uint32_t box_ready(int i) const { return bars + (kMostBoxes + i) * 8; }
     __device__ __forceinline__ uint32_t box_empty(int i) const { return bars + (2 * kMostBoxes + i) * 8; }
@@ -121,122 +127,152 @@ struct Place {
     __device__ __forceinline__ bool empty(const Product& p) const { return row0 >= p.phase[phase].rows || col0 >= p.phase[phase].cols; }
 };
 
+// The part of a tile that a warpgroup has.
+template <int LINES> struct Part {
+    int number, output0, row0, lines, columns;  // lines may be negative
+    uint32_t buffer, extra;                     // extra: the barrier of what is added
+
+    __device__ __forceinline__ Part(const Product& p, const Space<LINES>& at, const Place& place, int n)
+        : number(n), output0(place.output0 + (p.stacked ? 0 : n * kPartOutputs)), row0(place.row0 + (p.stacked ? n * LINES : 0)),
+          lines(min(p.phase[place.phase].rows - row0, LINES)), columns(min(p.phase[place.phase].cols - place.col0, kAcross)),
+          buffer(at.buffers + n * buffer_bytes(LINES)), extra(at.extra(n)) {}
+    __device__ __forceinline__ bool is_any(const Product& p) const { return lines > 0 && output0 < p.outputs; }
+};
+
+// Starts the load of what is added to the results.
+template <int LINES> __device__ __forceinline__ void start_extra(const Maps& maps, const Part<LINES>& part, const Place& place) {
+    if (threadIdx.x % kWarpgroup == 0) {
+        stores_read<0>();
+        bar_expect(part.extra, buffer_bytes(LINES));
+        tma_load(part.buffer, &maps.extra, part.extra, part.output0, place.col0, part.row0, place.image);
+    }
+    __syncwarp();
+}
+
 // acc = the products of the warpgroup's outputs and positions.
-template <int N, bool NORM>
-__device__ __forceinline__ void multiply(float (&acc)[N / 2], const Product& p, const Space& at, const Phase& phase, Walk& box, Walk& stage, int part) {
-    constexpr int kLines = N / kAcross;
+template <int LINES, bool NORM>
+__device__ __forceinline__ void multiply(float (&acc)[LINES * kAcross / 2], const Maps& maps, const Product& p, const Space<LINES>& at, const Place& place,
+                                         const Part<LINES>& part, Walk& box, Walk& stage) {
+    const Phase& phase = p.phase[place.phase];
     const bool leads = threadIdx.x % 32 == 0;
-    const uint32_t b_high = desc_high(uint32_t(p.pitch) * kPixelBytes), a_part = p.stacked ? 0 : part * kWeights;
-    const uint32_t b_part = p.stacked ? uint32_t(part * kLines * p.pitch * kPixelBytes) : 0;
-    int old_box = -1, old_stage = -1;
+    const uint32_t b_high = desc_high(uint32_t(p.pitch) * kPixelBytes);
+    // Descriptors of the operands in the first slots of the rings.
+    const uint32_t first_a = k_major(at.stages + (p.stacked ? 0 : part.number * kWeights)), step_a = step(stage_bytes(p.stacked));
+    const uint32_t first_b = k_major(at.boxes + (p.stacked ? part.number * LINES * p.pitch * kPixelBytes : 0)), step_b = step(at.box);
+    // By then the stores of the last tile have long been read.
+    const int extra_at = p.channels > kChannels ? kChannels : 0;
+    uint32_t old_box = 0, old_stage = 0;  // barriers
     bool add = false;
 #pragma unroll 1
     for (int c = 0; c < p.channels; c += kChannels) {
+        if (p.with_extra && c == extra_at) start_extra<LINES>(maps, part, place);
 #pragma unroll 1
         for (int s = phase.first; s < phase.end; ++s) {
-            bar_wait(NORM ? at.box_ready(box.slot) : at.box_full(box.slot), box.parity);
-            const uint32_t pixels = at.boxes + box.slot * at.box + b_part;
+            const uint32_t pixels = first_b + box.slot * step_b;
+            int t = p.source[s].first, shift = p.tap[t].shift;
             const int end = p.source[s].end;
+            bar_wait(NORM ? at.box_ready(box.slot) : at.box_full(box.slot), box.parity);
 #pragma unroll 1
-            for (int t = p.source[s].first; t < end; ++t) {
-                const uint32_t low_a = k_major(at.stages + stage.slot * stage_bytes(p.stacked) + a_part), low_b = k_major(pixels + p.tap[t].shift);
+            for (; t < end; ++t) {
+                const uint32_t low_a = first_a + stage.slot * step_a, low_b = pixels + shift;
                 bar_wait(at.full(stage.slot), stage.parity);
                 products_begin();
 #pragma unroll
-                for (int k = 0; k < kChannels / 16; ++k) mma<N, false, false>(acc, low_a + k * step(32), low_b + k * step(32), add || k > 0, b_high);
+                for (int k = 0; k < kChannels / 16; ++k)
+                    mma<LINES * kAcross, false, false>(acc, low_a + k * step(32), low_b + k * step(32), add || k > 0, b_high);
                 products_end();
-                products_wait<1>();
-                if (old_stage >= 0 && leads) bar_arrive(at.empty(old_stage));
-                if (old_box >= 0 && leads) bar_arrive(at.box_empty(old_box));
-                old_box = -1;
-                old_stage = stage.slot;
-                add = true;
+                shift = p.tap[t + 1].shift;
+                const uint32_t now = at.empty(stage.slot);
                 stage.next();
+                products_wait<1>();
+                if (leads && add) bar_arrive(old_stage);
+                if (leads && old_box != 0) bar_arrive(old_box);
+                old_box = 0;
+                old_stage = now;
+                add = true;
             }
-            old_box = box.slot;
+            old_box = at.box_empty(box.slot);
             box.next();
         }
     }
     products_wait<0>();
     pin(acc);
     if (leads) {
-        bar_arrive(at.empty(old_stage));
-        bar_arrive(at.box_empty(old_box));
+        bar_arrive(old_stage);
+        bar_arrive(old_box);
     }
 }
 
 // Adds bias and residual, or passes the gradient through SiLU; stores the results and the sums.
-template <int N, bool THROUGH>
-__device__ __forceinline__ void finish(const float (&acc)[N / 2], const Maps& maps, const Product& p, const Space& at, const Place& place, uint32_t& parity, int part) {
-    constexpr int kLines = N / kAcross, kSteps = kLines / kStepLines;
-    const int thread = int(threadIdx.x) % kWarpgroup, warp = thread / 32, lane = thread % 32;
-    const Phase& phase = p.phase[place.phase];
-    const int part_row = place.row0 + (p.stacked ? part * kLines : 0), output0 = place.output0 + (p.stacked ? 0 : part * kPartOutputs);
-    const int lines = min(phase.rows - part_row, kLines), columns = min(phase.cols - place.col0, kAcross);
-    const uint32_t buffers = at.buffers + part * 2 * kBuffer;
-    const bool with_sums = THROUGH || p.partials;
-    float bias[2], norm[2][4];  // mean, rstd, gamma, beta
+template <int LINES, Form FORM>
+__device__ __forceinline__ void finish(const float (&acc)[LINES * kAcross / 2], const Maps& maps, const Product& p, const Place& place, const Part<LINES>& part,
+                                       uint32_t& parity) {
+    constexpr bool SUMS = FORM == Form::kNorm, THROUGH = FORM == Form::kThrough;
+    const int thread = int(threadIdx.x) % kWarpgroup, warp = thread / 32, lane = thread % 32, barrier = 1 + part.number;
+    float bias[2], norm[2][4];  // xhat is the input times [0] plus [1]; half of what SiLU sees, xhat times [2] plus [3]
     int output[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        output[i] = output0 + acc_row(i);
+        output[i] = part.output0 + acc_row(i);
         const bool is = output[i] < p.outputs;
-        bias[i] = p.bias && is ? to_float(p.bias[output[i]]) : 0.f;
+        bias[i] = !THROUGH && p.bias && is ? to_float(p.bias[output[i]]) : 0.f;
         if constexpr (THROUGH) {
             const int64_t of = int64_t(place.image) * p.norm.groups + output[i] / p.norm.width;
-            norm[i][0] = is ? p.norm.mean[of] : 0.f;
-            norm[i][1] = is ? p.norm.rstd[of] : 0.f;
-            norm[i][2] = is ? to_float(p.norm.gamma[output[i]]) : 0.f;
-            norm[i][3] = is ? to_float(p.norm.beta[output[i]]) : 0.f;
+            norm[i][0] = is ? p.norm.rstd[of] : 0.f;
+            norm[i][1] = is ? -p.norm.mean[of] * norm[i][0] : 0.f;
+            norm[i][2] = is ? 0.5f * to_float(p.norm.gamma[output[i]]) : 0.f;
+            norm[i][3] = is ? 0.5f * to_float(p.norm.beta[output[i]]) : 0.f;
         }
+    }
+    if (THROUGH || p.with_extra) {
+        bar_wait(part.extra, parity);
+        parity ^= 1;
+    } else {
+        // The stores of the last tile have been read.
+        if (thread == 0) stores_read<0>();
+        __syncwarp();  // warps arrive at barriers as a whole
+        named_barrier(barrier, kWarpgroup);
     }
     // With THROUGH the sums of g and of g * xhat; else of the differences from the first result, and of their squares.
     float pivot[2] = {}, sums[2] = {}, products[2] = {};
     bool inside[2];
 #pragma unroll
-    for (int c = 0; c < 2; ++c) inside[c] = acc_col(c) < columns;
+    for (int c = 0; c < 2; ++c) inside[c] = acc_col(c) < part.columns;
+    // Two lines, of 8 positions each, and 16 outputs of a warp.
+    const uint32_t first = part.buffer + (lane / 16 * 8 + lane % 8) * kPixelBytes + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16;
+    auto results = [&](auto with_extra) {
+        constexpr bool EXTRA = decltype(with_extra)::value;
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-        const uint32_t buffer = buffers + s % 2 * kBuffer;
-        if (p.with_extra) {
-            bar_wait(at.extra(part * 2 + s % 2), parity >> s % 2 & 1);
-            parity ^= 1u << s % 2;
-        } else if (s != 1) {
-            // The stores from this buffer have been read.
-            if (s > 0 && thread == 0) stores_read<1>();
-            named_barrier(1 + part, kWarpgroup);
-        }
-        // Two lines, of 8 positions each, and 16 outputs of a warp.
-        uint32_t spot = buffer + (lane / 16 * 8 + lane % 8) * kPixelBytes + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16;
-#pragma unroll
-        for (int j = 0; j < kStepLines; j += 2, spot += 2 * kAcross * kPixelBytes) {
-            uint32_t extra[4] = {}, out[4];
-            if (p.with_extra) ldmatrix_x4_trans(extra, spot);
+        for (int j = 0; j < LINES; j += 2) {
+            const uint32_t spot = first + j * kAcross * kPixelBytes;
+            uint32_t extra[4], out[4];
+            if constexpr (EXTRA) ldmatrix_x4_trans(extra, spot);
 #pragma unroll
             for (int m = 0; m < 4; ++m) {
-                const int i = m % 2, line = s * kStepLines + j + m / 2;
+                const int i = m % 2, line = j + m / 2;
                 float v[2];
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
-                    const bool counts = line < lines && inside[c];
-                    const float more = bits_to_float(c == 0 ? extra[m] << 16 : extra[m] & 0xffff0000u);
                     v[c] = acc[line * 4 + i * 2 + c] + bias[i];
-                    if constexpr (THROUGH) {
-                        const float xhat = (more - norm[i][0]) * norm[i][1];
-                        v[c] = counts ? v[c] * silu_slope<bf16>(fmaf(xhat, norm[i][2], norm[i][3])) : 0.f;
-                        sums[i] += v[c];
-                        products[i] = fmaf(v[c], xhat, products[i]);
-                    } else {
-                        v[c] += more;
+                    if constexpr (EXTRA) {
+                        const float more = bits_to_float(c == 0 ? extra[m] << 16 : extra[m] & 0xffff0000u);
+                        if constexpr (THROUGH) {
+                            const float xhat = fmaf(more, norm[i][0], norm[i][1]);
+                            v[c] = (line < part.lines) & inside[c] ? v[c] * silu_slope_of_twice(fmaf(xhat, norm[i][2], norm[i][3])) : 0.f;
+                            sums[i] += v[c];
+                            products[i] = fmaf(v[c], xhat, products[i]);
+                        } else {
+                            v[c] += more;
+                        }
                     }
                 }
                 out[m] = pack_bf16x2(v[0], v[1]);
-                if (!THROUGH && with_sums) {
+                if constexpr (SUMS) {
                     const float r[2] = {bits_to_float(out[m] << 16), bits_to_float(out[m] & 0xffff0000u)};
                     if (line == 0) pivot[i] = __shfl_sync(kAllLanes, r[0], lane / 4 * 4);
 #pragma unroll
                     for (int c = 0; c < 2; ++c) {
-                        const float d = line < lines && inside[c] ? r[c] - pivot[i] : 0.f;
+                        const float d = (line < part.lines) & inside[c] ? r[c] - pivot[i] : 0.f;
                         sums[i] += d;
                         products[i] = fmaf(d, d, products[i]);
                     }
@@ -244,24 +280,21 @@ __device__ __forceinline__ void finish(const float (&acc)[N / 2], const Maps& ma
             }
             stmatrix_x4_trans(spot, out[0], out[1], out[2], out[3]);
         }
-        proxy_fence();
-        named_barrier(1 + part, kWarpgroup);
-        if (thread == 0) {
-            if (lines > s * kStepLines && output0 < p.outputs)
-                tma_store(&maps.y[place.phase], buffer, output0, place.col0, part_row + s * kStepLines, place.image);
-            stores_commit();
-            if (p.with_extra && s + 2 < kSteps) {
-                stores_read<0>();
-                const uint32_t bar = at.extra(part * 2 + s % 2);
-                bar_expect(bar, kBuffer);
-                tma_load(buffer, &maps.extra, bar, output0, place.col0, part_row + (s + 2) * kStepLines, place.image);
-            }
-        }
+    };
+    if (THROUGH || p.with_extra)
+        results(std::true_type{});
+    else if constexpr (!THROUGH)
+        results(std::false_type{});
+    proxy_fence();
+    named_barrier(barrier, kWarpgroup);
+    if (thread == 0) {
+        if (part.is_any(p)) tma_store(&maps.y[place.phase], part.buffer, part.output0, place.col0, part.row0, place.image);
+        stores_commit();
     }
-    if (!with_sums) return;
-    const float n = float(max(lines, 0) * columns);
-    const int tile = (p.stacked ? place.down * 2 + part : place.down) * p.across + place.across;
-    const int tiles = (phase.rows + kLines - 1) / kLines * p.across;
+    __syncwarp();
+    if (FORM == Form::kPlain || !p.partials) return;
+    const float n = float(max(part.lines, 0) * part.columns);
+    const int tile = part.row0 / LINES * p.across + place.across, tiles = (p.phase[place.phase].rows + LINES - 1) / LINES * p.across;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -269,23 +302,11 @@ __device__ __forceinline__ void finish(const float (&acc)[N / 2], const Maps& ma
             sums[i] += __shfl_xor_sync(kAllLanes, sums[i], d);
             products[i] += __shfl_xor_sync(kAllLanes, products[i], d);
         }
-        if (lane % 4 != 0 || output[i] >= p.outputs || lines <= 0) continue;
+        if (lane % 4 != 0 || output[i] >= p.outputs || part.lines <= 0) continue;
         float* const to = p.partials + (int64_t(place.image) * tiles + tile) * 2 * p.outputs + output[i];
         const float d = sums[i] / n;
         to[0] = THROUGH ? sums[i] : pivot[i] + d;
         to[p.outputs] = THROUGH ? products[i] : fmaxf(products[i] - sums[i] * d, 0.f);
-    }
-}
-
-// Starts the loads of what is added to the first two steps of a tile's results.
-template <int N> __device__ __forceinline__ void start_extra(const Maps& maps, const Product& p, const Space& at, const Place& place, int part) {
-    constexpr int kLines = N / kAcross;
-    const int part_row = place.row0 + (p.stacked ? part * kLines : 0), output0 = place.output0 + (p.stacked ? 0 : part * kPartOutputs);
-#pragma unroll
-    for (int s = 0; s < 2; ++s) {
-        const uint32_t bar = at.extra(part * 2 + s);
-        bar_expect(bar, kBuffer);
-        tma_load(at.buffers + (part * 2 + s) * kBuffer, &maps.extra, bar, output0, place.col0, part_row + s * kStepLines, place.image);
     }
 }
 
@@ -315,7 +336,7 @@ struct Boxes {
             return;
         }
     }
-    __device__ __forceinline__ void start(const Maps& maps, const Product& p, const Space& at, int items, int tile_lines) {
+    template <class S> __device__ __forceinline__ void start(const Maps& maps, const Product& p, const S& at, int items, int tile_lines) {
         if (!more) return;
         const Source& from = p.source[source];
         const uint32_t bar = at.box_full(walk.slot);
@@ -335,14 +356,14 @@ struct Boxes {
 
 #endif  // ETT_SM90A
 
-// N: positions of a warpgroup.
-template <int N, bool NORM, bool THROUGH>
+// LINES: of the positions of a warpgroup.
+template <int LINES, Form FORM>
 __global__ void __launch_bounds__(kThreads, 1) hopper_conv_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Product p) {
 #ifdef ETT_SM90A
-    constexpr int kLines = N / kAcross;
+    constexpr bool NORM = FORM == Form::kNorm;
     ETT_DYNAMIC_SMEM(dynamic);
     unsigned char* const smem = panel_smem(dynamic);
-    const Space at(p, smem_address(smem));
+    const Space<LINES> at(p, smem_address(smem));
     if (threadIdx.x == 0) {
         for (int i = 0; i < kMostBoxes; ++i) {
             bar_init(at.box_full(i), 1);
@@ -353,13 +374,13 @@ __global__ void __launch_bounds__(kThreads, 1) hopper_conv_kernel(const __grid_c
             bar_init(at.full(i), 1);
             bar_init(at.empty(i), 2 * kWarpgroup / 32);
         }
-        for (int i = 0; i < 4; ++i) bar_init(at.extra(i), 1);
+        for (int i = 0; i < 2; ++i) bar_init(at.extra(i), 1);
         bar_init_done();
     }
     __syncthreads();
 
-    const int tile_lines = kLines * (p.stacked ? 2 : 1), items = p.images * p.down * p.across * p.phases * p.col_tiles;
-    const int group = int(threadIdx.x) / kWarpgroup, warp = int(threadIdx.x) % kWarpgroup / 32;
+    const int tile_lines = LINES * (p.stacked ? 2 : 1), items = p.images * p.down * p.across * p.phases * p.col_tiles;
+    const int group = __shfl_sync(kAllLanes, int(threadIdx.x) / kWarpgroup, 0), warp = int(threadIdx.x) % kWarpgroup / 32;
     if (group == 0) {
         give_registers<NORM ? 104 : 56>();
         if (threadIdx.x == 0) {
@@ -392,10 +413,10 @@ __global__ void __launch_bounds__(kThreads, 1) hopper_conv_kernel(const __grid_c
                 const Place place(p, item, tile_lines);
                 if (place.empty(p)) continue;
                 for (int c = 0; c < p.channels; c += kChannels, box.next()) {
-                    PieceNorm norm;
+                    PieceNorm<8> norm;
                     norm.take(p.norm, place.image, c + thread % 8 * 8);
                     bar_wait(at.box_full(box.slot), box.parity);
-                    activate_box<kNormThreads>(smem + box.slot * at.box, p.lines, p.pitch, place.row0 + from.at_y, place.col0 + from.at_x, p.h, p.w, norm,
+                    activate_box<kNormThreads>(at.boxes + box.slot * at.box, p.lines, p.pitch, place.row0 + from.at_y, place.col0 + from.at_x, p.h, p.w, norm,
                                                thread);
                     proxy_fence();
                     __syncwarp();
@@ -406,21 +427,17 @@ __global__ void __launch_bounds__(kThreads, 1) hopper_conv_kernel(const __grid_c
         __syncwarp();
     } else {
         take_registers<NORM ? 200 : 224>();
-        const int part = group - 1;
         Walk box(p.boxes), stage(p.stages);
         uint32_t parity = 0;
-        float acc[N / 2];
+        float acc[LINES * kAcross / 2];
 #pragma unroll
-        for (int i = 0; i < N / 2; ++i) acc[i] = 0.f;
+        for (int i = 0; i < LINES * kAcross / 2; ++i) acc[i] = 0.f;
         for (int item = int(blockIdx.x); item < items; item += int(gridDim.x)) {
             const Place place(p, item, tile_lines);
             if (place.empty(p)) continue;
-            if (threadIdx.x % kWarpgroup == 0) {
-                stores_read<0>();
-                if (p.with_extra) start_extra<N>(maps, p, at, place, part);
-            }
-            multiply<N, NORM>(acc, p, at, p.phase[place.phase], box, stage, part);
-            finish<N, THROUGH>(acc, maps, p, at, place, parity, part);
+            const Part<LINES> part(p, at, place, group - 1);
+            multiply<LINES, NORM>(acc, maps, p, at, place, part, box, stage);
+            finish<LINES, FORM>(acc, maps, p, place, part, parity);
         }
         if (threadIdx.x % kWarpgroup == 0) stores_done<0>();
     }
@@ -431,7 +448,7 @@ __global__ void __launch_bounds__(kThreads, 1) hopper_conv_kernel(const __grid_c
 
 // One phase of a request: the weights [outputs, taps, channels], rows `ld` elements apart, of its grid, and where its results
 // lie: positions (i, j) write the pixels (first_y + i * out_step, first_x + j * out_step) of y.
-struct Part {
+struct Convolved {
     const Grid* grid;
     const bf16* w;
     int64_t ld;
@@ -440,7 +457,7 @@ struct Part {
 
 struct Request {
     ett_view x, y;
-    Part part[kMostPhases];
+    Convolved part[kMostPhases];
     int parts;
     int64_t out_step;
     InputNorm<bf16> norm;  // of x, or of `extra` if the results pass `through` its gradient
@@ -488,7 +505,7 @@ inline bool shape_product(Product& p, const Grid* const* grids, int phases) {
     p.lines = most_y, p.pitch = kAcross + most_x;
     for (int s = 0; s < sources; ++s)
         for (int t = p.source[s].first; t < p.source[s].end; ++t)
-            p.tap[t].shift = ((place[t].y - p.source[s].at_y) * p.pitch + place[t].x - p.source[s].at_x) * kPixelBytes;
+            p.tap[t].shift = ((place[t].y - p.source[s].at_y) * p.pitch + place[t].x - p.source[s].at_x) * (kPixelBytes / 16);
     return true;
 }
 
@@ -504,7 +521,7 @@ inline bool divide_product(Product& p, int lines) {
     const int box = box_space(p.lines, p.pitch), stage = stage_bytes(p.stacked);
     if (p.lines > 256) return false;
     for (p.boxes = kMostBoxes; p.boxes >= 2; --p.boxes) {
-        p.stages = std::min((kRings - p.boxes * box) / stage, kMostStages);
+        p.stages = std::min((ring_bytes(lines) - p.boxes * box) / stage, kMostStages);
         if (p.stages >= (p.boxes > 2 ? 4 : 2)) return true;
     }
     return false;
@@ -556,21 +573,23 @@ inline int32_t run(const char* op, const Request& r, const ett_launch* l) {
         status = make_image_map(op, &maps.x[map], r.x, g.step, map / 2, map % 2, p.lines, p.pitch);
     }
     for (int f = 0; f < r.parts && status == ETT_OK; ++f) {
-        const Part& part = r.part[f];
+        const Convolved& part = r.part[f];
         status = make_panel_map(op, &maps.w[f], part.w, p.outputs, part.grid->depth(), part.ld, uint32_t(stage_bytes(p.stacked) / kPanelRowBytes));
-        if (status == ETT_OK) status = make_image_map(op, &maps.y[f], r.y, r.out_step, part.first_y, part.first_x, kStepLines, kAcross);
+        if (status == ETT_OK) status = make_image_map(op, &maps.y[f], r.y, r.out_step, part.first_y, part.first_x, lines, kAcross);
     }
-    if (status == ETT_OK && p.with_extra) status = make_image_map(op, &maps.extra, r.extra, 1, 0, 0, kStepLines, kAcross);
+    if (status == ETT_OK && p.with_extra) status = make_image_map(op, &maps.extra, r.extra, 1, 0, 0, lines, kAcross);
     if (status != ETT_OK) return status;
 
     const bool normed = r.norm.present() && !r.through;
     const dim3 grid(unsigned(std::min<int64_t>(items_of(p), multiprocessors())));
     auto go = [&](auto kernel) { return launch(op, kernel, grid, dim3(kThreads), int(kMostSmem), l, maps, p); };
     auto with_lines = [&](auto n) {
-        constexpr int N = decltype(n)::value;
-        return r.through ? go(hopper_conv_kernel<N, false, true>) : normed ? go(hopper_conv_kernel<N, true, false>) : go(hopper_conv_kernel<N, false, false>);
+        constexpr int kLines = decltype(n)::value;
+        return r.through ? go(hopper_conv_kernel<kLines, Form::kThrough>)
+               : normed  ? go(hopper_conv_kernel<kLines, Form::kNorm>)
+                         : go(hopper_conv_kernel<kLines, Form::kPlain>);
     };
-    return lines == 32 ? with_lines(std::integral_constant<int, 256>{}) : with_lines(std::integral_constant<int, 128>{});
+    return lines == 32 ? with_lines(std::integral_constant<int, 32>{}) : with_lines(std::integral_constant<int, 16>{});
 }
 
 }  // namespace hopper_conv

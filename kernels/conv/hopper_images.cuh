@@ -28,56 +28,66 @@ __host__ __device__ constexpr int box_space(int lines, int across) { return (box
 
 #ifdef ETT_SM90A
 
-// Scale and shift of 8 channels of an image: of the norm, and halved for silu_of_twice.
-struct PieceNorm {
-    float scale[8], shift[8];
+// Scale and shift of N channels of an image: of the norm, and halved for silu_of_twice.
+template <int N> struct PieceNorm {
+    float scale[N], shift[N];
 
-    // Of channels c .. c + 8, which belong to the image.
+    // Of channels c .. c + N of the image.
     __device__ __forceinline__ void take(const InputNorm<bf16>& norm, int image, int c) {
+        int group = c / norm.width, left = (group + 1) * norm.width - c;
+        const float *mean = norm.mean + int64_t(image) * norm.groups, *rstd = norm.rstd + int64_t(image) * norm.groups;
+        float means[N], rstds[N], gammas[N], betas[N];
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-            const int64_t at = int64_t(image) * norm.groups + (c + e) / norm.width;
-            scale[e] = 0.5f * norm.rstd[at] * to_float(norm.gamma[c + e]);
-            shift[e] = 0.5f * to_float(norm.beta[c + e]) - norm.mean[at] * scale[e];
+        for (int e = 0; e < N; ++e) {
+            means[e] = mean[group], rstds[e] = rstd[group];
+            gammas[e] = to_float(norm.gamma[c + e]), betas[e] = to_float(norm.beta[c + e]);
+            if (--left == 0) ++group, left = norm.width;
+        }
+#pragma unroll
+        for (int e = 0; e < N; ++e) {
+            scale[e] = 0.5f * rstds[e] * gammas[e];
+            shift[e] = 0.5f * betas[e] - means[e] * scale[e];
         }
     }
-    __device__ __forceinline__ void apply(Vec<bf16, 8>& piece) const {
-        float v[8];
-        unpack(v, piece);
+    __device__ __forceinline__ void apply(uint32_t (&piece)[N / 2]) const {
 #pragma unroll
-        for (int e = 0; e < 8; ++e) v[e] = silu_of_twice<bf16>(fmaf(v[e], scale[e], shift[e]));
-        piece = pack<bf16>(v);
+        for (int i = 0; i < N / 2; ++i) {
+            const float low = silu_of_twice<bf16>(fmaf(bits_to_float(piece[i] << 16), scale[2 * i], shift[2 * i]));
+            const float high = silu_of_twice<bf16>(fmaf(bits_to_float(piece[i] & 0xffff0000u), scale[2 * i + 1], shift[2 * i + 1]));
+            piece[i] = pack_bf16x2(low, high);
+        }
     }
 };
 
+// The address of piece `piece` of pixel q of a box.
+__device__ __forceinline__ uint32_t piece_at(uint32_t box, int q, int piece) { return box + q * kPixelBytes + (piece ^ (q & 7)) * 16; }
+
 // Replaces a box of pixels, whose first is (y, x) of an image of h x w, by their activations; pixels outside of the image
-// stay 0. Thread `thread` of THREADS has piece thread % 8, whose channels `norm` is for, of every (THREADS / 8)-th pixel.
+// stay 0. Of THREADS threads, `thread` has piece thread % 8, whose channels `norm` is for, of every (THREADS / 8)-th pixel.
 template <int THREADS>
-__device__ __forceinline__ void activate_box(unsigned char* box, int lines, int across, int y, int x, int h, int w, const PieceNorm& norm, int thread) {
-    constexpr int kAtOnce = THREADS / 8, kTogether = 4;
-    const int piece = thread % 8, pixels = lines * across;
-    const bool whole = y >= 0 && x >= 0 && y + lines <= h && x + across <= w;
+__device__ __forceinline__ void activate_box(uint32_t box, int lines, int across, int y, int x, int h, int w, const PieceNorm<8>& norm, int thread) {
+    constexpr int kAtOnce = THREADS / 8, kTogether = 5;
+    const int piece = thread % 8, pixels = lines * across, down = kAtOnce / across, right = kAtOnce - down * across;
+    int line = thread / 8 / across, column = thread / 8 - line * across;
+    // Without branches, and loads first, so that the latencies of several pixels overlap.
+#pragma unroll 1
     for (int first = thread / 8; first < pixels; first += kAtOnce * kTogether) {
-        Vec<bf16, 8> v[kTogether];
-        unsigned valid = 0;
+        uint32_t v[kTogether][4], at[kTogether];
+        bool inside[kTogether];
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) {
             const int q = first + i * kAtOnce;
-            bool inside = q < pixels;
-            if (!whole) {
-                const int line = q / across;
-                inside &= unsigned(y + line) < unsigned(h) && unsigned(x + q - line * across) < unsigned(w);
-            }
-            valid |= unsigned(inside) << i;
-            if (inside) v[i] = *reinterpret_cast<const Vec<bf16, 8>*>(box + q * kPixelBytes + (piece ^ q % 8) * 16);
+            inside[i] = (q < pixels) & (unsigned(y + line) < unsigned(h)) & (unsigned(x + column) < unsigned(w));
+            at[i] = piece_at(box, min(q, pixels - 1), piece);
+            load_shared(v[i], at[i]);
+            line += down, column += right;
+            if (column >= across) column -= across, ++line;
         }
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) {
-            const int q = first + i * kAtOnce;
-            if (!(valid >> i & 1)) continue;
-            norm.apply(v[i]);
-            *reinterpret_cast<Vec<bf16, 8>*>(box + q * kPixelBytes + (piece ^ q % 8) * 16) = v[i];
-        }
+        for (int i = 0; i < kTogether; ++i) norm.apply(v[i]);
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i)
+            if (inside[i]) store_shared(at[i], v[i]);
     }
 }
 

@@ -10,8 +10,9 @@
 // neighbouring pixels; the taps of a parity share its box. A kernel of 4 x 4 is divided among two blocks, which have two rows
 // of taps each: those that share boxes.
 //
-// Other warps of the thread that copies normalise the boxes in shared memory, if there is a norm, and add dy for the gradient
-// of the bias, for which the blocks of the same outputs take turns with the tiles.
+// With a norm, all warps but that of the thread that copies normalise the box of the stage after the next in shared memory, while
+// the products of this one are under way. The other warps beside that thread add dy for the gradient of the bias, for which the blocks of the
+// same outputs take turns with the tiles.
 #pragma once
 
 #include <utility>
@@ -30,7 +31,7 @@ using namespace hopper_images;
 inline constexpr int kOutputs = 64;                               // of a block; and kChannels channels
 inline constexpr int kLines = 16, kPositions = kLines * kAcross;  // of a tile
 inline constexpr int kDyBytes = kPositions * kPanelRowBytes;
-inline constexpr int kMostStages = 4;
+inline constexpr int kMostStages = 5;
 inline constexpr int kTapSums = kChannels / 2;  // of a tap, per thread
 
 // Whether one product has all taps of a row that share a box; otherwise each tap has its own.
@@ -70,10 +71,10 @@ template <int TAPS, int STEP, bool NORM> struct Shape {
     // Warpgroups: the first copies and helps, the others multiply. Registers of a thread of each; a block shares out those
     // that it is launched with.
     static constexpr int kThreads = (1 + kRows) * kWarpgroup, kLaunchRegisters = 65536 / kThreads / 8 * 8;
-    static constexpr int kHelpRegisters = NORM ? 104 : 56, kSumRegisters = kRows == 2 ? 224 : NORM ? 136 : 152;
+    static constexpr int kHelpRegisters = 56, kSumRegisters = kRows == 2 ? 224 : 152;
     static_assert(kHelpRegisters + kRows * kSumRegisters <= (1 + kRows) * kLaunchRegisters);
-    // Those that normalise and add dy: the warps from the second on.
-    static constexpr int kHelpers = NORM ? 96 : 32;
+    // Those that add dy, the warps from the second on; and those that normalise, these and all that follow.
+    static constexpr int kHelpers = 96, kNormThreads = kThreads - 32;
 
     // Shared memory: the ring; sums of dy of each warp that helps; barriers.
     static constexpr int kBiasBytes = kHelpers / 32 * kOutputs * 4, kFixed = kBiasBytes + 3 * kMostStages * 8 + 1024;
@@ -133,14 +134,23 @@ template <class S, int B> __device__ __forceinline__ void multiply_taps(float (&
         }(std::make_integer_sequence<int, kColumns>{});
 }
 
-// Adds thread's share of a tile of dy: piece thread % 8 of every (THREADS / 8)th position.
-template <int THREADS> __device__ __forceinline__ void add_dy(float (&sums)[8], const unsigned char* tile, int thread) {
-#pragma unroll 4
-    for (int q = thread / 8; q < kPositions; q += THREADS / 8) {
-        float v[8];
-        unpack(v, *reinterpret_cast<const Vec<bf16, 8>*>(tile + q * kPanelRowBytes + (thread % 8 ^ q % 8) * 16));
+// Adds a thread's share of a tile of dy: piece thread % 8 of every (THREADS / 8)th position.
+template <int THREADS> __device__ __forceinline__ void add_dy(float (&sums)[8], uint32_t tile, int thread) {
+    constexpr int kAtOnce = THREADS / 8, kTogether = 4;
+#pragma unroll 1
+    for (int first = thread / 8; first < kPositions; first += kAtOnce * kTogether) {
+        uint32_t v[kTogether][4];
 #pragma unroll
-        for (int e = 0; e < 8; ++e) sums[e] += v[e];
+        for (int i = 0; i < kTogether; ++i) load_shared(v[i], piece_at(tile, min(first + i * kAtOnce, kPositions - 1), thread % 8));
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+            if (first + i * kAtOnce >= kPositions) continue;
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                sums[2 * e] += bits_to_float(v[i][e] << 16);
+                sums[2 * e + 1] += bits_to_float(v[i][e] & 0xffff0000u);
+            }
+        }
     }
 }
 
@@ -166,6 +176,59 @@ template <int THREADS> __device__ __forceinline__ void store_bias(float (&sums)[
     }
 }
 
+// The thread's share in normalising the box of a stage: 4 channels of the pixels of a column, on every kLinesApart-th line.
+template <class S> struct Share {
+    static constexpr int kLines = S::lines(0), kAcross = S::across(0), kPieces = kChannels / 4;
+    static constexpr int kLinesApart = S::kNormThreads / kPieces / kAcross, kEach = (kLines + kLinesApart - 1) / kLinesApart, kTogether = 3;
+    // From one of the thread's pixels to the next; after kCycle of them the swizzle repeats.
+    static constexpr int kApart = kLinesApart * kAcross, kCycle = kApart % 8 == 0 ? 1 : kApart % 4 == 0 ? 2 : kApart % 2 == 0 ? 4 : 8;
+
+    const Product& p;
+    const uint32_t ready;
+    const int c, line, column;
+    const bool works;  // there may be a few more threads than pieces of lines
+    int image = -1;
+    PieceNorm<4> norm{};  // 0 beyond the channels
+    uint32_t at[kCycle];  // of its pixels in the box, without what is between them
+
+    __device__ __forceinline__ Share(const Product& p, uint32_t ready, int c0)
+        : p(p), ready(ready), c(c0 + thread() % kPieces * 4), line(thread() / kPieces / kAcross), column(thread() / kPieces % kAcross),
+          works(thread() >= 0 && line < kLinesApart) {
+        const int piece = thread() % kPieces, q = line * kAcross + column;
+#pragma unroll
+        for (int i = 0; i < kCycle; ++i) at[i] = S::box_at(0, 0) + q * kPixelBytes + (piece / 2 ^ ((q + i * kApart) & 7)) * 16 + piece % 2 * 8;
+    }
+    static __device__ __forceinline__ int thread() { return int(threadIdx.x) - 32; }
+
+    // Normalises the thread's pixels of a stage that has arrived.
+    __device__ __forceinline__ void activate(uint32_t stage, int slot, const Place& place) {
+        if (place.image != image) {
+            image = place.image;
+            if (c < p.channels) norm.take(p.norm, image, c);
+        }
+        const int y = place.line - p.pad_top + line, x = place.column - p.pad_left + column;
+        if (works && unsigned(x) < unsigned(p.w)) {
+#pragma unroll
+            for (int first = 0; first < kEach; first += kTogether) {
+                uint32_t v[kTogether][2];
+#pragma unroll
+                for (int i = first; i < first + kTogether; ++i)
+                    if (i < kEach) load_shared(v[i - first], stage + at[i % kCycle] + i * kApart * kPixelBytes);
+#pragma unroll
+                for (int i = first; i < first + kTogether; ++i)
+                    if (i < kEach) norm.apply(v[i - first]);
+#pragma unroll
+                for (int i = first; i < first + kTogether; ++i)
+                    if (i < kEach && line + i * kLinesApart < kLines && unsigned(y + i * kLinesApart) < unsigned(p.h))
+                        store_shared(stage + at[i % kCycle] + i * kApart * kPixelBytes, v[i - first]);
+            }
+        }
+        proxy_fence();
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) bar_arrive(ready + slot * 8);
+    }
+};
+
 #endif  // ETT_SM90A
 
 template <int TAPS, int STEP, bool NORM>
@@ -178,7 +241,7 @@ __global__ void __launch_bounds__(Shape<TAPS, STEP, NORM>::kThreads, 1) hopper_w
     if (threadIdx.x == 0) {
         for (int s = 0; s < S::kStages; ++s) {
             bar_init(full + s * 8, 1);
-            bar_init(ready + s * 8, S::kHelpers / 32);
+            bar_init(ready + s * 8, S::kNormThreads / 32);
             bar_init(empty + s * 8, (S::kRows * kWarpgroup + S::kHelpers) / 32);
         }
         bar_init_done();
@@ -193,6 +256,8 @@ __global__ void __launch_bounds__(Shape<TAPS, STEP, NORM>::kThreads, 1) hopper_w
     // The block's first row of taps. With a step of 2, blocks that the rows are divided among have those of one parity each.
     const int tap_row = STEP == 1 ? divided * S::kRows : divided;
     const int thread = int(threadIdx.x) % kWarpgroup;
+
+    Share<S> share(p, ready, c0);
 
     if (threadIdx.x < kWarpgroup) {
         give_registers<S::kHelpRegisters>();
@@ -215,27 +280,16 @@ __global__ void __launch_bounds__(Shape<TAPS, STEP, NORM>::kThreads, 1) hopper_w
                     }
             }
         } else if (thread >= 32 && thread < 32 + S::kHelpers) {
-            const int helper = thread - 32, c = c0 + helper % 8 * 8;
-            PieceNorm norm{};  // 0 beyond the channels
-            int image = -1, turn = first % p.col_tiles;
+            const int helper = thread - 32;
+            int turn = first % p.col_tiles;
             float bias[8] = {};
             Ring<S::kStages> at;
             Place place(p, first);
 #pragma unroll 1
             for (int t = first; t < end; ++t, place.next(p), at.next()) {
-                unsigned char* const stage = smem + at.slot * S::kStage;
+                const uint32_t stage = ring + at.slot * S::kStage;
                 bar_wait(full + at.slot * 8, at.parity);
-                if constexpr (NORM) {
-                    if (place.image != image) {
-                        image = place.image;
-                        if (c < p.channels) norm.take(p.norm, image, c);
-                    }
-                    activate_box<S::kHelpers>(stage + S::box_at(0, 0), S::lines(0), S::across(0), place.line - p.pad_top, place.column - p.pad_left,
-                                              p.h, p.w, norm, helper);
-                    proxy_fence();
-                    __syncwarp();
-                    if (helper % 32 == 0) bar_arrive(ready + at.slot * 8);
-                }
+                if constexpr (NORM) share.activate(stage, at.slot, place);
                 if (p.bias_sums && turn == col_tile) add_dy<S::kHelpers>(bias, stage, helper);
                 if (++turn == p.col_tiles) turn = 0;
                 __syncwarp();
@@ -258,16 +312,27 @@ __global__ void __launch_bounds__(Shape<TAPS, STEP, NORM>::kThreads, 1) hopper_w
         for (int i = 0; i < S::kSums; ++i) acc[i] = 0.f;
         pin(acc);
 
-        Ring<S::kStages> at;
+        Ring<S::kStages> at, next;
+        Place place(p, first);
         uint32_t before = 0;
+        auto prepare = [&](int t) {
+            if (t >= end) return;
+            bar_wait(full + next.slot * 8, next.parity);
+            share.activate(ring + next.slot * S::kStage, int(next.slot), place);
+            next.next();
+            place.next(p);
+        };
+        if constexpr (NORM) {
+            prepare(first);
+            prepare(first + 1);
+        }
 #pragma unroll 1
         for (int t = first; t < end; ++t, at.next()) {
             const uint32_t stage = ring + at.slot * S::kStage, dy = mn_major(stage, kDyBytes);
             uint32_t x[STEP];
 #pragma unroll
             for (int b = 0; b < STEP; ++b) x[b] = mn_major(stage + x_at[b], kPixelBytes);
-            bar_wait(full + at.slot * 8, at.parity);
-            if constexpr (NORM) bar_wait(ready + at.slot * 8, at.parity);
+            bar_wait((NORM ? ready : full) + at.slot * 8, at.parity);
             products_begin();
 #pragma unroll
             for (int s = 0; s < kPositions / 16; ++s) {
@@ -275,6 +340,7 @@ __global__ void __launch_bounds__(Shape<TAPS, STEP, NORM>::kThreads, 1) hopper_w
                 if constexpr (STEP == 2) multiply_taps<S, 1>(acc, dy + s * step(2048), x[1] + s * step(2 * S::across(1) * kPixelBytes));
             }
             products_end();
+            if constexpr (NORM) prepare(t + 2);
             products_wait<1>();
             if (t > first && thread % 32 == 0) bar_arrive(empty + before * 8);
             before = at.slot;
