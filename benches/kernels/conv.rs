@@ -70,7 +70,8 @@ impl Conv {
     }
 }
 
-/// The layers of the tokenizer and its discriminator at 256 pixels, and the largest at 512; small ones on the CPU.
+/// The layers of the tokenizer at 512 pixels, with batch 8, and what else the tokenizer, its discriminator and the perceptual
+/// loss have; small ones on the CPU.
 fn shapes(gpu: bool) -> Vec<Conv> {
     if !gpu {
         return [[8, 64, 16], [8, 32, 64], [2, 16, 256]]
@@ -79,20 +80,28 @@ fn shapes(gpu: bool) -> Vec<Conv> {
             .collect();
     }
     vec![
-        Conv::same(8, 256, 128, 128, 3),
         Conv::same(8, 512, 128, 128, 3),
-        Conv::same(8, 64, 512, 512, 3),
-        Conv::same(8, 16, 512, 512, 3),
+        Conv::same(8, 256, 128, 128, 3),
+        Conv::same(8, 128, 256, 256, 3),
+        Conv::same(8, 64, 256, 256, 3),
+        Conv::same(8, 32, 512, 512, 3),
+        Conv::same(32, 16, 512, 512, 3),
+        // The perceptual loss.
+        Conv::same(8, 512, 64, 64, 3),
+        Conv::same(8, 256, 64, 128, 3),
         // The first and the last layer.
         Conv::same(8, 256, 3, 128, 3),
         Conv::same(8, 256, 128, 3, 3),
         Conv::same(8, 512, 3, 128, 3),
         Conv::same(8, 512, 128, 3, 3),
         Conv::same(8, 64, 256, 512, 1),
-        // Down-sampling with one-sided padding, and the discriminator's first and second layer.
-        Conv { x: [8, 256, 256, 128], outputs: 128, taps: 3, to: 128, stride: 2, pad: 0 },
-        Conv { x: [8, 256, 256, 3], outputs: 64, taps: 4, to: 128, stride: 2, pad: 1 },
-        Conv { x: [8, 128, 128, 64], outputs: 128, taps: 4, to: 64, stride: 2, pad: 1 },
+        // Down-sampling with one-sided padding; up-sampling, whose forward is the data gradient of this one.
+        Conv { x: [8, 512, 512, 128], outputs: 128, taps: 3, to: 256, stride: 2, pad: 0 },
+        Conv { x: [8, 512, 512, 128], outputs: 128, taps: 4, to: 256, stride: 2, pad: 1 },
+        // The discriminator's.
+        Conv { x: [8, 512, 512, 3], outputs: 64, taps: 4, to: 256, stride: 2, pad: 1 },
+        Conv { x: [8, 256, 256, 64], outputs: 128, taps: 4, to: 128, stride: 2, pad: 1 },
+        Conv { x: [8, 64, 64, 256], outputs: 512, taps: 4, to: 63, stride: 1, pad: 1 },
     ]
 }
 
@@ -101,8 +110,11 @@ fn fused(b: &mut Bench) {
     let dtype = if b.gpu { DType::Bf16 } else { DType::F32 };
     let all = match b.gpu {
         true => vec![
+            Conv::same(8, 512, 128, 128, 3),
             Conv::same(8, 256, 128, 128, 3),
-            Conv::same(8, 64, 512, 512, 3),
+            Conv::same(8, 128, 256, 256, 3),
+            Conv::same(8, 64, 256, 256, 3),
+            Conv::same(8, 32, 512, 512, 3),
             Conv::same(8, 512, 3, 128, 3),
             Conv::same(8, 512, 128, 3, 3),
         ],
@@ -114,58 +126,79 @@ fn fused(b: &mut Bench) {
             (image, [outputs, taps, taps, image[3]], [image[0], to, to, outputs]);
         let (groups, of_y, normed) =
             (if ch < 32 { 1 } else { 32 }, if outputs < 32 { 1 } else { 32 }, ch >= 32);
-        let with = if normed { " of norm + residual + statistics" } else { " + statistics" };
-        b.kernel("conv2d_fwd", &format!("{}{with}", of.name()), dtype, &|dev, seed| {
-            let (x, w, y) =
-                (normal(dev, dtype, image, seed)?, normal(dev, dtype, kernel, 2)?, out(dev, dtype, result)?);
-            let (mean, rstd) =
-                (normal(dev, acc(dtype), [n, groups], 3)?, normal(dev, acc(dtype), [n, groups], 4)?);
-            let (gamma, beta) = (normal(dev, dtype, [ch], 5)?, normal(dev, dtype, [ch], 6)?);
-            let (bias, residual) = (normal(dev, dtype, [outputs], 7)?, normal(dev, dtype, result, 8)?);
-            let (y_mean, y_rstd) = (out(dev, acc(dtype), [n, of_y])?, out(dev, acc(dtype), [n, of_y])?);
-            let run = move |dev: &dyn Kernels| {
-                let a = Conv2dFwd {
-                    mean: normed.then(|| mean.view()),
-                    rstd: normed.then(|| rstd.view()),
-                    gamma: normed.then(|| gamma.view()),
-                    beta: normed.then(|| beta.view()),
-                    residual: normed.then(|| residual.view()),
-                    y_mean: Some(y_mean.out()),
-                    y_rstd: Some(y_rstd.out()),
-                    eps: 1e-6,
-                    ..Conv2dFwd::plain([x.view(), w.view()], Some(bias.view()), y.out(), stride, [pad, pad])
+        let with: &[_] = match normed {
+            true => &[(" of norm + statistics", false), (" of norm + residual + statistics", true)],
+            false => &[(" + statistics", false)],
+        };
+        for &(with, added) in with {
+            b.kernel("conv2d_fwd", &format!("{}{with}", of.name()), dtype, &|dev, seed| {
+                let (x, w, y) = (
+                    normal(dev, dtype, image, seed)?,
+                    normal(dev, dtype, kernel, 2)?,
+                    out(dev, dtype, result)?,
+                );
+                let (mean, rstd) =
+                    (normal(dev, acc(dtype), [n, groups], 3)?, normal(dev, acc(dtype), [n, groups], 4)?);
+                let (gamma, beta) = (normal(dev, dtype, [ch], 5)?, normal(dev, dtype, [ch], 6)?);
+                let (bias, residual) = (normal(dev, dtype, [outputs], 7)?, normal(dev, dtype, result, 8)?);
+                let (y_mean, y_rstd) = (out(dev, acc(dtype), [n, of_y])?, out(dev, acc(dtype), [n, of_y])?);
+                let run = move |dev: &dyn Kernels| {
+                    let a = Conv2dFwd {
+                        mean: normed.then(|| mean.view()),
+                        rstd: normed.then(|| rstd.view()),
+                        gamma: normed.then(|| gamma.view()),
+                        beta: normed.then(|| beta.view()),
+                        residual: added.then(|| residual.view()),
+                        y_mean: Some(y_mean.out()),
+                        y_rstd: Some(y_rstd.out()),
+                        eps: 1e-6,
+                        ..Conv2dFwd::plain(
+                            [x.view(), w.view()],
+                            Some(bias.view()),
+                            y.out(),
+                            stride,
+                            [pad, pad],
+                        )
+                    };
+                    call(&a, |a| dev.conv2d_fwd(Stream::COMPUTE, a))
                 };
-                call(&a, |a| dev.conv2d_fwd(Stream::COMPUTE, a))
-            };
-            Ok((Box::new(run), None))
-        });
+                Ok((Box::new(run), None))
+            });
+        }
         if !normed {
             continue;
         }
-        b.kernel("conv2d_bwd_data", &format!("{} through norm + skip", of.name()), dtype, &|dev, seed| {
-            let (dy, w, dx) =
-                (normal(dev, dtype, result, seed)?, normal(dev, dtype, kernel, 2)?, out(dev, dtype, image)?);
-            let (x, skip) = (normal(dev, dtype, image, seed + 100)?, normal(dev, dtype, image, seed + 200)?);
-            let (mean, rstd) =
-                (normal(dev, acc(dtype), [n, groups], 3)?, normal(dev, acc(dtype), [n, groups], 4)?);
-            let (gamma, beta) = (normal(dev, dtype, [ch], 5)?, normal(dev, dtype, [ch], 6)?);
-            let (dgamma, dbeta) = (out(dev, acc(dtype), [ch])?, out(dev, acc(dtype), [ch])?);
-            let run = move |dev: &dyn Kernels| {
-                let a = Conv2dBwdData {
-                    x: Some(x.view()),
-                    mean: Some(mean.view()),
-                    rstd: Some(rstd.view()),
-                    gamma: Some(gamma.view()),
-                    beta: Some(beta.view()),
-                    skip: Some(skip.view()),
-                    dgamma: Some(dgamma.acc()),
-                    dbeta: Some(dbeta.acc()),
-                    ..Conv2dBwdData::plain([dy.view(), w.view()], dx.out(), stride, [pad, pad])
+        for (with, added) in [("", false), (" + skip", true)] {
+            let shape = format!("{} through norm{with}", of.name());
+            b.kernel("conv2d_bwd_data", &shape, dtype, &|dev, seed| {
+                let (dy, w, dx) = (
+                    normal(dev, dtype, result, seed)?,
+                    normal(dev, dtype, kernel, 2)?,
+                    out(dev, dtype, image)?,
+                );
+                let (x, skip) =
+                    (normal(dev, dtype, image, seed + 100)?, normal(dev, dtype, image, seed + 200)?);
+                let (mean, rstd) =
+                    (normal(dev, acc(dtype), [n, groups], 3)?, normal(dev, acc(dtype), [n, groups], 4)?);
+                let (gamma, beta) = (normal(dev, dtype, [ch], 5)?, normal(dev, dtype, [ch], 6)?);
+                let (dgamma, dbeta) = (out(dev, acc(dtype), [ch])?, out(dev, acc(dtype), [ch])?);
+                let run = move |dev: &dyn Kernels| {
+                    let a = Conv2dBwdData {
+                        x: Some(x.view()),
+                        mean: Some(mean.view()),
+                        rstd: Some(rstd.view()),
+                        gamma: Some(gamma.view()),
+                        beta: Some(beta.view()),
+                        skip: added.then(|| skip.view()),
+                        dgamma: Some(dgamma.acc()),
+                        dbeta: Some(dbeta.acc()),
+                        ..Conv2dBwdData::plain([dy.view(), w.view()], dx.out(), stride, [pad, pad])
+                    };
+                    call(&a, |a| dev.conv2d_bwd_data(Stream::COMPUTE, a))
                 };
-                call(&a, |a| dev.conv2d_bwd_data(Stream::COMPUTE, a))
-            };
-            Ok((Box::new(run), None))
-        });
+                Ok((Box::new(run), None))
+            });
+        }
         b.kernel("conv2d_bwd_weight", &format!("{} of norm + bias", of.name()), dtype, &|dev, seed| {
             let (x, dy) = (normal(dev, dtype, image, seed)?, normal(dev, dtype, result, seed + 100)?);
             let (mean, rstd) =

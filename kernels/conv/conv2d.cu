@@ -22,25 +22,29 @@
 // remainders meet the same taps of w, and no zero is multiplied. Its weights, taps reversed and O innermost, are
 // transposed into the workspace.
 //
-// "large", "medium", "small": products of positions, O and kh*kw*C; pixels are copied by 16-byte cp.async. "plain" copies
-// them element by element, for C = 3 and for any other layout. "few" is for few outputs (O = 3): every tap's product with
-// the pixels of a region is computed before the taps are shifted and added, so that a pixel is read once rather than
-// once a tap. "halo" is for a normalised input and "first" for C = 3, both for 3x3, stride 1 and bf16 (halo.cuh).
+// "hopper" (bf16): products of warpgroups from boxes of pixels that are copied once and serve all taps (hopper_conv.cuh), for
+// multiples of 64 channels. "large", "medium", "small": products of positions, O and kh*kw*C; pixels are copied by 16-byte
+// cp.async. "plain" copies them element by element, for C = 3 and for any other layout. "few" is for few outputs (O = 3): every
+// tap's product with the pixels of a region is computed before the taps are shifted and added, so that a pixel is read once
+// rather than once a tap. "halo" is for a normalised input and "first" for C = 3, both for 3x3, stride 1 and bf16 (halo.cuh).
 //
-// A normalised input is formed in shared memory by "halo" and "few", and element by element by "plain". The statistics of y
-// are computed on the way by "halo" and "first", from y in another pass by the others. The gradient of the norm is, for
-// "first", a product with the slope of SiLU and sums on the way, then a pass over dx and x; the others write the gradient
-// for a to dx, and then apply group_norm's backward in place. (Sums on the way were slower with more inputs, where registers
-// are few.)
+// A normalised input is formed in shared memory by "hopper", "halo" and "few", and element by element by "plain". The statistics
+// of y are computed on the way by "halo", "first" and, of a normalised input, "hopper", from y in another pass by the others. The
+// gradient of the norm is, for "first" and with stride 1 "hopper", a product with the slope of SiLU and sums on the way, then a
+// pass over dx and x; the others write the gradient for a to dx, and then apply group_norm's backward in place. (There, sums on
+// the way were slower with more inputs, where registers are few.)
 //
 // numerics: products are summed in f32 (f32: fused multiply-adds, no TF32) in ascending order of taps and channels ("few":
-// channels, then taps), then bias and residual are added and the result is rounded once. a, and the gradient for a, are
-// rounded to act; "halo" and "few" form a of bf16 with an approximate tanh (norm.cuh). Statistics are those of the rounded y,
-// from sums of differences from one of the values, then combined as in group_norm.cu. Bitwise repeatable.
+// channels, then taps; "hopper": 64 channels of all taps at a time), then bias and residual are added and the result is rounded
+// once. a, and the gradient for a, are rounded to act; "hopper", "halo" and "few" form a of bf16 with an approximate tanh
+// (norm.cuh), "hopper" the slope of SiLU too. Statistics are those of the rounded y, from sums of differences from one of the
+// values, then combined as in group_norm.cu. "hopper" multiplies padding by weights, as 0. Bitwise repeatable.
 // workspace: a copy of w, with O rows padded to 16 bytes; none for conv2d_fwd if w has this form. Then, for statistics or the
-// gradient of a norm, 8*O or 8*C bytes per tile of 128 positions or chunk (group_norm.cu).
+// gradient of a norm, 8*O or 8*C bytes per tile of at least 128 positions or chunk (group_norm.cu).
 // work: 2*B*H'*W'*O*kh*kw*C FLOP; (B*H*W*C + O*kh*kw*C + B*H'*W'*O) * size bytes.
-// limits: coordinates below 2^28, fewer than 2^31 pixels; fewer than 2^31 elements in kh lines; fewer than 2^29 tiles.
+// limits: coordinates below 2^28, fewer than 2^31 pixels; fewer than 2^31 elements in kh lines; fewer than 2^29 tiles. "hopper":
+// multiples of 64 channels in what is read, of 8 and at least 32 in what is written; strides 1 and 2; up to 25 taps; pixels at
+// multiples of 16 bytes.
 #include "../norm/channels.cuh"
 #include "halo.cuh"
 #include "hopper_conv.cuh"

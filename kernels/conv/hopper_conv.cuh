@@ -253,7 +253,8 @@ __device__ __forceinline__ void finish(const float (&acc)[LINES * kAcross / 2], 
                 float v[2];
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
-                    v[c] = acc[line * 4 + i * 2 + c] + bias[i];
+                    v[c] = acc[line * 4 + i * 2 + c];
+                    if constexpr (!THROUGH) v[c] += bias[i];
                     if constexpr (EXTRA) {
                         const float more = bits_to_float(c == 0 ? extra[m] << 16 : extra[m] & 0xffff0000u);
                         if constexpr (THROUGH) {

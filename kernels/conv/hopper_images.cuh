@@ -108,8 +108,10 @@ inline int32_t make_image_map(const char* op, CUtensorMap* map, const ett_view& 
                     true);
 }
 
-// Whether such maps can describe the images: pixels of whole 16-byte pieces.
-inline bool mappable(const ett_view& v) { return v.dtype == ETT_BF16 && wide(v) && v.dims[3] % 8 == 0; }
+// Whether such maps can describe the images: pixels of whole 16-byte pieces, and distances of images below 2^40 bytes.
+inline bool mappable(const ett_view& v) {
+    return v.dtype == ETT_BF16 && wide(v) && v.dims[3] % 8 == 0 && v.dims[1] * v.dims[2] < (int64_t(1) << 38) / std::max<int64_t>(stride(v), 1);
+}
 
 }  // namespace hopper_images
 }  // namespace conv

@@ -382,10 +382,8 @@ inline bool shape_fits(const ett_conv2d_bwd_weight_args* a) {
     const int64_t* d = a->dw.dims;
     const bool kernel = d[1] == d[2] && (d[1] == 3 || d[1] == 4) && (a->stride == 1 || a->stride == 2);
     const bool norm = !present(a->mean) || (d[1] == 3 && a->stride == 1);
-    // Bytes from one image to the next are counted in 40 bits.
-    auto small = [](const ett_view& v) { return v.dims[1] * v.dims[2] < (int64_t(1) << 39) / std::max<int64_t>(stride(v), 1); };
     return a->x.dtype == ETT_BF16 && kernel && norm && d[0] % 8 == 0 && d[3] % 8 == 0 && a->x.dims[1] >= a->stride && a->x.dims[2] >= a->stride &&
-           small(a->x) && small(a->dy) && tiles_of(a).all < int64_t(1) << 31;
+           tiles_of(a).all < int64_t(1) << 31;
 }
 
 // Whether the kernel supports the call, on Hopper.
