@@ -30,21 +30,23 @@
 //
 // A normalised input is formed in shared memory by "hopper", "halo" and "few", and element by element by "plain". The statistics
 // of y are computed on the way by "halo", "first" and, of a normalised input, "hopper", from y in another pass by the others. The
-// gradient of the norm is, for "first" and with stride 1 "hopper", a product with the slope of SiLU and sums on the way, then a
-// pass over dx and x; the others write the gradient for a to dx, and then apply group_norm's backward in place. (There, sums on
+// gradient of the norm is, for "first" and, with stride 1 and without bias, "hopper", a product with the slope of SiLU and sums on
+// the way, then a pass over dx and x; the others write the gradient for a to dx, and then apply group_norm's backward in place. (There, sums on
 // the way were slower with more inputs, where registers are few.)
 //
 // numerics: products are summed in f32 (f32: fused multiply-adds, no TF32) in ascending order of taps and channels ("few":
-// channels, then taps; "hopper": 64 channels of all taps at a time), then bias and residual are added and the result is rounded
-// once. a, and the gradient for a, are rounded to act; "hopper", "halo" and "few" form a of bf16 with an approximate tanh
-// (norm.cuh), "hopper" the slope of SiLU too. Statistics are those of the rounded y, from sums of differences from one of the
-// values, then combined as in group_norm.cu. "hopper" multiplies padding by weights, as 0. Bitwise repeatable.
+// channels, then taps; "hopper": 64 channels of all taps at a time, with stride 2 parity by parity), then bias and residual are
+// added and the result is rounded once. a is rounded to act, and so is the gradient for a or, where sums are formed on the way,
+// its product with the slope of SiLU, whose sums are of unrounded values; "hopper", "halo" and "few" form a of bf16 with an
+// approximate tanh (norm.cuh). Statistics are those of the rounded y, from sums of differences from one of the values, then
+// combined as in group_norm.cu. Padding is multiplied by weights, as 0. Bitwise repeatable.
 // workspace: a copy of w, with O rows padded to 16 bytes; none for conv2d_fwd if w has this form. Then, for statistics or the
 // gradient of a norm, 8*O or 8*C bytes per tile of at least 128 positions or chunk (group_norm.cu).
 // work: 2*B*H'*W'*O*kh*kw*C FLOP; (B*H*W*C + O*kh*kw*C + B*H'*W'*O) * size bytes.
 // limits: coordinates below 2^28, fewer than 2^31 pixels; fewer than 2^31 elements in kh lines; fewer than 2^29 tiles. "hopper":
-// multiples of 64 channels in what is read, of 8 and at least 32 in what is written; strides 1 and 2; up to 25 taps; pixels at
-// multiples of 16 bytes.
+// multiples of 64 channels in what is read, of 8 and at least 32 in what is written; pixels at multiples of 16 bytes; strides 1 and
+// 2, 1 of a normalised input; up to 25 taps whose boxes fit into shared memory, in every phase at least one; no image smaller than
+// the stride.
 #include "../norm/channels.cuh"
 #include "halo.cuh"
 #include "hopper_conv.cuh"
@@ -462,7 +464,7 @@ int32_t run(const char* op, Check& check, const ett_view& x, const void* w, cons
     }
     bool hopper = false;
 #ifndef ETT_SHIM
-    const bool through = fused.through && count == 1 && !bias;
+    const bool through = fused.through && out_step == 1 && !bias;
     const ett_view& extra = through ? *fused.through : fused.residual;
     const int lines = out_step <= 2 && hopper::is_hopper() ? hopper_lines(x, o, layouts, count, normed) : 0;
     hopper = lines > 0 && hopper_images::mappable(x) && hopper_images::mappable(y) && (!present(extra) || (hopper_images::mappable(extra) && count == 1));

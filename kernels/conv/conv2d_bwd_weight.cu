@@ -26,7 +26,8 @@
 // then the parts: every eighth in order, and the eight sums in order; then the old value is added. The parts depend only
 // on the shape and the number of multiprocessors: bitwise repeatable. "hopper" takes the positions tile by tile, 16 at a time, which
 // the tensor cores add in an order of their own, and forms db in f32 from fixed shares of each tile. "exchanged", "halo" and "hopper"
-// multiply pixels of x that no output uses by 0, so that a non-finite value there makes dw NaN.
+// multiply pixels of x by 0 for positions outside of y, and "hopper" padding by dy, so that a non-finite value at a border makes
+// other taps of dw NaN.
 // workspace: the sums of all parts, at most those of two rounds of blocks, or one part; "hopper" and "halo": and those for db.
 // work: 2*B*H'*W'*O*kh*kw*C FLOP; (B*H*W*C + B*H'*W'*O) * size + 8*O*kh*kw*C bytes; db reads dy once more.
 // limits: those of conv2d_fwd; "hopper" requires C and O to be multiples of 8, at least as many lines and columns of x as the

@@ -199,7 +199,8 @@ __device__ __forceinline__ void finish(const Product& p, const Place& at, gemm::
                 // The mean and the sum of squared differences from it.
                 const float d = warp_n > 0 ? sums[k] / float(warp_n) : 0.f;
                 two[0] = warp_n > 0 ? pivot[k] + d : 0.f;
-                two[1] = fmaxf(products[k] - sums[k] * d, 0.f);
+                two[1] = products[k] - sums[k] * d;
+                if (two[1] < 0.f) two[1] = 0.f;  // NaN stays
             }
             store<2>(smem_sums[Tile::warp_row() / 64][Tile::col(kept<Tile::kAccCols>() + k)], two);
         }

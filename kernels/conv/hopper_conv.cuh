@@ -159,7 +159,7 @@ __device__ __forceinline__ void multiply(float (&acc)[LINES * kAcross / 2], cons
     // Descriptors of the operands in the first slots of the rings.
     const uint32_t first_a = k_major(at.stages + (p.stacked ? 0 : part.number * kWeights)), step_a = step(stage_bytes(p.stacked));
     const uint32_t first_b = k_major(at.boxes + (p.stacked ? part.number * LINES * p.pitch * kPixelBytes : 0)), step_b = step(at.box);
-    // By then the stores of the last tile have long been read.
+    // With several boxes, the stores of the last tile have long been read by then.
     const int extra_at = p.channels > kChannels ? kChannels : 0;
     uint32_t old_box = 0, old_stage = 0;  // barriers
     bool add = false;
@@ -209,7 +209,7 @@ __device__ __forceinline__ void finish(const float (&acc)[LINES * kAcross / 2], 
                                        uint32_t& parity) {
     constexpr bool SUMS = FORM == Form::kNorm, THROUGH = FORM == Form::kThrough;
     const int thread = int(threadIdx.x) % kWarpgroup, warp = thread / 32, lane = thread % 32, barrier = 1 + part.number;
-    float bias[2], norm[2][4];  // xhat is the input times [0] plus [1]; half of what SiLU sees, xhat times [2] plus [3]
+    float bias[2], norm[2][4];  // mean, rstd, gamma, beta
     int output[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -218,10 +218,10 @@ __device__ __forceinline__ void finish(const float (&acc)[LINES * kAcross / 2], 
         bias[i] = !THROUGH && p.bias && is ? to_float(p.bias[output[i]]) : 0.f;
         if constexpr (THROUGH) {
             const int64_t of = int64_t(place.image) * p.norm.groups + output[i] / p.norm.width;
-            norm[i][0] = is ? p.norm.rstd[of] : 0.f;
-            norm[i][1] = is ? -p.norm.mean[of] * norm[i][0] : 0.f;
-            norm[i][2] = is ? 0.5f * to_float(p.norm.gamma[output[i]]) : 0.f;
-            norm[i][3] = is ? 0.5f * to_float(p.norm.beta[output[i]]) : 0.f;
+            norm[i][0] = is ? p.norm.mean[of] : 0.f;
+            norm[i][1] = is ? p.norm.rstd[of] : 0.f;
+            norm[i][2] = is ? to_float(p.norm.gamma[output[i]]) : 0.f;
+            norm[i][3] = is ? to_float(p.norm.beta[output[i]]) : 0.f;
         }
     }
     if (THROUGH || p.with_extra) {
@@ -258,8 +258,8 @@ __device__ __forceinline__ void finish(const float (&acc)[LINES * kAcross / 2], 
                     if constexpr (EXTRA) {
                         const float more = bits_to_float(c == 0 ? extra[m] << 16 : extra[m] & 0xffff0000u);
                         if constexpr (THROUGH) {
-                            const float xhat = fmaf(more, norm[i][0], norm[i][1]);
-                            v[c] = (line < part.lines) & inside[c] ? v[c] * silu_slope_of_twice(fmaf(xhat, norm[i][2], norm[i][3])) : 0.f;
+                            const float xhat = (more - norm[i][0]) * norm[i][1];
+                            v[c] = (line < part.lines) & inside[c] ? v[c] * silu_slope<bf16>(fmaf(xhat, norm[i][2], norm[i][3])) : 0.f;
                             sums[i] += v[c];
                             products[i] = fmaf(v[c], xhat, products[i]);
                         } else {
@@ -305,9 +305,9 @@ __device__ __forceinline__ void finish(const float (&acc)[LINES * kAcross / 2], 
         }
         if (lane % 4 != 0 || output[i] >= p.outputs || part.lines <= 0) continue;
         float* const to = p.partials + (int64_t(place.image) * tiles + tile) * 2 * p.outputs + output[i];
-        const float d = sums[i] / n;
+        const float d = sums[i] / n, squares = products[i] - sums[i] * d;
         to[0] = THROUGH ? sums[i] : pivot[i] + d;
-        to[p.outputs] = THROUGH ? products[i] : fmaxf(products[i] - sums[i] * d, 0.f);
+        to[p.outputs] = THROUGH ? products[i] : squares < 0.f ? 0.f : squares;  // NaN stays
     }
 }
 
@@ -538,7 +538,7 @@ inline bool plan_product(Product& best, const Grid* const* grids, int phases, in
     bool any = false;
     for (const int n : {32, 16}) {
         Product p = shape;
-        if (!divide_product(p, n) || items_of(p) >= int64_t(1) << 31) continue;
+        if (!divide_product(p, n) || items_of(p) >= int64_t(1) << 30) continue;
         const double time = double(ceil_div(items_of(p), multiprocessors())) * (n + 2);
         if (!any || time < least) any = true, least = time, best = p, lines = n;
     }

@@ -78,7 +78,7 @@ __device__ __forceinline__ void activate_box(uint32_t box, int lines, int across
         for (int i = 0; i < kTogether; ++i) {
             const int q = first + i * kAtOnce;
             inside[i] = (q < pixels) & (unsigned(y + line) < unsigned(h)) & (unsigned(x + column) < unsigned(w));
-            at[i] = piece_at(box, min(q, pixels - 1), piece);
+            at[i] = piece_at(box, q < pixels ? q : first, piece);
             load_shared(v[i], at[i]);
             line += down, column += right;
             if (column >= across) column -= across, ++line;

@@ -80,7 +80,7 @@ template <int TAPS, int STEP, bool NORM> struct Shape {
     static constexpr int kBiasBytes = kHelpers / 32 * kOutputs * 4, kFixed = kBiasBytes + 3 * kMostStages * 8 + 1024;
     static constexpr int kStages = std::min(kMostStages, int(kMostSmem - kFixed) / kStage);
     static constexpr int kBias = kStages * kStage, kBars = kBias + kBiasBytes, kSmem = kBias + kFixed;
-    static_assert(kStages >= 2);
+    static_assert(kStages >= (NORM ? 4 : 2), "with a norm, a stage is prepared two tiles ahead");
 };
 
 // The tiles of positions, and the blocks of a part of them.

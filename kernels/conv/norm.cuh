@@ -42,12 +42,6 @@ template <class T> __device__ __forceinline__ float silu_of_twice(float h) {
         return silu<T>(2.f * h);
 }
 
-// The slope of SiLU at 2h, (1 + t + h (1 - t^2)) / 2 with t = tanh(h), likewise for a result that is rounded to bf16.
-__device__ __forceinline__ float silu_slope_of_twice(float h) {
-    const float t = tanh_approx(h);
-    return 0.5f * fmaf(h, fmaf(-t, t, 1.f), 1.f + t);
-}
-
 // Replaces a 16-byte piece of pixels in shared memory by its activation. `table`: of its first channel.
 template <class T> __device__ __forceinline__ void activate(T* piece, const float* table) {
     float v[kWide<T>];
