@@ -30,9 +30,9 @@
 //
 // A normalised input is formed in shared memory by "hopper", "halo" and "few", and element by element by "plain". The statistics
 // of y are computed on the way by "halo", "first" and, of a normalised input, "hopper", from y in another pass by the others. The
-// gradient of the norm is, for "first" and, with stride 1 and without bias, "hopper", a product with the slope of SiLU and sums on
-// the way, then a pass over dx and x; the others write the gradient for a to dx, and then apply group_norm's backward in place. (There, sums on
-// the way were slower with more inputs, where registers are few.)
+// gradient of the norm is, for "first", a product with the slope of SiLU and sums on the way, then a pass over dx and x; the others
+// write the gradient for a to dx, and then apply group_norm's backward in place. (Sums on the way were slower with more inputs: in
+// "halo" and "large" registers are few, in "hopper" no products run meanwhile.)
 //
 // numerics: products are summed in f32 (f32: fused multiply-adds, no TF32) in ascending order of taps and channels ("few":
 // channels, then taps; "hopper": 64 channels of all taps at a time, with stride 2 parity by parity), then bias and residual are
@@ -464,10 +464,8 @@ int32_t run(const char* op, Check& check, const ett_view& x, const void* w, cons
     }
     bool hopper = false;
 #ifndef ETT_SHIM
-    const bool through = fused.through && out_step == 1 && !bias;
-    const ett_view& extra = through ? *fused.through : fused.residual;
     const int lines = out_step <= 2 && hopper::is_hopper() ? hopper_lines(x, o, layouts, count, normed) : 0;
-    hopper = lines > 0 && hopper_images::mappable(x) && hopper_images::mappable(y) && (!present(extra) || (hopper_images::mappable(extra) && count == 1));
+    hopper = lines > 0 && hopper_images::mappable(x) && hopper_images::mappable(y) && (!present(fused.residual) || (hopper_images::mappable(fused.residual) && count == 1));
 #endif
     const char* best = choose_conv2d_config(positions, o, vectors, hopper, halo, few, first, x.dtype, multiprocessors());
     const char* const kernel = check.choose(l, best, {{"hopper", hopper}, {"few", few}, {"first", first}, {"halo", halo}, {"large", vectors},
@@ -482,10 +480,10 @@ int32_t run(const char* op, Check& check, const ett_view& x, const void* w, cons
             const Layout& at = layouts[i];
             r.part[i] = {&at.grid, static_cast<const bf16*>(w) + at.w, padded<bf16>(at.grid.depth()), at.first_y, at.first_x};
         }
-        if (normed || through) r.norm = input_norm<bf16>(fused.norm, through ? o : cols(x));
+        if (normed) r.norm = input_norm<bf16>(fused.norm, cols(x));
         r.bias = bias ? data<const bf16>(*bias) : nullptr;
-        r.extra = extra, r.through = through;
-        if (through || normed) r.partials = fused.partials;
+        r.residual = fused.residual;
+        if (normed) r.partials = fused.partials;
         if (r.partials) ran.lines = lines, ran.across = hopper_images::kAcross;
         return hopper_conv::run(op, r, l);
     }
@@ -620,13 +618,13 @@ Layout phase_of(const ett_conv2d_bwd_data_args* a, int64_t y, int64_t x) {
     return {grid_of(a->dy, ceil_div(a->dx.dims[1] - y, step), ceil_div(a->dx.dims[2] - x, step), {ny, nx, 1, at_y, at_x}), begin, int(y), int(x)};
 }
 
-// The tiles of an image of hopper_conv.cuh in a call of one phase; none if it does not support the call.
-channels::Tiles hopper_tiles(const ett_view& x, const ett_view& y, const Layout& layout, bool normed) {
+// The tiles of an image of hopper_conv.cuh for a normalised x; none if it does not support the call.
+channels::Tiles hopper_tiles(const ett_view& x, const ett_view& y, const Layout& layout) {
 #ifdef ETT_SHIM
     const int lines = 0;
-    (void)x, (void)layout, (void)normed;
+    (void)x, (void)layout;
 #else
-    const int lines = hopper::plan_hopper() ? hopper_lines(x, cols(y), &layout, 1, normed) : 0;
+    const int lines = hopper::plan_hopper() ? hopper_lines(x, cols(y), &layout, 1, true) : 0;
 #endif
     return {y.dims[1], y.dims[2], lines, lines > 0 ? 8 : 0};
 }
@@ -635,7 +633,7 @@ channels::Tiles hopper_tiles(const ett_view& x, const ett_view& y, const Layout&
 int64_t sums_bytes(const ett_conv2d_fwd_args* a) {
     if (!present(a->y_mean)) return 0;
     const channels::Planes s = planes(a);
-    int64_t tiles = present(a->mean) ? hopper_tiles(a->x, a->y, phases_of(a).layout[0], true).count : 0;
+    int64_t tiles = present(a->mean) ? hopper_tiles(a->x, a->y, phases_of(a).layout[0]).count : 0;
     if (halo_shape(a->x, a->w.dims[0], a->w.dims[1], a->w.dims[2], a->stride) || first_shape(a->x, a->w.dims[1], a->w.dims[2], a->stride))
         tiles = std::max<int64_t>(tiles, halo_tiles(a->y.dims[1], a->y.dims[2]).count);
     return std::max(channels::partials_bytes(s, a->y.dtype), s.b * tiles * 2 * s.c * int64_t(sizeof(float)));
@@ -643,8 +641,7 @@ int64_t sums_bytes(const ett_conv2d_fwd_args* a) {
 int64_t sums_bytes(const ett_conv2d_bwd_data_args* a) {
     if (!present(a->x) || numel(a->dx) == 0) return 0;
     const channels::Planes s = planes(a);
-    int64_t tiles = a->stride == 1 ? hopper_tiles(a->dy, a->dx, phase_of(a, 0, 0), false).count : 0;
-    if (first_shape(a->dy, a->w.dims[1], a->w.dims[2], a->stride)) tiles = std::max<int64_t>(tiles, halo_tiles(a->dx.dims[1], a->dx.dims[2]).count);
+    const int64_t tiles = first_shape(a->dy, a->w.dims[1], a->w.dims[2], a->stride) ? halo_tiles(a->dx.dims[1], a->dx.dims[2]).count : 0;
     return std::max(channels::backward_bytes(s, a->dx.dtype), tiles > 0 ? channels::BackwardSpace::bytes(s, tiles) : 0);
 }
 

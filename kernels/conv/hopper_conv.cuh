@@ -51,7 +51,7 @@ struct Phase {
 };
 
 struct Maps {
-    CUtensorMap x[kMostPhases], w[kMostPhases], y[kMostPhases], extra;
+    CUtensorMap x[kMostPhases], w[kMostPhases], y[kMostPhases], residual;
 };
 
 struct Product {
@@ -63,20 +63,16 @@ struct Product {
     int lines, pitch;             // of a box
     bool stacked;                 // the warpgroups have the same outputs
     int boxes, stages;            // of the rings
-    InputNorm<bf16> norm;         // of x, images of h x w pixels; or, with kThrough, of the input through whose gradient the results pass
+    InputNorm<bf16> norm;         // of x, images of h x w pixels
     int h, w;
-    const bf16* bias;             // may be null; not read with kThrough
-    bool with_extra;              // a residual, or the input of that norm
-    // With kNorm, null or [images, tiles of LINES x 8 positions, 2, outputs]: means and sums of squared differences of the rounded
-    // results; with kThrough, sums of g and of g * xhat (channels.cuh).
+    const bf16* bias;             // may be null
+    bool with_residual;
+    // With a norm, null or [images, tiles of LINES x 8 positions, 2, outputs]: means and sums of squared differences of the rounded
+    // results.
     float* partials;
 };
 
 __host__ __device__ constexpr int stage_bytes(bool stacked) { return stacked ? kWeights : 2 * kWeights; }
-
-// What a kernel does besides the products. kNorm normalises the input and forms the sums of the results; kThrough passes the
-// results through the gradient of SiLU and forms the sums for that of the norm.
-enum class Form { kPlain, kNorm, kThrough };
 
 #ifdef ETT_SM90A
 
@@ -104,7 +100,7 @@ template <int LINES> struct Space {
     __device__ __forceinline__ uint32_t box_empty(int i) const { return bars + (2 * kMostBoxes + i) * 8; }
     __device__ __forceinline__ uint32_t full(int i) const { return bars + (3 * kMostBoxes + i) * 8; }
     __device__ __forceinline__ uint32_t empty(int i) const { return bars + (3 * kMostBoxes + kMostStages + i) * 8; }
-    __device__ __forceinline__ uint32_t extra(int i) const { return bars + (3 * kMostBoxes + 2 * kMostStages + i) * 8; }
+    __device__ __forceinline__ uint32_t residual(int i) const { return bars + (3 * kMostBoxes + 2 * kMostStages + i) * 8; }
 };
 
 // A tile of results. Blocks that run at the same time have the same positions, as far as there are several tiles of outputs.
@@ -130,21 +126,21 @@ struct Place {
 // The part of a tile that a warpgroup has.
 template <int LINES> struct Part {
     int number, output0, row0, lines, columns;  // lines may be negative
-    uint32_t buffer, extra;                     // extra: the barrier of what is added
+    uint32_t buffer, residual;                  // residual: its barrier
 
     __device__ __forceinline__ Part(const Product& p, const Space<LINES>& at, const Place& place, int n)
         : number(n), output0(place.output0 + (p.stacked ? 0 : n * kPartOutputs)), row0(place.row0 + (p.stacked ? n * LINES : 0)),
           lines(min(p.phase[place.phase].rows - row0, LINES)), columns(min(p.phase[place.phase].cols - place.col0, kAcross)),
-          buffer(at.buffers + n * buffer_bytes(LINES)), extra(at.extra(n)) {}
+          buffer(at.buffers + n * buffer_bytes(LINES)), residual(at.residual(n)) {}
     __device__ __forceinline__ bool is_any(const Product& p) const { return lines > 0 && output0 < p.outputs; }
 };
 
-// Starts the load of what is added to the results.
-template <int LINES> __device__ __forceinline__ void start_extra(const Maps& maps, const Part<LINES>& part, const Place& place) {
+// Starts the load of the residual.
+template <int LINES> __device__ __forceinline__ void start_residual(const Maps& maps, const Part<LINES>& part, const Place& place) {
     if (threadIdx.x % kWarpgroup == 0) {
         stores_read<0>();
-        bar_expect(part.extra, buffer_bytes(LINES));
-        tma_load(part.buffer, &maps.extra, part.extra, part.output0, place.col0, part.row0, place.image);
+        bar_expect(part.residual, buffer_bytes(LINES));
+        tma_load(part.buffer, &maps.residual, part.residual, part.output0, place.col0, part.row0, place.image);
     }
     __syncwarp();
 }
@@ -160,12 +156,12 @@ __device__ __forceinline__ void multiply(float (&acc)[LINES * kAcross / 2], cons
     const uint32_t first_a = k_major(at.stages + (p.stacked ? 0 : part.number * kWeights)), step_a = step(stage_bytes(p.stacked));
     const uint32_t first_b = k_major(at.boxes + (p.stacked ? part.number * LINES * p.pitch * kPixelBytes : 0)), step_b = step(at.box);
     // With several boxes, the stores of the last tile have long been read by then.
-    const int extra_at = p.channels > kChannels ? kChannels : 0;
+    const int residual_at = p.channels > kChannels ? kChannels : 0;
     uint32_t old_box = 0, old_stage = 0;  // barriers
     bool add = false;
 #pragma unroll 1
     for (int c = 0; c < p.channels; c += kChannels) {
-        if (p.with_extra && c == extra_at) start_extra<LINES>(maps, part, place);
+        if (p.with_residual && c == residual_at) start_residual<LINES>(maps, part, place);
 #pragma unroll 1
         for (int s = phase.first; s < phase.end; ++s) {
             const uint32_t pixels = first_b + box.slot * step_b;
@@ -203,29 +199,20 @@ __device__ __forceinline__ void multiply(float (&acc)[LINES * kAcross / 2], cons
     }
 }
 
-// Adds bias and residual, or passes the gradient through SiLU; stores the results and the sums.
-template <int LINES, Form FORM>
+// Adds bias and residual, and stores the results; with SUMS the sums too.
+template <int LINES, bool SUMS>
 __device__ __forceinline__ void finish(const float (&acc)[LINES * kAcross / 2], const Maps& maps, const Product& p, const Place& place, const Part<LINES>& part,
                                        uint32_t& parity) {
-    constexpr bool SUMS = FORM == Form::kNorm, THROUGH = FORM == Form::kThrough;
     const int thread = int(threadIdx.x) % kWarpgroup, warp = thread / 32, lane = thread % 32, barrier = 1 + part.number;
-    float bias[2], norm[2][4];  // mean, rstd, gamma, beta
+    float bias[2];
     int output[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         output[i] = part.output0 + acc_row(i);
-        const bool is = output[i] < p.outputs;
-        bias[i] = !THROUGH && p.bias && is ? to_float(p.bias[output[i]]) : 0.f;
-        if constexpr (THROUGH) {
-            const int64_t of = int64_t(place.image) * p.norm.groups + output[i] / p.norm.width;
-            norm[i][0] = is ? p.norm.mean[of] : 0.f;
-            norm[i][1] = is ? p.norm.rstd[of] : 0.f;
-            norm[i][2] = is ? to_float(p.norm.gamma[output[i]]) : 0.f;
-            norm[i][3] = is ? to_float(p.norm.beta[output[i]]) : 0.f;
-        }
+        bias[i] = p.bias && output[i] < p.outputs ? to_float(p.bias[output[i]]) : 0.f;
     }
-    if (THROUGH || p.with_extra) {
-        bar_wait(part.extra, parity);
+    if (p.with_residual) {
+        bar_wait(part.residual, parity);
         parity ^= 1;
     } else {
         // The stores of the last tile have been read.
@@ -233,39 +220,28 @@ __device__ __forceinline__ void finish(const float (&acc)[LINES * kAcross / 2], 
         __syncwarp();  // warps arrive at barriers as a whole
         named_barrier(barrier, kWarpgroup);
     }
-    // With THROUGH the sums of g and of g * xhat; else of the differences from the first result, and of their squares.
+    // Of the differences from the first result, and of their squares.
     float pivot[2] = {}, sums[2] = {}, products[2] = {};
     bool inside[2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) inside[c] = acc_col(c) < part.columns;
     // Two lines, of 8 positions each, and 16 outputs of a warp.
     const uint32_t first = part.buffer + (lane / 16 * 8 + lane % 8) * kPixelBytes + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16;
-    auto results = [&](auto with_extra) {
-        constexpr bool EXTRA = decltype(with_extra)::value;
+    auto results = [&](auto with_residual) {
+        constexpr bool RESIDUAL = decltype(with_residual)::value;
 #pragma unroll
         for (int j = 0; j < LINES; j += 2) {
             const uint32_t spot = first + j * kAcross * kPixelBytes;
-            uint32_t extra[4], out[4];
-            if constexpr (EXTRA) ldmatrix_x4_trans(extra, spot);
+            uint32_t residual[4], out[4];
+            if constexpr (RESIDUAL) ldmatrix_x4_trans(residual, spot);
 #pragma unroll
             for (int m = 0; m < 4; ++m) {
                 const int i = m % 2, line = j + m / 2;
                 float v[2];
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
-                    v[c] = acc[line * 4 + i * 2 + c];
-                    if constexpr (!THROUGH) v[c] += bias[i];
-                    if constexpr (EXTRA) {
-                        const float more = bits_to_float(c == 0 ? extra[m] << 16 : extra[m] & 0xffff0000u);
-                        if constexpr (THROUGH) {
-                            const float xhat = (more - norm[i][0]) * norm[i][1];
-                            v[c] = (line < part.lines) & inside[c] ? v[c] * silu_slope<bf16>(fmaf(xhat, norm[i][2], norm[i][3])) : 0.f;
-                            sums[i] += v[c];
-                            products[i] = fmaf(v[c], xhat, products[i]);
-                        } else {
-                            v[c] += more;
-                        }
-                    }
+                    v[c] = acc[line * 4 + i * 2 + c] + bias[i];
+                    if constexpr (RESIDUAL) v[c] += bits_to_float(c == 0 ? residual[m] << 16 : residual[m] & 0xffff0000u);
                 }
                 out[m] = pack_bf16x2(v[0], v[1]);
                 if constexpr (SUMS) {
@@ -282,9 +258,9 @@ __device__ __forceinline__ void finish(const float (&acc)[LINES * kAcross / 2], 
             stmatrix_x4_trans(spot, out[0], out[1], out[2], out[3]);
         }
     };
-    if (THROUGH || p.with_extra)
+    if (p.with_residual)
         results(std::true_type{});
-    else if constexpr (!THROUGH)
+    else
         results(std::false_type{});
     proxy_fence();
     named_barrier(barrier, kWarpgroup);
@@ -293,7 +269,7 @@ __device__ __forceinline__ void finish(const float (&acc)[LINES * kAcross / 2], 
         stores_commit();
     }
     __syncwarp();
-    if (FORM == Form::kPlain || !p.partials) return;
+    if (!SUMS || !p.partials) return;
     const float n = float(max(part.lines, 0) * part.columns);
     const int tile = part.row0 / LINES * p.across + place.across, tiles = (p.phase[place.phase].rows + LINES - 1) / LINES * p.across;
 #pragma unroll
@@ -306,8 +282,8 @@ __device__ __forceinline__ void finish(const float (&acc)[LINES * kAcross / 2], 
         if (lane % 4 != 0 || output[i] >= p.outputs || part.lines <= 0) continue;
         float* const to = p.partials + (int64_t(place.image) * tiles + tile) * 2 * p.outputs + output[i];
         const float d = sums[i] / n, squares = products[i] - sums[i] * d;
-        to[0] = THROUGH ? sums[i] : pivot[i] + d;
-        to[p.outputs] = THROUGH ? products[i] : squares < 0.f ? 0.f : squares;  // NaN stays
+        to[0] = pivot[i] + d;
+        to[p.outputs] = squares < 0.f ? 0.f : squares;  // NaN stays
     }
 }
 
@@ -358,10 +334,9 @@ struct Boxes {
 #endif  // ETT_SM90A
 
 // LINES: of the positions of a warpgroup.
-template <int LINES, Form FORM>
+template <int LINES, bool NORM>
 __global__ void __launch_bounds__(kThreads, 1) hopper_conv_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Product p) {
 #ifdef ETT_SM90A
-    constexpr bool NORM = FORM == Form::kNorm;
     ETT_DYNAMIC_SMEM(dynamic);
     unsigned char* const smem = panel_smem(dynamic);
     const Space<LINES> at(p, smem_address(smem));
@@ -375,7 +350,7 @@ __global__ void __launch_bounds__(kThreads, 1) hopper_conv_kernel(const __grid_c
             bar_init(at.full(i), 1);
             bar_init(at.empty(i), 2 * kWarpgroup / 32);
         }
-        for (int i = 0; i < 2; ++i) bar_init(at.extra(i), 1);
+        for (int i = 0; i < 2; ++i) bar_init(at.residual(i), 1);
         bar_init_done();
     }
     __syncthreads();
@@ -438,7 +413,7 @@ __global__ void __launch_bounds__(kThreads, 1) hopper_conv_kernel(const __grid_c
             if (place.empty(p)) continue;
             const Part<LINES> part(p, at, place, group - 1);
             multiply<LINES, NORM>(acc, maps, p, at, place, part, box, stage);
-            finish<LINES, FORM>(acc, maps, p, place, part, parity);
+            finish<LINES, NORM>(acc, maps, p, place, part, parity);
         }
         if (threadIdx.x % kWarpgroup == 0) stores_done<0>();
     }
@@ -461,10 +436,9 @@ struct Request {
     Convolved part[kMostPhases];
     int parts;
     int64_t out_step;
-    InputNorm<bf16> norm;  // of x, or of `extra` if the results pass `through` its gradient
+    InputNorm<bf16> norm;  // of x
     const bf16* bias;
-    ett_view extra;        // may be absent
-    bool through;
+    ett_view residual;     // may be absent
     float* partials;
 };
 
@@ -561,7 +535,7 @@ inline int32_t run(const char* op, const Request& r, const ett_launch* l) {
     Product p;
     int lines = 0;
     if (!plan_product(p, grids, r.parts, r.x.dims[0], cols(r.y), lines)) return ett_fail(ETT_CUDA_ERROR, 0, op, "launch", "a shape that was not planned", "a planned one");
-    p.norm = r.norm, p.h = g.h, p.w = g.w, p.bias = r.bias, p.with_extra = present(r.extra), p.partials = r.partials;
+    p.norm = r.norm, p.h = g.h, p.w = g.w, p.bias = r.bias, p.with_residual = present(r.residual), p.partials = r.partials;
 
     Maps maps;
     memset(&maps, 0, sizeof maps);
@@ -578,17 +552,14 @@ inline int32_t run(const char* op, const Request& r, const ett_launch* l) {
         status = make_panel_map(op, &maps.w[f], part.w, p.outputs, part.grid->depth(), part.ld, uint32_t(stage_bytes(p.stacked) / kPanelRowBytes));
         if (status == ETT_OK) status = make_image_map(op, &maps.y[f], r.y, r.out_step, part.first_y, part.first_x, lines, kAcross);
     }
-    if (status == ETT_OK && p.with_extra) status = make_image_map(op, &maps.extra, r.extra, 1, 0, 0, lines, kAcross);
+    if (status == ETT_OK && p.with_residual) status = make_image_map(op, &maps.residual, r.residual, 1, 0, 0, lines, kAcross);
     if (status != ETT_OK) return status;
 
-    const bool normed = r.norm.present() && !r.through;
     const dim3 grid(unsigned(std::min<int64_t>(items_of(p), multiprocessors())));
     auto go = [&](auto kernel) { return launch(op, kernel, grid, dim3(kThreads), int(kMostSmem), l, maps, p); };
     auto with_lines = [&](auto n) {
         constexpr int kLines = decltype(n)::value;
-        return r.through ? go(hopper_conv_kernel<kLines, Form::kThrough>)
-               : normed  ? go(hopper_conv_kernel<kLines, Form::kNorm>)
-                         : go(hopper_conv_kernel<kLines, Form::kPlain>);
+        return r.norm.present() ? go(hopper_conv_kernel<kLines, true>) : go(hopper_conv_kernel<kLines, false>);
     };
     return lines == 32 ? with_lines(std::integral_constant<int, 32>{}) : with_lines(std::integral_constant<int, 16>{});
 }
