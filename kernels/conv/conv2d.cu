@@ -385,20 +385,17 @@ bool first_shape(const ett_view& x, int64_t taps_y, int64_t taps_x, int64_t step
     return x.dtype == ETT_BF16 && taps_y == 3 && taps_x == 3 && step == 1 && cols(x) == halo::kFewInputs;
 }
 
+#ifndef ETT_SHIM
 // Lines of the tiles of hopper_conv.cuh; 0 if it does not support a product of x.
 int hopper_lines(const ett_view& x, int64_t outputs, const Layout* layouts, int64_t count, bool normed) {
-#ifdef ETT_SHIM
-    (void)x, (void)outputs, (void)layouts, (void)count, (void)normed;
-    return 0;
-#else
     const Grid* grids[hopper_conv::kMostPhases];
     if (count < 1 || count > hopper_conv::kMostPhases) return 0;
     for (int64_t i = 0; i < count; ++i) grids[i] = &layouts[i].grid;
     const int step = grids[0]->step;
     if (x.dtype != ETT_BF16 || (normed && (step != 1 || count != 1)) || x.dims[1] < step || x.dims[2] < step) return 0;
     return hopper_conv::lines_of(grids, int(count), x.dims[0], outputs);
-#endif
 }
+#endif
 
 // The tiles of an image of halo_kernel and first_kernel.
 channels::Tiles halo_tiles(int64_t rows, int64_t cols) { return {rows, cols, halo::kLines, halo::kAcross}; }
@@ -465,7 +462,8 @@ int32_t run(const char* op, Check& check, const ett_view& x, const void* w, cons
     bool hopper = false;
 #ifndef ETT_SHIM
     const int lines = out_step <= 2 && hopper::is_hopper() ? hopper_lines(x, o, layouts, count, normed) : 0;
-    hopper = lines > 0 && hopper_images::mappable(x) && hopper_images::mappable(y) && (!present(fused.residual) || (hopper_images::mappable(fused.residual) && count == 1));
+    hopper = lines > 0 && hopper_images::mappable(x) && hopper_images::mappable(y) &&
+             (!present(fused.residual) || (hopper_images::mappable(fused.residual) && count == 1));
 #endif
     const char* best = choose_conv2d_config(positions, o, vectors, hopper, halo, few, first, x.dtype, multiprocessors());
     const char* const kernel = check.choose(l, best, {{"hopper", hopper}, {"few", few}, {"first", first}, {"halo", halo}, {"large", vectors},
