@@ -55,7 +55,7 @@ struct Maps {
 };
 
 struct Product {
-    Tap tap[kMostTaps + 1];
+    Tap tap[kMostTaps + 1];       // the next one is read ahead, also after the last
     Source source[kMostPhases];
     Phase phase[kMostPhases];
     int phases, images, channels, outputs;
@@ -484,7 +484,8 @@ inline bool shape_product(Product& p, const Grid* const* grids, int phases) {
     return true;
 }
 
-// Chooses tiles of `lines` lines per warpgroup; false if the rings do not fit into shared memory.
+// Chooses tiles of `lines` lines per warpgroup; false if the rings do not fit into shared memory. A third box is worth less than
+// the fourth stage of weights.
 inline bool divide_product(Product& p, int lines) {
     p.stacked = p.outputs <= kPartOutputs;
     const int tile = lines * (p.stacked ? 2 : 1);
@@ -503,7 +504,7 @@ inline bool divide_product(Product& p, int lines) {
 }
 inline int64_t items_of(const Product& p) { return int64_t(p.images) * p.down * p.across * p.phases * p.col_tiles; }
 
-// The product that is expected to take the least time.
+// The product that is expected to take the least time: the results of a tile take about as long as the products of two lines.
 inline bool plan_product(Product& best, const Grid* const* grids, int phases, int64_t images, int64_t outputs, int& lines) {
     Product shape;
     if (!shape_product(shape, grids, phases)) return false;

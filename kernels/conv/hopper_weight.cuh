@@ -15,8 +15,6 @@
 // same outputs take turns with the tiles.
 #pragma once
 
-#include <utility>
-
 #include "hopper_images.cuh"
 
 #ifndef ETT_SHIM
@@ -33,9 +31,6 @@ inline constexpr int kLines = 16, kPositions = kLines * kAcross;  // of a tile
 inline constexpr int kDyBytes = kPositions * kPanelRowBytes;
 inline constexpr int kMostStages = 5;
 inline constexpr int kTapSums = kChannels / 2;  // of a tap, per thread
-
-// Whether one product has all taps of a row that share a box; otherwise each tap has its own.
-inline constexpr bool kWideTaps = true;
 
 // Taps in a row and column of the kernel, and the step from one position to the next.
 template <int TAPS, int STEP, bool NORM> struct Shape {
@@ -126,12 +121,7 @@ struct Place {
 template <class S, int B> __device__ __forceinline__ void multiply_taps(float (&acc)[S::kSums], uint32_t dy, uint32_t x) {
     constexpr int kColumns = S::columns_of(B), kFirst = S::first_of(B) * kTapSums;
     constexpr uint32_t kHigh = desc_high(S::across(B) * kPixelBytes);
-    if constexpr (kWideTaps)
-        mma<kColumns * kChannels, true, true, bf16, kFirst>(acc, dy, x, true, kHigh);
-    else
-        [&]<int... V>(std::integer_sequence<int, V...>) {
-            (mma<kChannels, true, true, bf16, kFirst + V * kTapSums>(acc, dy, x + step(V * kPixelBytes), true, kHigh), ...);
-        }(std::make_integer_sequence<int, kColumns>{});
+    mma<kColumns * kChannels, true, true, bf16, kFirst>(acc, dy, x, true, kHigh);
 }
 
 // Adds a thread's share of a tile of dy: piece thread % 8 of every (THREADS / 8)th position.
